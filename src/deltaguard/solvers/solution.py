@@ -1,0 +1,71 @@
+"""What every solver returns, and the two numbers that describe it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The restored weight of one linear layer.
+
+    Attributes:
+        weight: restored weight, (out, in), in the working precision.
+        kept_fraction: share of the entries that carry the fine-tuned value.
+        safety_cost: tr(Δ' H Δ'ᵀ) / tr(Δ H Δᵀ), where Δ' is the restored delta; 0 is the aligned
+            weight, 1 the fine-tuned one. NaN where the method knows no curvature.
+        utility_loss: ‖Δ' - Δ‖² / ‖Δ‖²; 0 is the fine-tuned weight, 1 the aligned one.
+        detail: numbers that belong to one method, such as the dampening that was needed.
+    """
+
+    weight: Tensor
+    kept_fraction: float
+    safety_cost: float
+    utility_loss: float
+    detail: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any input is float64, else float32: half precision is too coarse to solve in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_matrices(aligned: Tensor, finetuned: Tensor) -> None:
+    """Refuse weights of different shapes, or a delta that is not finite.
+
+    Raises:
+        ValueError: the shapes differ, a weight is not a matrix, or an entry is NaN or infinite.
+    """
+    if aligned.ndim != 2 or aligned.shape != finetuned.shape:
+        raise ValueError(
+            f"The aligned weight is {tuple(aligned.shape)} and the fine-tuned one {tuple(finetuned.shape)}: "
+            "two matrices of the same shape are needed."
+        )
+    for name, weight in (("aligned", aligned), ("fine-tuned", finetuned)):
+        bad = int(weight.numel() - weight.isfinite().sum())
+        if bad:
+            raise ValueError(f"The {name} weight holds {bad} entries that are NaN or infinite.")
+
+
+def check_hessian(hessian: Tensor, columns: int) -> None:
+    """Refuse a curvature matrix that does not fit the weight's columns or is not finite.
+
+    Raises:
+        ValueError: the shape is not (columns, columns), or an entry is NaN or infinite.
+    """
+    if tuple(hessian.shape) != (columns, columns):
+        raise ValueError(f"The curvature is {tuple(hessian.shape)}; ({columns}, {columns}) is needed.")
+    if not bool(hessian.isfinite().all()):
+        raise ValueError("The curvature holds NaN or infinite entries.")
+
+
+def share(part: float, whole: float) -> float:
+    """`part / whole`, and 0 where there is nothing to share."""
+    return part / whole if whole > 0 else 0.0
+
+
+def squared_norm(matrix: Tensor) -> float:
+    """‖matrix‖² (Frobenius)."""
+    return float(torch.linalg.vector_norm(matrix)) ** 2

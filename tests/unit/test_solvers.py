@@ -1,0 +1,67 @@
+"""Small facts about the factor, `interpolate` and `published`."""
+
+import math
+
+import pytest
+import torch
+
+from deltaguard.solvers import factorise, interpolate, published
+
+
+def test_factor_reproduces_the_damped_curvature():
+    torch.manual_seed(0)
+    inputs = torch.randn(40, 9, dtype=torch.float64)
+    hessian = inputs.T @ inputs / 40
+    factor = factorise(hessian, dampening=0.05)
+    damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(9, dtype=torch.float64)
+    torch.testing.assert_close(factor.lower @ factor.lower.T, damped[factor.order][:, factor.order])
+    torch.testing.assert_close(factor.inverse_diagonal, torch.linalg.inv(damped).diagonal())
+    assert (factor.inverse_diagonal[factor.order].diff() >= 0).all()
+
+
+def test_dampening_rises_in_recorded_steps_and_then_stops():
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05]))
+    assert factorise(indefinite, dampening=0.01).dampening == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="even with dampening 1"):
+        factorise(torch.diag(torch.tensor([4.0, 1.0, 1.0, -3.0])), dampening=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_interpolation_is_exact_at_both_ends(dtype):
+    torch.manual_seed(0)
+    aligned, finetuned = torch.randn(5, 7).to(dtype), torch.randn(5, 7).to(dtype)
+    assert torch.equal(interpolate(aligned, finetuned, alpha=0).weight.to(dtype), aligned)
+    assert torch.equal(interpolate(aligned, finetuned, alpha=1).weight.to(dtype), finetuned)
+    solution = interpolate(aligned, finetuned, alpha=0.25)
+    torch.testing.assert_close(solution.weight, 0.75 * aligned.float() + 0.25 * finetuned.float())
+    assert math.isnan(solution.safety_cost)
+    assert solution.utility_loss == pytest.approx(0.75**2)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
+def test_interpolation_refuses_alpha_outside_the_unit_interval(alpha):
+    with pytest.raises(ValueError, match="alpha is"):
+        interpolate(torch.zeros(1, 1), torch.ones(1, 1), alpha=alpha)
+
+
+def test_published_keeps_at_most_85_percent_and_survives_dead_columns():
+    torch.manual_seed(0)
+    aligned, finetuned = torch.randn(16, 20), torch.randn(16, 20)
+    inputs = torch.randn(50, 20)
+    inputs[:, 3] = 0
+    solution = published(aligned, finetuned, inputs.T @ inputs, strength=1e9)
+    assert solution.kept_fraction == 0.85
+    assert solution.weight.isfinite().all()
+    assert 0 < solution.safety_cost < 1
+
+
+def test_published_selects_block_by_block():
+    torch.manual_seed(1)
+    aligned, finetuned = torch.randn(6, 10), torch.randn(6, 10)
+    inputs = torch.randn(50, 10)
+    hessian = inputs.T @ inputs
+    whole = published(aligned, finetuned, hessian, strength=3000, block_size=10)
+    blocks = published(aligned, finetuned, hessian, strength=3000, block_size=4)
+    assert not torch.equal(whole.weight, blocks.weight)
+    with pytest.raises(ValueError, match="block_size 0"):
+        published(aligned, finetuned, hessian, strength=1, block_size=0)
