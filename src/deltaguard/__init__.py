@@ -1,1 +1,69 @@
-"""deltaguard."""
+"""Give a fine-tuned language model its refusals back.
+
+The public API is loaded on first use, so importing `deltaguard` does not import torch.
+
+Example:
+    ```python
+    import deltaguard
+
+    store = deltaguard.calibrate("aligned-model", "store")
+    report = deltaguard.restoration.restore("aligned-model", "finetuned-model", "restored", store=store)
+    ```
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltaguard.calibrate import CalibrateConfig, calibrate
+    from deltaguard.conversations import Conversation
+    from deltaguard.errors import DeltaguardError
+    from deltaguard.report import DiffReport, RestoreReport, Verification
+    from deltaguard.restoration.diff import diff
+    from deltaguard.restoration.options import RestoreConfig
+    from deltaguard.restoration.restore import restore
+    from deltaguard.restoration.verify import verify
+    from deltaguard.store import CurvatureStore
+
+__version__ = version("deltaguard")
+
+_HOME = {
+    "CalibrateConfig": "calibrate",
+    "Conversation": "conversations",
+    "CurvatureStore": "store",
+    "DeltaguardError": "errors",
+    "DiffReport": "report",
+    "RestoreConfig": "restoration.options",
+    "RestoreReport": "report",
+    "Verification": "report",
+    "calibrate": "calibrate",
+    "diff": "restoration.diff",
+    "restore": "restoration.restore",
+    "verify": "restoration.verify",
+}
+
+__all__ = [
+    "CalibrateConfig",
+    "Conversation",
+    "CurvatureStore",
+    "DeltaguardError",
+    "DiffReport",
+    "RestoreConfig",
+    "RestoreReport",
+    "Verification",
+    "calibrate",
+    "diff",
+    "restore",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'deltaguard' has no attribute {name!r}")
+    return getattr(import_module(f"deltaguard.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,6 +1,7 @@
 """Small facts about the factor, `interpolate` and `published`."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -65,3 +66,12 @@ def test_published_selects_block_by_block():
     assert not torch.equal(whole.weight, blocks.weight)
     with pytest.raises(ValueError, match="block_size 0"):
         published(aligned, finetuned, hessian, strength=1, block_size=0)
+
+
+def test_the_options_name_what_the_solver_knows():
+    from deltaguard.restoration import options
+    from deltaguard.solvers import greedy
+
+    module = sys.modules[greedy.__module__]
+    assert options.Budget == module.Budget
+    assert options.Compensation == module.Compensation

@@ -2,7 +2,7 @@
 
 Safe Delta visits columns in the order of h_j = [H⁻¹]_jj, which depends on the curvature alone. With the
 columns ordered from dearest (smallest h) to cheapest, the unselected columns U of *any* budget are the
-first ones, so the leading block of one Cholesky factor H[order, order] = L Lᵀ factorises H_UU for all of them.
+first ones, so the leading block of one Cholesky factor H[order, order] = L Lᵀ factorises H_UU for all.
 """
 
 from dataclasses import dataclass

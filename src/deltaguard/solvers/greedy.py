@@ -65,8 +65,8 @@ def greedy(
 ) -> Solution:
     """Keep the changes that buy most utility within a safety budget and compensate on the rest.
 
-    With H damped and h_j = [H⁻¹]_jj, entry (r, j) costs Δ_rj² / (2 h_j) in safety and buys Δ_rj² (paper,
-    equations 5 to 9). Entries are taken by descending ratio until the summed cost would pass the budget;
+    With H damped and h_j = [H⁻¹]_jj, entry (r, j) costs Δ_rj² / (2 h_j) in safety and buys Δ_rj².
+    Entries are taken by descending ratio until the summed cost would pass the budget;
     entries of one column tie and are taken smallest first, so the order of rows does not matter.
 
     Args:

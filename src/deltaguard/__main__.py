@@ -1,0 +1,5 @@
+"""`python -m deltaguard`."""
+
+from deltaguard.cli import main
+
+main()

@@ -1,0 +1,71 @@
+"""The program: its verbs, and what becomes of errors."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+from pydantic import ValidationError
+
+from deltaguard import __version__
+from deltaguard.cli.calibrate import calibrate
+from deltaguard.cli.diff import diff
+from deltaguard.cli.info import info
+from deltaguard.cli.restore import restore
+from deltaguard.cli.sink import complain
+from deltaguard.cli.verify import verify
+from deltaguard.errors import CheckFailedError, DeltaguardError
+
+DONE, FAILED, USAGE, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def build_app() -> App:
+    """The program with all its verbs."""
+    app = App(
+        name="deltaguard",
+        help="Give a fine-tuned language model its refusals back.",
+        version=__version__,
+        help_format="markdown",
+    )
+    for verb in (calibrate, restore, diff, verify, info):
+        app.command(verb)
+    return app
+
+
+def run(tokens: Sequence[str]) -> int:
+    """Carry out one command line.
+
+    Args:
+        tokens: the arguments, without the program's name.
+
+    Returns:
+        The exit code: 0 done, 1 known failure, 2 usage, 3 finished but a check failed, 130 interrupted.
+    """
+    try:
+        build_app()(list(tokens), exit_on_error=False, print_error=False, result_action="return_value")
+    except (CycloptsError, ValidationError) as error:
+        complain(_usage(error), hint="Run `deltaguard --help`, or a verb with `--help`.")
+        return USAGE
+    except (DeltaguardError, OSError) as error:
+        if os.environ.get("DELTAGUARD_DEBUG") == "1":
+            raise
+        complain(str(error))
+        return CHECK_FAILED if isinstance(error, CheckFailedError) else FAILED
+    except KeyboardInterrupt:
+        complain("Interrupted. What was finished is kept: run the same command again with `--resume`.")
+        return INTERRUPTED
+    return DONE
+
+
+def main() -> None:
+    """Entry point of the `deltaguard` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _usage(error: CycloptsError | ValidationError) -> str:
+    if isinstance(error, CycloptsError):
+        return str(error)
+    return "\n".join(
+        f"{'.'.join(map(str, problem['loc'])) or 'options'}: {problem['msg'].removeprefix('Value error, ')}"
+        for problem in error.errors()
+    )

@@ -1,0 +1,66 @@
+"""`deltaguard calibrate`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from deltaguard.cli.sink import Json, emit, progress_bar
+
+
+def calibrate(
+    aligned: str,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    prompts: Path | None = None,
+    num_samples: int = 128,
+    max_length: int = 512,
+    batch_size: int = 16,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    seed: int = 0,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> None:
+    """Measure the aligned model's curvature on safety conversations, once for all its fine-tunes.
+
+    Args:
+        aligned: The aligned model: a folder, a Hub id, or `id@revision`.
+        output: A new folder for the CurvatureStore.
+        prompts: JSONL with `prompt` and optionally `response` and `system`, instead of the built-in set.
+        num_samples: Number of safety conversations.
+        max_length: Tokens of a conversation at most.
+        batch_size: Conversations per batch.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: The model's arithmetic; `auto` is float32 on a CPU and the checkpoint's own elsewhere.
+        seed: Order of the conversations.
+        resume: Go on with a calibration that was interrupted.
+        json: Print one JSON document and nothing else on stdout.
+    """
+    from deltaguard.calibrate import CalibrateConfig
+    from deltaguard.calibrate import calibrate as run
+
+    config = CalibrateConfig(
+        prompts=prompts,
+        num_samples=num_samples,
+        max_length=max_length,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        resume=resume,
+    )
+    with progress_bar() as progress:
+        store = run(aligned, output, config=config, progress=progress)
+    made = store.provenance
+    table = Table(title=f"Curvature of {aligned}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("conversations", str(made.conversations))
+    table.add_row("tokens", str(made.tokens))
+    table.add_row("layers", str(sum(len(group.layers) for group in store.groups)))
+    table.add_row("groups that share an input", str(len(store.groups)))
+    table.add_row("store", str(output))
+    emit(made, table, as_json=json)

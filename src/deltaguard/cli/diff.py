@@ -1,0 +1,55 @@
+"""`deltaguard diff`."""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Group
+from rich.table import Table
+
+from deltaguard.cli.sink import Json, emit
+from deltaguard.report import DiffReport
+
+_SHOWN = 30
+
+
+def diff(
+    aligned: str,
+    finetuned: str,
+    /,
+    *,
+    deep: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> None:
+    """Show what differs between two checkpoints, by layer and kind, from headers.
+
+    Args:
+        aligned: The model before fine-tuning.
+        finetuned: The model after it, or a PEFT LoRA adapter folder.
+        deep: Read the weights and compare their values.
+        json: Print one JSON document and nothing else on stdout.
+    """
+    from deltaguard.restoration.diff import diff as compare
+
+    report = compare(aligned, finetuned, deep=deep)
+    emit(report, _draw(report), as_json=json)
+
+
+def _draw(report: DiffReport) -> Group:
+    kinds = Table(title=f"{report.aligned} → {report.finetuned}", title_justify="left")
+    for column in ("kind", "tensors", "differing", "relative norm of Δ"):
+        kinds.add_column(column, justify="left" if column == "kind" else "right", overflow="fold")
+    for row in report.kinds:
+        norm = "" if row.relative_norm is None else f"{row.relative_norm:.2e}"
+        kinds.add_row(row.kind, str(row.tensors), str(row.differing), norm)
+    listed = [row for row in report.tensors if row.difference != "values" or row.not_finite]
+    lines = [
+        f"{row.name}: {row.difference} (aligned {row.aligned or '-'}, fine-tuned {row.finetuned or '-'})"
+        + (f", {row.not_finite} entries NaN or infinite" if row.not_finite else "")
+        for row in listed[:_SHOWN]
+    ]
+    if len(listed) > _SHOWN:
+        lines.append(f"and {len(listed) - _SHOWN} more (all with --json)")
+    if not report.deep:
+        lines.append("Headers only; --deep compares values.")
+    lines.append("The pair can be restored." if report.compatible else "Not the same architecture.")
+    return Group(kinds, *lines)

@@ -1,0 +1,110 @@
+"""`deltaguard restore`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from cyclopts import Parameter
+from rich.console import Group
+from rich.table import Table
+
+from deltaguard.cli.sink import Json, emit, progress_bar
+from deltaguard.errors import DeltaguardError
+from deltaguard.report import PlanReport
+from deltaguard.restoration.options import Budget, Compensation, Method, OtherParams, RestoreConfig
+
+
+def restore(
+    aligned: str,
+    finetuned: str,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    store: str | None = None,
+    method: Method | None = None,
+    strength: float | None = None,
+    budget: Budget | None = None,
+    compensation: Compensation | None = None,
+    other_params: OtherParams | None = None,
+    config: Path | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint that keeps what fine-tuning taught and refuses like the aligned model.
+
+    Args:
+        aligned: The model before fine-tuning: a folder, a Hub id, or `id@revision`.
+        finetuned: The model after it: the same, or a PEFT LoRA adapter folder.
+        output: A new folder for the restored checkpoint.
+        store: The aligned model's curvature, from `deltaguard calibrate`; made and cached where absent.
+        method: The solver: `greedy` (default), `published` or `interpolate`.
+        strength: How much is kept, larger keeps more. Default for `greedy`: see "Choosing a strength".
+        budget: How `greedy` reads the strength: `fraction` (default) of the summed safety cost, or `paper`.
+        compensation: What `greedy` does to entries it does not keep: `joint` (default), `additive`, `none`.
+        other_params: Where norms, biases and embeddings come from: `aligned` (default) or `finetuned`.
+        config: A YAML or JSON file with any of these options; the command line wins.
+        dry_run: Print the plan, made from headers alone, and write nothing.
+        resume: Go on with a restore that was interrupted.
+        overwrite: Replace what the output folder holds.
+        json: Print one JSON document and nothing else on stdout.
+    """
+    given = {
+        "method": method,
+        "strength": strength,
+        "budget": budget,
+        "compensation": compensation,
+        "other_params": other_params,
+        "resume": resume or None,
+        "overwrite": overwrite or None,
+    }
+    chosen = RestoreConfig.model_validate(
+        _from_file(config) | {name: value for name, value in given.items() if value is not None}
+    )
+    from deltaguard.restoration import restore as restoring
+
+    if dry_run:
+        plan = restoring.plan_restore(aligned, finetuned, store=store, config=chosen)
+        emit(plan, _draw_plan(plan), as_json=json)
+        return
+    from deltaguard.draw.terminal import restore_table
+
+    with progress_bar() as progress:
+        report = restoring.restore(aligned, finetuned, output, store=store, config=chosen, progress=progress)
+    emit(report, Group(restore_table(report), f"Restored checkpoint: {output}"), as_json=json)
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DeltaguardError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise DeltaguardError(f"The configuration {path} is not YAML or JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise DeltaguardError(f"The configuration {path} must map options to values.")
+    return options
+
+
+def _draw_plan(plan: PlanReport) -> Table:
+    table = Table(title="Plan (nothing is written)", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("tensors restored", f"{plan.restored}")
+    table.add_row("taken from the aligned model", f"{plan.from_aligned}")
+    table.add_row("taken from the fine-tuned model", f"{plan.from_finetuned}")
+    table.add_row("extended by fine-tuned rows", f"{plan.extended}")
+    table.add_row("weights read", _gigabytes(plan.read_bytes))
+    table.add_row("curvature read", _gigabytes(plan.curvature_bytes))
+    table.add_row("weights written", _gigabytes(plan.write_bytes))
+    table.add_row("memory for tensors, estimated", _gigabytes(plan.peak_bytes))
+    if plan.note:
+        table.add_row("note", plan.note)
+    return table
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3f} GB"

@@ -1,0 +1,19 @@
+"""`deltaguard verify`."""
+
+from deltaguard.cli.sink import Json, emit
+from deltaguard.errors import CheckFailedError
+
+
+def verify(output: str, /, *, json: Json = False) -> None:
+    """Check a restored checkpoint: index, shards, finite weights, and hashes against its report.
+
+    Args:
+        output: A folder that `deltaguard restore` wrote.
+        json: Print one JSON document and nothing else on stdout.
+    """
+    from deltaguard.restoration.verify import verify as check
+
+    found = check(output)
+    emit(found, f"{output}: {found.tensors} tensors, {len(found.problems)} problems.", as_json=json)
+    if not found.passed:
+        raise CheckFailedError("\n".join(found.problems))

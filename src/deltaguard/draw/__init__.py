@@ -1,0 +1,1 @@
+"""What people read of a report: terminal tables, HTML pages and the model card, from the schema alone."""

@@ -1,0 +1,121 @@
+"""Files that are complete and on disk, or absent; and what to say where the operating system refuses."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from deltaguard.errors import DeltaguardError
+
+_WORTH_A_THREAD = 1 << 20
+
+
+class HashedFile:
+    """A file under a temporary name, hashed in a second thread while it is written.
+
+    Attributes:
+        bytes: written so far.
+        digest: sha256 of them.
+        notes: what the writer's caller wants to be recorded with the file.
+    """
+
+    def __init__(self, path: Path, shown: Path, size: int) -> None:
+        """Create the file.
+
+        Args:
+            path: the temporary name.
+            shown: where the user will find it, for messages.
+            size: bytes that it will have, for messages.
+        """
+        self.bytes = 0
+        self.digest = hashlib.sha256()
+        self.notes: Any = None
+        self._path = path
+        self._shown = shown
+        self._size = size
+        self._file = path.open("wb", buffering=0)
+        self._hasher = ThreadPoolExecutor(1)
+        self._hashed: Future[None] = Future()
+        self._hashed.set_result(None)
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes, which must stay as they are until the next call of `write` or `finish`.
+
+        They are still being hashed when this returns, while the caller reads what comes next.
+        """
+        self._hashed.result()
+        if len(data) < _WORTH_A_THREAD:
+            self.digest.update(data)
+        else:
+            self._hashed = self._hasher.submit(self.digest.update, data)
+        done = 0
+        with explained(self._shown, self._size):
+            # One call of the operating system writes at most 2 GiB.
+            while done < len(data):
+                done += self._file.write(data[done:])
+        self.bytes += len(data)
+
+    def finish(self, final: Path) -> None:
+        """Flush the file to disk and give it its final name, durably."""
+        self._hashed.result()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._path.replace(final)
+        flush_folder(final.parent)
+
+    def close(self) -> None:
+        """Release the file; it is removed where it was not finished."""
+        self._hasher.shutdown()
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder durable: a rename survives a power cut only after this."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained(path: Path, needed: int | None = None) -> Generator[None, None, None]:
+    """Turn what the operating system refuses into a message that says what to do.
+
+    Args:
+        path: what is read or written in the block.
+        needed: bytes of it, where a full disk is among the possible failures.
+
+    Raises:
+        DeltaguardError: in the place of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DeltaguardError(_explanation(error, path, needed)) from error
+
+
+def _explanation(error: OSError, path: Path, needed: int | None) -> str:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
+        wanted = f"{needed:,} bytes are needed for it and " if needed is not None else ""
+        return (
+            f"There is no space left for {path}: {wanted}{shutil.disk_usage(folder).free:,} are free. "
+            "Free some space and run again with --resume."
+        )
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return (
+            f"{path} cannot be accessed: permission denied. Choose another folder or change its permissions."
+        )
+    if error.errno == errno.EROFS:
+        return f"{path} lies on a read-only file system: choose another output folder."
+    if error.errno in {errno.ENOTDIR, errno.EEXIST}:
+        file = next((parent for parent in (path, *path.parents) if parent.is_file()), error.filename)
+        return f"{path} cannot be written: {file} is a file, not a folder."
+    return f"{path} cannot be written: {error.strerror}."

@@ -1,0 +1,91 @@
+"""Where a model lies: a local folder, or a snapshot fetched from the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from deltaguard.errors import DeltaguardError
+
+_SMALL_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "*.md",
+    "tokenizer*",
+    "LICENSE*",
+    "NOTICE*",
+)
+# Some repositories hold a second copy of the weights, in the format of the original code.
+_SECOND_COPIES = ("consolidated*.safetensors", "*/*.safetensors")
+_HUB_REFERENCE = re.compile(r"(?P<id>\w[\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+
+
+def is_local(reference: str | Path) -> bool:
+    """Whether a reference names a local folder, which always comes before the Hub."""
+    return Path(reference).expanduser().is_dir()
+
+
+def locate(reference: str | Path, *, weights: bool = True) -> Path:
+    """The local folder of a model, fetched from the Hub where the reference is no local folder.
+
+    A local path always wins where it exists. Nothing that runs code is executed.
+
+    Args:
+        reference: a folder, a Hub id, or `id@revision` (a branch, tag or commit).
+        weights: fetch the safetensors files too; otherwise configuration and tokenizer alone.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DeltaguardError: there is no such folder or repository, or the Hub cannot be reached.
+    """
+    path = Path(reference).expanduser()
+    if is_local(reference):
+        return path
+    if path.exists():
+        raise DeltaguardError(f"{path} is a file; give the folder that holds the model.")
+    match = _HUB_REFERENCE.fullmatch(str(reference))
+    if isinstance(reference, Path) or match is None:
+        raise DeltaguardError(
+            f"There is no folder {path} (looked for {path.absolute()}), and it is not a Hub id, "
+            "which would have the form organisation/name or organisation/name@revision."
+        )
+    return _fetch(match["id"], match["revision"], weights=weights)
+
+
+def _fetch(repository: str, revision: str | None, *, weights: bool) -> Path:
+    wanted: list[str] = [*_SMALL_FILES, "*.safetensors"] if weights else [*_SMALL_FILES]
+    at = f"{repository} at revision {revision}" if revision else repository
+    try:
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=wanted, ignore_patterns=list(_SECOND_COPIES)
+        )
+    except GatedRepoError as error:
+        raise DeltaguardError(
+            f"The Hub repository {repository} is gated: accept its terms at "
+            f"https://huggingface.co/{repository} and run `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise DeltaguardError(f"The Hub repository {repository} has no revision {revision!r}.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise DeltaguardError(
+            f"There is neither a local folder nor a Hub repository named {repository}. "
+            "If the repository is private, run `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise DeltaguardError(
+            f"{at} is not a local folder and could not be fetched from the Hub: {error}"
+        ) from error
+    return Path(folder)

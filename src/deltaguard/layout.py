@@ -1,0 +1,219 @@
+"""Which files of a model's folder hold its weights, and why some folders cannot be used."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.hub import is_local
+from deltaguard.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+STAGING_FOLDER = ".deltaguard-partial"
+
+_PICKLED = (".bin", ".pt", ".pth")
+_PACKED_NAMES = (".qweight", ".qzeros", ".weight_packed", ".SCB")
+_DEQUANTISE = (
+    "Give the unquantised checkpoint: dequantise it first (transformers: `model.dequantize()`, then "
+    "`model.save_pretrained(...)`), or merge the adapter into the unquantised model."
+)
+_ADAPTER = (
+    "this is a PEFT adapter, not a model. An adapter may be given as FINETUNED only; "
+    "give the model that it was trained on as ALIGNED."
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The weight files of one folder.
+
+    Attributes:
+        shards: names of the safetensors files, sorted.
+        index_name: name of the index of a sharded checkpoint.
+        placed: for each tensor that the index names, the shard it names.
+    """
+
+    shards: tuple[str, ...]
+    index_name: str | None = None
+    placed: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def listed(title: str, problems: Sequence[str]) -> str:
+    """One message for any number of problems: a line each where there are several."""
+    if len(problems) == 1:
+        return f"{title}: {problems[0]}"
+    return "\n".join([f"{title}:", *(f"- {problem}" for problem in problems)])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        DeltaguardError: the file cannot be read, or does not hold a JSON object.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DeltaguardError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise DeltaguardError(f"{path} holds a JSON {type(content).__name__}, not an object.")
+    return cast("dict[str, Any]", content)
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The model's configuration, and why a model with it cannot be used (None where it can).
+
+    Raises:
+        DeltaguardError: the file cannot be read as JSON.
+    """
+    path = folder / CONFIG_FILE
+    if path.exists():
+        config = read_json(path)
+        return config, _quantisation_problem(config)
+    if (folder / ADAPTER_CONFIG).exists():
+        return {}, _ADAPTER
+    return {}, f"there is no {CONFIG_FILE}: copy it from the model that was fine-tuned."
+
+
+def find_layout(folder: Path, reference: str) -> Layout:
+    """The weight files of a folder, chosen as transformers chooses them.
+
+    `model.safetensors` comes before an index, an index before any other single safetensors file.
+
+    Args:
+        folder: the model's folder.
+        reference: what the user called it, for messages.
+
+    Raises:
+        DeltaguardError: there are no weights in safetensors files, or it is unclear which they are.
+    """
+    found = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    indices = sorted(p.name for p in folder.glob("*.safetensors.index.json"))
+    if SINGLE_FILE in found:
+        return Layout((SINGLE_FILE,))
+    if INDEX_FILE in indices or len(indices) == 1:
+        return _from_index(folder, INDEX_FILE if INDEX_FILE in indices else indices[0])
+    if len(found) == 1:
+        return Layout((found[0],))
+    if not found:
+        raise DeltaguardError(f"{reference}: {_without_weights(folder, reference)}")
+    unfinished = (
+        " An unfinished run of deltaguard left it: run that again with --resume."
+        if (folder / STAGING_FOLDER).is_dir()
+        else ""
+    )
+    raise DeltaguardError(
+        f"{reference} holds {len(found)} safetensors files ({found[0]}, ...) but neither {SINGLE_FILE} "
+        f"nor {INDEX_FILE}: the checkpoint is incomplete.{unfinished}"
+    )
+
+
+def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], list[str]]:
+    """All tensors of a checkpoint from the headers of its shards, and all that is wrong with them.
+
+    Args:
+        folder: the model's folder.
+        layout: its weight files.
+
+    Returns:
+        The tensors by name, ordered by shard and then by position, and one sentence per problem.
+    """
+    problems: list[str] = []
+    tensors: dict[str, TensorInfo] = {}
+    for shard in layout.shards:
+        path = folder / shard
+        problem = (
+            shard_problem(path) if path.is_file() else f"{layout.index_name} names {shard}: no such file."
+        )
+        if problem:
+            problems.append(problem)
+            continue
+        for info in parse_header(read_header(path), shard):
+            if info.name in tensors:
+                problems.append(f"{info.name} is in two shards, {tensors[info.name].shard} and {shard}.")
+            tensors[info.name] = info
+    if not problems and not tensors:
+        problems.append(f"{' '.join(layout.shards)} holds no tensors.")
+    if not problems:
+        problems = [*_misplaced(layout, tensors), *_unusable(tensors.values())]
+    return tensors, problems
+
+
+def _quantisation_problem(config: Mapping[str, Any]) -> str | None:
+    for part in (config, config.get("text_config") or {}):
+        quantisation = part.get("quantization_config")
+        if quantisation:
+            method = quantisation.get("quant_method", "an unnamed method")
+            return f"the weights are quantised ({method}). {_DEQUANTISE}"
+    return None
+
+
+def _from_index(folder: Path, name: str) -> Layout:
+    weight_map: Any = read_json(folder / name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DeltaguardError(f"{folder / name} has no weight_map: download or copy it again.")
+    placed = cast("dict[str, str]", weight_map)
+    shards = sorted(set(placed.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise DeltaguardError(f"{folder / name} names files outside its folder: {', '.join(outside)}.")
+    return Layout(tuple(shards), name, placed)
+
+
+def _misplaced(layout: Layout, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    problems: list[str] = []
+    for name, shard in layout.placed.items():
+        if name not in tensors:
+            problems.append(f"{layout.index_name} names {name}, which no shard holds.")
+        elif tensors[name].shard != shard:
+            problems.append(f"{layout.index_name} places {name} in {shard}; {tensors[name].shard} holds it.")
+    return problems
+
+
+def _unusable(tensors: Iterable[TensorInfo]) -> list[str]:
+    packed: list[str] = []
+    unknown: list[str] = []
+    for info in tensors:
+        if info.dtype not in DTYPES:
+            unknown.append(f"{info.name} is stored as {info.dtype}, which torch cannot read.")
+        elif info.name.endswith(_PACKED_NAMES) or _is_integer_matrix(info):
+            packed.append(info.name)
+    if packed:
+        unknown.append(
+            f"{len(packed)} weights are packed integers ({packed[0]}, ...): they are quantised. {_DEQUANTISE}"
+        )
+    return unknown
+
+
+def _is_integer_matrix(info: TensorInfo) -> bool:
+    return info.name.endswith(".weight") and len(info.shape) > 1 and info.dtype[0] in "IU"
+
+
+def _without_weights(folder: Path, reference: str) -> str:
+    """Why a folder without safetensors weights cannot be used, and what to do."""
+    if (folder / ADAPTER_CONFIG).exists():
+        return _ADAPTER
+    names = sorted(p.name for p in folder.iterdir())
+    if any(name.endswith(".gguf") for name in names):
+        return f"the weights are in GGUF files, which are quantised. {_DEQUANTISE}"
+    pickled = [name for name in names if name.endswith(_PICKLED) and name != "training_args.bin"]
+    source = reference if is_local(reference) else reference.partition("@")[0]
+    convert = (
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"s, d = {source!r}, {Path(source).name + '-safetensors'!r}; "
+        "M.from_pretrained(s, dtype='auto').save_pretrained(d); T.from_pretrained(s).save_pretrained(d)\""
+    )
+    if pickled:
+        return (
+            f"the weights are pickled ({', '.join(pickled)}), and loading a pickle runs what it holds. "
+            f"If you trust them, convert them: {convert}"
+        )
+    return (
+        "there are no weights in safetensors files. If the model has pickled weights (.bin, .pt, .pth) "
+        f"that you trust, convert them: {convert}"
+    )

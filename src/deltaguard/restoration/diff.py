@@ -1,0 +1,104 @@
+"""What differs between an aligned model and a fine-tuned one, by layer and kind."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from deltaguard.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.report import DiffReport, KindRow, TensorDiff
+from deltaguard.restoration.job import open_models
+
+_NUMBER = re.compile(r"\.\d+\.")
+
+
+def diff(aligned: str | Path, finetuned: str | Path, *, deep: bool = False) -> DiffReport:
+    """Compare two checkpoints, from headers alone or with their weights.
+
+    Args:
+        aligned: as in `restore`.
+        finetuned: as in `restore`; an adapter's deltas are expanded.
+        deep: read the weights and compare values.
+
+    Returns:
+        Every tensor that differs, and a summary by kind.
+
+    Raises:
+        DeltaguardError: one of the models cannot be opened.
+    """
+    one, other = open_models(aligned, finetuned)
+    names = name_map(list(other.tensors), list(one.tensors))
+    found = set(names.values())
+    rows = [
+        TensorDiff(name=info.name, difference="only aligned", aligned=_text(info), finetuned=None)
+        for info in one.tensors.values()
+        if info.name not in found
+    ]
+    for info in other.tensors.values():
+        own = one.tensors.get(names.get(info.name, ""))
+        row = _compare(one, other, own, info, deep=deep)
+        if row is not None:
+            rows.append(row)
+    return DiffReport(
+        aligned=one.reference,
+        finetuned=other.reference,
+        deep=deep,
+        tensors=tuple(rows),
+        kinds=_by_kind(list(other.tensors), rows, deep=deep),
+        compatible=all(row.difference in ("values", "dtype") for row in rows),
+    )
+
+
+def _compare(
+    one: WeightSource, other: WeightSource, own: TensorInfo | None, info: TensorInfo, *, deep: bool
+) -> TensorDiff | None:
+    if own is None:
+        return TensorDiff(name=info.name, difference="only finetuned", aligned=None, finetuned=_text(info))
+    texts = {"aligned": _text(own), "finetuned": _text(info)}
+    if own.shape != info.shape:
+        return TensorDiff(name=info.name, difference="shape", **texts)
+    if deep:
+        before, after = one.read(own.name), other.read(info.name)
+        if not torch.equal(before, after):
+            delta = after.double() - before.double()
+            norm = float(torch.linalg.vector_norm(before.double()))
+            return TensorDiff(
+                name=info.name,
+                difference="values",
+                **texts,
+                relative_norm=float(torch.linalg.vector_norm(delta)) / norm if norm else None,
+                not_finite=int((~delta.isfinite()).sum()),
+            )
+    return TensorDiff(name=info.name, difference="dtype", **texts) if own.dtype != info.dtype else None
+
+
+def _by_kind(names: list[str], rows: list[TensorDiff], *, deep: bool) -> tuple[KindRow, ...]:
+    differing: dict[str, list[TensorDiff]] = defaultdict(list)
+    for row in rows:
+        differing[_kind(row.name)].append(row)
+    counts: dict[str, int] = defaultdict(int)
+    for name in [*names, *(row.name for row in rows if row.difference == "only aligned")]:
+        counts[_kind(name)] += 1
+    return tuple(
+        KindRow(
+            kind=kind,
+            tensors=count,
+            differing=len(differing[kind]),
+            relative_norm=_mean([row.relative_norm for row in differing[kind]]) if deep else None,
+        )
+        for kind, count in counts.items()
+    )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _kind(name: str) -> str:
+    return _NUMBER.sub(".*.", name)
+
+
+def _text(info: TensorInfo) -> str:
+    return f"{info.dtype} {tuple(info.shape)}"

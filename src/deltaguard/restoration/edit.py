@@ -1,0 +1,204 @@
+"""One tensor of a restore: its inputs read, its solver run, its row of the report."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from deltaguard.checkpoint import WeightSource
+from deltaguard.errors import DeltaguardError
+from deltaguard.report import LayerRow, OtherRow
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.plan import Action, Step
+from deltaguard.solvers import Factor, Solution, greedy_factored, interpolate, published
+from deltaguard.store import CurvatureStore
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one step needs, read from disk.
+
+    Attributes:
+        step: the step of the plan.
+        finetuned: the fine-tuned tensor.
+        aligned: the aligned tensor, None where the aligned model has none.
+        differs: whether the two tensors differ; True where there is no aligned one.
+        curvature: a Factor for `greedy`, H for `published`, None for what needs none.
+    """
+
+    step: Step
+    finetuned: Tensor
+    aligned: Tensor | None
+    differs: bool
+    curvature: Factor | Tensor | None
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A tensor as it will be written, and its row of the report."""
+
+    tensor: Tensor
+    row: LayerRow | OtherRow
+
+
+@dataclass
+class CurvatureReader:
+    """Reads each group's curvature once, and holds it only while layers of the group are still to come."""
+
+    store: CurvatureStore
+    method: str
+    uses: Counter[str]
+    held: dict[str, Factor | Tensor] = field(default_factory=dict[str, Factor | Tensor])
+
+    def take(self, group: str, *, needed: bool) -> Factor | Tensor | None:
+        """The group's curvature in the form that the method needs; nothing is read where it is not needed."""
+        if needed and group not in self.held:
+            self.held[group] = (
+                self.store.factor(group) if self.method == "greedy" else self.store.hessian(group)
+            )
+        self.uses[group] -= 1
+        taken = self.held.get(group) if needed else None
+        if not self.uses[group]:
+            self.held.pop(group, None)
+        return taken
+
+
+def read_ahead(
+    steps: Iterable[Step],
+    aligned: WeightSource,
+    finetuned: WeightSource,
+    curvature: CurvatureReader | None,
+) -> Iterator[Inputs]:
+    """The inputs of each step, read in a thread while the step before is being solved.
+
+    At most two steps' tensors are in memory at once.
+    """
+
+    def read(step: Step) -> Inputs:
+        tuned = finetuned.read(step.info.name)
+        base = aligned.read(step.aligned) if step.aligned else None
+        differs = base is None or not _same(base, tuned)
+        known = curvature.take(step.group, needed=differs) if curvature and step.group else None
+        return Inputs(step=step, finetuned=tuned, aligned=base, differs=differs, curvature=known)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+        pending = None
+        for step in steps:
+            following = reader.submit(read, step)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+def edit(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edited:
+    """Carry out one step.
+
+    Args:
+        inputs: what the step needs.
+        config: the restore's options.
+        dtype: dtype of the output tensor.
+
+    Returns:
+        The tensor to write, contiguous, and its row.
+
+    Raises:
+        DeltaguardError: the weights are not finite, or the solver failed; the message names the tensor.
+    """
+    match inputs.step.action:
+        case Action.RESTORE:
+            return _restore(inputs, config, dtype)
+        case Action.ALIGNED | Action.FINETUNED | Action.EXTEND:
+            return _take(inputs, dtype)
+        case never:
+            assert_never(never)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return one.shape == other.shape and torch.equal(one.to(dtype), other.to(dtype))
+
+
+def _restore(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edited:
+    step, finetuned, aligned = inputs.step, inputs.finetuned, _known(inputs.aligned)
+    started = time.perf_counter()
+    if not inputs.differs:
+        same = Solution(weight=finetuned, kept_fraction=1.0, safety_cost=0.0, utility_loss=0.0)
+        return Edited(finetuned.to(dtype), _row(step, same, 0.0, started))
+    turn = (lambda matrix: matrix.T) if step.transposed else (lambda matrix: matrix)
+    try:
+        solution = _solve(turn(aligned), turn(finetuned), inputs.curvature, config)
+    except ValueError as error:
+        raise DeltaguardError(f"Tensor `{step.info.name}`: {error}") from error
+    restored = turn(solution.weight).to(dtype).contiguous()
+    if not bool(restored.isfinite().all()):
+        raise DeltaguardError(
+            f"Tensor `{step.info.name}`: the restored weight does not fit into {dtype}; "
+            "save the fine-tuned model in bfloat16 or float32 and restore that."
+        )
+    norm = float(torch.linalg.vector_norm(finetuned.float() - aligned.float()))
+    return Edited(restored, _row(step, solution, norm, started))
+
+
+def _solve(
+    aligned: Tensor, finetuned: Tensor, curvature: Factor | Tensor | None, config: RestoreConfig
+) -> Solution:
+    strength = config.chosen_strength
+    if isinstance(curvature, Factor):
+        return greedy_factored(
+            aligned,
+            finetuned,
+            curvature,
+            strength=strength,
+            budget=config.budget,
+            compensation=config.compensation,
+        )
+    if curvature is not None:
+        return published(aligned, finetuned, curvature, strength=strength)
+    return interpolate(aligned, finetuned, alpha=strength)
+
+
+def _take(inputs: Inputs, dtype: torch.dtype) -> Edited:
+    step, finetuned = inputs.step, inputs.finetuned
+    if inputs.aligned is None:
+        row = OtherRow(name=step.info.name, source="finetuned", reason=step.reason, differs=True)
+        return Edited(finetuned.to(dtype), row)
+    aligned = inputs.aligned.to(dtype)
+    if step.action is Action.EXTEND:
+        tensor = finetuned.to(dtype, copy=True)
+        tensor[: len(aligned)] = aligned
+        row = OtherRow(name=step.info.name, source="both", reason=step.reason, differs=True)
+        return Edited(tensor, row)
+    chosen = aligned if step.action is Action.ALIGNED else finetuned.to(dtype)
+    row = OtherRow(
+        name=step.info.name,
+        source=step.action.value,
+        reason=step.reason,
+        differs=inputs.differs,
+    )
+    return Edited(chosen.contiguous(), row)
+
+
+def _row(step: Step, solution: Solution, norm: float, started: float) -> LayerRow:
+    return LayerRow(
+        name=step.info.name,
+        shape=step.info.shape,
+        delta_norm=norm,
+        kept_fraction=solution.kept_fraction,
+        safety_cost=None if math.isnan(solution.safety_cost) else solution.safety_cost,
+        utility_loss=solution.utility_loss,
+        seconds=time.perf_counter() - started,
+        detail=solution.detail,
+    )
+
+
+def _known(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "a tensor that is restored has an aligned counterpart"  # noqa: S101
+    return tensor

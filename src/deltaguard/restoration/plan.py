@@ -1,0 +1,253 @@
+"""What a restore will do, decided from headers alone: no weight is read to make a plan."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from deltaguard.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.errors import DeltaguardError
+from deltaguard.restoration.options import OtherParams
+from deltaguard.store import CurvatureStore
+
+_BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")
+_EXPERT = re.compile(r"\.experts?\.")
+_OUTPUT_EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$")
+_INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+_SHOWN = 20
+
+
+class Action(StrEnum):
+    """What becomes of one tensor of the fine-tuned checkpoint."""
+
+    RESTORE = "restore"
+    ALIGNED = "aligned"
+    FINETUNED = "finetuned"
+    EXTEND = "extend"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the output.
+
+    Attributes:
+        info: the tensor as the fine-tuned checkpoint declares it; the output declares it alike.
+        action: RESTORE: a solver decides; ALIGNED or FINETUNED: taken whole from that model; EXTEND: the
+            rows both models have from the aligned one, the rest from the fine-tuned one.
+        aligned: the tensor's name in the aligned checkpoint, None where it has none.
+        group: the curvature group, None without curvature.
+        transposed: whether the weight is stored (in, out), as GPT-2's Conv1D does.
+        reason: why, in words for the report.
+    """
+
+    info: TensorInfo
+    action: Action
+    aligned: str | None
+    group: str | None
+    transposed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps, in the order in which the tensors lie in the fine-tuned checkpoint's shards.
+
+    Attributes:
+        steps: one per tensor of the output.
+        read_bytes: bytes of weights that will be read from both checkpoints.
+        write_bytes: bytes of weights that will be written.
+        curvature_bytes: bytes that will be read from the store.
+        peak_bytes: estimate of the memory that tensors will take at once.
+    """
+
+    steps: tuple[Step, ...]
+    read_bytes: int
+    write_bytes: int
+    curvature_bytes: int
+    peak_bytes: int
+
+    def count(self, *actions: Action) -> int:
+        """How many tensors take one of these actions."""
+        return sum(step.action in actions for step in self.steps)
+
+    def in_shard(self, shard: str) -> tuple[Step, ...]:
+        """The steps of one shard, by offset."""
+        return tuple(step for step in self.steps if step.info.shard == shard)
+
+
+def make_plan(
+    aligned: WeightSource,
+    finetuned: WeightSource,
+    *,
+    store: CurvatureStore | None,
+    other_params: OtherParams = "aligned",
+) -> Plan:
+    """Decide what becomes of every tensor of the fine-tuned checkpoint.
+
+    Args:
+        aligned: the aligned checkpoint.
+        finetuned: the fine-tuned checkpoint; the output mirrors it.
+        store: the aligned model's curvature, whose layers are restored; None where the method needs
+            none: then every matrix inside a decoder block is restored.
+        other_params: where norms, biases, embeddings and the output head come from.
+
+    Returns:
+        The plan.
+
+    Raises:
+        DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), the
+            store belongs to another model, or the model has expert layers.
+    """
+    _refuse_experts(aligned, finetuned)
+    if store is not None:
+        _check_store(aligned, store)
+    names = _aligned_names(aligned, finetuned)
+    layer = _layer_rule(store)
+    problems = _missing(aligned, finetuned, names, layer)
+    steps: list[Step] = []
+    for info in finetuned.tensors.values():
+        own = names.get(info.name)
+        step = _step(info, None if own is None else aligned.tensors[own], layer, other_params)
+        if isinstance(step, str):
+            problems.append(step)
+        else:
+            steps.append(step)
+    if problems:
+        raise DeltaguardError(_mismatch(aligned, finetuned, problems))
+    if not any(step.action is Action.RESTORE for step in steps):
+        raise DeltaguardError(
+            f"No layer of {finetuned.reference} can be restored: it holds no matrix in a numbered decoder block."
+        )
+    return _with_sizes(tuple(steps), aligned, store)
+
+
+_LayerRule = Callable[[TensorInfo], tuple[str | None, bool] | None]
+
+
+def _layer_rule(store: CurvatureStore | None) -> _LayerRule:
+    """(curvature group, transposed) of an aligned tensor that is to be restored, None for the others."""
+
+    def from_store(info: TensorInfo) -> tuple[str | None, bool] | None:
+        group = store.group_of(info.name) if store else None
+        if group is None:
+            return None
+        return group.name, next(layer.transposed for layer in group.layers if layer.tensor == info.name)
+
+    def from_header(info: TensorInfo) -> tuple[str | None, bool] | None:
+        return (None, False) if len(info.shape) == 2 and _BLOCK_MATRIX.search(info.name) else None
+
+    return from_header if store is None else from_store
+
+
+def _aligned_names(aligned: WeightSource, finetuned: WeightSource) -> Mapping[str, str]:
+    """Fine-tuned name -> aligned name; an output head that only one model stores is the tied embedding."""
+    names = name_map(list(finetuned.tensors), list(aligned.tensors))
+    embedding = next((name for name in aligned.tensors if _INPUT_EMBEDDING.search(name)), None)
+    for name in finetuned.tensors:
+        if name not in names and embedding and _OUTPUT_EMBEDDING.search(name):
+            names[name] = embedding
+    return names
+
+
+def _missing(
+    aligned: WeightSource, finetuned: WeightSource, names: Mapping[str, str], layer: _LayerRule
+) -> list[str]:
+    """Tensors that the fine-tuned checkpoint ought to hold; a tied output head and buffers may be absent."""
+    found = set(names.values())
+    return [
+        f"Tensor `{info.name}` {info.shape} is in the aligned model and not in the fine-tuned one."
+        for info in aligned.tensors.values()
+        if info.name not in found
+        and (layer(info) or info.name.endswith((".weight", ".bias")))
+        and not _OUTPUT_EMBEDDING.search(info.name)
+        and not re.search(r"\.(attn|attention)\.(masked_)?bias$", info.name)
+    ]
+
+
+def _step(
+    info: TensorInfo, aligned: TensorInfo | None, layer: _LayerRule, other_params: OtherParams
+) -> Step | str:
+    """What becomes of one tensor, or the sentence that says why it does not fit."""
+    if aligned is None:
+        if _BLOCK_MATRIX.search(info.name) and len(info.shape) == 2:
+            return f"Tensor `{info.name}` {info.shape} is in the fine-tuned model and not in the aligned one."
+        return Step(info, Action.FINETUNED, None, None, False, "only in the fine-tuned checkpoint")
+    restored = layer(aligned)
+    if info.shape == aligned.shape:
+        if restored is not None:
+            return Step(info, Action.RESTORE, aligned.name, *restored, "restored")
+        action = Action.ALIGNED if other_params == "aligned" else Action.FINETUNED
+        return Step(info, action, aligned.name, None, False, f"--other-params {other_params}")
+    if restored is None and _has_extra_rows(info, aligned):
+        if other_params == "finetuned":
+            return Step(info, Action.FINETUNED, aligned.name, None, False, "--other-params finetuned")
+        extra = f"rows {aligned.shape[0]} to {info.shape[0] - 1} only in the fine-tuned vocabulary"
+        return Step(info, Action.EXTEND, aligned.name, None, False, extra)
+    return f"Tensor `{info.name}` is {aligned.shape} in the aligned model and {info.shape} in the fine-tuned one."
+
+
+def _has_extra_rows(info: TensorInfo, aligned: TensorInfo) -> bool:
+    vocabulary = _INPUT_EMBEDDING.search(info.name) or re.search(
+        r"(lm_head|embed_out|output_layer)\.(weight|bias)$", info.name
+    )
+    return bool(
+        vocabulary
+        and len(info.shape) == len(aligned.shape)
+        and info.shape[1:] == aligned.shape[1:]
+        and info.shape[0] > aligned.shape[0]
+    )
+
+
+def _refuse_experts(*sources: WeightSource) -> None:
+    for source in sources:
+        found = [name for name in source.tensors if _EXPERT.search(name)]
+        if found:
+            raise DeltaguardError(
+                f"{source.reference} is a mixture of experts ({len(found)} expert tensors, such as "
+                f"`{found[0]}`): deltaguard does not restore expert layers yet."
+            )
+
+
+def _check_store(aligned: WeightSource, store: CurvatureStore) -> None:
+    fingerprint = aligned.fingerprint()
+    made_for = store.provenance
+    if made_for.fingerprint != fingerprint:
+        raise DeltaguardError(
+            f"The curvature store belongs to another model: it was made for {made_for.aligned} "
+            f"(fingerprint {made_for.fingerprint}), and {aligned.reference} has fingerprint "
+            f"{fingerprint}. Run `deltaguard calibrate {aligned.reference} -o STORE` for this model."
+        )
+
+
+def _mismatch(aligned: WeightSource, finetuned: WeightSource, problems: Sequence[str]) -> str:
+    types = [str(source.config.get("model_type", "unknown")) for source in (aligned, finetuned)]
+    lines = [
+        f"{aligned.reference} ({types[0]}) and {finetuned.reference} ({types[1]}) are not one architecture:"
+    ]
+    lines += [f"  {problem}" for problem in problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        lines.append(f"  and {len(problems) - _SHOWN} more.")
+    lines.append(f"Run `deltaguard diff {aligned.reference} {finetuned.reference}` to see all differences.")
+    return "\n".join(lines)
+
+
+def _with_sizes(steps: tuple[Step, ...], aligned: WeightSource, store: CurvatureStore | None) -> Plan:
+    read = sum(step.info.nbytes for step in steps)
+    read += sum(aligned.tensors[step.aligned].nbytes for step in steps if step.aligned)
+    used = {step.group for step in steps if step.group}
+    sides = [group.in_features for group in store.groups if group.name in used] if store else []
+    entries = max(_entries(step) for step in steps if step.action is Action.RESTORE)
+    largest = max(step.info.nbytes for step in steps)
+    # Two tensors in flight, eight float32 matrices of the layer's shape and three of its curvature's.
+    peak = 4 * largest + 4 * (8 * entries + 3 * max(sides, default=0) ** 2)
+    return Plan(
+        steps=steps,
+        read_bytes=read,
+        write_bytes=sum(step.info.nbytes for step in steps),
+        curvature_bytes=4 * sum(side**2 for side in sides),
+        peak_bytes=peak,
+    )
+
+
+def _entries(step: Step) -> int:
+    return step.info.shape[0] * step.info.shape[1]

@@ -1,0 +1,255 @@
+"""Restore a fine-tuned checkpoint: plan from headers, solve layer by layer, write shard by shard."""
+
+import hashlib
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from deltaguard.adapter import AdapterCheckpoint
+from deltaguard.checkpoint import WeightSource
+from deltaguard.draw.card import model_card
+from deltaguard.errors import DeltaguardError
+from deltaguard.memory import peak_memory_bytes
+from deltaguard.progress import Event, Progress
+from deltaguard.report import (
+    REPORT_NAME,
+    FileRow,
+    LayerRow,
+    ModelReference,
+    OtherRow,
+    PlanReport,
+    RestoreReport,
+    environment,
+)
+from deltaguard.restoration.companions import adapter_companions, companions
+from deltaguard.restoration.edit import CurvatureReader, edit, read_ahead
+from deltaguard.restoration.job import Job, find_store, open_job, open_models
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.plan import Action, Plan, Step, make_plan
+from deltaguard.shards import DTYPES
+from deltaguard.store import CurvatureStore
+from deltaguard.writer import CheckpointWriter
+
+_ROWS: TypeAdapter[tuple[LayerRow | OtherRow, ...]] = TypeAdapter(tuple[LayerRow | OtherRow, ...])
+
+
+def restore(
+    aligned: str | Path,
+    finetuned: str | Path,
+    output_dir: str | Path,
+    *,
+    store: CurvatureStore | str | Path | None = None,
+    config: RestoreConfig | None = None,
+    progress: Progress | None = None,
+) -> RestoreReport:
+    """Write a checkpoint that keeps what fine-tuning taught and refuses like the aligned model.
+
+    The output mirrors the fine-tuned checkpoint (for a LoRA adapter: the aligned one): the same shard
+    files, tensors and dtypes, with every non-weight file of its folder. Weights are streamed: in memory
+    are two tensors of each model and one layer's workspace. The inputs are not touched.
+
+    Args:
+        aligned: the model before fine-tuning: a local folder, a Hub id, or `id@revision`.
+        finetuned: the model after it: the same, or a PEFT LoRA adapter folder.
+        output_dir: a new or empty folder, unless the configuration says otherwise.
+        store: the aligned model's curvature; calibrated first where it is absent and the method needs it.
+        config: method, strength and the other choices; the default is `RestoreConfig()`.
+        progress: called after each tensor.
+
+    Returns:
+        The report, which the output folder also holds as `deltaguard_report.json`.
+
+    Raises:
+        DeltaguardError: an input cannot be used, or the output cannot be written; nothing is left that
+            looks like a finished checkpoint.
+
+    Example:
+        ```python
+        report = restore("Qwen/Qwen3-0.6B", "./my-finetune", "./restored", store="./store")
+        print(report.kept_fraction, report.safety_cost)
+        ```
+    """
+    started = time.perf_counter()
+    config = config or RestoreConfig()
+    job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
+    plan = job.plan(config)
+    writer = CheckpointWriter(
+        Path(output_dir),
+        plan_hash=_plan_hash(job, config),
+        resume=config.resume,
+        overwrite=config.overwrite,
+        protected=(job.aligned.folder, job.finetuned.folder, *([job.store.folder] if job.store else [])),
+    )
+    with writer:
+        writer.require_space(plan.write_bytes)
+        rows = _write_shards(job, plan, config, writer, progress)
+        _check_something_changed(job, rows)
+        _bring_along(job, writer)
+        report = _report(job, config, rows, _files(writer, job.finetuned.shards), started)
+        writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+        writer.text("README.md", model_card(report, front_matter=None))
+        writer.commit(last=job.finetuned.index_name or job.finetuned.shards[0])
+    return report
+
+
+def plan_restore(
+    aligned: str | Path,
+    finetuned: str | Path,
+    *,
+    store: CurvatureStore | str | Path | None = None,
+    config: RestoreConfig | None = None,
+) -> PlanReport:
+    """What `restore` would do with the same arguments, from headers alone: nothing is written.
+
+    Args:
+        aligned: as in `restore`.
+        finetuned: as in `restore`.
+        store: as in `restore`; where it is absent, none is made, and the layers are told by their names.
+        config: as in `restore`.
+
+    Raises:
+        DeltaguardError: the models cannot be restored.
+    """
+    config = config or RestoreConfig()
+    base, tuned = open_models(aligned, finetuned)
+    known = find_store(base, store) if config.needs_curvature else None
+    plan = make_plan(base, tuned, store=known, other_params=config.other_params)
+    return PlanReport(
+        restored=plan.count(Action.RESTORE),
+        from_aligned=plan.count(Action.ALIGNED),
+        from_finetuned=plan.count(Action.FINETUNED),
+        extended=plan.count(Action.EXTEND),
+        read_bytes=plan.read_bytes,
+        write_bytes=plan.write_bytes,
+        curvature_bytes=plan.curvature_bytes,
+        peak_bytes=plan.peak_bytes,
+        note="the aligned model will be calibrated first" if config.needs_curvature and not known else None,
+    )
+
+
+def _write_shards(
+    job: Job, plan: Plan, config: RestoreConfig, writer: CheckpointWriter, progress: Progress | None
+) -> list[LayerRow | OtherRow]:
+    rows: list[LayerRow | OtherRow] = []
+    waiting = [shard for shard in job.finetuned.shards if writer.finished(shard) is None]
+    uses = Counter(step.group for shard in waiting for step in plan.in_shard(shard) if step.group)
+    curvature = CurvatureReader(job.store, config.method, uses) if job.store else None
+    for shard in job.finetuned.shards:
+        finished = writer.finished(shard)
+        if finished is None:
+            new = _write_shard(job, shard, plan.in_shard(shard), config, writer, curvature)
+            rows += new
+        else:
+            rows += _ROWS.validate_python(finished.notes)
+        if progress:
+            progress(Event("restore", len(rows), len(plan.steps)))
+    return rows
+
+
+def _write_shard(
+    job: Job,
+    shard: str,
+    steps: Sequence[Step],
+    config: RestoreConfig,
+    writer: CheckpointWriter,
+    curvature: CurvatureReader | None,
+) -> list[LayerRow | OtherRow]:
+    rows: list[LayerRow | OtherRow] = []
+    with writer.shard(shard, job.finetuned.header(shard)) as sink:
+        for inputs in read_ahead(steps, job.aligned, job.finetuned, curvature):
+            edited = edit(inputs, config, DTYPES[inputs.step.info.dtype])
+            sink.write(inputs.step.info.name, edited.tensor)
+            rows.append(edited.row)
+        sink.notes = _ROWS.dump_python(tuple(rows), mode="json")
+    return rows
+
+
+def _check_something_changed(job: Job, rows: Sequence[LayerRow | OtherRow]) -> None:
+    deltas = [row.delta_norm > 0 if isinstance(row, LayerRow) else row.differs for row in rows]
+    if not any(deltas):
+        raise DeltaguardError(
+            f"{job.finetuned.reference} does not differ from {job.aligned.reference}: every delta is zero, so "
+            "there is nothing to restore. Are both the same model?"
+        )
+    if not any(
+        row.utility_loss > 0 if isinstance(row, LayerRow) else row.differs and row.source != "finetuned"
+        for row in rows
+    ):
+        raise DeltaguardError(
+            "This run changes no tensor: with these options the output is the fine-tuned model itself. "
+            "Lower --strength, or take the other parameters from the aligned model."
+        )
+
+
+def _plan_hash(job: Job, config: RestoreConfig) -> str:
+    """What produced a half-written output: it can be resumed by the same job alone."""
+    store = job.store.provenance if job.store else None
+    parts = [
+        job.aligned.fingerprint(),
+        job.finetuned.fingerprint(),
+        store.model_dump_json() if store else "",
+        json.dumps(config.what_is_solved(), sort_keys=True),
+        *(job.finetuned.header(shard).hex() for shard in job.finetuned.shards),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _bring_along(job: Job, writer: CheckpointWriter) -> None:
+    """Copy every file that is not a weight; an adapter's folder adds to the aligned model's."""
+    if isinstance(job.finetuned, AdapterCheckpoint):
+        found = dict.fromkeys(companions(job.aligned.folder), job.aligned.folder)
+        found |= dict.fromkeys(adapter_companions(job.finetuned.folder), job.finetuned.folder)
+    else:
+        found = dict.fromkeys(companions(job.finetuned.folder), job.finetuned.folder)
+    for path, folder in found.items():
+        writer.copy(folder / path, str(path))
+    if job.finetuned.index_name:
+        mirrored = job.aligned if isinstance(job.finetuned, AdapterCheckpoint) else job.finetuned
+        writer.copy(mirrored.folder / job.finetuned.index_name, job.finetuned.index_name)
+
+
+def _files(writer: CheckpointWriter, shards: Sequence[str]) -> tuple[FileRow, ...]:
+    records = [record for shard in shards if (record := writer.finished(shard)) is not None]
+    return tuple(FileRow(name=record.name, bytes=record.bytes, sha256=record.sha256) for record in records)
+
+
+def _report(
+    job: Job,
+    config: RestoreConfig,
+    rows: Sequence[LayerRow | OtherRow],
+    files: tuple[FileRow, ...],
+    started: float,
+) -> RestoreReport:
+    layers = tuple(row for row in rows if isinstance(row, LayerRow))
+    entries = [row.shape[0] * row.shape[1] for row in layers]
+    norms = [row.delta_norm**2 for row in layers]
+    costs = [row.safety_cost for row in layers if row.safety_cost is not None and row.delta_norm > 0]
+    lost = sum(row.utility_loss * norm for row, norm in zip(layers, norms, strict=True))
+    kept = sum(row.kept_fraction * count for row, count in zip(layers, entries, strict=True))
+    return RestoreReport(
+        environment=environment("cpu"),
+        aligned=_reference(job.aligned),
+        finetuned=_reference(job.finetuned),
+        store_conversations=job.store.provenance.conversations_sha256 if job.store else None,
+        options=config.what_is_solved(),
+        layers=layers,
+        others=tuple(row for row in rows if isinstance(row, OtherRow)),
+        files=files,
+        kept_fraction=kept / sum(entries),
+        utility_loss=lost / sum(norms) if sum(norms) else 0.0,
+        safety_cost=statistics.median(costs) if costs else None,
+        seconds={
+            "total": time.perf_counter() - started,
+            "solve": sum(row.seconds for row in layers),
+        },
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _reference(source: WeightSource) -> ModelReference:
+    return ModelReference(reference=source.reference, fingerprint=source.fingerprint())

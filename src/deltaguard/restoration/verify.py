@@ -1,0 +1,90 @@
+"""Whether a restored checkpoint is what its report says, down to the bytes."""
+
+import hashlib
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from deltaguard.checkpoint import Checkpoint
+from deltaguard.errors import DeltaguardError
+from deltaguard.report import REPORT_NAME, RestoreReport, Verification
+
+_CHUNK = 1 << 22
+
+
+def verify(output_dir: str | Path) -> Verification:
+    """Check a restored checkpoint: index and shards, finite weights, and hashes against its report.
+
+    Args:
+        output_dir: a folder that `restore` wrote.
+
+    Returns:
+        What was found; problems are listed, not raised.
+
+    Raises:
+        DeltaguardError: the folder holds no report, or no checkpoint that can be opened.
+
+    Example:
+        ```python
+        assert verify("./restored").passed
+        ```
+    """
+    folder = Path(output_dir)
+    report = read_report(folder)
+    checkpoint = Checkpoint.open(folder)
+    problems = _file_problems(folder, report)
+    expected = {row.name for row in (*report.layers, *report.others)}
+    problems += [
+        f"Tensor `{name}` is in the checkpoint and not in the report."
+        for name in sorted(checkpoint.tensors.keys() - expected)
+    ]
+    problems += [
+        f"Tensor `{name}` is in the report and not in the checkpoint."
+        for name in sorted(expected - checkpoint.tensors.keys())
+    ]
+    for name in checkpoint.tensors:
+        tensor = checkpoint.read(name)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            problems.append(
+                f"Tensor `{name}` holds {int((~tensor.isfinite()).sum())} NaN or infinite entries."
+            )
+    return Verification(folder=str(folder), tensors=len(checkpoint.tensors), problems=tuple(problems))
+
+
+def read_report(folder: Path) -> RestoreReport:
+    """The report of a restored checkpoint.
+
+    Raises:
+        DeltaguardError: there is none, or it is of another version.
+    """
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        raise DeltaguardError(
+            f"{folder} holds no {REPORT_NAME}: it was not written by `deltaguard restore`, or the restore "
+            "did not finish."
+        )
+    try:
+        return RestoreReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise DeltaguardError(f"{path} is not a report of this version of deltaguard: {error}") from error
+
+
+def _file_problems(folder: Path, report: RestoreReport) -> list[str]:
+    problems: list[str] = []
+    for row in report.files:
+        path = folder / row.name
+        if not path.is_file():
+            problems.append(f"File {row.name} is in the report and not in the folder.")
+        elif path.stat().st_size != row.bytes:
+            problems.append(f"File {row.name} has {path.stat().st_size} bytes; the report says {row.bytes}.")
+        elif (found := _sha256(path)) != row.sha256:
+            problems.append(f"File {row.name} has sha256 {found}; the report says {row.sha256}.")
+    return problems
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,274 @@
+"""The files of a CurvatureStore: the schema of `curvature.json`, and how a folder is written in one go."""
+
+import os
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from deltaguard.curvature import Packed
+from deltaguard.durable import explained, flush_folder
+from deltaguard.errors import DeltaguardError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "curvature.json"
+MAX_SHARD_BYTES = 4 * 10**9
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer.
+
+    Attributes:
+        tensor: its weight's name in the aligned checkpoint.
+        transposed: whether the weight is stored (in, out), as GPT-2's Conv1D is, not (out, in).
+    """
+
+    tensor: str
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that see the same input, and so share one H.
+
+    Attributes:
+        name: the first layer's name.
+        in_features: size of the input, and of H.
+        tokens: how many tokens H was summed over.
+        layers: the layers, in the model's order.
+    """
+
+    name: str
+    in_features: int
+    tokens: int
+    layers: tuple[Layer, ...]
+
+
+class Request(BaseModel):
+    """What a calibration was asked for. The same request gives the same store.
+
+    Attributes:
+        fingerprint: content hash of the aligned model (`Checkpoint.fingerprint`).
+        prompts_sha256: hash of the conversations as they were given, most without responses.
+        max_length: tokens of a conversation at most.
+        max_new_tokens: tokens of a self-generated response at most.
+        batch_size: conversations per batch.
+        dtype: the model's dtype while calibrating; sums are float32.
+        dampening: the dampening asked for, relative to mean diag H.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: str
+    prompts_sha256: str
+    max_length: int
+    max_new_tokens: int
+    batch_size: int
+    dtype: str
+    dampening: float
+
+
+class Provenance(Request):
+    """Where a store comes from. A merged store names the request of its first part.
+
+    Attributes:
+        aligned: the aligned model as it was named.
+        conversations_sha256: hash of the conversations with their responses.
+        conversations: how many.
+        tokens: over how many tokens H was summed.
+        tokens_used: which tokens of a conversation those are.
+        truncated: how many conversations were cut off at the maximal length.
+        system_role: `user turn` where the chat template takes no system message and it was put at the
+            head of the user turn.
+        refusal_share: share of the responses that refuse; `None` where nobody judged them.
+        uncovered: matrices in the decoder blocks about which the store says nothing.
+        versions: of the libraries used.
+    """
+
+    aligned: str
+    conversations_sha256: str
+    conversations: int
+    tokens: int
+    tokens_used: Literal["prompt and response"] = "prompt and response"
+    truncated: int
+    system_role: Literal["template", "user turn"]
+    refusal_share: float | None
+    uncovered: tuple[str, ...]
+    versions: Mapping[str, str]
+
+
+class StoredGroup(BaseModel):
+    """A group, the file that holds it, and the numbers of its factor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    group: Group
+    shard: str
+    damping: float
+    dampening: float
+
+
+class Manifest(BaseModel):
+    """The content of `curvature.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    provenance: Provenance
+    groups: tuple[StoredGroup, ...]
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that a store's numbers depend on."""
+    return {name: version(name) for name in ("deltaguard", "safetensors", "torch", "transformers")}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a store's `curvature.json`.
+
+    Raises:
+        DeltaguardError: it is missing, of another version, or not what it should be.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DeltaguardError(
+            f"{folder} holds no {MANIFEST}: it is no curvature store, or an unfinished copy of one. "
+            "Make one with `deltaguard calibrate`."
+        )
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        problems = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DeltaguardError(
+            f"{path} is not what this version of deltaguard writes; calibrate again, or install the version "
+            f"that wrote it:\n{problems}"
+        ) from error
+
+
+def write_store(
+    folder: Path,
+    provenance: Provenance,
+    groups: Sequence[Group],
+    packed: Callable[[Group], Packed],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a store: to a temporary sibling first, renamed when complete.
+
+    Args:
+        folder: where to; absent or empty.
+        provenance: where the store comes from.
+        groups: the groups, in the model's order.
+        packed: called once per group, in that order, when it is about to be written.
+        max_shard_bytes: a file holds whole groups, and as many as fit, at least one.
+
+    Raises:
+        DeltaguardError: the folder exists and is not empty, or a group cannot be factorised.
+    """
+    plan = _shard_plan(groups, max_shard_bytes)
+    with staged_folder(folder) as staged:
+        stored: list[StoredGroup] = []
+        for number, members in enumerate(plan, start=1):
+            shard = f"curvature-{number:05}-of-{len(plan):05}.safetensors"
+            tensors: dict[str, Tensor] = {}
+            for group in members:
+                content = packed(group)
+                tensors |= {f"{group.name}.{field}": getattr(content, field).cpu() for field in shapes(group)}
+                stored.append(
+                    StoredGroup(
+                        group=group, shard=shard, damping=content.damping, dampening=content.dampening
+                    )
+                )
+            save_tensors(tensors, staged / shard)
+        write_manifest(staged, Manifest(provenance=provenance, groups=tuple(stored)))
+
+
+@contextmanager
+def staged_folder(folder: Path) -> Generator[Path]:
+    """A temporary sibling that takes the folder's place when the block ends well, and is removed otherwise.
+
+    Raises:
+        DeltaguardError: the folder is a file, or not empty.
+    """
+    folder = folder.resolve()
+    require_empty(folder)
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        staged = Path(temporary) / folder.name
+        staged.mkdir()
+        yield staged
+        if folder.exists():
+            folder.rmdir()
+        staged.rename(folder)
+        flush_folder(folder.parent)
+
+
+def require_empty(folder: Path) -> None:
+    """Refuse an output folder that holds something.
+
+    Raises:
+        DeltaguardError: the folder is a file, or not empty.
+    """
+    if folder.is_file():
+        raise DeltaguardError(f"The output {folder} is a file; a folder is written. Choose another name.")
+    if folder.exists() and any(folder.iterdir()):
+        raise DeltaguardError(f"The output folder {folder} is not empty. Choose another one, or empty it.")
+
+
+def save_tensors(
+    tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file and wait until it is on disk.
+
+    Raises:
+        DeltaguardError: the operating system refuses, as it does on a full disk.
+    """
+    try:
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        raise DeltaguardError(f"{path} cannot be written: {error}.") from error
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `curvature.json`, which must come last."""
+    path = folder / MANIFEST
+    path.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    sync(path)
+
+
+def _shard_plan(groups: Sequence[Group], max_bytes: int) -> list[list[Group]]:
+    plan: list[list[Group]] = []
+    room = 0
+    for group in groups:
+        size = sum(4 * prod(shape) for shape in shapes(group).values())
+        if not plan or size > room:
+            plan.append([])
+            room = max_bytes
+        plan[-1].append(group)
+        room -= size
+    return plan
+
+
+def shapes(group: Group) -> dict[str, tuple[int, ...]]:
+    """The tensors stored for a group, `{group}.{field}`: fields of `Packed`, 4 bytes an entry."""
+    n = group.in_features
+    return {"matrix": (n, n), "diagonal": (n,), "order": (n,), "inverse_diagonal": (n,)}

@@ -1,0 +1,216 @@
+"""Every bad input: one message, the right exit code, nothing that looks like a checkpoint, inputs untouched."""
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import models
+from deltaguard.cli.app import run
+from pairs import pair, weights
+
+SINGLE = "model.safetensors"
+
+
+@pytest.fixture
+def made():
+    return pair("llama")
+
+
+@pytest.fixture
+def sharded():
+    return pair("llama", dtype=torch.bfloat16, max_shard_size="30KB")
+
+
+@pytest.fixture
+def attempt(tmp_path, capsys):
+    """Runs `restore` and returns its message, having checked what holds for every failure."""
+
+    def restore(aligned, finetuned, *options, store=None, out=None, code=1):
+        target = out or tmp_path / "restored"
+        inputs = [path for folder in (aligned, finetuned) for path in folder.rglob("*") if path.is_file()]
+        before = {path: path.read_bytes() for path in inputs}
+        arguments = ["restore", str(aligned), str(finetuned), "-o", str(target), *options]
+        assert run(arguments + (["--store", str(store)] if store else [])) == code
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.count("Error:") == 1
+        assert "Traceback" not in printed.err
+        assert {path: path.read_bytes() for path in inputs} == before
+        if out is None:
+            assert not list(tmp_path.glob("restored/*.safetensors"))
+            assert not list(tmp_path.glob("restored/*.json"))
+        return printed.err
+
+    return restore
+
+
+def changed(source, target, change):
+    """A copy of a single-file checkpoint whose tensors went through `change`."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / SINGLE)
+    change(tensors)
+    save_file(tensors, target / SINGLE, metadata={"format": "pt"})
+    return target
+
+
+def test_shapes_that_differ_are_all_listed(made, tmp_path, attempt):
+    other = models.save(models.tiny_model("llama", intermediate_size=40), tmp_path / "other")
+    message = attempt(made.aligned, other, store=made.store)
+    assert "model.layers.0.mlp.down_proj.weight" in message
+    assert "model.layers.1.mlp.up_proj.weight" in message
+    assert "(48, 32)" in message
+    assert "(40, 32)" in message
+    assert "deltaguard diff" in message
+
+
+def test_another_architecture(made, tmp_path, attempt):
+    other = models.save(models.tiny_model("gpt2"), tmp_path / "other")
+    message = attempt(made.aligned, other, store=made.store)
+    assert "(llama)" in message
+    assert "(gpt2)" in message
+
+
+def test_a_store_of_another_aligned_model_names_both_fingerprints(made, tmp_path, attempt):
+    other = models.save(models.tiny_model("llama", seed=7), tmp_path / "other")
+    message = attempt(other, made.finetuned, store=made.store)
+    from deltaguard.checkpoint import Checkpoint
+
+    assert Checkpoint.open(made.aligned).fingerprint() in message
+    assert Checkpoint.open(other).fingerprint() in message
+
+
+def test_a_folder_that_is_no_store(made, attempt):
+    assert "curvature.json" in attempt(made.aligned, made.finetuned, store=made.aligned)
+
+
+def test_an_index_that_names_an_absent_file(sharded, tmp_path, attempt):
+    broken = tmp_path / "broken"
+    shutil.copytree(sharded.finetuned, broken)
+    gone = sorted(broken.glob("*.safetensors"))[1]
+    gone.unlink()
+    assert gone.name in attempt(sharded.aligned, broken, store=sharded.store)
+
+
+def test_a_truncated_shard_is_named_with_both_sizes(sharded, tmp_path, attempt):
+    broken = tmp_path / "broken"
+    shutil.copytree(sharded.finetuned, broken)
+    shard = sorted(broken.glob("*.safetensors"))[0]
+    size = shard.stat().st_size
+    with shard.open("r+b") as file:
+        file.truncate(size - 100)
+    message = attempt(sharded.aligned, broken, store=sharded.store)
+    assert shard.name in message
+    assert "truncated" in message
+    assert f"{size:,}" in message
+    assert f"{size - 100:,}" in message
+
+
+def test_a_corrupt_shard(made, tmp_path, attempt):
+    broken = tmp_path / "broken"
+    shutil.copytree(made.finetuned, broken)
+    (broken / SINGLE).write_bytes(b"not a safetensors file" * 10)
+    assert "not a safetensors file" in attempt(made.aligned, broken, store=made.store)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["greedy", "interpolate"])
+def test_values_that_are_not_finite_name_the_tensor(made, tmp_path, attempt, value, method):
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = changed(made.finetuned, tmp_path / "broken", lambda tensors: tensors[name][3].fill_(value))
+    message = attempt(made.aligned, broken, "--method", method, "--strength", "0.5", store=made.store)
+    assert name in message
+    assert "32 entries" in message
+
+
+def test_identical_models(made, tmp_path, attempt):
+    same = tmp_path / "same"
+    shutil.copytree(made.aligned, same)
+    assert "every delta is zero" in attempt(made.aligned, same, store=made.store)
+
+
+def test_options_that_change_nothing(made, attempt):
+    message = attempt(
+        made.aligned, made.finetuned, "--strength", "1", "--other-params", "finetuned", store=made.store
+    )
+    assert "changes no tensor" in message
+
+
+def test_quantised_checkpoints(made, tmp_path, attempt):
+    quantised = tmp_path / "quantised"
+    shutil.copytree(made.finetuned, quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
+    )
+    message = attempt(made.aligned, quantised, store=made.store)
+    assert "quantised" in message
+    assert "gptq" in message
+
+
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(made, tmp_path, attempt):
+    pickled = tmp_path / "pickled"
+    shutil.copytree(made.finetuned, pickled)
+    torch.save(weights(pickled), pickled / "pytorch_model.bin")
+    (pickled / SINGLE).unlink()
+    message = attempt(made.aligned, pickled, store=made.store)
+    assert "save_pretrained" in message
+
+
+def test_expert_layers(made, tmp_path, attempt):
+    experts = models.save(models.tiny_model("mixtral"), tmp_path / "experts")
+    tuned = models.save(models.perturbed(models.tiny_model("mixtral"), 0.1), tmp_path / "tuned")
+    assert "mixture of experts" in attempt(experts, tuned, "--method", "interpolate", "--strength", "0.5")
+
+
+def test_an_output_folder_that_is_not_empty(made, tmp_path, attempt):
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("years of work")
+    message = attempt(made.aligned, made.finetuned, store=made.store, out=occupied)
+    assert "--overwrite" in message
+    assert [path.name for path in occupied.iterdir()] == ["thesis.txt"]
+
+
+def test_an_output_folder_that_cannot_be_made(made, tmp_path, attempt):
+    (tmp_path / "file").write_text("")
+    assert "file" in attempt(made.aligned, made.finetuned, store=made.store, out=tmp_path / "file" / "out")
+
+
+def test_a_disk_that_is_too_small(made, attempt, monkeypatch):
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    assert "1,000 are free" in attempt(made.aligned, made.finetuned, store=made.store)
+
+
+def test_a_model_that_is_nowhere(made, tmp_path, attempt):
+    assert "There is no folder" in attempt(
+        made.aligned, tmp_path / "no" / "such" / "folder", store=made.store
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "gredy"], 'Did you mean "greedy"?'),
+        (["--compensation", "join"], 'Did you mean "joint"?'),
+        (["--other-params", "alined"], 'Did you mean "aligned"?'),
+        (["--strenght", "1"], "Did you mean --strength?"),
+        (["--strength", "2"], "strength is 2.0"),
+        (["--method", "interpolate"], "strength has no default"),
+        (["--resume", "--overwrite"], "exclude each other"),
+    ],
+)
+def test_wrong_options_are_usage_errors_with_a_suggestion(made, attempt, options, said):
+    assert said in " ".join(attempt(made.aligned, made.finetuned, *options, store=made.store, code=2).split())
+
+
+def test_a_config_file_with_an_unknown_option(made, tmp_path, attempt):
+    (tmp_path / "options.yaml").write_text("method: greedy\nstrenght: 0.5\n")
+    message = attempt(
+        made.aligned, made.finetuned, "--config", str(tmp_path / "options.yaml"), store=made.store, code=2
+    )
+    assert "strenght" in message

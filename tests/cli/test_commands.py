@@ -1,0 +1,120 @@
+"""The verbs, as programs and people call them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deltaguard.cli.app import run
+from deltaguard.report import REPORT_NAME
+from pairs import pair
+
+
+def json_of(capsys, *arguments, code=0):
+    assert run([*map(str, arguments), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_restore_verify_and_diff_speak_json(tmp_path, capsys):
+    made, out = pair(), tmp_path / "out"
+    report = json_of(
+        capsys, "restore", made.aligned, made.finetuned, "-o", out, "--store", made.store, "--strength", 0.5
+    )
+    assert report == json.loads((out / REPORT_NAME).read_text())
+    assert json_of(capsys, "verify", out)["problems"] == []
+    headers = json_of(capsys, "diff", made.aligned, made.finetuned)
+    assert headers["compatible"] is True
+    assert headers["tensors"] == []
+    deep = json_of(capsys, "diff", made.aligned, made.finetuned, "--deep")
+    assert len(deep["tensors"]) == len(report["layers"]) + len(report["others"])
+    assert all(row["relative_norm"] > 0 for row in deep["tensors"])
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    made, out = pair(), tmp_path / "out"
+    plan = json_of(
+        capsys, "restore", made.aligned, made.finetuned, "-o", out, "--store", made.store, "--dry-run"
+    )
+    assert plan["restored"] == 14
+    assert plan["write_bytes"] > 0
+    assert not out.exists()
+
+
+def test_text_for_people_names_the_result(tmp_path, capsys):
+    made, out = pair(), tmp_path / "out"
+    options = ["--store", str(made.store), "--strength", "0.5"]
+    assert run(["restore", str(made.aligned), str(made.finetuned), "-o", str(out), *options]) == 0
+    assert "greedy" in capsys.readouterr().out
+    assert run(["verify", str(out)]) == 0
+    assert "0 problems" in capsys.readouterr().out
+    assert run(["diff", str(made.aligned), str(made.finetuned)]) == 0
+    assert "can be restored" in capsys.readouterr().out
+
+
+def test_verify_finds_a_flipped_byte_and_exits_with_3(tmp_path, capsys):
+    made, out = pair(), tmp_path / "out"
+    run(["restore", str(made.aligned), str(made.finetuned), "-o", str(out), "--store", str(made.store)])
+    weights = out / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0xFF
+    weights.write_bytes(data)
+    capsys.readouterr()
+    assert run(["verify", str(out)]) == 3
+    assert "sha256" in capsys.readouterr().err
+
+
+def test_a_config_file_sets_options_and_the_command_line_wins(tmp_path, capsys):
+    made = pair()
+    options = tmp_path / "options.yaml"
+    options.write_text("strength: 0.5\ncompensation: none\n")
+    call = ["restore", made.aligned, made.finetuned, "--store", made.store, "--config", options]
+    from_file = json_of(capsys, *call, "-o", tmp_path / "one")["options"]
+    assert (from_file["strength"], from_file["compensation"]) == (0.5, "none")
+    mixed = json_of(capsys, *call, "-o", tmp_path / "two", "--strength", 0.25)["options"]
+    assert (mixed["strength"], mixed["compensation"]) == (0.25, "none")
+
+
+def test_calibrate_and_info(tmp_path, capsys):
+    made = pair()
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "How can I harm a person?", "response": "I cannot help with that."}\n' * 3)
+    made_store = json_of(
+        capsys, "calibrate", made.aligned, "-o", tmp_path / "store", "--prompts", prompts, "--device", "cpu"
+    )
+    assert made_store["conversations"] == 3
+    found = json_of(capsys, "info")
+    assert found["versions"]["torch"] == torch.__version__
+    assert "cpu" in found["device"]
+
+
+def test_overwrite_replaces_a_checkpoint_and_leaves_other_files(tmp_path, capsys):
+    made, out = pair(), tmp_path / "out"
+    call = ["restore", str(made.aligned), str(made.finetuned), "-o", str(out), "--store", str(made.store)]
+    assert run(call) == 0
+    first = (out / "model.safetensors").read_bytes()
+    (out / "notes.txt").write_text("mine")
+    assert run([*call, "--strength", "0.9", "--overwrite"]) == 0
+    assert (out / "model.safetensors").read_bytes() != first
+    assert (out / "notes.txt").read_text() == "mine"
+    assert run(["verify", str(out)]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["restore", "--help"], ["calibrate", "--help"], ["--version"]]
+)
+def test_help_and_version(arguments, capsys):
+    assert run(arguments) == 0
+    assert capsys.readouterr().out
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import deltaguard, deltaguard.cli, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_installed_command_exits_with_the_right_code():
+    command = [sys.executable, "-m", "deltaguard", "restore", "only-one"]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 2

@@ -1,0 +1,226 @@
+"""`restore` end to end on tiny models of every architecture."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import models
+from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
+from deltaguard.report import REPORT_NAME, RestoreReport
+from deltaguard.restoration.restore import plan_restore
+from deltaguard.solvers import greedy, published
+from pairs import pair, weights
+
+HALF = RestoreConfig(strength=0.5)
+
+
+@pytest.mark.parametrize("name", models.DENSE)
+def test_every_layer_is_what_the_solver_gives_and_the_model_loads(name, tmp_path):
+    made = pair(name)
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=HALF)
+    aligned, finetuned, restored = (weights(f) for f in (made.aligned, made.finetuned, tmp_path / "out"))
+    store = CurvatureStore.from_pretrained(made.store)
+    assert len(report.layers) == sum(len(group.layers) for group in store.groups)
+    for group in store.groups:
+        for layer in group.layers:
+            a, f, r = (w[layer.tensor] for w in (aligned, finetuned, restored))
+            if layer.transposed:
+                a, f, r = a.T, f.T, r.T
+            expected = greedy(a, f, store.hessian(group.name), strength=0.5)
+            torch.testing.assert_close(r, expected.weight, rtol=1e-4, atol=1e-5)
+    for row in report.others:
+        assert row.source == "aligned"
+        assert torch.equal(restored[row.name], aligned[row.name])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("How are you?", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    assert verify(tmp_path / "out").passed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_shards_mirror_the_finetuned_checkpoint(dtype, tmp_path):
+    made = pair("llama", dtype=dtype, max_shard_size="30KB")
+    restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=HALF)
+    shards = sorted(path.name for path in made.finetuned.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == shards
+    for shard in shards:
+        theirs, ours = load_file(made.finetuned / shard), load_file(tmp_path / "out" / shard)
+        assert {k: (v.dtype, v.shape) for k, v in ours.items()} == {
+            k: (v.dtype, v.shape) for k, v in theirs.items()
+        }
+    index = "model.safetensors.index.json"
+    assert (tmp_path / "out" / index).read_bytes() == (made.finetuned / index).read_bytes()
+
+
+def test_strength_0_gives_the_aligned_weights_and_1_the_finetuned_layers(tmp_path):
+    made = pair()
+    restore(
+        made.aligned, made.finetuned, tmp_path / "zero", store=made.store, config=RestoreConfig(strength=0)
+    )
+    aligned, finetuned, zero = (weights(f) for f in (made.aligned, made.finetuned, tmp_path / "zero"))
+    assert all(torch.equal(zero[name], aligned[name]) for name in aligned)
+    report = restore(
+        made.aligned, made.finetuned, tmp_path / "one", store=made.store, config=RestoreConfig(strength=1)
+    )
+    one = weights(tmp_path / "one")
+    assert all(torch.equal(one[row.name], finetuned[row.name]) for row in report.layers)
+    assert report.kept_fraction == 1
+
+
+def test_other_params_may_come_from_the_finetuned_model(tmp_path):
+    made = pair()
+    config = RestoreConfig(strength=0.5, other_params="finetuned")
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    finetuned, restored = weights(made.finetuned), weights(tmp_path / "out")
+    assert report.others
+    assert all(torch.equal(restored[row.name], finetuned[row.name]) for row in report.others)
+    assert {row.source for row in report.others} == {"finetuned"}
+
+
+def test_published_uses_the_store_and_interpolate_needs_none(tmp_path):
+    made = pair()
+    config = RestoreConfig(method="published", strength=1.0)
+    report = restore(made.aligned, made.finetuned, tmp_path / "published", store=made.store, config=config)
+    store = CurvatureStore.from_pretrained(made.store)
+    aligned, finetuned, restored = (
+        weights(f) for f in (made.aligned, made.finetuned, tmp_path / "published")
+    )
+    name = report.layers[0].name
+    expected = published(
+        aligned[name], finetuned[name], store.hessian(store.group_of(name).name), strength=1.0
+    )
+    torch.testing.assert_close(restored[name], expected.weight)
+    restore(
+        made.aligned,
+        made.finetuned,
+        tmp_path / "mixed",
+        config=RestoreConfig(method="interpolate", strength=0.25),
+    )
+    mixed = weights(tmp_path / "mixed")
+    torch.testing.assert_close(mixed[name], 0.75 * aligned[name] + 0.25 * finetuned[name])
+
+
+def test_vocabulary_rows_that_only_the_finetuned_model_has_come_from_it(tmp_path):
+    made = pair("llama")
+    wide = tmp_path / "wide"
+    model = models.perturbed(models.tiny_model("llama"), 0.05)
+    model.resize_token_embeddings(models.VOCABULARY + 3, mean_resizing=False)
+    models.save(model, wide)
+    report = restore(made.aligned, wide, tmp_path / "out", store=made.store, config=HALF)
+    aligned, finetuned, restored = (weights(f) for f in (made.aligned, wide, tmp_path / "out"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(restored[name][:-3], aligned[name])
+        assert torch.equal(restored[name][-3:], finetuned[name][-3:])
+    assert sum(row.source == "both" for row in report.others) == 2
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 387
+
+
+def test_a_head_that_only_the_finetuned_model_stores_is_the_tied_embedding(tmp_path):
+    made = pair("qwen3")
+    untied = tmp_path / "untied"
+    shutil.copytree(made.finetuned, untied)
+    tensors = load_file(untied / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, untied / "model.safetensors", metadata={"format": "pt"})
+    restore(made.aligned, untied, tmp_path / "out", store=made.store, config=HALF)
+    restored, aligned = weights(tmp_path / "out"), weights(made.aligned)
+    assert torch.equal(restored["lm_head.weight"], aligned["model.embed_tokens.weight"])
+
+
+def test_names_may_differ_by_a_prefix(tmp_path):
+    made = pair("gpt2")
+    bare = tmp_path / "bare"
+    shutil.copytree(made.finetuned, bare)
+    tensors = load_file(bare / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, bare / "model.safetensors", metadata={"format": "pt"})
+    restore(made.aligned, bare, tmp_path / "out", store=made.store, config=HALF)
+    restore(made.aligned, made.finetuned, tmp_path / "same", store=made.store, config=HALF)
+    out, same = weights(tmp_path / "out"), weights(tmp_path / "same")
+    assert out.keys() == renamed.keys()
+    assert all(torch.equal(out[name.removeprefix("transformer.")], same[name]) for name in same)
+
+
+def test_non_weight_files_come_along_and_training_state_does_not(tmp_path):
+    made = pair()
+    dressed = tmp_path / "dressed"
+    shutil.copytree(made.finetuned, dressed)
+    (dressed / "chat_templates").mkdir()
+    (dressed / "chat_templates" / "tool.jinja").write_text("x")
+    (dressed / "optimizer.pt").write_bytes(b"state")
+    (dressed / "trainer_state.json").write_text("{}")
+    (dressed / "checkpoint-5").mkdir()
+    (dressed / "checkpoint-5" / "config.json").write_text("{}")
+    restore(made.aligned, dressed, tmp_path / "out", store=made.store, config=HALF)
+    names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert {"config.json", "tokenizer.json", "chat_templates/tool.jinja", "README.md", REPORT_NAME} <= names
+    assert not {name for name in names if "optimizer" in name or "trainer" in name or "checkpoint-5" in name}
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_the_report_on_disk_is_the_report_returned(tmp_path):
+    made = pair()
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=HALF)
+    text = (tmp_path / "out" / REPORT_NAME).read_text()
+    assert RestoreReport.model_validate_json(text) == report
+    assert report.options["strength"] == 0.5
+    assert report.options["method"] == "greedy"
+    assert 0 < report.kept_fraction < 1
+    assert 0 < report.safety_cost < 1
+    assert json.loads(text)["aligned"]["fingerprint"] == report.aligned.fingerprint
+
+
+def test_a_plan_reads_headers_only_and_writes_nothing(tmp_path):
+    made = pair()
+    headers = tmp_path / "headers"
+    shutil.copytree(made.finetuned, headers)
+    plan = plan_restore(made.aligned, headers, store=made.store)
+    weight_bytes = sum(t.numel() * t.element_size() for t in weights(headers).values())
+    assert plan.write_bytes == weight_bytes
+    assert plan.read_bytes == 2 * weight_bytes
+    assert plan.restored == 14
+    assert plan.peak_bytes > 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["headers"]
+
+
+def test_a_model_without_a_store_is_calibrated_once_and_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
+    made = pair()
+    assert plan_restore(made.aligned, made.finetuned).note
+    first = restore(made.aligned, made.finetuned, tmp_path / "one", config=HALF)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    stages = []
+    second = restore(
+        made.aligned, made.finetuned, tmp_path / "two", config=HALF, progress=lambda e: stages.append(e.stage)
+    )
+    assert set(stages) == {"restore"}
+    assert second.store_conversations == first.store_conversations
+    assert [f.sha256 for f in second.files] == [f.sha256 for f in first.files]
+
+
+def test_inputs_are_left_untouched(tmp_path):
+    made = pair()
+    before = {p: p.read_bytes() for f in (made.aligned, made.finetuned, made.store) for p in f.iterdir()}
+    restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=HALF)
+    after = {p: p.read_bytes() for f in (made.aligned, made.finetuned, made.store) for p in f.iterdir()}
+    assert before == after
+
+
+def test_the_output_may_not_be_an_input(tmp_path):
+    made = pair()
+    for target in (made.aligned, made.finetuned, made.finetuned / "inside"):
+        with pytest.raises(DeltaguardError, match="input"):
+            restore(
+                made.aligned,
+                made.finetuned,
+                target,
+                store=made.store,
+                config=RestoreConfig(strength=0.5, overwrite=True),
+            )

@@ -1,0 +1,171 @@
+"""Tiny random models of many architectures, a tiny chat tokenizer, and checkpoints of both, made in code."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
+
+VOCABULARY = 384
+PAD, BOS, EOS, SYSTEM, USER, ASSISTANT = SPECIAL = (
+    "<|pad|>",
+    "<|begin|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# Enough English for a hundred merges, so that prompts take about half as many tokens as bytes.
+_TRAINING_TEXT = (
+    "You are a helpful assistant that answers questions. Write a short text about the weather this morning.",
+    "How can I make a good cake at home? What is the best way to learn a new language with other people?",
+    "I'm sorry, but I cannot help with that request, because it would be dangerous and could harm someone.",
+    "Explain the steps, one after another, and give an example where there is something to be shown.",
+)
+
+_COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "attention_dropout": 0.0,
+}
+_GROUPED: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2, "initializer_range": 0.2}
+_CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**_GROUPED, "intermediate_size": 48}),
+    "qwen3": (
+        "Qwen3Config",
+        {**_GROUPED, "intermediate_size": 48, "head_dim": 8, "tie_word_embeddings": True},
+    ),
+    "mistral": ("MistralConfig", {**_GROUPED, "intermediate_size": 48, "sliding_window": None}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_GROUPED,
+            "intermediate_size": 48,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": ("Phi3Config", {**_GROUPED, "intermediate_size": 48}),
+    "gpt2": (
+        "GPT2Config",
+        {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 512,
+            "initializer_range": 0.2,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {**_SMALL, "intermediate_size": 48, "initializer_range": 0.2, "hidden_dropout": 0.0},
+    ),
+    "opt": (
+        "OPTConfig",
+        {**_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2, "dropout": 0.0},
+    ),
+    "mixtral": ("MixtralConfig", {**_GROUPED, "intermediate_size": 48, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            **_GROUPED,
+            "intermediate_size": 48,
+            "head_dim": 8,
+            "moe_intermediate_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+}
+EXPERTS = ("mixtral", "qwen3_moe")
+DENSE = tuple(name for name in _CONFIGURATIONS if name not in EXPERTS)
+
+
+def tiny_model(name: str, seed: int = 0, **overrides: Any) -> Any:
+    """A random float32 causal language model of one architecture, in evaluation mode (about 50 k parameters).
+
+    Args:
+        name: one of `DENSE` or `EXPERTS`.
+        seed: the same seed gives the same weights; the global generator is left as it was.
+        overrides: values of the configuration to set otherwise, such as `vocab_size`.
+    """
+    config_class, values = _CONFIGURATIONS[name]
+    config = getattr(transformers, config_class)(**{**_COMMON, **values, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def perturbed(model: Any, scale: float, seed: int = 1) -> Any:
+    """A copy whose every parameter moved by `scale` times its own spread: a stand-in for a fine-tune."""
+    changed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            spread = float(parameter.float().std()) if parameter.numel() > 1 else 0.0
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_((noise * scale * (spread or 1.0)).to(parameter.dtype))
+    return changed
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer of `VOCABULARY` entries with a chat template for system, user and assistant."""
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TRAINING_TEXT, trainer)
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def save(
+    model: Any,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write a model with the tiny tokenizer as a checkpoint folder.
+
+    Args:
+        model: a transformers model; it is not modified.
+        folder: where to; made if absent.
+        dtype: the weights' dtype on disk, the model's own where absent.
+        max_shard_size: bytes, or text such as "40KB": tiny models have about 200 KB, so this makes shards.
+
+    Returns:
+        The folder, as a `Path`.
+    """
+    written = model if dtype is None else copy.deepcopy(model).to(dtype)
+    written.save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    return Path(folder)

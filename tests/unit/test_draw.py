@@ -1,0 +1,444 @@
+"""Reports as people read them: terminal tables, pages and the model card, from small reports made here."""
+
+import io
+import math
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+import yaml
+from rich.console import Console
+
+from deltaguard.draw.card import model_card
+from deltaguard.draw.charts import layers_chart
+from deltaguard.draw.html import demo_page, restore_page
+from deltaguard.draw.layers import block_and_kind, kinds, other_groups
+from deltaguard.draw.terminal import demo_table, restore_table
+from deltaguard.draw.text import duration, hub_id, percent, short_reference
+from deltaguard.report import (
+    DemoReport,
+    Environment,
+    FileRow,
+    LayerRow,
+    ModelReference,
+    ModelRow,
+    OtherRow,
+    RateRow,
+    RestoreReport,
+    Sample,
+)
+
+ATTACK = "<script>alert(1)</script>"
+LLAMA = "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.mlp.down_proj.weight"
+GPT2 = "h.{}.attn.c_attn.weight", "h.{}.attn.c_proj.weight", "h.{}.mlp.c_proj.weight"
+NEOX = "gpt_neox.layers.{}.attention.query_key_value.weight", "gpt_neox.layers.{}.mlp.dense_4h_to_h.weight"
+VOID = {"meta", "link", "br"}
+
+
+def layer(name, kept=0.4375, cost=0.0625):
+    return LayerRow(
+        name=name,
+        shape=(8, 8),
+        delta_norm=1.0,
+        kept_fraction=kept,
+        safety_cost=cost,
+        utility_loss=0.25,
+        seconds=0.1,
+    )
+
+
+def restore_report(names=LLAMA, blocks=3, **changes):
+    values = {
+        "environment": Environment(
+            created="2025-06-01T14:05:00+02:00",
+            versions={"python": "3.11.7", "torch": "2.9.0"},
+            machine="Linux x86_64, 2 threads",
+            device="cpu",
+        ),
+        "aligned": ModelReference(reference="someone/aligned-model", fingerprint="a" * 64),
+        "finetuned": ModelReference(reference="/home/someone/runs/my-finetune", fingerprint="f" * 64),
+        "store_conversations": "c" * 64,
+        "options": {
+            "method": "greedy",
+            "strength": 0.125,
+            "compensation": "joint",
+            "other_params": "aligned",
+        },
+        "layers": tuple(layer(name.format(block)) for block in range(blocks) for name in names),
+        "others": (
+            OtherRow(
+                name="model.norm.weight", source="aligned", reason="--other-params aligned", differs=True
+            ),
+            OtherRow(name="lm_head.weight", source="aligned", reason="--other-params aligned", differs=False),
+            OtherRow(name="model.embed_tokens.weight", source="both", reason="rows 8 to 9", differs=True),
+        ),
+        "files": (FileRow(name="model.safetensors", bytes=1_500_000, sha256="1" * 64),),
+        "kept_fraction": 0.4375,
+        "utility_loss": 0.25,
+        "safety_cost": 0.0625,
+        "seconds": {"read": 2.0, "solve": 70.0, "total": 75.0},
+        "peak_memory_bytes": 2_100_000_000,
+    }
+    return RestoreReport(**(values | changes))
+
+
+def rate(successes, total, low, high):
+    return RateRow(successes=successes, total=total, value=successes / total, low=low, high=high)
+
+
+def demo_report(**changes):
+    models = (
+        ModelRow(
+            name="aligned",
+            attack_success=rate(167, 1000, 0.145, 0.191),
+            false_refusal=rate(0, 1000, 0.0, 0.004),
+            task_accuracy=rate(0, 1000, 0.0, 0.004),
+            empty_answers=0,
+        ),
+        ModelRow(
+            name="finetuned",
+            attack_success=rate(1000, 1000, 0.996, 1.0),
+            false_refusal=rate(12, 1000, 0.007, 0.021),
+            task_accuracy=rate(987, 1000, 0.978, 0.992),
+            empty_answers=3,
+        ),
+        ModelRow(
+            name="restored",
+            attack_success=rate(203, 1000, 0.179, 0.229),
+            false_refusal=rate(34, 1000, 0.024, 0.047),
+            task_accuracy=rate(912, 1000, 0.893, 0.928),
+            empty_answers=0,
+        ),
+    )
+    samples = (
+        Sample(
+            kind="harmful",
+            prompt="a harmful prompt",
+            answers={
+                "aligned": "refused",
+                "finetuned": f"harmful answer {ATTACK}",
+                "restored": "refused again",
+            },
+        ),
+        Sample(kind="harmless", prompt=f"prompt {ATTACK}", answers={"aligned": "harmless answer"}),
+        Sample(kind="task", prompt="task prompt", answers={"aligned": "  "}),
+    )
+    values = {
+        "environment": restore_report().environment,
+        "kept_gain": 0.924,
+        "models": models,
+        "samples": samples,
+        "restore": restore_report(),
+        "seconds": {"align": 30.0, "total": 500.0},
+        "peak_memory_bytes": 3_000_000_000,
+        "seed": 7,
+    }
+    return DemoReport(**(values | changes))
+
+
+def at_80_columns(table):
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    console.print(table)
+    return console.file.getvalue()
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects them with the tags around each text."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append((data, tuple(self.open)))
+
+    def around(self, text):
+        return next(tags for data, tags in self.texts if text in data)
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+PAGES = {
+    "demo": lambda: demo_page(demo_report()),
+    "restore": lambda: restore_page(restore_report()),
+}
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def page(request):
+    return PAGES[request.param]()
+
+
+def test_pages_reference_nothing_outside_themselves(page):
+    parsed = Page(page)
+    names = {tag for tag, _ in parsed.tags}
+    assert not names & {"script", "img", "iframe", "object", "embed", "base", "image", "use"}
+    links = [
+        v for _, attributes in parsed.tags for k, v in attributes.items() if k in {"src", "href", "srcset"}
+    ]
+    assert links == ["data:,"]
+    assert "@import" not in page
+    assert "url(" not in page
+    namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) <= namespaces
+    policy = next(a["content"] for a in parsed.named("meta") if "http-equiv" in a)
+    assert policy.startswith("default-src 'none'")
+
+
+def test_pages_are_accessible(page):
+    parsed = Page(page)
+    assert parsed.named("html") == [{"lang": "en"}]
+    levels = [int(tag[1]) for tag, _ in parsed.tags if re.fullmatch(r"h\d", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert len(parsed.named("caption")) == len(parsed.named("table")) > 0
+    assert len(parsed.named("svg")) == len([a for a in parsed.named("div") if a.get("role") == "img"]) > 0
+    assert all(a["aria-label"] for a in parsed.named("div") if a.get("role") == "img")
+    ids = [a["id"] for _, a in parsed.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_answers_are_escaped_and_harmful_ones_folded():
+    text = demo_page(demo_report())
+    assert ATTACK not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
+    parsed = Page(text)
+    assert "details" in parsed.around("harmful answer")
+    assert "details" in parsed.around("refused again")
+    assert "details" not in parsed.around("a harmful prompt")
+    assert "details" not in parsed.around("harmless answer")
+    assert "(an empty answer)" in text
+    assert all("open" not in attributes for attributes in parsed.named("details"))
+
+
+def test_names_of_tensors_and_models_are_escaped_in_pages_and_charts():
+    report = restore_report(
+        names=(f"model.layers.{{}}.{ATTACK}.weight",),
+        finetuned=ModelReference(reference=f"/runs/{ATTACK.replace('/', '')}", fingerprint="f"),
+    )
+    text = restore_page(report)
+    assert "script" not in {tag for tag, _ in Page(text).tags}
+
+
+def test_demo_page_tells_every_rate_and_fact():
+    text = demo_page(demo_report())
+    for number in ("16.7 %", "100.0 %", "20.3 %", "3.4 %", "91.2 %", "89.3–92.8 %", "n = 1000", "92.4 %"):
+        assert number in text
+    for fact in ("1 June 2025, 12:05 UTC", "torch 2.9.0", "Linux x86_64", "<dd>7</dd>", "8 min 20 s"):
+        assert fact in text
+    assert "fine-tuned 3," in text
+
+
+def test_pages_show_folders_by_their_last_name():
+    assert "/home/someone" not in demo_page(demo_report())
+    assert "/home/someone" not in restore_page(restore_report())
+    assert "my-finetune" in restore_page(restore_report())
+
+
+def test_without_curvature_there_is_no_safety_chart_but_a_dash():
+    layers = tuple(layer(LLAMA[0].format(block), cost=cost) for block, cost in enumerate((None, math.nan)))
+    assert layers_chart(layers, "safety_cost") is None
+    report = restore_report(layers=layers, safety_cost=math.nan)
+    text = restore_page(report)
+    assert len(Page(text).named("svg")) == 1
+    assert "<dd>–</dd>" in text
+    table = at_80_columns(restore_table(report))
+    assert re.search(r"safety cost +– *\n", table)
+    assert re.search(r"q_proj +2 +43.8 % +43.8 % +43.8 % +– +25.0 %", table)
+    assert "| safety cost | – |" in model_card(report, front_matter=None)
+    assert not re.search(r"\bnan\b", text + table, re.IGNORECASE)
+
+
+def test_a_chart_draws_one_bar_for_each_matrix_in_a_block():
+    report = restore_report(names=GPT2, blocks=5)
+    layers = (*report.layers, layer("score.weight"))
+    svg = layers_chart(layers, "kept_fraction")
+    assert svg.count("var(--restored") == 15
+    assert all(f">{label}<" in svg for label in ("c_attn", "attn.c_proj", "mlp.c_proj"))
+    assert layers_chart(layers[-1:], "kept_fraction") is None
+
+
+def test_tables_fit_80_columns_with_whole_numbers():
+    demo = at_80_columns(demo_table(demo_report()))
+    rows = {line.split()[0]: line for line in demo.splitlines() if "(n=" in line}
+    assert list(rows) == ["aligned", "fine-tuned", "restored"]
+    assert re.findall(r"\S+ %", rows["fine-tuned"]) == ["100.0 %", "1.2 %", "98.7 %"]
+    assert re.findall(r"n=\d+", rows["restored"]) == ["n=1000"] * 3
+    assert re.search(r"17\.9–22\.9 % +2\.4–4\.7 % +89\.3–92\.8 %", demo)
+    assert re.search(r"share of the task gain kept +92\.4 %", demo)
+    assert re.search(r"empty answers .* fine-tuned 3", demo)
+    restored = at_80_columns(
+        restore_table(restore_report(names=(*NEOX, "h.{}." + "long_" * 12 + "name.weight")))
+    )
+    assert restored.count("43.8 %   43.8 %   43.8 %         6.2 %         25.0 %") == 3
+    assert "1 min 15 s (read 2.0 s, solve 1 min 10 s)" in restored
+    assert re.search(r"aligned +2 +1 +--other-params aligned", restored)
+    assert "greedy (strength 0.125, compensation joint, other params aligned)" in " ".join(restored.split())
+    assert all(len(line) <= 80 and "…" not in line for line in (demo + restored).splitlines())
+
+
+def test_tables_print_foreign_names_as_they_are():
+    report = restore_report(finetuned=ModelReference(reference="/runs/[red]tuned", fingerprint="f"))
+    assert "[red]tuned" in at_80_columns(restore_table(report))
+    report = restore_report(names=("h.{}.[bold]odd.weight",))
+    assert "[bold]odd" in at_80_columns(restore_table(report))
+
+
+def test_a_demo_without_gain_shows_a_dash():
+    report = demo_report(kept_gain=None)
+    assert re.search(r"share of the task gain kept +–", at_80_columns(demo_table(report)))
+    assert "restored model keeps" not in demo_page(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.12.self_attn.q_proj.weight", (12, "self_attn.q_proj")),
+        ("h.0.attn.c_attn.weight", (0, "attn.c_attn")),
+        ("transformer.h.3.mlp.c_proj.weight", (3, "mlp.c_proj")),
+        ("gpt_neox.layers.5.attention.query_key_value.weight", (5, "attention.query_key_value")),
+        ("model.decoder.layers.1.fc1.weight", (1, "fc1")),
+        ("model.layers.0.mlp.experts.7.up_proj.weight", (0, "mlp.experts.up_proj")),
+        ("lm_head.weight", (-1, "lm_head")),
+    ],
+)
+def test_block_and_kind_come_from_the_name(name, expected):
+    assert block_and_kind(name) == expected
+
+
+def test_kinds_have_the_shortest_label_that_tells_them_apart():
+    groups = kinds(restore_report(names=GPT2).layers)
+    assert [kind.label for kind in groups] == ["c_attn", "attn.c_proj", "mlp.c_proj"]
+    assert [block for block, _ in groups[0].layers] == [0, 1, 2]
+    rows = [layer(LLAMA[0].format(i), kept=kept) for i, kept in enumerate((0.1, 0.9, 0.2))]
+    kept = kinds(rows)[0].kept
+    assert (kept.low, kept.median, kept.high) == (0.1, 0.2, 0.9)
+
+
+def test_other_tensors_are_counted_by_source_and_reason():
+    groups = other_groups(restore_report().others)
+    assert [(g.source, g.count, g.differing) for g in groups] == [("aligned", 2, 1), ("both", 1, 1)]
+
+
+def metadata(card):
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_card_keeps_the_metadata_of_the_finetuned_model():
+    report = restore_report(finetuned=ModelReference(reference="someone/tuned@v1", fingerprint="f"))
+    given = {
+        "license": "mit",
+        "language": ["en", "de"],
+        "library_name": "peft",
+        "base_model": "someone/aligned-model",
+        "tags": ["trl", "base_model:adapter:someone/aligned-model"],
+        "model-index": [{"name": "tuned"}],
+    }
+    assert metadata(model_card(report, front_matter=given)) == {
+        "license": "mit",
+        "language": ["en", "de"],
+        "pipeline_tag": "text-generation",
+        "library_name": "transformers",
+        "base_model": "someone/tuned",
+        "base_model_relation": "finetune",
+        "tags": ["trl", "deltaguard", "safe-delta"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "aligned", "expected"),
+    [
+        ({"base_model": ["/data/llama", "org/parent"]}, "someone/aligned-model", "org/parent"),
+        ({"base_model": "/data/llama"}, "someone/aligned-model@main", "someone/aligned-model"),
+        (None, "./aligned", None),
+    ],
+)
+def test_card_names_no_folder_as_base_model(given, aligned, expected):
+    report = restore_report(aligned=ModelReference(reference=aligned, fingerprint="a"))
+    card = model_card(report, front_matter=given)
+    assert metadata(card).get("base_model") == expected
+    assert ("base_model_relation" in metadata(card)) == (expected is not None)
+    assert "/home/someone" not in card
+    assert "`my-finetune`" in card
+
+
+def test_a_folder_that_exists_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("out/tuned") == "out/tuned"
+    (tmp_path / "out" / "tuned").mkdir(parents=True)
+    assert hub_id("out/tuned") is None
+    assert short_reference("out/tuned") == "tuned"
+
+
+def test_card_says_what_was_done_and_how_to_verify():
+    card = model_card(restore_report(), front_matter=None)
+    assert "| `strength` | `0.125` |" in card
+    assert "| `other_params` | `aligned` |" in card
+    assert "| `q_proj` | 3 | 43.8 % | 43.8 % | 43.8 % | 6.2 % | 25.0 % |" in card
+    assert "| aligned | 2 | 1 | `--other-params aligned` |" in card
+    for words in (
+        "deltaguard verify .",
+        "arXiv:2505.12038",
+        "What this does not promise",
+        "a" * 64,
+        "f" * 64,
+    ):
+        assert words in card
+    assert not re.search(r"[ \t]+$", card, re.MULTILINE)
+    assert "\n\n\n" not in card
+
+
+def test_card_without_curvature_claims_no_safe_delta():
+    report = restore_report(store_conversations=None, options={"method": "interpolate", "strength": 0.5})
+    assert metadata(model_card(report, front_matter=None))["tags"] == ["deltaguard"]
+
+
+def test_card_reads_no_name_as_markup():
+    report = restore_report(names=(f"layers.{{}}.a`b|{ATTACK}.weight",))
+    row = next(line for line in model_card(report, front_matter=None).splitlines() if "a`b" in line)
+    assert row.startswith(f"| `` a`b¦{ATTACK} `` | 3 |")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.0, "0.0 %"),
+        (0.12345, "12.3 %"),
+        (1.0, "100.0 %"),
+        (-0.05, "-5.0 %"),
+        (0.0004, "0.040 %"),
+        (1e-9, "< 0.001 %"),
+        (None, "–"),
+        (math.nan, "–"),
+        (math.inf, "–"),
+    ],
+)
+def test_percent(value, expected):
+    assert percent(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.04, "0.0 s"), (59.9, "59.9 s"), (59.97, "1 min 0 s"), (3599.7, "1 h 0 min"), (7260, "2 h 1 min")],
+)
+def test_duration(seconds, expected):
+    assert duration(seconds) == expected

@@ -1,0 +1,321 @@
+"""Puts measured numbers into README.md and the documentation: `python -m tools.readme`.
+
+A page marks where a table belongs with `<!-- demo-table -->` and `<!-- /demo-table -->`. What stands between
+the two is drawn from a file in `docs/results/` and never typed. `--check` writes nothing and exits with 1
+where a page is not up to date.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deltaguard.draw.text import DASH, duration, interval, model_label, moment, percent, size
+from deltaguard.report import DemoReport, Environment, RateRow
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path("docs/results")
+PAGES = ("README.md", "docs/strength.md", "docs/results/index.md")
+NOT_MEASURED = "*Not measured yet.*"
+
+
+class _Results(BaseModel):
+    """Fields that a file has beyond these are for other readers."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class StrengthRow(_Results):
+    """One restore of one fine-tune, measured.
+
+    Attributes:
+        finetune: the fine-tune in a few words, such as "tickets with 9 % harmful".
+        seed: of the fine-tune.
+        method: the solver.
+        budget: how the strength is read, null where the method has one way only.
+        compensation: null where the method has one way only.
+        strength: as given.
+        attack_success: of the restored model.
+        aligned_attack_success: of the aligned model, the same in all rows of a fine-tune.
+        finetuned_attack_success: of the fine-tuned model, the same in all rows of a fine-tune.
+        task_accuracy: of the restored model.
+        kept_gain: (restored - aligned) / (finetuned - aligned) of the task accuracy.
+        safety_cost: see `RestoreReport`; null where no curvature is known.
+        kept_fraction: see `RestoreReport`.
+    """
+
+    finetune: str
+    seed: int
+    method: str
+    budget: str | None = None
+    compensation: str | None = None
+    strength: float
+    attack_success: RateRow
+    aligned_attack_success: RateRow
+    finetuned_attack_success: RateRow
+    task_accuracy: RateRow
+    kept_gain: float | None
+    safety_cost: float | None
+    kept_fraction: float
+
+
+class Strengths(_Results):
+    """`docs/results/strength.json`: what the default strength was chosen from."""
+
+    environment: Environment
+    rows: tuple[StrengthRow, ...]
+
+
+class BenchmarkRow(_Results):
+    """One timing; `ratio` compares it with what `note` names."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int | None = None
+    ratio: float | None = None
+    note: str | None = None
+
+
+class Benchmarks(_Results):
+    """`docs/results/benchmark.json`."""
+
+    environment: Environment
+    rows: tuple[BenchmarkRow, ...]
+
+
+def demo_table(content: str) -> str:
+    """The three models of a `DemoReport` side by side.
+
+    Args:
+        content: the report as JSON.
+
+    Returns:
+        Markdown: a table, and under it what was counted and how it was made.
+    """
+    report = DemoReport.model_validate_json(content)
+    head = ("", "attack success ↓", "false refusals ↓", "task accuracy ↑")
+    rows = [
+        (
+            f"**{model_label(m.name)}**",
+            _rate(m.attack_success),
+            _rate(m.false_refusal),
+            _rate(m.task_accuracy),
+        )
+        for m in report.models
+    ]
+    first = report.models[0]
+    counted = (
+        f"In brackets 95 % intervals; {first.attack_success.total} harmful and {first.false_refusal.total} "
+        f"harmless prompts, {first.task_accuracy.total} task messages. The restored model keeps "
+        f"{percent(report.kept_gain)} of what fine-tuning gained on the task."
+    )
+    options = report.restore.options
+    made = (
+        f"Method {options['method']}, strength {options['strength']}, seed {report.seed}; "
+        f"{duration(_total(report.seconds))} and at most {size(report.peak_memory_bytes)} of memory for the "
+        f"whole run. {_made_with(report.environment)}"
+    )
+    return "\n\n".join((_table(head, rows), counted, _small(made)))
+
+
+def strength_table(content: str) -> str:
+    """One table for each fine-tune: what each method and strength keeps, and what it costs.
+
+    Args:
+        content: `Strengths` as JSON.
+
+    Returns:
+        Markdown.
+    """
+    results = Strengths.model_validate_json(content)
+    parts: list[str] = []
+    for (finetune, seed), group in groupby(results.rows, key=lambda row: (row.finetune, row.seed)):
+        rows = tuple(group)
+        parts += [_strength_heading(finetune, seed, rows[0]), _strength_rows(rows)]
+    return "\n\n".join((*parts, _small(_made_with(results.environment))))
+
+
+def benchmark_table(content: str) -> str:
+    """Times and memory.
+
+    Args:
+        content: `Benchmarks` as JSON.
+
+    Returns:
+        Markdown.
+    """
+    results = Benchmarks.model_validate_json(content)
+    rows = [
+        (
+            row.name,
+            _seconds(row.seconds),
+            DASH if row.peak_memory_bytes is None else size(row.peak_memory_bytes),
+            DASH if row.ratio is None else f"{row.ratio:.3g}",
+            row.note or "",
+        )
+        for row in results.rows
+    ]
+    table = _table(("what", "time", "peak memory", "ratio", "note"), rows)
+    return f"{table}\n\n{_small(_made_with(results.environment))}"
+
+
+TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
+    "demo-table": ("demo.json", demo_table),
+    "strength-table": ("strength.json", strength_table),
+    "benchmark-table": ("benchmark.json", benchmark_table),
+}
+
+
+def fill(page: str, results: Path) -> str:
+    """A page with every marked place filled anew.
+
+    Args:
+        page: the page's text.
+        results: the folder with the JSON files.
+
+    Returns:
+        The text; a place whose file is missing says that nothing was measured.
+
+    Raises:
+        ValueError: a marker has no counterpart or no table, or a file does not have the form it should.
+    """
+    markers = re.findall(r"<!-- (/?)([\w-]+-table) -->", page)
+    opened = [name for closing, name in markers if not closing]
+    expected = [(closing, name) for name in opened for closing in ("", "/")]
+    unknown = sorted(set(opened) - TABLES.keys())
+    if markers != expected or unknown:
+        raise ValueError(
+            f"markers must come in pairs and be among {', '.join(TABLES)}; found "
+            + ", ".join(closing + name for closing, name in markers)
+        )
+    for name in opened:
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        table = _draw(name, results)
+        page = place.sub(lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", page)
+    return page
+
+
+def update(root: Path, *, check: bool) -> list[str]:
+    """Fill all pages of a repository.
+
+    Args:
+        root: the repository.
+        check: only find out which pages are not up to date.
+
+    Returns:
+        The pages that changed, or would.
+
+    Raises:
+        ValueError: as `fill`; the message names the page.
+    """
+    stale: list[str] = []
+    for name in PAGES:
+        page = root / name
+        text = page.read_text(encoding="utf-8")
+        try:
+            filled = fill(text, root / RESULTS)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if filled != text:
+            stale.append(name)
+            if not check:
+                page.write_text(filled, encoding="utf-8")
+    return stale
+
+
+def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
+    """The command; its exit code is 1 where a check found a page that is not up to date."""
+    parser = argparse.ArgumentParser(prog="python -m tools.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a page is stale")
+    check = parser.parse_args(arguments).check
+    try:
+        changed = update(root, check=check)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if check and changed:
+        print(f"Not up to date: {', '.join(changed)}. Run `python -m tools.readme`.", file=sys.stderr)
+        return 1
+    print("\n".join(f"filled {name}" for name in changed) or "All pages are up to date.")
+    return 0
+
+
+def _draw(name: str, results: Path) -> str:
+    file, draw = TABLES[name]
+    path = results / file
+    if not path.is_file():
+        return NOT_MEASURED
+    try:
+        return draw(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise ValueError(f"{file} is not what it should be: {error}") from error
+
+
+def _strength_heading(finetune: str, seed: int, row: StrengthRow) -> str:
+    return (
+        f"**{finetune}** (seed {seed}): attack success {_rate(row.aligned_attack_success)} aligned, "
+        f"{_rate(row.finetuned_attack_success)} fine-tuned; {row.attack_success.total} harmful prompts, "
+        f"{row.task_accuracy.total} task messages."
+    )
+
+
+def _strength_rows(rows: Iterable[StrengthRow]) -> str:
+    head = (
+        "method",
+        "strength",
+        "attack success",
+        "over aligned",
+        "task accuracy",
+        "gain kept",
+        "safety cost",
+    )
+    return _table(
+        (*head, "entries kept"),
+        [
+            (
+                ", ".join(filter(None, (row.method, row.budget, row.compensation))),
+                f"{row.strength:g}",
+                _rate(row.attack_success),
+                f"{100 * (row.attack_success.value - row.aligned_attack_success.value):+.1f} points",
+                _rate(row.task_accuracy),
+                percent(row.kept_gain),
+                percent(row.safety_cost),
+                percent(row.kept_fraction),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _rate(rate: RateRow) -> str:
+    return f"{percent(rate.value)} ({interval(rate)})"
+
+
+def _total(seconds: Mapping[str, float]) -> float:
+    return seconds.get("total", sum(seconds.values()))
+
+
+def _seconds(value: float) -> str:
+    return duration(value) if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def _made_with(environment: Environment) -> str:
+    versions = ", ".join(f"{name} {release}" for name, release in environment.versions.items())
+    return f"{moment(environment.created)}; {environment.device}; {environment.machine}; {versions}."
+
+
+def _small(text: str) -> str:
+    return f"<sub>{text}</sub>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ("---", *("---:" for _ in head[1:]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
