@@ -32,6 +32,17 @@ def text(x: float, y: float, content: str, *, kind: str = "", anchor: str = "sta
     return f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
+def arrow(*points: tuple[float, float]) -> str:
+    """A line through the points, its head at the last one; the last stretch is horizontal or vertical."""
+    (x0, y0), (x, y) = points[-2:]
+    dx, dy = (x > x0) - (x < x0), (y > y0) - (y < y0)
+    path = " ".join(f"{px:g},{py:g}" for px, py in (*points[:-1], (x - 5 * dx, y - 5 * dy)))
+    across = (4 * dy, 4 * dx)
+    corners = ((x, y), *((x - 8 * dx + sign * across[0], y - 8 * dy + sign * across[1]) for sign in (1, -1)))
+    head = " ".join(f"{px:g},{py:g}" for px, py in corners)
+    return f'<polyline class="line" points="{path}"/><polygon class="head" points="{head}"/>'
+
+
 def picture(width: float, height: float, elements: Iterable[str], *, title: str, description: str) -> str:
     """A whole SVG file.
 

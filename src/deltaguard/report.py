@@ -97,10 +97,10 @@ class RestoreReport(Record):
         layers: one row a restored matrix, in the order of the checkpoint.
         others: one row for every other tensor.
         files: the weight files with their hashes.
-        kept_fraction: mean over layers, weighted by entries.
-        utility_loss: Σ‖Δ' - Δ‖² / Σ‖Δ‖² over layers.
-        safety_cost: median over layers, null without curvature.
-        seconds: wall time of the parts: total, solve, read, write.
+        kept_fraction: mean over the layers that differ, weighted by entries.
+        utility_loss: Σ‖Δ' - Δ‖² / Σ‖Δ‖² over them.
+        safety_cost: median over them, null without curvature.
+        seconds: wall time of the parts: total, solve.
         peak_memory_bytes: largest resident memory of the process.
     """
 

@@ -224,3 +224,14 @@ def test_the_output_may_not_be_an_input(tmp_path):
                 store=made.store,
                 config=RestoreConfig(strength=0.5, overwrite=True),
             )
+
+
+def test_the_card_keeps_the_licence_of_the_finetuned_model(tmp_path):
+    made = pair()
+    carded = tmp_path / "carded"
+    shutil.copytree(made.finetuned, carded)
+    (carded / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n# Mine\n")
+    restore(made.aligned, carded, tmp_path / "out", store=made.store, config=HALF)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "deltaguard" in card

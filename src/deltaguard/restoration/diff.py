@@ -1,10 +1,12 @@
 """What differs between an aligned model and a fine-tuned one, by layer and kind."""
 
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from deltaguard.checkpoint import TensorInfo, WeightSource, name_map
 from deltaguard.report import DiffReport, KindRow, TensorDiff
@@ -55,22 +57,32 @@ def _compare(
 ) -> TensorDiff | None:
     if own is None:
         return TensorDiff(name=info.name, difference="only finetuned", aligned=None, finetuned=_text(info))
-    texts = {"aligned": _text(own), "finetuned": _text(info)}
     if own.shape != info.shape:
-        return TensorDiff(name=info.name, difference="shape", **texts)
-    if deep:
-        before, after = one.read(own.name), other.read(info.name)
-        if not torch.equal(before, after):
-            delta = after.double() - before.double()
-            norm = float(torch.linalg.vector_norm(before.double()))
-            return TensorDiff(
-                name=info.name,
-                difference="values",
-                **texts,
-                relative_norm=float(torch.linalg.vector_norm(delta)) / norm if norm else None,
-                not_finite=int((~delta.isfinite()).sum()),
-            )
-    return TensorDiff(name=info.name, difference="dtype", **texts) if own.dtype != info.dtype else None
+        return TensorDiff(name=info.name, difference="shape", aligned=_text(own), finetuned=_text(info))
+    found = _values(one.read(own.name), other.read(info.name)) if deep else None
+    if found is not None:
+        return found.model_copy(
+            update={"name": info.name, "aligned": _text(own), "finetuned": _text(info)}
+        )
+    if own.dtype != info.dtype:
+        return TensorDiff(name=info.name, difference="dtype", aligned=_text(own), finetuned=_text(info))
+    return None
+
+
+def _values(before: Tensor, after: Tensor) -> TensorDiff | None:
+    delta = after.double() - before.double()
+    size = float(torch.linalg.vector_norm(delta))
+    if size == 0:
+        return None
+    norm = float(torch.linalg.vector_norm(before.double()))
+    return TensorDiff(
+        name="",
+        difference="values",
+        aligned=None,
+        finetuned=None,
+        relative_norm=size / norm if norm and math.isfinite(size) else None,
+        not_finite=int((~delta.isfinite()).sum()),
+    )
 
 
 def _by_kind(names: list[str], rows: list[TensorDiff], *, deep: bool) -> tuple[KindRow, ...]:

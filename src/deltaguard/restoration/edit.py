@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -112,13 +111,9 @@ def edit(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edited:
     Raises:
         DeltaguardError: the weights are not finite, or the solver failed; the message names the tensor.
     """
-    match inputs.step.action:
-        case Action.RESTORE:
-            return _restore(inputs, config, dtype)
-        case Action.ALIGNED | Action.FINETUNED | Action.EXTEND:
-            return _take(inputs, dtype)
-        case never:
-            assert_never(never)
+    if inputs.step.action is Action.RESTORE:
+        return _restore(inputs, config, dtype)
+    return _take(inputs, dtype)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -132,12 +127,13 @@ def _restore(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edite
     if not inputs.differs:
         same = Solution(weight=finetuned, kept_fraction=1.0, safety_cost=0.0, utility_loss=0.0)
         return Edited(finetuned.to(dtype), _row(step, same, 0.0, started))
-    turn = (lambda matrix: matrix.T) if step.transposed else (lambda matrix: matrix)
+    pair = (aligned.T, finetuned.T) if step.transposed else (aligned, finetuned)
     try:
-        solution = _solve(turn(aligned), turn(finetuned), inputs.curvature, config)
+        solution = _solve(*pair, inputs.curvature, config)
     except ValueError as error:
         raise DeltaguardError(f"Tensor `{step.info.name}`: {error}") from error
-    restored = turn(solution.weight).to(dtype).contiguous()
+    restored = solution.weight.T if step.transposed else solution.weight
+    restored = restored.to(dtype).contiguous()
     if not bool(restored.isfinite().all()):
         raise DeltaguardError(
             f"Tensor `{step.info.name}`: the restored weight does not fit into {dtype}; "
@@ -176,14 +172,14 @@ def _take(inputs: Inputs, dtype: torch.dtype) -> Edited:
         tensor[: len(aligned)] = aligned
         row = OtherRow(name=step.info.name, source="both", reason=step.reason, differs=True)
         return Edited(tensor, row)
-    chosen = aligned if step.action is Action.ALIGNED else finetuned.to(dtype)
+    from_aligned = step.action is Action.ALIGNED
     row = OtherRow(
         name=step.info.name,
-        source=step.action.value,
+        source="aligned" if from_aligned else "finetuned",
         reason=step.reason,
         differs=inputs.differs,
     )
-    return Edited(chosen.contiguous(), row)
+    return Edited(aligned if from_aligned else finetuned.to(dtype), row)
 
 
 def _row(step: Step, solution: Solution, norm: float, started: float) -> LayerRow:

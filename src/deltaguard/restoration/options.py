@@ -11,7 +11,7 @@ Budget = Literal["paper", "fraction"]
 Compensation = Literal["joint", "additive", "none"]
 
 DEFAULT_STRENGTH = 0.1
-"""Share of the summed safety cost that `greedy` spends by default; see docs/strength.md for how it was chosen."""
+"""Share of the summed safety cost that `greedy` spends by default; docs/strength.md says how it was chosen."""
 
 
 class RestoreConfig(BaseModel):

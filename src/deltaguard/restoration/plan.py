@@ -103,7 +103,7 @@ def make_plan(
         _check_store(aligned, store)
     names = _aligned_names(aligned, finetuned)
     layer = _layer_rule(store)
-    problems = _missing(aligned, finetuned, names, layer)
+    problems = _missing(aligned, names, layer)
     steps: list[Step] = []
     for info in finetuned.tensors.values():
         own = names.get(info.name)
@@ -116,7 +116,7 @@ def make_plan(
         raise DeltaguardError(_mismatch(aligned, finetuned, problems))
     if not any(step.action is Action.RESTORE for step in steps):
         raise DeltaguardError(
-            f"No layer of {finetuned.reference} can be restored: it holds no matrix in a numbered decoder block."
+            f"No layer of {finetuned.reference} can be restored: no numbered decoder block holds a matrix."
         )
     return _with_sizes(tuple(steps), aligned, store)
 
@@ -149,9 +149,7 @@ def _aligned_names(aligned: WeightSource, finetuned: WeightSource) -> Mapping[st
     return names
 
 
-def _missing(
-    aligned: WeightSource, finetuned: WeightSource, names: Mapping[str, str], layer: _LayerRule
-) -> list[str]:
+def _missing(aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule) -> list[str]:
     """Tensors that the fine-tuned checkpoint ought to hold; a tied output head and buffers may be absent."""
     found = set(names.values())
     return [
@@ -173,17 +171,18 @@ def _step(
             return f"Tensor `{info.name}` {info.shape} is in the fine-tuned model and not in the aligned one."
         return Step(info, Action.FINETUNED, None, None, False, "only in the fine-tuned checkpoint")
     restored = layer(aligned)
-    if info.shape == aligned.shape:
-        if restored is not None:
-            return Step(info, Action.RESTORE, aligned.name, *restored, "restored")
-        action = Action.ALIGNED if other_params == "aligned" else Action.FINETUNED
-        return Step(info, action, aligned.name, None, False, f"--other-params {other_params}")
-    if restored is None and _has_extra_rows(info, aligned):
-        if other_params == "finetuned":
-            return Step(info, Action.FINETUNED, aligned.name, None, False, "--other-params finetuned")
-        extra = f"rows {aligned.shape[0]} to {info.shape[0] - 1} only in the fine-tuned vocabulary"
-        return Step(info, Action.EXTEND, aligned.name, None, False, extra)
-    return f"Tensor `{info.name}` is {aligned.shape} in the aligned model and {info.shape} in the fine-tuned one."
+    same = info.shape == aligned.shape
+    if restored is not None and same:
+        return Step(info, Action.RESTORE, aligned.name, *restored, "restored")
+    if restored is not None or not (same or _has_extra_rows(info, aligned)):
+        return (
+            f"Tensor `{info.name}` is {aligned.shape} in the aligned model "
+            f"and {info.shape} in the fine-tuned one."
+        )
+    if same or other_params == "finetuned":
+        return Step(info, Action(other_params), aligned.name, None, False, f"--other-params {other_params}")
+    extra = f"rows {aligned.shape[0]} to {info.shape[0] - 1} only in the fine-tuned vocabulary"
+    return Step(info, Action.EXTEND, aligned.name, None, False, extra)
 
 
 def _has_extra_rows(info: TensorInfo, aligned: TensorInfo) -> bool:

@@ -5,9 +5,11 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import metadata_load
 from pydantic import TypeAdapter
 
 from deltaguard.adapter import AdapterCheckpoint
@@ -92,7 +94,7 @@ def restore(
         _bring_along(job, writer)
         report = _report(job, config, rows, _files(writer, job.finetuned.shards), started)
         writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
-        writer.text("README.md", model_card(report, front_matter=None))
+        writer.text("README.md", model_card(report, front_matter=_front_matter(job.finetuned.folder)))
         writer.commit(last=job.finetuned.index_name or job.finetuned.shards[0])
     return report
 
@@ -213,6 +215,12 @@ def _bring_along(job: Job, writer: CheckpointWriter) -> None:
         writer.copy(mirrored.folder / job.finetuned.index_name, job.finetuned.index_name)
 
 
+def _front_matter(folder: Path) -> Mapping[str, Any] | None:
+    """The metadata of the fine-tuned model's own card: its licence and languages go on holding."""
+    card = folder / "README.md"
+    return metadata_load(card) if card.is_file() else None
+
+
 def _files(writer: CheckpointWriter, shards: Sequence[str]) -> tuple[FileRow, ...]:
     records = [record for shard in shards if (record := writer.finished(shard)) is not None]
     return tuple(FileRow(name=record.name, bytes=record.bytes, sha256=record.sha256) for record in records)
@@ -226,11 +234,12 @@ def _report(
     started: float,
 ) -> RestoreReport:
     layers = tuple(row for row in rows if isinstance(row, LayerRow))
-    entries = [row.shape[0] * row.shape[1] for row in layers]
-    norms = [row.delta_norm**2 for row in layers]
-    costs = [row.safety_cost for row in layers if row.safety_cost is not None and row.delta_norm > 0]
-    lost = sum(row.utility_loss * norm for row, norm in zip(layers, norms, strict=True))
-    kept = sum(row.kept_fraction * count for row, count in zip(layers, entries, strict=True))
+    changed = [row for row in layers if row.delta_norm > 0]
+    entries = [row.shape[0] * row.shape[1] for row in changed]
+    norms = [row.delta_norm**2 for row in changed]
+    costs = [row.safety_cost for row in changed if row.safety_cost is not None]
+    lost = sum(row.utility_loss * norm for row, norm in zip(changed, norms, strict=True))
+    kept = sum(row.kept_fraction * count for row, count in zip(changed, entries, strict=True))
     return RestoreReport(
         environment=environment("cpu"),
         aligned=_reference(job.aligned),
@@ -240,8 +249,8 @@ def _report(
         layers=layers,
         others=tuple(row for row in rows if isinstance(row, OtherRow)),
         files=files,
-        kept_fraction=kept / sum(entries),
-        utility_loss=lost / sum(norms) if sum(norms) else 0.0,
+        kept_fraction=kept / sum(entries) if changed else 1.0,
+        utility_loss=lost / sum(norms) if changed else 0.0,
         safety_cost=statistics.median(costs) if costs else None,
         seconds={
             "total": time.perf_counter() - started,

@@ -1,0 +1,1 @@
+"""What the documentation needs of Sphinx and does not find there."""
