@@ -3,12 +3,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from deltaguard import __version__
+import deltaguard
 
 project = "deltaguard"
 author = "The deltaguard authors"
-copyright = author  # noqa: A001
-version = release = __version__
+version = release = deltaguard.__version__
 
 extensions = [
     "myst_parser",
@@ -18,10 +17,15 @@ extensions = [
     "_ext.docstrings",
     "_ext.mathml",
 ]
-exclude_patterns = ["_build", "README.md"]
+exclude_patterns = ["_build"]
 
-myst_enable_extensions = ["attrs_block", "deflist", "dollarmath", "smartquotes"]
+myst_enable_extensions = ["deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 3
+# Numbers that the program decides are never typed.
+myst_substitutions = {
+    "default_strength": deltaguard.RestoreConfig().chosen_strength,
+    "num_samples": deltaguard.CalibrateConfig().num_samples,
+}
 
 # In docstrings, `name` is code.
 default_role = "literal"
@@ -37,5 +41,5 @@ html_static_path = ["_static"]
 html_css_files = ["deltaguard.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
-html_show_sourcelink = False
 html_show_copyright = False
+html_show_sphinx = False

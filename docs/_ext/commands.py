@@ -1,28 +1,23 @@
-"""The command reference, generated from the program while the page is read, so that it cannot go stale."""
-
-import re
+"""The command reference, generated from the program while its page is read, so that it cannot go stale."""
 
 from sphinx.application import Sphinx
 
 MARK = "<!-- commands -->"
 
 
-def _fill(_app: Sphinx, _page: str, content: list[str]) -> None:
-    if MARK in content[0]:
-        content[0] = content[0].replace(MARK, reference())
-
-
 def reference() -> str:
-    """The reference of all verbs in Markdown, its headings from the second level on."""
+    """All verbs with their arguments, in Markdown, a heading of the second level for each."""
     from deltaguard.cli.app import build_app
 
     generated = build_app().generate_docs("markdown", heading_level=1)
-    # The page has a title, and a list of the verbs with what they do: once is enough.
-    return generated[generated.index("**Commands**") :].replace("**Commands**:\n", "", 1)
+    # Before the list of verbs stand a title and a table of contents, which the page has of its own.
+    _, _, verbs = generated.partition("**Commands**:")
+    return verbs.replace(" *[default: False]*", "")
 
 
-def _in_second_person(text: str) -> str:
-    return re.sub(r" \*\[default: False\]\*", "", text)
+def _fill(_app: Sphinx, _page: str, content: list[str]) -> None:
+    if MARK in content[0]:
+        content[0] = content[0].replace(MARK, reference())
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""Lets autodoc read the docstrings, whose code is written as in Markdown, and checks that nothing is left out."""
+"""Lets autodoc read docstrings whose code is Markdown, and finds public names that no page describes."""
 
 import re
 from typing import Any
@@ -9,7 +9,11 @@ from sphinx.util import logging
 
 PAGE = "api"
 
-_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
+)
+# Pydantic's constraints; the descriptions say what they mean.
+_CONSTRAINED = re.compile(r"Annotated\[(\w+)(?:, \w+\(\w+=[^)]*\))+\]")
 _logger = logging.getLogger(__name__)
 
 
@@ -22,6 +26,11 @@ def _code_block(fence: re.Match[str]) -> str:
     indent, code = fence["indent"], fence["code"].rstrip("\n")
     shifted = "\n".join(f"   {line}" if line.strip() else "" for line in code.split("\n"))
     return f"{indent}.. code-block:: {fence['language'] or 'text'}\n\n{shifted}\n"
+
+
+def _plain_types(*arguments: Any) -> tuple[str | None, str | None]:
+    *_, signature, returned = arguments
+    return signature and _CONSTRAINED.sub(r"\1", signature), returned
 
 
 def _check(_app: Sphinx, env: BuildEnvironment) -> None:
@@ -39,5 +48,6 @@ def _check(_app: Sphinx, env: BuildEnvironment) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Listen to autodoc before napoleon does."""
     app.connect("autodoc-process-docstring", _to_rst, priority=400)
+    app.connect("autodoc-process-signature", _plain_types)
     app.connect("env-check-consistency", _check)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -30,12 +30,12 @@ class AdapterCheckpoint:
     Attributes:
         aligned: the checkpoint that the adapter belongs to.
         reference: what the user called the adapter.
-        adapter_folder: where the adapter's files lie.
+        folder: where the adapter's files lie; index and configuration are in the aligned folder.
     """
 
     aligned: Checkpoint
     reference: str
-    adapter_folder: Path
+    folder: Path
     _changes: Mapping[str, Change] = field(repr=False)
 
     @classmethod
@@ -64,11 +64,6 @@ class AdapterCheckpoint:
                 listed(f"The adapter {reference} does not fit {aligned.reference}", problems)
             )
         return cls(aligned, str(reference), folder, changes)
-
-    @property
-    def folder(self) -> Path:
-        """Where the shards, the index and the configuration lie: the aligned checkpoint's folder."""
-        return self.aligned.folder
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -114,12 +109,12 @@ class AdapterCheckpoint:
         if change is None:
             return self.aligned.read(name)
         whole = change.replaced
-        weight = self.aligned.read(name) if whole is None else read_tensor(self.adapter_folder, whole)
+        weight = self.aligned.read(name) if whole is None else read_tensor(self.folder, whole)
         if change.a is None or change.b is None:
             return weight
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        a = read_tensor(self.adapter_folder, change.a).to(weight.dtype)
-        b = read_tensor(self.adapter_folder, change.b).to(weight.dtype)
+        a = read_tensor(self.folder, change.a).to(weight.dtype)
+        b = read_tensor(self.folder, change.b).to(weight.dtype)
         left, right = (a.T, b.T) if change.transposed else (b, a)
         return weight.addmm_(left, right, alpha=change.scale)
 
@@ -133,7 +128,7 @@ class AdapterCheckpoint:
         It differs from that of the merged checkpoint. What it cannot see is said at `Checkpoint.fingerprint`.
         """
         parts = [part for change in self._changes.values() for part in change.parts]
-        adapter = content_fingerprint(self.adapter_folder, {part.name: part for part in parts})
+        adapter = content_fingerprint(self.folder, {part.name: part for part in parts})
         scales = {name: change.scale for name, change in self._changes.items()}
         described = json.dumps([self.aligned.fingerprint(), adapter, scales], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()

@@ -80,7 +80,8 @@ class CheckpointWriter:
                 self._journal = journal or self._start(plan_hash, overwrite=overwrite)
                 self._tidy()
         except BaseException:
-            self._remove_staging()
+            if journal is None:
+                self._remove_staging()
             raise
 
     def __enter__(self) -> Self:
@@ -202,9 +203,9 @@ class CheckpointWriter:
             self._remove_replaced()
             for name in sorted(self.records.keys() - {last}):
                 self._move(name)
-            flush_folder(self.out)
             self._move(last)
-            flush_folder(self.out)
+            # The journal goes last: as long as anything else is left, the run can be resumed.
+            shutil.rmtree(self._files)
             shutil.rmtree(self._staging)
         self._committed = True
 

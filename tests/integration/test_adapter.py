@@ -108,13 +108,13 @@ def test_what_is_untouched_comes_from_the_aligned_checkpoint(tmp_path):
     checkpoint = Checkpoint.open(aligned)
     adapter = AdapterCheckpoint.open(checkpoint, tmp_path / "adapter")
     assert adapter.adapted == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
-    assert (adapter.tensors, adapter.shards, adapter.index_name, adapter.config, adapter.folder) == (
+    assert (adapter.tensors, adapter.shards, adapter.index_name, adapter.config) == (
         checkpoint.tensors,
         checkpoint.shards,
         checkpoint.index_name,
         checkpoint.config,
-        checkpoint.folder,
     )
+    assert adapter.folder == tmp_path / "adapter"
     assert all(adapter.header(shard) == checkpoint.header(shard) for shard in adapter.shards)
     assert adapter.read("lm_head.weight").dtype == torch.bfloat16
 

@@ -4,11 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaguard.adapter import AdapterCheckpoint
+from deltaguard.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.calibrate import CalibrateConfig, calibrate
 from deltaguard.checkpoint import Checkpoint, WeightSource
-from deltaguard.hub import locate
-from deltaguard.layout import ADAPTER_CONFIG
 from deltaguard.progress import Progress
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Plan, make_plan
@@ -40,9 +38,7 @@ def open_models(aligned: str | Path, finetuned: str | Path) -> tuple[Checkpoint,
         DeltaguardError: one of them cannot be used.
     """
     base = Checkpoint.open(aligned)
-    if (locate(finetuned, weights=False) / ADAPTER_CONFIG).is_file():
-        return base, AdapterCheckpoint.open(base, finetuned)
-    return base, Checkpoint.open(finetuned)
+    return base, AdapterCheckpoint.open(base, finetuned) if is_adapter(finetuned) else Checkpoint.open(finetuned)
 
 
 def open_job(

@@ -90,7 +90,7 @@ def restore(
     with writer:
         writer.require_space(plan.write_bytes)
         rows = _write_shards(job, plan, config, writer, progress)
-        _check_something_changed(job, rows)
+        _check_something_changed(job, rows, writer)
         _bring_along(job, writer)
         report = _report(job, config, rows, _files(writer, job.finetuned.shards), started)
         writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
@@ -171,7 +171,7 @@ def _write_shard(
     return rows
 
 
-def _check_something_changed(job: Job, rows: Sequence[LayerRow | OtherRow]) -> None:
+def _check_something_changed(job: Job, rows: Sequence[LayerRow | OtherRow], writer: CheckpointWriter) -> None:
     deltas = [row.delta_norm > 0 if isinstance(row, LayerRow) else row.differs for row in rows]
     if not any(deltas):
         raise DeltaguardError(
