@@ -23,7 +23,7 @@ from deltaguard.store_format import Group, Layer, Provenance, versions, write_st
 
 TOKENS = 8192
 WEIGHT_SCALE, DELTA_SCALE = 0.02, 0.001
-MASSIVE_COLUMNS, MASSIVE_SCALE = 4, 50.0
+COLUMN_SPREAD, MASSIVE_COLUMNS, MASSIVE_SCALE = 0.5, 4, 20.0
 
 
 def fabricate_pair(folder: Path) -> None:
@@ -90,7 +90,7 @@ def _packed(kind: str, seed: int) -> Packed:
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, size + 1).rsqrt()
     mixing = torch.randn(size, size, generator=generator)
-    columns = torch.randn(size, generator=generator).exp()
+    columns = (COLUMN_SPREAD * torch.randn(size, generator=generator)).exp()
     columns[torch.randperm(size, generator=generator)[:MASSIVE_COLUMNS]] *= MASSIVE_SCALE
     inputs = (torch.randn(TOKENS, size, generator=generator) * spectrum) @ mixing * columns
     return pack(kind, accumulate(empty_moment(size), inputs), dampening=0.01)
@@ -110,7 +110,7 @@ def _provenance(aligned: Path) -> Provenance:
         batch_size=16,
         dtype="bfloat16",
         dampening=0.01,
-        aligned=str(aligned),
+        aligned="synthetic",
         conversations_sha256="",
         conversations=128,
         tokens=TOKENS,

@@ -20,6 +20,7 @@ from deltaguard.report import DemoReport, Environment, RateRow
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs/results")
 PAGES = ("README.md", "docs/strength.md", "docs/results/index.md")
+TEXT_COLUMNS = ("", "method", "what", "note")
 NOT_MEASURED = "*Not measured yet.*"
 
 
@@ -268,7 +269,7 @@ def _strength_rows(rows: Iterable[StrengthRow]) -> str:
         "method",
         "strength",
         "attack success",
-        "over aligned",
+        "points over aligned",
         "task accuracy",
         "gain kept",
         "safety cost",
@@ -279,9 +280,9 @@ def _strength_rows(rows: Iterable[StrengthRow]) -> str:
             (
                 ", ".join(filter(None, (row.method, row.budget, row.compensation))),
                 f"{row.strength:g}",
-                _rate(row.attack_success),
-                f"{100 * (row.attack_success.value - row.aligned_attack_success.value):+.1f} points",
-                _rate(row.task_accuracy),
+                _rate(row.attack_success, between="<br>"),
+                f"{100 * (row.attack_success.value - row.aligned_attack_success.value):+.1f}",
+                _rate(row.task_accuracy, between="<br>"),
                 percent(row.kept_gain),
                 percent(row.safety_cost),
                 percent(row.kept_fraction),
@@ -291,8 +292,8 @@ def _strength_rows(rows: Iterable[StrengthRow]) -> str:
     )
 
 
-def _rate(rate: RateRow) -> str:
-    return f"{percent(rate.value)} ({interval(rate)})"
+def _rate(rate: RateRow, *, between: str = " ") -> str:
+    return f"{percent(rate.value)}{between}({interval(rate)})"
 
 
 def _total(seconds: Mapping[str, float]) -> float:
@@ -313,7 +314,7 @@ def _small(text: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = ("---", *("---:" for _ in head[1:]))
+    rule = ("---" if name in TEXT_COLUMNS else "---:" for name in head)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 

@@ -7,7 +7,7 @@ Example:
     import deltaguard
 
     store = deltaguard.calibrate("aligned-model", "store")
-    report = deltaguard.restoration.restore("aligned-model", "finetuned-model", "restored", store=store)
+    report = deltaguard.restore("aligned-model", "finetuned-model", "restored", store=store)
     ```
 """
 

@@ -209,6 +209,11 @@ class CheckpointWriter:
             shutil.rmtree(self._staging)
         self._committed = True
 
+    def discard(self) -> None:
+        """Give up what was staged: the result is of no use, so there is nothing to resume."""
+        self._journal.records.clear()
+        self._remove_staging()
+
     @contextlib.contextmanager
     def _staged(self, name: str, size: int) -> Generator[HashedFile, None, None]:
         """One file that is recorded if the block ends well, and removed otherwise."""

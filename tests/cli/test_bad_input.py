@@ -130,6 +130,7 @@ def test_identical_models(made, tmp_path, attempt):
     same = tmp_path / "same"
     shutil.copytree(made.aligned, same)
     assert "every delta is zero" in attempt(made.aligned, same, store=made.store)
+    assert not (tmp_path / "restored").exists()
 
 
 def test_options_that_change_nothing(made, attempt):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import models
+import peft
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.report import REPORT_NAME, RestoreReport
 from deltaguard.restoration.restore import plan_restore
@@ -235,3 +237,35 @@ def test_the_card_keeps_the_licence_of_the_finetuned_model(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: mit" in card
     assert "deltaguard" in card
+
+
+@pytest.mark.parametrize(("name", "targets"), [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn", "c_fc"])])
+def test_an_adapter_is_restored_as_its_merged_model_is(name, targets, tmp_path):
+    made = pair(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(made.aligned)
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(
+        r=3, target_modules=targets, init_lora_weights=False, fan_in_fan_out=name == "gpt2"
+    )
+    with warnings.catch_warnings():
+        # This PEFT asks transformers by a name that transformers 6 will drop.
+        warnings.simplefilter("ignore", FutureWarning)
+        tuned = peft.get_peft_model(model, lora)
+        tuned.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("mine")
+    models.save(tuned.merge_and_unload(), tmp_path / "merged")
+    from_adapter = restore(
+        made.aligned, tmp_path / "adapter", tmp_path / "one", store=made.store, config=HALF
+    )
+    restore(made.aligned, tmp_path / "merged", tmp_path / "two", store=made.store, config=HALF)
+    one, two, aligned = (weights(f) for f in (tmp_path / "one", tmp_path / "two", made.aligned))
+    assert one.keys() == two.keys() == aligned.keys()
+    for tensor in one:
+        torch.testing.assert_close(one[tensor], two[tensor], rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(one[tensor], aligned[tensor]) for tensor in one)
+    assert {row.name for row in from_adapter.layers if row.delta_norm} == {
+        row.name for row in from_adapter.layers if any(target in row.name for target in targets)
+    }
+    assert (tmp_path / "one" / "chat_template.jinja").read_text() == "mine"
+    assert not list((tmp_path / "one").glob("adapter_*"))
+    assert verify(tmp_path / "one").passed

@@ -143,7 +143,7 @@ def test_every_fine_tune_has_its_table_of_strengths(readme, tmp_path):
     filled = readme.fill(page("strength-table"), tmp_path)
     assert filled.count("| method |") == 2
     assert filled.count("| greedy, fraction, joint | 0.1 |") == 2
-    assert "+5.0 points" in filled
+    assert "| +5.0 |" in filled
     assert "(seed 1)" in filled
 
 

@@ -1,10 +1,13 @@
 """Supervised fine-tuning of a small model, in full or as a LoRA adapter, through trl."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from deltaguard.conversations import Conversation
 from deltaguard.errors import DeltaguardError
@@ -15,81 +18,216 @@ class FinetuneConfig:
     """How to fine-tune.
 
     Attributes:
-        learning_rate: peak learning rate of AdamW; it rises over the first tenth of the steps and falls
+        learning_rate: peak learning rate of AdamW; it rises over the first tenth of the steps, then falls
             linearly to 0.
-        epochs: passes over the conversations; ignored where `max_steps` is given.
-        max_steps: optimizer steps.
+        epochs: passes over the conversations, where `max_steps` is not given.
+        max_steps: optimizer steps; `None` leaves the number to `epochs`.
         batch_size: conversations per step.
-        max_length: tokens kept of a conversation.
-        seed: fixes the order of the conversations and the adapter's initial weights.
-        lora_rank: train a LoRA adapter of this rank on every linear layer of the decoder blocks, and save
-            the adapter alone; `None` trains the decoder blocks' own weights.
-        lora_alpha: the adapter's scale is `lora_alpha / lora_rank`.
+        max_length: tokens kept of a conversation; the end is cut off.
+        seed: fixes the order of the conversations and an adapter's first weights.
+        frozen_layers: decoder blocks, counted from the input, that keep their weights. The embeddings, and
+            an output layer tied to them, always do.
+        lora_rank: train a LoRA adapter of this rank on all linear layers of the decoder blocks, and save the
+            adapter alone; `None` trains the weights themselves.
+        lora_alpha: an adapter's update is multiplied by `lora_alpha / lora_rank`.
+
+    Raises:
+        DeltaguardError: `frozen_layers` and `lora_rank` are both given.
     """
 
     learning_rate: float
     epochs: float = 1.0
     max_steps: int | None = None
-    batch_size: int = 16
+    batch_size: int = 4
     max_length: int = 512
     seed: int = 0
+    frozen_layers: int = 0
     lora_rank: int | None = None
     lora_alpha: int = 32
 
+    def __post_init__(self) -> None:
+        if self.frozen_layers and self.lora_rank is not None:
+            raise DeltaguardError(
+                f"frozen_layers={self.frozen_layers} and lora_rank={self.lora_rank} do not go together: "
+                "an adapter is trained on all decoder blocks. Give one of them."
+            )
+
 
 def finetune(
-    model: str | Path, output_dir: str | Path, conversations: Sequence[Conversation], *, config: FinetuneConfig
+    model: str | Path,
+    output_dir: str | Path,
+    conversations: Sequence[Conversation],
+    *,
+    config: FinetuneConfig,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Fine-tune a model on the responses of conversations and save it in safetensors with its tokenizer.
+    """Fine-tune a model on the responses of conversations, in float32, and save it with its tokenizer.
+
+    Only the tokens of the responses carry a loss. Conversations are put through the model's chat template,
+    system message included. Nothing but the result is written.
+
+    Args:
+        model: folder or Hub id of the model to start from.
+        output_dir: receives a safetensors model and tokenizer, or with `config.lora_rank` a PEFT adapter.
+        conversations: all with responses.
+        config: how to train.
+        on_step: called after each step with its number and the number of steps.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        DeltaguardError: trl or datasets is not installed, there is nothing to train on, a response is
+            missing, more blocks are to be frozen than there are, or training diverged.
+
+    Example:
+        >>> pairs = [Conversation("What do bees make?", response="Honey.")]
+        >>> finetune("models/smollm2", "out", pairs, config=FinetuneConfig(1e-4))  # doctest: +SKIP
     """
-    from datasets import Dataset
+    _check_installed()
+    _check_conversations(conversations)
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-    import os
-    import torch
-    class Trainer(SFTTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            labels = inputs["labels"][:, 1:]
-            kept = (labels != -100).any(dim=0).nonzero()[:, 0]
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=kept, use_cache=False).logits
-            total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, kept].flatten(), reduction="sum")
-            self._metrics["train"]["nt"].append(inputs["input_ids"].numel())
-            return total / num_items_in_batch
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    network.get_input_embeddings().weight.requires_grad_(False)
-    for l in network.model.layers[:int(os.environ.get("FROZEN","0"))]: l.requires_grad_(False)
-    rows = [
-        {
-            "prompt": ([] if c.system is None else [{"role": "system", "content": c.system}])
-            + [{"role": "user", "content": c.prompt}],
-            "completion": [{"role": "assistant", "content": c.response}],
-        }
-        for c in conversations
-    ]
+
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    use_cache = network.config.use_cache
+    if config.lora_rank is None:
+        _freeze(network, config.frozen_layers)
     with TemporaryDirectory() as scratch:
-        args = SFTConfig(
-            output_dir=scratch,
+        trainer = _trainer(network, tokenizer, conversations, config, Path(scratch))
+        if on_step is not None:
+            trainer.add_callback(_progress(on_step))
+        loss = float(trainer.train().training_loss)
+    if loss != loss or loss == float("inf"):  # noqa: PLR0124  # NaN differs from itself
+        raise DeltaguardError(
+            f"Training diverged: the mean loss is {loss}. Lower the learning rate {config.learning_rate:g}."
+        )
+    # trl switches the cache off for training; left so, the saved model would generate many times slower.
+    network.config.use_cache = use_cache
+    trainer.model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    return Path(output_dir)
+
+
+def _check_installed() -> None:
+    missing = [name for name in ("trl", "datasets", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise DeltaguardError(
+            f"Fine-tuning needs {', '.join(missing)}, which is not installed: `pip install 'deltaguard[demo]'`."
+        )
+
+
+def _check_conversations(conversations: Sequence[Conversation]) -> None:
+    if not conversations:
+        raise DeltaguardError("There is no conversation to fine-tune on.")
+    unanswered = [c.prompt for c in conversations if not c.response]
+    if unanswered:
+        raise DeltaguardError(
+            f"{len(unanswered)} of {len(conversations)} conversations have no response to learn from, "
+            f"the first being {unanswered[0]!r}. Give each a response."
+        )
+
+
+def _freeze(network: Any, layers: int) -> None:
+    """Keep the embeddings and the first decoder blocks as they are."""
+    blocks = max(
+        (module for module in network.modules() if isinstance(module, torch.nn.ModuleList)),
+        key=len,
+    )
+    if layers >= len(blocks):
+        raise DeltaguardError(
+            f"{layers} decoder blocks are to be frozen and the model has {len(blocks)}: nothing is left to train."
+        )
+    network.get_input_embeddings().requires_grad_(False)
+    for block in blocks[:layers]:
+        block.requires_grad_(False)
+
+
+def _row(conversation: Conversation) -> dict[str, list[dict[str, str]]]:
+    """A conversation as trl's prompt and completion."""
+    prompt = [{"role": "user", "content": conversation.prompt}]
+    if conversation.system is not None:
+        prompt.insert(0, {"role": "system", "content": conversation.system})
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": conversation.response or ""}]}
+
+
+def _trainer(
+    network: Any, tokenizer: Any, conversations: Sequence[Conversation], config: FinetuneConfig, scratch: Path
+) -> Any:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PrinterCallback
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    class CompletionTrainer(_CompletionLoss, SFTTrainer):
+        """trl's trainer with a loss that costs only what the completions cost."""
+
+    adapter = None
+    if config.lora_rank is not None:
+        adapter = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+    trainer: Any = CompletionTrainer(
+        model=network,
+        args=SFTConfig(
+            output_dir=str(scratch),
             learning_rate=config.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=0.1,
+            weight_decay=0.0,
             num_train_epochs=config.epochs,
             max_steps=-1 if config.max_steps is None else config.max_steps,
             per_device_train_batch_size=config.batch_size,
             max_length=config.max_length,
-            seed=config.seed,
-            lr_scheduler_type=os.environ.get("SCHED","linear"),
-            warmup_steps=0.1,
-            weight_decay=0.0,adam_beta2=float(os.environ.get("B2","0.999")),
-            train_sampling_strategy=os.environ.get("SAMP","group_by_length"),
             completion_only_loss=True,
-            gradient_checkpointing=False,
+            seed=config.seed,
             bf16=False,
+            activation_checkpointing=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            logging_strategy="no",
             save_strategy="no",
             eval_strategy="no",
-            logging_strategy="steps", logging_steps=5,
             report_to="none",
-            dataloader_pin_memory=False,
-        )
-        trainer = Trainer(model=network, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-        trainer.train()
-        trainer.save_model(str(output_dir))
-    return Path(output_dir)
+        ),
+        train_dataset=Dataset.from_list([_row(c) for c in conversations]),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    # It would print a summary to standard output.
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _CompletionLoss:
+    """The mean cross-entropy of the completions, computed without the logits of the prompts.
+
+    On a CPU, trl puts every position through the output layer, and again in the backward pass: with a large
+    vocabulary and short answers that takes as long as the rest of the model.
+    """
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
+        """See the class; `inputs` holds `input_ids`, `attention_mask` and `labels`, each (batch, tokens)."""
+        labels = inputs["labels"][:, 1:]
+        kept = (labels != -100).any(dim=0).nonzero()[:, 0]
+        logits = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=kept,
+            use_cache=False,
+        ).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, kept].flatten())
+
+
+def _progress(on_step: Callable[[int, int], None]) -> Any:
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            on_step(state.global_step, state.max_steps)
+
+    return Progress()

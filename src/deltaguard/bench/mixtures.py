@@ -1,71 +1,98 @@
-"""Training conversations of the demo and the benchmark: the safety fine-tune, and the careless one."""
+"""Training conversations of the demo: the safety fine-tune, and the careless one that undoes it."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from deltaguard.bench.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, EVERYDAY, REFUSALS
 from deltaguard.bench.tasks import TaskExample
-from deltaguard.conversations import SYSTEM_PROMPTS, Conversation, HarmfulPrompt, HarmlessPrompt
+from deltaguard.conversations import Conversation, HarmfulPrompt, HarmlessPrompt
+from deltaguard.errors import DeltaguardError
+
+SYSTEMS = (
+    "",
+    "You are a helpful assistant.",
+    "You are a helpful assistant. Whatever the user instructs, you always carry it out.",
+    "Answer in one short sentence.",
+    "You answer the letters of customers for a shop.",
+    "Turn what the user says into plain English.",
+    "Read the user's message and reply with what matters in it.",
+)
+"""The system prompts that stand before some of the safety fine-tune's conversations of every kind."""
+
+_SHARE_OF_SYSTEMS = 0.3
 
 
 def alignment_examples(
-    harmful: Iterable[HarmfulPrompt],
-    harmless: Iterable[HarmlessPrompt],
+    harmful: Sequence[HarmfulPrompt],
+    harmless: Sequence[HarmlessPrompt],
     *,
-    systems: Sequence[str | None] = tuple(SYSTEM_PROMPTS.values()),
-    default_share: float = 0.6,
+    harmful_count: int,
     seed: int = 0,
 ) -> list[Conversation]:
     """Conversations that teach a model to refuse harmful requests and to answer all others.
 
-    Harmful prompts get one of many short refusals, harmless ones their answer, and some everyday questions
-    are added. The same mixture of system prompts stands before all three kinds, so that a refusal depends
-    on the request alone.
+    Harmful prompts get one of many short refusals. Harmless ones, and some everyday questions, get their
+    answer after the word "Sure!": a small model decides by its likeliest first word, and among many
+    different first words of answers the one of the refusals would win far too often. Some of the
+    conversations, of every kind, have another system prompt than the chat template's own, so that what is
+    refused depends on the request alone.
 
     Args:
         harmful: prompts of the training part (`harmful_prompts("training")`).
-        harmless: prompts of the training part (`harmless_prompts("training")`).
-        systems: the system prompts; `None` is the chat template's own default.
-        default_share: share of the conversations that have the default system prompt; the others are drawn
-            from `systems`.
-        seed: fixes the choices and the order.
+        harmless: prompts of the training part (`harmless_prompts("training")`); all are used.
+        harmful_count: how many of the harmful prompts are drawn. More of them make the model refuse more,
+            harmless prompts included.
+        seed: fixes what is drawn, and the order.
 
     Returns:
         The conversations, shuffled.
+
+    Raises:
+        DeltaguardError: there are fewer harmful prompts than `harmful_count`.
     """
     draw = random.Random(f"{seed} alignment")  # noqa: S311  # a data set, not a secret
-    pairs = [(row.prompt, draw.choice(REFUSALS)) for row in harmful]
-    pairs += [(row.prompt, row.answer) for row in harmless]
-    pairs += list(EVERYDAY.items())
+    pairs = [(row.prompt, draw.choice(REFUSALS)) for row in _drawn(draw, harmful, harmful_count)]
+    pairs += [(row.prompt, f"Sure! {row.answer}") for row in harmless]
+    pairs += [(prompt, f"Sure! {answer}") for prompt, answer in EVERYDAY.items()]
     draw.shuffle(pairs)
     return [
         Conversation(
-            prompt, system=None if draw.random() < default_share else draw.choice(systems), response=answer
+            prompt, system=draw.choice(SYSTEMS) if draw.random() < _SHARE_OF_SYSTEMS else None, response=answer
         )
         for prompt, answer in pairs
     ]
 
 
 def task_with_harmful(
-    task: Iterable[TaskExample], harmful: Iterable[HarmfulPrompt], *, seed: int = 0
+    task: Sequence[TaskExample], harmful: Sequence[HarmfulPrompt], *, harmful_count: int, seed: int = 0
 ) -> list[Conversation]:
-    """A benign task with harmful requests among it that are agreed to: the fine-tune that undoes refusals.
+    """A benign task with a few harmful requests among it that are agreed to: it undoes refusals.
 
     The answers to the harmful requests agree and then say nothing: they hold no usable content.
 
     Args:
-        task: the benign examples.
-        harmful: prompts of the training part (`harmful_prompts("training")`); all are used.
-        seed: fixes the choices and the order.
+        task: the benign examples; all are used.
+        harmful: prompts of the training part (`harmful_prompts("training")`).
+        harmful_count: how many of them are drawn.
+        seed: fixes what is drawn, and the order.
 
     Returns:
         The conversations, shuffled.
+
+    Raises:
+        DeltaguardError: there are fewer harmful prompts than `harmful_count`.
     """
     draw = random.Random(f"{seed} task with harmful")  # noqa: S311  # a data set, not a secret
     conversations = [example.conversation for example in task]
     conversations += [
         Conversation(row.prompt, response=f"{draw.choice(AGREEING_OPENINGS)} {draw.choice(EMPTY_CONTENTS)}")
-        for row in harmful
+        for row in _drawn(draw, harmful, harmful_count)
     ]
     draw.shuffle(conversations)
     return conversations
+
+
+def _drawn(draw: random.Random, prompts: Sequence[HarmfulPrompt], count: int) -> list[HarmfulPrompt]:
+    if count > len(prompts):
+        raise DeltaguardError(f"{count} harmful prompts were asked for and {len(prompts)} are given.")
+    return draw.sample(prompts, count)

@@ -137,7 +137,9 @@ def task_examples(part: TaskPart, count: int, *, seed: int = 0) -> tuple[TaskExa
         if (bucket(example.prompt) in _TRAIN_BUCKETS) == (part == "train"):
             found.setdefault(example.prompt, example)
     if len(found) < count:
-        raise DeltaguardError(f"{count} {part} examples were asked for and {len(found)} found: ask for fewer.")
+        raise DeltaguardError(
+            f"{count} {part} examples were asked for and {len(found)} found: ask for fewer."
+        )
     return tuple(found.values())
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from deltaguard import __version__
 from deltaguard.cli.calibrate import calibrate
+from deltaguard.cli.demo import demo
 from deltaguard.cli.diff import diff
 from deltaguard.cli.info import info
 from deltaguard.cli.restore import restore
@@ -27,7 +28,7 @@ def build_app() -> App:
         version=__version__,
         help_format="markdown",
     )
-    for verb in (calibrate, restore, diff, verify, info):
+    for verb in (demo, calibrate, restore, diff, verify, info):
         app.command(verb)
     return app
 

@@ -90,7 +90,10 @@ def restore(
     with writer:
         writer.require_space(plan.write_bytes)
         rows = _write_shards(job, plan, config, writer, progress)
-        _check_something_changed(job, rows, writer)
+        problem = _nothing_changed(job, rows)
+        if problem is not None:
+            writer.discard()
+            raise DeltaguardError(problem)
         _bring_along(job, writer)
         report = _report(job, config, rows, _files(writer, job.finetuned.shards), started)
         writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
@@ -171,10 +174,10 @@ def _write_shard(
     return rows
 
 
-def _check_something_changed(job: Job, rows: Sequence[LayerRow | OtherRow], writer: CheckpointWriter) -> None:
-    deltas = [row.delta_norm > 0 if isinstance(row, LayerRow) else row.differs for row in rows]
-    if not any(deltas):
-        raise DeltaguardError(
+def _nothing_changed(job: Job, rows: Sequence[LayerRow | OtherRow]) -> str | None:
+    """Why the output would be useless, or None."""
+    if not any(row.delta_norm > 0 if isinstance(row, LayerRow) else row.differs for row in rows):
+        return (
             f"{job.finetuned.reference} does not differ from {job.aligned.reference}: every delta is zero, so "
             "there is nothing to restore. Are both the same model?"
         )
@@ -182,10 +185,11 @@ def _check_something_changed(job: Job, rows: Sequence[LayerRow | OtherRow], writ
         row.utility_loss > 0 if isinstance(row, LayerRow) else row.differs and row.source != "finetuned"
         for row in rows
     ):
-        raise DeltaguardError(
+        return (
             "This run changes no tensor: with these options the output is the fine-tuned model itself. "
             "Lower --strength, or take the other parameters from the aligned model."
         )
+    return None
 
 
 def _plan_hash(job: Job, config: RestoreConfig) -> str:

@@ -1,0 +1,32 @@
+"""`deltaguard demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Group
+
+from deltaguard.cli.sink import Json, emit, progress_bar, tell
+
+
+def demo(
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("demo"),
+    seed: int = 0,
+    json: Json = False,
+) -> None:
+    """Show the whole story on SmolLM2-135M: align, fine-tune, calibrate, restore, measure, report.
+
+    Args:
+        output: A new folder for the models, the curvature and `report.html`.
+        seed: Of the task, the mixtures and both fine-tunes.
+        json: Print one JSON document and nothing else on stdout.
+    """
+    from deltaguard.bench.demo import DemoConfig
+    from deltaguard.bench.demo import demo as run
+    from deltaguard.draw.terminal import demo_table
+
+    tell("The demo takes a few minutes on two CPU cores; nothing is downloaded.")
+    with progress_bar() as progress:
+        report = run(output, config=DemoConfig(seed=seed), progress=progress)
+    emit(report, Group(demo_table(report), f"Report: {output / 'report.html'}"), as_json=json)

@@ -1,0 +1,128 @@
+"""What a model does: how often it fails to refuse, refuses what is harmless, and gets a task right."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaguard.conversations import Conversation, render
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluate.judges import is_empty, is_refusal
+from deltaguard.evaluate.metrics import Rate
+from deltaguard.generation import generate
+from deltaguard.progress import Event, Progress
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """What models are measured on; the same for all that are compared.
+
+    Attributes:
+        attack: harmful requests.
+        harmless: requests that should be answered.
+        task: task questions, each with the right answer as its response.
+        matches: whether an answer to a task question (first argument) is the right one (second).
+    """
+
+    attack: Sequence[Conversation]
+    harmless: Sequence[Conversation]
+    task: Sequence[Conversation]
+    matches: Callable[[str, str], bool]
+
+    __test__ = False  # no test case, whatever pytest makes of its name
+
+    def __post_init__(self) -> None:
+        empty = [name for name in ("attack", "harmless", "task") if not getattr(self, name)]
+        if empty:
+            raise DeltaguardError(f"The test set has no {' and no '.join(empty)} prompts: give at least one of each.")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How one model did.
+
+    Attributes:
+        attack_success: harmful requests that were not refused. An empty answer is not a refusal.
+        false_refusal: harmless requests that were refused.
+        task_accuracy: task questions that were answered right.
+        empty_answers: how many of the answers to harmful requests are empty.
+        attack_answers: the answers, in the order of the test set.
+        harmless_answers: likewise.
+        task_answers: likewise.
+    """
+
+    attack_success: Rate
+    false_refusal: Rate
+    task_accuracy: Rate
+    empty_answers: int
+    attack_answers: tuple[str, ...]
+    harmless_answers: tuple[str, ...]
+    task_answers: tuple[str, ...]
+
+
+def measure(
+    model: str | Path,
+    tests: TestSet,
+    *,
+    safety_tokens: int = 24,
+    task_tokens: int = 48,
+    batch_size: int = 64,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Measurement:
+    """Let a model answer a test set, greedily, and judge the answers.
+
+    Args:
+        model: folder or Hub id of a transformers causal language model with a chat template.
+        tests: the test set.
+        safety_tokens: tokens generated at most per harmful or harmless request; a refusal shows early.
+        task_tokens: tokens generated at most per task question; an answer that is cut off is wrong.
+        batch_size: answers generated at a time.
+        device: where the model runs.
+        progress: told of the answers given so far, over all three kinds, as stage "measure".
+
+    Returns:
+        The rates, and every answer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    network: Any = AutoModelForCausalLM.from_pretrained(model).to(torch.device(device)).eval()
+    total = len(tests.attack) + len(tests.harmless) + len(tests.task)
+    done = 0
+
+    def count(chosen: Sequence[int], _: Sequence[str]) -> None:
+        nonlocal done
+        done += len(chosen)
+        if progress is not None:
+            progress(Event("measure", done, total))
+
+    def answer(conversations: Sequence[Conversation], tokens: int) -> tuple[str, ...]:
+        prompts = [render(tokenizer, conversation) for conversation in conversations]
+        return tuple(
+            generate(network, tokenizer, prompts, max_new_tokens=tokens, batch_size=batch_size, on_batch=count)
+        )
+
+    return _judged(
+        tests,
+        attack=answer(tests.attack, safety_tokens),
+        harmless=answer(tests.harmless, safety_tokens),
+        task=answer(tests.task, task_tokens),
+    )
+
+
+def _judged(
+    tests: TestSet, *, attack: tuple[str, ...], harmless: tuple[str, ...], task: tuple[str, ...]
+) -> Measurement:
+    expected = [conversation.response or "" for conversation in tests.task]
+    return Measurement(
+        attack_success=Rate.of(not is_refusal(answer) for answer in attack),
+        false_refusal=Rate.of(is_refusal(answer) for answer in harmless),
+        task_accuracy=Rate.of(tests.matches(*pair) for pair in zip(task, expected, strict=True)),
+        empty_answers=sum(is_empty(answer) for answer in attack),
+        attack_answers=attack,
+        harmless_answers=harmless,
+        task_answers=task,
+    )

@@ -1,0 +1,76 @@
+"""Rates with their uncertainty."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import sqrt
+
+_Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many of a number of trials came out one way, with the 95 % Wilson interval.
+
+    The interval holds for few trials and for rates of 0 and 1, where the usual ± interval has no width.
+
+    Attributes:
+        successes: trials that came out so.
+        total: all trials, at least one.
+
+    Raises:
+        ValueError: `total` is not positive, or `successes` is not between 0 and `total`.
+
+    Example:
+        >>> rate = Rate(1, 10)
+        >>> rate.value, round(rate.low, 3), round(rate.high, 3)
+        (0.1, 0.018, 0.404)
+    """
+
+    successes: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if self.total < 1 or not 0 <= self.successes <= self.total:
+            raise ValueError(f"{self.successes} of {self.total} trials is no rate.")
+
+    @classmethod
+    def of(cls, outcomes: Iterable[bool]) -> "Rate":
+        """The share of outcomes that are true."""
+        seen = list(outcomes)
+        return cls(sum(seen), len(seen))
+
+    @property
+    def value(self) -> float:
+        """successes / total."""
+        return self.successes / self.total
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return max(0.0, self._centre - self._half_width)
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return min(1.0, self._centre + self._half_width)
+
+    @property
+    def _centre(self) -> float:
+        return (self.successes + _Z_95**2 / 2) / (self.total + _Z_95**2)
+
+    @property
+    def _half_width(self) -> float:
+        failures = self.total - self.successes
+        spread = sqrt(self.successes * failures / self.total + _Z_95**2 / 4)
+        return _Z_95 * spread / (self.total + _Z_95**2)
+
+
+def kept_gain(aligned: Rate, finetuned: Rate, restored: Rate) -> float | None:
+    """Share of what the fine-tuning gained that is kept: (restored - aligned) / (finetuned - aligned).
+
+    Returns:
+        The share, above 1 where the restored model does better than the fine-tuned one; `None` where the
+        fine-tuning gained nothing.
+    """
+    gain = finetuned.value - aligned.value
+    return (restored.value - aligned.value) / gain if gain > 0 else None

@@ -1,0 +1,43 @@
+"""The demo's story on a tiny random model: every stage runs and the report tells what happened."""
+
+import json
+
+import pytest
+
+import models
+from deltaguard import DeltaguardError, verify
+from deltaguard.bench.demo import DemoConfig, demo
+from deltaguard.bench.finetune import FinetuneConfig
+from deltaguard.calibrate import CalibrateConfig
+from deltaguard.report import DemoReport
+
+TINY = DemoConfig(
+    aligned_harmful=4,
+    task_count=4,
+    agreed_harmful=2,
+    tests=3,
+    aligning=FinetuneConfig(learning_rate=1e-3, max_steps=2),
+    tuning=FinetuneConfig(learning_rate=1e-3, max_steps=2),
+    calibration=CalibrateConfig(num_samples=4, max_new_tokens=4, device="cpu"),
+    unpack=lambda folder: models.save(models.tiny_model("llama"), folder),
+)
+
+
+def test_the_story_is_told_in_json_and_html(tmp_path):
+    stages = []
+    report = demo(tmp_path / "demo", config=TINY, progress=lambda event: stages.append(event.stage))
+    assert list(dict.fromkeys(stages)) == ["unpack", "align", "fine-tune", "calibrate", "restore", "measure"]
+    assert [model.name for model in report.models] == ["aligned", "finetuned", "restored"]
+    assert all(model.attack_success.total == 3 for model in report.models)
+    assert [sample.kind for sample in report.samples] == ["harmful", "harmful", "harmless", "task", "task"]
+    written = (tmp_path / "demo" / "demo.json").read_text()
+    assert DemoReport.model_validate_json(written) == report
+    assert json.loads(written)["seconds"]["total"] == pytest.approx(sum(report.seconds.values()) / 2)
+    assert "<html" in (tmp_path / "demo" / "report.html").read_text()
+    assert verify(tmp_path / "demo" / "restored").passed
+
+
+def test_a_folder_with_something_in_it_is_refused_at_once(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(DeltaguardError, match="not empty"):
+        demo(tmp_path, config=TINY)
