@@ -41,7 +41,7 @@ def fabricate_pair(folder: Path) -> None:
         aligned = {name: WEIGHT_SCALE * torch.randn(shapes()[name], generator=generator) for name in names}
         _save(aligned, folder / "aligned" / shard)
         for tensor in aligned.values():
-            tensor += DELTA_SCALE * torch.randn(tensor.shape, generator=generator)
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=DELTA_SCALE)
         _save(aligned, folder / "finetuned" / shard)
     _fabricate_store(folder / "store", folder / "aligned")
 
@@ -54,7 +54,7 @@ def fabricate_smollm2(folder: Path) -> None:
     for path in (folder / "finetuned").glob("*.safetensors"):
         tensors = load_file(path)
         for tensor in tensors.values():
-            tensor += 0.01 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.01 * float(tensor.std()))
         save_file(tensors, path, metadata={"format": "pt"})
 
 

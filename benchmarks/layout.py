@@ -23,6 +23,8 @@ MATRICES: Mapping[str, tuple[int, int]] = {
 }
 """(out, in) of the linear layers of one block."""
 
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
 SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -54,7 +56,9 @@ def shapes() -> dict[str, tuple[int, ...]]:
     for block in range(BLOCKS):
         prefix = f"model.layers.{block}"
         found |= {f"{prefix}.{kind}.weight": shape for kind, shape in MATRICES.items()}
-        found |= {f"{prefix}.{norm}.weight": (HIDDEN,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        found |= {
+            f"{prefix}.{norm}.weight": (HIDDEN,) for norm in ("input_layernorm", "post_attention_layernorm")
+        }
     return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
 
 

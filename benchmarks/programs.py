@@ -1,6 +1,6 @@
 """The measured processes that are not commands of a tool: `python -m benchmarks.programs NAME ...`.
 
-Each prints one JSON document. Imports stay inside: copying files needs no torch, and its peak memory shows it.
+Each prints one JSON document. Imports stay inside: copying files needs no torch, and its memory shows it.
 """
 
 import json
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 23
 _GEMM_SIZE = 4096
+PUBLISHED_STRENGTH = 0.1
 
 
 def copy(pair: Path, output: Path) -> dict[str, float]:
@@ -55,7 +56,9 @@ def greedy(pair: Path, blocks: str) -> dict[str, float]:
 
     def solve(store: "CurvatureStore", group: "Group") -> "Callable[[Tensor, Tensor], Solution]":
         factor = store.factor(group.name)
-        return lambda aligned, finetuned: greedy_factored(aligned, finetuned, factor, strength=DEFAULT_STRENGTH)
+        return lambda aligned, finetuned: greedy_factored(
+            aligned, finetuned, factor, strength=DEFAULT_STRENGTH
+        )
 
     return _solver_seconds(pair, int(blocks), solve)
 
@@ -66,7 +69,7 @@ def published(pair: Path, blocks: str) -> dict[str, float]:
 
     def solve(store: "CurvatureStore", group: "Group") -> "Callable[[Tensor, Tensor], Solution]":
         hessian = store.hessian(group.name)
-        return lambda aligned, finetuned: solver(aligned, finetuned, hessian, strength=0.1)
+        return lambda *pair: solver(*pair, hessian, strength=PUBLISHED_STRENGTH)
 
     return _solver_seconds(pair, int(blocks), solve)
 

@@ -23,10 +23,10 @@ from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 
 GRID = (
-    *(RestoreConfig(strength=s) for s in (0.01, 0.03, 0.1, 0.2, 0.3, 0.5)),
-    *(RestoreConfig(strength=s, compensation="none") for s in (0.03, 0.1, 0.3)),
-    *(RestoreConfig(method="published", strength=s) for s in (0.1, 0.3, 1.0)),
-    *(RestoreConfig(method="interpolate", strength=s) for s in (0.1, 0.25, 0.5)),
+    *(RestoreConfig(strength=s) for s in (0.1, 0.3, 0.4, 0.5, 0.6, 0.7)),
+    *(RestoreConfig(strength=s, compensation="none") for s in (0.03, 0.1)),
+    *(RestoreConfig(method="published", strength=s) for s in (0.3, 1.0)),
+    *(RestoreConfig(method="interpolate", strength=s) for s in (0.1, 0.25)),
 )
 
 
@@ -45,8 +45,8 @@ def measured_rows(folder: Path, config: DemoConfig, device: str) -> Iterator[Str
         report = restore(
             folder / "aligned", folder / "finetuned", folder / "restored", store=store, config=options
         )
-        restored = measure(folder / "restored", tests, device=device)
-        shutil.rmtree(folder / "restored")
+        restored = measure(output, tests, device=device)
+        shutil.rmtree(output)
         row = _row(config.seed, options, report, aligned, finetuned, restored)
         print(
             f"seed {row.seed} {row.method} {row.compensation} {row.strength}: attack success "

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from deltaguard.solvers import factorise, interpolate, published
+from deltaguard.solvers import factorise, greedy, interpolate, published, solution
 
 
 def test_factor_reproduces_the_damped_curvature():
@@ -75,3 +75,40 @@ def test_the_options_name_what_the_solver_knows():
     module = sys.modules[greedy.__module__]
     assert options.Budget == module.Budget
     assert options.Compensation == module.Compensation
+
+
+@pytest.mark.parametrize("compensation", ["joint", "additive", "none"])
+def test_blocks_of_rows_give_what_the_whole_matrix_gives(monkeypatch, compensation):
+    """Three blocks of rows, the last one short, with a boundary column that is taken in part."""
+    torch.manual_seed(2)
+    aligned, finetuned = torch.randn(8, 5).double(), torch.randn(8, 5).double()
+    inputs = torch.randn(40, 5).double()
+
+    def solved():
+        return (
+            greedy(aligned, finetuned, inputs.T @ inputs, strength=0.37, compensation=compensation),
+            interpolate(aligned, finetuned, alpha=0.3),
+        )
+
+    whole = solved()
+    assert whole[0].kept_fraction * 8 % 1 > 0
+    monkeypatch.setattr(solution, "ROW_BLOCK_ENTRIES", 15)
+    for one, other in zip(solved(), whole, strict=True):
+        torch.testing.assert_close(one.weight, other.weight, rtol=1e-12, atol=1e-12)
+        assert one.kept_fraction == other.kept_fraction
+        assert one.utility_loss == pytest.approx(other.utility_loss, rel=1e-12)
+        assert one.safety_cost == pytest.approx(other.safety_cost, rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_bad_entry_is_found(value):
+    matrix = torch.ones(3, 4)
+    assert solution.is_finite(matrix)
+    matrix[1, 2] = value
+    assert not solution.is_finite(matrix)
+
+
+def test_a_squared_norm_keeps_its_digits_over_millions_of_entries():
+    torch.manual_seed(0)
+    matrix = torch.randn(1500, 1500)
+    assert solution.squared_norm(matrix) == pytest.approx(float(matrix.double().square().sum()), rel=1e-7)

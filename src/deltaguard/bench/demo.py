@@ -46,14 +46,14 @@ class DemoConfig:
     """
 
     seed: int = 0
-    aligned_harmful: int = 200
-    task_count: int = 300
-    agreed_harmful: int = 60
+    aligned_harmful: int = 170
+    task_count: int = 220
+    agreed_harmful: int = 20
     tests: int = 120
     aligning: FinetuneConfig = field(
         default_factory=lambda: FinetuneConfig(learning_rate=2e-4, frozen_layers=15)
     )
-    tuning: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(learning_rate=2e-4))
+    tuning: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(learning_rate=1e-4))
     calibration: CalibrateConfig = field(default_factory=lambda: CalibrateConfig(max_new_tokens=32))
     restoration: RestoreConfig = field(default_factory=RestoreConfig)
     unpack: Callable[[Path], Path] = save_smollm2

@@ -113,7 +113,7 @@ def _check_installed() -> None:
     missing = [name for name in ("trl", "datasets", "accelerate") if find_spec(name) is None]
     if missing:
         raise DeltaguardError(
-            f"Fine-tuning needs {', '.join(missing)}, which is not installed: `pip install 'deltaguard[demo]'`."
+            f"Fine-tuning needs {', '.join(missing)}, not installed here: `pip install 'deltaguard[demo]'`."
         )
 
 
@@ -136,7 +136,7 @@ def _freeze(network: Any, layers: int) -> None:
     )
     if layers >= len(blocks):
         raise DeltaguardError(
-            f"{layers} decoder blocks are to be frozen and the model has {len(blocks)}: nothing is left to train."
+            f"{layers} decoder blocks are to be frozen and the model has {len(blocks)}: freeze fewer."
         )
     network.get_input_embeddings().requires_grad_(False)
     for block in blocks[:layers]:
@@ -190,6 +190,7 @@ def _trainer(
             dataloader_pin_memory=False,
             disable_tqdm=True,
             logging_strategy="no",
+            logging_nan_inf_filter=False,
             save_strategy="no",
             eval_strategy="no",
             report_to="none",
@@ -227,7 +228,7 @@ def _progress(on_step: Callable[[int, int], None]) -> Any:
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             on_step(state.global_step, state.max_steps)
 
     return Progress()

@@ -1,9 +1,11 @@
 """Training conversations of the demo: the safety fine-tune, and the careless one that undoes it."""
 
+import json
 import random
 from collections.abc import Sequence
+from importlib.resources import files
 
-from deltaguard.bench.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, EVERYDAY, REFUSALS
+from deltaguard.bench.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
 from deltaguard.bench.tasks import TaskExample
 from deltaguard.conversations import Conversation, HarmfulPrompt, HarmlessPrompt
 from deltaguard.errors import DeltaguardError
@@ -52,15 +54,15 @@ def alignment_examples(
     """
     draw = random.Random(f"{seed} alignment")  # noqa: S311  # a data set, not a secret
     pairs = [(row.prompt, draw.choice(REFUSALS)) for row in _drawn(draw, harmful, harmful_count)]
-    pairs += [(row.prompt, f"Sure! {row.answer}") for row in harmless]
-    pairs += [(prompt, f"Sure! {answer}") for prompt, answer in EVERYDAY.items()]
+    pairs += [(row.prompt, f"Sure! {row.answer}") for row in (*harmless, *everyday_prompts())]
     draw.shuffle(pairs)
-    return [
-        Conversation(
-            prompt, system=draw.choice(SYSTEMS) if draw.random() < _SHARE_OF_SYSTEMS else None, response=answer
-        )
-        for prompt, answer in pairs
-    ]
+    return [Conversation(prompt, system=_system(draw), response=answer) for prompt, answer in pairs]
+
+
+def everyday_prompts() -> tuple[HarmlessPrompt, ...]:
+    """Plain questions and remarks that nobody would refuse, each with a short answer."""
+    text = (files("deltaguard") / "data" / "everyday_prompts.jsonl").read_text(encoding="utf-8")
+    return tuple(HarmlessPrompt(**json.loads(line)) for line in text.splitlines())
 
 
 def task_with_harmful(
@@ -90,6 +92,10 @@ def task_with_harmful(
     ]
     draw.shuffle(conversations)
     return conversations
+
+
+def _system(draw: random.Random) -> str | None:
+    return draw.choice(SYSTEMS) if draw.random() < _SHARE_OF_SYSTEMS else None
 
 
 def _drawn(draw: random.Random, prompts: Sequence[HarmfulPrompt], count: int) -> list[HarmfulPrompt]:

@@ -7,6 +7,7 @@ from the hash of its text. Both parts share the same phrases: what is tested is 
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,17 +18,18 @@ TaskPart = Literal["train", "test"]
 
 SYSTEM = "Turn the customer's message into one line of JSON with product, problem, urgency and order."
 
-QUALITIES = tuple(
+# Split from text, since one word a line would bury the rest.
+QUALITIES = (  # noqa: SIM905
     "black white red blue green grey copper steel oak bamboo folding cordless mini large portable vintage "
-    "silver yellow glass ceramic".split()
-)
-PRODUCTS = tuple(
+    "silver yellow glass ceramic"
+).split()
+PRODUCTS = (  # noqa: SIM905
     "kettle|toaster|desk lamp|bookshelf|blender|office chair|backpack|rice cooker|umbrella|headphones|"
     "keyboard|bicycle pump|garden hose|coffee grinder|wall clock|suitcase|tent|frying pan|mirror|radio|"
     "heater|fan|vacuum cleaner|doormat|picture frame|sewing machine|water bottle|yoga mat|tripod|printer|"
-    "bread bin|hair dryer|speaker|monitor|side table|rug|ladder|drill|baby gate|cat tree".split("|")
-)
-PROBLEMS: dict[str, tuple[str, ...]] = {
+    "bread bin|hair dryer|speaker|monitor|side table|rug|ladder|drill|baby gate|cat tree"
+).split("|")
+PROBLEMS: Mapping[str, tuple[str, ...]] = {
     "damaged": (
         "arrived with a deep crack",
         "was dented when I opened the box",
@@ -59,7 +61,7 @@ PROBLEMS: dict[str, tuple[str, ...]] = {
         "is missing its cover",
     ),
 }
-URGENCIES: dict[str, tuple[str, ...]] = {
+URGENCIES: Mapping[str, tuple[str, ...]] = {
     "high": (
         "Please hurry, I need it tomorrow.",
         "This is urgent.",

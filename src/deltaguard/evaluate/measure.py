@@ -36,7 +36,9 @@ class TestSet:
     def __post_init__(self) -> None:
         empty = [name for name in ("attack", "harmless", "task") if not getattr(self, name)]
         if empty:
-            raise DeltaguardError(f"The test set has no {' and no '.join(empty)} prompts: give at least one of each.")
+            raise DeltaguardError(
+                f"The test set has no {' and no '.join(empty)} prompts: give at least one of each."
+            )
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def measure(
     model: str | Path,
     tests: TestSet,
     *,
-    safety_tokens: int = 24,
-    task_tokens: int = 48,
+    safety_tokens: int = 20,
+    task_tokens: int = 40,
     batch_size: int = 64,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -89,7 +91,8 @@ def measure(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    network: Any = AutoModelForCausalLM.from_pretrained(model).to(torch.device(device)).eval()
+    network: Any = AutoModelForCausalLM.from_pretrained(model)
+    network.to(torch.device(device)).eval()
     total = len(tests.attack) + len(tests.harmless) + len(tests.task)
     done = 0
 
@@ -102,7 +105,9 @@ def measure(
     def answer(conversations: Sequence[Conversation], tokens: int) -> tuple[str, ...]:
         prompts = [render(tokenizer, conversation) for conversation in conversations]
         return tuple(
-            generate(network, tokenizer, prompts, max_new_tokens=tokens, batch_size=batch_size, on_batch=count)
+            generate(
+                network, tokenizer, prompts, max_new_tokens=tokens, batch_size=batch_size, on_batch=count
+            )
         )
 
     return _judged(

@@ -41,18 +41,19 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """successes / total."""
+        """Share of the trials: successes / total."""
         return self.successes / self.total
 
     @property
     def low(self) -> float:
         """Lower end of the interval."""
-        return max(0.0, self._centre - self._half_width)
+        # 0 exactly: the difference is off by a rounding error.
+        return self._centre - self._half_width if self.successes else 0.0
 
     @property
     def high(self) -> float:
         """Upper end of the interval."""
-        return min(1.0, self._centre + self._half_width)
+        return self._centre + self._half_width if self.successes < self.total else 1.0
 
     @property
     def _centre(self) -> float:

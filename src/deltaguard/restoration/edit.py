@@ -16,6 +16,7 @@ from deltaguard.report import LayerRow, OtherRow
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Step
 from deltaguard.solvers import Factor, Solution, greedy_factored, interpolate, published
+from deltaguard.solvers.solution import is_finite, row_blocks, squared_norm
 from deltaguard.store import CurvatureStore
 
 
@@ -134,13 +135,12 @@ def _restore(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edite
         raise DeltaguardError(f"Tensor `{step.info.name}`: {error}") from error
     restored = solution.weight.T if step.transposed else solution.weight
     restored = restored.to(dtype).contiguous()
-    if not bool(restored.isfinite().all()):
+    if not is_finite(restored):
         raise DeltaguardError(
             f"Tensor `{step.info.name}`: the restored weight does not fit into {dtype}; "
             "save the fine-tuned model in bfloat16 or float32 and restore that."
         )
-    norm = float(torch.linalg.vector_norm(finetuned.float() - aligned.float()))
-    return Edited(restored, _row(step, solution, norm, started))
+    return Edited(restored, _row(step, solution, _distance(aligned, finetuned), started))
 
 
 def _solve(
@@ -159,6 +159,12 @@ def _solve(
     if curvature is not None:
         return published(aligned, finetuned, curvature, strength=strength)
     return interpolate(aligned, finetuned, alpha=strength)
+
+
+def _distance(aligned: Tensor, finetuned: Tensor) -> float:
+    """‖finetuned - aligned‖ (Frobenius), in float32."""
+    deltas = (finetuned[rows].float() - aligned[rows].float() for rows in row_blocks(aligned))
+    return math.sqrt(sum(map(squared_norm, deltas)))
 
 
 def _take(inputs: Inputs, dtype: torch.dtype) -> Edited:

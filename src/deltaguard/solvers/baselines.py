@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.solution import Solution, check_matrices, working_dtype
+from deltaguard.solvers.solution import Solution, check_matrices, row_blocks, working_dtype
 
 
 def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution:
@@ -31,8 +31,11 @@ def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it must lie in [0, 1].")
     dtype = working_dtype(aligned, finetuned)
+    weight = torch.empty(aligned.shape, dtype=dtype, device=aligned.device)
+    for rows in row_blocks(aligned):
+        torch.lerp(aligned[rows].to(dtype), finetuned[rows].to(dtype), alpha, out=weight[rows])
     return Solution(
-        weight=torch.lerp(aligned.to(dtype), finetuned.to(dtype), alpha),
+        weight=weight,
         kept_fraction=alpha,
         safety_cost=math.nan,
         utility_loss=(1 - alpha) ** 2,

@@ -10,47 +10,70 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from deltaguard.solvers.compensation import Compensate, Compensation, Selection, compensator
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.solution import (
     Solution,
     check_hessian,
     check_matrices,
+    row_blocks,
     share,
     squared_norm,
     working_dtype,
 )
 
 Budget = Literal["paper", "fraction"]
-Compensation = Literal["joint", "additive", "none"]
 
 ROUNDING = 1e-12
 """Relative slack of the budget, so that a sum in another order does not lose the last entry."""
 
-BLOCK = 512
-"""Width of the column blocks in which the zero half of a triangular factor is skipped."""
-
 
 @dataclass(frozen=True)
-class _Selection:
-    """The entries that take the fine-tuned value, in the factor's order of columns.
+class _Layer:
+    """A layer's matrices, and the precision in which they are worked on."""
 
-    Columns from `kept_from` on are selected whole; of the column before it, the rows in `boundary_rows`.
+    aligned: Tensor
+    finetuned: Tensor
+    factor: Factor
+    dtype: torch.dtype
+
+    def delta(self, rows: slice = slice(None), columns: slice | Tensor = slice(None)) -> Tensor:
+        """A part of Δ."""
+        return self.finetuned[rows, columns].to(self.dtype) - self.aligned[rows, columns].to(self.dtype)
+
+    def squared_columns(self) -> Tensor:
+        """‖Δ_j‖² of each column, in float64."""
+        parts = [
+            self.delta(rows).square_().sum(dim=0, dtype=torch.float64) for rows in row_blocks(self.aligned)
+        ]
+        return torch.stack(parts).sum(dim=0)
+
+
+@dataclass
+class _Sums:
+    """Squared norms, summed over rows.
+
+    Attributes:
+        norm: ‖Δ‖².
+        lost: ‖Δ' - Δ‖².
+        remaining: ‖Δ'‖².
+        damped_before: tr(Δ H_damped Δᵀ).
+        damped_after: tr(Δ' H_damped Δ'ᵀ).
     """
 
-    kept_from: int
-    boundary_rows: Tensor
+    norm: float = 0.0
+    lost: float = 0.0
+    remaining: float = 0.0
+    damped_before: float = 0.0
+    damped_after: float = 0.0
 
-    def entries(self, rows: int, columns: int) -> int:
-        """How many entries are selected."""
-        return rows * (columns - self.kept_from) + int(self.boundary_rows.numel())
-
-    def mask(self, delta: Tensor) -> Tensor:
-        """The selection as a boolean matrix like `delta`."""
-        mask = torch.zeros_like(delta, dtype=torch.bool)
-        mask[:, self.kept_from :] = True
-        if self.kept_from > 0:
-            mask[self.boundary_rows, self.kept_from - 1] = True
-        return mask
+    def add(self, part: "_Sums") -> None:
+        """Add the sums over other rows."""
+        self.norm += part.norm
+        self.lost += part.lost
+        self.remaining += part.remaining
+        self.damped_before += part.damped_before
+        self.damped_after += part.damped_after
 
 
 def greedy(
@@ -134,24 +157,24 @@ def greedy_factored(
     """
     check_matrices(aligned, finetuned)
     _check_options(strength, budget, compensation)
-    dtype = working_dtype(aligned, finetuned, factor.lower)
-    base, target = aligned.to(dtype), finetuned.to(dtype)
-    delta = (target - base)[:, factor.order]
-    selection = _select(delta, factor.inverse_diagonal[factor.order], strength, budget)
-    restored, damped_before, damped_after = _compensate(delta, factor, selection, compensation)
-    weight = torch.empty_like(base)
-    weight[:, factor.order] = torch.where(
-        selection.mask(delta), target[:, factor.order], base[:, factor.order] + restored
-    )
-    norm, lost = squared_norm(delta), squared_norm(restored - delta)
-    before = damped_before - factor.damping * norm
-    after = max(damped_after - factor.damping * squared_norm(restored), 0.0)
+    layer = _Layer(aligned, finetuned, factor, working_dtype(aligned, finetuned, factor.lower))
+    selection = _select(layer, strength, budget)
+    compensate = compensator(factor, compensation)
+    weight = torch.empty(aligned.shape, dtype=layer.dtype, device=aligned.device)
+    sums = _Sums()
+    for rows in row_blocks(aligned):
+        sums.add(_restore_rows(layer, rows, selection.within(rows), compensate, weight[rows]))
+    before = sums.damped_before - factor.damping * sums.norm
+    after = max(sums.damped_after - factor.damping * sums.remaining, 0.0)
     return Solution(
         weight=weight,
-        kept_fraction=selection.entries(*delta.shape) / delta.numel(),
+        kept_fraction=selection.entries(*aligned.shape) / aligned.numel(),
         safety_cost=share(after, before),
-        utility_loss=share(lost, norm),
-        detail={"dampening": factor.dampening, "damped_safety_cost": share(damped_after, damped_before)},
+        utility_loss=share(sums.lost, sums.norm),
+        detail={
+            "dampening": factor.dampening,
+            "damped_safety_cost": share(sums.damped_after, sums.damped_before),
+        },
     )
 
 
@@ -165,69 +188,45 @@ def _check_options(strength: float, budget: str, compensation: str) -> None:
         raise ValueError(f"strength is {strength}; it must lie in {limit}.")
 
 
-def _select(delta: Tensor, h: Tensor, strength: float, budget: Budget) -> _Selection:
+def _select(layer: _Layer, strength: float, budget: Budget) -> Selection:
     """The longest prefix, cheapest columns first, whose summed cost stays within the budget."""
-    columns = delta.shape[1]
-    price = 1 / (2 * h.double())
-    costs = torch.linalg.vector_norm(delta, dim=0, dtype=torch.float64).square() * price
+    order = layer.factor.order
+    price = 1 / (2 * layer.factor.inverse_diagonal[order].double())
+    costs = layer.squared_columns()[order] * price
     total = float(costs.sum())
-    everything = _Selection(0, torch.empty(0, dtype=torch.long, device=delta.device))
+    everything = Selection(0, torch.empty(0, dtype=torch.long, device=order.device))
     if budget == "fraction" and strength == 1:
         return everything
     limit = strength * (total if budget == "fraction" else float(price.mean())) * (1 + ROUNDING)
     spent = costs.flip(0).cumsum(0)
     whole = int((spent <= limit).sum())
-    if whole == columns:
+    if whole == len(order):
         return everything
     left = limit - (float(spent[whole - 1]) if whole else 0.0)
-    edge = columns - whole
-    ordered, by_cost = torch.sort(delta[:, edge - 1].double().square() * price[edge - 1], stable=True)
-    return _Selection(edge, by_cost[: int((ordered.cumsum(0) <= left).sum())])
+    edge = len(order) - whole
+    column = layer.delta(columns=order[edge - 1]).double()
+    ordered, by_cost = torch.sort(column.square() * price[edge - 1], stable=True)
+    return Selection(edge, by_cost[: int((ordered.cumsum(0) <= left).sum())])
 
 
-def _compensate(
-    delta: Tensor, factor: Factor, selection: _Selection, compensation: Compensation
-) -> tuple[Tensor, float, float]:
-    """The restored delta, and tr(Δ H_damped Δᵀ) before and after, all in the factor's order."""
-    if compensation == "joint":
-        return _compensate_jointly(delta, factor.lower, selection)
-    mask = selection.mask(delta)
-    restored = delta * mask
-    if compensation == "additive":
-        weighted = restored / factor.inverse_diagonal[factor.order]
-        restored = torch.where(mask, restored, weighted @ torch.cholesky_inverse(factor.lower))
-    before = squared_norm(_times_lower(delta, factor.lower))
-    return restored, before, squared_norm(_times_lower(restored, factor.lower))
-
-
-def _compensate_jointly(delta: Tensor, lower: Tensor, selection: _Selection) -> tuple[Tensor, float, float]:
-    """-Δ_S L_SU L_UU⁻¹ on the unselected columns U, which are the first ones of the factor.
-
-    A row whose boundary entry is selected has one column fewer in U: its right-hand side takes the
-    entry's part, and a zero there keeps the triangular solve from touching it.
-    """
-    edge, rows = selection.kept_from, selection.boundary_rows
-    within = _times_lower(delta[:, edge:], lower[edge:, edge:])
-    across = delta[:, edge:] @ lower[edge:, :edge]
-    own = _times_lower(delta[:, :edge], lower[:edge, :edge])
-    before = squared_norm(within) + squared_norm(own.add_(across))
-    after = squared_norm(within)
-    if rows.numel():
-        after += squared_norm(own[rows, edge - 1])
-        across[rows] += delta[rows, edge - 1 : edge] * lower[edge - 1, :edge]
-        across[rows, edge - 1] = 0
-    restored = delta.clone()
-    restored[:, :edge] = torch.linalg.solve_triangular(
-        lower[:edge, :edge], across.neg_(), upper=False, left=False
+def _restore_rows(
+    layer: _Layer, rows: slice, selection: Selection, compensate: Compensate, weight: Tensor
+) -> _Sums:
+    """Fill the rows of the restored weight; what they add to the sums."""
+    order, edge = layer.factor.order, selection.kept_from
+    base, target = layer.aligned[rows].to(layer.dtype), layer.finetuned[rows].to(layer.dtype)
+    delta = (target - base).index_select(1, order)
+    restored, before, after = compensate(delta, selection)
+    place = torch.argsort(order)
+    compensated = restored.index_select(1, place).add_(base)
+    torch.where(place >= edge, target, compensated, out=weight)
+    if len(selection.boundary_rows):
+        column = order[edge - 1]
+        weight[selection.boundary_rows, column] = target[selection.boundary_rows, column]
+    return _Sums(
+        norm=squared_norm(delta),
+        lost=squared_norm(restored - delta),
+        remaining=squared_norm(restored),
+        damped_before=before,
+        damped_after=after,
     )
-    restored[rows, edge - 1] = delta[rows, edge - 1]
-    return restored, before, after
-
-
-def _times_lower(matrix: Tensor, lower: Tensor) -> Tensor:
-    """`matrix @ lower`, skipping the blocks of the triangular factor that are zero."""
-    product = torch.empty_like(matrix)
-    for start in range(0, lower.shape[0], BLOCK):
-        stop = start + BLOCK
-        torch.matmul(matrix[:, start:], lower[start:, start:stop], out=product[:, start:stop])
-    return product

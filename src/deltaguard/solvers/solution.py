@@ -1,10 +1,14 @@
 """What every solver returns, and the two numbers that describe it."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+ROW_BLOCK_ENTRIES = 1 << 22
+"""Entries of a block of rows: few enough for memory that the process keeps between blocks."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ def check_matrices(aligned: Tensor, finetuned: Tensor) -> None:
             "two matrices of the same shape are needed."
         )
     for name, weight in (("aligned", aligned), ("fine-tuned", finetuned)):
-        bad = int(weight.numel() - weight.isfinite().sum())
-        if bad:
+        if not is_finite(weight):
+            bad = int(weight.numel() - weight.isfinite().sum())
             raise ValueError(f"The {name} weight holds {bad} entries that are NaN or infinite.")
 
 
@@ -57,8 +61,23 @@ def check_hessian(hessian: Tensor, columns: int) -> None:
     """
     if tuple(hessian.shape) != (columns, columns):
         raise ValueError(f"The curvature is {tuple(hessian.shape)}; ({columns}, {columns}) is needed.")
-    if not bool(hessian.isfinite().all()):
+    if not is_finite(hessian):
         raise ValueError("The curvature holds NaN or infinite entries.")
+
+
+def is_finite(matrix: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; one pass that allocates nothing."""
+    return not matrix.numel() or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(matrix))
+
+
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Slices that cut a matrix into blocks of rows.
+
+    Work that treats rows alike is done block by block: fresh memory for temporaries of a whole matrix costs
+    more than the arithmetic on it.
+    """
+    rows = max(1, ROW_BLOCK_ENTRIES // max(1, matrix.shape[1]))
+    return (slice(start, start + rows) for start in range(0, matrix.shape[0], rows))
 
 
 def share(part: float, whole: float) -> float:
@@ -67,5 +86,5 @@ def share(part: float, whole: float) -> float:
 
 
 def squared_norm(matrix: Tensor) -> float:
-    """‖matrix‖² (Frobenius)."""
-    return float(torch.linalg.vector_norm(matrix)) ** 2
+    """‖matrix‖² (Frobenius), or of a vector; rows are added in float64, a long float32 sum loses digits."""
+    return float(torch.linalg.vector_norm(matrix, dim=-1).double().square().sum())

@@ -1,0 +1,146 @@
+"""Fine-tuning a tiny random model through trl, in full and as an adapter, and measuring it."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import models
+from deltaguard.bench.finetune import FinetuneConfig, finetune
+from deltaguard.conversations import Conversation, render
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluate.measure import TestSet, measure
+from deltaguard.progress import Event
+
+PAIRS = [
+    Conversation("What do bees make?", response="Honey."),
+    Conversation("And cows?", system="Be brief.", response="Milk, and a lot of it."),
+    Conversation("Name a fruit.", response="Apple."),
+    Conversation("Name a tree.", response="Oak."),
+]
+TWO_STEPS = FinetuneConfig(learning_rate=1e-2, max_steps=2, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return models.save(models.tiny_model("llama"), tmp_path_factory.mktemp("models") / "base")
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def loss(folder, conversation):
+    """Mean loss of a response, computed here from the model's own logits."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer(render(tokenizer, conversation), add_special_tokens=False)["input_ids"]
+    answer = tokenizer(conversation.response + models.EOS, add_special_tokens=False)["input_ids"]
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
+
+
+def test_full_fine_tune(base, tmp_path):
+    steps = []
+    folder = finetune(
+        base, tmp_path / "tuned", PAIRS, config=TWO_STEPS, on_step=lambda *step: steps.append(step)
+    )
+    before, after = weights(base), weights(folder)
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {"model.embed_tokens.weight"}
+    assert steps == [(1, 2), (2, 2)]
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".jinja", ".safetensors"}
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((folder / file).read_text()) == json.loads((base / file).read_text())
+
+
+def test_it_learns_the_responses(base, tmp_path):
+    config = FinetuneConfig(learning_rate=1e-2, max_steps=20, batch_size=4)
+    folder = finetune(base, tmp_path / "tuned", PAIRS, config=config)
+    for pair in PAIRS:
+        assert loss(folder, pair) < 0.3 * loss(base, pair)
+
+
+def test_the_same_seed_gives_the_same_weights(base, tmp_path):
+    first = weights(finetune(base, tmp_path / "first", PAIRS, config=TWO_STEPS))
+    second = weights(finetune(base, tmp_path / "second", PAIRS, config=TWO_STEPS))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_frozen_blocks_stay(base, tmp_path):
+    config = FinetuneConfig(learning_rate=1e-2, max_steps=2, batch_size=2, frozen_layers=1)
+    before, after = weights(base), weights(finetune(base, tmp_path / "tuned", PAIRS, config=config))
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]) == name.startswith(("model.layers.0.", "model.embed"))
+
+
+# trl asks the model whether it checkpoints gradients under the name that transformers is giving up.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_fine_tune(base, tmp_path):
+    config = FinetuneConfig(learning_rate=1e-2, max_steps=2, batch_size=2, lora_rank=2)
+    folder = finetune(base, tmp_path / "adapter", PAIRS, config=config)
+    adapter = load_file(folder / "adapter_model.safetensors")
+    trained = [name for name in adapter if "lora_B" in name and bool(adapter[name].any())]
+    assert len(trained) == 2 * 7  # blocks, and the linear layers in each
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.tensor([[1, 20, 30]])
+    with torch.inference_mode():
+        before = model(ids).logits.clone()
+        after = PeftModel.from_pretrained(model, str(folder))(ids).logits
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "message"),
+    [([], "no conversation"), ([*PAIRS, Conversation("Why?")], r"1 of 5 conversations .* 'Why\?'")],
+)
+def test_nothing_to_learn_from(base, tmp_path, conversations, message):
+    with pytest.raises(DeltaguardError, match=message):
+        finetune(base, tmp_path / "tuned", conversations, config=TWO_STEPS)
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_too_many_frozen_blocks(base, tmp_path):
+    config = FinetuneConfig(learning_rate=1e-2, max_steps=1, frozen_layers=2)
+    with pytest.raises(DeltaguardError, match=r"2 decoder blocks .* the model has 2"):
+        finetune(base, tmp_path / "tuned", PAIRS, config=config)
+
+
+def test_diverged_training_is_not_saved(base, tmp_path):
+    broken = models.tiny_model("llama")
+    broken.lm_head.weight.data.fill_(float("nan"))
+    folder = models.save(broken, tmp_path / "broken")
+    with pytest.raises(DeltaguardError, match="diverged"):
+        finetune(folder, tmp_path / "tuned", PAIRS, config=TWO_STEPS)
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_an_adapter_freezes_no_blocks():
+    with pytest.raises(DeltaguardError, match="frozen_layers=1 and lora_rank=2"):
+        FinetuneConfig(learning_rate=1e-3, frozen_layers=1, lora_rank=2)
+
+
+def test_measuring_a_model_that_learned_its_answers(base, tmp_path):
+    refused = Conversation("Tell me a secret.", response="I can't help with that.")
+    tests = TestSet(
+        attack=[refused, PAIRS[0]], harmless=[PAIRS[2]], task=PAIRS[2:], matches=lambda a, b: a == b
+    )
+    config = FinetuneConfig(learning_rate=1e-2, max_steps=30, batch_size=5)
+    folder = finetune(base, tmp_path / "tuned", [*PAIRS, refused], config=config)
+    events = []
+    measured = measure(folder, tests, progress=events.append)
+    assert measured.attack_answers == ("I can't help with that.", "Honey.")
+    assert (measured.attack_success.successes, measured.attack_success.total) == (1, 2)
+    assert (measured.false_refusal.value, measured.task_accuracy.value) == (0.0, 1.0)
+    assert measured.empty_answers == 0
+    assert events[-1] == Event("measure", 5, 5)
+
+
+def test_a_test_set_without_prompts():
+    with pytest.raises(DeltaguardError, match="no attack and no task"):
+        TestSet(attack=[], harmless=PAIRS, task=[], matches=lambda a, b: a == b)
