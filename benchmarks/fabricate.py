@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.layout import BLOCKS, CONFIG, MATRICES, SHARDS, SHARED_INPUTS, shapes, shard_of
 from deltaguard.bench.models import save_smollm2
-from deltaguard.checkpoint import Checkpoint
-from deltaguard.curvature import Packed, accumulate, empty_moment, pack
-from deltaguard.store_format import Group, Layer, Provenance, versions, write_store
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.curvature.moments import Packed, accumulate, empty_moment, pack
+from deltaguard.curvature.store_format import Group, Layer, Provenance, versions, write_store
 
 TOKENS = 8192
 WEIGHT_SCALE, DELTA_SCALE = 0.02, 0.001

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deltaguard.curvature.store import CurvatureStore
+    from deltaguard.curvature.store_format import Group
     from deltaguard.solvers import Solution
-    from deltaguard.store import CurvatureStore
-    from deltaguard.store_format import Group
 
 _CHUNK = 1 << 23
 _GEMM_SIZE = 4096
@@ -76,8 +76,8 @@ def published(pair: Path, blocks: str) -> dict[str, float]:
 
 def factorise(pair: Path, blocks: str) -> dict[str, float]:
     """Seconds in `factorise` alone, once for each group of layers."""
+    from deltaguard.curvature.store import CurvatureStore
     from deltaguard.solvers import factorise as solver
-    from deltaguard.store import CurvatureStore
 
     store = CurvatureStore.from_pretrained(pair / "store")
     hessians = (store.hessian(group.name) for group in _groups(store, int(blocks)))
@@ -90,8 +90,8 @@ def _solver_seconds(
     prepare: "Callable[[CurvatureStore, Group], Callable[[Tensor, Tensor], Solution]]",
 ) -> dict[str, float]:
     from benchmarks.layout import greedy_operations
-    from deltaguard.checkpoint import Checkpoint
-    from deltaguard.store import CurvatureStore
+    from deltaguard.checkpoints.checkpoint import Checkpoint
+    from deltaguard.curvature.store import CurvatureStore
 
     store = CurvatureStore.from_pretrained(pair / "store")
     models = [Checkpoint.open(pair / kind) for kind in ("aligned", "finetuned")]

@@ -16,17 +16,17 @@ import torch
 from tools.readme import StrengthRow, Strengths
 
 from deltaguard.bench.demo import DemoConfig, prepare, rate_row, test_set
-from deltaguard.evaluate.measure import Measurement, measure
-from deltaguard.evaluate.metrics import kept_gain
+from deltaguard.evaluation.measure import Measurement, measure
+from deltaguard.evaluation.metrics import kept_gain
 from deltaguard.report import RestoreReport, environment
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 
 GRID = (
-    *(RestoreConfig(strength=s) for s in (0.1, 0.3, 0.4, 0.5, 0.6, 0.7)),
-    *(RestoreConfig(strength=s, compensation="none") for s in (0.03, 0.1)),
+    *(RestoreConfig(strength=s) for s in (0.4, 0.5, 0.55, 0.6)),
+    RestoreConfig(strength=0.1, compensation="none"),
     *(RestoreConfig(method="published", strength=s) for s in (0.3, 1.0)),
-    *(RestoreConfig(method="interpolate", strength=s) for s in (0.1, 0.25)),
+    RestoreConfig(method="interpolate", strength=0.25),
 )
 
 
@@ -41,6 +41,7 @@ def measured_rows(folder: Path, config: DemoConfig, device: str) -> Iterator[Str
     store = prepare(folder, config)
     tests = test_set(config.tests, seed=config.seed)
     aligned, finetuned = (measure(folder / name, tests, device=device) for name in ("aligned", "finetuned"))
+    output = folder / "restored"
     for options in GRID:
         report = restore(
             folder / "aligned", folder / "finetuned", folder / "restored", store=store, config=options

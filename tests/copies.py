@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaguard.checkpoint import Checkpoint
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
-from deltaguard.writer import CheckpointWriter
 from models import save, tiny_model
 
 INDEX = "model.safetensors.index.json"

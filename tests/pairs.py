@@ -8,8 +8,8 @@ from tempfile import mkdtemp
 import torch
 
 import models
-from deltaguard.calibrate import CalibrateConfig, calibrate
-from deltaguard.conversations import Conversation
+from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+from deltaguard.calibration.conversations import Conversation
 
 CONVERSATIONS = tuple(
     Conversation(

@@ -16,28 +16,28 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltaguard.calibrate import CalibrateConfig, calibrate
-    from deltaguard.conversations import Conversation
+    from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+    from deltaguard.calibration.conversations import Conversation
+    from deltaguard.curvature.store import CurvatureStore
     from deltaguard.errors import DeltaguardError
     from deltaguard.report import DiffReport, RestoreReport, Verification
     from deltaguard.restoration.diff import diff
     from deltaguard.restoration.options import RestoreConfig
     from deltaguard.restoration.restore import restore
     from deltaguard.restoration.verify import verify
-    from deltaguard.store import CurvatureStore
 
 __version__ = version("deltaguard")
 
 _HOME = {
-    "CalibrateConfig": "calibrate",
-    "Conversation": "conversations",
-    "CurvatureStore": "store",
+    "CalibrateConfig": "calibration.calibrate",
+    "Conversation": "calibration.conversations",
+    "CurvatureStore": "curvature.store",
     "DeltaguardError": "errors",
     "DiffReport": "report",
     "RestoreConfig": "restoration.options",
     "RestoreReport": "report",
     "Verification": "report",
-    "calibrate": "calibrate",
+    "calibrate": "calibration.calibrate",
     "diff": "restoration.diff",
     "restore": "restoration.restore",
     "verify": "restoration.verify",

@@ -1,4 +1,4 @@
-"""Every bad input: one message, the right exit code, nothing that looks like a checkpoint, inputs untouched."""
+"""Bad input: one message, the right exit code, nothing that looks like a checkpoint, inputs untouched."""
 
 import json
 import shutil
@@ -77,7 +77,7 @@ def test_another_architecture(made, tmp_path, attempt):
 def test_a_store_of_another_aligned_model_names_both_fingerprints(made, tmp_path, attempt):
     other = models.save(models.tiny_model("llama", seed=7), tmp_path / "other")
     message = attempt(other, made.finetuned, store=made.store)
-    from deltaguard.checkpoint import Checkpoint
+    from deltaguard.checkpoints.checkpoint import Checkpoint
 
     assert Checkpoint.open(made.aligned).fingerprint() in message
     assert Checkpoint.open(other).fingerprint() in message
@@ -98,7 +98,7 @@ def test_an_index_that_names_an_absent_file(sharded, tmp_path, attempt):
 def test_a_truncated_shard_is_named_with_both_sizes(sharded, tmp_path, attempt):
     broken = tmp_path / "broken"
     shutil.copytree(sharded.finetuned, broken)
-    shard = sorted(broken.glob("*.safetensors"))[0]
+    shard = min(broken.glob("*.safetensors"))
     size = shard.stat().st_size
     with shard.open("r+b") as file:
         file.truncate(size - 100)

@@ -9,8 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from deltaguard.checkpoint import Checkpoint
-from deltaguard.writer import CheckpointWriter
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.writer import CheckpointWriter
 
 INDEX = "model.safetensors.index.json"
 OLD = {

@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from deltaguard.adapter import AdapterCheckpoint, is_adapter
-from deltaguard.checkpoint import Checkpoint
+from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
+from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.errors import DeltaguardError
 from models import perturbed, save, tiny_model
 

@@ -11,12 +11,12 @@ from transformers.pytorch_utils import Conv1D
 import models
 from deltaguard import calibrate as calibrate_module
 from deltaguard import observe as observe_module
-from deltaguard.calibrate import CalibrateConfig, calibrate
-from deltaguard.checkpoint import Checkpoint
-from deltaguard.conversations import SYSTEM_PROMPTS, Conversation
-from deltaguard.curvature import accumulate
+from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+from deltaguard.calibration.conversations import SYSTEM_PROMPTS, Conversation
+from deltaguard.calibration.observe import observe
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.curvature.moments import accumulate
 from deltaguard.errors import DeltaguardError
-from deltaguard.observe import observe
 
 SHORT = CalibrateConfig(num_samples=6, max_new_tokens=5, batch_size=4)
 ANSWERED = [

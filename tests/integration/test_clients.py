@@ -1,25 +1,24 @@
-"""A restored SmolLM2 in the programs that people use: transformers, its server through openai, llama.cpp's formats."""
+"""A restored SmolLM2 in what people use: transformers, its server through openai, llama.cpp's converter."""
 
 import json
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import gguf
+import httpx
 import numpy as np
 import openai
 import pytest
 import torch
-from pairs import weights
 from safetensors.torch import save_file
 
 from deltaguard import RestoreConfig, restore
 from deltaguard.bench.models import save_smollm2
-from deltaguard.restoration.companions import companions
+from deltaguard.checkpoints.companions import companions
+from pairs import weights
 
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 BIN = Path(sys.executable).parent
@@ -31,7 +30,9 @@ def restored(tmp_path_factory):
     root = tmp_path_factory.mktemp("smollm2")
     aligned = save_smollm2(root / "aligned")
     torch.manual_seed(0)
-    noisy = {name: tensor * (1 + 1e-3 * torch.randn_like(tensor)) for name, tensor in weights(aligned).items()}
+    noisy = {
+        name: tensor * (1 + 1e-3 * torch.randn_like(tensor)) for name, tensor in weights(aligned).items()
+    }
     finetuned = root / "finetuned"
     finetuned.mkdir()
     for path in companions(aligned):
@@ -54,7 +55,17 @@ def test_transformers_serve_answers_the_openai_package(restored, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [BIN / "transformers", "serve", restored, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [
+        BIN / "transformers",
+        "serve",
+        restored,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
     log = (tmp_path / "log").open("w")
     with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as server:
         try:
@@ -74,10 +85,9 @@ def wait_for(address, server):
     while time.monotonic() < deadline:
         assert server.poll() is None, "the server ended"
         try:
-            with urllib.request.urlopen(address, timeout=5) as reply:
-                if reply.status == 200:
-                    return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            if httpx.get(address, timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
             time.sleep(0.5)
     pytest.fail("the server did not answer within two minutes")
 

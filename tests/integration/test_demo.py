@@ -8,7 +8,7 @@ import models
 from deltaguard import DeltaguardError, verify
 from deltaguard.bench.demo import DemoConfig, demo
 from deltaguard.bench.finetune import FinetuneConfig
-from deltaguard.calibrate import CalibrateConfig
+from deltaguard.calibration.calibrate import CalibrateConfig
 from deltaguard.report import DemoReport
 
 TINY = DemoConfig(

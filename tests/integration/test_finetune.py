@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
 from deltaguard.bench.finetune import FinetuneConfig, finetune
-from deltaguard.conversations import Conversation, render
+from deltaguard.calibration.conversations import Conversation, render
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluate.measure import TestSet, measure
+from deltaguard.evaluation.measure import TestSet, measure
 from deltaguard.progress import Event
 
 PAIRS = [

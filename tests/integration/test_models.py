@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.bench.models import save_smollm2, smollm2_gguf
-from deltaguard.conversations import render
+from deltaguard.calibration.conversations import render
 from deltaguard.errors import DeltaguardError
 from deltaguard.generation import generate
 

@@ -4,13 +4,13 @@ import json
 import shutil
 import warnings
 
+import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 import models
-import peft
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.report import REPORT_NAME, RestoreReport
 from deltaguard.restoration.restore import plan_restore
@@ -239,7 +239,9 @@ def test_the_card_keeps_the_licence_of_the_finetuned_model(tmp_path):
     assert "deltaguard" in card
 
 
-@pytest.mark.parametrize(("name", "targets"), [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn", "c_fc"])])
+@pytest.mark.parametrize(
+    ("name", "targets"), [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn", "c_fc"])]
+)
 def test_an_adapter_is_restored_as_its_merged_model_is(name, targets, tmp_path):
     made = pair(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(made.aligned)

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from deltaguard import durable
-from deltaguard.checkpoint import Checkpoint
+from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.cli.app import run
-from deltaguard.curvature import Moment, pack
+from deltaguard.curvature.moments import Moment, pack
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import Group, Layer, write_store
 from deltaguard.restoration.restore import plan_restore
-from deltaguard.store import CurvatureStore
-from deltaguard.store_format import Group, Layer, write_store
 from pairs import pair
 
 HIDDEN, WIDE, BLOCKS, BLOCKS_PER_SHARD = 256, 1024, 48, 4

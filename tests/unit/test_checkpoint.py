@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltaguard.checkpoint import Checkpoint
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.errors import DeltaguardError
-from deltaguard.shards import DTYPES
 from folders import two_shards, write
 from models import DENSE, save, tiny_model
 

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import models
-from deltaguard.conversations import (
+from deltaguard.calibration.conversations import (
     HARMFUL_PARTS,
     HARMLESS_PARTS,
     SYSTEM_PROMPTS,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaguard.curvature import (
+from deltaguard.curvature.moments import (
     Moment,
     accumulate,
     empty_moment,

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from deltaguard.bench.mixtures import everyday_prompts
 from deltaguard.bench.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
-from deltaguard.conversations import harmless_prompts
-from deltaguard.evaluate.judges import is_empty, is_refusal, opening
+from deltaguard.calibration.conversations import harmless_prompts
+from deltaguard.evaluation.judges import is_empty, is_refusal, opening
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deltaguard.checkpoint import Checkpoint
+from deltaguard.checkpoints.checkpoint import Checkpoint
 from folders import refusal, two_shards, write, write_index
 
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaguard import store as store_module
-from deltaguard.curvature import accumulate, empty_moment, merge, normalise, pack, unpack_factor
+from deltaguard.curvature.moments import accumulate, empty_moment, merge, normalise, pack, unpack_factor
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import Group, Layer, Provenance, save_tensors, write_store
 from deltaguard.errors import DeltaguardError
-from deltaguard.store import CurvatureStore
-from deltaguard.store_format import Group, Layer, Provenance, save_tensors, write_store
 
 GROUPS = (
     Group("a.q", 5, 40, (Layer("a.q.weight", transposed=False), Layer("a.k.weight", transposed=False))),

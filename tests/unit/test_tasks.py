@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from deltaguard.bench.mixtures import SYSTEMS, alignment_examples, everyday_prompts, task_with_harmful
 from deltaguard.bench.phrases import AGREEING_OPENINGS, REFUSALS
 from deltaguard.bench.tasks import PROBLEMS, SYSTEM, URGENCIES, exact_match, task_examples
-from deltaguard.conversations import harmful_prompts, harmless_prompts
+from deltaguard.calibration.conversations import harmful_prompts, harmless_prompts
 from deltaguard.errors import DeltaguardError
 
 HARMFUL = harmful_prompts("training")

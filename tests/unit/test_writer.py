@@ -19,9 +19,9 @@ from copies import (
     write_shard,
     writer_refusal,
 )
-from deltaguard.checkpoint import Checkpoint
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
-from deltaguard.writer import CheckpointWriter
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from copies import (
     writer_refusal,
 )
 from deltaguard import durable
-from deltaguard.checkpoint import Checkpoint
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
-from deltaguard.writer import CheckpointWriter
 from models import save, tiny_model
 
 

@@ -11,18 +11,18 @@ from deltaguard.bench.finetune import FinetuneConfig, finetune
 from deltaguard.bench.mixtures import alignment_examples, task_with_harmful
 from deltaguard.bench.models import save_smollm2
 from deltaguard.bench.tasks import exact_match, task_examples
-from deltaguard.calibrate import CalibrateConfig, calibrate
-from deltaguard.conversations import Conversation, harmful_prompts, harmless_prompts, sample
+from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+from deltaguard.calibration.conversations import Conversation, harmful_prompts, harmless_prompts, sample
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import require_empty
 from deltaguard.draw.html import demo_page
-from deltaguard.evaluate.measure import Measurement, TestSet, measure
-from deltaguard.evaluate.metrics import Rate, kept_gain
+from deltaguard.evaluation.measure import Measurement, TestSet, measure
+from deltaguard.evaluation.metrics import Rate, kept_gain
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.progress import Event, Progress
 from deltaguard.report import DemoReport, ModelRow, RateRow, RestoreReport, Sample, environment
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
-from deltaguard.store import CurvatureStore
-from deltaguard.store_format import require_empty
 
 Kind = Literal["harmful", "harmless", "task"]
 MODELS = ("aligned", "finetuned", "restored")

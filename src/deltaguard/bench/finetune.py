@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deltaguard.conversations import Conversation
+from deltaguard.calibration.conversations import Conversation
 from deltaguard.errors import DeltaguardError
 
 
@@ -154,7 +154,7 @@ def _row(conversation: Conversation) -> dict[str, list[dict[str, str]]]:
 def _trainer(
     network: Any, tokenizer: Any, conversations: Sequence[Conversation], config: FinetuneConfig, scratch: Path
 ) -> Any:
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
     from transformers import PrinterCallback
     from trl.trainer.sft_config import SFTConfig
@@ -163,6 +163,7 @@ def _trainer(
     class CompletionTrainer(_CompletionLoss, SFTTrainer):
         """trl's trainer with a loss that costs only what the completions cost."""
 
+    disable_progress_bars()
     adapter = None
     if config.lora_rank is not None:
         adapter = LoraConfig(

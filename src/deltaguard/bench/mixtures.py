@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from deltaguard.bench.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
 from deltaguard.bench.tasks import TaskExample
-from deltaguard.conversations import Conversation, HarmfulPrompt, HarmlessPrompt
+from deltaguard.calibration.conversations import Conversation, HarmfulPrompt, HarmlessPrompt
 from deltaguard.errors import DeltaguardError
 
 SYSTEMS = (

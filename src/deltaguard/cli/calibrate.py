@@ -39,8 +39,8 @@ def calibrate(
         resume: Go on with a calibration that was interrupted.
         json: Print one JSON document and nothing else on stdout.
     """
-    from deltaguard.calibrate import CalibrateConfig
-    from deltaguard.calibrate import calibrate as run
+    from deltaguard.calibration.calibrate import CalibrateConfig
+    from deltaguard.calibration.calibrate import calibrate as run
 
     config = CalibrateConfig(
         prompts=prompts,

@@ -8,16 +8,10 @@ from typing import Annotated
 from cyclopts import Parameter
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
-from deltaguard.progress import Event
+from deltaguard.progress import Event, Progress
 
 Json = Annotated[
     bool, Parameter(name="--json", negative="", help="Print one JSON document and nothing else on stdout.")
@@ -53,9 +47,9 @@ def complain(message: str, *, hint: str | None = None) -> None:
 
 
 class ProgressBar:
-    """Progress of several stages, each one bar on stderr."""
+    """Progress of several stages, each one bar."""
 
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: Bars) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
 
@@ -66,10 +60,32 @@ class ProgressBar:
         self._bars.update(self._tasks[event.stage], completed=event.done, total=event.total)
 
 
+class ProgressLines:
+    """Progress where there is no terminal: one line when a stage begins."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, event: Event) -> None:
+        """Say that a stage began."""
+        if event.stage != self._stage:
+            self._stage = event.stage
+            tell(f"{event.stage} ...")
+
+
 @contextmanager
-def progress_bar() -> Generator[ProgressBar]:
-    """Bars that vanish when the block ends; silent where stderr is no terminal."""
+def progress_bar() -> Generator[Progress]:
+    """Whom long-running work tells how far it is: bars on stderr that vanish at the end, or lines.
+
+    The bars of transformers and datasets are switched off: they would be drawn over these.
+    """
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressLines()
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Bars(*columns, console=console, transient=True) as bars:
         yield ProgressBar(bars)

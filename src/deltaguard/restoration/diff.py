@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaguard.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.checkpoints.checkpoint import TensorInfo, WeightSource, name_map
 from deltaguard.report import DiffReport, KindRow, TensorDiff
 from deltaguard.restoration.job import open_models
 
@@ -61,9 +61,7 @@ def _compare(
         return TensorDiff(name=info.name, difference="shape", aligned=_text(own), finetuned=_text(info))
     found = _values(one.read(own.name), other.read(info.name)) if deep else None
     if found is not None:
-        return found.model_copy(
-            update={"name": info.name, "aligned": _text(own), "finetuned": _text(info)}
-        )
+        return found.model_copy(update={"name": info.name, "aligned": _text(own), "finetuned": _text(info)})
     if own.dtype != info.dtype:
         return TensorDiff(name=info.name, difference="dtype", aligned=_text(own), finetuned=_text(info))
     return None

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deltaguard.checkpoint import WeightSource
+from deltaguard.checkpoints.checkpoint import WeightSource
+from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError
 from deltaguard.report import LayerRow, OtherRow
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Step
 from deltaguard.solvers import Factor, Solution, greedy_factored, interpolate, published
 from deltaguard.solvers.solution import is_finite, row_blocks, squared_norm
-from deltaguard.store import CurvatureStore
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaguard.adapter import AdapterCheckpoint, is_adapter
-from deltaguard.calibrate import CalibrateConfig, calibrate
-from deltaguard.checkpoint import Checkpoint, WeightSource
+from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
+from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.progress import Progress
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Plan, make_plan
-from deltaguard.store import CurvatureStore
-from deltaguard.store_format import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,9 @@ def open_models(aligned: str | Path, finetuned: str | Path) -> tuple[Checkpoint,
         DeltaguardError: one of them cannot be used.
     """
     base = Checkpoint.open(aligned)
-    return base, AdapterCheckpoint.open(base, finetuned) if is_adapter(finetuned) else Checkpoint.open(finetuned)
+    return base, AdapterCheckpoint.open(base, finetuned) if is_adapter(finetuned) else Checkpoint.open(
+        finetuned
+    )
 
 
 def open_job(
@@ -67,6 +68,8 @@ def open_job(
         return Job(base, tuned, None)
     known = find_store(base, store)
     if known is None:
+        from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+
         folder = default_store_folder(base)
         known = calibrate(aligned, folder, config=CalibrateConfig(resume=True), progress=progress)
     return Job(base, tuned, known)

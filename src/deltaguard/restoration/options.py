@@ -10,8 +10,8 @@ OtherParams = Literal["aligned", "finetuned"]
 Budget = Literal["paper", "fraction"]
 Compensation = Literal["joint", "additive", "none"]
 
-DEFAULT_STRENGTH = 0.1
-"""Share of the summed safety cost that `greedy` spends by default; docs/strength.md says how it was chosen."""
+DEFAULT_STRENGTH = 0.5
+"""Share of the summed safety cost that `greedy` spends by default; docs/strength.md says why."""
 
 
 class RestoreConfig(BaseModel):

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from deltaguard.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.checkpoints.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError
 from deltaguard.restoration.options import OtherParams
-from deltaguard.store import CurvatureStore
 
 _BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")
 _EXPERT = re.compile(r"\.experts?\.")

@@ -12,8 +12,12 @@ from typing import Any
 from huggingface_hub import metadata_load
 from pydantic import TypeAdapter
 
-from deltaguard.adapter import AdapterCheckpoint
-from deltaguard.checkpoint import WeightSource
+from deltaguard.checkpoints.adapter import AdapterCheckpoint
+from deltaguard.checkpoints.checkpoint import WeightSource
+from deltaguard.checkpoints.companions import adapter_companions, companions
+from deltaguard.checkpoints.shards import DTYPES
+from deltaguard.checkpoints.writer import CheckpointWriter
+from deltaguard.curvature.store import CurvatureStore
 from deltaguard.draw.card import model_card
 from deltaguard.errors import DeltaguardError
 from deltaguard.memory import peak_memory_bytes
@@ -28,14 +32,10 @@ from deltaguard.report import (
     RestoreReport,
     environment,
 )
-from deltaguard.restoration.companions import adapter_companions, companions
 from deltaguard.restoration.edit import CurvatureReader, edit, read_ahead
 from deltaguard.restoration.job import Job, find_store, open_job, open_models
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, Step, make_plan
-from deltaguard.shards import DTYPES
-from deltaguard.store import CurvatureStore
-from deltaguard.writer import CheckpointWriter
 
 _ROWS: TypeAdapter[tuple[LayerRow | OtherRow, ...]] = TypeAdapter(tuple[LayerRow | OtherRow, ...])
 
@@ -178,8 +178,8 @@ def _nothing_changed(job: Job, rows: Sequence[LayerRow | OtherRow]) -> str | Non
     """Why the output would be useless, or None."""
     if not any(row.delta_norm > 0 if isinstance(row, LayerRow) else row.differs for row in rows):
         return (
-            f"{job.finetuned.reference} does not differ from {job.aligned.reference}: every delta is zero, so "
-            "there is nothing to restore. Are both the same model?"
+            f"{job.finetuned.reference} does not differ from {job.aligned.reference}: every delta is zero, "
+            "so there is nothing to restore. Are both the same model?"
         )
     if not any(
         row.utility_loss > 0 if isinstance(row, LayerRow) else row.differs and row.source != "finetuned"

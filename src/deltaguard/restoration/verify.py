@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from deltaguard.checkpoint import Checkpoint
+from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.errors import DeltaguardError
 from deltaguard.report import REPORT_NAME, RestoreReport, Verification
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from deltaguard.conversations import Conversation, render
+from deltaguard.calibration.conversations import Conversation, render
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluate.judges import is_empty, is_refusal
-from deltaguard.evaluate.metrics import Rate
+from deltaguard.evaluation.judges import is_empty, is_refusal
+from deltaguard.evaluation.metrics import Rate
 from deltaguard.generation import generate
 from deltaguard.progress import Event, Progress
 

@@ -9,11 +9,11 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from deltaguard.durable import HashedFile, explained, flush_folder
+from deltaguard.checkpoints.durable import HashedFile, explained, flush_folder
+from deltaguard.checkpoints.journal import FileRecord, Journal
+from deltaguard.checkpoints.layout import STAGING_FOLDER
+from deltaguard.checkpoints.shards import DTYPES, TensorInfo, parse_header, read_bytes, tensor_bytes
 from deltaguard.errors import DeltaguardError
-from deltaguard.journal import FileRecord, Journal
-from deltaguard.layout import STAGING_FOLDER
-from deltaguard.shards import DTYPES, TensorInfo, parse_header, read_bytes, tensor_bytes
 
 _CHUNK = 8 << 20
 # The index goes first: what is left of a checkpoint without it is visibly unfinished.

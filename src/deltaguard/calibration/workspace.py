@@ -10,12 +10,19 @@ import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 
-from deltaguard.curvature import Moment, empty_moment
-from deltaguard.durable import explained
+from deltaguard.calibration.observe import Observed, Partial
+from deltaguard.checkpoints.durable import explained
+from deltaguard.checkpoints.layout import listed
+from deltaguard.curvature.moments import Moment, empty_moment
+from deltaguard.curvature.store_format import (
+    MANIFEST,
+    Request,
+    read_manifest,
+    require_empty,
+    save_tensors,
+    sync,
+)
 from deltaguard.errors import DeltaguardError
-from deltaguard.layout import listed
-from deltaguard.observe import Observed, Partial
-from deltaguard.store_format import MANIFEST, Request, read_manifest, require_empty, save_tensors, sync
 
 
 class Workspace:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from deltaguard.checkpoints.hub import is_local
+from deltaguard.checkpoints.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
 from deltaguard.errors import DeltaguardError
-from deltaguard.hub import is_local
-from deltaguard.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"

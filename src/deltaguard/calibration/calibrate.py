@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltaguard.checkpoint import Checkpoint
-from deltaguard.conversations import (
+from deltaguard.calibration.conversations import (
     Conversation,
     Encoded,
     build_conversations,
@@ -27,14 +26,15 @@ from deltaguard.conversations import (
     sample,
     takes_system_role,
 )
-from deltaguard.curvature import Moment, Packed, pack
+from deltaguard.calibration.observe import Accumulator, Observed, Partial, observe, refuse_experts
+from deltaguard.calibration.workspace import Workspace
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.shards import DTYPES
+from deltaguard.curvature.moments import Moment, Packed, pack
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import Group, Provenance, Request, versions, write_store
 from deltaguard.errors import DeltaguardError
-from deltaguard.observe import Accumulator, Observed, Partial, observe, refuse_experts
 from deltaguard.progress import Event, Progress
-from deltaguard.shards import DTYPES
-from deltaguard.store import CurvatureStore
-from deltaguard.store_format import Group, Provenance, Request, versions, write_store
-from deltaguard.workspace import Workspace
 
 SAVE_SECONDS = 60.0
 

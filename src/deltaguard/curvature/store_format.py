@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from deltaguard.curvature import Packed
-from deltaguard.durable import explained, flush_folder
+from deltaguard.checkpoints.durable import explained, flush_folder
+from deltaguard.curvature.moments import Packed
 from deltaguard.errors import DeltaguardError
 
 if TYPE_CHECKING:

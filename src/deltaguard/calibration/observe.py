@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from deltaguard.checkpoint import WeightSource, name_map
-from deltaguard.curvature import Moment, accumulate
+from deltaguard.checkpoints.checkpoint import WeightSource, name_map
+from deltaguard.checkpoints.layout import listed
+from deltaguard.curvature.moments import Moment, accumulate
+from deltaguard.curvature.store_format import Layer
 from deltaguard.errors import DeltaguardError
-from deltaguard.layout import listed
-from deltaguard.store_format import Layer
 
 _Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 

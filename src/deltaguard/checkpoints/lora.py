@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaguard.checkpoint import Checkpoint, name_map
+from deltaguard.checkpoints.checkpoint import Checkpoint, name_map
+from deltaguard.checkpoints.layout import ADAPTER_CONFIG, listed, read_json
+from deltaguard.checkpoints.shards import TensorInfo
 from deltaguard.errors import DeltaguardError
-from deltaguard.layout import ADAPTER_CONFIG, listed, read_json
-from deltaguard.shards import TensorInfo
 
 _PREFIX = "base_model.model."
 # PEFT saves the weight under the adapter too where an embedding is adapted.

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaguard.checkpoint import Checkpoint, content_fingerprint
+from deltaguard.checkpoints.checkpoint import Checkpoint, content_fingerprint
+from deltaguard.checkpoints.hub import locate
+from deltaguard.checkpoints.layout import ADAPTER_CONFIG, listed
+from deltaguard.checkpoints.lora import MERGE, Change, find_changes, read_lora_config
+from deltaguard.checkpoints.shards import TensorInfo, parse_header, read_header, read_tensor, shard_problem
 from deltaguard.errors import DeltaguardError
-from deltaguard.hub import locate
-from deltaguard.layout import ADAPTER_CONFIG, listed
-from deltaguard.lora import MERGE, Change, find_changes, read_lora_config
-from deltaguard.shards import TensorInfo, parse_header, read_header, read_tensor, shard_problem
 
 ADAPTER_FILE = "adapter_model.safetensors"
 

@@ -14,12 +14,10 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from deltaguard.curvature import Packed, merge, normalise, pack, unpack_factor, unpack_moment
-from deltaguard.errors import DeltaguardError
-from deltaguard.hub import locate
-from deltaguard.shards import TensorInfo, parse_header, read_header, read_tensor, shard_problem
-from deltaguard.solvers.factor import Factor
-from deltaguard.store_format import (
+from deltaguard.checkpoints.hub import locate
+from deltaguard.checkpoints.shards import TensorInfo, parse_header, read_header, read_tensor, shard_problem
+from deltaguard.curvature.moments import Packed, merge, normalise, pack, unpack_factor, unpack_moment
+from deltaguard.curvature.store_format import (
     MANIFEST,
     Group,
     Manifest,
@@ -33,6 +31,8 @@ from deltaguard.store_format import (
     write_manifest,
     write_store,
 )
+from deltaguard.errors import DeltaguardError
+from deltaguard.solvers.factor import Factor
 
 
 @dataclass(frozen=True)

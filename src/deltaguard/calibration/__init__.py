@@ -1,0 +1,1 @@
+"""Running the aligned model over safety conversations to measure its curvature."""

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: a lazy view of them, adapters over them, and an atomic writer."""
