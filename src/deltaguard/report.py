@@ -100,7 +100,7 @@ class RestoreReport(Record):
         kept_fraction: mean over the layers that differ, weighted by entries.
         utility_loss: Σ‖Δ' - Δ‖² / Σ‖Δ‖² over them.
         safety_cost: median over them, null without curvature.
-        seconds: wall time of the parts: total, solve.
+        seconds: wall time: total of this run, solve of all layers (those of an interrupted run included).
         peak_memory_bytes: largest resident memory of the process.
     """
 
@@ -264,7 +264,7 @@ class DiffReport(Record):
         deep: whether weights were read.
         tensors: every tensor that differs.
         kinds: a summary by kind.
-        compatible: whether all shapes agree, so that the pair could be restored.
+        compatible: whether the pair could be restored.
     """
 
     aligned: str

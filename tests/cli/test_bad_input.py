@@ -202,7 +202,6 @@ def test_a_model_that_is_nowhere(made, tmp_path, attempt):
         (["--strenght", "1"], "Did you mean --strength?"),
         (["--strength", "2"], "strength is 2.0"),
         (["--method", "interpolate"], "strength has no default"),
-        (["--resume", "--overwrite"], "exclude each other"),
     ],
 )
 def test_wrong_options_are_usage_errors_with_a_suggestion(made, attempt, options, said):

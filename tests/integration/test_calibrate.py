@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import models
-from deltaguard import calibrate as calibrate_module
-from deltaguard import observe as observe_module
+from deltaguard.calibration import calibrate as calibrate_module
+from deltaguard.calibration import observe as observe_module
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
 from deltaguard.calibration.conversations import SYSTEM_PROMPTS, Conversation
 from deltaguard.calibration.observe import observe

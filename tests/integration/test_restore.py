@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
+from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.report import REPORT_NAME, RestoreReport
 from deltaguard.restoration.restore import plan_restore
 from deltaguard.solvers import greedy, published
@@ -179,10 +180,11 @@ def test_the_report_on_disk_is_the_report_returned(tmp_path):
     assert json.loads(text)["aligned"]["fingerprint"] == report.aligned.fingerprint
 
 
-def test_a_plan_reads_headers_only_and_writes_nothing(tmp_path):
+def test_a_plan_reads_no_tensor_and_writes_nothing(tmp_path, monkeypatch):
     made = pair()
     headers = tmp_path / "headers"
     shutil.copytree(made.finetuned, headers)
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a tensor was read"))
     plan = plan_restore(made.aligned, headers, store=made.store)
     weight_bytes = sum(t.numel() * t.element_size() for t in weights(headers).values())
     assert plan.write_bytes == weight_bytes
@@ -271,3 +273,33 @@ def test_an_adapter_is_restored_as_its_merged_model_is(name, targets, tmp_path):
     assert (tmp_path / "one" / "chat_template.jinja").read_text() == "mine"
     assert not list((tmp_path / "one").glob("adapter_*"))
     assert verify(tmp_path / "one").passed
+
+
+def test_new_tokens_in_padding_rows_come_from_the_finetuned_model(tmp_path):
+    """As with embeddings that have more rows than the tokenizer has tokens: the shapes do not change."""
+    made = pair("llama")
+    tuned = tmp_path / "tuned"
+    shutil.copytree(made.finetuned, tuned)
+    small = tmp_path / "small"
+    shutil.copytree(made.aligned, small)
+    for folder, size in ((small, 300), (tuned, 310)):
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        vocabulary = {token: i for token, i in tokenizer["model"]["vocab"].items() if i < size}
+        tokenizer["model"]["vocab"] = vocabulary
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    report = restore(small, tuned, tmp_path / "out", store=made.store, config=HALF)
+    aligned, finetuned, restored = (weights(f) for f in (small, tuned, tmp_path / "out"))
+    name = "model.embed_tokens.weight"
+    assert torch.equal(restored[name][:300], aligned[name][:300])
+    assert torch.equal(restored[name][300:], finetuned[name][300:])
+    assert {row.source for row in report.others if "embed" in row.name or "lm_head" in row.name} == {"both"}
+
+
+def test_metadata_that_cannot_be_read_is_said_before_any_work(tmp_path):
+    made = pair()
+    broken = tmp_path / "broken"
+    shutil.copytree(made.finetuned, broken)
+    (broken / "README.md").write_text("---\nlicense: [mit\n---\n")
+    with pytest.raises(DeltaguardError, match="metadata"):
+        restore(made.aligned, broken, tmp_path / "out", store=made.store, config=HALF)
+    assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deltaguard import durable
+from deltaguard.checkpoints import durable
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.cli.app import run
 from deltaguard.curvature.moments import Moment, pack

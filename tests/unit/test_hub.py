@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from deltaguard import hub
+from deltaguard.checkpoints import hub
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from folders import refusal, two_shards
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltaguard import store as store_module
+from deltaguard.curvature import store as store_module
 from deltaguard.curvature.moments import accumulate, empty_moment, merge, normalise, pack, unpack_factor
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import Group, Layer, Provenance, save_tensors, write_store

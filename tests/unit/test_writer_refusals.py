@@ -18,7 +18,7 @@ from copies import (
     write_shard,
     writer_refusal,
 )
-from deltaguard import durable
+from deltaguard.checkpoints import durable
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from deltaguard.bench.finetune import FinetuneConfig, finetune
 from deltaguard.bench.mixtures import alignment_examples, task_with_harmful
 from deltaguard.bench.models import save_smollm2
@@ -16,6 +18,7 @@ from deltaguard.calibration.conversations import Conversation, harmful_prompts, 
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import require_empty
 from deltaguard.draw.html import demo_page
+from deltaguard.evaluation.judges import is_refusal
 from deltaguard.evaluation.measure import Measurement, TestSet, measure
 from deltaguard.evaluation.metrics import Rate, kept_gain
 from deltaguard.memory import peak_memory_bytes
@@ -136,7 +139,13 @@ def _prepare(folder: Path, config: DemoConfig, clock: _Clock) -> CurvatureStore:
         base = config.unpack(folder / "base")
     _train(base, folder, config, clock)
     with clock.stage("calibrate") as report:
-        return calibrate(folder / "aligned", folder / "store", config=config.calibration, progress=report)
+        return calibrate(
+            folder / "aligned",
+            folder / "store",
+            config=config.calibration,
+            progress=report,
+            is_refusal=is_refusal,
+        )
 
 
 def _train(base: Path, folder: Path, config: DemoConfig, clock: _Clock) -> None:
@@ -179,7 +188,11 @@ def test_set(count: int, *, seed: int) -> TestSet:
 
 def _measure(folder: Path, tests: TestSet, clock: _Clock) -> Mapping[str, Measurement]:
     with clock.stage("measure") as report:
-        return {name: measure(folder / name, tests, progress=report) for name in MODELS}
+        return {name: measure(folder / name, tests, device=_device(), progress=report) for name in MODELS}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _report(
@@ -190,7 +203,7 @@ def _report(
     seconds: Mapping[str, float],
 ) -> DemoReport:
     return DemoReport(
-        environment=environment("cpu"),
+        environment=environment(_device()),
         kept_gain=kept_gain(*(measured[name].task_accuracy for name in MODELS)),
         models=tuple(_row(name, measured[name]) for name in MODELS),
         samples=_samples(tests, measured),

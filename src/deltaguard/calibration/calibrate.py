@@ -113,7 +113,14 @@ def calibrate(
     with Workspace(Path(output_dir), request) as workspace:
         if not workspace.begin(resume=config.resume):
             run = _Run(source, asked, request, device, workspace, progress or _ignore)
-            _write(Path(output_dir), _measure(run, is_refusal), run.report)
+            try:
+                measured = _measure(run, is_refusal)
+            except torch.OutOfMemoryError as error:
+                raise DeltaguardError(
+                    f"{run.device} has too little memory for the model, the sums over its layers' inputs and "
+                    f"batches of {request.batch_size} conversations. Take smaller batches or another device."
+                ) from error
+            _write(Path(output_dir), measured, run.report)
             workspace.end()
     return CurvatureStore.from_pretrained(output_dir)
 
@@ -280,12 +287,6 @@ def _accumulate(
     except KeyboardInterrupt:
         run.workspace.save_sums(accumulator.partials)
         raise
-    except torch.OutOfMemoryError as error:
-        sums = sum(4 * group.in_features**2 for group in observed) / 1e9
-        raise DeltaguardError(
-            f"{run.device} has too little memory for the model, {sums:.1f} GB of sums and batches of "
-            f"{run.request.batch_size} conversations. Take smaller batches or another device."
-        ) from error
     return accumulator.partials
 
 

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -155,6 +156,10 @@ class Checkpoint:
         Returns:
             64 hexadecimal digits.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return content_fingerprint(self.folder, self.tensors)
 
 

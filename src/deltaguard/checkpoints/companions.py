@@ -13,6 +13,12 @@ _WEIGHTS = (
     ".pt",
     ".pth",
     ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".h5",
+    ".msgpack",
+    ".npz",
+    ".tflite",
     ".ckpt",
 )
 _TRAINING_STATE = ("trainer_state.json", "training_args.json", "scheduler.json")

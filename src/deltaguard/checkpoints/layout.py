@@ -1,6 +1,7 @@
 """Which files of a model's folder hold its weights, and why some folders cannot be used."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 STAGING_FOLDER = ".deltaguard-partial"
 
+_PART = re.compile(r"-\d+-of-\d+\.safetensors$")
 _PICKLED = (".bin", ".pt", ".pth")
 _PACKED_NAMES = (".qweight", ".qzeros", ".weight_packed", ".SCB")
 _DEQUANTISE = (
@@ -98,7 +100,7 @@ def find_layout(folder: Path, reference: str) -> Layout:
         return Layout((SINGLE_FILE,))
     if INDEX_FILE in indices or len(indices) == 1:
         return _from_index(folder, INDEX_FILE if INDEX_FILE in indices else indices[0])
-    if len(found) == 1:
+    if len(found) == 1 and not _PART.search(found[0]):
         return Layout((found[0],))
     if not found:
         raise DeltaguardError(f"{reference}: {_without_weights(folder, reference)}")

@@ -2,10 +2,10 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
-from pydantic import ValidationError
 
 from deltaguard import __version__
 from deltaguard.cli.calibrate import calibrate
@@ -13,7 +13,7 @@ from deltaguard.cli.demo import demo
 from deltaguard.cli.diff import diff
 from deltaguard.cli.info import info
 from deltaguard.cli.restore import restore
-from deltaguard.cli.sink import complain
+from deltaguard.cli.sink import UsageError, complain
 from deltaguard.cli.verify import verify
 from deltaguard.errors import CheckFailedError, DeltaguardError
 
@@ -44,16 +44,17 @@ def run(tokens: Sequence[str]) -> int:
     """
     try:
         build_app()(list(tokens), exit_on_error=False, print_error=False, result_action="return_value")
-    except (CycloptsError, ValidationError) as error:
-        complain(_usage(error), hint="Run `deltaguard --help`, or a verb with `--help`.")
+    except (CycloptsError, UsageError) as error:
+        complain(str(error), hint="Run `deltaguard --help`, or a verb with `--help`.")
         return USAGE
     except (DeltaguardError, OSError) as error:
         if os.environ.get("DELTAGUARD_DEBUG") == "1":
-            raise
+            traceback.print_exc()
         complain(str(error))
         return CHECK_FAILED if isinstance(error, CheckFailedError) else FAILED
     except KeyboardInterrupt:
-        complain("Interrupted. What was finished is kept: run the same command again with `--resume`.")
+        resumable = tokens[:1] in (["restore"], ["calibrate"])
+        complain("Interrupted." + (" Run the same command again with `--resume`." if resumable else ""))
         return INTERRUPTED
     return DONE
 
@@ -61,12 +62,3 @@ def run(tokens: Sequence[str]) -> int:
 def main() -> None:
     """Entry point of the `deltaguard` command."""
     sys.exit(run(sys.argv[1:]))
-
-
-def _usage(error: CycloptsError | ValidationError) -> str:
-    if isinstance(error, CycloptsError):
-        return str(error)
-    return "\n".join(
-        f"{'.'.join(map(str, problem['loc'])) or 'options'}: {problem['msg'].removeprefix('Value error, ')}"
-        for problem in error.errors()
-    )

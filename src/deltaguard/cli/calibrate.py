@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from deltaguard.cli.sink import Json, emit, progress_bar
+from deltaguard.cli.sink import Json, checked, emit, progress_bar
 
 
 def calibrate(
@@ -41,19 +41,23 @@ def calibrate(
     """
     from deltaguard.calibration.calibrate import CalibrateConfig
     from deltaguard.calibration.calibrate import calibrate as run
+    from deltaguard.evaluation.judges import is_refusal
 
-    config = CalibrateConfig(
-        prompts=prompts,
-        num_samples=num_samples,
-        max_length=max_length,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        resume=resume,
+    config = checked(
+        CalibrateConfig,
+        {
+            "prompts": prompts,
+            "num_samples": num_samples,
+            "max_length": max_length,
+            "batch_size": batch_size,
+            "device": device,
+            "dtype": dtype,
+            "seed": seed,
+            "resume": resume,
+        },
     )
     with progress_bar() as progress:
-        store = run(aligned, output, config=config, progress=progress)
+        store = run(aligned, output, config=config, progress=progress, is_refusal=is_refusal)
     made = store.provenance
     table = Table(title=f"Curvature of {aligned}", show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -62,5 +66,7 @@ def calibrate(
     table.add_row("tokens", str(made.tokens))
     table.add_row("layers", str(sum(len(group.layers) for group in store.groups)))
     table.add_row("groups that share an input", str(len(store.groups)))
+    table.add_row("responses that refuse", f"{made.refusal_share or 0:.0%}")
+    table.add_row("matrices in blocks without curvature", str(len(made.uncovered)))
     table.add_row("store", str(output))
     emit(made, table, as_json=json)

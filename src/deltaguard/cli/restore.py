@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.console import Group
 from rich.table import Table
 
-from deltaguard.cli.sink import Json, emit, progress_bar
+from deltaguard.cli.sink import Json, checked, emit, progress_bar
 from deltaguard.errors import DeltaguardError
 from deltaguard.report import PlanReport
 from deltaguard.restoration.options import Budget, Compensation, Method, OtherParams, RestoreConfig
@@ -44,10 +44,10 @@ def restore(
         budget: How `greedy` reads the strength: `fraction` (default) of the summed safety cost, or `paper`.
         compensation: What `greedy` does to entries it does not keep: `joint` (default), `additive`, `none`.
         other_params: Where norms, biases and embeddings come from: `aligned` (default) or `finetuned`.
-        config: A YAML or JSON file with any of these options; the command line wins.
+        config: A YAML or JSON file with the method and its options; the command line wins.
         dry_run: Print the plan, made from headers alone, and write nothing.
         resume: Go on with a restore that was interrupted.
-        overwrite: Replace what the output folder holds.
+        overwrite: Replace the checkpoint in the output folder; files of other names stay.
         json: Print one JSON document and nothing else on stdout.
     """
     given = {
@@ -59,9 +59,8 @@ def restore(
         "resume": resume or None,
         "overwrite": overwrite or None,
     }
-    chosen = RestoreConfig.model_validate(
-        _from_file(config) | {name: value for name, value in given.items() if value is not None}
-    )
+    named = {name: value for name, value in given.items() if value is not None}
+    chosen = checked(RestoreConfig, _from_file(config) | named)
     from deltaguard.restoration import restore as restoring
 
     if dry_run:
@@ -80,13 +79,13 @@ def _from_file(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DeltaguardError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeltaguardError(f"The configuration {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
         raise DeltaguardError(f"The configuration {path} is not YAML or JSON: {error}") from error
     if not isinstance(options, dict):
         raise DeltaguardError(f"The configuration {path} must map options to values.")
-    return options
+    return {str(name).replace("-", "_"): value for name, value in options.items()}
 
 
 def _draw_plan(plan: PlanReport) -> Table:

@@ -1,21 +1,43 @@
 """Where output goes: results to stdout, everything else to stderr."""
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from deltaguard.progress import Event, Progress
 
+OptionsT = TypeVar("OptionsT", bound=BaseModel)
+
 Json = Annotated[
     bool, Parameter(name="--json", negative="", help="Print one JSON document and nothing else on stdout.")
 ]
+
+
+class UsageError(Exception):
+    """Options that do not go together or are out of range: exit code 2."""
+
+
+def checked(options: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
+    """Options validated, every problem in one message.
+
+    Raises:
+        UsageError: a value is wrong or a name unknown.
+    """
+    try:
+        return options.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            (".".join(map(str, problem["loc"])) or "options", problem["msg"].removeprefix("Value error, "))
+            for problem in error.errors()
+        ]
+        raise UsageError("\n".join(f"{where}: {what}" for where, what in problems)) from error
 
 
 def emit(result: BaseModel, drawing: RenderableType, *, as_json: bool) -> None:
@@ -29,12 +51,13 @@ def emit(result: BaseModel, drawing: RenderableType, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(result.model_dump_json(indent=2) + "\n")
     else:
-        Console().print(drawing, soft_wrap=isinstance(drawing, str))
+        # Names of files and models are not markup.
+        Console(markup=False).print(drawing, soft_wrap=isinstance(drawing, str))
 
 
 def tell(text: str) -> None:
     """A line for people, on stderr."""
-    Console(stderr=True, highlight=False).print(text)
+    Console(stderr=True, highlight=False).print(text, markup=False)
 
 
 def complain(message: str, *, hint: str | None = None) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from deltaguard.checkpoints.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.errors import DeltaguardError
 from deltaguard.report import DiffReport, KindRow, TensorDiff
 from deltaguard.restoration.job import open_models
+from deltaguard.restoration.plan import make_plan
 
 _NUMBER = re.compile(r"\.\d+\.")
 
@@ -48,8 +50,16 @@ def diff(aligned: str | Path, finetuned: str | Path, *, deep: bool = False) -> D
         deep=deep,
         tensors=tuple(rows),
         kinds=_by_kind(list(other.tensors), rows, deep=deep),
-        compatible=all(row.difference in ("values", "dtype") for row in rows),
+        compatible=_can_be_restored(one, other),
     )
+
+
+def _can_be_restored(one: WeightSource, other: WeightSource) -> bool:
+    try:
+        make_plan(one, other, store=None)
+    except DeltaguardError:
+        return False
+    return True
 
 
 def _compare(

@@ -112,9 +112,13 @@ def edit(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edited:
     Raises:
         DeltaguardError: the weights are not finite, or the solver failed; the message names the tensor.
     """
-    if inputs.step.action is Action.RESTORE:
-        return _restore(inputs, config, dtype)
-    return _take(inputs, dtype)
+    edited = _restore(inputs, config, dtype) if inputs.step.action is Action.RESTORE else _take(inputs, dtype)
+    if edited.tensor.is_floating_point() and not is_finite(edited.tensor):
+        raise DeltaguardError(
+            f"Tensor `{inputs.step.info.name}` would hold NaN or infinite values in {dtype}. If they are not "
+            "in the fine-tuned model already, save that in bfloat16 or float32 and restore again."
+        )
+    return edited
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -135,11 +139,6 @@ def _restore(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edite
         raise DeltaguardError(f"Tensor `{step.info.name}`: {error}") from error
     restored = solution.weight.T if step.transposed else solution.weight
     restored = restored.to(dtype).contiguous()
-    if not is_finite(restored):
-        raise DeltaguardError(
-            f"Tensor `{step.info.name}`: the restored weight does not fit into {dtype}; "
-            "save the fine-tuned model in bfloat16 or float32 and restore that."
-        )
     return Edited(restored, _row(step, solution, _distance(aligned, finetuned), started))
 
 
@@ -175,7 +174,7 @@ def _take(inputs: Inputs, dtype: torch.dtype) -> Edited:
     aligned = inputs.aligned.to(dtype)
     if step.action is Action.EXTEND:
         tensor = finetuned.to(dtype, copy=True)
-        tensor[: len(aligned)] = aligned
+        tensor[: step.shared_rows] = aligned[: step.shared_rows]
         row = OtherRow(name=step.info.name, source="both", reason=step.reason, differs=True)
         return Edited(tensor, row)
     from_aligned = step.action is Action.ALIGNED

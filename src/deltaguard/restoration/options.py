@@ -24,8 +24,8 @@ class RestoreConfig(BaseModel):
         budget: how `greedy` reads the strength, see `solvers.greedy`.
         compensation: what `greedy` does to the entries that it does not keep.
         other_params: where norms, biases, embeddings and the output head come from.
-        overwrite: replace what the output folder holds.
-        resume: go on with a restore that was interrupted.
+        overwrite: replace the checkpoint in the output folder; files of other names stay.
+        resume: go on with a restore that was interrupted, one begun with overwrite too.
 
     Example:
         >>> RestoreConfig(method="interpolate", strength=0.5).chosen_strength
@@ -44,8 +44,6 @@ class RestoreConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "RestoreConfig":
-        if self.overwrite and self.resume:
-            raise ValueError("overwrite and resume exclude each other: one starts anew, the other goes on.")
         default = self.method == "greedy" and self.budget == "fraction"
         if self.strength is None and not default:
             raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from deltaguard.checkpoints.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.checkpoints.vocabulary import vocabulary_size
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError
 from deltaguard.restoration.options import OtherParams
@@ -14,6 +15,9 @@ _BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")
 _EXPERT = re.compile(r"\.experts?\.")
 _OUTPUT_EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$")
 _INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+_VOCABULARY = re.compile(
+    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|output_layer)\.(weight|bias)$"
+)
 _SHOWN = 20
 
 
@@ -35,6 +39,7 @@ class Step:
         action: RESTORE: a solver decides; ALIGNED or FINETUNED: taken whole from that model; EXTEND: the
             rows both models have from the aligned one, the rest from the fine-tuned one.
         aligned: the tensor's name in the aligned checkpoint, None where it has none.
+        shared_rows: with EXTEND, how many rows come from the aligned model.
         group: the curvature group, None without curvature.
         transposed: whether the weight is stored (in, out), as GPT-2's Conv1D does.
         reason: why, in words for the report.
@@ -46,6 +51,7 @@ class Step:
     group: str | None
     transposed: bool
     reason: str
+    shared_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,12 @@ def make_plan(
     if store is not None:
         _check_store(aligned, store)
     names = _aligned_names(aligned, finetuned)
-    layer = _layer_rule(store)
-    problems = _missing(aligned, names, layer)
+    rules = _Rules(_layer_rule(store), other_params, _known_tokens(aligned, finetuned))
+    problems = _missing(aligned, names, rules.layer)
     steps: list[Step] = []
     for info in finetuned.tensors.values():
         own = names.get(info.name)
-        step = _step(info, None if own is None else aligned.tensors[own], layer, other_params)
+        step = _step(info, None if own is None else aligned.tensors[own], rules)
         if isinstance(step, str):
             problems.append(step)
         else:
@@ -122,6 +128,15 @@ def make_plan(
 
 
 _LayerRule = Callable[[TensorInfo], tuple[str | None, bool] | None]
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What decides over a tensor besides its headers."""
+
+    layer: _LayerRule
+    other_params: OtherParams
+    known_tokens: int | None
 
 
 def _layer_rule(store: CurvatureStore | None) -> _LayerRule:
@@ -162,39 +177,45 @@ def _missing(aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule)
     ]
 
 
-def _step(
-    info: TensorInfo, aligned: TensorInfo | None, layer: _LayerRule, other_params: OtherParams
-) -> Step | str:
+def _step(info: TensorInfo, aligned: TensorInfo | None, rules: _Rules) -> Step | str:
     """What becomes of one tensor, or the sentence that says why it does not fit."""
     if aligned is None:
         if _BLOCK_MATRIX.search(info.name) and len(info.shape) == 2:
             return f"Tensor `{info.name}` {info.shape} is in the fine-tuned model and not in the aligned one."
         return Step(info, Action.FINETUNED, None, None, False, "only in the fine-tuned checkpoint")
-    restored = layer(aligned)
+    restored = rules.layer(aligned)
     same = info.shape == aligned.shape
     if restored is not None and same:
         return Step(info, Action.RESTORE, aligned.name, *restored, "restored")
-    if restored is not None or not (same or _has_extra_rows(info, aligned)):
+    shared = _shared_rows(info, aligned, rules.known_tokens)
+    if restored is not None or (shared is None and not same):
         return (
             f"Tensor `{info.name}` is {aligned.shape} in the aligned model "
             f"and {info.shape} in the fine-tuned one."
         )
-    if same or other_params == "finetuned":
-        return Step(info, Action(other_params), aligned.name, None, False, f"--other-params {other_params}")
-    extra = f"rows {aligned.shape[0]} to {info.shape[0] - 1} only in the fine-tuned vocabulary"
-    return Step(info, Action.EXTEND, aligned.name, None, False, extra)
+    if shared is None or rules.other_params == "finetuned":
+        own = f"--other-params {rules.other_params}"
+        return Step(info, Action(rules.other_params), aligned.name, None, False, own)
+    extra = f"rows from {shared} on only in the fine-tuned vocabulary"
+    return Step(info, Action.EXTEND, aligned.name, None, False, extra, shared)
 
 
-def _has_extra_rows(info: TensorInfo, aligned: TensorInfo) -> bool:
-    vocabulary = _INPUT_EMBEDDING.search(info.name) or re.search(
-        r"(lm_head|embed_out|output_layer)\.(weight|bias)$", info.name
-    )
-    return bool(
-        vocabulary
-        and len(info.shape) == len(aligned.shape)
-        and info.shape[1:] == aligned.shape[1:]
-        and info.shape[0] > aligned.shape[0]
-    )
+def _shared_rows(info: TensorInfo, aligned: TensorInfo, known_tokens: int | None) -> int | None:
+    """How many rows of a vocabulary tensor both models know, None where the fine-tuned one has no more."""
+    if not _VOCABULARY.search(info.name) or info.shape[1:] != aligned.shape[1:]:
+        return None
+    rows, own = info.shape[0], aligned.shape[0]
+    shared = own if known_tokens is None else min(own, known_tokens)
+    return shared if rows >= own and shared < rows and (rows > own or known_tokens is not None) else None
+
+
+def _known_tokens(aligned: WeightSource, finetuned: WeightSource) -> int | None:
+    """The size of the aligned vocabulary where the fine-tuned tokenizer knows more tokens, else None.
+
+    New tokens may lie in rows that the aligned model has as padding: shapes alone do not show them.
+    """
+    own, tuned = (vocabulary_size(source.folder) for source in (aligned, finetuned))
+    return own if own is not None and tuned is not None and tuned > own else None
 
 
 def _refuse_experts(*sources: WeightSource) -> None:

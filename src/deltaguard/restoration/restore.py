@@ -5,13 +5,15 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import metadata_load
 from pydantic import TypeAdapter
 
+from deltaguard import __version__
 from deltaguard.checkpoints.adapter import AdapterCheckpoint
 from deltaguard.checkpoints.checkpoint import WeightSource
 from deltaguard.checkpoints.companions import adapter_companions, companions
@@ -32,7 +34,7 @@ from deltaguard.report import (
     RestoreReport,
     environment,
 )
-from deltaguard.restoration.edit import CurvatureReader, edit, read_ahead
+from deltaguard.restoration.edit import CurvatureReader, Edited, edit, read_ahead
 from deltaguard.restoration.job import Job, find_store, open_job, open_models
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, Step, make_plan
@@ -80,6 +82,7 @@ def restore(
     config = config or RestoreConfig()
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
     plan = job.plan(config)
+    metadata = _front_matter(job.finetuned.folder)
     writer = CheckpointWriter(
         Path(output_dir),
         plan_hash=_plan_hash(job, config),
@@ -97,7 +100,7 @@ def restore(
         _bring_along(job, writer)
         report = _report(job, config, rows, _files(writer, job.finetuned.shards), started)
         writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
-        writer.text("README.md", model_card(report, front_matter=_front_matter(job.finetuned.folder)))
+        writer.text("README.md", model_card(report, front_matter=metadata))
         writer.commit(last=job.finetuned.index_name or job.finetuned.shards[0])
     return report
 
@@ -146,32 +149,27 @@ def _write_shards(
     curvature = CurvatureReader(job.store, config.method, uses) if job.store else None
     for shard in job.finetuned.shards:
         finished = writer.finished(shard)
-        if finished is None:
-            new = _write_shard(job, shard, plan.in_shard(shard), config, writer, curvature)
-            rows += new
-        else:
+        if finished is not None:
             rows += _ROWS.validate_python(finished.notes)
-        if progress:
-            progress(Event("restore", len(rows), len(plan.steps)))
+            continue
+        with writer.shard(shard, job.finetuned.header(shard)) as sink:
+            new: list[LayerRow | OtherRow] = []
+            for name, edited in _edited(job, plan.in_shard(shard), config, curvature):
+                sink.write(name, edited.tensor)
+                new.append(edited.row)
+                if progress:
+                    progress(Event("restore", len(rows) + len(new), len(plan.steps)))
+            sink.notes = _ROWS.dump_python(tuple(new), mode="json")
+        rows += new
     return rows
 
 
-def _write_shard(
-    job: Job,
-    shard: str,
-    steps: Sequence[Step],
-    config: RestoreConfig,
-    writer: CheckpointWriter,
-    curvature: CurvatureReader | None,
-) -> list[LayerRow | OtherRow]:
-    rows: list[LayerRow | OtherRow] = []
-    with writer.shard(shard, job.finetuned.header(shard)) as sink:
-        for inputs in read_ahead(steps, job.aligned, job.finetuned, curvature):
-            edited = edit(inputs, config, DTYPES[inputs.step.info.dtype])
-            sink.write(inputs.step.info.name, edited.tensor)
-            rows.append(edited.row)
-        sink.notes = _ROWS.dump_python(tuple(rows), mode="json")
-    return rows
+def _edited(
+    job: Job, steps: Sequence[Step], config: RestoreConfig, curvature: CurvatureReader | None
+) -> Iterator[tuple[str, Edited]]:
+    for inputs in read_ahead(steps, job.aligned, job.finetuned, curvature):
+        info = inputs.step.info
+        yield info.name, edit(inputs, config, DTYPES[info.dtype])
 
 
 def _nothing_changed(job: Job, rows: Sequence[LayerRow | OtherRow]) -> str | None:
@@ -196,6 +194,7 @@ def _plan_hash(job: Job, config: RestoreConfig) -> str:
     """What produced a half-written output: it can be resumed by the same job alone."""
     store = job.store.provenance if job.store else None
     parts = [
+        __version__,
         job.aligned.fingerprint(),
         job.finetuned.fingerprint(),
         store.model_dump_json() if store else "",
@@ -222,7 +221,12 @@ def _bring_along(job: Job, writer: CheckpointWriter) -> None:
 def _front_matter(folder: Path) -> Mapping[str, Any] | None:
     """The metadata of the fine-tuned model's own card: its licence and languages go on holding."""
     card = folder / "README.md"
-    return metadata_load(card) if card.is_file() else None
+    try:
+        return metadata_load(card) if card.is_file() else None
+    except (ValueError, yaml.YAMLError) as error:
+        raise DeltaguardError(
+            f"The metadata at the head of {card} cannot be read: {error}. Correct it, or remove that file."
+        ) from error
 
 
 def _files(writer: CheckpointWriter, shards: Sequence[str]) -> tuple[FileRow, ...]:

@@ -65,7 +65,7 @@ def read_report(folder: Path) -> RestoreReport:
         )
     try:
         return RestoreReport.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
+    except (ValidationError, UnicodeDecodeError) as error:
         raise DeltaguardError(f"{path} is not a report of this version of deltaguard: {error}") from error
 
 
