@@ -37,12 +37,14 @@ def test_commands_shown_are_commands_of_the_program(line):
     if ">" in tokens:
         tokens = tokens[: tokens.index(">")]
     tokens = [re.sub(r"^\$\w+$", "0.1", token) for token in tokens]
-    build_app().parse_args(tokens, exit_on_error=False, print_error=False)
+    command, *_ = build_app().parse_args(tokens, exit_on_error=False, print_error=False)
+    assert command.__name__ == tokens[0]
 
 
 def test_code_shown_is_python():
+    assert blocks("python")
     for code in blocks("python"):
-        ast.parse(code)
+        assert ast.parse(code).body
 
 
 def test_every_verb_is_in_the_command_reference(monkeypatch):

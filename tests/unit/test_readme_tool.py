@@ -196,4 +196,5 @@ def test_a_file_of_another_form_is_named(readme, tmp_path):
 
 def test_the_pages_of_this_repository_can_be_filled(readme):
     for name in readme.PAGES:
-        readme.fill((ROOT / name).read_text(encoding="utf-8"), ROOT / readme.RESULTS)
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert readme.fill(text, ROOT / readme.RESULTS).count("<!--") == text.count("<!--")

@@ -85,8 +85,11 @@ def test_inputs_are_never_written_into(source, tmp_path, options):
 
 def test_a_sibling_of_an_input_is_no_input(source, tmp_path):
     (tmp_path / "model").mkdir()
-    with CheckpointWriter(tmp_path / "model-restored", plan_hash="plan", protected=(tmp_path / "model",)):
-        pass
+    sibling = tmp_path / "model-restored"
+    with CheckpointWriter(sibling, plan_hash="plan", protected=(tmp_path / "model",)) as writer:
+        writer.text("model.safetensors.index.json", "{}")
+        writer.commit("model.safetensors.index.json")
+    assert [path.name for path in sibling.iterdir()] == ["model.safetensors.index.json"]
 
 
 def test_too_little_space_is_known_before_the_work(source, tmp_path, monkeypatch):

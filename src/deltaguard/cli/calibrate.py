@@ -1,12 +1,15 @@
 """`deltaguard calibrate`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from rich.table import Table
 
 from deltaguard.cli.sink import Json, checked, emit, progress_bar
+
+if TYPE_CHECKING:
+    from deltaguard.curvature.store import CurvatureStore
 
 
 def calibrate(
@@ -58,15 +61,19 @@ def calibrate(
     )
     with progress_bar() as progress:
         store = run(aligned, output, config=config, progress=progress, is_refusal=is_refusal)
+    emit(store.provenance, _draw(store, aligned, output), as_json=json)
+
+
+def _draw(store: "CurvatureStore", aligned: str, output: Path) -> Table:
     made = store.provenance
     table = Table(title=f"Curvature of {aligned}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("conversations", str(made.conversations))
     table.add_row("tokens", str(made.tokens))
+    table.add_row("responses that refuse", f"{made.refusal_share or 0:.0%}")
     table.add_row("layers", str(sum(len(group.layers) for group in store.groups)))
     table.add_row("groups that share an input", str(len(store.groups)))
-    table.add_row("responses that refuse", f"{made.refusal_share or 0:.0%}")
     table.add_row("matrices in blocks without curvature", str(len(made.uncovered)))
     table.add_row("store", str(output))
-    emit(made, table, as_json=json)
+    return table

@@ -10,7 +10,7 @@ OtherParams = Literal["aligned", "finetuned"]
 Budget = Literal["paper", "fraction"]
 Compensation = Literal["joint", "additive", "none"]
 
-DEFAULT_STRENGTH = 0.5
+DEFAULT_STRENGTH = 0.55
 """Share of the summed safety cost that `greedy` spends by default; docs/strength.md says why."""
 
 

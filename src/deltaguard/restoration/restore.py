@@ -83,14 +83,7 @@ def restore(
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
     plan = job.plan(config)
     metadata = _front_matter(job.finetuned.folder)
-    writer = CheckpointWriter(
-        Path(output_dir),
-        plan_hash=_plan_hash(job, config),
-        resume=config.resume,
-        overwrite=config.overwrite,
-        protected=(job.aligned.folder, job.finetuned.folder, *([job.store.folder] if job.store else [])),
-    )
-    with writer:
+    with _writer(job, Path(output_dir), config) as writer:
         writer.require_space(plan.write_bytes)
         rows = _write_shards(job, plan, config, writer, progress)
         problem = _nothing_changed(job, rows)
@@ -103,6 +96,17 @@ def restore(
         writer.text("README.md", model_card(report, front_matter=metadata))
         writer.commit(last=job.finetuned.index_name or job.finetuned.shards[0])
     return report
+
+
+def _writer(job: Job, output_dir: Path, config: RestoreConfig) -> CheckpointWriter:
+    store = [job.store.folder] if job.store else []
+    return CheckpointWriter(
+        output_dir,
+        plan_hash=_plan_hash(job, config),
+        resume=config.resume,
+        overwrite=config.overwrite,
+        protected=(job.aligned.folder, job.finetuned.folder, *store),
+    )
 
 
 def plan_restore(
