@@ -5,10 +5,10 @@ import socket
 import subprocess
 import sys
 import time
+from http.client import HTTPConnection
 from pathlib import Path
 
 import gguf
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -69,7 +69,7 @@ def test_transformers_serve_answers_the_openai_package(restored, tmp_path):
     log = (tmp_path / "log").open("w")
     with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as server:
         try:
-            wait_for(f"http://127.0.0.1:{port}/health", server)
+            wait_for(port, server)
             with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
                 answer = client.chat.completions.create(
                     model=str(restored), messages=QUESTION, max_tokens=8, temperature=0
@@ -80,15 +80,19 @@ def test_transformers_serve_answers_the_openai_package(restored, tmp_path):
     assert "Paris" in answer.choices[0].message.content
 
 
-def wait_for(address, server):
+def wait_for(port, server):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert server.poll() is None, "the server ended"
+        connection = HTTPConnection("127.0.0.1", port, timeout=5)
         try:
-            if httpx.get(address, timeout=5).status_code == 200:
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
                 return
-        except httpx.HTTPError:
+        except OSError:
             time.sleep(0.5)
+        finally:
+            connection.close()
     pytest.fail("the server did not answer within two minutes")
 
 
