@@ -16,7 +16,7 @@ _WORTH_A_THREAD = 1 << 20
 
 
 class HashedFile:
-    """A file under a temporary name, hashed in a second thread while it is written.
+    """A file under a temporary name, written and hashed by a thread of its own.
 
     Attributes:
         bytes: written so far.
@@ -39,30 +39,38 @@ class HashedFile:
         self._shown = shown
         self._size = size
         self._file = path.open("wb", buffering=0)
-        self._hasher = ThreadPoolExecutor(1)
-        self._hashed: Future[None] = Future()
-        self._hashed.set_result(None)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._pending: Future[None] = Future()
+        self._pending.set_result(None)
 
     def write(self, data: memoryview) -> None:
         """Append bytes, which must stay as they are until the next call of `write` or `finish`.
 
-        They are still being hashed when this returns, while the caller reads what comes next.
+        Many bytes are written, hashed and flushed by a thread while the caller computes what comes next; what
+        goes wrong there is raised by that next call.
         """
-        self._hashed.result()
+        self._wait()
+        self._pending = self._worker.submit(self._append, data)
         if len(data) < _WORTH_A_THREAD:
-            self.digest.update(data)
-        else:
-            self._hashed = self._hasher.submit(self.digest.update, data)
+            self._wait()
+
+    def _append(self, data: memoryview) -> None:
         done = 0
-        with explained(self._shown, self._size):
-            # One call of the operating system writes at most 2 GiB.
-            while done < len(data):
-                done += self._file.write(data[done:])
+        # One call of the operating system writes at most 2 GiB.
+        while done < len(data):
+            done += self._file.write(data[done:])
         self.bytes += len(data)
+        self.digest.update(data)
+        if len(data) >= _WORTH_A_THREAD:
+            os.fsync(self._file.fileno())
+
+    def _wait(self) -> None:
+        with explained(self._shown, self._size):
+            self._pending.result()
 
     def finish(self, final: Path) -> None:
         """Flush the file to disk and give it its final name, durably."""
-        self._hashed.result()
+        self._wait()
         os.fsync(self._file.fileno())
         self._file.close()
         self._path.replace(final)
@@ -70,7 +78,7 @@ class HashedFile:
 
     def close(self) -> None:
         """Release the file; it is removed where it was not finished."""
-        self._hasher.shutdown()
+        self._worker.shutdown()
         self._file.close()
         self._path.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ from deltaguard.report import LayerRow, OtherRow
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Step
 from deltaguard.solvers import Factor, Solution, greedy_factored, interpolate, published
-from deltaguard.solvers.solution import is_finite, row_blocks, squared_norm
+from deltaguard.solvers.solution import is_finite
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,14 @@ def _restore(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edite
     step, finetuned, aligned = inputs.step, inputs.finetuned, _known(inputs.aligned)
     started = time.perf_counter()
     if not inputs.differs:
-        same = Solution(weight=finetuned, kept_fraction=1.0, safety_cost=0.0, utility_loss=0.0)
-        return Edited(finetuned.to(dtype), _row(step, same, 0.0, started))
+        same = Solution(
+            weight=finetuned,
+            kept_fraction=1.0,
+            safety_cost=0.0,
+            utility_loss=0.0,
+            detail={"delta_norm": 0.0},
+        )
+        return Edited(finetuned.to(dtype), _row(step, same, started))
     pair = (aligned.T, finetuned.T) if step.transposed else (aligned, finetuned)
     try:
         solution = _solve(*pair, inputs.curvature, config)
@@ -139,7 +145,7 @@ def _restore(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edite
         raise DeltaguardError(f"Tensor `{step.info.name}`: {error}") from error
     restored = solution.weight.T if step.transposed else solution.weight
     restored = restored.to(dtype).contiguous()
-    return Edited(restored, _row(step, solution, _distance(aligned, finetuned), started))
+    return Edited(restored, _row(step, solution, started))
 
 
 def _solve(
@@ -158,12 +164,6 @@ def _solve(
     if curvature is not None:
         return published(aligned, finetuned, curvature, strength=strength)
     return interpolate(aligned, finetuned, alpha=strength)
-
-
-def _distance(aligned: Tensor, finetuned: Tensor) -> float:
-    """‖finetuned - aligned‖ (Frobenius), in float32."""
-    deltas = (finetuned[rows].float() - aligned[rows].float() for rows in row_blocks(aligned))
-    return math.sqrt(sum(map(squared_norm, deltas)))
 
 
 def _take(inputs: Inputs, dtype: torch.dtype) -> Edited:
@@ -187,16 +187,17 @@ def _take(inputs: Inputs, dtype: torch.dtype) -> Edited:
     return Edited(aligned if from_aligned else finetuned.to(dtype), row)
 
 
-def _row(step: Step, solution: Solution, norm: float, started: float) -> LayerRow:
+def _row(step: Step, solution: Solution, started: float) -> LayerRow:
+    own = dict(solution.detail)
     return LayerRow(
         name=step.info.name,
         shape=step.info.shape,
-        delta_norm=norm,
+        delta_norm=own.pop("delta_norm"),
         kept_fraction=solution.kept_fraction,
         safety_cost=None if math.isnan(solution.safety_cost) else solution.safety_cost,
         utility_loss=solution.utility_loss,
         seconds=time.perf_counter() - started,
-        detail=solution.detail,
+        detail=own,
     )
 
 

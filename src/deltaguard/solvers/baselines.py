@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.solution import Solution, check_matrices, row_blocks, working_dtype
+from deltaguard.solvers.solution import Solution, check_matrices, row_blocks, squared_norm, working_dtype
 
 
 def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution:
@@ -32,11 +32,15 @@ def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution
         raise ValueError(f"alpha is {alpha}; it must lie in [0, 1].")
     dtype = working_dtype(aligned, finetuned)
     weight = torch.empty(aligned.shape, dtype=dtype, device=aligned.device)
+    norm = 0.0
     for rows in row_blocks(aligned):
-        torch.lerp(aligned[rows].to(dtype), finetuned[rows].to(dtype), alpha, out=weight[rows])
+        base, target = aligned[rows].to(dtype), finetuned[rows].to(dtype)
+        norm += squared_norm(target - base)
+        torch.lerp(base, target, alpha, out=weight[rows])
     return Solution(
         weight=weight,
         kept_fraction=alpha,
         safety_cost=math.nan,
         utility_loss=(1 - alpha) ** 2,
+        detail={"delta_norm": math.sqrt(norm)},
     )

@@ -48,7 +48,10 @@ Compensate = Callable[[Tensor, Selection], tuple[Tensor, float, float]]
 
 
 def compensator(factor: Factor, compensation: Compensation) -> Compensate:
-    """How the restored delta of some rows is found, and their tr(Δ H_damped Δᵀ) before and after."""
+    """How some rows' restored delta in the columns before `kept_from` is found.
+
+    With it come the rows' tr(Δ H_damped Δᵀ) before and after.
+    """
     if compensation == "joint":
         return lambda delta, selection: _jointly(delta, factor.lower, selection)
     shift = None
@@ -66,7 +69,8 @@ def _separately(
     if shift is not None:
         restored = torch.where(mask, restored, restored @ shift)
     before = squared_norm(_times_lower(delta, lower))
-    return restored, before, squared_norm(_times_lower(restored, lower))
+    after = squared_norm(_times_lower(restored, lower))
+    return restored[:, : selection.kept_from], before, after
 
 
 def _jointly(delta: Tensor, lower: Tensor, selection: Selection) -> tuple[Tensor, float, float]:
@@ -85,9 +89,10 @@ def _jointly(delta: Tensor, lower: Tensor, selection: Selection) -> tuple[Tensor
         after += squared_norm(own[rows, edge - 1])
         across[rows] += delta[rows, edge - 1 : edge] * lower[edge - 1, :edge]
         across[rows, edge - 1] = 0
-    restored = torch.cat((_divide_by_lower(across.neg_(), lower[:edge, :edge]), delta[:, edge:]), dim=1)
-    restored[rows, edge - 1] = delta[rows, edge - 1]
-    return restored, before, after
+    unselected = _divide_by_lower(across.neg_(), lower[:edge, :edge])
+    if len(rows):
+        unselected[rows, edge - 1] = delta[rows, edge - 1]
+    return unselected, before, after
 
 
 def _times_lower(matrix: Tensor, lower: Tensor) -> Tensor:

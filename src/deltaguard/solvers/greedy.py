@@ -4,6 +4,7 @@ An entry's ratio of utility to safety cost is 2·h_j: it depends on the column a
 therefore a sort of `in` numbers and a cumulative sum; only one boundary column is taken in part.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -174,6 +175,7 @@ def greedy_factored(
         detail={
             "dampening": factor.dampening,
             "damped_safety_cost": share(sums.damped_after, sums.damped_before),
+            "delta_norm": math.sqrt(sums.norm),
         },
     )
 
@@ -216,17 +218,17 @@ def _restore_rows(
     order, edge = layer.factor.order, selection.kept_from
     base, target = layer.aligned[rows].to(layer.dtype), layer.finetuned[rows].to(layer.dtype)
     delta = (target - base).index_select(1, order)
-    restored, before, after = compensate(delta, selection)
-    place = torch.argsort(order)
-    compensated = restored.index_select(1, place).add_(base)
-    torch.where(place >= edge, target, compensated, out=weight)
+    unselected, before, after = compensate(delta, selection)
+    weight.copy_(target)
+    weight[:, order[:edge]] = base.index_select(1, order[:edge]).add_(unselected)
     if len(selection.boundary_rows):
         column = order[edge - 1]
         weight[selection.boundary_rows, column] = target[selection.boundary_rows, column]
+    kept = squared_norm(delta[:, edge:])
     return _Sums(
-        norm=squared_norm(delta),
-        lost=squared_norm(restored - delta),
-        remaining=squared_norm(restored),
+        norm=kept + squared_norm(delta[:, :edge]),
+        lost=squared_norm(unselected - delta[:, :edge]),
+        remaining=kept + squared_norm(unselected),
         damped_before=before,
         damped_after=after,
     )

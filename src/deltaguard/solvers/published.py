@@ -4,6 +4,8 @@ Written from a description of what it computes: it walks through blocks of colum
 block on the weights as already compensated, and pushes the error of each change into later columns.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -133,4 +135,5 @@ def _describe(weight: Tensor, aligned: Tensor, target: Tensor, hessian: Tensor, 
         kept_fraction=kept / weight.numel(),
         safety_cost=share(after, before),
         utility_loss=share(squared_norm(restored - delta), norm),
+        detail={"delta_norm": math.sqrt(norm)},
     )

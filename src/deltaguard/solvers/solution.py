@@ -21,7 +21,7 @@ class Solution:
         safety_cost: tr(Δ' H Δ'ᵀ) / tr(Δ H Δᵀ), where Δ' is the restored delta; 0 is the aligned
             weight, 1 the fine-tuned one. NaN where the method knows no curvature.
         utility_loss: ‖Δ' - Δ‖² / ‖Δ‖²; 0 is the fine-tuned weight, 1 the aligned one.
-        detail: numbers that belong to one method, such as the dampening that was needed.
+        detail: `delta_norm`, ‖Δ‖, and numbers that belong to one method, such as the dampening needed.
     """
 
     weight: Tensor
