@@ -132,8 +132,8 @@ def unpack_moment(packed: Packed) -> Moment:
 
 
 def unpack_factor(packed: Packed) -> Factor:
-    """The factor that `pack` computed, bit for bit."""
-    lower = packed.matrix.tril(-1)
+    """The factor that `pack` computed, bit for bit, in the memory of `packed.matrix`: the moment is lost."""
+    lower = packed.matrix.tril_(-1)
     lower.diagonal().copy_(packed.diagonal)
     return Factor(
         order=packed.order.long(),

@@ -100,7 +100,7 @@ class CurvatureStore:
         return unpack_factor(self.packed(group))
 
     def packed(self, group: str) -> Packed:
-        """Both of them with one reading (see `curvature.normalise`, `unpack_moment` and `unpack_factor`).
+        """What is stored of a group, in memory of its own (see `unpack_moment` and `unpack_factor`).
 
         Raises:
             DeltaguardError: the store has no such group.
