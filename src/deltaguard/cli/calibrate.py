@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from deltaguard.cli.sink import Json, checked, emit, progress_bar
+from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar
 
 if TYPE_CHECKING:
     from deltaguard.curvature.store import CurvatureStore
@@ -59,6 +59,7 @@ def calibrate(
             "resume": resume,
         },
     )
+    hide_bars_of_transformers()
     with progress_bar() as progress:
         store = run(aligned, output, config=config, progress=progress, is_refusal=is_refusal)
     emit(store.provenance, _draw(store, aligned, output), as_json=json)

@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Group
 
-from deltaguard.cli.sink import Json, emit, progress_bar, tell
+from deltaguard.cli.sink import Json, emit, hide_bars_of_transformers, progress_bar, tell
 
 
 def demo(
@@ -27,6 +27,7 @@ def demo(
     from deltaguard.draw.terminal import demo_table
 
     tell("The demo takes a few minutes on two CPU cores; nothing is downloaded.")
+    hide_bars_of_transformers()
     with progress_bar() as progress:
         report = run(output, config=DemoConfig(seed=seed), progress=progress)
     emit(report, Group(demo_table(report), f"Report: {output / 'report.html'}"), as_json=json)

@@ -96,15 +96,16 @@ class ProgressLines:
             tell(f"{event.stage} ...")
 
 
+def hide_bars_of_transformers() -> None:
+    """Switch off its bars for loading and saving: they would be drawn over those of `progress_bar`."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 @contextmanager
 def progress_bar() -> Generator[Progress]:
-    """Whom long-running work tells how far it is: bars on stderr that vanish at the end, or lines.
-
-    The bars of transformers and datasets are switched off: they would be drawn over these.
-    """
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
+    """Whom long-running work tells how far it is: bars on stderr that vanish at the end, or lines."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield ProgressLines()
