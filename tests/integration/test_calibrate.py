@@ -362,7 +362,7 @@ def test_two_runs_never_continue_the_same_work(llama, tmp_path):
         if event.stage == "accumulate":
             calibrate(llama, tmp_path / "store", config=RESUME)
 
-    with pytest.raises(DeltaguardError, match="Another process is calibrating"):
+    with pytest.raises(DeltaguardError, match="Another process is working"):
         calibrate(llama, tmp_path / "store", config=SHORT, progress=begin_another)
     assert calibrate(llama, tmp_path / "store", config=RESUME).provenance.conversations == 6
 

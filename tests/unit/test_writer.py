@@ -14,7 +14,6 @@ from copies import (
     check_complete,
     everything_under,
     stop_in_shard,
-    three_shards,
     write_all,
     write_shard,
     writer_refusal,
@@ -22,11 +21,6 @@ from copies import (
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Checkpoint:
-    return three_shards(tmp_path_factory.mktemp("source") / "model")
 
 
 def test_a_copy_is_equal_byte_for_byte(source, tmp_path):

@@ -13,7 +13,6 @@ from copies import (
     check_complete,
     everything_under,
     stop_in_shard,
-    three_shards,
     write_all,
     write_shard,
     writer_refusal,
@@ -23,11 +22,6 @@ from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
 from models import save, tiny_model
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Checkpoint:
-    return three_shards(tmp_path_factory.mktemp("source") / "model")
 
 
 def test_a_folder_with_content_is_refused(source, tmp_path):
@@ -166,3 +160,16 @@ def test_what_was_written_loads(source, tmp_path):
     copy = Checkpoint.open(tmp_path / "out")
     assert copy.fingerprint() == source.fingerprint()
     assert {name for shard in copy.shards for name in load_file(copy.folder / shard)} == set(source.tensors)
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_two_runs_never_write_to_one_folder_at_once(source, tmp_path, options):
+    out = tmp_path / "out"
+    with CheckpointWriter(out, plan_hash="plan") as writer:
+        write_shard(writer, source, source.shards[0])
+        before = everything_under(out)
+        with pytest.raises(DeltaguardError, match="Another process is working"):
+            CheckpointWriter(out, plan_hash="plan", **options)
+        assert everything_under(out) == before
+    with CheckpointWriter(out, plan_hash="plan", resume=True) as writer:
+        assert writer.finished(source.shards[0])

@@ -1,17 +1,17 @@
 """Unfinished work of a calibration: what it was asked for, the responses so far and the sums so far."""
 
-import fcntl
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 
 from deltaguard.calibration.observe import Observed, Partial
-from deltaguard.checkpoints.durable import explained
+from deltaguard.checkpoints.durable import explained, lock_folder
 from deltaguard.checkpoints.layout import listed
 from deltaguard.curvature.moments import Moment, empty_moment
 from deltaguard.curvature.store_format import (
@@ -39,7 +39,7 @@ class Workspace:
         self._output = output.resolve()
         self._folder = self._output.with_name(f"{self._output.name}.partial")
         self._request = request
-        self._lock: IO[bytes] | None = None
+        self._lock: int | None = None
         self.journal = self._folder / "responses.jsonl"
 
     def __enter__(self) -> Self:
@@ -47,7 +47,7 @@ class Workspace:
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
 
     def begin(self, *, resume: bool) -> bool:
         """Start, or go on where an earlier run stopped.
@@ -76,7 +76,7 @@ class Workspace:
             )
         with explained(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self._folder)
+        self._lock = lock_folder(self._folder)
         if begun:
             self._require_same(self._folder, _read_request(asked))
         _replace(asked, self._write_request)
@@ -128,19 +128,6 @@ class Workspace:
                     problems,
                 )
             )
-
-
-def _locked(folder: Path) -> IO[bytes]:
-    """A lock that ends with the file, and so with the process."""
-    file = (folder / "lock").open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise DeltaguardError(
-            f"Another process is calibrating in {folder}. Wait for it, or choose another output folder."
-        ) from error
-    return file
 
 
 def _read_request(path: Path) -> Request:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -90,6 +91,26 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_folder(folder: Path) -> int:
+    """Keep other processes from working in a folder.
+
+    Returns:
+        A descriptor; the lock ends when it is closed, and so with the process.
+
+    Raises:
+        DeltaguardError: another process holds the lock.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise DeltaguardError(
+            f"Another process is working in {folder}. Wait for it, or choose another output folder."
+        ) from error
+    return descriptor
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """An atomic, resumable writer of checkpoint folders: all is staged, and moved into place at the end."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -9,7 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from deltaguard.checkpoints.durable import HashedFile, explained, flush_folder
+from deltaguard.checkpoints.durable import HashedFile, explained, flush_folder, lock_folder
 from deltaguard.checkpoints.journal import FileRecord, Journal
 from deltaguard.checkpoints.layout import STAGING_FOLDER
 from deltaguard.checkpoints.shards import DTYPES, TensorInfo, parse_header, read_bytes, tensor_bytes
@@ -62,7 +63,7 @@ class CheckpointWriter:
 
         Raises:
             DeltaguardError: `out` is or overlaps an input, is not empty, cannot be written, or holds the
-                progress of another plan.
+                progress of another plan; or another process is writing to it.
         """
         self.out = Path(out).expanduser().absolute()
         self._staging = self.out / STAGING_FOLDER
@@ -71,17 +72,12 @@ class CheckpointWriter:
         _refuse_inputs(self.out, protected)
         with explained(self.out):
             self._made = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
-            journal = self._resumable(plan_hash) if resume else None
-            overwrite = overwrite or (journal is not None and journal.overwrite)
-            if not overwrite:
-                self._refuse_occupied(journal, resume=resume)
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.out)
         try:
-            with explained(self.out):
-                self._journal = journal or self._start(plan_hash, overwrite=overwrite)
-                self._tidy()
+            self._journal = self._begin(plan_hash, resume=resume, overwrite=overwrite)
         except BaseException:
-            if journal is None:
-                self._remove_staging()
+            os.close(self._lock)
             raise
 
     def __enter__(self) -> Self:
@@ -92,6 +88,7 @@ class CheckpointWriter:
     ) -> None:
         if not self._committed and not self.records:
             self._remove_staging()
+        os.close(self._lock)
 
     @property
     def records(self) -> Mapping[str, FileRecord]:
@@ -229,6 +226,23 @@ class CheckpointWriter:
                 self._journal.finish(FileRecord(name, file.bytes, file.digest.hexdigest(), file.notes))
         finally:
             file.close()
+
+    def _begin(self, plan_hash: str, *, resume: bool, overwrite: bool) -> Journal:
+        """The journal of the run that is resumed, or of a new one."""
+        with explained(self.out):
+            journal = self._resumable(plan_hash) if resume else None
+            overwrite = overwrite or (journal is not None and journal.overwrite)
+            if not overwrite:
+                self._refuse_occupied(journal, resume=resume)
+        try:
+            with explained(self.out):
+                self._journal = journal or self._start(plan_hash, overwrite=overwrite)
+                self._tidy()
+        except BaseException:
+            if journal is None:
+                self._remove_staging()
+            raise
+        return self._journal
 
     def _resumable(self, plan_hash: str) -> Journal | None:
         journal = Journal.load(self._staging / "journal.jsonl")

@@ -1,7 +1,7 @@
 """The files of a CurvatureStore: the schema of `curvature.json`, and how a folder is written in one go."""
 
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from deltaguard.checkpoints.durable import explained, flush_folder
+from deltaguard.checkpoints.durable import explained, flush_folder, lock_folder
 from deltaguard.curvature.moments import Packed
 from deltaguard.errors import DeltaguardError
 
@@ -205,14 +205,23 @@ def staged_folder(folder: Path) -> Generator[Path]:
     require_empty(folder)
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        staged = Path(temporary) / folder.name
-        staged.mkdir()
+    staged = folder.with_name(f".{folder.name}.staged")
+    with explained(staged):
+        staged.mkdir(exist_ok=True)
+    lock = lock_folder(staged)
+    try:
+        # A run that was killed leaves its files there.
+        for path in staged.iterdir():
+            path.unlink()
         yield staged
         if folder.exists():
             folder.rmdir()
+        flush_folder(staged)
         staged.rename(folder)
         flush_folder(folder.parent)
+    finally:
+        os.close(lock)
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def require_empty(folder: Path) -> None:
