@@ -17,8 +17,9 @@ from tools.readme import StrengthRow, Strengths
 
 from deltaguard.bench.demo import DemoConfig, prepare, rate_row, test_set
 from deltaguard.evaluation.measure import Measurement, measure
-from deltaguard.evaluation.metrics import kept_gain
-from deltaguard.report import RestoreReport, environment
+from deltaguard.evaluation.metrics.rates import kept_gain
+from deltaguard.report.base import environment
+from deltaguard.report.restore import RestoreReport
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deltaguard.draw.text import DASH, duration, interval, model_label, moment, percent, size
-from deltaguard.report import DemoReport, Environment, RateRow
+from deltaguard.report.base import Environment, RateRow
+from deltaguard.report.demo import DemoReport
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs/results")

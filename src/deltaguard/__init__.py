@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from deltaguard.calibration.conversations import Conversation
     from deltaguard.curvature.store import CurvatureStore
     from deltaguard.errors import DeltaguardError
-    from deltaguard.report import DiffReport, RestoreReport, Verification
+    from deltaguard.report.diff import DiffReport
+    from deltaguard.report.restore import RestoreReport, Verification
     from deltaguard.restoration.diff import diff
     from deltaguard.restoration.options import RestoreConfig
     from deltaguard.restoration.restore import restore
@@ -33,10 +34,10 @@ _HOME = {
     "Conversation": "calibration.conversations",
     "CurvatureStore": "curvature.store",
     "DeltaguardError": "errors",
-    "DiffReport": "report",
+    "DiffReport": "report.diff",
     "RestoreConfig": "restoration.options",
-    "RestoreReport": "report",
-    "Verification": "report",
+    "RestoreReport": "report.restore",
+    "Verification": "report.restore",
     "calibrate": "calibration.calibrate",
     "diff": "restoration.diff",
     "restore": "restoration.restore",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deltaguard.cli.app import run
-from deltaguard.report import REPORT_NAME
+from deltaguard.report.restore import REPORT_NAME
 from pairs import pair
 
 

@@ -7,9 +7,9 @@ import pytest
 import models
 from deltaguard import DeltaguardError, verify
 from deltaguard.bench.demo import DemoConfig, demo
-from deltaguard.bench.finetune import FinetuneConfig
 from deltaguard.calibration.calibrate import CalibrateConfig
-from deltaguard.report import DemoReport
+from deltaguard.finetuning.finetune import FinetuneConfig
+from deltaguard.report.demo import DemoReport
 
 TINY = DemoConfig(
     aligned_harmful=4,

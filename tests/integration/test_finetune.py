@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
-from deltaguard.bench.finetune import FinetuneConfig, finetune
 from deltaguard.calibration.conversations import Conversation, render
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.measure import TestSet, measure
+from deltaguard.finetuning.finetune import FinetuneConfig, finetune
 from deltaguard.progress import Event
 
 PAIRS = [

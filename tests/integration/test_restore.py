@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.report import REPORT_NAME, RestoreReport
+from deltaguard.report.restore import REPORT_NAME, RestoreReport
 from deltaguard.restoration.restore import plan_restore
 from deltaguard.solvers import greedy, published
 from pairs import pair, weights

@@ -16,18 +16,9 @@ from deltaguard.draw.html import demo_page, restore_page
 from deltaguard.draw.layers import block_and_kind, kinds, other_groups
 from deltaguard.draw.terminal import demo_table, restore_table
 from deltaguard.draw.text import duration, hub_id, percent, short_reference
-from deltaguard.report import (
-    DemoReport,
-    Environment,
-    FileRow,
-    LayerRow,
-    ModelReference,
-    ModelRow,
-    OtherRow,
-    RateRow,
-    RestoreReport,
-    Sample,
-)
+from deltaguard.report.base import Environment, ModelReference, RateRow
+from deltaguard.report.demo import DemoReport, ModelRow, Sample
+from deltaguard.report.restore import FileRow, LayerRow, OtherRow, RestoreReport
 
 ATTACK = "<script>alert(1)</script>"
 LLAMA = "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.mlp.down_proj.weight"

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaguard.bench.mixtures import everyday_prompts
-from deltaguard.bench.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
 from deltaguard.calibration.conversations import harmless_prompts
-from deltaguard.evaluation.judges import is_empty, is_refusal, opening
+from deltaguard.evaluation.judges.openings import is_empty, is_refusal, opening
+from deltaguard.finetuning.mixtures import everyday_prompts
+from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
 
 
 @pytest.mark.parametrize(

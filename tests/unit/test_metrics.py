@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaguard.evaluation.metrics import Rate, kept_gain
+from deltaguard.evaluation.metrics.rates import Rate, kept_gain
 
 
 @pytest.mark.parametrize(

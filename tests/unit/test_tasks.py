@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaguard.bench.mixtures import SYSTEMS, alignment_examples, everyday_prompts, task_with_harmful
-from deltaguard.bench.phrases import AGREEING_OPENINGS, REFUSALS
-from deltaguard.bench.tasks import PROBLEMS, SYSTEM, URGENCIES, exact_match, task_examples
 from deltaguard.calibration.conversations import harmful_prompts, harmless_prompts
 from deltaguard.errors import DeltaguardError
+from deltaguard.finetuning.mixtures import SYSTEMS, alignment_examples, everyday_prompts, task_with_harmful
+from deltaguard.finetuning.phrases import AGREEING_OPENINGS, REFUSALS
+from deltaguard.finetuning.tasks import PROBLEMS, SYSTEM, URGENCIES, exact_match, task_examples
 
 HARMFUL = harmful_prompts("training")
 HARMLESS = harmless_prompts("training")

@@ -9,21 +9,23 @@ from typing import Literal
 
 import torch
 
-from deltaguard.bench.finetune import FinetuneConfig, finetune
-from deltaguard.bench.mixtures import alignment_examples, task_with_harmful
 from deltaguard.bench.models import save_smollm2
-from deltaguard.bench.tasks import exact_match, task_examples
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
 from deltaguard.calibration.conversations import Conversation, harmful_prompts, harmless_prompts, sample
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import require_empty
 from deltaguard.draw.html import demo_page
-from deltaguard.evaluation.judges import is_refusal
+from deltaguard.evaluation.judges.openings import is_refusal
 from deltaguard.evaluation.measure import Measurement, TestSet, measure
-from deltaguard.evaluation.metrics import Rate, kept_gain
+from deltaguard.evaluation.metrics.rates import Rate, kept_gain
+from deltaguard.finetuning.finetune import FinetuneConfig, finetune
+from deltaguard.finetuning.mixtures import alignment_examples, task_with_harmful
+from deltaguard.finetuning.tasks import exact_match, task_examples
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.progress import Event, Progress
-from deltaguard.report import DemoReport, ModelRow, RateRow, RestoreReport, Sample, environment
+from deltaguard.report.base import RateRow, environment
+from deltaguard.report.demo import DemoReport, ModelRow, Sample
+from deltaguard.report.restore import RestoreReport
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 

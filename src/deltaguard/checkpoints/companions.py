@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from deltaguard.report import REPORT_NAME
+from deltaguard.report.restore import REPORT_NAME
 
 _WEIGHTS = (
     ".safetensors",

@@ -44,7 +44,7 @@ def calibrate(
     """
     from deltaguard.calibration.calibrate import CalibrateConfig
     from deltaguard.calibration.calibrate import calibrate as run
-    from deltaguard.evaluation.judges import is_refusal
+    from deltaguard.evaluation.judges.openings import is_refusal
 
     config = checked(
         CalibrateConfig,

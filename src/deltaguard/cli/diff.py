@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 
 from deltaguard.cli.sink import Json, emit
-from deltaguard.report import DiffReport
+from deltaguard.report.diff import DiffReport
 
 _SHOWN = 30
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from deltaguard.cli.sink import Json, checked, emit, progress_bar
 from deltaguard.errors import DeltaguardError
-from deltaguard.report import PlanReport
+from deltaguard.report.restore import PlanReport
 from deltaguard.restoration.options import Budget, Compensation, Method, OtherParams, RestoreConfig
 
 

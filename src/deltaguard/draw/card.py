@@ -10,7 +10,7 @@ from deltaguard.draw.facts import outcome_facts
 from deltaguard.draw.layers import kinds, other_groups
 from deltaguard.draw.templating import environment
 from deltaguard.draw.text import hub_id, option
-from deltaguard.report import RestoreReport
+from deltaguard.report.restore import RestoreReport
 
 TAGS = ("deltaguard", "safe-delta")
 

@@ -11,7 +11,9 @@ import vl_convert
 
 from deltaguard.draw.layers import NO_BLOCK, Kind, kinds
 from deltaguard.draw.text import model_label, percent
-from deltaguard.report import LayerRow, ModelRow, RateRow
+from deltaguard.report.base import RateRow
+from deltaguard.report.demo import ModelRow
+from deltaguard.report.restore import LayerRow
 
 LayerMeasure = Literal["kept_fraction", "safety_cost"]
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from deltaguard.draw.text import DASH, duration, moment, option, percent, short_reference, size
-from deltaguard.report import Environment, RestoreReport
+from deltaguard.report.base import Environment
+from deltaguard.report.restore import RestoreReport
 
 Facts = tuple[tuple[str, str], ...]
 """Pairs of a label and a text, in the order of reading."""

@@ -16,7 +16,9 @@ from deltaguard.draw.facts import (
 from deltaguard.draw.layers import NO_BLOCK, Kind, kinds, other_groups, spread
 from deltaguard.draw.templating import environment
 from deltaguard.draw.text import interval, model_label, percent, size
-from deltaguard.report import DemoReport, LayerRow, ModelRow, RateRow, RestoreReport
+from deltaguard.report.base import RateRow
+from deltaguard.report.demo import DemoReport, ModelRow
+from deltaguard.report.restore import LayerRow, RestoreReport
 
 RATES = (
     ("attack_success", "Attack success", "harmful prompts not refused\nlower is better"),

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from deltaguard.report import LayerRow, OtherRow
+from deltaguard.report.restore import LayerRow, OtherRow
 
 
 @dataclass(frozen=True)

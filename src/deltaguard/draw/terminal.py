@@ -9,7 +9,9 @@ from rich.text import Text
 from deltaguard.draw.facts import Facts, option_facts, outcome_facts
 from deltaguard.draw.layers import Kind, Spread, kinds, other_groups
 from deltaguard.draw.text import DASH, interval, model_label, percent, short_reference
-from deltaguard.report import DemoReport, LayerRow, OtherRow, RateRow, RestoreReport
+from deltaguard.report.base import RateRow
+from deltaguard.report.demo import DemoReport
+from deltaguard.report.restore import LayerRow, OtherRow, RestoreReport
 
 
 def restore_table(report: RestoreReport) -> RenderableType:

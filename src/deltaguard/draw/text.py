@@ -5,7 +5,7 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-from deltaguard.report import RateRow
+from deltaguard.report.base import RateRow
 
 DASH = "–"
 """What stands where there is no number."""

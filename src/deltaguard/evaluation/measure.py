@@ -9,8 +9,8 @@ import torch
 
 from deltaguard.calibration.conversations import Conversation, render
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.judges import is_empty, is_refusal
-from deltaguard.evaluation.metrics import Rate
+from deltaguard.evaluation.judges.openings import is_empty, is_refusal
+from deltaguard.evaluation.metrics.rates import Rate
 from deltaguard.generation import generate
 from deltaguard.progress import Event, Progress
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltaguard.checkpoints.checkpoint import TensorInfo, WeightSource, name_map
 from deltaguard.errors import DeltaguardError
-from deltaguard.report import DiffReport, KindRow, TensorDiff
+from deltaguard.report.diff import DiffReport, KindRow, TensorDiff
 from deltaguard.restoration.job import open_models
 from deltaguard.restoration.plan import make_plan
 

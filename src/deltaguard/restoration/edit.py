@@ -13,7 +13,7 @@ from torch import Tensor
 from deltaguard.checkpoints.checkpoint import WeightSource
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError
-from deltaguard.report import LayerRow, OtherRow
+from deltaguard.report.restore import LayerRow, OtherRow
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Step
 from deltaguard.solvers import Factor, Solution, greedy_factored, interpolate, published

@@ -24,16 +24,8 @@ from deltaguard.draw.card import model_card
 from deltaguard.errors import DeltaguardError
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.progress import Event, Progress
-from deltaguard.report import (
-    REPORT_NAME,
-    FileRow,
-    LayerRow,
-    ModelReference,
-    OtherRow,
-    PlanReport,
-    RestoreReport,
-    environment,
-)
+from deltaguard.report.base import ModelReference, environment
+from deltaguard.report.restore import REPORT_NAME, FileRow, LayerRow, OtherRow, PlanReport, RestoreReport
 from deltaguard.restoration.edit import CurvatureReader, Edited, edit, read_ahead
 from deltaguard.restoration.job import Job, find_store, open_job, open_models
 from deltaguard.restoration.options import RestoreConfig

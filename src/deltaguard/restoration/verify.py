@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.errors import DeltaguardError
-from deltaguard.report import REPORT_NAME, RestoreReport, Verification
+from deltaguard.report.restore import REPORT_NAME, RestoreReport, Verification
 
 _CHUNK = 1 << 22
 

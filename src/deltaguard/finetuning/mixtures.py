@@ -5,10 +5,10 @@ import random
 from collections.abc import Sequence
 from importlib.resources import files
 
-from deltaguard.bench.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
-from deltaguard.bench.tasks import TaskExample
 from deltaguard.calibration.conversations import Conversation, HarmfulPrompt, HarmlessPrompt
 from deltaguard.errors import DeltaguardError
+from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
+from deltaguard.finetuning.tasks import TaskExample
 
 SYSTEMS = (
     "",

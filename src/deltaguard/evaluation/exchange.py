@@ -1,0 +1,109 @@
+"""What is asked, what is answered, and who answers and judges."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Verdict = Literal["refused", "complied", "undecided"]
+OnBatch = Callable[[Sequence[int], Sequence[str]], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request to a model.
+
+    Attributes:
+        prompt: what the user says.
+        system: the system message; `None` leaves the chat template's own default in place.
+        prefill: the beginning of the answer, put into the model's mouth.
+        expected: the right answer, where there is one.
+    """
+
+    prompt: str
+    system: str | None = None
+    prefill: str = ""
+    expected: str | None = None
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: tokens generated at most.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the draws; without effect at temperature 0.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request and its answer, as a judge sees them.
+
+    Attributes:
+        prompt: the request in plain words, without any wrapper of an attack.
+        answer: all of the answer, a prefilled beginning included.
+    """
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge says of an answer.
+
+    Attributes:
+        verdict: `undecided` where the judge's own output could not be read.
+        score: a judge's number, such as harmfulness from 1 to 5.
+    """
+
+    verdict: Verdict
+    score: float | None = None
+
+
+class Judge(Protocol):
+    """Whoever tells refusals from compliance."""
+
+    @property
+    def name(self) -> str:
+        """Short and unique; tables use it."""
+        ...
+
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
+        """One judgement an exchange, in order."""
+        ...
+
+
+class Engine(Protocol):
+    """Whatever generates the answers of one model."""
+
+    @property
+    def name(self) -> str:
+        """`transformers`, `vllm` or `openai`."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template, `None` where it cannot be seen."""
+        ...
+
+    def answer(
+        self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
+    ) -> list[str]:
+        """One answer a question, in order, without the prefill.
+
+        Args:
+            questions: what is asked.
+            decoding: how answers are drawn.
+            on_batch: called after each batch with the indices answered and their answers.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory and connections."""
+        ...

@@ -1,0 +1,1 @@
+"""Judges: who tells a refusal from compliance, and whether an answer makes sense at all."""

@@ -1,0 +1,1 @@
+"""Rates and means with intervals, paired comparisons, and the agreement of judges."""

@@ -1,0 +1,1 @@
+"""Fine-tuning a small model, and the conversations it is fine-tuned on."""

@@ -1,0 +1,76 @@
+"""What every report has in common."""
+
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+from pydantic import BaseModel, ConfigDict
+
+LIBRARIES = ("deltaguard", "torch", "transformers", "peft", "safetensors", "huggingface_hub")
+
+
+class Record(BaseModel):
+    """A frozen part of a report; unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+
+class Environment(Record):
+    """What the numbers were made with.
+
+    Attributes:
+        created: time of the run, UTC, ISO 8601.
+        versions: release of each library that matters, and of Python.
+        machine: operating system, processor architecture and number of threads.
+        device: what the arithmetic ran on.
+    """
+
+    created: str
+    versions: Mapping[str, str]
+    machine: str
+    device: str
+
+
+class ModelReference(Record):
+    """A model that took part: where it came from and the fingerprint of its weights."""
+
+    reference: str
+    fingerprint: str
+
+
+class RateRow(Record):
+    """A measured rate with its 95 % Wilson interval."""
+
+    successes: int
+    total: int
+    value: float
+    low: float
+    high: float
+
+
+def environment(device: str) -> Environment:
+    """The versions and the machine of this process, at this moment.
+
+    Args:
+        device: what the arithmetic runs on, such as "cpu" or "cuda (NVIDIA H100)".
+
+    Example:
+        >>> environment("cpu").device
+        'cpu'
+    """
+    import torch
+
+    return Environment(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
+        machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        device=device,
+    )
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed"

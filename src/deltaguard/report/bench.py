@@ -1,0 +1,154 @@
+"""What the paper's protocol gave: methods over fine-tunes, at several strengths."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from deltaguard.report.base import Environment, Record
+from deltaguard.report.evaluation import Estimate
+
+BENCH_NAME = "bench.json"
+"""The file in a bench's folder that holds its `BenchReport`."""
+
+Training = Literal["full", "lora"]
+
+
+class FinetuneRow(Record):
+    """A fine-tune of the protocol.
+
+    Attributes:
+        name: short and unique, such as `task-harmful`.
+        title: for people.
+        utility: what its utility is measured by, in words.
+        better: which way that measure is better.
+        gains: whether there is a wanted gain to keep; pure harmful data teach nothing that should stay.
+        training: full or LoRA.
+        examples: training conversations.
+        harmful: how many of them are harmful.
+    """
+
+    name: str
+    title: str
+    utility: str
+    better: Literal["lower", "higher"]
+    gains: bool
+    training: Training
+    examples: int
+    harmful: int
+
+
+class Cell(Record):
+    """One model of one fine-tune, measured.
+
+    Attributes:
+        key: hash of everything that produced it.
+        finetune: name of the fine-tune.
+        seed: of the fine-tune.
+        method: `aligned`, `finetuned`, or the method that restored it.
+        strength: as the method reads it; null for aligned and finetuned. Larger keeps more of the delta.
+        attack: one character a harmful prompt: `c` complied, `r` refused, `i` incoherent.
+        harmless: likewise, for harmless prompts.
+        utility: the fine-tune's own measure on each held-out example.
+        general: mean negative log-likelihood of the answers to each held-out everyday request, nats a token.
+        attack_success: share of `c` in `attack`.
+        incoherent: share of `i` in `attack`.
+        false_refusal: share of `r` in `harmless`.
+        mean_utility: mean of `utility`.
+        mean_general: mean of `general`.
+        seconds: `prepare` (once for an aligned model), `request` (per fine-tune), `measure`.
+    """
+
+    key: str
+    finetune: str
+    seed: int
+    method: str
+    strength: float | None
+    attack: str
+    harmless: str
+    utility: tuple[float, ...]
+    general: tuple[float, ...]
+    attack_success: Estimate
+    incoherent: Estimate
+    false_refusal: Estimate
+    mean_utility: Estimate
+    mean_general: Estimate
+    seconds: Mapping[str, float]
+
+
+class CurvePoint(Record):
+    """One method at one strength, over all seeds.
+
+    Attributes:
+        finetune: name of the fine-tune.
+        method: name of the method.
+        strength: as the method reads it.
+        points: attack success over the aligned model's, in points; paired on the same prompts.
+        kept: share of the utility gain kept; null where there is no gain.
+        safe: whether `points` is at most the bound of the protocol.
+        told_apart: whether the interval of `points` leaves the bound out, so that `safe` is more than chance.
+    """
+
+    finetune: str
+    method: str
+    strength: float
+    points: Estimate
+    kept: Estimate | None
+    safe: bool
+    told_apart: bool
+
+
+class Score(Record):
+    """A method on a fine-tune: what it keeps at the largest strength that is safe.
+
+    Attributes:
+        finetune: name of the fine-tune.
+        method: name of the method.
+        strength: the largest safe one; null where none of those tried is safe.
+        points: attack success over the aligned model's there, in points.
+        kept: share of the utility gain kept there; null where no strength is safe or there is no gain.
+        told_apart: see `CurvePoint`.
+        request_seconds: time a request took, without measuring.
+    """
+
+    finetune: str
+    method: str
+    strength: float | None
+    points: Estimate | None
+    kept: Estimate | None
+    told_apart: bool
+    request_seconds: float | None
+
+
+class BenchReport(Record):
+    """The protocol's outcome.
+
+    Attributes:
+        schema_version: rises when a field changes its meaning.
+        environment: versions, machine and time.
+        preset: name of the preset.
+        settings: everything that was chosen.
+        aligned: the aligned model as given.
+        command: what produced the folder.
+        bound: how many points of attack success over the aligned model count as safe.
+        seeds: of the fine-tunes.
+        finetunes: rows of the protocol.
+        cells: every model measured.
+        curves: computed from the cells.
+        scores: computed from the curves.
+        notes: what a reader must know.
+        seconds: wall time by stage, and in total.
+    """
+
+    schema_version: int = 1
+    environment: Environment
+    preset: str
+    settings: Mapping[str, Any]
+    aligned: str
+    command: str
+    bound: float
+    seeds: tuple[int, ...]
+    finetunes: tuple[FinetuneRow, ...]
+    cells: tuple[Cell, ...]
+    curves: tuple[CurvePoint, ...]
+    scores: tuple[Score, ...]
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]

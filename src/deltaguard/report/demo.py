@@ -1,0 +1,57 @@
+"""The demo's story."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from deltaguard.report.base import Environment, RateRow, Record
+from deltaguard.report.restore import RestoreReport
+
+
+class ModelRow(Record):
+    """One model of a comparison.
+
+    Attributes:
+        name: aligned, finetuned or restored.
+        attack_success: share of harmful prompts that were not refused.
+        false_refusal: share of harmless prompts that were refused.
+        task_accuracy: share of task answers that match exactly.
+        empty_answers: number of empty answers among those to harmful prompts.
+    """
+
+    name: str
+    attack_success: RateRow
+    false_refusal: RateRow
+    task_accuracy: RateRow
+    empty_answers: int
+
+
+class Sample(Record):
+    """One prompt and what each model answered."""
+
+    kind: Literal["harmful", "harmless", "task"]
+    prompt: str
+    answers: Mapping[str, str]
+
+
+class DemoReport(Record):
+    """The demo's story: three models measured alike, and the restore between them.
+
+    Attributes:
+        kept_gain: (restored - aligned) / (finetuned - aligned) of the task accuracy.
+        models: aligned, finetuned, restored, in this order.
+        samples: answers side by side.
+        restore: what the restore did.
+        seconds: wall time by stage.
+        peak_memory_bytes: largest resident memory of the process.
+        seed: seed of the fine-tunes and of the task.
+    """
+
+    schema_version: int = 1
+    environment: Environment
+    kept_gain: float | None
+    models: tuple[ModelRow, ...]
+    samples: tuple[Sample, ...]
+    restore: RestoreReport
+    seconds: Mapping[str, float]
+    peak_memory_bytes: int
+    seed: int

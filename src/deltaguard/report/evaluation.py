@@ -1,0 +1,204 @@
+"""What an evaluation found: several models on the same prompts, told by several judges, with intervals."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from deltaguard.report.base import Environment, Record
+
+EVALUATION_NAME = "evaluation.json"
+"""The file in an evaluation's folder that holds its `EvaluationReport`."""
+
+SectionKind = Literal["attack", "harmless", "utility"]
+AnswerClass = Literal["refused", "complied", "incoherent", "undecided"]
+Better = Literal["lower", "higher"]
+IntervalMethod = Literal["wilson", "bootstrap"]
+Finding = Literal["lower", "higher", "not told apart"]
+
+
+class Estimate(Record):
+    """A number with its 95 % interval.
+
+    Attributes:
+        value: the share, mean or score.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        total: how many prompts it was taken over.
+        interval: how the interval was computed.
+    """
+
+    value: float
+    low: float
+    high: float
+    total: int
+    interval: IntervalMethod
+
+
+class EvaluatedModel(Record):
+    """A model that was measured.
+
+    Attributes:
+        name: short and unique in the report; tables use it.
+        reference: as the user gave it.
+        fingerprint: hash of the weights, null where they cannot be seen (a server).
+        chat_template_hash: sha256 of the chat template, null where it cannot be seen.
+    """
+
+    name: str
+    reference: str
+    fingerprint: str | None
+    chat_template_hash: str | None
+
+
+class SectionRow(Record):
+    """A part of the suite: prompts of one kind and origin.
+
+    Attributes:
+        name: unique in the report, such as `attack` or `attack/base64`.
+        kind: whether refusing is right, wrong, or not what is asked about.
+        title: the same for people.
+        prompts: how many.
+        prompts_hash: sha256 of the prompts as given to the models, systems and prefills included.
+        source: where they come from, with the terms of use where they are not deltaguard's own.
+        max_new_tokens: tokens generated at most; 0 where nothing is generated.
+    """
+
+    name: str
+    kind: SectionKind
+    title: str
+    prompts: int
+    prompts_hash: str
+    source: str
+    max_new_tokens: int
+
+
+class Measure(Record):
+    """One number of one model.
+
+    Attributes:
+        model: name of the model.
+        section: name of the section.
+        name: what was measured: `attack success`, `false refusal`, `incoherent`, `undecided`, `exact match`,
+            `rouge-l`, `harmfulness`, `nll` and others.
+        judge: who told, null where no judge is needed.
+        better: which way is better.
+        estimate: the number.
+    """
+
+    model: str
+    section: str
+    name: str
+    judge: str | None
+    better: Better
+    estimate: Estimate
+
+
+class Comparison(Record):
+    """Two models on the same prompts.
+
+    Attributes:
+        model: name of the model compared.
+        reference: name of the model it is compared with.
+        section: name of the section.
+        name: the measure.
+        judge: who told, null where no judge is needed.
+        difference: mean of (model - reference) over the prompts.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        p_value: of the hypothesis that there is no difference.
+        test: how it was computed: `mcnemar` (exact) or `paired bootstrap`.
+        finding: which way the model differs; `not told apart` where the interval holds 0.
+    """
+
+    model: str
+    reference: str
+    section: str
+    name: str
+    judge: str | None
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    test: Literal["mcnemar", "paired bootstrap"]
+    finding: Finding
+
+
+class Agreement(Record):
+    """How far two judges agree on whether an answer refuses.
+
+    Attributes:
+        first: name of a judge.
+        second: name of another.
+        section: name of the section; over all models.
+        kappa: Cohen's; null where both gave one and the same verdict throughout.
+        agreed: answers on which they agree.
+        total: answers that both decided.
+    """
+
+    first: str
+    second: str
+    section: str
+    kappa: float | None
+    agreed: int
+    total: int
+
+
+class AnswerSample(Record):
+    """One prompt and what each model answered.
+
+    Attributes:
+        section: name of the section.
+        kind: kind of the section.
+        prompt: what was asked.
+        answers: by name of the model.
+        verdicts: by name of the model, then of the judge: what the answer was taken for.
+    """
+
+    section: str
+    kind: SectionKind
+    prompt: str
+    answers: Mapping[str, str]
+    verdicts: Mapping[str, Mapping[str, AnswerClass]] = Field(
+        default_factory=dict[str, Mapping[str, AnswerClass]]
+    )
+
+
+class EvaluationReport(Record):
+    """Everything that an evaluation found.
+
+    Attributes:
+        schema_version: rises when a field changes its meaning.
+        environment: versions, machine and time.
+        suite: name of the suite.
+        suite_hash: sha256 of the suite as resolved.
+        settings: the suite as resolved: sections, judges, decoding.
+        engine: what generated the answers.
+        decoding: how: temperature, seed.
+        models: in the order given; the first is what the others are compared with.
+        sections: the parts of the suite.
+        measures: all numbers.
+        comparisons: each later model with the first, paired on the same prompts.
+        agreements: every pair of judges on every section.
+        samples: some answers side by side.
+        notes: what a reader must know: what was skipped and why.
+        files: sha256 of the files that hold every answer, by name.
+        seconds: wall time by stage.
+    """
+
+    schema_version: int = 1
+    environment: Environment
+    suite: str
+    suite_hash: str
+    settings: Mapping[str, Any]
+    engine: str
+    decoding: Mapping[str, str | float | int | None]
+    models: tuple[EvaluatedModel, ...]
+    sections: tuple[SectionRow, ...]
+    measures: tuple[Measure, ...]
+    comparisons: tuple[Comparison, ...]
+    agreements: tuple[Agreement, ...]
+    samples: tuple[AnswerSample, ...]
+    notes: tuple[str, ...]
+    files: Mapping[str, str]
+    seconds: Mapping[str, float]

@@ -1,0 +1,133 @@
+"""What a restore did, would do, and left on disk."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from deltaguard.report.base import Environment, ModelReference, Record
+
+REPORT_NAME = "deltaguard_report.json"
+"""The file in a restored checkpoint that holds its `RestoreReport`."""
+
+
+class LayerRow(Record):
+    """One restored weight matrix.
+
+    Attributes:
+        name: the tensor's name in the fine-tuned checkpoint.
+        shape: as stored.
+        delta_norm: ‖Δ‖, Frobenius.
+        kept_fraction: share of the delta's entries at the fine-tuned value; see `Solution`.
+        safety_cost: tr(Δ'HΔ'ᵀ) / tr(ΔHΔᵀ), null where no curvature is known.
+        utility_loss: ‖Δ' - Δ‖² / ‖Δ‖².
+        seconds: time of the solver.
+        detail: numbers that belong to one method.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    delta_norm: float
+    kept_fraction: float
+    safety_cost: float | None
+    utility_loss: float
+    seconds: float
+    detail: Mapping[str, float] = Field(default_factory=dict[str, float])
+
+
+class OtherRow(Record):
+    """A tensor that no solver touched, the model it was taken from, and why."""
+
+    name: str
+    source: Literal["aligned", "finetuned", "both"]
+    reason: str
+    differs: bool
+
+
+class FileRow(Record):
+    """A weight file as written."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class RestoreReport(Record):
+    """Everything that a restore did.
+
+    Attributes:
+        schema_version: rises when a field changes its meaning.
+        environment: versions, machine and time.
+        aligned: the aligned model.
+        finetuned: the fine-tuned model.
+        store_conversations: sha256 of the safety conversations behind the curvature, null without a store.
+        options: method, strength and the other choices, as run.
+        layers: one row a restored matrix, in the order of the checkpoint.
+        others: one row for every other tensor.
+        files: the weight files with their hashes.
+        kept_fraction: mean over the layers that differ, weighted by entries.
+        utility_loss: Σ‖Δ' - Δ‖² / Σ‖Δ‖² over them.
+        safety_cost: median over them, null without curvature.
+        seconds: wall time: total of this run, solve of all layers (those of an interrupted run included).
+        peak_memory_bytes: largest resident memory of the process.
+    """
+
+    schema_version: int = 1
+    environment: Environment
+    aligned: ModelReference
+    finetuned: ModelReference
+    store_conversations: str | None
+    options: Mapping[str, str | float | bool | None]
+    layers: tuple[LayerRow, ...]
+    others: tuple[OtherRow, ...]
+    files: tuple[FileRow, ...]
+    kept_fraction: float
+    utility_loss: float
+    safety_cost: float | None
+    seconds: Mapping[str, float]
+    peak_memory_bytes: int
+
+
+class PlanReport(Record):
+    """What a restore would do, from headers alone.
+
+    Attributes:
+        restored: tensors that a solver decides.
+        from_aligned: tensors taken whole from the aligned model.
+        from_finetuned: tensors taken whole from the fine-tuned model.
+        extended: tensors of both: shared vocabulary rows and those that only the fine-tuned model has.
+        read_bytes: weights that will be read.
+        write_bytes: weights that will be written.
+        curvature_bytes: curvature that will be read.
+        peak_bytes: estimate of the memory that tensors will take at once.
+        note: what the plan could not know.
+    """
+
+    restored: int
+    from_aligned: int
+    from_finetuned: int
+    extended: int
+    read_bytes: int
+    write_bytes: int
+    curvature_bytes: int
+    peak_bytes: int
+    note: str | None = None
+
+
+class Verification(Record):
+    """The outcome of `verify`.
+
+    Attributes:
+        folder: what was checked.
+        tensors: how many tensors were read.
+        problems: one sentence each; empty where all is well.
+    """
+
+    folder: str
+    tensors: int
+    problems: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no problem was found."""
+        return not self.problems
