@@ -1,0 +1,1 @@
+"""How well a model does what it was fine-tuned for: scores of answers, and the likelihood of right ones."""
