@@ -1,4 +1,4 @@
-"""Reports as HTML pages: one file each, without a script and without anything fetched from elsewhere."""
+"""A demo and a restore as HTML pages."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from deltaguard.draw.facts import (
     times,
 )
 from deltaguard.draw.layers import NO_BLOCK, Kind, kinds, other_groups, spread
-from deltaguard.draw.templating import environment
+from deltaguard.draw.page import Chart, render
 from deltaguard.draw.text import interval, model_label, percent, size
 from deltaguard.report.base import RateRow
 from deltaguard.report.demo import DemoReport, ModelRow
@@ -35,35 +35,18 @@ LAYER_MEASURES: tuple[tuple[LayerMeasure, str, str], ...] = (
 
 
 @dataclass(frozen=True)
-class Chart:
-    """A chart and its words.
-
-    Attributes:
-        title: what is drawn.
-        note: of what it is the share.
-        svg: the drawing.
-        spoken: the drawing in words, for those who do not see it.
-    """
-
-    title: str
-    note: str
-    svg: str
-    spoken: str
-
-
-@dataclass(frozen=True)
 class Grid:
     """The numbers behind a chart of layers: a row a block, a column a kind.
 
     Attributes:
         caption: what the numbers are.
         columns: labels of the kinds.
-        rows: the block and one text a column.
+        rows: the block and one number a column, None where there is none.
     """
 
     caption: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[int, tuple[str, ...]], ...]
+    rows: tuple[tuple[int, tuple[float | None, ...]], ...]
 
 
 def demo_page(report: DemoReport) -> str:
@@ -82,7 +65,7 @@ def demo_page(report: DemoReport) -> str:
         ("peak memory", size(report.peak_memory_bytes)),
         *model_facts(report.restore),
     )
-    return _page(
+    return render(
         "demo.html.jinja",
         report=report,
         rates=[_rate_chart(report.models, *rate) for rate in RATES],
@@ -100,17 +83,13 @@ def restore_page(report: RestoreReport) -> str:
     Returns:
         A complete HTML document.
     """
-    return _page(
+    return render(
         "restore.html.jinja",
         report=report,
         run=environment_facts(report.environment),
         sources=model_facts(report),
         **_restore_parts(report),
     )
-
-
-def _page(template: str, **values: Any) -> str:
-    return environment().get_template(template).render(values)
 
 
 def _restore_parts(report: RestoreReport) -> Mapping[str, Any]:
@@ -159,9 +138,9 @@ def _grid(groups: Sequence[Kind], measure: LayerMeasure, caption: str) -> Grid:
     """Every number of a chart of layers; where a block has several matrices of a kind, their median."""
     blocks = sorted({block for kind in groups for block, _ in kind.layers if block != NO_BLOCK})
 
-    def cell(block: int, kind: Kind) -> str:
+    def cell(block: int, kind: Kind) -> float | None:
         numbers = spread(getattr(row, measure) for at, row in kind.layers if at == block)
-        return percent(numbers.median if numbers else None)
+        return numbers.median if numbers else None
 
     rows = tuple((block, tuple(cell(block, kind) for kind in groups)) for block in blocks)
     return Grid(caption, tuple(kind.label for kind in groups), rows)

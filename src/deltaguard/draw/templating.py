@@ -2,7 +2,16 @@
 
 import jinja2
 
-from deltaguard.draw.text import duration, interval, model_label, moment, percent, short_reference, size
+from deltaguard.draw.text import (
+    duration,
+    interval,
+    model_label,
+    moment,
+    percent,
+    short_reference,
+    size,
+    sort_value,
+)
 
 
 def environment() -> jinja2.Environment:
@@ -21,6 +30,6 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for function in (duration, interval, model_label, moment, percent, short_reference, size):
+    for function in (duration, interval, model_label, moment, percent, short_reference, size, sort_value):
         templates.filters[function.__name__] = function
     return templates

@@ -72,6 +72,16 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
+def sort_value(value: float | None) -> str:
+    """A number as tables sort by it; empty where it is missing or not a number, which sorts last.
+
+    Example:
+        >>> sort_value(0.25), sort_value(None), sort_value(3)
+        ('0.25', '', '3')
+    """
+    return "" if value is None or not math.isfinite(value) else repr(value)
+
+
 def option(value: str | float | bool | None) -> str:
     """A choice of the user, exactly as it was run.
 
