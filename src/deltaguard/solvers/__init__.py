@@ -1,9 +1,23 @@
 """Solvers: pure functions from one layer's matrices to a `Solution`. They import torch only."""
 
-from deltaguard.solvers.baselines import interpolate
+from deltaguard.solvers.baselines import interpolate, resta
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.greedy import greedy, greedy_factored
 from deltaguard.solvers.published import published
 from deltaguard.solvers.solution import Solution
+from deltaguard.solvers.subspace import alignment_similarity, safe_lora, safe_lora_layers, safe_merge
 
-__all__ = ["Factor", "Solution", "factorise", "greedy", "greedy_factored", "interpolate", "published"]
+__all__ = [
+    "Factor",
+    "Solution",
+    "alignment_similarity",
+    "factorise",
+    "greedy",
+    "greedy_factored",
+    "interpolate",
+    "published",
+    "resta",
+    "safe_lora",
+    "safe_lora_layers",
+    "safe_merge",
+]

@@ -5,7 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.solution import Solution, check_matrices, row_blocks, squared_norm, working_dtype
+from deltaguard.solvers.solution import (
+    Solution,
+    check_matrices,
+    is_finite,
+    row_blocks,
+    squared_norm,
+    working_dtype,
+)
 
 
 def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution:
@@ -44,3 +51,39 @@ def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution
         utility_loss=(1 - alpha) ** 2,
         detail={"delta_norm": math.sqrt(norm)},
     )
+
+
+def resta(finetuned: Tensor, safety_vector: Tensor, *, gamma: float) -> Tensor:
+    """Task arithmetic: a safety vector is added (RESTA; Bhardwaj et al., ACL 2024, arXiv:2402.11746).
+
+    The paper's plain variant; its other one first drops and rescales entries of the delta (DARE).
+
+    Args:
+        finetuned: fine-tuned weight, any shape.
+        safety_vector: aligned - unaligned weight of the same shape, where the unaligned model is the aligned
+            one after fine-tuning on harmful data.
+        gamma: the paper's γ, how much of the vector is added; 0 gives the fine-tuned weight exactly.
+
+    Returns:
+        finetuned + gamma · safety_vector, in the working precision. Not a `Solution`: without the aligned
+        weight, what is kept of the delta cannot be said.
+
+    Raises:
+        ValueError: shapes do not fit, an entry is not finite, or gamma is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> resta(torch.ones(2), torch.tensor([0.0, -2.0]), gamma=0.5).tolist()
+        [1.0, 0.0]
+    """
+    if finetuned.shape != safety_vector.shape:
+        raise ValueError(
+            f"The fine-tuned weight is {tuple(finetuned.shape)} and the safety vector "
+            f"{tuple(safety_vector.shape)}: the same shape is needed."
+        )
+    if not (is_finite(finetuned) and is_finite(safety_vector)):
+        raise ValueError("The fine-tuned weight or the safety vector holds NaN or infinite entries.")
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma is {gamma}; it must lie in [0, infinity).")
+    dtype = working_dtype(finetuned, safety_vector)
+    return torch.add(finetuned.to(dtype), safety_vector.to(dtype), alpha=gamma)
