@@ -1,0 +1,150 @@
+"""Generation: a prefix computed once changes no answer, draws repeat, and batches fit the memory."""
+
+import pytest
+import torch
+
+from deltaguard import generation
+from deltaguard.generation import Prefix, generate, shared_prefix
+from models import DENSE, EXPERTS, tiny_model, tiny_tokenizer
+
+SHARED = "<|begin|><|system|>You are a helpful assistant that answers questions.<|end|><|user|>"
+REQUESTS = ("What is the weather?", "How?", "Write a short text about a cake at home, with an example.", "Go")
+PROMPTS = [f"{SHARED}{request}<|end|><|assistant|>" for request in REQUESTS]
+FULL_ATTENTION = {"gemma3": {"layer_types": ["full_attention", "full_attention"]}}
+
+
+def double(name):
+    """In float64 no two tokens tie within rounding; torch multiplies experts in float32 at most."""
+    model = tiny_model(name, **FULL_ATTENTION.get(name, {}))
+    return model if name in EXPERTS else model.double()
+
+
+def encoded(prompts):
+    return [tiny_tokenizer()(text, add_special_tokens=False)["input_ids"] for text in prompts]
+
+
+def plain(monkeypatch, *arguments, **options):
+    with monkeypatch.context() as patched:
+        patched.setattr(generation, "shared_prefix", lambda *_: Prefix(0, None))
+        return generate(*arguments, **options)
+
+
+@pytest.mark.parametrize("name", [*DENSE, *EXPERTS])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_shared_prefix_changes_no_answer(name, batch_size, monkeypatch):
+    model, tokenizer = double(name), tiny_tokenizer()
+    assert shared_prefix(model, encoded(PROMPTS)).length > 8
+    options = {"max_new_tokens": 12, "batch_size": batch_size}
+    answers = generate(model, tokenizer, PROMPTS, **options)
+    assert answers == plain(monkeypatch, model, tokenizer, PROMPTS, **options)
+    assert len(set(answers)) > 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3"])
+def test_logits_after_the_prefix_are_those_of_each_prompt_alone(name):
+    model, ids = double(name), encoded(PROMPTS)
+    prefix = shared_prefix(model, ids)
+    padded, mask = generation._padded(ids, prefix.length, 0)
+    with torch.inference_mode():
+        together = model(
+            input_ids=padded[:, prefix.length :],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1)[:, prefix.length :],
+            past_key_values=generation._for_rows(prefix.cache, len(ids)),
+        ).logits[:, -1]
+        alone = torch.stack([model(input_ids=torch.tensor([row])).logits[0, -1] for row in ids])
+    assert torch.allclose(together, alone, atol=1e-10, rtol=0)
+
+
+def test_the_prefix_is_computed_once_and_not_run_again():
+    model = double("llama")
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, __, options: seen.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=2, batch_size=2)
+    lengths = sorted(len(row) for row in encoded(PROMPTS))
+    shared = seen[0][1]
+    prefills = [shape for shape in seen[1:] if shape[1] > 1]
+    assert seen[0][0] == 1
+    assert prefills == [(2, lengths[1] - shared), (2, lengths[3] - shared)]
+
+
+@pytest.mark.parametrize(
+    ("model", "prompts"),
+    [
+        (tiny_model("gemma3"), PROMPTS),
+        (tiny_model("llama"), PROMPTS[:1]),
+        (tiny_model("llama"), []),
+        (tiny_model("llama"), ["<|user|>one", "<|user|>two"]),
+    ],
+    ids=["sliding window", "one prompt", "no prompt", "little in common"],
+)
+def test_where_nothing_is_shared(model, prompts):
+    assert shared_prefix(model, encoded(prompts)) == Prefix(0, None)
+    assert len(generate(model, tiny_tokenizer(), prompts, max_new_tokens=2)) == len(prompts)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("use_cache", False), ("cache_implementation", "static")])
+def test_a_model_with_a_cache_of_its_own_keeps_it(setting, value):
+    model = tiny_model("llama")
+    setattr(model.generation_config, setting, value)
+    assert shared_prefix(model, encoded(PROMPTS)).length == 0
+
+
+def test_a_prompt_that_is_the_beginning_of_another_keeps_a_token(monkeypatch):
+    model, tokenizer = double("llama"), tiny_tokenizer()
+    prompts = [SHARED, SHARED + "What is the weather?", SHARED]
+    ids = encoded(prompts)
+    assert shared_prefix(model, ids).length == len(ids[0]) - 1
+    options = {"max_new_tokens": 8}
+    assert generate(model, tokenizer, prompts, **options) == plain(
+        monkeypatch, model, tokenizer, prompts, **options
+    )
+
+
+def test_draws_repeat_and_leave_the_global_generator_alone():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+
+    def draw(prompts=PROMPTS, **options):
+        return generate(
+            model, tokenizer, prompts, max_new_tokens=12, temperature=1.5, batch_size=2, **options
+        )
+
+    before = torch.random.get_rng_state()
+    first = draw(seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(3)
+    assert draw(seed=1) == first
+    assert draw(seed=2) != first
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) != first
+    # The two longest make the second batch of both calls.
+    longest = sorted(range(4), key=lambda i: len(encoded(PROMPTS)[i]))[2:]
+    assert draw([PROMPTS[i] for i in longest], seed=1) == [first[i] for i in longest]
+
+
+def test_batches_shrink_until_they_fit(monkeypatch):
+    model, tokenizer = double("llama"), tiny_tokenizer()
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=4)
+    original, sizes, seen = model.generate, [], []
+
+    def small_memory(**options):
+        sizes.append(len(options["input_ids"]))
+        if sizes[-1] > 1:
+            raise torch.cuda.OutOfMemoryError
+        return original(**options)
+
+    monkeypatch.setattr(model, "generate", small_memory)
+    answers = generate(
+        model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=4, on_batch=lambda i, _: seen.extend(i)
+    )
+    assert answers == expected
+    assert sizes == [4, 2, 1, 1, 1, 1]
+    assert sorted(seen) == [0, 1, 2, 3]
+
+    def none(**options):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(model, "generate", none)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        generate(model, tokenizer, PROMPTS, max_new_tokens=4)
