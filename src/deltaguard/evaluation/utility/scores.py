@@ -1,0 +1,155 @@
+"""Whether an answer is right, or how close it comes: text, JSON, summaries, numbers."""
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any, Literal
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.finetuning import tasks
+
+Scorer = Callable[[str, str], float]
+Rouge = Literal["rouge-1", "rouge-2", "rouge-l"]
+
+_ROUGE_NAMES: Mapping[Rouge, str] = MappingProxyType(
+    {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-l": "rougeL"}
+)
+_QUOTES = "\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb"
+_SENTENCE_ENDS = ".,;:!?\u2026"
+
+_CURRENCY = re.compile(r"[$€£¥]")
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}")
+_NUMBER = re.compile(
+    r"""
+    (?P<sign>(?<![\w)])-)?                # "10-5" and "2024-05" hold no negative number, "- 5" is a list
+    (?<![A-Za-z])                         # "H2O" holds no number
+    (?:(?P<whole>\d+)\ (?=\d+/\d))?       # 1 1/2
+    (?P<top>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,2}(?!\d))?|\.\d+)
+    (?:\s?/\s?(?P<bottom>0*[1-9]\d*))?
+    """,
+    re.VERBOSE,
+)
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    """Whether two texts are the same but for case, spacing, quotes around them and a full stop at the end.
+
+    Example:
+        >>> exact_match(' "Honey" .', "honey")
+        True
+        >>> exact_match("honey and milk", "honey")
+        False
+    """
+    return _normalised(answer) == _normalised(expected)
+
+
+def _normalised(text: str) -> str:
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return plain.rstrip(_QUOTES + _SENTENCE_ENDS + " ").lstrip(_QUOTES + " ")
+
+
+def rouge(answer: str, expected: str) -> dict[Rouge, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), each the F1 of recall and precision, words stemmed.
+
+    ROUGE-L takes the longest common subsequence of the whole texts, line breaks notwithstanding.
+
+    Raises:
+        DeltaguardError: rouge-score is not installed.
+
+    Example:
+        >>> rouge("the cat sat", "the cat ran")["rouge-2"]
+        0.5
+    """
+    return _rouge(answer, expected, tuple(_ROUGE_NAMES))
+
+
+def _rouge(answer: str, expected: str, kinds: Sequence[Rouge]) -> dict[Rouge, float]:
+    if find_spec("rouge_score") is None:
+        raise DeltaguardError(
+            "ROUGE needs rouge-score, not installed here: `pip install 'deltaguard[eval]'`."
+        )
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer: Any = RougeScorer([_ROUGE_NAMES[kind] for kind in kinds], use_stemmer=True)
+    scores = scorer.score(expected, answer)
+    return {kind: float(scores[_ROUGE_NAMES[kind]].fmeasure) for kind in kinds}
+
+
+def maths_answer(answer: str) -> Decimal | None:
+    r"""The number that a worked solution arrives at.
+
+    It is the number after `####`, which ends the solutions of GSM8K (Cobbe et al. 2021); where there is no
+    such mark, or nothing follows it, the last number of the text. Signs of currency and percent do not
+    count: "50%" is 50. Fractions are divided out.
+
+    Returns:
+        The number, `None` where the text holds none.
+
+    Example:
+        >>> maths_answer("She has 3 * $400 left.\n#### 1,200.")
+        Decimal('1200')
+        >>> maths_answer("So it takes her 1 1/2 hours.")
+        Decimal('1.5')
+    """
+    text = _CURRENCY.sub("", _LATEX_FRACTION.sub(r"\1/\2", answer)).replace("\u2212", "-")
+    marked = _NUMBER.search(text.rpartition("####")[2]) if "####" in text else None
+    if marked is not None:
+        return _value(marked)
+    found = list(_NUMBER.finditer(text))
+    return _value(found[-1]) if found else None
+
+
+def _value(match: re.Match[str]) -> Decimal:
+    value = Decimal(match["top"].replace(",", ""))
+    if match["bottom"]:
+        value /= Decimal(match["bottom"])
+    if match["whole"]:
+        value += Decimal(match["whole"])
+    return -value if match["sign"] else value
+
+
+def maths_match(answer: str, expected: str) -> bool:
+    r"""Whether an answer arrives at the number that the expected solution arrives at.
+
+    Args:
+        answer: what the model says; one without a number is wrong.
+        expected: a solution or the number alone.
+
+    Raises:
+        DeltaguardError: `expected` holds no number.
+
+    Example:
+        >>> maths_match("That makes 42 apples.", "6 * 7 = 42\n#### 42")
+        True
+    """
+    right = maths_answer(expected)
+    if right is None:
+        raise DeltaguardError(
+            f"The expected answer {expected!r} holds no number, so that no answer can be right: score this "
+            "set with `exact-match`, or correct the file."
+        )
+    return maths_answer(answer) == right
+
+
+def _share(matches: Callable[[str, str], bool]) -> Scorer:
+    return lambda answer, expected: float(matches(answer, expected))
+
+
+def _one_rouge(kind: Rouge) -> Scorer:
+    return lambda answer, expected: _rouge(answer, expected, (kind,))[kind]
+
+
+SCORERS: Mapping[str, Scorer] = MappingProxyType(
+    {
+        "exact-match": _share(exact_match),
+        "json-match": _share(tasks.exact_match),
+        "maths": _share(maths_match),
+        "rouge-1": _one_rouge("rouge-1"),
+        "rouge-2": _one_rouge("rouge-2"),
+        "rouge-l": _one_rouge("rouge-l"),
+    }
+)
+"""Scores from 0 to 1 of an answer (first argument) against the expected one, by the names suites use."""
