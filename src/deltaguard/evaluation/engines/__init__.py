@@ -1,0 +1,1 @@
+"""Engines: what generates answers, in this process or on a server."""

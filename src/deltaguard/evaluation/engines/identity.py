@@ -1,0 +1,99 @@
+"""What a model is, found without loading its weights: so answers that are already there need no model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.hub import locate
+from deltaguard.checkpoints.lora import read_lora_config
+from deltaguard.errors import DeltaguardError
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What answers depend on besides the prompts.
+
+    Attributes:
+        fingerprint: hash of the weights, `None` where they cannot be seen.
+        chat_template: `None` where it cannot be seen.
+    """
+
+    fingerprint: str | None
+    chat_template: str | None
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the parts of a model lie.
+
+    Attributes:
+        model: weights and configuration.
+        adapter: a LoRA adapter over it, or `None`.
+        tokenizer: the adapter's own where it brings one.
+    """
+
+    model: Path
+    adapter: Path | None
+    tokenizer: Path
+
+
+def find_folders(reference: str) -> Folders:
+    """Where a model lies; for an adapter, also the model that its configuration names.
+
+    Args:
+        reference: a folder, a Hub id, or `id@revision`, of a model or of a PEFT adapter.
+
+    Raises:
+        DeltaguardError: it cannot be found, or an adapter does not say what it belongs to.
+    """
+    folder = locate(reference)
+    if not is_adapter(reference):
+        return Folders(folder, None, folder)
+    base = read_lora_config(folder, reference).base_model_name_or_path
+    if not base:
+        raise DeltaguardError(
+            f"The adapter {reference} does not name its model (base_model_name_or_path in "
+            "adapter_config.json). Name it there, or evaluate the merged checkpoint."
+        )
+    model = locate(base)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    return Folders(model, folder, folder if has_tokenizer else model)
+
+
+def identify(reference: str) -> Identity:
+    """The weights' fingerprint and the chat template of a local model.
+
+    Args:
+        reference: as in `find_folders`.
+
+    Raises:
+        DeltaguardError: it cannot be found or read.
+    """
+    folders = find_folders(reference)
+    weights = Checkpoint.open(folders.model)
+    opened = weights if folders.adapter is None else AdapterCheckpoint.open(weights, folders.adapter)
+    return Identity(opened.fingerprint(), load_tokenizer(folders).chat_template)
+
+
+def load_tokenizer(folders: Folders) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        DeltaguardError: transformers cannot load it, or it has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folders.tokenizer)
+    except (OSError, ValueError) as error:
+        raise DeltaguardError(
+            f"transformers cannot load the tokenizer in {folders.tokenizer}: {error}"
+        ) from error
+    if not isinstance(tokenizer.chat_template, str):
+        raise DeltaguardError(
+            f"The tokenizer in {folders.tokenizer} has no single chat template, so prompts cannot be put to "
+            "the model the way it was aligned. Save one chat_template.jinja next to it."
+        )
+    return tokenizer

@@ -1,0 +1,125 @@
+"""Answers from a model in this process, by transformers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from deltaguard.calibration.conversations import Conversation, render
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.engines.identity import Folders, find_folders, load_tokenizer
+from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
+from deltaguard.evaluation.utility.likelihood import negative_log_likelihood
+from deltaguard.generation import generate
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class TransformersEngine:
+    """A model and its tokenizer. Open one with `TransformersEngine.open`.
+
+    Attributes:
+        model: a transformers causal language model in evaluation mode; `None` once closed.
+        tokenizer: its tokenizer.
+        batch_size: questions answered at a time.
+    """
+
+    model: Any
+    tokenizer: Any
+    batch_size: int
+
+    @classmethod
+    def open(
+        cls, reference: str, *, device: str = "auto", dtype: Dtype = "auto", batch_size: int = 32
+    ) -> "TransformersEngine":
+        """Load a model.
+
+        Args:
+            reference: a folder, a Hub id, or `id@revision`, of a model or of a PEFT adapter, which is merged.
+            device: as `torch.device` reads it; `auto` is CUDA where there is one, else the CPU.
+            dtype: of the weights; `auto` is the checkpoint's, and float32 on the CPU.
+            batch_size: questions answered at a time.
+
+        Raises:
+            DeltaguardError: it cannot be found or loaded, or the device cannot be used.
+        """
+        folders = find_folders(reference)
+        chosen = _device(device)
+        kind = ("float32" if chosen.type == "cpu" else "auto") if dtype == "auto" else dtype
+        model = _load(folders, reference, kind)
+        return cls(model.to(chosen).eval(), load_tokenizer(folders), batch_size)
+
+    @property
+    def name(self) -> str:
+        """`transformers`."""
+        return "transformers"
+
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's chat template."""
+        return self.tokenizer.chat_template
+
+    def answer(
+        self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
+    ) -> list[str]:
+        """One answer a question, in order; a prefill is put behind the rendered prompt and continued."""
+        return generate(
+            self.model,
+            self.tokenizer,
+            [rendered(self.tokenizer, question) for question in questions],
+            max_new_tokens=decoding.max_new_tokens,
+            batch_size=self.batch_size,
+            temperature=decoding.temperature,
+            seed=decoding.seed,
+            on_batch=on_batch,
+        )
+
+    def likelihood(self, questions: Sequence[Question]) -> list[float]:
+        """Mean negative log-likelihood of each expected answer, nats per token.
+
+        Raises:
+            DeltaguardError: a question has no expected answer.
+        """
+        conversations = [Conversation(q.prompt, q.system, q.expected) for q in questions]
+        return negative_log_likelihood(self.model, self.tokenizer, conversations, batch_size=self.batch_size)
+
+    def close(self) -> None:
+        """Let go of the model's memory."""
+        self.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def rendered(tokenizer: Any, question: Question) -> str:
+    """The text that a model continues: the chat template up to the answer, then the prefill."""
+    return render(tokenizer, Conversation(question.prompt, question.system)) + question.prefill
+
+
+def _load(folders: Folders, reference: str, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folders.model, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        )
+        if folders.adapter is not None:
+            from peft import PeftModel
+
+            adapted: Any = PeftModel.from_pretrained(model, str(folders.adapter))
+            model = adapted.merge_and_unload()
+    except (OSError, ValueError) as error:
+        raise DeltaguardError(f"transformers cannot load {reference}: {error}") from error
+    return model
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise DeltaguardError(
+            f"The device {name!r} cannot be used: {error}. Try `cpu`, or `auto`."
+        ) from error

@@ -1,0 +1,89 @@
+"""Answers from a model in this process, by vLLM, for machines where it is installed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.engines.identity import find_folders, load_tokenizer
+from deltaguard.evaluation.engines.transformers import Dtype, rendered
+from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
+
+
+@dataclass
+class VLLMEngine:
+    """A vLLM model and its tokenizer. Open one with `VLLMEngine.open`.
+
+    Attributes:
+        model: a `vllm.LLM`; `None` once closed.
+        tokenizer: a transformers tokenizer.
+        batch_size: questions handed to vLLM at a time, after which the answers are stored.
+    """
+
+    model: Any
+    tokenizer: Any
+    batch_size: int
+
+    @classmethod
+    def open(cls, reference: str, *, dtype: Dtype = "auto", batch_size: int = 256) -> "VLLMEngine":
+        """Load a model on the GPU.
+
+        Args:
+            reference: a folder, a Hub id, or `id@revision`; no adapter.
+            dtype: of the weights; `auto` is the checkpoint's.
+            batch_size: questions handed to vLLM at a time.
+
+        Raises:
+            DeltaguardError: vLLM is not installed, or the reference is an adapter.
+        """
+        try:
+            from vllm import LLM  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise DeltaguardError(
+                "The vllm engine needs vLLM, which has its own demands on GPU and torch: see "
+                "https://docs.vllm.ai, or use `--engine transformers`."
+            ) from error
+        folders = find_folders(reference)
+        if folders.adapter is not None:
+            raise DeltaguardError(
+                f"{reference} is an adapter: merge it first, or use `--engine transformers`."
+            )
+        model: Any = LLM(model=str(folders.model), dtype=dtype)
+        return cls(model, load_tokenizer(folders), batch_size)
+
+    @property
+    def name(self) -> str:
+        """`vllm`."""
+        return "vllm"
+
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's chat template."""
+        return self.tokenizer.chat_template
+
+    def answer(
+        self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
+    ) -> list[str]:
+        """One answer a question, in order; prompts are rendered and tokenised here, as for transformers."""
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+        drawn: Any = SamplingParams(
+            temperature=decoding.temperature, seed=decoding.seed, max_tokens=decoding.max_new_tokens
+        )
+        texts = [rendered(self.tokenizer, question) for question in questions]
+        answers: list[str] = []
+        for start in range(0, len(texts), self.batch_size):
+            batch = [
+                {"prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
+                for text in texts[start : start + self.batch_size]
+            ]
+            outputs = self.model.generate(batch, drawn, use_tqdm=False)
+            found = [output.outputs[0].text.strip() for output in outputs]
+            if on_batch is not None:
+                on_batch(range(start, start + len(found)), found)
+            answers += found
+        return answers
+
+    def close(self) -> None:
+        """Let go of the model; vLLM gives its memory back when it is collected."""
+        self.model = None
