@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
 
+from deltaguard.report.evaluation import Estimate
+
 _Z_95 = 1.959963984540054
 
 
@@ -64,6 +66,16 @@ class Rate:
         failures = self.total - self.successes
         spread = sqrt(self.successes * failures / self.total + _Z_95**2 / 4)
         return _Z_95 * spread / (self.total + _Z_95**2)
+
+
+def estimate(rate: Rate) -> Estimate:
+    """A rate as reports hold it.
+
+    Example:
+        >>> estimate(Rate(0, 20)).high < 0.17
+        True
+    """
+    return Estimate(value=rate.value, low=rate.low, high=rate.high, total=rate.total, interval="wilson")
 
 
 def kept_gain(aligned: Rate, finetuned: Rate, restored: Rate) -> float | None:
