@@ -39,7 +39,7 @@ _VARIANTS = (
 # All other initialisations (PiSSA, OLoRA, ...) change the model's own weights too.
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 # transformers builds the blocks of these from Conv1D, which stores weights as (in, out).
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _HEADS = ("lm_head.weight", "score.weight")
 
 
@@ -104,7 +104,7 @@ def find_changes(
     """
     grouped, problems = _group(tensors)
     names = name_map(grouped.keys(), aligned.tensors.keys())
-    has_conv1d = lora.fan_in_fan_out or aligned.config.get("model_type") in _CONV1D_MODELS
+    has_conv1d = lora.fan_in_fan_out or aligned.config.get("model_type") in CONV1D_MODELS
     changes: dict[str, Change] = {}
     for target, parts in grouped.items():
         if target not in names:

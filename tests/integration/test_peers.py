@@ -1,0 +1,210 @@
+"""Whole checkpoints of the peers, read back and compared with their equations in float64."""
+
+import dataclasses
+import shutil
+import warnings
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from deltaguard.bench.peer_writer import write_peer
+from deltaguard.bench.peers import MERGED_SHARE, PEERS
+from deltaguard.errors import DeltaguardError
+from models import perturbed, save, tiny_model
+from pairs import weights
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@cache
+def family(name: str = "llama") -> dict[str, Path]:
+    """An aligned model and its relatives, in shards; tests must not write to the folders."""
+    root = Path(mkdtemp(prefix=f"deltaguard-peers-{name}-"))
+    model = tiny_model(name)
+    folders = {"aligned": save(model, root / "aligned", max_shard_size="40KB")}
+    for seed, role in enumerate(("finetuned", "unaligned", "pretrained", "safe"), start=1):
+        folders[role] = save(perturbed(model, 0.05, seed), root / role, max_shard_size="40KB")
+    return folders
+
+
+def write(method, strength, output, **changed):
+    models = {**family(), **changed}
+    return weights(write_peer(method, output=output, strength=strength, **models))
+
+
+def in_block(name, tensor):
+    return ".layers." in name and tensor.ndim == 2
+
+
+def close(found, expected):
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_wise_ft_and_resta_edit_every_tensor(tmp_path):
+    aligned, tuned, unaligned = (weights(family()[role]) for role in ("aligned", "finetuned", "unaligned"))
+    mixed = write("wise-ft", 0.25, tmp_path / "wise-ft")
+    added = write("resta", 0.4, tmp_path / "resta")
+    assert mixed.keys() == added.keys() == tuned.keys()
+    for name in tuned:
+        a, f, u = (each[name].double() for each in (aligned, tuned, unaligned))
+        close(mixed[name], 0.75 * a + 0.25 * f)
+        close(added[name], f + 0.6 * (a - u))
+
+
+def test_the_others_edit_the_linear_layers_of_the_blocks_alone(tmp_path):
+    every = {role: weights(folder) for role, folder in family().items()}
+    strength = 0.28
+    projected = write("safe-lora", strength, tmp_path / "safe-lora")
+    merged = write("safe-merge", strength, tmp_path / "safe-merge")
+    edited = 0
+    for name, tensor in every["finetuned"].items():
+        a, f, p, s = (every[role][name].double() for role in ("aligned", "finetuned", "pretrained", "safe"))
+        if in_block(name, tensor):
+            moved = (a - p) @ (a - p).T @ (f - a) / torch.linalg.norm(a - p)
+            cosine = torch.nn.functional.cosine_similarity(moved.flatten(), (f - a).flatten(), dim=0)
+            if cosine < 1 - strength:
+                edited += 1
+                close(projected[name], a + moved)
+                close(merged[name], a + MERGED_SHARE * (f - a) + (1 - MERGED_SHARE) * (s - a))
+                continue
+        assert torch.equal(projected[name], tensor)
+        assert torch.equal(merged[name], tensor)
+    assert 0 < edited < sum(in_block(*item) for item in every["finetuned"].items())
+
+
+@pytest.mark.parametrize("method", PEERS)
+def test_strength_one_is_the_finetuned_checkpoint_byte_for_byte(tmp_path, method):
+    found = write_peer(method, output=tmp_path / "out", strength=1, **family())
+    source = family()["finetuned"]
+    assert {path.name for path in found.iterdir()} == {path.name for path in source.iterdir()}
+    for path in source.iterdir():
+        assert (found / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("method", PEERS)
+def test_more_strength_leaves_less_to_lose(tmp_path, method):
+    tuned, peer = weights(family()["finetuned"]), PEERS[method]
+
+    def lost(strength):
+        found = write(method, strength, tmp_path / str(strength))
+        return sum(float((found[name] - tuned[name]).double().square().sum()) for name in tuned)
+
+    losses = [lost(strength) for strength in sorted({peer.lowest, *peer.full, 1.0})]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > losses[-1] == 0
+    loadable = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(peer.lowest))
+    assert loadable.config.model_type == "llama"
+
+
+def test_strength_zero_of_wise_ft_is_the_aligned_model(tmp_path):
+    aligned = weights(family()["aligned"])
+    assert all(
+        torch.equal(tensor, aligned[name]) for name, tensor in write("wise-ft", 0, tmp_path / "o").items()
+    )
+
+
+def test_adapters_and_bfloat16(tmp_path):
+    """The fine-tuned and the unaligned model as LoRA adapters; the output is the aligned model's shape."""
+    aligned = save(tiny_model("llama"), tmp_path / "aligned", dtype=torch.bfloat16)
+    full = {}
+    for seed, role in enumerate(("finetuned", "unaligned")):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float32)
+        config = peft.LoraConfig(
+            r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+        )
+        with warnings.catch_warnings():
+            # peft asks transformers for a property under its old name.
+            warnings.simplefilter("ignore")
+            wrapped = peft.get_peft_model(model, config)
+        wrapped.save_pretrained(tmp_path / role)
+        full[role] = wrapped.merge_and_unload().state_dict()
+    models = {"aligned": aligned, "finetuned": tmp_path / "finetuned", "unaligned": tmp_path / "unaligned"}
+    found = weights(write_peer("resta", output=tmp_path / "out", strength=0.5, **models))
+    for name, base in weights(aligned).items():
+        expected = full["finetuned"][name] + 0.5 * (base.float() - full["unaligned"][name])
+        assert found[name].dtype == torch.bfloat16
+        torch.testing.assert_close(found[name].float(), expected, rtol=2**-7, atol=1e-5)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_gpt2_is_projected_on_its_outputs(tmp_path):
+    """Its matrices are stored (in, out): the subspace of V is that of V transposed."""
+    every = {role: weights(folder) for role, folder in family("gpt2").items()}
+    found = weights(write_peer("safe-lora", output=tmp_path / "out", strength=0, **family("gpt2")))
+    name = next(name for name in found if name.endswith("h.1.mlp.c_fc.weight"))
+    a, f, p = (every[role][name].double().T for role in ("aligned", "finetuned", "pretrained"))
+    close(found[name].T, a + (a - p) @ (a - p).T @ (f - a) / torch.linalg.norm(a - p))
+
+
+def test_new_rows_of_the_vocabulary_stay_finetuned(tmp_path):
+    longer = perturbed(tiny_model("llama"), 0.05)
+    longer.resize_token_embeddings(400, mean_resizing=False)
+    tuned = save(longer, tmp_path / "finetuned")
+    found = write("wise-ft", 0, tmp_path / "out", finetuned=tuned)
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(found[embedding][:384], weights(family()["aligned"])[embedding])
+    assert torch.equal(found[embedding][384:], weights(tuned)[embedding][384:])
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    calls = []
+    peer = PEERS["wise-ft"]
+
+    def failing(given, strength):
+        calls.append(strength)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return peer.edit(given, strength)
+
+    replaced = {"wise-ft": dataclasses.replace(peer, edit=failing)}
+    monkeypatch.setattr("deltaguard.bench.peer_writer.PEERS", replaced)
+    with pytest.raises(KeyboardInterrupt):
+        write("wise-ft", 0.5, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    found = write("wise-ft", 0.5, tmp_path / "out")
+    monkeypatch.undo()
+    expected = write("wise-ft", 0.5, tmp_path / "other")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(calls) < 12 + len(expected)
+
+
+def test_unfit_requests_are_refused(tmp_path):
+    def refusal(method="resta", strength=0.5, **changed):
+        with pytest.raises(DeltaguardError) as error:
+            write(method, strength, tmp_path / "out", **changed)
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    assert "there are wise-ft, resta, safe-lora, safe-merge" in refusal("dare")
+    assert "must lie in [-1, 1]" in refusal(strength=1.5)
+    assert "must lie in [0, 1]" in refusal("safe-lora", strength=-0.1)
+    assert "needs the safe model and none was given" in refusal("safe-merge", safe=None)
+    other = save(tiny_model("llama", intermediate_size=40), tmp_path / "narrow")
+    assert "(48, 32) in the aligned model and (40, 32) in the unaligned one" in refusal(unaligned=other)
+    missing = shutil.copytree(save(tiny_model("llama"), tmp_path / "single"), tmp_path / "missing")
+    tensors = load_file(missing / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, missing / "model.safetensors")
+    assert "`model.norm.weight` is in the aligned model and not in the unaligned one" in refusal(
+        unaligned=missing
+    )
+
+
+def test_the_registry_is_sound():
+    for peer in PEERS.values():
+        assert 2 <= len(peer.quick) <= 3
+        assert len(peer.full) == 6
+        for strengths in (peer.quick, peer.full):
+            assert all(peer.lowest <= strength < 1 for strength in strengths)
+            assert list(strengths) == sorted(set(strengths))
