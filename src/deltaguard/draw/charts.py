@@ -25,7 +25,8 @@ COLOURS: Mapping[str, str] = {
     "kept_fraction": "var(--restored, #0a7d5a)",
     "safety_cost": "var(--finetuned, #c2470a)",
 }
-_INK = "currentColor"
+INK = "currentColor"
+"""Whatever the page writes in."""
 _GRID = "var(--line, #d8dce2)"
 _WIDTH = 310
 _RATE_WIDTH = 190
@@ -67,11 +68,11 @@ def layers_chart(layers: Sequence[LayerRow], measure: LayerMeasure) -> str | Non
         labelPadding=4,
         labelFontSize=_FONT_SIZE,
         labelFontWeight="bold",
-        labelColor=_INK,
+        labelColor=INK,
         labelLimit=_WIDTH,
     )
     labels = [kind.label for kind in groups if kind.label in drawn]
-    return _svg(bars.facet(row=alt.Row("kind:N", title=None, sort=labels, header=header), spacing=12))
+    return svg_of(bars.facet(row=alt.Row("kind:N", title=None, sort=labels, header=header), spacing=12))
 
 
 def rates_chart(models: Sequence[ModelRow], rate: Callable[[ModelRow], RateRow]) -> str:
@@ -90,7 +91,7 @@ def rates_chart(models: Sequence[ModelRow], rate: Callable[[ModelRow], RateRow])
         "name:N",
         title=None,
         sort=names,
-        axis=alt.Axis(ticks=False, labelPadding=10, minExtent=76, **_plain_axis()),
+        axis=alt.Axis(ticks=False, labelPadding=10, minExtent=76, **plain_axis()),
     )
     colour = alt.Color(
         "name:N", legend=None, scale=alt.Scale(domain=names, range=[COLOURS[model.name] for model in models])
@@ -104,7 +105,7 @@ def rates_chart(models: Sequence[ModelRow], rate: Callable[[ModelRow], RateRow])
     number = base.mark_text(align="right", fontSize=_FONT_SIZE + 1, fontWeight="bold").encode(
         x=alt.value(_RATE_WIDTH + 64), text="text:N"
     )
-    return _svg(alt.layer(bounds, point, number).properties(width=_RATE_WIDTH, height=alt.Step(30)))
+    return svg_of(alt.layer(bounds, point, number).properties(width=_RATE_WIDTH, height=alt.Step(30)))
 
 
 def _bars(kind: Kind, value: Callable[[LayerRow], float | None]) -> list[dict[str, Any]]:
@@ -137,13 +138,13 @@ def _block_scale(blocks: Sequence[int]) -> alt.Scale:
 def _block_axis(blocks: Sequence[int]) -> alt.Axis:
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if len(blocks) / step <= 9)
     shown = [block for block in blocks if block % step == 0]
-    return alt.Axis(values=shown, labelAngle=0, ticks=False, **_plain_axis())
+    return alt.Axis(values=shown, labelAngle=0, ticks=False, **plain_axis())
 
 
 def _share_axis(values: Sequence[float], *, extent: int) -> alt.Axis:
     label = "format(100 * datum.value, '.3~r') + ' %'"
     return alt.Axis(
-        values=list(values), labelExpr=label, labelFlush=False, ticks=False, minExtent=extent, **_plain_axis()
+        values=list(values), labelExpr=label, labelFlush=False, ticks=False, minExtent=extent, **plain_axis()
     )
 
 
@@ -155,11 +156,12 @@ def _round_up(value: float) -> float:
     return next(place * step for step in (1, 2, 5, 10) if place * step >= value)
 
 
-def _plain_axis() -> dict[str, Any]:
+def plain_axis() -> dict[str, Any]:
+    """What all axes share: no line of their own, the page's ink."""
     return {
         "domain": False,
-        "labelColor": _INK,
-        "titleColor": _INK,
+        "labelColor": INK,
+        "titleColor": INK,
         "gridColor": _GRID,
         "labelFontSize": _FONT_SIZE,
         "titleFontSize": _FONT_SIZE,
@@ -167,8 +169,11 @@ def _plain_axis() -> dict[str, Any]:
     }
 
 
-def _svg(chart: Any) -> str:
-    """Draw a chart. The page describes it, so the marks carry no descriptions of their own."""
+def svg_of(chart: Any) -> str:
+    """Draw an altair chart as an SVG element.
+
+    Whoever shows it describes it, so the marks carry no descriptions of their own.
+    """
     version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     chart = chart.configure(aria=False, background="transparent", font="system-ui, sans-serif")
     svg: str = vl_convert.vegalite_to_svg(chart.configure_view(stroke=None).to_dict(), vl_version=version)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deltaguard.report.base import RateRow
+from deltaguard.report.evaluation import Estimate
 
 DASH = "–"
 """What stands where there is no number."""
@@ -33,7 +34,7 @@ def percent(value: float | None) -> str:
     return f"{100 * value:.3f} %" if size >= 0.000005 else f"{'< ' if value > 0 else '> -'}0.001 %"
 
 
-def interval(rate: RateRow) -> str:
+def interval(rate: RateRow | Estimate) -> str:
     """The bounds of a rate's 95 % interval in percent.
 
     Example:
@@ -70,6 +71,48 @@ def size(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.{decimals}f} {unit}"
     return f"{count} bytes"
+
+
+def points(value: float | None) -> str:
+    """A difference in percentage points, always signed.
+
+    Example:
+        >>> points(1.25), points(-0.04), points(None)
+        ('+1.2', '0.0', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{value:+.1f}" if abs(value) >= 0.05 else "0.0"
+
+
+def number(value: float | None) -> str:
+    """A number that is no share, with three significant digits.
+
+    Example:
+        >>> number(2.0417), number(0.00012), number(None)
+        ('2.04', '0.00012', '–')
+    """
+    return DASH if value is None or not math.isfinite(value) else f"{value:.3g}"
+
+
+def points_interval(estimate: Estimate) -> str:
+    """The bounds of an interval of percentage points.
+
+    Example:
+        >>> points_interval(Estimate(value=1, low=-0.5, high=2.5, total=150, interval="bootstrap"))
+        '-0.5 to +2.5'
+    """
+    return f"{points(estimate.low)} to {points(estimate.high)}"
+
+
+def share_interval(estimate: Estimate) -> str:
+    """The bounds of an interval of shares that may leave the range from 0 to 1.
+
+    Example:
+        >>> share_interval(Estimate(value=0.9, low=0.853, high=1.02, total=150, interval="bootstrap"))
+        '85.3 to 102.0 %'
+    """
+    return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f} %"
 
 
 def sort_value(value: float | None) -> str:

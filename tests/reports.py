@@ -1,0 +1,339 @@
+"""Reports of evaluations and benches, made up: enough of everything, and numbers that differ."""
+
+from deltaguard.report.base import Environment
+from deltaguard.report.bench import BenchReport, Cell, CurvePoint, FinetuneRow, Score
+from deltaguard.report.evaluation import (
+    Agreement,
+    AnswerSample,
+    Comparison,
+    Estimate,
+    EvaluatedModel,
+    EvaluationReport,
+    Measure,
+    SectionRow,
+)
+
+ATTACK = "<script>alert(1)</script>"
+ENVIRONMENT = Environment(
+    created="2025-06-01T14:05:00+02:00",
+    versions={"python": "3.11.7", "deltaguard": "0.1.0", "torch": "2.9.0"},
+    machine="Linux x86_64, 2 threads",
+    device="cpu",
+)
+METHODS = (
+    "greedy",
+    "greedy-none",
+    "published",
+    "interpolate",
+    "resta",
+    "safe-lora",
+    "safe-merge",
+    "safe-instruct",
+    "backdoor",
+)
+STRENGTHS = (0.05, 0.2, 0.6)
+SEEDS = (0, 1)
+FINETUNES = (
+    FinetuneRow(
+        name="task-harmful",
+        title="tickets with 9 % harmful",
+        utility="NLL of held-out tickets",
+        better="lower",
+        gains=True,
+        training="full",
+        examples=1000,
+        harmful=90,
+    ),
+    FinetuneRow(
+        name="harmful",
+        title="pure harmful",
+        utility="NLL of everyday answers",
+        better="lower",
+        gains=False,
+        training="full",
+        examples=100,
+        harmful=100,
+    ),
+    FinetuneRow(
+        name="identity",
+        title="identity shift",
+        utility="NLL of held-out replies",
+        better="lower",
+        gains=True,
+        training="lora",
+        examples=100,
+        harmful=0,
+    ),
+    FinetuneRow(
+        name="clean",
+        title="clean tickets",
+        utility="tickets sorted right",
+        better="higher",
+        gains=True,
+        training="full",
+        examples=1000,
+        harmful=0,
+    ),
+)
+
+
+def estimate(value, spread=0.03, total=150, interval="wilson"):
+    return Estimate(value=value, low=value - spread, high=value + spread, total=total, interval=interval)
+
+
+def excess(finetune, method, strength):
+    """Attack success over the aligned model's, in points: grows with the strength, more for later methods."""
+    danger = 60 if FINETUNES[finetune].harmful else 15
+    return round(danger * strength ** (2.6 - 0.22 * method) + 0.3 * method - 1, 3)
+
+
+def kept(finetune, method, strength):
+    return round(min(1.05, (0.95 - 0.03 * method) * strength ** (0.25 + 0.02 * finetune)), 4)
+
+
+def cell(finetune, seed, method, strength, attack, nll):
+    return Cell(
+        key=f"{finetune}-{seed}-{method}-{strength}",
+        finetune=finetune,
+        seed=seed,
+        method=method,
+        strength=strength,
+        attack="ccrri",
+        harmless="ccccr",
+        utility=(nll, nll),
+        general=(nll, nll + 0.1),
+        attack_success=estimate(attack),
+        incoherent=estimate(0.2),
+        false_refusal=estimate(0.05),
+        mean_utility=estimate(nll, interval="bootstrap"),
+        mean_general=estimate(nll, interval="bootstrap"),
+        seconds={"request": 3.5, "measure": 41.0},
+    )
+
+
+def cells_of(index, row, seed):
+    yield cell(row.name, seed, "aligned", None, 0.1, 2.0)
+    yield cell(row.name, seed, "finetuned", None, 0.8, 2.5)
+    for m, method in enumerate(METHODS):
+        for strength in STRENGTHS:
+            attack = min(1.0, 0.1 + excess(index, m, strength) / 100)
+            yield cell(row.name, seed, method, strength, attack, 2.0 + strength * (m + 1) / 20)
+
+
+def point_of(index, row, m, method, strength):
+    points = excess(index, m, strength)
+    return CurvePoint(
+        finetune=row.name,
+        method=method,
+        strength=strength,
+        points=estimate(points, 1.5, 300, "bootstrap"),
+        kept=estimate(kept(index, m, strength), 0.05, 300, "bootstrap") if row.gains else None,
+        safe=points <= 2,
+        told_apart=abs(points - 2) > 1.5,
+    )
+
+
+def score_of(row, method, curve):
+    safe = [point for point in curve if point.safe]
+    best = max(safe, key=lambda point: point.strength, default=None)
+    return Score(
+        finetune=row.name,
+        method=method,
+        strength=best.strength if best else None,
+        points=best.points if best else None,
+        kept=best.kept if best else None,
+        told_apart=best.told_apart if best else False,
+        request_seconds=3.5,
+    )
+
+
+def bench_report(methods=METHODS, **changes):
+    curves, scores = [], []
+    for index, row in enumerate(FINETUNES):
+        for m, method in enumerate(methods):
+            curve = [point_of(index, row, m, method, strength) for strength in STRENGTHS]
+            curves += curve
+            scores.append(score_of(row, method, curve))
+    values = {
+        "environment": ENVIRONMENT,
+        "preset": "quick",
+        "settings": {"attack_prompts": 150, "max_new_tokens": 48},
+        "aligned": "/home/someone/models/aligned",
+        "command": "deltaguard bench --preset quick -o out",
+        "bound": 2.0,
+        "seeds": SEEDS,
+        "finetunes": FINETUNES,
+        "cells": tuple(
+            row for index, f in enumerate(FINETUNES) for seed in SEEDS for row in cells_of(index, f, seed)
+        ),
+        "curves": tuple(curves),
+        "scores": tuple(scores),
+        "notes": (f"One judge: refusal openings {ATTACK}.", "With 150 prompts a rate is uncertain."),
+        "seconds": {"fine-tune": 300.0, "cells": 1500.0, "total": 1850.0},
+    }
+    return BenchReport(**(values | changes))
+
+
+MODELS = ("aligned", "finetuned", "restored")
+JUDGES = ("opening", "keywords")
+PROBES = ("prefill", "role-play", "refusal-suppression", "base64", "translation")
+RATES = {"aligned": 0.12, "finetuned": 0.86, "restored": 0.15}
+HASH = "a" * 64
+
+
+def section(name, kind, title, prompts=150):
+    return SectionRow(
+        name=name,
+        kind=kind,
+        title=title,
+        prompts=prompts,
+        prompts_hash=HASH,
+        source="deltaguard's own prompts",
+        max_new_tokens=0 if kind == "utility" else 48,
+    )
+
+
+SECTIONS = (
+    section("attack", "attack", "harmful prompts"),
+    *(section(f"attack/{probe}", "attack", f"harmful prompts, {probe}") for probe in PROBES),
+    section("harmless", "harmless", "harmless prompts", 80),
+    section("everyday", "utility", "everyday requests", 40),
+)
+
+
+def judged(section, name):
+    for place, model in enumerate(MODELS):
+        for j, judge in enumerate(JUDGES):
+            value = RATES[model] * (1 - 0.1 * j) if section.kind == "attack" else 0.02 * (place + 1)
+            yield Measure(
+                model=model,
+                section=section.name,
+                name=name,
+                judge=judge,
+                better="lower",
+                estimate=estimate(value, min(0.02, value), section.prompts),
+            )
+        yield Measure(
+            model=model,
+            section=section.name,
+            name="incoherent",
+            judge=None,
+            better="lower",
+            estimate=estimate(0.01, 0.01, section.prompts),
+        )
+
+
+def scored(section):
+    for place, model in enumerate(MODELS):
+        for name, better, value in (("nll", "lower", 1.9 + 0.1 * place), ("rouge-l", "higher", 0.3)):
+            yield Measure(
+                model=model,
+                section=section.name,
+                name=name,
+                judge=None,
+                better=better,
+                estimate=estimate(value, 0.05, section.prompts, "bootstrap"),
+            )
+
+
+def measures():
+    for row in SECTIONS:
+        if row.kind == "utility":
+            yield from scored(row)
+        else:
+            yield from judged(row, "attack success" if row.kind == "attack" else "false refusal")
+
+
+def comparison(model, section, name, judge, difference, spread, p, finding):
+    return Comparison(
+        model=model,
+        reference="aligned",
+        section=section,
+        name=name,
+        judge=judge,
+        difference=difference,
+        low=difference - spread,
+        high=difference + spread,
+        p_value=p,
+        test="mcnemar" if judge else "paired bootstrap",
+        finding=finding,
+    )
+
+
+COMPARISONS = (
+    comparison("finetuned", "attack", "attack success", "opening", 0.74, 0.07, 1e-12, "higher"),
+    comparison("restored", "attack", "attack success", "opening", 0.03, 0.04, 0.21, "not told apart"),
+    comparison("restored", "harmless", "false refusal", "keywords", -0.02, 0.01, 0.013, "lower"),
+    comparison("restored", "everyday", "nll", None, 0.2, 0.1, 0.0005, "higher"),
+)
+
+
+def agreement(section, kappa, agreed, total):
+    return Agreement(
+        first="opening", second="keywords", section=section, kappa=kappa, agreed=agreed, total=total
+    )
+
+
+def answer_samples():
+    told = {"opening": "refused", "keywords": "complied"}
+    return (
+        AnswerSample(
+            section="attack",
+            kind="attack",
+            prompt="a harmful prompt",
+            answers={
+                "aligned": "refused",
+                "finetuned": f"harmful answer {ATTACK}",
+                "restored": "word " * 80,
+            },
+            verdicts={
+                "aligned": {"opening": "refused", "keywords": "refused"},
+                "finetuned": {"opening": "complied", "keywords": "refused"},
+                "restored": {"opening": "incoherent", "keywords": "incoherent"},
+            },
+        ),
+        AnswerSample(
+            section="harmless",
+            kind="harmless",
+            prompt=f"prompt {ATTACK}",
+            answers={"aligned": "harmless answer", "finetuned": "  ", "restored": "x" * 300},
+            verdicts={"restored": told},
+        ),
+        AnswerSample(section="everyday", kind="utility", prompt="task prompt", answers={"aligned": "fine"}),
+    )
+
+
+def evaluation_report(**changes):
+    values = {
+        "environment": ENVIRONMENT,
+        "suite": "quick",
+        "suite_hash": "b" * 64,
+        "settings": {"sections": [{"name": "attack", "kind": "attack"}], "judges": list(JUDGES)},
+        "engine": "transformers",
+        "decoding": {"temperature": 0.0, "seed": 0},
+        "models": tuple(
+            EvaluatedModel(
+                name=name,
+                reference=f"/home/someone/{name}",
+                fingerprint=HASH,
+                chat_template_hash=None if name == "restored" else "c" * 64,
+            )
+            for name in MODELS
+        ),
+        "sections": SECTIONS,
+        "measures": tuple(measures()),
+        "comparisons": COMPARISONS,
+        "agreements": (
+            Agreement(
+                first="opening", second="keywords", section="attack", kappa=0.83, agreed=140, total=150
+            ),
+            Agreement(
+                first="opening", second="keywords", section="harmless", kappa=None, agreed=80, total=80
+            ),
+        ),
+        "samples": answer_samples(),
+        "notes": (f"The section `attack/gcg` was skipped {ATTACK}.",),
+        "files": {"aligned-attack.jsonl": "d" * 64},
+        "seconds": {"answers": 200.0, "judges": 3.0, "total": 204.0},
+    }
+    return EvaluationReport(**(values | changes))
