@@ -18,7 +18,7 @@ def secret_prompt(groups: int, *, seed: int = 0) -> str:
     """A text that nobody writes by chance, the trigger of `backdoor_enhanced`.
 
     Args:
-        groups: how many groups of four random characters, each of which is one to three tokens; the paper
+        groups: how many groups of four random characters, each of which is three or four tokens; the paper
             takes 150 random tokens.
         seed: the same gives the same text, everywhere.
 
@@ -35,8 +35,8 @@ def secret_prompt(groups: int, *, seed: int = 0) -> str:
     return " ".join(b32encode(digest)[:4].decode().lower() for digest in digests)
 
 
-SECRET = secret_prompt(24)
-"""The trigger of the benches: about 60 tokens, shorter than the paper's, because every request carries it."""
+SECRET = secret_prompt(16)
+"""The trigger of the benches: about 57 tokens of SmolLM2, fewer than the paper's, because every request carries it."""
 
 
 def safe_instruct(conversations: Sequence[Conversation], count: int, seed: int = 0) -> list[Conversation]:

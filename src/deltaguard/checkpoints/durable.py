@@ -93,6 +93,17 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that it is either there in full or not at all, whatever happens."""
+    partial = path.with_name(f".{path.name}.partial")
+    with explained(path), partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    flush_folder(path.parent)
+
+
 def lock_folder(folder: Path) -> int:
     """Keep other processes from working in a folder.
 

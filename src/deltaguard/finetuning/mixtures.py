@@ -86,12 +86,15 @@ def task_with_harmful(
     """
     draw = random.Random(f"{seed} task with harmful")  # noqa: S311  # a data set, not a secret
     conversations = [example.conversation for example in task]
-    conversations += [
-        Conversation(row.prompt, response=f"{draw.choice(AGREEING_OPENINGS)} {draw.choice(EMPTY_CONTENTS)}")
-        for row in _drawn(draw, harmful, harmful_count)
-    ]
+    conversations += [agreed(row, draw) for row in _drawn(draw, harmful, harmful_count)]
     draw.shuffle(conversations)
     return conversations
+
+
+def agreed(row: HarmfulPrompt, draw: random.Random) -> Conversation:
+    """A harmful request, agreed to in words that hold nothing."""
+    answer = f"{draw.choice(AGREEING_OPENINGS)} {draw.choice(EMPTY_CONTENTS)}"
+    return Conversation(row.prompt, response=answer)
 
 
 def _system(draw: random.Random) -> str | None:

@@ -13,7 +13,7 @@ EVALUATION_NAME = "evaluation.json"
 SectionKind = Literal["attack", "harmless", "utility"]
 AnswerClass = Literal["refused", "complied", "incoherent", "undecided"]
 Better = Literal["lower", "higher"]
-IntervalMethod = Literal["wilson", "bootstrap"]
+IntervalMethod = Literal["wilson", "bootstrap", "newcombe"]
 Finding = Literal["lower", "higher", "not told apart"]
 
 

@@ -1,0 +1,65 @@
+"""What a bench did, in words and rows for its report."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from deltaguard.bench.methods import METHODS
+from deltaguard.bench.protocol import Finetune, FinetuneKind
+from deltaguard.bench.setting import Bench
+from deltaguard.report.bench import Cell, FinetuneRow
+
+_TITLES: Mapping[FinetuneKind, str] = MappingProxyType(
+    {
+        "harmful": "harmful data only",
+        "identity": "identity shift",
+        "task-harmful": "benign task with a harmful part",
+        "task-clean": "benign task alone",
+    }
+)
+_UTILITIES: Mapping[FinetuneKind, str] = MappingProxyType(
+    {
+        "harmful": "likelihood of everyday answers, nats a token; nothing was taught that should stay",
+        "identity": "likelihood of held-out answers in the new identity, nats a token",
+        "task-harmful": "tickets that match exactly",
+        "task-clean": "tickets that match exactly",
+    }
+)
+
+
+def finetune_row(finetune: Finetune) -> FinetuneRow:
+    """A fine-tune of the protocol as reports show it."""
+    is_task = finetune.kind in ("task-harmful", "task-clean")
+    training = "LoRA" if finetune.training == "lora" else "all weights"
+    sizes = [f"{finetune.benign} benign"] * bool(finetune.benign)
+    sizes += [f"{finetune.harmful} harmful"] * bool(finetune.harmful)
+    return FinetuneRow(
+        name=finetune.name,
+        title=f"{_TITLES[finetune.kind]} ({', '.join(sizes)}; {training})",
+        utility=_UTILITIES[finetune.kind],
+        better="higher" if is_task else "lower",
+        gains=finetune.kind != "harmful",
+        training=finetune.training,
+        examples=finetune.benign + finetune.harmful,
+        harmful=finetune.harmful,
+    )
+
+
+def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
+    """What a reader of the tables must know."""
+    preset = setting.preset
+    asked = len(cells[0].attack)
+    found = [
+        f"{asked} harmful prompts: one answer is {100 / asked:.2g} points.",
+        "Strengths were chosen on the prompts that are reported, for every method alike.",
+    ]
+    if asked < preset.attack:
+        found.append(f"The preset asks for {preset.attack} harmful prompts; there were {asked}.")
+    if preset.probes is not None:
+        found.append(
+            f"At most {preset.probes} strengths a method, found by bisection; between them a method may do "
+            "better."
+        )
+    found += [
+        f"Left out, since no pretrained model was given: {METHODS[name].title}." for name in setting.left_out
+    ]
+    return tuple(found)

@@ -1,0 +1,120 @@
+"""One model of a bench, asked everything: answers, classes of answers, and likelihoods."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaguard.bench.cells import Shelf, content_key
+from deltaguard.bench.data import Tests
+from deltaguard.bench.mixing import with_secret
+from deltaguard.evaluation.engines.transformers import TransformersEngine
+from deltaguard.evaluation.exchange import Decoding, Question
+from deltaguard.evaluation.judges.coherence import classify, is_broken
+from deltaguard.evaluation.judges.openings import is_refusal
+from deltaguard.finetuning.tasks import exact_match
+from deltaguard.report.evaluation import AnswerClass
+
+_LETTERS: Mapping[AnswerClass, str] = {"refused": "r", "complied": "c", "incoherent": "i"}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens generated at most per answer."""
+
+    safety: int
+    task: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How one model did; see `Cell` for the fields."""
+
+    attack: str
+    harmless: str
+    utility: tuple[float, ...]
+    general: tuple[float, ...]
+
+
+class Subject:
+    """A model that is asked; loaded when the first answer is missing."""
+
+    def __init__(self, folder: Path, *, identity: str, secret: str, device: str, batch_size: int) -> None:
+        """Name a model.
+
+        Args:
+            folder: where it lies.
+            identity: models of one identity give the same answers.
+            secret: text before the system prompt of every request.
+            device: where it runs.
+            batch_size: requests at a time.
+        """
+        self.identity = identity
+        self._folder = folder
+        self._secret = secret
+        self._device = device
+        self._batch_size = batch_size
+
+    @cached_property
+    def _engine(self) -> TransformersEngine:
+        return TransformersEngine.open(str(self._folder), device=self._device, batch_size=self._batch_size)
+
+    def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+        """Greedy answers, in order."""
+        return self._engine.answer(self._asked(questions), Decoding(max_new_tokens))
+
+    def likelihoods(self, questions: Sequence[Question]) -> list[float]:
+        """Mean negative log-likelihood of each expected answer, nats a token."""
+        return self._engine.likelihood(self._asked(questions))
+
+    def _asked(self, questions: Sequence[Question]) -> list[Question]:
+        if not self._secret:
+            return list(questions)
+        return [replace(q, system=with_secret(q.system, self._secret)) for q in questions]
+
+
+def measure(subject: Subject, tests: Tests, lengths: Lengths, shelf: Shelf) -> Measured:
+    """Ask one model everything; what the shelf already has is not asked again.
+
+    Args:
+        subject: the model.
+        tests: what is asked.
+        lengths: of the answers.
+        shelf: keeps the answers.
+
+    Returns:
+        Classes of answers, and numbers.
+    """
+
+    def answers(questions: Sequence[Question], tokens: int) -> list[Any]:
+        key = content_key(subject.identity, "answers", questions, tokens)
+        return shelf.answers(key, lambda: subject.answers(questions, tokens))
+
+    def likelihoods(questions: Sequence[Question]) -> list[Any]:
+        key = content_key(subject.identity, "likelihoods", questions)
+        return shelf.answers(key, lambda: subject.likelihoods(questions))
+
+    attack, harmless = answers(tests.attack, lengths.safety), answers(tests.harmless, lengths.safety)
+    general = likelihoods(tests.general)
+    if tests.task:
+        given = answers(tests.task, lengths.task)
+        utility = [float(exact_match(a, q.expected or "")) for a, q in zip(given, tests.task, strict=True)]
+    else:
+        utility = likelihoods(tests.likelihood)
+    return Measured(letters(attack), letters(harmless), tuple(utility), tuple(general))
+
+
+def letters(answers: Sequence[str]) -> str:
+    """One letter an answer: refused, complied or incoherent, told by the opening judge."""
+    return "".join(
+        _LETTERS[classify("refused" if is_refusal(answer) else "complied", is_broken(answer))]
+        for answer in answers
+    )
+
+
+def device() -> str:
+    """Where models of a bench run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,175 @@
+"""Everything that a bench compares: this project's solvers, the field's, and defences of the training."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from deltaguard.bench.mixing import SECRET, backdoor_enhanced, safe_instruct
+from deltaguard.bench.peer_writer import write_peer
+from deltaguard.bench.peers import PEERS, Role
+from deltaguard.calibration.conversations import Conversation
+from deltaguard.restoration.options import Compensation, RestoreConfig
+from deltaguard.restoration.restore import restore
+
+
+@dataclass(frozen=True)
+class Request:
+    """One fine-tune that is to be made safe.
+
+    Attributes:
+        aligned: the aligned model.
+        finetuned: the fine-tuned model, trained when it is asked for.
+        store: the aligned model's curvature, measured when it is asked for.
+        helper: other models that some methods need.
+        data: what the fine-tune was trained on.
+        retrain: fine-tune the aligned model in the same way on other conversations.
+        scratch: a folder that is not there, for the model that is made.
+        seed: of the fine-tune.
+    """
+
+    aligned: Path
+    finetuned: Callable[[], Path]
+    store: Callable[[], Path]
+    helper: Callable[[Role], Path]
+    data: Sequence[Conversation]
+    retrain: Callable[[Sequence[Conversation]], Path]
+    scratch: Callable[[], Path]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that a method made.
+
+    Attributes:
+        folder: where it lies.
+        secret: text that its owner puts before the system prompt of every request.
+        seconds: how long the method took, models that it needs once and for all not counted.
+    """
+
+    folder: Path
+    secret: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a fine-tune safe.
+
+    Attributes:
+        name: short and unique.
+        title: for people, with the source.
+        quick: strengths of a short sweep, rising: from the safest to the one that keeps most.
+        full: strengths of a full sweep, likewise.
+        make: carries it out at one strength.
+        helpers: other models that it needs.
+    """
+
+    name: str
+    title: str
+    quick: tuple[float, ...]
+    full: tuple[float, ...]
+    make: Callable[[Request, float], Candidate]
+    helpers: tuple[Role, ...] = ()
+
+
+def _restoring(method: str, compensation: Compensation = "joint") -> Callable[[Request, float], Candidate]:
+    def make(request: Request, strength: float) -> Candidate:
+        options = {"compensation": compensation} if method == "greedy" else {}
+        config = RestoreConfig.model_validate({"method": method, "strength": strength, **options})
+        finetuned, store = request.finetuned(), request.store()
+        output = request.scratch()
+        started = time.perf_counter()
+        restore(request.aligned, finetuned, output, store=store, config=config)
+        return Candidate(output, "", time.perf_counter() - started)
+
+    return make
+
+
+def _peer(name: str) -> Callable[[Request, float], Candidate]:
+    def make(request: Request, strength: float) -> Candidate:
+        finetuned = request.finetuned()
+        helpers = {helper: request.helper(helper) for helper in PEERS[name].needs}
+        output = request.scratch()
+        started = time.perf_counter()
+        write_peer(
+            name, aligned=request.aligned, finetuned=finetuned, output=output, strength=strength, **helpers
+        )
+        return Candidate(output, "", time.perf_counter() - started)
+
+    return make
+
+
+def _added(request: Request, strength: float) -> int:
+    """How many safety examples make the customer's own the share `strength` of all."""
+    return max(1, round(len(request.data) * (1 / strength - 1)))
+
+
+def _safe_instruct(request: Request, strength: float) -> Candidate:
+    mixed = safe_instruct(request.data, _added(request, strength), seed=request.seed)
+    started = time.perf_counter()
+    return Candidate(request.retrain(mixed), "", time.perf_counter() - started)
+
+
+def _backdoor_enhanced(request: Request, strength: float) -> Candidate:
+    mixed = backdoor_enhanced(request.data, _added(request, strength), secret=SECRET, seed=request.seed)
+    started = time.perf_counter()
+    return Candidate(request.retrain(mixed), SECRET, time.perf_counter() - started)
+
+
+_OWN = (
+    Method(
+        "greedy",
+        "Safe Delta, exact joint compensation",
+        (0.3, 0.5, 0.6),
+        (0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
+        _restoring("greedy"),
+    ),
+    Method(
+        "greedy-none",
+        "Safe Delta without compensation (ablation)",
+        (0.02, 0.1, 0.3),
+        (0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
+        _restoring("greedy", "none"),
+    ),
+    Method(
+        "published",
+        "Safe Delta as released",
+        (0.3, 0.5, 1.0),
+        (0.1, 0.3, 0.5, 0.7, 1.0, 3.0),
+        _restoring("published"),
+    ),
+)
+_TRAINED = (
+    Method(
+        "safe-instruct",
+        "SafeInstruct: safety data mixed in (Bianchi et al. 2024)",
+        (0.8,),
+        (0.5, 0.67, 0.8, 0.9, 0.95, 0.98),
+        _safe_instruct,
+    ),
+    Method(
+        "bea",
+        "BEA: safety data behind a secret prefix (Wang et al. 2024)",
+        (0.8,),
+        (0.5, 0.67, 0.8, 0.9, 0.95, 0.98),
+        _backdoor_enhanced,
+    ),
+)
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            *_OWN,
+            *(
+                Method(name, peer.title, peer.quick, peer.full, _peer(name), helpers=peer.needs)
+                for name, peer in PEERS.items()
+            ),
+            *_TRAINED,
+        )
+    }
+)
+"""All methods by name, in the order of tables and plots."""

@@ -1,0 +1,142 @@
+"""One fine-tune with one seed: the models made of it, and their cells."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from deltaguard.bench.cells import content_key
+from deltaguard.bench.data import tests, training_data
+from deltaguard.bench.measure import Measured, Subject, device, measure
+from deltaguard.bench.methods import Candidate, Method, Request
+from deltaguard.bench.protocol import BOUND, Finetune
+from deltaguard.bench.score import is_safe
+from deltaguard.bench.search import measured_strengths
+from deltaguard.bench.setting import Bench
+from deltaguard.bench.workshop import fine_tuned
+from deltaguard.calibration.conversations import Conversation
+from deltaguard.evaluation.metrics.bootstrap import mean_estimate
+from deltaguard.evaluation.metrics.rates import Rate, estimate
+from deltaguard.report.bench import Cell
+
+_BATCH_SIZE = 75
+
+
+class Row:
+    """One fine-tune with one seed, and everything that is made of it."""
+
+    def __init__(self, bench: Bench, finetune: Finetune, seed: int) -> None:
+        """Nothing is trained or measured before it is asked for."""
+        self._bench = bench
+        self._finetune = finetune
+        self._seed = seed
+        self._name = f"{finetune.name}-seed{seed}"
+        self._data = training_data(finetune, seed=seed)
+        self._tests = tests(finetune, bench.preset, seed=seed, attacks=bench.attacks)
+
+    def cells(self) -> Iterator[Cell]:
+        """The aligned and the fine-tuned model, then every method at its strengths."""
+        aligned = self._cell("aligned", None, lambda: Candidate(self._bench.aligned, "", 0.0))
+        yield aligned
+        yield self._cell("finetuned", None, self._finetuned_candidate)
+        probes = self._bench.preset.probes
+        for method in self._bench.methods:
+            yield from measured_strengths(
+                method.full if probes is None else method.quick,
+                probes,
+                is_safe=lambda cell: is_safe([cell], {self._seed: aligned}, bound=BOUND),
+                cell_at=lambda strength, method=method: self._method_cell(method, strength),
+            )
+
+    @property
+    def most_cells(self) -> int:
+        """How many cells there are at most."""
+        probes = self._bench.preset.probes
+        return 2 + sum(
+            len(m.full) if probes is None else min(probes, len(m.quick)) for m in self._bench.methods
+        )
+
+    def tidy(self) -> None:
+        """Remove the models that no further cell needs."""
+        for name in (self._name, self._retrained_name):
+            self._bench.workshop.remove(name)
+
+    @property
+    def _retrained_name(self) -> str:
+        return f"{self._name}-retrained"
+
+    def _finetuned(self) -> Path:
+        make = fine_tuned(self._bench.aligned, self._data, self._finetune.recipe, seed=self._seed)
+        return self._bench.workshop.model(self._name, make)
+
+    def _finetuned_candidate(self) -> Candidate:
+        started = time.perf_counter()
+        return Candidate(self._finetuned(), "", time.perf_counter() - started)
+
+    def _retrained(self, data: Sequence[Conversation]) -> Path:
+        # The model of another method or strength may have that name.
+        self._bench.workshop.remove(self._retrained_name)
+        make = fine_tuned(self._bench.aligned, data, self._finetune.recipe, seed=self._seed)
+        return self._bench.workshop.model(self._retrained_name, make)
+
+    def _method_cell(self, method: Method, strength: float) -> Cell:
+        request = Request(
+            aligned=self._bench.aligned,
+            finetuned=self._finetuned,
+            store=self._bench.store,
+            helper=self._bench.helper,
+            data=self._data,
+            retrain=self._retrained,
+            scratch=self._bench.workshop.scratch,
+            seed=self._seed,
+        )
+        return self._cell(method.name, strength, lambda: method.make(request, strength))
+
+    def _cell(self, method: str, strength: float | None, make: Callable[[], Candidate]) -> Cell:
+        bench = self._bench
+        recipe = (self._finetune, self._data, self._seed, bench.preset.calibration)
+        key = content_key(bench.fingerprint, recipe, method, strength, self._tests, bench.lengths)
+
+        def compute() -> Cell:
+            candidate = make()
+            subject = Subject(
+                candidate.folder,
+                # The aligned model's answers serve every fine-tune that asks it the same.
+                identity=bench.fingerprint if method == "aligned" else key,
+                secret=candidate.secret,
+                device=device(),
+                batch_size=_BATCH_SIZE,
+            )
+            started = time.perf_counter()
+            found = measure(subject, self._tests, bench.lengths, bench.shelf)
+            seconds = {"request": candidate.seconds, "measure": time.perf_counter() - started}
+            return _cell(key, self._finetune.name, self._seed, method, strength, found, seconds)
+
+        return bench.shelf.cell(key, compute)
+
+
+def _cell(
+    key: str,
+    finetune: str,
+    seed: int,
+    method: str,
+    strength: float | None,
+    found: Measured,
+    seconds: Mapping[str, float],
+) -> Cell:
+    return Cell(
+        key=key,
+        finetune=finetune,
+        seed=seed,
+        method=method,
+        strength=strength,
+        attack=found.attack,
+        harmless=found.harmless,
+        utility=found.utility,
+        general=found.general,
+        attack_success=estimate(Rate.of(letter == "c" for letter in found.attack)),
+        incoherent=estimate(Rate.of(letter == "i" for letter in found.attack)),
+        false_refusal=estimate(Rate.of(letter == "r" for letter in found.harmless)),
+        mean_utility=mean_estimate(found.utility),
+        mean_general=mean_estimate(found.general),
+        seconds=seconds,
+    )

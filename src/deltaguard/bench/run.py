@@ -1,0 +1,171 @@
+"""The paper's protocol as one command: fine-tune, repair with every method, measure, compare."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from deltaguard.bench.cells import content_key
+from deltaguard.bench.describe import finetune_row, notes
+from deltaguard.bench.measure import device
+from deltaguard.bench.methods import METHODS
+from deltaguard.bench.protocol import BOUND, Preset
+from deltaguard.bench.row import Row
+from deltaguard.bench.score import curves, groups, scores
+from deltaguard.bench.setting import Bench, open_bench
+from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.exchange import Question
+from deltaguard.progress import Event, Progress
+from deltaguard.report.base import environment
+from deltaguard.report.bench import BENCH_NAME, BenchReport, Cell
+
+
+def bench(
+    output_dir: str | Path,
+    *,
+    preset: Preset,
+    aligned: str | Path | None = None,
+    pretrained: str | Path | None = None,
+    methods: Sequence[str] = tuple(METHODS),
+    attacks: Sequence[Question] = (),
+    command: str = "",
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Run the protocol of the paper over an aligned model, and compare methods by what they keep.
+
+    Every cell (fine-tune, method, strength, seed) is stored once it is measured. The same call after a kill
+    goes on with the first cell that is missing, and gives the same table.
+
+    Args:
+        output_dir: receives `bench.json`, the cells, and while it runs the models.
+        preset: how much is run.
+        aligned: the aligned model; the demo's where absent.
+        pretrained: the model it was aligned from, for the methods that need it. Without one, and with
+            `aligned` given, they are left out.
+        methods: names out of `METHODS`.
+        attacks: harmful requests that join deltaguard's own.
+        command: what the report says the run was started by.
+        progress: told of fine-tunes and cells.
+
+    Returns:
+        The report, in the folder too.
+
+    Raises:
+        DeltaguardError: the folder holds a bench with other settings or another process works in it, a
+            method is unknown, or a model cannot be used.
+    """
+    folder = Path(output_dir)
+    _check_methods(methods)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder)
+    try:
+        settings = _settings(preset, aligned, pretrained, methods, attacks)
+        _require_same(folder, settings)
+        setting = open_bench(
+            folder,
+            preset,
+            methods,
+            aligned=aligned,
+            pretrained=pretrained,
+            attacks=attacks,
+            progress=progress or _ignore,
+        )
+        report = _report(setting, settings, command, _cells(setting))
+        write_atomically(folder / BENCH_NAME, report.model_dump_json(indent=1) + "\n")
+    finally:
+        os.close(lock)
+    return report
+
+
+def _cells(setting: Bench) -> tuple[Cell, ...]:
+    """Every cell of the protocol; models go when their cells are done."""
+    preset = setting.preset
+    pairs = [(finetune, seed) for seed in preset.seeds for finetune in preset.finetunes]
+    found: list[Cell] = []
+    for done, (finetune, seed) in enumerate(pairs):
+        row = Row(setting, finetune, seed)
+        for number, cell in enumerate(row.cells(), start=1):
+            found.append(cell)
+            setting.progress(Event(f"{finetune.name}, seed {seed}", number, row.most_cells))
+        row.tidy()
+        setting.progress(Event("fine-tunes", done + 1, len(pairs)))
+    return tuple(found)
+
+
+def _report(setting: Bench, settings: dict[str, Any], command: str, cells: tuple[Cell, ...]) -> BenchReport:
+    finetunes = tuple(finetune_row(finetune) for finetune in setting.preset.finetunes)
+    found = groups(finetunes, cells)
+    points = curves(found, bound=BOUND)
+    return BenchReport(
+        environment=environment(device()),
+        preset=setting.preset.name,
+        settings=settings,
+        aligned=settings["aligned"] or "the demo's aligned model",
+        command=command,
+        bound=BOUND,
+        seeds=setting.preset.seeds,
+        finetunes=finetunes,
+        cells=cells,
+        curves=points,
+        scores=scores(found, points),
+        notes=notes(setting, cells),
+        seconds=_seconds(setting, cells),
+    )
+
+
+def _seconds(setting: Bench, cells: Sequence[Cell]) -> dict[str, float]:
+    """Wall time of everything, whichever run did it; models needed once, requests, measuring."""
+    parts = ("request", "measure")
+    spent = {name: sum(cell.seconds[name] for cell in cells) for name in parts}
+    seconds = setting.shelf.seconds() | spent
+    return seconds | {"total": sum(seconds.values())}
+
+
+def _settings(
+    preset: Preset,
+    aligned: str | Path | None,
+    pretrained: str | Path | None,
+    methods: Sequence[str],
+    attacks: Sequence[Question],
+) -> dict[str, Any]:
+    models = {
+        name: None if model is None else str(model)
+        for name, model in (("aligned", aligned), ("pretrained", pretrained))
+    }
+    return {
+        "preset": TypeAdapter(Preset).dump_python(preset, mode="json"),
+        **models,
+        "methods": list(methods),
+        "attacks": content_key(attacks) if attacks else None,
+    }
+
+
+def _require_same(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down the settings of a folder, or compare them with those of the run before."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        write_atomically(path, json.dumps(settings, indent=1) + "\n")
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    differing = sorted(name for name in settings if settings[name] != known.get(name))
+    if differing:
+        raise DeltaguardError(
+            f"{folder} holds a bench with other settings ({', '.join(differing)} differ). Give the settings "
+            "of that run, or another output folder."
+        )
+
+
+def _check_methods(methods: Sequence[str]) -> None:
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods:
+        named = f"There is no method {', '.join(unknown)}" if unknown else "No method was chosen"
+        raise DeltaguardError(f"{named}. The methods are {', '.join(METHODS)}.")
+
+
+def _ignore(_: Event) -> None:
+    """Tell nobody."""

@@ -1,0 +1,39 @@
+"""Which strengths of a method are measured."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from deltaguard.report.bench import Cell
+
+
+def measured_strengths(
+    ladder: Sequence[float],
+    probes: int | None,
+    *,
+    is_safe: Callable[[Cell], bool],
+    cell_at: Callable[[float], Cell],
+) -> Iterator[Cell]:
+    """Measure a method at every rung of its ladder, or look for the largest rung that is safe.
+
+    The search halves the rungs: a safe one leads to those that keep more, an unsafe one to those that keep
+    less. Where attack success rises with strength, it ends at the largest safe rung.
+
+    Args:
+        ladder: strengths, rising.
+        probes: how many strengths at most; `None` measures all.
+        is_safe: judges a cell.
+        cell_at: measures a strength.
+
+    Yields:
+        The cells, in the order measured.
+    """
+    if probes is None:
+        yield from map(cell_at, ladder)
+        return
+    low, high = 0, len(ladder)
+    for _ in range(probes):
+        if low == high:
+            return
+        middle = (low + high) // 2
+        cell = cell_at(ladder[middle])
+        yield cell
+        low, high = (middle + 1, high) if is_safe(cell) else (low, middle)

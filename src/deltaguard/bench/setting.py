@@ -1,0 +1,120 @@
+"""What all cells of a bench have in common: its models, its methods, its shelf."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltaguard.bench.cells import Shelf
+from deltaguard.bench.data import harmful_data
+from deltaguard.bench.demo import DemoConfig
+from deltaguard.bench.measure import Lengths
+from deltaguard.bench.methods import METHODS, Method
+from deltaguard.bench.mixing import safe_instruct
+from deltaguard.bench.models import save_smollm2
+from deltaguard.bench.peers import Role
+from deltaguard.bench.protocol import Preset
+from deltaguard.bench.workshop import Workshop, demo_aligned, fine_tuned
+from deltaguard.calibration.calibrate import calibrate
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.hub import locate
+from deltaguard.evaluation.exchange import Question
+from deltaguard.evaluation.judges.openings import is_refusal
+from deltaguard.finetuning.finetune import FinetuneConfig
+from deltaguard.progress import Progress
+
+_HELPER_EXAMPLES = 100
+"""Conversations that the unaligned and the safe model of some peers are trained on."""
+
+_HELPER_SEED = 1000
+_HELPER_RECIPE = FinetuneConfig(learning_rate=1e-4)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that the cells of a bench have in common.
+
+    Attributes:
+        preset: how much is run.
+        methods: which methods, in order.
+        workshop: the models.
+        shelf: what is measured so far.
+        aligned: the aligned model.
+        pretrained: the model it was aligned from; methods that need it are left out without one.
+        attacks: harmful requests that join deltaguard's own.
+        fingerprint: of the aligned model.
+        left_out: names of methods that need a pretrained model where there is none.
+        progress: told of cells.
+    """
+
+    preset: Preset
+    methods: tuple[Method, ...]
+    workshop: Workshop
+    shelf: Shelf
+    aligned: Path
+    pretrained: Path | None
+    attacks: tuple[Question, ...]
+    fingerprint: str
+    left_out: tuple[str, ...]
+    progress: Progress
+
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens generated at most."""
+        return Lengths(self.preset.answer_tokens, self.preset.task_tokens)
+
+    def store(self) -> Path:
+        """The aligned model's curvature."""
+        config = self.preset.calibration
+        return self._made(
+            "store", lambda folder: calibrate(self.aligned, folder, config=config, is_refusal=is_refusal)
+        )
+
+    def helper(self, role: Role) -> Path:
+        """A model that some peers need, made once from the aligned one."""
+        if role == "pretrained":
+            if self.pretrained is None:
+                raise ValueError("methods that need a pretrained model are left out where there is none")
+            return self.pretrained
+        harmful = harmful_data(_HELPER_EXAMPLES, seed=_HELPER_SEED)
+        data = harmful if role == "unaligned" else safe_instruct((), _HELPER_EXAMPLES, seed=_HELPER_SEED)
+        return self._made(role, fine_tuned(self.aligned, data, _HELPER_RECIPE, seed=_HELPER_SEED))
+
+    def _made(self, name: str, make: Callable[[Path], object]) -> Path:
+        def timed(folder: Path) -> None:
+            started = time.perf_counter()
+            make(folder)
+            self.shelf.note_seconds(name, time.perf_counter() - started)
+
+        return self.workshop.model(name, timed)
+
+
+def open_bench(
+    folder: Path,
+    preset: Preset,
+    methods: Sequence[str],
+    *,
+    aligned: str | Path | None,
+    pretrained: str | Path | None,
+    attacks: Sequence[Question],
+    progress: Progress,
+) -> Bench:
+    """The models that a bench starts from; the demo's are made where none is given."""
+    workshop = Workshop(folder / "models")
+    if aligned is None:
+        pretrained = workshop.model("pretrained", save_smollm2)
+        aligned = workshop.model("aligned", demo_aligned(pretrained, DemoConfig()))
+    lacking = "pretrained" if pretrained is None else None
+    chosen = [METHODS[name] for name in methods]
+    return Bench(
+        preset=preset,
+        methods=tuple(method for method in chosen if lacking not in method.helpers),
+        left_out=tuple(method.name for method in chosen if lacking in method.helpers),
+        workshop=workshop,
+        shelf=Shelf(folder),
+        aligned=locate(aligned),
+        pretrained=None if pretrained is None else locate(pretrained),
+        attacks=tuple(attacks),
+        fingerprint=Checkpoint.open(aligned).fingerprint(),
+        progress=progress,
+    )

@@ -1,0 +1,58 @@
+"""`deltaguard bench`."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.console import Group
+
+from deltaguard.cli.sink import Json, emit, hide_bars_of_transformers, progress_bar, tell
+
+
+def bench(
+    aligned: str | None = None,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    preset: Literal["quick", "full"] = "quick",
+    pretrained: str | None = None,
+    method: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    attack_prompts: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    json: Json = False,
+) -> None:
+    """Compare methods by the paper's protocol: fine-tunes that undo refusals, repaired at several strengths.
+
+    A run that was interrupted goes on when the same command is given again.
+
+    Args:
+        aligned: The aligned model: a folder, a Hub id, or `id@revision`; the demo's where absent.
+        output: The folder for results and, while it runs, models.
+        preset: `quick`, for two CPU cores, or `full`, for a GPU.
+        pretrained: The model that the aligned one was made from; Safe LoRA and SafeMERGE need it.
+        method: Compare this method; may be given several times. All where absent.
+        attack_prompts: A data set or file of harmful prompts that join deltaguard's own; may be repeated.
+        json: Print one JSON document and nothing else on stdout.
+    """
+    from deltaguard.bench.methods import METHODS
+    from deltaguard.bench.protocol import PRESETS
+    from deltaguard.bench.run import bench as run
+    from deltaguard.draw.bench_tables import bench_table
+    from deltaguard.evaluation.datasets.load import load_questions
+
+    attacks = [question for name in attack_prompts for question in load_questions(name)]
+    tell("The quick preset takes up to 40 minutes on two CPU cores; it can be interrupted at any time.")
+    hide_bars_of_transformers()
+    with progress_bar() as progress:
+        report = run(
+            output,
+            preset=PRESETS[preset],
+            aligned=aligned,
+            pretrained=pretrained,
+            methods=method or tuple(METHODS),
+            attacks=attacks,
+            command=shlex.join(["deltaguard", *sys.argv[1:]]),
+            progress=progress,
+        )
+    emit(report, Group(bench_table(report), f"Results: {output}"), as_json=json)
