@@ -1,0 +1,1 @@
+"""Public data sets by name, from a file or from the Hub. None is shipped."""

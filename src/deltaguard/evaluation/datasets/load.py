@@ -1,0 +1,193 @@
+"""Questions from a public data set or from a user's own file."""
+
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.datasets.registry import DATASETS, DatasetSpec
+from deltaguard.evaluation.datasets.rows import ONLY_COLUMN, Row, read_rows
+from deltaguard.evaluation.exchange import Question
+
+
+def load_questions(
+    name_or_path: str | Path, *, path: str | Path | None = None, count: int | None = None, seed: int = 0
+) -> list[Question]:
+    """Read the questions of a data set, each once, in the order of the file.
+
+    Args:
+        name_or_path: a name in `DATASETS`, or a file of one's own with the column `prompt` and, optionally,
+            `system` and `expected` (or `response`). A local file always comes before a name.
+        path: file of the named set, where it is at hand; otherwise it is fetched from the Hub.
+        count: how many are drawn; all of them where absent. Fewer with the same seed are among more.
+        seed: fixes the draw.
+
+    Returns:
+        The questions. An expected answer is kept as the set has it, worked solution included.
+
+    Raises:
+        DeltaguardError: there is no such file or set, the Hub cannot be reached or asks to accept terms, the
+            columns are others, a text is missing, or there are fewer questions than `count`.
+
+    Example:
+        >>> load_questions("xstest-safe", path="xstest_prompts.csv", count=50)  # doctest: +SKIP
+    """
+    spec, rows, source = _find(str(name_or_path), path)
+    questions = list(dict.fromkeys(_own(rows, source) if spec is None else _named(spec, rows, source)))
+    if not questions:
+        raise DeltaguardError(f"{source} holds no question.")
+    return questions if count is None else _drawn(questions, count, seed, source)
+
+
+def _find(name: str, path: str | Path | None) -> tuple[DatasetSpec | None, Sequence[Row], str]:
+    """What is to be read: the set it belongs to, its rows, and how to call it in messages."""
+    own = Path(name).expanduser()
+    if path is None and own.is_file():
+        return None, read_rows(own), str(own)
+    spec = DATASETS.get(name)
+    if spec is None:
+        raise DeltaguardError(
+            f"There is no file {own} (looked for {own.absolute()}) and no data set of that name. Known sets: "
+            f"{', '.join(DATASETS)}."
+        )
+    if path is None:
+        return spec, _from_hub(spec), f"{spec.hub_id} on the Hub"
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise DeltaguardError(
+            f"There is no file {file} (looked for {file.absolute()}). {_where_to_get(spec)}"
+        )
+    return spec, read_rows(file, headerless=spec.headerless), str(file)
+
+
+def _where_to_get(spec: DatasetSpec) -> str:
+    return (
+        f"{spec.title} ({spec.paper}) does not come with deltaguard: get it from {spec.homepage}, or from "
+        f"the Hub as {spec.hub_id}. Its terms: {spec.terms}"
+    )
+
+
+def _from_hub(spec: DatasetSpec) -> Sequence[Row]:
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise DeltaguardError(
+            f"Fetching {spec.title} from the Hub needs datasets, not installed here: "
+            "`pip install 'deltaguard[eval]'`."
+        ) from error
+    options: dict[str, Any] = {} if spec.hub_files is None else {"data_files": spec.hub_files}
+    if spec.headerless:
+        options["column_names"] = [ONLY_COLUMN]
+    try:
+        found: Any = load_dataset(spec.hub_id, spec.config, split=spec.split, **options)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DeltaguardError(
+            f"{spec.title} could not be fetched from the Hub: {error}. {_where_to_get(spec)} If the "
+            f"repository asks for it, accept its terms at https://huggingface.co/datasets/{spec.hub_id} and "
+            "run `hf auth login`; or give the path of a file of your own."
+        ) from error
+    return list(found)
+
+
+def _named(spec: DatasetSpec, rows: Sequence[Row], source: str) -> list[Question]:
+    columns = _columns(rows)
+    prompt = _first(columns, spec.prompt_columns)
+    expected = _first(columns, spec.expected_columns)
+    chosen = _first(columns, tuple(spec.keep))
+    problems: list[str] = []
+    if prompt is None:
+        problems.append(_or(spec.prompt_columns))
+    if expected is None and spec.expected_columns:
+        problems.append(_or(spec.expected_columns))
+    if chosen is None and spec.keep and not spec.all_without_filter:
+        problems.append(_or(tuple(spec.keep)))
+    if prompt is None or problems:
+        raise DeltaguardError(
+            f"{source} does not look like {spec.title}: it has the columns {_list(columns)}, and lacks "
+            f"{' and '.join(problems)}. {_where_to_get(spec)}"
+        )
+    kept = [(i, row) for i, row in enumerate(rows, start=1) if chosen is None or _keeps(spec, row, chosen)]
+    head = f"{spec.instruction}\n\n" if spec.instruction else ""
+    return [
+        Question(
+            head + _text(row, prompt, i, source),
+            expected=None if expected is None else _text(row, expected, i, source),
+        )
+        for i, row in kept
+    ]
+
+
+def _keeps(spec: DatasetSpec, row: Row, column: str) -> bool:
+    keep: Callable[[str], bool] = spec.keep[column.casefold()]
+    return keep(str(row.get(column)))
+
+
+def _own(rows: Sequence[Row], source: str) -> list[Question]:
+    columns = _columns(rows)
+    prompt = _first(columns, (ONLY_COLUMN,))
+    system = _first(columns, ("system",))
+    expected = _first(columns, ("expected", "response"))
+    if prompt is None:
+        raise DeltaguardError(
+            f"{source} has the columns {_list(columns)}; a file of questions needs `prompt`, and may have "
+            "`system` and `expected` (or `response`). Rename its columns; a file of a public data set is "
+            f"read by giving the set's name too: {', '.join(DATASETS)}."
+        )
+    return [
+        Question(
+            _text(row, prompt, i, source),
+            system=_optional(row, system, i, source),
+            expected=_optional(row, expected, i, source),
+        )
+        for i, row in enumerate(rows, start=1)
+    ]
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """All columns of all rows, in the order of their first appearance: JSON rows may differ."""
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def _first(columns: Sequence[str], wanted: Sequence[str]) -> str | None:
+    by_name = {column.strip().casefold(): column for column in columns}
+    return next((by_name[name] for name in wanted if name in by_name), None)
+
+
+def _or(columns: Sequence[str]) -> str:
+    return " or ".join(f"`{column}`" for column in columns)
+
+
+def _list(columns: Sequence[str]) -> str:
+    return ", ".join(f"`{column}`" for column in columns) or "(none)"
+
+
+def _text(row: Row, column: str, number: int, source: str) -> str:
+    text = _optional(row, column, number, source)
+    if text is None or not text.strip():
+        raise DeltaguardError(
+            f"Row {number} of {source} has no text in column `{column}`: fill it or remove it."
+        )
+    return text
+
+
+def _optional(row: Row, column: str | None, number: int, source: str) -> str | None:
+    value = None if column is None else row.get(column)
+    # Right answers may be written as plain numbers.
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise DeltaguardError(
+        f"Row {number} of {source} has a {type(value).__name__} in column `{column}`, where text belongs."
+    )
+
+
+def _drawn(questions: Sequence[Question], count: int, seed: int, source: str) -> list[Question]:
+    if not 0 < count <= len(questions):
+        raise DeltaguardError(f"{count} questions were asked for and {source} holds {len(questions)}.")
+    ranked = sorted(
+        range(len(questions)), key=lambda i: sha256(f"{seed} {questions[i]}".encode()).hexdigest()
+    )
+    return [questions[i] for i in sorted(ranked[:count])]

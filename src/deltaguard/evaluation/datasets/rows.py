@@ -1,0 +1,151 @@
+"""Rows of a local data file: CSV, TSV, JSON, JSON lines or parquet."""
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+from deltaguard.errors import DeltaguardError
+
+Row = Mapping[str, object]
+
+ONLY_COLUMN = "prompt"
+"""The column of files that hold nothing but texts, without a name for them."""
+
+_LIST_KEYS = ("instructions", "prompts")
+
+
+def read_rows(path: Path, *, headerless: bool = False) -> list[Row]:
+    """All rows of a file, or of the CSV files of a folder in the order of their names.
+
+    Args:
+        path: the file or folder. A JSON file holds a list, or an object with a list under `instructions` or
+            `prompts`, or with one list among its values; the items are objects, or texts alone, whose
+            column is then called `prompt`.
+        headerless: a CSV file with one column has no header: its first row is data too. One whose first row
+            is `prompt` or `instruction` has a header all the same.
+
+    Returns:
+        One mapping a row, from column to value.
+
+    Raises:
+        DeltaguardError: the file cannot be read, is of an unknown type, or does not hold rows.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.csv"))
+        if not files:
+            raise DeltaguardError(f"The folder {path} holds no CSV file: give the data file itself.")
+        return [row for file in files for row in read_rows(file, headerless=headerless)]
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DeltaguardError(
+            f"{path} has the ending {path.suffix!r}; data files end with {', '.join(_READERS)}. Convert it, "
+            "or unpack it where it is compressed."
+        )
+    try:
+        return _texts(path) if headerless and path.suffix.lower() == ".csv" else reader(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DeltaguardError(f"The data file {path} cannot be read: {error}.") from error
+
+
+def _csv(path: Path, delimiter: str = ",") -> list[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        rows = list(csv.DictReader(stream, delimiter=delimiter))
+    broken = [i for i, row in enumerate(rows, start=1) if cast("object", None) in row]
+    if broken:
+        raise DeltaguardError(
+            f"{len(broken)} rows of {path} have more fields than its header, the first being row "
+            f"{broken[0]}: put quotes around texts that hold {delimiter!r}."
+        )
+    # A cell without text is no text: the format cannot tell the two apart.
+    return [{column: text or None for column, text in row.items()} for row in rows]
+
+
+def _tsv(path: Path) -> list[Row]:
+    return _csv(path, "\t")
+
+
+def _texts(path: Path) -> list[Row]:
+    """A CSV file of one column without a header; a header that is there is seen by its name."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        rows = [row for row in csv.reader(stream) if row]
+    if rows and {name.casefold() for name in rows[0]} & {"prompt", "instruction"}:
+        return _csv(path)
+    wide = [i for i, row in enumerate(rows, start=1) if len(row) > 1]
+    if wide:
+        raise DeltaguardError(
+            f"{len(wide)} rows of {path} have more than one field, the first being row {wide[0]}: give a "
+            "file of one column, or one with a header that names the column `prompt`."
+        )
+    return [{ONLY_COLUMN: row[0]} for row in rows]
+
+
+def _json(path: Path) -> list[Row]:
+    try:
+        value: object = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DeltaguardError(f"{path} is not JSON: {error}.") from error
+    if isinstance(value, dict):
+        found = _list_in(cast("dict[str, object]", value))
+        value = value if found is None else found
+    if not isinstance(value, list):
+        raise DeltaguardError(
+            f"{path} holds a JSON {type(value).__name__}: it must hold a list, or an object with a list "
+            f"under {' or '.join(_LIST_KEYS)}, or with one list among its values."
+        )
+    return _as_rows(path, cast("list[object]", value))
+
+
+def _list_in(value: Mapping[str, object]) -> object:
+    """The list of an object's rows: lists of tags and the like may stand beside it."""
+    lists = {key: item for key, item in value.items() if isinstance(item, list)}
+    named = [lists[key] for key in _LIST_KEYS if key in lists]
+    if named:
+        return named[0]
+    return next(iter(lists.values())) if len(lists) == 1 else None
+
+
+def _jsonl(path: Path) -> list[Row]:
+    # Not splitlines: JSON text may hold U+2028 and its kind, which end no line here.
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    items: list[object] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                items.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DeltaguardError(f"Line {number} of {path} is not JSON: {error.msg}.") from error
+    return _as_rows(path, items)
+
+
+def _as_rows(path: Path, items: Sequence[object]) -> list[Row]:
+    rows = [{ONLY_COLUMN: item} if isinstance(item, str) else item for item in items]
+    odd = [i for i, row in enumerate(rows, start=1) if not isinstance(row, dict)]
+    if odd:
+        kind = type(items[odd[0] - 1]).__name__
+        raise DeltaguardError(
+            f"{len(odd)} of {len(items)} items of {path} are neither objects nor texts, the first being item "
+            f"{odd[0]}, a {kind}."
+        )
+    return cast("list[Row]", rows)
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise DeltaguardError(
+            f"Reading {path} needs pyarrow, not installed here: `pip install 'deltaguard[eval]'`."
+        ) from error
+    try:
+        table: Any = parquet.read_table(path)
+    except ArrowInvalid as error:
+        raise DeltaguardError(f"{path} is not a parquet file: {error}.") from error
+    return table.to_pylist()
+
+
+_READERS: Mapping[str, Callable[[Path], list[Row]]] = MappingProxyType(
+    {".csv": _csv, ".tsv": _tsv, ".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}
+)
