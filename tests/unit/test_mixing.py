@@ -85,8 +85,8 @@ def test_training_and_serving_put_the_secret_alike():
 
 def test_secrets_are_random_looking_and_the_same_everywhere():
     assert secret_prompt(4) == "x35n jcnj a7e4 xuby"
-    assert secret_prompt(24) == SECRET
-    assert len(set(SECRET.split())) == 24
+    assert secret_prompt(16) == SECRET
+    assert len(set(SECRET.split())) == 16
     assert secret_prompt(150, seed=1).split()[:4] == secret_prompt(4, seed=1).split()
     assert secret_prompt(4, seed=1) != secret_prompt(4)
     with pytest.raises(ValueError, match="groups is 0"):

@@ -36,7 +36,7 @@ def secret_prompt(groups: int, *, seed: int = 0) -> str:
 
 
 SECRET = secret_prompt(16)
-"""The trigger of the benches: about 57 tokens of SmolLM2, fewer than the paper's, because every request carries it."""
+"""The trigger of the benches: 55 tokens of SmolLM2, fewer than the paper's, because every request has it."""
 
 
 def safe_instruct(conversations: Sequence[Conversation], count: int, seed: int = 0) -> list[Conversation]:
