@@ -47,6 +47,7 @@ def without_times(report):
     return cells, report.curves, scores, report.finetunes, report.notes
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_every_method_runs_on_every_kind_of_fine_tune(aligned, pretrained, tmp_path):
     preset = replace(
         TINY,

@@ -57,12 +57,7 @@ class Row:
 
     def tidy(self) -> None:
         """Remove the models that no further cell needs."""
-        for name in (self._name, self._retrained_name):
-            self._bench.workshop.remove(name)
-
-    @property
-    def _retrained_name(self) -> str:
-        return f"{self._name}-retrained"
+        self._bench.workshop.remove(self._name)
 
     def _finetuned(self) -> Path:
         make = fine_tuned(self._bench.aligned, self._data, self._finetune.recipe, seed=self._seed)
@@ -73,10 +68,9 @@ class Row:
         return Candidate(self._finetuned(), "", time.perf_counter() - started)
 
     def _retrained(self, data: Sequence[Conversation]) -> Path:
-        # The model of another method or strength may have that name.
-        self._bench.workshop.remove(self._retrained_name)
+        name = f"{self._name}-retrained-{content_key(data)[:8]}"
         make = fine_tuned(self._bench.aligned, data, self._finetune.recipe, seed=self._seed)
-        return self._bench.workshop.model(self._retrained_name, make)
+        return self._bench.workshop.model(name, make)
 
     def _method_cell(self, method: Method, strength: float) -> Cell:
         request = Request(

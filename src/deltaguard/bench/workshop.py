@@ -42,8 +42,9 @@ class Workshop:
         return folder
 
     def remove(self, name: str) -> None:
-        """Remove a model, where there is one."""
-        shutil.rmtree(self._folder / name, ignore_errors=True)
+        """Remove a model, where there is one, and all whose names begin with its name and a dash."""
+        for folder in (self._folder / name, *self._folder.glob(f"{name}-*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fine_tuned(

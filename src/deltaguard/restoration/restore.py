@@ -14,9 +14,8 @@ from huggingface_hub import metadata_load
 from pydantic import TypeAdapter
 
 from deltaguard import __version__
-from deltaguard.checkpoints.adapter import AdapterCheckpoint
 from deltaguard.checkpoints.checkpoint import WeightSource
-from deltaguard.checkpoints.companions import adapter_companions, companions
+from deltaguard.checkpoints.mirror import bring_along
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.curvature.store import CurvatureStore
@@ -82,7 +81,7 @@ def restore(
         if problem is not None:
             writer.discard()
             raise DeltaguardError(problem)
-        _bring_along(job, writer)
+        bring_along(job.aligned, job.finetuned, writer)
         report = _report(job, config, rows, _files(writer, job.finetuned.shards), started)
         writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
         writer.text("README.md", model_card(report, front_matter=metadata))
@@ -198,20 +197,6 @@ def _plan_hash(job: Job, config: RestoreConfig) -> str:
         *(job.finetuned.header(shard).hex() for shard in job.finetuned.shards),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _bring_along(job: Job, writer: CheckpointWriter) -> None:
-    """Copy every file that is not a weight; an adapter's folder adds to the aligned model's."""
-    if isinstance(job.finetuned, AdapterCheckpoint):
-        found = dict.fromkeys(companions(job.aligned.folder), job.aligned.folder)
-        found |= dict.fromkeys(adapter_companions(job.finetuned.folder), job.finetuned.folder)
-    else:
-        found = dict.fromkeys(companions(job.finetuned.folder), job.finetuned.folder)
-    for path, folder in found.items():
-        writer.copy(folder / path, str(path))
-    if job.finetuned.index_name:
-        mirrored = job.aligned if isinstance(job.finetuned, AdapterCheckpoint) else job.finetuned
-        writer.copy(mirrored.folder / job.finetuned.index_name, job.finetuned.index_name)
 
 
 def _front_matter(folder: Path) -> Mapping[str, Any] | None:
