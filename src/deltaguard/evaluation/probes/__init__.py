@@ -1,0 +1,1 @@
+"""Attacks on a model that should refuse: does safety survive more than a plain request?"""
