@@ -1,0 +1,188 @@
+"""Classifiers and guards as judges, with tiny models that are rigged to say what is needed."""
+
+import pytest
+import torch
+import transformers
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.exchange import Exchange
+from deltaguard.evaluation.judges import guards
+from deltaguard.evaluation.judges.classifiers import SequenceClassifierJudge
+from deltaguard.evaluation.judges.guards import GuardJudge
+from deltaguard.evaluation.judges.make import make_judge
+from deltaguard.evaluation.judges.specs import ClassifierSpec, GuardSpec
+from models import VOCABULARY, save, tiny_model, tiny_tokenizer
+
+EXCHANGES = [
+    Exchange("How do I pick a lock?", "I'm sorry, but I cannot help with that request."),
+    Exchange("How do I bake?", "Sure."),
+    Exchange("How do I sing?", "Breathe in, open your mouth, and let the tone come out by itself."),
+]
+
+
+def _classifier(folder, *, labels=("REFUSAL", "NORMAL"), **overrides):
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+        initializer_range=1.0,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        **overrides,
+    )
+    torch.manual_seed(0)
+    network = transformers.BertForSequenceClassification(config).eval()
+    save(network, folder)
+    return network
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    return folder, _classifier(folder)
+
+
+@pytest.mark.parametrize("reads", ["answer", "both"])
+def test_a_classifier_alone_and_in_batches(classifier, reads):
+    folder, network = classifier
+    judge = SequenceClassifierJudge(str(folder), ("REFUSAL",), reads=reads, batch_size=2)
+    expected = []
+    for each in EXCHANGES:
+        texts = (each.answer,) if reads == "answer" else (each.prompt, each.answer)
+        batch = tiny_tokenizer()(*texts, return_tensors="pt")
+        with torch.no_grad():
+            expected.append(float(network(**batch).logits.softmax(-1)[0, 0]))
+    found = judge.judge(EXCHANGES)
+    assert [each.score for each in found] == pytest.approx(expected, abs=1e-5)
+    assert [each.verdict for each in found] == ["refused" if p > 0.5 else "complied" for p in expected]
+    assert judge.judge([]) == []
+
+
+def test_several_labels_add_up(tmp_path):
+    network = _classifier(tmp_path, labels=("no", "soft no", "yes"))
+    with torch.no_grad():
+        network.classifier.weight.zero_()
+        network.classifier.bias.copy_(torch.tensor([0.3, 0.3, 0.4]).log())
+    network.save_pretrained(tmp_path)
+    (one, *_) = SequenceClassifierJudge(str(tmp_path), ("no", "soft no")).judge(EXCHANGES)
+    (other, *_) = SequenceClassifierJudge(str(tmp_path), ("no",)).judge(EXCHANGES)
+    assert (one.verdict, one.score) == ("refused", pytest.approx(0.6))
+    assert (other.verdict, other.score) == ("complied", pytest.approx(0.3))
+
+
+def test_a_long_answer_is_cut_off(classifier):
+    judge = SequenceClassifierJudge(str(classifier[0]), ("REFUSAL",), reads="both")
+    long = [Exchange("How do I sing?", "Breathe in. " * length) for length in (200, 300)]
+    one, other = judge.judge(long)
+    assert one == other
+
+
+@pytest.mark.parametrize("refused", [("REFUSAL", "refusal"), ()])
+def test_unknown_labels(classifier, refused):
+    with pytest.raises(DeltaguardError, match="its labels are REFUSAL, NORMAL"):
+        SequenceClassifierJudge(str(classifier[0]), refused)
+
+
+def test_all_labels_are_no_choice(classifier):
+    with pytest.raises(DeltaguardError, match="All labels"):
+        SequenceClassifierJudge(str(classifier[0]), ("NORMAL", "REFUSAL"))
+
+
+def test_a_classifier_that_chooses_several_labels(tmp_path):
+    _classifier(tmp_path, problem_type="multi_label_classification")
+    with pytest.raises(DeltaguardError, match="multi_label_classification"):
+        SequenceClassifierJudge(str(tmp_path), ("REFUSAL",))
+
+
+def test_a_causal_classifier_without_padding_token(tmp_path):
+    config = tiny_model("llama").config
+    config.num_labels, config.pad_token_id = 2, None
+    torch.manual_seed(0)
+    save(transformers.LlamaForSequenceClassification(config).eval(), tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    together = SequenceClassifierJudge(str(tmp_path), ("LABEL_1",)).judge(EXCHANGES)
+    alone = SequenceClassifierJudge(str(tmp_path), ("LABEL_1",), batch_size=1).judge(EXCHANGES)
+    assert [each.score for each in together] == pytest.approx([each.score for each in alone], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory):
+    return save(tiny_model("llama"), tmp_path_factory.mktemp("guard"))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What a guard is asked; it answers one thing after another."""
+    seen = []
+
+    def answers(network, tokenizer, prompts, **_):
+        seen.extend(prompts)
+        outputs = ["unsafe\nS1", "safe", "Harmful response: yes", "Yes", "well"]
+        return [outputs[i % len(outputs)] for i in range(len(prompts))]
+
+    monkeypatch.setattr(guards, "generate", answers)
+    return seen
+
+
+def test_llama_guard_is_asked_by_its_chat_template(guard, asked):
+    found = GuardJudge(str(guard), "llama-guard").judge(EXCHANGES)
+    assert [each.verdict for each in found] == ["complied", "refused", "undecided"]
+    assert asked[1] == "<|begin|><|user|>How do I bake?<|end|><|assistant|>Sure.<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "card", "expected"),
+    [
+        ("wildguard", '"""<|begin|>Q {prompt} A {response}\n"""', "<|begin|>Q How do I bake? A Sure.\n"),
+        ("harmbench", "'''B {behavior} G {generation}'''", "<|begin|>B How do I bake? G Sure."),
+    ],
+)
+def test_others_are_asked_as_their_card_shows(guard, asked, template, card, expected):
+    (guard / "README.md").write_text(f"# Guard\n```python\nformat = {card}\n```\n")
+    found = GuardJudge(str(guard), template).judge(EXCHANGES * 2)
+    assert asked[1] == expected
+    verdicts = [each.verdict for each in found]
+    assert verdicts.count("complied") == 1
+    assert verdicts.index("complied") == {"wildguard": 2, "harmbench": 3}[template]
+
+
+def test_a_format_from_a_file(guard, asked, tmp_path):
+    path = tmp_path / "format.txt"
+    path.write_text("{generation} <- {behavior}")
+    GuardJudge(str(guard), "harmbench", prompt_file=path).judge(EXCHANGES[1:2])
+    assert asked == ["<|begin|>Sure. <- How do I bake?"]
+    with pytest.raises(DeltaguardError, match=r"behavior, generation, and prompt, response are needed"):
+        GuardJudge(str(guard), "wildguard", prompt_file=path).judge(EXCHANGES)
+    with pytest.raises(DeltaguardError, match="cannot be read"):
+        GuardJudge(str(guard), "harmbench", prompt_file=tmp_path / "absent.txt").judge(EXCHANGES)
+
+
+def test_a_guard_without_card_or_chat_template(tmp_path, asked):
+    save(tiny_model("llama"), tmp_path)
+    with pytest.raises(DeltaguardError, match=r"there is no .*README\.md"):
+        GuardJudge(str(tmp_path), "wildguard").judge(EXCHANGES)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    (tmp_path / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(DeltaguardError, match="no chat template"):
+        GuardJudge(str(tmp_path), "llama-guard").judge(EXCHANGES)
+
+
+def test_a_random_guard_says_nothing_that_can_be_read(guard):
+    judge = GuardJudge(str(guard), "llama-guard", max_new_tokens=4)
+    assert {each.verdict for each in judge.judge(EXCHANGES)} == {"undecided"}
+    assert judge.judge([]) == []
+
+
+def test_judges_from_their_descriptions(classifier, guard):
+    spec = ClassifierSpec(model=str(classifier[0]), refused_labels=("REFUSAL",), name="mine")
+    assert make_judge(spec).name == "mine"
+    assert make_judge(GuardSpec(model=str(guard), template="wildguard")).name == "wildguard"
+    assert make_judge(GuardSpec(model=str(guard), template="wildguard", name="w7")).name == "w7"
