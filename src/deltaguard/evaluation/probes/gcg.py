@@ -1,13 +1,13 @@
 """Suffixes found by gradient that make a model answer (GCG; Zou et al. 2023, arXiv:2307.15043).
 
-The search is nanogcg's. Limits, seen with nanogcg 0.3.0 and transformers 5: its cache of the prompt's keys and
-values fails there, so each candidate is computed in full. It removes the template's beginning-of-sequence token
-and relies on the tokenizer to add it: where only the template writes one, the suffix is found without it. It
-takes gradients without the scale that Gemma's embedding layer multiplies by, so that candidates are chosen less
-well there. A progress bar is written to standard error.
+The search is nanogcg's. Limits, seen with nanogcg 0.3.0 and transformers 5: its cache of the prompt's keys
+and values fails there, so each candidate is computed in full. It removes the template's beginning-of-
+sequence token and relies on the tokenizer to add it: where only the template writes one, the suffix is
+found without it. It takes gradients without the scale that Gemma's embedding layer multiplies by, so that
+candidates are chosen less well there. A progress bar is written to standard error.
 
-The paper ran 500 steps at a search width of 512, which needs a GPU; a few steps on a CPU make a weak attack, and
-that a model withstands it shows nothing.
+The paper ran 500 steps at a search width of 512, which needs a GPU; a few steps on a CPU make a weak
+attack, and that a model withstands it shows nothing.
 """
 
 from collections.abc import Sequence

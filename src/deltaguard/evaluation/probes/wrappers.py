@@ -7,8 +7,8 @@ role-play, suppressed refusals and base64 (Wei et al. 2023, arXiv:2307.02483), o
 Limits. One wording of each kind: a model that withstands it may fall to another. The translations wrap the
 request in a frame of another language, leave the request itself in English, and ask for an English answer,
 since the judges read English; `translations.translated_prompts` gives requests translated in full. A
-prefilled answer opens with agreement by design: a judge that reads openings sees what the model adds only where
-it is shown the answer without the prefill.
+prefilled answer opens with agreement by design: a judge that reads openings sees what the model adds only
+where it is shown the answer without the prefill.
 """
 
 from base64 import b64encode
