@@ -211,7 +211,7 @@ def judged(section, name):
                 name=name,
                 judge=judge,
                 better="lower",
-                estimate=estimate(value, min(0.02, value), section.prompts),
+                estimate=estimate(value, min(0.06, value), section.prompts),
             )
         yield Measure(
             model=model,

@@ -12,12 +12,12 @@ from deltaguard.draw.palette import colour, dash, palette_css, shape
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.bench import BenchReport, CurvePoint, FinetuneRow
 
-_WIDTH, _HEIGHT = 300, 230
+_WIDTH, _HEIGHT = 264, 220
 _STANDALONE = "deltaguard-plot"
 _TICKS = (-100, -50, -20, -10, -5, 0, 5, 10, 20, 50, 100)
 # Attack success runs from -5 to 100 points, the bound lies at about 2: linear near 0, logarithmic beyond.
 _BEND = 5
-_SAFETY = "attack success over the aligned model's, points"
+_SAFETY = "attack success over aligned, points"
 _KEPT = "share of the utility gain kept"
 _GENERAL = "rise of NLL on everyday requests"
 
@@ -100,10 +100,10 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
         y=alt.Y("y:Q", title=_KEPT if gains else _GENERAL, scale=scale, axis=axis),
         color=styles["color"],
     )
-    upright = base.transform_filter("isValid(datum.y_low)").mark_rule(opacity=0.4)
+    upright = base.transform_filter("isValid(datum.y_low)").mark_rule(opacity=0.5)
     return alt.layer(
         *_bound(report.bound),
-        base.mark_rule(opacity=0.4).encode(x="low:Q", x2="high:Q"),
+        base.mark_rule(opacity=0.5).encode(x="low:Q", x2="high:Q"),
         upright.encode(y="y_low:Q", y2="y_high:Q"),
         base.mark_line(strokeWidth=1.75).encode(order="strength:Q", strokeDash=styles["strokeDash"]),
         base.mark_point(filled=True, size=62, opacity=1).encode(shape=styles["shape"]),

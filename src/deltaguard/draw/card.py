@@ -9,7 +9,7 @@ import yaml
 from deltaguard.draw.facts import outcome_facts
 from deltaguard.draw.layers import kinds, other_groups
 from deltaguard.draw.templating import environment
-from deltaguard.draw.text import hub_id, option
+from deltaguard.draw.text import hub_id
 from deltaguard.report.restore import RestoreReport
 
 TAGS = ("deltaguard", "safe-delta")
@@ -46,7 +46,7 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
         card_metadata(report, front_matter), sort_keys=False, allow_unicode=True, width=1000
     )
     templates = environment()
-    templates.filters.update(code=_code, option=option)
+    templates.filters["code"] = _code
     method = str(report.options.get("method"))
     return templates.get_template("card.md.jinja").render(
         metadata=metadata,

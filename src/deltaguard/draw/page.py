@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from deltaguard.draw.palette import palette_css
 from deltaguard.draw.templating import environment
 
 
@@ -40,7 +41,7 @@ def render(template: str, **values: Any) -> str:
         A complete HTML document.
     """
     script = sort_script()
-    shared = {"script": script, "script_hash": script_hash(script)}
+    shared = {"script": script, "script_hash": script_hash(script), "palette": palette_css(":root")}
     return environment().get_template(template).render({**values, **shared})
 
 

@@ -3,11 +3,34 @@
 import jinja2
 
 from deltaguard.draw.text import (
+    capital,
     duration,
     interval,
     model_label,
     moment,
+    number,
+    option,
     percent,
+    points,
+    points_interval,
+    share_interval,
+    short_reference,
+    size,
+    sort_value,
+)
+
+_FORMATS = (
+    capital,
+    duration,
+    interval,
+    model_label,
+    moment,
+    number,
+    option,
+    percent,
+    points,
+    points_interval,
+    share_interval,
     short_reference,
     size,
     sort_value,
@@ -30,6 +53,6 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for function in (duration, interval, model_label, moment, percent, short_reference, size, sort_value):
+    for function in _FORMATS:
         templates.filters[function.__name__] = function
     return templates

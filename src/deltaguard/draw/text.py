@@ -89,10 +89,12 @@ def number(value: float | None) -> str:
     """A number that is no share, with three significant digits.
 
     Example:
-        >>> number(2.0417), number(0.00012), number(None)
-        ('2.04', '0.00012', '–')
+        >>> number(2.0417), number(2), number(0.00012), number(1234.5), number(None)
+        ('2.04', '2.00', '0.000120', '1234', '–')
     """
-    return DASH if value is None or not math.isfinite(value) else f"{value:.3g}"
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def points_interval(estimate: Estimate) -> str:
@@ -123,6 +125,16 @@ def sort_value(value: float | None) -> str:
         ('0.25', '', '3')
     """
     return "" if value is None or not math.isfinite(value) else repr(value)
+
+
+def capital(text: str) -> str:
+    """A text with its first letter capital, the others as they are.
+
+    Example:
+        >>> capital("harmful prompts in Spanish")
+        'Harmful prompts in Spanish'
+    """
+    return text[:1].upper() + text[1:]
 
 
 def option(value: str | float | bool | None) -> str:

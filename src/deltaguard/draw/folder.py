@@ -1,0 +1,97 @@
+"""Which report a folder holds, and its page."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from deltaguard.draw.bench_page import bench_page
+from deltaguard.draw.evaluation_page import evaluation_page
+from deltaguard.draw.html import demo_page, restore_page
+from deltaguard.errors import DeltaguardError
+from deltaguard.report.base import Record
+from deltaguard.report.bench import BENCH_NAME, BenchReport
+from deltaguard.report.demo import DemoReport
+from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
+from deltaguard.report.restore import REPORT_NAME, RestoreReport
+
+DEMO_NAME = "demo.json"
+"""The file in a demo's folder that holds its `DemoReport`."""
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """How the report in a file becomes a page."""
+
+    schema: type[BaseModel]
+    page: Callable[[Any], str]
+
+
+DRAWERS: Mapping[str, Drawer] = {
+    BENCH_NAME: Drawer(BenchReport, bench_page),
+    EVALUATION_NAME: Drawer(EvaluationReport, evaluation_page),
+    DEMO_NAME: Drawer(DemoReport, demo_page),
+    REPORT_NAME: Drawer(RestoreReport, restore_page),
+}
+"""By file name. Of several in a folder the first is drawn: what was measured, before what was done."""
+
+
+class Drawing(Record):
+    """What `deltaguard report` did.
+
+    Attributes:
+        source: the report that was drawn.
+        page: the file that was written.
+        bytes: its size.
+        left_out: other reports in the folder.
+    """
+
+    source: str
+    page: str
+    bytes: int
+    left_out: tuple[str, ...]
+
+
+def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
+    """Draw the report in a folder as a page that holds everything it shows.
+
+    Args:
+        folder: of an evaluation, a bench, a demo or a restored checkpoint.
+        output: where the page goes; `report.html` in the folder if not given.
+
+    Returns:
+        What was drawn, and which reports were not.
+
+    Raises:
+        DeltaguardError: the folder holds no report, or one that cannot be read.
+
+    Example:
+        ```python
+        draw_folder(Path("bench-quick")).page  # "bench-quick/report.html"
+        ```
+    """
+    found = [name for name in DRAWERS if (folder / name).is_file()]
+    if not found:
+        raise DeltaguardError(
+            f"There is no report in {folder}: none of {', '.join(DRAWERS)} was found. Name a folder that "
+            "`deltaguard eval`, `bench`, `demo` or `restore` wrote."
+        )
+    source, page = folder / found[0], output or folder / "report.html"
+    text = DRAWERS[found[0]].page(_read(source, DRAWERS[found[0]].schema))
+    page.write_text(text, encoding="utf-8", newline="\n")
+    return Drawing(source=str(source), page=str(page), bytes=page.stat().st_size, left_out=tuple(found[1:]))
+
+
+def _read(source: Path, schema: type[BaseModel]) -> BaseModel:
+    try:
+        return schema.model_validate_json(source.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise DeltaguardError(
+            f"{source} is no {schema.__name__} of this release: {where}: {first['msg']} "
+            f"({error.error_count()} problems in all). "
+            "Draw it with the release that wrote it, or run that again."
+        ) from error

@@ -1,0 +1,141 @@
+"""An evaluation and a bench as pages: every number is there, nothing is claimed beyond the intervals."""
+
+import re
+from html import unescape
+
+import pytest
+
+from deltaguard.draw.bench_page import bench_page
+from deltaguard.draw.estimates_chart import estimates_chart
+from deltaguard.draw.evaluation_page import evaluation_page
+from deltaguard.draw.evaluation_view import finding_text, measures_of, p_text, probe_tables
+from reports import (
+    ATTACK,
+    COMPARISONS,
+    FINETUNES,
+    JUDGES,
+    METHODS,
+    MODELS,
+    PROBES,
+    SECTIONS,
+    bench_report,
+    evaluation_report,
+)
+
+
+@pytest.fixture(scope="module")
+def page():
+    return evaluation_page(evaluation_report())
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return bench_page(bench_report())
+
+
+def cells(page, caption):
+    """The rows of the table under a caption, as texts."""
+    table = page.split(f"<caption>{caption}", 1)[1].split("</table>", 1)[0].split("<tbody>")[1]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    parts = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    return [[" ".join(unescape(re.sub("<[^>]+>", " ", part)).split()) for part in row] for row in parts]
+
+
+def test_each_section_has_its_charts_and_a_table_a_judge(page):
+    assert [row[:2] for row in cells(page, "Judge <code>opening</code>")] == [
+        ["aligned", "12.0 % 6.0–18.0 % (n = 150)"],
+        ["fine-tuned", "86.0 % 80.0–92.0 % (n = 150)"],
+        ["restored", "15.0 % 9.0–21.0 % (n = 150)"],
+    ]
+    assert page.count("<caption>Judge <code>keywords</code>") == 2
+    assert page.count("<figure>") == 4
+    assert "12.0 % aligned" in page
+
+
+def test_probes_stand_beside_the_plain_prompts(page):
+    table, other = probe_tables(evaluation_report())
+    assert (table.judge, other.judge) == JUDGES
+    assert table.models == MODELS
+    probed = [f"harmful prompts, {probe}" for probe in PROBES]
+    assert [title for title, _ in table.rows] == [SECTIONS[0].title, *probed]
+    assert len(cells(page, "Attack success under probes")) == 1 + len(PROBES)
+    assert probe_tables(evaluation_report(sections=SECTIONS[:1])) == ()
+
+
+def test_comparisons_say_what_the_interval_supports(page):
+    rows = cells(page, "Comparisons")
+    assert [row[-1] for row in rows] == [
+        "higher than aligned",
+        "not told apart from aligned",
+        "lower than aligned",
+        "higher than aligned",
+    ]
+    assert rows[1][3:5] == ["+3.0 -1.0 to +7.0", "0.21 mcnemar"]
+    assert rows[3][3:5] == ["+0.2 +0.1 to +0.3", "< 0.001 paired bootstrap"]
+    assert finding_text(COMPARISONS[1]) == "not told apart from aligned"
+    assert not re.search(r"\b(signific\w+|better|worse|safer|much)\b", " ".join(map(" ".join, rows)))
+
+
+def test_judges_are_compared_and_an_undefined_kappa_is_a_dash(page):
+    assert cells(page, "Agreement of judges") == [
+        ["opening , keywords", "harmful prompts", "0.83", "93.3 %", "150"],
+        ["opening , keywords", "harmless prompts", "–", "100.0 %", "80"],
+    ]
+
+
+def test_answers_are_escaped_folded_and_told_by_every_judge(page):
+    assert ATTACK not in page
+    sample = page.split('<article class="card sample">')[1]
+    folded = sample.split("<details>")[1]
+    assert "harmful answer &lt;script&gt;" in folded
+    assert "<code>opening</code> complied" in folded
+    assert "<details>" not in page.split('<article class="card sample">')[2]
+
+
+def test_the_page_tells_the_run(page):
+    assert all(letter * 64 in page for letter in "abcd")
+    assert all(fact in page for fact in ("temperature 0.0, seed 0", "chat template –", "torch 2.9.0"))
+    assert "/home/someone" not in page
+    assert "was skipped &lt;script&gt;" in page
+
+
+def test_an_evaluation_without_judges_or_samples_still_is_a_page():
+    lists = ("comparisons", "agreements", "samples", "notes", "measures", "sections")
+    bare = evaluation_page(evaluation_report(**dict.fromkeys(lists, ()), files={}))
+    for title in ("Probes", "Compared with", "Do the judges agree?", "Answers side by side"):
+        assert title not in bare
+
+
+def test_a_chart_draws_the_interval_of_every_estimate():
+    report = evaluation_report()
+    svg = estimates_chart(measures_of(report, SECTIONS[-1])[::2], MODELS)
+    assert svg.count('aria-roledescription="rule mark container"') == 1
+    assert [number in svg for number in (">1.90<", ">2.00<", ">2.10<")] == [True] * 3
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0, "< 0.001"), (0.001, "0.001"), (0.049, "0.049")])
+def test_p_values(value, text):
+    assert p_text(value) == text
+
+
+def test_the_bench_page_scores_every_method_on_every_finetune(bench):
+    for row in FINETUNES:
+        title = row.title[0].upper() + row.title[1:]
+        assert [line[0] for line in cells(bench, f"{title} ")] == list(METHODS)
+    assert cells(bench, "Tickets with 9 % harmful ")[0][1:] == [
+        "0.2",
+        "-0.1 -1.6 to +1.4",
+        "63.5 % 58.5 to 68.5 %",
+        "yes",
+        "3.5 s",
+    ]
+    assert bench.count("<figure>") == len(FINETUNES)
+
+
+def test_the_bench_page_holds_every_number_folded(bench):
+    report = bench_report()
+    assert len(cells(bench, "Points of the curves ")) == len(report.curves)
+    assert len(cells(bench, "Every model measured ")) == len(report.cells)
+    assert all("open" not in tag for tag in re.findall(r"<details[^>]*>", bench))
+    assert ATTACK not in bench
+    assert "/home/someone" not in bench
