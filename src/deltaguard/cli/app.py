@@ -12,6 +12,7 @@ from deltaguard.cli.calibrate import calibrate
 from deltaguard.cli.demo import demo
 from deltaguard.cli.diff import diff
 from deltaguard.cli.info import info
+from deltaguard.cli.report import report
 from deltaguard.cli.restore import restore
 from deltaguard.cli.sink import UsageError, complain
 from deltaguard.cli.verify import verify
@@ -28,7 +29,7 @@ def build_app() -> App:
         version=__version__,
         help_format="markdown",
     )
-    for verb in (demo, calibrate, restore, diff, verify, info):
+    for verb in (demo, calibrate, restore, diff, verify, report, info):
         app.command(verb)
     return app
 
