@@ -3,15 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from deltaguard.calibration.conversations import Conversation, render
+from deltaguard.calibration.conversations import Conversation
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.engines.transformers import TransformersEngine
+from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.judges.openings import is_empty, is_refusal
 from deltaguard.evaluation.metrics.rates import Rate
-from deltaguard.generation import generate
 from deltaguard.progress import Event, Progress
 
 
@@ -88,11 +86,7 @@ def measure(
     Returns:
         The rates, and every answer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    network: Any = AutoModelForCausalLM.from_pretrained(model)
-    network.to(torch.device(device)).eval()
+    engine = TransformersEngine.open(str(model), device=device, batch_size=batch_size)
     total = len(tests.attack) + len(tests.harmless) + len(tests.task)
     done = 0
 
@@ -103,12 +97,8 @@ def measure(
             progress(Event("measure", done, total))
 
     def answer(conversations: Sequence[Conversation], tokens: int) -> tuple[str, ...]:
-        prompts = [render(tokenizer, conversation) for conversation in conversations]
-        return tuple(
-            generate(
-                network, tokenizer, prompts, max_new_tokens=tokens, batch_size=batch_size, on_batch=count
-            )
-        )
+        questions = [Question(conversation.prompt, conversation.system) for conversation in conversations]
+        return tuple(engine.answer(questions, Decoding(tokens), on_batch=count))
 
     return _judged(
         tests,
