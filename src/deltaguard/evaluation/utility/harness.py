@@ -93,16 +93,10 @@ def run_harness(
         include_path=None if include_path is None else str(include_path)
     )
     _check_tasks(tasks, manager)
-    engine: Any = import_module("lm_eval.models.huggingface").HFLM(
-        pretrained=str(model), device=device, batch_size=batch_size
-    )
-    if apply_chat_template and not engine.tokenizer.chat_template:
-        raise DeltaguardError(
-            f"{model} has no chat template to apply. Save its chat_template.jinja next to the tokenizer, or "
-            "run the harness without the template."
-        )
+    engine = _engine(model, device, batch_size, apply_chat_template=apply_chat_template)
+    evaluator = import_module("lm_eval.evaluator")
     try:
-        found: Mapping[str, Any] = import_module("lm_eval.evaluator").simple_evaluate(
+        found: Mapping[str, Any] = evaluator.simple_evaluate(
             engine,
             tasks=list(tasks),
             limit=limit,
@@ -147,6 +141,18 @@ def scores(found: Mapping[str, Any], *, chat_template: bool) -> list[HarnessScor
         for metric, comma, filtered in [key.partition(",")]
         if comma and not metric.endswith("_stderr")
     ]
+
+
+def _engine(model: str | Path, device: str, batch_size: int, *, apply_chat_template: bool) -> Any:
+    engine: Any = import_module("lm_eval.models.huggingface").HFLM(
+        pretrained=str(model), device=device, batch_size=batch_size
+    )
+    if apply_chat_template and not engine.tokenizer.chat_template:
+        raise DeltaguardError(
+            f"{model} has no chat template to apply. Save its chat_template.jinja next to the tokenizer, or "
+            "run the harness without the template."
+        )
+    return engine
 
 
 def _leaves(found: Mapping[str, Any], task: str) -> list[str]:
