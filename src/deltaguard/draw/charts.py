@@ -103,7 +103,7 @@ def rates_chart(models: Sequence[ModelRow], rate: Callable[[ModelRow], RateRow])
     )
     point = base.mark_point(filled=True, size=90, opacity=1).encode(x=alt.X("value:Q", scale=scale))
     number = base.mark_text(align="right", fontSize=_FONT_SIZE + 1, fontWeight="bold").encode(
-        x=alt.value(_RATE_WIDTH + 64), text="text:N"
+        x=alt.value(_RATE_WIDTH + 76), text="text:N"
     )
     return svg_of(alt.layer(bounds, point, number).properties(width=_RATE_WIDTH, height=alt.Step(30)))
 

@@ -12,7 +12,7 @@ from deltaguard.draw.text import model_label
 from deltaguard.report.evaluation import Measure
 
 _WIDTH = 190
-_NUMBER_AT = _WIDTH + 66
+_NUMBER_AT = _WIDTH + 76
 _ROW = 30
 _LABEL_LIMIT = 130
 
