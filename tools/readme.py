@@ -14,9 +14,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deltaguard.draw.text import DASH, duration, interval, model_label, moment, percent, size
+from deltaguard.draw.text import DASH, duration, interval, model_label, percent, size
 from deltaguard.report.base import Environment, RateRow
 from deltaguard.report.demo import DemoReport
+from tools.tables import bench_table, evaluation_table, made_with, small, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs/results")
@@ -119,9 +120,9 @@ def demo_table(content: str) -> str:
     made = (
         f"Method {options['method']}, strength {options['strength']}, seed {report.seed}; "
         f"{duration(_total(report.seconds))} and at most {size(report.peak_memory_bytes)} of memory for the "
-        f"whole run. {_made_with(report.environment)}"
+        f"whole run. {made_with(report.environment)}"
     )
-    return "\n\n".join((_table(head, rows), counted, _small(made)))
+    return "\n\n".join((table(head, rows, TEXT_COLUMNS), counted, small(made)))
 
 
 def strength_table(content: str) -> str:
@@ -138,7 +139,7 @@ def strength_table(content: str) -> str:
     for (finetune, seed), group in groupby(results.rows, key=lambda row: (row.finetune, row.seed)):
         rows = tuple(group)
         parts += [_strength_heading(finetune, seed, rows[0]), _strength_rows(rows)]
-    return "\n\n".join((*parts, _small(_made_with(results.environment))))
+    return "\n\n".join((*parts, small(made_with(results.environment))))
 
 
 def benchmark_table(content: str) -> str:
@@ -161,14 +162,16 @@ def benchmark_table(content: str) -> str:
         )
         for row in results.rows
     ]
-    table = _table(("what", "time", "peak memory", "ratio", "note"), rows)
-    return f"{table}\n\n{_small(_made_with(results.environment))}"
+    drawn = table(("what", "time", "peak memory", "ratio", "note"), rows, TEXT_COLUMNS)
+    return f"{drawn}\n\n{small(made_with(results.environment))}"
 
 
 TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "demo-table": ("demo.json", demo_table),
     "strength-table": ("strength.json", strength_table),
     "benchmark-table": ("benchmark.json", benchmark_table),
+    "evaluation-table": ("evaluation.json", evaluation_table),
+    "bench-table": ("bench.json", bench_table),
 }
 
 
@@ -275,7 +278,7 @@ def _strength_rows(rows: Iterable[StrengthRow]) -> str:
         "gain kept",
         "safety cost",
     )
-    return _table(
+    return table(
         (*head, "entries kept"),
         [
             (
@@ -290,6 +293,7 @@ def _strength_rows(rows: Iterable[StrengthRow]) -> str:
             )
             for row in rows
         ],
+        TEXT_COLUMNS,
     )
 
 
@@ -303,20 +307,6 @@ def _total(seconds: Mapping[str, float]) -> float:
 
 def _seconds(value: float) -> str:
     return duration(value) if value >= 1 else f"{1000 * value:.3g} ms"
-
-
-def _made_with(environment: Environment) -> str:
-    versions = ", ".join(f"{name} {release}" for name, release in environment.versions.items())
-    return f"{moment(environment.created)}; {environment.device}; {environment.machine}; {versions}."
-
-
-def _small(text: str) -> str:
-    return f"<sub>{text}</sub>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = ("---" if name in TEXT_COLUMNS else "---:" for name in head)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 if __name__ == "__main__":

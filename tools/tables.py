@@ -1,0 +1,103 @@
+"""Tables of evaluations and benches for README and docs, drawn from their JSON."""
+
+from collections.abc import Iterable, Sequence
+
+from deltaguard.draw.bench_tables import bench_markdown
+from deltaguard.draw.evaluation_view import bounds_text, measure_label, value_text
+from deltaguard.draw.text import duration, model_label, moment
+from deltaguard.report.base import Environment
+from deltaguard.report.bench import BenchReport
+from deltaguard.report.evaluation import EvaluationReport, Measure
+
+ARROWS = {"lower": "↓", "higher": "↑"}
+
+
+def evaluation_table(content: str) -> str:
+    """The models of an evaluation side by side: a row a measure, each number with its interval.
+
+    Args:
+        content: an `EvaluationReport` as JSON.
+
+    Returns:
+        Markdown: a table, how far the judges agree, and how it was made.
+    """
+    report = EvaluationReport.model_validate_json(content)
+    names = [model.name for model in report.models]
+    titles = {section.name: section.title for section in report.sections}
+    head = ("", *(f"**{model_label(name)}**" for name in names))
+    rows = [
+        (_row_name(titles, found[0]), *(_number(m) for m in found))
+        for found in _by_row(report.measures, names)
+        if found[0].name != "undecided"
+    ]
+    prompts = "; ".join(f"{s.title}: {s.prompts}" for s in report.sections if "/" not in s.name)
+    made = f"Suite {report.suite}, engine {report.engine}. {made_with(report.environment)}"
+    return "\n\n".join(
+        (
+            table(head, rows),
+            f"In brackets 95 % intervals. Prompts: {prompts}. {_agreement(report)}",
+            small(made),
+        )
+    )
+
+
+def bench_table(content: str) -> str:
+    """The scores of a bench, and how they were made.
+
+    Args:
+        content: a `BenchReport` as JSON.
+
+    Returns:
+        Markdown.
+    """
+    report = BenchReport.model_validate_json(content)
+    seeds = ", ".join(map(str, report.seeds))
+    made = (
+        f"`{report.command}`; preset {report.preset}, seed {seeds}; "
+        f"{duration(report.seconds['total'])} in all. {made_with(report.environment)}"
+    )
+    notes = "\n".join(f"- {note}" for note in report.notes)
+    return "\n\n".join((bench_markdown(report).rstrip(), notes, small(made)))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str] = ("",)) -> str:
+    """A Markdown table; columns whose head is in `words` are aligned left, all others right."""
+    rule = ("---" if name in words else "---:" for name in head)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def small(text: str) -> str:
+    """Small print."""
+    return f"<sub>{text}</sub>"
+
+
+def made_with(environment: Environment) -> str:
+    """Date, device and versions."""
+    versions = ", ".join(f"{name} {release}" for name, release in environment.versions.items())
+    return f"{moment(environment.created)}; {environment.device}; {environment.machine}; {versions}."
+
+
+def _by_row(measures: Sequence[Measure], models: Sequence[str]) -> list[list[Measure]]:
+    """The measures of all models that belong side by side, in order of appearance."""
+    rows: dict[tuple[str, str, str | None], list[Measure]] = {}
+    for measure in measures:
+        rows.setdefault((measure.section, measure.name, measure.judge), []).append(measure)
+    return [sorted(row, key=lambda m: models.index(m.model)) for row in rows.values()]
+
+
+def _row_name(titles: dict[str, str], measure: Measure) -> str:
+    judge = f", judge {measure.judge}" if measure.judge else ""
+    return f"{titles[measure.section]}: {measure_label(measure.name)}{judge} {ARROWS[measure.better]}"
+
+
+def _number(measure: Measure) -> str:
+    return f"{value_text(measure.estimate)}<br>({bounds_text(measure.estimate)})"
+
+
+def _agreement(report: EvaluationReport) -> str:
+    told = [
+        f"{a.first} and {a.second} on {a.section}: κ = {a.kappa:.2f}"
+        for a in report.agreements
+        if a.kappa is not None
+    ]
+    return f"Agreement of the judges (Cohen's κ): {'; '.join(told)}." if told else ""
