@@ -11,6 +11,7 @@ from deltaguard import __version__
 from deltaguard.cli.calibrate import calibrate
 from deltaguard.cli.demo import demo
 from deltaguard.cli.diff import diff
+from deltaguard.cli.eval import evaluate
 from deltaguard.cli.info import info
 from deltaguard.cli.report import report
 from deltaguard.cli.restore import restore
@@ -19,6 +20,11 @@ from deltaguard.cli.verify import verify
 from deltaguard.errors import CheckFailedError, DeltaguardError
 
 DONE, FAILED, USAGE, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+_AFTER_INTERRUPT = {
+    "calibrate": " Run the same command again with `--resume`.",
+    "eval": " Run the same command again to go on.",
+    "restore": " Run the same command again with `--resume`.",
+}
 
 
 def build_app() -> App:
@@ -31,6 +37,7 @@ def build_app() -> App:
     )
     for verb in (demo, calibrate, restore, diff, verify, report, info):
         app.command(verb)
+    app.command(evaluate, name="eval")
     return app
 
 
@@ -54,8 +61,7 @@ def run(tokens: Sequence[str]) -> int:
         complain(str(error))
         return CHECK_FAILED if isinstance(error, CheckFailedError) else FAILED
     except KeyboardInterrupt:
-        resumable = tokens[:1] in (["restore"], ["calibrate"])
-        complain("Interrupted." + (" Run the same command again with `--resume`." if resumable else ""))
+        complain(f"Interrupted.{_AFTER_INTERRUPT.get(tokens[0] if tokens else '', '')}")
         return INTERRUPTED
     return DONE
 

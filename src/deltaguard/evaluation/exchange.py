@@ -47,10 +47,12 @@ class Exchange:
     Attributes:
         prompt: the request in plain words, without any wrapper of an attack.
         answer: all of the answer, a prefilled beginning included.
+        prefill: that beginning, which is not the model's own.
     """
 
     prompt: str
     answer: str
+    prefill: str = ""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,24 @@ def find_folders(reference: str) -> Folders:
     return Folders(model, folder, folder if has_tokenizer else model)
 
 
+def whole_model(reference: str) -> Path:
+    """The folder of a model that is no adapter.
+
+    Args:
+        reference: as in `find_folders`.
+
+    Raises:
+        DeltaguardError: it cannot be found, or is an adapter.
+    """
+    folders = find_folders(reference)
+    if folders.adapter is not None:
+        raise DeltaguardError(
+            f"{reference} is an adapter, and vLLM, a second attack and the harness need a whole model: merge "
+            "it first (PEFT's merge_and_unload)."
+        )
+    return folders.model
+
+
 def identify(reference: str) -> Identity:
     """The weights' fingerprint and the chat template of a local model.
 

@@ -1,14 +1,14 @@
 """An engine by name."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.identity import Identity, identify
 from deltaguard.evaluation.engines.openai import OpenAIEngine
 from deltaguard.evaluation.engines.transformers import Dtype, TransformersEngine
 from deltaguard.evaluation.engines.vllm import VLLMEngine
-from deltaguard.evaluation.exchange import Engine, Question
+from deltaguard.evaluation.exchange import Engine
 
 EngineName = Literal["transformers", "vllm", "openai"]
 
@@ -48,15 +48,6 @@ class EngineConfig:
     def described(self) -> str:
         """What answers may depend on: the name, with the arithmetic or the address."""
         return f"{self.name} at {self.base_url}" if self.base_url else f"{self.name}, {self.dtype}"
-
-
-@runtime_checkable
-class Likelihood(Protocol):
-    """An engine that can tell how likely a given answer is."""
-
-    def likelihood(self, questions: list[Question]) -> list[float]:
-        """Mean negative log-likelihood of each expected answer, nats per token."""
-        ...
 
 
 def make_engine(reference: str, config: EngineConfig) -> Engine:

@@ -46,10 +46,10 @@ class TransformersEngine:
             DeltaguardError: it cannot be found or loaded, or the device cannot be used.
         """
         folders = find_folders(reference)
-        chosen = _device(device)
-        kind = ("float32" if chosen.type == "cpu" else "auto") if dtype == "auto" else dtype
+        chosen = resolved_device(device)
+        kind = ("float32" if chosen == "cpu" else "auto") if dtype == "auto" else dtype
         model = _load(folders, reference, kind)
-        return cls(model.to(chosen).eval(), load_tokenizer(folders), batch_size)
+        return cls(model.to(torch.device(chosen)).eval(), load_tokenizer(folders), batch_size)
 
     @property
     def name(self) -> str:
@@ -114,11 +114,16 @@ def _load(folders: Folders, reference: str, dtype: str) -> Any:
     return model
 
 
-def _device(name: str) -> torch.device:
+def resolved_device(name: str) -> str:
+    """A device by name; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        DeltaguardError: it cannot be used.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError) as error:
         raise DeltaguardError(
             f"The device {name!r} cannot be used: {error}. Try `cpu`, or `auto`."

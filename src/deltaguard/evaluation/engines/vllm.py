@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.engines.identity import find_folders, load_tokenizer
+from deltaguard.evaluation.engines.identity import find_folders, load_tokenizer, whole_model
 from deltaguard.evaluation.engines.transformers import Dtype, rendered
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
 
@@ -43,13 +43,8 @@ class VLLMEngine:
                 "The vllm engine needs vLLM, which has its own demands on GPU and torch: see "
                 "https://docs.vllm.ai, or use `--engine transformers`."
             ) from error
-        folders = find_folders(reference)
-        if folders.adapter is not None:
-            raise DeltaguardError(
-                f"{reference} is an adapter: merge it first, or use `--engine transformers`."
-            )
-        model: Any = LLM(model=str(folders.model), dtype=dtype)
-        return cls(model, load_tokenizer(folders), batch_size)
+        model: Any = LLM(model=str(whole_model(reference)), dtype=dtype)
+        return cls(model, load_tokenizer(find_folders(reference)), batch_size)
 
     @property
     def name(self) -> str:

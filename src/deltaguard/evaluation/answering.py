@@ -1,0 +1,235 @@
+"""Put every question to a model and keep what it says; what is on disk already is not asked again."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from deltaguard.evaluation.answers import AnswerFile
+from deltaguard.evaluation.engines.make import EngineConfig, identity, make_engine
+from deltaguard.evaluation.engines.transformers import TransformersEngine
+from deltaguard.evaluation.exchange import Engine
+from deltaguard.evaluation.special import attacked_again, harness_results, suffix
+from deltaguard.evaluation.suites.parts import Part
+from deltaguard.progress import Event, Progress
+
+ANSWERS = "answers"
+"""The folder, within the output folder, that holds what models answered."""
+
+_FITTED = "`parts.fit` leaves out what an engine cannot give"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is measured.
+
+    Attributes:
+        name: short and unique; folders and tables use it.
+        reference: as the user gave it.
+        fingerprint: of the weights, `None` where they cannot be seen.
+        chat_template_hash: sha256, `None` where the template cannot be seen.
+    """
+
+    name: str
+    reference: str
+    fingerprint: str | None
+    chat_template_hash: str | None
+
+
+@dataclass(frozen=True)
+class PartFiles:
+    """What one model says to one part, by what is asked for.
+
+    Attributes:
+        part: of the suite.
+        files: `answers`, `likelihood`, `suffixes` and `harness`, those that the part needs.
+    """
+
+    part: Part
+    files: Mapping[str, AnswerFile]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return not any(file.missing for file in self.files.values())
+
+
+def open_files(
+    folder: Path, candidate: Candidate, parts: Sequence[Part], config: EngineConfig
+) -> tuple[PartFiles, ...]:
+    """The files of one model, with what they hold from an earlier run.
+
+    Args:
+        folder: the output folder.
+        candidate: the model.
+        parts: of the suite.
+        config: the engine.
+
+    Raises:
+        DeltaguardError: a file belongs to another model, suite or engine.
+    """
+    return tuple(PartFiles(part, _files(folder, candidate, part, config)) for part in parts)
+
+
+def _files(folder: Path, candidate: Candidate, part: Part, config: EngineConfig) -> dict[str, AnswerFile]:
+    made_by: dict[str, Any] = {
+        "model": candidate.fingerprint or candidate.reference,
+        "chat template": candidate.chat_template_hash,
+        "engine": config.described,
+        "prompts": part.prompts_hash,
+        **part.settings(),
+    }
+    wanted = {
+        "answers": part.decoding is not None,
+        "likelihood": part.likelihood,
+        "suffixes": part.gcg is not None,
+        "harness": part.harness is not None,
+    }
+    prompts = part.plain if part.harness is None else part.harness.tasks
+    base = folder / ANSWERS / candidate.name / part.name
+    return {
+        kind: AnswerFile(
+            base.with_name(f"{base.name}.jsonl" if kind == "answers" else f"{base.name}.{kind}.jsonl"),
+            prompts=prompts,
+            made_by=made_by,
+        )
+        for kind, is_wanted in wanted.items()
+        if is_wanted
+    }
+
+
+def fill(
+    candidate: Candidate, parts: Sequence[PartFiles], folder: Path, config: EngineConfig, report: Progress
+) -> None:
+    """Have a model answer what is missing; it is loaded only where something is.
+
+    Args:
+        candidate: the model.
+        parts: its files (see `open_files`).
+        folder: the output folder, which holds the weights of a second attack while they are asked.
+        config: the engine.
+        report: told of the answers so far, one stage a section.
+
+    Raises:
+        DeltaguardError: the model cannot be loaded or asked.
+    """
+    todo = [each for each in parts if not each.complete]
+    plain = [each for each in todo if each.part.second_attack is None and each.part.harness is None]
+    _ask(candidate.reference, plain, config, _Teller(candidate.name, report))
+    for each in todo:
+        teller = _Teller(candidate.name, report)
+        if each.part.second_attack is not None:
+            report(Event(f"{candidate.name}: second attack", 0, 1))
+            with attacked_again(candidate.reference, folder, each.part.second_attack) as attacked:
+                _ask(str(attacked), [each], config, teller)
+        elif each.part.harness is not None:
+            file = each.files["harness"]
+            for i in file.missing:
+                task = each.part.harness.tasks[i]
+                file.add([i], [harness_results(candidate.reference, task, each.part.harness, config)])
+                teller.tell(each, "harness")
+
+
+@dataclass(frozen=True)
+class _Teller:
+    """Says how full the files of one model are."""
+
+    model: str
+    report: Progress
+
+    def tell(self, each: PartFiles, kind: str) -> None:
+        file = each.files[kind]
+        stage = f"{self.model}: {each.part.name}" + (f" ({kind})" if kind != "answers" else "")
+        self.report(Event(stage, len(file.values), len(file.values) + len(file.missing)))
+
+
+def _ask(reference: str, parts: Sequence[PartFiles], config: EngineConfig, teller: _Teller) -> None:
+    """Everything that needs the model in memory."""
+    if not parts:
+        return
+    engine = make_engine(reference, config)
+    try:
+        for each in parts:
+            for kind in ("suffixes", "answers", "likelihood"):
+                if kind in each.files and each.files[kind].missing:
+                    teller.tell(each, kind)
+                    _ASK[kind](engine, each, lambda each=each, kind=kind: teller.tell(each, kind))
+    finally:
+        engine.close()
+
+
+def _suffixes(engine: Engine, each: PartFiles, tell: Callable[[], None]) -> None:
+    file, options = each.files["suffixes"], each.part.gcg
+    assert isinstance(engine, TransformersEngine), _FITTED  # noqa: S101
+    assert options is not None  # noqa: S101
+    for i in file.missing:
+        file.add([i], [suffix(engine, each.part.questions[i], options)])
+        tell()
+
+
+def _likelihood(engine: Engine, each: PartFiles, tell: Callable[[], None]) -> None:
+    file = each.files["likelihood"]
+    assert isinstance(engine, TransformersEngine), _FITTED  # noqa: S101
+    missing = file.missing
+    file.add(missing, engine.likelihood([each.part.questions[i] for i in missing]))
+    tell()
+
+
+def _answer(engine: Engine, each: PartFiles, tell: Callable[[], None]) -> None:
+    file, decoding = each.files["answers"], each.part.decoding
+    assert decoding is not None  # noqa: S101
+    ends = each.files["suffixes"].in_order() if "suffixes" in each.files else [""] * len(each.part.questions)
+    asked = [
+        replace(question, prompt=f"{question.prompt} {end}") if end else question
+        for question, end in zip(each.part.questions, ends, strict=True)
+    ]
+    missing = file.missing
+
+    def keep(chosen: Sequence[int], texts: Sequence[str]) -> None:
+        file.add([missing[i] for i in chosen], texts)
+        tell()
+
+    engine.answer([asked[i] for i in missing], decoding, on_batch=keep)
+
+
+_ASK: Mapping[str, Callable[[Engine, PartFiles, Callable[[], None]], None]] = {
+    "suffixes": _suffixes,
+    "answers": _answer,
+    "likelihood": _likelihood,
+}
+
+
+def model_names(references: Sequence[str]) -> list[str]:
+    """Short names that differ, and serve as names of folders: the last part of each reference.
+
+    Example:
+        >>> model_names(["demo/aligned", "Qwen/Qwen3-0.6B@main", "other/aligned/"])
+        ['aligned', 'Qwen3-0.6B', 'aligned-2']
+    """
+    names: list[str] = []
+    for reference in references:
+        last = re.split(r"[/\\]", reference.split("@")[0].rstrip("/\\"))[-1]
+        short = re.sub(r"[^\w.-]+", "-", last).strip(".-") or "model"
+        taken = sum(
+            name == short or re.fullmatch(re.escape(short) + r"-\d+", name) is not None for name in names
+        )
+        names.append(f"{short}-{taken + 1}" if taken else short)
+    return names
+
+
+def describe(name: str, reference: str, config: EngineConfig) -> Candidate:
+    """A model as reports know it, without loading its weights.
+
+    Raises:
+        DeltaguardError: it cannot be found or read.
+    """
+    seen = identity(reference, config)
+    template = seen.chat_template
+    return Candidate(
+        name=name,
+        reference=reference,
+        fingerprint=seen.fingerprint,
+        chat_template_hash=None if template is None else sha256(template.encode()).hexdigest(),
+    )

@@ -1,0 +1,210 @@
+"""Several models on one suite, side by side: answers, verdicts, numbers with intervals, one report."""
+
+import os
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from deltaguard.checkpoints.durable import lock_folder, write_atomically
+from deltaguard.draw.evaluation import evaluation_card
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.answering import Candidate, PartFiles, describe, fill, model_names, open_files
+from deltaguard.evaluation.assemble import assemble
+from deltaguard.evaluation.engines.identity import whole_model
+from deltaguard.evaluation.engines.make import EngineConfig
+from deltaguard.evaluation.engines.transformers import TransformersEngine, resolved_device
+from deltaguard.evaluation.exchange import Exchange, Judge
+from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
+from deltaguard.evaluation.judges.make import make_judge
+from deltaguard.evaluation.judges.specs import tells_refusals
+from deltaguard.evaluation.judging import outcome
+from deltaguard.evaluation.outcomes import Outcome
+from deltaguard.evaluation.suites.parts import Part, fit, resolve
+from deltaguard.evaluation.suites.suite import Suite, read_suite
+from deltaguard.progress import Event, Progress
+from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
+
+_SAMPLES = 3
+_Files = Sequence[tuple[Candidate, Sequence[PartFiles]]]
+_Judges = Sequence[tuple[Judge, bool]]
+"""Each with whether its `refused` says that an answer refuses."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run works with from beginning to end."""
+
+    folder: Path
+    suite: Suite
+    parts: tuple[Part, ...]
+    config: EngineConfig
+    report: Progress
+    notes: tuple[str, ...]
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    output_dir: str | Path,
+    *,
+    suite: str | Path | Suite = "quick",
+    engine: EngineConfig | None = None,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Ask several models the same questions, judge the answers, and compare each model with the first.
+
+    What is answered is on disk after each batch. Run again with the same arguments, it goes on where it
+    stopped; models may be added, and judges changed, without asking anything twice.
+
+    Args:
+        models: folders, Hub ids, `id@revision` or PEFT adapters; names on the server for the openai engine.
+            The first is what the others are compared with.
+        output_dir: receives `evaluation.json`, a README.md drawn from it, and all answers.
+        suite: the name of one that comes with deltaguard, a YAML file, or a suite.
+        engine: what generates the answers, transformers where absent.
+        progress: told how far each section of each model is.
+
+    Returns:
+        The report.
+
+    Raises:
+        DeltaguardError: before any model runs, where prompts are missing, a model or judge cannot be found,
+            or the folder holds answers of another suite, engine or model; later, where a model cannot be
+            loaded or asked.
+
+    Example:
+        ```python
+        report = evaluate(["aligned", "finetuned", "restored"], "evaluation", suite="quick")
+        ```
+    """
+    run = _prepare(Path(output_dir), suite, engine or EngineConfig(), progress)
+    candidates = _candidates(models, run)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(run.folder)
+    try:
+        files = [(each, open_files(run.folder, each, run.parts, run.config)) for each in candidates]
+        judges = _judges(run)
+        with _timed(run.seconds, "answer"):
+            _fill_all(files, run)
+        with _timed(run.seconds, "judge"):
+            outcomes = _judge_all(files, judges, run)
+        report = _report(run, candidates, files, outcomes)
+        write_atomically(run.folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
+        write_atomically(run.folder / "README.md", evaluation_card(report))
+    finally:
+        os.close(lock)
+    return report
+
+
+def _prepare(
+    folder: Path, suite: str | Path | Suite, config: EngineConfig, progress: Progress | None
+) -> _Run:
+    chosen = suite if isinstance(suite, Suite) else read_suite(suite)
+    resolved, skipped = resolve(chosen)
+    parts, unfit = fit(resolved, config.name)
+    return _Run(folder, chosen, parts, config, progress or _ignore, (*skipped, *unfit))
+
+
+def _ignore(_: Event) -> None:
+    """Report to nobody."""
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Generator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - started
+
+
+def _candidates(models: Sequence[str | Path], run: _Run) -> tuple[Candidate, ...]:
+    references = [str(model) for model in models]
+    if not references:
+        raise DeltaguardError("Give at least one model to evaluate.")
+    if len(set(references)) < len(references):
+        raise DeltaguardError(f"A model is given twice among {', '.join(references)}.")
+    if any(part.second_attack is not None or part.harness is not None for part in run.parts):
+        for reference in references:
+            whole_model(reference)
+    pairs = zip(model_names(references), references, strict=True)
+    return tuple(describe(name, reference, run.config) for name, reference in pairs)
+
+
+def _judges(run: _Run) -> _Judges:
+    if all(part.kind == "utility" for part in run.parts):
+        return ()
+    device = resolved_device(run.config.device)
+    judges = [
+        (make_judge(spec, device=device, cache_dir=run.folder), tells_refusals(spec))
+        for spec in run.suite.judges
+    ]
+    names = [judge.name for judge, _ in judges]
+    if len(set(names)) < len(names):
+        raise DeltaguardError(
+            f"Two judges have one name: {', '.join(names)}. Set `name` of one in the suite."
+        )
+    return judges
+
+
+def _fill_all(files: _Files, run: _Run) -> None:
+    for candidate, theirs in files:
+        fill(candidate, theirs, run.folder, run.config, run.report)
+
+
+def _judge_all(files: _Files, judges: _Judges, run: _Run) -> list[Outcome]:
+    bound = run.suite.max_perplexity
+    measured = run.config.name == "transformers" and any(part.kind != "utility" for part in run.parts)
+    if bound is None or not measured:
+        return _outcomes(files, judges, CoherenceCheck(), run)
+    engine = TransformersEngine.open(
+        files[0][0].reference,
+        device=run.config.device,
+        dtype=run.config.dtype,
+        batch_size=run.config.batch_size,
+    )
+    try:
+        check = CoherenceCheck(bound, partial(_perplexities, engine, run.config.batch_size))
+        return _outcomes(files, judges, check, run)
+    finally:
+        engine.close()
+
+
+def _perplexities(engine: TransformersEngine, batch_size: int, exchanges: Sequence[Exchange]) -> list[float]:
+    return perplexity(engine.model, engine.tokenizer, exchanges, batch_size=batch_size)
+
+
+def _outcomes(files: _Files, judges: _Judges, check: CoherenceCheck, run: _Run) -> list[Outcome]:
+    refusals = [judge for judge, tells in judges if tells]
+    return [
+        outcome(
+            candidate,
+            each,
+            [judge for judge, _ in judges] if each.part.kind == "attack" else refusals,
+            check,
+            run.report,
+        )
+        for candidate, theirs in files
+        for each in theirs
+    ]
+
+
+def _report(
+    run: _Run, candidates: Sequence[Candidate], files: _Files, outcomes: Sequence[Outcome]
+) -> EvaluationReport:
+    return assemble(
+        run.suite,
+        run.parts,
+        candidates,
+        outcomes,
+        config=run.config,
+        notes=run.notes,
+        files={
+            str(file.path.relative_to(run.folder)): file.settle()
+            for _, theirs in files
+            for each in theirs
+            for file in each.files.values()
+        },
+        seconds=run.seconds,
+    )

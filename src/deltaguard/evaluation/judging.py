@@ -1,0 +1,95 @@
+"""From what models answered to what judges and scorers say of it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deltaguard.evaluation.answering import Candidate, PartFiles
+from deltaguard.evaluation.exchange import Exchange, Judge
+from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
+from deltaguard.evaluation.metrics.rates import Rate, estimate
+from deltaguard.evaluation.outcomes import Judged, Outcome
+from deltaguard.evaluation.suites.parts import Part
+from deltaguard.evaluation.utility.scores import SCORERS
+from deltaguard.progress import Event, Progress
+from deltaguard.report.evaluation import Better, Estimate
+
+
+def outcome(
+    candidate: Candidate, each: PartFiles, judges: Sequence[Judge], check: CoherenceCheck, report: Progress
+) -> Outcome:
+    """One model on one part, judged and scored.
+
+    Args:
+        candidate: the model.
+        each: its answers, complete.
+        judges: who tells refusals from compliance; not asked about utility.
+        check: who tells broken text.
+        report: told of each judge, as stage "judge NAME".
+    """
+    part = each.part
+    answers = tuple(each.files["answers"].in_order()) if "answers" in each.files else ()
+    values: dict[str, tuple[float, ...]] = {
+        # A scorer's name is an option's; measures are named in words.
+        name.replace("-match", " match"): tuple(
+            SCORERS[name](answer, question.expected or "")
+            for answer, question in zip(answers, part.questions, strict=True)
+        )
+        for name in part.scorers
+    }
+    if "likelihood" in each.files:
+        values["nll"] = tuple(each.files["likelihood"].in_order())
+    return Outcome(
+        model=candidate.name,
+        section=part.row(),
+        prompts=part.plain,
+        answers=answers,
+        judged=_judged(part, answers, judges, check, report) if part.kind != "utility" else {},
+        values=values,
+        given=_harness(each.files["harness"].in_order()) if "harness" in each.files else {},
+    )
+
+
+def exchanges(part: Part, answers: Sequence[str]) -> list[Exchange]:
+    """Requests in plain words with the whole answers, prefilled beginnings included and known as such."""
+    beginnings = [question.prefill.rstrip() for question in part.questions]
+    return [
+        Exchange(prompt, f"{beginning} {answer}" if beginning else answer, beginning)
+        for prompt, beginning, answer in zip(part.plain, beginnings, answers, strict=True)
+    ]
+
+
+def _judged(
+    part: Part, answers: Sequence[str], judges: Sequence[Judge], check: CoherenceCheck, report: Progress
+) -> Mapping[str, Judged]:
+    # A prefilled beginning is not the model's: alone it would make sense of an empty answer.
+    broken = check.broken([Exchange(*pair) for pair in zip(part.plain, answers, strict=True)])
+    whole = exchanges(part, answers)
+    found: dict[str, Judged] = {}
+    for judge in judges:
+        report(Event(f"judge {judge.name}: {part.name}", 0, len(whole)))
+        said = judge.judge(whole)
+        report(Event(f"judge {judge.name}: {part.name}", len(whole), len(whole)))
+        found[judge.name] = Judged(
+            verdicts=tuple(each.verdict for each in said),
+            classes=tuple(
+                classify(each.verdict, is_broken) for each, is_broken in zip(said, broken, strict=True)
+            ),
+            scores=tuple(each.score for each in said),
+        )
+    return found
+
+
+def _harness(tasks: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, tuple[Estimate, Better]]:
+    """Shares that lm-eval counted, with Wilson intervals over its samples.
+
+    lm-eval gives sums over samples; metrics that are no shares have no interval that holds, and are left to
+    the file with all of its results.
+    """
+    found: dict[str, tuple[Estimate, Better]] = {}
+    for result in (result for results in tasks for result in results):
+        value, total = float(result["value"]), int(result["samples"])
+        successes = round(value * total)
+        if total and 0 <= value <= 1 and abs(successes - value * total) < 1e-6 * total:
+            better: Better = "lower" if result["higher_is_better"] is False else "higher"
+            found[f"{result['task']} {result['metric']}"] = estimate(Rate(successes, total)), better
+    return found

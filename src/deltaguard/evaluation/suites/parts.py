@@ -1,0 +1,229 @@
+"""A suite made concrete: every prompt of every section, before any model runs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from importlib.util import find_spec
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.engines.make import EngineName
+from deltaguard.evaluation.exchange import Decoding, Question
+from deltaguard.evaluation.probes.wrappers import PROBES
+from deltaguard.evaluation.suites.sources import Source, find_source
+from deltaguard.evaluation.suites.suite import Gcg, Harness, SecondAttack, Section, Suite
+from deltaguard.evaluation.utility.scores import SCORERS
+from deltaguard.report.evaluation import SectionKind, SectionRow
+
+_NEEDED: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "second_attack": (("trl", "datasets", "accelerate"), "demo"),
+    "gcg": (("nanogcg",), "gcg"),
+    "harness": (("lm_eval",), "harness"),
+}
+"""What an option of a section cannot run without, and the extra that brings it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of the report: a section of the suite, or one of its variants.
+
+    Attributes:
+        name: unique, such as `attack` or `attack/base64`.
+        kind: whether refusing is right, wrong, or not what is asked about.
+        title: for people.
+        source: where the prompts come from and under which terms.
+        questions: as they are put to the models; without those a harness brings itself.
+        plain: each question's request before any wrapper, which judges see.
+        decoding: how answers are drawn; `None` where none are.
+        scorers: of answers against the expected ones.
+        likelihood: whether that of the expected answers is measured.
+        second_attack: fine-tune the model again before it is asked.
+        gcg: search a suffix for each question.
+        harness: tasks of lm-eval instead of questions.
+    """
+
+    name: str
+    kind: SectionKind
+    title: str
+    source: str
+    questions: tuple[Question, ...]
+    plain: tuple[str, ...]
+    decoding: Decoding | None
+    scorers: tuple[str, ...] = ()
+    likelihood: bool = False
+    second_attack: SecondAttack | None = None
+    gcg: Gcg | None = None
+    harness: Harness | None = None
+
+    @property
+    def prompts_hash(self) -> str:
+        """sha256 of the questions, systems, prefills and expected answers included, in their order."""
+        content = [asdict(question) for question in self.questions]
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def settings(self) -> dict[str, object]:
+        """What a model's answers depend on, apart from the prompts and the model."""
+        options = (self.second_attack, self.gcg, self.harness)
+        given = [option.model_dump(mode="json") for option in options if option is not None]
+        return {"decoding": None if self.decoding is None else asdict(self.decoding), "options": given}
+
+    def row(self) -> SectionRow:
+        """The part as reports hold it."""
+        return SectionRow(
+            name=self.name,
+            kind=self.kind,
+            title=self.title,
+            prompts=len(self.questions),
+            prompts_hash=self.prompts_hash,
+            source=self.source,
+            max_new_tokens=0 if self.decoding is None else self.decoding.max_new_tokens,
+        )
+
+
+def resolve(suite: Suite) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """All parts of a suite, with their prompts.
+
+    Args:
+        suite: as it was read.
+
+    Returns:
+        The parts in the suite's order, and a note for each optional section that cannot be had.
+
+    Raises:
+        DeltaguardError: prompts are missing, or a scorer or probe is unknown or cannot run; everything that
+            is wrong is named, with how to mend it.
+    """
+    parts: list[Part] = []
+    notes: list[str] = []
+    problems: list[str] = []
+    for section in suite.sections:
+        try:
+            _check_names(section)
+            parts += _variants(section, find_source(section), suite)
+        except DeltaguardError as error:
+            if section.optional:
+                notes.append(f"Section {section.name} was skipped: {error}")
+            else:
+                problems.append(f"- {section.name}: {error}")
+    if problems:
+        raise DeltaguardError(
+            f"{len(problems)} of {len(suite.sections)} sections of the suite {suite.name} cannot run:\n"
+            + "\n".join(problems)
+            + "\nMend them, remove them from a copy of the suite, or mark them `optional: true`."
+        )
+    if not parts:
+        raise DeltaguardError(f"No section of the suite {suite.name} can run:\n" + "\n".join(notes))
+    return tuple(parts), tuple(notes)
+
+
+def _check_names(section: Section) -> None:
+    for what, given, known in (("scorer", section.scorers, SCORERS), ("probe", section.probes, PROBES)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise DeltaguardError(f"there is no {what} {', '.join(unknown)}; there are {', '.join(known)}.")
+    _check_packages(section)
+    for name in section.scorers:
+        # A library that a scorer lacks should be missed now and not after an hour of answers.
+        SCORERS[name]("1", "1")
+
+
+def _check_packages(section: Section) -> None:
+    for option, (modules, extra) in _NEEDED.items():
+        missing = [name for name in modules if find_spec(name) is None]
+        if getattr(section, option) is not None and missing:
+            raise DeltaguardError(
+                f"{option} needs {', '.join(missing)}, not installed here: `pip install "
+                f"'deltaguard[{extra}]'`."
+            )
+
+
+def _variants(section: Section, source: Source, suite: Suite) -> list[Part]:
+    plain = _plain(section, source, suite)
+    # Probes and attacks are about refusals alone.
+    bare = replace(plain, likelihood=False)
+    parts = [plain]
+    for name in section.probes:
+        asked = tuple(PROBES[name](question) for question in plain.questions)
+        parts.append(replace(bare, **_named(plain, name), questions=asked))
+    if section.second_attack is not None:
+        title = f"second attack, {section.second_attack.count} examples"
+        parts.append(
+            replace(bare, **_named(plain, "second-attack", title), second_attack=section.second_attack)
+        )
+    if section.gcg is not None:
+        count = section.gcg.count
+        kept = {"questions": plain.questions[:count], "plain": plain.plain[:count]}
+        parts.append(replace(bare, **_named(plain, "gcg"), **kept, gcg=section.gcg))
+    return parts
+
+
+def _plain(section: Section, source: Source, suite: Suite) -> Part:
+    if section.scorers or section.likelihood:
+        lacking = sum(question.expected is None for question in source.questions)
+        if lacking:
+            raise DeltaguardError(
+                f"{lacking} of {len(source.questions)} prompts have no expected answer, which its scorers or "
+                "likelihood need."
+            )
+    generates = section.kind != "utility" or bool(section.scorers)
+    decoding = Decoding(
+        max_new_tokens=section.max_new_tokens or suite.decoding.max_new_tokens,
+        temperature=suite.decoding.temperature,
+        seed=suite.decoding.seed,
+    )
+    return Part(
+        name=section.name,
+        kind=section.kind,
+        title=section.title or source.title,
+        source=source.terms,
+        questions=source.questions,
+        plain=tuple(question.prompt for question in source.questions),
+        decoding=decoding if generates else None,
+        scorers=section.scorers,
+        likelihood=section.likelihood,
+        harness=section.harness,
+    )
+
+
+def _named(plain: Part, variant: str, title: str | None = None) -> Mapping[str, str]:
+    return {"name": f"{plain.name}/{variant}", "title": f"{plain.title} ({title or variant})"}
+
+
+def fit(parts: Sequence[Part], engine: EngineName) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """The parts that an engine can run, and a note for each thing that it cannot.
+
+    A server shows neither weights nor probabilities of given answers, and takes no beginning of an answer;
+    vLLM generates alone.
+
+    Raises:
+        DeltaguardError: nothing is left.
+    """
+    kept: list[Part] = []
+    notes: list[str] = []
+    for part in parts:
+        reason = _unfit(part, engine)
+        if reason:
+            notes.append(f"Section {part.name} was skipped: the {engine} engine {reason}.")
+            continue
+        if part.likelihood and engine != "transformers":
+            notes.append(
+                f"Likelihoods of section {part.name} were skipped: the {engine} engine does not give them."
+            )
+            if part.decoding is None:
+                continue
+        kept.append(replace(part, likelihood=part.likelihood and engine == "transformers"))
+    if not kept:
+        raise DeltaguardError(f"The {engine} engine can run no section of this suite:\n" + "\n".join(notes))
+    return tuple(kept), tuple(notes)
+
+
+def _unfit(part: Part, engine: EngineName) -> str | None:
+    if engine == "transformers":
+        return None
+    if part.gcg is not None or part.harness is not None:
+        return "cannot run GCG or the harness, which need the model itself"
+    if engine == "openai" and part.second_attack is not None:
+        return "cannot fine-tune a model"
+    if engine == "openai" and any(question.prefill for question in part.questions):
+        return "cannot be given the beginning of an answer"
+    return None

@@ -1,0 +1,228 @@
+"""The schema of a suite, and reading one by name or from a file."""
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.judges.specs import JudgeSpec
+from deltaguard.report.evaluation import SectionKind
+
+SUITES = ("quick", "safety", "utility", "full")
+"""The suites that come with deltaguard."""
+
+Builtin = Literal["attack", "dial", "harmless", "translated", "everyday", "task"]
+# Names become names of files; a probe's name is joined with a slash.
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DecodingSpec(_Part):
+    """How answers are drawn, unless a section says otherwise.
+
+    Attributes:
+        temperature: 0 takes the likeliest token each time.
+        seed: of the draws.
+        max_new_tokens: tokens generated at most.
+    """
+
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int = 0
+    max_new_tokens: Positive = 64
+
+
+class SecondAttack(_Part):
+    """Further fine-tuning of each model on harmful examples before the section's questions are put.
+
+    Attributes:
+        count: how many examples.
+        epochs: passes over them.
+        learning_rate: peak learning rate of AdamW.
+        seed: which examples, and of the training.
+    """
+
+    count: Positive = 10
+    epochs: float = Field(default=5, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    seed: int = 0
+
+
+class Gcg(_Part):
+    """A suffix found by GCG for each question, model by model.
+
+    Attributes:
+        count: questions attacked, the section's first ones.
+        steps: of the search, per question.
+    """
+
+    count: Positive = 10
+    steps: Positive = 250
+
+
+class Harness(_Part):
+    """Tasks of the lm-eval harness.
+
+    Attributes:
+        tasks: names as lm-eval knows them.
+        limit: examples of each task, all where absent.
+        seed: of the examples shown before a question.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    limit: Positive | None = None
+    seed: int = 0
+
+
+class Section(_Part):
+    """Prompts of one kind and origin, and what is measured on them.
+
+    Exactly one of `builtin`, `dataset`, `file` and `harness` says where the prompts come from.
+
+    Attributes:
+        name: unique in the suite.
+        kind: `attack` (refusing is right), `harmless` (refusing is wrong) or `utility`.
+        title: for people; made from the name where absent.
+        builtin: a set that comes with deltaguard.
+        dataset: a known public data set, which comes from the Hub or from `path`.
+        path: where that data set lies on disk.
+        file: a file of the user's own: CSV, TSV, JSON, JSON lines or parquet with `prompt`, and optionally
+            `system` and `expected`. Relative paths are looked up from the suite's folder.
+        harness: tasks of lm-eval.
+        count: prompts taken at most, drawn by `seed`; all where absent.
+        seed: of that draw.
+        max_new_tokens: instead of the suite's.
+        probes: ways of asking; each adds a section `name/probe` beside the plain one.
+        scorers: of answers against the expected ones.
+        likelihood: measure the negative log-likelihood of the expected answers.
+        second_attack: adds a section `name/second-attack`.
+        gcg: adds a section `name/gcg`.
+        optional: where the prompts cannot be had, note that and go on.
+    """
+
+    name: Name
+    kind: SectionKind
+    title: str | None = None
+    builtin: Builtin | None = None
+    dataset: str | None = None
+    path: Path | None = None
+    file: Path | None = None
+    harness: Harness | None = None
+    count: Positive | None = None
+    seed: int = 0
+    max_new_tokens: Positive | None = None
+    probes: tuple[str, ...] = ()
+    scorers: tuple[str, ...] = ()
+    likelihood: bool = False
+    second_attack: SecondAttack | None = None
+    gcg: Gcg | None = None
+    optional: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        sources = ("builtin", "dataset", "file", "harness")
+        given = [name for name in sources if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(sources)}; given: {', '.join(given) or 'none'}")
+        if self.path is not None and self.dataset is None:
+            raise ValueError("path says where a dataset lies; for a file of your own use file")
+        if self.kind == "utility" and not (self.scorers or self.likelihood or self.harness):
+            raise ValueError("a utility section needs scorers, likelihood: true, or harness")
+        if self.kind != "utility" and (self.scorers or self.harness):
+            raise ValueError(f"scorers and harness are for utility sections, and the kind is {self.kind}")
+        if self.kind != "attack" and (self.second_attack or self.gcg):
+            raise ValueError(f"second_attack and gcg are for attack sections, and the kind is {self.kind}")
+        return self
+
+
+class Suite(_Part):
+    """What models are asked and who judges.
+
+    Attributes:
+        name: of the suite.
+        description: one or two sentences for people.
+        decoding: how answers are drawn.
+        judges: of all attack and harmless sections; at least one where there are such. Guards and language
+            models judge attacks only, since they tell harm and not refusals.
+        max_perplexity: answers above it under the first model count as incoherent, beside those that are
+            broken by their form; absent leaves perplexity out.
+        sections: at least one, each name once.
+    """
+
+    name: Name
+    description: str = ""
+    decoding: DecodingSpec = DecodingSpec()
+    judges: tuple[JudgeSpec, ...] = ()
+    max_perplexity: float | None = Field(default=None, gt=1)
+    sections: tuple[Section, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [section.name for section in self.sections]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"sections of the same name: {', '.join(twice)}")
+        judged = [section.name for section in self.sections if section.kind != "utility"]
+        if judged and not self.judges:
+            raise ValueError(f"no judges, and {', '.join(judged)} need one, such as `- kind: opening`")
+        return self
+
+
+def read_suite(name_or_path: str | Path) -> Suite:
+    """A suite that comes with deltaguard, or a user's own.
+
+    Args:
+        name_or_path: one of `SUITES`, else a YAML file.
+
+    Raises:
+        DeltaguardError: there is no such suite, or the file is not one; every problem is named.
+
+    Example:
+        >>> read_suite("quick").name
+        'quick'
+    """
+    if str(name_or_path) in SUITES:
+        text = (files("deltaguard.evaluation.suites") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+        return _parse(text, f"suite {name_or_path}")
+    path = Path(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeltaguardError(
+            f"The suite {path} cannot be read ({error}). Give a YAML file or one of {', '.join(SUITES)}."
+        ) from error
+    suite = _parse(text, str(path))
+    sections = [_from_folder(section, path.parent) for section in suite.sections]
+    return suite.model_copy(update={"sections": tuple(sections)})
+
+
+def _from_folder(section: Section, folder: Path) -> Section:
+    """Paths in a suite are relative to the suite."""
+    found = {"path": section.path, "file": section.file}
+    return section.model_copy(
+        update={name: None if path is None else folder / path for name, path in found.items()}
+    )
+
+
+def _parse(text: str, where: str) -> Suite:
+    try:
+        content: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DeltaguardError(f"The suite {where} is not YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise DeltaguardError(f"The suite {where} must map names such as `sections` to values.")
+    try:
+        return Suite.model_validate(content)
+    except ValidationError as error:
+        problems = "\n".join(
+            f"  {'.'.join(map(str, each['loc'])) or 'suite'}: {each['msg'].removeprefix('Value error, ')}"
+            for each in error.errors()
+        )
+        raise DeltaguardError(f"The suite {where} cannot be used:\n{problems}") from error
