@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from deltaguard import __version__
+from deltaguard.cli.bench import bench
 from deltaguard.cli.calibrate import calibrate
 from deltaguard.cli.demo import demo
 from deltaguard.cli.diff import diff
@@ -21,6 +22,7 @@ from deltaguard.errors import CheckFailedError, DeltaguardError
 
 DONE, FAILED, USAGE, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 _AFTER_INTERRUPT = {
+    "bench": " Run the same command again to go on.",
     "calibrate": " Run the same command again with `--resume`.",
     "eval": " Run the same command again to go on.",
     "restore": " Run the same command again with `--resume`.",
@@ -35,7 +37,7 @@ def build_app() -> App:
         version=__version__,
         help_format="markdown",
     )
-    for verb in (demo, calibrate, restore, diff, verify, report, info):
+    for verb in (demo, calibrate, restore, diff, verify, bench, report, info):
         app.command(verb)
     app.command(evaluate, name="eval")
     return app

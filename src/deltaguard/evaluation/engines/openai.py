@@ -41,7 +41,7 @@ class OpenAIEngine:
             from openai import OpenAI
         except ImportError as error:
             raise DeltaguardError(
-                "The openai engine needs the openai package: pip install 'deltaguard[openai]'."
+                "The openai engine needs the openai package: pip install 'deltaguard[eval]'."
             ) from error
         self._client = OpenAI(
             base_url=self.base_url,

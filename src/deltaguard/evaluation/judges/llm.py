@@ -107,7 +107,7 @@ class LLMJudge:
             from openai import OpenAI
         except ImportError as error:
             raise DeltaguardError(
-                "The llm judge needs the openai package: pip install 'deltaguard[openai]'."
+                "The llm judge needs the openai package: pip install 'deltaguard[eval]'."
             ) from error
         return OpenAI(
             base_url=self.base_url,

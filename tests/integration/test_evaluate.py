@@ -1,0 +1,272 @@
+"""An evaluation from end to end: tiny models, a small suite, kills, changed suites, a server."""
+
+import hashlib
+import json
+
+import pytest
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation import evaluate as module
+from deltaguard.evaluation.answers import AnswerFile
+from deltaguard.evaluation.engines.make import EngineConfig
+from deltaguard.evaluation.engines.transformers import TransformersEngine
+from deltaguard.evaluation.evaluate import evaluate
+from deltaguard.evaluation.judges.openings import is_refusal
+from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
+from suites import SMALL, server, suite_file, two_models
+
+CPU = EngineConfig(device="cpu", batch_size=3)
+FEW = """
+name: few
+decoding: {max_new_tokens: 4}
+judges: [{kind: opening}]
+sections:
+  - {name: attack, kind: attack, builtin: attack, count: 5}
+  - {name: task, kind: utility, builtin: task, count: 2, scorers: [json-match], likelihood: true}
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return two_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def done(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("done")
+    return evaluate(models, folder / "out", suite=suite_file(folder), engine=CPU), folder / "out"
+
+
+def without_time(report):
+    return report.model_copy(
+        update={"seconds": {}, "environment": report.environment.model_copy(update={"created": ""})}
+    )
+
+
+def numbers(report, **wanted):
+    return [
+        each for each in report.measures if all(getattr(each, key) == value for key, value in wanted.items())
+    ]
+
+
+def test_the_report_is_what_was_written(done):
+    report, folder = done
+    assert EvaluationReport.model_validate_json((folder / EVALUATION_NAME).read_text()) == report
+    assert [model.name for model in report.models] == ["aligned", "finetuned"]
+    assert [(row.name, row.prompts) for row in report.sections] == [
+        ("attack", 7),
+        ("attack/prefill", 7),
+        ("attack/base64", 7),
+        ("harmless", 4),
+        ("task", 4),
+    ]
+    assert len({row.prompts_hash for row in report.sections}) == 5
+    assert all(len(model.fingerprint or "") == 64 for model in report.models)
+    card = (folder / "README.md").read_text()
+    assert "| opening | finetuned |" in card
+    assert report.suite_hash[:16] in card
+
+
+def test_files_hold_every_answer_and_are_hashed(done):
+    report, folder = done
+    assert len(report.files) == 2 * 6
+    for name, digest in report.files.items():
+        content = (folder / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == digest
+        head, *rows = [json.loads(line) for line in content.splitlines()]
+        assert head["made_by"]["engine"] == "transformers, auto"
+        assert [row["index"] for row in rows] == list(range(len(rows)))
+
+
+def test_rates_are_counts_of_the_stored_answers(done):
+    report, folder = done
+    rows = (folder / "answers/aligned/attack.jsonl").read_text().splitlines()[1:]
+    refused = sum(is_refusal(json.loads(row)["value"]) for row in rows)
+    found = {
+        each.name: each.estimate.value
+        for each in numbers(report, model="aligned", section="attack", judge="opening")
+    }
+    assert found["attack success"] + found["incoherent"] == pytest.approx(1 - refused / 7)
+    (nll,) = numbers(report, model="aligned", section="task", name="nll")
+    stored = (folder / "answers/aligned/task.likelihood.jsonl").read_text().splitlines()[1:]
+    values = [json.loads(row)["value"] for row in stored]
+    assert nll.estimate.value == pytest.approx(sum(values) / 4)
+    assert nll.estimate.low < nll.estimate.value < nll.estimate.high
+
+
+def test_later_models_are_compared_with_the_first_and_judges_with_each_other(done):
+    report, _ = done
+    assert {(each.model, each.reference) for each in report.comparisons} == {("finetuned", "aligned")}
+    assert {each.test for each in report.comparisons if each.name == "nll"} == {"paired bootstrap"}
+    assert {each.test for each in report.comparisons if each.judge} == {"mcnemar"}
+    pairs = {(each.section, each.first, each.second): each.total for each in report.agreements}
+    assert pairs["attack", "opening", "keywords"] == 14
+    assert pairs["harmless", "opening", "keywords"] == 8
+    assert not [each for each in report.agreements if each.section == "task"]
+
+
+def test_a_prefill_is_in_the_model_and_not_in_its_answer(done):
+    report, folder = done
+    plain, prefilled = [
+        [json.loads(row) for row in (folder / f"answers/aligned/{name}.jsonl").read_text().splitlines()[1:]]
+        for name in ("attack", "attack/prefill")
+    ]
+    assert [row["prompt"] for row in plain] == [row["prompt"] for row in prefilled]
+    assert [row["value"] for row in plain] != [row["value"] for row in prefilled]
+    (sample, *_) = [each for each in report.samples if each.section == "attack/prefill"]
+    assert sample.answers["aligned"] == prefilled[0]["value"]
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+def test_killed_at_every_batch_and_run_again_it_gives_the_same_report(models, tmp_path, monkeypatch):
+    suite = suite_file(tmp_path, FEW)
+    original = AnswerFile.add
+    calls = []
+
+    def counted(self, indices, values):
+        calls.append(len(indices))
+        return original(self, indices, values)
+
+    monkeypatch.setattr(AnswerFile, "add", counted)
+    expected = evaluate(models, tmp_path / "whole", suite=suite, engine=CPU)
+    total = len(calls)
+    assert total == 2 * (2 + 1 + 1)
+    for batch in range(total):
+        calls.clear()
+        added = 0
+
+        def dying(self, indices, values, *, batch=batch):
+            nonlocal added
+            if added == batch:
+                # A part of the batch is on disk, its last line cut short.
+                original(self, indices[:1], values[:1])
+                with self.path.open("r+b") as stream:
+                    stream.truncate(self.path.stat().st_size - 5)
+                raise Killed
+            added += 1
+            return original(self, indices, values)
+
+        folder = tmp_path / str(batch)
+        monkeypatch.setattr(AnswerFile, "add", dying)
+        with pytest.raises(Killed):
+            evaluate(models, folder, suite=suite, engine=CPU)
+        assert not (folder / EVALUATION_NAME).exists()
+        monkeypatch.setattr(AnswerFile, "add", counted)
+        report = evaluate(models, folder, suite=suite, engine=CPU)
+        assert without_time(report) == without_time(expected)
+        assert len(calls) == total - batch
+
+
+def test_what_is_done_is_not_asked_again(done, models, tmp_path, monkeypatch):
+    report, folder = done
+
+    def refuse(*_, **__):
+        pytest.fail("a model was loaded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TransformersEngine, "open", refuse)
+        again = evaluate(models, folder, suite=suite_file(tmp_path), engine=CPU)
+        judged = SMALL.replace("  - kind: keywords\n", "")
+        fewer = evaluate(models, folder, suite=suite_file(tmp_path, judged), engine=CPU)
+    assert without_time(again) == without_time(report)
+    assert not fewer.agreements
+    assert {each.judge for each in fewer.measures} == {"opening", None}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("max_new_tokens: 6", "max_new_tokens: 5", "decoding was .*'max_new_tokens': 6.* is now .*5"),
+        ("max_new_tokens: 6", "max_new_tokens: 6, temperature: 1", "'temperature': 0.0.* is now .*1.0"),
+        ("count: 7", "count: 6", "prompts was"),
+    ],
+)
+def test_another_suite_in_the_same_folder_is_refused(done, models, tmp_path, before, after, named):
+    suite = suite_file(tmp_path, SMALL.replace(before, after))
+    with pytest.raises(DeltaguardError, match=named) as caught:
+        evaluate(models, done[1], suite=suite, engine=CPU)
+    assert "another output folder" in str(caught.value)
+
+
+def test_other_models_under_the_same_names_are_refused(done, models, tmp_path):
+    with pytest.raises(DeltaguardError, match="model was"):
+        evaluate(two_models_swapped(models, tmp_path), done[1], suite=suite_file(tmp_path), engine=CPU)
+
+
+def two_models_swapped(models, folder):
+    links = [folder / "aligned", folder / "finetuned"]
+    for link, model in zip(links, reversed(models), strict=True):
+        link.symlink_to(model)
+    return links
+
+
+def test_draws_repeat_after_a_kill(models, tmp_path, monkeypatch):
+    text = SMALL.replace("max_new_tokens: 6", "max_new_tokens: 6, temperature: 1, seed: 3")
+    suite = suite_file(tmp_path, text)
+    whole = evaluate(models[:1], tmp_path / "whole", suite=suite, engine=CPU)
+    original, added = AnswerFile.add, []
+
+    def dying(self, indices, values):
+        if len(added) == 2:
+            raise Killed
+        added.append(indices)
+        return original(self, indices, values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AnswerFile, "add", dying)
+        with pytest.raises(Killed):
+            evaluate(models[:1], tmp_path / "killed", suite=suite, engine=CPU)
+    again = evaluate(models[:1], tmp_path / "killed", suite=suite, engine=CPU)
+    assert again.files == whole.files
+    greedy = evaluate(models[:1], tmp_path / "greedy", suite=suite_file(tmp_path), engine=CPU)
+    assert greedy.files != whole.files
+
+
+def test_two_runs_in_one_folder_exclude_each_other(models, tmp_path):
+    lock = module.lock_folder(tmp_path)
+    try:
+        with pytest.raises(DeltaguardError, match="Another process"):
+            evaluate(models, tmp_path, suite=suite_file(tmp_path), engine=CPU)
+    finally:
+        module.os.close(lock)
+
+
+def test_a_server_is_asked_and_what_it_cannot_do_is_noted(tmp_path):
+    seen = []
+
+    def reply(request):
+        seen.append(request)
+        failing = request["model"] == "second" and len(seen) == 12
+        return (500, "busy") if failing else (200, f"I'm sorry, but I can't help {request['model']}.")
+
+    with server(reply) as url:
+        config = EngineConfig("openai", base_url=url, api_key_env="NO_SUCH_KEY")
+        report = evaluate(["first", "second"], tmp_path / "out", suite=suite_file(tmp_path), engine=config)
+        count = len(seen)
+        evaluate(["first", "second"], tmp_path / "out", suite=suite_file(tmp_path), engine=config)
+    assert len(seen) == count
+    assert count in {2 * (7 + 7 + 4 + 4), 2 * (7 + 7 + 4 + 4) + 1}
+    assert {row.name for row in report.sections} == {"attack", "attack/base64", "harmless", "task"}
+    assert any("attack/prefill was skipped" in note for note in report.notes)
+    assert any("Likelihoods of section task were skipped" in note for note in report.notes)
+    (false,) = numbers(report, model="first", name="false refusal", judge="opening")
+    assert false.estimate.value == 1
+    assert report.models[0].fingerprint is None
+    task = [request for request in seen if request["messages"][0]["role"] == "system"]
+    assert len(task) == 8
+    assert {request["max_tokens"] for request in seen} == {6}
+
+
+def test_a_server_that_keeps_failing_is_named_and_answers_stay(tmp_path):
+    def reply(request):
+        return (400, "no such model") if request["messages"][0]["role"] == "system" else (200, "Yes.")
+
+    with server(reply) as url:
+        config = EngineConfig("openai", base_url=url)
+        with pytest.raises(DeltaguardError, match="no such model") as caught:
+            evaluate(["first"], tmp_path / "out", suite=suite_file(tmp_path), engine=config)
+    assert url in str(caught.value)
+    assert len((tmp_path / "out/answers/first/attack.jsonl").read_text().splitlines()) == 8

@@ -1,0 +1,150 @@
+"""Suites: what may be written in them, what is found before any model runs, and what an engine can do."""
+
+import pytest
+
+from deltaguard.calibration.conversations import bucket
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.suites.parts import fit, resolve
+from deltaguard.evaluation.suites.suite import SUITES, read_suite
+from suites import SMALL, suite_file
+
+OFFLINE = [name for name in SUITES if name != "full"]
+ATTACK = "{name: a, kind: attack, builtin: attack, count: 3"
+
+
+def suite(folder, sections, judges="[{kind: opening}]"):
+    return suite_file(folder, f"name: mine\njudges: {judges}\nsections:\n- {sections}\n")
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_that_come_along_can_be_read_and_copied(name, tmp_path):
+    from importlib.resources import files
+
+    text = (files("deltaguard.evaluation.suites") / f"{name}.yaml").read_text()
+    assert read_suite(suite_file(tmp_path, text)) == read_suite(name)
+    assert read_suite(name).name == name
+    assert read_suite(name).description
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_they_run_offline_with_held_out_prompts(name):
+    parts, notes = resolve(read_suite(name))
+    assert not notes
+    for part in parts:
+        assert len(part.plain) == len(part.questions) > 0
+        if part.kind == "attack" and not part.name.startswith("translated"):
+            assert {bucket(prompt) for prompt in part.plain} <= set(range(34, 60))
+
+
+def test_the_quick_suite_has_the_sizes_it_promises():
+    sizes = {part.name: len(part.questions) for part in resolve(read_suite("quick"))[0]}
+    assert (sizes["attack"], sizes["harmless"]) == (100, 60)
+
+
+def test_counts_draw_the_same_prompts_and_fewer_are_among_more(tmp_path):
+    def prompts(more):
+        return resolve(read_suite(suite(tmp_path, ATTACK.replace("count: 3", more) + "}")))[0][0].plain
+
+    assert prompts("count: 9") == prompts("count: 9")
+    assert set(prompts("count: 3")) < set(prompts("count: 9"))
+    assert prompts("count: 9, seed: 1") != prompts("count: 9")
+
+
+def test_a_probe_rewrites_what_is_asked_and_keeps_what_is_judged(tmp_path):
+    parts, _ = resolve(read_suite(suite(tmp_path, ATTACK + ", probes: [base64, prefill]}")))
+    plain, base64, prefill = parts
+    assert [part.name for part in parts] == ["a", "a/base64", "a/prefill"]
+    assert plain.plain == base64.plain == prefill.plain
+    assert not {q.prompt for q in plain.questions} & {q.prompt for q in base64.questions}
+    assert all(question.prefill for question in prefill.questions)
+    assert len({part.prompts_hash for part in parts}) == 3
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        (ATTACK + ", coutn: 3}", "sections.0.coutn"),
+        ("{name: a, kind: attak, builtin: attack}", "sections.0.kind"),
+        ("{name: a, kind: attack, builtin: atack}", "sections.0.builtin"),
+        ("{name: A b, kind: attack, builtin: attack}", "sections.0.name"),
+        ("{name: a, kind: attack}", "exactly one of builtin, dataset, file, harness; given: none"),
+        (ATTACK + ", dataset: gsm8k}", "given: builtin, dataset"),
+        (ATTACK + ", path: x.csv}", "path says where a dataset lies"),
+        ("{name: a, kind: utility, builtin: task}", "needs scorers"),
+        (ATTACK + ", scorers: [maths]}", "the kind is attack"),
+        ("{name: a, kind: harmless, builtin: harmless, gcg: {}}", "the kind is harmless"),
+        (ATTACK + "}\n- " + ATTACK + "}", "same name: a"),
+        (ATTACK + ", count: 0}", "suite"),
+    ],
+)
+def test_what_is_wrong_in_a_suite_is_named(tmp_path, sections, named):
+    path = suite(tmp_path, sections)
+    with pytest.raises(DeltaguardError, match=named) as caught:
+        read_suite(path)
+    assert "suite.yaml" in str(caught.value)
+
+
+def test_attacks_need_a_judge_and_a_suite_must_exist(tmp_path):
+    with pytest.raises(DeltaguardError, match="no judges, and a need one"):
+        read_suite(suite(tmp_path, ATTACK + "}", judges="[]"))
+    with pytest.raises(DeltaguardError, match="judges"):
+        read_suite(suite(tmp_path, ATTACK + "}", judges="[{kind: oracle}]"))
+    with pytest.raises(DeltaguardError, match="quick, safety, utility, full"):
+        read_suite("quikc")
+    with pytest.raises(DeltaguardError, match="must map"):
+        read_suite(suite_file(tmp_path, "- just\n- a list\n"))
+
+
+def test_everything_that_is_missing_is_named_before_any_model_runs(tmp_path):
+    sections = (
+        "{name: a, kind: harmless, file: nowhere.jsonl}\n"
+        "- {name: b, kind: attack, builtin: attack, count: 100000}\n"
+        "- {name: c, kind: attack, builtin: attack, probes: [pig-latin]}\n"
+        "- {name: d, kind: utility, builtin: task, scorers: [vibes]}\n"
+        "- {name: e, kind: attack, dataset: no-such-set}\n"
+        "- {name: f, kind: utility, file: mine.jsonl, likelihood: true}\n"
+        "- {name: g, kind: attack, builtin: dial}"
+    )
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Why?"}\n')
+    with pytest.raises(DeltaguardError) as caught:
+        resolve(read_suite(suite(tmp_path, sections)))
+    message = str(caught.value)
+    assert "6 of 7 sections" in message
+    for named in ("nowhere.jsonl", "100000", "pig-latin", "vibes", "no-such-set", "no expected answer"):
+        assert named in message
+
+
+def test_an_optional_section_becomes_a_note(tmp_path):
+    sections = ATTACK + "}\n- {name: b, kind: harmless, file: nowhere.jsonl, optional: true}"
+    parts, (note,) = resolve(read_suite(suite(tmp_path, sections)))
+    assert [part.name for part in parts] == ["a"]
+    assert note.startswith("Section b was skipped: ")
+    assert "nowhere.jsonl" in note
+    with pytest.raises(DeltaguardError, match="No section"):
+        resolve(read_suite(suite(tmp_path, sections.split("\n- ")[1])))
+
+
+def test_a_users_file_is_found_beside_the_suite(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(
+        '{"prompt": "2+2?", "expected": "4"}\n{"prompt": "3+3?", "expected": "6"}\n'
+    )
+    section = "{name: mine, kind: utility, file: mine.jsonl, scorers: [maths], likelihood: true}"
+    ((part,), _) = resolve(read_suite(suite(tmp_path, section)))
+    assert [question.expected for question in part.questions] == ["4", "6"]
+    assert part.source == "the user's own file mine.jsonl"
+
+
+def test_what_an_engine_cannot_do_is_left_out_and_said(tmp_path):
+    parts, _ = resolve(read_suite(suite_file(tmp_path, SMALL)))
+    assert fit(parts, "transformers") == (parts, ())
+    kept, notes = fit(parts, "vllm")
+    assert [part.name for part in kept] == [part.name for part in parts]
+    assert not any(part.likelihood for part in kept)
+    assert len(notes) == 1
+    kept, notes = fit(parts, "openai")
+    assert [part.name for part in kept] == ["attack", "attack/base64", "harmless", "task"]
+    assert len(notes) == 2
+    everyday = "{name: e, kind: utility, builtin: everyday, likelihood: true}"
+    only, _ = resolve(read_suite(suite(tmp_path, everyday)))
+    with pytest.raises(DeltaguardError, match="can run no section"):
+        fit(only, "openai")
