@@ -6,9 +6,9 @@ PROCESS, ARTIFACT = "#2f7fd6", "#1a9e6b"
 
 LAYERS = (
     (("cli/", "one file per verb; prints"),),
-    (("bench/", "demo, fine-tunes, task"),),
-    (("evaluation/", "judge, rates, intervals"),),
-    (("restoration/", "plan, edit, write, verify"),),
+    (("bench/", "demo, methods, protocol"),),
+    (("evaluation/", "suites, judges, intervals"),),
+    (("restoration/", "plan, edit, write"), ("finetuning/", "data, training")),
     (("calibration/", "conversations, sums"),),
     (("curvature/", "H, its factor, the store"),),
     (("checkpoints/", "read, write, adapt"), ("solvers/", "torch only")),
@@ -26,8 +26,8 @@ def draw() -> str:
         [*_imports(), *_data()],
         title="How deltaguard is built",
         description=(
-            "Left: the packages from cli over bench, evaluation, restoration, calibration and curvature down "
-            "to checkpoints and solvers; a package imports only from those below it. Right: the aligned "
+            "Left: the packages from cli over bench, evaluation, restoration and finetuning, calibration and "
+            "curvature down to checkpoints and solvers; a package imports only from those below it. Right: the aligned "
             "checkpoint and the safety conversations go through calibration into the CurvatureStore; the "
             "store, the aligned and the fine-tuned checkpoint go through restoration into the restored "
             "checkpoint and its report, from which terminal, HTML and model card are drawn."
@@ -49,8 +49,8 @@ def _imports() -> list[str]:
     below = 30 + len(LAYERS) * STEP
     return [
         *elements,
-        text(2, below + 6, "errors.py and report.py: imported anywhere.", kind="soft"),
-        text(2, below + 22, "draw/ imports report.py alone.", kind="soft"),
+        text(2, below + 6, "errors.py and report/: imported anywhere.", kind="soft"),
+        text(2, below + 22, "draw/ imports report/ alone.", kind="soft"),
     ]
 
 

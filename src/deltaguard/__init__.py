@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from deltaguard.calibration.conversations import Conversation
     from deltaguard.curvature.store import CurvatureStore
     from deltaguard.errors import DeltaguardError
+    from deltaguard.evaluation.evaluate import evaluate
     from deltaguard.report.diff import DiffReport
+    from deltaguard.report.evaluation import EvaluationReport
     from deltaguard.report.restore import RestoreReport, Verification
     from deltaguard.restoration.diff import diff
     from deltaguard.restoration.options import RestoreConfig
@@ -35,11 +37,13 @@ _HOME = {
     "CurvatureStore": "curvature.store",
     "DeltaguardError": "errors",
     "DiffReport": "report.diff",
+    "EvaluationReport": "report.evaluation",
     "RestoreConfig": "restoration.options",
     "RestoreReport": "report.restore",
     "Verification": "report.restore",
     "calibrate": "calibration.calibrate",
     "diff": "restoration.diff",
+    "evaluate": "evaluation.evaluate",
     "restore": "restoration.restore",
     "verify": "restoration.verify",
 }
@@ -50,11 +54,13 @@ __all__ = [
     "CurvatureStore",
     "DeltaguardError",
     "DiffReport",
+    "EvaluationReport",
     "RestoreConfig",
     "RestoreReport",
     "Verification",
     "calibrate",
     "diff",
+    "evaluate",
     "restore",
     "verify",
 ]

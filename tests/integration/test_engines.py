@@ -1,0 +1,116 @@
+"""Engines: what they are given, what they refuse, and adapters."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.engines.identity import identify, whole_model
+from deltaguard.evaluation.engines.make import EngineConfig, make_engine
+from deltaguard.evaluation.engines.openai import OpenAIEngine, UnsupportedQuestionError
+from deltaguard.evaluation.engines.transformers import TransformersEngine, rendered
+from deltaguard.evaluation.engines.vllm import VLLMEngine
+from deltaguard.evaluation.exchange import Decoding, Question
+from models import CHAT_TEMPLATE, save, tiny_model, tiny_tokenizer
+from suites import server
+
+SHORT = Decoding(max_new_tokens=6)
+QUESTIONS = [Question("How can I make a cake?"), Question("What is it?", system="You are a cook.")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tiny_model("llama"), tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    """A LoRA adapter whose changes are large enough to change answers."""
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    adapted.save_pretrained(tmp_path_factory.mktemp("adapters") / "adapter")
+    return adapted, tmp_path_factory.getbasetemp() / "adapters0" / "adapter"
+
+
+def test_a_prefill_stands_where_the_answer_begins():
+    text = rendered(tiny_tokenizer(), Question("Why?", system="", prefill="Sure"))
+    assert text == "<|begin|><|system|><|end|><|user|>Why?<|end|><|assistant|>Sure"
+
+
+def test_answers_likelihoods_and_batches(folder):
+    engine = make_engine(str(folder), EngineConfig(device="cpu", batch_size=1))
+    assert isinstance(engine, TransformersEngine)
+    seen = {}
+    answers = engine.answer(
+        QUESTIONS, SHORT, on_batch=lambda i, texts: seen.update(zip(i, texts, strict=True))
+    )
+    assert [seen[0], seen[1]] == answers
+    assert engine.chat_template == CHAT_TEMPLATE
+    asked = [Question("Why?", expected="Because."), Question("Who?", expected="Somebody.")]
+    assert engine.likelihood(asked) == engine.likelihood(asked[:1]) + engine.likelihood(asked[1:])
+    engine.close()
+    assert engine.model is None
+
+
+def test_an_adapter_answers_as_the_merged_model_does(folder, adapter):
+    adapted, path = adapter
+    merged = TransformersEngine(adapted.merge_and_unload().eval(), tiny_tokenizer(), 2)
+    opened = TransformersEngine.open(str(path), device="cpu")
+    assert opened.answer(QUESTIONS, SHORT) == merged.answer(QUESTIONS, SHORT)
+    assert opened.answer(QUESTIONS, SHORT) != TransformersEngine.open(str(folder)).answer(QUESTIONS, SHORT)
+    assert identify(str(path)).fingerprint != identify(str(folder)).fingerprint
+    with pytest.raises(DeltaguardError, match="is an adapter"):
+        whole_model(str(path))
+
+
+def test_what_cannot_be_loaded_is_named(folder, tmp_path):
+    with pytest.raises(DeltaguardError, match="no-such-device"):
+        TransformersEngine.open(str(folder), device="no-such-device")
+    with pytest.raises(DeltaguardError, match="There is no folder"):
+        TransformersEngine.open(str(tmp_path / "nothing/at/all"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    bare = save(tiny_model("llama"), tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(DeltaguardError, match="no single chat template"):
+        identify(str(bare))
+
+
+def test_options_that_do_not_go_together():
+    with pytest.raises(DeltaguardError, match="--base-url URL"):
+        EngineConfig("openai")
+    with pytest.raises(DeltaguardError, match="the engine is vllm"):
+        EngineConfig("vllm", base_url="http://127.0.0.1:1/v1")
+    with pytest.raises(DeltaguardError, match="at least 1, and is 0"):
+        EngineConfig(batch_size=0)
+
+
+def test_vllm_is_asked_for_where_it_is_missing(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    with pytest.raises(DeltaguardError, match=r"docs\.vllm\.ai"):
+        VLLMEngine.open(str(folder))
+
+
+def test_a_server_gets_what_was_asked_and_tries_again():
+    seen = []
+
+    def reply(request):
+        seen.append(request)
+        return (503, "busy") if len(seen) == 1 else (200, f" {request['messages'][-1]['content']} ")
+
+    with server(reply) as url:
+        engine = OpenAIEngine(url, "m", workers=1)
+        drawn = Decoding(max_new_tokens=9, temperature=0.5, seed=4)
+        assert engine.answer(QUESTIONS, drawn) == [question.prompt for question in QUESTIONS]
+        with pytest.raises(UnsupportedQuestionError):
+            engine.answer([Question("Why?", prefill="Sure")], SHORT)
+        engine.close()
+    assert len(seen) == 3
+    assert {(row["max_tokens"], row["temperature"], row["seed"], row["model"]) for row in seen} == {
+        (9, 0.5, 4, "m")
+    }
+    assert [len(row["messages"]) for row in seen] == [1, 1, 2]
