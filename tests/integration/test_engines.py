@@ -14,6 +14,7 @@ from deltaguard.evaluation.exchange import Decoding, Question
 from models import CHAT_TEMPLATE, save, tiny_model, tiny_tokenizer
 from suites import server
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 SHORT = Decoding(max_new_tokens=6)
 QUESTIONS = [Question("How can I make a cake?"), Question("What is it?", system="You are a cook.")]
 

@@ -74,7 +74,7 @@ def test_a_probe_rewrites_what_is_asked_and_keeps_what_is_judged(tmp_path):
         (ATTACK + ", scorers: [maths]}", "the kind is attack"),
         ("{name: a, kind: harmless, builtin: harmless, gcg: {}}", "the kind is harmless"),
         (ATTACK + "}\n- " + ATTACK + "}", "same name: a"),
-        (ATTACK + ", count: 0}", "suite"),
+        ("{name: a, kind: attack, builtin: attack, count: 0}", "sections.0.count"),
     ],
 )
 def test_what_is_wrong_in_a_suite_is_named(tmp_path, sections, named):

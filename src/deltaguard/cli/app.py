@@ -36,6 +36,8 @@ def build_app() -> App:
         help="Give a fine-tuned language model its refusals back.",
         version=__version__,
         help_format="markdown",
+        # `run` says how to go on.
+        suppress_keyboard_interrupt=False,
     )
     for verb in (demo, calibrate, restore, diff, verify, bench, report, info):
         app.command(verb)
