@@ -138,6 +138,7 @@ def test_only_shares_of_the_harness_become_measures():
 def test_names_of_models_differ_and_serve_as_folders():
     names = model_names(["a/b", "c/b/", "b", "org/b@main", "..", "x y"])
     assert names == ["b", "b-2", "b-3", "b-4", "model", "x-y"]
+    assert model_names(["b-2", "b", "a/b"]) == ["b-2", "b", "b-3"]
 
 
 def test_tables_fit_80_columns_and_markup_in_names_is_text():

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +213,8 @@ def model_names(references: Sequence[str]) -> list[str]:
     for reference in references:
         last = re.split(r"[/\\]", reference.split("@")[0].rstrip("/\\"))[-1]
         short = re.sub(r"[^\w.-]+", "-", last).strip(".-") or "model"
-        taken = sum(
-            name == short or re.fullmatch(re.escape(short) + r"-\d+", name) is not None for name in names
-        )
-        names.append(f"{short}-{taken + 1}" if taken else short)
+        numbered = (f"{short}-{number}" for number in count(2))
+        names.append(next(name for name in chain([short], numbered) if name not in names))
     return names
 
 

@@ -1,0 +1,132 @@
+"""Sections that need more of a model than its answers: a second attack, GCG, the harness, perplexity."""
+
+import importlib.util
+import json
+
+import pytest
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation import answering
+from deltaguard.evaluation.engines.make import EngineConfig
+from deltaguard.evaluation.evaluate import evaluate
+from deltaguard.evaluation.suites import parts
+from suites import suite_file, two_models
+
+CPU = EngineConfig(device="cpu")
+HEAD = "name: special\ndecoding: {max_new_tokens: 6}\njudges: [{kind: opening}]\n"
+trained = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return two_models(tmp_path_factory.mktemp("models"))
+
+
+def stored(folder, name):
+    rows = [json.loads(row) for row in (folder / f"answers/{name}.jsonl").read_text().splitlines()[1:]]
+    return [row["value"] for row in rows]
+
+
+@trained
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_second_attack_asks_a_model_that_was_fine_tuned_again(models, tmp_path):
+    section = (
+        "{name: attack, kind: attack, builtin: attack, count: 3,"
+        " second_attack: {count: 2, epochs: 2, learning_rate: 0.05}}"
+    )
+    out, suite = tmp_path / "out", suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
+    report = evaluate(models[:1], out, suite=suite, engine=CPU)
+    plain, attacked = stored(out, "aligned/attack"), stored(out, "aligned/attack/second-attack")
+    assert plain != attacked
+    assert not (out / ".second-attack").exists()
+    assert [row.title for row in report.sections] == ["attack", "attack (second attack, 2 examples)"]
+    again = evaluate(models[:1], tmp_path / "again", suite=suite, engine=CPU)
+    assert again.files == report.files
+
+
+def test_a_suffix_is_searched_for_each_question_and_model_and_kept(models, tmp_path, monkeypatch):
+    searched, asked = [], []
+
+    def search(engine, question, options):
+        searched.append((question.prompt, options.steps))
+        return f"suffix {len(searched)}"
+
+    original = answering.make_engine
+
+    def spied(reference, config):
+        engine = original(reference, config)
+        answer = engine.answer
+
+        def answer_and_tell(questions, decoding, *, on_batch=None):
+            asked.extend(question.prompt for question in questions)
+            return answer(questions, decoding, on_batch=on_batch)
+
+        engine.answer = answer_and_tell
+        return engine
+
+    monkeypatch.setattr(answering, "suffix", search)
+    monkeypatch.setattr(answering, "make_engine", spied)
+    monkeypatch.setattr(parts, "find_spec", lambda name: object())
+    section = "{name: attack, kind: attack, builtin: attack, count: 3, gcg: {count: 2, steps: 5}}"
+    suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
+    report = evaluate(models, tmp_path / "out", suite=suite, engine=CPU)
+    assert len(searched) == 4
+    assert {steps for _, steps in searched} == {5}
+    assert stored(tmp_path / "out", "finetuned/attack/gcg.suffixes") == ["suffix 3", "suffix 4"]
+    assert f"{searched[2][0]} suffix 3" in asked
+    assert [row.prompts for row in report.sections] == [3, 2]
+    evaluate(models, tmp_path / "out", suite=suite, engine=CPU)
+    assert len(searched) == 4
+
+
+def test_tasks_of_the_harness_become_measures_and_stay_whole_on_disk(models, tmp_path, monkeypatch):
+    asked = []
+
+    def run(reference, task, options, config):
+        asked.append((reference, task, options.limit))
+        score = {"task": task, "metric": "acc", "value": 0.5, "samples": 4, "higher_is_better": True}
+        return [score, {**score, "metric": "bits", "value": 7.5}]
+
+    monkeypatch.setattr(answering, "harness_results", run)
+    monkeypatch.setattr(parts, "find_spec", lambda name: object())
+    section = "{name: harness, kind: utility, harness: {tasks: [one, two], limit: 4}}"
+    suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
+    report = evaluate(models[:1], tmp_path / "out", suite=suite, engine=CPU)
+    assert asked == [(str(models[0]), "one", 4), (str(models[0]), "two", 4)]
+    assert [(each.name, each.estimate.value, each.estimate.total) for each in report.measures] == [
+        ("one acc", 0.5, 4),
+        ("two acc", 0.5, 4),
+    ]
+    assert stored(tmp_path / "out", "aligned/harness.harness")[0][1]["value"] == 7.5
+
+
+@pytest.mark.parametrize(
+    ("option", "kind", "named"),
+    [
+        ("gcg: {}", "attack", r"gcg needs nanogcg.*deltaguard\[gcg\]"),
+        ("second_attack: {}", "attack", r"second_attack needs trl.*deltaguard\[demo\]"),
+    ],
+)
+def test_what_is_not_installed_is_named_before_a_model_runs(
+    models, tmp_path, monkeypatch, option, kind, named
+):
+    monkeypatch.setattr(parts, "find_spec", lambda name: None)
+    section = f"{{name: attack, kind: {kind}, builtin: attack, count: 3, {option}}}"
+    with pytest.raises(DeltaguardError, match=named):
+        evaluate(models, tmp_path / "out", suite=suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_that_surprise_the_first_model_are_incoherent(models, tmp_path, monkeypatch):
+    # Tiny random models write nothing that looks like text.
+    monkeypatch.setattr("deltaguard.evaluation.judges.coherence.is_broken", lambda _: False)
+
+    def incoherent(bound):
+        section = "{name: attack, kind: attack, builtin: attack, count: 6, max_new_tokens: 20}"
+        suite = suite_file(tmp_path, f"{HEAD}{bound}sections:\n- {section}\n")
+        report = evaluate(models, tmp_path / "out", suite=suite, engine=CPU)
+        return [each.estimate.value for each in report.measures if each.name == "incoherent"]
+
+    assert incoherent("") == [0, 0]
+    assert incoherent("max_perplexity: 1.5\n") == [1, 1]
+    assert incoherent("max_perplexity: 1.0e+30\n") == [0, 0]
