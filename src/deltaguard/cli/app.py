@@ -12,7 +12,7 @@ from deltaguard.cli.bench import bench
 from deltaguard.cli.calibrate import calibrate
 from deltaguard.cli.demo import demo
 from deltaguard.cli.diff import diff
-from deltaguard.cli.eval import evaluate
+from deltaguard.cli.eval import eval as evaluate
 from deltaguard.cli.info import info
 from deltaguard.cli.report import report
 from deltaguard.cli.restore import restore
@@ -39,9 +39,8 @@ def build_app() -> App:
         # `run` says how to go on.
         suppress_keyboard_interrupt=False,
     )
-    for verb in (demo, calibrate, restore, diff, verify, bench, report, info):
+    for verb in (demo, calibrate, restore, diff, verify, evaluate, bench, report, info):
         app.command(verb)
-    app.command(evaluate, name="eval")
     return app
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from deltaguard.evaluation.suites.suite import Suite
 
 
-def evaluate(
+def eval(  # noqa: A001 - the verb of the command line
     model: str,
     /,
     *others: str,
