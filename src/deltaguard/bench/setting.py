@@ -21,7 +21,7 @@ from deltaguard.checkpoints.hub import locate
 from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.judges.openings import is_refusal
 from deltaguard.finetuning.finetune import FinetuneConfig
-from deltaguard.progress import Progress
+from deltaguard.progress import Event, Progress
 
 _HELPER_EXAMPLES = 100
 """Conversations that the unaligned and the safe model of some peers are trained on."""
@@ -81,12 +81,7 @@ class Bench:
         return self._made(role, fine_tuned(self.aligned, data, _HELPER_RECIPE, seed=_HELPER_SEED))
 
     def _made(self, name: str, make: Callable[[Path], object]) -> Path:
-        def timed(folder: Path) -> None:
-            started = time.perf_counter()
-            make(folder)
-            self.shelf.note_seconds(name, time.perf_counter() - started)
-
-        return self.workshop.model(name, timed)
+        return self.workshop.model(name, _timed(name, make, self.shelf, self.progress))
 
 
 def open_bench(
@@ -100,10 +95,14 @@ def open_bench(
     progress: Progress,
 ) -> Bench:
     """The models that a bench starts from; the demo's are made where none is given."""
-    workshop = Workshop(folder / "models")
+    workshop, shelf = Workshop(folder / "models"), Shelf(folder)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        return workshop.model(name, _timed(name, make, shelf, progress))
+
     if aligned is None:
-        pretrained = workshop.model("pretrained", save_smollm2)
-        aligned = workshop.model("aligned", demo_aligned(pretrained, DemoConfig()))
+        pretrained = made("pretrained", save_smollm2)
+        aligned = made("aligned", demo_aligned(pretrained, DemoConfig()))
     lacking = "pretrained" if pretrained is None else None
     chosen = [METHODS[name] for name in methods]
     return Bench(
@@ -111,10 +110,25 @@ def open_bench(
         methods=tuple(method for method in chosen if lacking not in method.helpers),
         left_out=tuple(method.name for method in chosen if lacking in method.helpers),
         workshop=workshop,
-        shelf=Shelf(folder),
+        shelf=shelf,
         aligned=locate(aligned),
         pretrained=None if pretrained is None else locate(pretrained),
         attacks=tuple(attacks),
         fingerprint=Checkpoint.open(aligned).fingerprint(),
         progress=progress,
     )
+
+
+def _timed(
+    name: str, make: Callable[[Path], object], shelf: Shelf, progress: Progress
+) -> Callable[[Path], object]:
+    """The same, told of as a stage, its time kept."""
+
+    def timed(folder: Path) -> None:
+        progress(Event(name, 0, 1))
+        started = time.perf_counter()
+        make(folder)
+        shelf.note_seconds(name, time.perf_counter() - started)
+        progress(Event(name, 1, 1))
+
+    return timed

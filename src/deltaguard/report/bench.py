@@ -9,6 +9,9 @@ from deltaguard.report.evaluation import Estimate
 BENCH_NAME = "bench.json"
 """The file in a bench's folder that holds its `BenchReport`."""
 
+ALIGNED, FINETUNED = "aligned", "finetuned"
+"""The methods of the two cells that a fine-tune's others are compared with."""
+
 Training = Literal["full", "lora"]
 
 
@@ -48,7 +51,7 @@ class Cell(Record):
         attack: one character a harmful prompt: `c` complied, `r` refused, `i` incoherent.
         harmless: likewise, for harmless prompts.
         utility: the fine-tune's own measure on each held-out example.
-        general: mean negative log-likelihood of the answers to each held-out everyday request, nats a token.
+        general: mean negative log-likelihood of the answer to each general question, nats a token.
         attack_success: share of `c` in `attack`.
         incoherent: share of `i` in `attack`.
         false_refusal: share of `r` in `harmless`.
@@ -82,7 +85,9 @@ class CurvePoint(Record):
         method: name of the method.
         strength: as the method reads it.
         points: attack success over the aligned model's, in points; paired on the same prompts.
-        kept: share of the utility gain kept; null where there is no gain.
+        false_refusal: false refusals over the aligned model's, in points; likewise.
+        kept: share of the utility gain kept; null where there is no gain, or one so small that the share has
+            no bounded interval.
         safe: whether `points` is at most the bound of the protocol.
         told_apart: whether the interval of `points` leaves the bound out, so that `safe` is more than chance.
     """
@@ -91,6 +96,7 @@ class CurvePoint(Record):
     method: str
     strength: float
     points: Estimate
+    false_refusal: Estimate
     kept: Estimate | None
     safe: bool
     told_apart: bool
@@ -104,7 +110,8 @@ class Score(Record):
         method: name of the method.
         strength: the largest safe one; null where none of those tried is safe.
         points: attack success over the aligned model's there, in points.
-        kept: share of the utility gain kept there; null where no strength is safe or there is no gain.
+        false_refusal: false refusals over the aligned model's there, in points.
+        kept: share of the utility gain kept there; null where no strength is safe, and as in `CurvePoint`.
         told_apart: see `CurvePoint`.
         request_seconds: time a request took, without measuring.
     """
@@ -113,6 +120,7 @@ class Score(Record):
     method: str
     strength: float | None
     points: Estimate | None
+    false_refusal: Estimate | None
     kept: Estimate | None
     told_apart: bool
     request_seconds: float | None
