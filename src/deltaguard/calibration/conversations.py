@@ -114,6 +114,11 @@ def harmless_prompts(part: HarmlessPart) -> tuple[HarmlessPrompt, ...]:
     return tuple(row for row in rows if bucket(row.prompt) in HARMLESS_PARTS[part])
 
 
+def general_prompts() -> tuple[HarmlessPrompt, ...]:
+    """Plain questions that nobody would refuse, with short answers; none is ever trained on."""
+    return tuple(HarmlessPrompt(**row) for row in _package_data("general_prompts.jsonl"))
+
+
 def _package_data(name: str) -> list[dict[str, str]]:
     text = (files("deltaguard") / "data" / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n") if line]
