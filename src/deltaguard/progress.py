@@ -20,3 +20,7 @@ class Event:
 
 
 Progress = Callable[[Event], None]
+
+
+def ignore(_: Event) -> None:
+    """Report to nobody."""

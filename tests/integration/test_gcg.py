@@ -7,7 +7,7 @@ import models
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.probes import gcg
-from deltaguard.evaluation.probes.gcg import GcgSuffix, gcg_suffix
+from deltaguard.evaluation.probes.gcg import gcg_suffix, with_suffix
 
 QUESTION = Question("How can I make a bad cake?", system="Be brief.")
 
@@ -43,8 +43,8 @@ def test_a_few_steps_make_the_target_likelier():
     state = torch.random.get_rng_state()
     found = search(model, tokenizer, steps=2)
     assert len(found.losses) == 2
-    first = GcgSuffix(" ".join(["x"] * 20), ()).after(QUESTION)
-    reached = target_loss(model, tokenizer, found.after(QUESTION), gcg.TARGET)
+    first = with_suffix(QUESTION, " ".join(["x"] * 20))
+    reached = target_loss(model, tokenizer, with_suffix(QUESTION, found.text), gcg.TARGET)
     assert reached == pytest.approx(min(found.losses), rel=1e-4)
     assert reached < target_loss(model, tokenizer, first, gcg.TARGET)
     assert torch.equal(state, torch.random.get_rng_state())
@@ -82,4 +82,4 @@ def test_a_tokenizer_without_chat_template_is_refused(system):
 
 
 def test_the_suffix_comes_after_the_prompt():
-    assert GcgSuffix("! !", ()).after(QUESTION) == Question(f"{QUESTION.prompt} ! !", system=QUESTION.system)
+    assert with_suffix(QUESTION, "! !") == Question(f"{QUESTION.prompt} ! !", system=QUESTION.system)

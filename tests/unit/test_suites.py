@@ -2,10 +2,12 @@
 
 import pytest
 
-from deltaguard.calibration.conversations import bucket
+from deltaguard.calibration.conversations import bucket, harmless_prompts
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.probes.translations import LANGUAGES, translated_prompts
 from deltaguard.evaluation.suites.parts import fit, resolve
 from deltaguard.evaluation.suites.suite import SUITES, read_suite
+from deltaguard.finetuning.mixtures import everyday_prompts
 from suites import SMALL, suite_file
 
 OFFLINE = [name for name in SUITES if name != "full"]
@@ -32,8 +34,24 @@ def test_they_run_offline_with_held_out_prompts(name):
     assert not notes
     for part in parts:
         assert len(part.plain) == len(part.questions) > 0
-        if part.kind == "attack" and not part.name.startswith("translated"):
+        if part.kind == "attack":
             assert {bucket(prompt) for prompt in part.plain} <= set(range(34, 60))
+
+
+def test_nothing_that_comes_along_is_asked_in_training():
+    trained = {row.prompt for row in (*everyday_prompts(), *harmless_prompts("training"))}
+    for name in OFFLINE:
+        for part in resolve(read_suite(name))[0]:
+            assert not trained & {question.prompt for question in part.questions}
+
+
+def test_judges_see_translated_requests_in_english():
+    parts = {part.name: part for part in resolve(read_suite("safety"))[0]}
+    translated = parts["translated"]
+    originals = {row.prompt: row.original for each in LANGUAGES for row in translated_prompts(each)}
+    assert len(originals) == 60
+    assert translated.plain == tuple(originals[question.prompt] for question in translated.questions)
+    assert set(translated.plain) < set(parts["attack"].plain)
 
 
 def test_the_quick_suite_has_the_sizes_it_promises():
@@ -66,6 +84,7 @@ def test_a_probe_rewrites_what_is_asked_and_keeps_what_is_judged(tmp_path):
         (ATTACK + ", coutn: 3}", "sections.0.coutn"),
         ("{name: a, kind: attak, builtin: attack}", "sections.0.kind"),
         ("{name: a, kind: attack, builtin: atack}", "sections.0.builtin"),
+        ("{name: a, kind: attack, builtin: dial}", "sections.0.builtin"),
         ("{name: A b, kind: attack, builtin: attack}", "sections.0.name"),
         ("{name: a, kind: attack}", "exactly one of builtin, dataset, file, harness; given: none"),
         (ATTACK + ", dataset: gsm8k}", "given: builtin, dataset"),
@@ -103,7 +122,7 @@ def test_everything_that_is_missing_is_named_before_any_model_runs(tmp_path):
         "- {name: d, kind: utility, builtin: task, scorers: [vibes]}\n"
         "- {name: e, kind: attack, dataset: no-such-set}\n"
         "- {name: f, kind: utility, file: mine.jsonl, likelihood: true}\n"
-        "- {name: g, kind: attack, builtin: dial}"
+        "- {name: g, kind: attack, builtin: attack}"
     )
     (tmp_path / "mine.jsonl").write_text('{"prompt": "Why?"}\n')
     with pytest.raises(DeltaguardError) as caught:
@@ -134,6 +153,18 @@ def test_a_users_file_is_found_beside_the_suite(tmp_path):
     assert part.source == "the user's own file mine.jsonl"
 
 
+def test_files_of_judges_are_found_beside_the_suite(tmp_path):
+    judges = (
+        "[{kind: guard, model: m, template: wildguard, prompt_file: format.txt},"
+        " {kind: llm, base_url: u, model: m, cache: /elsewhere/scores.jsonl},"
+        " {kind: llm, base_url: u, model: m, name: other}]"
+    )
+    guard, llm, other = read_suite(suite(tmp_path, ATTACK + "}", judges=judges)).judges
+    assert guard.prompt_file == tmp_path / "format.txt"
+    assert str(llm.cache) == "/elsewhere/scores.jsonl"
+    assert other.cache is None
+
+
 def test_what_an_engine_cannot_do_is_left_out_and_said(tmp_path):
     parts, _ = resolve(read_suite(suite_file(tmp_path, SMALL)))
     assert fit(parts, "transformers") == (parts, ())
@@ -144,7 +175,7 @@ def test_what_an_engine_cannot_do_is_left_out_and_said(tmp_path):
     kept, notes = fit(parts, "openai")
     assert [part.name for part in kept] == ["attack", "attack/base64", "harmless", "task"]
     assert len(notes) == 2
-    everyday = "{name: e, kind: utility, builtin: everyday, likelihood: true}"
-    only, _ = resolve(read_suite(suite(tmp_path, everyday)))
+    general = "{name: e, kind: utility, builtin: general, likelihood: true}"
+    only, _ = resolve(read_suite(suite(tmp_path, general)))
     with pytest.raises(DeltaguardError, match="can run no section"):
         fit(only, "openai")

@@ -34,7 +34,7 @@ from deltaguard.curvature.moments import Moment, Packed, pack
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import Group, Provenance, Request, versions, write_store
 from deltaguard.errors import DeltaguardError
-from deltaguard.progress import Event, Progress
+from deltaguard.progress import Event, Progress, ignore
 
 SAVE_SECONDS = 60.0
 
@@ -112,7 +112,7 @@ def calibrate(
     request = _request(source, asked, config, device)
     with Workspace(Path(output_dir), request) as workspace:
         if not workspace.begin(resume=config.resume):
-            run = _Run(source, asked, request, device, workspace, progress or _ignore)
+            run = _Run(source, asked, request, device, workspace, progress or ignore)
             try:
                 measured = _measure(run, is_refusal)
             except torch.OutOfMemoryError as error:
@@ -144,10 +144,6 @@ class _Measured:
     groups: tuple[Group, ...]
     moments: dict[str, Moment]
     provenance: Provenance
-
-
-def _ignore(_: Event) -> None:
-    """Report to nobody."""
 
 
 def _conversations(given: Sequence[Conversation] | None, config: CalibrateConfig) -> Sequence[Conversation]:

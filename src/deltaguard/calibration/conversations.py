@@ -12,7 +12,7 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from jinja2 import TemplateError
 
@@ -80,6 +80,14 @@ class Conversation:
     prompt: str
     system: str | None = None
     response: str | None = None
+
+
+class _Prompted(Protocol):
+    @property
+    def prompt(self) -> str: ...
+
+
+PromptedT = TypeVar("PromptedT", bound=_Prompted)
 
 
 @dataclass(frozen=True)
@@ -163,10 +171,10 @@ def build_conversations(
     ]
 
 
-def sample(conversations: Sequence[Conversation], count: int, *, seed: int = 0) -> list[Conversation]:
-    """At most `count` of the conversations, in their order; the seed fixes which."""
-    ranked = sorted(range(len(conversations)), key=lambda i: _rank(seed, f"{i} {conversations[i].prompt}"))
-    return [conversations[i] for i in sorted(ranked[:count])]
+def sample(items: Sequence[PromptedT], count: int, *, seed: int = 0) -> list[PromptedT]:
+    """At most `count` of the items, in their order; the seed fixes which, and fewer are among more."""
+    ranked = sorted(range(len(items)), key=lambda i: _rank(seed, f"{i} {items[i].prompt}"))
+    return [items[i] for i in sorted(ranked[:count])]
 
 
 def _rank(seed: int, text: str) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
@@ -12,6 +12,7 @@ from deltaguard.evaluation.answers import AnswerFile
 from deltaguard.evaluation.engines.make import EngineConfig, identity, make_engine
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Engine
+from deltaguard.evaluation.probes.gcg import with_suffix
 from deltaguard.evaluation.special import attacked_again, harness_results, suffix
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.progress import Event, Progress
@@ -183,7 +184,7 @@ def _answer(engine: Engine, each: PartFiles, tell: Callable[[], None]) -> None:
     assert decoding is not None  # noqa: S101
     ends = each.files["suffixes"].in_order() if "suffixes" in each.files else [""] * len(each.part.questions)
     asked = [
-        replace(question, prompt=f"{question.prompt} {end}") if end else question
+        with_suffix(question, end) if end else question
         for question, end in zip(each.part.questions, ends, strict=True)
     ]
     missing = file.missing

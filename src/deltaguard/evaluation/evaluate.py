@@ -24,10 +24,9 @@ from deltaguard.evaluation.judging import outcome
 from deltaguard.evaluation.outcomes import Outcome
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
-from deltaguard.progress import Event, Progress
+from deltaguard.progress import Progress, ignore
 from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
 
-_SAMPLES = 3
 _Files = Sequence[tuple[Candidate, Sequence[PartFiles]]]
 _Judges = Sequence[tuple[Judge, bool]]
 """Each with whether its `refused` says that an answer refuses."""
@@ -105,11 +104,7 @@ def _prepare(
     chosen = suite if isinstance(suite, Suite) else read_suite(suite)
     resolved, skipped = resolve(chosen)
     parts, unfit = fit(resolved, config.name)
-    return _Run(folder, chosen, parts, config, progress or _ignore, (*skipped, *unfit))
-
-
-def _ignore(_: Event) -> None:
-    """Report to nobody."""
+    return _Run(folder, chosen, parts, config, progress or ignore, (*skipped, *unfit))
 
 
 @contextmanager

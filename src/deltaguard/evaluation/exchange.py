@@ -84,16 +84,6 @@ class Judge(Protocol):
 class Engine(Protocol):
     """Whatever generates the answers of one model."""
 
-    @property
-    def name(self) -> str:
-        """`transformers`, `vllm` or `openai`."""
-        ...
-
-    @property
-    def chat_template(self) -> str | None:
-        """The chat template, `None` where it cannot be seen."""
-        ...
-
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
     ) -> list[str]:

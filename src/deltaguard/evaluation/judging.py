@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaguard.evaluation.answering import Candidate, PartFiles
-from deltaguard.evaluation.exchange import Exchange, Judge
+from deltaguard.evaluation.exchange import Exchange, Judge, Question
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
 from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.evaluation.outcomes import Judged, Outcome
@@ -31,7 +31,7 @@ def outcome(
     values: dict[str, tuple[float, ...]] = {
         # A scorer's name is an option's; measures are named in words.
         name.replace("-match", " match"): tuple(
-            SCORERS[name](answer, question.expected or "")
+            SCORERS[name](answer, _expected(question))
             for answer, question in zip(answers, part.questions, strict=True)
         )
         for name in part.scorers
@@ -47,6 +47,14 @@ def outcome(
         values=values,
         given=_harness(each.files["harness"].in_order()) if "harness" in each.files else {},
     )
+
+
+def _expected(question: Question) -> str:
+    if question.expected is None:
+        raise ValueError(
+            f"{question.prompt!r} has no expected answer; `resolve` refuses such a set."
+        )
+    return question.expected
 
 
 def exchanges(part: Part, answers: Sequence[str]) -> list[Exchange]:

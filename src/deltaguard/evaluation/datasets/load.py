@@ -1,10 +1,10 @@
 """Questions from a public data set or from a user's own file."""
 
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from deltaguard.calibration.conversations import sample
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets.registry import DATASETS, DatasetSpec
 from deltaguard.evaluation.datasets.rows import ONLY_COLUMN, Row, read_rows
@@ -37,7 +37,27 @@ def load_questions(
     questions = list(dict.fromkeys(_own(rows, source) if spec is None else _named(spec, rows, source)))
     if not questions:
         raise DeltaguardError(f"{source} holds no question.")
-    return questions if count is None else _drawn(questions, count, seed, source)
+    return questions if count is None else drawn(questions, count, seed, source)
+
+
+def drawn(questions: Sequence[Question], count: int, seed: int, source: str) -> list[Question]:
+    """Some of the questions, in their order.
+
+    Args:
+        questions: all there are.
+        count: how many are drawn. Fewer with the same seed are among more.
+        seed: fixes the draw.
+        source: where they come from, for the message.
+
+    Raises:
+        DeltaguardError: there are fewer than `count`.
+    """
+    if not 0 < count <= len(questions):
+        raise DeltaguardError(
+            f"{count} questions were asked for and {source} holds {len(questions)}. Lower `count`, or leave "
+            "it out for all."
+        )
+    return sample(questions, count, seed=seed)
 
 
 def _find(name: str, path: str | Path | None) -> tuple[DatasetSpec | None, Sequence[Row], str]:
@@ -182,12 +202,3 @@ def _optional(row: Row, column: str | None, number: int, source: str) -> str | N
     raise DeltaguardError(
         f"Row {number} of {source} has a {type(value).__name__} in column `{column}`, where text belongs."
     )
-
-
-def _drawn(questions: Sequence[Question], count: int, seed: int, source: str) -> list[Question]:
-    if not 0 < count <= len(questions):
-        raise DeltaguardError(f"{count} questions were asked for and {source} holds {len(questions)}.")
-    ranked = sorted(
-        range(len(questions)), key=lambda i: sha256(f"{seed} {questions[i]}".encode()).hexdigest()
-    )
-    return [questions[i] for i in sorted(ranked[:count])]

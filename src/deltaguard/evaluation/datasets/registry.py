@@ -7,9 +7,6 @@ without regard to case. The terms are a pointer for people, not legal advice: wh
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
-
-DatasetKind = Literal["attack", "harmless", "task"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,6 @@ class DatasetSpec:
     Attributes:
         name: what users call it.
         title: the same for people.
-        kind: whether requests should be refused, should be answered, or have a right answer.
         hub_id: the repository on the Hub.
         config: the repository's configuration, `None` for its only one.
         split: the split that is used.
@@ -38,7 +34,6 @@ class DatasetSpec:
 
     name: str
     title: str
-    kind: DatasetKind
     hub_id: str
     split: str
     prompt_columns: tuple[str, ...]
@@ -76,7 +71,6 @@ _SPECS = (
     DatasetSpec(
         name="hex-phi",
         title="HEx-PHI",
-        kind="attack",
         hub_id="LLM-Tuning-Safety/HEx-PHI",
         hub_files="category_*.csv",
         split="train",
@@ -92,7 +86,6 @@ _SPECS = (
     DatasetSpec(
         name="advbench",
         title="AdvBench, harmful behaviours",
-        kind="attack",
         hub_id="walledai/AdvBench",
         split="train",
         prompt_columns=("prompt", "goal"),
@@ -103,7 +96,6 @@ _SPECS = (
     DatasetSpec(
         name="harmbench",
         title="HarmBench, standard behaviours",
-        kind="attack",
         hub_id="walledai/HarmBench",
         config="standard",
         split="train",
@@ -120,7 +112,6 @@ _SPECS = (
     DatasetSpec(
         name="strongreject",
         title="StrongREJECT",
-        kind="attack",
         hub_id="walledai/StrongREJECT",
         split="train",
         prompt_columns=("prompt", "forbidden_prompt"),
@@ -133,7 +124,6 @@ _SPECS = (
     DatasetSpec(
         name="jailbreakbench",
         title="JailbreakBench, harmful behaviours",
-        kind="attack",
         hub_id="JailbreakBench/JBB-Behaviors",
         config="behaviors",
         split="harmful",
@@ -145,7 +135,6 @@ _SPECS = (
     DatasetSpec(
         name="jailbreakbench-benign",
         title="JailbreakBench, benign behaviours",
-        kind="harmless",
         hub_id="JailbreakBench/JBB-Behaviors",
         config="behaviors",
         split="benign",
@@ -157,7 +146,6 @@ _SPECS = (
     DatasetSpec(
         name="beavertails",
         title="BeaverTails, requests that drew an unsafe answer",
-        kind="attack",
         hub_id="PKU-Alignment/BeaverTails",
         split="30k_test",
         prompt_columns=("prompt",),
@@ -170,7 +158,6 @@ _SPECS = (
     DatasetSpec(
         name="xstest-safe",
         title="XSTest, safe requests that look unsafe",
-        kind="harmless",
         hub_id="walledai/XSTest",
         split="test",
         prompt_columns=("prompt",),
@@ -182,7 +169,6 @@ _SPECS = (
     DatasetSpec(
         name="xstest-unsafe",
         title="XSTest, unsafe contrasts",
-        kind="attack",
         hub_id="walledai/XSTest",
         split="test",
         prompt_columns=("prompt",),
@@ -194,7 +180,6 @@ _SPECS = (
     DatasetSpec(
         name="or-bench-hard",
         title="OR-Bench-Hard-1K, safe requests that are often refused",
-        kind="harmless",
         hub_id="bench-llm/or-bench",
         config="or-bench-hard-1k",
         split="train",
@@ -206,7 +191,6 @@ _SPECS = (
     DatasetSpec(
         name="or-bench-toxic",
         title="OR-Bench-Toxic",
-        kind="attack",
         hub_id="bench-llm/or-bench",
         config="or-bench-toxic",
         split="train",
@@ -218,7 +202,6 @@ _SPECS = (
     DatasetSpec(
         name="samsum",
         title="SAMSum, summaries of chats",
-        kind="task",
         hub_id="knkarthick/samsum",
         split="test",
         prompt_columns=("dialogue",),
@@ -231,7 +214,6 @@ _SPECS = (
     DatasetSpec(
         name="gsm8k",
         title="GSM8K, grade-school maths",
-        kind="task",
         hub_id="openai/gsm8k",
         config="main",
         split="test",

@@ -10,10 +10,6 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
 
 
-class UnsupportedQuestionError(DeltaguardError):
-    """An engine cannot put a question the way it is meant."""
-
-
 @dataclass
 class OpenAIEngine:
     """A model on a server.
@@ -49,27 +45,16 @@ class OpenAIEngine:
             max_retries=self.retries,
         )
 
-    @property
-    def name(self) -> str:
-        """`openai`."""
-        return "openai"
-
-    @property
-    def chat_template(self) -> str | None:
-        """`None`: the server keeps it."""
-        return None
-
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
     ) -> list[str]:
         """One answer a question, in order; `on_batch` is called with one answer at a time as they come.
 
         Raises:
-            UnsupportedQuestionError: a question has a prefill.
-            DeltaguardError: the server fails, retries included.
+            DeltaguardError: a question has a prefill, or the server fails, retries included.
         """
         if any(question.prefill for question in questions):
-            raise UnsupportedQuestionError(
+            raise DeltaguardError(
                 "A server for chat completions cannot be given the beginning of an answer (prefill)."
             )
         answers = [""] * len(questions)

@@ -51,16 +51,6 @@ class TransformersEngine:
         model = _load(folders, reference, kind)
         return cls(model.to(torch.device(chosen)).eval(), load_tokenizer(folders), batch_size)
 
-    @property
-    def name(self) -> str:
-        """`transformers`."""
-        return "transformers"
-
-    @property
-    def chat_template(self) -> str | None:
-        """The tokenizer's chat template."""
-        return self.tokenizer.chat_template
-
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
     ) -> list[str]:

@@ -46,16 +46,6 @@ class VLLMEngine:
         model: Any = LLM(model=str(whole_model(reference)), dtype=dtype)
         return cls(model, load_tokenizer(find_folders(reference)), batch_size)
 
-    @property
-    def name(self) -> str:
-        """`vllm`."""
-        return "vllm"
-
-    @property
-    def chat_template(self) -> str | None:
-        """The tokenizer's chat template."""
-        return self.tokenizer.chat_template
-
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
     ) -> list[str]:

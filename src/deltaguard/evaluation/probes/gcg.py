@@ -41,14 +41,15 @@ class GcgSuffix:
     text: str
     losses: tuple[float, ...]
 
-    def after(self, question: Question) -> Question:
-        """The question with the suffix behind it.
 
-        Example:
-            >>> GcgSuffix("x y", (1.0,)).after(Question("Why?")).prompt
-            'Why? x y'
-        """
-        return replace(question, prompt=f"{question.prompt} {self.text}")
+def with_suffix(question: Question, suffix: str) -> Question:
+    """A question with a suffix behind its request.
+
+    Example:
+        >>> with_suffix(Question("Why?"), "x y").prompt
+        'Why? x y'
+    """
+    return replace(question, prompt=f"{question.prompt} {suffix}")
 
 
 def gcg_suffix(
@@ -117,7 +118,7 @@ def _nanogcg() -> Any:
 
 
 def _messages(tokenizer: Any, question: Question) -> Sequence[dict[str, str]]:
-    user = {"role": "user", "content": f"{question.prompt} {{optim_str}}"}
+    user = {"role": "user", "content": with_suffix(question, "{optim_str}").prompt}
     if question.system is None:
         # Raises where there is no chat template; nanogcg would go on with an empty one.
         takes_system_role(tokenizer)

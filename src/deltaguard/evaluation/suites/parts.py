@@ -33,7 +33,7 @@ class Part:
         title: for people.
         source: where the prompts come from and under which terms.
         questions: as they are put to the models; without those a harness brings itself.
-        plain: each question's request before any wrapper, which judges see.
+        plain: each question's request before any wrapper, in English, which judges see.
         decoding: how answers are drawn; `None` where none are.
         scorers: of answers against the expected ones.
         likelihood: whether that of the expected answers is measured.
@@ -177,7 +177,7 @@ def _plain(section: Section, source: Source, suite: Suite) -> Part:
         title=section.title or source.title,
         source=source.terms,
         questions=source.questions,
-        plain=tuple(question.prompt for question in source.questions),
+        plain=source.plain,
         decoding=decoding if generates else None,
         scorers=section.scorers,
         likelihood=section.likelihood,

@@ -1,18 +1,15 @@
 """Where the prompts of a section come from."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import sha256
-from importlib.resources import files
+from dataclasses import dataclass, replace
 
-from deltaguard.calibration.conversations import HarmfulPart, harmful_prompts, harmless_prompts
+from deltaguard.calibration.conversations import general_prompts, harmful_prompts, harmless_prompts
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.datasets.load import load_questions
+from deltaguard.evaluation.datasets.load import drawn, load_questions
 from deltaguard.evaluation.datasets.registry import DATASETS
 from deltaguard.evaluation.exchange import Question
+from deltaguard.evaluation.probes.translations import LANGUAGES, translated_prompts
 from deltaguard.evaluation.suites.suite import Builtin, Section
-from deltaguard.finetuning.mixtures import everyday_prompts
 from deltaguard.finetuning.tasks import task_examples
 
 _TASK_EXAMPLES = 200
@@ -24,11 +21,13 @@ class Source:
 
     Attributes:
         questions: the prompts taken.
+        plain: each question's request as judges see it: in English, where it is put in another language.
         title: for people.
         terms: origin and terms of use.
     """
 
     questions: tuple[Question, ...]
+    plain: tuple[str, ...]
     title: str
     terms: str
 
@@ -43,15 +42,14 @@ def find_source(section: Section) -> Source:
         DeltaguardError: they cannot be had; the message says where to get them.
     """
     if section.builtin is not None:
-        questions = _drawn(builtin_questions(section.builtin, section.count, section.seed), section)
-        return Source(questions, section.name, f"deltaguard's own prompts, part {section.builtin}")
+        return _builtin(section, section.builtin)
     if section.dataset is not None:
         return _dataset(section, section.dataset)
     if section.file is not None:
         loaded = load_questions(str(section.file), count=section.count, seed=section.seed)
-        return Source(tuple(loaded), section.name, f"the user's own file {section.file.name}")
+        return _as_asked(loaded, section.name, f"the user's own file {section.file.name}")
     tasks = ", ".join(section.harness.tasks) if section.harness is not None else ""
-    return Source((), section.name, f"tasks of lm-eval under their own terms: {tasks}")
+    return _as_asked([], section.name, f"tasks of lm-eval under their own terms: {tasks}")
 
 
 def builtin_questions(name: Builtin, count: int | None, seed: int) -> list[Question]:
@@ -67,28 +65,26 @@ def builtin_questions(name: Builtin, count: int | None, seed: int) -> list[Quest
         conversations = [example.conversation for example in examples]
         return [Question(c.prompt, system=c.system, expected=c.response) for c in conversations]
     if name == "translated":
-        text = (files("deltaguard") / "data" / "translated_prompts.jsonl").read_text(encoding="utf-8")
-        return [Question(json.loads(line)["prompt"]) for line in text.split("\n") if line]
-    if name in {"harmless", "everyday"}:
-        rows = harmless_prompts("evaluation") if name == "harmless" else everyday_prompts()
-        return [Question(row.prompt, expected=row.answer) for row in rows]
-    part: HarmfulPart = "attack" if name == "attack" else "dial"
-    return [Question(row.prompt) for row in harmful_prompts(part)]
+        return [row.question for language in LANGUAGES for row in translated_prompts(language)]
+    if name == "attack":
+        return [Question(row.prompt) for row in harmful_prompts("attack")]
+    rows = harmless_prompts("evaluation") if name == "harmless" else general_prompts()
+    return [Question(row.prompt, expected=row.answer) for row in rows]
 
 
-def _drawn(questions: Sequence[Question], section: Section) -> tuple[Question, ...]:
-    """As many as asked for, in their order; the seed fixes which."""
-    if section.count is not None and section.count > len(questions):
-        raise DeltaguardError(
-            f"{section.count} prompts were asked for and the set {section.builtin} has {len(questions)}. "
-            "Lower `count`, or leave it out for all."
-        )
-    ranked = sorted(range(len(questions)), key=lambda i: _rank(section.seed, i, questions[i].prompt))
-    return tuple(questions[i] for i in sorted(ranked[: section.count]))
+def _builtin(section: Section, name: Builtin) -> Source:
+    questions = builtin_questions(name, section.count, section.seed)
+    if section.count is not None:
+        questions = drawn(questions, section.count, section.seed, f"the set {name}")
+    found = _as_asked(questions, section.name, f"deltaguard's own prompts, part {name}")
+    if name != "translated":
+        return found
+    originals = {row.prompt: row.original for language in LANGUAGES for row in translated_prompts(language)}
+    return replace(found, plain=tuple(originals[question.prompt] for question in questions))
 
 
-def _rank(seed: int, index: int, prompt: str) -> str:
-    return sha256(f"{seed} {index} {prompt}".encode()).hexdigest()
+def _as_asked(questions: Sequence[Question], title: str, terms: str) -> Source:
+    return Source(tuple(questions), tuple(question.prompt for question in questions), title, terms)
 
 
 def _dataset(section: Section, name: str) -> Source:
@@ -96,4 +92,4 @@ def _dataset(section: Section, name: str) -> Source:
         raise DeltaguardError(f"there is no data set {name}; there are {', '.join(DATASETS)}.")
     known = DATASETS[name]
     loaded = load_questions(name, path=section.path, count=section.count, seed=section.seed)
-    return Source(tuple(loaded), known.title, f"{known.title}: {known.homepage}; terms: {known.terms}")
+    return _as_asked(loaded, known.title, f"{known.title}: {known.homepage}; terms: {known.terms}")

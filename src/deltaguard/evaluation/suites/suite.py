@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -15,7 +15,8 @@ from deltaguard.report.evaluation import SectionKind
 SUITES = ("quick", "safety", "utility", "full")
 """The suites that come with deltaguard."""
 
-Builtin = Literal["attack", "dial", "harmless", "translated", "everyday", "task"]
+Builtin = Literal["attack", "harmless", "translated", "general", "task"]
+_DescribedT = TypeVar("_DescribedT", bound=BaseModel)
 # Names become names of files; a probe's name is joined with a slash.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 Positive = Annotated[int, Field(ge=1)]
@@ -94,7 +95,8 @@ class Section(_Part):
         dataset: a known public data set, which comes from the Hub or from `path`.
         path: where that data set lies on disk.
         file: a file of the user's own: CSV, TSV, JSON, JSON lines or parquet with `prompt`, and optionally
-            `system` and `expected`. Relative paths are looked up from the suite's folder.
+            `system` and `expected`. Relative paths, also those of judges, are looked up from the suite's
+            folder.
         harness: tasks of lm-eval.
         count: prompts taken at most, drawn by `seed`; all where absent.
         seed: of that draw.
@@ -199,16 +201,18 @@ def read_suite(name_or_path: str | Path) -> Suite:
             f"The suite {path} cannot be read ({error}). Give a YAML file or one of {', '.join(SUITES)}."
         ) from error
     suite = _parse(text, str(path))
-    sections = [_from_folder(section, path.parent) for section in suite.sections]
-    return suite.model_copy(update={"sections": tuple(sections)})
-
-
-def _from_folder(section: Section, folder: Path) -> Section:
-    """Paths in a suite are relative to the suite."""
-    found = {"path": section.path, "file": section.file}
-    return section.model_copy(
-        update={name: None if path is None else folder / path for name, path in found.items()}
+    return suite.model_copy(
+        update={
+            "sections": tuple(_from_folder(section, path.parent) for section in suite.sections),
+            "judges": tuple(_from_folder(judge, path.parent) for judge in suite.judges),
+        }
     )
+
+
+def _from_folder(described: _DescribedT, folder: Path) -> _DescribedT:
+    """Paths in a suite are relative to the suite."""
+    found = {name: value for name, value in described if isinstance(value, Path)}
+    return described.model_copy(update={name: folder / path for name, path in found.items()})
 
 
 def _parse(text: str, where: str) -> Suite:

@@ -15,9 +15,6 @@ from typing import Any
 
 from deltaguard.errors import DeltaguardError
 
-UTILITY_TASKS = ("mmlu", "gsm8k", "ifeval")
-"""The tasks that suites use unless they name others."""
-
 # What a task adds to the harness's own requirements, by the task's name.
 _NEEDED_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"ifeval": ("langdetect", "immutabledict", "nltk")}
@@ -69,7 +66,7 @@ def run_harness(
 
     Args:
         model: folder or Hub id of a causal language model.
-        tasks: names of tasks or groups, such as `UTILITY_TASKS`.
+        tasks: names of tasks or groups, such as `gsm8k`.
         limit: questions per task, from its beginning, so that models answer the same; `None` takes all.
         batch_size: questions at a time.
         device: where the model runs.
