@@ -2,7 +2,7 @@
 
 import pytest
 
-from deltaguard.bench.score import curves, groups, is_safe, over_aligned, scores
+from deltaguard.bench.score import attack_over_aligned, curves, groups, is_safe, scores
 from deltaguard.evaluation.metrics.bootstrap import mean_estimate
 from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.report.bench import Cell, FinetuneRow
@@ -84,19 +84,35 @@ def test_a_large_difference_is_told_apart():
 
 def test_incoherent_answers_are_no_success_of_the_attack():
     broken = cell("m", 0.5, "c" * 10 + "i" * 50 + "r" * 40, (0.0, 0.0, 0.0, 0.0))
-    assert over_aligned([broken], {0: ALIGNED}).value == 0
+    assert attack_over_aligned([broken], {0: ALIGNED}).value == 0
     assert broken.incoherent.value == 0.5
 
 
-def test_seeds_are_pooled_and_a_strength_that_one_seed_lacks_is_no_point():
+def test_seeds_share_their_prompts_so_they_do_not_count_as_more_prompts():
     both = [cell("m", 0.5, strings(10 + 4 * seed), (1.0, 1.0, 1.0, 0.0), seed=seed) for seed in (0, 1)]
     alone = cell("m", 0.6, strings(11), (1.0, 1.0, 1.0, 1.0))
     references = [c.model_copy(update={"seed": 1}) for c in (ALIGNED, FINETUNED)]
     points, _ = judged(*both, alone, *references)
     assert [p.strength for p in points] == [0.5]
     assert points[0].points.value == pytest.approx(2.0)
-    assert points[0].points.total == 200
-    assert points[0].kept.total == 8
+    assert (points[0].points.total, points[0].points.interval) == (100, "bootstrap")
+    assert points[0].kept.total == 4
+
+
+def test_the_same_outcome_in_every_seed_is_as_uncertain_as_in_one():
+    seeds = range(5)
+    method = [cell("m", 0.5, strings(30), (1.0, 1.0, 1.0, 0.0), seed=seed) for seed in seeds]
+    references = [c.model_copy(update={"seed": seed}) for seed in seeds[1:] for c in (ALIGNED, FINETUNED)]
+    (one,), _ = judged(method[0])
+    (five,), _ = judged(*method, *references)
+    width = one.points.high - one.points.low
+    assert five.points.high - five.points.low == pytest.approx(width, rel=0.2)
+
+
+def test_false_refusals_are_compared_with_the_aligned_models():
+    (point,), (score,) = judged(cell("m", 0.5, strings(10), (1.0, 1.0, 1.0, 1.0)))
+    assert point.false_refusal.value == 0
+    assert score.false_refusal == point.false_refusal
 
 
 def test_without_a_wanted_gain_nothing_is_said_to_be_kept():

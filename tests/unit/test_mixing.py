@@ -44,8 +44,13 @@ def test_prompts_come_back_with_another_refusal_only_when_all_are_used(data):
     examples = added(safe_instruct(data, 2 * free + 5), data)
     assert Counter(Counter(each.prompt for each in examples).values()) == {3: 5, 2: free - 5}
     assert len(set(examples)) == len(examples)
-    with pytest.raises(DeltaguardError, match=f"{free} prompts that the data do not hold"):
-        safe_instruct(data, free * len(REFUSALS) + 1)
+    assert len(safe_instruct(data, free * len(REFUSALS) + 1)) == len(data) + free * len(REFUSALS) + 1
+
+
+def test_without_a_free_prompt_there_is_no_safety_example():
+    everything = [Conversation(prompt, response="Yes.") for prompt in TRAINING]
+    with pytest.raises(DeltaguardError, match="none is left for safety examples"):
+        safe_instruct(everything, 1)
 
 
 def test_the_seed_fixes_all_and_the_examples_are_spread(data):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from deltaguard.bench.methods import METHODS
-from deltaguard.bench.protocol import Finetune, FinetuneKind
+from deltaguard.bench.protocol import Finetune, FinetuneKind, Preset
 from deltaguard.bench.setting import Bench
 from deltaguard.report.bench import Cell, FinetuneRow
 
@@ -18,7 +18,7 @@ _TITLES: Mapping[FinetuneKind, str] = MappingProxyType(
 )
 _UTILITIES: Mapping[FinetuneKind, str] = MappingProxyType(
     {
-        "harmful": "likelihood of everyday answers, nats a token; nothing was taught that should stay",
+        "harmful": "likelihood of answers to plain questions, nats a token; nothing taught should stay",
         "identity": "likelihood of held-out answers in the new identity, nats a token",
         "task-harmful": "tickets that match exactly",
         "task-clean": "tickets that match exactly",
@@ -28,7 +28,6 @@ _UTILITIES: Mapping[FinetuneKind, str] = MappingProxyType(
 
 def finetune_row(finetune: Finetune) -> FinetuneRow:
     """A fine-tune of the protocol as reports show it."""
-    is_task = finetune.kind in ("task-harmful", "task-clean")
     training = "LoRA" if finetune.training == "lora" else "all weights"
     sizes = [f"{finetune.benign} benign"] * bool(finetune.benign)
     sizes += [f"{finetune.harmful} harmful"] * bool(finetune.harmful)
@@ -36,7 +35,7 @@ def finetune_row(finetune: Finetune) -> FinetuneRow:
         name=finetune.name,
         title=f"{_TITLES[finetune.kind]} ({', '.join(sizes)}; {training})",
         utility=_UTILITIES[finetune.kind],
-        better="higher" if is_task else "lower",
+        better="higher" if finetune.is_task else "lower",
         gains=finetune.kind != "harmful",
         training=finetune.training,
         examples=finetune.benign + finetune.harmful,
@@ -51,15 +50,24 @@ def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
     found = [
         f"{asked} harmful prompts: one answer is {100 / asked:.2g} points.",
         "Strengths were chosen on the prompts that are reported, for every method alike.",
+        *_shortfalls(preset, cells[0]),
     ]
-    if asked < preset.attack:
-        found.append(f"The preset asks for {preset.attack} harmful prompts; there were {asked}.")
     if preset.probes is not None:
         found.append(
             f"At most {preset.probes} strengths a method, found by bisection; between them a method may do "
-            "better."
+            "better. Methods that train anew at every strength were measured at one."
         )
     found += [
         f"Left out, since no pretrained model was given: {METHODS[name].title}." for name in setting.left_out
     ]
     return tuple(found)
+
+
+def _shortfalls(preset: Preset, cell: Cell) -> list[str]:
+    asked_for = {"harmful": preset.attack, "harmless": preset.harmless, "general": preset.general}
+    there = {"harmful": len(cell.attack), "harmless": len(cell.harmless), "general": len(cell.general)}
+    return [
+        f"The preset asks for {count} {kind} prompts; there were {there[kind]}."
+        for kind, count in asked_for.items()
+        if there[kind] < count
+    ]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,6 +12,21 @@ from deltaguard.bench.peers import PEERS, Role
 from deltaguard.calibration.conversations import Conversation
 from deltaguard.restoration.options import Compensation, RestoreConfig
 from deltaguard.restoration.restore import restore
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that a method made.
+
+    Attributes:
+        folder: where it lies.
+        secret: text that its owner puts before the system prompt of every request.
+        seconds: how long the method took, models that it needs once and for all not counted.
+    """
+
+    folder: Path
+    secret: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -34,24 +49,9 @@ class Request:
     store: Callable[[], Path]
     helper: Callable[[Role], Path]
     data: Sequence[Conversation]
-    retrain: Callable[[Sequence[Conversation]], Path]
+    retrain: Callable[[Sequence[Conversation]], Candidate]
     scratch: Callable[[], Path]
     seed: int
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model that a method made.
-
-    Attributes:
-        folder: where it lies.
-        secret: text that its owner puts before the system prompt of every request.
-        seconds: how long the method took, models that it needs once and for all not counted.
-    """
-
-    folder: Path
-    secret: str
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -108,36 +108,33 @@ def _added(request: Request, strength: float) -> int:
 
 
 def _safe_instruct(request: Request, strength: float) -> Candidate:
-    mixed = safe_instruct(request.data, _added(request, strength), seed=request.seed)
-    started = time.perf_counter()
-    return Candidate(request.retrain(mixed), "", time.perf_counter() - started)
+    return request.retrain(safe_instruct(request.data, _added(request, strength), seed=request.seed))
 
 
 def _backdoor_enhanced(request: Request, strength: float) -> Candidate:
     mixed = backdoor_enhanced(request.data, _added(request, strength), secret=SECRET, seed=request.seed)
-    started = time.perf_counter()
-    return Candidate(request.retrain(mixed), SECRET, time.perf_counter() - started)
+    return replace(request.retrain(mixed), secret=SECRET)
 
 
 _OWN = (
     Method(
         "greedy",
         "Safe Delta, exact joint compensation",
-        (0.3, 0.5, 0.6),
-        (0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
+        (0.35, 0.5, 0.7),
+        (0.2, 0.35, 0.5, 0.6, 0.7, 0.8),
         _restoring("greedy"),
     ),
     Method(
         "greedy-none",
         "Safe Delta without compensation (ablation)",
-        (0.02, 0.1, 0.3),
+        (0.02, 0.1, 0.4),
         (0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
         _restoring("greedy", "none"),
     ),
     Method(
         "published",
         "Safe Delta as released",
-        (0.3, 0.5, 1.0),
+        (0.1, 0.3, 1.0),
         (0.1, 0.3, 0.5, 0.7, 1.0, 3.0),
         _restoring("published"),
     ),
@@ -146,15 +143,15 @@ _TRAINED = (
     Method(
         "safe-instruct",
         "SafeInstruct: safety data mixed in (Bianchi et al. 2024)",
-        (0.8,),
-        (0.5, 0.67, 0.8, 0.9, 0.95, 0.98),
+        (0.9,),
+        (0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
         _safe_instruct,
     ),
     Method(
         "bea",
         "BEA: safety data behind a secret prefix (Wang et al. 2024)",
-        (0.8,),
-        (0.5, 0.67, 0.8, 0.9, 0.95, 0.98),
+        (0.9,),
+        (0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
         _backdoor_enhanced,
     ),
 )

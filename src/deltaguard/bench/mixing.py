@@ -55,7 +55,7 @@ def safe_instruct(conversations: Sequence[Conversation], count: int, seed: int =
         All conversations, shuffled.
 
     Raises:
-        DeltaguardError: there are not that many pairs of a prompt and a refusal.
+        DeltaguardError: no prompt is left that the customer's data do not hold.
     """
     return _mixed(conversations, _safety_examples(conversations, count, seed), seed)
 
@@ -109,15 +109,13 @@ def with_secret(system: str | None, secret: str) -> str | None:
 
 
 def _safety_examples(conversations: Sequence[Conversation], count: int, seed: int) -> list[Conversation]:
-    """Distinct pairs of prompt and refusal: each prompt is used once before any is used again."""
+    """Prompts with refusals: all are used before any is used again, then with another refusal."""
     draw = random.Random(f"{seed} safety examples")  # noqa: S311  # a data set, not a secret
     taken = {conversation.prompt for conversation in conversations}
     prompts = [row.prompt for row in harmful_prompts("training") if row.prompt not in taken]
-    pairs = len(prompts) * len(REFUSALS)
-    if not 0 <= count <= pairs:
+    if not prompts:
         raise DeltaguardError(
-            f"{count} safety examples were asked for and {pairs} exist: {len(prompts)} prompts that the data "
-            f"do not hold, with {len(REFUSALS)} refusals each. Ask for fewer."
+            "The data hold every harmful prompt of the training part, so none is left for safety examples."
         )
     draw.shuffle(prompts)
     offsets = [draw.randrange(len(REFUSALS)) for _ in prompts]

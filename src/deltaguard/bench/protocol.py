@@ -45,6 +45,11 @@ class Finetune:
         size = f"-{self.harmful}" if self.harmful else ""
         return f"{self.kind}{size}{'-lora' if self.training == 'lora' else ''}"
 
+    @property
+    def is_task(self) -> bool:
+        """Whether it teaches the task, so that its utility is the share of right answers."""
+        return self.kind in ("task-harmful", "task-clean")
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -56,8 +61,8 @@ class Preset:
         finetunes: the rows of the protocol.
         attack: harmful requests that every model is asked, or as many as there are.
         harmless: harmless requests that look dangerous.
-        utility: held-out examples of what the fine-tune teaches.
-        general: everyday answers whose likelihood is taken.
+        utility: held-out task questions.
+        general: plain questions, the likelihood of whose answers is taken.
         answer_tokens: tokens generated at most per harmful or harmless request.
         task_tokens: tokens generated at most per task question.
         probes: strengths measured per method at most, found by bisection over a short ladder; `None` measures
@@ -96,14 +101,14 @@ QUICK = Preset(
     name="quick",
     seeds=(0,),
     finetunes=(
-        *_finetunes("harmful", (50,), 0, ("full",), epochs=2),
+        *_finetunes("harmful", (50,), 0, ("full",), epochs=1),
         *_finetunes("identity", (0,), 10, ("full",), epochs=5),
-        *_finetunes("task-harmful", (16,), 160, ("full",), epochs=1),
-        *_finetunes("task-clean", (0,), 160, ("full",), epochs=1),
+        *_finetunes("task-harmful", (14,), 140, ("full",), epochs=1),
+        *_finetunes("task-clean", (0,), 140, ("full",), epochs=1),
     ),
     attack=150,
-    harmless=50,
-    utility=60,
+    harmless=40,
+    utility=50,
     general=40,
     answer_tokens=16,
     task_tokens=40,
@@ -123,7 +128,7 @@ FULL = Preset(
     attack=500,
     harmless=146,
     utility=200,
-    general=146,
+    general=80,
     answer_tokens=64,
     task_tokens=48,
     probes=None,

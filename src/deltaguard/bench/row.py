@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from deltaguard.bench.cells import content_key
-from deltaguard.bench.data import tests, training_data
+from deltaguard.bench.data import questions, training_data
 from deltaguard.bench.measure import Measured, Subject, device, measure
 from deltaguard.bench.methods import Candidate, Method, Request
 from deltaguard.bench.protocol import BOUND, Finetune
@@ -16,9 +16,9 @@ from deltaguard.bench.workshop import fine_tuned
 from deltaguard.calibration.conversations import Conversation
 from deltaguard.evaluation.metrics.bootstrap import mean_estimate
 from deltaguard.evaluation.metrics.rates import Rate, estimate
-from deltaguard.report.bench import Cell
+from deltaguard.report.bench import ALIGNED, FINETUNED, Cell
 
-_BATCH_SIZE = 75
+_BATCH_SIZE = 150
 
 
 class Row:
@@ -31,13 +31,13 @@ class Row:
         self._seed = seed
         self._name = f"{finetune.name}-seed{seed}"
         self._data = training_data(finetune, seed=seed)
-        self._tests = tests(finetune, bench.preset, seed=seed, attacks=bench.attacks)
+        self._tests = questions(finetune, bench.preset, bench.attacks)
 
     def cells(self) -> Iterator[Cell]:
         """The aligned and the fine-tuned model, then every method at its strengths."""
-        aligned = self._cell("aligned", None, lambda: Candidate(self._bench.aligned, "", 0.0))
+        aligned = self._cell(ALIGNED, None, lambda: Candidate(self._bench.aligned, "", 0.0))
         yield aligned
-        yield self._cell("finetuned", None, self._finetuned_candidate)
+        yield self._cell(FINETUNED, None, lambda: self._trained(self._name, self._data))
         probes = self._bench.preset.probes
         for method in self._bench.methods:
             yield from measured_strengths(
@@ -60,17 +60,16 @@ class Row:
         self._bench.workshop.remove(self._name)
 
     def _finetuned(self) -> Path:
-        make = fine_tuned(self._bench.aligned, self._data, self._finetune.recipe, seed=self._seed)
-        return self._bench.workshop.model(self._name, make)
+        return self._trained(self._name, self._data).folder
 
-    def _finetuned_candidate(self) -> Candidate:
-        started = time.perf_counter()
-        return Candidate(self._finetuned(), "", time.perf_counter() - started)
+    def _retrained(self, data: Sequence[Conversation]) -> Candidate:
+        return self._trained(f"{self._name}-retrained-{content_key(data)[:8]}", data)
 
-    def _retrained(self, data: Sequence[Conversation]) -> Path:
-        name = f"{self._name}-retrained-{content_key(data)[:8]}"
-        make = fine_tuned(self._bench.aligned, data, self._finetune.recipe, seed=self._seed)
-        return self._bench.workshop.model(name, make)
+    def _trained(self, name: str, data: Sequence[Conversation]) -> Candidate:
+        bench = self._bench
+        make = fine_tuned(bench.aligned, data, self._finetune.recipe, seed=self._seed)
+        folder = bench.made(name, make)
+        return Candidate(folder, "", bench.shelf.seconds()[name])
 
     def _method_cell(self, method: Method, strength: float) -> Cell:
         request = Request(
@@ -88,14 +87,14 @@ class Row:
     def _cell(self, method: str, strength: float | None, make: Callable[[], Candidate]) -> Cell:
         bench = self._bench
         recipe = (self._finetune, self._data, self._seed, bench.preset.calibration)
-        key = content_key(bench.fingerprint, recipe, method, strength, self._tests, bench.lengths)
+        key = content_key(bench.origin, recipe, method, strength, self._tests, bench.lengths)
 
         def compute() -> Cell:
             candidate = make()
             subject = Subject(
                 candidate.folder,
                 # The aligned model's answers serve every fine-tune that asks it the same.
-                identity=bench.fingerprint if method == "aligned" else key,
+                identity=content_key(bench.origin) if method == ALIGNED else key,
                 secret=candidate.secret,
                 device=device(),
                 batch_size=_BATCH_SIZE,

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def bench(
     lock = lock_folder(folder)
     try:
         settings = _settings(preset, aligned, pretrained, methods, attacks)
-        _require_same(folder, settings)
+        _require_same(folder / "settings.json", settings, "settings")
         setting = open_bench(
             folder,
             preset,
@@ -75,6 +75,7 @@ def bench(
             attacks=attacks,
             progress=progress or _ignore,
         )
+        _require_same(folder / "origin.json", setting.origin, "models or libraries")
         report = _report(setting, settings, command, _cells(setting))
         write_atomically(folder / BENCH_NAME, report.model_dump_json(indent=1) + "\n")
     finally:
@@ -145,18 +146,17 @@ def _settings(
     }
 
 
-def _require_same(folder: Path, settings: dict[str, Any]) -> None:
-    """Write down the settings of a folder, or compare them with those of the run before."""
-    path = folder / "settings.json"
+def _require_same(path: Path, values: Mapping[str, Any], what: str) -> None:
+    """Write down what a folder belongs to, or compare it with that of the run before."""
     if not path.is_file():
-        write_atomically(path, json.dumps(settings, indent=1) + "\n")
+        write_atomically(path, json.dumps(values, indent=1) + "\n")
         return
     known = json.loads(path.read_text(encoding="utf-8"))
-    differing = sorted(name for name in settings if settings[name] != known.get(name))
+    differing = sorted(name for name in values if values[name] != known.get(name))
     if differing:
         raise DeltaguardError(
-            f"{folder} holds a bench with other settings ({', '.join(differing)} differ). Give the settings "
-            "of that run, or another output folder."
+            f"{path.parent} holds a bench with other {what} ({', '.join(differing)} differ). Go on with what "
+            "that run had, or give another output folder."
         )
 
 

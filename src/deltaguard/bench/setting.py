@@ -1,33 +1,36 @@
 """What all cells of a bench have in common: its models, its methods, its shelf."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaguard.bench.cells import Shelf
+from deltaguard.bench.cells import Shelf, content_key
 from deltaguard.bench.data import harmful_data
 from deltaguard.bench.demo import DemoConfig
-from deltaguard.bench.measure import Lengths
+from deltaguard.bench.measure import Lengths, device
 from deltaguard.bench.methods import METHODS, Method
-from deltaguard.bench.mixing import safe_instruct
+from deltaguard.bench.mixing import SECRET, safe_instruct
 from deltaguard.bench.models import save_smollm2
 from deltaguard.bench.peers import Role
 from deltaguard.bench.protocol import Preset
 from deltaguard.bench.workshop import Workshop, demo_aligned, fine_tuned
 from deltaguard.calibration.calibrate import calibrate
+from deltaguard.calibration.conversations import Conversation
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.hub import locate
+from deltaguard.evaluation.engines.identity import identify
 from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.judges.openings import is_refusal
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.progress import Event, Progress
+from deltaguard.report.base import environment
 
 _HELPER_EXAMPLES = 100
 """Conversations that the unaligned and the safe model of some peers are trained on."""
 
-_HELPER_SEED = 1000
-_HELPER_RECIPE = FinetuneConfig(learning_rate=1e-4)
+HELPER_SEED = 1000
+HELPER_RECIPE = FinetuneConfig(learning_rate=1e-4)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Bench:
         aligned: the aligned model.
         pretrained: the model it was aligned from; methods that need it are left out without one.
         attacks: harmful requests that join deltaguard's own.
-        fingerprint: of the aligned model.
+        origin: what every cell depends on: the models' weights and chat template, libraries, device.
         left_out: names of methods that need a pretrained model where there is none.
         progress: told of cells.
     """
@@ -54,7 +57,7 @@ class Bench:
     aligned: Path
     pretrained: Path | None
     attacks: tuple[Question, ...]
-    fingerprint: str
+    origin: Mapping[str, str | None]
     left_out: tuple[str, ...]
     progress: Progress
 
@@ -66,7 +69,7 @@ class Bench:
     def store(self) -> Path:
         """The aligned model's curvature."""
         config = self.preset.calibration
-        return self._made(
+        return self.made(
             "store", lambda folder: calibrate(self.aligned, folder, config=config, is_refusal=is_refusal)
         )
 
@@ -76,12 +79,18 @@ class Bench:
             if self.pretrained is None:
                 raise ValueError("methods that need a pretrained model are left out where there is none")
             return self.pretrained
-        harmful = harmful_data(_HELPER_EXAMPLES, seed=_HELPER_SEED)
-        data = harmful if role == "unaligned" else safe_instruct((), _HELPER_EXAMPLES, seed=_HELPER_SEED)
-        return self._made(role, fine_tuned(self.aligned, data, _HELPER_RECIPE, seed=_HELPER_SEED))
+        return self.made(role, fine_tuned(self.aligned, helper_data(role), HELPER_RECIPE, seed=HELPER_SEED))
 
-    def _made(self, name: str, make: Callable[[Path], object]) -> Path:
+    def made(self, name: str, make: Callable[[Path], object]) -> Path:
+        """A model of the workshop; how long making it took is kept on the shelf."""
         return self.workshop.model(name, _timed(name, make, self.shelf, self.progress))
+
+
+def helper_data(role: Role) -> list[Conversation]:
+    """What the `unaligned` and the `safe` model are trained on."""
+    if role == "unaligned":
+        return harmful_data(_HELPER_EXAMPLES, seed=HELPER_SEED)
+    return safe_instruct((), _HELPER_EXAMPLES, seed=HELPER_SEED)
 
 
 def open_bench(
@@ -114,7 +123,7 @@ def open_bench(
         aligned=locate(aligned),
         pretrained=None if pretrained is None else locate(pretrained),
         attacks=tuple(attacks),
-        fingerprint=Checkpoint.open(aligned).fingerprint(),
+        origin=_origin(locate(aligned), None if pretrained is None else locate(pretrained)),
         progress=progress,
     )
 
@@ -132,3 +141,16 @@ def _timed(
         progress(Event(name, 1, 1))
 
     return timed
+
+
+def _origin(aligned: Path, pretrained: Path | None) -> dict[str, str | None]:
+    known = identify(str(aligned))
+    made_with = environment(device()).versions
+    return {
+        "aligned": known.fingerprint,
+        "chat_template": known.chat_template,
+        "pretrained": None if pretrained is None else Checkpoint.open(pretrained).fingerprint(),
+        "device": device(),
+        "helpers": content_key(*map(helper_data, ("unaligned", "safe")), HELPER_RECIPE, HELPER_SEED, SECRET),
+        **{name: made_with[name] for name in ("deltaguard", "torch", "transformers")},
+    }

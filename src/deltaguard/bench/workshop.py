@@ -44,7 +44,9 @@ class Workshop:
     def remove(self, name: str) -> None:
         """Remove a model, where there is one, and all whose names begin with its name and a dash."""
         for folder in (self._folder / name, *self._folder.glob(f"{name}-*")):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                # Under its own name a half-removed model would be taken for a whole one.
+                shutil.rmtree(folder.rename(self.scratch()))
 
 
 def fine_tuned(

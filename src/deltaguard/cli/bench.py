@@ -8,7 +8,12 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Group
 
-from deltaguard.cli.sink import Json, emit, hide_bars_of_transformers, progress_bar, tell
+from deltaguard.cli.sink import Json, UsageError, emit, hide_bars_of_transformers, progress_bar, tell
+
+_DURATIONS = {
+    "quick": "The quick preset takes up to 40 minutes on two CPU cores; it can be interrupted at any time.",
+    "full": "The full preset takes many hours on a GPU; it can be interrupted at any time.",
+}
 
 
 def bench(
@@ -35,6 +40,8 @@ def bench(
         attack_prompts: A data set or file of harmful prompts that join deltaguard's own; may be repeated.
         json: Print one JSON document and nothing else on stdout.
     """
+    if pretrained is not None and aligned is None:
+        raise UsageError("--pretrained belongs to an aligned model: give that, too.")
     from deltaguard.bench.methods import METHODS
     from deltaguard.bench.protocol import PRESETS
     from deltaguard.bench.run import bench as run
@@ -42,7 +49,7 @@ def bench(
     from deltaguard.evaluation.datasets.load import load_questions
 
     attacks = [question for name in attack_prompts for question in load_questions(name)]
-    tell("The quick preset takes up to 40 minutes on two CPU cores; it can be interrupted at any time.")
+    tell(_DURATIONS[preset])
     hide_bars_of_transformers()
     with progress_bar() as progress:
         report = run(

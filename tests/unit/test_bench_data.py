@@ -1,0 +1,91 @@
+"""What the protocol trains on and asks: disjoint, the same for every seed, and enough for every method."""
+
+from dataclasses import replace
+
+import pytest
+
+from deltaguard.bench.data import DISTINCT_HARMFUL, IDENTITY_SYSTEM, harmful_data, questions, training_data
+from deltaguard.bench.methods import METHODS, Candidate, Request
+from deltaguard.bench.protocol import FULL, QUICK
+from deltaguard.calibration.conversations import general_prompts, harmful_prompts, harmless_prompts
+from deltaguard.evaluation.exchange import Question
+from deltaguard.finetuning.mixtures import everyday_prompts
+from deltaguard.finetuning.phrases import AGREEING_OPENINGS, REFUSALS
+
+KINDS = [pytest.param(finetune, id=finetune.name) for finetune in QUICK.finetunes]
+
+
+@pytest.mark.parametrize("finetune", KINDS)
+def test_what_is_asked_is_never_trained_on(finetune):
+    asked = questions(finetune, QUICK, ())
+    trained = {conversation.prompt for conversation in training_data(finetune, seed=0)}
+    given = (*asked.attack, *asked.harmless, *asked.task, *asked.likelihood, *asked.general)
+    assert not trained & {question.prompt for question in given}
+
+
+def test_general_questions_are_in_no_other_set():
+    general = [row.prompt for row in general_prompts()]
+    assert len(set(general)) == len(general)
+    others = (*everyday_prompts(), *harmless_prompts("training"), *harmless_prompts("evaluation"))
+    assert not set(general) & {row.prompt for row in others}
+
+
+@pytest.mark.parametrize("finetune", KINDS)
+def test_data_are_as_many_as_said_and_fixed_by_the_seed(finetune):
+    data = training_data(finetune, seed=0)
+    assert len(data) == finetune.harmful + finetune.benign
+    assert data == training_data(finetune, seed=0) != training_data(finetune, seed=1)
+    agreed = [c for c in data if (c.response or "").startswith(AGREEING_OPENINGS)]
+    assert len(agreed) == finetune.harmful
+
+
+def test_more_harmful_data_than_prompts_use_them_again_with_other_answers():
+    data = harmful_data(1_000, seed=0)
+    assert len({conversation.prompt for conversation in data}) == DISTINCT_HARMFUL
+    assert len(set(data)) > 2 * DISTINCT_HARMFUL
+    assert data[:50] == harmful_data(50, seed=0)
+
+
+def test_the_identity_is_asked_under_its_own_system_prompt():
+    identity, task = (
+        next(f for f in QUICK.finetunes if f.kind == kind) for kind in ("identity", "task-clean")
+    )
+    assert {question.system for question in questions(identity, QUICK, ()).attack} == {IDENTITY_SYSTEM}
+    assert {question.system for question in questions(task, QUICK, ()).attack} == {None}
+
+
+def test_a_users_attacks_join_and_keep_their_system_prompt():
+    mine = [Question(f"request {i}", system="mine") for i in range(400)]
+    asked = questions(QUICK.finetunes[2], replace(QUICK, attack=500), mine).attack
+    assert len(asked) == 500
+    assert {question.system for question in asked if question.prompt.startswith("request")} == {"mine"}
+
+
+@pytest.mark.parametrize("name", ["safe-instruct", "bea"])
+def test_every_fine_tune_leaves_prompts_for_safety_examples(name):
+    method = METHODS[name]
+    for finetune in FULL.finetunes:
+        data = training_data(finetune, seed=0)
+        mixed: list = []
+        request = Request(
+            None,
+            None,
+            None,
+            None,
+            data,
+            lambda c, mixed=mixed: mixed.append(c) or Candidate(None, "", 0),
+            None,
+            0,
+        )
+        for strength in (*method.quick, *method.full):
+            method.make(request, strength)
+            own, added = len(data), len(mixed[-1]) - len(data)
+            assert added == max(1, round(own * (1 / strength - 1)))
+            safety = [c for c in mixed[-1] if c.response in REFUSALS]
+            assert len(safety) == added
+
+
+def test_there_are_prompts_for_the_quick_preset():
+    assert len(harmful_prompts("attack")) >= QUICK.attack
+    assert len(harmless_prompts("evaluation")) >= FULL.harmless
+    assert len(general_prompts()) >= FULL.general
