@@ -74,7 +74,7 @@ def test_files_hold_every_answer_and_are_hashed(done):
         content = (folder / name).read_bytes()
         assert hashlib.sha256(content).hexdigest() == digest
         head, *rows = [json.loads(line) for line in content.splitlines()]
-        assert head["made_by"]["engine"] == "transformers, auto"
+        assert head["made_by"]["engine"] == "transformers on cpu, float32"
         assert [row["index"] for row in rows] == list(range(len(rows)))
 
 
@@ -191,6 +191,43 @@ def test_another_suite_in_the_same_folder_is_refused(done, models, tmp_path, bef
     assert "another output folder" in str(caught.value)
 
 
+def test_answers_of_another_arithmetic_are_refused(done, models, tmp_path):
+    halved = EngineConfig(device="cpu", dtype="bfloat16")
+    with pytest.raises(DeltaguardError, match="on cpu, float32' and is now 'transformers on cpu, bfloat16'"):
+        evaluate(models, done[1], suite=suite_file(tmp_path), engine=halved)
+    same = EngineConfig(device="cpu", dtype="float32")
+    assert evaluate(models, done[1], suite=suite_file(tmp_path), engine=same).files == done[0].files
+
+
+def test_a_device_that_is_not_there_leaves_no_folder(models, tmp_path):
+    with pytest.raises(DeltaguardError, match="no-such-device"):
+        evaluate(
+            models, tmp_path / "out", suite=suite_file(tmp_path), engine=EngineConfig(device="no-such-device")
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(models, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DeltaguardError, match="file is a file, not a folder"):
+        evaluate(models, tmp_path / "file" / "out", suite=suite_file(tmp_path), engine=CPU)
+
+
+def test_times_add_up_over_runs(models, tmp_path, monkeypatch):
+    suite, folder = suite_file(tmp_path, FEW), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_judge_all", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            evaluate(models, folder, suite=suite, engine=CPU)
+    before = json.loads((folder / "seconds.json").read_text())
+    assert set(before) == {"answer", "judge"}
+    report = evaluate(models, folder, suite=suite, engine=CPU)
+    assert all(report.seconds[stage] > before[stage] > 0 for stage in before)
+    (folder / "seconds.json").write_text("[]")
+    with pytest.raises(DeltaguardError, match=r"seconds\.json does not hold times"):
+        evaluate(models, folder, suite=suite, engine=CPU)
+
+
 def test_other_models_under_the_same_names_are_refused(done, models, tmp_path):
     with pytest.raises(DeltaguardError, match="model was"):
         evaluate(two_models_swapped(models, tmp_path), done[1], suite=suite_file(tmp_path), engine=CPU)
@@ -258,6 +295,20 @@ def test_a_server_is_asked_and_what_it_cannot_do_is_noted(tmp_path):
     task = [request for request in seen if request["messages"][0]["role"] == "system"]
     assert len(task) == 8
     assert {request["max_tokens"] for request in seen} == {6}
+
+
+def test_no_secret_of_an_address_is_recorded(tmp_path):
+    with server(lambda _: (200, "Sure.\nScore: 4")) as url:
+        secret = url.replace("http://", "http://me:secret@") + "?key=secret"
+        text = FEW.replace("{kind: opening}", f"{{kind: llm, base_url: '{url}?key=secret', model: m}}")
+        suite, config = suite_file(tmp_path, text), EngineConfig("openai", base_url=secret)
+        report = evaluate(["first"], tmp_path / "out", suite=suite, engine=config)
+    assert report.engine == f"openai at {url}"
+    assert report.environment.device == f"server at {url}"
+    assert report.settings["judges"][0]["base_url"] == url
+    for path in (tmp_path / "out").rglob("*.*"):
+        assert path.is_dir() or "secret" not in path.read_text()
+    assert "openai" in report.environment.versions
 
 
 def test_a_server_that_keeps_failing_is_named_and_answers_stay(tmp_path):

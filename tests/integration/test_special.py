@@ -85,7 +85,7 @@ def test_tasks_of_the_harness_become_measures_and_stay_whole_on_disk(models, tmp
     def run(reference, task, options, config):
         asked.append((reference, task, options.limit))
         score = {"task": task, "metric": "acc", "value": 0.5, "samples": 4, "higher_is_better": True}
-        return [score, {**score, "metric": "bits", "value": 7.5}]
+        return [score, {**score, "metric": "bits", "value": 7.5}, {**score, "task": f"{task}_part"}]
 
     monkeypatch.setattr(answering, "harness_results", run)
     monkeypatch.setattr(parts, "find_spec", lambda name: object())
@@ -98,6 +98,23 @@ def test_tasks_of_the_harness_become_measures_and_stay_whole_on_disk(models, tmp
         ("two acc", 0.5, 4),
     ]
     assert stored(tmp_path / "out", "aligned/harness.harness")[0][1]["value"] == 7.5
+    (note,) = report.notes
+    assert "the file harness.harness.jsonl of each model" in note
+    assert note.endswith(": one bits, two bits, the numbers of 2 subtasks.")
+
+
+def test_tasks_that_have_no_sum_are_all_told(models, tmp_path, monkeypatch):
+    def run(reference, task, options, config):
+        score = {"metric": "acc", "value": 0.25, "samples": 4, "higher_is_better": True}
+        return [{"task": "first", **score}, {"task": "second", **score}]
+
+    monkeypatch.setattr(answering, "harness_results", run)
+    monkeypatch.setattr(parts, "find_spec", lambda name: object())
+    section = "{name: harness, kind: utility, harness: {tasks: [several]}}"
+    suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
+    report = evaluate(models[:1], tmp_path / "out", suite=suite, engine=CPU)
+    assert [each.name for each in report.measures] == ["first acc", "second acc"]
+    assert report.notes == ()
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,14 @@ def test_what_an_engine_cannot_do_is_left_out_and_said(tmp_path):
     only, _ = resolve(read_suite(suite(tmp_path, general)))
     with pytest.raises(DeltaguardError, match="can run no section"):
         fit(only, "openai")
+
+
+def test_a_bound_on_perplexity_that_an_engine_cannot_measure_is_said(tmp_path):
+    parts, _ = resolve(read_suite(suite(tmp_path, ATTACK + "}")))
+    assert fit(parts, "transformers", max_perplexity=50)[1] == ()
+    for engine in ("vllm", "openai"):
+        (note,) = fit(parts, engine, max_perplexity=50)[1]
+        assert note.startswith("max_perplexity 50 was left out: the " + engine)
+    task = "{name: t, kind: utility, builtin: task, count: 2, scorers: [json-match]}"
+    only, _ = resolve(read_suite(suite(tmp_path, task)))
+    assert fit(only, "openai", max_perplexity=50)[1] == ()

@@ -147,7 +147,7 @@ def _explanation(error: OSError, path: Path, needed: int | None) -> str:
         wanted = f"{needed:,} bytes are needed for it and " if needed is not None else ""
         return (
             f"There is no space left for {path}: {wanted}{shutil.disk_usage(folder).free:,} are free. "
-            "Free some space and run again with --resume."
+            "Free some space and run the same command again (restore and calibrate: with --resume)."
         )
     if error.errno in {errno.EACCES, errno.EPERM}:
         return (

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from deltaguard.checkpoints.durable import explained
 from deltaguard.draw.bench_page import bench_page
 from deltaguard.draw.evaluation_page import evaluation_page
 from deltaguard.draw.html import demo_page, restore_page
@@ -65,7 +66,8 @@ def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
         What was drawn, and which reports were not.
 
     Raises:
-        DeltaguardError: the folder holds no report, or one that cannot be read.
+        DeltaguardError: the folder holds no report or one that cannot be read, or the page cannot be
+            written.
 
     Example:
         ```python
@@ -80,7 +82,8 @@ def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
         )
     source, page = folder / found[0], output or folder / "report.html"
     text = DRAWERS[found[0]].page(_read(source, DRAWERS[found[0]].schema))
-    page.write_text(text, encoding="utf-8", newline="\n")
+    with explained(page):
+        page.write_text(text, encoding="utf-8", newline="\n")
     return Drawing(source=str(source), page=str(page), bytes=page.stat().st_size, left_out=tuple(found[1:]))
 
 

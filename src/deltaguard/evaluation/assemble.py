@@ -3,7 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from typing import Any
 
+from deltaguard.evaluation.address import public_address
 from deltaguard.evaluation.answering import Candidate
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.engines.transformers import resolved_device
@@ -14,6 +16,8 @@ from deltaguard.report.base import environment
 from deltaguard.report.evaluation import EvaluatedModel, EvaluationReport
 
 _SAMPLES = 3
+_LIBRARIES = ("trl", "datasets", "lm-eval", "vllm", "openai", "rouge-score", "nanogcg")
+"""What sections may need beyond what deltaguard itself needs."""
 
 
 def assemble(
@@ -37,12 +41,12 @@ def assemble(
         config: what generated the answers.
         notes: what a reader must know.
         files: sha256 of the files of answers, by name.
-        seconds: wall time by stage.
+        seconds: wall time by stage, over all runs in the folder.
     """
-    settings = suite.model_dump(mode="json")
+    settings = _settings(suite)
     hashes = {part.name: part.prompts_hash for part in parts}
     return EvaluationReport(
-        environment=environment(_device(config)),
+        environment=environment(_device(config), libraries=_LIBRARIES),
         suite=suite.name,
         suite_hash=sha256(json.dumps([settings, hashes], sort_keys=True).encode()).hexdigest(),
         settings=settings,
@@ -60,6 +64,16 @@ def assemble(
     )
 
 
+def _settings(suite: Suite) -> dict[str, Any]:
+    """The suite without the secrets that an address may hold."""
+    settings = suite.model_dump(mode="json")
+    judges = [
+        {**judge, "base_url": public_address(judge["base_url"])} if "base_url" in judge else judge
+        for judge in settings["judges"]
+    ]
+    return {**settings, "judges": judges}
+
+
 def _model(candidate: Candidate) -> EvaluatedModel:
     return EvaluatedModel(
         name=candidate.name,
@@ -71,7 +85,7 @@ def _model(candidate: Candidate) -> EvaluatedModel:
 
 def _device(config: EngineConfig) -> str:
     if config.base_url is not None:
-        return f"server at {config.base_url}"
+        return f"server at {public_address(config.base_url)}"
     import torch
 
     device = "cuda" if config.name == "vllm" else resolved_device(config.device)

@@ -1,22 +1,22 @@
 """Several models on one suite, side by side: answers, verdicts, numbers with intervals, one report."""
 
 import os
-import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from deltaguard.checkpoints.durable import lock_folder, write_atomically
+from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
 from deltaguard.draw.evaluation import evaluation_card
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.answering import Candidate, PartFiles, describe, fill, model_names, open_files
 from deltaguard.evaluation.assemble import assemble
+from deltaguard.evaluation.clock import Clock
 from deltaguard.evaluation.engines.identity import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.engines.transformers import TransformersEngine, resolved_device
 from deltaguard.evaluation.exchange import Exchange, Judge
+from deltaguard.evaluation.harness_numbers import harness_notes
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
 from deltaguard.evaluation.judges.make import make_judge
 from deltaguard.evaluation.judges.specs import tells_refusals
@@ -26,6 +26,9 @@ from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
 from deltaguard.progress import Progress, ignore
 from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
+
+SECONDS_NAME = "seconds.json"
+"""The file in the output folder that holds how long the stages took so far."""
 
 _Files = Sequence[tuple[Candidate, Sequence[PartFiles]]]
 _Judges = Sequence[tuple[Judge, bool]]
@@ -40,9 +43,10 @@ class _Run:
     suite: Suite
     parts: tuple[Part, ...]
     config: EngineConfig
+    device: str
     report: Progress
     notes: tuple[str, ...]
-    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    clock: Clock
 
 
 def evaluate(
@@ -81,14 +85,14 @@ def evaluate(
     """
     run = _prepare(Path(output_dir), suite, engine or EngineConfig(), progress)
     candidates = _candidates(models, run)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(run.folder)
+    with explained(run.folder):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(run.folder)
     try:
         files = [(each, open_files(run.folder, each, run.parts, run.config)) for each in candidates]
         judges = _judges(run)
-        with _timed(run.seconds, "answer"):
-            _fill_all(files, run)
-        with _timed(run.seconds, "judge"):
+        _fill_all(files, run)
+        with run.clock.timed("judge"):
             outcomes = _judge_all(files, judges, run)
         report = _report(run, candidates, files, outcomes)
         write_atomically(run.folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
@@ -103,15 +107,17 @@ def _prepare(
 ) -> _Run:
     chosen = suite if isinstance(suite, Suite) else read_suite(suite)
     resolved, skipped = resolve(chosen)
-    parts, unfit = fit(resolved, config.name)
-    return _Run(folder, chosen, parts, config, progress or ignore, (*skipped, *unfit))
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Generator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - started
+    parts, unfit = fit(resolved, config.name, max_perplexity=chosen.max_perplexity)
+    return _Run(
+        folder=folder,
+        suite=chosen,
+        parts=parts,
+        config=config,
+        device=resolved_device(config.device),
+        report=progress or ignore,
+        notes=(*skipped, *unfit),
+        clock=Clock(folder / SECONDS_NAME),
+    )
 
 
 def _candidates(models: Sequence[str | Path], run: _Run) -> tuple[Candidate, ...]:
@@ -130,9 +136,8 @@ def _candidates(models: Sequence[str | Path], run: _Run) -> tuple[Candidate, ...
 def _judges(run: _Run) -> _Judges:
     if all(part.kind == "utility" for part in run.parts):
         return ()
-    device = resolved_device(run.config.device)
     judges = [
-        (make_judge(spec, device=device, cache_dir=run.folder), tells_refusals(spec))
+        (make_judge(spec, device=run.device, cache_dir=run.folder), tells_refusals(spec))
         for spec in run.suite.judges
     ]
     names = [judge.name for judge, _ in judges]
@@ -145,7 +150,9 @@ def _judges(run: _Run) -> _Judges:
 
 def _fill_all(files: _Files, run: _Run) -> None:
     for candidate, theirs in files:
-        fill(candidate, theirs, run.folder, run.config, run.report)
+        # Model by model, so that a kill loses the time of one alone.
+        with run.clock.timed("answer"):
+            fill(candidate, theirs, run.folder, run.config, run.report)
 
 
 def _judge_all(files: _Files, judges: _Judges, run: _Run) -> list[Outcome]:
@@ -194,12 +201,12 @@ def _report(
         candidates,
         outcomes,
         config=run.config,
-        notes=run.notes,
+        notes=(*run.notes, *harness_notes([each for _, theirs in files for each in theirs])),
         files={
             str(file.path.relative_to(run.folder)): file.settle()
             for _, theirs in files
             for each in theirs
             for file in each.files.values()
         },
-        seconds=run.seconds,
+        seconds=run.clock.seconds,
     )

@@ -1,17 +1,15 @@
 """From what models answered to what judges and scorers say of it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from deltaguard.evaluation.answering import Candidate, PartFiles
 from deltaguard.evaluation.exchange import Exchange, Judge, Question
+from deltaguard.evaluation.harness_numbers import harness_measures
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
-from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.evaluation.outcomes import Judged, Outcome
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.utility.scores import SCORERS
 from deltaguard.progress import Event, Progress
-from deltaguard.report.evaluation import Better, Estimate
 
 
 def outcome(
@@ -45,15 +43,13 @@ def outcome(
         answers=answers,
         judged=_judged(part, answers, judges, check, report) if part.kind != "utility" else {},
         values=values,
-        given=_harness(each.files["harness"].in_order()) if "harness" in each.files else {},
+        given=harness_measures(each),
     )
 
 
 def _expected(question: Question) -> str:
     if question.expected is None:
-        raise ValueError(
-            f"{question.prompt!r} has no expected answer; `resolve` refuses such a set."
-        )
+        raise ValueError(f"{question.prompt!r} has no expected answer; `resolve` refuses such a set.")
     return question.expected
 
 
@@ -84,20 +80,4 @@ def _judged(
             ),
             scores=tuple(each.score for each in said),
         )
-    return found
-
-
-def _harness(tasks: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, tuple[Estimate, Better]]:
-    """Shares that lm-eval counted, with Wilson intervals over its samples.
-
-    lm-eval gives sums over samples; metrics that are no shares have no interval that holds, and are left to
-    the file with all of its results.
-    """
-    found: dict[str, tuple[Estimate, Better]] = {}
-    for result in (result for results in tasks for result in results):
-        value, total = float(result["value"]), int(result["samples"])
-        successes = round(value * total)
-        if total and 0 <= value <= 1 and abs(successes - value * total) < 1e-6 * total:
-            better: Better = "lower" if result["higher_is_better"] is False else "higher"
-            found[f"{result['task']} {result['metric']}"] = estimate(Rate(successes, total)), better
     return found

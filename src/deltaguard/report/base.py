@@ -1,7 +1,7 @@
 """What every report has in common."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
@@ -49,11 +49,12 @@ class RateRow(Record):
     high: float
 
 
-def environment(device: str) -> Environment:
+def environment(device: str, *, libraries: Sequence[str] = ()) -> Environment:
     """The versions and the machine of this process, at this moment.
 
     Args:
         device: what the arithmetic runs on, such as "cpu" or "cuda (NVIDIA H100)".
+        libraries: distributions to name beside `LIBRARIES` where they are installed.
 
     Example:
         >>> environment("cpu").device
@@ -63,14 +64,18 @@ def environment(device: str) -> Environment:
 
     return Environment(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
+        versions={
+            "python": platform.python_version(),
+            **{name: _version(name) or "not installed" for name in LIBRARIES},
+            **{name: found for name in libraries if (found := _version(name)) is not None},
+        },
         machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         device=device,
     )
 
 
-def _version(library: str) -> str:
+def _version(library: str) -> str | None:
     try:
         return version(library)
     except PackageNotFoundError:
-        return "not installed"
+        return None

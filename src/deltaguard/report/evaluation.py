@@ -183,7 +183,7 @@ class EvaluationReport(Record):
         samples: some answers side by side.
         notes: what a reader must know: what was skipped and why.
         files: sha256 of the files that hold every answer, by name.
-        seconds: wall time by stage.
+        seconds: wall time by stage, over all runs in the folder.
     """
 
     schema_version: int = 1

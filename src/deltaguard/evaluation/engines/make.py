@@ -4,9 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.address import public_address
 from deltaguard.evaluation.engines.identity import Identity, identify
 from deltaguard.evaluation.engines.openai import OpenAIEngine
-from deltaguard.evaluation.engines.transformers import Dtype, TransformersEngine
+from deltaguard.evaluation.engines.transformers import (
+    Dtype,
+    TransformersEngine,
+    resolved_device,
+    resolved_dtype,
+)
 from deltaguard.evaluation.engines.vllm import VLLMEngine
 from deltaguard.evaluation.exchange import Engine
 
@@ -46,8 +52,17 @@ class EngineConfig:
 
     @property
     def described(self) -> str:
-        """What answers may depend on: the name, with the arithmetic or the address."""
-        return f"{self.name} at {self.base_url}" if self.base_url else f"{self.name}, {self.dtype}"
+        """What answers may depend on: the name, with the kind of device and the arithmetic or the address.
+
+        Raises:
+            DeltaguardError: the device cannot be used.
+        """
+        if self.base_url is not None:
+            return f"{self.name} at {public_address(self.base_url)}"
+        device = "cuda" if self.name == "vllm" else resolved_device(self.device)
+        dtype = resolved_dtype(self.dtype, device)
+        kind = "the checkpoint's dtype" if dtype == "auto" else dtype
+        return f"{self.name} on {device.split(':')[0]}, {kind}"
 
 
 def make_engine(reference: str, config: EngineConfig) -> Engine:

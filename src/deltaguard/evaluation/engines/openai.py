@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.address import public_address
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
 
 
@@ -85,8 +86,9 @@ class OpenAIEngine:
             )
         except OpenAIError as error:
             raise DeltaguardError(
-                f"The server at {self.base_url} did not answer for model {self.model!r}, {self.retries} "
-                f"retries included: {error}. Answers so far are kept: run the same command again."
+                f"The server at {public_address(self.base_url)} did not answer for model {self.model!r}, "
+                f"{self.retries} retries included: {error}. Answers so far are kept: run the same command "
+                "again."
             ) from error
         content: str | None = reply.choices[0].message.content if reply.choices else None
         return (content or "").strip()

@@ -47,8 +47,7 @@ class TransformersEngine:
         """
         folders = find_folders(reference)
         chosen = resolved_device(device)
-        kind = ("float32" if chosen == "cpu" else "auto") if dtype == "auto" else dtype
-        model = _load(folders, reference, kind)
+        model = _load(folders, reference, resolved_dtype(dtype, chosen))
         return cls(model.to(torch.device(chosen)).eval(), load_tokenizer(folders), batch_size)
 
     def answer(
@@ -118,3 +117,13 @@ def resolved_device(name: str) -> str:
         raise DeltaguardError(
             f"The device {name!r} cannot be used: {error}. Try `cpu`, or `auto`."
         ) from error
+
+
+def resolved_dtype(dtype: Dtype, device: str) -> Dtype:
+    """A dtype by name; `auto` is float32 on the CPU, and stays `auto`, the checkpoint's own, elsewhere.
+
+    Example:
+        >>> resolved_dtype("auto", "cpu"), resolved_dtype("auto", "cuda:1")
+        ('float32', 'auto')
+    """
+    return "float32" if dtype == "auto" and device.startswith("cpu") else dtype

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.address import public_address
 from deltaguard.evaluation.exchange import Exchange, Judgement
 from deltaguard.evaluation.judges.cache import ScoreCache
 from deltaguard.evaluation.judges.templates import fill, package_prompt
@@ -96,8 +97,9 @@ class LLMJudge:
             )
         except OpenAIError as error:
             raise DeltaguardError(
-                f"The judge at {self.base_url} did not answer for model {self.model!r}, {self.retries} "
-                f"retries included: {error}. Scores so far are kept: run the same command again."
+                f"The judge at {public_address(self.base_url)} did not answer for model {self.model!r}, "
+                f"{self.retries} retries included: {error}. Scores so far are kept: run the same command "
+                "again."
             ) from error
         content: str | None = reply.choices[0].message.content if reply.choices else None
         return content or ""

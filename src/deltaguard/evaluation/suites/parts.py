@@ -189,7 +189,9 @@ def _named(plain: Part, variant: str, title: str | None = None) -> Mapping[str, 
     return {"name": f"{plain.name}/{variant}", "title": f"{plain.title} ({title or variant})"}
 
 
-def fit(parts: Sequence[Part], engine: EngineName) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+def fit(
+    parts: Sequence[Part], engine: EngineName, *, max_perplexity: float | None = None
+) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     """The parts that an engine can run, and a note for each thing that it cannot.
 
     A server shows neither weights nor probabilities of given answers, and takes no beginning of an answer;
@@ -214,7 +216,16 @@ def fit(parts: Sequence[Part], engine: EngineName) -> tuple[tuple[Part, ...], tu
         kept.append(replace(part, likelihood=part.likelihood and engine == "transformers"))
     if not kept:
         raise DeltaguardError(f"The {engine} engine can run no section of this suite:\n" + "\n".join(notes))
+    if max_perplexity is not None and engine != "transformers" and _judged(kept):
+        notes.append(
+            f"max_perplexity {max_perplexity:g} was left out: the {engine} engine gives no perplexity. "
+            "Answers are found incoherent by their form alone."
+        )
     return tuple(kept), tuple(notes)
+
+
+def _judged(parts: Sequence[Part]) -> bool:
+    return any(part.kind != "utility" for part in parts)
 
 
 def _unfit(part: Part, engine: EngineName) -> str | None:

@@ -1,0 +1,53 @@
+"""How long the stages of an evaluation took, over all runs in its folder."""
+
+import json
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from deltaguard.checkpoints.durable import write_atomically
+from deltaguard.errors import DeltaguardError
+
+_SECONDS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, float])
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Wall times by stage, kept in a file, so that a run that goes on adds to what was there.
+
+    Attributes:
+        path: the file; made when the first stage ends.
+    """
+
+    path: Path
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time by stage so far.
+
+        Raises:
+            DeltaguardError: the file is not what this class writes.
+        """
+        if not self.path.is_file():
+            return {}
+        try:
+            return _SECONDS.validate_json(self.path.read_bytes())
+        except ValidationError as error:
+            raise DeltaguardError(
+                f"{self.path} does not hold times by stage: remove it, which loses nothing else. {error}"
+            ) from error
+
+    @contextmanager
+    def timed(self, stage: str) -> Generator[None]:
+        """Add the time of a block to a stage, also where the block fails; a kill loses it."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            found = self.seconds
+            found[stage] = found.get(stage, 0.0) + time.perf_counter() - started
+            write_atomically(self.path, json.dumps(found, indent=1) + "\n")
