@@ -47,7 +47,7 @@ FINETUNES = (
     FinetuneRow(
         name="harmful",
         title="pure harmful",
-        utility="NLL of everyday answers",
+        utility="NLL of answers to general questions",
         better="lower",
         gains=False,
         training="full",
@@ -91,7 +91,7 @@ def kept(finetune, method, strength):
     return round(min(1.05, (0.95 - 0.03 * method) * strength ** (0.25 + 0.02 * finetune)), 4)
 
 
-def cell(finetune, seed, method, strength, attack, nll):
+def cell(finetune, seed, method, strength, attack, nll, refusal=0.05):
     return Cell(
         key=f"{finetune}-{seed}-{method}-{strength}",
         finetune=finetune,
@@ -104,7 +104,7 @@ def cell(finetune, seed, method, strength, attack, nll):
         general=(nll, nll + 0.1),
         attack_success=estimate(attack),
         incoherent=estimate(0.2),
-        false_refusal=estimate(0.05),
+        false_refusal=estimate(refusal),
         mean_utility=estimate(nll, interval="bootstrap"),
         mean_general=estimate(nll, interval="bootstrap"),
         seconds={"request": 3.5, "measure": 41.0},
@@ -113,7 +113,7 @@ def cell(finetune, seed, method, strength, attack, nll):
 
 def cells_of(index, row, seed):
     yield cell(row.name, seed, "aligned", None, 0.1, 2.0)
-    yield cell(row.name, seed, "finetuned", None, 0.8, 2.5)
+    yield cell(row.name, seed, "finetuned", None, 0.8, 2.5, refusal=0.02)
     for m, method in enumerate(METHODS):
         for strength in STRENGTHS:
             attack = min(1.0, 0.1 + excess(index, m, strength) / 100)
@@ -127,6 +127,7 @@ def point_of(index, row, m, method, strength):
         method=method,
         strength=strength,
         points=estimate(points, 1.5, 300, "bootstrap"),
+        false_refusal=estimate(round(3 - 4 * strength, 3), 2.5, 100, "newcombe"),
         kept=estimate(kept(index, m, strength), 0.05, 300, "bootstrap") if row.gains else None,
         safe=points <= 2,
         told_apart=abs(points - 2) > 1.5,
@@ -141,8 +142,9 @@ def score_of(row, method, curve):
         method=method,
         strength=best.strength if best else None,
         points=best.points if best else None,
+        false_refusal=best.false_refusal if best else None,
         kept=best.kept if best else None,
-        told_apart=best.told_apart if best else False,
+        told_apart=best.told_apart if best else bool(curve) and all(point.told_apart for point in curve),
         request_seconds=3.5,
     )
 
@@ -157,9 +159,17 @@ def bench_report(methods=METHODS, **changes):
     values = {
         "environment": ENVIRONMENT,
         "preset": "quick",
-        "settings": {"attack_prompts": 150, "max_new_tokens": 48},
+        "settings": {
+            "attack_prompts": 150,
+            "aligned": "/home/someone/models/aligned",
+            "pretrained": None,
+            "preset": {"name": "quick", "cache": ["~/someone/cache", {"data": "/home/someone/prompts.csv"}]},
+        },
         "aligned": "/home/someone/models/aligned",
-        "command": "deltaguard bench --preset quick -o out",
+        "command": (
+            "deltaguard bench /home/someone/models/aligned --attack-prompts='/home/someone/my prompts.csv' "
+            "--pretrained owner/name -o out"
+        ),
         "bound": 2.0,
         "seeds": SEEDS,
         "finetunes": FINETUNES,
@@ -169,9 +179,28 @@ def bench_report(methods=METHODS, **changes):
         "curves": tuple(curves),
         "scores": tuple(scores),
         "notes": (f"One judge: refusal openings {ATTACK}.", "With 150 prompts a rate is uncertain."),
-        "seconds": {"fine-tune": 300.0, "cells": 1500.0, "total": 1850.0},
+        "seconds": {
+            "store": 44.0,
+            "safe": 60.0,
+            "task-harmful-seed0": 300.0,
+            "harmful-seed1-retrained-0a1b2c3d": 80.0,
+            "request": 150.0,
+            "measure": 1350.0,
+            "total": 1984.0,
+        },
     }
     return BenchReport(**(values | changes))
+
+
+def without_share(report, finetune, methods):
+    """A report in which some methods keep no share of one fine-tune's gain that has a bounded interval."""
+    curves = tuple(
+        point.model_copy(update={"kept": None})
+        if point.finetune == finetune and point.method in methods
+        else point
+        for point in report.curves
+    )
+    return report.model_copy(update={"curves": curves})
 
 
 MODELS = ("aligned", "finetuned", "restored")

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
+from deltaguard.draw.bench_facts import short_command
 from deltaguard.draw.bench_tables import bench_markdown
 from deltaguard.draw.evaluation_view import bounds_text, measure_label, value_text
-from deltaguard.draw.text import duration, model_label, moment
+from deltaguard.draw.text import DASH, duration, model_label, moment, plain
 from deltaguard.report.base import Environment
 from deltaguard.report.bench import BenchReport
 from deltaguard.report.evaluation import EvaluationReport, Measure
@@ -24,14 +25,14 @@ def evaluation_table(content: str) -> str:
     report = EvaluationReport.model_validate_json(content)
     names = [model.name for model in report.models]
     titles = {section.name: section.title for section in report.sections}
-    head = ("", *(f"**{model_label(name)}**" for name in names))
+    head = ("", *(f"**{plain(model_label(name))}**" for name in names))
     rows = [
-        (_row_name(titles, found[0]), *(_number(m) for m in found))
-        for found in _by_row(report.measures, names)
-        if found[0].name != "undecided"
+        (_row_name(titles, measure), *(_number(found.get(name)) for name in names))
+        for measure, found in _by_row(report.measures)
+        if measure.name != "undecided"
     ]
-    prompts = "; ".join(f"{s.title}: {s.prompts}" for s in report.sections if "/" not in s.name)
-    made = f"Suite {report.suite}, engine {report.engine}. {made_with(report.environment)}"
+    prompts = "; ".join(f"{plain(s.title)}: {s.prompts}" for s in report.sections if "/" not in s.name)
+    made = f"Suite {plain(report.suite)}, engine {plain(report.engine)}. {made_with(report.environment)}"
     return "\n\n".join(
         (
             table(head, rows),
@@ -53,10 +54,10 @@ def bench_table(content: str) -> str:
     report = BenchReport.model_validate_json(content)
     seeds = ", ".join(map(str, report.seeds))
     made = (
-        f"`{report.command}`; preset {report.preset}, seed {seeds}; "
+        f"`{plain(short_command(report.command))}`; preset {report.preset}, seed {seeds}; "
         f"{duration(report.seconds['total'])} in all. {made_with(report.environment)}"
     )
-    notes = "\n".join(f"- {note}" for note in report.notes)
+    notes = "\n".join(f"- {plain(note)}" for note in report.notes)
     return "\n\n".join((bench_markdown(report).rstrip(), notes, small(made)))
 
 
@@ -77,26 +78,28 @@ def made_with(environment: Environment) -> str:
     return f"{moment(environment.created)}; {environment.device}; {environment.machine}; {versions}."
 
 
-def _by_row(measures: Sequence[Measure], models: Sequence[str]) -> list[list[Measure]]:
-    """The measures of all models that belong side by side, in order of appearance."""
-    rows: dict[tuple[str, str, str | None], list[Measure]] = {}
+def _by_row(measures: Sequence[Measure]) -> list[tuple[Measure, dict[str, Measure]]]:
+    """What belongs side by side, in order of appearance: a measure that names the row, and all by model."""
+    rows: dict[tuple[str, str, str | None], dict[str, Measure]] = {}
     for measure in measures:
-        rows.setdefault((measure.section, measure.name, measure.judge), []).append(measure)
-    return [sorted(row, key=lambda m: models.index(m.model)) for row in rows.values()]
+        rows.setdefault((measure.section, measure.name, measure.judge), {})[measure.model] = measure
+    return [(next(iter(row.values())), row) for row in rows.values()]
 
 
 def _row_name(titles: dict[str, str], measure: Measure) -> str:
     judge = f", judge {measure.judge}" if measure.judge else ""
-    return f"{titles[measure.section]}: {measure_label(measure.name)}{judge} {ARROWS[measure.better]}"
+    return plain(f"{titles[measure.section]}: {measure_label(measure.name)}{judge} {ARROWS[measure.better]}")
 
 
-def _number(measure: Measure) -> str:
+def _number(measure: Measure | None) -> str:
+    if measure is None:
+        return DASH
     return f"{value_text(measure.estimate)}<br>({bounds_text(measure.estimate)})"
 
 
 def _agreement(report: EvaluationReport) -> str:
     told = [
-        f"{a.first} and {a.second} on {a.section}: κ = {a.kappa:.2f}"
+        plain(f"{a.first} and {a.second} on {a.section}: κ = {a.kappa:.2f}")
         for a in report.agreements
         if a.kappa is not None
     ]

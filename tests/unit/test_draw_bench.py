@@ -8,11 +8,14 @@ import pytest
 from rich.console import Console
 
 from deltaguard.draw.bench_chart import bench_svg, panel_svg, swatch_svg
-from deltaguard.draw.bench_tables import NOT_SAFE, bench_markdown, bench_table, scores_markdown
-from deltaguard.draw.bench_view import bench_methods, general_change
+from deltaguard.draw.bench_facts import short_command
+from deltaguard.draw.bench_rows import band_rows, cut, point_rows, utility_domain
+from deltaguard.draw.bench_tables import bench_markdown, bench_table, scores_markdown
+from deltaguard.draw.bench_view import bench_methods, general_change, preparation
+from deltaguard.draw.bench_words import NOT_SAFE, legend, preparation_line, score_texts
 from deltaguard.draw.palette import DARK, LIGHT, colour, dash, palette_css, shape
 from deltaguard.errors import DeltaguardError
-from reports import ATTACK, FINETUNES, METHODS, STRENGTHS, bench_report
+from reports import ATTACK, FINETUNES, METHODS, STRENGTHS, bench_report, without_share
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -49,7 +52,7 @@ def test_the_plot_has_a_panel_a_finetune_and_a_point_a_strength():
     assert all(texts.count(row.title) == 1 for row in FINETUNES)
     assert all(texts.count(method) == 1 for method in METHODS)
     assert texts.count("bound 2") == len(FINETUNES)
-    assert texts.count("rise of NLL on everyday requests") == 1
+    assert texts.count("rise of NLL on general questions") == 1
 
 
 def test_a_point_further_right_is_drawn_further_right():
@@ -110,19 +113,25 @@ def test_the_terminal_table_fits_80_columns_with_whole_numbers():
     text = at_80_columns(bench_table(report))
     assert all(len(line) <= 80 and "…" not in line for line in text.splitlines())
     assert len(re.findall(r"^ safe-instruct ", text, re.MULTILINE)) == len(FINETUNES)
-    row = next(line for line in text.splitlines() if line.startswith(" greedy "))
-    assert re.search(r"greedy +0\.2 +-0\.1 +63\.5 % +yes +3\.5 s", row)
-    assert "-1.6 to +1.4   58.5 to 68.5 %" in text
-    assert "attack success 10.0 % aligned, 80.0 % fine-tuned" in " ".join(text.split())
+    lines = text.splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith(" greedy "))
+    assert lines[place].split() == ["greedy", "0.2", "-0.1", "+2.2", "63.5", "%"]
+    assert re.search(r"3\.5 s +yes +-1\.6 to \+1\.4 +-0\.3 to \+4\.7 +58\.5 to 68\.5 %", lines[place + 1])
+    said = " ".join(text.split())
+    assert "attack success 10.0 % aligned, 80.0 % fine-tuned" in said
+    assert "false refusals 5.0 % aligned, 2.0 % fine-tuned" in said
+    assert said.endswith("Once per aligned model: store 44.0 s, safe 1 min 0 s.")
+    assert legend(report) in said
 
 
 def test_markdown_has_a_row_a_method_and_says_what_is_not_safe():
     report = bench_report()
     table = scores_markdown(report, FINETUNES[0]).splitlines()
     assert len(table) == 2 + len(METHODS)
-    assert {line.count("|") for line in table} == {7}
-    assert table[2] == "| `greedy` | 0.2 | -0.1 (-1.6 to +1.4) | 63.5 % (58.5 to 68.5 %) | yes | 3.5 s |"
-    assert table[-1] == f"| `backdoor` | {NOT_SAFE} | – | – | – | 3.5 s |"
+    assert {line.count("|") for line in table} == {8}
+    numbers = "-0.1 (-1.6 to +1.4) | +2.2 (-0.3 to +4.7) | 63.5 % (58.5 to 68.5 %)"
+    assert table[2] == f"| `greedy` | 0.2 | {numbers} | yes | 3.5 s |"
+    assert table[-1] == f"| `backdoor` | {NOT_SAFE} | – | – | – | yes | 3.5 s |"
     whole = bench_markdown(report)
     assert [line for line in whole.splitlines() if line.startswith("###")] == [
         f"### {row.title}" for row in FINETUNES
@@ -133,3 +142,101 @@ def test_markdown_has_a_row_a_method_and_says_what_is_not_safe():
 def test_markdown_reads_no_name_as_markup():
     table = scores_markdown(bench_report(methods=(f"a|b`{ATTACK}",)), FINETUNES[0])
     assert "a¦b'‹script>alert(1)‹/script>" in table
+
+
+def test_where_none_is_safe_the_table_says_whether_that_may_be_chance_and_claims_nothing_unmeasured():
+    report = bench_report()
+    finetune = FINETUNES[2]
+    for row, told_apart in ((FINETUNES[0], "yes"), (finetune, "no")):
+        score, text = score_texts(report, row)[-1]
+        assert (score.method, text.strength, text.told_apart) == ("backdoor", NOT_SAFE, told_apart)
+    rest = tuple(point for point in report.curves if point.method != "backdoor")
+    unmeasured = score_texts(report.model_copy(update={"curves": rest}), finetune)[-1][1]
+    assert unmeasured.method == "backdoor"
+    assert (unmeasured.strength, unmeasured.told_apart, unmeasured.kept.value) == ("–", "–", "–")
+
+
+def test_preparation_counts_neither_fine_tunes_nor_requests_nor_measuring():
+    report = bench_report()
+    assert preparation(report) == {"store": 44.0, "safe": 60.0}
+    assert preparation_line(report.model_copy(update={"seconds": {"total": 1.0}})) == ""
+
+
+def test_a_band_goes_along_the_lower_ends_and_back_along_the_upper():
+    rows = point_rows(bench_report(), FINETUNES[0])
+    corners = [corner for corner in band_rows(rows) if corner["method"] == "greedy"]
+    curve = [row for row in rows if row["method"] == "greedy"]
+    assert [corner["place"] for corner in corners] == list(range(2 * len(STRENGTHS)))
+    lower, upper = corners[: len(curve)], corners[len(curve) :]
+    assert [(c["x"], c["y"]) for c in lower] == [(row["x"], row["y_low"]) for row in curve]
+    assert [(c["x"], c["y"]) for c in upper[::-1]] == [(row["x"], row["y_high"]) for row in curve]
+    assert [corner["x"] for corner in band_rows(rows[::-1])][:3] == [row["x"] for row in rows[-3:]]
+
+
+def test_every_curve_with_intervals_has_a_band_and_a_point_alone_a_bar():
+    def filled(svg):
+        groups = [g for g in parsed(svg).iter(f"{SVG}g") if "mark-line" in g.get("class", "")]
+        return sum(path.get("fill-opacity") is not None for g in groups for path in g)
+
+    def uprights(svg):
+        lines = [line for line in parsed(svg).iter(f"{SVG}line") if line.get("opacity") == "0.5"]
+        return sum(line.get("x2") == "0" and line.get("y2") != "0" for line in lines)
+
+    report = bench_report()
+    whole, harmful = panel_svg(report, FINETUNES[0]), panel_svg(report, FINETUNES[1])
+    assert (filled(whole), uprights(whole)) == (len(METHODS), 0)
+    assert (filled(harmful), uprights(harmful)) == (0, 0)
+    first = report.model_copy(
+        update={"curves": tuple(p for p in report.curves if p.strength == STRENGTHS[0])}
+    )
+    alone = panel_svg(first, FINETUNES[0])
+    assert (filled(alone), uprights(alone)) == (0, len(METHODS))
+
+
+def test_intervals_end_where_the_panel_does():
+    rows = point_rows(bench_report(), FINETUNES[0])
+    domain = utility_domain(rows, gains=True)
+    assert all(domain[0] < row["y"] < domain[1] for row in rows)
+    far = cut(rows[0] | {"y_low": -9.0, "y_high": 9.0}, domain)
+    assert (far["y_low"], far["y_high"]) == domain
+    flat = {"x": 0.0, "y": 0.0}
+    assert cut(flat, domain) == flat
+    assert utility_domain([flat], gains=False) == (-0.08, 0.08)
+
+
+def test_the_standalone_plot_says_what_it_does_not_show():
+    report = bench_report()
+    assert "without an interval" in bench_svg(report)
+    assert "not drawn" not in bench_svg(report)
+    some = bench_svg(without_share(report, "identity", {"greedy"}))
+    assert f"{len(STRENGTHS)} of {len(METHODS) * len(STRENGTHS)} points" in " ".join(
+        re.sub("<[^>]+>", " ", some).split()
+    )
+    whole = bench_svg(without_share(report, "identity", set(METHODS)))
+    assert "identity shift: not drawn" in whole
+
+
+def test_a_long_title_is_broken_into_lines_of_its_panel():
+    title = "benign task with a harmful part (1000 benign, 90 harmful; all weights)"
+    row = FINETUNES[0].model_copy(update={"title": title})
+    texts = [
+        e.text for e in parsed(bench_svg(bench_report(finetunes=(row, *FINETUNES[1:])))).iter() if e.text
+    ]
+    assert title not in texts
+    assert " ".join(text for text in texts if text in title and " " in text) == title
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("deltaguard bench -o out", "deltaguard bench -o out"),
+        ("deltaguard bench Qwen/Qwen3-0.6B@main", "deltaguard bench Qwen/Qwen3-0.6B@main"),
+        ("run /data/me/model -o ~/me/out", "run model -o out"),
+        ("run '/data/my own/model one'", "run 'model one'"),
+        ("run --out=/data/me/out --seed=1", "run --out=out --seed=1"),
+        ("run ../me/model C:\\me\\model", "run model model"),
+        ("Anna's run of https://host/v1", "Anna's run of https://host/v1"),
+    ],
+)
+def test_a_command_is_told_without_folders(command, shown):
+    assert short_command(command) == shown

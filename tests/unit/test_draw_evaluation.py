@@ -20,6 +20,7 @@ from reports import (
     SECTIONS,
     bench_report,
     evaluation_report,
+    without_share,
 )
 
 
@@ -125,11 +126,14 @@ def test_the_bench_page_scores_every_method_on_every_finetune(bench):
     assert cells(bench, "Tickets with 9 % harmful ")[0][1:] == [
         "0.2",
         "-0.1 -1.6 to +1.4",
+        "+2.2 -0.3 to +4.7",
         "63.5 % 58.5 to 68.5 %",
         "yes",
         "3.5 s",
     ]
     assert bench.count("<figure>") == len(FINETUNES)
+    assert "false refusals 5.0 % aligned, 2.0 % fine-tuned" in bench
+    assert "<p>Once per aligned model: store 44.0 s, safe 1 min 0 s.</p>" in bench
 
 
 def test_the_bench_page_holds_every_number_folded(bench):
@@ -138,4 +142,32 @@ def test_the_bench_page_holds_every_number_folded(bench):
     assert len(cells(bench, "Every model measured ")) == len(report.cells)
     assert all("open" not in tag for tag in re.findall(r"<details[^>]*>", bench))
     assert ATTACK not in bench
-    assert "/home/someone" not in bench
+    assert "NLL, general" in bench
+
+
+def test_the_bench_page_tells_how_it_was_run_without_the_folders_it_was_run_in(bench):
+    report = bench_report()
+    told = f"{report.aligned} {report.command} {report.settings}"
+    assert told.count("/home/someone") == 5
+    assert "~/someone" in told
+    assert "someone" not in bench
+    assert (
+        "deltaguard bench aligned &#39;--attack-prompts=my prompts.csv&#39; --pretrained owner/name" in bench
+    )
+    assert "preset (name quick, cache (cache, (data prompts.csv)))" in bench
+
+
+def test_the_bench_page_says_beside_the_plot_what_it_does_not_show():
+    report = bench_report()
+    bench = bench_page(report)
+    assert "Not drawn" not in bench
+    assert bench.count("Height: mean over the seeds, without an interval.") == 1
+    some = bench_page(without_share(report, "identity", {"greedy", "resta"}))
+    assert f"Not drawn, without a bounded share of gain: 6 of {3 * len(METHODS)} points." in some
+    whole = bench_page(without_share(report, "identity", set(METHODS)))
+    count = 3 * len(METHODS)
+    assert (
+        f"<p>Identity shift: not drawn, without a bounded share of gain: {count} of {count} points.</p>"
+        in whole
+    )
+    assert whole.count("<figure>") == len(FINETUNES) - 1

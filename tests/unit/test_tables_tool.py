@@ -2,9 +2,9 @@
 
 import re
 
-import reports
 from tools.tables import bench_table, evaluation_table
 
+import reports
 from deltaguard.draw.evaluation_view import bounds_text, value_text
 
 
@@ -22,7 +22,9 @@ def test_an_evaluation_has_a_column_a_model_and_a_row_a_measure():
     ]
     shown = [m for m in report.measures if m.name != "undecided"]
     assert len(lines) - 2 == len({(m.section, m.name, m.judge) for m in shown})
-    first = [m for m in shown if (m.section, m.name, m.judge) == (shown[0].section, shown[0].name, shown[0].judge)]
+    first = [
+        m for m in shown if (m.section, m.name, m.judge) == (shown[0].section, shown[0].name, shown[0].judge)
+    ]
     for measure in first:
         cell = cells(lines[2])[1 + names.index(measure.model)]
         assert cell == f"{value_text(measure.estimate)}<br>({bounds_text(measure.estimate)})"
@@ -34,9 +36,44 @@ def test_how_far_the_judges_agree_is_said():
     assert f"κ = {kappa:.2f}" in evaluation_table(report.model_dump_json())
 
 
-def test_a_bench_is_shown_with_its_command_and_notes():
+def test_a_measure_that_a_model_lacks_is_a_dash_in_that_models_column():
+    report = reports.evaluation_report()
+    first, lacking = report.measures[0], report.models[1].name
+    rest = tuple(
+        m
+        for m in report.measures
+        if (m.model, m.section, m.name, m.judge) != (lacking, first.section, first.name, first.judge)
+    )
+    assert len(rest) == len(report.measures) - 1
+    whole, partial = (
+        [
+            cells(line)
+            for line in evaluation_table(each.model_dump_json()).splitlines()
+            if line.startswith("|")
+        ]
+        for each in (report, report.model_copy(update={"measures": rest}))
+    )
+    assert partial[2] == [*whole[2][:2], "–", whole[2][3]]
+    assert partial[3:] == whole[3:]
+
+
+def test_no_name_is_read_as_markup():
+    report = reports.evaluation_report()
+    sections = tuple(s.model_copy(update={"title": f"a|b {reports.ATTACK}"}) for s in report.sections)
+    text = evaluation_table(report.model_copy(update={"sections": sections}).model_dump_json())
+    assert reports.ATTACK not in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {len(report.models) + 2}
+
+
+def test_a_bench_is_shown_with_its_command_and_notes_but_without_folders():
     report = reports.bench_report()
     text = bench_table(report.model_dump_json())
-    assert f"`{report.command}`" in text
-    assert all(f"- {note}" in text for note in report.notes)
+    assert (
+        "`deltaguard bench aligned '--attack-prompts=my prompts.csv' --pretrained owner/name -o out`" in text
+    )
+    assert "someone" in report.command
+    assert "someone" not in text
+    assert reports.ATTACK not in text
+    assert f"- {report.notes[1]}" in text
     assert all(f"### {row.title}" in text for row in report.finetunes)

@@ -1,16 +1,19 @@
-"""The safety-utility plot of a bench: a panel a fine-tune, a line a method, a point a strength."""
+"""The safety-utility plot of a bench: a panel a fine-tune, a line and a band a method, a point a strength."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from textwrap import wrap
 from typing import Any
 
 import altair as alt
 
-from deltaguard.draw.bench_view import bench_methods, general_change, points_of
+from deltaguard.draw.bench_rows import band_rows, cut, point_rows, utility_domain
+from deltaguard.draw.bench_view import bench_methods, points_of
+from deltaguard.draw.bench_words import panel_notes
 from deltaguard.draw.charts import INK, plain_axis, svg_of
 from deltaguard.draw.palette import colour, dash, palette_css, shape
 from deltaguard.errors import DeltaguardError
-from deltaguard.report.bench import BenchReport, CurvePoint, FinetuneRow
+from deltaguard.report.bench import BenchReport, FinetuneRow
 
 _WIDTH, _HEIGHT = 264, 220
 _STANDALONE = "deltaguard-plot"
@@ -19,7 +22,14 @@ _TICKS = (-100, -50, -20, -10, -5, 0, 5, 10, 20, 50, 100)
 _BEND = 5
 _SAFETY = "attack success over aligned, points"
 _KEPT = "share of the utility gain kept"
-_GENERAL = "rise of NLL on everyday requests"
+_GENERAL = "rise of NLL on general questions"
+_BAND = 0.12
+"""Opacity of a band: nine on one another still let the lines be seen."""
+_INTERVALS = (
+    "Bands, and upright bars of points alone: 95 % intervals of the gain kept. Level bars: of attack success."
+)
+_LINE = 33
+"""Characters of a title or note that a panel is wide."""
 
 
 def bench_svg(report: BenchReport) -> str:
@@ -42,16 +52,16 @@ def bench_svg(report: BenchReport) -> str:
         ```
     """
     titled = [
-        _panel(report, row, legend=True).properties(title=_title(row.title))
+        _panel(report, row, legend=True).properties(title=_title(row.title, panel_notes(report, row)))
         for row in report.finetunes
-        if _rows(report, row)
+        if point_rows(report, row)
     ]
     if not titled:
         raise DeltaguardError(
             f"The report of `{report.command}` holds {len(report.curves)} points of curves and none can be "
             "drawn. Run the bench to its end."
         )
-    chart = alt.concat(*titled, columns=2, spacing=28)
+    chart = alt.concat(*titled, columns=2, spacing=28, title=_caption(report))
     chart = chart.resolve_scale(color="shared", shape="shared", strokeDash="shared", x="independent")
     return _standalone(svg_of(chart.properties(padding=16)), _spoken_whole(report))
 
@@ -66,7 +76,7 @@ def panel_svg(report: BenchReport, finetune: FinetuneRow) -> str | None:
     Returns:
         An SVG element as text, None where there is nothing to draw.
     """
-    return svg_of(_panel(report, finetune, legend=False)) if _rows(report, finetune) else None
+    return svg_of(_panel(report, finetune, legend=False)) if point_rows(report, finetune) else None
 
 
 def swatch_svg(place: int) -> str:
@@ -91,44 +101,28 @@ def swatch_svg(place: int) -> str:
 
 
 def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
-    rows, gains = _rows(report, finetune), finetune.gains
-    domain = _utility_domain(rows, gains=gains)
+    found, gains = point_rows(report, finetune), finetune.gains
+    domain = utility_domain(found, gains=gains)
+    rows = [cut(row, domain) for row in found]
     styles = _styles(bench_methods(report), legend=legend)
     scale, axis = _utility_scale(domain, gains=gains), _utility_axis(gains=gains)
-    base = alt.Chart(alt.Data(values=[_cut(row, domain) for row in rows])).encode(
+    base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("x:Q", title=_SAFETY, scale=_safety_scale(rows, report.bound), axis=_safety_axis()),
         y=alt.Y("y:Q", title=_KEPT if gains else _GENERAL, scale=scale, axis=axis),
         color=styles["color"],
     )
-    upright = base.transform_filter("isValid(datum.y_low)").mark_rule(opacity=0.5)
+    bands = alt.Chart(alt.Data(values=list(band_rows(rows)))).encode(
+        x="x:Q", y="y:Q", color=styles["color"], order="place:Q"
+    )
+    alone = base.transform_filter("datum.alone && isValid(datum.y_low)").mark_rule(opacity=0.5)
     return alt.layer(
+        bands.mark_line(filled=True, strokeWidth=0, fillOpacity=_BAND),
         *_bound(report.bound),
-        base.mark_rule(opacity=0.5).encode(x="low:Q", x2="high:Q"),
-        upright.encode(y="y_low:Q", y2="y_high:Q"),
+        base.mark_rule(opacity=0.35).encode(x="low:Q", x2="high:Q"),
+        alone.encode(y="y_low:Q", y2="y_high:Q"),
         base.mark_line(strokeWidth=1.75).encode(order="strength:Q", strokeDash=styles["strokeDash"]),
         base.mark_point(filled=True, size=62, opacity=1).encode(shape=styles["shape"]),
     ).properties(width=_WIDTH, height=_HEIGHT)
-
-
-def _rows(report: BenchReport, finetune: FinetuneRow) -> list[dict[str, Any]]:
-    rows = [_row(report, finetune, point) for point in points_of(report, finetune)]
-    return [row for row in rows if row["y"] is not None]
-
-
-def _row(report: BenchReport, finetune: FinetuneRow, point: CurvePoint) -> dict[str, Any]:
-    """A point of a curve; where there is no gain to keep, its height is what it costs in general."""
-    row = {
-        "method": point.method,
-        "strength": point.strength,
-        "x": point.points.value,
-        "low": point.points.low,
-        "high": point.points.high,
-    }
-    if not finetune.gains:
-        return row | {"y": general_change(report, point)}
-    if point.kept is None:
-        return row | {"y": None}
-    return row | {"y": point.kept.value, "y_low": point.kept.low, "y_high": point.kept.high}
 
 
 def _styles(methods: Sequence[str], *, legend: bool) -> Mapping[str, Any]:
@@ -166,21 +160,6 @@ def _safety_axis() -> alt.Axis:
     return alt.Axis(values=list(_TICKS), labelExpr=f"datum.value ? {plus} : '0'", ticks=False, **plain_axis())
 
 
-def _utility_domain(rows: Sequence[Mapping[str, Any]], *, gains: bool) -> tuple[float, float]:
-    """Every point is inside; bars may reach beyond."""
-    values = [float(row["y"]) for row in rows]
-    low, high = min(0.0, *values), max(1.0 if gains else 0.0, *values)
-    margin = 0.08 * ((high - low) or 1.0)
-    return low - margin, high + margin
-
-
-def _cut(row: Mapping[str, Any], domain: tuple[float, float]) -> dict[str, Any]:
-    """The bar of a point, cut at the panel's edge: a clip path would need an id that no other chart has."""
-    if "y_low" not in row:
-        return dict(row)
-    return {**row, "y_low": max(row["y_low"], domain[0]), "y_high": min(row["y_high"], domain[1])}
-
-
 def _utility_scale(domain: tuple[float, float], *, gains: bool) -> alt.Scale:
     """Up is better in every panel."""
     return alt.Scale(domain=list(domain), nice=False, reverse=not gains)
@@ -192,8 +171,19 @@ def _utility_axis(*, gains: bool) -> alt.Axis:
     return alt.Axis(labelExpr=label, tickCount=6, ticks=False, minExtent=44, **plain_axis())
 
 
-def _title(text: str) -> alt.TitleParams:
-    return alt.TitleParams(text, anchor="start", frame="group", color=INK, fontSize=14, offset=8)
+def _title(text: str, notes: Sequence[str]) -> alt.TitleParams:
+    small = [line for note in notes for line in wrap(note, _LINE)]
+    return alt.TitleParams(
+        wrap(text, _LINE),
+        subtitle=small,
+        anchor="start",
+        frame="group",
+        color=INK,
+        subtitleColor=INK,
+        fontSize=14,
+        subtitleFontSize=12,
+        offset=8,
+    )
 
 
 def _legend() -> alt.Legend:
@@ -209,6 +199,25 @@ def _legend() -> alt.Legend:
         labelLimit=0,
         symbolSize=80,
         symbolOpacity=1,
+    )
+
+
+def _caption(report: BenchReport) -> alt.TitleParams:
+    """Below the panels: what shows an interval, and which panels cannot be drawn."""
+    missing = [row for row in report.finetunes if points_of(report, row) and not point_rows(report, row)]
+    lines = [
+        line
+        for row in missing
+        for line in wrap(f"{row.title}: {'; '.join(panel_notes(report, row))}", 3 * _LINE)
+    ]
+    return alt.TitleParams(
+        [*wrap(_INTERVALS, 3 * _LINE), *lines],
+        orient="bottom",
+        anchor="start",
+        color=INK,
+        fontSize=12,
+        fontWeight="normal",
+        offset=12,
     )
 
 

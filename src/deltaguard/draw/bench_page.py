@@ -4,11 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deltaguard.draw.bench_chart import panel_svg, swatch_svg
-from deltaguard.draw.bench_tables import ScoreText, finetune_facts, legend, score_text
-from deltaguard.draw.bench_view import bench_methods, scores_of
-from deltaguard.draw.facts import Facts, environment_facts, times
+from deltaguard.draw.bench_facts import run_facts
+from deltaguard.draw.bench_view import bench_methods
+from deltaguard.draw.bench_words import (
+    ScoreText,
+    finetune_facts,
+    legend,
+    panel_notes,
+    preparation_line,
+    score_texts,
+)
 from deltaguard.draw.page import Chart, render
-from deltaguard.draw.text import capital, short_reference
+from deltaguard.draw.text import capital
 from deltaguard.report.bench import BenchReport, FinetuneRow, Score
 
 
@@ -39,16 +46,18 @@ def bench_page(report: BenchReport) -> str:
         Path("report.html").write_text(bench_page(report), encoding="utf-8")
         ```
     """
-    charts = [_chart(report, row) for row in report.finetunes]
+    charts = [(row, _chart(report, row)) for row in report.finetunes]
     return render(
         "bench.html.jinja",
         report=report,
         swatches={name: swatch_svg(place) for place, name in enumerate(bench_methods(report))},
-        charts=[chart for chart in charts if chart],
+        charts=[chart for _, chart in charts if chart],
+        undrawn=[(row.title, panel_notes(report, row)) for row, chart in charts if chart is None],
         legend=legend(report),
+        preparation=preparation_line(report),
         scored=[_scores(report, row) for row in report.finetunes],
         titles={row.name: row.title for row in report.finetunes},
-        run=_run_facts(report),
+        run=run_facts(report),
     )
 
 
@@ -56,23 +65,13 @@ def _chart(report: BenchReport, row: FinetuneRow) -> Chart | None:
     svg = panel_svg(report, row)
     if svg is None:
         return None
-    texts = map(score_text, scores_of(report, row))
-    spoken = "; ".join(f"{text.method}: strength {text.strength}, kept {text.kept}" for text in texts)
-    return Chart(capital(row.title), finetune_facts(report, row), svg, f"Largest safe strengths. {spoken}.")
+    texts = (text for _, text in score_texts(report, row))
+    spoken = "; ".join(f"{text.method}: strength {text.strength}, kept {text.kept.value}" for text in texts)
+    notes = map(capital, panel_notes(report, row))
+    # The page breaks the lines of a note as they are.
+    note = "\n".join((finetune_facts(report, row), *(f"{note}." for note in notes)))
+    return Chart(capital(row.title), note, svg, f"Largest safe strengths. {spoken}.")
 
 
 def _scores(report: BenchReport, row: FinetuneRow) -> tuple[FinetuneView, Sequence[tuple[Score, ScoreText]]]:
-    scores = [(score, score_text(score)) for score in scores_of(report, row)]
-    return FinetuneView(row, finetune_facts(report, row)), scores
-
-
-def _run_facts(report: BenchReport) -> Facts:
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.settings.items())
-    return (
-        *environment_facts(report.environment),
-        ("command", report.command),
-        ("aligned model", short_reference(report.aligned)),
-        ("seeds", ", ".join(map(str, report.seeds))),
-        ("settings", settings),
-        ("time by stage", times(report.seconds)),
-    )
+    return FinetuneView(row, finetune_facts(report, row)), score_texts(report, row)

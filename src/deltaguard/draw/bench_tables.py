@@ -1,92 +1,25 @@
 """Scores of a bench as tables: for terminals, and as Markdown for the documentation."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from deltaguard.draw.bench_view import ALIGNED, FINETUNED, attack_success, scores_of
-from deltaguard.draw.text import DASH, duration, option, percent, points, points_interval, share_interval
-from deltaguard.report.bench import BenchReport, FinetuneRow, Score, Training
+from deltaguard.draw.bench_words import (
+    NumberText,
+    ScoreText,
+    finetune_facts,
+    legend,
+    preparation_line,
+    score_texts,
+)
+from deltaguard.draw.text import plain
+from deltaguard.report.bench import BenchReport, FinetuneRow
 
-NOT_SAFE = "none safe"
-"""What stands for the strength where none of those tried was within the bound."""
-
-TRAININGS: Mapping[Training, str] = {"full": "full", "lora": "LoRA"}
-"""Ways of training, as people write them."""
-
-
-@dataclass(frozen=True)
-class ScoreText:
-    """A score in words, the same in every output.
-
-    Attributes:
-        method: name of the method.
-        strength: the largest safe one.
-        points: attack success over the aligned model's there, in points.
-        points_interval: its interval, empty where there is none.
-        kept: share of the utility gain kept.
-        kept_interval: its interval, empty where there is none.
-        told_apart: whether the interval of the points leaves the bound out.
-        request: time of a request.
-    """
-
-    method: str
-    strength: str
-    points: str
-    points_interval: str
-    kept: str
-    kept_interval: str
-    told_apart: str
-    request: str
-
-
-def score_text(score: Score) -> ScoreText:
-    """A score in words.
-
-    Example:
-        ```python
-        score_text(report.scores[0]).strength  # "0.1", or "none safe"
-        ```
-    """
-    safe = score.strength is not None
-    return ScoreText(
-        method=score.method,
-        strength=option(score.strength) if safe else NOT_SAFE,
-        points=points(score.points.value if score.points else None),
-        points_interval=points_interval(score.points) if score.points else "",
-        kept=percent(score.kept.value if score.kept else None),
-        kept_interval=share_interval(score.kept) if score.kept else "",
-        told_apart=option(score.told_apart) if safe else DASH,
-        request=DASH if score.request_seconds is None else duration(score.request_seconds),
-    )
-
-
-def finetune_facts(report: BenchReport, finetune: FinetuneRow) -> str:
-    """A fine-tune in one line: how it was trained, on what, and what it did to attack success."""
-    parts = [
-        f"{TRAININGS[finetune.training]} fine-tuning",
-        f"{finetune.examples} examples, {finetune.harmful} harmful",
-    ]
-    rates = [attack_success(report, finetune, method) for method in (ALIGNED, FINETUNED)]
-    if None not in rates:
-        before, after = map(percent, rates)
-        parts.append(f"attack success {before} aligned, {after} fine-tuned")
-    return "; ".join(parts)
-
-
-def legend(report: BenchReport) -> str:
-    """What the columns of the scores mean."""
-    return (
-        "Each method stands at its largest strength whose attack success is at most "
-        f"{report.bound:g} points over the aligned model's. Points: attack success over the aligned model's. "
-        "Kept: share of the utility gain kept; a dash where there is no gain to keep or no strength is safe. "
-        "Told apart: whether the 95 % interval of the points leaves the bound out; where it does not, "
-        "being within the bound may be chance."
-    )
+_NUMBERS = ("attack success\nover aligned", "false refusals\nover aligned", "gain kept\n")
 
 
 def bench_table(report: BenchReport) -> RenderableType:
@@ -107,16 +40,17 @@ def bench_table(report: BenchReport) -> RenderableType:
     for row in report.finetunes:
         parts += [
             Text(),
-            Text(f" {row.title}", "bold"),
-            Text(f" {finetune_facts(report, row)}", "dim"),
+            _indented(Text(row.title, "bold")),
+            _indented(Text(finetune_facts(report, row), "dim")),
             Text(),
+            _terminal(text for _, text in score_texts(report, row)),
         ]
-        parts.append(_terminal(scores_of(report, row)))
-    return Group(*parts, Text(), Text(legend(report), "dim"))
+    lines = [line for line in (legend(report), preparation_line(report)) if line]
+    return Group(*parts, *(Padding(Text(line, "dim"), (1, 0, 0, 1)) for line in lines))
 
 
 def bench_markdown(report: BenchReport) -> str:
-    """The scores as Markdown, a heading of the third level and a table a fine-tune.
+    """The scores as Markdown, a heading of the third level and a table a fine-tune, then what they mean.
 
     Args:
         report: of a finished bench.
@@ -125,10 +59,11 @@ def bench_markdown(report: BenchReport) -> str:
         Markdown that ends with a line break; nothing in a name is read as markup.
     """
     sections = [
-        f"### {_plain(row.title)}\n\n{finetune_facts(report, row)}.\n\n{scores_markdown(report, row)}"
+        f"### {plain(row.title)}\n\n{finetune_facts(report, row)}.\n\n{scores_markdown(report, row)}"
         for row in report.finetunes
     ]
-    return "\n".join(sections)
+    lines = [f"{plain(line)}\n" for line in (legend(report), preparation_line(report)) if line]
+    return "\n".join((*sections, *lines))
 
 
 def scores_markdown(report: BenchReport, finetune: FinetuneRow) -> str:
@@ -141,50 +76,42 @@ def scores_markdown(report: BenchReport, finetune: FinetuneRow) -> str:
     Returns:
         The lines of the table, each with its line break.
     """
+    rates = "attack success over aligned (95 %) | false refusals over aligned (95 %)"
     rows = [
-        "| method | strength | points over aligned (95 %) | gain kept (95 %) | told apart | request |",
-        "| --- | ---: | ---: | ---: | --- | ---: |",
+        f"| method | strength | {rates} | gain kept (95 %) | told apart | request |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
-    for text in map(score_text, scores_of(report, finetune)):
-        cells = (
-            f"`{_plain(text.method)}`",
-            text.strength,
-            _with(text.points, text.points_interval),
-            _with(text.kept, text.kept_interval),
-            text.told_apart,
-            text.request,
-        )
+    for _, text in score_texts(report, finetune):
+        numbers = map(_in_one_line, (text.points, text.false_refusal, text.kept))
+        cells = (f"`{plain(text.method)}`", text.strength, *numbers, text.told_apart, text.request)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
-def _terminal(scores: Sequence[Score]) -> Table:
+def _terminal(texts: Iterable[ScoreText]) -> Table:
+    """Two lines a method: what stands small below the other is named below it in the head."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    table.add_column("method", overflow="fold")
-    for name in ("strength", "points over\naligned", "gain kept"):
+    table.add_column(_two_lines("method", "request"), overflow="fold")
+    table.add_column(_two_lines("strength", "told apart"), justify="right", no_wrap=True)
+    for name in _NUMBERS:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("told\napart", no_wrap=True)
-    table.add_column("request", justify="right", no_wrap=True)
-    for text in map(score_text, scores):
+    for text in texts:
+        numbers = (text.points, text.false_refusal, text.kept)
         table.add_row(
-            Text(text.method),
-            text.strength,
-            _two_lines(text.points, text.points_interval),
-            _two_lines(text.kept, text.kept_interval),
-            text.told_apart,
-            text.request,
+            _two_lines(text.method, text.request),
+            _two_lines(text.strength, text.told_apart),
+            *(_two_lines(number.value, number.interval) for number in numbers),
         )
     return table
 
 
-def _two_lines(value: str, interval: str) -> Text:
-    return Text.assemble(value, "\n", (interval, "dim")) if interval else Text(value)
+def _indented(text: Text) -> Padding:
+    return Padding(text, (0, 0, 0, 1))
 
 
-def _with(value: str, interval: str) -> str:
-    return f"{value} ({interval})" if interval else value
+def _two_lines(above: str, below: str) -> Text:
+    return Text.assemble(above, "\n", (below, "dim")) if below else Text(above)
 
 
-def _plain(name: str) -> str:
-    """A name in a Markdown table or heading."""
-    return " ".join(name.replace("|", "¦").replace("`", "'").replace("<", "‹").split())
+def _in_one_line(number: NumberText) -> str:
+    return f"{number.value} ({number.interval})" if number.interval else number.value

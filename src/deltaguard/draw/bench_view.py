@@ -1,12 +1,13 @@
 """What the tables and plots of a bench pick from its report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
-from deltaguard.report.bench import BenchReport, Cell, CurvePoint, FinetuneRow, Score
+from deltaguard.report.bench import ALIGNED, BenchReport, Cell, CurvePoint, FinetuneRow, Score
+from deltaguard.report.evaluation import Estimate
 
-ALIGNED, FINETUNED = "aligned", "finetuned"
-"""The names that cells give to the two models no method made."""
+_OFTEN = ("request", "measure", "total")
+"""Times of a report that are no single model's."""
 
 
 def bench_methods(report: BenchReport) -> tuple[str, ...]:
@@ -24,8 +25,30 @@ def points_of(report: BenchReport, finetune: FinetuneRow) -> tuple[CurvePoint, .
     return tuple(point for point in report.curves if point.finetune == finetune.name)
 
 
+def height(report: BenchReport, finetune: FinetuneRow, point: CurvePoint) -> float | None:
+    """Where a point stands in the panel of its fine-tune.
+
+    Args:
+        report: of a finished bench.
+        finetune: the point's.
+        point: of a curve.
+
+    Returns:
+        The share of the utility gain kept; where a fine-tune has no gain to keep, what the point costs in
+        general. None where there is no such number, so that the point cannot be drawn.
+    """
+    if not finetune.gains:
+        return general_change(report, point)
+    return point.kept.value if point.kept else None
+
+
+def undrawn(report: BenchReport, finetune: FinetuneRow) -> int:
+    """How many points of a fine-tune have no height."""
+    return sum(height(report, finetune, point) is None for point in points_of(report, finetune))
+
+
 def general_change(report: BenchReport, point: CurvePoint) -> float | None:
-    """How much the mean negative log-likelihood of everyday answers rose over the aligned model's.
+    """The rise of the mean negative log-likelihood of answers to general questions over the aligned model's.
 
     Args:
         report: of a finished bench.
@@ -43,10 +66,30 @@ def general_change(report: BenchReport, point: CurvePoint) -> float | None:
     return mean(changes) if changes else None
 
 
-def attack_success(report: BenchReport, finetune: FinetuneRow, method: str) -> float | None:
-    """Attack success of `aligned` or `finetuned`, mean over the seeds; None where it was not measured."""
-    values = [cell.attack_success.value for cell in _cells(report, finetune.name, method, None)]
+def reference_rate(
+    report: BenchReport, finetune: FinetuneRow, method: str, rate: Callable[[Cell], Estimate]
+) -> float | None:
+    """A rate of `aligned` or `finetuned`, mean over the seeds; None where it was not measured."""
+    values = [rate(cell).value for cell in _cells(report, finetune.name, method, None)]
     return mean(values) if values else None
+
+
+def preparation(report: BenchReport) -> Mapping[str, float]:
+    """How long everything took that an aligned model needs once, whatever is fine-tuned from it.
+
+    Args:
+        report: of a finished bench.
+
+    Returns:
+        Seconds by what was made: the store of curvature, models that methods take as helpers. The fine-tunes
+        themselves and models trained anew for a request are left out.
+    """
+    finetunes = tuple(f"{row.name}-" for row in report.finetunes)
+    return {
+        name: seconds
+        for name, seconds in report.seconds.items()
+        if name not in _OFTEN and not f"{name}-".startswith(finetunes)
+    }
 
 
 def _cells(report: BenchReport, finetune: str, method: str, strength: float | None) -> Sequence[Cell]:

@@ -137,6 +137,16 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def plain(text: str) -> str:
+    """A user's text in a Markdown table or heading, where nothing in it is read as markup.
+
+    Example:
+        >>> plain("a|b <i>")
+        'a¦b ‹i>'
+    """
+    return " ".join(text.replace("|", "¦").replace("`", "'").replace("<", "‹").split())
+
+
 def option(value: str | float | bool | None) -> str:
     """A choice of the user, exactly as it was run.
 
