@@ -6,28 +6,13 @@ from pathlib import Path
 import pytest
 
 import models
+from benches import LORA, RECIPE, TINY
 from deltaguard import DeltaguardError
 from deltaguard.bench import cells, methods, row, workshop
 from deltaguard.bench.methods import METHODS
 from deltaguard.bench.protocol import FULL, QUICK, Finetune
 from deltaguard.bench.run import bench
-from deltaguard.calibration.calibrate import CalibrateConfig
-from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.report.bench import BENCH_NAME, BenchReport
-
-RECIPE = FinetuneConfig(learning_rate=1e-3, max_steps=2)
-LORA = FinetuneConfig(learning_rate=1e-3, max_steps=2, lora_rank=2)
-TINY = replace(
-    QUICK,
-    finetunes=(Finetune("identity", 0, 4, "full", RECIPE),),
-    attack=4,
-    harmless=3,
-    utility=3,
-    general=2,
-    answer_tokens=4,
-    task_tokens=4,
-    calibration=CalibrateConfig(num_samples=4, max_new_tokens=4, device="cpu"),
-)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,21 @@
+"""A bench small enough for tests."""
+
+from dataclasses import replace
+
+from deltaguard.bench.protocol import QUICK, Finetune
+from deltaguard.calibration.calibrate import CalibrateConfig
+from deltaguard.finetuning.finetune import FinetuneConfig
+
+RECIPE = FinetuneConfig(learning_rate=1e-3, max_steps=2)
+LORA = FinetuneConfig(learning_rate=1e-3, max_steps=2, lora_rank=2)
+TINY = replace(
+    QUICK,
+    finetunes=(Finetune("identity", 0, 4, "full", RECIPE),),
+    attack=4,
+    harmless=3,
+    utility=3,
+    general=2,
+    answer_tokens=4,
+    task_tokens=4,
+    calibration=CalibrateConfig(num_samples=4, max_new_tokens=4, device="cpu"),
+)
