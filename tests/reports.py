@@ -337,7 +337,16 @@ def evaluation_report(**changes):
         "environment": ENVIRONMENT,
         "suite": "quick",
         "suite_hash": "b" * 64,
-        "settings": {"sections": [{"name": "attack", "kind": "attack"}], "judges": list(JUDGES)},
+        "settings": {
+            "sections": [
+                {"name": "attack", "kind": "attack", "path": "/home/someone/sets/prompts.csv"},
+                {"name": "task", "kind": "utility", "file": "/home/someone/my sets/task.jsonl"},
+            ],
+            "judges": [
+                {"kind": "guard", "model": "/home/someone/guard", "prompt_file": "/home/someone/format.txt"},
+                {"kind": "llm", "model": "judge", "cache": "/home/someone/scores.jsonl"},
+            ],
+        },
         "engine": "transformers",
         "decoding": {"temperature": 0.0, "seed": 0},
         "models": tuple(
@@ -361,7 +370,10 @@ def evaluation_report(**changes):
             ),
         ),
         "samples": answer_samples(),
-        "notes": (f"The section `attack/gcg` was skipped {ATTACK}.",),
+        "notes": (
+            f"The section `attack/gcg` was skipped {ATTACK}.",
+            "Section mine was skipped: no file /home/someone/mine.csv. See https://example.org/sets/mine.",
+        ),
         "files": {"aligned-attack.jsonl": "d" * 64},
         "seconds": {"answers": 200.0, "judges": 3.0, "total": 204.0},
     }

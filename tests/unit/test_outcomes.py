@@ -8,7 +8,7 @@ from rich.console import Console
 from deltaguard.draw.evaluation import comparison_line, evaluation_card, evaluation_table, plain
 from deltaguard.evaluation.answering import Candidate, model_names
 from deltaguard.evaluation.evaluate import EngineConfig, assemble
-from deltaguard.evaluation.judging import _harness
+from deltaguard.evaluation.harness_numbers import harness_measures
 from deltaguard.evaluation.outcomes import Judged, Outcome, agreements, comparisons, measures, samples
 from deltaguard.evaluation.suites.suite import read_suite
 from deltaguard.report.evaluation import SectionRow
@@ -128,11 +128,13 @@ def test_samples_are_the_first_prompts_with_all_models_side_by_side():
 
 def test_only_shares_of_the_harness_become_measures():
     task = {"task": "mmlu", "metric": "acc", "samples": 8, "higher_is_better": True}
-    shares = _harness([[{**task, "value": 0.25}, {**task, "metric": "perplexity", "value": 12.5}]])
+    shares = harness_measures(
+        {"mmlu": [{**task, "value": 0.25}, {**task, "metric": "perplexity", "value": 12.5}]}
+    )
     assert list(shares) == ["mmlu acc"]
     estimate, better = shares["mmlu acc"]
     assert (estimate.value, estimate.total, better) == (0.25, 8, "higher")
-    assert _harness([[{**task, "value": 0.3}]]) == {}
+    assert harness_measures({"mmlu": [{**task, "value": 0.3}]}) == {}
 
 
 def test_names_of_models_differ_and_serve_as_folders():

@@ -22,6 +22,7 @@ from deltaguard.draw.evaluation_view import (
     value_text,
 )
 from deltaguard.draw.facts import environment_facts
+from deltaguard.draw.private import without_folders
 from deltaguard.draw.templating import environment
 from deltaguard.draw.text import DASH
 from deltaguard.report.evaluation import Agreement, Comparison, EvaluationReport, Measure, SectionRow
@@ -50,7 +51,7 @@ def evaluation_table(report: EvaluationReport) -> RenderableType:
             *map(agreement_line, agreed(report, section)),
         ]
         parts += [Padding(Text(line, "dim"), (0, 0, 0, 1)) for line in lines]
-    parts += [Padding(Text(f"Note: {note}"), (1, 0, 0, 1)) for note in report.notes]
+    parts += [Padding(Text(f"Note: {without_folders(note)}"), (1, 0, 0, 1)) for note in report.notes]
     return Group(*parts)
 
 
@@ -65,7 +66,12 @@ def evaluation_card(report: EvaluationReport) -> str:
     """
     templates = environment()
     templates.filters.update(
-        plain=plain, cell=_cell, comparison_line=comparison_line, agreement_line=agreement_line, p_text=p_text
+        plain=plain,
+        without_folders=without_folders,
+        cell=_cell,
+        comparison_line=comparison_line,
+        agreement_line=agreement_line,
+        p_text=p_text,
     )
     sections = [
         (section, _rows(measure_tables(report, section)), compared(report, section), agreed(report, section))

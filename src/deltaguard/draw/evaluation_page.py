@@ -24,6 +24,7 @@ from deltaguard.draw.evaluation_view import (
 )
 from deltaguard.draw.facts import Facts, environment_facts, option_facts, times
 from deltaguard.draw.page import Chart, render
+from deltaguard.draw.private import shown_settings, without_folders
 from deltaguard.draw.text import DASH, capital, model_label, short_reference
 from deltaguard.report.evaluation import EvaluatedModel, EvaluationReport, Measure, SectionRow
 
@@ -74,7 +75,8 @@ def evaluation_page(report: EvaluationReport) -> str:
         sections=[_section(report, section, names) for section in plain_sections(report)],
         probes=probe_tables(report),
         run=_run_facts(report),
-        settings=yaml.safe_dump(dict(report.settings), sort_keys=False, allow_unicode=True),
+        notes=[without_folders(note) for note in report.notes],
+        settings=yaml.safe_dump(shown_settings(report.settings), sort_keys=False, allow_unicode=True),
         measure_label=measure_label,
         value_text=value_text,
         bounds_text=bounds_text,

@@ -7,24 +7,30 @@ from deltaguard.evaluation.answering import PartFiles
 from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.report.evaluation import Better, Estimate
 
-_Row = Mapping[str, Any]
+Row = Mapping[str, Any]
 """A `HarnessScore` as JSON holds it."""
 
 
-def harness_measures(each: PartFiles) -> dict[str, tuple[Estimate, Better]]:
+def harness_rows(each: PartFiles) -> dict[str, list[Row]]:
+    """All numbers that a model got on a part, by the task asked for; none where the part has none."""
+    if each.part.harness is None:
+        return {}
+    return dict(zip(each.part.harness.tasks, each.files["harness"].in_order(), strict=True))
+
+
+def harness_measures(rows: Mapping[str, Sequence[Row]]) -> dict[str, tuple[Estimate, Better]]:
     """Shares that lm-eval counted, with Wilson intervals over its samples.
 
     lm-eval gives sums over samples; metrics that are no shares have no interval that holds. Of a group such
     as MMLU the group's own numbers count, not those of its subtasks.
 
     Args:
-        each: what a model did on a part; nothing is found where it has no tasks.
+        rows: by task that was asked for (see `harness_rows`).
     """
     return {
-        _name(row): (rate, "lower" if row["higher_is_better"] is False else "higher")
-        for rows in _by_task(each)
-        for row in rows
-        if (rate := _share(row)) is not None
+        _name(row): (share, "lower" if row["higher_is_better"] is False else "higher")
+        for row in _own(rows)
+        if (share := _share(row)) is not None
     }
 
 
@@ -35,38 +41,39 @@ def harness_notes(parts: Sequence[PartFiles]) -> tuple[str, ...]:
         parts: of all models.
     """
     files = {each.part.name: each.files["harness"].path.name for each in parts if "harness" in each.files}
-    found: list[str] = []
-    for section, file in files.items():
-        ours = [each for each in parts if each.part.name == section]
-        rows = [row for each in ours for rows in _by_task(each) for row in rows]
-        told = {name for each in ours for name in harness_measures(each)}
-        left = dict.fromkeys(_name(row) for row in rows if _name(row) not in told)
-        everything = {
-            row["task"] for each in ours for rows in each.files["harness"].in_order() for row in rows
-        }
-        below = len(everything - {row["task"] for row in rows})
-        what = [*left, *([f"the numbers of {below} subtasks"] if below else [])]
-        if what:
-            found.append(
-                f"Of section {section}, left to the file {file} of each model, since only a task's own "
-                f"shares of samples have an interval here: {', '.join(what)}."
-            )
-    return tuple(found)
+    left = {
+        section: _left([harness_rows(each) for each in parts if each.part.name == section])
+        for section in files
+    }
+    return tuple(
+        f"Of section {section}, left to the file {files[section]} of each model, since only a task's own "
+        f"shares of samples have an interval here: {', '.join(names)}."
+        for section, names in left.items()
+        if names
+    )
 
 
-def _by_task(each: PartFiles) -> list[list[_Row]]:
-    """The rows of each task that was asked for; a name for several tasks without a sum gives all theirs."""
-    if each.part.harness is None:
-        return []
-    pairs = zip(each.part.harness.tasks, each.files["harness"].in_order(), strict=True)
-    return [[row for row in rows if row["task"] == task] or list(rows) for task, rows in pairs]
+def _left(models: Sequence[Mapping[str, Sequence[Row]]]) -> list[str]:
+    """What is no measure of any model, subtasks by their number."""
+    told = {name for rows in models for name in harness_measures(rows)}
+    own = [row for rows in models for row in _own(rows)]
+    tasks = {row["task"] for rows in models for found in rows.values() for row in found}
+    below = len(tasks - {row["task"] for row in own})
+    names = dict.fromkeys(_name(row) for row in own if _name(row) not in told)
+    return [*names, *([f"the numbers of {below} subtasks"] if below else [])]
 
 
-def _name(row: _Row) -> str:
+def _own(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """Each task's rows without its subtasks'; a name for several tasks that has no sum gives all theirs."""
+    kept = [[row for row in found if row["task"] == task] or found for task, found in rows.items()]
+    return [row for found in kept for row in found]
+
+
+def _name(row: Row) -> str:
     return f"{row['task']} {row['metric']}"
 
 
-def _share(row: _Row) -> Estimate | None:
+def _share(row: Row) -> Estimate | None:
     value, total = float(row["value"]), int(row["samples"])
     successes = round(value * total) if 0 <= value <= 1 else 0
     if total and 0 <= value <= 1 and abs(successes - value * total) < 1e-6 * total:

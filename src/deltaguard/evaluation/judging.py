@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from deltaguard.evaluation.answering import Candidate, PartFiles
 from deltaguard.evaluation.exchange import Exchange, Judge, Question
-from deltaguard.evaluation.harness_numbers import harness_measures
+from deltaguard.evaluation.harness_numbers import harness_measures, harness_rows
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
 from deltaguard.evaluation.outcomes import Judged, Outcome
 from deltaguard.evaluation.suites.parts import Part
@@ -43,7 +43,7 @@ def outcome(
         answers=answers,
         judged=_judged(part, answers, judges, check, report) if part.kind != "utility" else {},
         values=values,
-        given=harness_measures(each),
+        given=harness_measures(harness_rows(each)),
     )
 
 
