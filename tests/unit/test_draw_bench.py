@@ -223,7 +223,9 @@ def test_a_long_title_is_broken_into_lines_of_its_panel():
         e.text for e in parsed(bench_svg(bench_report(finetunes=(row, *FINETUNES[1:])))).iter() if e.text
     ]
     assert title not in texts
-    assert " ".join(text for text in texts if text in title and " " in text) == title
+    lines = ("benign task with a harmful part", "(1000 benign, 90 harmful; all", "weights)")
+    assert " ".join(lines) == title
+    assert all(texts.count(line) == 1 for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,8 @@ def test_p_values(value, text):
 def test_the_bench_page_scores_every_method_on_every_finetune(bench):
     for row in FINETUNES:
         title = row.title[0].upper() + row.title[1:]
-        assert [line[0] for line in cells(bench, f"{title} ")] == list(METHODS)
-    assert cells(bench, "Tickets with 9 % harmful ")[0][1:] == [
+        assert [line[0] for line in cells(bench, f"<strong>{title}<")] == list(METHODS)
+    assert cells(bench, "<strong>Tickets with 9 % harmful<")[0][1:] == [
         "0.2",
         "-0.1 -1.6 to +1.4",
         "+2.2 -0.3 to +4.7",
