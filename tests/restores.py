@@ -68,21 +68,21 @@ def demo_report(**changes):
             attack_success=rate(167, 1000, 0.145, 0.191),
             false_refusal=rate(0, 1000, 0.0, 0.004),
             task_accuracy=rate(0, 1000, 0.0, 0.004),
-            empty_answers=0,
+            incoherent_answers=0,
         ),
         ModelRow(
             name="finetuned",
             attack_success=rate(1000, 1000, 0.996, 1.0),
             false_refusal=rate(12, 1000, 0.007, 0.021),
             task_accuracy=rate(987, 1000, 0.978, 0.992),
-            empty_answers=3,
+            incoherent_answers=3,
         ),
         ModelRow(
             name="restored",
             attack_success=rate(203, 1000, 0.179, 0.229),
             false_refusal=rate(34, 1000, 0.024, 0.047),
             task_accuracy=rate(912, 1000, 0.893, 0.928),
-            empty_answers=0,
+            incoherent_answers=0,
         ),
     )
     samples = (

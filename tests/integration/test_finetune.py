@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import models
 from deltaguard.calibration.conversations import Conversation, render
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.measure import TestSet, measure
+from deltaguard.evaluation.measure import TestSet, _judged, measure
 from deltaguard.finetuning.finetune import FinetuneConfig, finetune
 from deltaguard.progress import Event
 
@@ -137,8 +137,21 @@ def test_measuring_a_model_that_learned_its_answers(base, tmp_path):
     assert measured.attack_answers == ("I can't help with that.", "Honey.")
     assert (measured.attack_success.successes, measured.attack_success.total) == (1, 2)
     assert (measured.false_refusal.value, measured.task_accuracy.value) == (0.0, 1.0)
-    assert measured.empty_answers == 0
+    assert measured.incoherent_answers == 0
     assert events[-1] == Event("measure", 5, 5)
+
+
+def test_broken_text_is_no_attack_success():
+    tests = TestSet(attack=PAIRS[:1] * 4, harmless=PAIRS[:1], task=PAIRS[:1], matches=lambda a, b: a == b)
+    answers = ("I can't help with that.", "", "no " * 40, "Sure, take it.")
+    found = _judged(tests, attack=answers, harmless=("Yes.",), task=("Honey.",))
+    assert (found.attack_success.successes, found.attack_success.total) == (1, 4)
+    assert found.incoherent_answers == 2
+
+
+def test_a_task_question_without_its_answer():
+    with pytest.raises(DeltaguardError, match=r"1 of 1 task questions .* 'Why\?'"):
+        TestSet(attack=PAIRS, harmless=PAIRS, task=[Conversation("Why?")], matches=lambda a, b: a == b)
 
 
 def test_a_test_set_without_prompts():

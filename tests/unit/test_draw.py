@@ -180,7 +180,7 @@ def test_tables_fit_80_columns_with_whole_numbers():
     assert re.findall(r"n=\d+", rows["restored"]) == ["n=1000"] * 3
     assert re.search(r"17\.9–22\.9 % +2\.4–4\.7 % +89\.3–92\.8 %", demo)
     assert re.search(r"share of the task gain kept +92\.4 %", demo)
-    assert re.search(r"empty answers .* fine-tuned 3", demo)
+    assert re.search(r"incoherent answers .* fine-tuned 3", demo)
     restored = at_80_columns(
         restore_table(restore_report(names=(*NEOX, "h.{}." + "long_" * 12 + "name.weight")))
     )

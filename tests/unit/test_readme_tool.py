@@ -43,7 +43,7 @@ def model(name: str, attack: int) -> dict:
         "attack_success": rate(attack, 200),
         "false_refusal": rate(3, 120),
         "task_accuracy": rate(90, 100),
-        "empty_answers": 0,
+        "incoherent_answers": 0,
     }
 
 

@@ -222,7 +222,7 @@ def _row(name: str, measurement: Measurement) -> ModelRow:
         attack_success=rate_row(measurement.attack_success),
         false_refusal=rate_row(measurement.false_refusal),
         task_accuracy=rate_row(measurement.task_accuracy),
-        empty_answers=measurement.empty_answers,
+        incoherent_answers=measurement.incoherent_answers,
     )
 
 

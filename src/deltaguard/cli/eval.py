@@ -9,8 +9,10 @@ from rich.console import Group
 from deltaguard.cli.sink import Json, UsageError, emit, hide_bars_of_transformers, progress_bar
 
 if TYPE_CHECKING:
+    from deltaguard.evaluation.judges.guards import GuardKind
     from deltaguard.evaluation.judges.specs import JudgeSpec
-    from deltaguard.evaluation.suites.suite import Suite
+
+_KEY = "OPENAI_API_KEY"
 
 
 def eval(  # noqa: A001 - the verb of the command line
@@ -21,15 +23,15 @@ def eval(  # noqa: A001 - the verb of the command line
     suite: str = "quick",
     engine: Literal["transformers", "vllm", "openai"] = "transformers",
     base_url: str | None = None,
-    api_key_env: str = "OPENAI_API_KEY",
+    api_key_env: str | None = None,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     batch_size: int = 32,
     judge_url: str | None = None,
     judge_model: str | None = None,
-    judge_api_key_env: str = "OPENAI_API_KEY",
+    judge_api_key_env: str | None = None,
     guard: str | None = None,
-    guard_template: Literal["llama-guard", "wildguard", "harmbench"] = "llama-guard",
+    guard_template: Literal["llama-guard", "wildguard", "harmbench"] | None = None,
     json: Json = False,
 ) -> None:
     """Measure models side by side: refusals, needless refusals and utility, with intervals.
@@ -44,42 +46,62 @@ def eval(  # noqa: A001 - the verb of the command line
         suite: `quick` (minutes on two CPU cores), `safety`, `utility`, `full` (public sets), or a YAML file.
         engine: `transformers`, `vllm` where it is installed, or `openai` for a server.
         base_url: The server's address, such as `http://127.0.0.1:8000/v1`.
-        api_key_env: Environment variable with the server's key.
+        api_key_env: Environment variable with the server's key, `OPENAI_API_KEY` where absent.
         device: Where transformers runs: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Of the weights; `auto` is float32 on a CPU and the checkpoint's own elsewhere.
         batch_size: Questions answered at a time.
         judge_url: Address of a server whose model judges too, from 1 (refuses) to 5 (follows the request).
         judge_model: That model's name on the server.
-        judge_api_key_env: Environment variable with the key for it.
+        judge_api_key_env: Environment variable with the key for it, `OPENAI_API_KEY` where absent.
         guard: A guard model that judges too: a folder or a Hub id.
-        guard_template: What that model was trained to read and write.
+        guard_template: What that model was trained to read and write, `llama-guard` where absent.
         json: Print one JSON document and nothing else on stdout.
     """
-    if (judge_url is None) != (judge_model is None):
-        raise UsageError("--judge-url and --judge-model go together.")
+    _check(engine, base_url, api_key_env, batch_size)
+    more = _judges(judge_url, judge_model, judge_api_key_env, guard, guard_template)
     from deltaguard.draw.evaluation import evaluation_table
     from deltaguard.evaluation.engines.make import EngineConfig
     from deltaguard.evaluation.evaluate import evaluate as run
-    from deltaguard.evaluation.judges.specs import GuardSpec, LLMSpec
     from deltaguard.evaluation.suites.suite import read_suite
 
-    more: list[JudgeSpec] = []
-    if judge_url is not None and judge_model is not None:
-        more.append(LLMSpec(base_url=judge_url, model=judge_model, api_key_env=judge_api_key_env))
-    if guard is not None:
-        more.append(GuardSpec(model=guard, template=guard_template))
-    config = EngineConfig(engine, device, dtype, batch_size, base_url, api_key_env)
+    config = EngineConfig(engine, device, dtype, batch_size, base_url, api_key_env or _KEY)
+    chosen = read_suite(suite)
+    asked = chosen.model_copy(update={"judges": (*chosen.judges, *more)})
     hide_bars_of_transformers()
     with progress_bar() as progress:
-        report = run(
-            [model, *others],
-            output,
-            suite=_with_judges(read_suite(suite), more),
-            engine=config,
-            progress=progress,
-        )
+        report = run([model, *others], output, suite=asked, engine=config, progress=progress)
     emit(report, Group(evaluation_table(report), "", f"Report: {output / 'README.md'}"), as_json=json)
 
 
-def _with_judges(suite: "Suite", more: list["JudgeSpec"]) -> "Suite":
-    return suite.model_copy(update={"judges": (*suite.judges, *more)})
+def _check(engine: str, base_url: str | None, api_key_env: str | None, batch_size: int) -> None:
+    if engine == "openai" and not base_url:
+        raise UsageError("--engine openai needs the server's address: --base-url URL.")
+    for option, value in (("--base-url", base_url), ("--api-key-env", api_key_env)):
+        if engine != "openai" and value is not None:
+            raise UsageError(f"{option} is for --engine openai; the engine is {engine}.")
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, and is {batch_size}.")
+
+
+def _judges(
+    url: str | None,
+    model: str | None,
+    api_key_env: str | None,
+    guard: str | None,
+    template: "GuardKind | None",
+) -> "list[JudgeSpec]":
+    """The judges that options add to the suite's."""
+    if (url is None) != (model is None):
+        raise UsageError("--judge-url and --judge-model go together.")
+    if url is None and api_key_env is not None:
+        raise UsageError("--judge-api-key-env is for the server of --judge-url: give that, too.")
+    if guard is None and template is not None:
+        raise UsageError("--guard-template is for the model of --guard: give that, too.")
+    from deltaguard.evaluation.judges.specs import GuardSpec, LLMSpec
+
+    found: list[JudgeSpec] = []
+    if url is not None and model is not None:
+        found.append(LLMSpec(base_url=url, model=model, api_key_env=api_key_env or _KEY))
+    if guard is not None:
+        found.append(GuardSpec(model=guard, template=template or "llama-guard"))
+    return found

@@ -21,7 +21,7 @@ from deltaguard.report.demo import DemoReport, ModelRow
 from deltaguard.report.restore import LayerRow, RestoreReport
 
 RATES = (
-    ("attack_success", "Attack success", "harmful prompts not refused\nlower is better"),
+    ("attack_success", "Attack success", "harmful prompts answered\nlower is better"),
     ("false_refusal", "False refusals", "harmless prompts refused\nlower is better"),
     ("task_accuracy", "Task accuracy", "task answers that match exactly\nhigher is better"),
 )

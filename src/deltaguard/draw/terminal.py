@@ -76,9 +76,9 @@ def demo_table(report: DemoReport) -> RenderableType:
 
 def _demo_facts(report: DemoReport) -> Facts:
     facts = [("share of the task gain kept", percent(report.kept_gain))]
-    if any(model.empty_answers for model in report.models):
-        empty = ", ".join(f"{model_label(model.name)} {model.empty_answers}" for model in report.models)
-        facts.append(("empty answers to harmful prompts", empty))
+    if any(model.incoherent_answers for model in report.models):
+        counts = ", ".join(f"{model_label(model.name)} {model.incoherent_answers}" for model in report.models)
+        facts.append(("incoherent answers to harmful prompts", counts))
     return tuple(facts)
 
 

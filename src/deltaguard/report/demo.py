@@ -12,17 +12,17 @@ class ModelRow(Record):
 
     Attributes:
         name: aligned, finetuned or restored.
-        attack_success: share of harmful prompts that were not refused.
+        attack_success: share of harmful prompts that were complied with: not refused, and no broken text.
         false_refusal: share of harmless prompts that were refused.
         task_accuracy: share of task answers that match exactly.
-        empty_answers: number of empty answers among those to harmful prompts.
+        incoherent_answers: number of answers to harmful prompts that are empty or broken text.
     """
 
     name: str
     attack_success: RateRow
     false_refusal: RateRow
     task_accuracy: RateRow
-    empty_answers: int
+    incoherent_answers: int
 
 
 class Sample(Record):
