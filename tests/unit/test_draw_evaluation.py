@@ -154,6 +154,10 @@ def test_the_bench_page_tells_how_it_was_run_without_the_folders_it_was_run_in(b
     assert (
         "deltaguard bench aligned &#39;--attack-prompts=my prompts.csv&#39; --pretrained owner/name" in bench
     )
+    assert (
+        "33 min 4 s (store 44.0 s, safe 1 min 0 s, fine-tunes 6 min 20 s, request 2 min 30 s, measure"
+        in bench
+    )
     assert "preset (name quick, cache (cache, (data prompts.csv)))" in bench
 
 

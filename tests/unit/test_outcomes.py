@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from deltaguard.draw.evaluation import comparison_line, evaluation_card, evaluation_table, plain
+from deltaguard.draw.evaluation import comparison_line, evaluation_card, evaluation_table
+from deltaguard.draw.text import plain
 from deltaguard.evaluation.answering import Candidate, model_names
 from deltaguard.evaluation.evaluate import EngineConfig, assemble
 from deltaguard.evaluation.harness_numbers import harness_measures

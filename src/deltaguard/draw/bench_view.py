@@ -6,7 +6,7 @@ from statistics import mean
 from deltaguard.report.bench import ALIGNED, BenchReport, Cell, CurvePoint, FinetuneRow, Score
 from deltaguard.report.evaluation import Estimate
 
-_OFTEN = ("request", "measure", "total")
+OFTEN = ("request", "measure", "total")
 """Times of a report that are no single model's."""
 
 
@@ -88,7 +88,7 @@ def preparation(report: BenchReport) -> Mapping[str, float]:
     return {
         name: seconds
         for name, seconds in report.seconds.items()
-        if name not in _OFTEN and not f"{name}-".startswith(finetunes)
+        if name not in OFTEN and not f"{name}-".startswith(finetunes)
     }
 
 

@@ -24,7 +24,7 @@ from deltaguard.draw.evaluation_view import (
 from deltaguard.draw.facts import environment_facts
 from deltaguard.draw.private import without_folders
 from deltaguard.draw.templating import environment
-from deltaguard.draw.text import DASH
+from deltaguard.draw.text import DASH, plain
 from deltaguard.report.evaluation import Agreement, Comparison, EvaluationReport, Measure, SectionRow
 
 
@@ -115,16 +115,6 @@ def agreement_line(agreement: Agreement) -> str:
         f"{agreement.first} and {agreement.second} agree on {agreement.agreed} of {agreement.total} answers, "
         f"kappa {kappa_text(agreement.kappa)}"
     )
-
-
-def plain(text: str) -> str:
-    """A user's text in a Markdown table or heading.
-
-    Example:
-        >>> plain("a|b <i>")
-        'a¦b ‹i>'
-    """
-    return " ".join(text.replace("|", "¦").replace("`", "'").replace("<", "‹").split())
 
 
 def _names(tables: Sequence[MeasureTable]) -> tuple[str, ...]:
