@@ -58,6 +58,9 @@ def test_every_method_runs_on_every_kind_of_fine_tune(aligned, pretrained, tmp_p
         assert {len(c.utility) for c in of_row} == {3 if finetune.name.startswith("task") else 2}
     written = (tmp_path / "out" / BENCH_NAME).read_text()
     assert BenchReport.model_validate_json(written) == report
+    spent = sum(cell.seconds[name] for cell in report.cells for name in ("request", "measure"))
+    once = sum(report.seconds[name] for name in ("store", "unaligned", "safe"))
+    assert report.seconds["total"] == pytest.approx(spent + once)
     kept = {path.name for path in (tmp_path / "out" / "models").iterdir()}
     assert kept <= {"store", "unaligned", "safe", ".scratch"}
 

@@ -15,7 +15,7 @@ from deltaguard.bench.methods import METHODS
 from deltaguard.bench.protocol import BOUND, Preset
 from deltaguard.bench.row import Row
 from deltaguard.bench.score import curves, groups, scores
-from deltaguard.bench.setting import Bench, open_bench
+from deltaguard.bench.setting import MADE_ONCE, Bench, open_bench
 from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
@@ -120,10 +120,12 @@ def _report(setting: Bench, settings: dict[str, Any], command: str, cells: tuple
 
 
 def _seconds(setting: Bench, cells: Sequence[Cell]) -> dict[str, float]:
-    """Wall time of everything, whichever run did it; models needed once, requests, measuring."""
-    parts = ("request", "measure")
-    spent = {name: sum(cell.seconds[name] for cell in cells) for name in parts}
-    seconds = setting.shelf.seconds() | spent
+    """Wall time of everything, whichever run did it: models needed once, requests, measuring."""
+    made = setting.shelf.seconds()
+    # A fine-tune's time is the request of its cell.
+    once = {name: made[name] for name in MADE_ONCE if name in made}
+    spent = {name: sum(cell.seconds[name] for cell in cells) for name in ("request", "measure")}
+    seconds = once | spent
     return seconds | {"total": sum(seconds.values())}
 
 

@@ -26,6 +26,9 @@ from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.progress import Event, Progress
 from deltaguard.report.base import environment
 
+MADE_ONCE = ("pretrained", "aligned", "store", "unaligned", "safe")
+"""Names of the models, and of the store, that serve every fine-tune."""
+
 _HELPER_EXAMPLES = 100
 """Conversations that the unaligned and the safe model of some peers are trained on."""
 
