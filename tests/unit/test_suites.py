@@ -1,12 +1,18 @@
 """Suites: what may be written in them, what is found before any model runs, and what an engine can do."""
 
+import re
+from pathlib import Path
+from typing import get_args
+
 import pytest
 
 from deltaguard.calibration.conversations import bucket, harmless_prompts
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.datasets.registry import DATASETS
 from deltaguard.evaluation.probes.translations import LANGUAGES, translated_prompts
 from deltaguard.evaluation.suites.parts import fit, resolve
-from deltaguard.evaluation.suites.suite import SUITES, read_suite
+from deltaguard.evaluation.suites.sources import builtin_questions
+from deltaguard.evaluation.suites.suite import SUITES, Builtin, read_suite
 from deltaguard.finetuning.mixtures import everyday_prompts
 from suites import SMALL, suite_file
 
@@ -36,6 +42,15 @@ def test_they_run_offline_with_held_out_prompts(name):
         assert len(part.plain) == len(part.questions) > 0
         if part.kind == "attack":
             assert {bucket(prompt) for prompt in part.plain} <= set(range(34, 60))
+
+
+def test_the_documentation_counts_the_sets_that_come_along():
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*?(\d+)", text.split("| `builtin` |")[1], re.MULTILINE)[:5])
+    assert {name: int(count) for name, count in rows.items()} == {
+        name: len(builtin_questions(name, None, 0)) for name in get_args(Builtin)
+    }
+    assert all(f"`{name}`" in text for name in DATASETS)
 
 
 def test_nothing_that_comes_along_is_asked_in_training():
