@@ -19,7 +19,7 @@ from deltaguard.bench.setting import MADE_ONCE, Bench, open_bench
 from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
-from deltaguard.progress import Event, Progress
+from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.base import environment
 from deltaguard.report.bench import BENCH_NAME, BenchReport, Cell
 
@@ -73,7 +73,7 @@ def bench(
             aligned=aligned,
             pretrained=pretrained,
             attacks=attacks,
-            progress=progress or _ignore,
+            progress=progress or ignore,
         )
         _require_same(folder / "origin.json", setting.origin, "models or libraries")
         report = _report(setting, settings, command, _cells(setting))
@@ -167,7 +167,3 @@ def _check_methods(methods: Sequence[str]) -> None:
     if unknown or not methods:
         named = f"There is no method {', '.join(unknown)}" if unknown else "No method was chosen"
         raise DeltaguardError(f"{named}. The methods are {', '.join(METHODS)}.")
-
-
-def _ignore(_: Event) -> None:
-    """Tell nobody."""
