@@ -9,9 +9,9 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def main() -> None:
-    """Draw `methods.svg` beside this file."""
+    """Draw `bench.svg` beside `bench.json`."""
     report = BenchReport.model_validate_json((RESULTS / BENCH_NAME).read_text(encoding="utf-8"))
-    Path(__file__).with_suffix(".svg").write_text(bench_svg(report) + "\n", encoding="utf-8")
+    (RESULTS / "bench.svg").write_text(bench_svg(report).rstrip("\n") + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
