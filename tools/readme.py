@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from deltaguard.draw.text import DASH, duration, interval, model_label, percent, size
 from deltaguard.report.base import Environment, RateRow
 from deltaguard.report.demo import DemoReport
-from tools.tables import bench_table, evaluation_table, made_with, small, table
+from tools.tables import bench_table, evaluation_summary, evaluation_table, made_with, small, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs/results")
@@ -171,6 +171,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "strength-table": ("strength.json", strength_table),
     "benchmark-table": ("benchmark.json", benchmark_table),
     "evaluation-table": ("evaluation.json", evaluation_table),
+    "evaluation-summary-table": ("evaluation.json", evaluation_summary),
     "bench-table": ("bench.json", bench_table),
 }
 

@@ -1,14 +1,14 @@
 """Tables of evaluations and benches for README and docs, drawn from their JSON."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from deltaguard.draw.bench_facts import short_command
 from deltaguard.draw.bench_tables import bench_markdown
-from deltaguard.draw.evaluation_view import bounds_text, measure_label, value_text
+from deltaguard.draw.evaluation_view import SECONDARY, bounds_text, measure_label, value_text
 from deltaguard.draw.text import DASH, duration, model_label, moment, plain
 from deltaguard.report.base import Environment
 from deltaguard.report.bench import BenchReport
-from deltaguard.report.evaluation import EvaluationReport, Measure
+from deltaguard.report.evaluation import Comparison, EvaluationReport, Measure
 
 ARROWS = {"lower": "↓", "higher": "↑"}
 
@@ -20,26 +20,35 @@ def evaluation_table(content: str) -> str:
         content: an `EvaluationReport` as JSON.
 
     Returns:
-        Markdown: a table, how far the judges agree, and how it was made.
+        Markdown: a table, what the paired comparisons found, how far the judges agree, how it was made.
     """
     report = EvaluationReport.model_validate_json(content)
-    names = [model.name for model in report.models]
-    titles = {section.name: section.title for section in report.sections}
-    head = ("", *(f"**{plain(model_label(name))}**" for name in names))
-    rows = [
-        (_row_name(titles, measure), *(_number(found.get(name)) for name in names))
-        for measure, found in _by_row(report.measures)
-        if measure.name != "undecided"
-    ]
     prompts = "; ".join(f"{plain(s.title)}: {s.prompts}" for s in report.sections if "/" not in s.name)
-    made = f"Suite {plain(report.suite)}, engine {plain(report.engine)}. {made_with(report.environment)}"
-    return "\n\n".join(
-        (
-            table(head, rows),
-            f"In brackets 95 % intervals. Prompts: {prompts}. {_agreement(report)}",
-            small(made),
-        )
+    counted = f"In brackets 95 % intervals. Prompts: {prompts}. {_agreement(report)}"
+    return "\n\n".join((_measures(report, report.measures), counted, _found(report), _made(report)))
+
+
+def evaluation_summary(content: str) -> str:
+    """The same by the first judge alone, and on plain harmful requests by all.
+
+    Args:
+        content: an `EvaluationReport` as JSON.
+
+    Returns:
+        Markdown, as `evaluation_table`; of the comparisons those of the last model.
+    """
+    report = EvaluationReport.model_validate_json(content)
+    judge = next((m.judge for m in report.measures if m.judge), None)
+    plainly = next((s.name for s in report.sections if s.kind == "attack"), None)
+    shown = [m for m in report.measures if m.judge in (None, judge) or m.section == plainly]
+    agreed = _agreement(
+        report.model_copy(update={"agreements": [a for a in report.agreements if a.section == plainly]})
     )
+    counted = f"In brackets 95 % intervals. {agreed}"
+    last = report.models[-1].name
+    compared = [c for c in report.comparisons if c.model == last]
+    found = _found(report.model_copy(update={"comparisons": compared}))
+    return "\n\n".join((_measures(report, shown), counted, found, _made(report)))
 
 
 def bench_table(content: str) -> str:
@@ -76,6 +85,46 @@ def made_with(environment: Environment) -> str:
     """Date, device and versions."""
     versions = ", ".join(f"{name} {release}" for name, release in environment.versions.items())
     return f"{moment(environment.created)}; {environment.device}; {environment.machine}; {versions}."
+
+
+def _measures(report: EvaluationReport, measures: Sequence[Measure]) -> str:
+    """A row a measure and a column a model; broken and undecided answers only where there are any."""
+    names = [model.name for model in report.models]
+    titles = {section.name: section.title for section in report.sections}
+    head = ("", *(f"**{plain(model_label(name))}**" for name in names))
+    rows = [
+        (_row_name(titles, measure), *(_number(found.get(name)) for name in names))
+        for measure, found in _by_row(measures)
+        if measure.name not in SECONDARY or any(each.estimate.value for each in found.values())
+    ]
+    return table(head, rows)
+
+
+def _found(report: EvaluationReport) -> str:
+    """What the first judge's paired comparisons with the first model support, a line a model."""
+    titles = {section.name: section.title for section in report.sections}
+    judge = next((m.judge for m in report.measures if m.judge), None)
+    told = [c for c in report.comparisons if c.judge in (None, judge) and c.name not in SECONDARY]
+    lines: list[str] = []
+    for model in dict.fromkeys(c.model for c in told):
+        of_model = [c for c in told if c.model == model]
+        parts = [
+            f"{finding}: {', '.join(_compared(titles, c) for c in found)}"
+            for finding in ("higher", "lower", "not told apart")
+            if (found := [c for c in of_model if c.finding == finding])
+        ]
+        reference = plain(model_label(of_model[0].reference))
+        lines.append(f"- **{plain(model_label(model))}** against {reference}: {'; '.join(parts)}.")
+    return "Paired on the same prompts:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _compared(titles: Mapping[str, str], comparison: Comparison) -> str:
+    return f"{plain(titles[comparison.section])}: {measure_label(comparison.name)}"
+
+
+def _made(report: EvaluationReport) -> str:
+    made = f"Suite {plain(report.suite)}, engine {plain(report.engine)}. {made_with(report.environment)}"
+    return small(made)
 
 
 def _by_row(measures: Sequence[Measure]) -> list[tuple[Measure, dict[str, Measure]]]:

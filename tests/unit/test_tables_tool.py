@@ -2,7 +2,7 @@
 
 import re
 
-from tools.tables import bench_table, evaluation_table
+from tools.tables import bench_table, evaluation_summary, evaluation_table
 
 import reports
 from deltaguard.draw.evaluation_view import bounds_text, value_text
@@ -20,7 +20,12 @@ def test_an_evaluation_has_a_column_a_model_and_a_row_a_measure():
         "",
         *(re.sub(r"\W", "", "fine-tuned" if name == "finetuned" else name) for name in names),
     ]
-    shown = [m for m in report.measures if m.name != "undecided"]
+    some = {(m.section, m.name, m.judge) for m in report.measures if m.estimate.value}
+    shown = [
+        m
+        for m in report.measures
+        if m.name not in ("undecided", "incoherent") or (m.section, m.name, m.judge) in some
+    ]
     assert len(lines) - 2 == len({(m.section, m.name, m.judge) for m in shown})
     first = [
         m for m in shown if (m.section, m.name, m.judge) == (shown[0].section, shown[0].name, shown[0].judge)
@@ -77,3 +82,24 @@ def test_a_bench_is_shown_with_its_command_and_notes_but_without_folders():
     assert reports.ATTACK not in text
     assert f"- {report.notes[1]}" in text
     assert all(f"### {row.title}" in text for row in report.finetunes)
+
+
+def test_the_summary_shows_the_first_judge_and_all_judges_on_the_plain_attack():
+    report = reports.evaluation_report()
+    summary = evaluation_summary(report.model_dump_json())
+    rows = [line for line in summary.splitlines() if line.startswith("|")]
+    others = [row for row in rows if "judge keywords" in row]
+    assert others
+    assert all(report.sections[0].title in row for row in others)
+    assert len(rows) < len(
+        [r for r in evaluation_table(report.model_dump_json()).splitlines() if r.startswith("|")]
+    )
+
+
+def test_findings_are_those_of_the_comparisons():
+    report = reports.evaluation_report()
+    text = evaluation_table(report.model_dump_json())
+    lines = [line for line in text.splitlines() if line.startswith("- **")]
+    assert len(lines) == len({c.model for c in report.comparisons})
+    finding = next(c.finding for c in report.comparisons if c.judge in (None, "opening"))
+    assert f"{finding}: " in text
