@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaguard.solvers import (
@@ -16,9 +16,6 @@ from deltaguard.solvers import (
     safe_merge,
     solution,
 )
-
-settings.register_profile("deltaguard", deadline=None, max_examples=60)
-settings.load_profile("deltaguard")
 
 
 @st.composite

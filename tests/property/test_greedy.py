@@ -3,15 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
 from deltaguard.solvers import greedy
 
 COMPENSATIONS = ("joint", "additive", "none")
-settings.register_profile("deltaguard", deadline=None, max_examples=60)
-settings.load_profile("deltaguard")
 
 
 @st.composite

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaguard.curvature.moments import (
@@ -78,7 +78,6 @@ def test_half_precision_inputs_are_summed_in_float32():
 
 
 @given(token_batches())
-@settings(deadline=None)
 def test_the_mean_is_symmetric_and_packing_loses_nothing(batches):
     moment = summed(batches)
     if not moment.total.any():

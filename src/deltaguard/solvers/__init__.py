@@ -1,6 +1,7 @@
 """Solvers: pure functions from one layer's matrices to a `Solution`. They import torch only."""
 
 from deltaguard.solvers.baselines import interpolate, resta
+from deltaguard.solvers.closed_form import Spectrum, closed_form, kfac, ridge, spectrum
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.greedy import greedy, greedy_factored
 from deltaguard.solvers.published import published
@@ -10,14 +11,19 @@ from deltaguard.solvers.subspace import alignment_similarity, safe_lora, safe_lo
 __all__ = [
     "Factor",
     "Solution",
+    "Spectrum",
     "alignment_similarity",
+    "closed_form",
     "factorise",
     "greedy",
     "greedy_factored",
     "interpolate",
+    "kfac",
     "published",
     "resta",
+    "ridge",
     "safe_lora",
     "safe_lora_layers",
     "safe_merge",
+    "spectrum",
 ]
