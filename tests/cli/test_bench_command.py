@@ -50,7 +50,7 @@ def test_a_users_attacks_are_asked(aligned, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--method", "magic"], FAILED, "no method magic"),
+        (["--method", "magic"], USAGE, "no method magic"),
         (["--preset", "huge"], USAGE, "huge"),
         (["--attack-prompts", "/nowhere.csv"], FAILED, "nowhere"),
     ],
@@ -63,3 +63,9 @@ def test_what_cannot_be_is_refused(aligned, tmp_path, capsys, options, code, mes
 def test_a_pretrained_model_without_an_aligned_one_is_a_usage_error(tmp_path, capsys):
     assert run(["bench", "-o", str(tmp_path / "out"), "--pretrained", "model"]) == USAGE
     assert "--pretrained" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_leaves_nothing_behind(aligned, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(["bench", str(tmp_path / "absent"), "-o", str(out), "--method", "wise-ft"]) == FAILED
+    assert not out.exists()

@@ -84,3 +84,15 @@ def test_an_interrupt_says_how_to_go_on(models, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("deltaguard.evaluation.evaluate.evaluate", interrupt)
     assert run(["eval", models[0], "-o", str(tmp_path / "out")]) == 130
     assert "Run the same command again to go on." in capsys.readouterr().err
+
+
+def test_the_folder_of_another_suite_is_refused_by_name(models, tmp_path, capsys):
+    out, suite = tmp_path / "out", suite_file(tmp_path, ONE)
+    assert run(["eval", models[0], "--suite", str(suite), "-o", str(out), "--device", "cpu"]) == 0
+    before = (out / "evaluation.json").read_text()
+    suite.write_text(suite.read_text().replace("name: one", "name: other").replace("count: 3", "count: 2"))
+    capsys.readouterr()
+    assert run(["eval", models[0], "--suite", str(suite), "-o", str(out), "--device", "cpu"]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "by the suite one, and the suite given is other" in told
+    assert (out / "evaluation.json").read_text() == before

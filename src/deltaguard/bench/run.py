@@ -16,6 +16,7 @@ from deltaguard.bench.protocol import BOUND, Preset
 from deltaguard.bench.row import Row
 from deltaguard.bench.score import curves, groups, scores
 from deltaguard.bench.setting import MADE_ONCE, Bench, open_bench
+from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
@@ -60,6 +61,9 @@ def bench(
     """
     folder = Path(output_dir)
     _check_methods(methods)
+    for model in (aligned, pretrained):
+        if model is not None:
+            Checkpoint.open(model)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder)

@@ -36,7 +36,8 @@ def bench(
         output: The folder for results and, while it runs, models.
         preset: `quick`, for two CPU cores, or `full`, for a GPU.
         pretrained: The model that the aligned one was made from; Safe LoRA and SafeMERGE need it.
-        method: Compare this method; may be given several times. All where absent.
+        method: Compare this method; may be repeated. `greedy`, `greedy-none`, `published`, `wise-ft`, `resta`,
+            `safe-lora`, `safe-merge`, `safe-instruct`, `bea`; all where absent.
         attack_prompts: A data set or file of harmful prompts that join deltaguard's own; may be repeated.
         json: Print one JSON document and nothing else on stdout.
     """
@@ -48,6 +49,9 @@ def bench(
     from deltaguard.draw.bench_tables import bench_table
     from deltaguard.evaluation.datasets.load import load_questions
 
+    unknown = [name for name in method if name not in METHODS]
+    if unknown:
+        raise UsageError(f"There is no method {', '.join(unknown)}. The methods are {', '.join(METHODS)}.")
     attacks = [question for name in attack_prompts for question in load_questions(name)]
     tell(_DURATIONS[preset])
     hide_bars_of_transformers()

@@ -48,7 +48,7 @@ def _stages(report: BenchReport) -> dict[str, float]:
     often = {name: seconds for name, seconds in report.seconds.items() if name in OFTEN}
     named = {*once, *often}
     rest = sum(seconds for name, seconds in report.seconds.items() if name not in named)
-    return {**once, "fine-tunes": rest, **often}
+    return {**once, **({"fine-tunes": rest} if rest else {}), **often}
 
 
 def _short_word(word: str) -> str:

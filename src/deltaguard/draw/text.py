@@ -114,7 +114,10 @@ def share_interval(estimate: Estimate) -> str:
         >>> share_interval(Estimate(value=0.9, low=0.853, high=1.02, total=150, interval="bootstrap"))
         '85.3 to 102.0 %'
     """
-    return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f} %"
+    low, high = (
+        round(100 * end, 1) + 0.0 for end in (estimate.low, estimate.high)
+    )  # 0.0 turns -0.0 into 0.0
+    return f"{low:.1f} to {high:.1f} %"
 
 
 def sort_value(value: float | None) -> str:

@@ -1,5 +1,6 @@
 """Several models on one suite, side by side: answers, verdicts, numbers with intervals, one report."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ def evaluate(
         run.folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(run.folder)
     try:
+        _require_same_suite(run)
         files = [(each, open_files(run.folder, each, run.parts, run.config)) for each in candidates]
         judges = _judges(run)
         _fill_all(files, run)
@@ -118,6 +120,19 @@ def _prepare(
         notes=(*skipped, *unfit),
         clock=Clock(folder / SECONDS_NAME),
     )
+
+
+def _require_same_suite(run: _Run) -> None:
+    """Refuse the folder of an evaluation that asked something else, whose report would be lost."""
+    path = run.folder / EVALUATION_NAME
+    if not path.is_file():
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))["suite"]
+    if known != run.suite.name:
+        raise DeltaguardError(
+            f"{run.folder} holds an evaluation by the suite {known}, and the suite given is "
+            f"{run.suite.name}. Choose another output folder."
+        )
 
 
 def _candidates(models: Sequence[str | Path], run: _Run) -> tuple[Candidate, ...]:

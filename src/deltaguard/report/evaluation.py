@@ -108,7 +108,8 @@ class Comparison(Record):
         high: upper end.
         p_value: of the hypothesis that there is no difference.
         test: how it was computed: `mcnemar` (exact) or `paired bootstrap`.
-        finding: which way the model differs; `not told apart` where the interval holds 0.
+        finding: which way the model differs; `not told apart` where the interval holds 0 or p is 0.05
+            or more.
     """
 
     model: str

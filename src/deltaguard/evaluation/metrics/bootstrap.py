@@ -46,6 +46,9 @@ def mean_estimate(values: Values, *, seed: int = 0, resamples: int = RESAMPLES) 
     groups = columns(values)
     value = float(means(groups)[0])
     low, high = interval(value, resampled_means(groups, seed=seed, resamples=resamples)[:, 0])
+    # The correction for small samples may leave the range of the values, a bootstrap mean never does.
+    every = np.concatenate(groups)
+    low, high = max(low, min(value, float(every.min()))), min(high, max(value, float(every.max())))
     return Estimate(value=value, low=low, high=high, total=count(groups), interval="bootstrap")
 
 
