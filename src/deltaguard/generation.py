@@ -107,7 +107,7 @@ def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         ids = torch.tensor([encoded[0][:length]], device=model.device)
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, use_cache=True, **{cache_parameter(model): cache})
     return Prefix(length, cache)
 
 
@@ -122,6 +122,11 @@ def _common_length(encoded: Sequence[list[int]]) -> int:
     return min(common, shortest - 1)
 
 
+def cache_parameter(model: Any) -> str:
+    """What the model calls the cache it takes: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _can_share(model: Any) -> bool:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -129,7 +134,7 @@ def _can_share(model: Any) -> bool:
     chosen = model.generation_config
     if chosen.cache_implementation is not None or chosen.use_cache is False:
         return False
-    if not {"position_ids", "past_key_values"} <= inspect.signature(model.forward).parameters.keys():
+    if not {"position_ids", cache_parameter(model)} <= inspect.signature(model.forward).parameters.keys():
         return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
@@ -145,7 +150,7 @@ def _continue(
     """The answers of one batch."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids, mask = _padded(encoded, prefix.length, pad)
-    cached = {"past_key_values": _for_rows(prefix.cache, len(encoded))} if prefix.length else {}
+    cached = {cache_parameter(model): _for_rows(prefix.cache, len(encoded))} if prefix.length else {}
     # 0 and 1 switch off what a model's own generation settings may cut from the softmax.
     drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     with torch.inference_mode():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deltaguard import generation
-from deltaguard.generation import Prefix, generate, shared_prefix
+from deltaguard.generation import Prefix, cache_parameter, generate, shared_prefix
 from models import DENSE, EXPERTS, tiny_model, tiny_tokenizer
 
 SHARED = "<|begin|><|system|>You are a helpful assistant that answers questions.<|end|><|user|>"
@@ -50,7 +50,7 @@ def test_logits_after_the_prefix_are_those_of_each_prompt_alone(name):
             input_ids=padded[:, prefix.length :],
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1)[:, prefix.length :],
-            past_key_values=generation._for_rows(prefix.cache, len(ids)),
+            **{cache_parameter(model): generation._for_rows(prefix.cache, len(ids))},
         ).logits[:, -1]
         alone = torch.stack([model(input_ids=torch.tensor([row])).logits[0, -1] for row in ids])
     assert torch.allclose(together, alone, atol=1e-10, rtol=0)
