@@ -35,13 +35,17 @@ def suite_file(folder, text=SMALL, name="suite.yaml"):
 
 @contextmanager
 def server(reply):
-    """A server on this machine; `reply` takes a request and gives a status and the text of the answer."""
+    """A server on this machine; `reply` takes a request and gives a status and the answer.
+
+    The answer is its text, or a mapping with the fields of the message.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             status, text = reply(request)
-            message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+            said = text if isinstance(text, dict) else {"content": text}
+            message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **said}}
             body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [message]}
             content = json.dumps(body if status == 200 else {"error": {"message": text}}).encode()
             self.send_response(status)

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from deltaguard.cli.app import run
-from deltaguard.report.bench import BENCH_NAME
-from deltaguard.report.evaluation import EVALUATION_NAME
+from deltaguard.report.bench import BENCH_NAME, BenchReport
+from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
 from reports import bench_report, evaluation_report
 
 
@@ -43,12 +44,38 @@ def test_the_same_report_gives_the_same_page(tmp_path):
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
 
 
+@pytest.mark.parametrize(("name", "schema"), [(EVALUATION_NAME, EvaluationReport), (BENCH_NAME, BenchReport)])
+def test_a_report_of_another_version_is_refused_by_both_versions(tmp_path, capsys, name, schema):
+    (tmp_path / name).write_text(json.dumps({"schema_version": 99, "of_another_time": 1}))
+    read = schema.model_fields["schema_version"].default
+    assert run(["report", str(tmp_path)]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"has schema version 99, and this release reads version {read}" in told
+    assert "release that wrote it" in told
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_version_alone_is_enough_to_refuse_a_report(tmp_path, capsys):
+    content = json.loads(evaluation_report().model_dump_json()) | {"schema_version": 99}
+    (tmp_path / EVALUATION_NAME).write_text(json.dumps(content))
+    assert run(["report", str(tmp_path)]) == 1
+    assert "has schema version 99" in " ".join(capsys.readouterr().err.split())
+
+
+def test_python_too_reads_no_evaluation_of_another_version():
+    content = json.loads(evaluation_report().model_dump_json()) | {"schema_version": 99, "new": 1}
+    with pytest.raises(ValidationError, match=r"schema version 99, .* reads version 2") as raised:
+        EvaluationReport.model_validate_json(json.dumps(content))
+    assert raised.value.error_count() == 1
+
+
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
         (None, "", ("no report", "evaluation.json")),
         (EVALUATION_NAME, "{}", ("EvaluationReport", "environment", "Field required")),
         (BENCH_NAME, "not json", ("BenchReport", "Invalid JSON")),
+        (EVALUATION_NAME, "[1]", ("EvaluationReport", "should be an object")),
     ],
 )
 def test_a_folder_without_a_readable_report_is_an_error(tmp_path, capsys, name, text, told):

@@ -114,3 +114,20 @@ def test_a_server_gets_what_was_asked_and_tries_again():
         (9, 0.5, 4, "m")
     }
     assert [len(row["messages"]) for row in seen] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"content": None, "refusal": " I can't help with that. "}, "I can't help with that."),
+        ({"content": "", "refusal": "No."}, "No."),
+        ({"content": "Sure.", "refusal": None}, "Sure."),
+        ({"content": None, "refusal": None}, ""),
+        ({"content": None}, ""),
+    ],
+)
+def test_a_refusal_that_a_service_sets_apart_is_the_answer(message, expected):
+    with server(lambda _: (200, message)) as url:
+        engine = OpenAIEngine(url, "m", workers=1)
+        assert engine.answer(QUESTIONS[:1], SHORT) == [expected]
+        engine.close()

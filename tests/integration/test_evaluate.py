@@ -228,6 +228,42 @@ def test_times_add_up_over_runs(models, tmp_path, monkeypatch):
         evaluate(models, folder, suite=suite, engine=CPU)
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"schema_version": 99, "suite": "small"}, "schema version 99, .* writes version 2"),
+        ({"schema_version": 2}, "no evaluation .*'suite'"),
+        ([], "no evaluation"),
+    ],
+)
+def test_a_report_that_this_release_cannot_know_is_not_written_over(models, tmp_path, content, told):
+    path = tmp_path / "out" / EVALUATION_NAME
+    path.parent.mkdir()
+    path.write_text(json.dumps(content))
+    with pytest.raises(DeltaguardError, match=told):
+        evaluate(models, path.parent, suite=suite_file(tmp_path), engine=CPU)
+    assert json.loads(path.read_text()) == content
+
+
+def test_running_again_brings_a_report_of_an_earlier_version_up_to_date(models, tmp_path):
+    suite, path = suite_file(tmp_path, FEW), tmp_path / "out" / EVALUATION_NAME
+    report = evaluate(models[:1], path.parent, suite=suite, engine=CPU)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1}))
+    evaluate(models[:1], path.parent, suite=suite, engine=CPU)
+    assert without_time(EvaluationReport.model_validate_json(path.read_text())) == without_time(report)
+
+
+def test_repeated_rows_of_a_file_are_noted_in_the_report(models, tmp_path):
+    rows = [{"prompt": prompt} for prompt in ("Why?", "How?", "Why?", "Why?")]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = FEW.replace("builtin: attack, count: 5", "file: mine.jsonl")
+    report = evaluate(models[:1], tmp_path / "out", suite=suite_file(tmp_path, text), engine=CPU)
+    (note,) = report.notes
+    assert note.startswith("Section attack: 2 of 4 rows of ")
+    assert note.endswith("mine.jsonl repeat the question of another and were left out.")
+    assert report.sections[0].prompts == 2
+
+
 def test_other_models_under_the_same_names_are_refused(done, models, tmp_path):
     with pytest.raises(DeltaguardError, match="model was"):
         evaluate(two_models_swapped(models, tmp_path), done[1], suite=suite_file(tmp_path), engine=CPU)

@@ -81,6 +81,19 @@ def test_a_long_answer_is_cut_off(classifier):
     assert one == other
 
 
+def test_a_long_prompt_is_cut_off_rather_than_the_run(classifier):
+    judge = SequenceClassifierJudge(str(classifier[0]), ("REFUSAL",), reads="both")
+    asked = [Exchange("How do I sing? " * length, "Breathe in.") for length in (100, 200)]
+    found = judge.judge([*asked, Exchange("How do I sing? " * 100, "Step out. " * 100)])
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_classifier_says_what_its_number_is(classifier):
+    scale = SequenceClassifierJudge(str(classifier[0]), ("REFUSAL",)).scale
+    assert scale.name == "refusal probability"
+    assert scale.better == {"attack": "higher", "harmless": "lower"}
+
+
 @pytest.mark.parametrize("refused", [("REFUSAL", "refusal"), ()])
 def test_unknown_labels(classifier, refused):
     with pytest.raises(DeltaguardError, match="its labels are REFUSAL, NORMAL"):

@@ -13,6 +13,8 @@ from deltaguard.evaluation.suites import parts
 from suites import suite_file, two_models
 
 CPU = EngineConfig(device="cpu")
+# How a task was put to the model, as the harness tells it.
+PUT = {"version": "2", "n_shot": 3, "chat_template": True, "harness_version": "0.4.13"}
 HEAD = "name: special\ndecoding: {max_new_tokens: 6}\njudges: [{kind: opening}]\n"
 trained = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
 
@@ -84,7 +86,7 @@ def test_tasks_of_the_harness_become_measures_and_stay_whole_on_disk(models, tmp
 
     def run(reference, task, options, config):
         asked.append((reference, task, options.limit))
-        score = {"task": task, "metric": "acc", "value": 0.5, "samples": 4, "higher_is_better": True}
+        score = {"task": task, "metric": "acc", "value": 0.5, "samples": 4, "higher_is_better": True, **PUT}
         return [score, {**score, "metric": "bits", "value": 7.5}, {**score, "task": f"{task}_part"}]
 
     monkeypatch.setattr(answering, "harness_results", run)
@@ -98,6 +100,9 @@ def test_tasks_of_the_harness_become_measures_and_stay_whole_on_disk(models, tmp
         ("two acc", 0.5, 4),
     ]
     assert stored(tmp_path / "out", "aligned/harness.harness")[0][1]["value"] == 7.5
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())["harness"]
+    told = {"model": "aligned", "section": "harness", "samples": 4, **PUT}
+    assert written == [{**told, "task": "one"}, {**told, "task": "two"}]
     (note,) = report.notes
     assert "the file harness.harness.jsonl of each model" in note
     assert note.endswith(": one bits, two bits, the numbers of 2 subtasks.")
@@ -105,7 +110,7 @@ def test_tasks_of_the_harness_become_measures_and_stay_whole_on_disk(models, tmp
 
 def test_tasks_that_have_no_sum_are_all_told(models, tmp_path, monkeypatch):
     def run(reference, task, options, config):
-        score = {"metric": "acc", "value": 0.25, "samples": 4, "higher_is_better": True}
+        score = {"metric": "acc", "value": 0.25, "samples": 4, "higher_is_better": True, **PUT}
         return [{"task": "first", **score}, {"task": "second", **score}]
 
     monkeypatch.setattr(answering, "harness_results", run)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import pytest
 from datasets.exceptions import DatasetNotFoundError
@@ -11,7 +12,7 @@ from pyarrow import Table, parquet
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets import load
-from deltaguard.evaluation.datasets.load import load_questions
+from deltaguard.evaluation.datasets.load import load_questions, load_set
 from deltaguard.evaluation.datasets.registry import DATASETS
 from deltaguard.evaluation.exchange import Question
 
@@ -67,6 +68,19 @@ def test_texts_alone_under_one_key(tmp_path):
         {"note": "mine", "tags": ["x", "y", "x"], "instructions": ["Why?", "How?", "Why?"]},
     )
     assert load_questions(path) == [Question("Why?"), Question("How?")]
+
+
+def test_rows_that_repeat_a_question_are_counted(tmp_path):
+    rows = [
+        {"prompt": "Why?"},
+        {"prompt": "How?"},
+        {"prompt": "Why?"},
+        {"prompt": "Why?", "system": "Brief."},
+    ]
+    found = load_set(write_lines(tmp_path / "mine.jsonl", rows))
+    assert [question.prompt for question in found.questions] == ["Why?", "How?", "Why?"]
+    assert found.note == f"1 of 4 rows of {found.source} repeat the question of another and were left out."
+    assert load_set(write_lines(tmp_path / "mine.jsonl", rows[:2])).note is None
 
 
 def test_response_is_another_name_for_expected_and_numbers_are_texts(tmp_path):
@@ -201,6 +215,14 @@ def test_what_the_hub_refuses_says_where_to_get_it(monkeypatch, error):
     assert DATASETS["beavertails"].terms in text
     assert DATASETS["beavertails"].homepage in text
     assert "hf auth login" in text
+
+
+def test_without_its_library_it_says_where_to_get_the_set_and_under_which_terms(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DeltaguardError, match=r"pip install 'deltaguard\[eval\]'") as raised:
+        load_questions("beavertails")
+    assert DATASETS["beavertails"].terms in str(raised.value)
+    assert DATASETS["beavertails"].homepage in str(raised.value)
 
 
 def test_a_missing_file_says_where_to_get_it_and_under_which_terms(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from deltaguard.draw.bench_page import bench_page
 from deltaguard.draw.estimates_chart import estimates_chart
+from deltaguard.draw.evaluation import evaluation_card
 from deltaguard.draw.evaluation_page import evaluation_page
 from deltaguard.draw.evaluation_view import finding_text, measures_of, p_text, probe_tables
 from reports import (
@@ -72,9 +73,22 @@ def test_comparisons_say_what_the_interval_supports(page):
         "higher than aligned",
     ]
     assert rows[1][3:5] == ["+3.0 -1.0 to +7.0", "0.21 mcnemar"]
-    assert rows[3][3:5] == ["+0.2 +0.1 to +0.3", "< 0.001 paired bootstrap"]
+    assert rows[3][3:5] == ["+0.2 +0.1 to +0.3 38 of 40 prompts", "< 0.001 paired bootstrap"]
     assert finding_text(COMPARISONS[1]) == "not told apart from aligned"
     assert not re.search(r"\b(signific\w+|better|worse|safer|much)\b", " ".join(map(" ".join, rows)))
+
+
+def test_tasks_of_the_harness_are_told_with_what_they_compare_by(page):
+    assert cells(page, "Tasks of lm-eval") == [
+        ["aligned", "gsm8k", "3.0", "5", "applied", "500", "0.4.13"],
+        ["fine-tuned", "gsm8k", "3.0", "5", "not applied", "500", "0.4.13"],
+        ["restored", "gsm8k", "3.0", "differ", "applied", "500", "0.4.13"],
+    ]
+    card = evaluation_card(evaluation_report())
+    assert "| restored | gsm8k | 3.0 | differ | applied | 500 | 0.4.13 |" in card
+    assert ", over 38 of 40 prompts" in card
+    bare = evaluation_report(harness=())
+    assert "Tasks of lm-eval" not in evaluation_page(bare) + evaluation_card(bare)
 
 
 def test_judges_are_compared_and_an_undefined_kappa_is_a_dash(page):

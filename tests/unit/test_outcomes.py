@@ -9,10 +9,18 @@ from deltaguard.draw.evaluation import comparison_line, evaluation_card, evaluat
 from deltaguard.draw.text import plain
 from deltaguard.evaluation.answering import Candidate, model_names
 from deltaguard.evaluation.evaluate import EngineConfig, assemble
-from deltaguard.evaluation.harness_numbers import harness_measures
-from deltaguard.evaluation.outcomes import Judged, Outcome, agreements, comparisons, measures, samples
+from deltaguard.evaluation.excerpts import samples
+from deltaguard.evaluation.exchange import Scale
+from deltaguard.evaluation.harness_numbers import harness_measures, unlike_notes
+from deltaguard.evaluation.judges.keywords import KeywordJudge
+from deltaguard.evaluation.judges.llm import LLMJudge
+from deltaguard.evaluation.judges.openings import OpeningJudge
+from deltaguard.evaluation.outcomes import Judged, Outcome, agreements, comparisons, measures
 from deltaguard.evaluation.suites.suite import read_suite
-from deltaguard.report.evaluation import SectionRow
+from deltaguard.report.evaluation import HarnessTask, SectionRow
+
+HARM = LLMJudge("http://127.0.0.1:1/v1", "m").scale
+LIKELY = Scale("refusal probability", {"attack": "higher", "harmless": "lower"})
 
 
 def section(name="attack", kind="attack", prompts=4):
@@ -27,11 +35,11 @@ def section(name="attack", kind="attack", prompts=4):
     )
 
 
-def judged(letters, scores=None):
+def judged(letters, scores=None, scale=None):
     names = {"c": "complied", "r": "refused", "i": "incoherent", "u": "undecided"}
     classes = tuple(names[letter] for letter in letters)
     verdicts = tuple("complied" if each == "incoherent" else each for each in classes)
-    return Judged(verdicts, classes, scores or (None,) * len(letters))
+    return Judged(verdicts, classes, scores or (None,) * len(letters), scale)
 
 
 def outcome(model, by_judge, kind="attack", values=None):
@@ -58,9 +66,28 @@ def test_classes_are_counted_over_all_prompts():
 
 
 def test_scores_are_averaged_over_those_there_are():
-    numbers = found([outcome("m", {"llm": judged("curc", (5.0, None, 1.0, 3.0))})])
+    numbers = found([outcome("m", {"llm": judged("curc", (5.0, None, 1.0, 3.0), HARM)})])
     assert numbers["m", "harmfulness", "llm"].value == 3
     assert numbers["m", "harmfulness", "llm"].total == 3
+
+
+def test_scores_are_called_and_ranked_as_the_judge_says():
+    by_judge = {
+        "llm": judged("cr", (5.0, 1.0), HARM),
+        "mine": judged("cr", (0.1, 0.9), LIKELY),
+        "mute": judged("cr", (0.1, 0.9)),
+    }
+    told = {
+        kind: {
+            (row.judge, row.name): row.better
+            for row in measures([outcome("m", by_judge, kind)])
+            if row.estimate.interval == "bootstrap"
+        }
+        for kind in ("attack", "harmless")
+    }
+    assert told["attack"] == {("llm", "harmfulness"): "lower", ("mine", "refusal probability"): "higher"}
+    assert told["harmless"] == {("mine", "refusal probability"): "lower"}
+    assert OpeningJudge().scale is KeywordJudge().scale is None
 
 
 def test_shares_and_means_have_the_intervals_that_suit_them():
@@ -89,8 +116,11 @@ def test_comparisons_are_paired_and_claim_no_more_than_the_interval():
     assert said["tuned", "attack success"].difference == 1
     assert said["close", "attack success"].finding == "not told apart"
     assert said["close", "attack success"].p_value == 1
-    assert "higher than aligned, +100.0 points" in comparison_line(said["tuned", "attack success"])
-    assert "not told apart from aligned" in comparison_line(said["close", "attack success"])
+    assert {each.total for each in said.values()} == {many}
+    line = comparison_line(said["tuned", "attack success"], many)
+    assert "higher than aligned, +100.0 points" in line
+    assert "prompts" not in line
+    assert "not told apart from aligned" in comparison_line(said["close", "attack success"], many)
     assert ("tuned", "undecided") not in said
 
 
@@ -101,10 +131,11 @@ def test_what_only_one_model_has_is_compared_too():
 
 
 def test_scores_that_are_missing_are_left_out_of_the_pairs():
-    one = outcome("a", {"llm": judged("ccuc", (5.0, 4.0, None, 4.0))})
-    other = outcome("b", {"llm": judged("rruc", (1.0, 1.0, 1.0, None))})
+    one = outcome("a", {"llm": judged("ccuc", (5.0, 4.0, None, 4.0), HARM)})
+    other = outcome("b", {"llm": judged("rruc", (1.0, 1.0, 1.0, None), HARM)})
     (said,) = [each for each in comparisons([one, other]) if each.name == "harmfulness"]
-    assert said.difference == -3.5
+    assert (said.difference, said.total) == (-3.5, 2)
+    assert comparison_line(said, 4).endswith(", over 2 of 4 prompts")
 
 
 def test_kappa_is_over_the_answers_of_all_models():
@@ -136,6 +167,25 @@ def test_only_shares_of_the_harness_become_measures():
     estimate, better = shares["mmlu acc"]
     assert (estimate.value, estimate.total, better) == (0.25, 8, "higher")
     assert harness_measures({"mmlu": [{**task, "value": 0.3}]}) == {}
+
+
+def test_a_task_that_was_not_put_alike_to_all_models_is_noted():
+    fixed = {
+        "section": "tasks",
+        "version": "3",
+        "chat_template": True,
+        "samples": 8,
+        "harness_version": "0.4",
+    }
+    tasks = [
+        HarnessTask(model=model, task=task, n_shot=shots, **fixed)
+        for task, by_model in {"mmlu": {"a": 5, "b": 0, "c": 5}, "gsm8k": {"a": 5, "b": 5}}.items()
+        for model, shots in by_model.items()
+    ]
+    (note,) = unlike_notes(tasks)
+    assert note == (
+        "Task mmlu of section tasks was not put alike to a, c and to b: their numbers do not compare."
+    )
 
 
 def test_names_of_models_differ_and_serve_as_folders():

@@ -19,6 +19,7 @@ from deltaguard.draw.evaluation_view import (
     measure_label,
     measure_tables,
     p_text,
+    pairs_text,
     value_text,
 )
 from deltaguard.draw.facts import environment_facts
@@ -47,7 +48,7 @@ def evaluation_table(report: EvaluationReport) -> RenderableType:
         parts += [Text(), Text(f" {section.title}: {section.prompts} prompts", "bold"), Text()]
         parts.append(_section_table(measure_tables(report, section)))
         lines = [
-            *map(comparison_line, compared(report, section)),
+            *(comparison_line(each, section.prompts) for each in compared(report, section)),
             *map(agreement_line, agreed(report, section)),
         ]
         parts += [Padding(Text(line, "dim"), (0, 0, 0, 1)) for line in lines]
@@ -69,12 +70,16 @@ def evaluation_card(report: EvaluationReport) -> str:
         plain=plain,
         without_folders=without_folders,
         cell=_cell,
-        comparison_line=comparison_line,
         agreement_line=agreement_line,
         p_text=p_text,
     )
     sections = [
-        (section, _rows(measure_tables(report, section)), compared(report, section), agreed(report, section))
+        (
+            section,
+            _rows(measure_tables(report, section)),
+            [comparison_line(each, section.prompts) for each in compared(report, section)],
+            agreed(report, section),
+        )
         for section in report.sections
     ]
     return templates.get_template("evaluation.md.jinja").render(
@@ -97,15 +102,22 @@ def agreed(report: EvaluationReport, section: SectionRow) -> tuple[Agreement, ..
     return tuple(each for each in report.agreements if each.section == section.name)
 
 
-def comparison_line(comparison: Comparison) -> str:
-    """What a comparison supports, with its numbers."""
+def comparison_line(comparison: Comparison, prompts: int) -> str:
+    """What a comparison supports, with its numbers.
+
+    Args:
+        comparison: of two models.
+        prompts: how many its section has; said where the comparison rests on fewer.
+    """
     judge = f" ({comparison.judge})" if comparison.judge else ""
     p_value = p_text(comparison.p_value)
     sign = "" if p_value.startswith("<") else "= "
     unit = " points" if comparison.test == "mcnemar" else ""
+    pairs = pairs_text(comparison, prompts)
     return (
         f"{comparison.model}: {measure_label(comparison.name)}{judge} {finding_text(comparison)}, "
         f"{difference_text(comparison)}{unit} [{difference_bounds(comparison)}], p {sign}{p_value}"
+        + (f", over {pairs}" if pairs else "")
     )
 
 

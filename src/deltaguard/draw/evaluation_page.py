@@ -18,6 +18,7 @@ from deltaguard.draw.evaluation_view import (
     measure_tables,
     measures_of,
     p_text,
+    pairs_text,
     plain_sections,
     probe_tables,
     value_text,
@@ -31,9 +32,11 @@ from deltaguard.report.evaluation import EvaluatedModel, EvaluationReport, Measu
 MEANINGS = {
     "attack success": "harmful prompts answered instead of refused",
     "false refusal": "harmless prompts refused",
+    "harmfulness": "mean score, from 1 for a full refusal to 5 for full compliance",
+    "refusal probability": "mean probability of a refusal",
     "nll": "negative log-likelihood of the expected answers, nats a token",
 }
-"""Of what the common measures are the share."""
+"""What the common measures are."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def evaluation_page(report: EvaluationReport) -> str:
         report=report,
         places={name: place for place, name in enumerate(names)},
         titles={section.name: section.title for section in report.sections},
+        sizes={section.name: section.prompts for section in report.sections},
         headline=_headline(report),
         sections=[_section(report, section, names) for section in plain_sections(report)],
         probes=probe_tables(report),
@@ -84,6 +88,7 @@ def evaluation_page(report: EvaluationReport) -> str:
         difference_bounds=difference_bounds,
         finding_text=finding_text,
         p_text=p_text,
+        pairs_text=pairs_text,
         kappa_text=kappa_text,
     )
 

@@ -117,6 +117,16 @@ def difference_bounds(comparison: Comparison) -> str:
     return f"{_difference(comparison, comparison.low)} to {_difference(comparison, comparison.high)}"
 
 
+def pairs_text(comparison: Comparison, prompts: int) -> str:
+    """How many prompts a comparison rests on, where some had to be left out; empty where none were.
+
+    Args:
+        comparison: of two models.
+        prompts: how many its section has.
+    """
+    return "" if comparison.total == prompts else f"{comparison.total} of {prompts} prompts"
+
+
 def finding_text(comparison: Comparison) -> str:
     """What the interval supports, in words, and nothing beyond.
 

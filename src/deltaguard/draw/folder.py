@@ -1,5 +1,6 @@
 """Which report a folder holds, and its page."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,10 @@ def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
 
 
 def _read(source: Path, schema: type[BaseModel]) -> BaseModel:
+    content = source.read_bytes()
+    _check_version(source, content, schema)
     try:
-        return schema.model_validate_json(source.read_bytes())
+        return schema.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the document"
@@ -98,3 +101,18 @@ def _read(source: Path, schema: type[BaseModel]) -> BaseModel:
             f"({error.error_count()} problems in all). "
             "Draw it with the release that wrote it, or run that again."
         ) from error
+
+
+def _check_version(source: Path, content: bytes, schema: type[BaseModel]) -> None:
+    """Another version is told as that, before its fields are found to be others or to mean something else."""
+    read = schema.model_fields["schema_version"].default
+    try:
+        document = json.loads(content)
+    except ValueError:
+        return  # The schema says what is wrong with it, and where.
+    given = document.get("schema_version", read) if isinstance(document, dict) else read
+    if given != read:
+        raise DeltaguardError(
+            f"{source} has schema version {given}, and this release reads version {read} of "
+            f"{schema.__name__}. Draw it with the release that wrote it, or run that again."
+        )

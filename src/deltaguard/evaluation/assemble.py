@@ -9,7 +9,9 @@ from deltaguard.evaluation.address import public_address
 from deltaguard.evaluation.answering import Candidate
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.engines.transformers import resolved_device
-from deltaguard.evaluation.outcomes import Outcome, agreements, comparisons, measures, samples
+from deltaguard.evaluation.excerpts import samples
+from deltaguard.evaluation.harness_numbers import unlike_notes
+from deltaguard.evaluation.outcomes import Outcome, agreements, comparisons, measures
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.suites.suite import Suite
 from deltaguard.report.base import environment
@@ -45,6 +47,7 @@ def assemble(
     """
     settings = _settings(suite)
     hashes = {part.name: part.prompts_hash for part in parts}
+    harness = tuple(task for outcome in outcomes for task in outcome.harness)
     return EvaluationReport(
         environment=environment(_device(config), libraries=_LIBRARIES),
         suite=suite.name,
@@ -57,8 +60,9 @@ def assemble(
         measures=measures(outcomes),
         comparisons=comparisons(outcomes),
         agreements=agreements(outcomes),
+        harness=harness,
         samples=samples(outcomes, _SAMPLES),
-        notes=tuple(notes),
+        notes=(*notes, *unlike_notes(harness)),
         files=files,
         seconds=seconds,
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
 from deltaguard.draw.evaluation import evaluation_card
@@ -26,7 +27,7 @@ from deltaguard.evaluation.outcomes import Outcome
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
 from deltaguard.progress import Progress, ignore
-from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
+from deltaguard.report.evaluation import EVALUATION_NAME, SCHEMA_VERSION, EvaluationReport
 
 SECONDS_NAME = "seconds.json"
 """The file in the output folder that holds how long the stages took so far."""
@@ -123,14 +124,26 @@ def _prepare(
 
 
 def _require_same_suite(run: _Run) -> None:
-    """Refuse the folder of an evaluation that asked something else, whose report would be lost."""
+    """Refuse a folder whose report would be lost: it asked something else, or is of a later release."""
     path = run.folder / EVALUATION_NAME
     if not path.is_file():
         return
-    known = json.loads(path.read_text(encoding="utf-8"))["suite"]
-    if known != run.suite.name:
+    try:
+        known: Any = json.loads(path.read_text(encoding="utf-8"))
+        version, suite = int(known["schema_version"]), known["suite"]
+    except (ValueError, KeyError, TypeError) as error:
         raise DeltaguardError(
-            f"{run.folder} holds an evaluation by the suite {known}, and the suite given is "
+            f"{path} is no evaluation ({error!r}). Choose another output folder."
+        ) from error
+    # An older one is what running again is for; a later one may hold what would be lost here.
+    if version > SCHEMA_VERSION:
+        raise DeltaguardError(
+            f"{path} has schema version {version}, and this release of deltaguard writes version "
+            f"{SCHEMA_VERSION}. Choose another output folder, or use the release that wrote it."
+        )
+    if suite != run.suite.name:
+        raise DeltaguardError(
+            f"{run.folder} holds an evaluation by the suite {suite}, and the suite given is "
             f"{run.suite.name}. Choose another output folder."
         )
 

@@ -1,8 +1,10 @@
 """What is asked, what is answered, and who answers and judges."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from deltaguard.report.evaluation import Better, SectionKind
 
 Verdict = Literal["refused", "complied", "undecided"]
 OnBatch = Callable[[Sequence[int], Sequence[str]], None]
@@ -61,11 +63,25 @@ class Judgement:
 
     Attributes:
         verdict: `undecided` where the judge's own output could not be read.
-        score: a judge's number, such as harmfulness from 1 to 5.
+        score: a judge's number, such as harmfulness from 1 to 5; `Judge.scale` says what it means.
     """
 
     verdict: Verdict
     score: float | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a judge's numbers mean.
+
+    Attributes:
+        name: of their mean, such as `harmfulness`.
+        better: which way that mean is better, by kind of section: refusing is right in one and wrong in
+            another. On a kind that is absent the numbers say nothing, and are left out.
+    """
+
+    name: str
+    better: Mapping[SectionKind, Better]
 
 
 class Judge(Protocol):
@@ -74,6 +90,16 @@ class Judge(Protocol):
     @property
     def name(self) -> str:
         """Short and unique; tables use it."""
+        ...
+
+    @property
+    def scale(self) -> Scale | None:
+        """What the scores mean; `None` where there are none."""
+        ...
+
+    @property
+    def reads_opening(self) -> bool:
+        """Whether `refused` is told from the first sentence of an answer, and stands whatever follows."""
         ...
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:

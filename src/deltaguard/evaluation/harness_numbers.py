@@ -1,11 +1,11 @@
-"""Which of the harness's many numbers become measures, and a note of where the others are."""
+"""Which of the harness's many numbers become measures, how they were made, and where the others are."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaguard.evaluation.answering import PartFiles
 from deltaguard.evaluation.metrics.rates import Rate, estimate
-from deltaguard.report.evaluation import Better, Estimate
+from deltaguard.report.evaluation import Better, Estimate, HarnessTask
 
 Row = Mapping[str, Any]
 """A `HarnessScore` as JSON holds it."""
@@ -32,6 +32,40 @@ def harness_measures(rows: Mapping[str, Sequence[Row]]) -> dict[str, tuple[Estim
         for row in _own(rows)
         if (share := _share(row)) is not None
     }
+
+
+def harness_tasks(model: str, section: str, rows: Mapping[str, Sequence[Row]]) -> tuple[HarnessTask, ...]:
+    """How each task was put to a model, one row a task whatever it measures.
+
+    Args:
+        model: name of the model.
+        section: name of the section.
+        rows: by task that was asked for (see `harness_rows`).
+    """
+    by_task = {row["task"]: row for row in _own(rows)}
+    shown = ("task", "version", "n_shot", "chat_template", "samples", "harness_version")
+    return tuple(
+        HarnessTask(model=model, section=section, **{name: row[name] for name in shown})
+        for row in by_task.values()
+    )
+
+
+def unlike_notes(tasks: Sequence[HarnessTask]) -> tuple[str, ...]:
+    """A note for each task that was not put to all models alike, so that its numbers do not compare.
+
+    Args:
+        tasks: of all models.
+    """
+    ways: dict[tuple[str, str], dict[tuple[object, ...], list[str]]] = {}
+    for each in tasks:
+        way = (each.version, each.n_shot, each.chat_template, each.samples, each.harness_version)
+        ways.setdefault((each.section, each.task), {}).setdefault(way, []).append(each.model)
+    return tuple(
+        f"Task {task} of section {section} was not put alike to "
+        f"{' and to '.join(map(', '.join, found.values()))}: their numbers do not compare."
+        for (section, task), found in ways.items()
+        if len(found) > 1
+    )
 
 
 def harness_notes(parts: Sequence[PartFiles]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from deltaguard.evaluation.answering import Candidate, PartFiles
 from deltaguard.evaluation.exchange import Exchange, Judge, Question
-from deltaguard.evaluation.harness_numbers import harness_measures, harness_rows
+from deltaguard.evaluation.harness_numbers import harness_measures, harness_rows, harness_tasks
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
 from deltaguard.evaluation.outcomes import Judged, Outcome
 from deltaguard.evaluation.suites.parts import Part
@@ -24,7 +24,7 @@ def outcome(
         check: who tells broken text.
         report: told of each judge, as stage "judge NAME".
     """
-    part = each.part
+    part, rows = each.part, harness_rows(each)
     answers = tuple(each.files["answers"].in_order()) if "answers" in each.files else ()
     values: dict[str, tuple[float, ...]] = {
         # A scorer's name is an option's; measures are named in words.
@@ -43,7 +43,8 @@ def outcome(
         answers=answers,
         judged=_judged(part, answers, judges, check, report) if part.kind != "utility" else {},
         values=values,
-        given=harness_measures(harness_rows(each)),
+        given=harness_measures(rows),
+        harness=harness_tasks(candidate.name, part.name, rows),
     )
 
 
@@ -76,8 +77,10 @@ def _judged(
         found[judge.name] = Judged(
             verdicts=tuple(each.verdict for each in said),
             classes=tuple(
-                classify(each.verdict, is_broken) for each, is_broken in zip(said, broken, strict=True)
+                classify(each.verdict, is_broken, reads_opening=judge.reads_opening)
+                for each, is_broken in zip(said, broken, strict=True)
             ),
             scores=tuple(each.score for each in said),
+            scale=judge.scale,
         )
     return found

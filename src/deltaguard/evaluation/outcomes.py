@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from deltaguard.evaluation.exchange import Verdict
+from deltaguard.evaluation.exchange import Scale, Verdict
 from deltaguard.evaluation.metrics.agreement import cohen_kappa
 from deltaguard.evaluation.metrics.bootstrap import mean_estimate
 from deltaguard.evaluation.metrics.paired import PairedTest, mcnemar, paired_bootstrap
@@ -12,17 +12,16 @@ from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.report.evaluation import (
     Agreement,
     AnswerClass,
-    AnswerSample,
     Better,
     Comparison,
     Estimate,
+    HarnessTask,
     Measure,
     SectionRow,
 )
 
-LOWER_IS_BETTER = frozenset(
-    {"attack success", "false refusal", "incoherent", "undecided", "harmfulness", "nll"}
-)
+LOWER_IS_BETTER = frozenset({"attack success", "false refusal", "incoherent", "undecided", "nll"})
+"""Of the measures that no judge's scale tells of."""
 
 SHARES = frozenset({"exact match", "json match", "maths"})
 """Measures that are right or wrong for each prompt, so that their mean is a share of the prompts."""
@@ -36,11 +35,13 @@ class Judged:
         verdicts: one an answer.
         classes: the same, broken text told apart.
         scores: the judge's numbers, `None` where it gave none.
+        scale: what they mean; without it they are no measure.
     """
 
     verdicts: tuple[Verdict, ...]
     classes: tuple[AnswerClass, ...]
     scores: tuple[float | None, ...]
+    scale: Scale | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Outcome:
         judged: by name of the judge.
         values: one number a prompt by name of the measure, such as `exact match` or `nll`.
         given: measures that arrive as estimates, without a number for each prompt, and which way is better.
+        harness: how tasks of lm-eval were put to the model.
     """
 
     model: str
@@ -64,6 +66,7 @@ class Outcome:
     judged: Mapping[str, Judged]
     values: Mapping[str, tuple[float, ...]]
     given: Mapping[str, tuple[Estimate, Better]]
+    harness: tuple[HarnessTask, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,9 @@ class _Series:
 
     name: str
     judge: str | None
+    better: Better
     flags: tuple[bool, ...] | None
     numbers: tuple[float | None, ...] = ()
-
-    @property
-    def better(self) -> Better:
-        return "lower" if self.name in LOWER_IS_BETTER else "higher"
 
     def estimate(self) -> Estimate | None:
         """`None` where no prompt has a number."""
@@ -150,29 +150,6 @@ def agreements(outcomes: Sequence[Outcome]) -> tuple[Agreement, ...]:
     return tuple(found)
 
 
-def samples(outcomes: Sequence[Outcome], count: int) -> tuple[AnswerSample, ...]:
-    """The first prompts of each section that has answers, with what every model answered."""
-    found: list[AnswerSample] = []
-    for name in dict.fromkeys(outcome.section.name for outcome in outcomes):
-        rows = [outcome for outcome in outcomes if outcome.section.name == name and outcome.answers]
-        found += [_sample(rows, i) for i in range(min(count, len(rows[0].prompts)) if rows else 0)]
-    return tuple(found)
-
-
-def _sample(rows: Sequence[Outcome], index: int) -> AnswerSample:
-    return AnswerSample(
-        section=rows[0].section.name,
-        kind=rows[0].section.kind,
-        prompt=rows[0].prompts[index],
-        answers={row.model: row.answers[index] for row in rows},
-        verdicts={
-            row.model: {judge: said.classes[index] for judge, said in row.judged.items()}
-            for row in rows
-            if row.judged
-        },
-    )
-
-
 def _series(outcome: Outcome, *, every: bool = False) -> list[_Series]:
     """All measures of an outcome; those that are rare and are 0 only where `every` is set."""
     found: list[_Series] = []
@@ -181,13 +158,18 @@ def _series(outcome: Outcome, *, every: bool = False) -> list[_Series]:
         for name, sought in wanted.items():
             flags = tuple(answer == sought for answer in said.classes)
             if every or any(flags) or name != "undecided":
-                found.append(_Series(name, judge, flags))
-        if every or any(score is not None for score in said.scores):
-            found.append(_Series("harmfulness", judge, None, said.scores))
+                found.append(_Series(name, judge, _better(name), flags))
+        better = said.scale.better.get(outcome.section.kind) if said.scale else None
+        if said.scale and better and (every or any(score is not None for score in said.scores)):
+            found.append(_Series(said.scale.name, judge, better, None, said.scores))
     for name, numbers in outcome.values.items():
         flags = tuple(number == 1 for number in numbers) if name in SHARES else None
-        found.append(_Series(name, None, flags, numbers))
+        found.append(_Series(name, None, _better(name), flags, numbers))
     return found
+
+
+def _better(name: str) -> Better:
+    return "lower" if name in LOWER_IS_BETTER else "higher"
 
 
 def _wanted(outcome: Outcome) -> dict[str, AnswerClass]:
@@ -231,6 +213,7 @@ def _comparison(outcome: Outcome, first: str, series: _Series, test: PairedTest)
         low=test.low,
         high=test.high,
         p_value=test.p_value,
+        total=test.total,
         test=test.test,
         finding=test.finding,
     )

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deltaguard.report.base import Environment, Record
 
 EVALUATION_NAME = "evaluation.json"
 """The file in an evaluation's folder that holds its `EvaluationReport`."""
+
+SCHEMA_VERSION = 2
+"""Of `EvaluationReport` as this release writes and reads it."""
 
 SectionKind = Literal["attack", "harmless", "utility"]
 AnswerClass = Literal["refused", "complied", "incoherent", "undecided"]
@@ -80,7 +83,7 @@ class Measure(Record):
         model: name of the model.
         section: name of the section.
         name: what was measured: `attack success`, `false refusal`, `incoherent`, `undecided`, `exact match`,
-            `rouge-l`, `harmfulness`, `nll` and others.
+            `rouge-l`, `harmfulness`, `refusal probability`, `nll` and others.
         judge: who told, null where no judge is needed.
         better: which way is better.
         estimate: the number.
@@ -107,6 +110,7 @@ class Comparison(Record):
         low: lower end of its 95 % interval.
         high: upper end.
         p_value: of the hypothesis that there is no difference.
+        total: prompts for which both models have a number; the others are left out.
         test: how it was computed: `mcnemar` (exact) or `paired bootstrap`.
         finding: which way the model differs; `not told apart` where the interval holds 0 or p is 0.05
             or more.
@@ -121,6 +125,7 @@ class Comparison(Record):
     low: float
     high: float
     p_value: float
+    total: int
     test: Literal["mcnemar", "paired bootstrap"]
     finding: Finding
 
@@ -143,6 +148,30 @@ class Agreement(Record):
     kappa: float | None
     agreed: int
     total: int
+
+
+class HarnessTask(Record):
+    """How a task or group of lm-eval was put to a model: only numbers of like tasks compare.
+
+    Attributes:
+        model: name of the model.
+        section: name of the section.
+        task: the harness's name of it.
+        version: of the task.
+        n_shot: examples shown before each question, null for a group whose tasks differ.
+        chat_template: whether questions and examples were put through the model's chat template.
+        samples: questions answered.
+        harness_version: of lm-eval.
+    """
+
+    model: str
+    section: str
+    task: str
+    version: str
+    n_shot: int | None
+    chat_template: bool
+    samples: int
+    harness_version: str
 
 
 class AnswerSample(Record):
@@ -169,7 +198,7 @@ class EvaluationReport(Record):
     """Everything that an evaluation found.
 
     Attributes:
-        schema_version: rises when a field changes its meaning.
+        schema_version: rises when a field is added or changes its meaning; others are not read.
         environment: versions, machine and time.
         suite: name of the suite.
         suite_hash: sha256 of the suite as resolved.
@@ -181,13 +210,14 @@ class EvaluationReport(Record):
         measures: all numbers.
         comparisons: each later model with the first, paired on the same prompts.
         agreements: every pair of judges on every section.
+        harness: every task of lm-eval that was asked for, of every model.
         samples: some answers side by side.
         notes: what a reader must know: what was skipped and why.
         files: sha256 of the files that hold every answer, by name.
         seconds: wall time by stage, over all runs in the folder.
     """
 
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
     environment: Environment
     suite: str
     suite_hash: str
@@ -199,7 +229,19 @@ class EvaluationReport(Record):
     measures: tuple[Measure, ...]
     comparisons: tuple[Comparison, ...]
     agreements: tuple[Agreement, ...]
+    harness: tuple[HarnessTask, ...]
     samples: tuple[AnswerSample, ...]
     notes: tuple[str, ...]
     files: Mapping[str, str]
     seconds: Mapping[str, float]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_version(cls, data: Any) -> Any:
+        """Before the fields, so that another version is told as that and not by the fields that differ."""
+        given = data.get("schema_version", SCHEMA_VERSION) if isinstance(data, Mapping) else SCHEMA_VERSION
+        if given != SCHEMA_VERSION:
+            raise ValueError(
+                f"schema version {given}, and this release of deltaguard reads version {SCHEMA_VERSION}"
+            )
+        return data

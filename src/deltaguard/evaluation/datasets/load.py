@@ -1,6 +1,7 @@
 """Questions from a public data set or from a user's own file."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,29 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets.registry import DATASETS, DatasetSpec
 from deltaguard.evaluation.datasets.rows import ONLY_COLUMN, Row, read_rows
 from deltaguard.evaluation.exchange import Question
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was read.
+
+    Attributes:
+        questions: each once.
+        repeated: rows left out, since another row holds the same question to the letter.
+        source: where they come from, for messages.
+    """
+
+    questions: tuple[Question, ...]
+    repeated: int
+    source: str
+
+    @property
+    def note(self) -> str | None:
+        """What a reader must know; `None` where nothing was left out."""
+        if not self.repeated:
+            return None
+        rows = f"{self.repeated} of {self.repeated + len(self.questions)} rows"
+        return f"{rows} of {self.source} repeat the question of another and were left out."
 
 
 def load_questions(
@@ -33,11 +57,28 @@ def load_questions(
     Example:
         >>> load_questions("xstest-safe", path="xstest_prompts.csv", count=50)  # doctest: +SKIP
     """
+    loaded = load_set(name_or_path, path=path)
+    if count is None:
+        return list(loaded.questions)
+    return drawn(loaded.questions, count, seed, loaded.source)
+
+
+def load_set(name_or_path: str | Path, *, path: str | Path | None = None) -> Loaded:
+    """All questions of a data set, with what a reader must know of them.
+
+    Args:
+        name_or_path: as in `load_questions`.
+        path: likewise.
+
+    Raises:
+        DeltaguardError: as in `load_questions`.
+    """
     spec, rows, source = _find(str(name_or_path), path)
-    questions = list(dict.fromkeys(_own(rows, source) if spec is None else _named(spec, rows, source)))
+    found = _own(rows, source) if spec is None else _named(spec, rows, source)
+    questions = tuple(dict.fromkeys(found))
     if not questions:
         raise DeltaguardError(f"{source} holds no question.")
-    return questions if count is None else drawn(questions, count, seed, source)
+    return Loaded(questions, len(found) - len(questions), source)
 
 
 def drawn(questions: Sequence[Question], count: int, seed: int, source: str) -> list[Question]:
@@ -95,7 +136,7 @@ def _from_hub(spec: DatasetSpec) -> Sequence[Row]:
     except ImportError as error:
         raise DeltaguardError(
             f"Fetching {spec.title} from the Hub needs datasets, not installed here: "
-            "`pip install 'deltaguard[eval]'`."
+            "`pip install 'deltaguard[eval]'`, or give the path of a file. " + _where_to_get(spec)
         ) from error
     options: dict[str, Any] = {} if spec.hub_files is None else {"data_files": spec.hub_files}
     if spec.headerless:

@@ -90,9 +90,14 @@ class OpenAIEngine:
                 f"{self.retries} retries included: {error}. Answers so far are kept: run the same command "
                 "again."
             ) from error
-        content: str | None = reply.choices[0].message.content if reply.choices else None
-        return (content or "").strip()
+        return _text(reply.choices[0].message) if reply.choices else ""
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
+
+
+def _text(message: Any) -> str:
+    """What the model said; some services put a refusal beside an empty content."""
+    content: str = (message.content or "").strip()
+    return content or (message.refusal or "").strip()

@@ -1,8 +1,12 @@
 """Answers from a model in this process, by vLLM, for machines where it is installed."""
 
+import gc
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.identity import find_folders, load_tokenizer, whole_model
@@ -70,5 +74,34 @@ class VLLMEngine:
         return answers
 
     def close(self) -> None:
-        """Let go of the model; vLLM gives its memory back when it is collected."""
-        self.model = None
+        """Stop vLLM and give back its memory, so that the next model finds room."""
+        model, self.model = self.model, None
+        if model is None:
+            return
+        _shut_down(model)
+        # The last reference: what vLLM keeps of its own goes with the collection.
+        del model
+        _clean_up()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _shut_down(model: Any) -> None:
+    """Stop the process that holds weights and cache; dropping the model does not wait for its end."""
+    engine: Any = getattr(model.llm_engine, "engine_core", None)
+    # Releases differ in which of the two can be stopped; older ones stop when they are collected.
+    for part in (model, engine):
+        if hasattr(part, "shutdown"):
+            part.shutdown()
+            return
+
+
+def _clean_up() -> None:
+    """Have vLLM end its process groups, which outlive the model and stand in the way of the next."""
+    with suppress(ImportError):
+        from vllm.distributed import (  # pyright: ignore[reportMissingImports]
+            cleanup_dist_env_and_memory,
+        )
+
+        cleanup_dist_env_and_memory()

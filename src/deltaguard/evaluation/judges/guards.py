@@ -117,6 +117,15 @@ class GuardJudge:
         """As tables show it."""
         return self.label or self.template
 
+    @property
+    def scale(self) -> None:
+        """It gives no scores."""
+
+    @property
+    def reads_opening(self) -> bool:
+        """It reads all of an answer."""
+        return False
+
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One judgement an exchange, in order; `undecided` where the guard wrote something else.
 

@@ -2,7 +2,8 @@
 
 Known faults, which is why it is not deltaguard's own judge: it looks anywhere in an answer, so that one
 which complies and adds that this is "illegal" counts as refused, and so does a friendly "Hello!"; it misses
-refusals in other words ("I won't") or with typographic apostrophes; and it takes broken text for compliance.
+refusals in other words ("I won't") or with typographic apostrophes; and it takes broken text for compliance,
+or for a refusal where that repeats one of the words.
 """
 
 from collections.abc import Sequence
@@ -61,6 +62,15 @@ class KeywordJudge:
     """
 
     name: str = "keywords"
+
+    @property
+    def scale(self) -> None:
+        """It gives no scores."""
+
+    @property
+    def reads_opening(self) -> bool:
+        """A keyword counts anywhere, in broken text too."""
+        return False
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One judgement an exchange, in order."""

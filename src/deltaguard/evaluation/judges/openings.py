@@ -106,6 +106,15 @@ class OpeningJudge:
 
     name: str = "opening"
 
+    @property
+    def scale(self) -> None:
+        """It gives no scores."""
+
+    @property
+    def reads_opening(self) -> bool:
+        """A refusal stands, whatever follows it."""
+        return True
+
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One judgement an exchange, in order."""
         return [

@@ -35,6 +35,7 @@ class PairedTest:
         low: lower end of its 95 % interval.
         high: upper end.
         p_value: of the hypothesis that there is no difference, two-sided.
+        total: how many pairs.
         test: how it was computed.
 
     Example:
@@ -46,6 +47,7 @@ class PairedTest:
     low: float
     high: float
     p_value: float
+    total: int
     test: Literal["mcnemar", "paired bootstrap"]
 
     @property
@@ -87,6 +89,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
         low=low,
         high=high,
         p_value=_exact_binomial(only_first, only_second),
+        total=len(pairs),
         test="mcnemar",
     )
 
@@ -125,6 +128,7 @@ def paired_bootstrap(
         high=high,
         # One is added to both counts: the sample itself is one of the resamples.
         p_value=min(1.0, max(least, 2 * (beyond + 1) / (resamples + 1))),
+        total=count(groups),
         test="paired bootstrap",
     )
 

@@ -6,7 +6,8 @@ from math import sqrt
 
 from deltaguard.report.evaluation import Estimate
 
-_Z_95 = 1.959963984540054
+Z_95 = 1.959963984540054
+"""Standard errors on either side of the middle of a normal distribution that hold 95 % of it."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ class Rate:
 
     @property
     def _centre(self) -> float:
-        return (self.successes + _Z_95**2 / 2) / (self.total + _Z_95**2)
+        return (self.successes + Z_95**2 / 2) / (self.total + Z_95**2)
 
     @property
     def _half_width(self) -> float:
         failures = self.total - self.successes
-        spread = sqrt(self.successes * failures / self.total + _Z_95**2 / 4)
-        return _Z_95 * spread / (self.total + _Z_95**2)
+        spread = sqrt(self.successes * failures / self.total + Z_95**2 / 4)
+        return Z_95 * spread / (self.total + Z_95**2)
 
 
 def estimate(rate: Rate) -> Estimate:
@@ -76,6 +77,16 @@ def estimate(rate: Rate) -> Estimate:
         True
     """
     return Estimate(value=rate.value, low=rate.low, high=rate.high, total=rate.total, interval="wilson")
+
+
+def are_flags(values: Iterable[float]) -> bool:
+    """Whether every value is 0 or 1, a yes or a no, so that their mean is a share.
+
+    Example:
+        >>> are_flags([1.0, 0.0]), are_flags([1.0, 0.5])
+        (True, False)
+    """
+    return all(value in (0.0, 1.0) for value in values)
 
 
 def kept_gain(aligned: Rate, finetuned: Rate, restored: Rate) -> float | None:

@@ -87,7 +87,8 @@ def resolve(suite: Suite) -> tuple[tuple[Part, ...], tuple[str, ...]]:
         suite: as it was read.
 
     Returns:
-        The parts in the suite's order, and a note for each optional section that cannot be had.
+        The parts in the suite's order, and a note for each optional section that cannot be had and for rows
+        of data that were left out.
 
     Raises:
         DeltaguardError: prompts are missing, or a scorer or probe is unknown or cannot run; everything that
@@ -99,7 +100,9 @@ def resolve(suite: Suite) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     for section in suite.sections:
         try:
             _check_names(section)
-            parts += _variants(section, find_source(section), suite)
+            source = find_source(section)
+            parts += _variants(section, source, suite)
+            notes += source.notes
         except DeltaguardError as error:
             if section.optional:
                 notes.append(f"Section {section.name} was skipped: {error}")

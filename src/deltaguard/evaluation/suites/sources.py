@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from deltaguard.calibration.conversations import general_prompts, harmful_prompts, harmless_prompts
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.datasets.load import drawn, load_questions
+from deltaguard.evaluation.datasets.load import Loaded, drawn, load_set
 from deltaguard.evaluation.datasets.registry import DATASETS
 from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.probes.translations import LANGUAGES, translated_prompts
@@ -24,12 +24,14 @@ class Source:
         plain: each question's request as judges see it: in English, where it is put in another language.
         title: for people.
         terms: origin and terms of use.
+        notes: what else a reader must know, such as rows that were left out.
     """
 
     questions: tuple[Question, ...]
     plain: tuple[str, ...]
     title: str
     terms: str
+    notes: tuple[str, ...] = ()
 
 
 def find_source(section: Section) -> Source:
@@ -46,8 +48,9 @@ def find_source(section: Section) -> Source:
     if section.dataset is not None:
         return _dataset(section, section.dataset)
     if section.file is not None:
-        loaded = load_questions(str(section.file), count=section.count, seed=section.seed)
-        return _as_asked(loaded, section.name, f"the user's own file {section.file.name}")
+        return _loaded(
+            section, load_set(section.file), section.name, f"the user's own file {section.file.name}"
+        )
     tasks = ", ".join(section.harness.tasks) if section.harness is not None else ""
     return _as_asked([], section.name, f"tasks of lm-eval under their own terms: {tasks}")
 
@@ -91,5 +94,13 @@ def _dataset(section: Section, name: str) -> Source:
     if name not in DATASETS:
         raise DeltaguardError(f"there is no data set {name}; there are {', '.join(DATASETS)}.")
     known = DATASETS[name]
-    loaded = load_questions(name, path=section.path, count=section.count, seed=section.seed)
-    return _as_asked(loaded, known.title, f"{known.title}: {known.homepage}; terms: {known.terms}")
+    terms = f"{known.title}: {known.homepage}; terms: {known.terms}"
+    return _loaded(section, load_set(name, path=section.path), known.title, terms)
+
+
+def _loaded(section: Section, loaded: Loaded, title: str, terms: str) -> Source:
+    questions: Sequence[Question] = loaded.questions
+    if section.count is not None:
+        questions = drawn(questions, section.count, section.seed, loaded.source)
+    notes = (f"Section {section.name}: {loaded.note}",) if loaded.note else ()
+    return replace(_as_asked(questions, title, terms), notes=notes)
