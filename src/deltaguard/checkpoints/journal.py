@@ -31,13 +31,14 @@ class Journal:
     """Progress of one run as JSON lines, each on disk before the method that adds it returns.
 
     The first line says what run it is; the others record a finished file, a file that is being written
-    anew, or the beginning of the commit.
+    anew, something found out, or the beginning of the commit.
 
     Attributes:
         plan_hash: identifies what the run writes.
         overwrite: whether it may replace a checkpoint.
         records: finished files by name.
         committing: whether files have begun to move into the output folder.
+        remembered: what the run found out and must not find out again.
     """
 
     def __init__(self, path: Path, *, plan_hash: str, overwrite: bool) -> None:
@@ -45,6 +46,7 @@ class Journal:
         self.overwrite = overwrite
         self.records: dict[str, FileRecord] = {}
         self.committing = False
+        self.remembered: dict[str, Any] = {}
         self._path = path
 
     @classmethod
@@ -91,6 +93,10 @@ class Journal:
         if name in self.records:
             self._append({"begun": name})
 
+    def remember(self, name: str, value: Any) -> None:
+        """Record something that JSON can hold."""
+        self._append({"remembered": {name: value}})
+
     def commit(self) -> None:
         """Record that files begin to move into the output folder."""
         self._append({"committing": True})
@@ -114,5 +120,7 @@ class Journal:
             self.records[record.name] = record
         elif "begun" in event:
             self.records.pop(event["begun"], None)
+        elif "remembered" in event:
+            self.remembered |= event["remembered"]
         elif "committing" in event:
             self.committing = True

@@ -18,7 +18,12 @@ from deltaguard.errors import DeltaguardError
 
 _CHUNK = 8 << 20
 # The index goes first: what is left of a checkpoint without it is visibly unfinished.
-_REPLACED = ("*.safetensors.index.json", "*.safetensors", "deltaguard_report.json")
+_REPLACED = (
+    "*.safetensors.index.json",
+    "*.safetensors",
+    "adapter_config.json",
+    "deltaguard_report.json",
+)
 
 
 class CheckpointWriter:
@@ -86,7 +91,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._committed and not self.records:
+        if not self._committed and not self.records and not self._journal.remembered:
             self._remove_staging()
         os.close(self._lock)
 
@@ -98,6 +103,20 @@ class CheckpointWriter:
     def finished(self, name: str) -> FileRecord | None:
         """The record of a file that is complete, in this run or the one it resumes, or None."""
         return self._journal.records.get(name)
+
+    def remembered(self, name: str) -> Any:
+        """What this run or the one it resumes found out under a name, or None."""
+        return self._journal.remembered.get(name)
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep something that took long to find out for the case that the run is interrupted.
+
+        Args:
+            name: of it.
+            value: anything that JSON can hold.
+        """
+        with explained(self.out):
+            self._journal.remember(name, value)
 
     def require_space(self, total: int) -> None:
         """Refuse to start where the disk is too small.

@@ -52,6 +52,40 @@ class FileRow(Record):
     sha256: str
 
 
+class Probe(Record):
+    """One measurement of a search.
+
+    Attributes:
+        mu: the price of safety; 0 is the fine-tuned model.
+        safety_kl: measured, nats per response token.
+    """
+
+    mu: float
+    safety_kl: float
+
+
+class Dial(Record):
+    """How the largest budget under a safety KL was found.
+
+    Attributes:
+        limit: the safety KL allowed, nats per response token.
+        conversations: held-out safety conversations that it was measured on.
+        tokens: response tokens in them.
+        finetuned_kl: the whole fine-tuned model's safety KL.
+        restored_kl: the restored model's.
+        whole: whether the fine-tuned model was within the limit already, so that nothing was taken from it.
+        probes: every measurement, in the order made.
+    """
+
+    limit: float
+    conversations: int
+    tokens: int
+    finetuned_kl: float
+    restored_kl: float
+    whole: bool
+    probes: tuple[Probe, ...]
+
+
 class RestoreReport(Record):
     """Everything that a restore did.
 
@@ -65,6 +99,9 @@ class RestoreReport(Record):
         layers: one row a restored matrix, in the order of the checkpoint.
         others: one row for every other tensor.
         files: the weight files with their hashes.
+        mu: the price of safety of all layers, null for methods that have none.
+        predicted_safety_kl: ½ Σ tr(G Δ' H Δ'ᵀ) over the layers, nats per response token; likewise.
+        dial: how the price was found, null where a strength decided.
         kept_fraction: mean over the layers that differ, weighted by entries.
         utility_loss: Σ‖Δ' - Δ‖² / Σ‖Δ‖² over them.
         safety_cost: median over them, null without curvature.
@@ -81,6 +118,9 @@ class RestoreReport(Record):
     layers: tuple[LayerRow, ...]
     others: tuple[OtherRow, ...]
     files: tuple[FileRow, ...]
+    mu: float | None = None
+    predicted_safety_kl: float | None = None
+    dial: Dial | None = None
     kept_fraction: float
     utility_loss: float
     safety_cost: float | None

@@ -1,15 +1,19 @@
 """Solvers: pure functions from one layer's matrices to a `Solution`. They import torch only."""
 
 from deltaguard.solvers.baselines import interpolate, resta
-from deltaguard.solvers.closed_form import Spectrum, closed_form, kfac, ridge, spectrum
+from deltaguard.solvers.closed_form import Projection, closed_form, kfac, project, ridge
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.greedy import greedy, greedy_factored
+from deltaguard.solvers.profile import Profile, joint_profile, profile
 from deltaguard.solvers.published import published
 from deltaguard.solvers.solution import Solution
+from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
 from deltaguard.solvers.subspace import alignment_similarity, safe_lora, safe_lora_layers, safe_merge
 
 __all__ = [
     "Factor",
+    "Profile",
+    "Projection",
     "Solution",
     "Spectrum",
     "alignment_similarity",
@@ -18,12 +22,16 @@ __all__ = [
     "greedy",
     "greedy_factored",
     "interpolate",
+    "joint_profile",
     "kfac",
+    "profile",
+    "project",
     "published",
     "resta",
     "ridge",
     "safe_lora",
     "safe_lora_layers",
     "safe_merge",
+    "scaled_identity",
     "spectrum",
 ]

@@ -7,34 +7,83 @@ Martens and Grosse 2015, arXiv:1503.05671), `ridge` has G = I.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from deltaguard.solvers.profile import Profile, profile
 from deltaguard.solvers.solution import Solution, check_hessian, check_matrices, share, working_dtype
+from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
 
 
 @dataclass(frozen=True)
-class Spectrum:
-    """A curvature matrix in its eigenbasis.
+class Projection:
+    """A delta seen in the eigenbases of its layer's curvature: made once, it serves every μ.
+
+    With U and V the kept eigenvectors of G and H, everything is a sum of four parts: inside both, inside one
+    of them, and outside both.
 
     Attributes:
-        values: (n,), rising; none negative.
-        vectors: (n, n); column i belongs to value i.
+        delta: Δ, (out, in).
+        inputs: of H, rank r_h.
+        outputs: of G, rank r_g.
+        rows: UᵀΔ, (r_g, in).
+        columns: ΔV, (out, r_h).
+        core: UᵀΔV, (r_g, r_h).
     """
 
-    values: Tensor
-    vectors: Tensor
+    delta: Tensor
+    inputs: Spectrum
+    outputs: Spectrum
+    rows: Tensor
+    columns: Tensor
+    core: Tensor
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared parts of the delta with their eigenvalues of G and of H, each (directions,), float64."""
+        core = self.core.double().square()
+        of_rows = (_norms(self.rows.T) - core.sum(1)).clamp_min_(0)
+        of_columns = (_norms(self.columns) - core.sum(0)).clamp_min_(0)
+        rest = (_norms(self.delta).sum() - of_rows.sum() - of_columns.sum() - core.sum()).clamp_min(0)
+        g, h = self.outputs.values.double(), self.inputs.values.double()
+        g_tail, h_tail = core.new_tensor([self.outputs.tail]), core.new_tensor([self.inputs.tail])
+        return (
+            torch.cat([core.flatten(), of_rows, of_columns, rest.reshape(1)]),
+            torch.cat([g.repeat_interleave(len(h)), g, g_tail.expand(len(h)), g_tail]),
+            torch.cat([h.repeat(len(g)), h_tail.expand(len(g)), h, h_tail]),
+        )
+
+    def profile(self) -> Profile:
+        """How the squared delta is spread over prices g·h: all that a search for μ needs to know."""
+        energies, g, h = self._parts
+        return profile(g * h, energies)
+
+    def safety_cost(self, mu: float) -> float:
+        """tr(Δ' H Δ'ᵀ) / tr(Δ H Δᵀ)."""
+        energies, g, h = self._parts
+        kept = torch.zeros_like(g) if math.isinf(mu) else 1 / (1 + mu * g * h)
+        return share(float((h * energies * kept.square()).sum()), float((h * energies).sum()))
+
+    def restored(self, mu: float) -> Tensor:
+        """Δ', (out, in), at a finite price μ."""
+        g, h, dtype = self.outputs.values, self.inputs.values, self.delta.dtype
+        both = 1 / (1 + mu * torch.outer(g, h))
+        of_rows = 1 / (1 + mu * g * self.inputs.tail)
+        of_columns = 1 / (1 + mu * h * self.outputs.tail)
+        neither = 1 / (1 + mu * self.outputs.tail * self.inputs.tail)
+        core = self.core * (both - of_rows[:, None] - of_columns[None, :] + neither)
+        inner = torch.addmm(self.rows * (of_rows - neither)[:, None], core, self.inputs.vectors.T.to(dtype))
+        found = torch.addmm(self.delta * neither, self.outputs.vectors.to(dtype), inner)
+        return found.addmm_(self.columns * (of_columns - neither), self.inputs.vectors.T.to(dtype))
 
 
-def spectrum(curvature: Tensor) -> Spectrum:
-    """The eigendecomposition of a second moment; eigenvalues that rounding made negative become 0.
-
-    Args:
-        curvature: symmetric and positive semi-definite but for rounding, (n, n).
-    """
-    values, vectors = torch.linalg.eigh(curvature.to(working_dtype(curvature)))
-    return Spectrum(values.clamp_min(0), vectors)
+def project(delta: Tensor, inputs: Spectrum, outputs: Spectrum) -> Projection:
+    """Project a delta, (out, in), on the eigenvectors of H and G."""
+    inputs, outputs = inputs.to(delta.dtype), outputs.to(delta.dtype)
+    rows = outputs.vectors.T @ delta
+    return Projection(delta, inputs, outputs, rows, delta @ inputs.vectors, rows @ inputs.vectors)
 
 
 def ridge(aligned: Tensor, finetuned: Tensor, hessian: Tensor, *, mu: float) -> Solution:
@@ -48,7 +97,7 @@ def ridge(aligned: Tensor, finetuned: Tensor, hessian: Tensor, *, mu: float) -> 
             exactly.
 
     Returns:
-        The optimum; `kept_fraction` is the mean of 1 / (1 + μh) over the eigenvalues of H.
+        As `kfac`, with G = I.
 
     Raises:
         ValueError: shapes do not fit, an entry is not finite, or `mu` is negative or NaN.
@@ -60,7 +109,10 @@ def ridge(aligned: Tensor, finetuned: Tensor, hessian: Tensor, *, mu: float) -> 
     """
     check_matrices(aligned, finetuned)
     check_hessian(hessian, aligned.shape[1])
-    return closed_form(aligned, finetuned, spectrum(hessian), None, mu=mu)
+    inputs = spectrum(hessian.to(working_dtype(aligned, finetuned, hessian)))
+    return closed_form(
+        aligned, finetuned, inputs, scaled_identity(aligned.shape[0], 1.0, like=inputs.values), mu=mu
+    )
 
 
 def kfac(
@@ -72,13 +124,13 @@ def kfac(
         aligned: aligned weight, (out, in).
         finetuned: fine-tuned weight of the same shape.
         hessian: H, as in `ridge`, (in, in).
-        output_hessian: G, the mean of g gᵀ over gradients g of log-probabilities with respect to the layer's
-            output, (out, out).
+        output_hessian: G, the sum of g gᵀ over gradients g of log-probabilities with respect to the layer's
+            output, divided by the number of response tokens, (out, out).
         mu: as in `ridge`. With it in nats, one value serves all layers.
 
     Returns:
-        The optimum; `kept_fraction` is the mean of 1 / (1 + μgh) over pairs of eigenvalues. `detail` holds
-        `safety_kl_share`, tr(G Δ' H Δ'ᵀ) / tr(G Δ H Δᵀ).
+        The optimum; `kept_fraction` is ⟨Δ', Δ⟩ / ‖Δ‖². `detail` holds `safety_kl_share`, tr(G Δ' H Δ'ᵀ) /
+        tr(G Δ H Δᵀ), and `predicted_safety_kl`, half of tr(G Δ' H Δ'ᵀ).
 
     Raises:
         ValueError: as `ridge`, or G does not fit.
@@ -92,19 +144,21 @@ def kfac(
     check_matrices(aligned, finetuned)
     check_hessian(hessian, aligned.shape[1])
     check_hessian(output_hessian, aligned.shape[0])
-    return closed_form(aligned, finetuned, spectrum(hessian), spectrum(output_hessian), mu=mu)
+    dtype = working_dtype(aligned, finetuned, hessian, output_hessian)
+    inputs, outputs = spectrum(hessian.to(dtype)), spectrum(output_hessian.to(dtype))
+    return closed_form(aligned, finetuned, inputs, outputs, mu=mu)
 
 
 def closed_form(
-    aligned: Tensor, finetuned: Tensor, inputs: Spectrum, outputs: Spectrum | None, *, mu: float
+    aligned: Tensor, finetuned: Tensor, inputs: Spectrum, outputs: Spectrum, *, mu: float
 ) -> Solution:
-    """`kfac` from eigendecompositions, which serve every fine-tune and every `mu`; `ridge` without `outputs`.
+    """`kfac` from eigendecompositions, whole or cut off, which serve every fine-tune and every `mu`.
 
     Args:
         aligned: as in `kfac`.
         finetuned: as in `kfac`.
         inputs: of H.
-        outputs: of G, None for the identity.
+        outputs: of G; `scaled_identity` gives `ridge`.
         mu: as in `kfac`.
 
     Raises:
@@ -113,42 +167,30 @@ def closed_form(
     if not mu >= 0:
         raise ValueError(f"mu is {mu}; it must be 0 or more.")
     dtype = working_dtype(aligned, finetuned, inputs.values)
-    base = aligned.to(dtype)
-    delta = finetuned.to(dtype) - base
-    rotated = delta @ inputs.vectors.to(dtype)
-    if outputs is not None:
-        rotated = outputs.vectors.T.to(dtype) @ rotated
-    costs = inputs.values.to(dtype)[None, :]
-    weights = costs if outputs is None else outputs.values.to(dtype)[:, None] * costs
-    factors = 1 / (1 + mu * weights) if math.isfinite(mu) else torch.zeros_like(weights)
-    kept = rotated * factors
+    base, target = aligned.to(dtype), finetuned.to(dtype)
+    projection = project(target - base, inputs, outputs)
+    spread = projection.profile()
     return Solution(
-        weight=_weight(base, finetuned.to(dtype), kept, inputs, outputs, mu),
-        kept_fraction=float(factors.mean(dtype=torch.float64)),
-        safety_cost=_share_of(kept, rotated, costs),
-        utility_loss=share(_sum(torch.square(rotated - kept)), _sum(rotated.square())),
+        weight=_weight(base, target, projection, mu),
+        kept_fraction=share(spread.kept(mu), spread.energy),
+        safety_cost=projection.safety_cost(mu),
+        utility_loss=share(spread.lost(mu), spread.energy),
         detail={
-            "delta_norm": math.sqrt(_sum(delta.square())),
-            "safety_kl_share": _share_of(kept, rotated, weights),
+            "delta_norm": math.sqrt(spread.energy),
+            "safety_kl_share": share(spread.predicted_kl(mu), spread.predicted_kl(0)),
+            "predicted_safety_kl": spread.predicted_kl(mu),
         },
     )
 
 
-def _weight(
-    base: Tensor, finetuned: Tensor, kept: Tensor, inputs: Spectrum, outputs: Spectrum | None, mu: float
-) -> Tensor:
+def _weight(base: Tensor, target: Tensor, projection: Projection, mu: float) -> Tensor:
     if mu == 0:
-        return finetuned.clone()
+        return target.clone()
     if math.isinf(mu):
         return base.clone()
-    if outputs is not None:
-        kept = outputs.vectors.to(kept.dtype) @ kept
-    return base + kept @ inputs.vectors.T.to(kept.dtype)
+    return projection.restored(mu).add_(base)
 
 
-def _share_of(kept: Tensor, rotated: Tensor, weights: Tensor) -> float:
-    return share(_sum(kept.square() * weights), _sum(rotated.square() * weights))
-
-
-def _sum(values: Tensor) -> float:
-    return float(values.sum(dtype=torch.float64))
+def _norms(matrix: Tensor) -> Tensor:
+    """Squared norms of columns, in float64."""
+    return torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64).square()

@@ -1,0 +1,1 @@
+"""What a candidate costs in safety, measured with real forward passes."""

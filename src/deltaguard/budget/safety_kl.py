@@ -1,0 +1,249 @@
+"""Safety KL by real forward passes: a candidate's weights are put into a loaded model, not onto a disk."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltaguard.calibration.conversations import Conversation, encode
+from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource, name_map
+from deltaguard.checkpoints.layout import listed
+from deltaguard.errors import DeltaguardError
+
+_HEAD = re.compile(r"^(embed_out|output_layer)\.")
+_Places = Mapping[str, tuple[Tensor, ...]]
+"""The fine-tuned checkpoint's names, and the model's parameters that each of them gives the values of."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Token ids and mask, (conversations, tokens), and behind which of them a response's token follows."""
+
+    ids: Tensor
+    mask: Tensor
+    chosen: Tensor
+
+
+@contextmanager
+def _enough_memory() -> Generator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeltaguardError(
+            f"Too little memory: take smaller batches, fewer conversations or another device. {error}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class SafetyMeter:
+    """The aligned model, loaded once; candidates are measured by putting other weights into it.
+
+    It starts as the aligned model; what a candidate shares with the one before need not be put again.
+
+    Attributes:
+        tokens: response tokens that `measure` takes the mean over.
+    """
+
+    tokens: int
+    _model: Any = field(repr=False)
+    _finetuned: WeightSource = field(repr=False)
+    _places: _Places = field(repr=False)
+    _aligned: Sequence[tuple[_Batch, Tensor]] = field(repr=False)
+    _read: Callable[[Sequence[Conversation]], list[_Batch]] = field(repr=False)
+
+    @classmethod
+    @_enough_memory()
+    def open(
+        cls,
+        aligned: Checkpoint,
+        finetuned: WeightSource,
+        conversations: Sequence[Conversation],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int = 16,
+        max_length: int = 512,
+    ) -> "SafetyMeter":
+        """Load the aligned model, and keep what it predicts for the responses of safety conversations.
+
+        Kept on the device are log-probabilities of the whole vocabulary for every response token, in float32
+        since small differences of them are what is measured: 64 conversations of 33 tokens take 0.4 GB with
+        a vocabulary of 50 000, and 2 GB with one of 250 000.
+
+        Args:
+            aligned: the aligned checkpoint; its tokenizer and chat template serve for every candidate.
+            finetuned: what candidates are made like. Where its vocabulary is larger, so becomes the model's.
+            conversations: held-out safety conversations, all with responses.
+            device: where the model runs.
+            dtype: float32 where it fits: what half precision rounds away can exceed the KL to be measured.
+            batch_size: conversations per forward pass.
+            max_length: tokens of a conversation at most, or the model's positions; the rest is cut off.
+
+        Raises:
+            DeltaguardError: the model cannot be loaded, does not fit into memory or predicts nothing finite;
+                the fine-tuned tensors do not fit it (all problems are listed); a response is missing.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(aligned.folder)
+            model: Any = AutoModelForCausalLM.from_pretrained(aligned.folder, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise DeltaguardError(f"transformers cannot load {aligned.reference}: {error}") from error
+        model = model.eval().to(device)
+        places = _match(model, aligned, finetuned)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+        read = partial(_batches, tokenizer, batch_size, min(max_length, limit), device)
+        kept = [(batch, _log_probs(model, batch)) for batch in read(conversations)]
+        _grow(finetuned, places)
+        return cls(sum(len(known) for _, known in kept), model, finetuned, places, kept, read)
+
+    @torch.no_grad()
+    def put(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Make tensors part of the candidate, in place and in the model's dtype.
+
+        What the model computes for itself, such as rotary frequencies and attention masks, is ignored where
+        a checkpoint holds it. An output embedding that the checkpoint does not hold is the input embedding.
+
+        Args:
+            weights: names of the fine-tuned checkpoint, and tensors of its shapes as they will be on disk.
+
+        Raises:
+            DeltaguardError: names or shapes are not the fine-tuned checkpoint's; all such are listed.
+        """
+        problems: list[str] = []
+        for name, tensor in weights:
+            info, shape = self._finetuned.tensors.get(name), tuple(tensor.shape)
+            if info is None:
+                problems.append(f"there is no tensor `{name}`")
+            elif info.shape != shape:
+                problems.append(f"`{name}` is {info.shape} there, and {shape} in the candidate")
+            else:
+                for place in self._places.get(name, ()):
+                    place.copy_(tensor)
+        if problems:
+            raise DeltaguardError(listed(f"The candidate is unlike {self._finetuned.reference}", problems))
+
+    @_enough_memory()
+    def measure(self) -> float:
+        """The candidate's safety KL: the mean of KL(aligned ‖ candidate) in nats per response token.
+
+        The sum of p (log p - log q) is over the aligned vocabulary; q is normalised over all of the
+        candidate's. Rounding can make the mean negative.
+
+        Raises:
+            DeltaguardError: the candidate's predictions are not finite, or memory does not suffice.
+        """
+        terms: list[float] = []
+        for batch, aligned in self._aligned:
+            candidate = _log_probs(self._model, batch)[:, : aligned.shape[1]]
+            terms += (aligned.exp() * (aligned - candidate)).sum(dim=-1).tolist()
+        return math.fsum(terms) / len(terms)
+
+    @_enough_memory()
+    def likelihood(self, conversations: Sequence[Conversation]) -> float:
+        """The candidate's mean negative log-likelihood, nats per response token, of a task's conversations.
+
+        Args:
+            conversations: all with responses; cut off as the safety conversations are.
+
+        Raises:
+            DeltaguardError: as `measure`, or a conversation has no response.
+        """
+        terms: list[float] = []
+        for batch in self._read(conversations):
+            targets = batch.ids[:, 1:][batch.chosen]
+            terms += (-_log_probs(self._model, batch).gather(1, targets[:, None])[:, 0]).tolist()
+        return math.fsum(terms) / len(terms)
+
+
+def _batches(
+    tokenizer: Any, size: int, max_length: int, device: torch.device, conversations: Sequence[Conversation]
+) -> list[_Batch]:
+    """Padded at the end, where a causal model does not see it; longest first, to run out of memory early."""
+    texts = [encode(tokenizer, c, max_length=max_length) for c in conversations]
+    bad = [i for i, text in enumerate(texts) if len(text.ids) <= text.prompt_length]
+    if bad or not texts:
+        example = f", such as {conversations[bad[0]].prompt[:60]!r}" if bad else ""
+        raise DeltaguardError(
+            f"{len(bad)} of {len(texts)} conversations have no response within {max_length} tokens{example}: "
+            "give each a response, and a prompt that leaves room for it."
+        )
+    texts.sort(key=lambda text: len(text.ids), reverse=True)
+    batches: list[_Batch] = []
+    for rows in (texts[start : start + size] for start in range(0, len(texts), size)):
+        ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+        at = torch.arange(ids.shape[1])
+        mask = at < torch.tensor([[len(row.ids)] for row in rows])
+        chosen = (mask & (at >= torch.tensor([[row.prompt_length] for row in rows])))[:, 1:]
+        batches.append(_Batch(ids.to(device), mask.long().to(device), chosen.to(device)))
+    return batches
+
+
+@torch.inference_mode()
+def _log_probs(model: Any, batch: _Batch) -> Tensor:
+    """(response tokens, vocabulary), conversation by conversation; float32, or float64 if the model is."""
+    kept = batch.chosen.any(dim=0).nonzero()[:, 0]
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits: Tensor = model(**inputs, logits_to_keep=kept).logits
+    else:
+        logits = model(**inputs).logits[:, kept]
+    rows = logits[batch.chosen[:, kept]]
+    found = rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(dim=-1)
+    if not found.isfinite().all():
+        raise DeltaguardError(f"The model predicts NaN or infinite values in {rows.dtype}: use another.")
+    return found
+
+
+def _match(model: Any, aligned: Checkpoint, finetuned: WeightSource) -> _Places:
+    """The places, once the two embeddings are as much or as little tied as the fine-tuned checkpoint's."""
+    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    stored = {name if name in own else _HEAD.sub("lm_head.", name): name for name in finetuned.tensors}
+    names = {stored[found]: place for found, place in name_map(list(stored), list(own)).items()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = {place for place in own if own[place] is embedding.weight or own[place] is head.weight}
+    # Where one of the two is not stored, loading ties them, whatever the aligned model does.
+    one = len(ends & set(names.values())) == 1
+    if not one and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+        own = model.state_dict(keep_vars=True)
+    places = {name: (own[place],) for name, place in names.items()}
+    if one:
+        places |= {name: (embedding.weight, head.weight) for name in names if names[name] in ends}
+    if problems := list(_problems(model, finetuned, places)):
+        raise DeltaguardError(listed(f"{finetuned.reference} does not fit {aligned.reference}", problems))
+    return places
+
+
+def _problems(model: Any, finetuned: WeightSource, places: _Places) -> Iterator[str]:
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    growing = {id(parameter) for end in ends for parameter in end.parameters()}
+    for name, info in finetuned.tensors.items():
+        # Attention masks that old checkpoints hold have four dimensions, and are no weights.
+        is_matrix = len(info.shape) == 2 or (len(info.shape) > 2 and name.endswith(".weight"))
+        if name not in places and is_matrix and any(map(str.isdigit, name.split("."))):
+            yield f"`{name}`, {info.shape}, has no counterpart in the model"
+        for shape, place in ((tuple(place.shape), place) for place in places.get(name, ())):
+            larger = id(place) in growing and info.shape[1:] == shape[1:] and info.shape > shape
+            if info.shape != shape and not larger:
+                yield f"`{name}` is {info.shape}, and {shape} in the model"
+    known = {id(place) for group in places.values() for place in group}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known:
+            yield f"`{name}`, {tuple(parameter.shape)}, is in the model only"
+
+
+@torch.no_grad()
+def _grow(finetuned: WeightSource, places: _Places) -> None:
+    """Give the model the rows that only the fine-tuned vocabulary has; what is tied stays tied."""
+    for name, place in ((name, place) for name, group in places.items() for place in group):
+        if finetuned.tensors[name].shape != tuple(place.shape):
+            place.data = torch.cat([place, finetuned.read(name)[len(place) :].to(place)])

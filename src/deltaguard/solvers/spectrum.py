@@ -1,0 +1,117 @@
+"""A curvature matrix by its largest eigenpairs, and one number for all other directions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaguard.solvers.solution import working_dtype
+
+EXACT_SIZE = 2048
+"""Up to this size the whole eigendecomposition is computed; it costs seconds. Beyond, a randomised one."""
+
+_FLOOR = 0.01
+"""Share of the mean of the other eigenvalues that is added to them before their geometric mean is taken."""
+
+_OVERSAMPLING = 32
+_POWER_ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A symmetric, positive semi-definite matrix M ≈ V diag(values) Vᵀ + tail · (I - V Vᵀ).
+
+    Attributes:
+        values: (rank,), falling; none negative.
+        vectors: V, (n, rank), orthonormal; column i belongs to value i.
+        tail: the one eigenvalue that stands for the other n - rank; 0 where there are none.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    tail: float
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.vectors.shape[0]
+
+    def dense(self) -> Tensor:
+        """The matrix it stands for, (n, n)."""
+        vectors = self.vectors.to(self.values.dtype)
+        matrix = (vectors * (self.values - self.tail)) @ vectors.T
+        matrix.diagonal().add_(self.tail)
+        return matrix
+
+    def to(self, dtype: torch.dtype) -> "Spectrum":
+        """The same in another precision."""
+        return Spectrum(self.values.to(dtype), self.vectors.to(dtype), self.tail)
+
+
+def scaled_identity(size: int, value: float, *, like: Tensor) -> Spectrum:
+    """The matrix value · I, (size, size), on the device and in the dtype of `like`."""
+    return Spectrum(like.new_empty(0), like.new_empty(size, 0), value)
+
+
+def spectrum(curvature: Tensor, rank: int | None = None) -> Spectrum:
+    """The largest eigenpairs of a second moment, and the geometric mean of the others.
+
+    The geometric mean is that of the other eigenvalues, each raised by a hundredth of their arithmetic mean:
+    directions that no token reached have eigenvalue 0, which says that nothing is known about them, and would
+    pull the mean to 0, which says that they are free. Beyond `EXACT_SIZE` the eigenpairs come from randomised
+    subspace iteration (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) and the geometric mean from the
+    determinant, by a Cholesky factorisation; the same matrix gives the same result.
+
+    Args:
+        curvature: symmetric and positive semi-definite but for rounding, (n, n).
+        rank: how many eigenpairs are kept; all where absent.
+
+    Raises:
+        ValueError: `rank` does not lie in [0, n].
+
+    Example:
+        >>> import torch
+        >>> found = spectrum(torch.diag(torch.tensor([1.0, 9.0, 4.0])), rank=1)
+        >>> found.values.tolist(), round(found.tail, 2)
+        ([9.0], 2.02)
+    """
+    size = curvature.shape[0]
+    kept = size if rank is None else rank
+    if not 0 <= kept <= size:
+        raise ValueError(f"rank is {rank}; it must lie in [0, {size}].")
+    matrix = curvature.to(working_dtype(curvature))
+    if size <= EXACT_SIZE or kept + _OVERSAMPLING >= size // 2:
+        return _exact(matrix, kept)
+    return _randomised(matrix, kept)
+
+
+def _exact(matrix: Tensor, rank: int) -> Spectrum:
+    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    others = values[rank:].double()
+    floor = _FLOOR * others.mean() if len(others) else 0.0
+    tail = float((others + floor).log().mean().exp()) if bool(others.any()) else 0.0
+    return Spectrum(values[:rank].clone(), vectors[:, :rank].contiguous(), tail)
+
+
+def _randomised(matrix: Tensor, rank: int) -> Spectrum:
+    with torch.random.fork_rng([matrix.device] if matrix.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        vectors, values, _ = torch.svd_lowrank(matrix, q=rank + _OVERSAMPLING, niter=_POWER_ITERATIONS)
+    values, vectors = values[:rank].clone(), vectors[:, :rank].contiguous()
+    return Spectrum(values, vectors, _tail_from_determinant(matrix, values))
+
+
+def _tail_from_determinant(matrix: Tensor, values: Tensor) -> float:
+    """The log det(M + floor · I) less the logarithms of the kept eigenvalues, shared out among the others.
+
+    In float64: the determinant multiplies eigenvalues that lie many orders of magnitude apart.
+    """
+    others = matrix.shape[0] - len(values)
+    floor = _FLOOR * max(float(matrix.diagonal().double().sum() - values.double().sum()), 0.0) / others
+    if floor == 0:
+        return 0.0
+    damped = matrix.to(torch.float64, copy=True)
+    damped.diagonal().add_(floor)
+    log_determinant = 2 * torch.linalg.cholesky(damped).diagonal().log().sum()
+    return float(((log_determinant - (values.double() + floor).log().sum()) / others).exp())

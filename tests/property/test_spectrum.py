@@ -1,0 +1,125 @@
+"""Laws of curvature that is cut off, and of the search for one μ."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltaguard.solvers import (
+    closed_form,
+    joint_profile,
+    kfac,
+    profile,
+    project,
+    ridge,
+    scaled_identity,
+    spectrum,
+)
+from deltaguard.solvers.spectrum import _exact, _randomised
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moment(seed, size, decay=2.0):
+    x = normal(seed, size, 3 * size) * torch.logspace(decay, -decay, size, dtype=torch.float64)[:, None]
+    return x @ x.T / (3 * size)
+
+
+SIZES = st.integers(1, 8)
+SEEDS = st.integers(0, 10**6)
+MU = st.floats(1e-6, 1e4)
+
+
+@given(SEEDS, SIZES, SIZES, st.floats(0, 1), st.floats(0, 1), MU)
+def test_a_cut_off_spectrum_solves_for_the_matrix_it_stands_for(seed, rows, columns, of_g, of_h, mu):
+    aligned, finetuned = normal(seed, rows, columns), normal(seed + 1, rows, columns)
+    inputs = spectrum(moment(seed + 2, columns), round(of_h * columns))
+    outputs = spectrum(moment(seed + 3, rows), round(of_g * rows))
+    found = closed_form(aligned, finetuned, inputs, outputs, mu=mu)
+    expected = kfac(aligned, finetuned, inputs.dense(), outputs.dense(), mu=mu)
+    torch.testing.assert_close(found.weight, expected.weight, rtol=1e-6, atol=1e-8)
+    for name in ("kept_fraction", "safety_cost", "utility_loss"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-3, abs=1e-6), name
+
+
+@given(SEEDS, SIZES, SIZES, st.integers(0, 8), MU)
+def test_the_numbers_of_a_cut_off_solution_are_those_of_its_weight(seed, rows, columns, rank, mu):
+    aligned, finetuned = normal(seed, rows, columns), normal(seed + 1, rows, columns)
+    inputs = spectrum(moment(seed + 2, columns), min(rank, columns))
+    outputs = spectrum(moment(seed + 3, rows), min(rank, rows))
+    found = closed_form(aligned, finetuned, inputs, outputs, mu=mu)
+    delta, kept = finetuned - aligned, found.weight - aligned
+    H, G = inputs.dense(), outputs.dense()
+    cost = float(torch.trace(kept @ H @ kept.T) / torch.trace(delta @ H @ delta.T))
+    assert found.safety_cost == pytest.approx(cost, rel=1e-6, abs=1e-9)
+    # Prices within a bin stand at their mean.
+    predicted = 0.5 * float(torch.trace(G @ kept @ H @ kept.T))
+    assert found.detail["predicted_safety_kl"] == pytest.approx(predicted, rel=2e-3, abs=1e-12)
+    lost = float((kept - delta).square().sum() / delta.square().sum())
+    assert found.utility_loss == pytest.approx(lost, rel=2e-3, abs=1e-9)
+
+
+@given(SEEDS, SIZES, SIZES, MU, st.floats(0.1, 10))
+def test_ridge_is_the_closed_form_with_a_multiple_of_the_identity(seed, rows, columns, mu, scale):
+    aligned, finetuned, H = normal(seed, rows, columns), normal(seed + 1, rows, columns), moment(seed, columns)
+    inputs = spectrum(H)
+    found = closed_form(aligned, finetuned, inputs, scaled_identity(rows, scale, like=inputs.values), mu=mu)
+    torch.testing.assert_close(found.weight, ridge(aligned, finetuned, H, mu=mu * scale).weight)
+
+
+@given(SEEDS, SIZES)
+def test_the_tail_is_the_geometric_mean_of_what_is_cut_off(seed, size):
+    values = normal(seed, size).square() + 0.1
+    basis, _ = torch.linalg.qr(normal(seed + 1, size, size))
+    found = spectrum(basis @ torch.diag(values) @ basis.T, size // 2)
+    others = values.sort(descending=True).values[size // 2 :]
+    floored = others + others.mean() / 100
+    assert found.tail == pytest.approx(float(floored.log().mean().exp()), rel=1e-6)
+    assert spectrum(torch.diag(values)).tail == 0
+
+
+def test_directions_that_no_token_reached_are_not_free():
+    found = spectrum(torch.diag(torch.tensor([4.0, 1.0, 0.0, 0.0])), 1)
+    assert found.tail == pytest.approx((1.0033 * 0.0033**2) ** (1 / 3), rel=0.05)
+
+
+def test_the_randomised_spectrum_is_the_exact_one_and_repeats():
+    matrix = moment(0, 300, decay=3.0)
+    exact, drawn = _exact(matrix, 40), _randomised(matrix, 40)
+    torch.testing.assert_close(drawn.values, exact.values, rtol=1e-6, atol=0)
+    assert drawn.tail == pytest.approx(exact.tail, rel=1e-6)
+    torch.testing.assert_close(drawn.dense(), exact.dense(), rtol=0, atol=1e-6 * float(exact.values[0]))
+    before = torch.random.get_rng_state()
+    assert torch.equal(_randomised(matrix, 40).vectors, drawn.vectors)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_rank_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"rank is 4; it must lie in \[0, 3\]"):
+        spectrum(torch.eye(3), 4)
+
+
+@given(SEEDS, SIZES, SIZES, st.floats(1e-4, 1))
+def test_the_price_of_a_share_gives_that_share(seed, rows, columns, strength):
+    layers = [
+        project(normal(seed + i, rows, columns), spectrum(moment(seed + i, columns)), spectrum(moment(seed, rows)))
+        for i in range(2)
+    ]
+    joint = joint_profile(layer.profile() for layer in layers)
+    mu = joint.mu_of_share(strength)
+    spent = sum(layer.profile().predicted_kl(mu) for layer in layers)
+    whole = sum(layer.profile().predicted_kl(0) for layer in layers)
+    assert spent == pytest.approx(strength * whole, rel=5e-3)
+    assert joint.energy == pytest.approx(sum(float(layer.delta.square().sum()) for layer in layers))
+
+
+def test_the_ends_of_the_price_and_shares_outside():
+    found = profile(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0]))
+    assert (found.mu_of_share(0), found.mu_of_share(1)) == (math.inf, 0.0)
+    assert found.predicted_kl(math.inf) == 0
+    with pytest.raises(ValueError, match=r"strength is 1.5; it must lie in \[0, 1\]"):
+        found.mu_of_share(1.5)
