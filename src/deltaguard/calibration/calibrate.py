@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.calibration.conversations import (
@@ -26,17 +25,32 @@ from deltaguard.calibration.conversations import (
     sample,
     takes_system_role,
 )
-from deltaguard.calibration.observe import Accumulator, Observed, Partial, observe, refuse_experts
+from deltaguard.calibration.observe import (
+    INPUT,
+    Accumulator,
+    Batch,
+    Observed,
+    Partial,
+    observe,
+    padded,
+    refuse_experts,
+    sum_sizes,
+    take_sums,
+)
 from deltaguard.calibration.workspace import Workspace
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.shards import DTYPES
-from deltaguard.curvature.moments import Moment, Packed, pack
+from deltaguard.curvature.contents import Group, GroupCurvature, group_curvature, share_within
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import Group, Provenance, Request, versions, write_store
+from deltaguard.curvature.store_format import HeldOut, Provenance, Rank, Request, versions, write_store
+from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Event, Progress, ignore
 
 SAVE_SECONDS = 60.0
+
+STORE_SHARE = 0.25
+"""Bytes of a store that is cut off, as a share of the model's."""
 
 
 class CalibrateConfig(BaseModel):
@@ -44,7 +58,9 @@ class CalibrateConfig(BaseModel):
 
     Attributes:
         prompts: a prompts file (see `conversations.read_prompts`) instead of the package's prompts.
-        num_samples: how many conversations; of a shorter prompts file, all.
+        num_samples: how many conversations; of a shorter prompts file, all that are not held out.
+        num_held_out: how many further conversations safety KL is measured on; of the conversations or the
+            prompts file of a user, at most a fifth, and at least one.
         max_length: tokens of a conversation at most; the rest is cut off. A model with fewer positions
             takes as many as it has.
         max_new_tokens: tokens of a response at most, where the aligned model gives it.
@@ -53,6 +69,8 @@ class CalibrateConfig(BaseModel):
         dtype: the model's dtype; `auto` is the checkpoint's, and float32 on the CPU.
         seed: fixes which prompts are taken where there are more, and their order.
         dampening: λ / mean diag H of the factors (see `solvers.factor.factorise`).
+        rank: `auto` keeps as many eigenpairs as a quarter of the model's bytes hold; `full` all of them, the
+            raw sums, and the factors that methods `greedy` and `published` need.
         resume: go on with a run that was interrupted, and return a store that is finished.
     """
 
@@ -60,6 +78,7 @@ class CalibrateConfig(BaseModel):
 
     prompts: Path | None = None
     num_samples: int = Field(default=128, ge=1)
+    num_held_out: int = Field(default=64, ge=1)
     max_length: int = Field(default=512, ge=2)
     max_new_tokens: int = Field(default=64, ge=1)
     batch_size: int = Field(default=16, ge=1)
@@ -67,6 +86,7 @@ class CalibrateConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = 0
     dampening: float = Field(default=0.01, gt=0, le=1)
+    rank: Rank = "auto"
     resume: bool = False
 
 
@@ -79,10 +99,12 @@ def calibrate(
     progress: Progress | None = None,
     is_refusal: Callable[[str], bool] | None = None,
 ) -> CurvatureStore:
-    """Measure the curvature of an aligned model on safety conversations, and factorise it.
+    """Measure the curvature of an aligned model on safety conversations, and decompose it.
 
-    H = Σ x xᵀ over the inputs x of each linear layer in the decoder blocks, at all tokens of the
-    conversations, padding excluded. Conversations without a response are answered by the model first.
+    For each linear layer in the decoder blocks: H, the mean of x xᵀ over its inputs x at all tokens of the
+    conversations, padding excluded; and G, the sum of g gᵀ over the gradients g of the log-probability of
+    tokens drawn from the model at the response positions, with respect to the layer's output, divided by the
+    number of those positions. Conversations without a response are answered by the model first.
 
     Args:
         aligned: a local folder, a Hub id, or `id@revision`.
@@ -90,7 +112,7 @@ def calibrate(
         conversations: instead of the package's or a file's prompts.
         config: the options; their defaults where absent.
         progress: called as the stages `load`, `respond` (conversations), `accumulate` (batches) and
-            `factorise` (groups) go on.
+            `decompose` (groups) go on.
         is_refusal: a judge of responses; with it the store records the share that refuses.
 
     Returns:
@@ -101,14 +123,14 @@ def calibrate(
 
     Example:
         >>> store = calibrate("models/aligned", "store")  # doctest: +SKIP
-        >>> store.hessian("model.layers.0.mlp.down_proj").shape  # doctest: +SKIP
-        torch.Size([11008, 11008])
+        >>> store.input_spectrum("model.layers.0.mlp.down_proj").vectors.shape  # doctest: +SKIP
+        torch.Size([11008, 1164])
     """
     config = config or CalibrateConfig()
     source = Checkpoint.open(aligned)
     refuse_experts(source)
-    asked = _conversations(conversations, config)
-    device = _device(config.device)
+    asked = _asked(conversations, config)
+    device = find_device(config.device)
     request = _request(source, asked, config, device)
     with Workspace(Path(output_dir), request) as workspace:
         if not workspace.begin(resume=config.resume):
@@ -126,11 +148,24 @@ def calibrate(
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """Conversations to calibrate on, and others to measure on."""
+
+    calibration: Sequence[Conversation]
+    held_out: Sequence[Conversation]
+
+    @property
+    def all(self) -> list[Conversation]:
+        """Both, in this order."""
+        return [*self.calibration, *self.held_out]
+
+
+@dataclass(frozen=True)
 class _Run:
     """What a run works with from beginning to end."""
 
     source: Checkpoint
-    conversations: Sequence[Conversation]
+    asked: _Asked
     request: Request
     device: torch.device
     workspace: Workspace
@@ -142,48 +177,49 @@ class _Measured:
     """What is left once the model is not needed any more."""
 
     groups: tuple[Group, ...]
-    moments: dict[str, Moment]
+    partials: dict[str, Partial]
+    held_out: tuple[HeldOut, ...]
     provenance: Provenance
 
 
-def _conversations(given: Sequence[Conversation] | None, config: CalibrateConfig) -> Sequence[Conversation]:
+def _asked(given: Sequence[Conversation] | None, config: CalibrateConfig) -> _Asked:
     if given is not None and config.prompts is not None:
         raise DeltaguardError(
             f"Conversations were given, and a prompts file too ({config.prompts}): give one."
         )
-    if given is not None and not given:
-        raise DeltaguardError("No conversation was given: there is nothing to calibrate on.")
     if given is not None:
-        return given
+        return _split(given, len(given), config)
     if config.prompts is not None:
-        return sample(read_prompts(config.prompts), config.num_samples, seed=config.seed)
-    return build_conversations(config.num_samples, seed=config.seed)
+        return _split(read_prompts(config.prompts), config.num_samples, config)
+    return _Asked(
+        build_conversations(config.num_samples, seed=config.seed),
+        build_conversations(config.num_held_out, part="dial", seed=config.seed),
+    )
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+def _split(given: Sequence[Conversation], count: int, config: CalibrateConfig) -> _Asked:
+    """Hold out some of a user's conversations, and calibrate on `count` of the others."""
+    if len(given) < 2:
         raise DeltaguardError(
-            f"The device {name!r} cannot be used: {error}. Try `cpu`, or `auto`."
-        ) from error
-    return device
+            f"{len(given)} conversations were given; two are needed at least, since one is held out to "
+            "measure on."
+        )
+    held_out = sample(given, min(config.num_held_out, max(1, len(given) // 5)), seed=config.seed)
+    taken = {id(conversation) for conversation in held_out}
+    rest = [conversation for conversation in given if id(conversation) not in taken]
+    return _Asked(sample(rest, count, seed=config.seed), held_out)
 
 
-def _request(
-    source: Checkpoint, asked: Sequence[Conversation], config: CalibrateConfig, device: torch.device
-) -> Request:
+def _request(source: Checkpoint, asked: _Asked, config: CalibrateConfig, device: torch.device) -> Request:
     return Request(
         fingerprint=source.fingerprint(),
-        prompts_sha256=fingerprint(asked),
+        prompts_sha256=fingerprint(asked.all),
         max_length=config.max_length,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
         dtype=_dtype_name(source, config.dtype, device),
         dampening=config.dampening,
+        rank=config.rank,
     )
 
 
@@ -203,32 +239,42 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool] | None) -> _Measured:
     answered = respond(
         model,
         tokenizer,
-        run.conversations,
+        run.asked.all,
         max_new_tokens=request.max_new_tokens,
         batch_size=request.batch_size,
         journal=run.workspace.journal,
         on_batch=lambda done, total: run.report(Event("respond", done, total)),
     )
+    used, kept = answered[: len(run.asked.calibration)], answered[len(run.asked.calibration) :]
     limit = _positions(model, request.max_length)
-    texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered]
+    texts = [encode(tokenizer, conversation, max_length=limit) for conversation in used]
+    if all(len(text.ids) == text.prompt_length for text in texts):
+        raise DeltaguardError(
+            f"No conversation has a response within {limit} tokens: nothing can be learned about responses. "
+            "Allow longer conversations."
+        )
     observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
     partials = _accumulate(run, model, observed, _batches(texts, request.batch_size))
+    groups = tuple(
+        Group(g.name, g.in_features, partials[g.name + INPUT].moment.tokens, g.layers) for g in observed
+    )
+    limit_bytes = int(STORE_SHARE * sum(info.nbytes for info in run.source.tensors.values()))
     return _Measured(
-        groups=tuple(
-            Group(group.name, group.in_features, partials[group.name].moment.tokens, group.layers)
-            for group in observed
-        ),
-        moments={name: partial.moment for name, partial in partials.items()},
+        groups=groups,
+        partials=partials,
+        held_out=tuple(HeldOut(c.prompt, c.system, c.response or "") for c in kept),
         provenance=Provenance(
             **request.model_dump(),
             aligned=run.source.reference,
-            conversations_sha256=fingerprint(answered),
-            conversations=len(answered),
+            conversations_sha256=fingerprint(used),
+            conversations=len(used),
             tokens=sum(len(text.ids) for text in texts),
+            response_tokens=sum(len(text.ids) - text.prompt_length for text in texts),
             truncated=sum(text.truncated for text in texts),
             system_role="template" if takes_system_role(tokenizer) else "user turn",
-            refusal_share=None if is_refusal is None else _share(answered, is_refusal),
+            refusal_share=None if is_refusal is None else _share(used, is_refusal),
             uncovered=uncovered,
+            rank_share=1.0 if request.rank == "full" else share_within(groups, limit_bytes),
             versions=versions(),
         ),
     )
@@ -252,30 +298,20 @@ def _positions(model: Any, max_length: int) -> int:
     return min(max_length, positions or max_length)
 
 
-def _batches(texts: Sequence[Encoded], size: int) -> list[tuple[Tensor, Tensor]]:
-    """Token ids and masks, longest first: a run that does not fit into memory fails at its beginning."""
-    ordered = sorted((text.ids for text in texts), key=len, reverse=True)
-    batches: list[tuple[Tensor, Tensor]] = []
-    for start in range(0, len(ordered), size):
-        rows = ordered[start : start + size]
-        ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = True
-        batches.append((ids, mask))
-    return batches
+def _batches(texts: Sequence[Encoded], size: int) -> list[Batch]:
+    """Longest first: a run that does not fit into memory fails at its beginning."""
+    ordered = sorted(texts, key=lambda text: len(text.ids), reverse=True)
+    return [padded(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
 
 def _accumulate(
-    run: _Run, model: Any, observed: Sequence[Observed], batches: Sequence[tuple[Tensor, Tensor]]
+    run: _Run, model: Any, observed: Sequence[Observed], batches: Sequence[Batch]
 ) -> dict[str, Partial]:
-    accumulator = Accumulator(model, observed, run.workspace.load_sums(observed, run.device))
+    accumulator = Accumulator(model, observed, run.workspace.load_sums(sum_sizes(observed), run.device))
     saved = time.monotonic()
     try:
         for number in range(accumulator.batches, len(batches)):
-            ids, mask = batches[number]
-            accumulator.add(number, ids.to(run.device), mask.to(run.device))
+            accumulator.add(number, batches[number].to(run.device))
             run.report(Event("accumulate", number + 1, len(batches)))
             if time.monotonic() - saved >= SAVE_SECONDS:
                 run.workspace.save_sums(accumulator.partials)
@@ -291,13 +327,21 @@ def _share(answered: Sequence[Conversation], is_refusal: Callable[[str], bool]) 
 
 
 def _write(output: Path, measured: _Measured, report: Progress) -> None:
-    """Factorise group by group, each sum being given up when its turn has come."""
-    total = len(measured.groups)
+    """Decompose group by group, each sum being given up when its turn has come."""
+    total, done = len(measured.groups), 0
+    made = measured.provenance
 
-    def packed(group: Group) -> Packed:
-        moment = measured.moments.pop(group.name)
-        factorised = pack(group.name, moment, dampening=measured.provenance.dampening)
-        report(Event("factorise", total - len(measured.moments), total))
-        return factorised
+    def content(group: Group) -> GroupCurvature:
+        nonlocal done
+        found = group_curvature(
+            group,
+            take_sums(group, measured.partials),
+            response_tokens=made.response_tokens,
+            dampening=made.dampening,
+            extent=made.extent,
+        )
+        done += 1
+        report(Event("decompose", done, total))
+        return found
 
-    write_store(output, measured.provenance, measured.groups, packed)
+    write_store(output, made, measured.held_out, measured.groups, content)

@@ -1,22 +1,28 @@
-"""Which linear layers a model has, which of them see the same input, and the sums over what they see."""
+"""Which linear layers a model has, which of them see the same input, and the sums over what passes them."""
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from deltaguard.calibration.conversations import Encoded
 from deltaguard.checkpoints.checkpoint import WeightSource, name_map
 from deltaguard.checkpoints.layout import listed
+from deltaguard.curvature.contents import Group, Layer, Sums
 from deltaguard.curvature.moments import Moment, accumulate
-from deltaguard.curvature.store_format import Layer
 from deltaguard.errors import DeltaguardError
+from deltaguard.logits import logits_at
 
 _Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+_Add = Callable[[str, Tensor], None]
+
+INPUT, OUTPUT = ".input", ".output"
 
 
 @dataclass(frozen=True)
@@ -25,20 +31,20 @@ class Observed:
 
     Attributes:
         name: the first layer's name in the checkpoint.
-        module: the first layer; its input is the input of all.
+        modules: the layers in the model; the input of the first is the input of all.
         in_features: size of the input.
         layers: the layers as the checkpoint names them, in the model's order.
     """
 
     name: str
-    module: nn.Module
+    modules: tuple[nn.Module, ...]
     in_features: int
     layers: tuple[Layer, ...]
 
 
 @dataclass(frozen=True)
 class Partial:
-    """A group's sum over the first batches of a run."""
+    """One sum over the first batches of a run."""
 
     moment: Moment
     batches: int
@@ -91,7 +97,7 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
     observed = [
         Observed(
             name=layers[group[0]].tensor.removesuffix(".weight"),
-            module=linear[group[0]],
+            modules=tuple(linear[name] for name in group),
             in_features=_in_features(linear[group[0]]),
             layers=tuple(layers[name] for name in group),
         )
@@ -100,47 +106,146 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
     return observed, tuple(sorted(names.get(name, name) for name in weights - covered))
 
 
-class Accumulator:
-    """Sums Σ x xᵀ of every group, batch by batch.
-
-    A group's sum and the number of batches in it change together, so that the state is valid whenever
-    a run is interrupted: a group that has seen a batch already skips it.
+@dataclass(frozen=True)
+class Batch:
+    """Conversations side by side, padded at the end.
 
     Attributes:
-        partials: the sum of every group.
+        ids: token ids, (conversations, tokens).
+        mask: False for padding, the same shape.
+        answering: True where the next token is one of the response, the same shape.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    answering: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return Batch(self.ids.to(device), self.mask.to(device), self.answering.to(device))
+
+
+def sum_sizes(observed: Sequence[Observed]) -> dict[str, int]:
+    """The sums that calibration takes, and how many rows and columns each has."""
+    sizes: dict[str, int] = {}
+    for group in observed:
+        sizes[group.name + INPUT] = group.in_features
+        sizes |= {layer.name + OUTPUT: layer.out_features for layer in group.layers}
+    return sizes
+
+
+def take_sums(group: Group, partials: MutableMapping[str, Partial]) -> Sums:
+    """The sums of one group, which the mapping gives up."""
+    outputs = tuple(partials.pop(layer.name + OUTPUT).moment.total for layer in group.layers)
+    return Sums(partials.pop(group.name + INPUT).moment, outputs)
+
+
+def padded(texts: Sequence[Encoded]) -> Batch:
+    """Conversations as one batch."""
+    shape = len(texts), max(len(text.ids) for text in texts)
+    ids = torch.zeros(shape, dtype=torch.long)
+    mask, answering = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        length = len(text.ids)
+        ids[row, :length] = torch.tensor(text.ids)
+        mask[row, :length] = True
+        answering[row, text.prompt_length - 1 : length - 1] = True
+    return Batch(ids, mask, answering)
+
+
+class Accumulator:
+    """Sums Σ x xᵀ over the inputs of every group and Σ g gᵀ over the output gradients of every layer.
+
+    g is the gradient of the summed log-probability of response tokens that are drawn from the model itself,
+    with respect to the layer's output at one token: E[Σ g gᵀ] is the layer's block of the Fisher information
+    (Martens and Grosse 2015). One forward and one backward pass a batch; nothing of them is kept.
+
+    A sum and the number of batches in it change together, so that the state is valid whenever a run is
+    interrupted: a sum that has seen a batch already skips it.
+
+    Attributes:
+        partials: every sum by its name (see `sum_sizes`).
     """
 
     def __init__(self, model: Any, observed: Sequence[Observed], partials: Mapping[str, Partial]) -> None:
         self.partials = dict(partials)
-        self._decoder = model.get_decoder()
+        self._model = model
         self._observed = observed
 
     @property
     def batches(self) -> int:
-        """How many batches all groups have seen."""
+        """How many batches all sums have seen."""
         return min(partial.batches for partial in self.partials.values())
 
-    def add(self, batch: int, ids: Tensor, mask: Tensor) -> None:
-        """Run a batch, without the language model's head, and add its tokens.
+    def add(self, number: int, batch: Batch) -> None:
+        """Run a batch and add its tokens.
 
         Args:
-            batch: its number, counted from 0.
-            ids: (conversations, tokens), padded at the end.
-            mask: the same shape, False for padding, which is not added.
+            number: of the batch, counted from 0; the tokens drawn depend on it and on nothing else.
+            batch: on the model's device.
         """
-        chosen = mask.flatten()
+        chosen = batch.mask.flatten()
 
-        def hook(group: Observed) -> _Hook:
-            def add_inputs(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                partial = self.partials[group.name]
-                if partial.batches == batch:
-                    tokens = inputs[0].reshape(-1, group.in_features)[chosen]
-                    self.partials[group.name] = Partial(accumulate(partial.moment, tokens), batch + 1)
+        def add(name: str, vectors: Tensor) -> None:
+            known = self.partials[name]
+            if known.batches == number:
+                tokens = vectors.detach().reshape(-1, vectors.shape[-1])[chosen]
+                self.partials[name] = Partial(accumulate(known.moment, tokens), number + 1)
 
-            return add_inputs
+        with ExitStack() as stack:
+            stack.enter_context(_differentiable(self._model))
+            for handle in self._hooks(add):
+                stack.callback(handle.remove)
+            logits = logits_at(self._model, batch.ids, batch.mask, batch.answering)
+            drawn_likelihood(logits, seed=number).backward()
 
-        with _hooked((group.module, hook(group)) for group in self._observed):
-            _forward(self._decoder, ids, mask)
+    def _hooks(self, add: _Add) -> Iterator[RemovableHandle]:
+        for group in self._observed:
+            yield group.modules[0].register_forward_pre_hook(_input_hook(group.name + INPUT, add))
+            for layer, module in zip(group.layers, group.modules, strict=True):
+                yield module.register_forward_hook(_gradient_hook(layer.name + OUTPUT, add))
+
+
+def _input_hook(name: str, add: _Add) -> _Hook:
+    return lambda _module, inputs: add(name, inputs[0])
+
+
+def _gradient_hook(name: str, add: _Add) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def watch(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def keep(gradient: Tensor) -> None:
+            add(name, gradient)
+
+        output.register_hook(keep)
+
+    return watch
+
+
+def drawn_likelihood(logits: Tensor, *, seed: int) -> Tensor:
+    """The summed log-probability of one token drawn at each position, as a scalar to differentiate.
+
+    Args:
+        logits: (positions, vocabulary).
+        seed: of the draw.
+    """
+    scores = logits.float().log_softmax(-1)
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+    return scores.gather(-1, drawn).sum()
+
+
+@contextmanager
+def _differentiable(model: Any) -> Generator[None]:
+    """Gradients flow from the embeddings on, though no parameter takes one."""
+
+    def differentiate(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.requires_grad_()
+
+    handle = model.get_input_embeddings().register_forward_hook(differentiate)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -223,7 +328,7 @@ def _layers(
                 f"`{tensor}`, {tuple(stored.shape)}, differs from the model's `{name}.weight`, "
                 f"{tuple(weight.shape)}"
             )
-        layers[name] = Layer(tensor, transposed=isinstance(module, Conv1D))
+        layers[name] = Layer(tensor, isinstance(module, Conv1D), weight.numel() // _in_features(module))
     if problems:
         raise DeltaguardError(
             listed(f"transformers changes weights of {source.reference} while it loads them", problems)

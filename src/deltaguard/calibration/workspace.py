@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 
-from deltaguard.calibration.observe import Observed, Partial
+from deltaguard.calibration.observe import Partial
 from deltaguard.checkpoints.durable import explained, lock_folder
 from deltaguard.checkpoints.layout import listed
 from deltaguard.curvature.moments import Moment, empty_moment
@@ -87,22 +87,22 @@ class Workspace:
         if self._folder.exists():
             shutil.rmtree(self._folder)
 
-    def load_sums(self, observed: Sequence[Observed], device: torch.device) -> dict[str, Partial]:
-        """The sums so far, on the device; empty ones where there are none."""
+    def load_sums(self, sizes: Mapping[str, int], device: torch.device) -> dict[str, Partial]:
+        """The sums so far, on the device; empty ones of these sizes where there are none."""
         partials: dict[str, Partial] = {}
-        for number, group in enumerate(observed):
+        for number, (name, size) in enumerate(sizes.items()):
             path = self._sum_file(number)
             if not path.exists():
-                partials[group.name] = Partial(empty_moment(group.in_features, device=device), 0)
+                partials[name] = Partial(empty_moment(size, device=device), 0)
                 continue
             with safe_open(path, framework="pt") as file:
                 counts: dict[str, str] = file.metadata()
-                total = file.get_tensor(group.name).to(device)
-            partials[group.name] = Partial(Moment(total, int(counts["tokens"])), int(counts["batches"]))
+                total = file.get_tensor(name).to(device)
+            partials[name] = Partial(Moment(total, int(counts["tokens"])), int(counts["batches"]))
         return partials
 
     def save_sums(self, partials: Mapping[str, Partial]) -> None:
-        """Keep the sums so far, one file a group: a save that is interrupted leaves old and new ones."""
+        """Keep the sums so far, one file each: a save that is interrupted leaves old and new ones."""
         for number, (name, partial) in enumerate(partials.items()):
             _save_sum(self._sum_file(number), name, partial)
 

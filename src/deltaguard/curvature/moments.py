@@ -88,28 +88,42 @@ def normalise(moment: Moment) -> Tensor:
     return (upper + upper.triu(1).T) / moment.tokens
 
 
+def check_sum(name: str, total: Tensor, what: str) -> None:
+    """Refuse a sum that nothing can be learned from.
+
+    Args:
+        name: of the group or layer, for the messages.
+        total: the sum.
+        what: it was summed over, `inputs` or `gradients`. Gradients that are all zero are fine: they say that
+            the layer's output changes no prediction.
+
+    Raises:
+        DeltaguardError: an entry is not finite, or the sum over inputs is zero.
+    """
+    bad = int(total.numel() - total.isfinite().sum())
+    if bad:
+        raise DeltaguardError(
+            f"The curvature of `{name}` holds {bad} entries that are NaN or infinite: the aligned model's "
+            f"{what} overflow there. Calibrate in float32 or bfloat16."
+        )
+    if what == "inputs" and not bool(total.any()):
+        raise DeltaguardError(
+            f"The curvature of `{name}` is zero: its inputs are all zero, so nothing can be said about its "
+            "safety."
+        )
+
+
 def pack(name: str, moment: Moment, *, dampening: float) -> Packed:
     """Factorise the mean of a moment and pack both.
 
     Args:
         name: the group, for the messages.
-        moment: at least one token.
+        moment: at least one token, finite and not zero (see `check_sum`).
         dampening: see `solvers.factor.factorise`.
 
     Raises:
-        DeltaguardError: the sum is zero or not finite, or cannot be factorised.
+        DeltaguardError: the sum cannot be factorised.
     """
-    bad = int(moment.total.numel() - moment.total.isfinite().sum())
-    if bad:
-        raise DeltaguardError(
-            f"The curvature of `{name}` holds {bad} entries that are NaN or infinite: the aligned model's "
-            "activations overflow there. Calibrate in float32 or bfloat16."
-        )
-    if not bool(moment.total.any()):
-        raise DeltaguardError(
-            f"The curvature of `{name}` is zero after {moment.tokens} tokens: its inputs are all zero, so "
-            "nothing can be said about its safety."
-        )
     try:
         factor = factorise(normalise(moment), dampening=dampening)
     except ValueError as error:

@@ -2,6 +2,8 @@
 
 A store is a folder of safetensors files, each with whole groups, and `curvature.json`, which is written
 last: a folder with it is complete. Opening one reads that file and the headers; matrices are read on demand.
+It holds the largest eigenpairs of each layer's H and G; one made with `rank="full"` holds all of them, the
+raw sums, and the factors that `greedy` needs.
 """
 
 import shutil
@@ -11,20 +13,30 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
 from deltaguard.checkpoints.hub import locate
 from deltaguard.checkpoints.shards import TensorInfo, parse_header, read_header, read_tensor, shard_problem
-from deltaguard.curvature.moments import Packed, merge, normalise, pack, unpack_factor, unpack_moment
+from deltaguard.curvature.contents import (
+    PACKED_FIELDS,
+    Group,
+    GroupCurvature,
+    Sums,
+    group_curvature,
+    input_name,
+    output_name,
+    stored_shapes,
+)
+from deltaguard.curvature.moments import Packed, merge, normalise, unpack_factor, unpack_moment
 from deltaguard.curvature.store_format import (
     MANIFEST,
-    Group,
+    HeldOut,
     Manifest,
     Provenance,
     StoredGroup,
     read_manifest,
-    shapes,
     staged_folder,
     sync,
     versions,
@@ -33,6 +45,7 @@ from deltaguard.curvature.store_format import (
 )
 from deltaguard.errors import DeltaguardError
 from deltaguard.solvers.factor import Factor
+from deltaguard.solvers.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,8 @@ class CurvatureStore:
         ```python
         store = CurvatureStore.from_pretrained("my-store")
         group = store.group_of("model.layers.0.mlp.down_proj.weight")
-        H, factor = store.hessian(group.name), store.factor(group.name)
+        H = store.input_spectrum(group.name)
+        G = store.output_spectrum("model.layers.0.mlp.down_proj.weight")
         ```
     """
 
@@ -83,11 +97,51 @@ class CurvatureStore:
         """The group that a tensor of the aligned checkpoint belongs to; `None` where there is none."""
         return self._by_tensor.get(tensor)
 
+    @property
+    def held_out(self) -> tuple[HeldOut, ...]:
+        """Safety conversations that the curvature does not know, answered by the aligned model."""
+        return self.manifest.held_out
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether raw sums and factors are there."""
+        return self.provenance.rank == "full"
+
+    def input_spectrum(self, group: str) -> Spectrum:
+        """Eigenpairs of H, the mean of x xᵀ over the tokens.
+
+        Raises:
+            DeltaguardError: the store has no such group.
+        """
+        stored = self._stored(group)
+        return self._spectrum(input_name(stored.group), stored.tails[0])
+
+    def output_spectrum(self, tensor: str) -> Spectrum:
+        """Eigenpairs of G, the sum of g gᵀ over the tokens for each response token.
+
+        Args:
+            tensor: a layer's weight.
+
+        Raises:
+            DeltaguardError: the store has no such layer.
+        """
+        stored, number = self._stored_layer(tensor)
+        return self._spectrum(output_name(stored.group.layers[number]), stored.tails[number + 1])
+
+    def output_mean(self, tensor: str) -> float:
+        """The mean of the eigenvalues of a layer's G.
+
+        Raises:
+            DeltaguardError: the store has no such layer.
+        """
+        stored, number = self._stored_layer(tensor)
+        return stored.means[number + 1]
+
     def hessian(self, group: str) -> Tensor:
         """H, the mean of x xᵀ over the tokens, (in, in), float32, symmetric.
 
         Raises:
-            DeltaguardError: the store has no such group.
+            DeltaguardError: the store has no such group, or does not keep it whole.
         """
         return normalise(unpack_moment(self.packed(group)))
 
@@ -95,31 +149,33 @@ class CurvatureStore:
         """The factor of the damped H, as `solvers.factor.factorise` gave it.
 
         Raises:
-            DeltaguardError: the store has no such group.
+            DeltaguardError: the store has no such group, or does not keep it whole.
         """
         return unpack_factor(self.packed(group))
 
     def packed(self, group: str) -> Packed:
-        """What is stored of a group, in memory of its own (see `unpack_moment` and `unpack_factor`).
+        """The raw sum of H and its factor, in memory of its own (see `unpack_moment` and `unpack_factor`).
 
         Raises:
-            DeltaguardError: the store has no such group.
+            DeltaguardError: the store has no such group, or does not keep it whole.
         """
-        stored = self._by_name.get(group)
-        if stored is None:
-            raise DeltaguardError(
-                f"The store {self.folder} has no group `{group}`; it has {len(self.groups)}."
-            )
-        tensors = {
-            field: read_tensor(self.folder, self._tensors[f"{group}.{field}"])
-            for field in shapes(stored.group)
-        }
+        stored = self._stored(group)
+        if stored.damping is None or stored.dampening is None:
+            raise DeltaguardError(not_whole(self.folder, self.provenance.aligned))
+        tensors = {field: self._read(f"{group}.{field}") for field in PACKED_FIELDS}
         return Packed(
-            **tensors,
-            tokens=stored.group.tokens,
-            damping=stored.damping,
-            dampening=stored.dampening,
+            **tensors, tokens=stored.group.tokens, damping=stored.damping, dampening=stored.dampening
         )
+
+    def sums(self, group: str) -> Sums:
+        """The raw sums of a group.
+
+        Raises:
+            DeltaguardError: the store has no such group, or does not keep it whole.
+        """
+        moment = unpack_moment(self.packed(group))
+        layers = self._stored(group).group.layers
+        return Sums(moment, tuple(self._read(f"{output_name(layer)}.total") for layer in layers))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the store to a new folder.
@@ -163,22 +219,48 @@ class CurvatureStore:
             output_dir: a new folder.
 
         Raises:
-            DeltaguardError: the stores differ in model, groups, dtype or dampening, or the folder is not
-                empty.
+            DeltaguardError: the stores differ in model, groups, dtype or dampening, one does not keep its
+                sums, or the folder is not empty.
         """
         _check_mergeable(stores)
-        first = stores[0]
+        first, provenance = stores[0], _merged_provenance(stores)
         groups = [
             Group(g.name, g.in_features, sum(s.groups[i].tokens for s in stores), g.layers)
             for i, g in enumerate(first.groups)
         ]
 
-        def packed(group: Group) -> Packed:
-            moment = merge([unpack_moment(store.packed(group.name)) for store in stores])
-            return pack(group.name, moment, dampening=first.provenance.dampening)
+        def content(group: Group) -> GroupCurvature:
+            return group_curvature(
+                group,
+                _added([store.sums(group.name) for store in stores]),
+                response_tokens=provenance.response_tokens,
+                dampening=provenance.dampening,
+                extent=provenance.extent,
+            )
 
-        write_store(Path(output_dir), _merged_provenance(stores), groups, packed)
+        held_out = dict.fromkeys(row for store in stores for row in store.held_out)
+        write_store(Path(output_dir), provenance, tuple(held_out), groups, content)
         return CurvatureStore.from_pretrained(output_dir)
+
+    def _stored(self, group: str) -> StoredGroup:
+        stored = self._by_name.get(group)
+        if stored is None:
+            raise DeltaguardError(
+                f"The store {self.folder} has no group `{group}`; it has {len(self.groups)}."
+            )
+        return stored
+
+    def _stored_layer(self, tensor: str) -> tuple[StoredGroup, int]:
+        group = self.group_of(tensor)
+        if group is None:
+            raise DeltaguardError(f"The store {self.folder} has no layer `{tensor}`.")
+        return self._stored(group.name), [layer.tensor for layer in group.layers].index(tensor)
+
+    def _spectrum(self, name: str, tail: float) -> Spectrum:
+        return Spectrum(self._read(f"{name}.values"), self._read(f"{name}.vectors"), tail)
+
+    def _read(self, name: str) -> Tensor:
+        return read_tensor(self.folder, self._tensors[name])
 
     @cached_property
     def _by_name(self) -> dict[str, StoredGroup]:
@@ -208,21 +290,32 @@ class CurvatureStore:
             )
 
     def _group_problems(self, group: Group) -> list[str]:
-        found = {
-            field: info.shape
-            for field in shapes(group)
-            if (info := self._tensors.get(f"{group.name}.{field}")) is not None
-        }
+        shapes = stored_shapes(group, self.provenance.extent)
+        found = {name: info.shape for name in shapes if (info := self._tensors.get(name)) is not None}
         return [
-            f"`{group.name}.{field}` is {found.get(field, 'missing')}; it should be {shape}"
-            for field, shape in shapes(group).items()
-            if found.get(field) != shape
+            f"`{name}` is {found.get(name, 'missing')}; it should be {shape}"
+            for name, shape in shapes.items()
+            if found.get(name) != shape
         ]
+
+
+def not_whole(folder: Path, aligned: str) -> str:
+    """What to say where a store that is cut off cannot serve."""
+    return (
+        f"The store {folder} keeps the largest eigenpairs of each layer's curvature and no more. This needs "
+        f"the whole: make one with `deltaguard calibrate {aligned} -o STORE --rank full`."
+    )
+
+
+def _added(sums: Sequence[Sums]) -> Sums:
+    outputs = zip(*(part.outputs for part in sums), strict=True)
+    totals = tuple(torch.stack(totals).sum(dim=0) for totals in outputs)
+    return Sums(merge([part.inputs for part in sums]), totals)
 
 
 def _check_mergeable(stores: Sequence[CurvatureStore]) -> None:
     first = stores[0]
-    problems: list[str] = []
+    problems = [f"  {not_whole(s.folder, s.provenance.aligned)}" for s in stores if not s.is_whole]
     for store in stores[1:]:
         for field in ("fingerprint", "dtype", "dampening"):
             mine, other = getattr(first.provenance, field), getattr(store.provenance, field)
@@ -248,6 +341,7 @@ def _merged_provenance(stores: Sequence[CurvatureStore]) -> Provenance:
             "conversations_sha256": _joint_hash(p.conversations_sha256 for p in parts),
             "conversations": conversations,
             "tokens": sum(p.tokens for p in parts),
+            "response_tokens": sum(p.response_tokens for p in parts),
             "truncated": sum(p.truncated for p in parts),
             "refusal_share": sum(judged) / conversations if len(judged) == len(parts) else None,
             "versions": versions(),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,44 +14,31 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from deltaguard.checkpoints.durable import explained, flush_folder, lock_folder
-from deltaguard.curvature.moments import Packed
+from deltaguard.curvature.contents import Extent, Group, GroupCurvature, stored_bytes, stored_tensors
 from deltaguard.errors import DeltaguardError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Rank = Literal["auto", "full"]
 
 MANIFEST = "curvature.json"
 MAX_SHARD_BYTES = 4 * 10**9
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One linear layer.
+class HeldOut:
+    """A safety conversation that the curvature does not know; safety KL is measured on these.
 
     Attributes:
-        tensor: its weight's name in the aligned checkpoint.
-        transposed: whether the weight is stored (in, out), as GPT-2's Conv1D is, not (out, in).
+        prompt: what the user says.
+        system: the system message; `None` leaves the chat template's own default in place.
+        response: the aligned model's answer.
     """
 
-    tensor: str
-    transposed: bool
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers that see the same input, and so share one H.
-
-    Attributes:
-        name: the first layer's name.
-        in_features: size of the input, and of H.
-        tokens: how many tokens H was summed over.
-        layers: the layers, in the model's order.
-    """
-
-    name: str
-    in_features: int
-    tokens: int
-    layers: tuple[Layer, ...]
+    prompt: str
+    system: str | None
+    response: str
 
 
 class Request(BaseModel):
@@ -60,12 +46,15 @@ class Request(BaseModel):
 
     Attributes:
         fingerprint: content hash of the aligned model (`Checkpoint.fingerprint`).
-        prompts_sha256: hash of the conversations as they were given, most without responses.
+        prompts_sha256: hash of the conversations as they were given, most without responses; of those that
+            are held out, too.
         max_length: tokens of a conversation at most.
         max_new_tokens: tokens of a self-generated response at most.
         batch_size: conversations per batch.
         dtype: the model's dtype while calibrating; sums are float32.
         dampening: the dampening asked for, relative to mean diag H.
+        rank: `full` keeps raw sums, factors and all eigenpairs; `auto` as many eigenpairs as a quarter of the
+            model's bytes hold.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,6 +66,7 @@ class Request(BaseModel):
     batch_size: int
     dtype: str
     dampening: float
+    rank: Rank
 
 
 class Provenance(Request):
@@ -88,6 +78,8 @@ class Provenance(Request):
         conversations: how many.
         tokens: over how many tokens H was summed.
         tokens_used: which tokens of a conversation those are.
+        response_tokens: how many tokens of a response were drawn for G.
+        rank_share: share of the eigenpairs that is kept.
         truncated: how many conversations were cut off at the maximal length.
         system_role: `user turn` where the chat template takes no system message and it was put at the
             head of the user turn.
@@ -101,22 +93,40 @@ class Provenance(Request):
     conversations: int
     tokens: int
     tokens_used: Literal["prompt and response"] = "prompt and response"
+    response_tokens: int
+    rank_share: float
     truncated: int
     system_role: Literal["template", "user turn"]
     refusal_share: float | None
     uncovered: tuple[str, ...]
     versions: Mapping[str, str]
 
+    @property
+    def extent(self) -> Extent:
+        """How much of each group is stored."""
+        return Extent(self.rank_share, whole=self.rank == "full")
+
 
 class StoredGroup(BaseModel):
-    """A group, the file that holds it, and the numbers of its factor."""
+    """A group, the file that holds it, and numbers that are no tensors.
+
+    Attributes:
+        group: the group.
+        shard: the file.
+        tails: what stands for the eigenvalues that are not kept, of H and of each layer's G.
+        means: of all eigenvalues, likewise.
+        damping: of the factor, where there is one.
+        dampening: likewise.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     group: Group
     shard: str
-    damping: float
-    dampening: float
+    tails: tuple[float, ...]
+    means: tuple[float, ...]
+    damping: float | None
+    dampening: float | None
 
 
 class Manifest(BaseModel):
@@ -124,8 +134,9 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     provenance: Provenance
+    held_out: tuple[HeldOut, ...]
     groups: tuple[StoredGroup, ...]
 
 
@@ -159,8 +170,9 @@ def read_manifest(folder: Path) -> Manifest:
 def write_store(
     folder: Path,
     provenance: Provenance,
+    held_out: Sequence[HeldOut],
     groups: Sequence[Group],
-    packed: Callable[[Group], Packed],
+    content: Callable[[Group], GroupCurvature],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -169,29 +181,40 @@ def write_store(
     Args:
         folder: where to; absent or empty.
         provenance: where the store comes from.
+        held_out: conversations that safety KL is measured on.
         groups: the groups, in the model's order.
-        packed: called once per group, in that order, when it is about to be written.
+        content: called once per group, in that order, when it is about to be written.
         max_shard_bytes: a file holds whole groups, and as many as fit, at least one.
 
     Raises:
-        DeltaguardError: the folder exists and is not empty, or a group cannot be factorised.
+        DeltaguardError: the folder exists and is not empty, or a group is of no use.
     """
-    plan = _shard_plan(groups, max_shard_bytes)
+    extent = provenance.extent
+    plan = _shard_plan(groups, extent, max_shard_bytes)
     with staged_folder(folder) as staged:
         stored: list[StoredGroup] = []
         for number, members in enumerate(plan, start=1):
             shard = f"curvature-{number:05}-of-{len(plan):05}.safetensors"
             tensors: dict[str, Tensor] = {}
             for group in members:
-                content = packed(group)
-                tensors |= {f"{group.name}.{field}": getattr(content, field).cpu() for field in shapes(group)}
-                stored.append(
-                    StoredGroup(
-                        group=group, shard=shard, damping=content.damping, dampening=content.dampening
-                    )
-                )
+                found = content(group)
+                tensors |= stored_tensors(group, found, extent)
+                stored.append(_stored_group(group, shard, found))
             save_tensors(tensors, staged / shard)
-        write_manifest(staged, Manifest(provenance=provenance, groups=tuple(stored)))
+        manifest = Manifest(provenance=provenance, held_out=tuple(held_out), groups=tuple(stored))
+        write_manifest(staged, manifest)
+
+
+def _stored_group(group: Group, shard: str, content: GroupCurvature) -> StoredGroup:
+    parts = (content.inputs, *content.outputs)
+    return StoredGroup(
+        group=group,
+        shard=shard,
+        tails=tuple(part.spectrum.tail for part in parts),
+        means=tuple(part.mean for part in parts),
+        damping=content.packed.damping if content.packed else None,
+        dampening=content.packed.dampening if content.packed else None,
+    )
 
 
 @contextmanager
@@ -264,20 +287,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     sync(path)
 
 
-def _shard_plan(groups: Sequence[Group], max_bytes: int) -> list[list[Group]]:
+def _shard_plan(groups: Sequence[Group], extent: Extent, max_bytes: int) -> list[list[Group]]:
     plan: list[list[Group]] = []
     room = 0
     for group in groups:
-        size = sum(4 * prod(shape) for shape in shapes(group).values())
+        size = stored_bytes(group, extent)
         if not plan or size > room:
             plan.append([])
             room = max_bytes
         plan[-1].append(group)
         room -= size
     return plan
-
-
-def shapes(group: Group) -> dict[str, tuple[int, ...]]:
-    """The tensors stored for a group, `{group}.{field}`: fields of `Packed`, 4 bytes an entry."""
-    n = group.in_features
-    return {"matrix": (n, n), "diagonal": (n,), "order": (n,), "inverse_diagonal": (n,)}

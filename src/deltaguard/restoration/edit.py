@@ -2,22 +2,30 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deltaguard.checkpoints.checkpoint import WeightSource
-from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.restore import LayerRow, OtherRow
+from deltaguard.restoration.curvature import Curvature, CurvatureReader, Spectra
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Step
-from deltaguard.solvers import Factor, Solution, greedy_factored, interpolate, published
-from deltaguard.solvers.solution import is_finite
+from deltaguard.solvers import (
+    Factor,
+    Profile,
+    Solution,
+    closed_form,
+    greedy_factored,
+    interpolate,
+    project,
+    published,
+)
+from deltaguard.solvers.solution import check_matrices, is_finite, working_dtype
 
 
 @dataclass(frozen=True)
@@ -29,14 +37,21 @@ class Inputs:
         finetuned: the fine-tuned tensor.
         aligned: the aligned tensor, None where the aligned model has none.
         differs: whether the two tensors differ; True where there is no aligned one.
-        curvature: a Factor for `greedy`, H for `published`, None for what needs none.
+        curvature: what the method needs, None where it needs none.
     """
 
     step: Step
     finetuned: Tensor
     aligned: Tensor | None
     differs: bool
-    curvature: Factor | Tensor | None
+    curvature: Curvature | None
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The aligned and the fine-tuned weight, each (out, in)."""
+        aligned = self.aligned
+        assert aligned is not None, "a tensor that is restored has an aligned counterpart"  # noqa: S101
+        return (aligned.T, self.finetuned.T) if self.step.transposed else (aligned, self.finetuned)
 
 
 @dataclass(frozen=True)
@@ -45,28 +60,6 @@ class Edited:
 
     tensor: Tensor
     row: LayerRow | OtherRow
-
-
-@dataclass
-class CurvatureReader:
-    """Reads each group's curvature once, and holds it only while layers of the group are still to come."""
-
-    store: CurvatureStore
-    method: str
-    uses: Counter[str]
-    held: dict[str, Factor | Tensor] = field(default_factory=dict[str, Factor | Tensor])
-
-    def take(self, group: str, *, needed: bool) -> Factor | Tensor | None:
-        """The group's curvature in the form that the method needs; nothing is read where it is not needed."""
-        if needed and group not in self.held:
-            self.held[group] = (
-                self.store.factor(group) if self.method == "greedy" else self.store.hessian(group)
-            )
-        self.uses[group] -= 1
-        taken = self.held.get(group) if needed else None
-        if not self.uses[group]:
-            self.held.pop(group, None)
-        return taken
 
 
 def read_ahead(
@@ -84,7 +77,7 @@ def read_ahead(
         tuned = finetuned.read(step.info.name)
         base = aligned.read(step.aligned) if step.aligned else None
         differs = base is None or not _same(base, tuned)
-        known = curvature.take(step.group, needed=differs) if curvature and step.group else None
+        known = curvature.take(step, needed=differs) if curvature else None
         return Inputs(step=step, finetuned=tuned, aligned=base, differs=differs, curvature=known)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
@@ -98,12 +91,13 @@ def read_ahead(
             yield pending.result()
 
 
-def edit(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edited:
+def edit(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.dtype) -> Edited:
     """Carry out one step.
 
     Args:
         inputs: what the step needs.
         config: the restore's options.
+        mu: the price of safety, for the methods that have one.
         dtype: dtype of the output tensor.
 
     Returns:
@@ -112,7 +106,8 @@ def edit(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edited:
     Raises:
         DeltaguardError: the weights are not finite, or the solver failed; the message names the tensor.
     """
-    edited = _restore(inputs, config, dtype) if inputs.step.action is Action.RESTORE else _take(inputs, dtype)
+    restored = inputs.step.action is Action.RESTORE
+    edited = _restore(inputs, config, mu, dtype) if restored else _take(inputs, dtype)
     if edited.tensor.is_floating_point() and not is_finite(edited.tensor):
         raise DeltaguardError(
             f"Tensor `{inputs.step.info.name}` would hold NaN or infinite values in {dtype}. If they are not "
@@ -121,13 +116,31 @@ def edit(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edited:
     return edited
 
 
+def profile_of(inputs: Inputs) -> Profile:
+    """How a layer's delta is spread over prices of safety.
+
+    Raises:
+        DeltaguardError: the weights are not finite; the message names the tensor.
+    """
+    spectra = inputs.curvature
+    if not inputs.differs or not isinstance(spectra, Spectra):
+        return Profile(torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64))
+    aligned, finetuned = inputs.pair
+    try:
+        check_matrices(aligned, finetuned)
+    except ValueError as error:
+        raise DeltaguardError(f"Tensor `{inputs.step.info.name}`: {error}") from error
+    dtype = working_dtype(aligned, finetuned)
+    return project(finetuned.to(dtype) - aligned.to(dtype), spectra.inputs, spectra.outputs).profile()
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     dtype = torch.promote_types(one.dtype, other.dtype)
     return one.shape == other.shape and torch.equal(one.to(dtype), other.to(dtype))
 
 
-def _restore(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edited:
-    step, finetuned, aligned = inputs.step, inputs.finetuned, _known(inputs.aligned)
+def _restore(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.dtype) -> Edited:
+    step, finetuned = inputs.step, inputs.finetuned
     started = time.perf_counter()
     if not inputs.differs:
         same = Solution(
@@ -138,9 +151,8 @@ def _restore(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edite
             detail={"delta_norm": 0.0},
         )
         return Edited(finetuned.to(dtype), _row(step, same, started))
-    pair = (aligned.T, finetuned.T) if step.transposed else (aligned, finetuned)
     try:
-        solution = _solve(*pair, inputs.curvature, config)
+        solution = _solve(inputs, config, mu)
     except ValueError as error:
         raise DeltaguardError(f"Tensor `{step.info.name}`: {error}") from error
     restored = solution.weight.T if step.transposed else solution.weight
@@ -148,10 +160,12 @@ def _restore(inputs: Inputs, config: RestoreConfig, dtype: torch.dtype) -> Edite
     return Edited(restored, _row(step, solution, started))
 
 
-def _solve(
-    aligned: Tensor, finetuned: Tensor, curvature: Factor | Tensor | None, config: RestoreConfig
-) -> Solution:
-    strength = config.chosen_strength
+def _solve(inputs: Inputs, config: RestoreConfig, mu: float | None) -> Solution:
+    aligned, finetuned = inputs.pair
+    strength, curvature = config.chosen_strength, inputs.curvature
+    if isinstance(curvature, Spectra) and mu is not None:
+        check_matrices(aligned, finetuned)
+        return closed_form(aligned, finetuned, curvature.inputs, curvature.outputs, mu=mu)
     if isinstance(curvature, Factor):
         return greedy_factored(
             aligned,
@@ -161,7 +175,7 @@ def _solve(
             budget=config.budget,
             compensation=config.compensation,
         )
-    if curvature is not None:
+    if isinstance(curvature, Tensor):
         return published(aligned, finetuned, curvature, strength=strength)
     return interpolate(aligned, finetuned, alpha=strength)
 
@@ -199,8 +213,3 @@ def _row(step: Step, solution: Solution, started: float) -> LayerRow:
         seconds=time.perf_counter() - started,
         detail=own,
     )
-
-
-def _known(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None, "a tensor that is restored has an aligned counterpart"  # noqa: S101
-    return tensor

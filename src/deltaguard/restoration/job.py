@@ -6,8 +6,9 @@ from pathlib import Path
 
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource
-from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import MANIFEST
+from deltaguard.curvature.store import CurvatureStore, not_whole
+from deltaguard.curvature.store_format import MANIFEST, Rank
+from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Progress
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Plan, make_plan
@@ -17,13 +18,19 @@ from deltaguard.restoration.plan import Plan, make_plan
 class Job:
     """A pair of models and, where the method needs it, the aligned one's curvature."""
 
-    aligned: WeightSource
+    aligned: Checkpoint
     finetuned: WeightSource
     store: CurvatureStore | None
 
     def plan(self, config: RestoreConfig) -> Plan:
         """What would be done, from headers alone."""
-        return make_plan(self.aligned, self.finetuned, store=self.store, other_params=config.other_params)
+        return make_plan(
+            self.aligned,
+            self.finetuned,
+            store=self.store,
+            other_params=config.other_params,
+            rank=config.rank,
+        )
 
 
 def open_models(aligned: str | Path, finetuned: str | Path) -> tuple[Checkpoint, WeightSource]:
@@ -66,35 +73,42 @@ def open_job(
     base, tuned = open_models(aligned, finetuned)
     if not config.needs_curvature:
         return Job(base, tuned, None)
-    known = find_store(base, store)
+    known = find_store(base, store, rank=config.rank)
     if known is None:
         from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
 
-        folder = default_store_folder(base)
-        known = calibrate(aligned, folder, config=CalibrateConfig(resume=True), progress=progress)
+        folder = default_store_folder(base, config.rank)
+        how = CalibrateConfig(resume=True, rank=config.rank, device=config.device)
+        known = calibrate(aligned, folder, config=how, progress=progress)
     return Job(base, tuned, known)
 
 
-def find_store(aligned: Checkpoint, store: CurvatureStore | str | Path | None) -> CurvatureStore | None:
+def find_store(
+    aligned: Checkpoint, store: CurvatureStore | str | Path | None, *, rank: Rank
+) -> CurvatureStore | None:
     """The store that was named, else the one in `default_store_folder`, else None.
 
     Raises:
-        DeltaguardError: a store was named and cannot be opened.
+        DeltaguardError: a store was named and cannot be opened, or does not keep what is needed.
     """
     if isinstance(store, CurvatureStore):
-        return store
-    if store is not None:
-        return CurvatureStore.from_pretrained(store)
-    folder = default_store_folder(aligned)
-    return CurvatureStore.from_pretrained(folder) if (folder / MANIFEST).is_file() else None
+        known = store
+    elif store is not None:
+        known = CurvatureStore.from_pretrained(store)
+    else:
+        folder = default_store_folder(aligned, rank)
+        return CurvatureStore.from_pretrained(folder) if (folder / MANIFEST).is_file() else None
+    if rank == "full" and not known.is_whole:
+        raise DeltaguardError(not_whole(known.folder, known.provenance.aligned))
+    return known
 
 
-def default_store_folder(aligned: Checkpoint) -> Path:
-    """Where the store of an aligned model is kept if none is named: one folder per fingerprint.
+def default_store_folder(aligned: Checkpoint, rank: Rank) -> Path:
+    """Where the store of an aligned model is kept if none is named: one folder per fingerprint and rank.
 
     Under `DELTAGUARD_CACHE`, else `XDG_CACHE_HOME/deltaguard`, else `~/.cache/deltaguard`.
     """
     cache = os.environ.get("DELTAGUARD_CACHE")
     if cache is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaguard"
-    return Path(cache) / aligned.fingerprint()[:32]
+    return Path(cache) / f"{aligned.fingerprint()[:32]}-{rank}"

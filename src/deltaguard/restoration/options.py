@@ -2,13 +2,18 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Method = Literal["greedy", "published", "interpolate"]
+from deltaguard.curvature.store_format import Rank
+
+Method = Literal["kfac", "ridge", "greedy", "published", "interpolate"]
 OtherParams = Literal["aligned", "finetuned"]
 # The solvers' own names for their options, said again here because the solvers import torch.
 Budget = Literal["paper", "fraction"]
 Compensation = Literal["joint", "additive", "none"]
+
+DEFAULT_MAX_SAFETY_KL = 1e-4
+"""Nats per response token that a restore may cost by default; docs/strength.md says why."""
 
 DEFAULT_STRENGTH = 0.55
 """Share of the summed safety cost that `greedy` spends by default; docs/strength.md says why."""
@@ -19,46 +24,74 @@ class RestoreConfig(BaseModel):
 
     Attributes:
         method: the solver; `interpolate` needs no curvature.
-        strength: how much is kept, larger keeps more; None takes the default of `greedy` with the budget
-            "fraction". Other methods have no default that serves every model, so it must be given.
+        max_safety_kl: the dial of `kfac` and `ridge`, and their default: keep as much as a safety KL of so
+            many nats per response token allows, measured on held-out safety conversations.
+        strength: how much is kept, larger keeps more, instead of the dial. `kfac` and `ridge`: share of the
+            delta's predicted safety KL; `greedy` has a default with the budget "fraction"; `published` and
+            `interpolate` have none.
         budget: how `greedy` reads the strength, see `solvers.greedy`.
         compensation: what `greedy` does to the entries that it does not keep.
         other_params: where norms, biases, embeddings and the output head come from.
+        device: where the model runs that the dial measures; `auto` is CUDA where there is one.
         overwrite: replace the checkpoint in the output folder; files of other names stay.
         resume: go on with a restore that was interrupted, one begun with overwrite too.
 
     Example:
-        >>> RestoreConfig(method="interpolate", strength=0.5).chosen_strength
-        0.5
+        >>> RestoreConfig().dial
+        0.0001
+        >>> RestoreConfig(method="interpolate", strength=0.5).dial is None
+        True
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Method = "greedy"
+    method: Method = "kfac"
+    max_safety_kl: float | None = Field(default=None, gt=0)
     strength: float | None = None
     budget: Budget = "fraction"
     compensation: Compensation = "joint"
     other_params: OtherParams = "aligned"
+    device: str = "auto"
     overwrite: bool = False
     resume: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> "RestoreConfig":
+        if self.max_safety_kl is not None and not self.has_price:
+            raise ValueError(f"max_safety_kl is the dial of methods kfac and ridge; {self.method} has none.")
+        if self.max_safety_kl is not None and self.strength is not None:
+            raise ValueError("max_safety_kl and strength both say how much is kept: give one.")
+        if self.method != "greedy" and (self.budget != "fraction" or self.compensation != "joint"):
+            raise ValueError("budget and compensation are options of method greedy.")
+        self._check_strength()
+        return self
+
+    def _check_strength(self) -> None:
         default = self.method == "greedy" and self.budget == "fraction"
-        if self.strength is None and not default:
+        if self.strength is None and not (default or self.has_price):
             raise ValueError(
                 f"strength has no default with method {self.method} and budget {self.budget}: give one."
             )
-        top = 1.0 if default or self.method == "interpolate" else float("inf")
-        if not 0 <= self.chosen_strength <= top:
+        bounded = default or self.has_price or self.method == "interpolate"
+        top = 1.0 if bounded else float("inf")
+        if self.strength is not None and not 0 <= self.strength <= top:
             raise ValueError(f"strength is {self.strength}; it must lie in [0, {top:g}].")
-        if self.method != "greedy" and (self.budget != "fraction" or self.compensation != "joint"):
-            raise ValueError("budget and compensation are options of method greedy.")
-        return self
+
+    @property
+    def has_price(self) -> bool:
+        """Whether the method has one price of safety, μ, for all layers."""
+        return self.method in ("kfac", "ridge")
+
+    @property
+    def dial(self) -> float | None:
+        """The safety KL allowed, or `None` where a strength decides."""
+        if not self.has_price or self.strength is not None:
+            return None
+        return DEFAULT_MAX_SAFETY_KL if self.max_safety_kl is None else self.max_safety_kl
 
     @property
     def chosen_strength(self) -> float:
-        """The strength given, or the default."""
+        """The strength given, or the default of `greedy`."""
         return DEFAULT_STRENGTH if self.strength is None else self.strength
 
     @property
@@ -66,6 +99,17 @@ class RestoreConfig(BaseModel):
         """Whether the method needs a CurvatureStore."""
         return self.method != "interpolate"
 
+    @property
+    def rank(self) -> Rank:
+        """What a CurvatureStore must keep for the method."""
+        return "auto" if self.has_price else "full"
+
     def what_is_solved(self) -> dict[str, str | float | bool | None]:
         """The options that decide the output, for the report and for recognising an interrupted run."""
-        return self.model_dump(exclude={"overwrite", "resume"}) | {"strength": self.chosen_strength}
+        own = {"max_safety_kl": self.dial} if self.has_price else {"strength": self.chosen_strength}
+        if self.has_price and self.strength is not None:
+            own = {"strength": self.strength}
+        of_greedy = {"budget", "compensation"} if self.method != "greedy" else set[str]()
+        hidden = {"overwrite", "resume", "device", "max_safety_kl", "strength"} | of_greedy
+        chosen = self.model_dump(exclude=hidden)
+        return {"method": chosen.pop("method"), **own, **chosen}

@@ -7,7 +7,9 @@ from enum import StrEnum
 
 from deltaguard.checkpoints.checkpoint import TensorInfo, WeightSource, name_map
 from deltaguard.checkpoints.vocabulary import vocabulary_size
+from deltaguard.curvature.contents import Group, spectra_bytes
 from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import Rank
 from deltaguard.errors import DeltaguardError
 from deltaguard.restoration.options import OtherParams
 
@@ -53,6 +55,12 @@ class Step:
     reason: str
     shared_rows: int = 0
 
+    @property
+    def aligned_name(self) -> str:
+        """The name in the aligned checkpoint of a tensor that has one."""
+        assert self.aligned is not None, "a tensor that is restored has an aligned counterpart"  # noqa: S101
+        return self.aligned
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -87,6 +95,7 @@ def make_plan(
     *,
     store: CurvatureStore | None,
     other_params: OtherParams = "aligned",
+    rank: Rank = "auto",
 ) -> Plan:
     """Decide what becomes of every tensor of the fine-tuned checkpoint.
 
@@ -96,6 +105,7 @@ def make_plan(
         store: the aligned model's curvature, whose layers are restored; None where the method needs
             none: then every matrix inside a decoder block is restored.
         other_params: where norms, biases, embeddings and the output head come from.
+        rank: what the method reads from the store: eigenpairs, or the whole.
 
     Returns:
         The plan.
@@ -124,7 +134,7 @@ def make_plan(
         raise DeltaguardError(
             f"No layer of {finetuned.reference} can be restored: no numbered decoder block holds a matrix."
         )
-    return _with_sizes(tuple(steps), aligned, store)
+    return _with_sizes(tuple(steps), aligned, store, rank)
 
 
 _LayerRule = Callable[[TensorInfo], tuple[str | None, bool] | None]
@@ -251,22 +261,28 @@ def _mismatch(aligned: WeightSource, finetuned: WeightSource, problems: Sequence
     return "\n".join(lines)
 
 
-def _with_sizes(steps: tuple[Step, ...], aligned: WeightSource, store: CurvatureStore | None) -> Plan:
+def _with_sizes(
+    steps: tuple[Step, ...], aligned: WeightSource, store: CurvatureStore | None, rank: Rank
+) -> Plan:
     read = sum(step.info.nbytes for step in steps)
     read += sum(aligned.tensors[step.aligned].nbytes for step in steps if step.aligned)
     used = {step.group for step in steps if step.group}
-    sides = [group.in_features for group in store.groups if group.name in used] if store else []
+    curvature = [_curvature_bytes(store, g, rank) for g in store.groups if g.name in used] if store else []
     entries = max(_entries(step) for step in steps if step.action is Action.RESTORE)
     largest = max(step.info.nbytes for step in steps)
     # Two tensors in flight, eight float32 matrices of the layer's shape and three of its curvature's.
-    peak = 4 * largest + 4 * (8 * entries + 3 * max(sides, default=0) ** 2)
+    peak = 4 * largest + 4 * 8 * entries + 3 * max(curvature, default=0)
     return Plan(
         steps=steps,
         read_bytes=read,
         write_bytes=sum(step.info.nbytes for step in steps),
-        curvature_bytes=4 * sum(side**2 for side in sides),
+        curvature_bytes=sum(curvature),
         peak_bytes=peak,
     )
+
+
+def _curvature_bytes(store: CurvatureStore, group: Group, rank: Rank) -> int:
+    return 4 * group.in_features**2 if rank == "full" else spectra_bytes(group, store.provenance.extent)
 
 
 def _entries(step: Step) -> int:

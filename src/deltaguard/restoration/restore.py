@@ -5,7 +5,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from deltaguard.memory import peak_memory_bytes
 from deltaguard.progress import Event, Progress
 from deltaguard.report.base import ModelReference, environment
 from deltaguard.report.restore import REPORT_NAME, FileRow, LayerRow, OtherRow, PlanReport, RestoreReport
-from deltaguard.restoration.edit import CurvatureReader, Edited, edit, read_ahead
+from deltaguard.restoration.curvature import CurvatureReader
+from deltaguard.restoration.edit import edit, read_ahead
 from deltaguard.restoration.job import Job, find_store, open_job, open_models
 from deltaguard.restoration.options import RestoreConfig
-from deltaguard.restoration.plan import Action, Plan, Step, make_plan
+from deltaguard.restoration.plan import Action, Plan
+from deltaguard.restoration.price import Price, price_of
 
 _ROWS: TypeAdapter[tuple[LayerRow | OtherRow, ...]] = TypeAdapter(tuple[LayerRow | OtherRow, ...])
 
@@ -76,17 +78,33 @@ def restore(
     metadata = _front_matter(job.finetuned.folder)
     with _writer(job, Path(output_dir), config) as writer:
         writer.require_space(plan.write_bytes)
-        rows = _write_shards(job, plan, config, writer, progress)
-        problem = _nothing_changed(job, rows)
+        price = _price(job, plan, config, writer, progress)
+        if price is not None and price.dial is not None and price.dial.whole:
+            plan = job.plan(config.model_copy(update={"other_params": "finetuned"}))
+        rows = _write_shards(job, plan, config, price, writer, progress)
+        problem = _nothing_changed(job, rows, price)
         if problem is not None:
             writer.discard()
             raise DeltaguardError(problem)
         bring_along(job.aligned, job.finetuned, writer)
-        report = _report(job, config, rows, _files(writer, job.finetuned.shards), started)
+        report = _report(job, config, price, rows, _files(writer, job.finetuned.shards), started)
         writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
         writer.text("README.md", model_card(report, front_matter=metadata))
         writer.commit(last=job.finetuned.index_name or job.finetuned.shards[0])
     return report
+
+
+def _price(
+    job: Job, plan: Plan, config: RestoreConfig, writer: CheckpointWriter, progress: Progress | None
+) -> Price | None:
+    """The price of safety; a measured one is kept, since all shards of a resumed run must have the same."""
+    known = writer.remembered("price")
+    if known is not None:
+        return TypeAdapter(Price).validate_json(known)
+    price = price_of(job, plan, config, progress)
+    if price is not None and price.dial is not None:
+        writer.remember("price", TypeAdapter(Price).dump_json(price).decode())
+    return price
 
 
 def _writer(job: Job, output_dir: Path, config: RestoreConfig) -> CheckpointWriter:
@@ -120,8 +138,8 @@ def plan_restore(
     """
     config = config or RestoreConfig()
     base, tuned = open_models(aligned, finetuned)
-    known = find_store(base, store) if config.needs_curvature else None
-    plan = make_plan(base, tuned, store=known, other_params=config.other_params)
+    known = find_store(base, store, rank=config.rank) if config.needs_curvature else None
+    plan = Job(base, tuned, known).plan(config)
     return PlanReport(
         restored=plan.count(Action.RESTORE),
         from_aligned=plan.count(Action.ALIGNED),
@@ -136,12 +154,18 @@ def plan_restore(
 
 
 def _write_shards(
-    job: Job, plan: Plan, config: RestoreConfig, writer: CheckpointWriter, progress: Progress | None
+    job: Job,
+    plan: Plan,
+    config: RestoreConfig,
+    price: Price | None,
+    writer: CheckpointWriter,
+    progress: Progress | None,
 ) -> list[LayerRow | OtherRow]:
     rows: list[LayerRow | OtherRow] = []
     waiting = [shard for shard in job.finetuned.shards if writer.finished(shard) is None]
     uses = Counter(step.group for shard in waiting for step in plan.in_shard(shard) if step.group)
     curvature = CurvatureReader(job.store, config.method, uses) if job.store else None
+    mu = None if price is None else price.mu
     for shard in job.finetuned.shards:
         finished = writer.finished(shard)
         if finished is not None:
@@ -149,8 +173,10 @@ def _write_shards(
             continue
         with writer.shard(shard, job.finetuned.header(shard)) as sink:
             new: list[LayerRow | OtherRow] = []
-            for name, edited in _edited(job, plan.in_shard(shard), config, curvature):
-                sink.write(name, edited.tensor)
+            for inputs in read_ahead(plan.in_shard(shard), job.aligned, job.finetuned, curvature):
+                info = inputs.step.info
+                edited = edit(inputs, config, mu, DTYPES[info.dtype])
+                sink.write(info.name, edited.tensor)
                 new.append(edited.row)
                 if progress:
                     progress(Event("restore", len(rows) + len(new), len(plan.steps)))
@@ -159,22 +185,15 @@ def _write_shards(
     return rows
 
 
-def _edited(
-    job: Job, steps: Sequence[Step], config: RestoreConfig, curvature: CurvatureReader | None
-) -> Iterator[tuple[str, Edited]]:
-    for inputs in read_ahead(steps, job.aligned, job.finetuned, curvature):
-        info = inputs.step.info
-        yield info.name, edit(inputs, config, DTYPES[info.dtype])
-
-
-def _nothing_changed(job: Job, rows: Sequence[LayerRow | OtherRow]) -> str | None:
+def _nothing_changed(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price | None) -> str | None:
     """Why the output would be useless, or None."""
+    kept_whole = price is not None and price.dial is not None and price.dial.whole
     if not any(row.delta_norm > 0 if isinstance(row, LayerRow) else row.differs for row in rows):
         return (
             f"{job.finetuned.reference} does not differ from {job.aligned.reference}: every delta is zero, "
             "so there is nothing to restore. Are both the same model?"
         )
-    if not any(
+    if not kept_whole and not any(
         row.utility_loss > 0 if isinstance(row, LayerRow) else row.differs and row.source != "finetuned"
         for row in rows
     ):
@@ -218,6 +237,7 @@ def _files(writer: CheckpointWriter, shards: Sequence[str]) -> tuple[FileRow, ..
 def _report(
     job: Job,
     config: RestoreConfig,
+    price: Price | None,
     rows: Sequence[LayerRow | OtherRow],
     files: tuple[FileRow, ...],
     started: float,
@@ -238,6 +258,9 @@ def _report(
         layers=layers,
         others=tuple(row for row in rows if isinstance(row, OtherRow)),
         files=files,
+        mu=price.mu if price else None,
+        predicted_safety_kl=_predicted(changed) if price else None,
+        dial=price.dial if price else None,
         kept_fraction=kept / sum(entries) if changed else 1.0,
         utility_loss=lost / sum(norms) if changed else 0.0,
         safety_cost=statistics.median(costs) if costs else None,
@@ -247,6 +270,10 @@ def _report(
         },
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def _predicted(changed: Sequence[LayerRow]) -> float:
+    return sum(row.detail.get("predicted_safety_kl", 0.0) for row in changed)
 
 
 def _reference(source: WeightSource) -> ModelReference:

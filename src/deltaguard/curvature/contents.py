@@ -1,0 +1,213 @@
+"""What a store keeps of one group of layers: eigenpairs of its curvature, and on request everything."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaguard.curvature.moments import Moment, Packed, check_sum, normalise, pack
+from deltaguard.solvers.spectrum import Spectrum, spectrum
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer.
+
+    Attributes:
+        tensor: its weight's name in the aligned checkpoint.
+        transposed: whether the weight is stored (in, out), as GPT-2's Conv1D is, not (out, in).
+        out_features: size of the output, and of G.
+    """
+
+    tensor: str
+    transposed: bool
+    out_features: int
+
+    @property
+    def name(self) -> str:
+        """Its name in the aligned checkpoint."""
+        return self.tensor.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that see the same input, and so share one H.
+
+    Attributes:
+        name: the first layer's name.
+        in_features: size of the input, and of H.
+        tokens: how many tokens H was summed over.
+        layers: the layers, in the model's order.
+    """
+
+    name: str
+    in_features: int
+    tokens: int
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What calibration summed for one group.
+
+    Attributes:
+        inputs: Σ x xᵀ over all tokens.
+        outputs: Σ g gᵀ over all tokens, (out, out), of each layer.
+    """
+
+    inputs: Moment
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """A curvature matrix as it is stored.
+
+    Attributes:
+        spectrum: its largest eigenpairs and what stands for the rest.
+        mean: of all its eigenvalues.
+    """
+
+    spectrum: Spectrum
+    mean: float
+
+
+@dataclass(frozen=True)
+class GroupCurvature:
+    """Everything that a store keeps of one group.
+
+    Attributes:
+        inputs: H.
+        outputs: G of each layer.
+        packed: the raw sum of H and its factor; `None` in a store that is cut off.
+        totals: the raw sums of G, likewise empty.
+    """
+
+    inputs: Decomposed
+    outputs: tuple[Decomposed, ...]
+    packed: Packed | None
+    totals: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a group is stored.
+
+    Attributes:
+        share: share of the eigenpairs of each matrix, in (0, 1]; at least one is kept.
+        whole: whether raw sums and factors are kept as well, in float32 all of it. Otherwise eigenvectors are
+            kept in half precision: their entries lie in [-1, 1].
+    """
+
+    share: float
+    whole: bool
+
+    def rank(self, size: int) -> int:
+        """How many eigenpairs of a (size, size) matrix are kept."""
+        return size if self.whole else max(1, int(self.share * size))
+
+    @property
+    def vectors_dtype(self) -> torch.dtype:
+        """How eigenvectors are stored."""
+        return torch.float32 if self.whole else torch.float16
+
+
+def share_within(groups: Sequence[Group], limit: int) -> float:
+    """The share of eigenpairs with which all groups together take about `limit` bytes, at most 1."""
+    entries = sum(g.in_features**2 + sum(layer.out_features**2 for layer in g.layers) for g in groups)
+    return min(1.0, limit / (torch.float16.itemsize * entries))
+
+
+def group_curvature(
+    group: Group, sums: Sums, *, response_tokens: int, dampening: float, extent: Extent
+) -> GroupCurvature:
+    """Decompose the sums of one group, and factorise H where everything is kept.
+
+    Args:
+        group: the group.
+        sums: over at least one token.
+        response_tokens: how many tokens were drawn in all: G is the sum divided by that.
+        dampening: see `solvers.factor.factorise`.
+        extent: how much is kept.
+
+    Raises:
+        DeltaguardError: a sum is not finite, or H is zero or cannot be factorised.
+    """
+    check_sum(group.name, sums.inputs.total, "inputs")
+    outputs: list[Decomposed] = []
+    for layer, total in zip(group.layers, sums.outputs, strict=True):
+        check_sum(layer.name, total, "gradients")
+        outputs.append(_decomposed(total / response_tokens, extent))
+    return GroupCurvature(
+        inputs=_decomposed(normalise(sums.inputs), extent),
+        outputs=tuple(outputs),
+        packed=pack(group.name, sums.inputs, dampening=dampening) if extent.whole else None,
+        totals=sums.outputs if extent.whole else (),
+    )
+
+
+def _decomposed(matrix: Tensor, extent: Extent) -> Decomposed:
+    found = spectrum(matrix, extent.rank(matrix.shape[0]))
+    return Decomposed(found, float(matrix.diagonal().double().mean()))
+
+
+def stored_tensors(group: Group, content: GroupCurvature, extent: Extent) -> dict[str, Tensor]:
+    """The tensors of one group by their names in the store."""
+    tensors: dict[str, Tensor] = {}
+    for name, part in zip(_spectra(group), (content.inputs, *content.outputs), strict=True):
+        tensors[f"{name}.values"] = part.spectrum.values.float()
+        tensors[f"{name}.vectors"] = part.spectrum.vectors.to(extent.vectors_dtype)
+    if content.packed is not None:
+        for field in PACKED_FIELDS:
+            tensors[f"{group.name}.{field}"] = getattr(content.packed, field)
+        for layer, total in zip(group.layers, content.totals, strict=True):
+            tensors[f"{layer.name}.output.total"] = total
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def stored_shapes(group: Group, extent: Extent) -> dict[str, tuple[int, ...]]:
+    """The shapes of `stored_tensors`."""
+    sizes = (group.in_features, *(layer.out_features for layer in group.layers))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, size in zip(_spectra(group), sizes, strict=True):
+        shapes[f"{name}.values"] = (extent.rank(size),)
+        shapes[f"{name}.vectors"] = (size, extent.rank(size))
+    if extent.whole:
+        n = group.in_features
+        fields = dict(zip(PACKED_FIELDS, ((n, n), (n,), (n,), (n,)), strict=True))
+        shapes |= {f"{group.name}.{field}": shape for field, shape in fields.items()}
+        shapes |= {f"{layer.name}.output.total": (layer.out_features,) * 2 for layer in group.layers}
+    return shapes
+
+
+def stored_bytes(group: Group, extent: Extent) -> int:
+    """How many bytes a group takes."""
+    return sum(
+        torch.Size(shape).numel() * (extent.vectors_dtype.itemsize if name.endswith(".vectors") else 4)
+        for name, shape in stored_shapes(group, extent).items()
+    )
+
+
+def spectra_bytes(group: Group, extent: Extent) -> int:
+    """How many of them are eigenvectors."""
+    sizes = (group.in_features, *(layer.out_features for layer in group.layers))
+    return sum(size * extent.rank(size) for size in sizes) * extent.vectors_dtype.itemsize
+
+
+PACKED_FIELDS = ("matrix", "diagonal", "order", "inverse_diagonal")
+"""Fields of `Packed` that are tensors, as they are stored: `{group}.{field}`."""
+
+
+def input_name(group: Group) -> str:
+    """What the tensors of a group's H begin with."""
+    return f"{group.name}.input"
+
+
+def output_name(layer: Layer) -> str:
+    """What the tensors of a layer's G begin with."""
+    return f"{layer.name}.output"
+
+
+def _spectra(group: Group) -> tuple[str, ...]:
+    return (input_name(group), *map(output_name, group.layers))

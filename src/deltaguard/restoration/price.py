@@ -1,0 +1,199 @@
+"""The one price of safety, μ, of all layers: from a strength, or from the dial by measuring candidates."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deltaguard.budget.search import best, search
+from deltaguard.checkpoints.shards import DTYPES
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.device import find_device
+from deltaguard.errors import DeltaguardError
+from deltaguard.progress import Event, Progress, ignore
+from deltaguard.report.restore import Dial, Probe
+from deltaguard.restoration.curvature import CurvatureReader
+from deltaguard.restoration.edit import Inputs, edit, profile_of, read_ahead
+from deltaguard.restoration.job import Job
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.plan import Action, Plan, Step
+from deltaguard.solvers import Profile, joint_profile
+
+if TYPE_CHECKING:
+    from deltaguard.budget.safety_kl import SafetyMeter
+
+
+PROHIBITIVE = 1e30
+"""A price that leaves nothing of a delta, and that JSON and float32 can hold."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """What was chosen.
+
+    Attributes:
+        mu: the price; 0 keeps the whole delta and infinity nothing of it.
+        dial: how it was found, None where a strength was given.
+    """
+
+    mu: float
+    dial: Dial | None
+
+
+def price_of(job: Job, plan: Plan, config: RestoreConfig, progress: Progress | None = None) -> Price | None:
+    """The price at which the layers will be restored; None for methods without one.
+
+    Args:
+        job: the models and the store.
+        plan: what will be done.
+        config: the options.
+        progress: called as layers are read and candidates measured.
+
+    Raises:
+        DeltaguardError: a weight is not finite, the model cannot be run, or no price is within the limit.
+    """
+    if not config.has_price:
+        return None
+    report = progress or ignore
+    limit = config.dial
+    if limit is None:
+        return Price(joint_of(job, plan, config, report).mu_of_share(config.chosen_strength), None)
+    candidate = Candidate.open(job, plan, config)
+    whole = candidate.whole()
+    report(Event("measure", 1, 1))
+    if whole.safety_kl <= limit:
+        return Price(0.0, candidate.dial(limit, whole, (), 0.0))
+    candidate.settle()
+    joint = joint_of(job, plan, config, report)
+    probes = search(
+        lambda mu: candidate.probe(mu, report), joint.predicted_kl, limit, start=_start(joint, limit)
+    )
+    found = best(probes, limit)
+    if found is None:
+        found = _nothing(candidate, limit, report)
+        probes = (*probes, found)
+    return Price(found.mu, candidate.dial(limit, whole, probes, found.mu))
+
+
+def joint_of(job: Job, plan: Plan, config: RestoreConfig, report: Progress) -> Profile:
+    """How the delta of all layers together is spread over prices.
+
+    Raises:
+        DeltaguardError: a weight is not finite.
+    """
+    steps = restored_steps(plan)
+    parts: list[Profile] = []
+    for number, inputs in enumerate(restored_inputs(job, steps, config), start=1):
+        parts.append(profile_of(inputs))
+        report(Event("project", number, len(steps)))
+    return joint_profile(parts)
+
+
+def restored_steps(plan: Plan) -> tuple[Step, ...]:
+    """The steps that a solver decides."""
+    return tuple(step for step in plan.steps if step.action is Action.RESTORE)
+
+
+def restored_inputs(job: Job, steps: tuple[Step, ...], config: RestoreConfig) -> Iterator[Inputs]:
+    """What they need, read ahead."""
+    uses = Counter(step.group for step in steps if step.group)
+    curvature = CurvatureReader(job.store, config.method, uses) if job.store else None
+    return read_ahead(steps, job.aligned, job.finetuned, curvature)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model in memory that takes on the weights of one price after another."""
+
+    job: Job
+    plan: Plan
+    config: RestoreConfig
+    meter: "SafetyMeter"
+    conversations: int
+
+    @classmethod
+    def open(cls, job: Job, plan: Plan, config: RestoreConfig) -> "Candidate":
+        """Load the aligned model and keep what it predicts on held-out safety conversations.
+
+        Raises:
+            DeltaguardError: it cannot be loaded, or does not fit into memory.
+        """
+        from deltaguard.budget.safety_kl import SafetyMeter
+        from deltaguard.calibration.conversations import Conversation
+
+        store = known_store(job)
+        held_out = [Conversation(row.prompt, row.system, row.response) for row in store.held_out]
+        meter = SafetyMeter.open(
+            job.aligned,
+            job.finetuned,
+            held_out,
+            device=find_device(config.device),
+            dtype=getattr(torch, store.provenance.dtype),
+        )
+        return cls(job, plan, config, meter, len(held_out))
+
+    def whole(self) -> Probe:
+        """The fine-tuned model as it is, with all its tensors."""
+        finetuned = self.job.finetuned
+        self.meter.put((name, finetuned.read(name)) for name in finetuned.tensors)
+        return Probe(mu=0.0, safety_kl=self.meter.measure())
+
+    def settle(self) -> None:
+        """Take the tensors that no solver decides from where the plan takes them."""
+        others = [step for step in self.plan.steps if step.action is not Action.RESTORE]
+        self._put(read_ahead(others, self.job.aligned, self.job.finetuned, None), None)
+
+    def probe(self, mu: float, report: Progress) -> Probe:
+        """The candidate of one price."""
+        steps = restored_steps(self.plan)
+        self._put(restored_inputs(self.job, steps, self.config), mu)
+        report(Event("measure", 1, 1))
+        return Probe(mu=mu, safety_kl=self.meter.measure())
+
+    def dial(self, limit: float, whole: Probe, probes: tuple[Probe, ...], mu: float) -> Dial:
+        """The report of a search that ended at a price."""
+        found = next((probe for probe in probes if probe.mu == mu), whole)
+        return Dial(
+            limit=limit,
+            conversations=self.conversations,
+            tokens=self.meter.tokens,
+            finetuned_kl=whole.safety_kl,
+            restored_kl=found.safety_kl,
+            whole=mu == 0,
+            probes=(whole, *probes),
+        )
+
+    def _put(self, inputs: Iterator[Inputs], mu: float | None) -> None:
+        self.meter.put(self._edited(each, mu) for each in inputs)
+
+    def _edited(self, inputs: Inputs, mu: float | None) -> tuple[str, Tensor]:
+        info = inputs.step.info
+        return info.name, edit(inputs, self.config, mu, DTYPES[info.dtype]).tensor
+
+
+def known_store(job: Job) -> CurvatureStore:
+    """The store of a job whose method needs one."""
+    assert job.store is not None, "a method with a price has a store"  # noqa: S101
+    return job.store
+
+
+def _start(joint: Profile, limit: float) -> float:
+    """The price at which the limit is predicted, as a first guess."""
+    whole = joint.predicted_kl(0)
+    share = min(limit / whole, 0.99) if whole > 0 else 0.99
+    return joint.mu_of_share(share) or 1.0
+
+
+def _nothing(candidate: Candidate, limit: float, report: Progress) -> Probe:
+    """What is left where no probe was within the limit: the aligned layers, if those are."""
+    aligned = candidate.probe(PROHIBITIVE, report)
+    if aligned.safety_kl > limit:
+        raise DeltaguardError(
+            f"With no delta left in any layer the safety KL is still {aligned.safety_kl:.2g}, above "
+            f"{limit:.2g}: what differs are norms, biases or embeddings. Take them from the aligned model "
+            "(--other-params aligned), or allow more."
+        )
+    return aligned
