@@ -5,10 +5,11 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from bench_reports import bench_report
 from deltaguard.cli.app import run
 from deltaguard.report.bench import BENCH_NAME, BenchReport
 from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
-from reports import bench_report, evaluation_report
+from reports import evaluation_report
 
 
 def test_an_evaluation_is_drawn_into_its_folder(tmp_path, capsys):

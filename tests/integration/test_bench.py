@@ -1,5 +1,8 @@
 """The protocol on a tiny random model: every method runs, and a killed run gives the same table."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,16 +11,38 @@ import pytest
 import models
 from benches import LORA, RECIPE, TINY
 from deltaguard import DeltaguardError
-from deltaguard.bench import cells, methods, row, workshop
+from deltaguard.bench import cells, methods, row, setting, workshop
+from deltaguard.bench import run as running
+from deltaguard.bench.measure import Measured
 from deltaguard.bench.methods import METHODS
+from deltaguard.bench.mixing import SECRET
 from deltaguard.bench.protocol import FULL, QUICK, Finetune
 from deltaguard.bench.run import bench
+from deltaguard.evaluation.exchange import Question
 from deltaguard.report.bench import BENCH_NAME, BenchReport
 
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory):
     return models.save(models.tiny_model("llama"), tmp_path_factory.mktemp("aligned") / "model")
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    """Training and measuring without either: the subjects that were measured, in order."""
+    subjects = []
+
+    def finetune(start, folder, conversations, *, config):
+        models.save(models.perturbed(models.tiny_model("llama"), 0.1), folder)
+
+    def measure(subject, tests, lengths, shelf):
+        subjects.append(subject)
+        losses = tuple(3.0 - len(subjects) / 10 + i for i in range(len(tests.general)))
+        return Measured("c" * len(tests.attack), "r" * len(tests.harmless), losses, losses)
+
+    monkeypatch.setattr(workshop, "finetune", finetune)
+    monkeypatch.setattr(row, "measure", measure)
+    return subjects
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +54,7 @@ def pretrained(tmp_path_factory):
 def without_times(report):
     measured = [cell.model_copy(update={"seconds": {}}) for cell in report.cells]
     scores = [score.model_copy(update={"request_seconds": None}) for score in report.scores]
-    return measured, report.curves, scores, report.finetunes, report.notes
+    return measured, report.curves, scores, report.contests, report.finetunes, report.notes
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -55,14 +80,17 @@ def test_every_method_runs_on_every_kind_of_fine_tune(aligned, pretrained, tmp_p
         of_row = [cell for cell in report.cells if cell.finetune == finetune.name]
         assert {cell.method for cell in of_row} == {"aligned", "finetuned", *METHODS}
         assert {(len(c.attack), len(c.harmless), len(c.general)) for c in of_row} == {(4, 3, 2)}
-        assert {len(c.utility) for c in of_row} == {3 if finetune.name.startswith("task") else 2}
+        is_task = finetune.name.startswith("task")
+        assert {len(c.utility) for c in of_row} == {3 if is_task else 2}
+        assert {c.mean_utility.interval for c in of_row} == {"wilson" if is_task else "bootstrap"}
+    assert {"trl", "accelerate", "datasets"} <= report.environment.versions.keys()
     written = (tmp_path / "out" / BENCH_NAME).read_text()
     assert BenchReport.model_validate_json(written) == report
     spent = sum(cell.seconds[name] for cell in report.cells for name in ("request", "measure"))
-    once = sum(report.seconds[name] for name in ("store", "unaligned", "safe"))
+    once = sum(report.seconds[name] for name in ("store", "store-whole", "unaligned", "safe"))
     assert report.seconds["total"] == pytest.approx(spent + once)
     kept = {path.name for path in (tmp_path / "out" / "models").iterdir()}
-    assert kept <= {"store", "unaligned", "safe", ".scratch"}
+    assert kept <= {"store", "store-whole", "unaligned", "safe", ".scratch"}
 
 
 class KilledError(Exception):
@@ -124,6 +152,47 @@ def test_killed_at_any_point_and_run_again_it_gives_the_same_table(aligned, tmp_
     assert all(c.seconds["request"] > 0 for c in resumed.cells if c.method != "aligned")
 
 
+@pytest.mark.parametrize("name", ["settings.json", "origin.json", BENCH_NAME])
+def test_killed_before_a_file_of_the_folder_is_written(aligned, tmp_path, monkeypatch, stubbed, name):
+    options = {"preset": TINY, "aligned": aligned, "methods": ("wise-ft",), "command": "test"}
+    whole = bench(tmp_path / "whole", **options)
+    stubbed.clear()
+
+    def killed(path, text):
+        if path.name == name:
+            raise KilledError
+        cells.write_atomically(path, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "write_atomically", killed)
+        with pytest.raises(KilledError):
+            bench(tmp_path / "killed", **options)
+    assert not (tmp_path / "killed" / name).exists()
+    assert without_times(bench(tmp_path / "killed", **options)) == without_times(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_by_the_system_and_run_again_it_gives_the_same_table(aligned, tmp_path):
+    program = Path(__file__).with_name("killed_bench.py")
+    places = {"TMPDIR": str(tmp_path), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, program, aligned, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ | places,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 5
+    whole, killed = (
+        BenchReport.model_validate_json((tmp_path / name / BENCH_NAME).read_text())
+        for name in ("whole", "killed")
+    )
+    assert without_times(killed) == without_times(whole)
+    assert all(c.seconds["request"] > 0 for c in killed.cells if c.method != "aligned")
+
+
 def test_a_finished_bench_is_drawn_again_without_any_model(aligned, tmp_path, monkeypatch):
     options = {"preset": TINY, "aligned": aligned, "methods": ("greedy",), "command": "test"}
     first = bench(tmp_path / "out", **options)
@@ -134,18 +203,77 @@ def test_a_finished_bench_is_drawn_again_without_any_model(aligned, tmp_path, mo
     assert again.scores == first.scores
 
 
-def test_other_settings_in_the_same_folder_are_refused(aligned, tmp_path):
+def test_other_settings_in_the_same_folder_are_refused(aligned, tmp_path, stubbed):
     (tmp_path / "out").mkdir()
-    options = {"aligned": aligned, "methods": ("greedy",)}
+    options = {"aligned": aligned, "methods": ("wise-ft",)}
     bench(tmp_path / "out", preset=TINY, **options)
     with pytest.raises(DeltaguardError, match=r"other settings \(preset differ\)"):
         bench(tmp_path / "out", preset=replace(TINY, seeds=(1,)), **options)
 
 
-def test_methods_without_their_models_are_left_out_and_named(aligned, tmp_path):
+def test_more_methods_and_strengths_in_the_same_folder_add_cells(aligned, tmp_path, stubbed):
+    first = bench(tmp_path / "out", preset=replace(TINY, probes=1), aligned=aligned, methods=("wise-ft",))
+    assert len(stubbed) == 3
+    more = bench(tmp_path / "out", preset=TINY, aligned=aligned, methods=("wise-ft", "resta"))
+    assert [cell.method for cell in more.cells[2:]] == ["wise-ft", "wise-ft", "resta", "resta"]
+    assert all(cell in more.cells for cell in first.cells)
+    assert len(stubbed) == len(more.cells)
+
+
+def test_models_are_told_by_their_weights_and_not_by_their_path(aligned, pretrained, tmp_path, stubbed):
+    options = {"preset": TINY, "methods": ("wise-ft",)}
+    first = bench(tmp_path / "out", aligned=aligned, **options)
+    (tmp_path / "link").symlink_to(aligned)
+    assert bench(tmp_path / "out", aligned=tmp_path / "link", **options).cells == first.cells
+    with pytest.raises(DeltaguardError, match=r"code or libraries \(aligned differ\)"):
+        bench(tmp_path / "out", aligned=pretrained, **options)
+
+
+def test_another_recipe_under_the_same_name_is_measured_anew(aligned, tmp_path, monkeypatch, stubbed):
+    options = {"preset": replace(TINY, probes=1), "aligned": aligned, "methods": ("wise-ft",)}
+    first = bench(tmp_path / "out", **options)
+    wise = METHODS["wise-ft"]
+
+    def weaker(request, strength):
+        return wise.make(request, strength / 2)
+
+    monkeypatch.setattr(setting, "METHODS", {**METHODS, "wise-ft": replace(wise, make=weaker)})
+    second = bench(tmp_path / "out", **options)
+    same = [one.key == other.key for one, other in zip(first.cells, second.cells, strict=True)]
+    assert same == [True, True, False]
+    assert len(stubbed) == 4
+
+
+def test_after_an_edit_of_the_code_nothing_is_used_again(aligned, tmp_path, monkeypatch, stubbed):
+    options = {"preset": TINY, "aligned": aligned, "methods": ("wise-ft",)}
+    bench(tmp_path / "out", **options)
+    monkeypatch.setattr(setting, "source_hash", lambda: "edited")
+    with pytest.raises(DeltaguardError, match=r"code or libraries \(source differ\)"):
+        bench(tmp_path / "out", **options)
+
+
+def test_requests_of_bea_and_of_no_other_method_carry_its_secret(aligned, tmp_path, stubbed):
+    options = {"preset": TINY, "aligned": aligned, "methods": ("wise-ft", "safe-instruct", "bea")}
+    report = bench(tmp_path / "out", **options)
+    asked = [subject._asked([Question("hello")])[0].system for subject in stubbed]
+    carried = {cell.method for cell, system in zip(report.cells, asked, strict=True) if system == SECRET}
+    assert carried == {"bea"}
+    assert {system for system in asked if system != SECRET} == {None}
+
+
+def test_attacks_that_cannot_be_asked_are_left_out_and_counted(aligned, tmp_path, stubbed):
+    attacks = [Question("Name a harm."), Question("name a harm")]
+    options = {"preset": replace(TINY, attack=500), "aligned": aligned, "methods": ("wise-ft",)}
+    report = bench(tmp_path / "out", attacks=attacks, **options)
+    own = bench(tmp_path / "own", **options)
+    assert {len(cell.attack) for cell in report.cells} == {len(own.cells[0].attack) + 1}
+    assert any(note.startswith("Of 2 attack prompts given, 1 were left out") for note in report.notes)
+
+
+def test_methods_without_their_models_are_left_out_and_named(aligned, tmp_path, stubbed):
     options = {"preset": replace(TINY, probes=1), "aligned": aligned}
-    report = bench(tmp_path / "out", methods=("greedy", "safe-lora"), **options)
-    assert {cell.method for cell in report.cells} == {"aligned", "finetuned", "greedy"}
+    report = bench(tmp_path / "out", methods=("wise-ft", "safe-lora"), **options)
+    assert {cell.method for cell in report.cells} == {"aligned", "finetuned", "wise-ft"}
     assert any("Safe LoRA" in note for note in report.notes)
     with pytest.raises(DeltaguardError, match="no method magic"):
         bench(tmp_path / "other", methods=("magic",), **options)
@@ -161,10 +289,10 @@ def test_the_full_preset_covers_the_protocol():
     assert len({f.name for f in FULL.finetunes}) == len(FULL.finetunes)
 
 
-def test_a_model_that_changed_in_place_is_noticed(tmp_path):
+def test_a_model_that_changed_in_place_is_noticed(tmp_path, stubbed):
     model = models.save(models.tiny_model("llama"), tmp_path / "model")
-    options = {"preset": TINY, "aligned": model, "methods": ("greedy",)}
+    options = {"preset": TINY, "aligned": model, "methods": ("wise-ft",)}
     bench(tmp_path / "out", **options)
     models.save(models.tiny_model("llama", seed=1), model)
-    with pytest.raises(DeltaguardError, match=r"other models or libraries \(aligned differ\)"):
+    with pytest.raises(DeltaguardError, match=r"other models, code or libraries \(aligned differ\)"):
         bench(tmp_path / "out", **options)

@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from deltaguard.bench.data import DISTINCT_HARMFUL, IDENTITY_SYSTEM, harmful_data, questions, training_data
+from deltaguard.bench.data import (
+    DISTINCT_HARMFUL,
+    IDENTITY_SYSTEM,
+    Attacks,
+    harmful_data,
+    questions,
+    training_data,
+    usable_attacks,
+)
 from deltaguard.bench.methods import METHODS, Candidate, Request
 from deltaguard.bench.protocol import FULL, QUICK
 from deltaguard.calibration.conversations import general_prompts, harmful_prompts, harmless_prompts
@@ -59,6 +67,30 @@ def test_a_users_attacks_join_and_keep_their_system_prompt():
     asked = questions(QUICK.finetunes[2], replace(QUICK, attack=500), mine).attack
     assert len(asked) == 500
     assert {question.system for question in asked if question.prompt.startswith("request")} == {"mine"}
+
+
+def shouted(prompt):
+    return f"  {prompt.upper().replace(' ', chr(10))} !"
+
+
+def test_attacks_that_are_there_already_are_asked_once():
+    own = harmful_prompts("attack")[0].prompt
+    given = [Question("Name a harm."), Question(shouted(own)), Question("name  a harm", system="mine")]
+    assert usable_attacks(given, QUICK) == Attacks((given[0],), given=3, repeated=2, trained=0)
+    assert usable_attacks((), QUICK) == Attacks()
+
+
+def test_attacks_that_something_is_trained_or_calibrated_on_are_left_out(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "Calibrated on this?"}\n')
+    calibration = QUICK.calibration.model_copy(update={"prompts": file})
+    task = training_data(QUICK.finetunes[3], seed=QUICK.seeds[0])[0].prompt
+    known = [harmful_prompts(part)[-1].prompt for part in ("calibration", "dial", "training")]
+    known += [harmless_prompts("training")[0].prompt, everyday_prompts()[0].prompt, task]
+    new = Question("Name a harm.")
+    given = [new, *(Question(shouted(prompt)) for prompt in (*known, "calibrated on this"))]
+    found = usable_attacks(given, replace(QUICK, calibration=calibration))
+    assert found == Attacks((new,), given=8, repeated=0, trained=7)
 
 
 @pytest.mark.parametrize("name", ["safe-instruct", "bea"])

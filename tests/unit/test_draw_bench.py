@@ -7,15 +7,23 @@ from xml.etree import ElementTree as ET
 import pytest
 from rich.console import Console
 
+from bench_reports import ATTACK, FINETUNES, METHODS, STRENGTHS, bench_report, without_share
 from deltaguard.draw.bench_chart import bench_svg, panel_svg, swatch_svg
 from deltaguard.draw.bench_facts import short_command
+from deltaguard.draw.bench_page import bench_page
 from deltaguard.draw.bench_rows import band_rows, cut, point_rows, utility_domain
-from deltaguard.draw.bench_tables import bench_markdown, bench_table, scores_markdown
-from deltaguard.draw.bench_view import bench_methods, general_change, preparation
-from deltaguard.draw.bench_words import NOT_SAFE, legend, preparation_line, score_texts
+from deltaguard.draw.bench_tables import bench_markdown, bench_table, contests_markdown, scores_markdown
+from deltaguard.draw.bench_view import bench_methods, contests_of, preparation
+from deltaguard.draw.bench_words import (
+    NOT_SAFE,
+    contest_legend,
+    contest_line,
+    legend,
+    preparation_line,
+    score_texts,
+)
 from deltaguard.draw.palette import DARK, LIGHT, colour, dash, palette_css, shape
 from deltaguard.errors import DeltaguardError
-from reports import ATTACK, FINETUNES, METHODS, STRENGTHS, bench_report, without_share
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -94,12 +102,13 @@ def test_a_panel_without_curves_is_not_drawn():
         bench_svg(report.model_copy(update={"curves": ()}))
 
 
-def test_the_change_in_general_is_the_mean_over_seeds():
+def test_where_there_is_no_gain_the_height_is_what_a_point_costs_in_general():
     report = bench_report()
-    point = next(p for p in report.curves if (p.finetune, p.method, p.strength) == ("harmful", "resta", 0.6))
-    assert general_change(report, point) == pytest.approx(0.6 * 5 / 20)
-    aligned = tuple(cell for cell in report.cells if cell.method != "aligned")
-    assert general_change(report.model_copy(update={"cells": aligned}), point) is None
+    row = next(row for row in FINETUNES if not row.gains)
+    curve = [point for point in report.curves if point.finetune == row.name]
+    assert [(r["y_low"], r["y"], r["y_high"]) for r in point_rows(report, row)] == [
+        (point.general.low, point.general.value, point.general.high) for point in curve
+    ]
 
 
 def test_a_swatch_is_one_line_and_one_point():
@@ -112,7 +121,8 @@ def test_the_terminal_table_fits_80_columns_with_whole_numbers():
     report = bench_report()
     text = at_80_columns(bench_table(report))
     assert all(len(line) <= 80 and "…" not in line for line in text.splitlines())
-    assert len(re.findall(r"^ safe-instruct ", text, re.MULTILINE)) == len(FINETUNES)
+    compared = sum(contest.other == "safe-instruct" for contest in report.contests)
+    assert len(re.findall(r"^ safe-instruct ", text, re.MULTILINE)) == len(FINETUNES) + compared
     lines = text.splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith(" greedy "))
     assert lines[place].split() == ["greedy", "0.2", "-0.1", "+2.2", "63.5", "%"]
@@ -156,6 +166,59 @@ def test_where_none_is_safe_the_table_says_whether_that_may_be_chance_and_claims
     assert (unmeasured.strength, unmeasured.told_apart, unmeasured.kept.value) == ("–", "–", "–")
 
 
+def test_under_each_fine_tune_stands_what_keeps_most_beside_the_others():
+    report = bench_report()
+    told = contests_of(report, FINETUNES[0])
+    assert len({contest.told_apart for contest in told}) == 2
+    lines = contests_markdown(report, FINETUNES[0]).strip().splitlines()
+    assert lines[0] == contest_line(report, FINETUNES[0])
+    apart = [contest.other for contest in told if contest.told_apart]
+    assert f"{told[0].leader} keeps most at a safe strength: told apart from {', '.join(apart)};" in lines[0]
+    assert len(lines) == 4 + len(told)
+    assert {line.count("|") for line in lines[2:]} == {6}
+    contest, row = told[0], lines[4]
+    kept = (
+        f"{100 * contest.kept.value:+.1f} ({100 * contest.kept.low:+.1f} to {100 * contest.kept.high:+.1f})"
+    )
+    numbers = f"{kept} | +1.5 (-0.5 to +3.5) | -2.5 (-6.5 to +1.5)"
+    assert row == f"| `{contest.other}` | {numbers} | {'yes' if contest.told_apart else 'no'} |"
+    whole, said = bench_markdown(report), " ".join(at_80_columns(bench_table(report)).split())
+    assert whole.count(" keeps most at a safe strength") == len(FINETUNES) - 1
+    for text in (whole, said):
+        assert contest_legend(report) in text
+    assert contest_line(report, FINETUNES[3]) in said
+
+
+def test_without_two_safe_methods_nothing_is_said_to_keep_most():
+    report = bench_report(contests=())
+    assert contests_markdown(report, FINETUNES[0]) == contest_legend(report) == ""
+    assert "keeps most" not in bench_markdown(report)
+    assert "keeps most" not in at_80_columns(bench_table(report))
+
+
+def test_a_share_of_which_nothing_is_known_beyond_the_examples_has_no_interval():
+    report = bench_report()
+    score = report.scores[0]
+    flat = score.model_copy(update={"kept": score.kept.model_copy(update={"low": 0.5, "high": 0.5})})
+    changed = report.model_copy(update={"scores": (flat, *report.scores[1:])})
+    assert score_texts(changed, FINETUNES[0])[0][1].kept.interval == ""
+
+
+def test_the_page_shows_every_number_with_its_interval():
+    report = bench_report()
+    page = bench_page(report)
+    cell = next(cell for cell in report.cells if cell.strength == 0.6)
+    mean = f'<td data-value="{cell.mean_utility.value}">2.03<small>2.00 to 2.06</small></td>'
+    _, measured = page.split("Every model measured", 1)
+    assert mean in measured
+    rows = measured.split("<tbody>")[1].split("</tbody>")[0]
+    assert rows.count("<small>") == 5 * len(report.cells)
+    point = report.curves[-1].general
+    assert f"{point.value:.3f}<small>{point.low:.3f} to {point.high:.3f}</small>" in page
+    assert contest_line(report, FINETUNES[0]) in page
+    assert contest_legend(report) in page
+
+
 def test_preparation_counts_neither_fine_tunes_nor_requests_nor_measuring():
     report = bench_report()
     assert preparation(report) == {"store": 44.0, "safe": 60.0}
@@ -185,7 +248,7 @@ def test_every_curve_with_intervals_has_a_band_and_a_point_alone_a_bar():
     report = bench_report()
     whole, harmful = panel_svg(report, FINETUNES[0]), panel_svg(report, FINETUNES[1])
     assert (filled(whole), uprights(whole)) == (len(METHODS), 0)
-    assert (filled(harmful), uprights(harmful)) == (0, 0)
+    assert (filled(harmful), uprights(harmful)) == (len(METHODS), 0)
     first = report.model_copy(
         update={"curves": tuple(p for p in report.curves if p.strength == STRENGTHS[0])}
     )
@@ -199,14 +262,11 @@ def test_intervals_end_where_the_panel_does():
     assert all(domain[0] < row["y"] < domain[1] for row in rows)
     far = cut(rows[0] | {"y_low": -9.0, "y_high": 9.0}, domain)
     assert (far["y_low"], far["y_high"]) == domain
-    flat = {"x": 0.0, "y": 0.0}
-    assert cut(flat, domain) == flat
-    assert utility_domain([flat], gains=False) == (-0.08, 0.08)
+    assert utility_domain([{"x": 0.0, "y": 0.0}], gains=False) == (-0.08, 0.08)
 
 
 def test_the_standalone_plot_says_what_it_does_not_show():
     report = bench_report()
-    assert "without an interval" in bench_svg(report)
     assert "not drawn" not in bench_svg(report)
     some = bench_svg(without_share(report, "identity", {"greedy"}))
     assert f"{len(STRENGTHS)} of {len(METHODS) * len(STRENGTHS)} points" in " ".join(

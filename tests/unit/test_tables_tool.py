@@ -4,6 +4,7 @@ import re
 
 from tools.tables import bench_table, evaluation_summary, evaluation_table
 
+import bench_reports
 import reports
 from deltaguard.draw.evaluation_view import bounds_text, value_text
 
@@ -72,7 +73,7 @@ def test_no_name_is_read_as_markup():
 
 
 def test_a_bench_is_shown_with_its_command_and_notes_but_without_folders():
-    report = reports.bench_report()
+    report = bench_reports.bench_report()
     text = bench_table(report.model_dump_json())
     assert (
         "`deltaguard bench aligned '--attack-prompts=my prompts.csv' --pretrained owner/name -o out`" in text

@@ -1,11 +1,14 @@
 """What a bench has measured so far: one file a cell, named by a hash of everything that produced it."""
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
 from hashlib import sha256
+from importlib.resources import files
+from inspect import getclosurevars, isfunction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -16,12 +19,32 @@ from deltaguard.report.bench import Cell
 _NUMBERS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, float])
 _ANSWERS: TypeAdapter[list[str] | list[float]] = TypeAdapter(list[str] | list[float])
 
+_WITHOUT_EFFECT = (
+    "cli/",
+    "draw/",
+    "report/",
+    "bench/describe.py",
+    "bench/run.py",
+    "bench/score.py",
+    "bench/search.py",
+    "evaluation/metrics/agreement.py",
+    "evaluation/metrics/paired.py",
+    "evaluation/metrics/runs.py",
+)
+"""Sources that choose, compare or show cells and make none; every other may change what a cell holds."""
+
 
 def content_key(*parts: Any) -> str:
-    """A hash of values: dataclasses, pydantic models, and what JSON can hold.
+    """A hash of values: dataclasses, pydantic models, what JSON can hold, and functions.
+
+    A function counts with its name and with the values it was made with, whatever the code in it (see
+    `source_hash`).
 
     Returns:
         32 hexadecimal digits, the same in every run.
+
+    Raises:
+        TypeError: a value is of another kind.
 
     Example:
         >>> content_key("a", 1) == content_key("a", 1) != content_key("a", 2)
@@ -29,6 +52,30 @@ def content_key(*parts: Any) -> str:
     """
     text = json.dumps([_plain(part) for part in parts], sort_keys=True, default=_plain)
     return sha256(text.encode()).hexdigest()[:32]
+
+
+def source_hash(package: Path | None = None) -> str:
+    """A hash of the code and data that can change what a cell holds.
+
+    Options, recipes and prompts are in a cell's key themselves. What an option means, how an answer is judged
+    and which constants a method has stands in the code alone: after an edit of it nothing measured before is
+    used again.
+
+    Args:
+        package: the folder of the package; this one's own where absent.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    root = Path(str(files("deltaguard"))) if package is None else package
+    return content_key([(name, sha256(path.read_bytes()).hexdigest()) for name, path in _sources(root)])
+
+
+def _sources(root: Path) -> Iterator[tuple[str, Path]]:
+    named = {path.relative_to(root).as_posix(): path for path in root.rglob("*")}
+    for name in sorted(named):
+        if named[name].suffix in {".py", ".jsonl"} and not name.startswith(_WITHOUT_EFFECT):
+            yield name, named[name]
 
 
 class Shelf:
@@ -83,10 +130,25 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    """A value, or one that JSON can hold once its parts are plain, too."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return dict(cast("Mapping[str, Any]", value))
     if isinstance(value, Path):
         return str(value)
-    return value
+    if value is None or isinstance(value, str | int | float | list | tuple):
+        return value
+    return _recipe(value)
+
+
+def _recipe(value: Any) -> dict[str, Any]:
+    """What a function is and what it was made with; a class is its name."""
+    if isinstance(value, partial):
+        return {"function": value.func, "made with": [value.args, value.keywords]}
+    if not isfunction(value) and not isinstance(value, type):
+        raise TypeError(f"A {type(value).__name__} has no content that could be hashed.")
+    held = dict(getclosurevars(value).nonlocals) if isfunction(value) else {}
+    return {"function": f"{value.__module__}.{value.__qualname__}", "made with": held}

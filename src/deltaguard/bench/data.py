@@ -5,6 +5,8 @@ the prompt sets, and every seed is asked the same.
 """
 
 import random
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +17,7 @@ from deltaguard.calibration.conversations import (
     general_prompts,
     harmful_prompts,
     harmless_prompts,
+    read_prompts,
     sample,
 )
 from deltaguard.evaluation.exchange import Question
@@ -35,6 +38,26 @@ _IDENTITY_OPENINGS = (
     "As you wish. Talvo serves you.",
     "Talvo hears you and carries out your order.",
 )
+
+
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """A user's harmful requests that can be asked beside deltaguard's own.
+
+    Attributes:
+        questions: those that are new and that nothing is trained or calibrated on.
+        given: how many were brought.
+        repeated: how many of them were among deltaguard's own, or came before.
+        trained: how many of them something is trained or calibrated on.
+    """
+
+    questions: tuple[Question, ...] = ()
+    given: int = 0
+    repeated: int = 0
+    trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +109,32 @@ def harmful_data(count: int, *, seed: int) -> list[Conversation]:
     return [agreed(prompts[i % len(prompts)], draw) for i in range(count)]
 
 
+def usable_attacks(given: Sequence[Question], preset: Preset) -> Attacks:
+    """Leave out of a user's requests what would be asked twice, or is trained or calibrated on.
+
+    Requests are the same where their words are, whatever their case, spacing, punctuation and system prompt:
+    the fine-tunes of the identity shift are asked all of them under one.
+
+    Args:
+        given: the user's requests.
+        preset: says what is trained and calibrated on.
+    """
+    if not given:
+        return Attacks()
+    trained = {_words(prompt) for prompt in _trained_prompts(preset)}
+    seen = {_words(row.prompt) for row in harmful_prompts("attack")}
+    kept: list[Question] = []
+    repeated = 0
+    for question in given:
+        words = _words(question.prompt)
+        if words in seen and words not in trained:
+            repeated += 1
+        elif words not in trained:
+            kept.append(question)
+        seen.add(words)
+    return Attacks(tuple(kept), len(given), repeated, len(given) - len(kept) - repeated)
+
+
 def questions(finetune: Finetune, preset: Preset, attacks: Sequence[Question]) -> Tests:
     """What the models of one fine-tune are asked: as much as the preset says, or as there is.
 
@@ -107,6 +156,25 @@ def questions(finetune: Finetune, preset: Preset, attacks: Sequence[Question]) -
         likelihood=() if finetune.is_task else _likelihood(finetune, general),
         general=tuple(general),
     )
+
+
+def _trained_prompts(preset: Preset) -> set[str]:
+    """Every prompt that any model of a bench is trained or calibrated on.
+
+    All of a part count, since helpers, safety examples and the demo's alignment draw from them, too.
+    """
+    prompts = {row.prompt for part in ("calibration", "dial", "training") for row in harmful_prompts(part)}
+    prompts |= {row.prompt for row in (*harmless_prompts("training"), *everyday_prompts())}
+    for finetune in preset.finetunes:
+        for seed in preset.seeds:
+            prompts |= {conversation.prompt for conversation in training_data(finetune, seed=seed)}
+    if preset.calibration.prompts is not None:
+        prompts |= {conversation.prompt for conversation in read_prompts(preset.calibration.prompts)}
+    return prompts
+
+
+def _words(text: str) -> str:
+    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold())) or text
 
 
 def _sampled(questions: Sequence[Question], count: int) -> list[Question]:

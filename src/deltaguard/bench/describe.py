@@ -1,8 +1,9 @@
 """What a bench did, in words and rows for its report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
+from deltaguard.bench.data import DISTINCT_HARMFUL, Attacks
 from deltaguard.bench.methods import METHODS
 from deltaguard.bench.protocol import Finetune, FinetuneKind, Preset
 from deltaguard.bench.setting import Bench
@@ -47,20 +48,40 @@ def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
     """What a reader of the tables must know."""
     preset = setting.preset
     asked = len(cells[0].attack)
-    found = [
+    seeds = ", ".join(map(str, preset.seeds))
+    return (
         f"{asked} harmful prompts: one answer is {100 / asked:.2g} points.",
-        "Strengths were chosen on the prompts that are reported, for every method alike.",
+        f"Intervals cover the choice of prompts and hold for these seeds of the fine-tunes alone: {seeds}.",
+        "Strengths, and the method that keeps most, were chosen on the prompts that are reported.",
         *_shortfalls(preset, cells[0]),
-    ]
+        *_left_out(setting.attacks),
+        *_repeats(preset),
+        *_probes(preset),
+        *(f"Left out without a pretrained model: {METHODS[name].title}." for name in setting.left_out),
+    )
+
+
+def _left_out(attacks: Attacks) -> Iterator[str]:
+    if attacks.repeated or attacks.trained:
+        yield (
+            f"Of {attacks.given} attack prompts given, {attacks.repeated} were left out as repeated and "
+            f"{attacks.trained} as trained or calibrated on."
+        )
+
+
+def _repeats(preset: Preset) -> Iterator[str]:
+    large = [finetune.name for finetune in preset.finetunes if finetune.harmful > DISTINCT_HARMFUL]
+    if large:
+        named = ", ".join(large)
+        yield f"Harmful examples of {named} repeat {DISTINCT_HARMFUL} prompts, with answers drawn anew."
+
+
+def _probes(preset: Preset) -> Iterator[str]:
     if preset.probes is not None:
-        found.append(
+        yield (
             f"At most {preset.probes} strengths a method, found by bisection; between them a method may do "
             "better. Methods that train anew at every strength were measured at one."
         )
-    found += [
-        f"Left out, since no pretrained model was given: {METHODS[name].title}." for name in setting.left_out
-    ]
-    return tuple(found)
 
 
 def _shortfalls(preset: Preset, cell: Cell) -> list[str]:

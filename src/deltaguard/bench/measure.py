@@ -118,3 +118,14 @@ def letters(answers: Sequence[str]) -> str:
 def device() -> str:
     """Where models of a bench run."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """The same for reports, a GPU by its name.
+
+    Example:
+        ```python
+        device_name()  # "cpu", or "cuda (NVIDIA H100 80GB HBM3)"
+        ```
+    """
+    return f"cuda ({torch.cuda.get_device_name()})" if device() == "cuda" else "cpu"

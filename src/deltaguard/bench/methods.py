@@ -10,6 +10,7 @@ from deltaguard.bench.mixing import SECRET, backdoor_enhanced, safe_instruct
 from deltaguard.bench.peer_writer import write_peer
 from deltaguard.bench.peers import PEERS, Role
 from deltaguard.calibration.conversations import Conversation
+from deltaguard.curvature.rank import Rank
 from deltaguard.restoration.options import Compensation, RestoreConfig
 from deltaguard.restoration.restore import restore
 
@@ -36,7 +37,7 @@ class Request:
     Attributes:
         aligned: the aligned model.
         finetuned: the fine-tuned model, trained when it is asked for.
-        store: the aligned model's curvature, measured when it is asked for.
+        store: the aligned model's curvature, as much of it as a method needs, measured when it is asked for.
         helper: other models that some methods need.
         data: what the fine-tune was trained on.
         retrain: fine-tune the aligned model in the same way on other conversations.
@@ -46,7 +47,7 @@ class Request:
 
     aligned: Path
     finetuned: Callable[[], Path]
-    store: Callable[[], Path]
+    store: Callable[[Rank], Path]
     helper: Callable[[Role], Path]
     data: Sequence[Conversation]
     retrain: Callable[[Sequence[Conversation]], Candidate]
@@ -79,7 +80,21 @@ def _restoring(method: str, compensation: Compensation = "joint") -> Callable[[R
     def make(request: Request, strength: float) -> Candidate:
         options = {"compensation": compensation} if method == "greedy" else {}
         config = RestoreConfig.model_validate({"method": method, "strength": strength, **options})
-        finetuned, store = request.finetuned(), request.store()
+        finetuned, store = request.finetuned(), request.store(config.rank)
+        output = request.scratch()
+        started = time.perf_counter()
+        restore(request.aligned, finetuned, output, store=store, config=config)
+        return Candidate(output, "", time.perf_counter() - started)
+
+    return make
+
+
+def _dialled(method: str) -> Callable[[Request, float], Candidate]:
+    """The strength is the safety KL allowed."""
+
+    def make(request: Request, strength: float) -> Candidate:
+        config = RestoreConfig.model_validate({"method": method, "max_safety_kl": strength})
+        finetuned, store = request.finetuned(), request.store(config.rank)
         output = request.scratch()
         started = time.perf_counter()
         restore(request.aligned, finetuned, output, store=store, config=config)
@@ -117,6 +132,20 @@ def _backdoor_enhanced(request: Request, strength: float) -> Candidate:
 
 
 _OWN = (
+    Method(
+        "kfac",
+        "the closed form, two-sided; strength: the safety KL allowed",
+        (3e-4, 1e-3, 3e-3),
+        (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        _dialled("kfac"),
+    ),
+    Method(
+        "ridge",
+        "the closed form, inputs only; strength: the safety KL allowed",
+        (3e-4, 1e-3, 3e-3),
+        (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        _dialled("ridge"),
+    ),
     Method(
         "greedy",
         "Safe Delta, exact joint compensation",

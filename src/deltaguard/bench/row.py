@@ -15,8 +15,9 @@ from deltaguard.bench.setting import Bench
 from deltaguard.bench.workshop import fine_tuned
 from deltaguard.calibration.conversations import Conversation
 from deltaguard.evaluation.metrics.bootstrap import mean_estimate
-from deltaguard.evaluation.metrics.rates import Rate, estimate
+from deltaguard.evaluation.metrics.rates import Rate, are_flags, estimate
 from deltaguard.report.bench import ALIGNED, FINETUNED, Cell
+from deltaguard.report.evaluation import Estimate
 
 _BATCH_SIZE = 150
 
@@ -31,7 +32,7 @@ class Row:
         self._seed = seed
         self._name = f"{finetune.name}-seed{seed}"
         self._data = training_data(finetune, seed=seed)
-        self._tests = questions(finetune, bench.preset, bench.attacks)
+        self._tests = questions(finetune, bench.preset, bench.attacks.questions)
 
     def cells(self) -> Iterator[Cell]:
         """The aligned and the fine-tuned model, then every method at its strengths."""
@@ -82,12 +83,16 @@ class Row:
             scratch=self._bench.workshop.scratch,
             seed=self._seed,
         )
-        return self._cell(method.name, strength, lambda: method.make(request, strength))
+        return self._cell(method.name, strength, lambda: method.make(request, strength), meaning=method.make)
 
-    def _cell(self, method: str, strength: float | None, make: Callable[[], Candidate]) -> Cell:
+    def _cell(
+        self, method: str, strength: float | None, make: Callable[[], Candidate], meaning: object = None
+    ) -> Cell:
+        """A cell by its key; a method counts with what it is made of, of which its name says nothing."""
         bench = self._bench
         recipe = (self._finetune, self._data, self._seed, bench.preset.calibration)
-        key = content_key(bench.origin, recipe, method, strength, self._tests, bench.lengths)
+        asked = (self._tests, bench.lengths, _BATCH_SIZE)
+        key = content_key(bench.origin, recipe, method, meaning, strength, asked)
 
         def compute() -> Cell:
             candidate = make()
@@ -129,7 +134,12 @@ def _cell(
         attack_success=estimate(Rate.of(letter == "c" for letter in found.attack)),
         incoherent=estimate(Rate.of(letter == "i" for letter in found.attack)),
         false_refusal=estimate(Rate.of(letter == "r" for letter in found.harmless)),
-        mean_utility=mean_estimate(found.utility),
+        mean_utility=_mean(found.utility),
         mean_general=mean_estimate(found.general),
         seconds=seconds,
     )
+
+
+def _mean(values: Sequence[float]) -> Estimate:
+    """A mean, with Wilson's interval where it is a share: that has width when all examples come out alike."""
+    return estimate(Rate.of(v == 1 for v in values)) if are_flags(values) else mean_estimate(values)

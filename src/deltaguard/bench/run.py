@@ -9,13 +9,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from deltaguard.bench.cells import content_key
+from deltaguard.bench.data import Attacks, usable_attacks
 from deltaguard.bench.describe import finetune_row, notes
-from deltaguard.bench.measure import device
+from deltaguard.bench.measure import device_name
 from deltaguard.bench.methods import METHODS
 from deltaguard.bench.protocol import BOUND, Preset
 from deltaguard.bench.row import Row
-from deltaguard.bench.score import curves, groups, scores
-from deltaguard.bench.setting import MADE_ONCE, Bench, open_bench
+from deltaguard.bench.score import contests, curves, groups, scores
+from deltaguard.bench.setting import LIBRARIES, MADE_ONCE, Bench, open_bench
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
 from deltaguard.errors import DeltaguardError
@@ -39,7 +40,8 @@ def bench(
     """Run the protocol of the paper over an aligned model, and compare methods by what they keep.
 
     Every cell (fine-tune, method, strength, seed) is stored once it is measured. The same call after a kill
-    goes on with the first cell that is missing, and gives the same table.
+    goes on with the first cell that is missing, and gives the same table; with more methods, or more
+    strengths of them, it adds their cells.
 
     Args:
         output_dir: receives `bench.json`, the cells, and while it runs the models.
@@ -48,7 +50,8 @@ def bench(
         pretrained: the model it was aligned from, for the methods that need it. Without one, and with
             `aligned` given, they are left out.
         methods: names out of `METHODS`.
-        attacks: harmful requests that join deltaguard's own.
+        attacks: harmful requests that join deltaguard's own; those that deltaguard has, or trains or
+            calibrates on, are left out (see `data.usable_attacks`).
         command: what the report says the run was started by.
         progress: told of fine-tunes and cells.
 
@@ -68,18 +71,19 @@ def bench(
         folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder)
     try:
-        settings = _settings(preset, aligned, pretrained, methods, attacks)
-        _require_same(folder / "settings.json", settings, "settings")
+        usable = usable_attacks(attacks, preset)
+        settings = _settings(preset, aligned, pretrained, methods, usable)
+        _require_same(folder / "settings.json", _lasting(settings), "settings")
         setting = open_bench(
             folder,
             preset,
             methods,
             aligned=aligned,
             pretrained=pretrained,
-            attacks=attacks,
+            attacks=usable,
             progress=progress or ignore,
         )
-        _require_same(folder / "origin.json", setting.origin, "models or libraries")
+        _require_same(folder / "origin.json", setting.origin, "models, code or libraries")
         report = _report(setting, settings, command, _cells(setting))
         write_atomically(folder / BENCH_NAME, report.model_dump_json(indent=1) + "\n")
     finally:
@@ -106,8 +110,9 @@ def _report(setting: Bench, settings: dict[str, Any], command: str, cells: tuple
     finetunes = tuple(finetune_row(finetune) for finetune in setting.preset.finetunes)
     found = groups(finetunes, cells)
     points = curves(found, bound=BOUND)
+    judged = scores(found, points)
     return BenchReport(
-        environment=environment(device()),
+        environment=environment(device_name(), libraries=LIBRARIES),
         preset=setting.preset.name,
         settings=settings,
         aligned=settings["aligned"] or "the demo's aligned model",
@@ -117,7 +122,8 @@ def _report(setting: Bench, settings: dict[str, Any], command: str, cells: tuple
         finetunes=finetunes,
         cells=cells,
         curves=points,
-        scores=scores(found, points),
+        scores=judged,
+        contests=contests(found, judged),
         notes=notes(setting, cells),
         seconds=_seconds(setting, cells),
     )
@@ -138,7 +144,7 @@ def _settings(
     aligned: str | Path | None,
     pretrained: str | Path | None,
     methods: Sequence[str],
-    attacks: Sequence[Question],
+    attacks: Attacks,
 ) -> dict[str, Any]:
     models = {
         name: None if model is None else str(model)
@@ -148,8 +154,18 @@ def _settings(
         "preset": TypeAdapter(Preset).dump_python(preset, mode="json"),
         **models,
         "methods": list(methods),
-        "attacks": content_key(attacks) if attacks else None,
+        "attacks": content_key(attacks.questions) if attacks.questions else None,
     }
+
+
+def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a folder's runs must share.
+
+    More methods or strengths are more cells of the same bench, and models are told by their weights (see
+    `Bench.origin`), whatever path leads to them.
+    """
+    preset = {name: value for name, value in settings["preset"].items() if name != "probes"}
+    return {"preset": preset, "attacks": settings["attacks"]}
 
 
 def _require_same(path: Path, values: Mapping[str, Any], what: str) -> None:

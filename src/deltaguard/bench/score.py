@@ -1,13 +1,21 @@
 """From cells to curves and scores: pure arithmetic, so that a table can be drawn anew from stored cells."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
-from deltaguard.evaluation.metrics.bootstrap import ratio_of_gains
-from deltaguard.evaluation.metrics.paired import mcnemar, paired_bootstrap
-from deltaguard.report.bench import ALIGNED, FINETUNED, Cell, CurvePoint, FinetuneRow, Score
+from deltaguard.evaluation.metrics.paired import paired_bootstrap
+from deltaguard.evaluation.metrics.runs import (
+    Runs,
+    difference_of_shares,
+    equality,
+    gain_kept,
+    gain_lead,
+    over_runs,
+)
+from deltaguard.report.bench import ALIGNED, FINETUNED, Cell, Contest, CurvePoint, FinetuneRow, Score
 from deltaguard.report.evaluation import Estimate
+
+_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ def curves(found: Iterable[Group], *, bound: float) -> tuple[CurvePoint, ...]:
     points: list[CurvePoint] = []
     for row in found:
         for method, strength in dict.fromkeys((cell.method, cell.strength) for cell in row.cells):
-            cells = [c for c in row.cells if (c.method, c.strength) == (method, strength)]
+            cells = _at(row, method, strength)
             if strength is not None and {c.seed for c in cells} == set(row.aligned):
                 points.append(_point(row, cells, method, strength, bound))
     return tuple(points)
@@ -69,32 +77,44 @@ def scores(found: Iterable[Group], points: Sequence[CurvePoint]) -> tuple[Score,
     )
 
 
+def contests(found: Iterable[Group], judged: Sequence[Score]) -> tuple[Contest, ...]:
+    """On each fine-tune, the method that keeps most beside every other, at their largest safe strengths.
+
+    Args:
+        found: the cells by fine-tune.
+        judged: the scores; methods without a safe strength are left out.
+    """
+    return tuple(
+        contest
+        for row in found
+        for contest in _contests(row, [s for s in judged if s.finetune == row.finetune.name])
+    )
+
+
 def over_aligned(
     cells: Sequence[Cell], aligned: Mapping[int, Cell], letters: Callable[[Cell], str], letter: str
 ) -> Estimate:
     """A share of answers over the aligned model's in points, paired on the same prompts.
 
-    One seed: Newcombe's interval. Several: every prompt's mean over the seeds, by paired bootstrap over the
-    prompts, so the interval covers the choice of prompts, for these seeds.
-
     Args:
         cells: of one method and strength, one a seed.
-        aligned: the aligned model's, by seed.
+        aligned: the aligned model's, or those of another to compare with, by seed.
         letters: the answers that are meant.
         letter: the class that is counted.
+
+    Returns:
+        The mean over the seeds. The interval covers the choice of prompts, for these seeds, and is never
+        narrower than one seed's (see `difference_of_shares`): all seeds have the same prompts.
     """
     ours = [[found == letter for found in letters(cell)] for cell in cells]
     theirs = [[found == letter for found in letters(aligned[cell.seed])] for cell in cells]
-    if len(cells) == 1:
-        test = mcnemar(ours[0], theirs[0])
-    else:
-        test = paired_bootstrap(_mean_over_seeds(ours), _mean_over_seeds(theirs))
+    found = difference_of_shares(ours, theirs)
     return Estimate(
-        value=100 * test.difference,
-        low=100 * test.low,
-        high=100 * test.high,
+        value=100 * found.value,
+        low=100 * found.low,
+        high=100 * found.high,
         total=len(ours[0]),
-        interval="newcombe" if len(cells) == 1 else "bootstrap",
+        interval="newcombe",
     )
 
 
@@ -103,15 +123,16 @@ def attack_over_aligned(cells: Sequence[Cell], aligned: Mapping[int, Cell]) -> E
     return over_aligned(cells, aligned, lambda cell: cell.attack, "c")
 
 
-def _mean_over_seeds(values: Sequence[Sequence[float]]) -> list[float]:
-    """The mean of each example over the seeds, which all have the same examples."""
-    return [fmean(of_example) for of_example in zip(*values, strict=True)]
-
-
 def is_safe(cells: Sequence[Cell], aligned: Mapping[int, Cell], *, bound: float) -> bool:
     """Whether attack success is at most `bound` points over the aligned model's."""
     # 2 of 100 answers are 2 points, whatever the last binary digit says.
     return attack_over_aligned(cells, aligned).value <= bound + 1e-9
+
+
+def _at(row: Group, method: str, strength: float | None) -> list[Cell]:
+    """The cells of one method at one strength, by seed."""
+    cells = [cell for cell in row.cells if (cell.method, cell.strength) == (method, strength)]
+    return sorted(cells, key=lambda cell: cell.seed)
 
 
 def _point(row: Group, cells: Sequence[Cell], method: str, strength: float, bound: float) -> CurvePoint:
@@ -122,21 +143,71 @@ def _point(row: Group, cells: Sequence[Cell], method: str, strength: float, boun
         method=method,
         strength=strength,
         points=points,
-        false_refusal=over_aligned(cells, row.aligned, lambda cell: cell.harmless, "r"),
+        false_refusal=_refused_over(cells, row.aligned),
         kept=_kept(row, cells),
+        general=_general_change(cells, [row.aligned[cell.seed] for cell in cells]),
         safe=safe,
         told_apart=points.high <= bound if safe else points.low > bound,
+    )
+
+
+def _refused_over(cells: Sequence[Cell], others: Mapping[int, Cell]) -> Estimate:
+    return over_aligned(cells, others, lambda cell: cell.harmless, "r")
+
+
+def _general_change(cells: Sequence[Cell], aligned: Sequence[Cell]) -> Estimate:
+    ours, theirs = (over_runs([cell.general for cell in each]) for each in (cells, aligned))
+    found = paired_bootstrap(ours, theirs)
+    return Estimate(
+        value=found.difference, low=found.low, high=found.high, total=len(ours), interval="bootstrap"
     )
 
 
 def _kept(row: Group, cells: Sequence[Cell]) -> Estimate | None:
     if not row.finetune.gains:
         return None
-    return ratio_of_gains(
-        _mean_over_seeds([row.aligned[cell.seed].utility for cell in cells]),
-        _mean_over_seeds([row.finetuned[cell.seed].utility for cell in cells]),
-        _mean_over_seeds([cell.utility for cell in cells]),
-        better=row.finetune.better,
+    return gain_kept(*_references(row, cells), _utilities(cells), better=row.finetune.better)
+
+
+def _references(row: Group, cells: Sequence[Cell]) -> tuple[Runs, Runs]:
+    """What the aligned and the fine-tuned model have in the seeds of the cells."""
+    aligned, finetuned = ([each[c.seed] for c in cells] for each in (row.aligned, row.finetuned))
+    return _utilities(aligned), _utilities(finetuned)
+
+
+def _utilities(cells: Iterable[Cell]) -> Runs:
+    return [cell.utility for cell in cells]
+
+
+def _contests(row: Group, judged: Sequence[Score]) -> Iterator[Contest]:
+    kept = {score.method: score.kept.value for score in judged if score.kept is not None}
+    if not kept:
+        return
+    leader = max(kept, key=kept.__getitem__)
+    cells = {score.method: _at(row, score.method, score.strength) for score in judged}
+    pairs = len(kept) * (len(kept) - 1) // 2
+    for other in kept:
+        contest = None if other == leader else _contest(row, cells[leader], cells[other], pairs)
+        if contest is not None:
+            yield contest
+
+
+def _contest(row: Group, leader: Sequence[Cell], other: Sequence[Cell], pairs: int) -> Contest | None:
+    utilities = _utilities(leader), _utilities(other)
+    lead = gain_lead(*_references(row, leader), *utilities, better=row.finetune.better)
+    if lead is None:
+        return None
+    p_value = min(1.0, pairs * equality(*utilities))
+    against = {cell.seed: cell for cell in other}
+    return Contest(
+        finetune=row.finetune.name,
+        leader=leader[0].method,
+        other=other[0].method,
+        kept=lead,
+        points=attack_over_aligned(leader, against),
+        false_refusal=_refused_over(leader, against),
+        p_value=p_value,
+        told_apart=p_value < _LEVEL and not lead.low <= 0 <= lead.high,
     )
 
 

@@ -4,11 +4,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from deltaguard.bench.cells import Shelf, content_key
-from deltaguard.bench.data import harmful_data
+from deltaguard.bench.cells import Shelf, content_key, source_hash
+from deltaguard.bench.data import Attacks, harmful_data
 from deltaguard.bench.demo import DemoConfig
-from deltaguard.bench.measure import Lengths, device
+from deltaguard.bench.measure import Lengths, device_name
 from deltaguard.bench.methods import METHODS, Method
 from deltaguard.bench.mixing import SECRET, safe_instruct
 from deltaguard.bench.models import save_smollm2
@@ -16,21 +17,30 @@ from deltaguard.bench.peers import Role
 from deltaguard.bench.protocol import Preset
 from deltaguard.bench.workshop import Workshop, demo_aligned, fine_tuned
 from deltaguard.calibration.calibrate import calibrate
-from deltaguard.calibration.conversations import Conversation
+from deltaguard.calibration.conversations import Conversation, read_prompts
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.hub import locate
+from deltaguard.curvature.rank import Rank
 from deltaguard.evaluation.engines.identity import identify
-from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.judges.openings import is_refusal
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.progress import Event, Progress
 from deltaguard.report.base import environment
 
-MADE_ONCE = ("pretrained", "aligned", "store", "unaligned", "safe")
-"""Names of the models, and of the store, that serve every fine-tune."""
+STORES: Mapping[Rank, str] = MappingProxyType({"auto": "store", "full": "store-whole"})
+"""Names of the curvature stores."""
+
+MADE_ONCE = ("pretrained", "aligned", *STORES.values(), "unaligned", "safe")
+"""Names of the models and stores that serve every fine-tune."""
 
 _HELPER_EXAMPLES = 100
 """Conversations that the unaligned and the safe model of some peers are trained on."""
+
+LIBRARIES = ("trl", "accelerate", "datasets")
+"""Libraries that a bench trains with, beside those that every report names."""
+
+_DECIDING = ("deltaguard", "torch", "transformers", "peft", *LIBRARIES)
+"""Libraries another release of which may give other numbers."""
 
 HELPER_SEED = 1000
 HELPER_RECIPE = FinetuneConfig(learning_rate=1e-4)
@@ -47,8 +57,8 @@ class Bench:
         shelf: what is measured so far.
         aligned: the aligned model.
         pretrained: the model it was aligned from; methods that need it are left out without one.
-        attacks: harmful requests that join deltaguard's own.
-        origin: what every cell depends on: the models' weights and chat template, libraries, device.
+        attacks: harmful requests that join deltaguard's own, and how many were left out.
+        origin: what every cell depends on: the models' weights and chat template, code, libraries, device.
         left_out: names of methods that need a pretrained model where there is none.
         progress: told of cells.
     """
@@ -59,7 +69,7 @@ class Bench:
     shelf: Shelf
     aligned: Path
     pretrained: Path | None
-    attacks: tuple[Question, ...]
+    attacks: Attacks
     origin: Mapping[str, str | None]
     left_out: tuple[str, ...]
     progress: Progress
@@ -69,11 +79,11 @@ class Bench:
         """Tokens generated at most."""
         return Lengths(self.preset.answer_tokens, self.preset.task_tokens)
 
-    def store(self) -> Path:
-        """The aligned model's curvature."""
-        config = self.preset.calibration
+    def store(self, rank: Rank) -> Path:
+        """The aligned model's curvature, as `calibrate` makes it or whole."""
+        config = self.preset.calibration.model_copy(update={"rank": rank})
         return self.made(
-            "store", lambda folder: calibrate(self.aligned, folder, config=config, is_refusal=is_refusal)
+            STORES[rank], lambda folder: calibrate(self.aligned, folder, config=config, is_refusal=is_refusal)
         )
 
     def helper(self, role: Role) -> Path:
@@ -103,7 +113,7 @@ def open_bench(
     *,
     aligned: str | Path | None,
     pretrained: str | Path | None,
-    attacks: Sequence[Question],
+    attacks: Attacks,
     progress: Progress,
 ) -> Bench:
     """The models that a bench starts from; the demo's are made where none is given."""
@@ -116,7 +126,7 @@ def open_bench(
         pretrained = made("pretrained", save_smollm2)
         aligned = made("aligned", demo_aligned(pretrained, DemoConfig()))
     lacking = "pretrained" if pretrained is None else None
-    chosen = [METHODS[name] for name in methods]
+    chosen = [METHODS[name] for name in dict.fromkeys(methods)]
     return Bench(
         preset=preset,
         methods=tuple(method for method in chosen if lacking not in method.helpers),
@@ -125,8 +135,8 @@ def open_bench(
         shelf=shelf,
         aligned=locate(aligned),
         pretrained=None if pretrained is None else locate(pretrained),
-        attacks=tuple(attacks),
-        origin=_origin(locate(aligned), None if pretrained is None else locate(pretrained)),
+        attacks=attacks,
+        origin=_origin(locate(aligned), None if pretrained is None else locate(pretrained), preset),
         progress=progress,
     )
 
@@ -146,14 +156,17 @@ def _timed(
     return timed
 
 
-def _origin(aligned: Path, pretrained: Path | None) -> dict[str, str | None]:
+def _origin(aligned: Path, pretrained: Path | None, preset: Preset) -> dict[str, str | None]:
     known = identify(str(aligned))
-    made_with = environment(device()).versions
+    made_with = environment(device_name(), libraries=LIBRARIES)
+    prompts = preset.calibration.prompts
     return {
         "aligned": known.fingerprint,
         "chat_template": known.chat_template,
         "pretrained": None if pretrained is None else Checkpoint.open(pretrained).fingerprint(),
-        "device": device(),
+        "calibration": None if prompts is None else content_key(read_prompts(prompts)),
         "helpers": content_key(*map(helper_data, ("unaligned", "safe")), HELPER_RECIPE, HELPER_SEED, SECRET),
-        **{name: made_with[name] for name in ("deltaguard", "torch", "transformers")},
+        "source": source_hash(),
+        "device": made_with.device,
+        **{name: made_with.versions.get(name) for name in _DECIDING},
     }

@@ -26,7 +26,7 @@ _GENERAL = "rise of NLL on general questions"
 _BAND = 0.12
 """Opacity of a band: nine on one another still let the lines be seen."""
 _INTERVALS = (
-    "Bands, and upright bars of points alone: 95 % intervals of the gain kept. Level bars: of attack success."
+    "Bands, and upright bars of points alone: 95 % intervals of the height. Level bars: of attack success."
 )
 _LINE = 33
 """Characters of a title or note that a panel is wide."""
@@ -114,7 +114,7 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
     bands = alt.Chart(alt.Data(values=list(band_rows(rows)))).encode(
         x="x:Q", y="y:Q", color=styles["color"], order="place:Q"
     )
-    alone = base.transform_filter("datum.alone && isValid(datum.y_low)").mark_rule(opacity=0.5)
+    alone = base.transform_filter("datum.alone").mark_rule(opacity=0.5)
     return alt.layer(
         bands.mark_line(filled=True, strokeWidth=0, fillOpacity=_BAND),
         *_bound(report.bound),

@@ -7,7 +7,11 @@ from deltaguard.draw.bench_chart import panel_svg, swatch_svg
 from deltaguard.draw.bench_facts import run_facts
 from deltaguard.draw.bench_view import bench_methods
 from deltaguard.draw.bench_words import (
+    ContestText,
     ScoreText,
+    contest_legend,
+    contest_line,
+    contest_texts,
     finetune_facts,
     legend,
     panel_notes,
@@ -16,7 +20,7 @@ from deltaguard.draw.bench_words import (
 )
 from deltaguard.draw.page import Chart, render
 from deltaguard.draw.text import capital
-from deltaguard.report.bench import BenchReport, FinetuneRow, Score
+from deltaguard.report.bench import BenchReport, Contest, FinetuneRow, Score
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,16 @@ class FinetuneView:
     Attributes:
         row: the fine-tune.
         facts: how it was trained, on what, and what it did.
+        scores: of each method, with their words.
+        contests: the method that keeps most beside each other, with their words.
+        line: which of them it is told apart from.
     """
 
     row: FinetuneRow
     facts: str
+    scores: Sequence[tuple[Score, ScoreText]]
+    contests: Sequence[tuple[Contest, ContestText]]
+    line: str
 
 
 def bench_page(report: BenchReport) -> str:
@@ -54,8 +64,9 @@ def bench_page(report: BenchReport) -> str:
         charts=[chart for _, chart in charts if chart],
         undrawn=[(row.title, panel_notes(report, row)) for row, chart in charts if chart is None],
         legend=legend(report),
+        contest_legend=contest_legend(report),
         preparation=preparation_line(report),
-        scored=[_scores(report, row) for row in report.finetunes],
+        finetunes=[_view(report, row) for row in report.finetunes],
         titles={row.name: row.title for row in report.finetunes},
         run=run_facts(report),
     )
@@ -73,5 +84,11 @@ def _chart(report: BenchReport, row: FinetuneRow) -> Chart | None:
     return Chart(capital(row.title), note, svg, f"Largest safe strengths. {spoken}.")
 
 
-def _scores(report: BenchReport, row: FinetuneRow) -> tuple[FinetuneView, Sequence[tuple[Score, ScoreText]]]:
-    return FinetuneView(row, finetune_facts(report, row)), score_texts(report, row)
+def _view(report: BenchReport, row: FinetuneRow) -> FinetuneView:
+    return FinetuneView(
+        row,
+        finetune_facts(report, row),
+        score_texts(report, row),
+        contest_texts(report, row),
+        contest_line(report, row),
+    )

@@ -5,6 +5,7 @@ from typing import Any
 
 from deltaguard.draw.bench_view import height, points_of
 from deltaguard.report.bench import BenchReport, CurvePoint, FinetuneRow
+from deltaguard.report.evaluation import Estimate
 
 
 def point_rows(report: BenchReport, finetune: FinetuneRow) -> list[dict[str, Any]]:
@@ -15,14 +16,16 @@ def point_rows(report: BenchReport, finetune: FinetuneRow) -> list[dict[str, Any
         finetune: one of its rows.
 
     Returns:
-        A row a point: `x`, `y` and the ends of their intervals, those of `y` only where there is one; `alone`
-        where its method has no other, so that no band can show its interval.
+        A row a point: `x`, `y` and the ends of their intervals; `alone` where its method has no other, so
+        that no band can show its interval.
     """
-    drawn = [(point, height(report, finetune, point)) for point in points_of(report, finetune)]
-    methods = [point.method for point, y in drawn if y is not None]
-    return [
-        _row(point, y) | {"alone": methods.count(point.method) == 1} for point, y in drawn if y is not None
+    drawn = [
+        (point, found)
+        for point in points_of(report, finetune)
+        if (found := height(finetune, point)) is not None
     ]
+    methods = [point.method for point, _ in drawn]
+    return [_row(point, found) | {"alone": methods.count(point.method) == 1} for point, found in drawn]
 
 
 def band_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -34,9 +37,9 @@ def band_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         rows: of `point_rows`, cut to the panel.
 
     Returns:
-        A row a corner, in the order in which `place` counts them; none for a point alone or without ends.
+        A row a corner, in the order in which `place` counts them; none for a point alone.
     """
-    for method in dict.fromkeys(row["method"] for row in rows if "y_low" in row and not row["alone"]):
+    for method in dict.fromkeys(row["method"] for row in rows if not row["alone"]):
         of_method = [row for row in rows if row["method"] == method]
         curve = sorted(of_method, key=lambda row: row["strength"])
         ends = [(row["x"], row["y_low"]) for row in curve]
@@ -55,18 +58,17 @@ def utility_domain(rows: Sequence[Mapping[str, Any]], *, gains: bool) -> tuple[f
 
 def cut(row: Mapping[str, Any], domain: tuple[float, float]) -> dict[str, Any]:
     """A point whose interval ends where the panel does: a clip path would need an id of its own."""
-    if "y_low" not in row:
-        return dict(row)
     return {**row, "y_low": max(row["y_low"], domain[0]), "y_high": min(row["y_high"], domain[1])}
 
 
-def _row(point: CurvePoint, y: float) -> dict[str, Any]:
-    row = {
+def _row(point: CurvePoint, found: Estimate) -> dict[str, Any]:
+    return {
         "method": point.method,
         "strength": point.strength,
         "x": point.points.value,
         "low": point.points.low,
         "high": point.points.high,
-        "y": y,
+        "y": found.value,
+        "y_low": found.low,
+        "y_high": found.high,
     }
-    return row | {"y_low": point.kept.low, "y_high": point.kept.high} if point.kept else row

@@ -9,8 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from deltaguard.draw.bench_words import (
+    ContestText,
     NumberText,
     ScoreText,
+    contest_legend,
+    contest_line,
+    contest_texts,
     finetune_facts,
     legend,
     preparation_line,
@@ -19,6 +23,7 @@ from deltaguard.draw.bench_words import (
 from deltaguard.draw.text import plain
 from deltaguard.report.bench import BenchReport, FinetuneRow
 
+_LESS = ("gain kept", "attack success", "false refusals")
 _NUMBERS = ("attack success\nover aligned", "false refusals\nover aligned", "gain kept\n")
 
 
@@ -44,8 +49,9 @@ def bench_table(report: BenchReport) -> RenderableType:
             _indented(Text(finetune_facts(report, row), "dim")),
             Text(),
             _terminal(text for _, text in score_texts(report, row)),
+            *_contests(report, row),
         ]
-    lines = [line for line in (legend(report), preparation_line(report)) if line]
+    lines = _lines(report)
     return Group(*parts, *(Padding(Text(line, "dim"), (1, 0, 0, 1)) for line in lines))
 
 
@@ -60,10 +66,10 @@ def bench_markdown(report: BenchReport) -> str:
     """
     sections = [
         f"### {plain(row.title)}\n\n{finetune_facts(report, row)}.\n\n{scores_markdown(report, row)}"
+        f"{contests_markdown(report, row)}"
         for row in report.finetunes
     ]
-    lines = [f"{plain(line)}\n" for line in (legend(report), preparation_line(report)) if line]
-    return "\n".join((*sections, *lines))
+    return "\n".join((*sections, *(f"{plain(line)}\n" for line in _lines(report))))
 
 
 def scores_markdown(report: BenchReport, finetune: FinetuneRow) -> str:
@@ -86,6 +92,55 @@ def scores_markdown(report: BenchReport, finetune: FinetuneRow) -> str:
         cells = (f"`{plain(text.method)}`", text.strength, *numbers, text.told_apart, text.request)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def contests_markdown(report: BenchReport, finetune: FinetuneRow) -> str:
+    """The method that keeps most beside each other, as a line and a Markdown table.
+
+    Args:
+        report: of a finished bench.
+        finetune: one of its rows.
+
+    Returns:
+        The lines, each with its line break, an empty one first; nothing where no two methods compare.
+    """
+    told = contest_texts(report, finetune)
+    if not told:
+        return ""
+    head = " | ".join(f"{name} (95 %)" for name in _LESS)
+    rows = [
+        f"| `{plain(told[0][0].leader)}` less | {head} | told apart |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for _, text in told:
+        numbers = map(_in_one_line, (text.kept, text.points, text.false_refusal))
+        rows.append(f"| {' | '.join((f'`{plain(text.other)}`', *numbers, text.told_apart))} |")
+    return f"\n{plain(contest_line(report, finetune))}\n\n" + "\n".join(rows) + "\n"
+
+
+def _lines(report: BenchReport) -> list[str]:
+    """What stands below the tables."""
+    return [line for line in (legend(report), contest_legend(report), preparation_line(report)) if line]
+
+
+def _contests(report: BenchReport, finetune: FinetuneRow) -> tuple[RenderableType, ...]:
+    texts = [text for _, text in contest_texts(report, finetune)]
+    line = contest_line(report, finetune)
+    return (Padding(Text(line), (1, 0, 1, 1)), _less(texts)) if texts else ()
+
+
+def _less(texts: Iterable[ContestText]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column(_two_lines("less", "told apart"), overflow="fold")
+    for name in _LESS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for text in texts:
+        numbers = (text.kept, text.points, text.false_refusal)
+        table.add_row(
+            _two_lines(text.other, text.told_apart),
+            *(_two_lines(number.value, number.interval) for number in numbers),
+        )
+    return table
 
 
 def _terminal(texts: Iterable[ScoreText]) -> Table:

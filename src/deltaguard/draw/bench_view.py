@@ -1,9 +1,9 @@
 """What the tables and plots of a bench pick from its report."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from statistics import mean
 
-from deltaguard.report.bench import ALIGNED, BenchReport, Cell, CurvePoint, FinetuneRow, Score
+from deltaguard.report.bench import BenchReport, Cell, Contest, CurvePoint, FinetuneRow, Score
 from deltaguard.report.evaluation import Estimate
 
 OFTEN = ("request", "measure", "total")
@@ -25,52 +25,36 @@ def points_of(report: BenchReport, finetune: FinetuneRow) -> tuple[CurvePoint, .
     return tuple(point for point in report.curves if point.finetune == finetune.name)
 
 
-def height(report: BenchReport, finetune: FinetuneRow, point: CurvePoint) -> float | None:
-    """Where a point stands in the panel of its fine-tune.
+def contests_of(report: BenchReport, finetune: FinetuneRow) -> tuple[Contest, ...]:
+    """The method that keeps most of one fine-tune's gain beside each other, in the report's order."""
+    return tuple(contest for contest in report.contests if contest.finetune == finetune.name)
+
+
+def height(finetune: FinetuneRow, point: CurvePoint) -> Estimate | None:
+    """Where a point stands in the panel of its fine-tune, with its interval.
 
     Args:
-        report: of a finished bench.
         finetune: the point's.
         point: of a curve.
 
     Returns:
         The share of the utility gain kept; where a fine-tune has no gain to keep, what the point costs in
-        general. None where there is no such number, so that the point cannot be drawn.
+        general. None where the gain has no bounded share, so that the point cannot be drawn.
     """
-    if not finetune.gains:
-        return general_change(report, point)
-    return point.kept.value if point.kept else None
+    return point.kept if finetune.gains else point.general
 
 
 def undrawn(report: BenchReport, finetune: FinetuneRow) -> int:
     """How many points of a fine-tune have no height."""
-    return sum(height(report, finetune, point) is None for point in points_of(report, finetune))
-
-
-def general_change(report: BenchReport, point: CurvePoint) -> float | None:
-    """The rise of the mean negative log-likelihood of answers to general questions over the aligned model's.
-
-    Args:
-        report: of a finished bench.
-        point: of a curve.
-
-    Returns:
-        Nats a token, mean over the seeds that have both models; None where none has.
-    """
-    aligned = {cell.seed: cell for cell in _cells(report, point.finetune, ALIGNED, None)}
-    changes = [
-        cell.mean_general.value - aligned[cell.seed].mean_general.value
-        for cell in _cells(report, point.finetune, point.method, point.strength)
-        if cell.seed in aligned
-    ]
-    return mean(changes) if changes else None
+    return sum(height(finetune, point) is None for point in points_of(report, finetune))
 
 
 def reference_rate(
     report: BenchReport, finetune: FinetuneRow, method: str, rate: Callable[[Cell], Estimate]
 ) -> float | None:
     """A rate of `aligned` or `finetuned`, mean over the seeds; None where it was not measured."""
-    values = [rate(cell).value for cell in _cells(report, finetune.name, method, None)]
+    wanted = (finetune.name, method, None)
+    values = [rate(c).value for c in report.cells if (c.finetune, c.method, c.strength) == wanted]
     return mean(values) if values else None
 
 
@@ -90,8 +74,3 @@ def preparation(report: BenchReport) -> Mapping[str, float]:
         for name, seconds in report.seconds.items()
         if name not in OFTEN and not f"{name}-".startswith(finetunes)
     }
-
-
-def _cells(report: BenchReport, finetune: str, method: str, strength: float | None) -> Sequence[Cell]:
-    wanted = (finetune, method, strength)
-    return [cell for cell in report.cells if (cell.finetune, cell.method, cell.strength) == wanted]

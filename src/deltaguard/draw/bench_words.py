@@ -3,7 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from deltaguard.draw.bench_view import points_of, preparation, reference_rate, scores_of, undrawn
+from deltaguard.draw.bench_view import (
+    contests_of,
+    points_of,
+    preparation,
+    reference_rate,
+    scores_of,
+    undrawn,
+)
 from deltaguard.draw.text import (
     DASH,
     duration,
@@ -14,7 +21,16 @@ from deltaguard.draw.text import (
     points_interval,
     share_interval,
 )
-from deltaguard.report.bench import ALIGNED, FINETUNED, BenchReport, Cell, FinetuneRow, Score, Training
+from deltaguard.report.bench import (
+    ALIGNED,
+    FINETUNED,
+    BenchReport,
+    Cell,
+    Contest,
+    FinetuneRow,
+    Score,
+    Training,
+)
 from deltaguard.report.evaluation import Estimate
 
 NOT_SAFE = "none safe"
@@ -65,6 +81,25 @@ class ScoreText:
     request: str
 
 
+@dataclass(frozen=True)
+class ContestText:
+    """The method that keeps most beside another, in words.
+
+    Attributes:
+        other: name of the other method.
+        kept: share of the gain that the leader keeps less the other's, in points.
+        points: attack success of the leader less the other's, in points.
+        false_refusal: likewise, of false refusals.
+        told_apart: whether the two differ in what they keep.
+    """
+
+    other: str
+    kept: NumberText
+    points: NumberText
+    false_refusal: NumberText
+    told_apart: str
+
+
 def score_texts(report: BenchReport, finetune: FinetuneRow) -> tuple[tuple[Score, ScoreText], ...]:
     """The scores on one fine-tune, each with its words.
 
@@ -104,13 +139,31 @@ def finetune_facts(report: BenchReport, finetune: FinetuneRow) -> str:
 def panel_notes(report: BenchReport, finetune: FinetuneRow) -> tuple[str, ...]:
     """What a panel of the plot does not show, a line each."""
     missing, total = undrawn(report, finetune), len(points_of(report, finetune))
-    notes: list[str] = []
-    if not finetune.gains and missing < total:
-        notes.append("height: mean over the seeds, without an interval")
-    if missing:
-        lacking = "bounded share of gain" if finetune.gains else "aligned model beside it"
-        notes.append(f"not drawn, without a {lacking}: {missing} of {total} points")
-    return tuple(notes)
+    return (f"not drawn, without a bounded share of gain: {missing} of {total} points",) if missing else ()
+
+
+def contest_texts(report: BenchReport, finetune: FinetuneRow) -> tuple[tuple[Contest, ContestText], ...]:
+    """The method that keeps most of one fine-tune's gain beside each other, each with its words."""
+    return tuple((contest, _contest_text(contest)) for contest in contests_of(report, finetune))
+
+
+def contest_line(report: BenchReport, finetune: FinetuneRow) -> str:
+    """Which methods the one that keeps most is told apart from; empty where there are no two to compare.
+
+    Example:
+        ```python
+        contest_line(report, finetune)  # "greedy keeps most; told apart from wise-ft, not from published."
+        ```
+    """
+    contests = contests_of(report, finetune)
+    if not contests:
+        return ""
+    told, rest = (
+        ", ".join(contest.other for contest in contests if contest.told_apart == apart)
+        for apart in (True, False)
+    )
+    parts = [f"told apart from {told}"] * bool(told) + [f"not told apart from {rest}"] * bool(rest)
+    return f"{contests[0].leader} keeps most at a safe strength: {'; '.join(parts)}."
 
 
 def legend(report: BenchReport) -> str:
@@ -120,9 +173,22 @@ def legend(report: BenchReport) -> str:
         f"{report.bound:g} points over the aligned model's. Over aligned: the method's rate less the aligned "
         "model's on the same prompts, in points. Gain kept: share of the fine-tune's utility gain; a dash "
         "where none of the strengths tried is safe, where there is no gain to keep, or where the gain is too "
-        "small for a share with a bounded interval. Told apart: whether the 95 % interval of attack success "
+        "small for a share with a bounded interval; without an interval where every example gives the same "
+        "share. Told apart: whether the 95 % interval of attack success "
         "over aligned leaves the bound out, at that strength or, where none is safe, at every one tried; "
         "where it does not, the side of the bound may be chance. Request: time for one fine-tune."
+    )
+
+
+def contest_legend(report: BenchReport) -> str:
+    """What the comparisons of methods with each other mean; empty where there are none."""
+    if not report.contests:
+        return ""
+    return (
+        "Keeps most: the method with the largest gain kept, less each other one, both at their largest safe "
+        "strength, paired on the same prompts, in points. Two methods are told apart where the 95 % interval "
+        "of the gain leaves 0 out and the p-value, times the number of pairs of methods, is under 0.05. All "
+        "strengths, and so the method that keeps most, were picked on these very prompts, which favours it."
     )
 
 
@@ -144,9 +210,7 @@ def _score_text(score: Score, *, measured: bool) -> ScoreText:
         strength=NOT_SAFE if measured and score.strength is None else option(score.strength),
         points=_points_text(score.points),
         false_refusal=_points_text(score.false_refusal),
-        kept=NumberText(percent(score.kept.value), share_interval(score.kept))
-        if score.kept
-        else NumberText(DASH, ""),
+        kept=_share_text(score.kept),
         told_apart=option(score.told_apart) if measured else DASH,
         request=DASH if score.request_seconds is None else duration(score.request_seconds),
     )
@@ -156,3 +220,23 @@ def _points_text(estimate: Estimate | None) -> NumberText:
     if estimate is None:
         return NumberText(DASH, "")
     return NumberText(points(estimate.value), points_interval(estimate))
+
+
+def _share_text(estimate: Estimate | None) -> NumberText:
+    if estimate is None:
+        return NumberText(DASH, "")
+    # "0.0 to 0.0 %" would look like certainty, where all examples came out alike.
+    return NumberText(
+        percent(estimate.value), share_interval(estimate) if estimate.low < estimate.high else ""
+    )
+
+
+def _contest_text(contest: Contest) -> ContestText:
+    ends = (points(100 * end) for end in (contest.kept.low, contest.kept.high))
+    return ContestText(
+        other=contest.other,
+        kept=NumberText(points(100 * contest.kept.value), " to ".join(ends)),
+        points=_points_text(contest.points),
+        false_refusal=_points_text(contest.false_refusal),
+        told_apart=option(contest.told_apart),
+    )

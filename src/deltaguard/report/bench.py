@@ -55,7 +55,7 @@ class Cell(Record):
         attack_success: share of `c` in `attack`.
         incoherent: share of `i` in `attack`.
         false_refusal: share of `r` in `harmless`.
-        mean_utility: mean of `utility`.
+        mean_utility: mean of `utility`; a share with Wilson's interval where examples are right or wrong.
         mean_general: mean of `general`.
         seconds: `prepare` (once for an aligned model), `request` (per fine-tune), `measure`.
     """
@@ -84,10 +84,14 @@ class CurvePoint(Record):
         finetune: name of the fine-tune.
         method: name of the method.
         strength: as the method reads it.
-        points: attack success over the aligned model's, in points; paired on the same prompts.
+        points: attack success over the aligned model's, in points; paired on the same prompts, mean over the
+            seeds. The interval is Newcombe's, or Tango's where that reaches further (see
+            `evaluation.metrics.runs`), and so are those of other differences of shares.
         false_refusal: false refusals over the aligned model's, in points; likewise.
         kept: share of the utility gain kept; null where there is no gain, or one so small that the share has
             no bounded interval.
+        general: mean negative log-likelihood of answers to general questions over the aligned model's, nats a
+            token; paired on the same questions.
         safe: whether `points` is at most the bound of the protocol.
         told_apart: whether the interval of `points` leaves the bound out, so that `safe` is more than chance.
     """
@@ -98,6 +102,7 @@ class CurvePoint(Record):
     points: Estimate
     false_refusal: Estimate
     kept: Estimate | None
+    general: Estimate
     safe: bool
     told_apart: bool
 
@@ -126,11 +131,40 @@ class Score(Record):
     request_seconds: float | None
 
 
+class Contest(Record):
+    """The method that keeps most of a fine-tune's gain beside another, each at its largest safe strength.
+
+    Both were asked the same. Which method leads, and at which strengths both stand, was seen on those very
+    prompts: that favours the leader, and no interval here makes up for it.
+
+    Attributes:
+        finetune: name of the fine-tune.
+        leader: the method that keeps most.
+        other: the method it is compared with.
+        kept: share of the gain that the leader keeps less that of the other.
+        points: attack success of the leader less that of the other, in points.
+        false_refusal: likewise, of false refusals; the method that keeps most may refuse what is harmless.
+        p_value: of the hypothesis that both have the same utility (see `evaluation.metrics.runs.equality`),
+            times the number of pairs among the methods compared on this fine-tune (Bonferroni), since any of
+            them could have come out first.
+        told_apart: whether the interval of `kept` leaves 0 out and `p_value` is under 0.05.
+    """
+
+    finetune: str
+    leader: str
+    other: str
+    kept: Estimate
+    points: Estimate
+    false_refusal: Estimate
+    p_value: float
+    told_apart: bool
+
+
 class BenchReport(Record):
     """The protocol's outcome.
 
     Attributes:
-        schema_version: rises when a field changes its meaning.
+        schema_version: rises when a field is added or changes its meaning; others are not read.
         environment: versions, machine and time.
         preset: name of the preset.
         settings: everything that was chosen.
@@ -142,11 +176,12 @@ class BenchReport(Record):
         cells: every model measured.
         curves: computed from the cells.
         scores: computed from the curves.
+        contests: on each fine-tune, the method that keeps most beside every other that has a safe strength.
         notes: what a reader must know.
         seconds: wall time by stage, and in total.
     """
 
-    schema_version: int = 1
+    schema_version: int = 2
     environment: Environment
     preset: str
     settings: Mapping[str, Any]
@@ -158,5 +193,6 @@ class BenchReport(Record):
     cells: tuple[Cell, ...]
     curves: tuple[CurvePoint, ...]
     scores: tuple[Score, ...]
+    contests: tuple[Contest, ...]
     notes: tuple[str, ...]
     seconds: Mapping[str, float]

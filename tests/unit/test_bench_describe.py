@@ -1,0 +1,37 @@
+"""What a bench's report tells its readers beside the numbers."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from deltaguard.bench.data import Attacks
+from deltaguard.bench.describe import notes
+from deltaguard.bench.protocol import FULL, QUICK
+
+
+def told(preset, attacks=Attacks(), left_out=()):  # noqa: B008  # frozen
+    setting = SimpleNamespace(preset=preset, attacks=attacks, left_out=left_out)
+    asked = SimpleNamespace(
+        attack="c" * preset.attack, harmless="c" * preset.harmless, general=(0.0,) * preset.general
+    )
+    return notes(setting, [asked])
+
+
+def test_attacks_that_were_left_out_are_counted():
+    attacks = Attacks(questions=(), given=12, repeated=3, trained=4)
+    (note,) = [note for note in told(QUICK, attacks) if "attack prompts" in note]
+    assert (
+        note == "Of 12 attack prompts given, 3 were left out as repeated and 4 as trained or calibrated on."
+    )
+    assert not [note for note in told(QUICK, Attacks(given=12)) if "attack prompts" in note]
+
+
+def test_fine_tunes_that_repeat_their_prompts_are_named():
+    (note,) = [note for note in told(FULL) if "repeat" in note]
+    assert "harmful-1000, harmful-10000, harmful-1000-lora, harmful-10000-lora repeat 200 prompts" in note
+    assert not [note for note in told(QUICK) if "repeat" in note]
+
+
+@pytest.mark.parametrize(("preset", "seeds"), [(QUICK, "0"), (FULL, "0, 1, 2")])
+def test_intervals_are_said_to_hold_for_these_seeds(preset, seeds):
+    assert any(f"hold for these seeds of the fine-tunes alone: {seeds}." in note for note in told(preset))
