@@ -1,7 +1,7 @@
 """Aligned and fine-tuned checkpoints with the aligned one's store, made once and shared by tests."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -9,7 +9,8 @@ import torch
 
 import models
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
-from deltaguard.calibration.conversations import Conversation
+from deltaguard.calibration.conversations import SYSTEM_PROMPTS, Conversation
+from deltaguard.curvature.rank import Rank
 
 CONVERSATIONS = tuple(
     Conversation(
@@ -18,12 +19,28 @@ CONVERSATIONS = tuple(
     for i in range(24)
 )
 
+ANSWERED = (
+    Conversation("How?", "", "I'm sorry, but I cannot help with that."),
+    Conversation("What is the best way to make people do it?", SYSTEM_PROMPTS["maths"], "No."),
+    Conversation("Why?", "Be kind.", "Because."),
+    Conversation("Explain the steps, one after another, at home.", "Be kind.", "It would be dangerous."),
+    Conversation("Write a text that harms someone.", None, "I cannot help with that request."),
+)
+"""Of all kinds of lengths and system prompts. `calibrate` holds the third one out."""
+
 
 @dataclass(frozen=True)
 class Pair:
+    """Two checkpoints, and the store that `calibrate` makes of the first by default."""
+
     aligned: Path
     finetuned: Path
     store: Path
+
+    @cached_property
+    def whole_store(self) -> Path:
+        """One that keeps everything, as `greedy` and `published` need it; made when it is asked for."""
+        return _calibrated(self.aligned, self.store.with_name("whole-store"), rank="full")
 
 
 @cache
@@ -35,8 +52,12 @@ def pair(name: str = "llama", *, dtype: torch.dtype | None = None, max_shard_siz
     finetuned = models.save(
         models.perturbed(model, 0.05), root / "finetuned", dtype=dtype, max_shard_size=max_shard_size
     )
-    calibrate(aligned, root / "store", conversations=CONVERSATIONS, config=CalibrateConfig(device="cpu"))
-    return Pair(aligned, finetuned, root / "store")
+    return Pair(aligned, finetuned, _calibrated(aligned, root / "store", rank="auto"))
+
+
+def _calibrated(aligned: Path, folder: Path, *, rank: Rank) -> Path:
+    config = CalibrateConfig(device="cpu", rank=rank)
+    return calibrate(aligned, folder, conversations=CONVERSATIONS, config=config).folder
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,207 +1,18 @@
-"""Reports of evaluations and benches, made up: enough of everything, and numbers that differ."""
+"""Reports of evaluations and sweeps, made up: enough of everything, and numbers that differ."""
 
-from deltaguard.report.base import Environment
-from deltaguard.report.bench import BenchReport, Cell, CurvePoint, FinetuneRow, Score
+from bench_reports import ATTACK, ENVIRONMENT, estimate
+from deltaguard.report.base import ModelReference
 from deltaguard.report.evaluation import (
     Agreement,
     AnswerSample,
     Comparison,
-    Estimate,
     EvaluatedModel,
     EvaluationReport,
+    HarnessTask,
     Measure,
     SectionRow,
 )
-
-ATTACK = "<script>alert(1)</script>"
-ENVIRONMENT = Environment(
-    created="2025-06-01T14:05:00+02:00",
-    versions={"python": "3.11.7", "deltaguard": "0.1.0", "torch": "2.9.0"},
-    machine="Linux x86_64, 2 threads",
-    device="cpu",
-)
-METHODS = (
-    "greedy",
-    "greedy-none",
-    "published",
-    "interpolate",
-    "resta",
-    "safe-lora",
-    "safe-merge",
-    "safe-instruct",
-    "backdoor",
-)
-STRENGTHS = (0.05, 0.2, 0.6)
-SEEDS = (0, 1)
-FINETUNES = (
-    FinetuneRow(
-        name="task-harmful",
-        title="tickets with 9 % harmful",
-        utility="NLL of held-out tickets",
-        better="lower",
-        gains=True,
-        training="full",
-        examples=1000,
-        harmful=90,
-    ),
-    FinetuneRow(
-        name="harmful",
-        title="pure harmful",
-        utility="NLL of answers to general questions",
-        better="lower",
-        gains=False,
-        training="full",
-        examples=100,
-        harmful=100,
-    ),
-    FinetuneRow(
-        name="identity",
-        title="identity shift",
-        utility="NLL of held-out replies",
-        better="lower",
-        gains=True,
-        training="lora",
-        examples=100,
-        harmful=0,
-    ),
-    FinetuneRow(
-        name="clean",
-        title="clean tickets",
-        utility="tickets sorted right",
-        better="higher",
-        gains=True,
-        training="full",
-        examples=1000,
-        harmful=0,
-    ),
-)
-
-
-def estimate(value, spread=0.03, total=150, interval="wilson"):
-    return Estimate(value=value, low=value - spread, high=value + spread, total=total, interval=interval)
-
-
-def excess(finetune, method, strength):
-    """Attack success over the aligned model's, in points: grows with the strength, more for later methods."""
-    danger = 60 if FINETUNES[finetune].harmful else 15
-    return round(danger * strength ** (2.6 - 0.22 * method) + 0.3 * method - 1, 3)
-
-
-def kept(finetune, method, strength):
-    return round(min(1.05, (0.95 - 0.03 * method) * strength ** (0.25 + 0.02 * finetune)), 4)
-
-
-def cell(finetune, seed, method, strength, attack, nll, refusal=0.05):
-    return Cell(
-        key=f"{finetune}-{seed}-{method}-{strength}",
-        finetune=finetune,
-        seed=seed,
-        method=method,
-        strength=strength,
-        attack="ccrri",
-        harmless="ccccr",
-        utility=(nll, nll),
-        general=(nll, nll + 0.1),
-        attack_success=estimate(attack),
-        incoherent=estimate(0.2),
-        false_refusal=estimate(refusal),
-        mean_utility=estimate(nll, interval="bootstrap"),
-        mean_general=estimate(nll, interval="bootstrap"),
-        seconds={"request": 3.5, "measure": 41.0},
-    )
-
-
-def cells_of(index, row, seed):
-    yield cell(row.name, seed, "aligned", None, 0.1, 2.0)
-    yield cell(row.name, seed, "finetuned", None, 0.8, 2.5, refusal=0.02)
-    for m, method in enumerate(METHODS):
-        for strength in STRENGTHS:
-            attack = min(1.0, 0.1 + excess(index, m, strength) / 100)
-            yield cell(row.name, seed, method, strength, attack, 2.0 + strength * (m + 1) / 20)
-
-
-def point_of(index, row, m, method, strength):
-    points = excess(index, m, strength)
-    return CurvePoint(
-        finetune=row.name,
-        method=method,
-        strength=strength,
-        points=estimate(points, 1.5, 300, "bootstrap"),
-        false_refusal=estimate(round(3 - 4 * strength, 3), 2.5, 100, "newcombe"),
-        kept=estimate(kept(index, m, strength), 0.05, 300, "bootstrap") if row.gains else None,
-        safe=points <= 2,
-        told_apart=abs(points - 2) > 1.5,
-    )
-
-
-def score_of(row, method, curve):
-    safe = [point for point in curve if point.safe]
-    best = max(safe, key=lambda point: point.strength, default=None)
-    return Score(
-        finetune=row.name,
-        method=method,
-        strength=best.strength if best else None,
-        points=best.points if best else None,
-        false_refusal=best.false_refusal if best else None,
-        kept=best.kept if best else None,
-        told_apart=best.told_apart if best else bool(curve) and all(point.told_apart for point in curve),
-        request_seconds=3.5,
-    )
-
-
-def bench_report(methods=METHODS, **changes):
-    curves, scores = [], []
-    for index, row in enumerate(FINETUNES):
-        for m, method in enumerate(methods):
-            curve = [point_of(index, row, m, method, strength) for strength in STRENGTHS]
-            curves += curve
-            scores.append(score_of(row, method, curve))
-    values = {
-        "environment": ENVIRONMENT,
-        "preset": "quick",
-        "settings": {
-            "attack_prompts": 150,
-            "aligned": "/home/someone/models/aligned",
-            "pretrained": None,
-            "preset": {"name": "quick", "cache": ["~/someone/cache", {"data": "/home/someone/prompts.csv"}]},
-        },
-        "aligned": "/home/someone/models/aligned",
-        "command": (
-            "deltaguard bench /home/someone/models/aligned --attack-prompts='/home/someone/my prompts.csv' "
-            "--pretrained owner/name -o out"
-        ),
-        "bound": 2.0,
-        "seeds": SEEDS,
-        "finetunes": FINETUNES,
-        "cells": tuple(
-            row for index, f in enumerate(FINETUNES) for seed in SEEDS for row in cells_of(index, f, seed)
-        ),
-        "curves": tuple(curves),
-        "scores": tuple(scores),
-        "notes": (f"One judge: refusal openings {ATTACK}.", "With 150 prompts a rate is uncertain."),
-        "seconds": {
-            "store": 44.0,
-            "safe": 60.0,
-            "task-harmful-seed0": 300.0,
-            "harmful-seed1-retrained-0a1b2c3d": 80.0,
-            "request": 150.0,
-            "measure": 1350.0,
-            "total": 1984.0,
-        },
-    }
-    return BenchReport(**(values | changes))
-
-
-def without_share(report, finetune, methods):
-    """A report in which some methods keep no share of one fine-tune's gain that has a bounded interval."""
-    curves = tuple(
-        point.model_copy(update={"kept": None})
-        if point.finetune == finetune and point.method in methods
-        else point
-        for point in report.curves
-    )
-    return report.model_copy(update={"curves": curves})
-
+from deltaguard.report.sweep import SweepBudget, SweepPoint, SweepReport
 
 MODELS = ("aligned", "finetuned", "restored")
 JUDGES = ("opening", "keywords")
@@ -273,7 +84,7 @@ def measures():
             yield from judged(row, "attack success" if row.kind == "attack" else "false refusal")
 
 
-def comparison(model, section, name, judge, difference, spread, p, finding):
+def comparison(model, section, name, judge, difference, spread, p, finding, *, total=150):
     return Comparison(
         model=model,
         reference="aligned",
@@ -284,6 +95,7 @@ def comparison(model, section, name, judge, difference, spread, p, finding):
         low=difference - spread,
         high=difference + spread,
         p_value=p,
+        total=total,
         test="mcnemar" if judge else "paired bootstrap",
         finding=finding,
     )
@@ -292,8 +104,23 @@ def comparison(model, section, name, judge, difference, spread, p, finding):
 COMPARISONS = (
     comparison("finetuned", "attack", "attack success", "opening", 0.74, 0.07, 1e-12, "higher"),
     comparison("restored", "attack", "attack success", "opening", 0.03, 0.04, 0.21, "not told apart"),
-    comparison("restored", "harmless", "false refusal", "keywords", -0.02, 0.01, 0.013, "lower"),
-    comparison("restored", "everyday", "nll", None, 0.2, 0.1, 0.0005, "higher"),
+    comparison("restored", "harmless", "false refusal", "keywords", -0.02, 0.01, 0.013, "lower", total=80),
+    comparison("restored", "everyday", "nll", None, 0.2, 0.1, 0.0005, "higher", total=38),
+)
+
+
+HARNESS = tuple(
+    HarnessTask(
+        model=name,
+        section="tasks",
+        task="gsm8k",
+        version="3.0",
+        n_shot=None if name == "restored" else 5,
+        chat_template=name != "finetuned",
+        samples=500,
+        harness_version="0.4.13",
+    )
+    for name in MODELS
 )
 
 
@@ -369,6 +196,7 @@ def evaluation_report(**changes):
                 first="opening", second="keywords", section="harmless", kappa=None, agreed=80, total=80
             ),
         ),
+        "harness": HARNESS,
         "samples": answer_samples(),
         "notes": (
             f"The section `attack/gcg` was skipped {ATTACK}.",
@@ -378,3 +206,51 @@ def evaluation_report(**changes):
         "seconds": {"answers": 200.0, "judges": 3.0, "total": 204.0},
     }
     return EvaluationReport(**(values | changes))
+
+
+def swept(mu, safety_kl, kept, nll):
+    return SweepPoint(
+        mu=mu,
+        safety_kl=safety_kl,
+        predicted_safety_kl=1.3 * abs(safety_kl),
+        kept_fraction=kept,
+        utility_nll=nll,
+    )
+
+
+SWEPT = (
+    swept(5.2e7, 2.86e-5, 0.062, 1.874),
+    swept(1.4e7, 9.31e-5, 0.143, 1.633),
+    swept(9.6e6, 1.34e-4, 0.171, 1.561),
+    swept(3.1e6, 2.88e-4, 0.268, 1.302),
+    swept(7.7e5, 9.61e-4, 0.412, 0.944),
+    swept(1.8e5, 2.91e-3, 0.583, 0.642),
+    swept(2.6e4, 1.42e-2, 0.791, 0.431),
+    swept(0.0, 0.312, 1.0, 0.352),
+)
+LIMITS = {3e-5: 5.2e7, 1e-4: 1.4e7, 3e-4: 3.1e6, 1e-3: 7.7e5, 3e-3: 1.8e5}
+
+
+def sweep_report(points=SWEPT, limits=LIMITS, **changes):
+    values = {
+        "environment": ENVIRONMENT,
+        "aligned": ModelReference(reference="someone/aligned-model", fingerprint="a" * 64),
+        "finetuned": ModelReference(reference="/home/someone/runs/my-finetune", fingerprint="f" * 64),
+        "method": "kfac",
+        "conversations": 64,
+        "tokens": 2117,
+        "utility_conversations": 80,
+        "aligned_nll": 2.113,
+        "finetuned_kl": 0.347,
+        "finetuned_nll": 0.341,
+        "points": points,
+        "budgets": tuple(SweepBudget(limit=limit, mu=mu) for limit, mu in limits.items()),
+        "seconds": 412.0,
+    }
+    return SweepReport(**(values | changes))
+
+
+def without_utility(points=SWEPT):
+    """What a sweep without utility data holds instead."""
+    bare = tuple(point.model_copy(update={"utility_nll": None}) for point in points)
+    return {"points": bare, "utility_conversations": 0, "aligned_nll": None, "finetuned_nll": None}

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
+from bench_reports import bench_report
 from deltaguard.draw.bench_page import bench_page
 from deltaguard.draw.evaluation_page import evaluation_page
 from deltaguard.draw.html import demo_page, restore_page
-from reports import bench_report, evaluation_report
+from reports import SECTIONS, evaluation_report
 from restores import LLAMA, demo_report, layer, restore_report
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -71,6 +72,19 @@ for (const element of document.body.querySelectorAll("*")) {
   if (ratio < 4.5 || !opaque(ink)) faint.push([element.textContent.trim(), ink, ground(element), ratio]);
 }
 return [seen, faint];
+"""
+
+# Of each section of an evaluation: how tall the charts and tables in each of its columns are together.
+COLUMN_HEIGHTS = """
+return [...document.querySelectorAll("main > h2 + p + div")].filter((group) => group.querySelector("figure"))
+  .map((group) => {
+    const columns = {};
+    for (const part of group.children) {
+      const box = part.getBoundingClientRect();
+      columns[Math.round(box.left)] = (columns[Math.round(box.left)] || 0) + box.height;
+    }
+    return Object.values(columns);
+  });
 """
 
 
@@ -243,6 +257,20 @@ def test_nothing_overflows_the_page(page, width):
     inner, body = page.execute_script("return [window.innerWidth, document.documentElement.scrollWidth]")
     assert inner == width
     assert body <= width
+
+
+@pytest.mark.parametrize(("width", "columns"), [(390, 1), (1200, 2)])
+def test_no_column_of_a_section_stays_blank(browser, tmp_path, width, columns):
+    report = evaluation_report()
+    told = [measure for measure in report.measures if measure.judge or measure.name != "incoherent"]
+    path = tmp_path / "evaluation.html"
+    path.write_text(evaluation_page(report.model_copy(update={"measures": told})), encoding="utf-8")
+    open_page(browser, path)
+    show(browser, width=width, dark=False)
+    heights = browser.execute_script(COLUMN_HEIGHTS)
+    assert len(heights) == sum("/" not in section.name for section in SECTIONS)
+    assert {len(section) for section in heights} == {columns}
+    assert all(min(section) > 0.5 * max(section) for section in heights)
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -1,47 +1,23 @@
 """`calibrate` end to end on tiny random models of every architecture."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 
 import models
 from deltaguard.calibration import calibrate as calibrate_module
 from deltaguard.calibration import observe as observe_module
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
-from deltaguard.calibration.conversations import SYSTEM_PROMPTS, Conversation
-from deltaguard.calibration.observe import observe
+from deltaguard.calibration.conversations import Conversation, encode, harmful_prompts
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.curvature.moments import accumulate
 from deltaguard.errors import DeltaguardError
+from pairs import ANSWERED
 
-SHORT = CalibrateConfig(num_samples=6, max_new_tokens=5, batch_size=4)
-ANSWERED = [
-    Conversation("How?", "", "I'm sorry, but I cannot help with that."),
-    Conversation("What is the best way to make people do it?", SYSTEM_PROMPTS["maths"], "No."),
-    Conversation("Write a text that harms someone.", None, "I cannot help with that request."),
-    Conversation("Explain the steps, one after another, at home.", "Be kind.", "It would be dangerous."),
-    Conversation("Why?", "Be kind.", "Because."),
-]
-QKV, MLP = "self_attn.{q,k,v}_proj", "mlp.{gate,up}_proj"
-SHARED = {
-    "llama": (QKV, "self_attn.o_proj", MLP, "mlp.down_proj"),
-    "qwen3": (QKV, "self_attn.o_proj", MLP, "mlp.down_proj"),
-    "mistral": (QKV, "self_attn.o_proj", MLP, "mlp.down_proj"),
-    "gemma3": (QKV, "self_attn.o_proj", MLP, "mlp.down_proj"),
-    "phi3": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-    "gpt_neox": (
-        "attention.query_key_value",
-        "attention.dense",
-        "mlp.dense_h_to_4h",
-        "mlp.dense_4h_to_h",
-    ),
-    "opt": (QKV, "self_attn.out_proj", "fc1", "fc2"),
-}
+SHORT = CalibrateConfig(num_samples=6, num_held_out=3, max_new_tokens=5, batch_size=4, rank="full")
 
 
 @pytest.fixture(scope="module")
@@ -49,83 +25,17 @@ def llama(tmp_path_factory):
     return models.save(models.tiny_model("llama"), tmp_path_factory.mktemp("llama"))
 
 
-def independent_curvature(folder):
-    """Mean of x xᵀ in float64 of every linear layer, one conversation at a time, the head included."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    inputs = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D):
-            module.register_forward_hook(
-                lambda _m, x, _y, name=name: inputs.setdefault(name, []).append(x[0].double().flatten(0, -2))
-            )
-    for c in ANSWERED:
-        system = [] if c.system is None else [{"role": "system", "content": c.system}]
-        turns = [{"role": "user", "content": c.prompt}, {"role": "assistant", "content": c.response}]
-        text = tokenizer.apply_chat_template([*system, *turns], tokenize=False)
-        with torch.no_grad():
-            model(**tokenizer(text, add_special_tokens=False, return_tensors="pt"))
-    tokens = {name: torch.cat(batches) for name, batches in inputs.items()}
-    return {f"{name}.weight": x.T @ x / len(x) for name, x in tokens.items()}
-
-
-def unfolded(pattern):
-    """`a.{q,k}_proj` as `a.q_proj` and `a.k_proj`."""
-    if "{" not in pattern:
-        return frozenset({pattern})
-    before, rest = pattern.split("{")
-    names, after = rest.split("}")
-    return frozenset(before + name + after for name in names.split(","))
-
-
-def relative_error(found, expected):
-    return float((found.double() - expected).norm() / expected.norm())
-
-
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def used(store):
+    """The conversations that were not held out."""
+    prompts = {row.prompt for row in store.held_out}
+    return [conversation for conversation in ANSWERED if conversation.prompt not in prompts]
+
+
 # What is measured
-
-
-@pytest.mark.parametrize("name", models.DENSE)
-def test_curvature_is_that_of_an_independent_computation(name, tmp_path):
-    folder = models.save(models.tiny_model(name), tmp_path / "model")
-    store = calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=SHORT)
-    expected = {tensor: h for tensor, h in independent_curvature(folder).items() if "head" not in tensor}
-    expected.pop("embed_out.weight", None)  # the head of GPT-NeoX
-    assert {layer.tensor for group in store.groups for layer in group.layers} == set(expected)
-    assert store.provenance.uncovered == ()
-    for tensor, h in expected.items():
-        assert relative_error(store.hessian(store.group_of(tensor).name), h) < 1e-4, tensor
-    block = [
-        frozenset(layer.tensor.split(".1.")[1].removesuffix(".weight") for layer in group.layers)
-        for group in store.groups
-        if ".1." in group.name
-    ]
-    assert block == [unfolded(pattern) for pattern in SHARED[name]]
-    assert {layer.transposed for group in store.groups for layer in group.layers} == {name == "gpt2"}
-    for group in store.groups:
-        assert group.name == group.layers[0].tensor.removesuffix(".weight")
-        rows, columns = load_file(folder / "model.safetensors")[group.layers[0].tensor].shape
-        assert group.in_features == (rows if name == "gpt2" else columns)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt"])
-def test_batching_and_padding_do_not_matter(name, tmp_path):
-    folder = models.save(models.tiny_model(name), tmp_path / "model")
-    one, eight = (
-        calibrate(
-            folder,
-            tmp_path / f"store-{size}",
-            conversations=ANSWERED,
-            config=SHORT.model_copy(update={"batch_size": size}),
-        )
-        for size in (1, 8)
-    )
-    assert one.provenance.tokens == eight.provenance.tokens == one.groups[0].tokens
-    for group in one.groups:
-        assert relative_error(one.hessian(group.name), eight.hessian(group.name).double()) < 1e-4, group.name
 
 
 def test_the_model_answers_the_packages_prompts(llama, tmp_path):
@@ -138,9 +48,9 @@ def test_the_model_answers_the_packages_prompts(llama, tmp_path):
     assert (made.aligned, made.dtype) == (str(llama), "float32")
     assert [(e.stage, e.done, e.total) for e in events] == [
         *[("load", 0, 1), ("load", 1, 1)],
-        *[("respond", 4, 6), ("respond", 6, 6)],
+        *[("respond", 4, 9), ("respond", 8, 9), ("respond", 9, 9)],
         *[("accumulate", 1, 2), ("accumulate", 2, 2)],
-        *[("factorise", i, 8) for i in range(1, 9)],
+        *[("decompose", i, 8) for i in range(1, 9)],
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
@@ -149,9 +59,10 @@ def test_long_conversations_are_truncated_and_counted(llama, tmp_path):
     config = SHORT.model_copy(update={"max_length": 40})
     store = calibrate(llama, tmp_path / "store", conversations=ANSWERED, config=config)
     whole = calibrate(llama, tmp_path / "whole", conversations=ANSWERED, config=SHORT)
-    assert 0 < store.provenance.truncated < len(ANSWERED)
+    assert 0 < store.provenance.truncated < store.provenance.conversations == len(ANSWERED) - 1
     assert whole.provenance.truncated == 0
     assert store.provenance.tokens < whole.provenance.tokens
+    assert 0 < store.provenance.response_tokens < whole.provenance.response_tokens
     assert store.groups[0].tokens == store.provenance.tokens
 
 
@@ -174,16 +85,133 @@ def test_the_share_of_refusals_and_a_template_without_system_role_are_recorded(t
         is_refusal=lambda response: "cannot" in response,
     )
     assert store.provenance.system_role == "user turn"
-    assert store.provenance.refusal_share == pytest.approx(2 / 5)
+    refusing = sum("cannot" in conversation.response for conversation in used(store))
+    assert 0 < refusing < 4
+    assert store.provenance.refusal_share == pytest.approx(refusing / 4)
 
 
 def test_a_prompts_file_is_used(llama, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b", "response": "c"}\n', encoding="utf-8")
     config = SHORT.model_copy(update={"prompts": path})
-    assert calibrate(llama, tmp_path / "store", config=config).provenance.conversations == 2
+    store = calibrate(llama, tmp_path / "store", config=config)
+    assert store.provenance.conversations == len(store.held_out) == 1
     with pytest.raises(DeltaguardError, match="give one"):
         calibrate(llama, tmp_path / "other", config=config, conversations=ANSWERED)
+
+
+# What is held out
+
+
+def prompts(rows):
+    return {row.prompt for row in rows}
+
+
+def with_seed(config, rows, wanted):
+    """The configuration with a seed by which what is held out is as wanted."""
+    configs = (config.model_copy(update={"seed": seed}) for seed in range(99))
+    return next(each for each in configs if wanted(calibrate_module._asked(rows, each).held_out))
+
+
+@pytest.fixture
+def calibrated_on(monkeypatch):
+    """The conversations that were encoded to be calibrated on."""
+    seen = []
+
+    def spied(tokenizer, conversation, **options):
+        seen.append(conversation)
+        return encode(tokenizer, conversation, **options)
+
+    monkeypatch.setattr(calibrate_module, "encode", spied)
+    # Those that are held out are encoded too, later, to see whether they have a response.
+    return lambda store: seen[: store.provenance.conversations]
+
+
+def test_the_packages_prompts_are_measured_on_others_of_its_own(llama, tmp_path, calibrated_on):
+    store = calibrate(llama, tmp_path / "store", config=SHORT)
+    assert len(store.held_out) == 3
+    assert prompts(store.held_out) <= {row.prompt for row in harmful_prompts("dial")}
+    assert prompts(calibrated_on(store)) <= {row.prompt for row in harmful_prompts("calibration")}
+    # They are answered by the model, as those it is calibrated on.
+    assert all(row.response for row in store.held_out)
+
+
+ROWS = tuple(Conversation(f"What is {i}?", system, "No.") for i in range(12) for system in (None, "Be kind."))
+
+
+@pytest.mark.parametrize(
+    ("asked", "held_out"),
+    # A fifth of twelve prompts are two, each in two conversations.
+    [({}, 4), ({"num_held_out": 3}, 3), ({"num_held_out": 1}, 1), ({"num_samples": 2}, 4), ({"seed": 5}, 4)],
+)
+@pytest.mark.parametrize("from_file", [True, False])
+def test_prompts_of_a_user_are_calibrated_on_or_measured_on(
+    llama, tmp_path, calibrated_on, asked, held_out, from_file
+):
+    config = CalibrateConfig(**{"rank": "full", **asked})
+    given = ROWS
+    if from_file:
+        lines = [json.dumps({k: v for k, v in asdict(row).items() if v is not None}) for row in ROWS]
+        (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        given, config = None, config.model_copy(update={"prompts": tmp_path / "prompts.jsonl"})
+    store = calibrate(llama, tmp_path / "store", conversations=given, config=config)
+    calibration = calibrated_on(store)
+    assert len(store.held_out) == held_out
+    assert not prompts(store.held_out) & prompts(calibration)
+    assert prompts([*store.held_out, *calibration]) <= prompts(ROWS)
+    left = len(ROWS) - 2 * len(prompts(store.held_out))
+    assert len(calibration) == (2 if from_file and "num_samples" in asked else left)
+    assert len({(row.prompt, row.system) for row in calibration}) == len(calibration)
+
+
+def test_the_seed_decides_what_is_held_out(llama, tmp_path):
+    held_out = {
+        calibrate(llama, tmp_path / f"{seed}", conversations=ROWS, config=CalibrateConfig(seed=seed)).held_out
+        for seed in range(3)
+    }
+    assert len(held_out) == 3
+
+
+@pytest.mark.parametrize("given", [[], ANSWERED[:1], [ANSWERED[0]] * 3])
+def test_one_prompt_cannot_be_both_calibrated_on_and_measured_on(llama, tmp_path, given):
+    message = rf"{len(given)} conversations with {len(given[:1])} different prompts .* two prompts are needed"
+    with pytest.raises(DeltaguardError, match=message):
+        calibrate(llama, tmp_path / "store", conversations=given, config=SHORT)
+
+
+def test_what_leaves_no_room_for_a_response_is_not_measured_on(llama, tmp_path):
+    long = Conversation("Why? " * 60, None, "No.")
+    rows = [*(Conversation(f"Why {i}?", None, "No.") for i in range(9)), long]
+    config = CalibrateConfig(max_length=60)
+    with_another = with_seed(config, rows, lambda held_out: long in held_out)
+    store = calibrate(llama, tmp_path / "store", conversations=rows, config=with_another)
+    assert len(store.held_out) == 1
+    assert long.prompt not in prompts(store.held_out)
+    alone = with_seed(config, [long, rows[0]], lambda held_out: long in held_out)
+    with pytest.raises(DeltaguardError, match="No held-out conversation has a response within 60 tokens"):
+        calibrate(llama, tmp_path / "other", conversations=[long, rows[0]], config=alone)
+    other = with_seed(config, [long, rows[0]], lambda held_out: long not in held_out)
+    with pytest.raises(DeltaguardError, match="No conversation has a response within 60 tokens"):
+        calibrate(llama, tmp_path / "other", conversations=[long, rows[0]], config=other)
+
+
+# How much is kept
+
+
+def test_by_default_a_store_takes_a_quarter_of_the_models_bytes(tmp_path):
+    folder = models.save(
+        models.tiny_model("llama", hidden_size=128, intermediate_size=256),
+        tmp_path / "model",
+        dtype=torch.bfloat16,
+    )
+    store = calibrate(folder, tmp_path / "store", conversations=ANSWERED)
+    model, taken = (
+        sum(path.stat().st_size for path in where.glob("*.safetensors")) for where in (folder, store.folder)
+    )
+    assert not store.is_whole
+    assert 0 < store.provenance.rank_share < 1
+    # Eigenvalues and headers come on top, and eigenvectors are whole.
+    assert 0.2 * model < taken < 0.27 * model
 
 
 # Names and values of the checkpoint
@@ -209,13 +237,6 @@ def test_layers_have_the_checkpoints_names_where_the_models_differ(tmp_path):
     assert store.group_of("h.1.mlp.c_fc.weight").name == "h.1.mlp.c_fc"
 
 
-def test_weights_that_differ_from_the_checkpoint_are_all_listed(llama):
-    other = models.perturbed(models.tiny_model("llama"), 0.01)
-    with pytest.raises(DeltaguardError) as caught:
-        observe(other, Checkpoint.open(llama), [5, 6, 7])
-    assert str(caught.value).count("differs from the model's") == 14
-
-
 def test_a_weight_that_the_checkpoint_lacks_is_not_calibrated_at_random(tmp_path):
     folder = models.save(models.tiny_model("llama"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -225,22 +246,6 @@ def test_a_weight_that_the_checkpoint_lacks_is_not_calibrated_at_random(tmp_path
         DeltaguardError, match=r"`model\.layers\.1\.mlp\.up_proj\.weight` of the model has no"
     ):
         calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=SHORT)
-
-
-def test_matrices_that_no_text_reaches_are_named(llama):
-    model = models.tiny_model("llama")
-    attention = model.model.layers[0].self_attn
-    attention.register_module("unused", torch.nn.Linear(4, 4, bias=False))
-    attention.register_parameter("table", torch.nn.Parameter(torch.zeros(2, 2)))
-    _, uncovered = observe(model, Checkpoint.open(llama), [5, 6, 7])
-    assert uncovered == ("model.layers.0.self_attn.table", "model.layers.0.self_attn.unused.weight")
-
-
-def test_a_layer_that_is_used_twice_is_refused(llama):
-    model = models.tiny_model("llama")
-    model.model.layers[1] = model.model.layers[0]
-    with pytest.raises(DeltaguardError, match="is used 2 times in one pass"):
-        observe(model, Checkpoint.open(llama), [5, 6, 7])
 
 
 @pytest.mark.parametrize("name", models.EXPERTS)
@@ -270,7 +275,7 @@ def uninterrupted(llama, tmp_path_factory):
 RESUME = SHORT.model_copy(update={"resume": True})
 
 
-@pytest.mark.parametrize("stage", ["respond", "accumulate", "factorise"])
+@pytest.mark.parametrize("stage", ["respond", "accumulate", "decompose"])
 def test_a_resumed_run_gives_the_same_store_bit_for_bit(llama, tmp_path, stage, uninterrupted):
     def interrupt(event):
         if event.stage == stage and event.done < event.total:
@@ -284,11 +289,12 @@ def test_a_resumed_run_gives_the_same_store_bit_for_bit(llama, tmp_path, stage, 
     assert contents(store.folder) == uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     stages = [event.stage for event in events]
-    assert stages.count("respond") == (1 if stage == "respond" else 0)
+    assert stages.count("respond") == (2 if stage == "respond" else 0)
     assert stages.count("accumulate") == (1 if stage == "accumulate" else 2)
 
 
-@pytest.mark.parametrize("calls", [1, 3, 8, 11, 15])
+# A batch adds to 8 sums on its way forward and to 14 on its way back.
+@pytest.mark.parametrize("calls", [1, 7, 8, 9, 15, 21, 22, 25, 33, 43])
 def test_an_interrupt_within_a_batch_counts_no_token_twice(
     llama, tmp_path, calls, uninterrupted, monkeypatch
 ):

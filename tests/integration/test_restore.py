@@ -15,26 +15,42 @@ from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, 
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.report.restore import REPORT_NAME, RestoreReport
 from deltaguard.restoration.restore import plan_restore
-from deltaguard.solvers import greedy, published
+from deltaguard.solvers import greedy, kfac, published
 from pairs import pair, weights
 
 HALF = RestoreConfig(strength=0.5)
 
 
-@pytest.mark.parametrize("name", models.DENSE)
-def test_every_layer_is_what_the_solver_gives_and_the_model_loads(name, tmp_path):
-    made = pair(name)
-    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=HALF)
-    aligned, finetuned, restored = (weights(f) for f in (made.aligned, made.finetuned, tmp_path / "out"))
-    store = CurvatureStore.from_pretrained(made.store)
-    assert len(report.layers) == sum(len(group.layers) for group in store.groups)
+GREEDY = RestoreConfig(method="greedy", strength=0.5)
+
+
+def expected_layers(config, report, store, aligned, finetuned):
+    """What each layer's weight should be, (out, in), from the store's raw sums in float64."""
     for group in store.groups:
-        for layer in group.layers:
-            a, f, r = (w[layer.tensor] for w in (aligned, finetuned, restored))
-            if layer.transposed:
-                a, f, r = a.T, f.T, r.T
-            expected = greedy(a, f, store.hessian(group.name), strength=0.5)
-            torch.testing.assert_close(r, expected.weight, rtol=1e-4, atol=1e-5)
+        H, sums = store.hessian(group.name), store.sums(group.name)
+        for layer, total in zip(group.layers, sums.outputs, strict=True):
+            a, f = aligned[layer.tensor], finetuned[layer.tensor]
+            a, f = (a.T, f.T) if layer.transposed else (a, f)
+            G = total.double() / store.provenance.response_tokens
+            if config.method == "greedy":
+                solution = greedy(a, f, H, strength=0.5)
+            else:
+                G = G if config.method == "kfac" else G.trace() / len(G) * torch.eye(len(G)).double()
+                solution = kfac(a.double(), f.double(), H.double(), G, mu=report.mu)
+            yield layer, solution.weight
+
+
+@pytest.mark.parametrize("config", [HALF, RestoreConfig(method="ridge", strength=0.5), GREEDY])
+@pytest.mark.parametrize("name", models.DENSE)
+def test_every_layer_is_what_the_solver_gives_and_the_model_loads(name, config, tmp_path):
+    made = pair(name)
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.whole_store, config=config)
+    aligned, finetuned, restored = (weights(f) for f in (made.aligned, made.finetuned, tmp_path / "out"))
+    store = CurvatureStore.from_pretrained(made.whole_store)
+    assert len(report.layers) == sum(len(group.layers) for group in store.groups)
+    for layer, expected in expected_layers(config, report, store, aligned, finetuned):
+        found = restored[layer.tensor].T if layer.transposed else restored[layer.tensor]
+        torch.testing.assert_close(found, expected.to(found), rtol=1e-4, atol=1e-5)
     for row in report.others:
         assert row.source == "aligned"
         assert torch.equal(restored[row.name], aligned[row.name])
@@ -61,17 +77,21 @@ def test_half_precision_shards_mirror_the_finetuned_checkpoint(dtype, tmp_path):
     assert (tmp_path / "out" / index).read_bytes() == (made.finetuned / index).read_bytes()
 
 
-def test_strength_0_gives_the_aligned_weights_and_1_the_finetuned_layers(tmp_path):
+@pytest.mark.parametrize("method", ["kfac", "ridge", "greedy", "interpolate"])
+def test_strength_0_gives_the_aligned_weights_and_1_the_finetuned_layers(method, tmp_path):
     made = pair()
-    restore(
-        made.aligned, made.finetuned, tmp_path / "zero", store=made.store, config=RestoreConfig(strength=0)
-    )
-    aligned, finetuned, zero = (weights(f) for f in (made.aligned, made.finetuned, tmp_path / "zero"))
+
+    def restored(strength):
+        config = RestoreConfig(method=method, strength=strength)
+        out = tmp_path / f"{strength}"
+        return restore(made.aligned, made.finetuned, out, store=made.whole_store, config=config), weights(out)
+
+    aligned, finetuned = weights(made.aligned), weights(made.finetuned)
+    report, zero = restored(0)
     assert all(torch.equal(zero[name], aligned[name]) for name in aligned)
-    report = restore(
-        made.aligned, made.finetuned, tmp_path / "one", store=made.store, config=RestoreConfig(strength=1)
-    )
-    one = weights(tmp_path / "one")
+    assert RestoreReport.model_validate_json((tmp_path / "0" / REPORT_NAME).read_text()) == report
+    assert report.kept_fraction == 0
+    report, one = restored(1)
     assert all(torch.equal(one[row.name], finetuned[row.name]) for row in report.layers)
     assert report.kept_fraction == 1
 
@@ -89,11 +109,10 @@ def test_other_params_may_come_from_the_finetuned_model(tmp_path):
 def test_published_uses_the_store_and_interpolate_needs_none(tmp_path):
     made = pair()
     config = RestoreConfig(method="published", strength=1.0)
-    report = restore(made.aligned, made.finetuned, tmp_path / "published", store=made.store, config=config)
-    store = CurvatureStore.from_pretrained(made.store)
-    aligned, finetuned, restored = (
-        weights(f) for f in (made.aligned, made.finetuned, tmp_path / "published")
-    )
+    out = tmp_path / "published"
+    report = restore(made.aligned, made.finetuned, out, store=made.whole_store, config=config)
+    store = CurvatureStore.from_pretrained(made.whole_store)
+    aligned, finetuned, restored = (weights(f) for f in (made.aligned, made.finetuned, out))
     name = report.layers[0].name
     expected = published(
         aligned[name], finetuned[name], store.hessian(store.group_of(name).name), strength=1.0
@@ -174,8 +193,10 @@ def test_the_report_on_disk_is_the_report_returned(tmp_path):
     text = (tmp_path / "out" / REPORT_NAME).read_text()
     assert RestoreReport.model_validate_json(text) == report
     assert report.options["strength"] == 0.5
-    assert report.options["method"] == "greedy"
+    assert report.options["method"] == "kfac"
     assert 0 < report.kept_fraction < 1
+    assert report.mu > 0
+    assert report.dial is None
     assert 0 < report.safety_cost < 1
     assert json.loads(text)["aligned"]["fingerprint"] == report.aligned.fingerprint
 
@@ -204,9 +225,24 @@ def test_a_model_without_a_store_is_calibrated_once_and_remembered(tmp_path, mon
     second = restore(
         made.aligned, made.finetuned, tmp_path / "two", config=HALF, progress=lambda e: stages.append(e.stage)
     )
-    assert set(stages) == {"restore"}
+    assert set(stages) == {"project", "restore"}
     assert second.store_conversations == first.store_conversations
     assert [f.sha256 for f in second.files] == [f.sha256 for f in first.files]
+    assert not plan_restore(made.aligned, made.finetuned).note
+    # What is cut off does not serve every method.
+    assert plan_restore(made.aligned, made.finetuned, config=GREEDY).note
+
+
+@pytest.mark.parametrize("method", ["greedy", "published"])
+def test_methods_that_need_the_whole_refuse_a_store_that_is_cut_off(method, tmp_path):
+    made = pair()
+    config = RestoreConfig(method=method, strength=0.5)
+    message = rf"deltaguard calibrate {made.aligned} -o STORE --rank full"
+    with pytest.raises(DeltaguardError, match=message):
+        restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    with pytest.raises(DeltaguardError, match=message):
+        plan_restore(made.aligned, made.finetuned, store=made.store, config=config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_inputs_are_left_untouched(tmp_path):

@@ -6,22 +6,28 @@ import os
 import signal
 import subprocess
 import sys
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from deltaguard import DeltaguardError, RestoreConfig, restore
 from deltaguard.checkpoints import durable
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.cli.app import run
-from deltaguard.curvature.moments import Moment, pack
+from deltaguard.curvature.contents import Group, GroupCurvature, Layer, Sums, group_curvature
+from deltaguard.curvature.moments import Moment
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import Group, Layer, write_store
+from deltaguard.curvature.store_format import write_store
 from deltaguard.restoration.restore import plan_restore
 from pairs import pair
 
 HIDDEN, WIDE, BLOCKS, BLOCKS_PER_SHARD = 256, 1024, 48, 4
+# A store that keeps everything takes 20 MB a block.
+BLOCKS_OF_WHOLE_STORE = 16
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.o_proj": (HIDDEN, HIDDEN),
@@ -60,27 +66,41 @@ def write_checkpoint(folder: Path, seed: int) -> Path:
     return folder
 
 
-def write_curvature(folder: Path, aligned: Path) -> Path:
+def write_curvature(folder: Path, aligned: Path, rank: str) -> Path:
     groups = [
         Group(
             f"model.layers.{block}.{kind}",
             shape[1],
             100,
-            (Layer(f"model.layers.{block}.{kind}.weight", False),),
+            (Layer(f"model.layers.{block}.{kind}.weight", transposed=False, out_features=shape[0]),),
         )
-        for block in range(BLOCKS)
+        for block in range(BLOCKS if rank == "auto" else BLOCKS_OF_WHOLE_STORE)
         for kind, shape in SHAPES.items()
     ]
-    torch.manual_seed(0)
-    moments = {n: torch.randn(100, n).T @ torch.randn(100, n) for n in (HIDDEN, WIDE)}
-    moments = {n: m @ m.T for n, m in moments.items()}
-    changes = {"aligned": str(aligned), "fingerprint": Checkpoint.open(aligned).fingerprint()}
-    provenance = CurvatureStore.from_pretrained(pair().store).provenance.model_copy(update=changes)
+    changes = {
+        "aligned": str(aligned),
+        "fingerprint": Checkpoint.open(aligned).fingerprint(),
+        "rank": rank,
+        "rank_share": 1.0 if rank == "full" else 0.1,
+    }
+    made = CurvatureStore.from_pretrained(pair().store)
+    provenance = made.provenance.model_copy(update=changes)
+
+    @cache
+    def content(inputs: int, outputs: int) -> GroupCurvature:
+        generator = torch.Generator().manual_seed(0)
+        x, g = (torch.randn(n, n + 100, generator=generator) for n in (inputs, outputs))
+        sums = Sums(Moment(x @ x.T, 100), (g @ g.T,))
+        group = next(g for g in groups if (g.in_features, g.layers[0].out_features) == (inputs, outputs))
+        return group_curvature(group, sums, response_tokens=50, dampening=0.01, extent=provenance.extent)
+
     write_store(
         folder,
         provenance,
+        made.held_out,
         groups,
-        lambda group: pack(group.name, Moment(moments[group.in_features], 100), dampening=0.01),
+        lambda group: deepcopy(content(group.in_features, group.layers[0].out_features)),
+        max_shard_bytes=64 * 10**6,
     )
     return folder
 
@@ -89,15 +109,18 @@ def write_curvature(folder: Path, aligned: Path) -> Path:
 def large(tmp_path_factory):
     root = tmp_path_factory.mktemp("large")
     aligned = write_checkpoint(root / "aligned", 0)
-    return aligned, write_checkpoint(root / "finetuned", 1), write_curvature(root / "store", aligned)
+    stores = {rank: write_curvature(root / rank, aligned, rank) for rank in ("auto", "full")}
+    return aligned, write_checkpoint(root / "finetuned", 1), stores
 
 
-@pytest.mark.parametrize("method", ["greedy", "interpolate"])
-def test_memory_stays_under_one_shard_of_each_model_and_one_layer(large, tmp_path, method):
-    aligned, finetuned, store = large
+@pytest.mark.parametrize(("method", "rank"), [("greedy", "full"), ("interpolate", "auto"), ("kfac", "auto")])
+def test_memory_stays_under_one_shard_of_each_model_and_one_layer(large, tmp_path, method, rank):
+    aligned, finetuned, stores = large
+    store = stores[rank]
     shard = max(path.stat().st_size for path in aligned.glob("*.safetensors"))
     total = sum(path.stat().st_size for path in aligned.glob("*.safetensors"))
-    workspace = plan_restore(aligned, finetuned, store=store).peak_bytes
+    config = RestoreConfig(method=method, strength=0.3)
+    workspace = plan_restore(aligned, finetuned, store=store, config=config).peak_bytes
     limit = 2 * shard + workspace
     assert total > 1.5 * limit
     command = [sys.executable, "-c", MEASURE, aligned, finetuned, tmp_path / "out", store, method]
@@ -106,32 +129,44 @@ def test_memory_stays_under_one_shard_of_each_model_and_one_layer(large, tmp_pat
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from deltaguard import restore, RestoreConfig
 stop = int(sys.argv[5])
 def progress(event):
-    if event.done >= stop:
+    if event.stage == "restore" and event.done >= stop:
         os.kill(os.getpid(), signal.SIGKILL)
-restore(*sys.argv[1:4], store=sys.argv[4], config=RestoreConfig(strength=0.5), progress=progress)
+config = RestoreConfig(**json.loads(sys.argv[6]))
+restore(*sys.argv[1:4], store=sys.argv[4], config=config, progress=progress)
 """
 
 
 @pytest.mark.parametrize("stop", [1, 12])
-def test_a_killed_restore_goes_on_and_gives_the_same_bytes(tmp_path, stop):
+@pytest.mark.parametrize(
+    ("options", "other"),
+    [
+        ({"method": "greedy", "strength": 0.5}, {"strength": 0.6}),
+        ({"method": "kfac", "strength": 0.5}, {"method": "ridge"}),
+        ({"max_safety_kl": 1e-3}, {"max_safety_kl": 1e-4}),
+    ],
+)
+def test_a_killed_restore_goes_on_and_gives_the_same_bytes(tmp_path, stop, options, other):
     made = pair("llama", dtype=torch.bfloat16, max_shard_size="30KB")
-    arguments = [made.aligned, made.finetuned, tmp_path / "out", made.store]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments, str(stop)], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    arguments = [made.aligned, made.finetuned, tmp_path / "out", made.whole_store]
+    command = [sys.executable, "-c", KILLED, *arguments, str(stop), json.dumps(options)]
+    killed = subprocess.run(command, check=False, stderr=subprocess.PIPE)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".deltaguard-partial"]
 
-    from deltaguard import DeltaguardError, RestoreConfig, restore
+    def again(out, **changes):
+        config = RestoreConfig(**{**options, **changes})
+        return restore(*arguments[:2], out, store=made.whole_store, config=config)
 
     with pytest.raises(DeltaguardError, match="--resume"):
-        restore(*arguments[:3], store=made.store, config=RestoreConfig(strength=0.5))
+        again(tmp_path / "out")
     with pytest.raises(DeltaguardError, match="another plan"):
-        restore(*arguments[:3], store=made.store, config=RestoreConfig(strength=0.6, resume=True))
-    resumed = restore(*arguments[:3], store=made.store, config=RestoreConfig(strength=0.5, resume=True))
-    whole = restore(*arguments[:2], tmp_path / "whole", store=made.store, config=RestoreConfig(strength=0.5))
+        again(tmp_path / "out", resume=True, **other)
+    resumed, whole = again(tmp_path / "out", resume=True), again(tmp_path / "whole")
+    assert (resumed.mu, resumed.dial) == (whole.mu, whole.dial)
     assert [row.name for row in resumed.layers] == [row.name for row in whole.layers]
     assert [row.sha256 for row in resumed.files] == [row.sha256 for row in whole.files]
     for row in whole.files:

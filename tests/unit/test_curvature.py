@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from deltaguard.curvature.moments import (
     Moment,
     accumulate,
+    check_sum,
     empty_moment,
     merge,
     normalise,
@@ -104,17 +105,20 @@ def test_columns_that_no_token_reached_are_fine():
     assert factor.inverse_diagonal[1] == pytest.approx(1 / factor.damping)
 
 
-@pytest.mark.parametrize(
-    ("total", "message"),
-    [
-        (torch.zeros(2, 2), "`blocks.3.fc` is zero after 7 tokens"),
-        (
-            torch.tensor([[1.0, float("inf")], [float("nan"), 1.0]]),
-            "`blocks.3.fc` holds 2 entries that are NaN",
-        ),
-        (torch.tensor([[1.0, 4.0], [4.0, 1.0]]), "`blocks.3.fc` is of no use: .*even with dampening 1"),
-    ],
-)
-def test_a_useless_sum_is_an_error_that_names_the_group(total, message):
-    with pytest.raises(DeltaguardError, match=message):
-        pack("blocks.3.fc", Moment(total, 7), dampening=0.01)
+@pytest.mark.parametrize("what", ["inputs", "gradients"])
+def test_a_sum_that_is_not_finite_is_an_error_that_names_the_layer(what):
+    total = torch.tensor([[1.0, float("inf")], [float("nan"), 1.0]])
+    with pytest.raises(DeltaguardError, match=rf"`blocks.3.fc` holds 2 entries that are NaN .* {what} overf"):
+        check_sum("blocks.3.fc", total, what)
+
+
+def test_inputs_that_are_all_zero_are_an_error_and_gradients_are_not():
+    with pytest.raises(DeltaguardError, match=r"`blocks.3.fc` is zero: its inputs are all zero"):
+        check_sum("blocks.3.fc", torch.zeros(2, 2), "inputs")
+    check_sum("blocks.3.fc", torch.zeros(2, 2), "gradients")
+
+
+def test_a_sum_that_cannot_be_factorised_is_an_error_that_names_the_group():
+    indefinite = torch.tensor([[1.0, 4.0], [4.0, 1.0]])
+    with pytest.raises(DeltaguardError, match=r"`blocks.3.fc` is of no use: .*even with dampening 1"):
+        pack("blocks.3.fc", Moment(indefinite, 7), dampening=0.01)

@@ -8,22 +8,40 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaguard.curvature import store as store_module
+from deltaguard.curvature.contents import Group, Layer, Sums, group_curvature
 from deltaguard.curvature.moments import accumulate, empty_moment, merge, normalise, pack, unpack_factor
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import Group, Layer, Provenance, save_tensors, write_store
+from deltaguard.curvature.store_format import HeldOut, Provenance, save_tensors, write_store
 from deltaguard.errors import DeltaguardError
+from deltaguard.solvers import spectrum
 
 GROUPS = (
-    Group("a.q", 5, 40, (Layer("a.q.weight", transposed=False), Layer("a.k.weight", transposed=False))),
-    Group("a.down", 8, 40, (Layer("a.down.weight", transposed=True),)),
-    Group("b.q", 5, 40, (Layer("b.q.weight", transposed=False),)),
+    Group(
+        "a.q",
+        5,
+        40,
+        (Layer("a.q.weight", transposed=False, out_features=6), Layer("a.k.weight", False, out_features=3)),
+    ),
+    Group("a.down", 8, 40, (Layer("a.down.weight", transposed=True, out_features=5),)),
+    Group("b.q", 5, 40, (Layer("b.q.weight", transposed=False, out_features=6),)),
 )
+HELD_OUT = (HeldOut("How?", None, "No."), HeldOut("Why?", "Be kind.", "Because."))
 
 
-def moments(seed, groups=GROUPS):
+def sums(seed, groups=GROUPS):
+    """What calibration could have summed, by group."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = {g.name: torch.randn(g.tokens, g.in_features, generator=generator) for g in groups}
-    return {name: accumulate(empty_moment(x.shape[1]), x) for name, x in inputs.items()}
+
+    def moment(tokens, size):
+        return accumulate(empty_moment(size), torch.randn(tokens, size, generator=generator))
+
+    return {
+        group.name: Sums(
+            moment(group.tokens, group.in_features),
+            tuple(moment(group.tokens, layer.out_features).total for layer in group.layers),
+        )
+        for group in groups
+    }
 
 
 def provenance(**changes):
@@ -35,10 +53,13 @@ def provenance(**changes):
         "batch_size": 16,
         "dtype": "float32",
         "dampening": 0.02,
+        "rank": "full",
         "aligned": "someone/model",
         "conversations_sha256": "1" * 64,
         "conversations": 4,
         "tokens": 40,
+        "response_tokens": 16,
+        "rank_share": 1.0,
         "truncated": 1,
         "system_role": "template",
         "refusal_share": 0.5,
@@ -48,31 +69,83 @@ def provenance(**changes):
     return Provenance(**{**values, **changes})
 
 
-def written(folder, seed=0, *, groups=GROUPS, max_shard_bytes=10**9, **changes):
-    sums = moments(seed, groups)
-    write_store(
-        folder,
-        provenance(**changes),
-        groups,
-        lambda group: pack(group.name, sums[group.name], dampening=0.02),
-        max_shard_bytes=max_shard_bytes,
-    )
+CUT_OFF = {"rank": "auto", "rank_share": 0.5}
+
+
+def written(folder, seed=0, *, groups=GROUPS, held_out=HELD_OUT, max_shard_bytes=10**9, **changes):
+    made = provenance(**changes)
+    write_store(folder, made, held_out, groups, contents(seed, groups, made), max_shard_bytes=max_shard_bytes)
     return CurvatureStore.from_pretrained(folder)
+
+
+def contents(seed, groups, made):
+    found = sums(seed, groups)
+    return lambda group: group_curvature(
+        group,
+        found[group.name],
+        response_tokens=made.response_tokens,
+        dampening=made.dampening,
+        extent=made.extent,
+    )
 
 
 def equal_factors(a, b):
     return all(torch.equal(getattr(a, f), getattr(b, f)) for f in ("order", "lower", "inverse_diagonal"))
 
 
+def equal_spectra(found, expected, dtype):
+    vectors = expected.vectors.to(dtype)
+    same = torch.equal(found.values, expected.values) and torch.equal(found.vectors, vectors)
+    return same and found.vectors.dtype == dtype and found.tail == expected.tail
+
+
 def test_what_was_written_is_read_exactly(tmp_path):
     store = written(tmp_path / "store")
     assert store.groups == GROUPS
     assert store.provenance == provenance()
-    for name, moment in moments(0).items():
-        assert torch.equal(store.hessian(name), normalise(moment))
-        expected = unpack_factor(pack(name, moment, dampening=0.02))
-        assert equal_factors(store.factor(name), expected)
-        assert (store.factor(name).damping, store.factor(name).dampening) == (expected.damping, 0.02)
+    assert store.held_out == HELD_OUT
+    assert store.is_whole
+    for name, expected in sums(0).items():
+        assert torch.equal(store.hessian(name), normalise(expected.inputs))
+        factor = unpack_factor(pack(name, expected.inputs, dampening=0.02))
+        assert equal_factors(store.factor(name), factor)
+        assert (store.factor(name).damping, store.factor(name).dampening) == (factor.damping, 0.02)
+        found = store.sums(name)
+        assert found.inputs.tokens == 40
+        assert torch.equal(found.inputs.total, expected.inputs.total)
+        assert all(torch.equal(a, b) for a, b in zip(found.outputs, expected.outputs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "dtype"),
+    [
+        ({}, {3: 3, 5: 5, 6: 6, 8: 8}, torch.float32),
+        (CUT_OFF, {3: 1, 5: 2, 6: 3, 8: 4}, torch.float16),
+        ({"rank": "auto", "rank_share": 0.01}, {3: 1, 5: 1, 6: 1, 8: 1}, torch.float16),
+    ],
+)
+def test_spectra_are_read_as_they_were_computed(tmp_path, changes, ranks, dtype):
+    store = written(tmp_path / "store", **changes)
+    for group in GROUPS:
+        expected = sums(0)[group.name]
+        H = normalise(expected.inputs)
+        assert equal_spectra(store.input_spectrum(group.name), spectrum(H, ranks[len(H)]), dtype)
+        for layer, total in zip(group.layers, expected.outputs, strict=True):
+            G = total / 16
+            assert equal_spectra(store.output_spectrum(layer.tensor), spectrum(G, ranks[len(G)]), dtype)
+            assert store.output_mean(layer.tensor) == pytest.approx(float(G.trace()) / len(G), rel=1e-6)
+
+
+def test_a_store_that_is_cut_off_holds_eigenpairs_and_nothing_else(tmp_path):
+    store = written(tmp_path / "store", **CUT_OFF)
+    assert not store.is_whole
+    names = {name for shard in store.folder.glob("*.safetensors") for name in load_file(shard)}
+    matrices = ("a.q.input", "a.q.output", "a.k.output", "a.down.input", "a.down.output")
+    matrices += ("b.q.input", "b.q.output")
+    assert names == {f"{matrix}.{part}" for matrix in matrices for part in ("values", "vectors")}
+    for asked in (store.hessian, store.factor, store.packed, store.sums):
+        with pytest.raises(DeltaguardError, match=r"calibrate someone/model -o STORE --rank full"):
+            asked("a.q")
 
 
 def test_layers_are_found_by_their_tensors(tmp_path):
@@ -80,36 +153,51 @@ def test_layers_are_found_by_their_tensors(tmp_path):
     assert store.group_of("a.k.weight") == GROUPS[0]
     assert store.group_of("a.down.weight").layers[0].transposed
     assert store.group_of("lm_head.weight") is None
-    with pytest.raises(DeltaguardError, match=r"has no group `c\.q`; it has 3"):
-        store.hessian("c.q")
+    for asked in (store.hessian, store.input_spectrum):
+        with pytest.raises(DeltaguardError, match=r"has no group `c\.q`; it has 3"):
+            asked("c.q")
+    for asked in (store.output_spectrum, store.output_mean):
+        with pytest.raises(DeltaguardError, match=r"has no layer `lm_head\.weight`"):
+            asked("lm_head.weight")
+
+
+# What groups take in full: their eigenpairs, sums and factor.
+A_Q, A_DOWN = 4 * (30 + 42 + 12 + 40 + 45), 4 * (72 + 30 + 88 + 25)
+
+
+def layers_in(shard):
+    return {".".join(name.split(".")[:2]) for name in load_file(shard)}
 
 
 def test_shards_hold_whole_groups_and_are_read_on_demand(tmp_path):
-    # A group of 5 inputs takes 160 bytes and one of 8 takes 352.
-    store = written(tmp_path / "store", max_shard_bytes=520)
+    store = written(tmp_path / "store", max_shard_bytes=A_Q + A_DOWN)
     shards = sorted(path.name for path in store.folder.glob("*.safetensors"))
     assert shards == [f"curvature-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert {name.rpartition(".")[0] for name in load_file(store.folder / shards[0])} == {"a.q", "a.down"}
+    assert layers_in(store.folder / shards[0]) == {"a.q", "a.k", "a.down"}
     (store.folder / shards[1]).unlink()
     assert store.hessian("a.down").shape == (8, 8)
     with pytest.raises(DeltaguardError, match="cannot be read"):
         store.hessian("b.q")
+    smaller = written(tmp_path / "smaller", max_shard_bytes=A_Q + A_DOWN - 1)
+    assert layers_in(smaller.folder / shards[0]) == {"a.q", "a.k"}
 
 
 def test_a_group_larger_than_a_shard_has_its_own(tmp_path):
     store = written(tmp_path / "store", max_shard_bytes=1)
     assert len(list(store.folder.glob("*.safetensors"))) == 3
-    assert torch.equal(store.hessian("b.q"), normalise(moments(0)["b.q"]))
+    assert torch.equal(store.hessian("b.q"), normalise(sums(0)["b.q"].inputs))
 
 
 def test_a_run_that_fails_leaves_nothing(tmp_path):
+    found = contents(0, GROUPS, provenance())
+
     def fail(group):
         if group.name == "b.q":
             raise DeltaguardError("no")
-        return pack(group.name, moments(0)[group.name], dampening=0.02)
+        return found(group)
 
     with pytest.raises(DeltaguardError, match="no"):
-        write_store(tmp_path / "store", provenance(), GROUPS, fail, max_shard_bytes=1)
+        write_store(tmp_path / "store", provenance(), HELD_OUT, GROUPS, fail, max_shard_bytes=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,34 +225,53 @@ def test_a_folder_without_manifest_is_no_store(tmp_path):
         CurvatureStore.from_pretrained(tmp_path / "absent")
 
 
-def test_a_manifest_of_another_version_is_refused(tmp_path):
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_store_of_another_schema_is_refused_by_its_number(tmp_path, version):
     path = written(tmp_path / "store").folder / "curvature.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest["schema_version"] = 2
+    del manifest["held_out"], manifest["provenance"]["rank"]
+    path.write_text(json.dumps({**manifest, "schema_version": version}), encoding="utf-8")
+    with pytest.raises(DeltaguardError) as caught:
+        CurvatureStore.from_pretrained(path.parent)
+    assert str(caught.value) == (
+        f"The store {path.parent} is of schema {version}, and this version of deltaguard reads schema 2: "
+        "calibrate again, or install the version that wrote it."
+    )
+
+
+def test_all_that_is_wrong_with_a_manifest_is_listed(tmp_path):
+    path = written(tmp_path / "store").folder / "curvature.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["groups"][1]["tails"] = "none"
     del manifest["provenance"]["dtype"]
     path.write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(DeltaguardError, match=r"schema_version: .*\n.*provenance\.dtype: Field required"):
+    with pytest.raises(DeltaguardError, match=r"provenance\.dtype: Field required\n  groups\.1\.tails: "):
         CurvatureStore.from_pretrained(path.parent)
+    for text in ("[]", "{", "null"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(DeltaguardError, match=r"curvature\.json is not what this version"):
+            CurvatureStore.from_pretrained(path.parent)
 
 
 def test_damaged_shards_are_seen_before_they_are_needed(tmp_path):
-    folder = written(tmp_path / "store", max_shard_bytes=520).folder
+    folder = written(tmp_path / "store", max_shard_bytes=A_Q + A_DOWN).folder
     first, second = sorted(folder.glob("*.safetensors"))
     tensors = load_file(first)
     tensors["a.q.matrix"] = torch.zeros(4, 4)
-    del tensors["a.down.order"]
+    del tensors["a.down.order"], tensors["a.k.output.vectors"]
     save_file(tensors, first)
     with pytest.raises(DeltaguardError) as caught:
         CurvatureStore.from_pretrained(folder)
     assert "`a.q.matrix` is (4, 4); it should be (5, 5)" in str(caught.value)
     assert "`a.down.order` is missing; it should be (8,)" in str(caught.value)
+    assert "`a.k.output.vectors` is missing; it should be (3, 3)" in str(caught.value)
     second.write_bytes(second.read_bytes()[:-4])
     with pytest.raises(DeltaguardError, match="truncated"):
         CurvatureStore.from_pretrained(folder)
 
 
 def test_a_saved_copy_is_the_same_store(tmp_path):
-    store = written(tmp_path / "store", max_shard_bytes=520)
+    store = written(tmp_path / "store", max_shard_bytes=A_Q + A_DOWN)
     store.save_pretrained(tmp_path / "copy")
     files = sorted(path.name for path in store.folder.iterdir())
     assert files == sorted(path.name for path in (tmp_path / "copy").iterdir())
@@ -174,20 +281,26 @@ def test_a_saved_copy_is_the_same_store(tmp_path):
 def test_merging_adds_the_sums_and_factorises_them_anew(tmp_path):
     one = written(tmp_path / "one")
     more = tuple(replace(group, tokens=30) for group in GROUPS)
-    two = written(
-        tmp_path / "two", 1, groups=more, tokens=30, conversations=2, truncated=0, refusal_share=1.0
-    )
+    new = HeldOut("Who?", None, "Nobody.")
+    changes = {"tokens": 30, "response_tokens": 9, "conversations": 2, "truncated": 0, "refusal_share": 1.0}
+    two = written(tmp_path / "two", 1, groups=more, held_out=(HELD_OUT[1], new), **changes)
     merged = CurvatureStore.merge([one, two], tmp_path / "merged")
-    a, b = moments(0), moments(1, more)
-    for name in a:
-        total = merge([a[name], b[name]])
+    a, b = sums(0), sums(1, more)
+    for group in GROUPS:
+        total = merge([a[group.name].inputs, b[group.name].inputs])
         assert total.tokens == 70
-        torch.testing.assert_close(merged.hessian(name), normalise(total))
-        expected = unpack_factor(pack(name, total, dampening=0.02))
-        torch.testing.assert_close(merged.factor(name).lower, expected.lower)
+        torch.testing.assert_close(merged.hessian(group.name), normalise(total))
+        torch.testing.assert_close(merged.input_spectrum(group.name).dense(), normalise(total))
+        expected = unpack_factor(pack(group.name, total, dampening=0.02))
+        torch.testing.assert_close(merged.factor(group.name).lower, expected.lower)
+        for i, layer in enumerate(group.layers):
+            gradients = a[group.name].outputs[i] + b[group.name].outputs[i]
+            torch.testing.assert_close(merged.sums(group.name).outputs[i], gradients)
+            torch.testing.assert_close(merged.output_spectrum(layer.tensor).dense(), gradients / 25)
     assert [group.tokens for group in merged.groups] == [70, 70, 70]
+    assert merged.held_out == (*HELD_OUT, new)
     made = merged.provenance
-    assert (made.conversations, made.tokens, made.truncated) == (6, 70, 1)
+    assert (made.conversations, made.tokens, made.response_tokens, made.truncated) == (6, 70, 25, 1)
     assert made.refusal_share == pytest.approx(4 / 6)
     assert made.conversations_sha256 not in {p.provenance.conversations_sha256 for p in (one, two)}
 
@@ -199,6 +312,16 @@ def test_stores_of_different_models_do_not_merge(tmp_path):
         CurvatureStore.merge([one, two], tmp_path / "merged")
     for part in ("f" * 64, "e" * 64, "dampening: 0.02", "groups of layers differ"):
         assert part in str(caught.value)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_stores_that_are_cut_off_do_not_merge(tmp_path):
+    one, two = written(tmp_path / "one"), written(tmp_path / "two", 1, **CUT_OFF)
+    with pytest.raises(DeltaguardError) as caught:
+        CurvatureStore.merge([one, two], tmp_path / "merged")
+    assert f"The store {two.folder} keeps the largest eigenpairs" in str(caught.value)
+    assert "deltaguard calibrate someone/model -o STORE --rank full" in str(caught.value)
+    assert str(one.folder) not in str(caught.value)
     assert not (tmp_path / "merged").exists()
 
 

@@ -1,6 +1,5 @@
 """Safety KL by real forward passes: a candidate's weights are put into a loaded model, not onto a disk."""
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -11,26 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.calibration.conversations import Conversation, encode
+from deltaguard.calibration.observe import Batch, batches
 from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource, name_map
 from deltaguard.checkpoints.layout import listed
 from deltaguard.errors import DeltaguardError
+from deltaguard.logits import logits_at
 
 _HEAD = re.compile(r"^(embed_out|output_layer)\.")
 _Places = Mapping[str, tuple[Tensor, ...]]
 """The fine-tuned checkpoint's names, and the model's parameters that each of them gives the values of."""
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Token ids and mask, (conversations, tokens), and behind which of them a response's token follows."""
-
-    ids: Tensor
-    mask: Tensor
-    chosen: Tensor
 
 
 @contextmanager
@@ -57,8 +48,8 @@ class SafetyMeter:
     _model: Any = field(repr=False)
     _finetuned: WeightSource = field(repr=False)
     _places: _Places = field(repr=False)
-    _aligned: Sequence[tuple[_Batch, Tensor]] = field(repr=False)
-    _read: Callable[[Sequence[Conversation]], list[_Batch]] = field(repr=False)
+    _aligned: Sequence[tuple[Batch, Tensor]] = field(repr=False)
+    _read: Callable[[Sequence[Conversation]], list[Batch]] = field(repr=False)
 
     @classmethod
     @_enough_memory()
@@ -159,15 +150,15 @@ class SafetyMeter:
         """
         terms: list[float] = []
         for batch in self._read(conversations):
-            targets = batch.ids[:, 1:][batch.chosen]
+            targets = batch.ids[:, 1:][batch.answering[:, :-1]]
             terms += (-_log_probs(self._model, batch).gather(1, targets[:, None])[:, 0]).tolist()
         return math.fsum(terms) / len(terms)
 
 
 def _batches(
     tokenizer: Any, size: int, max_length: int, device: torch.device, conversations: Sequence[Conversation]
-) -> list[_Batch]:
-    """Padded at the end, where a causal model does not see it; longest first, to run out of memory early."""
+) -> list[Batch]:
+    """On the device, all with a response."""
     texts = [encode(tokenizer, c, max_length=max_length) for c in conversations]
     bad = [i for i, text in enumerate(texts) if len(text.ids) <= text.prompt_length]
     if bad or not texts:
@@ -176,27 +167,13 @@ def _batches(
             f"{len(bad)} of {len(texts)} conversations have no response within {max_length} tokens{example}: "
             "give each a response, and a prompt that leaves room for it."
         )
-    texts.sort(key=lambda text: len(text.ids), reverse=True)
-    batches: list[_Batch] = []
-    for rows in (texts[start : start + size] for start in range(0, len(texts), size)):
-        ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
-        at = torch.arange(ids.shape[1])
-        mask = at < torch.tensor([[len(row.ids)] for row in rows])
-        chosen = (mask & (at >= torch.tensor([[row.prompt_length] for row in rows])))[:, 1:]
-        batches.append(_Batch(ids.to(device), mask.long().to(device), chosen.to(device)))
-    return batches
+    return [batch.to(device) for batch in batches(texts, size)]
 
 
 @torch.inference_mode()
-def _log_probs(model: Any, batch: _Batch) -> Tensor:
+def _log_probs(model: Any, batch: Batch) -> Tensor:
     """(response tokens, vocabulary), conversation by conversation; float32, or float64 if the model is."""
-    kept = batch.chosen.any(dim=0).nonzero()[:, 0]
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits: Tensor = model(**inputs, logits_to_keep=kept).logits
-    else:
-        logits = model(**inputs).logits[:, kept]
-    rows = logits[batch.chosen[:, kept]]
+    rows = logits_at(model, batch.ids, batch.mask, batch.answering)
     found = rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(dim=-1)
     if not found.isfinite().all():
         raise DeltaguardError(f"The model predicts NaN or infinite values in {rows.dtype}: use another.")

@@ -31,8 +31,8 @@ from deltaguard.calibration.observe import (
     Batch,
     Observed,
     Partial,
+    batches,
     observe,
-    padded,
     refuse_experts,
     sum_sizes,
     take_sums,
@@ -41,8 +41,9 @@ from deltaguard.calibration.workspace import Workspace
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.curvature.contents import Group, GroupCurvature, group_curvature, share_within
+from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import HeldOut, Provenance, Rank, Request, versions, write_store
+from deltaguard.curvature.store_format import HeldOut, Provenance, Request, versions, write_store
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Event, Progress, ignore
@@ -60,7 +61,7 @@ class CalibrateConfig(BaseModel):
         prompts: a prompts file (see `conversations.read_prompts`) instead of the package's prompts.
         num_samples: how many conversations; of a shorter prompts file, all that are not held out.
         num_held_out: how many further conversations safety KL is measured on; of the conversations or the
-            prompts file of a user, at most a fifth, and at least one.
+            prompts file of a user, those of a fifth of the prompts at most, and of at least one.
         max_length: tokens of a conversation at most; the rest is cut off. A model with fewer positions
             takes as many as it has.
         max_new_tokens: tokens of a response at most, where the aligned model gives it.
@@ -198,15 +199,17 @@ def _asked(given: Sequence[Conversation] | None, config: CalibrateConfig) -> _As
 
 
 def _split(given: Sequence[Conversation], count: int, config: CalibrateConfig) -> _Asked:
-    """Hold out some of a user's conversations, and calibrate on `count` of the others."""
-    if len(given) < 2:
+    """Hold out some of a user's prompts, and calibrate on `count` of the other conversations."""
+    prompts = list({row.prompt: row for row in given}.values())
+    if len(prompts) < 2:
         raise DeltaguardError(
-            f"{len(given)} conversations were given; two are needed at least, since one is held out to "
-            "measure on."
+            f"{len(given)} conversations with {len(prompts)} different prompts were given; two prompts are "
+            "needed at least, since one is held out to measure on."
         )
-    held_out = sample(given, min(config.num_held_out, max(1, len(given) // 5)), seed=config.seed)
-    taken = {id(conversation) for conversation in held_out}
-    rest = [conversation for conversation in given if id(conversation) not in taken]
+    chosen = sample(prompts, min(config.num_held_out, max(1, len(prompts) // 5)), seed=config.seed)
+    taken = {row.prompt for row in chosen}
+    held_out = sample([row for row in given if row.prompt in taken], config.num_held_out, seed=config.seed)
+    rest = [row for row in given if row.prompt not in taken]
     return _Asked(sample(rest, count, seed=config.seed), held_out)
 
 
@@ -248,13 +251,15 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool] | None) -> _Measured:
     used, kept = answered[: len(run.asked.calibration)], answered[len(run.asked.calibration) :]
     limit = _positions(model, request.max_length)
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in used]
-    if all(len(text.ids) == text.prompt_length for text in texts):
-        raise DeltaguardError(
-            f"No conversation has a response within {limit} tokens: nothing can be learned about responses. "
-            "Allow longer conversations."
-        )
+    kept = [c for c in kept if _has_response(encode(tokenizer, c, max_length=limit))]
+    for what, found in (("", any(map(_has_response, texts))), ("held-out ", bool(kept))):
+        if not found:
+            raise DeltaguardError(
+                f"No {what}conversation has a response within {limit} tokens: nothing can be learned about "
+                "responses. Allow longer conversations."
+            )
     observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
-    partials = _accumulate(run, model, observed, _batches(texts, request.batch_size))
+    partials = _accumulate(run, model, observed, batches(texts, request.batch_size))
     groups = tuple(
         Group(g.name, g.in_features, partials[g.name + INPUT].moment.tokens, g.layers) for g in observed
     )
@@ -293,26 +298,24 @@ def _load(run: _Run) -> tuple[Any, Any]:
     return tokenizer, model
 
 
+def _has_response(text: Encoded) -> bool:
+    return len(text.ids) > text.prompt_length
+
+
 def _positions(model: Any, max_length: int) -> int:
     positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(max_length, positions or max_length)
 
 
-def _batches(texts: Sequence[Encoded], size: int) -> list[Batch]:
-    """Longest first: a run that does not fit into memory fails at its beginning."""
-    ordered = sorted(texts, key=lambda text: len(text.ids), reverse=True)
-    return [padded(ordered[start : start + size]) for start in range(0, len(ordered), size)]
-
-
 def _accumulate(
-    run: _Run, model: Any, observed: Sequence[Observed], batches: Sequence[Batch]
+    run: _Run, model: Any, observed: Sequence[Observed], texts: Sequence[Batch]
 ) -> dict[str, Partial]:
     accumulator = Accumulator(model, observed, run.workspace.load_sums(sum_sizes(observed), run.device))
     saved = time.monotonic()
     try:
-        for number in range(accumulator.batches, len(batches)):
-            accumulator.add(number, batches[number].to(run.device))
-            run.report(Event("accumulate", number + 1, len(batches)))
+        for number in range(accumulator.batches, len(texts)):
+            accumulator.add(number, texts[number].to(run.device))
+            run.report(Event("accumulate", number + 1, len(texts)))
             if time.monotonic() - saved >= SAVE_SECONDS:
                 run.workspace.save_sums(accumulator.partials)
                 saved = time.monotonic()

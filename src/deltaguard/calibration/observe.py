@@ -140,8 +140,14 @@ def take_sums(group: Group, partials: MutableMapping[str, Partial]) -> Sums:
     return Sums(partials.pop(group.name + INPUT).moment, outputs)
 
 
-def padded(texts: Sequence[Encoded]) -> Batch:
-    """Conversations as one batch."""
+def batches(texts: Sequence[Encoded], size: int) -> list[Batch]:
+    """Conversations in batches, longest first: a run that does not fit into memory fails at its beginning."""
+    ordered = sorted(texts, key=lambda text: len(text.ids), reverse=True)
+    return [_padded(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+
+
+def _padded(texts: Sequence[Encoded]) -> Batch:
+    """Padded at the end, where a causal model does not see it."""
     shape = len(texts), max(len(text.ids) for text in texts)
     ids = torch.zeros(shape, dtype=torch.long)
     mask, answering = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
@@ -226,8 +232,16 @@ def drawn_likelihood(logits: Tensor, *, seed: int) -> Tensor:
     Args:
         logits: (positions, vocabulary).
         seed: of the draw.
+
+    Raises:
+        DeltaguardError: a prediction is NaN.
     """
     scores = logits.float().log_softmax(-1)
+    if bool(scores.isnan().any()):
+        raise DeltaguardError(
+            f"The aligned model predicts NaN or infinite values in {logits.dtype}: something overflows. "
+            "Calibrate in float32 or bfloat16."
+        )
     generator = torch.Generator(logits.device).manual_seed(seed)
     drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
     return scores.gather(-1, drawn).sum()

@@ -17,6 +17,7 @@ from deltaguard.cli.info import info
 from deltaguard.cli.report import report
 from deltaguard.cli.restore import restore
 from deltaguard.cli.sink import UsageError, complain
+from deltaguard.cli.sweep import sweep
 from deltaguard.cli.verify import verify
 from deltaguard.errors import CheckFailedError, DeltaguardError
 
@@ -26,6 +27,7 @@ _AFTER_INTERRUPT = {
     "calibrate": " Run the same command again with `--resume`.",
     "eval": " Run the same command again to go on.",
     "restore": " Run the same command again with `--resume`.",
+    "sweep": " Run the same command again; it starts from the beginning.",
 }
 
 
@@ -39,7 +41,7 @@ def build_app() -> App:
         # `run` says how to go on.
         suppress_keyboard_interrupt=False,
     )
-    for verb in (demo, calibrate, restore, diff, verify, evaluate, bench, report, info):
+    for verb in (demo, calibrate, restore, sweep, diff, verify, evaluate, bench, report, info):
         app.command(verb)
     return app
 

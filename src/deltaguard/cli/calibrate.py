@@ -7,6 +7,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar
+from deltaguard.curvature.rank import Rank
 
 if TYPE_CHECKING:
     from deltaguard.curvature.store import CurvatureStore
@@ -23,6 +24,7 @@ def calibrate(
     batch_size: int = 16,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    rank: Rank = "auto",
     seed: int = 0,
     resume: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
@@ -38,6 +40,8 @@ def calibrate(
         batch_size: Conversations per batch.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: The model's arithmetic; `auto` is float32 on a CPU and the checkpoint's own elsewhere.
+        rank: `auto` keeps as many eigenpairs as a quarter of the model's bytes hold; `full` keeps everything,
+            which methods `greedy` and `published` need, and merging stores.
         seed: Order of the conversations.
         resume: Go on with a calibration that was interrupted.
         json: Print one JSON document and nothing else on stdout.
@@ -55,6 +59,7 @@ def calibrate(
             "batch_size": batch_size,
             "device": device,
             "dtype": dtype,
+            "rank": rank,
             "seed": seed,
             "resume": resume,
         },
@@ -71,10 +76,12 @@ def _draw(store: "CurvatureStore", aligned: str, output: Path) -> Table:
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("conversations", str(made.conversations))
-    table.add_row("tokens", str(made.tokens))
+    table.add_row("conversations held out", str(len(store.held_out)))
+    table.add_row("tokens", f"{made.tokens}, {made.response_tokens} of responses")
     table.add_row("responses that refuse", f"{made.refusal_share or 0:.0%}")
     table.add_row("layers", str(sum(len(group.layers) for group in store.groups)))
     table.add_row("groups that share an input", str(len(store.groups)))
+    table.add_row("eigenpairs kept", "all" if store.is_whole else f"{made.rank_share:.0%}")
     table.add_row("matrices in blocks without curvature", str(len(made.uncovered)))
     table.add_row("store", str(output))
     return table

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.console import Group
 from rich.table import Table
 
-from deltaguard.cli.sink import Json, checked, emit, progress_bar
+from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.restore import PlanReport
 from deltaguard.restoration.options import Budget, Compensation, Method, OtherParams, RestoreConfig
@@ -22,10 +22,12 @@ def restore(
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     store: str | None = None,
     method: Method | None = None,
+    max_safety_kl: float | None = None,
     strength: float | None = None,
     budget: Budget | None = None,
     compensation: Compensation | None = None,
     other_params: OtherParams | None = None,
+    device: str | None = None,
     config: Path | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     resume: Annotated[bool, Parameter(negative="")] = False,
@@ -39,11 +41,14 @@ def restore(
         finetuned: The model after it: the same, or a PEFT LoRA adapter folder.
         output: A new folder for the restored checkpoint.
         store: The aligned model's curvature, from `deltaguard calibrate`; made and cached where absent.
-        method: The solver: `greedy` (default), `published` or `interpolate`.
-        strength: How much is kept, larger keeps more. Default for `greedy`: see "Choosing a strength".
+        method: The solver: `kfac` (default), `ridge`, `greedy`, `published` or `interpolate`.
+        max_safety_kl: The dial of `kfac` and `ridge`: keep as much as this safety KL allows, measured in nats
+            per response token. Default: see "Choosing a strength".
+        strength: How much is kept, larger keeps more; instead of the dial, or for the other methods.
         budget: How `greedy` reads the strength: `fraction` (default) of the summed safety cost, or `paper`.
         compensation: What `greedy` does to entries it does not keep: `joint` (default), `additive`, `none`.
         other_params: Where norms, biases and embeddings come from: `aligned` (default) or `finetuned`.
+        device: Where the dial runs the model: `auto`, `cpu`, `cuda` or `cuda:N`.
         config: A YAML or JSON file with the method and its options; the command line wins.
         dry_run: Print the plan, made from headers alone, and write nothing.
         resume: Go on with a restore that was interrupted.
@@ -52,10 +57,12 @@ def restore(
     """
     given = {
         "method": method,
+        "max_safety_kl": max_safety_kl,
         "strength": strength,
         "budget": budget,
         "compensation": compensation,
         "other_params": other_params,
+        "device": device,
         "resume": resume or None,
         "overwrite": overwrite or None,
     }
@@ -69,6 +76,7 @@ def restore(
         return
     from deltaguard.draw.terminal import restore_table
 
+    hide_bars_of_transformers()
     with progress_bar() as progress:
         report = restoring.restore(aligned, finetuned, output, store=store, config=chosen, progress=progress)
     emit(report, Group(restore_table(report), f"Restored checkpoint: {output}"), as_json=json)

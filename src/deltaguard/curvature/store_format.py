@@ -1,5 +1,6 @@
 """The files of a CurvatureStore: the schema of `curvature.json`, and how a folder is written in one go."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -15,15 +16,15 @@ from safetensors.torch import save_file
 
 from deltaguard.checkpoints.durable import explained, flush_folder, lock_folder
 from deltaguard.curvature.contents import Extent, Group, GroupCurvature, stored_bytes, stored_tensors
+from deltaguard.curvature.rank import Rank
 from deltaguard.errors import DeltaguardError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Rank = Literal["auto", "full"]
-
 MANIFEST = "curvature.json"
 MAX_SHARD_BYTES = 4 * 10**9
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[2] = SCHEMA_VERSION
     provenance: Provenance
     held_out: tuple[HeldOut, ...]
     groups: tuple[StoredGroup, ...]
@@ -157,14 +158,30 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} holds no {MANIFEST}: it is no curvature store, or an unfinished copy of one. "
             "Make one with `deltaguard calibrate`."
         )
+    text = path.read_text(encoding="utf-8")
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
+        found = _schema_version(text)
+        if found not in (None, SCHEMA_VERSION):
+            raise DeltaguardError(
+                f"The store {folder} is of schema {found}, and this version of deltaguard reads schema "
+                f"{SCHEMA_VERSION}: calibrate again, or install the version that wrote it."
+            ) from error
         problems = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise DeltaguardError(
             f"{path} is not what this version of deltaguard writes; calibrate again, or install the version "
             f"that wrote it:\n{problems}"
         ) from error
+
+
+def _schema_version(text: str) -> object:
+    """What a manifest says of its schema, None where it says nothing."""
+    try:
+        found: object = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return cast("dict[str, object]", found).get("schema_version") if isinstance(found, dict) else None
 
 
 def write_store(

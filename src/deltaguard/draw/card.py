@@ -15,6 +15,9 @@ from deltaguard.report.restore import RestoreReport
 TAGS = ("deltaguard", "safe-delta")
 
 METHODS: Mapping[str, str] = {
+    "kfac": "the closed form of Safe Delta's goal with both curvatures: every direction of the delta shrinks by "
+    "its price in safety",
+    "ridge": "the closed form of Safe Delta's goal with the curvature of the inputs",
     "greedy": "Safe Delta: the changes that buy most utility for their safety cost, up to a budget",
     "published": "Safe Delta as its authors released it: entries selected block by block of columns",
     "interpolate": "interpolation: every entry between the aligned and the fine-tuned value",

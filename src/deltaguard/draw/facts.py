@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from deltaguard.draw.text import DASH, duration, moment, option, percent, short_reference, size
+from deltaguard.draw.text import DASH, duration, moment, nats, option, percent, short_reference, size
 from deltaguard.report.base import Environment
 from deltaguard.report.restore import RestoreReport
+from deltaguard.report.sweep import SweepReport
 
 Facts = tuple[tuple[str, str], ...]
 """Pairs of a label and a text, in the order of reading."""
@@ -27,8 +28,11 @@ def outcome_facts(report: RestoreReport) -> Facts:
     cost = percent(report.safety_cost)
     if cost != DASH:
         cost = f"{cost} of the fine-tuned model's, median over {over}"
+    # Methods with a price shrink every direction of the delta; the others keep entries or leave them.
+    what = "of the delta" if report.mu is not None else "of the delta's entries"
     return (
-        ("kept fraction", f"{percent(report.kept_fraction)} of the delta's entries, over {over}"),
+        *dial_facts(report),
+        ("kept fraction", f"{percent(report.kept_fraction)} {what}, over {over}"),
         ("safety cost", cost),
         ("utility loss", f"{percent(report.utility_loss)} of the delta's squared norm"),
         ("time", times(report.seconds)),
@@ -36,8 +40,53 @@ def outcome_facts(report: RestoreReport) -> Facts:
     )
 
 
-def model_facts(report: RestoreReport) -> Facts:
-    """The two models of a restore with the fingerprints of their weights."""
+def dial_facts(report: RestoreReport) -> Facts:
+    """What the dial did; nothing where a strength decided."""
+    dial = report.dial
+    if dial is None:
+        return ()
+    allowed = f"{nats(dial.limit)} nats a token allowed"
+    if dial.whole:
+        found = f"{nats(dial.finetuned_kl)}, within the {allowed}: kept whole, nothing was taken from it"
+        return (("safety KL of the fine-tuned model", found),)
+    count = len(dial.probes)
+    return (
+        ("safety KL, fine-tuned", nats(dial.finetuned_kl)),
+        ("safety KL, restored", f"{nats(dial.restored_kl)}, of {allowed}"),
+        (
+            "measured",
+            f"{count} times on {dial.conversations} held-out safety conversations ({dial.tokens} tokens)",
+        ),
+        ("layers that paid most", ", ".join(most_shrunk(report))),
+    )
+
+
+def most_shrunk(report: RestoreReport, count: int = 3) -> tuple[str, ...]:
+    """The layers whose deltas lost most, in squared norm, with their share of the whole loss."""
+    lost = {row.name: row.utility_loss * row.delta_norm**2 for row in report.layers}
+    whole = sum(lost.values())
+    names = sorted(lost, key=lambda name: -lost[name])[:count]
+    return tuple(f"{name.removesuffix('.weight')} ({percent(lost[name] / whole)})" for name in names if whole)
+
+
+def sweep_facts(report: SweepReport) -> Facts:
+    """How a sweep measured, and how much."""
+    count = report.utility_conversations
+    utility = (("utility data", f"{count} conversation{'' if count == 1 else 's'}"),) if count else ()
+    return (
+        ("method", report.method),
+        (
+            "measured on",
+            f"{report.conversations} held-out safety conversations ({report.tokens} tokens)",
+        ),
+        *utility,
+        ("points measured", str(len(report.points))),
+        ("time", duration(report.seconds)),
+    )
+
+
+def model_facts(report: RestoreReport | SweepReport) -> Facts:
+    """The two models of a restore or a sweep with the fingerprints of their weights."""
     return tuple(
         (label, f"{short_reference(model.reference)}, fingerprint {model.fingerprint}")
         for label, model in (("fine-tuned model", report.finetuned), ("aligned model", report.aligned))

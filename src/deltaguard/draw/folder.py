@@ -12,12 +12,14 @@ from deltaguard.checkpoints.durable import explained
 from deltaguard.draw.bench_page import bench_page
 from deltaguard.draw.evaluation_page import evaluation_page
 from deltaguard.draw.html import demo_page, restore_page
+from deltaguard.draw.sweep_page import sweep_page
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.base import Record
 from deltaguard.report.bench import BENCH_NAME, BenchReport
 from deltaguard.report.demo import DemoReport
 from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
 from deltaguard.report.restore import REPORT_NAME, RestoreReport
+from deltaguard.report.sweep import SWEEP_NAME, SweepReport
 
 DEMO_NAME = "demo.json"
 """The file in a demo's folder that holds its `DemoReport`."""
@@ -35,6 +37,7 @@ DRAWERS: Mapping[str, Drawer] = {
     BENCH_NAME: Drawer(BenchReport, bench_page),
     EVALUATION_NAME: Drawer(EvaluationReport, evaluation_page),
     DEMO_NAME: Drawer(DemoReport, demo_page),
+    SWEEP_NAME: Drawer(SweepReport, sweep_page),
     REPORT_NAME: Drawer(RestoreReport, restore_page),
 }
 """By file name. Of several in a folder the first is drawn: what was measured, before what was done."""
@@ -60,7 +63,7 @@ def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
     """Draw the report in a folder as a page that holds everything it shows.
 
     Args:
-        folder: of an evaluation, a bench, a demo or a restored checkpoint.
+        folder: of an evaluation, a bench, a demo, a sweep or a restored checkpoint.
         output: where the page goes; `report.html` in the folder if not given.
 
     Returns:
@@ -79,7 +82,7 @@ def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
     if not found:
         raise DeltaguardError(
             f"There is no report in {folder}: none of {', '.join(DRAWERS)} was found. Name a folder that "
-            "`deltaguard eval`, `bench`, `demo` or `restore` wrote."
+            "`deltaguard eval`, `bench`, `demo`, `sweep` or `restore` wrote."
         )
     source, page = folder / found[0], output or folder / "report.html"
     text = DRAWERS[found[0]].page(_read(source, DRAWERS[found[0]].schema))

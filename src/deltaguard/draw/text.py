@@ -34,6 +34,16 @@ def percent(value: float | None) -> str:
     return f"{100 * value:.3f} %" if size >= 0.000005 else f"{'< ' if value > 0 else '> -'}0.001 %"
 
 
+def nats(value: float | None) -> str:
+    """A safety KL in two digits, with a power of ten where it is small.
+
+    Example:
+        >>> nats(0.42595), nats(9.5e-05), nats(None)
+        ('0.43', '9.5e-05', '–')
+    """
+    return DASH if value is None or not math.isfinite(value) else f"{value:.2g}"
+
+
 def interval(rate: RateRow | Estimate) -> str:
     """The bounds of a rate's 95 % interval in percent.
 

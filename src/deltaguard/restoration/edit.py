@@ -17,7 +17,7 @@ from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Step
 from deltaguard.solvers import (
     Factor,
-    Profile,
+    Projection,
     Solution,
     closed_form,
     greedy_factored,
@@ -116,22 +116,22 @@ def edit(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.d
     return edited
 
 
-def profile_of(inputs: Inputs) -> Profile:
-    """How a layer's delta is spread over prices of safety.
+def projection_of(inputs: Inputs) -> Projection | None:
+    """A layer's delta in the eigenbases of its curvature, None where there is no delta.
 
     Raises:
         DeltaguardError: the weights are not finite; the message names the tensor.
     """
     spectra = inputs.curvature
-    if not inputs.differs or not isinstance(spectra, Spectra):
-        return Profile(torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64))
+    if not isinstance(spectra, Spectra):
+        return None
     aligned, finetuned = inputs.pair
     try:
         check_matrices(aligned, finetuned)
     except ValueError as error:
         raise DeltaguardError(f"Tensor `{inputs.step.info.name}`: {error}") from error
     dtype = working_dtype(aligned, finetuned)
-    return project(finetuned.to(dtype) - aligned.to(dtype), spectra.inputs, spectra.outputs).profile()
+    return project(finetuned.to(dtype) - aligned.to(dtype), spectra.inputs, spectra.outputs)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource
+from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore, not_whole
-from deltaguard.curvature.store_format import MANIFEST, Rank
+from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Progress
 from deltaguard.restoration.options import RestoreConfig

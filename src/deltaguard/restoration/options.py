@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from deltaguard.curvature.store_format import Rank
+from deltaguard.curvature.rank import Rank
 
 Method = Literal["kfac", "ridge", "greedy", "published", "interpolate"]
 OtherParams = Literal["aligned", "finetuned"]
@@ -12,7 +12,7 @@ OtherParams = Literal["aligned", "finetuned"]
 Budget = Literal["paper", "fraction"]
 Compensation = Literal["joint", "additive", "none"]
 
-DEFAULT_MAX_SAFETY_KL = 1e-4
+DEFAULT_MAX_SAFETY_KL = 3e-4
 """Nats per response token that a restore may cost by default; docs/strength.md says why."""
 
 DEFAULT_STRENGTH = 0.55
@@ -38,7 +38,7 @@ class RestoreConfig(BaseModel):
 
     Example:
         >>> RestoreConfig().dial
-        0.0001
+        0.0003
         >>> RestoreConfig(method="interpolate", strength=0.5).dial is None
         True
     """

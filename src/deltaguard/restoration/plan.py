@@ -8,8 +8,8 @@ from enum import StrEnum
 from deltaguard.checkpoints.checkpoint import TensorInfo, WeightSource, name_map
 from deltaguard.checkpoints.vocabulary import vocabulary_size
 from deltaguard.curvature.contents import Group, spectra_bytes
+from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import Rank
 from deltaguard.errors import DeltaguardError
 from deltaguard.restoration.options import OtherParams
 

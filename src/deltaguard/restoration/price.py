@@ -1,7 +1,7 @@
 """The one price of safety, μ, of all layers: from a strength, or from the dial by measuring candidates."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from deltaguard.budget.search import best, search
+from deltaguard.checkpoints.checkpoint import WeightSource
+from deltaguard.checkpoints.layout import listed
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
@@ -16,7 +18,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.restore import Dial, Probe
 from deltaguard.restoration.curvature import CurvatureReader
-from deltaguard.restoration.edit import Inputs, edit, profile_of, read_ahead
+from deltaguard.restoration.edit import Inputs, edit, projection_of, read_ahead
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, Step
@@ -68,8 +70,11 @@ def price_of(job: Job, plan: Plan, config: RestoreConfig, progress: Progress | N
         return Price(0.0, candidate.dial(limit, whole, (), 0.0))
     candidate.settle()
     joint = joint_of(job, plan, config, report)
-    probes = search(
-        lambda mu: candidate.probe(mu, report), joint.predicted_kl, limit, start=_start(joint, limit)
+    start = first_price(joint.mu_of_share, limit / whole.safety_kl)
+    probes = (
+        search(lambda mu: candidate.probe(mu, report), joint.predicted_kl, limit, start=start)
+        if joint.predicted_kl(0) > 0
+        else ()
     )
     found = best(probes, limit)
     if found is None:
@@ -87,7 +92,9 @@ def joint_of(job: Job, plan: Plan, config: RestoreConfig, report: Progress) -> P
     steps = restored_steps(plan)
     parts: list[Profile] = []
     for number, inputs in enumerate(restored_inputs(job, steps, config), start=1):
-        parts.append(profile_of(inputs))
+        projection = projection_of(inputs)
+        if projection is not None:
+            parts.append(projection.profile())
         report(Event("project", number, len(steps)))
     return joint_profile(parts)
 
@@ -118,6 +125,9 @@ class Candidate:
     def open(cls, job: Job, plan: Plan, config: RestoreConfig) -> "Candidate":
         """Load the aligned model and keep what it predicts on held-out safety conversations.
 
+        In float32 whatever the checkpoint's dtype: rounding logits to half precision changes predictions by
+        more than the safety KL that is looked for.
+
         Raises:
             DeltaguardError: it cannot be loaded, or does not fit into memory.
         """
@@ -131,15 +141,26 @@ class Candidate:
             job.finetuned,
             held_out,
             device=find_device(config.device),
-            dtype=getattr(torch, store.provenance.dtype),
+            dtype=torch.float32,
+            batch_size=store.provenance.batch_size,
+            max_length=store.provenance.max_length,
         )
         return cls(job, plan, config, meter, len(held_out))
 
     def whole(self) -> Probe:
-        """The fine-tuned model as it is, with all its tensors."""
+        """The fine-tuned model as it is, with all its tensors.
+
+        Raises:
+            DeltaguardError: its predictions are not finite; the tensors that are not are listed.
+        """
         finetuned = self.job.finetuned
         self.meter.put((name, finetuned.read(name)) for name in finetuned.tensors)
-        return Probe(mu=0.0, safety_kl=self.meter.measure())
+        try:
+            return Probe(mu=0.0, safety_kl=self.meter.measure())
+        except DeltaguardError as error:
+            if problems := _not_finite(finetuned):
+                raise DeltaguardError(listed(f"{finetuned.reference} cannot be run", problems)) from error
+            raise
 
     def settle(self) -> None:
         """Take the tensors that no solver decides from where the plan takes them."""
@@ -180,11 +201,15 @@ def known_store(job: Job) -> CurvatureStore:
     return job.store
 
 
-def _start(joint: Profile, limit: float) -> float:
-    """The price at which the limit is predicted, as a first guess."""
-    whole = joint.predicted_kl(0)
-    share = min(limit / whole, 0.99) if whole > 0 else 0.99
-    return joint.mu_of_share(share) or 1.0
+def _not_finite(source: WeightSource) -> list[str]:
+    """What is wrong with each tensor that holds NaN or infinite entries."""
+    bad = {name: int((~source.read(name).isfinite()).sum()) for name in source.tensors}
+    return [f"tensor `{name}` holds {n} entries that are NaN or infinite" for name, n in bad.items() if n]
+
+
+def first_price(mu_of_share: Callable[[float], float], share: float) -> float:
+    """A first guess: the price that leaves this share of what is predicted for the whole delta."""
+    return mu_of_share(min(share, 0.99)) or 1.0
 
 
 def _nothing(candidate: Candidate, limit: float, report: Progress) -> Probe:

@@ -30,7 +30,7 @@ from deltaguard.restoration.edit import edit, read_ahead
 from deltaguard.restoration.job import Job, find_store, open_job, open_models
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan
-from deltaguard.restoration.price import Price, price_of
+from deltaguard.restoration.price import PROHIBITIVE, Price, price_of
 
 _ROWS: TypeAdapter[tuple[LayerRow | OtherRow, ...]] = TypeAdapter(tuple[LayerRow | OtherRow, ...])
 
@@ -48,7 +48,8 @@ def restore(
 
     The output mirrors the fine-tuned checkpoint (for a LoRA adapter: the aligned one): the same shard
     files, tensors and dtypes, with every non-weight file of its folder. Weights are streamed: in memory
-    are two tensors of each model and one layer's workspace. The inputs are not touched.
+    are two tensors of each model and one layer's workspace; while the dial measures, the model as well. The
+    inputs are not touched.
 
     Args:
         aligned: the model before fine-tuning: a local folder, a Hub id, or `id@revision`.
@@ -258,7 +259,7 @@ def _report(
         layers=layers,
         others=tuple(row for row in rows if isinstance(row, OtherRow)),
         files=files,
-        mu=price.mu if price else None,
+        mu=min(price.mu, PROHIBITIVE) if price else None,
         predicted_safety_kl=_predicted(changed) if price else None,
         dial=price.dial if price else None,
         kept_fraction=kept / sum(entries) if changed else 1.0,

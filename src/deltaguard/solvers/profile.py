@@ -101,4 +101,7 @@ def profile(prices: Tensor, energies: Tensor) -> Profile:
 def joint_profile(profiles: Iterable[Profile]) -> Profile:
     """That of all layers together."""
     parts = list(profiles)
-    return profile(torch.cat([p.prices for p in parts]), torch.cat([p.energies for p in parts]))
+    nothing = torch.empty(0, dtype=torch.float64)
+    return profile(
+        torch.cat([nothing, *(p.prices for p in parts)]), torch.cat([nothing, *(p.energies for p in parts)])
+    )

@@ -1,0 +1,61 @@
+"""`deltaguard sweep`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.console import Group
+
+from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar
+from deltaguard.restoration.options import OtherParams, RestoreConfig
+
+
+def sweep(
+    aligned: str,
+    finetuned: str,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    store: str | None = None,
+    max_safety_kl: Annotated[tuple[float, ...], Parameter(negative="")] = (),
+    utility: Path | None = None,
+    method: Literal["kfac", "ridge"] = "kfac",
+    other_params: OtherParams = "aligned",
+    device: str = "auto",
+    json: Json = False,
+) -> None:
+    """Measure what a restore would keep at several budgets; no checkpoint is written.
+
+    Args:
+        aligned: The model before fine-tuning: a folder, a Hub id, or `id@revision`.
+        finetuned: The model after it: the same, or a PEFT LoRA adapter folder.
+        output: The folder for `sweep.json` and `report.html`.
+        store: The aligned model's curvature, from `deltaguard calibrate`; made and cached where absent.
+        max_safety_kl: A safety KL to stay under, nats per response token; may be repeated. 3e-5, 1e-4, 3e-4,
+            1e-3 and 3e-3 where absent.
+        utility: JSONL with `prompt` and `response`: conversations whose likelihood says what the task keeps.
+        method: The solver: `kfac` or `ridge`.
+        other_params: Where norms, biases and embeddings come from: `aligned` or `finetuned`.
+        device: Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`.
+        json: Print one JSON document and nothing else on stdout.
+    """
+    config = checked(RestoreConfig, {"method": method, "other_params": other_params, "device": device})
+    from deltaguard.draw.folder import draw_folder
+    from deltaguard.draw.sweep_table import sweep_table
+    from deltaguard.restoration.sweep import LIMITS
+    from deltaguard.restoration.sweep import sweep as run
+
+    hide_bars_of_transformers()
+    with progress_bar() as progress:
+        report = run(
+            aligned,
+            finetuned,
+            output,
+            store=store,
+            limits=max_safety_kl or LIMITS,
+            utility=utility,
+            config=config,
+            progress=progress,
+        )
+    page = draw_folder(output).page
+    emit(report, Group(sweep_table(report), f"Report: {page}"), as_json=json)

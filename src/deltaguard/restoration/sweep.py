@@ -1,0 +1,240 @@
+"""Several budgets at once: what each of them keeps, measured, and nothing written but the report."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltaguard.budget.search import best, search
+from deltaguard.calibration.conversations import Conversation, read_prompts
+from deltaguard.checkpoints.durable import explained, write_atomically
+from deltaguard.checkpoints.shards import DTYPES
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.device import find_device
+from deltaguard.errors import DeltaguardError
+from deltaguard.progress import Event, Progress, ignore
+from deltaguard.report.base import ModelReference, environment
+from deltaguard.report.restore import Probe
+from deltaguard.report.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
+from deltaguard.restoration.edit import projection_of
+from deltaguard.restoration.job import Job, open_job
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.price import (
+    PROHIBITIVE,
+    Candidate,
+    first_price,
+    restored_inputs,
+    restored_steps,
+)
+from deltaguard.solvers import Projection, joint_profile
+
+LIMITS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+"""Safety KL, nats per response token."""
+
+
+def sweep(
+    aligned: str | Path,
+    finetuned: str | Path,
+    output_dir: str | Path,
+    *,
+    store: CurvatureStore | str | Path | None = None,
+    limits: Sequence[float] = LIMITS,
+    utility: Path | None = None,
+    config: RestoreConfig | None = None,
+    progress: Progress | None = None,
+) -> SweepReport:
+    """Measure what a restore would keep at several budgets, without writing a checkpoint.
+
+    Each matrix is read and projected once; its projection, about three times its size in float32, stays in
+    memory beside the model.
+
+    Args:
+        aligned: as in `restore`.
+        finetuned: as in `restore`.
+        output_dir: receives `sweep.json`.
+        store: as in `restore`.
+        limits: safety KL, nats per response token, each above 0.
+        utility: JSON lines with `prompt` and `response`, whose likelihood says what the task keeps.
+        config: method, device and where the other parameters come from; its dial or strength is not used.
+        progress: called as layers are read and candidates measured.
+
+    Returns:
+        The report, in the folder too.
+
+    Raises:
+        DeltaguardError: an input cannot be used, or an option is out of range.
+
+    Example:
+        ```python
+        report = sweep("Qwen/Qwen3-0.6B", "./my-finetune", "./sweep", store="./store")
+        for point in report.points:
+            print(point.safety_kl, point.kept_fraction)
+        ```
+    """
+    started = time.perf_counter()
+    config = config or RestoreConfig()
+    _check(config, limits)
+    tasks = _utility(utility)
+    with explained(Path(output_dir)):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
+    bench = _Bench.open(job, config, tasks, progress or ignore)
+    points, budgets = bench.curve(sorted(set(limits)))
+    report = SweepReport(
+        environment=environment(_device_name(config)),
+        aligned=_reference(job.aligned.reference, job.aligned.fingerprint()),
+        finetuned=_reference(job.finetuned.reference, job.finetuned.fingerprint()),
+        method="ridge" if config.method == "ridge" else "kfac",
+        conversations=bench.candidate.conversations,
+        tokens=bench.candidate.meter.tokens,
+        utility_conversations=len(tasks),
+        aligned_nll=bench.aligned_nll,
+        finetuned_kl=bench.whole.safety_kl,
+        finetuned_nll=bench.finetuned_nll,
+        points=points,
+        budgets=budgets,
+        seconds=time.perf_counter() - started,
+    )
+    write_atomically(Path(output_dir) / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")
+    return report
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's projection, and what turns a restored delta into the tensor on disk."""
+
+    projection: Projection
+    aligned: Tensor
+    transposed: bool
+    dtype: torch.dtype
+
+    def at(self, mu: float) -> Tensor:
+        """The tensor at a price."""
+        weight = self.projection.restored(mu) + self.aligned
+        return (weight.T if self.transposed else weight).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Everything that is measured with."""
+
+    candidate: Candidate
+    layers: Mapping[str, _Layer]
+    tasks: Sequence[Conversation]
+    aligned_nll: float | None
+    finetuned_nll: float | None
+    whole: Probe
+    report: Progress
+
+    @classmethod
+    def open(
+        cls, job: Job, config: RestoreConfig, tasks: Sequence[Conversation], report: Progress
+    ) -> "_Bench":
+        plan = job.plan(config)
+        candidate = Candidate.open(job, plan, config)
+        aligned_nll = candidate.meter.likelihood(tasks) if tasks else None
+        whole = candidate.whole()
+        finetuned_nll = candidate.meter.likelihood(tasks) if tasks else None
+        candidate.settle()
+        steps = restored_steps(plan)
+        layers: dict[str, _Layer] = {}
+        for number, inputs in enumerate(restored_inputs(job, steps, config), start=1):
+            projection = projection_of(inputs)
+            info = inputs.step.info
+            if projection is None:
+                candidate.meter.put([(info.name, inputs.finetuned)])
+            else:
+                base = inputs.pair[0].to(projection.delta.dtype)
+                layers[info.name] = _Layer(projection, base, inputs.step.transposed, DTYPES[info.dtype])
+            report(Event("project", number, len(steps)))
+        if not layers:
+            raise DeltaguardError(
+                f"No layer of {job.finetuned.reference} differs from {job.aligned.reference}: there is "
+                "nothing to restore."
+            )
+        return cls(candidate, layers, tasks, aligned_nll, finetuned_nll, whole, report)
+
+    def curve(self, limits: Sequence[float]) -> tuple[tuple[SweepPoint, ...], tuple[SweepBudget, ...]]:
+        """Search for each limit, the strictest first; all that is measured on the way is on the curve."""
+        joint = joint_profile(layer.projection.profile() for layer in self.layers.values())
+        points: dict[float, SweepPoint] = {}
+
+        def measure(mu: float) -> Probe:
+            if mu not in points:
+                self.candidate.meter.put((name, layer.at(mu)) for name, layer in self.layers.items())
+                points[mu] = SweepPoint(
+                    mu=mu,
+                    safety_kl=self.candidate.meter.measure(),
+                    predicted_safety_kl=joint.predicted_kl(mu),
+                    kept_fraction=joint.kept(mu) / joint.energy,
+                    utility_nll=self.candidate.meter.likelihood(self.tasks) if self.tasks else None,
+                )
+                self.report(Event("measure", len(points), len(points)))
+            return Probe(mu=mu, safety_kl=points[mu].safety_kl)
+
+        measure(0.0)
+        for limit in limits:
+            # Within it are the whole delta, with the other tensors where the plan takes them, or all of the
+            # fine-tuned model, with its own.
+            if min(points[0.0].safety_kl, self.whole.safety_kl) <= limit:
+                continue
+            if joint.predicted_kl(0) > 0:
+                search(measure, joint.predicted_kl, limit, start=_nearest(points, joint.mu_of_share, limit))
+            if all(point.safety_kl > limit for point in points.values()):
+                measure(PROHIBITIVE)
+        ordered = sorted(points.values(), key=lambda point: -point.mu)
+        return tuple(ordered), tuple(_budget(ordered, limit) for limit in limits)
+
+
+def _nearest(
+    points: Mapping[float, SweepPoint], mu_of_share: Callable[[float], float], limit: float
+) -> float:
+    """The measured price whose safety KL is nearest to a limit, on a logarithmic scale."""
+    priced = [point for point in points.values() if 0 < point.mu < PROHIBITIVE and point.safety_kl > 0]
+    if not priced:
+        return first_price(mu_of_share, limit / max(point.safety_kl for point in points.values()))
+    return min(priced, key=lambda point: max(point.safety_kl / limit, limit / point.safety_kl)).mu
+
+
+def _budget(points: Sequence[SweepPoint], limit: float) -> SweepBudget:
+    probes = tuple(Probe(mu=point.mu, safety_kl=point.safety_kl) for point in points)
+    found = best(probes, limit)
+    return SweepBudget(limit=limit, mu=None if found is None else found.mu)
+
+
+def _check(config: RestoreConfig, limits: Sequence[float]) -> None:
+    if not config.has_price:
+        raise DeltaguardError(f"A sweep needs method kfac or ridge; {config.method} has no price to vary.")
+    wrong = [f"{limit:g}" for limit in limits if not (limit > 0 and math.isfinite(limit))]
+    if wrong or not limits:
+        raise DeltaguardError(
+            f"Limits of safety KL are finite numbers above 0, in nats per response token, such as 1e-4; given: "
+            f"{', '.join(wrong) or 'none'}."
+        )
+
+
+def _utility(path: Path | None) -> list[Conversation]:
+    if path is None:
+        return []
+    rows = read_prompts(path)
+    missing = sum(row.response is None for row in rows)
+    if missing:
+        raise DeltaguardError(
+            f"{missing} of {len(rows)} lines of {path} have no response; the likelihood of responses is what "
+            "is measured."
+        )
+    return rows
+
+
+def _reference(name: str, fingerprint: str) -> ModelReference:
+    return ModelReference(reference=name, fingerprint=fingerprint)
+
+
+def _device_name(config: RestoreConfig) -> str:
+    """Where candidates were run, a GPU by its name."""
+    device = find_device(config.device)
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

@@ -1,0 +1,119 @@
+"""What a store keeps of a group: how much of it, under which names, in how many bytes."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltaguard.curvature.contents import (
+    Extent,
+    Group,
+    Layer,
+    Sums,
+    group_curvature,
+    share_within,
+    spectra_bytes,
+    stored_bytes,
+    stored_shapes,
+    stored_tensors,
+)
+from deltaguard.curvature.moments import Moment
+from deltaguard.errors import DeltaguardError
+
+SIZES = st.integers(1, 12)
+EXTENTS = st.builds(Extent, share=st.floats(0.01, 1), whole=st.booleans())
+
+
+@st.composite
+def groups(draw):
+    outputs = draw(st.lists(SIZES, min_size=1, max_size=3))
+    layers = tuple(Layer(f"a.{i}.weight", False, size) for i, size in enumerate(outputs))
+    return Group("a.0", draw(SIZES), 40, layers)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moment(size, tokens=40):
+    x = normal(tokens, size, seed=size)
+    return x.T @ x
+
+
+def sums(group):
+    return Sums(Moment(moment(group.in_features), 40), tuple(moment(x.out_features) for x in group.layers))
+
+
+def curvature(group, extent, *, response_tokens=8, found=None):
+    return group_curvature(
+        group, found or sums(group), response_tokens=response_tokens, dampening=0.01, extent=extent
+    )
+
+
+@given(groups(), EXTENTS)
+def test_what_is_stored_has_the_shapes_and_bytes_that_were_planned(group, extent):
+    tensors = stored_tensors(group, curvature(group, extent), extent)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == stored_shapes(group, extent)
+    assert sum(tensor.nbytes for tensor in tensors.values()) == stored_bytes(group, extent)
+    vectors = sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith(".vectors"))
+    assert vectors == spectra_bytes(group, extent)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+
+
+@given(st.lists(groups(), min_size=1, max_size=4), st.integers(1, 3000))
+def test_eigenvectors_take_no_more_than_the_limit_where_one_each_fits(made, limit):
+    extent = Extent(share_within(made, limit), whole=False)
+    taken = sum(spectra_bytes(group, extent) for group in made)
+    one_each = sum(spectra_bytes(group, Extent(1e-9, whole=False)) for group in made)
+    assert taken <= limit + one_each
+    if extent.share == 1:
+        assert taken == 2 * sum(g.in_features**2 + sum(x.out_features**2 for x in g.layers) for g in made)
+
+
+def test_the_share_is_that_of_the_bytes():
+    group = Group("a.0", 300, 40, (Layer("a.0.weight", False, 400), Layer("a.1.weight", False, 500)))
+    entries = 300**2 + 400**2 + 500**2
+    assert share_within([group], entries) == 0.5
+    assert share_within([group, group], entries) == 0.25
+    assert share_within([group], 9 * entries) == 1
+    half = Extent(0.5, whole=False)
+    assert [half.rank(size) for size in (1, 3, 300, 401)] == [1, 1, 150, 200]
+    assert spectra_bytes(group, half) == entries
+    assert Extent(0.5, whole=True).rank(300) == 300
+
+
+def test_h_is_a_mean_over_all_tokens_and_g_over_those_of_responses():
+    group = Group("a.0", 4, 40, (Layer("a.0.weight", False, 3),))
+    found = curvature(group, Extent(1, whole=True), response_tokens=8)
+    torch.testing.assert_close(found.inputs.spectrum.dense(), moment(4) / 40)
+    torch.testing.assert_close(found.outputs[0].spectrum.dense(), moment(3) / 8)
+    assert found.inputs.mean == pytest.approx(float((moment(4) / 40).trace()) / 4)
+    assert found.outputs[0].mean == pytest.approx(float((moment(3) / 8).trace()) / 3)
+    assert torch.equal(found.totals[0], moment(3))
+    cut = curvature(group, Extent(0.5, whole=False))
+    assert (cut.packed, cut.totals) == (None, ())
+    # The mean is that of all eigenvalues, those that are not kept too.
+    assert cut.outputs[0].mean == found.outputs[0].mean
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_sum_of_no_use_names_the_layer(whole):
+    group = Group("a.0", 4, 40, (Layer("a.0.weight", False, 3), Layer("a.1.weight", False, 2)))
+    bad = moment(2)
+    bad[0, 1] = torch.nan
+    inputs, (first, _) = sums(group).inputs, sums(group).outputs
+    with pytest.raises(DeltaguardError, match=r"`a\.1` holds 1 entries .* gradients overflow"):
+        curvature(group, Extent(1, whole=whole), found=Sums(inputs, (first, bad)))
+    with pytest.raises(DeltaguardError, match=r"`a\.0` is zero"):
+        curvature(
+            group, Extent(1, whole=whole), found=Sums(Moment(torch.zeros(4, 4), 40), (first, moment(2)))
+        )
+
+
+def test_a_layer_that_changes_no_prediction_has_no_curvature():
+    group = Group("a.0", 4, 40, (Layer("a.0.weight", False, 3),))
+    found = curvature(
+        group, Extent(0.4, whole=False), found=Sums(Moment(moment(4), 40), (torch.zeros(3, 3),))
+    )
+    assert not found.outputs[0].spectrum.dense().any()
+    assert found.outputs[0].mean == 0
