@@ -23,7 +23,9 @@ myst_enable_extensions = ["deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 3
 # Numbers that the program decides are never typed.
 myst_substitutions = {
-    "default_strength": deltaguard.RestoreConfig().chosen_strength,
+    "default_max_safety_kl": f"{deltaguard.RestoreConfig().dial:g}",
+    "default_strength": deltaguard.RestoreConfig(method="greedy").chosen_strength,
+    "num_held_out": deltaguard.CalibrateConfig().num_held_out,
     "num_samples": deltaguard.CalibrateConfig().num_samples,
 }
 

@@ -209,13 +209,9 @@ def evaluation_report(**changes):
 
 
 def swept(mu, safety_kl, kept, nll):
-    return SweepPoint(
-        mu=mu,
-        safety_kl=safety_kl,
-        predicted_safety_kl=1.3 * abs(safety_kl),
-        kept_fraction=kept,
-        utility_nll=nll,
-    )
+    predicted = 1.3 * abs(safety_kl)
+    named = {"mu": mu, "safety_kl": safety_kl, "predicted_safety_kl": predicted, "kept_fraction": kept}
+    return SweepPoint(**named, utility_nll=nll)
 
 
 SWEPT = (
@@ -248,9 +244,3 @@ def sweep_report(points=SWEPT, limits=LIMITS, **changes):
         "seconds": 412.0,
     }
     return SweepReport(**(values | changes))
-
-
-def without_utility(points=SWEPT):
-    """What a sweep without utility data holds instead."""
-    bare = tuple(point.model_copy(update={"utility_nll": None}) for point in points)
-    return {"points": bare, "utility_conversations": 0, "aligned_nll": None, "finetuned_nll": None}

@@ -118,11 +118,17 @@ def demo_table(content: str) -> str:
     )
     options = report.restore.options
     made = (
-        f"Method {options['method']}, strength {options['strength']}, seed {report.seed}; "
+        f"Method {options['method']}, {_dial(options)}, seed {report.seed}; "
         f"{duration(_total(report.seconds))} and at most {size(report.peak_memory_bytes)} of memory for the "
         f"whole run. {made_with(report.environment)}"
     )
     return "\n\n".join((table(head, rows, TEXT_COLUMNS), counted, small(made)))
+
+
+def _dial(options: Mapping[str, str | float | bool | None]) -> str:
+    """What decided how much is kept."""
+    name = "max_safety_kl" if options.get("max_safety_kl") is not None else "strength"
+    return f"{'safety KL at most' if name == 'max_safety_kl' else name} {options[name]:g}"
 
 
 def strength_table(content: str) -> str:

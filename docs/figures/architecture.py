@@ -9,11 +9,12 @@ LAYERS = (
     (("bench/", "demo, methods, protocol"),),
     (("evaluation/", "suites, judges, intervals"),),
     (("restoration/", "plan, edit, write"), ("finetuning/", "data, training")),
+    (("budget/", "safety KL, measured"),),
     (("calibration/", "conversations, sums"),),
-    (("curvature/", "H, its factor, the store"),),
+    (("curvature/", "H and G, the store"),),
     (("checkpoints/", "read, write, adapt"), ("solvers/", "torch only")),
 )
-WIDTH, HEIGHT = 740, 452
+WIDTH, HEIGHT = 740, 508
 STACK, STEP, BOX = 268, 56, 40
 LEFT, SIDE = 334, 180
 
@@ -26,8 +27,8 @@ def draw() -> str:
         [*_imports(), *_data()],
         title="How deltaguard is built",
         description=(
-            "Left: the packages from cli over bench, evaluation, restoration and finetuning, calibration "
-            "and curvature down to checkpoints and solvers; a package imports only from those below it. "
+            "Left: the packages from cli over bench, evaluation, restoration and finetuning, budget, "
+            "calibration and curvature down to checkpoints and solvers; a package imports only from those below it. "
             "Right: the aligned checkpoint and the safety conversations go through calibration into the "
             "CurvatureStore; the store, the aligned and the fine-tuned checkpoint go through restoration "
             "into the restored checkpoint and its report, from which terminal, HTML and model card are "
@@ -66,12 +67,12 @@ def _data() -> list[str]:
         arrow((between, 128), (LEFT + SIDE, 128)),
         _two_lines(LEFT, 108, SIDE, "calibration/", "once per aligned model", PROCESS),
         arrow((middle, 148), (middle, 186)),
-        _two_lines(LEFT, 186, SIDE, "CurvatureStore", "H and its factor", ARTIFACT),
+        _two_lines(LEFT, 186, SIDE, "CurvatureStore", "H, G, held-out talks", ARTIFACT),
         _two_lines(other, 186, SIDE, "fine-tuned checkpoint", "or a LoRA adapter", ARTIFACT),
         arrow((middle, 226), (middle, 272)),
         arrow((other, 50), (between, 50), (between, 272)),
         arrow((right, 226), (right, 272)),
-        _two_lines(LEFT, 272, WIDTH - 2 - LEFT, "restoration/", "plan → read → solver → writer", PROCESS),
+        _two_lines(LEFT, 272, WIDTH - 2 - LEFT, "restoration/", "plan → price → solver → writer", PROCESS),
         arrow((middle, 312), (middle, 354)),
         arrow((right, 312), (right, 354)),
         _two_lines(LEFT, 354, SIDE, "restored checkpoint", "mirrors the fine-tuned one", ARTIFACT),

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from deltaguard.report.diff import DiffReport
     from deltaguard.report.evaluation import EvaluationReport
     from deltaguard.report.restore import RestoreReport, Verification
+    from deltaguard.report.sweep import SweepReport
     from deltaguard.restoration.diff import diff
     from deltaguard.restoration.options import RestoreConfig
     from deltaguard.restoration.restore import restore
+    from deltaguard.restoration.sweep import sweep
     from deltaguard.restoration.verify import verify
 
 __version__ = version("deltaguard")
@@ -40,11 +42,13 @@ _HOME = {
     "EvaluationReport": "report.evaluation",
     "RestoreConfig": "restoration.options",
     "RestoreReport": "report.restore",
+    "SweepReport": "report.sweep",
     "Verification": "report.restore",
     "calibrate": "calibration.calibrate",
     "diff": "restoration.diff",
     "evaluate": "evaluation.evaluate",
     "restore": "restoration.restore",
+    "sweep": "restoration.sweep",
     "verify": "restoration.verify",
 }
 
@@ -57,11 +61,13 @@ __all__ = [
     "EvaluationReport",
     "RestoreConfig",
     "RestoreReport",
+    "SweepReport",
     "Verification",
     "calibrate",
     "diff",
     "evaluate",
     "restore",
+    "sweep",
     "verify",
 ]
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def logits_at(model: Any, ids: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
@@ -22,9 +22,12 @@ def logits_at(model: Any, ids: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
     Returns:
         (positions chosen, vocabulary), conversation by conversation, with a gradient where one is recorded.
     """
-    handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: (inputs[0][chosen.to(inputs[0].device)].unsqueeze(0), *inputs[1:])
-    )
+
+    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        return (hidden[chosen.to(hidden.device)].unsqueeze(0), *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
         logits: Tensor = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
     finally:

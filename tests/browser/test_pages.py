@@ -9,7 +9,8 @@ from bench_reports import bench_report
 from deltaguard.draw.bench_page import bench_page
 from deltaguard.draw.evaluation_page import evaluation_page
 from deltaguard.draw.html import demo_page, restore_page
-from reports import SECTIONS, evaluation_report
+from deltaguard.draw.sweep_page import sweep_page
+from reports import SECTIONS, evaluation_report, sweep_report
 from restores import LLAMA, demo_report, layer, restore_report
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -40,6 +41,7 @@ PAGES = {
     "demo": lambda: demo_page(demo_report()),
     "evaluation": lambda: evaluation_page(evaluation_report()),
     "restore": lambda: restore_page(restore_report(layers=LAYERS)),
+    "sweep": lambda: sweep_page(sweep_report()),
 }
 
 # Every text on the page whose contrast to its ground is under 4.5 (WCAG 2.2, 1.4.3), with both colours.

@@ -117,27 +117,57 @@ def test_a_corrupt_shard(made, tmp_path, attempt):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method", ["greedy", "interpolate"])
-def test_values_that_are_not_finite_name_the_tensor(made, tmp_path, attempt, value, method):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "greedy"],
+        ["--method", "kfac", "--strength", "0.5"],
+        ["--method", "kfac", "--max-safety-kl", "0.001"],
+        ["--method", "interpolate", "--strength", "0.5"],
+    ],
+)
+def test_values_that_are_not_finite_name_the_tensor(made, tmp_path, attempt, value, options):
     name = "model.layers.1.mlp.up_proj.weight"
     broken = changed(made.finetuned, tmp_path / "broken", lambda tensors: tensors[name][3].fill_(value))
-    message = attempt(made.aligned, broken, "--method", method, "--strength", "0.5", store=made.store)
+    message = attempt(made.aligned, broken, *options, store=made.whole_store)
     assert name in message
     assert "32 entries" in message
 
 
-def test_identical_models(made, tmp_path, attempt):
+@pytest.mark.parametrize("options", [[], ["--strength", "0.5"], ["--method", "greedy"]])
+def test_identical_models(made, tmp_path, attempt, options):
     same = tmp_path / "same"
     shutil.copytree(made.aligned, same)
-    assert "every delta is zero" in attempt(made.aligned, same, store=made.store)
+    assert "every delta is zero" in attempt(made.aligned, same, *options, store=made.whole_store)
     assert not (tmp_path / "restored").exists()
 
 
-def test_options_that_change_nothing(made, attempt):
-    message = attempt(
-        made.aligned, made.finetuned, "--strength", "1", "--other-params", "finetuned", store=made.store
-    )
+@pytest.mark.parametrize("method", ["kfac", "greedy"])
+def test_options_that_change_nothing(made, attempt, method):
+    options = ["--method", method, "--strength", "1", "--other-params", "finetuned"]
+    message = attempt(made.aligned, made.finetuned, *options, store=made.whole_store)
     assert "changes no tensor" in message
+
+
+def test_a_limit_that_other_parameters_exceed(made, attempt):
+    options = ["--max-safety-kl", "1e-7", "--other-params", "finetuned"]
+    message = attempt(made.aligned, made.finetuned, *options, store=made.store)
+    assert "above 1e-07" in message
+    assert "--other-params aligned" in message
+
+
+@pytest.mark.parametrize("method", ["greedy", "published"])
+def test_a_store_that_does_not_keep_enough_for_the_method(made, attempt, method):
+    options = ["--method", method, "--strength", "0.5"]
+    message = attempt(made.aligned, made.finetuned, *options, store=made.store)
+    assert "--rank full" in message
+    assert str(made.store) in message
+
+
+def test_a_device_that_is_not_there(made, attempt):
+    assert "'abacus' cannot be used" in attempt(
+        made.aligned, made.finetuned, "--device", "abacus", store=made.store
+    )
 
 
 def test_quantised_checkpoints(made, tmp_path, attempt):
@@ -202,6 +232,11 @@ def test_a_model_that_is_nowhere(made, tmp_path, attempt):
         (["--strenght", "1"], "Did you mean --strength?"),
         (["--strength", "2"], "strength is 2.0"),
         (["--method", "interpolate"], "strength has no default"),
+        (["--method", "published"], "strength has no default"),
+        (["--max-safety-kl", "0.1", "--strength", "0.5"], "give one"),
+        (["--max-safety-kl", "0.1", "--method", "greedy"], "max_safety_kl is the dial of methods kfac"),
+        (["--max-safety-kl", "0"], "greater than 0"),
+        (["--compensation", "none"], "options of method greedy"),
     ],
 )
 def test_wrong_options_are_usage_errors_with_a_suggestion(made, attempt, options, said):

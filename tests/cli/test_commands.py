@@ -23,6 +23,9 @@ def test_restore_verify_and_diff_speak_json(tmp_path, capsys):
         capsys, "restore", made.aligned, made.finetuned, "-o", out, "--store", made.store, "--strength", 0.5
     )
     assert report == json.loads((out / REPORT_NAME).read_text())
+    expected = {"method": "kfac", "strength": 0.5, "other_params": "aligned"}
+    assert report["options"].items() >= expected.items()
+    assert "max_safety_kl" not in report["options"]
     assert json_of(capsys, "verify", out)["problems"] == []
     headers = json_of(capsys, "diff", made.aligned, made.finetuned)
     assert headers["compatible"] is True
@@ -46,7 +49,7 @@ def test_text_for_people_names_the_result(tmp_path, capsys):
     made, out = pair(), tmp_path / "out"
     options = ["--store", str(made.store), "--strength", "0.5"]
     assert run(["restore", str(made.aligned), str(made.finetuned), "-o", str(out), *options]) == 0
-    assert "greedy" in capsys.readouterr().out
+    assert "kfac (strength 0.5" in " ".join(capsys.readouterr().out.split())
     assert run(["verify", str(out)]) == 0
     assert "0 problems" in capsys.readouterr().out
     assert run(["diff", str(made.aligned), str(made.finetuned)]) == 0
@@ -68,8 +71,8 @@ def test_verify_finds_a_flipped_byte_and_exits_with_3(tmp_path, capsys):
 def test_a_config_file_sets_options_and_the_command_line_wins(tmp_path, capsys):
     made = pair()
     options = tmp_path / "options.yaml"
-    options.write_text("strength: 0.5\ncompensation: none\n")
-    call = ["restore", made.aligned, made.finetuned, "--store", made.store, "--config", options]
+    options.write_text("method: greedy\nstrength: 0.5\ncompensation: none\n")
+    call = ["restore", made.aligned, made.finetuned, "--store", made.whole_store, "--config", options]
     from_file = json_of(capsys, *call, "-o", tmp_path / "one")["options"]
     assert (from_file["strength"], from_file["compensation"]) == (0.5, "none")
     mixed = json_of(capsys, *call, "-o", tmp_path / "two", "--strength", 0.25)["options"]
@@ -79,11 +82,15 @@ def test_a_config_file_sets_options_and_the_command_line_wins(tmp_path, capsys):
 def test_calibrate_and_info(tmp_path, capsys):
     made = pair()
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "How can I harm a person?", "response": "I cannot help with that."}\n' * 3)
-    made_store = json_of(
-        capsys, "calibrate", made.aligned, "-o", tmp_path / "store", "--prompts", prompts, "--device", "cpu"
-    )
-    assert made_store["conversations"] == 3
+    rows = [{"prompt": f"How can I harm person {i}?", "response": "I cannot help."} for i in range(4)]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    call = ["calibrate", made.aligned, "--prompts", prompts, "--device", "cpu"]
+    made_store = json_of(capsys, *call, "-o", tmp_path / "store")
+    # One of them is held out.
+    assert (made_store["conversations"], made_store["rank"]) == (3, "auto")
+    whole = json_of(capsys, *call, "-o", tmp_path / "whole", "--rank", "full")
+    assert (whole["rank"], whole["rank_share"]) == ("full", 1)
+    assert whole["response_tokens"] == made_store["response_tokens"] > 0
     found = json_of(capsys, "info")
     assert found["versions"]["torch"] == torch.__version__
     assert "cpu" in found["device"]
@@ -100,6 +107,18 @@ def test_overwrite_replaces_a_checkpoint_and_leaves_other_files(tmp_path, capsys
     assert (out / "notes.txt").read_text() == "mine"
     assert run(["verify", str(out)]) == 0
     capsys.readouterr()
+
+
+def test_the_dial_is_an_option_and_its_numbers_are_shown(tmp_path, capsys):
+    made, out = pair(), tmp_path / "out"
+    call = ["restore", made.aligned, made.finetuned, "--store", made.store, "--device", "cpu"]
+    report = json_of(capsys, *call, "-o", out, "--max-safety-kl", 0.002)
+    assert report["options"]["max_safety_kl"] == report["dial"]["limit"] == 0.002
+    assert 0 < report["dial"]["restored_kl"] <= 0.002 < report["dial"]["finetuned_kl"]
+    assert run([*map(str, call), "-o", str(tmp_path / "whole"), "--max-safety-kl", "9"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "kept whole" in printed
+    assert "the whole model is within the safety KL allowed" in printed
 
 
 @pytest.mark.parametrize(

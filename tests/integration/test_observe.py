@@ -25,6 +25,7 @@ from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.curvature.moments import empty_moment
 from deltaguard.errors import DeltaguardError
 from pairs import ANSWERED
+from plain import tokens_of
 
 WHOLE = CalibrateConfig(batch_size=4, rank="full")
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -62,16 +63,6 @@ def relative_error(found, expected):
 def most_likely(logits, **_):
     """Instead of `drawn_likelihood`, where nothing may depend on a draw."""
     return logits.float().log_softmax(-1).amax(-1).sum()
-
-
-def tokens_of(tokenizer, conversation):
-    """Ids of a conversation as a user of transformers makes them, and where the response begins."""
-    turns = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
-    turns.append({"role": "user", "content": conversation.prompt})
-    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    text = prompt + conversation.response + models.EOS
-    start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"], start
 
 
 def plain_curvature(folder, conversations, labels=None):

@@ -65,7 +65,11 @@ def test_the_numbers_of_a_cut_off_solution_are_those_of_its_weight(seed, rows, c
 
 @given(SEEDS, SIZES, SIZES, MU, st.floats(0.1, 10))
 def test_ridge_is_the_closed_form_with_a_multiple_of_the_identity(seed, rows, columns, mu, scale):
-    aligned, finetuned, H = normal(seed, rows, columns), normal(seed + 1, rows, columns), moment(seed, columns)
+    aligned, finetuned, H = (
+        normal(seed, rows, columns),
+        normal(seed + 1, rows, columns),
+        moment(seed, columns),
+    )
     inputs = spectrum(H)
     found = closed_form(aligned, finetuned, inputs, scaled_identity(rows, scale, like=inputs.values), mu=mu)
     torch.testing.assert_close(found.weight, ridge(aligned, finetuned, H, mu=mu * scale).weight)
@@ -106,7 +110,9 @@ def test_a_rank_that_does_not_fit_is_refused():
 @given(SEEDS, SIZES, SIZES, st.floats(1e-4, 1))
 def test_the_price_of_a_share_gives_that_share(seed, rows, columns, strength):
     layers = [
-        project(normal(seed + i, rows, columns), spectrum(moment(seed + i, columns)), spectrum(moment(seed, rows)))
+        project(
+            normal(seed + i, rows, columns), spectrum(moment(seed + i, columns)), spectrum(moment(seed, rows))
+        )
         for i in range(2)
     ]
     joint = joint_profile(layer.profile() for layer in layers)

@@ -11,7 +11,14 @@ from rich.table import Table
 from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.restore import PlanReport
-from deltaguard.restoration.options import Budget, Compensation, Method, OtherParams, RestoreConfig
+from deltaguard.restoration.options import (
+    Budget,
+    Compensation,
+    Method,
+    OtherParams,
+    OutputFormat,
+    RestoreConfig,
+)
 
 
 def restore(
@@ -27,6 +34,8 @@ def restore(
     budget: Budget | None = None,
     compensation: Compensation | None = None,
     other_params: OtherParams | None = None,
+    output_format: OutputFormat | None = None,
+    adapter_rank: int | None = None,
     device: str | None = None,
     config: Path | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
@@ -48,6 +57,8 @@ def restore(
         budget: How `greedy` reads the strength: `fraction` (default) of the summed safety cost, or `paper`.
         compensation: What `greedy` does to entries it does not keep: `joint` (default), `additive`, `none`.
         other_params: Where norms, biases and embeddings come from: `aligned` (default) or `finetuned`.
+        output_format: `checkpoint` (default), or `adapter`: a PEFT LoRA adapter over the aligned model.
+        adapter_rank: Rank of an adapter; for each layer the smallest that loses 1 % at most where absent.
         device: Where the dial runs the model: `auto`, `cpu`, `cuda` or `cuda:N`.
         config: A YAML or JSON file with the method and its options; the command line wins.
         dry_run: Print the plan, made from headers alone, and write nothing.
@@ -62,6 +73,8 @@ def restore(
         "budget": budget,
         "compensation": compensation,
         "other_params": other_params,
+        "output_format": output_format,
+        "adapter_rank": adapter_rank,
         "device": device,
         "resume": resume or None,
         "overwrite": overwrite or None,
@@ -79,7 +92,7 @@ def restore(
     hide_bars_of_transformers()
     with progress_bar() as progress:
         report = restoring.restore(aligned, finetuned, output, store=store, config=chosen, progress=progress)
-    emit(report, Group(restore_table(report), f"Restored checkpoint: {output}"), as_json=json)
+    emit(report, Group(restore_table(report), f"Restored {chosen.output_format}: {output}"), as_json=json)
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from deltaguard.report.restore import RestoreReport
 TAGS = ("deltaguard", "safe-delta")
 
 METHODS: Mapping[str, str] = {
-    "kfac": "the closed form of Safe Delta's goal with both curvatures: every direction of the delta shrinks by "
-    "its price in safety",
+    "kfac": "the closed form of Safe Delta's goal with both curvatures: each direction shrinks by its price",
     "ridge": "the closed form of Safe Delta's goal with the curvature of the inputs",
     "greedy": "Safe Delta: the changes that buy most utility for their safety cost, up to a budget",
     "published": "Safe Delta as its authors released it: entries selected block by block of columns",
@@ -55,6 +54,7 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
         metadata=metadata,
         report=report,
         method=METHODS.get(method, f"method {_code(method)}"),
+        adapter=is_adapter(report),
         outcome=outcome_facts(report),
         kinds=kinds(report.layers),
         others=other_groups(report.others),
@@ -74,11 +74,12 @@ def card_metadata(report: RestoreReport, front_matter: Mapping[str, Any] | None)
     given = dict(front_matter or {})
     metadata = {key: value for key, value in given.items() if key not in _REPLACED + _DROPPED}
     metadata.setdefault("pipeline_tag", "text-generation")
-    metadata["library_name"] = "transformers"
+    adapter = is_adapter(report)
+    metadata["library_name"] = "peft" if adapter else "transformers"
     bases = _bases(report, _texts(given.get("base_model")))
     if bases:
         metadata["base_model"] = bases[0] if len(bases) == 1 else bases
-        metadata["base_model_relation"] = "finetune"
+        metadata["base_model_relation"] = "adapter" if adapter else "finetune"
     # Tags such as `base_model:adapter:...` are derived from the metadata; another model's would be wrong.
     tags = [tag for tag in _texts(given.get("tags")) if not tag.startswith("base_model:")]
     # Without curvature, what was done is not Safe Delta.
@@ -87,7 +88,14 @@ def card_metadata(report: RestoreReport, front_matter: Mapping[str, Any] | None)
     return metadata
 
 
+def is_adapter(report: RestoreReport) -> bool:
+    """Whether the restore wrote an adapter over the aligned model."""
+    return report.options.get("output_format") == "adapter"
+
+
 def _bases(report: RestoreReport, given: Sequence[str]) -> list[str]:
+    if is_adapter(report):
+        return [found] if (found := hub_id(report.aligned.reference)) else []
     for references in ([report.finetuned.reference], given, [report.aligned.reference]):
         found = [repository for reference in references if (repository := hub_id(reference))]
         if found:

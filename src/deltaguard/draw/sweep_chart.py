@@ -136,7 +136,7 @@ def _safety_axis(low: float, high: float) -> alt.Axis:
 
 def _share_axis() -> alt.Axis:
     label = "format(100 * datum.value, '.3~r') + ' %'"
-    return alt.Axis(labelExpr=label, tickCount=5, ticks=False, minExtent=44, **plain_axis())
+    return alt.Axis(labelExpr=label, tickCount=5, ticks=False, minExtent=48, labelPadding=10, **plain_axis())
 
 
 def _share_scale(heights: Sequence[float]) -> alt.Scale:

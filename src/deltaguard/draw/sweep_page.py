@@ -8,6 +8,7 @@ from deltaguard.draw.sweep_chart import at_edge, sweep_chart
 from deltaguard.draw.sweep_table import (
     allowed,
     has_gain,
+    limit_text,
     nll_text,
     price_text,
     sweep_line,
@@ -70,7 +71,9 @@ def _chart(report: SweepReport) -> Chart:
     edge = at_edge(report)
     if edge:
         some = "1 point stands" if edge == 1 else f"{edge} points stand"
-        note += f"\n{some} at the left edge: the safety KL is less than the scale shows, or 0 but for rounding."
+        note += (
+            f"\n{some} at the left edge: the safety KL is less than the scale shows, or 0 but for rounding."
+        )
     return Chart(f"Share of the {of} kept, by safety KL", note, sweep_chart(report), sweep_line(report))
 
 
@@ -91,7 +94,7 @@ def _points(report: SweepReport) -> list[Row]:
 
 
 def _point(report: SweepReport, point: SweepPoint) -> Row:
-    best = [nats(budget.limit) for budget in report.budgets if budget.mu == point.mu]
+    best = [limit_text(budget.limit) for budget in report.budgets if budget.mu == point.mu]
     told = (Cell(nll_text(point.utility_nll), sort_value(point.utility_nll)), _share(report.kept_gain(point)))
     cells = (
         Cell(nats(point.safety_kl), sort_value(point.safety_kl)),

@@ -113,8 +113,8 @@ def sweep_notes(report: SweepReport) -> tuple[str, ...]:
     if none:
         safest = min(point.safety_kl for point in report.points)
         notes.append(
-            f"No point is within {_listed(none, 'or')}: the safest has a safety KL of {nats(safest)}. What differs "
-            "even there are norms, biases or embeddings: take them from the aligned model "
+            f"No point is within {_listed(none, 'or')}: the safest has a safety KL of {nats(safest)}. What "
+            "differs even there are norms, biases or embeddings: take them from the aligned model "
             "(--other-params aligned), or allow more."
         )
     if whole:
@@ -128,6 +128,16 @@ def sweep_notes(report: SweepReport) -> tuple[str, ...]:
             "is told of the delta."
         )
     return tuple(notes)
+
+
+def limit_text(limit: float) -> str:
+    """A limit as it was asked for.
+
+    Example:
+        >>> limit_text(3e-05), limit_text(0.000125)
+        ('3e-05', '0.000125')
+    """
+    return f"{limit:g}"
 
 
 def nll_text(value: float | None) -> str:
@@ -152,12 +162,12 @@ def price_text(mu: float) -> str:
 
 def _at(report: SweepReport, limit: float, mu: float | None) -> Allowed:
     if report.finetuned_kl <= limit:
-        return _whole(report, nats(limit), limit)
+        return _whole(report, limit_text(limit), limit)
     point = next((point for point in report.points if point.mu == mu), None)
     if point is None:
-        return Allowed(nats(limit), limit, price="no point within")
+        return Allowed(limit_text(limit), limit, price="no point within")
     return Allowed(
-        nats(limit),
+        limit_text(limit),
         limit,
         point.safety_kl,
         point.kept_fraction,
@@ -186,7 +196,7 @@ def _limits(report: SweepReport) -> Table:
 
 
 def _listed(limits: Sequence[float], word: str = "and") -> str:
-    *first, last = map(nats, limits)
+    *first, last = map(limit_text, limits)
     return f"{', '.join(first)} {word} {last}" if first else last
 
 

@@ -4,12 +4,13 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from deltaguard.checkpoints.checkpoint import WeightSource
+from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.restore import LayerRow, OtherRow
 from deltaguard.restoration.curvature import Curvature, CurvatureReader, Spectra
@@ -17,11 +18,13 @@ from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Step
 from deltaguard.solvers import (
     Factor,
+    LowRank,
     Projection,
     Solution,
     closed_form,
     greedy_factored,
     interpolate,
+    low_rank,
     project,
     published,
 )
@@ -139,25 +142,53 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.to(dtype), other.to(dtype))
 
 
-def _restore(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.dtype) -> Edited:
-    step, finetuned = inputs.step, inputs.finetuned
+def factors_of(inputs: Inputs, config: RestoreConfig, mu: float | None) -> tuple[LowRank, LayerRow]:
+    """A layer's restored delta as the factors of an adapter, in the precision in which they are stored.
+
+    Args:
+        inputs: what the step needs; its action is RESTORE.
+        config: the restore's options.
+        mu: the price of safety, for the methods that have one.
+
+    Raises:
+        DeltaguardError: as `edit`.
+    """
     started = time.perf_counter()
+    solution = _solved(inputs, config, mu)
+    delta = solution.weight.float() - inputs.pair[0].float()
+    found = low_rank(delta, rank=config.adapter_rank)
+    dtype = DTYPES[inputs.step.info.dtype]
+    factors = LowRank(found.down.to(dtype), found.up.to(dtype), found.residual)
+    numbers = {"adapter_rank": float(len(factors.down)), "adapter_residual": factors.residual}
+    row = _row(inputs.step, replace(solution, detail={**solution.detail, **numbers}), started)
+    return factors, row
+
+
+def _restore(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.dtype) -> Edited:
+    started = time.perf_counter()
+    if config.output_format == "adapter":
+        factors, row = factors_of(inputs, config, mu)
+        weight = torch.addmm(inputs.pair[0].float(), factors.up.float(), factors.down.float())
+    else:
+        solution = _solved(inputs, config, mu)
+        weight, row = solution.weight, _row(inputs.step, solution, started)
+    restored = weight.T if inputs.step.transposed else weight
+    return Edited(restored.to(dtype).contiguous(), row)
+
+
+def _solved(inputs: Inputs, config: RestoreConfig, mu: float | None) -> Solution:
     if not inputs.differs:
-        same = Solution(
-            weight=finetuned,
+        return Solution(
+            weight=inputs.pair[1],
             kept_fraction=1.0,
             safety_cost=0.0,
             utility_loss=0.0,
             detail={"delta_norm": 0.0},
         )
-        return Edited(finetuned.to(dtype), _row(step, same, started))
     try:
-        solution = _solve(inputs, config, mu)
+        return _solve(inputs, config, mu)
     except ValueError as error:
-        raise DeltaguardError(f"Tensor `{step.info.name}`: {error}") from error
-    restored = solution.weight.T if step.transposed else solution.weight
-    restored = restored.to(dtype).contiguous()
-    return Edited(restored, _row(step, solution, started))
+        raise DeltaguardError(f"Tensor `{inputs.step.info.name}`: {error}") from error
 
 
 def _solve(inputs: Inputs, config: RestoreConfig, mu: float | None) -> Solution:

@@ -8,6 +8,7 @@ from deltaguard.curvature.rank import Rank
 
 Method = Literal["kfac", "ridge", "greedy", "published", "interpolate"]
 OtherParams = Literal["aligned", "finetuned"]
+OutputFormat = Literal["checkpoint", "adapter"]
 # The solvers' own names for their options, said again here because the solvers import torch.
 Budget = Literal["paper", "fraction"]
 Compensation = Literal["joint", "additive", "none"]
@@ -32,6 +33,10 @@ class RestoreConfig(BaseModel):
         budget: how `greedy` reads the strength, see `solvers.greedy`.
         compensation: what `greedy` does to the entries that it does not keep.
         other_params: where norms, biases, embeddings and the output head come from.
+        output_format: `checkpoint` mirrors the fine-tuned one; `adapter` is a PEFT LoRA adapter over the
+            aligned model, which holds the linear layers and nothing else.
+        adapter_rank: of an adapter; None takes for each layer the smallest that loses 1 % of its restored
+            delta's squared norm at most. What the rank loses is lost before the dial measures.
         device: where the model runs that the dial measures; `auto` is CUDA where there is one.
         overwrite: replace the checkpoint in the output folder; files of other names stay.
         resume: go on with a restore that was interrupted, one begun with overwrite too.
@@ -51,6 +56,8 @@ class RestoreConfig(BaseModel):
     budget: Budget = "fraction"
     compensation: Compensation = "joint"
     other_params: OtherParams = "aligned"
+    output_format: OutputFormat = "checkpoint"
+    adapter_rank: int | None = Field(default=None, ge=1)
     device: str = "auto"
     overwrite: bool = False
     resume: bool = False
@@ -63,6 +70,10 @@ class RestoreConfig(BaseModel):
             raise ValueError("max_safety_kl and strength both say how much is kept: give one.")
         if self.method != "greedy" and (self.budget != "fraction" or self.compensation != "joint"):
             raise ValueError("budget and compensation are options of method greedy.")
+        if self.output_format == "adapter" and self.other_params != "aligned":
+            raise ValueError("an adapter leaves norms, biases and embeddings as the aligned model has them.")
+        if self.output_format != "adapter" and self.adapter_rank is not None:
+            raise ValueError("adapter_rank is an option of output_format adapter.")
         self._check_strength()
         return self
 
@@ -110,6 +121,7 @@ class RestoreConfig(BaseModel):
         if self.has_price and self.strength is not None:
             own = {"strength": self.strength}
         of_greedy = {"budget", "compensation"} if self.method != "greedy" else set[str]()
-        hidden = {"overwrite", "resume", "device", "max_safety_kl", "strength"} | of_greedy
+        of_adapters = {"adapter_rank"} if self.output_format != "adapter" else set[str]()
+        hidden = {"overwrite", "resume", "device", "max_safety_kl", "strength"} | of_greedy | of_adapters
         chosen = self.model_dump(exclude=hidden)
         return {"method": chosen.pop("method"), **own, **chosen}

@@ -64,8 +64,7 @@ def price_of(job: Job, plan: Plan, config: RestoreConfig, progress: Progress | N
     if limit is None:
         return Price(joint_of(job, plan, config, report).mu_of_share(config.chosen_strength), None)
     candidate = Candidate.open(job, plan, config)
-    whole = candidate.whole()
-    report(Event("measure", 1, 1))
+    whole = candidate.whole(report)
     if whole.safety_kl <= limit:
         return Price(0.0, candidate.dial(limit, whole, (), 0.0))
     candidate.settle()
@@ -147,14 +146,18 @@ class Candidate:
         )
         return cls(job, plan, config, meter, len(held_out))
 
-    def whole(self) -> Probe:
-        """The fine-tuned model as it is, with all its tensors.
+    def whole(self, report: Progress) -> Probe:
+        """The fine-tuned model as it is, with all its tensors, or with those that an adapter holds.
 
         Raises:
             DeltaguardError: its predictions are not finite; the tensors that are not are listed.
         """
+        if self.config.output_format == "adapter":
+            self.settle()
+            return self.probe(0.0, report)
         finetuned = self.job.finetuned
         self.meter.put((name, finetuned.read(name)) for name in finetuned.tensors)
+        report(Event("measure", 1, 1))
         try:
             return Probe(mu=0.0, safety_kl=self.meter.measure())
         except DeltaguardError as error:

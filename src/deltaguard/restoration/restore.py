@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from huggingface_hub import metadata_load
 from pydantic import TypeAdapter
 
 from deltaguard import __version__
+from deltaguard.checkpoints.adapter import ADAPTER_FILE
+from deltaguard.checkpoints.adapter_writer import commit_adapter
 from deltaguard.checkpoints.checkpoint import WeightSource
 from deltaguard.checkpoints.mirror import bring_along
 from deltaguard.checkpoints.shards import DTYPES
@@ -25,6 +28,7 @@ from deltaguard.memory import peak_memory_bytes
 from deltaguard.progress import Event, Progress
 from deltaguard.report.base import ModelReference, environment
 from deltaguard.report.restore import REPORT_NAME, FileRow, LayerRow, OtherRow, PlanReport, RestoreReport
+from deltaguard.restoration.adapter_output import refuse_what_no_adapter_holds, stage_restored_adapter
 from deltaguard.restoration.curvature import CurvatureReader
 from deltaguard.restoration.edit import edit, read_ahead
 from deltaguard.restoration.job import Job, find_store, open_job, open_models
@@ -46,10 +50,10 @@ def restore(
 ) -> RestoreReport:
     """Write a checkpoint that keeps what fine-tuning taught and refuses like the aligned model.
 
-    The output mirrors the fine-tuned checkpoint (for a LoRA adapter: the aligned one): the same shard
-    files, tensors and dtypes, with every non-weight file of its folder. Weights are streamed: in memory
-    are two tensors of each model and one layer's workspace; while the dial measures, the model as well. The
-    inputs are not touched.
+    The output is a PEFT adapter where the options say so. Otherwise it mirrors the fine-tuned checkpoint
+    (for a LoRA adapter: the aligned one): the same shard files, tensors and dtypes, with every non-weight
+    file of its folder. Weights are streamed: in memory are two tensors of each model and one layer's
+    workspace; while the dial measures, the model as well. The inputs are not touched.
 
     Args:
         aligned: the model before fine-tuning: a local folder, a Hub id, or `id@revision`.
@@ -77,22 +81,50 @@ def restore(
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
     plan = job.plan(config)
     metadata = _front_matter(job.finetuned.folder)
+    if config.output_format == "adapter":
+        refuse_what_no_adapter_holds(job, plan)
     with _writer(job, Path(output_dir), config) as writer:
-        writer.require_space(plan.write_bytes)
+        writer.require_space(plan.write_bytes if config.output_format == "checkpoint" else 0)
         price = _price(job, plan, config, writer, progress)
-        if price is not None and price.dial is not None and price.dial.whole:
-            plan = job.plan(config.model_copy(update={"other_params": "finetuned"}))
-        rows = _write_shards(job, plan, config, price, writer, progress)
+        rows = _stage(job, plan, config, price, writer, progress)
         problem = _nothing_changed(job, rows, price)
         if problem is not None:
             writer.discard()
             raise DeltaguardError(problem)
-        bring_along(job.aligned, job.finetuned, writer)
-        report = _report(job, config, price, rows, _files(writer, job.finetuned.shards), started)
+        report = _report(job, config, price, rows, _files(writer, config, job.finetuned.shards), started)
         writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
         writer.text("README.md", model_card(report, front_matter=metadata))
-        writer.commit(last=job.finetuned.index_name or job.finetuned.shards[0])
+        if config.output_format == "adapter":
+            commit_adapter(writer)
+        else:
+            writer.commit(last=job.finetuned.index_name or job.finetuned.shards[0])
     return report
+
+
+def _stage(
+    job: Job,
+    plan: Plan,
+    config: RestoreConfig,
+    price: Price | None,
+    writer: CheckpointWriter,
+    progress: Progress | None,
+) -> list[LayerRow | OtherRow]:
+    """Write everything but the report and the card."""
+    if config.output_format == "adapter":
+        mu = None if price is None else price.mu
+        return stage_restored_adapter(job, plan, config, mu, writer, progress)
+    if price is not None and price.dial is not None and price.dial.whole:
+        plan = _all_finetuned(job.plan(config.model_copy(update={"other_params": "finetuned"})))
+    rows = _write_shards(job, plan, config, price, writer, progress)
+    bring_along(job.aligned, job.finetuned, writer)
+    return rows
+
+
+def _all_finetuned(plan: Plan) -> Plan:
+    """The plan that keeps the fine-tuned model, with the reason why it does."""
+    reason = "the whole model is within the safety KL allowed"
+    steps = (replace(s, reason=reason) if s.action is Action.FINETUNED else s for s in plan.steps)
+    return replace(plan, steps=tuple(steps))
 
 
 def _price(
@@ -230,8 +262,9 @@ def _front_matter(folder: Path) -> Mapping[str, Any] | None:
         ) from error
 
 
-def _files(writer: CheckpointWriter, shards: Sequence[str]) -> tuple[FileRow, ...]:
-    records = [record for shard in shards if (record := writer.finished(shard)) is not None]
+def _files(writer: CheckpointWriter, config: RestoreConfig, shards: Sequence[str]) -> tuple[FileRow, ...]:
+    names = [ADAPTER_FILE] if config.output_format == "adapter" else shards
+    records = [record for shard in names if (record := writer.finished(shard)) is not None]
     return tuple(FileRow(name=record.name, bytes=record.bytes, sha256=record.sha256) for record in records)
 
 

@@ -137,7 +137,7 @@ class _Bench:
         plan = job.plan(config)
         candidate = Candidate.open(job, plan, config)
         aligned_nll = candidate.meter.likelihood(tasks) if tasks else None
-        whole = candidate.whole()
+        whole = candidate.whole(report)
         finetuned_nll = candidate.meter.likelihood(tasks) if tasks else None
         candidate.settle()
         steps = restored_steps(plan)
@@ -212,8 +212,8 @@ def _check(config: RestoreConfig, limits: Sequence[float]) -> None:
     wrong = [f"{limit:g}" for limit in limits if not (limit > 0 and math.isfinite(limit))]
     if wrong or not limits:
         raise DeltaguardError(
-            f"Limits of safety KL are finite numbers above 0, in nats per response token, such as 1e-4; given: "
-            f"{', '.join(wrong) or 'none'}."
+            "Limits of safety KL are finite numbers above 0, in nats per response token, such as 1e-4; "
+            f"given: {', '.join(wrong) or 'none'}."
         )
 
 

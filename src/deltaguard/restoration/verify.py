@@ -1,11 +1,15 @@
 """Whether a restored checkpoint is what its report says, down to the bytes."""
 
 import hashlib
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from deltaguard.checkpoints.adapter import ADAPTER_FILE
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.shards import TensorInfo, parse_header, read_header, read_tensor
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.restore import REPORT_NAME, RestoreReport, Verification
 
@@ -31,24 +35,20 @@ def verify(output_dir: str | Path) -> Verification:
     """
     folder = Path(output_dir)
     report = read_report(folder)
-    checkpoint = Checkpoint.open(folder)
     problems = _file_problems(folder, report)
-    expected = {row.name for row in (*report.layers, *report.others)}
-    problems += [
-        f"Tensor `{name}` is in the checkpoint and not in the report."
-        for name in sorted(checkpoint.tensors.keys() - expected)
-    ]
-    problems += [
-        f"Tensor `{name}` is in the report and not in the checkpoint."
-        for name in sorted(expected - checkpoint.tensors.keys())
-    ]
-    for name in checkpoint.tensors:
-        tensor = checkpoint.read(name)
+    if report.options.get("output_format") == "adapter":
+        header = read_header(folder / ADAPTER_FILE)
+        tensors: Mapping[str, TensorInfo] = {info.name: info for info in parse_header(header, ADAPTER_FILE)}
+    else:
+        tensors = Checkpoint.open(folder).tensors
+        problems += _name_problems(tensors.keys(), report)
+    for name, info in tensors.items():
+        tensor = read_tensor(folder, info)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             problems.append(
                 f"Tensor `{name}` holds {int((~tensor.isfinite()).sum())} NaN or infinite entries."
             )
-    return Verification(folder=str(folder), tensors=len(checkpoint.tensors), problems=tuple(problems))
+    return Verification(folder=str(folder), tensors=len(tensors), problems=tuple(problems))
 
 
 def read_report(folder: Path) -> RestoreReport:
@@ -67,6 +67,14 @@ def read_report(folder: Path) -> RestoreReport:
         return RestoreReport.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise DeltaguardError(f"{path} is not a report of this version of deltaguard: {error}") from error
+
+
+def _name_problems(found: AbstractSet[str], report: RestoreReport) -> list[str]:
+    expected = {row.name for row in (*report.layers, *report.others)}
+    return [
+        *(f"Tensor `{n}` is in the checkpoint and not in the report." for n in sorted(found - expected)),
+        *(f"Tensor `{n}` is in the report and not in the checkpoint." for n in sorted(expected - found)),
+    ]
 
 
 def _file_problems(folder: Path, report: RestoreReport) -> list[str]:

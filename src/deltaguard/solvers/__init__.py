@@ -4,6 +4,7 @@ from deltaguard.solvers.baselines import interpolate, resta
 from deltaguard.solvers.closed_form import Projection, closed_form, kfac, project, ridge
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.greedy import greedy, greedy_factored
+from deltaguard.solvers.low_rank import LowRank, low_rank, low_rank_of_factors
 from deltaguard.solvers.profile import Profile, joint_profile, profile
 from deltaguard.solvers.published import published
 from deltaguard.solvers.solution import Solution
@@ -12,6 +13,7 @@ from deltaguard.solvers.subspace import alignment_similarity, safe_lora, safe_lo
 
 __all__ = [
     "Factor",
+    "LowRank",
     "Profile",
     "Projection",
     "Solution",
@@ -24,6 +26,8 @@ __all__ = [
     "interpolate",
     "joint_profile",
     "kfac",
+    "low_rank",
+    "low_rank_of_factors",
     "profile",
     "project",
     "published",

@@ -1,0 +1,84 @@
+"""A restore that writes a PEFT adapter over the aligned model instead of a whole checkpoint."""
+
+from collections.abc import Iterator
+
+from deltaguard.checkpoints.adapter import AdapterCheckpoint
+from deltaguard.checkpoints.adapter_writer import stage_adapter
+from deltaguard.checkpoints.layout import listed
+from deltaguard.checkpoints.writer import CheckpointWriter
+from deltaguard.errors import DeltaguardError
+from deltaguard.progress import Event, Progress, ignore
+from deltaguard.report.restore import LayerRow, OtherRow
+from deltaguard.restoration.edit import factors_of
+from deltaguard.restoration.job import Job
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.plan import Action, Plan
+from deltaguard.restoration.price import restored_inputs, restored_steps
+from deltaguard.solvers.low_rank import LowRank
+
+Layer = tuple[str, LowRank, bool]
+
+
+def refuse_what_no_adapter_holds(job: Job, plan: Plan) -> None:
+    """An adapter changes linear layers and nothing else.
+
+    Raises:
+        DeltaguardError: the plan takes another tensor from the fine-tuned model; all such are listed.
+    """
+    beyond = [step.info.name for step in plan.steps if step.action in (Action.FINETUNED, Action.EXTEND)]
+    if beyond:
+        raise DeltaguardError(
+            listed(
+                f"An adapter over {job.aligned.reference} cannot hold what comes from "
+                f"{job.finetuned.reference} besides linear layers; write a checkpoint",
+                [f"`{name}`" for name in beyond],
+            )
+        )
+
+
+def stage_restored_adapter(
+    job: Job,
+    plan: Plan,
+    config: RestoreConfig,
+    mu: float | None,
+    writer: CheckpointWriter,
+    progress: Progress | None,
+) -> list[LayerRow | OtherRow]:
+    """Restore layer by layer and stage the adapter; `commit_adapter` moves it into place.
+
+    Returns:
+        The rows of the report.
+
+    Raises:
+        DeltaguardError: a layer cannot be restored, or the adapter not be written.
+    """
+    from deltaguard.calibration.skeleton import module_names
+
+    rows: list[LayerRow | OtherRow] = [
+        OtherRow(name=step.info.name, source="aligned", reason="an adapter leaves it alone", differs=False)
+        for step in plan.steps
+        if step.action is not Action.RESTORE
+    ]
+    layers = _layers(job, plan, config, mu, rows, progress or ignore)
+    tuned = job.finetuned
+    folders = (job.aligned.folder, tuned.folder) if isinstance(tuned, AdapterCheckpoint) else (tuned.folder,)
+    stage_adapter(
+        writer, job.aligned, layers, modules=module_names(job.aligned.folder), companions_of=folders
+    )
+    return rows
+
+
+def _layers(
+    job: Job,
+    plan: Plan,
+    config: RestoreConfig,
+    mu: float | None,
+    rows: list[LayerRow | OtherRow],
+    report: Progress,
+) -> Iterator[Layer]:
+    steps = restored_steps(plan)
+    for number, inputs in enumerate(restored_inputs(job, steps, config), start=1):
+        factors, row = factors_of(inputs, config, mu)
+        rows.append(row)
+        report(Event("restore", number, len(steps)))
+        yield inputs.step.aligned_name.removesuffix(".weight"), factors, inputs.step.transposed

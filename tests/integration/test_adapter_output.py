@@ -1,0 +1,118 @@
+"""A restore that writes an adapter: PEFT loads it, the dial holds for what is loaded, nothing is lost unsaid."""
+
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers
+
+import models
+from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
+from pairs import pair, weights
+from plain import safety_kl
+
+ADAPTER = {"output_format": "adapter"}
+
+
+def merged(aligned, adapter, folder):
+    """A whole checkpoint of the aligned model with the adapter merged into it by PEFT."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(aligned)
+    with warnings.catch_warnings():
+        # PEFT speaks of Conv1D where it sets fan_in_fan_out itself.
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    return models.save(model, folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "phi3", "gpt_neox", "opt"])
+def test_peft_loads_what_a_checkpoint_would_hold(name, tmp_path):
+    made = pair(name)
+    whole = restore(
+        made.aligned,
+        made.finetuned,
+        tmp_path / "whole",
+        store=made.store,
+        config=RestoreConfig(strength=0.1),
+    )
+    report = restore(
+        made.aligned,
+        made.finetuned,
+        tmp_path / "adapter",
+        store=made.store,
+        config=RestoreConfig(strength=0.1, adapter_rank=10_000, **ADAPTER),
+    )
+    assert [row.name for row in report.layers] == [row.name for row in whole.layers]
+    loaded = weights(merged(made.aligned, tmp_path / "adapter", tmp_path / "merged"))
+    expected = weights(tmp_path / "whole")
+    for row in whole.layers:
+        torch.testing.assert_close(loaded[row.name], expected[row.name], rtol=0, atol=1e-5)
+    assert verify(tmp_path / "adapter").passed
+
+
+def test_the_rank_is_chosen_and_what_it_loses_stands_in_the_report(tmp_path):
+    made = pair()
+    chosen = restore(
+        made.aligned, made.finetuned, tmp_path / "a", store=made.store, config=RestoreConfig(**ADAPTER)
+    )
+    assert all(row.detail["adapter_residual"] <= 0.01 for row in chosen.layers)
+    given = RestoreConfig(adapter_rank=3, **ADAPTER)
+    report = restore(made.aligned, made.finetuned, tmp_path / "b", store=made.store, config=given)
+    assert {row.detail["adapter_rank"] for row in report.layers} == {3}
+    assert any(row.detail["adapter_residual"] > 0.01 for row in report.layers)
+
+
+def test_the_dial_holds_for_what_is_loaded(tmp_path):
+    made = pair()
+    limit = 1e-4
+    config = RestoreConfig(max_safety_kl=limit, adapter_rank=4, **ADAPTER)
+    report = restore(made.aligned, made.finetuned, tmp_path / "adapter", store=made.store, config=config)
+    loaded = merged(made.aligned, tmp_path / "adapter", tmp_path / "merged")
+    found = safety_kl(made.aligned, loaded, CurvatureStore.from_pretrained(made.store).held_out)
+    assert 0 < found <= limit * 1.001
+    assert found == pytest.approx(report.dial.restored_kl, rel=1e-2)
+
+
+def test_an_adapter_in_gives_an_adapter_out(tmp_path):
+    made = pair()
+    base = transformers.AutoModelForCausalLM.from_pretrained(made.aligned)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for something under a name that is to go.
+        warnings.simplefilter("ignore", FutureWarning)
+        tuned = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = restore(
+        made.aligned,
+        tmp_path / "tuned",
+        tmp_path / "out",
+        store=made.store,
+        config=RestoreConfig(strength=0.5, **ADAPTER),
+    )
+    changed = {row.name.split(".")[-2] for row in report.layers if row.delta_norm > 0}
+    assert changed == {"q_proj", "down_proj"}
+    written = weights(tmp_path / "out")
+    assert {name.split(".")[-3] for name in written} == changed
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
+    made = pair()
+    with pytest.raises(ValueError, match="leaves norms, biases and embeddings"):
+        RestoreConfig(other_params="finetuned", **ADAPTER)
+    with pytest.raises(ValueError, match="adapter_rank is an option"):
+        RestoreConfig(adapter_rank=2)
+    larger = models.tiny_model("llama", vocab_size=models.VOCABULARY + 8)
+    models.save(larger, tmp_path / "larger")
+    with pytest.raises(DeltaguardError, match=r"cannot hold .*embed_tokens"):
+        restore(
+            made.aligned,
+            tmp_path / "larger",
+            tmp_path / "out",
+            store=made.store,
+            config=RestoreConfig(**ADAPTER),
+        )
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,33 @@
+"""What users of transformers see: tokens of a conversation, and safety KL, in float64, one text at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import models
+
+
+def tokens_of(tokenizer: Any, conversation: Any) -> tuple[torch.Tensor, int]:
+    """Ids, (1, tokens), of something with a prompt, a system message and a response; where that begins."""
+    turns = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
+    turns.append({"role": "user", "content": conversation.prompt})
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    text = prompt + conversation.response + models.EOS
+    start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"], start
+
+
+def safety_kl(aligned: Path, candidate: Path, conversations: Sequence[Any]) -> float:
+    """The mean of KL(aligned ‖ candidate) over the response tokens of conversations, nats."""
+    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    one, other = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (aligned, candidate))
+    terms: list[float] = []
+    for conversation in conversations:
+        ids, start = tokens_of(tokenizer, conversation)
+        with torch.no_grad():
+            p, q = (model(input_ids=ids).logits[0, start - 1 : -1].softmax(-1) for model in (one, other))
+        terms += (p * (p / q[:, : p.shape[1]]).log()).sum(-1).tolist()
+    return sum(terms) / len(terms)

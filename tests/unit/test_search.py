@@ -1,0 +1,167 @@
+"""The search for a price: laws on any falling curve, and how few measurements the usual ones take."""
+
+import math
+import random
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from deltaguard.budget.search import CLOSE, MOST_PROBES, best, search
+from deltaguard.report.restore import Probe
+
+SEEDS = st.integers(0, 10**6)
+
+
+class Delta:
+    """One that is spread over prices like those of a model: what is predicted of it, and a first price."""
+
+    def __init__(self, seed):
+        values = random.Random(seed)
+        decades, lowest = values.uniform(2, 10), values.uniform(-6, -2)
+        self.prices = [10 ** (lowest + decades * values.random()) for _ in range(60)]
+        self.energies = [10 ** (-3 * values.random()) for _ in range(60)]
+        self.whole = 1.0
+        self.whole = self.predicted(0)
+        self.limit = 10 ** values.uniform(-5, -0.5)
+        self.start = self.price_of(self.limit)
+
+    def predicted(self, mu):
+        kept = zip(self.prices, self.energies, strict=True)
+        return sum(w * e / (1 + mu * w) ** 2 for w, e in kept) / self.whole
+
+    def price_of(self, wanted):
+        low, high = 1e-20, 1e20
+        for _ in range(80):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.predicted(middle) > wanted else (low, middle)
+        return high
+
+    def search(self, curve):
+        """All probes of a curve, of how prices really are."""
+        return search(
+            lambda mu: Probe(mu=mu, safety_kl=curve(mu)), self.predicted, self.limit, start=self.start
+        )
+
+
+def bent(delta, power, by_price=1.0, by_kl=1.0):
+    """A curve that falls faster or more slowly than predicted, elsewhere and from another height."""
+    return lambda mu: by_kl * delta.predicted(delta.start * (by_price * mu / delta.start) ** power)
+
+
+def noisy(curve, size, seed):
+    """The same with every measurement off by up to a share, the same measurement always alike."""
+    return lambda mu: curve(mu) * (1 + size * random.Random(f"{seed} {mu}").uniform(-1, 1))
+
+
+FACTORS = st.floats(-3, 3).map(lambda power: 10**power)
+
+
+@st.composite
+def curves(draw):
+    delta = Delta(draw(SEEDS))
+    curve = bent(delta, draw(st.floats(0.25, 4)), draw(FACTORS), draw(FACTORS))
+    floor = draw(st.sampled_from([0.0, 0.5, 0.85, 0.99])) * delta.limit
+    steps = draw(st.booleans())
+
+    def found(mu):
+        return floor + curve(2 ** math.floor(math.log2(mu)) if steps else mu)
+
+    return delta, found
+
+
+@given(curves())
+def test_a_price_within_the_limit_is_found_if_there_is_one(made):
+    delta, curve = made
+    assume(curve(1e9 * delta.start) <= delta.limit)
+    found = best(delta.search(curve), delta.limit)
+    assert found is not None
+    assert found.safety_kl == curve(found.mu) <= delta.limit
+
+
+@given(curves(), st.floats(0, 0.3), SEEDS)
+def test_noise_does_not_lead_beyond_the_limit(made, size, seed):
+    delta, curve = made
+    assume((1 + size) * curve(1e9 * delta.start) <= delta.limit)
+    found = best(delta.search(noisy(curve, size, seed)), delta.limit)
+    assert found is not None
+    assert found.safety_kl <= delta.limit
+
+
+@given(curves())
+def test_each_price_lies_between_those_known_to_be_too_low_and_high_enough(made):
+    delta, curve = made
+    low, high = 0.0, math.inf
+    for probe in delta.search(curve):
+        assert low < probe.mu < high
+        low, high = (probe.mu, high) if probe.safety_kl > delta.limit else (low, probe.mu)
+
+
+@given(curves())
+def test_the_search_ends_where_nothing_is_to_be_gained(made):
+    delta, curve = made
+    probes = delta.search(curve)
+    assert 1 <= len(probes) <= MOST_PROBES
+
+    def is_an_end(probe):
+        close = CLOSE * delta.limit <= probe.safety_kl <= delta.limit
+        free = delta.predicted(probe.mu) > 0.99 * delta.predicted(0)
+        return close or (free and probe.safety_kl <= delta.limit)
+
+    assert not any(is_an_end(probe) for probe in probes[:-1])
+    assert is_an_end(probes[-1]) or len(probes) == MOST_PROBES
+
+
+@given(curves())
+def test_the_best_is_the_lowest_price_within_the_limit(made):
+    delta, curve = made
+    probes = delta.search(curve)
+    found = best(probes, delta.limit)
+    within = [probe.mu for probe in probes if probe.safety_kl <= delta.limit]
+    assert (found is None) == (not within)
+    if found is not None:
+        assert found.mu == min(within)
+
+
+def test_without_a_price_within_the_limit_none_is_found():
+    probes = search(lambda mu: Probe(mu=mu, safety_kl=2.0), lambda mu: 1 / (1 + mu), 1.0, start=1.0)
+    assert len(probes) == MOST_PROBES
+    assert probes[-1].mu >= 1e9
+    assert best(probes, 1.0) is None
+
+
+@pytest.mark.parametrize("rounded", [0.0, -1e-9])
+def test_a_delta_that_costs_nothing_is_kept(rounded):
+    """As where embeddings, which are not restored, were all that hurt."""
+    delta = Delta(0)
+    probes = delta.search(lambda _: rounded)
+    assert len(probes) <= 3
+    assert delta.predicted(probes[-1].mu) > 0.99 * delta.predicted(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "curve", "most", "mean"),
+    [
+        ("as predicted", lambda d: bent(d, 1), 2, 1.3),
+        ("a thousand times higher", lambda d: bent(d, 1, by_kl=1e3), 2, 2),
+        ("a thousand times lower", lambda d: bent(d, 1, by_kl=1e-3), 3, 3),
+        ("falling at a thousandth of the price", lambda d: bent(d, 1, by_price=1e3), 7, 5.5),
+        ("falling at a thousand times the price", lambda d: bent(d, 1, by_price=1e-3), 7, 5.5),
+        ("steeper", lambda d: bent(d, 2, by_kl=10), 5, 4),
+        ("flatter", lambda d: bent(d, 0.5, by_kl=10), 7, 5.5),
+        ("flatter and far off", lambda d: bent(d, 0.4, by_price=1e-3), 8, 7),
+        ("never far below the limit", lambda d: lambda mu: d.predicted(mu) + 0.8 * d.limit, 6, 5.5),
+        ("noisy", lambda d: noisy(bent(d, 1.2, by_kl=3), 0.05, 0), 6, 4),
+    ],
+)
+def test_few_measurements_suffice(kind, curve, most, mean):
+    counts = []
+    for seed in range(40):
+        delta = Delta(seed)
+        probes = delta.search(curve(delta))
+        found = best(probes, delta.limit)
+        counts.append(len(probes))
+        whole = delta.predicted(found.mu) > 0.99 * delta.predicted(0)
+        assert found.safety_kl >= CLOSE * delta.limit or whole or len(probes) == MOST_PROBES, (kind, seed)
+    assert max(counts) <= most
+    assert sum(counts) / len(counts) <= mean
