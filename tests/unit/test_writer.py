@@ -148,6 +148,47 @@ def test_records_and_notes_survive(source, tmp_path):
         assert writer.finished(source.shards[1]) is None
 
 
+FOUND = {"mu": 0.1, "probes": [1e-4, None], "why": "é"}
+
+
+def stop_after_finding_out(out, kind=Stop, **options):
+    with pytest.raises(kind), CheckpointWriter(out, plan_hash="plan", **options) as writer:  # noqa: PT012
+        writer.remember("price", "old")
+        writer.remember("price", FOUND)
+        raise kind
+
+
+@pytest.mark.parametrize("kind", [Stop, KeyboardInterrupt])
+def test_what_was_found_out_survives_without_a_finished_file(source, tmp_path, kind):
+    out = tmp_path / "out"
+    stop_after_finding_out(out, kind)
+    assert [path.name for path in out.iterdir()] == [".deltaguard-partial"]
+    assert "--resume" in writer_refusal(out)
+    assert "(plan; this one is other)" in writer_refusal(out, plan_hash="other", resume=True)
+    with CheckpointWriter(out, plan_hash="plan", resume=True) as writer:
+        assert writer.remembered("price") == FOUND
+        assert writer.remembered("cost") is None
+    assert write_all(source, out, resume=True) == list(source.shards)
+    check_complete(source, out)
+
+
+def test_what_was_found_out_is_forgotten_by_a_run_that_starts_anew(source, tmp_path):
+    stop_after_finding_out(tmp_path / "out")
+    with CheckpointWriter(tmp_path / "out", plan_hash="plan", overwrite=True) as writer:
+        assert writer.remembered("price") is None
+        writer.remember("price", FOUND)
+        writer.discard()
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_nothing_is_left_of_a_run_that_is_discarded(tmp_path):
+    with CheckpointWriter(tmp_path / "a" / "out", plan_hash="plan") as writer:
+        writer.remember("price", FOUND)
+        writer.text("config.json", "{}")
+        writer.discard()
+    assert everything_under(tmp_path) == set()
+
+
 @pytest.mark.parametrize("kind", [Stop, KeyboardInterrupt])
 @pytest.mark.parametrize("existing", ["", "a", "a/b", "a/b/out"])
 def test_a_run_that_finished_nothing_leaves_nothing(source, tmp_path, existing, kind):
