@@ -14,8 +14,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from deltaguard.draw.bench_chart import bench_svg
 from deltaguard.draw.text import DASH, duration, interval, model_label, percent, size
 from deltaguard.report.base import Environment, RateRow
+from deltaguard.report.bench import BenchReport
 from deltaguard.report.demo import DemoReport
 from tools.tables import bench_table, evaluation_summary, evaluation_table, made_with, small, table
 
@@ -179,7 +181,12 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "evaluation-table": ("evaluation.json", evaluation_table),
     "evaluation-summary-table": ("evaluation.json", evaluation_summary),
     "bench-table": ("bench.json", bench_table),
+    "dial-table": ("dial.json", bench_table),
 }
+
+
+PLOTS: Mapping[str, str] = {"bench.svg": "bench.json", "dial.svg": "dial.json"}
+"""Plots of benches in the folder of results, and what they are drawn from."""
 
 
 def fill(page: str, results: Path) -> str:
@@ -212,7 +219,7 @@ def fill(page: str, results: Path) -> str:
 
 
 def update(root: Path, *, check: bool) -> list[str]:
-    """Fill all pages of a repository.
+    """Fill all pages of a repository, and draw the plots that stand in them.
 
     Args:
         root: the repository.
@@ -236,6 +243,20 @@ def update(root: Path, *, check: bool) -> list[str]:
             stale.append(name)
             if not check:
                 page.write_text(filled, encoding="utf-8")
+    return [*stale, *_update_plots(root / RESULTS, check=check)]
+
+
+def _update_plots(results: Path, *, check: bool) -> list[str]:
+    stale: list[str] = []
+    for name, source in PLOTS.items():
+        if not (results / source).is_file():
+            continue
+        drawn = bench_svg(BenchReport.model_validate_json((results / source).read_text(encoding="utf-8")))
+        plot = results / name
+        if not plot.is_file() or plot.read_text(encoding="utf-8") != drawn:
+            stale.append(f"{RESULTS}/{name}")
+            if not check:
+                plot.write_text(drawn, encoding="utf-8")
     return stale
 
 

@@ -49,6 +49,8 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Event, Progress, ignore
 
 SAVE_SECONDS = 60.0
+SAVE_SPACING = 10
+"""Times as long as a save took are waited before the next: on a slow disk it takes longer than a batch."""
 
 STORE_SHARE = 0.25
 """Bytes of a store that is cut off, as a share of the model's."""
@@ -311,13 +313,13 @@ def _accumulate(
     run: _Run, model: Any, observed: Sequence[Observed], texts: Sequence[Batch]
 ) -> dict[str, Partial]:
     accumulator = Accumulator(model, observed, run.workspace.load_sums(sum_sizes(observed), run.device))
-    saved = time.monotonic()
+    saved, wait = time.monotonic(), SAVE_SECONDS
     try:
         for number in range(accumulator.batches, len(texts)):
             accumulator.add(number, texts[number].to(run.device))
             run.report(Event("accumulate", number + 1, len(texts)))
-            if time.monotonic() - saved >= SAVE_SECONDS:
-                run.workspace.save_sums(accumulator.partials)
+            if time.monotonic() - saved >= wait:
+                wait = max(SAVE_SECONDS, SAVE_SPACING * run.workspace.save_sums(accumulator.partials))
                 saved = time.monotonic()
     except KeyboardInterrupt:
         run.workspace.save_sums(accumulator.partials)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
@@ -101,10 +102,16 @@ class Workspace:
             partials[name] = Partial(Moment(total, int(counts["tokens"])), int(counts["batches"]))
         return partials
 
-    def save_sums(self, partials: Mapping[str, Partial]) -> None:
-        """Keep the sums so far, one file each: a save that is interrupted leaves old and new ones."""
+    def save_sums(self, partials: Mapping[str, Partial]) -> float:
+        """Keep the sums so far, one file each: a save that is interrupted leaves old and new ones.
+
+        Returns:
+            How many seconds that took.
+        """
+        started = time.monotonic()
         for number, (name, partial) in enumerate(partials.items()):
             _save_sum(self._sum_file(number), name, partial)
+        return time.monotonic() - started
 
     def _write_request(self, path: Path) -> None:
         path.write_text(self._request.model_dump_json(indent=2), encoding="utf-8")

@@ -18,7 +18,7 @@ def report(
     """Draw the result in a folder as one HTML page that fetches nothing.
 
     Args:
-        folder: What `eval`, `bench`, `demo` or `restore` wrote.
+        folder: What `eval`, `bench`, `demo`, `sweep` or `restore` wrote.
         output: The page; `report.html` in the folder if not given.
         json: Print one JSON document and nothing else on stdout.
     """

@@ -22,6 +22,7 @@ from deltaguard.checkpoints.mirror import bring_along
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.curvature.store import CurvatureStore
+from deltaguard.device import find_device
 from deltaguard.draw.card import model_card
 from deltaguard.errors import DeltaguardError
 from deltaguard.memory import peak_memory_bytes
@@ -284,7 +285,7 @@ def _report(
     lost = sum(row.utility_loss * norm for row, norm in zip(changed, norms, strict=True))
     kept = sum(row.kept_fraction * count for row, count in zip(changed, entries, strict=True))
     return RestoreReport(
-        environment=environment("cpu"),
+        environment=environment(str(find_device(config.device)) if price and price.dial else "cpu"),
         aligned=_reference(job.aligned),
         finetuned=_reference(job.finetuned),
         store_conversations=job.store.provenance.conversations_sha256 if job.store else None,
