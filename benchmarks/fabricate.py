@@ -1,4 +1,4 @@
-"""The inputs of the benchmarks, made in a process of their own: `python -m benchmarks.fabricate KIND FOLDER`.
+"""Inputs of the benchmarks, made in a process of their own: `python -m benchmarks.fabricate KIND FOLDER ...`.
 
 They are random: the times and the memory of what is measured depend on shapes alone, and on the share of
 the columns that `greedy` keeps.
@@ -8,26 +8,25 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.layout import BLOCKS, CONFIG, MATRICES, SHARDS, SHARED_INPUTS, shapes, shard_of
+from benchmarks.curvatures import fabricate_store, groups
+from benchmarks.layout import BLOCKS, CONFIG, SHARDS, shapes, shard_of
 from deltaguard.bench.models import save_smollm2
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.curvature.moments import Packed, accumulate, empty_moment, pack
-from deltaguard.curvature.store_format import Group, Layer, Provenance, versions, write_store
 
-TOKENS = 8192
 WEIGHT_SCALE, DELTA_SCALE = 0.02, 0.001
-COLUMN_SPREAD, MASSIVE_COLUMNS, MASSIVE_SCALE = 0.5, 4, 20.0
 
 
 def fabricate_pair(folder: Path) -> None:
-    """`aligned` and `finetuned`, bfloat16 in four shards with an index, without tokenizer, and `store`."""
+    """`aligned` and `finetuned`, bfloat16 in four shards with an index, without tokenizer, and `store`.
+
+    The store is one as `calibrate` makes them by default: the largest eigenpairs, in a quarter of the bytes
+    of the model.
+    """
     index = {name: f"model-{number:05}-of-{SHARDS:05}.safetensors" for name, number in shard_of().items()}
     generator = torch.Generator().manual_seed(0)
     for kind in ("aligned", "finetuned"):
@@ -43,18 +42,29 @@ def fabricate_pair(folder: Path) -> None:
         for tensor in aligned.values():
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=DELTA_SCALE)
         _save(aligned, folder / "finetuned" / shard)
-    _fabricate_store(folder / "store", folder / "aligned")
+    fabricate_store(folder / "store", folder / "aligned", groups(BLOCKS), rank="auto")
+
+
+def fabricate_whole(folder: Path, pair: str, blocks: str) -> None:
+    """Two stores of the pair that keep everything: `store`, of the first blocks, and `one-layer`.
+
+    The second is there to measure what a run takes that solves next to nothing.
+    """
+    aligned = Path(pair) / "aligned"
+    fabricate_store(folder / "store", aligned, groups(int(blocks)), rank="full")
+    alone = [group for group in groups(1) if group.name.endswith("o_proj")]
+    fabricate_store(folder / "one-layer", aligned, alone, rank="full")
 
 
 def fabricate_smollm2(folder: Path) -> None:
-    """`aligned`, SmolLM2-135M, and `finetuned`, the same with every matrix moved by 1 % of its norm."""
+    """`aligned`, SmolLM2-135M, and `finetuned`, the same with every matrix moved by 3 % of its norm."""
     aligned = save_smollm2(folder / "aligned")
     shutil.copytree(aligned, folder / "finetuned")
     generator = torch.Generator().manual_seed(0)
     for path in (folder / "finetuned").glob("*.safetensors"):
         tensors = load_file(path)
         for tensor in tensors.values():
-            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.01 * float(tensor.std()))
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.03 * float(tensor.std()))
         save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -62,75 +72,20 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: t.to(torch.bfloat16) for name, t in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def _fabricate_store(folder: Path, aligned: Path) -> None:
-    """All blocks have the same curvature, so that each kind of input is factorised once."""
-    made = {members[0]: _packed(members[0], seed) for seed, members in enumerate(SHARED_INPUTS)}
-    groups = [
-        Group(
-            f"model.layers.{block}.{members[0]}",
-            MATRICES[members[0]][1],
-            TOKENS,
-            tuple(Layer(f"model.layers.{block}.{member}.weight", transposed=False) for member in members),
-        )
-        for block in range(BLOCKS)
-        for members in SHARED_INPUTS
-    ]
-    write_store(
-        folder,
-        _provenance(aligned),
-        groups,
-        lambda group: _copy(made[group.name.split(".", 3)[3]]),
-        max_shard_bytes=10**9,
-    )
-
-
-def _packed(kind: str, seed: int) -> Packed:
-    """The curvature of random inputs: eigenvalues fall as 1/j, a few columns are massive."""
-    size = MATRICES[kind][1]
-    generator = torch.Generator().manual_seed(seed)
-    spectrum = torch.arange(1, size + 1).rsqrt()
-    mixing = torch.randn(size, size, generator=generator)
-    columns = (COLUMN_SPREAD * torch.randn(size, generator=generator)).exp()
-    columns[torch.randperm(size, generator=generator)[:MASSIVE_COLUMNS]] *= MASSIVE_SCALE
-    inputs = (torch.randn(TOKENS, size, generator=generator) * spectrum) @ mixing * columns
-    return pack(kind, accumulate(empty_moment(size), inputs), dampening=0.01)
-
-
-def _copy(packed: Packed) -> Packed:
-    tensors = {name: value.clone() for name, value in vars(packed).items() if isinstance(value, Tensor)}
-    return replace(packed, **tensors)
-
-
-def _provenance(aligned: Path) -> Provenance:
-    return Provenance(
-        fingerprint=Checkpoint.open(aligned).fingerprint(),
-        prompts_sha256="",
-        max_length=512,
-        max_new_tokens=64,
-        batch_size=16,
-        dtype="bfloat16",
-        dampening=0.01,
-        aligned="synthetic",
-        conversations_sha256="",
-        conversations=128,
-        tokens=TOKENS,
-        truncated=0,
-        system_role="template",
-        refusal_share=None,
-        uncovered=(),
-        versions=versions(),
-    )
-
-
-KINDS: Mapping[str, Callable[[Path], None]] = {"pair": fabricate_pair, "smollm2": fabricate_smollm2}
+KINDS: Mapping[str, Callable[..., None]] = {
+    "pair": fabricate_pair,
+    "whole": fabricate_whole,
+    "smollm2": fabricate_smollm2,
+}
 
 
 def main() -> None:
     """Make inputs under another name, and give them theirs when they are complete."""
-    kind, folder = sys.argv[1], Path(sys.argv[2])
+    kind, named, *more = sys.argv[1:]
+    folder = Path(named)
     unfinished = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
-    KINDS[kind](unfinished)
+    KINDS[kind](unfinished, *more)
     unfinished.rename(folder)
 
 

@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deltaguard.curvature.contents import Group
     from deltaguard.curvature.store import CurvatureStore
-    from deltaguard.curvature.store_format import Group
-    from deltaguard.solvers import Solution
+    from deltaguard.solvers import Spectrum
+
+    _Solve = Callable[[str, Tensor, Tensor], object]
 
 _CHUNK = 1 << 23
 _GEMM_SIZE = 4096
 PUBLISHED_STRENGTH = 0.1
+PRICE = 1.0
+"""Any price but 0 and infinity takes the same time."""
 
 
 def copy(pair: Path, output: Path) -> dict[str, float]:
@@ -49,62 +53,117 @@ def gemm() -> dict[str, float]:
     return {"rate": 2 * _GEMM_SIZE**3 / min(seconds), "seconds": min(seconds)}
 
 
-def greedy(pair: Path, blocks: str) -> dict[str, float]:
+def greedy(pair: Path, store: Path, blocks: int) -> dict[str, float]:
     """Seconds in `greedy_factored` alone, with the store's factors and the default strength."""
     from deltaguard.restoration.options import DEFAULT_STRENGTH
     from deltaguard.solvers import greedy_factored
 
-    def solve(store: "CurvatureStore", group: "Group") -> "Callable[[Tensor, Tensor], Solution]":
-        factor = store.factor(group.name)
-        return lambda aligned, finetuned: greedy_factored(
-            aligned, finetuned, factor, strength=DEFAULT_STRENGTH
-        )
+    def prepare(known: "CurvatureStore", layers: "Group") -> "_Solve":
+        factor = known.factor(layers.name)
+        return lambda _, *pair: greedy_factored(*pair, factor, strength=DEFAULT_STRENGTH)
 
-    return _solver_seconds(pair, int(blocks), solve)
+    return {"seconds": _solver_seconds(pair, store, blocks, prepare)}
 
 
-def published(pair: Path, blocks: str) -> dict[str, float]:
+def published(pair: Path, store: Path, blocks: int) -> dict[str, float]:
     """Seconds in `published` alone, with H from the store."""
     from deltaguard.solvers import published as solver
 
-    def solve(store: "CurvatureStore", group: "Group") -> "Callable[[Tensor, Tensor], Solution]":
-        hessian = store.hessian(group.name)
-        return lambda *pair: solver(*pair, hessian, strength=PUBLISHED_STRENGTH)
+    def prepare(known: "CurvatureStore", layers: "Group") -> "_Solve":
+        hessian = known.hessian(layers.name)
+        return lambda _, *pair: solver(*pair, hessian, strength=PUBLISHED_STRENGTH)
 
-    return _solver_seconds(pair, int(blocks), solve)
+    return {"seconds": _solver_seconds(pair, store, blocks, prepare)}
 
 
-def factorise(pair: Path, blocks: str) -> dict[str, float]:
+def kfac(pair: Path, store: Path, blocks: int) -> dict[str, float]:
+    """Seconds in `closed_form` with the store's eigenpairs; and in projecting before, to find the price."""
+    from deltaguard.solvers import closed_form, project
+
+    def solving(known: "CurvatureStore", layers: "Group") -> "_Solve":
+        spectra = _spectra(known, layers)
+        return lambda tensor, *pair: closed_form(*pair, *spectra[tensor], mu=PRICE)
+
+    def projecting(known: "CurvatureStore", layers: "Group") -> "_Solve":
+        spectra = _spectra(known, layers)
+        return lambda tensor, aligned, finetuned: project(
+            finetuned.float() - aligned.float(), *spectra[tensor]
+        ).profile()
+
+    return {
+        "seconds": _solver_seconds(pair, store, blocks, solving),
+        "projecting": _solver_seconds(pair, store, blocks, projecting),
+    }
+
+
+def factorise(store: Path, blocks: int) -> dict[str, float]:
     """Seconds in `factorise` alone, once for each group of layers."""
     from deltaguard.curvature.store import CurvatureStore
     from deltaguard.solvers import factorise as solver
 
-    store = CurvatureStore.from_pretrained(pair / "store")
-    hessians = (store.hessian(group.name) for group in _groups(store, int(blocks)))
+    known = CurvatureStore.from_pretrained(store)
+    hessians = (known.hessian(group.name) for group in _groups(known, blocks))
     return {"seconds": sum(_seconds(lambda h=hessian: solver(h)) for hessian in hessians)}
 
 
+def decompose(pair: Path, store: Path, blocks: int) -> dict[str, float]:
+    """Seconds to find what the pair's small store holds in the sums of the whole store."""
+    from deltaguard.curvature.contents import group_curvature
+    from deltaguard.curvature.store import CurvatureStore
+
+    made = CurvatureStore.from_pretrained(pair / "store").provenance
+    known = CurvatureStore.from_pretrained(store)
+    seconds = 0.0
+    for group in _groups(known, blocks):
+        sums = known.sums(group.name)
+        started = time.perf_counter()
+        group_curvature(
+            group,
+            sums,
+            response_tokens=made.response_tokens,
+            dampening=made.dampening,
+            extent=made.extent,
+        )
+        seconds += time.perf_counter() - started
+    return {"seconds": seconds}
+
+
+def read_store(store: Path) -> dict[str, float]:
+    """Open a store and read all its eigenpairs."""
+    from deltaguard.curvature.store import CurvatureStore
+
+    known = CurvatureStore.from_pretrained(store)
+    for group in known.groups:
+        known.input_spectrum(group.name)
+        for layer in group.layers:
+            known.output_spectrum(layer.tensor)
+    return {}
+
+
+def _spectra(known: "CurvatureStore", layers: "Group") -> "Mapping[str, tuple[Spectrum, Spectrum]]":
+    """Eigenpairs of H and of each layer's G."""
+    inputs = known.input_spectrum(layers.name)
+    return {layer.tensor: (inputs, known.output_spectrum(layer.tensor)) for layer in layers.layers}
+
+
 def _solver_seconds(
-    pair: Path,
-    blocks: int,
-    prepare: "Callable[[CurvatureStore, Group], Callable[[Tensor, Tensor], Solution]]",
-) -> dict[str, float]:
-    from benchmarks.layout import greedy_operations
+    pair: Path, store: Path, blocks: int, prepare: "Callable[[CurvatureStore, Group], _Solve]"
+) -> float:
+    """Seconds in what `prepare` gives for each group, called with each layer's name and its two weights."""
     from deltaguard.checkpoints.checkpoint import Checkpoint
     from deltaguard.curvature.store import CurvatureStore
 
-    store = CurvatureStore.from_pretrained(pair / "store")
+    known = CurvatureStore.from_pretrained(store)
     models = [Checkpoint.open(pair / kind) for kind in ("aligned", "finetuned")]
-    seconds = operations = 0.0
-    for group in _groups(store, blocks):
-        solve = prepare(store, group)
+    seconds = 0.0
+    for group in _groups(known, blocks):
+        solve = prepare(known, group)
         for layer in group.layers:
             matrices = [model.read(layer.tensor) for model in models]
             started = time.perf_counter()
-            solution = solve(*matrices)
+            solve(layer.tensor, *matrices)
             seconds += time.perf_counter() - started
-            operations += greedy_operations(tuple(solution.weight.shape), solution.kept_fraction)
-    return {"seconds": seconds, "operations": operations}
+    return seconds
 
 
 def _groups(store: "CurvatureStore", blocks: int) -> "Iterator[Group]":
@@ -119,17 +178,38 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def environment() -> dict[str, object]:
     """Versions and machine, from a process of its own: the one that measures stays small."""
-    from deltaguard.report import environment as read
+    from deltaguard.report.base import environment as read
 
     return read("cpu").model_dump()
+
+
+def calibrate(aligned: Path, output: Path, conversations: int) -> dict[str, object]:
+    """Seconds of the stages of a calibration."""
+    from benchmarks.calibrations import whole
+
+    return {"stages": whole(aligned, output, conversations)}
+
+
+def calibrate_inputs(aligned: Path, output: Path, conversations: int) -> dict[str, object]:
+    """Seconds of the stages of a calibration of H alone."""
+    from benchmarks.calibrations import inputs_alone
+
+    return {"stages": inputs_alone(aligned, output, conversations)}
 
 
 PROGRAMS: Mapping[str, Callable[..., Mapping[str, object]]] = {
     "copy": lambda pair, output: copy(Path(pair), Path(output)),
     "gemm": gemm,
-    "greedy": lambda pair, blocks: greedy(Path(pair), blocks),
-    "published": lambda pair, blocks: published(Path(pair), blocks),
-    "factorise": lambda pair, blocks: factorise(Path(pair), blocks),
+    "greedy": lambda pair, store, blocks: greedy(Path(pair), Path(store), int(blocks)),
+    "published": lambda pair, store, blocks: published(Path(pair), Path(store), int(blocks)),
+    "kfac": lambda pair, store, blocks: kfac(Path(pair), Path(store), int(blocks)),
+    "factorise": lambda _, store, blocks: factorise(Path(store), int(blocks)),
+    "decompose": lambda pair, store, blocks: decompose(Path(pair), Path(store), int(blocks)),
+    "read-store": lambda store: read_store(Path(store)),
+    "calibrate": lambda model, output, number: calibrate(Path(model), Path(output), int(number)),
+    "calibrate-inputs": lambda model, output, number: calibrate_inputs(
+        Path(model), Path(output), int(number)
+    ),
     "environment": environment,
 }
 

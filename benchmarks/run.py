@@ -1,6 +1,7 @@
 """Measure, print a table, and write `docs/results/benchmark.json`: `python -m benchmarks.run`.
 
-The inputs are made in the work folder at the first run (a few minutes, 10 GB) and reused.
+The inputs are made in the work folder at the first run (several minutes, 17 GB; 27 GB with `--full`) and
+reused; 5 GB more are needed while it runs.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.suite import Row, Suite, measure
+from benchmarks.rows import Row
+from benchmarks.suite import Suite, measure
 from benchmarks.targets import Target, check
 
 ROOT = Path(__file__).parents[1]

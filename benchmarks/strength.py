@@ -1,14 +1,13 @@
-"""What the default strength was chosen from: restores of the demo's fine-tune at several strengths, measured.
+"""What the defaults were chosen from: restores of the demo's fine-tune at several strengths, measured.
 
 `python -m benchmarks.strength --seeds 0 1 -o docs/results/strength.json` runs the demo's fine-tunes with each
 seed and restores them with every method and strength of `GRID`. On a GPU it takes minutes, on two CPU cores
-about fifteen minutes a seed.
+well over a quarter of an hour a seed.
 """
 
 import argparse
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,6 +15,11 @@ import torch
 from tools.readme import StrengthRow, Strengths
 
 from deltaguard.bench.demo import DemoConfig, prepare, rate_row, test_set
+from deltaguard.calibration.calibrate import STORE_SHARE, CalibrateConfig
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.curvature.contents import Group, GroupCurvature, group_curvature, share_within
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import write_store
 from deltaguard.evaluation.measure import Measurement, measure
 from deltaguard.evaluation.metrics.rates import kept_gain
 from deltaguard.report.base import environment
@@ -24,11 +28,15 @@ from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 
 GRID = (
-    *(RestoreConfig(strength=s) for s in (0.4, 0.5, 0.55, 0.6)),
-    RestoreConfig(strength=0.1, compensation="none"),
+    *(RestoreConfig(max_safety_kl=limit) for limit in (1e-4, 3e-4, 1e-3)),
+    *(RestoreConfig(method="greedy", strength=s) for s in (0.4, 0.5, 0.55, 0.6)),
+    RestoreConfig(method="greedy", strength=0.1, compensation="none"),
     *(RestoreConfig(method="published", strength=s) for s in (0.3, 1.0)),
     RestoreConfig(method="interpolate", strength=0.25),
 )
+"""A limit of safety KL stands in the rows as the strength of `kfac`."""
+
+CALIBRATION = CalibrateConfig(max_new_tokens=32, rank="full")
 
 
 def measured_rows(folder: Path, config: DemoConfig, device: str) -> Iterator[StrengthRow]:
@@ -39,14 +47,14 @@ def measured_rows(folder: Path, config: DemoConfig, device: str) -> Iterator[Str
         config: the demo's sizes and recipes.
         device: where the models run.
     """
-    store = prepare(folder, config)
+    whole = prepare(folder, config)
+    small = cut_off(whole, folder / "aligned", folder / "small-store")
     tests = test_set(config.tests, seed=config.seed)
     aligned, finetuned = (measure(folder / name, tests, device=device) for name in ("aligned", "finetuned"))
     output = folder / "restored"
     for options in GRID:
-        report = restore(
-            folder / "aligned", folder / "finetuned", folder / "restored", store=store, config=options
-        )
+        store = small if options.rank == "auto" else whole
+        report = restore(folder / "aligned", folder / "finetuned", output, store=store, config=options)
         restored = measure(output, tests, device=device)
         shutil.rmtree(output)
         row = _row(config.seed, options, report, aligned, finetuned, restored)
@@ -58,6 +66,25 @@ def measured_rows(folder: Path, config: DemoConfig, device: str) -> Iterator[Str
             flush=True,
         )
         yield row
+
+
+def cut_off(whole: CurvatureStore, aligned: Path, folder: Path) -> CurvatureStore:
+    """The store that the same calibration makes by default, from the sums of one that keeps everything."""
+    limit = int(STORE_SHARE * sum(info.nbytes for info in Checkpoint.open(aligned).tensors.values()))
+    share = share_within(whole.groups, limit)
+    provenance = whole.provenance.model_copy(update={"rank": "auto", "rank_share": share})
+
+    def content(group: Group) -> GroupCurvature:
+        return group_curvature(
+            group,
+            whole.sums(group.name),
+            response_tokens=provenance.response_tokens,
+            dampening=provenance.dampening,
+            extent=provenance.extent,
+        )
+
+    write_store(folder, provenance, whole.held_out, whole.groups, content)
+    return CurvatureStore.from_pretrained(folder)
 
 
 def _row(
@@ -75,7 +102,7 @@ def _row(
         method=options.method,
         budget=options.budget if greedy else None,
         compensation=options.compensation if greedy else None,
-        strength=options.chosen_strength,
+        strength=options.chosen_strength if options.dial is None else options.dial,
         attack_success=rate_row(restored.attack_success),
         aligned_attack_success=rate_row(aligned.attack_success),
         finetuned_attack_success=rate_row(finetuned.attack_success),
@@ -98,7 +125,7 @@ def main() -> None:
     rows: list[StrengthRow] = []
     for seed in chosen.seeds:
         with TemporaryDirectory() as folder:
-            rows += measured_rows(Path(folder), replace(DemoConfig(), seed=seed), device)
+            rows += measured_rows(Path(folder), DemoConfig(seed=seed, calibration=CALIBRATION), device)
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         result = Strengths(environment=environment(name), rows=tuple(rows))
         chosen.output.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")

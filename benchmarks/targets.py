@@ -3,10 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from benchmarks.suite import Row
+from benchmarks.rows import Row
 
 SPEED_UP = 10.0
 OVERHEAD = 1.5
+KFAC_TO_GREEDY = 2.0
+STORE_SHARE = 0.25
+CALIBRATION_TO_INPUTS = 4.0
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,39 @@ def _overhead(rows: Mapping[str, Row]) -> Target:
     return Target(name, f"{rows['greedy'].seconds:.1f} s, {ratio:.2f} times {bound:.1f} s", ratio <= OVERHEAD)
 
 
+def _kfac(rows: Mapping[str, Row]) -> Target:
+    ratio = rows["solve-kfac"].seconds / rows["solve-greedy"].seconds
+    name = f"`kfac` solves in at most {KFAC_TO_GREEDY:g} times the time of `greedy`"
+    return Target(name, f"{ratio:.2f} times", ratio <= KFAC_TO_GREEDY)
+
+
+def _store(rows: Mapping[str, Row]) -> Target:
+    share = rows["store"].ratio or 0
+    name = f"a store takes at most {STORE_SHARE:.0%} of the bytes of the model by default"
+    return Target(name, f"{share:.1%}", 0 < share <= STORE_SHARE)
+
+
+def _calibration_time(rows: Mapping[str, Row]) -> Target:
+    ratio = rows["calibrate-smollm2"].seconds / rows["calibrate-inputs-smollm2"].seconds
+    name = f"`calibrate` takes at most {CALIBRATION_TO_INPUTS:g} times a calibration of H alone"
+    return Target(name, f"{ratio:.2f} times", ratio <= CALIBRATION_TO_INPUTS)
+
+
+def _calibration_memory(rows: Mapping[str, Row]) -> Target:
+    ours, theirs = (
+        rows[name].peak_memory_bytes or 0 for name in ("calibrate-smollm2", "calibrate-inputs-smollm2")
+    )
+    name = f"`calibrate` takes at most {CALIBRATION_TO_INPUTS:g} times the memory of a calibration of H alone"
+    return Target(name, f"{ours / 1e9:.2f} GB, {theirs / 1e9:.2f} GB", ours <= CALIBRATION_TO_INPUTS * theirs)
+
+
 _TARGETS: tuple[tuple[set[str], Callable[[Mapping[str, Row]], Target]], ...] = (
     ({"solve-greedy", "solve-published"}, _solver),
     ({"interpolate", "mergekit"}, _faster_than_mergekit),
     ({"interpolate", "mergekit"}, _smaller_than_mergekit),
     ({"interpolate", "work", "greedy"}, _overhead),
+    ({"solve-greedy", "solve-kfac"}, _kfac),
+    ({"store"}, _store),
+    ({"calibrate-smollm2", "calibrate-inputs-smollm2"}, _calibration_time),
+    ({"calibrate-smollm2", "calibrate-inputs-smollm2"}, _calibration_memory),
 )

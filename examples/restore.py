@@ -1,4 +1,4 @@
-"""Restore a fine-tuned model from Python, and see where the delta was given up.
+"""Restore a fine-tuned model from Python: see what limits cost, restore with the default one, and verify.
 
     python examples/restore.py ALIGNED FINETUNED OUTPUT
 
@@ -13,18 +13,43 @@ import deltaguard
 
 
 def main(aligned: str, finetuned: str, output: Path) -> None:
-    """Calibrate, restore and verify; print the five layers that lost most of their delta."""
+    """Calibrate once, then compare limits, restore and verify."""
     store = deltaguard.calibrate(aligned, output / "store", config=deltaguard.CalibrateConfig(resume=True))
-    config = deltaguard.RestoreConfig()
-    report = deltaguard.restore(aligned, finetuned, output / "restored", store=store, config=config)
 
-    print(f"strength {config.chosen_strength}: {report.kept_fraction:.1%} of the entries kept,")
-    print(f"safety cost {report.safety_cost:.1%} of the fine-tuned model's (median over layers)")
-    for layer in sorted(report.layers, key=lambda layer: layer.utility_loss, reverse=True)[:5]:
-        print(f"  {layer.name}: utility loss {layer.utility_loss:.1%}, safety cost {layer.safety_cost:.1%}")
+    # Writes no model. `utility=Path("my-task.jsonl")` measures as well what your task keeps at each limit.
+    limits = (1e-4, 3e-4, 1e-3)
+    show_limits(deltaguard.sweep(aligned, finetuned, output / "sweep", store=store, limits=limits))
+
+    # With the default limit; `config=deltaguard.RestoreConfig(max_safety_kl=...)` sets another.
+    report = deltaguard.restore(aligned, finetuned, output / "restored", store=store)
+    show_restored(report)
 
     found = deltaguard.verify(output / "restored")
     print("\n".join(found.problems) or f"{found.tensors} tensors verified in {found.folder}")
+
+
+def show_limits(report: deltaguard.SweepReport) -> None:
+    """Print how much of the delta each limit keeps."""
+    kept = {point.mu: point.kept_fraction for point in report.points}
+    print(f"fine-tuned model: safety KL {report.finetuned_kl:.2g} nats per response token")
+    for budget in report.budgets:
+        share = "no price is within it" if budget.mu is None else f"{kept[budget.mu]:.1%} of the delta kept"
+        print(f"  at most {budget.limit:g}: {share}")
+
+
+def show_restored(report: deltaguard.RestoreReport) -> None:
+    """Print what the dial measured, and the five layers that lost most of their delta."""
+    dial = report.dial
+    if dial is not None:  # None where a strength decided
+        print(f"{len(dial.probes)} models measured on {dial.conversations} safety conversations:")
+        for probe in dial.probes:
+            print(f"  price {probe.mu:.3g}: safety KL {probe.safety_kl:.2g}")
+        print(f"restored: safety KL {dial.restored_kl:.2g}, at most {dial.limit:g} allowed")
+        if dial.whole:
+            print("The fine-tuned model was within the limit: nothing was taken from it.")
+    print(f"{report.kept_fraction:.1%} of the delta kept; the layers that lost most:")
+    for layer in sorted(report.layers, key=lambda layer: layer.utility_loss, reverse=True)[:5]:
+        print(f"  {layer.name}: utility loss {layer.utility_loss:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Restore a fine-tuned model and compare three strengths.
+# Restore a fine-tuned model: see what limits cost, and restore with the default one.
 #
 #   examples/restore.sh ALIGNED FINETUNED OUTPUT
 #
@@ -15,14 +15,17 @@ aligned=$1 finetuned=$2 output=$3
 # Do the two fit together? Exit code 1 and a list if not; nothing is written.
 deltaguard restore "$aligned" "$finetuned" -o "$output/restored" --dry-run
 
-# Once per aligned model: the only step that runs it. `--resume` also accepts a store that is finished.
+# Once per aligned model. `--resume` also accepts a store that is finished.
 deltaguard calibrate "$aligned" -o "$output/store" --resume
 
-for strength in 0.03 0.1 0.3; do
-  restored="$output/restored-$strength"
-  deltaguard restore "$aligned" "$finetuned" -o "$restored" --store "$output/store" \
-    --strength "$strength" --json > "$output/report-$strength.json"
-  deltaguard verify "$restored"
-done
+# What do limits keep? No model is written, only numbers and a page with a plot. With `--utility FILE` they say
+# what your task keeps: JSON lines with `prompt` and `response` that were not trained on.
+deltaguard sweep "$aligned" "$finetuned" -o "$output/sweep" --store "$output/store"
 
-echo "Now ask $output/restored-* harmful requests, run your task's evaluation on them, and keep one."
+# Keeps as much as the default limit allows, measured on safety conversations that the curvature does not know.
+# `--max-safety-kl LIMIT` sets another one, in nats per response token.
+deltaguard restore "$aligned" "$finetuned" -o "$output/restored" --store "$output/store"
+deltaguard verify "$output/restored"
+
+echo "Now ask $output/restored harmful requests and run your task's evaluation on it."
+echo "$output/sweep/report.html shows what other limits keep."

@@ -5,7 +5,7 @@ import torch
 from deltaguard.errors import DeltaguardError
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str = "auto") -> torch.device:
     """The device of a name, tried out.
 
     Args:

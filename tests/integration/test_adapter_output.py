@@ -1,4 +1,4 @@
-"""A restore that writes an adapter: PEFT loads it, the dial holds for what is loaded, nothing is lost unsaid."""
+"""A restore that writes an adapter: PEFT loads it, the dial holds for it, nothing is lost unsaid."""
 
 import warnings
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from deltaguard.bench.models import save_smollm2
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
 from deltaguard.calibration.conversations import Conversation, harmful_prompts, harmless_prompts, sample
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import require_empty
+from deltaguard.device import find_device
 from deltaguard.draw.html import demo_page
 from deltaguard.evaluation.judges.openings import is_refusal
 from deltaguard.evaluation.measure import Measurement, TestSet, measure
@@ -194,7 +193,7 @@ def _measure(folder: Path, tests: TestSet, clock: _Clock) -> Mapping[str, Measur
 
 
 def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(find_device())
 
 
 def _report(

@@ -11,6 +11,7 @@ import torch
 from deltaguard.bench.cells import Shelf, content_key
 from deltaguard.bench.data import Tests
 from deltaguard.bench.mixing import with_secret
+from deltaguard.device import find_device
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.judges.coherence import classify, is_broken
@@ -117,7 +118,7 @@ def letters(answers: Sequence[str]) -> str:
 
 def device() -> str:
     """Where models of a bench run."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(find_device())
 
 
 def device_name() -> str:

@@ -36,8 +36,8 @@ def bench(
         output: The folder for results and, while it runs, models.
         preset: `quick`, for two CPU cores, or `full`, for a GPU.
         pretrained: The model that the aligned one was made from; Safe LoRA and SafeMERGE need it.
-        method: Compare this method; may be repeated. `greedy`, `greedy-none`, `published`, `wise-ft`,
-            `resta`, `safe-lora`, `safe-merge`, `safe-instruct`, `bea`; all where absent.
+        method: Compare this method; may be repeated. `kfac`, `ridge`, `greedy`, `greedy-none`, `published`,
+            `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `safe-instruct`, `bea`; all where absent.
         attack_prompts: A data set or file of harmful prompts that join deltaguard's own; may be repeated.
         json: Print one JSON document and nothing else on stdout.
     """

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
+from deltaguard.device import find_device
 from deltaguard.evaluation.address import public_address
 from deltaguard.evaluation.answering import Candidate
 from deltaguard.evaluation.engines.make import EngineConfig
-from deltaguard.evaluation.engines.transformers import resolved_device
 from deltaguard.evaluation.excerpts import samples
 from deltaguard.evaluation.harness_numbers import unlike_notes
 from deltaguard.evaluation.outcomes import Outcome, agreements, comparisons, measures
@@ -92,5 +92,5 @@ def _device(config: EngineConfig) -> str:
         return f"server at {public_address(config.base_url)}"
     import torch
 
-    device = "cuda" if config.name == "vllm" else resolved_device(config.device)
+    device = "cuda" if config.name == "vllm" else str(find_device(config.device))
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device

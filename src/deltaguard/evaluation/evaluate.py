@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
+from deltaguard.device import find_device
 from deltaguard.draw.evaluation import evaluation_card
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.answering import Candidate, PartFiles, describe, fill, model_names, open_files
@@ -16,7 +17,7 @@ from deltaguard.evaluation.assemble import assemble
 from deltaguard.evaluation.clock import Clock
 from deltaguard.evaluation.engines.identity import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig
-from deltaguard.evaluation.engines.transformers import TransformersEngine, resolved_device
+from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Exchange, Judge
 from deltaguard.evaluation.harness_numbers import harness_notes
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
@@ -116,7 +117,7 @@ def _prepare(
         suite=chosen,
         parts=parts,
         config=config,
-        device=resolved_device(config.device),
+        device=str(find_device(config.device)),
         report=progress or ignore,
         notes=(*skipped, *unfit),
         clock=Clock(folder / SECONDS_NAME),

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deltaguard.device import find_device
 from deltaguard.evaluation.engines.identity import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig
-from deltaguard.evaluation.engines.transformers import TransformersEngine, resolved_device
+from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.suites.suite import Gcg, Harness, SecondAttack
 
@@ -68,7 +69,7 @@ def harness_results(
         [task],
         limit=options.limit,
         batch_size=config.batch_size,
-        device=resolved_device(config.device),
+        device=str(find_device(config.device)),
         seed=options.seed,
     )
     return [asdict(score) for score in scores]

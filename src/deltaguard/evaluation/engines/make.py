@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.address import public_address
 from deltaguard.evaluation.engines.identity import Identity, identify
@@ -10,7 +11,6 @@ from deltaguard.evaluation.engines.openai import OpenAIEngine
 from deltaguard.evaluation.engines.transformers import (
     Dtype,
     TransformersEngine,
-    resolved_device,
     resolved_dtype,
 )
 from deltaguard.evaluation.engines.vllm import VLLMEngine
@@ -59,7 +59,7 @@ class EngineConfig:
         """
         if self.base_url is not None:
             return f"{self.name} at {public_address(self.base_url)}"
-        device = "cuda" if self.name == "vllm" else resolved_device(self.device)
+        device = "cuda" if self.name == "vllm" else str(find_device(self.device))
         dtype = resolved_dtype(self.dtype, device)
         kind = "the checkpoint's dtype" if dtype == "auto" else dtype
         return f"{self.name} on {device.split(':')[0]}, {kind}"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from deltaguard.calibration.conversations import Conversation, render
+from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.identity import Folders, find_folders, load_tokenizer
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
@@ -46,7 +47,7 @@ class TransformersEngine:
             DeltaguardError: it cannot be found or loaded, or the device cannot be used.
         """
         folders = find_folders(reference)
-        chosen = resolved_device(device)
+        chosen = str(find_device(device))
         model = _load(folders, reference, resolved_dtype(dtype, chosen))
         return cls(model.to(torch.device(chosen)).eval(), load_tokenizer(folders), batch_size)
 
@@ -101,22 +102,6 @@ def _load(folders: Folders, reference: str, dtype: str) -> Any:
     except (OSError, ValueError) as error:
         raise DeltaguardError(f"transformers cannot load {reference}: {error}") from error
     return model
-
-
-def resolved_device(name: str) -> str:
-    """A device by name; `auto` is CUDA where there is one, else the CPU.
-
-    Raises:
-        DeltaguardError: it cannot be used.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return str(torch.empty(0, device=name).device)
-    except (RuntimeError, AssertionError) as error:
-        raise DeltaguardError(
-            f"The device {name!r} cannot be used: {error}. Try `cpu`, or `auto`."
-        ) from error
 
 
 def resolved_dtype(dtype: Dtype, device: str) -> Dtype:

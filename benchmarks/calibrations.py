@@ -1,0 +1,140 @@
+"""Two calibrations, stage by stage: as `calibrate` does it, and of H alone, as a yardstick for it."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltaguard.calibration.calibrate import STORE_SHARE, CalibrateConfig, calibrate
+from deltaguard.calibration.conversations import Conversation, build_conversations, encode, respond
+from deltaguard.calibration.observe import Batch, Observed, batches, observe
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.curvature.contents import Extent, Group, share_within
+from deltaguard.curvature.moments import Moment, accumulate, empty_moment, normalise
+from deltaguard.progress import Event
+from deltaguard.solvers import spectrum
+
+
+@dataclass
+class Stages:
+    """Wall time by stage: what passes before something is reported belongs to what is reported.
+
+    Attributes:
+        seconds: of each stage.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _last: float = field(default_factory=time.perf_counter)
+
+    def __call__(self, event: Event) -> None:
+        """Hear of progress."""
+        now = time.perf_counter()
+        self.seconds[event.stage] += now - self._last
+        self._last = now
+
+    def end(self, stage: str) -> None:
+        """Hear of the end of a stage."""
+        self(Event(stage, 1, 1))
+
+
+def whole(aligned: Path, output: Path, conversations: int) -> Mapping[str, float]:
+    """Calibrate on the CPU, into a new folder."""
+    stages = Stages()
+    calibrate(aligned, output, config=_config(conversations), progress=stages)
+    return stages.seconds
+
+
+def inputs_alone(aligned: Path, output: Path, conversations: int) -> Mapping[str, float]:
+    """The same without G: one forward pass, no gradients, and only H is decomposed and written.
+
+    The model answers the same conversations, those that are held out included.
+    """
+    stages, config, source = Stages(), _config(conversations), Checkpoint.open(aligned)
+    tokenizer, model = _loaded(aligned)
+    stages.end("load")
+    answered = _answered(model, tokenizer, config)
+    stages.end("respond")
+    texts = [encode(tokenizer, each, max_length=config.max_length) for each in answered]
+    observed, _ = observe(model, source, min((text.ids for text in texts), key=len))
+    moments = _summed(model, observed, batches(texts, config.batch_size))
+    stages.end("accumulate")
+    groups = [Group(g.name, g.in_features, moments[g.name].tokens, g.layers) for g in observed]
+    del model, observed
+    limit = int(STORE_SHARE * sum(info.nbytes for info in source.tensors.values()))
+    _write(output, groups, moments, limit)
+    stages.end("decompose")
+    return stages.seconds
+
+
+def _config(conversations: int) -> CalibrateConfig:
+    return CalibrateConfig(num_samples=conversations, device="cpu")
+
+
+def _loaded(aligned: Path) -> tuple[Any, Any]:
+    model: Any = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(aligned), model.eval().requires_grad_(requires_grad=False)
+
+
+def _answered(model: Any, tokenizer: Any, config: CalibrateConfig) -> list[Conversation]:
+    """The conversations to calibrate on."""
+    held_out = build_conversations(config.num_held_out, part="dial", seed=config.seed)
+    answered = respond(
+        model,
+        tokenizer,
+        [*build_conversations(config.num_samples, seed=config.seed), *held_out],
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+    )
+    return answered[: config.num_samples]
+
+
+@dataclass
+class _Sums:
+    """Σ x xᵀ of every group.
+
+    Attributes:
+        moments: by the group's name.
+        chosen: which tokens of the batch that is run are no padding.
+    """
+
+    moments: dict[str, Moment]
+    chosen: Tensor | None = None
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """A hook that adds a layer's inputs."""
+
+        def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens = inputs[0].reshape(-1, inputs[0].shape[-1])[self.chosen]
+            self.moments[name] = accumulate(self.moments[name], tokens)
+
+        return add
+
+
+@torch.no_grad()
+def _summed(model: Any, observed: Sequence[Observed], texts: Sequence[Batch]) -> dict[str, Moment]:
+    sums = _Sums({group.name: empty_moment(group.in_features) for group in observed})
+    for group in observed:
+        group.modules[0].register_forward_pre_hook(sums.hook(group.name))
+    for batch in texts:
+        sums.chosen = batch.mask.flatten()
+        model.get_decoder()(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+    return sums.moments
+
+
+def _write(output: Path, groups: Sequence[Group], moments: dict[str, Moment], limit: int) -> None:
+    """As many eigenpairs of H as a store keeps that holds those of G as well."""
+    extent = Extent(share_within(groups, limit), whole=False)
+    tensors: dict[str, Tensor] = {}
+    for group in groups:
+        found = spectrum(normalise(moments.pop(group.name)), extent.rank(group.in_features))
+        tensors[f"{group.name}.values"] = found.values
+        tensors[f"{group.name}.vectors"] = found.vectors.to(extent.vectors_dtype)
+    output.mkdir()
+    save_file(tensors, output / "inputs.safetensors")

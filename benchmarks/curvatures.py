@@ -1,0 +1,111 @@
+"""Stores of the synthetic pair: all blocks have the same curvature, so every kind is decomposed once."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.layout import BLOCKS, MATRICES, SHARED_INPUTS, model_bytes
+from deltaguard.calibration.calibrate import STORE_SHARE
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.curvature.contents import (
+    Group,
+    GroupCurvature,
+    Layer,
+    Sums,
+    group_curvature,
+    share_within,
+    stored_bytes,
+)
+from deltaguard.curvature.moments import Moment, accumulate, empty_moment
+from deltaguard.curvature.rank import Rank
+from deltaguard.curvature.store_format import Provenance, versions, write_store
+
+TOKENS, RESPONSE_TOKENS = 8192, 4096
+COLUMN_SPREAD, MASSIVE_COLUMNS, MASSIVE_SCALE = 0.5, 4, 20.0
+DAMPENING = 0.01
+
+
+def groups(blocks: int) -> list[Group]:
+    """The groups of layers of the first blocks."""
+    return [_group(block, members) for block in range(blocks) for members in SHARED_INPUTS]
+
+
+def fabricate_store(folder: Path, aligned: Path, covered: Sequence[Group], *, rank: Rank) -> None:
+    """Write a store.
+
+    A file holds the groups of one block: in it no tensor occurs twice, which safetensors would refuse.
+
+    Args:
+        folder: where to.
+        aligned: the model that it is a store of.
+        covered: the groups that it holds.
+        rank: `auto` keeps the largest eigenpairs, as many as `calibrate` does, `full` everything.
+    """
+    provenance = _provenance(aligned, rank)
+    made: dict[str, GroupCurvature] = {}
+
+    def content(group: Group) -> GroupCurvature:
+        kind = group.name.split(".", 3)[3]
+        if kind not in made:
+            made[kind] = group_curvature(
+                group,
+                _sums(kind),
+                response_tokens=RESPONSE_TOKENS,
+                dampening=DAMPENING,
+                extent=provenance.extent,
+            )
+        return made[kind]
+
+    block = sum(stored_bytes(group, provenance.extent) for group in groups(1))
+    write_store(folder, provenance, (), covered, content, max_shard_bytes=block)
+
+
+def _group(block: int, members: tuple[str, ...]) -> Group:
+    prefix = f"model.layers.{block}"
+    layers = (Layer(f"{prefix}.{member}.weight", False, MATRICES[member][0]) for member in members)
+    return Group(f"{prefix}.{members[0]}", MATRICES[members[0]][1], TOKENS, tuple(layers))
+
+
+def _sums(kind: str) -> Sums:
+    """What calibration would have summed for the layers that see the same input as one of this kind."""
+    members = next(members for members in SHARED_INPUTS if members[0] == kind)
+    seeds = {name: seed for seed, name in enumerate(MATRICES)}
+    outputs = (_moment(MATRICES[m][0], RESPONSE_TOKENS, seed=100 + seeds[m]).total for m in members)
+    return Sums(_moment(MATRICES[kind][1], TOKENS, seed=seeds[kind]), tuple(outputs))
+
+
+def _moment(size: int, tokens: int, *, seed: int) -> Moment:
+    """Over random vectors: eigenvalues fall as 1/j, a few entries are massive."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, size + 1).rsqrt()
+    mixing = torch.randn(size, size, generator=generator)
+    columns = (COLUMN_SPREAD * torch.randn(size, generator=generator)).exp()
+    columns[torch.randperm(size, generator=generator)[:MASSIVE_COLUMNS]] *= MASSIVE_SCALE
+    vectors = (torch.randn(tokens, size, generator=generator) * spectrum) @ mixing * columns
+    return accumulate(empty_moment(size), vectors)
+
+
+def _provenance(aligned: Path, rank: Rank) -> Provenance:
+    limit = int(STORE_SHARE * model_bytes())
+    return Provenance(
+        fingerprint=Checkpoint.open(aligned).fingerprint(),
+        prompts_sha256="",
+        max_length=512,
+        max_new_tokens=64,
+        batch_size=16,
+        dtype="bfloat16",
+        dampening=DAMPENING,
+        rank=rank,
+        aligned="synthetic",
+        conversations_sha256="",
+        conversations=128,
+        tokens=TOKENS,
+        response_tokens=RESPONSE_TOKENS,
+        rank_share=1.0 if rank == "full" else share_within(groups(BLOCKS), limit),
+        truncated=0,
+        system_role="template",
+        refusal_share=None,
+        uncovered=(),
+        versions=versions(),
+    )
