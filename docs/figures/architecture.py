@@ -28,7 +28,8 @@ def draw() -> str:
         title="How deltaguard is built",
         description=(
             "Left: the packages from cli over bench, evaluation, restoration and finetuning, budget, "
-            "calibration and curvature down to checkpoints and solvers; a package imports only from those below it. "
+            "calibration and curvature down to checkpoints and solvers; a package imports only from those "
+            "below it. "
             "Right: the aligned checkpoint and the safety conversations go through calibration into the "
             "CurvatureStore; the store, the aligned and the fine-tuned checkpoint go through restoration "
             "into the restored checkpoint and its report, from which terminal, HTML and model card are "
