@@ -19,6 +19,7 @@ from deltaguard.checkpoints.layout import listed
 from deltaguard.errors import DeltaguardError
 from deltaguard.logits import logits_at
 
+_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
 _HEAD = re.compile(r"^(embed_out|output_layer)\.")
 _Places = Mapping[str, tuple[Tensor, ...]]
 """The fine-tuned checkpoint's names, and the model's parameters that each of them gives the values of."""
@@ -205,8 +206,8 @@ def _problems(model: Any, finetuned: WeightSource, places: _Places) -> Iterator[
     growing = {id(parameter) for end in ends for parameter in end.parameters()}
     for name, info in finetuned.tensors.items():
         # Attention masks that old checkpoints hold have four dimensions, and are no weights.
-        is_matrix = len(info.shape) == 2 or (len(info.shape) > 2 and name.endswith(".weight"))
-        if name not in places and is_matrix and any(map(str.isdigit, name.split("."))):
+        counts = len(info.shape) == 2 or (name.endswith((".weight", ".bias")) and not _MASK.search(name))
+        if name not in places and counts and any(map(str.isdigit, name.split("."))):
             yield f"`{name}`, {info.shape}, has no counterpart in the model"
         for shape, place in ((tuple(place.shape), place) for place in places.get(name, ())):
             larger = id(place) in growing and info.shape[1:] == shape[1:] and info.shape > shape

@@ -139,13 +139,13 @@ def calibrate(
         if not workspace.begin(resume=config.resume):
             run = _Run(source, asked, request, device, workspace, progress or ignore)
             try:
-                measured = _measure(run, is_refusal)
+                _write(Path(output_dir), _measure(run, is_refusal), run.report)
             except torch.OutOfMemoryError as error:
                 raise DeltaguardError(
                     f"{run.device} has too little memory for the model, the sums over its layers' inputs and "
-                    f"batches of {request.batch_size} conversations. Take smaller batches or another device."
+                    f"output gradients and batches of {request.batch_size} conversations. For the sums take a "
+                    "device with more memory, such as `cpu`; for the batches, smaller ones."
                 ) from error
-            _write(Path(output_dir), measured, run.report)
             workspace.end()
     return CurvatureStore.from_pretrained(output_dir)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltaguard.curvature.moments import Moment, Packed, check_sum, normalise, pack
-from deltaguard.solvers.spectrum import Spectrum, spectrum
+from deltaguard.solvers.spectrum import Spectrum, raised, spectrum
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def group_curvature(
         extent: how much is kept.
 
     Raises:
-        DeltaguardError: a sum is not finite, or H is zero or cannot be factorised.
+        DeltaguardError: a sum is not finite or zero, or H cannot be factorised.
     """
     check_sum(group.name, sums.inputs.total, "inputs")
     outputs: list[Decomposed] = []
@@ -149,6 +149,8 @@ def group_curvature(
 
 def _decomposed(matrix: Tensor, extent: Extent) -> Decomposed:
     found = spectrum(matrix, extent.rank(matrix.shape[0]))
+    if extent.whole:
+        found = raised(found)
     return Decomposed(found, float(matrix.diagonal().double().mean()))
 
 

@@ -94,11 +94,10 @@ def check_sum(name: str, total: Tensor, what: str) -> None:
     Args:
         name: of the group or layer, for the messages.
         total: the sum.
-        what: it was summed over, `inputs` or `gradients`. Gradients that are all zero are fine: they say that
-            the layer's output changes no prediction.
+        what: it was summed over, `inputs` or `gradients`.
 
     Raises:
-        DeltaguardError: an entry is not finite, or the sum over inputs is zero.
+        DeltaguardError: an entry is not finite, or the sum is zero.
     """
     bad = int(total.numel() - total.isfinite().sum())
     if bad:
@@ -106,10 +105,10 @@ def check_sum(name: str, total: Tensor, what: str) -> None:
             f"The curvature of `{name}` holds {bad} entries that are NaN or infinite: the aligned model's "
             f"{what} overflow there. Calibrate in float32 or bfloat16."
         )
-    if what == "inputs" and not bool(total.any()):
+    if not bool(total.any()):
         raise DeltaguardError(
-            f"The curvature of `{name}` is zero: its inputs are all zero, so nothing can be said about its "
-            "safety."
+            f"The curvature of `{name}` is zero: its {what} are all zero, or too small for the dtype, so nothing "
+            "can be said about its safety. Calibrate in float32."
         )
 
 

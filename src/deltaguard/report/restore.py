@@ -18,8 +18,8 @@ class LayerRow(Record):
         name: the tensor's name in the fine-tuned checkpoint.
         shape: as stored.
         delta_norm: ‖Δ‖, Frobenius.
-        kept_fraction: share of the delta's entries at the fine-tuned value; see `Solution`.
-        safety_cost: tr(Δ'HΔ'ᵀ) / tr(ΔHΔᵀ), null where no curvature is known.
+        kept_fraction: share of the delta's entries at the fine-tuned value; with a price ⟨Δ', Δ⟩ / ‖Δ‖².
+        safety_cost: tr(Δ'HΔ'ᵀ) / tr(ΔHΔᵀ), with H as the store keeps it; null where no curvature is known.
         utility_loss: ‖Δ' - Δ‖² / ‖Δ‖².
         seconds: time of the solver.
         detail: numbers that belong to one method.
@@ -69,6 +69,7 @@ class Dial(Record):
 
     Attributes:
         limit: the safety KL allowed, nats per response token.
+        device: where the model ran.
         conversations: held-out safety conversations that it was measured on.
         tokens: response tokens in them.
         finetuned_kl: the whole fine-tuned model's safety KL.
@@ -78,6 +79,7 @@ class Dial(Record):
     """
 
     limit: float
+    device: str
     conversations: int
     tokens: int
     finetuned_kl: float
@@ -102,7 +104,7 @@ class RestoreReport(Record):
         mu: the price of safety of all layers, null for methods that have none.
         predicted_safety_kl: ½ Σ tr(G Δ' H Δ'ᵀ) over the layers, nats per response token; likewise.
         dial: how the price was found, null where a strength decided.
-        kept_fraction: mean over the layers that differ, weighted by entries.
+        kept_fraction: mean over the layers that differ, weighted by entries, with a price by ‖Δ‖².
         utility_loss: Σ‖Δ' - Δ‖² / Σ‖Δ‖² over them.
         safety_cost: median over them, null without curvature.
         seconds: wall time: total of this run, solve of all layers (those of an interrupted run included).

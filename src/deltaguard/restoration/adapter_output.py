@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from deltaguard.checkpoints.adapter import AdapterCheckpoint
 from deltaguard.checkpoints.adapter_writer import stage_adapter
 from deltaguard.checkpoints.layout import listed
+from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.restore import LayerRow, OtherRow
-from deltaguard.restoration.edit import factors_of
+from deltaguard.restoration.edit import edit, factors_of, read_ahead
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan
@@ -54,13 +55,14 @@ def stage_restored_adapter(
     """
     from deltaguard.calibration.skeleton import module_names
 
+    tuned = job.finetuned
     rows: list[LayerRow | OtherRow] = [
-        OtherRow(name=step.info.name, source="aligned", reason="an adapter leaves it alone", differs=False)
-        for step in plan.steps
-        if step.action is not Action.RESTORE
+        edit(inputs, config, mu, DTYPES[inputs.step.info.dtype]).row
+        for inputs in read_ahead(
+            [step for step in plan.steps if step.action is not Action.RESTORE], job.aligned, tuned, None
+        )
     ]
     layers = _layers(job, plan, config, mu, rows, progress or ignore)
-    tuned = job.finetuned
     folders = (job.aligned.folder, tuned.folder) if isinstance(tuned, AdapterCheckpoint) else (tuned.folder,)
     stage_adapter(
         writer, job.aligned, layers, modules=module_names(job.aligned.folder), companions_of=folders

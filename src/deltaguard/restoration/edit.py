@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from deltaguard.checkpoints.checkpoint import WeightSource
-from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.restore import LayerRow, OtherRow
 from deltaguard.restoration.curvature import Curvature, CurvatureReader, Spectra
@@ -157,7 +156,7 @@ def factors_of(inputs: Inputs, config: RestoreConfig, mu: float | None) -> tuple
     solution = _solved(inputs, config, mu)
     delta = solution.weight.float() - inputs.pair[0].float()
     found = low_rank(delta, rank=config.adapter_rank)
-    dtype = DTYPES[inputs.step.info.dtype]
+    dtype = inputs.pair[0].dtype
     factors = LowRank(found.down.to(dtype), found.up.to(dtype), found.residual)
     numbers = {"adapter_rank": float(len(factors.down)), "adapter_residual": factors.residual}
     row = _row(inputs.step, replace(solution, detail={**solution.detail, **numbers}), started)

@@ -51,7 +51,7 @@ class RestoreConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method = "kfac"
-    max_safety_kl: float | None = Field(default=None, gt=0)
+    max_safety_kl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     strength: float | None = None
     budget: Budget = "fraction"
     compensation: Compensation = "joint"

@@ -23,13 +23,10 @@ from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, Step
 from deltaguard.solvers import Profile, joint_profile
+from deltaguard.solvers.profile import PROHIBITIVE
 
 if TYPE_CHECKING:
     from deltaguard.budget.safety_kl import SafetyMeter
-
-
-PROHIBITIVE = 1e30
-"""A price that leaves nothing of a delta, and that JSON and float32 can hold."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +62,29 @@ def price_of(job: Job, plan: Plan, config: RestoreConfig, progress: Progress | N
         return Price(joint_of(job, plan, config, report).mu_of_share(config.chosen_strength), None)
     candidate = Candidate.open(job, plan, config)
     whole = candidate.whole(report)
-    if whole.safety_kl <= limit:
-        return Price(0.0, candidate.dial(limit, whole, (), 0.0))
+    if whole.safety_kl <= limit and config.output_format == "checkpoint":
+        return Price(0.0, candidate.dial(limit, whole, (), whole))
     candidate.settle()
-    joint = joint_of(job, plan, config, report)
-    start = first_price(joint.mu_of_share, limit / whole.safety_kl)
-    probes = (
-        search(lambda mu: candidate.probe(mu, report), joint.predicted_kl, limit, start=start)
-        if joint.predicted_kl(0) > 0
-        else ()
-    )
+    probes = _probes(candidate, limit, whole, report)
     found = best(probes, limit)
     if found is None:
         found = _nothing(candidate, limit, report)
         probes = (*probes, found)
-    return Price(found.mu, candidate.dial(limit, whole, probes, found.mu))
+    return Price(found.mu, candidate.dial(limit, whole, probes, found))
+
+
+def _probes(candidate: "Candidate", limit: float, whole: Probe, report: Progress) -> tuple[Probe, ...]:
+    """The search, unless all of what may be kept is within the limit."""
+    if candidate.config.output_format == "adapter":
+        # Of the fine-tuned model it leaves out what no adapter holds.
+        free = candidate.probe(0.0, report)
+        if free.safety_kl <= limit:
+            return (free,)
+    joint = joint_of(candidate.job, candidate.plan, candidate.config, report)
+    if not joint.predicted_kl(0) > 0:
+        return ()
+    start = first_price(joint.mu_of_share, limit / whole.safety_kl)
+    return search(lambda mu: candidate.probe(mu, report), joint.predicted_kl, limit, start=start)
 
 
 def joint_of(job: Job, plan: Plan, config: RestoreConfig, report: Progress) -> Profile:
@@ -147,16 +152,15 @@ class Candidate:
         return cls(job, plan, config, meter, len(held_out))
 
     def whole(self, report: Progress) -> Probe:
-        """The fine-tuned model as it is, with all its tensors, or with those that an adapter holds.
+        """The fine-tuned model as it is, with all its tensors.
 
         Raises:
             DeltaguardError: its predictions are not finite; the tensors that are not are listed.
         """
-        if self.config.output_format == "adapter":
-            self.settle()
-            return self.probe(0.0, report)
         finetuned = self.job.finetuned
-        self.meter.put((name, finetuned.read(name)) for name in finetuned.tensors)
+        self.meter.put(
+            (name, finetuned.read(name).to(DTYPES[info.dtype])) for name, info in finetuned.tensors.items()
+        )
         report(Event("measure", 1, 1))
         try:
             return Probe(mu=0.0, safety_kl=self.meter.measure())
@@ -177,16 +181,16 @@ class Candidate:
         report(Event("measure", 1, 1))
         return Probe(mu=mu, safety_kl=self.meter.measure())
 
-    def dial(self, limit: float, whole: Probe, probes: tuple[Probe, ...], mu: float) -> Dial:
-        """The report of a search that ended at a price."""
-        found = next((probe for probe in probes if probe.mu == mu), whole)
+    def dial(self, limit: float, whole: Probe, probes: tuple[Probe, ...], found: Probe) -> Dial:
+        """The report of a search that ended with a probe."""
         return Dial(
             limit=limit,
+            device=str(find_device(self.config.device)),
             conversations=self.conversations,
             tokens=self.meter.tokens,
             finetuned_kl=whole.safety_kl,
             restored_kl=found.safety_kl,
-            whole=mu == 0,
+            whole=found is whole,
             probes=(whole, *probes),
         )
 

@@ -22,7 +22,6 @@ from deltaguard.checkpoints.mirror import bring_along
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import find_device
 from deltaguard.draw.card import model_card
 from deltaguard.errors import DeltaguardError
 from deltaguard.memory import peak_memory_bytes
@@ -131,12 +130,12 @@ def _all_finetuned(plan: Plan) -> Plan:
 def _price(
     job: Job, plan: Plan, config: RestoreConfig, writer: CheckpointWriter, progress: Progress | None
 ) -> Price | None:
-    """The price of safety; a measured one is kept, since all shards of a resumed run must have the same."""
+    """The price of safety, kept because all shards of a resumed run must have the same."""
     known = writer.remembered("price")
     if known is not None:
         return TypeAdapter(Price).validate_json(known)
     price = price_of(job, plan, config, progress)
-    if price is not None and price.dial is not None:
+    if price is not None:
         writer.remember("price", TypeAdapter(Price).dump_json(price).decode())
     return price
 
@@ -221,13 +220,13 @@ def _write_shards(
 
 def _nothing_changed(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price | None) -> str | None:
     """Why the output would be useless, or None."""
-    kept_whole = price is not None and price.dial is not None and price.dial.whole
+    all_within = price is not None and price.dial is not None and price.mu == 0
     if not any(row.delta_norm > 0 if isinstance(row, LayerRow) else row.differs for row in rows):
         return (
             f"{job.finetuned.reference} does not differ from {job.aligned.reference}: every delta is zero, "
             "so there is nothing to restore. Are both the same model?"
         )
-    if not kept_whole and not any(
+    if not all_within and not any(
         row.utility_loss > 0 if isinstance(row, LayerRow) else row.differs and row.source != "finetuned"
         for row in rows
     ):
@@ -283,9 +282,10 @@ def _report(
     norms = [row.delta_norm**2 for row in changed]
     costs = [row.safety_cost for row in changed if row.safety_cost is not None]
     lost = sum(row.utility_loss * norm for row, norm in zip(changed, norms, strict=True))
-    kept = sum(row.kept_fraction * count for row, count in zip(changed, entries, strict=True))
+    weights = norms if price else entries
+    kept = sum(row.kept_fraction * weight for row, weight in zip(changed, weights, strict=True))
     return RestoreReport(
-        environment=environment(str(find_device(config.device)) if price and price.dial else "cpu"),
+        environment=environment(price.dial.device if price and price.dial else "cpu"),
         aligned=_reference(job.aligned),
         finetuned=_reference(job.finetuned),
         store_conversations=job.store.provenance.conversations_sha256 if job.store else None,
@@ -296,7 +296,7 @@ def _report(
         mu=min(price.mu, PROHIBITIVE) if price else None,
         predicted_safety_kl=_predicted(changed) if price else None,
         dial=price.dial if price else None,
-        kept_fraction=kept / sum(entries) if changed else 1.0,
+        kept_fraction=kept / sum(weights) if changed else 1.0,
         utility_loss=lost / sum(norms) if changed else 0.0,
         safety_cost=statistics.median(costs) if costs else None,
         seconds={

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.profile import Profile, profile
+from deltaguard.solvers.profile import PROHIBITIVE, Profile, profile
 from deltaguard.solvers.solution import Solution, check_hessian, check_matrices, share, working_dtype
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
 
@@ -63,11 +63,13 @@ class Projection:
     def safety_cost(self, mu: float) -> float:
         """tr(Δ' H Δ'ᵀ) / tr(Δ H Δᵀ)."""
         energies, g, h = self._parts
-        kept = torch.zeros_like(g) if math.isinf(mu) else 1 / (1 + mu * g * h)
+        kept = torch.zeros_like(g) if mu >= PROHIBITIVE else 1 / (1 + mu * g * h)
         return share(float((h * energies * kept.square()).sum()), float((h * energies).sum()))
 
     def restored(self, mu: float) -> Tensor:
-        """Δ', (out, in), at a finite price μ."""
+        """Δ', (out, in)."""
+        if mu >= PROHIBITIVE:
+            return torch.zeros_like(self.delta)
         g, h, dtype = self.outputs.values, self.inputs.values, self.delta.dtype
         both = 1 / (1 + mu * torch.outer(g, h))
         of_rows = 1 / (1 + mu * g * self.inputs.tail)
@@ -93,8 +95,8 @@ def ridge(aligned: Tensor, finetuned: Tensor, hessian: Tensor, *, mu: float) -> 
         aligned: aligned weight, (out, in).
         finetuned: fine-tuned weight of the same shape.
         hessian: H, the mean of x xᵀ over the layer's inputs on safety conversations, (in, in).
-        mu: price of the safety loss, 0 or more; 0 gives the fine-tuned weight and infinity the aligned one,
-            exactly.
+        mu: price of the safety loss, 0 or more; 0 gives the fine-tuned weight and infinity (from 1e30 on) the
+            aligned one, exactly.
 
     Returns:
         As `kfac`, with G = I.
@@ -186,7 +188,7 @@ def closed_form(
 def _weight(base: Tensor, target: Tensor, projection: Projection, mu: float) -> Tensor:
     if mu == 0:
         return target.clone()
-    if math.isinf(mu):
+    if mu >= PROHIBITIVE:
         return base.clone()
     return projection.restored(mu).add_(base)
 

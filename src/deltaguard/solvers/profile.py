@@ -13,6 +13,9 @@ _HIGHEST = 2.0**200
 
 _HALVINGS = 200
 
+PROHIBITIVE = 1e30
+"""From this price on nothing is left of a delta: infinity, as float32 and JSON can hold it."""
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -50,7 +53,7 @@ class Profile:
         """The μ at which the predicted safety KL is the share `strength` of the whole delta's.
 
         Args:
-            strength: in [0, 1]; 0 gives infinity and 1 gives 0.
+            strength: in [0, 1]; 0 gives `PROHIBITIVE` and 1 gives 0.
 
         Raises:
             ValueError: it lies elsewhere.
@@ -61,15 +64,15 @@ class Profile:
         if strength == 1 or whole == 0:
             return 0.0
         if strength == 0:
-            return math.inf
-        low, high = 1e-30, 1e30
+            return PROHIBITIVE
+        low, high = 1 / PROHIBITIVE, PROHIBITIVE
         for _ in range(_HALVINGS):
             middle = math.sqrt(low * high)
             low, high = (middle, high) if self.predicted_kl(middle) > strength * whole else (low, middle)
         return high
 
     def _shares(self, mu: float) -> Tensor:
-        if math.isinf(mu):
+        if mu >= PROHIBITIVE:
             return torch.zeros_like(self.prices)
         return 1 / (1 + mu * self.prices)
 

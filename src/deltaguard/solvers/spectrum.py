@@ -85,6 +85,16 @@ def spectrum(curvature: Tensor, rank: int | None = None) -> Spectrum:
     return _randomised(matrix, kept)
 
 
+def raised(whole: Spectrum) -> Spectrum:
+    """A spectrum that is not cut off, without directions that are free.
+
+    Eigenvalues are raised to a hundredth of the mean of the smaller three quarters: in a cut-off spectrum the
+    tail sees to that.
+    """
+    smaller = whole.values[whole.size // 4 :]
+    return Spectrum(whole.values.clamp_min(_FLOOR * float(smaller.double().mean())), whole.vectors, whole.tail)
+
+
 def _exact(matrix: Tensor, rank: int) -> Spectrum:
     values, vectors = torch.linalg.eigh(matrix)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
@@ -95,8 +105,9 @@ def _exact(matrix: Tensor, rank: int) -> Spectrum:
 
 
 def _randomised(matrix: Tensor, rank: int) -> Spectrum:
-    with torch.random.fork_rng([matrix.device] if matrix.device.type == "cuda" else []):
-        torch.manual_seed(0)
+    own = torch.cuda.default_generators[matrix.get_device()] if matrix.is_cuda else torch.default_generator
+    with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
+        own.manual_seed(0)
         vectors, values, _ = torch.svd_lowrank(matrix, q=rank + _OVERSAMPLING, niter=_POWER_ITERATIONS)
     values, vectors = values[:rank].clone(), vectors[:, :rank].contiguous()
     return Spectrum(values, vectors, _tail_from_determinant(matrix, values))
@@ -110,8 +121,22 @@ def _tail_from_determinant(matrix: Tensor, values: Tensor) -> float:
     others = matrix.shape[0] - len(values)
     floor = _FLOOR * max(float(matrix.diagonal().double().sum() - values.double().sum()), 0.0) / others
     if floor == 0:
-        return 0.0
-    damped = matrix.to(torch.float64, copy=True)
-    damped.diagonal().add_(floor)
-    log_determinant = 2 * torch.linalg.cholesky(damped).diagonal().log().sum()
+        # The others are lost in the rounding of the largest.
+        return float(torch.finfo(matrix.dtype).eps * values[0])
+    lower, floor = _cholesky(matrix, floor)
+    log_determinant = 2 * lower.diagonal().log().sum()
     return float(((log_determinant - (values.double() + floor).log().sum()) / others).exp())
+
+
+def _cholesky(matrix: Tensor, floor: float) -> tuple[Tensor, float]:
+    """The factor of M + floor · I, the floor raised tenfold while rounding of M makes that indefinite."""
+    largest = float(matrix.diagonal().max())
+    while True:
+        damped = matrix.to(torch.float64, copy=True)
+        damped.diagonal().add_(floor)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            return lower, floor
+        if floor > largest:
+            raise ValueError("The curvature is not positive semi-definite.")
+        floor *= 10
