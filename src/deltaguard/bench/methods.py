@@ -141,7 +141,7 @@ _OWN = (
     ),
     Method(
         "ridge",
-        "the closed form, inputs only; strength: the safety KL allowed",
+        "the closed form, one-sided; strength: the safety KL allowed",
         (3e-4, 1e-3, 3e-3),
         (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         _dialled("ridge"),

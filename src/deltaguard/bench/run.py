@@ -63,10 +63,7 @@ def bench(
             method is unknown, or a model cannot be used.
     """
     folder = Path(output_dir)
-    _check_methods(methods)
-    for model in (aligned, pretrained):
-        if model is not None:
-            Checkpoint.open(model)
+    _check_inputs(methods, aligned, pretrained)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder)
@@ -182,8 +179,11 @@ def _require_same(path: Path, values: Mapping[str, Any], what: str) -> None:
         )
 
 
-def _check_methods(methods: Sequence[str]) -> None:
+def _check_inputs(methods: Sequence[str], aligned: str | Path | None, pretrained: str | Path | None) -> None:
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods:
         named = f"There is no method {', '.join(unknown)}" if unknown else "No method was chosen"
         raise DeltaguardError(f"{named}. The methods are {', '.join(METHODS)}.")
+    for model in (aligned, pretrained):
+        if model is not None:
+            Checkpoint.open(model)

@@ -143,8 +143,8 @@ def calibrate(
             except torch.OutOfMemoryError as error:
                 raise DeltaguardError(
                     f"{run.device} has too little memory for the model, the sums over its layers' inputs and "
-                    f"output gradients and batches of {request.batch_size} conversations. For the sums take a "
-                    "device with more memory, such as `cpu`; for the batches, smaller ones."
+                    f"output gradients and batches of {request.batch_size} conversations. For the sums take "
+                    "a device with more memory, such as `cpu`; for the batches, smaller ones."
                 ) from error
             workspace.end()
     return CurvatureStore.from_pretrained(output_dir)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar
 from deltaguard.errors import DeltaguardError
-from deltaguard.report.restore import PlanReport
+from deltaguard.report.restore import PlanReport, RestoreReport
 from deltaguard.restoration.options import (
     Budget,
     Compensation,
@@ -51,8 +51,8 @@ def restore(
         output: A new folder for the restored checkpoint.
         store: The aligned model's curvature, from `deltaguard calibrate`; made and cached where absent.
         method: The solver: `kfac` (default), `ridge`, `greedy`, `published` or `interpolate`.
-        max_safety_kl: The dial of `kfac` and `ridge`: keep as much as this safety KL allows, measured in nats
-            per response token. Default: see "Choosing a strength".
+        max_safety_kl: The dial of `kfac` and `ridge`: keep as much as this safety KL, measured in nats per
+            response token, allows; 0.001 by default.
         strength: How much is kept, larger keeps more; instead of the dial, or for the other methods.
         budget: How `greedy` reads the strength: `fraction` (default) of the summed safety cost, or `paper`.
         compensation: What `greedy` does to entries it does not keep: `joint` (default), `additive`, `none`.
@@ -79,20 +79,29 @@ def restore(
         "resume": resume or None,
         "overwrite": overwrite or None,
     }
-    named = {name: value for name, value in given.items() if value is not None}
-    chosen = checked(RestoreConfig, _from_file(config) | named)
+    chosen = _chosen(config, given)
     from deltaguard.restoration import restore as restoring
 
     if dry_run:
         plan = restoring.plan_restore(aligned, finetuned, store=store, config=chosen)
         emit(plan, _draw_plan(plan), as_json=json)
         return
-    from deltaguard.draw.terminal import restore_table
-
     hide_bars_of_transformers()
     with progress_bar() as progress:
         report = restoring.restore(aligned, finetuned, output, store=store, config=chosen, progress=progress)
-    emit(report, Group(restore_table(report), f"Restored {chosen.output_format}: {output}"), as_json=json)
+    emit(report, _draw(report, chosen, output), as_json=json)
+
+
+def _chosen(config: Path | None, given: dict[str, Any]) -> RestoreConfig:
+    """The options of a file, and over them those of the command line."""
+    named = {name: value for name, value in given.items() if value is not None}
+    return checked(RestoreConfig, _from_file(config) | named)
+
+
+def _draw(report: RestoreReport, config: RestoreConfig, output: Path) -> Group:
+    from deltaguard.draw.terminal import restore_table
+
+    return Group(restore_table(report), f"Restored {config.output_format}: {output}")
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:

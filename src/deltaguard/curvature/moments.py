@@ -107,8 +107,8 @@ def check_sum(name: str, total: Tensor, what: str) -> None:
         )
     if not bool(total.any()):
         raise DeltaguardError(
-            f"The curvature of `{name}` is zero: its {what} are all zero, or too small for the dtype, so nothing "
-            "can be said about its safety. Calibrate in float32."
+            f"The curvature of `{name}` is zero: its {what} are all zero, or too small for the dtype, so "
+            "nothing can be said about its safety. Calibrate in float32."
         )
 
 

@@ -172,7 +172,10 @@ def plan_restore(
     config = config or RestoreConfig()
     base, tuned = open_models(aligned, finetuned)
     known = find_store(base, store, rank=config.rank) if config.needs_curvature else None
-    plan = Job(base, tuned, known).plan(config)
+    job = Job(base, tuned, known)
+    plan = job.plan(config)
+    if config.output_format == "adapter":
+        refuse_what_no_adapter_holds(job, plan)
     return PlanReport(
         restored=plan.count(Action.RESTORE),
         from_aligned=plan.count(Action.ALIGNED),

@@ -83,22 +83,7 @@ def sweep(
         Path(output_dir).mkdir(parents=True, exist_ok=True)
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
     bench = _Bench.open(job, config, tasks, progress or ignore)
-    points, budgets = bench.curve(sorted(set(limits)))
-    report = SweepReport(
-        environment=environment(_device_name(config)),
-        aligned=_reference(job.aligned.reference, job.aligned.fingerprint()),
-        finetuned=_reference(job.finetuned.reference, job.finetuned.fingerprint()),
-        method="ridge" if config.method == "ridge" else "kfac",
-        conversations=bench.candidate.conversations,
-        tokens=bench.candidate.meter.tokens,
-        utility_conversations=len(tasks),
-        aligned_nll=bench.aligned_nll,
-        finetuned_kl=bench.whole.safety_kl,
-        finetuned_nll=bench.finetuned_nll,
-        points=points,
-        budgets=budgets,
-        seconds=time.perf_counter() - started,
-    )
+    report = bench.curve_report(sorted(set(limits)), started)
     write_atomically(Path(output_dir) / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")
     return report
 
@@ -157,6 +142,26 @@ class _Bench:
                 "nothing to restore."
             )
         return cls(candidate, layers, tasks, aligned_nll, finetuned_nll, whole, report)
+
+    def curve_report(self, limits: Sequence[float], started: float) -> SweepReport:
+        """The curve, and what it was measured on."""
+        candidate, job = self.candidate, self.candidate.job
+        points, budgets = self.curve(limits)
+        return SweepReport(
+            environment=environment(_device_name(candidate.config)),
+            aligned=_reference(job.aligned.reference, job.aligned.fingerprint()),
+            finetuned=_reference(job.finetuned.reference, job.finetuned.fingerprint()),
+            method="ridge" if candidate.config.method == "ridge" else "kfac",
+            conversations=candidate.conversations,
+            tokens=candidate.meter.tokens,
+            utility_conversations=len(self.tasks),
+            aligned_nll=self.aligned_nll,
+            finetuned_kl=self.whole.safety_kl,
+            finetuned_nll=self.finetuned_nll,
+            points=points,
+            budgets=budgets,
+            seconds=time.perf_counter() - started,
+        )
 
     def curve(self, limits: Sequence[float]) -> tuple[tuple[SweepPoint, ...], tuple[SweepBudget, ...]]:
         """Search for each limit, the strictest first; all that is measured on the way is on the curve."""

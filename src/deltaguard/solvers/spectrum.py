@@ -92,7 +92,9 @@ def raised(whole: Spectrum) -> Spectrum:
     tail sees to that.
     """
     smaller = whole.values[whole.size // 4 :]
-    return Spectrum(whole.values.clamp_min(_FLOOR * float(smaller.double().mean())), whole.vectors, whole.tail)
+    return Spectrum(
+        whole.values.clamp_min(_FLOOR * float(smaller.double().mean())), whole.vectors, whole.tail
+    )
 
 
 def _exact(matrix: Tensor, rank: int) -> Spectrum:
