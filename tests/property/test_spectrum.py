@@ -17,7 +17,8 @@ from deltaguard.solvers import (
     scaled_identity,
     spectrum,
 )
-from deltaguard.solvers.spectrum import _exact, _randomised
+from deltaguard.solvers.profile import PROHIBITIVE
+from deltaguard.solvers.spectrum import _exact, _randomised, _tail_from_determinant, raised
 
 
 def normal(seed, *shape):
@@ -91,6 +92,26 @@ def test_directions_that_no_token_reached_are_not_free():
     assert found.tail == pytest.approx((1.0033 * 0.0033**2) ** (1 / 3), rel=0.05)
 
 
+def test_a_whole_spectrum_raised_leaves_nothing_free():
+    whole = spectrum(torch.diag(torch.tensor([8.0, 4.0, 2.0, 0.0])))
+    found = raised(whole)
+    assert found.values.tolist() == pytest.approx([8, 4, 2, 0.02])
+    assert torch.equal(found.vectors, whole.vectors)
+
+
+def test_a_prohibitive_price_leaves_nothing_even_of_what_costs_nothing():
+    found = project(torch.ones(2, 2), spectrum(torch.zeros(2, 2)), spectrum(torch.eye(2)))
+    assert not found.restored(PROHIBITIVE).any()
+    assert found.profile().kept(PROHIBITIVE) == 0
+    assert found.safety_cost(PROHIBITIVE) == 0
+
+
+def test_the_floor_rises_where_rounding_makes_a_matrix_indefinite():
+    matrix = moment(1, 80, decay=4.0).float()
+    matrix.diagonal().sub_(1e-5 * float(matrix.diagonal().max()))
+    assert _tail_from_determinant(matrix, torch.linalg.eigvalsh(matrix).flip(0)[:5]) > 0
+
+
 def test_the_randomised_spectrum_is_the_exact_one_and_repeats():
     matrix = moment(0, 300, decay=3.0)
     exact, drawn = _exact(matrix, 40), _randomised(matrix, 40)
@@ -125,7 +146,7 @@ def test_the_price_of_a_share_gives_that_share(seed, rows, columns, strength):
 
 def test_the_ends_of_the_price_and_shares_outside():
     found = profile(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0]))
-    assert (found.mu_of_share(0), found.mu_of_share(1)) == (math.inf, 0.0)
+    assert (found.mu_of_share(0), found.mu_of_share(1)) == (PROHIBITIVE, 0.0)
     assert found.predicted_kl(math.inf) == 0
     with pytest.raises(ValueError, match=r"strength is 1.5; it must lie in \[0, 1\]"):
         found.mu_of_share(1.5)

@@ -110,10 +110,8 @@ def test_a_sum_of_no_use_names_the_layer(whole):
         )
 
 
-def test_a_layer_that_changes_no_prediction_has_no_curvature():
+def test_a_layer_that_no_gradient_reached_is_not_taken_for_a_free_one():
     group = Group("a.0", 4, 40, (Layer("a.0.weight", False, 3),))
-    found = curvature(
-        group, Extent(0.4, whole=False), found=Sums(Moment(moment(4), 40), (torch.zeros(3, 3),))
-    )
-    assert not found.outputs[0].spectrum.dense().any()
-    assert found.outputs[0].mean == 0
+    sums = Sums(Moment(moment(4), 40), (torch.zeros(3, 3),))
+    with pytest.raises(DeltaguardError, match=r"`a\.0` is zero: its gradients are all zero"):
+        curvature(group, Extent(0.4, whole=False), found=sums)

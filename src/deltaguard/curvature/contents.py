@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltaguard.curvature.moments import Moment, Packed, check_sum, normalise, pack
-from deltaguard.solvers.spectrum import Spectrum, raised, spectrum
+from deltaguard.solvers.spectrum import Spectrum, spectrum
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,6 @@ def group_curvature(
 
 def _decomposed(matrix: Tensor, extent: Extent) -> Decomposed:
     found = spectrum(matrix, extent.rank(matrix.shape[0]))
-    if extent.whole:
-        found = raised(found)
     return Decomposed(found, float(matrix.diagonal().double().mean()))
 
 

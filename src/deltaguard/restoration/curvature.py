@@ -9,6 +9,7 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.restoration.options import Method
 from deltaguard.restoration.plan import Step
 from deltaguard.solvers import Factor, Spectrum, scaled_identity
+from deltaguard.solvers.spectrum import raised
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,18 @@ class CurvatureReader:
     def _read(self, group: str) -> Factor | Tensor | Spectrum:
         if self.method == "greedy":
             return self.store.factor(group)
-        return self.store.hessian(group) if self.method == "published" else self.store.input_spectrum(group)
+        if self.method == "published":
+            return self.store.hessian(group)
+        return self._priced(self.store.input_spectrum(group))
+
+    def _priced(self, found: Spectrum) -> Spectrum:
+        """A spectrum without directions that are free, as a cut-off one is already."""
+        return raised(found) if self.store.is_whole else found
 
     def _outputs(self, step: Step, *, like: Spectrum) -> Spectrum:
         """G, or for `ridge` its mean eigenvalue times the identity: prices are in nats in both."""
         tensor = step.aligned_name
         if self.method == "kfac":
-            return self.store.output_spectrum(tensor)
+            return self._priced(self.store.output_spectrum(tensor))
         size = step.info.shape[1 if step.transposed else 0]
         return scaled_identity(size, self.store.output_mean(tensor), like=like.values)
