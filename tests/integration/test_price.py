@@ -20,6 +20,7 @@ from deltaguard.report.restore import REPORT_NAME, RestoreReport
 from deltaguard.restoration import price as price_module
 from deltaguard.restoration import restore as restore_module
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL as LIMIT
+from deltaguard.solvers.spectrum import raised
 from pairs import CONVERSATIONS, pair, weights
 from plain import safety_kl, tokens_of
 
@@ -53,11 +54,15 @@ def exact(monkeypatch):
 
 def predicted(store, deltas, method):
     """½ Σ tr(G Δ H Δᵀ) over the layers, in float64, of matrices written out in full."""
+
+    def written(found):
+        return (raised(found) if store.is_whole else found).to(torch.float64).dense()
+
     total = 0.0
     for group in store.groups:
-        H = store.input_spectrum(group.name).to(torch.float64).dense()
+        H = written(store.input_spectrum(group.name))
         for layer in group.layers:
-            G = store.output_spectrum(layer.tensor).to(torch.float64).dense()
+            G = written(store.output_spectrum(layer.tensor))
             if method == "ridge":
                 G = store.output_mean(layer.tensor) * torch.eye(len(G)).double()
             delta = deltas[layer.tensor].T if layer.transposed else deltas[layer.tensor]

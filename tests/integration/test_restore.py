@@ -15,7 +15,8 @@ from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, 
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.report.restore import REPORT_NAME, RestoreReport
 from deltaguard.restoration.restore import plan_restore
-from deltaguard.solvers import greedy, kfac, published
+from deltaguard.solvers import greedy, kfac, published, spectrum
+from deltaguard.solvers.spectrum import published, raised
 from pairs import pair, weights
 
 HALF = RestoreConfig(strength=0.5)
@@ -26,6 +27,10 @@ GREEDY = RestoreConfig(method="greedy", strength=0.5)
 
 def expected_layers(config, report, store, aligned, finetuned):
     """What each layer's weight should be, (out, in), from the store's raw sums in float64."""
+
+    def priced(matrix):
+        return raised(spectrum(matrix.double())).dense()
+
     for group in store.groups:
         H, sums = store.hessian(group.name), store.sums(group.name)
         for layer, total in zip(group.layers, sums.outputs, strict=True):
@@ -35,8 +40,8 @@ def expected_layers(config, report, store, aligned, finetuned):
             if config.method == "greedy":
                 solution = greedy(a, f, H, strength=0.5)
             else:
-                G = G if config.method == "kfac" else G.trace() / len(G) * torch.eye(len(G)).double()
-                solution = kfac(a.double(), f.double(), H.double(), G, mu=report.mu)
+                G = priced(G) if config.method == "kfac" else G.trace() / len(G) * torch.eye(len(G)).double()
+                solution = kfac(a.double(), f.double(), priced(H), G, mu=report.mu)
             yield layer, solution.weight
 
 
