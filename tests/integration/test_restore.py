@@ -16,7 +16,7 @@ from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.report.restore import REPORT_NAME, RestoreReport
 from deltaguard.restoration.restore import plan_restore
 from deltaguard.solvers import greedy, kfac, published, spectrum
-from deltaguard.solvers.spectrum import published, raised
+from deltaguard.solvers.spectrum import raised
 from pairs import pair, weights
 
 HALF = RestoreConfig(strength=0.5)
