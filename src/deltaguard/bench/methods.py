@@ -77,23 +77,12 @@ class Method:
 
 
 def _restoring(method: str, compensation: Compensation = "joint") -> Callable[[Request, float], Candidate]:
+    """A solver of this project; of `kfac` and `ridge` the strength is the safety KL allowed."""
+    dial = "max_safety_kl" if method in ("kfac", "ridge") else "strength"
+
     def make(request: Request, strength: float) -> Candidate:
         options = {"compensation": compensation} if method == "greedy" else {}
-        config = RestoreConfig.model_validate({"method": method, "strength": strength, **options})
-        finetuned, store = request.finetuned(), request.store(config.rank)
-        output = request.scratch()
-        started = time.perf_counter()
-        restore(request.aligned, finetuned, output, store=store, config=config)
-        return Candidate(output, "", time.perf_counter() - started)
-
-    return make
-
-
-def _dialled(method: str) -> Callable[[Request, float], Candidate]:
-    """The strength is the safety KL allowed."""
-
-    def make(request: Request, strength: float) -> Candidate:
-        config = RestoreConfig.model_validate({"method": method, "max_safety_kl": strength})
+        config = RestoreConfig.model_validate({"method": method, dial: strength, **options})
         finetuned, store = request.finetuned(), request.store(config.rank)
         output = request.scratch()
         started = time.perf_counter()
@@ -137,14 +126,14 @@ _OWN = (
         "the closed form, two-sided; strength: the safety KL allowed",
         (3e-4, 1e-3, 3e-3),
         (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        _dialled("kfac"),
+        _restoring("kfac"),
     ),
     Method(
         "ridge",
         "the closed form, one-sided; strength: the safety KL allowed",
         (3e-4, 1e-3, 3e-3),
         (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        _dialled("ridge"),
+        _restoring("ridge"),
     ),
     Method(
         "greedy",

@@ -66,20 +66,8 @@ def restore(
         overwrite: Replace the checkpoint in the output folder; files of other names stay.
         json: Print one JSON document and nothing else on stdout.
     """
-    given = {
-        "method": method,
-        "max_safety_kl": max_safety_kl,
-        "strength": strength,
-        "budget": budget,
-        "compensation": compensation,
-        "other_params": other_params,
-        "output_format": output_format,
-        "adapter_rank": adapter_rank,
-        "device": device,
-        "resume": resume or None,
-        "overwrite": overwrite or None,
-    }
-    chosen = _chosen(config, given)
+    options = {name: value for name, value in locals().items() if name in RestoreConfig.model_fields}
+    chosen = _chosen(config, options)
     from deltaguard.restoration import restore as restoring
 
     if dry_run:
@@ -94,7 +82,7 @@ def restore(
 
 def _chosen(config: Path | None, given: dict[str, Any]) -> RestoreConfig:
     """The options of a file, and over them those of the command line."""
-    named = {name: value for name, value in given.items() if value is not None}
+    named = {name: value for name, value in given.items() if value is not None and value is not False}
     return checked(RestoreConfig, _from_file(config) | named)
 
 
