@@ -17,6 +17,10 @@ from deltaguard.generation import generate
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+_LIKELIHOOD_BATCH = 8
+"""Conversations are padded to the longest of their batch: wide batches pad more than they save."""
+
+
 @dataclass
 class TransformersEngine:
     """A model and its tokenizer. Open one with `TransformersEngine.open`.
@@ -73,7 +77,8 @@ class TransformersEngine:
             DeltaguardError: a question has no expected answer.
         """
         conversations = [Conversation(q.prompt, q.system, q.expected) for q in questions]
-        return negative_log_likelihood(self.model, self.tokenizer, conversations, batch_size=self.batch_size)
+        size = min(self.batch_size, _LIKELIHOOD_BATCH)
+        return negative_log_likelihood(self.model, self.tokenizer, conversations, batch_size=size)
 
     def close(self) -> None:
         """Let go of the model's memory."""
