@@ -19,7 +19,15 @@ from deltaguard.draw.text import DASH, duration, interval, model_label, percent,
 from deltaguard.report.base import Environment, RateRow
 from deltaguard.report.bench import BenchReport
 from deltaguard.report.demo import DemoReport
-from tools.tables import bench_table, evaluation_summary, evaluation_table, made_with, small, table
+from tools.tables import (
+    bench_summary,
+    bench_table,
+    evaluation_summary,
+    evaluation_table,
+    made_with,
+    small,
+    table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs/results")
@@ -182,6 +190,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "evaluation-summary-table": ("evaluation.json", evaluation_summary),
     "bench-table": ("bench.json", bench_table),
     "dial-table": ("dial.json", bench_table),
+    "dial-summary-table": ("dial.json", bench_summary),
 }
 
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from deltaguard.draw.bench_facts import short_command
 from deltaguard.draw.bench_tables import bench_markdown
 from deltaguard.draw.evaluation_view import SECONDARY, bounds_text, measure_label, value_text
-from deltaguard.draw.text import DASH, duration, model_label, moment, plain
+from deltaguard.draw.text import DASH, duration, model_label, moment, percent, plain
 from deltaguard.report.base import Environment
-from deltaguard.report.bench import BenchReport
+from deltaguard.report.bench import ALIGNED, FINETUNED, BenchReport, Score
 from deltaguard.report.evaluation import Comparison, EvaluationReport, Measure
 
 ARROWS = {"lower": "↓", "higher": "↑"}
@@ -68,6 +68,53 @@ def bench_table(content: str) -> str:
     )
     notes = "\n".join(f"- {plain(note)}" for note in report.notes)
     return "\n\n".join((bench_markdown(report).rstrip(), notes, small(made)))
+
+
+def bench_summary(content: str) -> str:
+    """A bench in a few rows: on each fine-tune the two models, and every method at its largest safe strength.
+
+    Args:
+        content: a `BenchReport` as JSON.
+
+    Returns:
+        Markdown: a table, and how it was made.
+    """
+    report = BenchReport.model_validate_json(content)
+    head = ("", *(plain(row.title.partition(" (")[0]) for row in report.finetunes))
+    rows = [
+        (
+            "**aligned**, **fine-tuned**: attack success",
+            *(_both(report, row.name) for row in report.finetunes),
+        )
+    ]
+    for method in dict.fromkeys(score.method for score in report.scores):
+        found = {score.finetune: score for score in report.scores if score.method == method}
+        rows.append(
+            (f"**{plain(method)}**: gain kept", *(_kept(found[row.name]) for row in report.finetunes))
+        )
+    bound = f"{report.bound:g} points"
+    said = (
+        f"Each method at the largest strength tried whose attack success is at most {bound} over the aligned "
+        "model's (in brackets how far over); a dash where nothing is gained or no strength tried is safe."
+    )
+    seeds = ", ".join(map(str, report.seeds))
+    made = small(f"Preset {report.preset}, seed {seeds}. {made_with(report.environment)}")
+    return "\n\n".join((table(head, rows), said, made))
+
+
+def _both(report: BenchReport, finetune: str) -> str:
+    rates = {
+        cell.method: cell.attack_success.value
+        for cell in report.cells
+        if cell.finetune == finetune and cell.method in (ALIGNED, FINETUNED)
+    }
+    return ", ".join(percent(rates[name]) for name in (ALIGNED, FINETUNED))
+
+
+def _kept(score: Score | None) -> str:
+    if score is None or score.points is None:
+        return DASH
+    return f"{percent(score.kept.value) if score.kept else DASH} ({score.points.value:+.1f})"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str] = ("",)) -> str:

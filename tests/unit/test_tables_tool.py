@@ -2,7 +2,7 @@
 
 import re
 
-from tools.tables import bench_table, evaluation_summary, evaluation_table
+from tools.tables import bench_summary, bench_table, evaluation_summary, evaluation_table
 
 import bench_reports
 import reports
@@ -83,6 +83,20 @@ def test_a_bench_is_shown_with_its_command_and_notes_but_without_folders():
     assert reports.ATTACK not in text
     assert f"- {report.notes[1]}" in text
     assert all(f"### {row.title}" in text for row in report.finetunes)
+
+
+def test_the_summary_of_a_bench_has_a_row_a_method_at_its_largest_safe_strength():
+    report = bench_reports.bench_report()
+    lines = [line for line in bench_summary(report.model_dump_json()).splitlines() if line.startswith("|")]
+    assert len(cells(lines[0])) == 1 + len(report.finetunes)
+    scores = {(score.method, score.finetune): score for score in report.scores}
+    methods = list(dict.fromkeys(score.method for score in report.scores))
+    assert len(lines) == 3 + len(methods)
+    for method, line in zip(methods, lines[3:], strict=True):
+        for row, cell in zip(report.finetunes, cells(line)[1:], strict=True):
+            score = scores.get((method, row.name))
+            safe = score is not None and score.points is not None
+            assert (f"({score.points.value:+.1f})" in cell) if safe else cell == "–"
 
 
 def test_the_summary_shows_the_first_judge_and_all_judges_on_the_plain_attack():
