@@ -238,6 +238,8 @@ def test_all_tensors_that_do_not_fit_are_listed(tmp_path):
     def change(old):
         del old["model.norm.weight"]
         further = {"model.layers.0.extra.weight": torch.ones(3, 4), "model.layers.0.bias": torch.ones(3)}
+        # What the model computes for itself is no misfit.
+        further |= {"model.layers.0.attn.bias": torch.ones(1, 1, 3, 3)}
         return {**old, MATRIX: torch.ones(50, 32), EMBEDDING: torch.ones(300, 32), **further}
 
     rewrite(models.save(models.tiny_model("llama"), tmp_path), change)
@@ -247,6 +249,7 @@ def test_all_tensors_that_do_not_fit_are_listed(tmp_path):
     assert re.fullmatch(f"{tmp_path} does not fit .*aligned:", lines[0])
     assert sorted(lines[1:]) == [
         f"- `{EMBEDDING}` is (300, 32), and (384, 32) in the model",
+        "- `model.layers.0.bias`, (3,), has no counterpart in the model",
         "- `model.layers.0.extra.weight`, (3, 4), has no counterpart in the model",
         f"- `{MATRIX}` is (50, 32), and (48, 32) in the model",
         "- `model.norm.weight`, (32,), is in the model only",
