@@ -1,11 +1,15 @@
 """Aligned and fine-tuned checkpoints with the aligned one's store, made once and shared by tests."""
 
+import warnings
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
+import peft
 import torch
+import transformers
 
 import models
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
@@ -58,6 +62,25 @@ def pair(name: str = "llama", *, dtype: torch.dtype | None = None, max_shard_siz
 def _calibrated(aligned: Path, folder: Path, *, rank: Rank) -> Path:
     config = CalibrateConfig(device="cpu", rank=rank)
     return calibrate(aligned, folder, conversations=CONVERSATIONS, config=config).folder
+
+
+def save_adapter(aligned: Path, folder: Path, targets: list[str], *, fan_in_fan_out: bool = False) -> Any:
+    """Write a random LoRA adapter of rank 3 over a checkpoint.
+
+    Returns:
+        The PEFT model.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(aligned)
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(
+        r=3, target_modules=targets, init_lora_weights=False, fan_in_fan_out=fan_in_fan_out
+    )
+    with warnings.catch_warnings():
+        # This PEFT asks transformers by a name that transformers 6 will drop.
+        warnings.simplefilter("ignore", FutureWarning)
+        tuned = peft.get_peft_model(model, lora)
+        tuned.save_pretrained(folder)
+    return tuned
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -2,13 +2,10 @@
 
 import json
 import shutil
-import warnings
 from functools import partial
 
-import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 import models
@@ -21,7 +18,7 @@ from deltaguard.restoration import price as price_module
 from deltaguard.restoration import restore as restore_module
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL as LIMIT
 from deltaguard.solvers.spectrum import raised
-from pairs import CONVERSATIONS, pair, weights
+from pairs import CONVERSATIONS, pair, save_adapter, weights
 from plain import safety_kl, tokens_of
 
 SINGLE = "model.safetensors"
@@ -294,16 +291,7 @@ def test_other_parameters_are_measured_with_the_layers(tmp_path):
 )
 def test_an_adapter_is_measured_as_its_merged_model_is(name, targets, tmp_path):
     made = pair(name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(made.aligned)
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(
-        r=3, target_modules=targets, init_lora_weights=False, fan_in_fan_out=name == "gpt2"
-    )
-    with warnings.catch_warnings():
-        # This PEFT asks transformers by a name that transformers 6 will drop.
-        warnings.simplefilter("ignore", FutureWarning)
-        tuned = peft.get_peft_model(model, lora)
-        tuned.save_pretrained(tmp_path / "adapter")
+    tuned = save_adapter(made.aligned, tmp_path / "adapter", targets, fan_in_fan_out=name == "gpt2")
     models.save(tuned.merge_and_unload(), tmp_path / "merged")
     rows = held_out(made.store)
     whole = safety_kl(made.aligned, tmp_path / "merged", rows)

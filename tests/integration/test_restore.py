@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import warnings
 
-import peft
 import pytest
 import torch
 import transformers
@@ -17,7 +15,7 @@ from deltaguard.report.restore import REPORT_NAME, RestoreReport
 from deltaguard.restoration.restore import plan_restore
 from deltaguard.solvers import greedy, kfac, published, spectrum
 from deltaguard.solvers.spectrum import raised
-from pairs import pair, weights
+from pairs import pair, save_adapter, weights
 
 HALF = RestoreConfig(strength=0.5)
 
@@ -287,16 +285,7 @@ def test_the_card_keeps_the_licence_of_the_finetuned_model(tmp_path):
 )
 def test_an_adapter_is_restored_as_its_merged_model_is(name, targets, tmp_path):
     made = pair(name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(made.aligned)
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(
-        r=3, target_modules=targets, init_lora_weights=False, fan_in_fan_out=name == "gpt2"
-    )
-    with warnings.catch_warnings():
-        # This PEFT asks transformers by a name that transformers 6 will drop.
-        warnings.simplefilter("ignore", FutureWarning)
-        tuned = peft.get_peft_model(model, lora)
-        tuned.save_pretrained(tmp_path / "adapter")
+    tuned = save_adapter(made.aligned, tmp_path / "adapter", targets, fan_in_fan_out=name == "gpt2")
     (tmp_path / "adapter" / "chat_template.jinja").write_text("mine")
     models.save(tuned.merge_and_unload(), tmp_path / "merged")
     from_adapter = restore(

@@ -9,8 +9,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from deltaguard.draw.facts import Facts, sweep_facts
-from deltaguard.draw.text import DASH, nats, percent, short_reference
+from deltaguard.draw.facts import sweep_facts
+from deltaguard.draw.terminal import facts_grid, model_names
+from deltaguard.draw.text import DASH, nats, percent
 from deltaguard.report.sweep import SweepPoint, SweepReport
 
 
@@ -51,12 +52,8 @@ def sweep_table(report: SweepReport) -> RenderableType:
         Console(stderr=True).print(sweep_table(report))
         ```
     """
-    names = (
-        ("fine-tuned", short_reference(report.finetuned.reference)),
-        ("aligned", short_reference(report.aligned.reference)),
-    )
     return Group(
-        _facts((*names, *sweep_facts(report))),
+        facts_grid((*model_names(report), *sweep_facts(report))),
         Text(),
         Text(" What each limit of safety KL allows (nats per response token)", "bold"),
         Text(),
@@ -198,12 +195,3 @@ def _limits(report: SweepReport) -> Table:
 def _listed(limits: Sequence[float], word: str = "and") -> str:
     *first, last = map(limit_text, limits)
     return f"{', '.join(first)} {word} {last}" if first else last
-
-
-def _facts(facts: Facts) -> RenderableType:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, text in facts:
-        grid.add_row(label, Text(text))
-    return Padding(grid, (0, 0, 0, 1))

@@ -12,6 +12,7 @@ from deltaguard.draw.text import DASH, interval, model_label, percent, short_ref
 from deltaguard.report.base import RateRow
 from deltaguard.report.demo import DemoReport
 from deltaguard.report.restore import LayerRow, OtherRow, RestoreReport
+from deltaguard.report.sweep import SweepReport
 
 
 def restore_table(report: RestoreReport) -> RenderableType:
@@ -28,15 +29,11 @@ def restore_table(report: RestoreReport) -> RenderableType:
         Console(stderr=True).print(restore_table(report))
         ```
     """
-    names = (
-        ("fine-tuned", short_reference(report.finetuned.reference)),
-        ("aligned", short_reference(report.aligned.reference)),
-    )
     options = ", ".join(f"{name} {value}" for name, value in option_facts(report.options) if name != "method")
     method = dict(option_facts(report.options)).get("method", DASH)
     chosen = ("method", f"{method} ({options})" if options else method)
     parts = [
-        _facts((*names, chosen, *outcome_facts(report))),
+        facts_grid((*model_names(report), chosen, *outcome_facts(report))),
         _section(
             "Restored layers by kind (safety cost and utility loss: medians)", _kinds_table(report.layers)
         ),
@@ -70,7 +67,15 @@ def demo_table(report: DemoReport) -> RenderableType:
     return Group(
         _section("Three models, measured alike (below each rate its 95 % interval)", table),
         Text(),
-        _facts(_demo_facts(report)),
+        facts_grid(_demo_facts(report)),
+    )
+
+
+def model_names(report: RestoreReport | SweepReport) -> Facts:
+    """The two models by the names that people know."""
+    return (
+        ("fine-tuned", short_reference(report.finetuned.reference)),
+        ("aligned", short_reference(report.aligned.reference)),
     )
 
 
@@ -126,7 +131,8 @@ def _section(title: str, table: Table) -> RenderableType:
     return Group(Text(), Text(f" {title}", "bold"), Text(), table)
 
 
-def _facts(facts: Facts) -> RenderableType:
+def facts_grid(facts: Facts) -> RenderableType:
+    """Labels and texts side by side, in the order given."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
