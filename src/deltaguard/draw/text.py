@@ -164,15 +164,14 @@ def option(value: str | float | bool | None) -> str:
     """A choice of the user, exactly as it was run.
 
     Example:
-        >>> option(0.1), option(64.0), option(True), option(None), option("joint")
-        ('0.1', '64', 'yes', '–', 'joint')
+        >>> option(0.1), option(True), option(None), option("joint")
+        ('0.1', 'yes', '–', 'joint')
     """
     if value is None:
         return DASH
     if isinstance(value, bool):
         return "yes" if value else "no"
-    # A report keeps whole numbers as floats.
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return str(value)
 
 
 def model_label(name: str) -> str:
