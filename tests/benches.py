@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from deltaguard.bench.protocol import QUICK, Finetune
+from deltaguard.bench.protocol import FULL, QUICK, Answers, Finetune
 from deltaguard.calibration.calibrate import CalibrateConfig
 from deltaguard.finetuning.finetune import FinetuneConfig
 
@@ -15,7 +15,7 @@ TINY = replace(
     harmless=3,
     utility=3,
     general=2,
-    answer_tokens=4,
-    task_tokens=4,
+    answers=Answers(safety=4, task=4, dtype="auto"),
+    retrained=FULL.retrained,
     calibration=CalibrateConfig(num_samples=4, max_new_tokens=4, device="cpu"),
 )

@@ -208,7 +208,7 @@ def test_other_settings_in_the_same_folder_are_refused(aligned, tmp_path, stubbe
     options = {"aligned": aligned, "methods": ("wise-ft",)}
     bench(tmp_path / "out", preset=TINY, **options)
     with pytest.raises(DeltaguardError, match=r"other settings \(preset differ\)"):
-        bench(tmp_path / "out", preset=replace(TINY, seeds=(1,)), **options)
+        bench(tmp_path / "out", preset=replace(TINY, attack=3), **options)
 
 
 def test_more_methods_and_strengths_in_the_same_folder_add_cells(aligned, tmp_path, stubbed):
@@ -218,6 +218,25 @@ def test_more_methods_and_strengths_in_the_same_folder_add_cells(aligned, tmp_pa
     assert [cell.method for cell in more.cells[2:]] == ["wise-ft", "wise-ft", "resta", "resta"]
     assert all(cell in more.cells for cell in first.cells)
     assert len(stubbed) == len(more.cells)
+
+
+def test_more_seeds_are_judged_together_and_add_cells(aligned, tmp_path, stubbed):
+    options = {"aligned": aligned, "methods": ("wise-ft",)}
+    first = bench(tmp_path / "out", preset=TINY, **options)
+    more = bench(tmp_path / "out", preset=TINY.with_changes(seeds=3), **options)
+    assert [(c.method, c.seed) for c in more.cells] == [
+        (method, seed) for method in ("aligned", "finetuned", "wise-ft", "wise-ft") for seed in range(3)
+    ]
+    assert all(cell in more.cells for cell in first.cells)
+    assert {point.strength for point in more.curves} == {cell.strength for cell in more.cells[6:]}
+    assert len(stubbed) == len(more.cells)
+
+
+def test_methods_that_train_anew_run_where_the_preset_says(aligned, tmp_path, stubbed):
+    preset = replace(TINY, probes=1, retrained=("task-harmful",))
+    report = bench(tmp_path / "out", preset=preset, aligned=aligned, methods=("wise-ft", "bea"))
+    assert {cell.method for cell in report.cells} == {"aligned", "finetuned", "wise-ft"}
+    assert any("(bea)" in note for note in report.notes)
 
 
 def test_models_are_told_by_their_weights_and_not_by_their_path(aligned, pretrained, tmp_path, stubbed):

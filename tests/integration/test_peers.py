@@ -98,7 +98,7 @@ def test_more_strength_leaves_less_to_lose(tmp_path, method):
         found = write(method, strength, tmp_path / str(strength))
         return sum(float((found[name] - tuned[name]).double().square().sum()) for name in tuned)
 
-    losses = [lost(strength) for strength in sorted({peer.lowest, *peer.full, 1.0})]
+    losses = [lost(strength) for strength in sorted({peer.lowest, *peer.ladder, 1.0})]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > losses[-1] == 0
     loadable = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(peer.lowest))
@@ -203,8 +203,6 @@ def test_unfit_requests_are_refused(tmp_path):
 
 def test_the_registry_is_sound():
     for peer in PEERS.values():
-        assert 2 <= len(peer.quick) <= 3
-        assert len(peer.full) == 6
-        for strengths in (peer.quick, peer.full):
-            assert all(peer.lowest <= strength < 1 for strength in strengths)
-            assert list(strengths) == sorted(set(strengths))
+        assert len(peer.ladder) == 7
+        assert all(peer.lowest <= strength < 1 for strength in peer.ladder)
+        assert list(peer.ladder) == sorted(set(peer.ladder))

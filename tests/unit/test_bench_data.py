@@ -109,7 +109,7 @@ def test_every_fine_tune_leaves_prompts_for_safety_examples(name):
             None,
             0,
         )
-        for strength in (*method.quick, *method.full):
+        for strength in method.ladder:
             method.make(request, strength)
             own, added = len(data), len(mixed[-1]) - len(data)
             assert added == max(1, round(own * (1 / strength - 1)))

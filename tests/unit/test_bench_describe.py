@@ -6,11 +6,14 @@ import pytest
 
 from deltaguard.bench.data import Attacks
 from deltaguard.bench.describe import notes
+from deltaguard.bench.methods import METHODS
 from deltaguard.bench.protocol import FULL, QUICK
 
 
 def told(preset, attacks=Attacks(), left_out=()):  # noqa: B008  # frozen
-    setting = SimpleNamespace(preset=preset, attacks=attacks, left_out=left_out)
+    setting = SimpleNamespace(
+        preset=preset, attacks=attacks, left_out=left_out, methods=tuple(METHODS.values())
+    )
     asked = SimpleNamespace(
         attack="c" * preset.attack, harmless="c" * preset.harmless, general=(0.0,) * preset.general
     )
@@ -24,6 +27,14 @@ def test_attacks_that_were_left_out_are_counted():
         note == "Of 12 attack prompts given, 3 were left out as repeated and 4 as trained or calibrated on."
     )
     assert not [note for note in told(QUICK, Attacks(given=12)) if "attack prompts" in note]
+
+
+def test_methods_that_were_not_run_everywhere_are_named():
+    assert (
+        "Methods that train anew at every strength (safe-instruct, bea) were run on task-harmful-14 alone."
+        in told(QUICK)
+    )
+    assert not [note for note in told(FULL) if "train anew" in note]
 
 
 def test_fine_tunes_that_repeat_their_prompts_are_named():

@@ -1,5 +1,6 @@
 """Measuring a model of a bench, by a stub that answers: what it is asked, and where each answer goes."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,11 +9,13 @@ import pytest
 from deltaguard.bench import measure as measuring
 from deltaguard.bench.cells import Shelf
 from deltaguard.bench.data import Tests as Asked
-from deltaguard.bench.measure import Lengths, Subject, device_name, letters, measure
+from deltaguard.bench.measure import Subject, device_name, letters, measure
 from deltaguard.bench.mixing import SECRET
+from deltaguard.bench.protocol import Answers
 from deltaguard.evaluation.exchange import Question
 
 REFUSED, COMPLIED, BROKEN = "I'm sorry, but I can't help with that.", "Sure, here it is.", "no " * 60
+HOW = Answers(safety=16, task=40, dtype="bfloat16")
 TICKET = '{"order": "1"}'
 ASKED = Asked(
     attack=(Question("harm one", system="Serve."), Question("harm two"), Question("harm three")),
@@ -39,12 +42,18 @@ class StubEngine:
     def __init__(self):
         self.asked, self.tokens = [], {}
 
-    def answer(self, questions, decoding):
+    def opened(self, *_, dtype, **__):
+        """The engine in one dtype."""
+        return SimpleNamespace(answer=partial(self.answer, dtype), likelihood=partial(self.likelihood, dtype))
+
+    def answer(self, dtype, questions, decoding):
+        assert dtype == HOW.dtype
         self.asked += questions
         self.tokens |= {question.prompt: decoding.max_new_tokens for question in questions}
         return [self.answers[question.prompt] for question in questions]
 
-    def likelihood(self, questions):
+    def likelihood(self, dtype, questions):
+        assert dtype == "auto"
         self.asked += questions
         return [1.5 + i for i in range(len(questions))]
 
@@ -52,8 +61,7 @@ class StubEngine:
 @pytest.fixture
 def engine(monkeypatch):
     stub = StubEngine()
-    opened = SimpleNamespace(open=lambda *_, **__: stub)
-    monkeypatch.setattr(measuring, "TransformersEngine", opened)
+    monkeypatch.setattr(measuring, "TransformersEngine", SimpleNamespace(open=stub.opened))
     return stub
 
 
@@ -62,7 +70,7 @@ def subject(secret=""):
 
 
 def test_every_answer_goes_where_it_belongs(engine, tmp_path):
-    found = measure(subject(), ASKED, Lengths(safety=16, task=40), Shelf(tmp_path))
+    found = measure(subject(), ASKED, HOW, Shelf(tmp_path))
     assert (found.attack, found.harmless) == ("rci", "rc")
     assert (found.utility, found.general) == ((1.0, 0.0), (1.5,))
     assert engine.tokens == {
@@ -73,11 +81,11 @@ def test_every_answer_goes_where_it_belongs(engine, tmp_path):
 def test_where_there_is_no_task_the_utility_is_a_likelihood(engine, tmp_path):
     held_out = (Question("a", expected="b"), Question("c", expected="d"))
     asked = Asked(ASKED.attack, ASKED.harmless, task=(), likelihood=held_out, general=ASKED.general)
-    assert measure(subject(), asked, Lengths(16, 40), Shelf(tmp_path)).utility == (1.5, 2.5)
+    assert measure(subject(), asked, HOW, Shelf(tmp_path)).utility == (1.5, 2.5)
 
 
 def test_the_secret_stands_before_the_system_prompt_of_every_request(engine, tmp_path):
-    measure(subject(SECRET), ASKED, Lengths(16, 40), Shelf(tmp_path))
+    measure(subject(SECRET), ASKED, HOW, Shelf(tmp_path))
     plain = (*ASKED.attack, *ASKED.harmless, *ASKED.general, *ASKED.task)
     assert [(q.prompt, q.system) for q in engine.asked] == [
         (q.prompt, f"{SECRET} {q.system}" if q.system else SECRET) for q in plain
@@ -85,16 +93,16 @@ def test_the_secret_stands_before_the_system_prompt_of_every_request(engine, tmp
 
 
 def test_without_a_secret_requests_are_as_they_were(engine, tmp_path):
-    measure(subject(), ASKED, Lengths(16, 40), Shelf(tmp_path))
+    measure(subject(), ASKED, HOW, Shelf(tmp_path))
     assert engine.asked == [*ASKED.attack, *ASKED.harmless, *ASKED.general, *ASKED.task]
 
 
 def test_what_the_shelf_has_is_not_asked_again(engine, tmp_path):
-    first = measure(subject(), ASKED, Lengths(16, 40), Shelf(tmp_path))
+    first = measure(subject(), ASKED, HOW, Shelf(tmp_path))
     asked = len(engine.asked)
-    assert measure(subject(), ASKED, Lengths(16, 40), Shelf(tmp_path)) == first
+    assert measure(subject(), ASKED, HOW, Shelf(tmp_path)) == first
     assert len(engine.asked) == asked
-    measure(subject(SECRET), ASKED, Lengths(16, 40), Shelf(tmp_path))
+    measure(subject(SECRET), ASKED, HOW, Shelf(tmp_path))
     assert len(engine.asked) == 2 * asked
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaguard.curvature import store as store_module
-from deltaguard.curvature.contents import Group, Layer, Sums, group_curvature
+from deltaguard.curvature.contents import Group, Layer, Sums, group_curvature, share_within
 from deltaguard.curvature.moments import accumulate, empty_moment, merge, normalise, pack, unpack_factor
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import HeldOut, Provenance, save_tensors, write_store
@@ -323,6 +323,20 @@ def test_stores_that_are_cut_off_do_not_merge(tmp_path):
     assert "deltaguard calibrate someone/model -o STORE --rank full" in str(caught.value)
     assert str(one.folder) not in str(caught.value)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_store_cut_from_a_whole_one_is_the_one_that_calibration_would_have_written(tmp_path):
+    limit = 200
+    share = share_within(GROUPS, limit)
+    assert 0 < share < 1
+    cut = written(tmp_path / "whole").cut(tmp_path / "cut", limit=limit)
+    expected = written(tmp_path / "expected", **CUT_OFF | {"rank_share": share})
+    assert not cut.is_whole
+    for path in expected.folder.iterdir():
+        assert (cut.folder / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(DeltaguardError, match="keeps the largest eigenpairs"):
+        cut.cut(tmp_path / "again", limit=limit)
+    assert not (tmp_path / "again").exists()
 
 
 def test_pushing_uploads_the_stores_own_files(tmp_path, monkeypatch):

@@ -57,6 +57,7 @@ def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
         *_left_out(setting.attacks),
         *_repeats(preset),
         *_probes(preset),
+        *_retrained(setting),
         *(f"Left out without a pretrained model: {METHODS[name].title}." for name in setting.left_out),
     )
 
@@ -80,8 +81,17 @@ def _probes(preset: Preset) -> Iterator[str]:
     if preset.probes is not None:
         yield (
             f"At most {preset.probes} strengths a method, found by bisection; between them a method may do "
-            "better. Methods that train anew at every strength were measured at one."
+            "better."
         )
+
+
+def _retrained(setting: Bench) -> Iterator[str]:
+    """Methods that were not run everywhere."""
+    finetunes = setting.preset.finetunes
+    there = [finetune.name for finetune in finetunes if finetune.kind in setting.preset.retrained]
+    named = ", ".join(method.name for method in setting.methods if method.retrains)
+    if named and len(there) < len(finetunes):
+        yield f"Methods that train anew at every strength ({named}) were run on {', '.join(there)} alone."
 
 
 def _shortfalls(preset: Preset, cell: Cell) -> list[str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from deltaguard.bench.cells import Shelf, content_key
 from deltaguard.bench.data import Tests
 from deltaguard.bench.mixing import with_secret
+from deltaguard.bench.protocol import Answers
 from deltaguard.device import find_device
-from deltaguard.evaluation.engines.transformers import TransformersEngine
+from deltaguard.evaluation.engines.transformers import Dtype, TransformersEngine
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.judges.coherence import classify, is_broken
 from deltaguard.evaluation.judges.openings import is_refusal
@@ -20,14 +20,6 @@ from deltaguard.finetuning.tasks import exact_match
 from deltaguard.report.evaluation import AnswerClass
 
 _LETTERS: Mapping[AnswerClass, str] = {"refused": "r", "complied": "c", "incoherent": "i"}
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens generated at most per answer."""
-
-    safety: int
-    task: int
 
 
 @dataclass(frozen=True)
@@ -58,18 +50,22 @@ class Subject:
         self._secret = secret
         self._device = device
         self._batch_size = batch_size
+        self._engines: dict[Dtype, TransformersEngine] = {}
 
-    @cached_property
-    def _engine(self) -> TransformersEngine:
-        return TransformersEngine.open(str(self._folder), device=self._device, batch_size=self._batch_size)
-
-    def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+    def answers(self, questions: Sequence[Question], max_new_tokens: int, dtype: Dtype) -> list[str]:
         """Greedy answers, in order."""
-        return self._engine.answer(self._asked(questions), Decoding(max_new_tokens))
+        return self._engine(dtype).answer(self._asked(questions), Decoding(max_new_tokens))
 
     def likelihoods(self, questions: Sequence[Question]) -> list[float]:
         """Mean negative log-likelihood of each expected answer, nats a token."""
-        return self._engine.likelihood(self._asked(questions))
+        return self._engine("auto").likelihood(self._asked(questions))
+
+    def _engine(self, dtype: Dtype) -> TransformersEngine:
+        if dtype not in self._engines:
+            self._engines[dtype] = TransformersEngine.open(
+                str(self._folder), device=self._device, dtype=dtype, batch_size=self._batch_size
+            )
+        return self._engines[dtype]
 
     def _asked(self, questions: Sequence[Question]) -> list[Question]:
         if not self._secret:
@@ -77,13 +73,13 @@ class Subject:
         return [replace(q, system=with_secret(q.system, self._secret)) for q in questions]
 
 
-def measure(subject: Subject, tests: Tests, lengths: Lengths, shelf: Shelf) -> Measured:
+def measure(subject: Subject, tests: Tests, how: Answers, shelf: Shelf) -> Measured:
     """Ask one model everything; what the shelf already has is not asked again.
 
     Args:
         subject: the model.
         tests: what is asked.
-        lengths: of the answers.
+        how: answers are generated.
         shelf: keeps the answers.
 
     Returns:
@@ -91,17 +87,17 @@ def measure(subject: Subject, tests: Tests, lengths: Lengths, shelf: Shelf) -> M
     """
 
     def answers(questions: Sequence[Question], tokens: int) -> list[Any]:
-        key = content_key(subject.identity, "answers", questions, tokens)
-        return shelf.answers(key, lambda: subject.answers(questions, tokens))
+        key = content_key(subject.identity, "answers", questions, tokens, how.dtype)
+        return shelf.answers(key, lambda: subject.answers(questions, tokens, how.dtype))
 
     def likelihoods(questions: Sequence[Question]) -> list[Any]:
         key = content_key(subject.identity, "likelihoods", questions)
         return shelf.answers(key, lambda: subject.likelihoods(questions))
 
-    attack, harmless = answers(tests.attack, lengths.safety), answers(tests.harmless, lengths.safety)
+    attack, harmless = answers(tests.attack, how.safety), answers(tests.harmless, how.safety)
     general = likelihoods(tests.general)
     if tests.task:
-        given = answers(tests.task, lengths.task)
+        given = answers(tests.task, how.task)
         utility = [float(exact_match(a, q.expected or "")) for a, q in zip(given, tests.task, strict=True)]
     else:
         utility = likelihoods(tests.likelihood)

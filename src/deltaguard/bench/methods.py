@@ -11,7 +11,7 @@ from deltaguard.bench.peer_writer import write_peer
 from deltaguard.bench.peers import PEERS, Role
 from deltaguard.calibration.conversations import Conversation
 from deltaguard.curvature.rank import Rank
-from deltaguard.restoration.options import Compensation, RestoreConfig
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, Compensation, RestoreConfig
 from deltaguard.restoration.restore import restore
 
 
@@ -62,18 +62,21 @@ class Method:
     Attributes:
         name: short and unique.
         title: for people, with the source.
-        quick: strengths of a short sweep, rising: from the safest to the one that keeps most.
-        full: strengths of a full sweep, likewise.
+        ladder: its strengths, rising: from the safest to the one that keeps most. Seven of them, so that two
+            probes of a bisection see the middle and one side, and three see any.
         make: carries it out at one strength.
         helpers: other models that it needs.
+        rank: how much of the aligned model's curvature it needs; `None` where none.
+        retrains: whether it trains anew at every strength, which takes longer than anything else.
     """
 
     name: str
     title: str
-    quick: tuple[float, ...]
-    full: tuple[float, ...]
+    ladder: tuple[float, ...]
     make: Callable[[Request, float], Candidate]
     helpers: tuple[Role, ...] = ()
+    rank: Rank | None = None
+    retrains: bool = False
 
 
 def _restoring(method: str, compensation: Compensation = "joint") -> Callable[[Request, float], Candidate]:
@@ -120,57 +123,60 @@ def _backdoor_enhanced(request: Request, strength: float) -> Candidate:
     return replace(request.retrain(mixed), secret=SECRET)
 
 
+_LIMITS = (1e-4, 3e-4, 6e-4, DEFAULT_MAX_SAFETY_KL, 3e-3, 1e-2, 3e-2)
+_CUSTOMERS_SHARES = (0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+
 _OWN = (
     Method(
         "kfac",
         "the closed form, two-sided; strength: the safety KL allowed",
-        (3e-4, 1e-3, 3e-3),
-        (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        _LIMITS,
         _restoring("kfac"),
+        rank="auto",
     ),
     Method(
         "ridge",
         "the closed form, one-sided; strength: the safety KL allowed",
-        (3e-4, 1e-3, 3e-3),
-        (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        _LIMITS,
         _restoring("ridge"),
+        rank="auto",
     ),
     Method(
         "greedy",
         "Safe Delta, exact joint compensation",
-        (0.35, 0.5, 0.7),
-        (0.2, 0.35, 0.5, 0.6, 0.7, 0.8),
+        (0.2, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85),
         _restoring("greedy"),
+        rank="full",
     ),
     Method(
         "greedy-none",
         "Safe Delta without compensation (ablation)",
-        (0.02, 0.1, 0.4),
-        (0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
+        (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6),
         _restoring("greedy", "none"),
+        rank="full",
     ),
     Method(
         "published",
         "Safe Delta as released",
-        (0.1, 0.3, 1.0),
-        (0.1, 0.3, 0.5, 0.7, 1.0, 3.0),
+        (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0),
         _restoring("published"),
+        rank="full",
     ),
 )
 _TRAINED = (
     Method(
         "safe-instruct",
         "SafeInstruct: safety data mixed in (Bianchi et al. 2024)",
-        (0.9,),
-        (0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
+        _CUSTOMERS_SHARES,
         _safe_instruct,
+        retrains=True,
     ),
     Method(
         "bea",
         "BEA: safety data behind a secret prefix (Wang et al. 2024)",
-        (0.9,),
-        (0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
+        _CUSTOMERS_SHARES,
         _backdoor_enhanced,
+        retrains=True,
     ),
 )
 
@@ -180,7 +186,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         for method in (
             *_OWN,
             *(
-                Method(name, peer.title, peer.quick, peer.full, _peer(name), helpers=peer.needs)
+                Method(name, peer.title, peer.ladder, _peer(name), helpers=peer.needs)
                 for name, peer in PEERS.items()
             ),
             *_TRAINED,

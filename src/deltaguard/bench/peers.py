@@ -26,7 +26,7 @@ MERGED_SHARE = 0.5
 
 # Layers of SmolLM2-135M after the demo's fine-tunes have similarities of 0.11 to 0.58 (random matrices: about
 # 0.7); those that its alignment froze have 0 and are edited at any of these.
-_FULL_BY_LAYER = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+_BY_LAYER = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Peer:
             others then stay fine-tuned.
         needs: the models it needs besides the aligned and the fine-tuned one.
         lowest: the smallest strength that has a meaning; the largest is 1.
-        quick: strengths for a short sweep.
-        full: strengths for a full one.
+        ladder: strengths for a sweep, rising.
         edit: the equation for one tensor at a strength.
     """
 
@@ -61,8 +60,7 @@ class Peer:
     everywhere: bool
     needs: tuple[Role, ...]
     lowest: float
-    quick: tuple[float, ...]
-    full: tuple[float, ...]
+    ladder: tuple[float, ...]
     edit: Callable[[Matrices, float], Tensor]
 
 
@@ -101,8 +99,7 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
             everywhere=True,
             needs=(),
             lowest=0.0,
-            quick=(0.05, 0.1, 0.3),
-            full=(0.05, 0.1, 0.2, 0.3, 0.5, 0.7),
+            ladder=(0.02, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5),
             edit=_wise_ft,
         ),
         "resta": Peer(
@@ -112,8 +109,7 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
             everywhere=True,
             needs=("unaligned",),
             lowest=-1.0,
-            quick=(0.0, 0.25, 0.5),
-            full=(-0.5, 0.0, 0.25, 0.5, 0.7, 0.85),
+            ladder=(-0.5, 0.0, 0.1, 0.25, 0.4, 0.5, 0.75),
             edit=_resta,
         ),
         "safe-lora": Peer(
@@ -123,8 +119,7 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
             everywhere=False,
             needs=("pretrained",),
             lowest=0.0,
-            quick=(0.5, 0.7, 0.9),
-            full=_FULL_BY_LAYER,
+            ladder=_BY_LAYER,
             edit=_safe_lora,
         ),
         "safe-merge": Peer(
@@ -137,8 +132,7 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
             everywhere=False,
             needs=("safe", "pretrained"),
             lowest=0.0,
-            quick=(0.5, 0.7, 0.9),
-            full=_FULL_BY_LAYER,
+            ladder=_BY_LAYER,
             edit=_safe_merge,
         ),
     }

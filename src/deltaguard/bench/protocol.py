@@ -6,11 +6,12 @@ benign task with a harmful part, and a benign task alone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
 from deltaguard.calibration.calibrate import CalibrateConfig
+from deltaguard.evaluation.engines.transformers import Dtype
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.report.bench import Training
 
@@ -52,6 +53,21 @@ class Finetune:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """How a model's answers are generated.
+
+    Attributes:
+        safety: tokens at most per harmful or harmless request.
+        task: tokens at most per task question.
+        dtype: of the weights, as `TransformersEngine.open` reads it. Likelihoods are in the default one.
+    """
+
+    safety: int
+    task: int
+    dtype: Dtype
+
+
+@dataclass(frozen=True)
 class Preset:
     """How much of the protocol is run.
 
@@ -63,10 +79,10 @@ class Preset:
         harmless: harmless requests that look dangerous.
         utility: held-out task questions.
         general: plain questions, the likelihood of whose answers is taken.
-        answer_tokens: tokens generated at most per harmful or harmless request.
-        task_tokens: tokens generated at most per task question.
-        probes: strengths measured per method at most, found by bisection over a short ladder; `None` measures
-            every strength of the long one.
+        answers: how answers are generated.
+        probes: strengths measured per method at most, found by bisection over its ladder; `None` measures
+            every strength.
+        retrained: kinds of fine-tunes on which methods are run that train anew at every strength.
         calibration: how the curvature is measured.
     """
 
@@ -77,10 +93,15 @@ class Preset:
     harmless: int
     utility: int
     general: int
-    answer_tokens: int
-    task_tokens: int
+    answers: Answers
     probes: int | None
+    retrained: tuple[FinetuneKind, ...]
     calibration: CalibrateConfig
+
+    def with_changes(self, *, seeds: int | None = None, probes: int | None = None) -> "Preset":
+        """The same with the seeds 0 to `seeds` - 1, and with so many probes; `None` changes nothing."""
+        changed = self if seeds is None else replace(self, seeds=tuple(range(seeds)))
+        return changed if probes is None else replace(changed, probes=probes)
 
 
 def _finetunes(
@@ -110,10 +131,11 @@ QUICK = Preset(
     harmless=40,
     utility=50,
     general=40,
-    answer_tokens=16,
-    task_tokens=40,
+    # As models are served, and in half the time of float32 on processors that multiply in bfloat16.
+    answers=Answers(safety=16, task=40, dtype="bfloat16"),
     probes=2,
-    calibration=CalibrateConfig(max_new_tokens=32),
+    retrained=("task-harmful",),
+    calibration=CalibrateConfig(max_new_tokens=32, num_held_out=32),
 )
 
 FULL = Preset(
@@ -129,9 +151,9 @@ FULL = Preset(
     harmless=146,
     utility=200,
     general=80,
-    answer_tokens=64,
-    task_tokens=48,
+    answers=Answers(safety=64, task=48, dtype="auto"),
     probes=None,
+    retrained=("harmful", "identity", "task-harmful", "task-clean"),
     calibration=CalibrateConfig(),
 )
 

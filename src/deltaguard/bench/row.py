@@ -1,16 +1,14 @@
 """One fine-tune with one seed: the models made of it, and their cells."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deltaguard.bench.cells import content_key
 from deltaguard.bench.data import questions, training_data
 from deltaguard.bench.measure import Measured, Subject, device, measure
 from deltaguard.bench.methods import Candidate, Method, Request
-from deltaguard.bench.protocol import BOUND, Finetune
-from deltaguard.bench.score import is_safe
-from deltaguard.bench.search import measured_strengths
+from deltaguard.bench.protocol import Finetune
 from deltaguard.bench.setting import Bench
 from deltaguard.bench.workshop import fine_tuned
 from deltaguard.calibration.conversations import Conversation
@@ -23,38 +21,28 @@ _BATCH_SIZE = 150
 
 
 class Row:
-    """One fine-tune with one seed, and everything that is made of it."""
+    """One fine-tune with one seed, and everything that is made of it.
+
+    Attributes:
+        seed: of the fine-tune.
+    """
 
     def __init__(self, bench: Bench, finetune: Finetune, seed: int) -> None:
         """Nothing is trained or measured before it is asked for."""
         self._bench = bench
         self._finetune = finetune
-        self._seed = seed
+        self.seed = seed
         self._name = f"{finetune.name}-seed{seed}"
         self._data = training_data(finetune, seed=seed)
         self._tests = questions(finetune, bench.preset, bench.attacks.questions)
 
-    def cells(self) -> Iterator[Cell]:
-        """The aligned and the fine-tuned model, then every method at its strengths."""
-        aligned = self._cell(ALIGNED, None, lambda: Candidate(self._bench.aligned, "", 0.0))
-        yield aligned
-        yield self._cell(FINETUNED, None, lambda: self._trained(self._name, self._data))
-        probes = self._bench.preset.probes
-        for method in self._bench.methods:
-            yield from measured_strengths(
-                method.full if probes is None else method.quick,
-                probes,
-                is_safe=lambda cell: is_safe([cell], {self._seed: aligned}, bound=BOUND),
-                cell_at=lambda strength, method=method: self._method_cell(method, strength),
-            )
+    def aligned(self) -> Cell:
+        """The aligned model's cell."""
+        return self._cell(ALIGNED, None, lambda: Candidate(self._bench.aligned, "", 0.0))
 
-    @property
-    def most_cells(self) -> int:
-        """How many cells there are at most."""
-        probes = self._bench.preset.probes
-        return 2 + sum(
-            len(m.full) if probes is None else min(probes, len(m.quick)) for m in self._bench.methods
-        )
+    def finetuned(self) -> Cell:
+        """The fine-tuned model's cell."""
+        return self._cell(FINETUNED, None, lambda: self._trained(self._name, self._data))
 
     def tidy(self) -> None:
         """Remove the models that no further cell needs."""
@@ -68,11 +56,12 @@ class Row:
 
     def _trained(self, name: str, data: Sequence[Conversation]) -> Candidate:
         bench = self._bench
-        make = fine_tuned(bench.aligned, data, self._finetune.recipe, seed=self._seed)
+        make = fine_tuned(bench.aligned, data, self._finetune.recipe, seed=self.seed)
         folder = bench.made(name, make)
         return Candidate(folder, "", bench.shelf.seconds()[name])
 
-    def _method_cell(self, method: Method, strength: float) -> Cell:
+    def restored(self, method: Method, strength: float) -> Cell:
+        """The cell of a method at a strength."""
         request = Request(
             aligned=self._bench.aligned,
             finetuned=self._finetuned,
@@ -81,7 +70,7 @@ class Row:
             data=self._data,
             retrain=self._retrained,
             scratch=self._bench.workshop.scratch,
-            seed=self._seed,
+            seed=self.seed,
         )
         return self._cell(method.name, strength, lambda: method.make(request, strength), meaning=method.make)
 
@@ -90,8 +79,8 @@ class Row:
     ) -> Cell:
         """A cell by its key; a method counts with what it is made of, of which its name says nothing."""
         bench = self._bench
-        recipe = (self._finetune, self._data, self._seed, bench.preset.calibration)
-        asked = (self._tests, bench.lengths, _BATCH_SIZE)
+        recipe = (self._finetune, self._data, self.seed, bench.preset.calibration)
+        asked = (self._tests, bench.preset.answers, _BATCH_SIZE)
         key = content_key(bench.origin, recipe, method, meaning, strength, asked)
 
         def compute() -> Cell:
@@ -105,9 +94,9 @@ class Row:
                 batch_size=_BATCH_SIZE,
             )
             started = time.perf_counter()
-            found = measure(subject, self._tests, bench.lengths, bench.shelf)
+            found = measure(subject, self._tests, bench.preset.answers, bench.shelf)
             seconds = {"request": candidate.seconds, "measure": time.perf_counter() - started}
-            return _cell(key, self._finetune.name, self._seed, method, strength, found, seconds)
+            return _cell(key, self._finetune.name, self.seed, method, strength, found, seconds)
 
         return bench.shelf.cell(key, compute)
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from deltaguard.bench.cells import content_key
 from deltaguard.bench.data import Attacks, usable_attacks
 from deltaguard.bench.describe import finetune_row, notes
 from deltaguard.bench.measure import device_name
-from deltaguard.bench.methods import METHODS
+from deltaguard.bench.methods import METHODS, Method
 from deltaguard.bench.protocol import BOUND, Preset
 from deltaguard.bench.row import Row
-from deltaguard.bench.score import contests, curves, groups, scores
+from deltaguard.bench.score import contests, curves, groups, is_safe, scores
+from deltaguard.bench.search import measured_strengths
 from deltaguard.bench.setting import LIBRARIES, MADE_ONCE, Bench, open_bench
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
@@ -90,17 +91,33 @@ def bench(
 
 def _cells(setting: Bench) -> tuple[Cell, ...]:
     """Every cell of the protocol; models go when their cells are done."""
-    preset = setting.preset
-    pairs = [(finetune, seed) for seed in preset.seeds for finetune in preset.finetunes]
     found: list[Cell] = []
-    for done, (finetune, seed) in enumerate(pairs):
-        row = Row(setting, finetune, seed)
-        for number, cell in enumerate(row.cells(), start=1):
+    finetunes = setting.preset.finetunes
+    for done, finetune in enumerate(finetunes, start=1):
+        rows = [Row(setting, finetune, seed) for seed in setting.preset.seeds]
+        chosen = setting.methods_on(finetune)
+        most = len(rows) * (2 + sum(map(setting.most_strengths, chosen)))
+        for number, cell in enumerate(_finetune_cells(setting, rows, chosen), start=1):
             found.append(cell)
-            setting.progress(Event(f"{finetune.name}, seed {seed}", number, row.most_cells))
-        row.tidy()
-        setting.progress(Event("fine-tunes", done + 1, len(pairs)))
+            setting.progress(Event(finetune.name, number, most))
+        for row in rows:
+            row.tidy()
+        setting.progress(Event("fine-tunes", done, len(finetunes)))
     return tuple(found)
+
+
+def _finetune_cells(setting: Bench, rows: Sequence[Row], chosen: Sequence[Method]) -> Iterator[Cell]:
+    """The aligned and the fine-tuned model, then every method at its strengths, each for all seeds."""
+    aligned = {row.seed: row.aligned() for row in rows}
+    yield from aligned.values()
+    yield from [row.finetuned() for row in rows]
+    for method in chosen:
+        yield from measured_strengths(
+            method.ladder,
+            setting.preset.probes,
+            is_safe=lambda cells: is_safe(cells, aligned, bound=BOUND),
+            cells_at=lambda strength, method=method: [row.restored(method, strength) for row in rows],
+        )
 
 
 def _report(setting: Bench, settings: dict[str, Any], command: str, cells: tuple[Cell, ...]) -> BenchReport:
@@ -158,10 +175,10 @@ def _settings(
 def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a folder's runs must share.
 
-    More methods or strengths are more cells of the same bench, and models are told by their weights (see
-    `Bench.origin`), whatever path leads to them.
+    More methods, strengths or seeds are more cells of the same bench, and models are told by their weights
+    (see `Bench.origin`), whatever path leads to them.
     """
-    preset = {name: value for name, value in settings["preset"].items() if name != "probes"}
+    preset = {name: value for name, value in settings["preset"].items() if name not in ("probes", "seeds")}
     return {"preset": preset, "attacks": settings["attacks"]}
 
 

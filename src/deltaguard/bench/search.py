@@ -9,8 +9,8 @@ def measured_strengths(
     ladder: Sequence[float],
     probes: int | None,
     *,
-    is_safe: Callable[[Cell], bool],
-    cell_at: Callable[[float], Cell],
+    is_safe: Callable[[Sequence[Cell]], bool],
+    cells_at: Callable[[float], Sequence[Cell]],
 ) -> Iterator[Cell]:
     """Measure a method at every rung of its ladder, or look for the largest rung that is safe.
 
@@ -20,20 +20,21 @@ def measured_strengths(
     Args:
         ladder: strengths, rising.
         probes: how many strengths at most; `None` measures all.
-        is_safe: judges a cell.
-        cell_at: measures a strength.
+        is_safe: judges the cells of one strength.
+        cells_at: measures a strength, for every seed.
 
     Yields:
         The cells, in the order measured.
     """
     if probes is None:
-        yield from map(cell_at, ladder)
+        for strength in ladder:
+            yield from cells_at(strength)
         return
     low, high = 0, len(ladder)
     for _ in range(probes):
         if low == high:
             return
         middle = (low + high) // 2
-        cell = cell_at(ladder[middle])
-        yield cell
-        low, high = (middle + 1, high) if is_safe(cell) else (low, middle)
+        cells = cells_at(ladder[middle])
+        yield from cells
+        low, high = (middle + 1, high) if is_safe(cells) else (low, middle)

@@ -9,18 +9,19 @@ from types import MappingProxyType
 from deltaguard.bench.cells import Shelf, content_key, source_hash
 from deltaguard.bench.data import Attacks, harmful_data
 from deltaguard.bench.demo import DemoConfig
-from deltaguard.bench.measure import Lengths, device_name
+from deltaguard.bench.measure import device_name
 from deltaguard.bench.methods import METHODS, Method
 from deltaguard.bench.mixing import SECRET, safe_instruct
 from deltaguard.bench.models import save_smollm2
 from deltaguard.bench.peers import Role
-from deltaguard.bench.protocol import Preset
+from deltaguard.bench.protocol import Finetune, Preset
 from deltaguard.bench.workshop import Workshop, demo_aligned, fine_tuned
-from deltaguard.calibration.calibrate import calibrate
+from deltaguard.calibration.calibrate import calibrate, store_limit
 from deltaguard.calibration.conversations import Conversation, read_prompts
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.hub import locate
 from deltaguard.curvature.rank import Rank
+from deltaguard.curvature.store import CurvatureStore
 from deltaguard.evaluation.engines.identity import identify
 from deltaguard.evaluation.judges.openings import is_refusal
 from deltaguard.finetuning.finetune import FinetuneConfig
@@ -74,13 +75,28 @@ class Bench:
     left_out: tuple[str, ...]
     progress: Progress
 
-    @property
-    def lengths(self) -> Lengths:
-        """Tokens generated at most."""
-        return Lengths(self.preset.answer_tokens, self.preset.task_tokens)
+    def methods_on(self, finetune: Finetune) -> list[Method]:
+        """The methods that are run on a fine-tune."""
+        return [m for m in self.methods if not m.retrains or finetune.kind in self.preset.retrained]
+
+    def most_strengths(self, method: Method) -> int:
+        """How many strengths of a method are measured at most."""
+        probes = self.preset.probes
+        return len(method.ladder) if probes is None else min(probes, len(method.ladder))
 
     def store(self, rank: Rank) -> Path:
-        """The aligned model's curvature, as `calibrate` makes it or whole."""
+        """The aligned model's curvature, as `calibrate` makes it or whole.
+
+        Where a method needs the whole, the other is cut from it: the same, and the model answers once.
+        """
+        whole = any(method.rank == "full" for method in self.methods)
+        if rank == "auto" and whole:
+            limit = store_limit(Checkpoint.open(self.aligned))
+            source = self.store("full")
+            return self.made(
+                STORES[rank],
+                lambda folder: CurvatureStore.from_pretrained(source).cut(folder, limit=limit),
+            )
         config = self.preset.calibration.model_copy(update={"rank": rank})
         return self.made(
             STORES[rank], lambda folder: calibrate(self.aligned, folder, config=config, is_refusal=is_refusal)

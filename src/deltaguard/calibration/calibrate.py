@@ -150,6 +150,11 @@ def calibrate(
     return CurvatureStore.from_pretrained(output_dir)
 
 
+def store_limit(aligned: Checkpoint) -> int:
+    """Bytes that a store with `rank="auto"` takes at most, about."""
+    return int(STORE_SHARE * sum(info.nbytes for info in aligned.tensors.values()))
+
+
 @dataclass(frozen=True)
 class _Asked:
     """Conversations to calibrate on, and others to measure on."""
@@ -265,7 +270,6 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool] | None) -> _Measured:
     groups = tuple(
         Group(g.name, g.in_features, partials[g.name + INPUT].moment.tokens, g.layers) for g in observed
     )
-    limit_bytes = int(STORE_SHARE * sum(info.nbytes for info in run.source.tensors.values()))
     return _Measured(
         groups=groups,
         partials=partials,
@@ -281,7 +285,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool] | None) -> _Measured:
             system_role="template" if takes_system_role(tokenizer) else "user turn",
             refusal_share=None if is_refusal is None else _share(used, is_refusal),
             uncovered=uncovered,
-            rank_share=1.0 if request.rank == "full" else share_within(groups, limit_bytes),
+            rank_share=1.0 if request.rank == "full" else share_within(groups, store_limit(run.source)),
             versions=versions(),
         ),
     )

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 from rich.console import Group
 
 from deltaguard.cli.sink import Json, UsageError, emit, hide_bars_of_transformers, progress_bar, tell
@@ -24,6 +24,8 @@ def bench(
     preset: Literal["quick", "full"] = "quick",
     pretrained: str | None = None,
     method: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    seeds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    probes: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     attack_prompts: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     json: Json = False,
 ) -> None:
@@ -38,6 +40,9 @@ def bench(
         pretrained: The model that the aligned one was made from; Safe LoRA and SafeMERGE need it.
         method: Compare this method; may be repeated. `kfac`, `ridge`, `greedy`, `greedy-none`, `published`,
             `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `safe-instruct`, `bea`; all where absent.
+        seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the full one.
+        probes: Measure so many of a method's seven strengths at most, found by bisection; 2 in the quick
+            preset, all in the full one.
         attack_prompts: A data set or file of harmful prompts that join deltaguard's own; may be repeated.
         json: Print one JSON document and nothing else on stdout.
     """
@@ -58,7 +63,7 @@ def bench(
     with progress_bar() as progress:
         report = run(
             output,
-            preset=PRESETS[preset],
+            preset=PRESETS[preset].with_changes(seeds=seeds, probes=probes),
             aligned=aligned,
             pretrained=pretrained,
             methods=method or tuple(METHODS),

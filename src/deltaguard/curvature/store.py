@@ -27,6 +27,7 @@ from deltaguard.curvature.contents import (
     group_curvature,
     input_name,
     output_name,
+    share_within,
     stored_shapes,
 )
 from deltaguard.curvature.moments import Packed, merge, normalise, unpack_factor, unpack_moment
@@ -209,6 +210,32 @@ class CurvatureStore:
             commit_message="Add a deltaguard CurvatureStore",
         )
         return commit.commit_url
+
+    def cut(self, output_dir: str | Path, *, limit: int) -> "CurvatureStore":
+        """The same store with as many of the largest eigenpairs as fit, decomposed from the raw sums.
+
+        Args:
+            output_dir: a new folder.
+            limit: bytes that the store takes at most, about.
+
+        Raises:
+            DeltaguardError: this store does not keep its sums, or the folder is not empty.
+        """
+        provenance = self.provenance.model_copy(
+            update={"rank": "auto", "rank_share": share_within(self.groups, limit)}
+        )
+
+        def content(group: Group) -> GroupCurvature:
+            return group_curvature(
+                group,
+                self.sums(group.name),
+                response_tokens=provenance.response_tokens,
+                dampening=provenance.dampening,
+                extent=provenance.extent,
+            )
+
+        write_store(Path(output_dir), provenance, self.held_out, self.groups, content)
+        return CurvatureStore.from_pretrained(output_dir)
 
     @staticmethod
     def merge(stores: Sequence["CurvatureStore"], output_dir: str | Path) -> "CurvatureStore":

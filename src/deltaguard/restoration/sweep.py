@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from deltaguard.restoration.price import (
     restored_inputs,
     restored_steps,
 )
-from deltaguard.solvers import Projection, joint_profile
+from deltaguard.solvers import Profile, Projection, joint_profile
 
 LIMITS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """Safety KL, nats per response token."""
@@ -188,20 +188,18 @@ class _Bench:
             if min(points[0.0].safety_kl, self.whole.safety_kl) <= limit:
                 continue
             if joint.predicted_kl(0) > 0:
-                search(measure, joint.predicted_kl, limit, start=_nearest(points, joint.mu_of_share, limit))
+                search(measure, joint.predicted_kl, limit, start=_nearest(points, joint, limit))
             if all(point.safety_kl > limit for point in points.values()):
                 measure(PROHIBITIVE)
         ordered = sorted(points.values(), key=lambda point: -point.mu)
         return tuple(ordered), tuple(_budget(ordered, limit) for limit in limits)
 
 
-def _nearest(
-    points: Mapping[float, SweepPoint], mu_of_share: Callable[[float], float], limit: float
-) -> float:
+def _nearest(points: Mapping[float, SweepPoint], joint: Profile, limit: float) -> float:
     """The measured price whose safety KL is nearest to a limit, on a logarithmic scale."""
     priced = [point for point in points.values() if 0 < point.mu < PROHIBITIVE and point.safety_kl > 0]
     if not priced:
-        return first_price(mu_of_share, limit / max(point.safety_kl for point in points.values()))
+        return first_price(joint, limit, max(point.safety_kl for point in points.values()))
     return min(priced, key=lambda point: max(point.safety_kl / limit, limit / point.safety_kl)).mu
 
 
