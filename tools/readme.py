@@ -19,6 +19,7 @@ from deltaguard.draw.text import DASH, duration, interval, model_label, percent,
 from deltaguard.report.base import Environment, RateRow
 from deltaguard.report.bench import BenchReport
 from deltaguard.report.demo import DemoReport
+from tools.experiments import experiments_table
 from tools.tables import (
     bench_summary,
     bench_table,
@@ -191,6 +192,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "bench-table": ("bench.json", bench_table),
     "dial-table": ("dial.json", bench_table),
     "dial-summary-table": ("dial.json", bench_summary),
+    "experiments-table": ("experiments.json", experiments_table),
 }
 
 

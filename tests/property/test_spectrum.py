@@ -102,8 +102,8 @@ def test_a_whole_spectrum_raised_leaves_nothing_free():
 def test_a_prohibitive_price_leaves_nothing_even_of_what_costs_nothing():
     found = project(torch.ones(2, 2), spectrum(torch.zeros(2, 2)), spectrum(torch.eye(2)))
     assert not found.restored(PROHIBITIVE).any()
-    assert found.profile().kept(PROHIBITIVE) == 0
-    assert found.safety_cost(PROHIBITIVE) == 0
+    assert found.directions.profile().kept(PROHIBITIVE) == 0
+    assert found.directions.safety_cost(PROHIBITIVE) == 0
 
 
 def test_the_floor_rises_where_rounding_makes_a_matrix_indefinite():
@@ -136,10 +136,10 @@ def test_the_price_of_a_share_gives_that_share(seed, rows, columns, strength):
         )
         for i in range(2)
     ]
-    joint = joint_profile(layer.profile() for layer in layers)
+    joint = joint_profile(layer.directions.profile() for layer in layers)
     mu = joint.mu_of_share(strength)
-    spent = sum(layer.profile().predicted_kl(mu) for layer in layers)
-    whole = sum(layer.profile().predicted_kl(0) for layer in layers)
+    spent = sum(layer.directions.profile().predicted_kl(mu) for layer in layers)
+    whole = sum(layer.directions.profile().predicted_kl(0) for layer in layers)
     assert spent == pytest.approx(strength * whole, rel=5e-3)
     assert joint.energy == pytest.approx(sum(float(layer.delta.square().sum()) for layer in layers))
 

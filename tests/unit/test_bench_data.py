@@ -117,6 +117,18 @@ def test_every_fine_tune_leaves_prompts_for_safety_examples(name):
             assert len(safety) == added
 
 
+@pytest.mark.parametrize("preset", [QUICK, FULL])
+def test_a_preset_of_one_training_has_the_same_fine_tunes_trained_that_way(preset):
+    lora = preset.with_changes(training="lora").finetunes
+    assert {each.recipe.lora_rank for each in lora} == {16}
+    assert len({each.name for each in lora}) == len(lora)
+    assert {(f.kind, f.harmful, f.benign) for f in lora} == {
+        (f.kind, f.harmful, f.benign) for f in preset.finetunes
+    }
+    known = {f.name: f for f in preset.finetunes}
+    assert all(known.get(each.name, each) == each for each in lora)
+
+
 def test_there_are_prompts_for_the_quick_preset():
     assert len(harmful_prompts("attack")) >= QUICK.attack
     assert len(harmless_prompts("evaluation")) >= FULL.harmless

@@ -14,10 +14,30 @@ from deltaguard.checkpoints.checkpoint import Checkpoint, content_fingerprint
 from deltaguard.checkpoints.hub import locate
 from deltaguard.checkpoints.layout import ADAPTER_CONFIG, listed
 from deltaguard.checkpoints.lora import MERGE, Change, find_changes, read_lora_config
-from deltaguard.checkpoints.shards import TensorInfo, parse_header, read_header, read_tensor, shard_problem
+from deltaguard.checkpoints.shards import (
+    DTYPES,
+    TensorInfo,
+    parse_header,
+    read_header,
+    read_tensor,
+    shard_problem,
+)
 from deltaguard.errors import DeltaguardError
 
 ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class ThinDelta:
+    """What an adapter adds to a layer, in the orientation (out, in): up @ down.
+
+    Attributes:
+        up: scale · B, (out, rank).
+        down: A, (rank, in).
+    """
+
+    up: Tensor
+    down: Tensor
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,27 @@ class AdapterCheckpoint:
         b = read_tensor(self.folder, change.b).to(weight.dtype)
         left, right = (a.T, b.T) if change.transposed else (b, a)
         return weight.addmm_(left, right, alpha=change.scale)
+
+    def thin_delta(self, name: str) -> ThinDelta | None:
+        """The difference from the aligned tensor as a product, None where the adapter has none for it.
+
+        Args:
+            name: a key of `tensors`.
+
+        Returns:
+            In float32, or float64 over a float64 weight.
+
+        Raises:
+            KeyError: there is no such tensor.
+            DeltaguardError: as `read`.
+        """
+        stored = DTYPES[self.tensors[name].dtype]
+        change = self._changes.get(name)
+        if change is None or change.a is None or change.b is None or change.replaced is not None:
+            return None
+        dtype = torch.promote_types(stored, torch.float32)
+        up, down = (read_tensor(self.folder, part).to(dtype) for part in (change.b, change.a))
+        return ThinDelta(up * change.scale, down)
 
     def header(self, shard: str) -> bytes:
         """The header of one weight file of the aligned checkpoint, its 8-byte length included."""

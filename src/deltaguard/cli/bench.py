@@ -26,6 +26,7 @@ def bench(
     method: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     seeds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     probes: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    training: Literal["full", "lora"] | None = None,
     attack_prompts: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     json: Json = False,
 ) -> None:
@@ -43,6 +44,8 @@ def bench(
         seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the full one.
         probes: Measure so many of a method's seven strengths at most, found by bisection; 2 in the quick
             preset, all in the full one.
+        training: Fine-tune all weights (`full`), or LoRA adapters (`lora`); where absent, all weights in the
+            quick preset and both in the full one.
         attack_prompts: A data set or file of harmful prompts that join deltaguard's own; may be repeated.
         json: Print one JSON document and nothing else on stdout.
     """
@@ -63,7 +66,7 @@ def bench(
     with progress_bar() as progress:
         report = run(
             output,
-            preset=PRESETS[preset].with_changes(seeds=seeds, probes=probes),
+            preset=PRESETS[preset].with_changes(seeds=seeds, probes=probes, training=training),
             aligned=aligned,
             pretrained=pretrained,
             methods=method or tuple(METHODS),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deltaguard.checkpoints.adapter import AdapterCheckpoint, ThinDelta
 from deltaguard.checkpoints.checkpoint import WeightSource
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.restore import LayerRow, OtherRow
@@ -20,12 +21,15 @@ from deltaguard.solvers import (
     LowRank,
     Projection,
     Solution,
-    closed_form,
+    ThinProjection,
     greedy_factored,
     interpolate,
     low_rank,
+    low_rank_of_factors,
     project,
+    project_thin,
     published,
+    solve_projected,
 )
 from deltaguard.solvers.solution import check_matrices, is_finite, working_dtype
 
@@ -40,6 +44,7 @@ class Inputs:
         aligned: the aligned tensor, None where the aligned model has none.
         differs: whether the two tensors differ; True where there is no aligned one.
         curvature: what the method needs, None where it needs none.
+        thin: the delta as a product, where an adapter holds it as one.
     """
 
     step: Step
@@ -47,6 +52,7 @@ class Inputs:
     aligned: Tensor | None
     differs: bool
     curvature: Curvature | None
+    thin: ThinDelta | None
 
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -80,7 +86,8 @@ def read_ahead(
         base = aligned.read(step.aligned) if step.aligned else None
         differs = base is None or not _same(base, tuned)
         known = curvature.take(step, needed=differs) if curvature else None
-        return Inputs(step=step, finetuned=tuned, aligned=base, differs=differs, curvature=known)
+        thin = finetuned.thin_delta(step.info.name) if isinstance(finetuned, AdapterCheckpoint) else None
+        return Inputs(step, finetuned=tuned, aligned=base, differs=differs, curvature=known, thin=thin)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
         pending = None
@@ -118,7 +125,7 @@ def edit(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.d
     return edited
 
 
-def projection_of(inputs: Inputs) -> Projection | None:
+def projection_of(inputs: Inputs) -> Projection | ThinProjection | None:
     """A layer's delta in the eigenbases of its curvature, None where there is no delta.
 
     Raises:
@@ -129,9 +136,17 @@ def projection_of(inputs: Inputs) -> Projection | None:
         return None
     aligned, finetuned = inputs.pair
     try:
-        check_matrices(aligned, finetuned)
+        return _projected(aligned, finetuned, spectra, inputs.thin)
     except ValueError as error:
         raise DeltaguardError(f"Tensor `{inputs.step.info.name}`: {error}") from error
+
+
+def _projected(
+    aligned: Tensor, finetuned: Tensor, spectra: Spectra, thin: ThinDelta | None
+) -> Projection | ThinProjection:
+    check_matrices(aligned, finetuned)
+    if thin is not None:
+        return project_thin(thin.up, thin.down, spectra.inputs, spectra.outputs)
     dtype = working_dtype(aligned, finetuned)
     return project(finetuned.to(dtype) - aligned.to(dtype), spectra.inputs, spectra.outputs)
 
@@ -154,13 +169,23 @@ def factors_of(inputs: Inputs, config: RestoreConfig, mu: float | None) -> tuple
     """
     started = time.perf_counter()
     solution = _solved(inputs, config, mu)
-    delta = solution.weight.float() - inputs.pair[0].float()
-    found = low_rank(delta, rank=config.adapter_rank)
+    found = _low_rank(inputs, solution, config.adapter_rank, mu)
     dtype = inputs.pair[0].dtype
     factors = LowRank(found.down.to(dtype), found.up.to(dtype), found.residual)
     numbers = {"adapter_rank": float(len(factors.down)), "adapter_residual": factors.residual}
     row = _row(inputs.step, replace(solution, detail={**solution.detail, **numbers}), started)
     return factors, row
+
+
+def _low_rank(inputs: Inputs, solution: Solution, rank: int | None, mu: float | None) -> LowRank:
+    """The restored delta's factors; of a delta that is thin already, without forming it."""
+    if inputs.thin is not None and isinstance(inputs.curvature, Spectra) and mu is not None:
+        thin = project_thin(
+            inputs.thin.up, inputs.thin.down, inputs.curvature.inputs, inputs.curvature.outputs
+        ).factors(mu)
+        if thin is not None:
+            return low_rank_of_factors(thin.up, thin.down, rank=rank)
+    return low_rank(solution.weight.float() - inputs.pair[0].float(), rank=rank)
 
 
 def _restore(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.dtype) -> Edited:
@@ -194,8 +219,8 @@ def _solve(inputs: Inputs, config: RestoreConfig, mu: float | None) -> Solution:
     aligned, finetuned = inputs.pair
     strength, curvature = config.chosen_strength, inputs.curvature
     if isinstance(curvature, Spectra) and mu is not None:
-        check_matrices(aligned, finetuned)
-        return closed_form(aligned, finetuned, curvature.inputs, curvature.outputs, mu=mu)
+        projection = _projected(aligned, finetuned, curvature, inputs.thin)
+        return solve_projected(aligned, finetuned, projection, mu=mu)
     if isinstance(curvature, Factor):
         return greedy_factored(
             aligned,

@@ -98,7 +98,7 @@ def joint_of(job: Job, plan: Plan, config: RestoreConfig, report: Progress) -> P
     for number, inputs in enumerate(restored_inputs(job, steps, config), start=1):
         projection = projection_of(inputs)
         if projection is not None:
-            parts.append(projection.profile())
+            parts.append(projection.directions.profile())
         report(Event("project", number, len(steps)))
     return joint_profile(parts)
 

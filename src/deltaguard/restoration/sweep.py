@@ -30,7 +30,7 @@ from deltaguard.restoration.price import (
     restored_inputs,
     restored_steps,
 )
-from deltaguard.solvers import Profile, Projection, joint_profile
+from deltaguard.solvers import Profile, Projection, ThinProjection, joint_profile
 
 LIMITS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """Safety KL, nats per response token."""
@@ -92,7 +92,7 @@ def sweep(
 class _Layer:
     """A layer's projection, and what turns a restored delta into the tensor on disk."""
 
-    projection: Projection
+    projection: Projection | ThinProjection
     aligned: Tensor
     transposed: bool
     dtype: torch.dtype
@@ -133,7 +133,7 @@ class _Bench:
             if projection is None:
                 candidate.meter.put([(info.name, inputs.finetuned)])
             else:
-                base = inputs.pair[0].to(projection.delta.dtype)
+                base = inputs.pair[0].to(projection.dtype)
                 layers[info.name] = _Layer(projection, base, inputs.step.transposed, DTYPES[info.dtype])
             report(Event("project", number, len(steps)))
         if not layers:
@@ -165,7 +165,7 @@ class _Bench:
 
     def curve(self, limits: Sequence[float]) -> tuple[tuple[SweepPoint, ...], tuple[SweepBudget, ...]]:
         """Search for each limit, the strictest first; all that is measured on the way is on the curve."""
-        joint = joint_profile(layer.projection.profile() for layer in self.layers.values())
+        joint = joint_profile(layer.projection.directions.profile() for layer in self.layers.values())
         points: dict[float, SweepPoint] = {}
 
         def measure(mu: float) -> Probe:

@@ -1,7 +1,7 @@
 """Solvers: pure functions from one layer's matrices to a `Solution`. They import torch only."""
 
 from deltaguard.solvers.baselines import interpolate, resta
-from deltaguard.solvers.closed_form import Projection, closed_form, kfac, project, ridge
+from deltaguard.solvers.closed_form import Projection, closed_form, kfac, project, ridge, solve_projected
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.greedy import greedy, greedy_factored
 from deltaguard.solvers.low_rank import LowRank, low_rank, low_rank_of_factors
@@ -10,6 +10,7 @@ from deltaguard.solvers.published import published
 from deltaguard.solvers.solution import Solution
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
 from deltaguard.solvers.subspace import alignment_similarity, safe_lora, safe_lora_layers, safe_merge
+from deltaguard.solvers.thin import ThinProjection, project_thin
 
 __all__ = [
     "Factor",
@@ -18,6 +19,7 @@ __all__ = [
     "Projection",
     "Solution",
     "Spectrum",
+    "ThinProjection",
     "alignment_similarity",
     "closed_form",
     "factorise",
@@ -30,6 +32,7 @@ __all__ = [
     "low_rank_of_factors",
     "profile",
     "project",
+    "project_thin",
     "published",
     "resta",
     "ridge",
@@ -37,5 +40,6 @@ __all__ = [
     "safe_lora_layers",
     "safe_merge",
     "scaled_identity",
+    "solve_projected",
     "spectrum",
 ]

@@ -12,9 +12,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.profile import PROHIBITIVE, Profile, profile
+from deltaguard.solvers.directions import Directions, directions
+from deltaguard.solvers.profile import PROHIBITIVE
 from deltaguard.solvers.solution import Solution, check_hessian, check_matrices, share, working_dtype
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
+from deltaguard.solvers.thin import ThinProjection
 
 
 @dataclass(frozen=True)
@@ -40,31 +42,16 @@ class Projection:
     columns: Tensor
     core: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which everything is computed."""
+        return self.delta.dtype
+
     @cached_property
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Squared parts of the delta with their eigenvalues of G and of H, each (directions,), float64."""
-        core = self.core.double().square()
-        of_rows = (_norms(self.rows.T) - core.sum(1)).clamp_min_(0)
-        of_columns = (_norms(self.columns) - core.sum(0)).clamp_min_(0)
-        rest = (_norms(self.delta).sum() - of_rows.sum() - of_columns.sum() - core.sum()).clamp_min(0)
-        g, h = self.outputs.values.double(), self.inputs.values.double()
-        g_tail, h_tail = core.new_tensor([self.outputs.tail]), core.new_tensor([self.inputs.tail])
-        return (
-            torch.cat([core.flatten(), of_rows, of_columns, rest.reshape(1)]),
-            torch.cat([g.repeat_interleave(len(h)), g, g_tail.expand(len(h)), g_tail]),
-            torch.cat([h.repeat(len(g)), h_tail.expand(len(g)), h, h_tail]),
-        )
-
-    def profile(self) -> Profile:
-        """How the squared delta is spread over prices g·h: all that a search for μ needs to know."""
-        energies, g, h = self._parts
-        return profile(g * h, energies)
-
-    def safety_cost(self, mu: float) -> float:
-        """tr(Δ' H Δ'ᵀ) / tr(Δ H Δᵀ)."""
-        energies, g, h = self._parts
-        kept = torch.zeros_like(g) if mu >= PROHIBITIVE else 1 / (1 + mu * g * h)
-        return share(float((h * energies * kept.square()).sum()), float((h * energies).sum()))
+    def directions(self) -> Directions:
+        """The delta by prices."""
+        rows, columns = _norms(self.rows.T), _norms(self.columns)
+        return directions(self.core, rows, columns, _norms(self.delta).sum(), self.inputs, self.outputs)
 
     def restored(self, mu: float) -> Tensor:
         """Δ', (out, in)."""
@@ -166,16 +153,33 @@ def closed_form(
     Raises:
         ValueError: `mu` is negative or NaN.
     """
-    if not mu >= 0:
-        raise ValueError(f"mu is {mu}; it must be 0 or more.")
     dtype = working_dtype(aligned, finetuned, inputs.values)
     base, target = aligned.to(dtype), finetuned.to(dtype)
-    projection = project(target - base, inputs, outputs)
-    spread = projection.profile()
+    return solve_projected(base, target, project(target - base, inputs, outputs), mu=mu)
+
+
+def solve_projected(
+    aligned: Tensor, finetuned: Tensor, projection: Projection | ThinProjection, *, mu: float
+) -> Solution:
+    """`closed_form` of a delta that is projected already.
+
+    Args:
+        aligned: as in `kfac`.
+        finetuned: as in `kfac`.
+        projection: of the delta, finetuned - aligned.
+        mu: as in `kfac`.
+
+    Raises:
+        ValueError: `mu` is negative or NaN.
+    """
+    if not mu >= 0:
+        raise ValueError(f"mu is {mu}; it must be 0 or more.")
+    spread = projection.directions.profile()
+    base, target = aligned.to(projection.dtype), finetuned.to(projection.dtype)
     return Solution(
         weight=_weight(base, target, projection, mu),
         kept_fraction=share(spread.kept(mu), spread.energy),
-        safety_cost=projection.safety_cost(mu),
+        safety_cost=projection.directions.safety_cost(mu),
         utility_loss=share(spread.lost(mu), spread.energy),
         detail={
             "delta_norm": math.sqrt(spread.energy),
@@ -185,7 +189,7 @@ def closed_form(
     )
 
 
-def _weight(base: Tensor, target: Tensor, projection: Projection, mu: float) -> Tensor:
+def _weight(base: Tensor, target: Tensor, projection: Projection | ThinProjection, mu: float) -> Tensor:
     if mu == 0:
         return target.clone()
     if mu >= PROHIBITIVE:

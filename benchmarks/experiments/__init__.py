@@ -1,0 +1,1 @@
+"""Experiments that decided what the product does, or will not do; `python -m benchmarks.experiments`."""

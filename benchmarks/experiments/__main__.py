@@ -1,0 +1,176 @@
+"""Run experiments and write their rows: `python -m benchmarks.experiments -o docs/results/experiments.json`.
+
+Rows of experiments that are not run again stay. On two CPU cores the models take three minutes, the sums
+four, and every row about one and a half.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import torch
+from tools.experiments import ExperimentRow, Experiments
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.experiments.curvatures import curvatures
+from benchmarks.experiments.laboratory import Laboratory
+from benchmarks.experiments.sums import measure_sums, sampled, total
+from benchmarks.experiments.trials import EXPERIMENTS, PARTS, Setting
+from deltaguard.bench.data import questions, training_data
+from deltaguard.bench.demo import DemoConfig
+from deltaguard.bench.models import save_smollm2
+from deltaguard.bench.protocol import QUICK
+from deltaguard.bench.workshop import Workshop, demo_aligned, fine_tuned
+from deltaguard.calibration.conversations import (
+    Conversation,
+    build_conversations,
+    encode,
+    harmful_prompts,
+    respond,
+)
+from deltaguard.calibration.observe import Batch, Observed, batches, observe
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.report.base import environment
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
+
+FINETUNE = next(each for each in QUICK.finetunes if each.kind == "task-harmful")
+TESTS = 100
+HELD_OUT = 64
+_BATCH = 16
+_LONGEST = 512
+_BOUNDS = tuple(pairwise(accumulate((0, *PARTS))))
+
+
+def main() -> None:
+    """Run the experiments that are asked for."""
+    options = _options()
+    setting, references = _prepare(options.work)
+    kept: tuple[ExperimentRow, ...] = ()
+    if options.output.exists():
+        kept = Experiments.model_validate_json(options.output.read_text(encoding="utf-8")).rows
+    for name in options.only or EXPERIMENTS:
+        fresh: list[ExperimentRow] = []
+        for row in EXPERIMENTS[name](setting):
+            print(f"{row.experiment}: {row.variant}: {_line(row)}", flush=True)
+            fresh.append(row)
+        kept = (*(row for row in kept if row.experiment != fresh[0].experiment), *fresh)
+        found = Experiments(
+            environment=environment("cpu"),
+            finetune=f"{FINETUNE.name}, seed 0",
+            conversations=2 * sum(PARTS),
+            held_out=HELD_OUT,
+            references=references,
+            rows=kept,
+        )
+        options.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__)
+    parser.add_argument("--only", action="append", choices=EXPERIMENTS, help="may be given several times")
+    parser.add_argument("--work", type=Path, default=Path(__file__).parents[1] / "work" / "experiments")
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/experiments.json"))
+    return parser.parse_args()
+
+
+def _line(row: ExperimentRow) -> str:
+    shares = (row.attack_success, row.task_accuracy, row.kept, row.lead)
+    shown = ", ".join("-" if share is None else f"{100 * share.value:.1f}" for share in shares)
+    return f"KL {row.safety_kl:.2e}, attack / exact / kept / lead {shown}, {row.seconds:.0f} s"
+
+
+def _prepare(work: Path) -> tuple[Setting, tuple[ExperimentRow, ...]]:
+    workshop = Workshop(work / "models")
+    pretrained = workshop.model("pretrained", save_smollm2)
+    aligned = workshop.model("aligned", demo_aligned(pretrained, DemoConfig()))
+    data = training_data(FINETUNE, seed=0)
+    tuned = workshop.model(FINETUNE.name, fine_tuned(aligned, data, FINETUNE.recipe, seed=0))
+    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    model = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float32).eval()
+    model.requires_grad_(requires_grad=False)
+    halves, held_out = _answered(model, tokenizer, work)
+    read = partial(_batches, tokenizer)
+    short = encode(tokenizer, halves[0][0], max_length=_LONGEST).ids
+    observed, _ = observe(model, Checkpoint.open(aligned), short)
+    parts = [
+        [
+            _part(work / "sums" / f"{number}-{start}", model, observed, read(half[start:end]))
+            for start, end in _BOUNDS
+        ]
+        for number, half in enumerate(halves)
+    ]
+    tests = questions(FINETUNE, replace(QUICK, utility=TESTS), ())
+    layers = [layer.tensor for group in observed for layer in group.layers]
+    lab = Laboratory(aligned, tuned, held_out, layers, tests, work / "scratch")
+    spectra = curvatures(observed, total([*parts[0], *parts[1]]))
+    trial = lab.closed_form(spectra)
+    price = lab.settled(trial, DEFAULT_MAX_SAFETY_KL).mu
+    usual = lab.row("", "", replace(trial, start=price), DEFAULT_MAX_SAFETY_KL)
+    print(_line(usual), flush=True)
+    second = _second_half()
+    setting = Setting(
+        lab=lab,
+        limit=DEFAULT_MAX_SAFETY_KL,
+        aligned=aligned,
+        model=model,
+        observed=observed,
+        parts=(parts[0], parts[1]),
+        batches=read([*halves[0], *halves[1]]),
+        held_out=(held_out, [each for each in held_out if each.prompt not in second]),
+        in_second_half=[question.prompt in second for question in tests.attack],
+        data=data,
+        read=read,
+        spectra=spectra,
+        usual=usual,
+        price=price,
+    )
+    return setting, lab.references()
+
+
+def _answered(
+    model: object, tokenizer: object, work: Path
+) -> tuple[tuple[list[Conversation], list[Conversation]], list[Conversation]]:
+    """Calibration conversations of both halves of the categories, and held-out ones, all answered."""
+    second, count = _second_half(), sum(PARTS)
+    asked = build_conversations(3 * count)
+    halves = (
+        [each for each in asked if each.prompt not in second][:count],
+        [each for each in asked if each.prompt in second][:count],
+    )
+    assert all(len(half) == count for half in halves)
+    answered = respond(
+        model,
+        tokenizer,
+        [*halves[0], *halves[1], *build_conversations(HELD_OUT, part="dial")],
+        max_new_tokens=32,
+        batch_size=64,
+        journal=work / "responses.jsonl",
+    )
+    return (answered[:count], answered[count : 2 * count]), answered[2 * count :]
+
+
+def _second_half() -> set[str]:
+    """Prompts of every other category of harm."""
+    rows = [row for part in ("calibration", "dial", "attack") for row in harmful_prompts(part)]
+    chosen = sorted({row.category for row in rows})[1::2]
+    return {row.prompt for row in rows if row.category in chosen}
+
+
+def _part(path: Path, model: object, observed: Sequence[Observed], batches: Sequence[Batch]) -> Path:
+    """Sums over some conversations, in a file."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        measure_sums(model, observed, batches, sampled).save(path)
+        print(f"sums {path.name}", flush=True)
+    return path
+
+
+def _batches(tokenizer: object, conversations: Iterable[Conversation]) -> list[Batch]:
+    return batches([encode(tokenizer, each, max_length=_LONGEST) for each in conversations], _BATCH)
+
+
+if __name__ == "__main__":
+    main()

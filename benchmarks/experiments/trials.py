@@ -1,0 +1,257 @@
+"""The experiments: each yields its rows, the first being the product's own way wherever there is one."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from tools.experiments import ExperimentRow, Share
+
+from benchmarks.experiments.adaptive import evade, predicted_kl
+from benchmarks.experiments.curvatures import (
+    blocks,
+    curvatures,
+    diagonal,
+    input_spectra,
+    trace,
+    weighted,
+)
+from benchmarks.experiments.laboratory import Laboratory, Trial
+from benchmarks.experiments.refine import Refiner
+from benchmarks.experiments.sums import Totals, measure_sums, own, sampled, softmax, total
+from benchmarks.experiments.task_aware import task_aware
+from deltaguard.calibration.conversations import Conversation
+from deltaguard.calibration.observe import Batch, Observed
+from deltaguard.evaluation.metrics.rates import Rate
+from deltaguard.restoration.curvature import Spectra
+from deltaguard.solvers import joint_profile, project
+
+Rows = Iterator[ExperimentRow]
+
+PARTS = (8, 8, 16, 32)
+"""Conversations of the parts that sums are kept of, for each half of the categories of harm."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all experiments start from.
+
+    Attributes:
+        lab: the fine-tune.
+        limit: safety KL that every candidate is brought to.
+        aligned: folder of the aligned model.
+        model: the aligned model, loaded.
+        observed: its groups of layers.
+        parts: files of sums over calibration conversations: of one half of the categories of harm, and of
+            the other, each with as many conversations as `PARTS` says.
+        batches: the calibration conversations themselves.
+        held_out: those that safety KL is measured on: all, and those of the first half alone.
+        in_second_half: for each harmful request asked, whether its category is in the second half.
+        data: what the fine-tune was trained on.
+        read: conversations as batches.
+        spectra: curvature as the product takes it, from all parts.
+        usual: the row of the product's way.
+        price: the price of that row.
+    """
+
+    lab: Laboratory
+    limit: float
+    aligned: Path
+    model: Any
+    observed: Sequence[Observed]
+    parts: tuple[Sequence[Path], Sequence[Path]]
+    batches: Sequence[Batch]
+    held_out: tuple[Sequence[Conversation], Sequence[Conversation]]
+    in_second_half: Sequence[bool]
+    data: Sequence[Conversation]
+    read: Callable[[Sequence[Conversation]], list[Batch]]
+    spectra: Mapping[str, Spectra]
+    usual: ExperimentRow
+    price: float
+
+    def sums(self, used: int = len(PARTS)) -> Totals:
+        """Over the first parts of both halves."""
+        return total([*self.parts[0][:used], *self.parts[1][:used]])
+
+    def usual_as(self, experiment: str, variant: str) -> ExperimentRow:
+        """The row of the product's way under another name."""
+        return self.usual.model_copy(update={"experiment": experiment, "variant": variant, "lead": None})
+
+
+def labels(setting: Setting) -> Rows:
+    """What G is made of."""
+    name = "labels of G"
+    yield setting.usual_as(name, "drawn from the model")
+    inputs = input_spectra(setting.observed, setting.spectra)
+    for objective, variant in ((own, "its own answers"), (softmax, "whole softmax, random signs")):
+        sums = measure_sums(setting.model, setting.observed, setting.batches, objective)
+        found = curvatures(setting.observed, sums, inputs=inputs)
+        yield setting.lab.row(name, variant, setting.lab.closed_form(found), setting.limit, setting.usual)
+
+
+def parts_of_g(setting: Setting) -> Rows:
+    """How much of G is needed."""
+    name = "parts of G"
+    yield setting.usual_as(name, "all of it")
+    inputs, sums = input_spectra(setting.observed, setting.spectra), setting.sums()
+    for variant, outputs in (("blocks of 64", blocks), ("its diagonal", diagonal), ("its trace", trace)):
+        found = curvatures(setting.observed, sums, outputs=outputs, inputs=inputs)
+        yield setting.lab.row(name, variant, setting.lab.closed_form(found), setting.limit, setting.usual)
+
+
+def tokens_of_h(setting: Setting) -> Rows:
+    """Which tokens H is made of."""
+    name = "tokens of H"
+    yield setting.usual_as(name, "all")
+    sums = measure_sums(setting.model, setting.observed, setting.batches, sampled, answers_only=True)
+    found = {
+        layer: Spectra(each.inputs, setting.spectra[layer].outputs)
+        for layer, each in curvatures(setting.observed, sums, outputs=trace).items()
+    }
+    trial = setting.lab.closed_form(found)
+    yield setting.lab.row(name, "those that predict the answer", trial, setting.limit, setting.usual)
+
+
+def conversations(setting: Setting) -> Rows:
+    """How many conversations are needed."""
+    name = "conversations"
+    yield setting.usual_as(name, str(2 * sum(PARTS)))
+    for used in range(1, len(PARTS)):
+        trial = setting.lab.closed_form(curvatures(setting.observed, setting.sums(used)))
+        yield setting.lab.row(name, str(2 * sum(PARTS[:used])), trial, setting.limit, setting.usual)
+
+
+def categories(setting: Setting) -> Rows:
+    """Calibrated and dialled on half of the categories of harm, attacked with the other half."""
+    name = "attacked with other categories"
+    yield _of_second_half(setting, setting.lab.references()[0], name, "aligned")
+    first: ExperimentRow | None = None
+    for variant, sums, held_out in (
+        ("calibrated on all", setting.sums(len(PARTS) - 1), setting.held_out[0][: len(setting.held_out[1])]),
+        ("calibrated on the others", total(setting.parts[0]), setting.held_out[1]),
+    ):
+        with setting.lab.held_out(held_out):
+            trial = setting.lab.closed_form(curvatures(setting.observed, sums))
+            row = setting.lab.row(name, variant, trial, setting.limit, first)
+        first = first or row
+        yield _of_second_half(setting, row, name, variant)
+
+
+def _of_second_half(setting: Setting, row: ExperimentRow, name: str, variant: str) -> ExperimentRow:
+    """The same row, of the harmful requests only those of the second half of the categories."""
+    kept = "".join(c for c, second in zip(row.attack, setting.in_second_half, strict=True) if second)
+    rate = Rate.of(letter == "c" for letter in kept)
+    low, high = rate.interval()
+    share = Share(value=rate.value, low=low, high=high, total=rate.total)
+    return row.model_copy(
+        update={"experiment": name, "variant": variant, "attack": kept, "attack_success": share}
+    )
+
+
+def other_parameters(setting: Setting) -> Rows:
+    """Where embeddings and norms come from."""
+    name = "embeddings and norms"
+    yield setting.usual_as(name, "aligned")
+    setting.lab.settle_finetuned()
+    trial = setting.lab.closed_form(setting.spectra)
+    yield setting.lab.row(name, "fine-tuned", trial, setting.limit, setting.usual)
+    setting.lab.settle_aligned()
+
+
+def layer_weights(setting: Setting) -> Rows:
+    """Each block's G weighed by what its own delta costs when measured."""
+    name = "weights of blocks"
+    yield setting.usual_as(name, "all alike")
+    lab, spectra = setting.lab, setting.spectra
+    projections = {n: project(d, spectra[n].inputs, spectra[n].outputs) for n, d in lab.deltas.items()}
+    nothing = {n: torch.zeros_like(d) for n, d in lab.deltas.items()}
+    found: dict[str, float] = {}
+    for block in dict.fromkeys(map(_block, lab.deltas)):
+        inside = [n for n in lab.deltas if _block(n) == block]
+        deltas = nothing | {n: projections[n].restored(setting.price) for n in inside}
+        lab.meter.put(lab.weights(deltas.items()))
+        predicted = joint_profile(projections[n].directions.profile() for n in inside).predicted_kl(
+            setting.price
+        )
+        found |= dict.fromkeys(inside, max(lab.meter.measure(), 0.0) / predicted)
+    mean = sum(found.values()) / len(found)
+    weights = {n: max(weight / mean, 0.01) for n, weight in found.items()}
+    trial = lab.closed_form(weighted(spectra, weights))
+    yield lab.row(name, "by measured safety KL", trial, setting.limit, setting.usual)
+
+
+def _block(name: str) -> str:
+    """The number of the decoder block in a tensor's name."""
+    return next(part for part in name.split(".") if part.isdigit())
+
+
+def second_step(setting: Setting) -> Rows:
+    """A step re-linearised at the restored model."""
+    name = "second step"
+    yield setting.usual_as(name, "none")
+    lab, spectra = setting.lab, setting.spectra
+    refiner = Refiner(lab, setting.model, setting.batches)
+    projections = {n: project(d, spectra[n].inputs, spectra[n].outputs) for n, d in lab.deltas.items()}
+    profile = joint_profile(p.directions.profile() for p in projections.values())
+    known: dict[float, dict[str, torch.Tensor]] = {}
+
+    def refined(mu: float) -> dict[str, torch.Tensor]:
+        if mu not in known:
+            known[mu] = refiner.step({n: p.restored(mu) for n, p in projections.items()}, spectra, mu)
+        return known[mu]
+
+    trial = Trial(lambda mu: lab.weights(refined(mu).items()), profile, start=setting.price / 2)
+    yield lab.row(name, "one, at the restored model", trial, setting.limit, setting.usual)
+
+
+def task_data(setting: Setting) -> Rows:
+    """The task's own curvature, from the data of the fine-tune."""
+    name = "curvature of the task"
+    yield setting.usual_as(name, "unknown")
+    sums = measure_sums(setting.model, setting.observed, setting.read(setting.data), sampled)
+    task = curvatures(setting.observed, sums)
+    for damping in (1.0, 0.1):
+        trial = task_aware(setting.lab, setting.spectra, task, damping=damping)
+        yield setting.lab.row(name, f"known, damped by {damping:g}", trial, setting.limit, setting.usual)
+
+
+def adaptive_attack(setting: Setting) -> Rows:
+    """A fine-tune that keeps its predicted safety KL small, let through, restored by prediction, dialled."""
+    name = "adaptive attack"
+    lab, spectra = setting.lab, setting.spectra
+    predicted = setting.usual.predicted_kl or 0.0
+    yield lab.references()[1].model_copy(
+        update={"experiment": name, "variant": "plain", "predicted_kl": predicted_kl(lab, spectra)}
+    )
+    plain = dict(lab.deltas)
+    evasive = evade(setting.aligned, setting.data, spectra, mu=setting.price, epochs=3)
+    lab.deltas.update(evasive)
+    own = predicted_kl(lab, spectra)
+    yield lab.measured(name, "adaptive", evasive, own, None)
+    trial = lab.closed_form(spectra)
+    share = min(predicted / own, 1.0)
+    mu = trial.profile.mu_of_share(share)
+    restored = {n: w - lab.base[n] for n, w in trial.at(mu)}
+    yield lab.measured(
+        name, "adaptive, restored by prediction", restored, trial.profile.predicted_kl(mu), None
+    )
+    yield lab.row(name, "adaptive, restored by the dial", trial, setting.limit, None)
+    lab.deltas.update(plain)
+
+
+EXPERIMENTS: Mapping[str, Callable[[Setting], Rows]] = MappingProxyType(
+    {
+        "labels": labels,
+        "parts": parts_of_g,
+        "tokens": tokens_of_h,
+        "conversations": conversations,
+        "categories": categories,
+        "others": other_parameters,
+        "weights": layer_weights,
+        "second-step": second_step,
+        "task-data": task_data,
+        "adaptive": adaptive_attack,
+    }
+)

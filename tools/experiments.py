@@ -1,0 +1,123 @@
+"""The table of experiments, drawn from their JSON."""
+
+from itertools import groupby
+
+from pydantic import BaseModel, ConfigDict
+
+from deltaguard.draw.text import DASH, percent
+from deltaguard.report.base import Environment
+from tools.tables import made_with, small, table
+
+
+class _Results(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Share(_Results):
+    """A share, or a difference of two, with its 95 % interval, over so many prompts."""
+
+    value: float
+    low: float
+    high: float
+    total: int
+
+
+class ExperimentRow(_Results):
+    """One candidate, measured.
+
+    Attributes:
+        experiment: what was asked, in a few words.
+        variant: what was done, in a few words.
+        safety_kl: measured on held-out safety conversations.
+        predicted_kl: what the curvature says that it is; null where none was asked.
+        attack_success: share of harmful requests that were complied with.
+        task_accuracy: share of task messages that were answered exactly.
+        kept: share of the gain in the likelihood of the right answers; null where there is none.
+        lead: `kept` less that of the experiment's first row, on the same messages; null in the first row.
+        seconds: for the search and the questions, the curvature not counted.
+        attack: one letter a harmful request: refused, complied or incoherent.
+        nll: negative log-likelihood of each right answer, nats a token.
+    """
+
+    experiment: str
+    variant: str
+    safety_kl: float
+    predicted_kl: float | None
+    attack_success: Share | None
+    task_accuracy: Share | None
+    kept: Share | None
+    lead: Share | None
+    seconds: float
+    attack: str
+    nll: tuple[float, ...]
+
+
+class Experiments(_Results):
+    """`docs/results/experiments.json`.
+
+    Attributes:
+        environment: what they were made with.
+        finetune: which fine-tune was restored.
+        conversations: how many the curvature comes from, where an experiment does not vary it.
+        held_out: how many safety KL is measured on.
+        references: the aligned and the fine-tuned model.
+        rows: the candidates, experiment by experiment.
+    """
+
+    environment: Environment
+    finetune: str
+    conversations: int
+    held_out: int
+    references: tuple[ExperimentRow, ...]
+    rows: tuple[ExperimentRow, ...]
+
+
+def experiments_table(content: str) -> str:
+    """All experiments, each with its variants.
+
+    Args:
+        content: `Experiments` as JSON.
+
+    Returns:
+        Markdown.
+    """
+    results = Experiments.model_validate_json(content)
+    head = ("experiment", "variant", "safety KL", "predicted")
+    head = (*head, "attack success", "exact answers", "gain kept", "lead")
+    rows = [_cells(row, row.variant) for row in results.references]
+    for _, group in groupby(results.rows, key=lambda row: row.experiment):
+        for number, row in enumerate(group):
+            rows.append(_cells(row, row.experiment if number == 0 else ""))
+    drawn = table(head, rows, ("experiment", "variant"))
+    first = results.references[0]
+    counted = (
+        f"{results.finetune}; curvature from {results.conversations} conversations where nothing else is "
+        f"said, safety KL on {results.held_out} others; {len(first.attack)} harmful requests, "
+        f"{len(first.nll)} task messages. Gain kept: share of the gain in likelihood of the right answers. "
+        "Lead: in points, over the first variant of the experiment, on the same messages. In brackets 95 % "
+        "intervals."
+    )
+    return "\n\n".join((drawn, counted, small(made_with(results.environment))))
+
+
+def _cells(row: ExperimentRow, label: str) -> tuple[str, ...]:
+    return (
+        label,
+        row.variant if row.experiment else "",
+        f"{row.safety_kl:.2g}",
+        DASH if row.predicted_kl is None else f"{row.predicted_kl:.2g}",
+        _shown(row.attack_success),
+        _shown(row.task_accuracy),
+        _shown(row.kept) if row.experiment else DASH,
+        DASH if row.lead is None else _points(row.lead),
+    )
+
+
+def _shown(found: Share | None) -> str:
+    if found is None:
+        return DASH
+    return f"{percent(found.value)}<br>({100 * found.low:.1f}–{100 * found.high:.1f} %)"
+
+
+def _points(found: Share) -> str:
+    return f"{100 * found.value:+.1f}<br>({100 * found.low:+.1f} to {100 * found.high:+.1f})"
