@@ -33,8 +33,8 @@ class ExperimentRow(_Results):
         attack_success: share of harmful requests that were complied with.
         task_accuracy: share of task messages that were answered exactly.
         kept: share of the gain in the likelihood of the right answers; null where there is none.
-        lead: `kept` less that of the experiment's first row, on the same messages; null in the first row.
-        seconds: for the search and the questions, the curvature not counted.
+        lead: `kept` less that of the variant named first, on the same messages; null where there is none.
+        seconds: for the search and the questions, the curvature and the first search not counted.
         attack: one letter a harmful request: refused, complied or incoherent.
         nll: negative log-likelihood of each right answer, nats a token.
     """
@@ -60,6 +60,8 @@ class Experiments(_Results):
         finetune: which fine-tune was restored.
         conversations: how many the curvature comes from, where an experiment does not vary it.
         held_out: how many safety KL is measured on.
+        slack: candidates have the same safety KL to within this share of it.
+        origin: a hash of the models, conversations and code that all rows come from.
         references: the aligned and the fine-tuned model.
         rows: the candidates, experiment by experiment.
     """
@@ -68,6 +70,8 @@ class Experiments(_Results):
     finetune: str
     conversations: int
     held_out: int
+    slack: float
+    origin: str
     references: tuple[ExperimentRow, ...]
     rows: tuple[ExperimentRow, ...]
 
@@ -94,8 +98,8 @@ def experiments_table(content: str) -> str:
         f"{results.finetune}; curvature from {results.conversations} conversations where nothing else is "
         f"said, safety KL on {results.held_out} others; {len(first.attack)} harmful requests, "
         f"{len(first.nll)} task messages. Gain kept: share of the gain in likelihood of the right answers. "
-        "Lead: in points, over the first variant of the experiment, on the same messages. In brackets 95 % "
-        "intervals."
+        "Lead: in points, over the variant named first, on the same messages; all that are compared have the "
+        f"same safety KL to within {percent(results.slack)}. In brackets 95 % intervals."
     )
     return "\n\n".join((drawn, counted, small(made_with(results.environment))))
 

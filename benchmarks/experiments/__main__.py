@@ -1,7 +1,7 @@
 """Run experiments and write their rows: `python -m benchmarks.experiments -o docs/results/experiments.json`.
 
-Rows of experiments that are not run again stay. On two CPU cores the models take three minutes, the sums
-four, and every row about one and a half.
+Rows of experiments that are not run again stay, as long as they come from the same models and code. On two
+CPU cores the models take three minutes, the sums three, and every row about one.
 """
 
 import argparse
@@ -16,9 +16,10 @@ from tools.experiments import ExperimentRow, Experiments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.experiments.curvatures import curvatures
-from benchmarks.experiments.laboratory import Laboratory
+from benchmarks.experiments.laboratory import CLOSE, Laboratory
 from benchmarks.experiments.sums import measure_sums, sampled, total
 from benchmarks.experiments.trials import EXPERIMENTS, PARTS, Setting
+from deltaguard.bench.cells import content_key, source_hash
 from deltaguard.bench.data import questions, training_data
 from deltaguard.bench.demo import DemoConfig
 from deltaguard.bench.models import save_smollm2
@@ -47,25 +48,38 @@ _BOUNDS = tuple(pairwise(accumulate((0, *PARTS))))
 def main() -> None:
     """Run the experiments that are asked for."""
     options = _options()
-    setting, references = _prepare(options.work)
-    kept: tuple[ExperimentRow, ...] = ()
-    if options.output.exists():
-        kept = Experiments.model_validate_json(options.output.read_text(encoding="utf-8")).rows
+    kept, origin = _kept(options.output), _origin()
+    if kept and kept.origin != origin:
+        raise SystemExit(f"{options.output} was made with other code, data or sizes: move it away.")
+    setting, references = _prepare(options.work / origin)
+    rows = kept.rows if kept else ()
     for name in options.only or EXPERIMENTS:
         fresh: list[ExperimentRow] = []
         for row in EXPERIMENTS[name](setting):
             print(f"{row.experiment}: {row.variant}: {_line(row)}", flush=True)
             fresh.append(row)
-        kept = (*(row for row in kept if row.experiment != fresh[0].experiment), *fresh)
+        rows = (*(row for row in rows if row.experiment != fresh[0].experiment), *fresh)
         found = Experiments(
             environment=environment("cpu"),
             finetune=f"{FINETUNE.name}, seed 0",
             conversations=2 * sum(PARTS),
             held_out=HELD_OUT,
+            slack=CLOSE,
+            origin=origin,
             references=references,
-            rows=kept,
+            rows=rows,
         )
         options.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _kept(path: Path) -> Experiments | None:
+    return Experiments.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _origin() -> str:
+    """A hash of what all experiments start from; that of one may change without the others."""
+    prompts = [harmful_prompts(part) for part in ("calibration", "dial", "attack")]
+    return content_key(source_hash(), prompts, FINETUNE, DemoConfig(), PARTS, HELD_OUT, TESTS)
 
 
 def _options() -> argparse.Namespace:
@@ -108,7 +122,7 @@ def _prepare(work: Path) -> tuple[Setting, tuple[ExperimentRow, ...]]:
     spectra = curvatures(observed, total([*parts[0], *parts[1]]))
     trial = lab.closed_form(spectra)
     price = lab.settled(trial, DEFAULT_MAX_SAFETY_KL).mu
-    usual = lab.row("", "", replace(trial, start=price), DEFAULT_MAX_SAFETY_KL)
+    usual = lab.row("usual", "usual", replace(trial, start=price), DEFAULT_MAX_SAFETY_KL)
     print(_line(usual), flush=True)
     second = _second_half()
     setting = Setting(
@@ -119,6 +133,7 @@ def _prepare(work: Path) -> tuple[Setting, tuple[ExperimentRow, ...]]:
         observed=observed,
         parts=(parts[0], parts[1]),
         batches=read([*halves[0], *halves[1]]),
+        calibration=[each for pair in zip(*halves, strict=True) for each in pair],
         held_out=(held_out, [each for each in held_out if each.prompt not in second]),
         in_second_half=[question.prompt in second for question in tests.attack],
         data=data,

@@ -31,7 +31,7 @@ def evade(
     *,
     mu: float,
     every: int = 5,
-    epochs: int = 1,
+    epochs: int,
 ) -> dict[str, Tensor]:
     """Fine-tune all layers that a restore would change, and nothing else.
 
@@ -39,7 +39,7 @@ def evade(
         aligned: the model attacked.
         data: what it is trained on.
         spectra: the defender's curvature, which the attacker can compute.
-        mu: price of the predicted safety loss.
+        mu: price of the predicted safety loss; 0 is a plain fine-tune.
         every: steps of the optimiser between proximal steps.
         epochs: passes over the data.
 
@@ -60,9 +60,10 @@ def evade(
         logits = logits_at(model, batch.ids, batch.mask, batch.answering)
         targets = batch.ids[:, 1:][batch.answering[:, :-1]]
         torch.nn.functional.cross_entropy(logits, targets).backward()
+        torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
         optimiser.step()
         schedule.step()
-        if number % every == 0 or number == len(steps):
+        if mu and (number % every == 0 or number == len(steps)):
             _proximal(parameters, base, spectra, mu)
     return {name: parameters[name].detach() - base[name] for name in spectra}
 

@@ -1,5 +1,6 @@
 """One fine-tune in memory: candidates are brought to the same safety KL, then asked everything."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from deltaguard.bench.data import Tests
 from deltaguard.bench.measure import letters
+from deltaguard.bench.protocol import QUICK
 from deltaguard.budget.safety_kl import SafetyMeter
-from deltaguard.budget.search import best, search
 from deltaguard.calibration.conversations import Conversation
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.evaluation.engines.transformers import TransformersEngine
@@ -29,6 +30,10 @@ from deltaguard.restoration.curvature import Spectra
 from deltaguard.restoration.price import first_price
 from deltaguard.solvers import Profile, Projection, joint_profile, project
 
+CLOSE = 0.02
+"""Safety KL of all candidates of an experiment is the same to within this share of it."""
+MOST_PROBES = 10
+
 Weights = Iterator[tuple[str, Tensor]]
 """Names of the checkpoint's tensors, and their values."""
 
@@ -41,11 +46,13 @@ class Trial:
         at: the restored weights at a price.
         profile: what the search for the price is told.
         start: the first price to measure; guessed where absent.
+        predicts: whether the profile's predicted safety KL is that of the candidates.
     """
 
     at: Callable[[float], Weights]
     profile: Profile
     start: float | None = None
+    predicts: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,16 +119,24 @@ class Laboratory:
         return ((name, self.base[name] + delta) for name, delta in deltas)
 
     def settled(self, trial: Trial, limit: float) -> Probe:
-        """Search for the price at which a trial meets a limit, and leave that candidate in the meter."""
+        """The price at which a trial's safety KL is the limit, to within `CLOSE` of it.
+
+        Raises:
+            RuntimeError: it was not found in `MOST_PROBES` measurements.
+        """
 
         def probe(mu: float) -> Probe:
             self.meter.put(trial.at(mu))
             return Probe(mu=mu, safety_kl=self.meter.measure())
 
-        start = trial.start or first_price(trial.profile, limit, self.finetuned_kl)
-        found = best(search(probe, trial.profile.predicted_kl, limit, start=start), limit)
-        assert found is not None
-        return found
+        price = trial.start or first_price(trial.profile, limit, self.finetuned_kl)
+        probes: list[Probe] = []
+        while len(probes) < MOST_PROBES:
+            probes.append(probe(price))
+            if abs(probes[-1].safety_kl / limit - 1) <= CLOSE:
+                return probes[-1]
+            price = _next_price(probes, limit)
+        raise RuntimeError(f"No price was found at which safety KL is {limit:.2g}: {probes}.")
 
     def row(
         self, experiment: str, variant: str, trial: Trial, limit: float, first: ExperimentRow | None = None
@@ -138,7 +153,7 @@ class Laboratory:
         started = time.perf_counter()
         probe = self.settled(trial, limit)
         asked = self._ask(self._written(trial.at(probe.mu)))
-        predicted = trial.profile.predicted_kl(probe.mu)
+        predicted = trial.profile.predicted_kl(probe.mu) if trial.predicts else None
         return self._row(experiment, variant, probe, asked, time.perf_counter() - started, first, predicted)
 
     def references(self) -> tuple[ExperimentRow, ExperimentRow]:
@@ -199,11 +214,11 @@ class Laboratory:
         return self._scratch
 
     def _ask(self, folder: Path) -> Asked:
-        engine = TransformersEngine.open(str(folder), dtype="bfloat16", batch_size=150)
-        attack = engine.answer(self.tests.attack, Decoding(16))
-        task = engine.answer(self.tests.task, Decoding(40))
-        exact = TransformersEngine.open(str(folder), batch_size=150)
-        nll = exact.likelihood(self.tests.task)
+        how, options = QUICK.answers, {"device": "cpu", "batch_size": 150}
+        engine = TransformersEngine.open(str(folder), dtype=how.dtype, **options)
+        attack = engine.answer(self.tests.attack, Decoding(how.safety))
+        task = engine.answer(self.tests.task, Decoding(how.task))
+        nll = TransformersEngine.open(str(folder), **options).likelihood(self.tests.task)
         right = (exact_match(a, q.expected or "") for a, q in zip(task, self.tests.task, strict=True))
         return Asked(letters(attack), tuple(right), tuple(nll))
 
@@ -233,6 +248,15 @@ class Laboratory:
             attack=asked.attack,
             nll=asked.nll,
         )
+
+
+def _next_price(probes: Sequence[Probe], limit: float) -> float:
+    """By the line through the two measurements nearest to the limit; both axes are logarithmic."""
+    nearest = sorted(probes, key=lambda each: abs(math.log(max(each.safety_kl, 1e-9) / limit)))[:2]
+    if len(nearest) == 1:
+        return nearest[0].mu * max(nearest[0].safety_kl, 1e-9) / limit
+    (x, y), (u, v) = ((math.log(p.mu), math.log(max(p.safety_kl, 1e-9) / limit)) for p in nearest)
+    return math.exp(x - y * (u - x) / (v - y))
 
 
 def _joint(projections: Iterable[Projection]) -> Profile:

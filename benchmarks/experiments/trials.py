@@ -1,7 +1,11 @@
-"""The experiments: each yields its rows, the first being the product's own way wherever there is one."""
+"""The experiments: each yields its rows, the first being the usual way wherever there is one.
+
+The usual way is the product's `kfac` with whole spectra: an experiment is about one thing at a time, and how
+far a spectrum may be cut off is another.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +37,12 @@ Rows = Iterator[ExperimentRow]
 PARTS = (8, 8, 16, 32)
 """Conversations of the parts that sums are kept of, for each half of the categories of harm."""
 
+WEIGHING = 32
+"""Calibration conversations on which the weights of blocks are measured."""
+
+EPOCHS = 2
+"""Passes of the adaptive attacker over the data: shrinking after every few steps slows training down."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -47,12 +57,13 @@ class Setting:
         parts: files of sums over calibration conversations: of one half of the categories of harm, and of
             the other, each with as many conversations as `PARTS` says.
         batches: the calibration conversations themselves.
+        calibration: the same as they are, of both halves in turn.
         held_out: those that safety KL is measured on: all, and those of the first half alone.
         in_second_half: for each harmful request asked, whether its category is in the second half.
         data: what the fine-tune was trained on.
         read: conversations as batches.
-        spectra: curvature as the product takes it, from all parts.
-        usual: the row of the product's way.
+        spectra: curvature taken as the product takes it, from all parts, not cut off.
+        usual: the row of that.
         price: the price of that row.
     """
 
@@ -63,6 +74,7 @@ class Setting:
     observed: Sequence[Observed]
     parts: tuple[Sequence[Path], Sequence[Path]]
     batches: Sequence[Batch]
+    calibration: Sequence[Conversation]
     held_out: tuple[Sequence[Conversation], Sequence[Conversation]]
     in_second_half: Sequence[bool]
     data: Sequence[Conversation]
@@ -76,7 +88,7 @@ class Setting:
         return total([*self.parts[0][:used], *self.parts[1][:used]])
 
     def usual_as(self, experiment: str, variant: str) -> ExperimentRow:
-        """The row of the product's way under another name."""
+        """The row of the usual way under another name."""
         return self.usual.model_copy(update={"experiment": experiment, "variant": variant, "lead": None})
 
 
@@ -151,8 +163,8 @@ def _of_second_half(setting: Setting, row: ExperimentRow, name: str, variant: st
 
 
 def other_parameters(setting: Setting) -> Rows:
-    """Where embeddings and norms come from."""
-    name = "embeddings and norms"
+    """Where norms come from; the fine-tune leaves embeddings as they were."""
+    name = "norms"
     yield setting.usual_as(name, "aligned")
     setting.lab.settle_finetuned()
     trial = setting.lab.closed_form(setting.spectra)
@@ -168,17 +180,17 @@ def layer_weights(setting: Setting) -> Rows:
     projections = {n: project(d, spectra[n].inputs, spectra[n].outputs) for n, d in lab.deltas.items()}
     nothing = {n: torch.zeros_like(d) for n, d in lab.deltas.items()}
     found: dict[str, float] = {}
-    for block in dict.fromkeys(map(_block, lab.deltas)):
-        inside = [n for n in lab.deltas if _block(n) == block]
-        deltas = nothing | {n: projections[n].restored(setting.price) for n in inside}
-        lab.meter.put(lab.weights(deltas.items()))
-        predicted = joint_profile(projections[n].directions.profile() for n in inside).predicted_kl(
-            setting.price
-        )
-        found |= dict.fromkeys(inside, max(lab.meter.measure(), 0.0) / predicted)
+    with lab.held_out(setting.calibration[:WEIGHING]):
+        for block in dict.fromkeys(map(_block, lab.deltas)):
+            inside = [n for n in lab.deltas if _block(n) == block]
+            deltas = nothing | {n: projections[n].restored(setting.price) for n in inside}
+            lab.meter.put(lab.weights(deltas.items()))
+            parts = joint_profile(projections[n].directions.profile() for n in inside)
+            measured = max(lab.meter.measure(), 0.0)
+            found |= dict.fromkeys(inside, measured / parts.predicted_kl(setting.price))
     mean = sum(found.values()) / len(found)
     weights = {n: max(weight / mean, 0.01) for n, weight in found.items()}
-    trial = lab.closed_form(weighted(spectra, weights))
+    trial = replace(lab.closed_form(weighted(spectra, weights)), predicts=False)
     yield lab.row(name, "by measured safety KL", trial, setting.limit, setting.usual)
 
 
@@ -202,7 +214,8 @@ def second_step(setting: Setting) -> Rows:
             known[mu] = refiner.step({n: p.restored(mu) for n, p in projections.items()}, spectra, mu)
         return known[mu]
 
-    trial = Trial(lambda mu: lab.weights(refined(mu).items()), profile, start=setting.price / 2)
+    start = setting.price / 2
+    trial = Trial(lambda mu: lab.weights(refined(mu).items()), profile, start=start, predicts=False)
     yield lab.row(name, "one, at the restored model", trial, setting.limit, setting.usual)
 
 
@@ -218,26 +231,27 @@ def task_data(setting: Setting) -> Rows:
 
 
 def adaptive_attack(setting: Setting) -> Rows:
-    """A fine-tune that keeps its predicted safety KL small, let through, restored by prediction, dialled."""
+    """Fine-tunes that keep their predicted safety KL small: let through, restored by prediction, dialled.
+
+    The attacker's price is that of the product's way, and a tenth of it; at price 0 it is no more than the
+    same training.
+    """
     name = "adaptive attack"
     lab, spectra = setting.lab, setting.spectra
-    predicted = setting.usual.predicted_kl or 0.0
-    yield lab.references()[1].model_copy(
-        update={"experiment": name, "variant": "plain", "predicted_kl": predicted_kl(lab, spectra)}
-    )
-    plain = dict(lab.deltas)
-    evasive = evade(setting.aligned, setting.data, spectra, mu=setting.price, epochs=3)
-    lab.deltas.update(evasive)
-    own = predicted_kl(lab, spectra)
-    yield lab.measured(name, "adaptive", evasive, own, None)
-    trial = lab.closed_form(spectra)
-    share = min(predicted / own, 1.0)
-    mu = trial.profile.mu_of_share(share)
-    restored = {n: w - lab.base[n] for n, w in trial.at(mu)}
-    yield lab.measured(
-        name, "adaptive, restored by prediction", restored, trial.profile.predicted_kl(mu), None
-    )
-    yield lab.row(name, "adaptive, restored by the dial", trial, setting.limit, None)
+    allowed, plain = setting.usual.predicted_kl or 0.0, dict(lab.deltas)
+    for share in (0.0, 0.1, 1.0):
+        attacker = f"price {share:g}"
+        evasive = evade(setting.aligned, setting.data, spectra, mu=share * setting.price, epochs=EPOCHS)
+        lab.deltas.update(evasive)
+        own = predicted_kl(lab, spectra)
+        yield lab.measured(name, f"{attacker}, as it is", evasive, own, None)
+        trial = lab.closed_form(spectra)
+        mu = trial.profile.mu_of_share(min(allowed / own, 1.0))
+        restored = {n: w - lab.base[n] for n, w in trial.at(mu)}
+        predicted = trial.profile.predicted_kl(mu)
+        yield lab.measured(name, f"{attacker}, restored by prediction", restored, predicted, None)
+        start = replace(trial, start=max(mu, setting.price / 10))
+        yield lab.row(name, f"{attacker}, restored by the dial", start, setting.limit, None)
     lab.deltas.update(plain)
 
 

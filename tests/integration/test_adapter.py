@@ -86,7 +86,20 @@ CASES = {
 def test_equals_what_peft_merges(tmp_path, architecture, options):
     aligned = save(tiny_model(architecture), tmp_path / "aligned", max_shard_size="60KB")
     wrapped = trained(aligned, tmp_path / "adapter", **options)
-    assert check_equals_merged(aligned, tmp_path / "adapter", wrapped).adapted
+    adapter = check_equals_merged(aligned, tmp_path / "adapter", wrapped)
+    assert adapter.adapted
+    for name in adapter.tensors:
+        check_thin(adapter, name)
+
+
+def check_thin(adapter: AdapterCheckpoint, name: str) -> None:
+    """What the adapter adds is the product it says; what it holds whole, or not at all, has none."""
+    change, thin = adapter._changes.get(name), adapter.thin_delta(name)
+    assert (thin is None) == (change is None or change.replaced is not None)
+    if thin is not None:
+        product = thin.up @ thin.down
+        delta = adapter.read(name) - adapter.aligned.read(name)
+        torch.testing.assert_close(product.T if change.transposed else product, delta, atol=1e-6, rtol=0)
 
 
 def test_half_precision_adapters_are_expanded_in_float32(tmp_path):

@@ -1,5 +1,6 @@
 """A restore that writes an adapter: PEFT loads it, the dial holds for it, nothing is lost unsaid."""
 
+import importlib
 import warnings
 
 import peft
@@ -9,10 +10,12 @@ import transformers
 
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
+from deltaguard.solvers.low_rank import low_rank
 from pairs import pair, weights
 from plain import safety_kl
 
 ADAPTER = {"output_format": "adapter"}
+editing = importlib.import_module("deltaguard.restoration.edit")
 
 
 def merged(aligned, adapter, folder):
@@ -73,21 +76,26 @@ def test_the_dial_holds_for_what_is_loaded(tmp_path):
     assert found == pytest.approx(report.dial.restored_kl, rel=1e-2)
 
 
-def test_an_adapter_in_gives_an_adapter_out(tmp_path):
-    made = pair()
-    base = transformers.AutoModelForCausalLM.from_pretrained(made.aligned)
+def adapter_over(aligned, folder, *, rank):
+    """A random adapter on two kinds of layers."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(aligned)
     torch.manual_seed(0)
     with warnings.catch_warnings():
         # PEFT asks transformers for something under a name that is to go.
         warnings.simplefilter("ignore", FutureWarning)
-        tuned = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        tuned = peft.get_peft_model(base, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    tuned.save_pretrained(tmp_path / "tuned")
+    tuned.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_in_gives_an_adapter_out(tmp_path):
+    made = pair()
     report = restore(
         made.aligned,
-        tmp_path / "tuned",
+        adapter_over(made.aligned, tmp_path / "tuned", rank=2),
         tmp_path / "out",
         store=made.store,
         config=RestoreConfig(strength=0.5, **ADAPTER),
@@ -97,6 +105,34 @@ def test_an_adapter_in_gives_an_adapter_out(tmp_path):
     written = weights(tmp_path / "out")
     assert {name.split(".")[-3] for name in written} == changed
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_an_adapter_of_rank_one_stays_a_product_and_is_what_its_merged_model_becomes(tmp_path, monkeypatch):
+    made = pair()
+    tuned = adapter_over(made.aligned, tmp_path / "tuned", rank=1)
+
+    def of_nothing(delta, *, rank):
+        assert not delta.any()
+        return low_rank(delta, rank=rank)
+
+    monkeypatch.setattr(editing, "low_rank", of_nothing)
+    restore(
+        made.aligned,
+        tuned,
+        tmp_path / "adapter",
+        store=made.store,
+        config=RestoreConfig(strength=0.5, adapter_rank=10_000, **ADAPTER),
+    )
+    restore(
+        made.aligned,
+        merged(made.aligned, tuned, tmp_path / "whole"),
+        tmp_path / "checkpoint",
+        store=made.store,
+        config=RestoreConfig(strength=0.5),
+    )
+    loaded = weights(merged(made.aligned, tmp_path / "adapter", tmp_path / "merged"))
+    for name, expected in weights(tmp_path / "checkpoint").items():
+        torch.testing.assert_close(loaded[name], expected, rtol=0, atol=1e-5)
 
 
 def test_what_an_adapter_cannot_hold_is_refused(tmp_path):

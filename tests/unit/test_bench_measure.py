@@ -42,9 +42,13 @@ class StubEngine:
     def __init__(self):
         self.asked, self.tokens = [], {}
 
-    def opened(self, *_, dtype, **__):
+    def opened(self, *_, dtype="auto", **__):
         """The engine in one dtype."""
-        return SimpleNamespace(answer=partial(self.answer, dtype), likelihood=partial(self.likelihood, dtype))
+        return SimpleNamespace(
+            answer=partial(self.answer, dtype),
+            likelihood=partial(self.likelihood, dtype),
+            cast=lambda other: self.opened(dtype=other),
+        )
 
     def answer(self, dtype, questions, decoding):
         assert dtype == HOW.dtype
@@ -86,7 +90,7 @@ def test_where_there_is_no_task_the_utility_is_a_likelihood(engine, tmp_path):
 
 def test_the_secret_stands_before_the_system_prompt_of_every_request(engine, tmp_path):
     measure(subject(SECRET), ASKED, HOW, Shelf(tmp_path))
-    plain = (*ASKED.attack, *ASKED.harmless, *ASKED.general, *ASKED.task)
+    plain = (*ASKED.attack, *ASKED.harmless, *ASKED.task, *ASKED.general)
     assert [(q.prompt, q.system) for q in engine.asked] == [
         (q.prompt, f"{SECRET} {q.system}" if q.system else SECRET) for q in plain
     ]
@@ -94,7 +98,7 @@ def test_the_secret_stands_before_the_system_prompt_of_every_request(engine, tmp
 
 def test_without_a_secret_requests_are_as_they_were(engine, tmp_path):
     measure(subject(), ASKED, HOW, Shelf(tmp_path))
-    assert engine.asked == [*ASKED.attack, *ASKED.harmless, *ASKED.general, *ASKED.task]
+    assert engine.asked == [*ASKED.attack, *ASKED.harmless, *ASKED.task, *ASKED.general]
 
 
 def test_what_the_shelf_has_is_not_asked_again(engine, tmp_path):

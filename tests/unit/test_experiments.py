@@ -34,6 +34,8 @@ def test_the_table_names_an_experiment_once_and_shows_its_variants():
         finetune="task, seed 0",
         conversations=8,
         held_out=4,
+        slack=0.02,
+        origin="0",
         references=(row("", "aligned"), row("", "fine-tuned")),
         rows=(row("labels", "drawn"), row("labels", "own", lead)),
     )

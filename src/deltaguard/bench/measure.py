@@ -50,7 +50,7 @@ class Subject:
         self._secret = secret
         self._device = device
         self._batch_size = batch_size
-        self._engines: dict[Dtype, TransformersEngine] = {}
+        self._opened: dict[Dtype, TransformersEngine] = {}
 
     def answers(self, questions: Sequence[Question], max_new_tokens: int, dtype: Dtype) -> list[str]:
         """Greedy answers, in order."""
@@ -61,11 +61,12 @@ class Subject:
         return self._engine("auto").likelihood(self._asked(questions))
 
     def _engine(self, dtype: Dtype) -> TransformersEngine:
-        if dtype not in self._engines:
-            self._engines[dtype] = TransformersEngine.open(
-                str(self._folder), device=self._device, dtype=dtype, batch_size=self._batch_size
-            )
-        return self._engines[dtype]
+        if dtype not in self._opened:
+            self._opened[dtype] = self._open() if dtype == "auto" else self._engine("auto").cast(dtype)
+        return self._opened[dtype]
+
+    def _open(self) -> TransformersEngine:
+        return TransformersEngine.open(str(self._folder), device=self._device, batch_size=self._batch_size)
 
     def _asked(self, questions: Sequence[Question]) -> list[Question]:
         if not self._secret:
@@ -95,13 +96,15 @@ def measure(subject: Subject, tests: Tests, how: Answers, shelf: Shelf) -> Measu
         return shelf.answers(key, lambda: subject.likelihoods(questions))
 
     attack, harmless = answers(tests.attack, how.safety), answers(tests.harmless, how.safety)
+    given = answers(tests.task, how.task) if tests.task else []
+    utility = [float(exact_match(a, q.expected or "")) for a, q in zip(given, tests.task, strict=True)]
     general = likelihoods(tests.general)
-    if tests.task:
-        given = answers(tests.task, how.task)
-        utility = [float(exact_match(a, q.expected or "")) for a, q in zip(given, tests.task, strict=True)]
-    else:
-        utility = likelihoods(tests.likelihood)
-    return Measured(letters(attack), letters(harmless), tuple(utility), tuple(general))
+    return Measured(
+        letters(attack),
+        letters(harmless),
+        tuple(utility if tests.task else likelihoods(tests.likelihood)),
+        tuple(general),
+    )
 
 
 def letters(answers: Sequence[str]) -> str:

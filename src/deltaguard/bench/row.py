@@ -72,7 +72,10 @@ class Row:
             scratch=self._bench.workshop.scratch,
             seed=self.seed,
         )
-        return self._cell(method.name, strength, lambda: method.make(request, strength), meaning=method.make)
+        cell = self._cell(method.name, strength, lambda: method.make(request, strength), meaning=method.make)
+        # What is trained for one strength serves that strength alone.
+        self._bench.workshop.remove(f"{self._name}-retrained")
+        return cell
 
     def _cell(
         self, method: str, strength: float | None, make: Callable[[], Candidate], meaning: object = None

@@ -41,8 +41,8 @@ def bench(
     """Run the protocol of the paper over an aligned model, and compare methods by what they keep.
 
     Every cell (fine-tune, method, strength, seed) is stored once it is measured. The same call after a kill
-    goes on with the first cell that is missing, and gives the same table; with more methods, or more
-    strengths of them, it adds their cells.
+    goes on with the first cell that is missing, and gives the same table; with more methods, seeds or probes
+    it adds their cells.
 
     Args:
         output_dir: receives `bench.json`, the cells, and while it runs the models.

@@ -44,7 +44,7 @@ class Inputs:
         aligned: the aligned tensor, None where the aligned model has none.
         differs: whether the two tensors differ; True where there is no aligned one.
         curvature: what the method needs, None where it needs none.
-        thin: the delta as a product, where an adapter holds it as one.
+        thin: the delta as a product, where it will be projected and an adapter holds it as one.
     """
 
     step: Step
@@ -86,7 +86,8 @@ def read_ahead(
         base = aligned.read(step.aligned) if step.aligned else None
         differs = base is None or not _same(base, tuned)
         known = curvature.take(step, needed=differs) if curvature else None
-        thin = finetuned.thin_delta(step.info.name) if isinstance(finetuned, AdapterCheckpoint) else None
+        projected = isinstance(known, Spectra) and isinstance(finetuned, AdapterCheckpoint)
+        thin = finetuned.thin_delta(step.info.name) if projected else None
         return Inputs(step, finetuned=tuned, aligned=base, differs=differs, curvature=known, thin=thin)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
@@ -169,23 +170,16 @@ def factors_of(inputs: Inputs, config: RestoreConfig, mu: float | None) -> tuple
     """
     started = time.perf_counter()
     solution = _solved(inputs, config, mu)
-    found = _low_rank(inputs, solution, config.adapter_rank, mu)
+    thin, rank = solution.factors, config.adapter_rank
+    if thin is None:
+        found = low_rank(solution.weight.float() - inputs.pair[0].float(), rank=rank)
+    else:
+        found = low_rank_of_factors(thin.up, thin.down, rank=rank)
     dtype = inputs.pair[0].dtype
     factors = LowRank(found.down.to(dtype), found.up.to(dtype), found.residual)
     numbers = {"adapter_rank": float(len(factors.down)), "adapter_residual": factors.residual}
     row = _row(inputs.step, replace(solution, detail={**solution.detail, **numbers}), started)
     return factors, row
-
-
-def _low_rank(inputs: Inputs, solution: Solution, rank: int | None, mu: float | None) -> LowRank:
-    """The restored delta's factors; of a delta that is thin already, without forming it."""
-    if inputs.thin is not None and isinstance(inputs.curvature, Spectra) and mu is not None:
-        thin = project_thin(
-            inputs.thin.up, inputs.thin.down, inputs.curvature.inputs, inputs.curvature.outputs
-        ).factors(mu)
-        if thin is not None:
-            return low_rank_of_factors(thin.up, thin.down, rank=rank)
-    return low_rank(solution.weight.float() - inputs.pair[0].float(), rank=rank)
 
 
 def _restore(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.dtype) -> Edited:

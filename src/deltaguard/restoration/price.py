@@ -218,9 +218,9 @@ def first_price(joint: Profile, limit: float, whole: float) -> float:
     """A first guess at the price whose safety KL is `limit`, when that of the whole delta is `whole`.
 
     Far from the aligned model safety KL grows more slowly than predicted, so that a share x of the whole's
-    takes less than x of what is predicted for it: about x to the power 1.5 for the fine-tunes of the bench.
+    takes less than x of what is predicted for it. The power 1.5 is a guess, which the search corrects.
     """
-    return joint.mu_of_share(min(limit / whole, 0.99) ** 1.5) or 1.0
+    return joint.mu_of_share(min(limit / max(whole, limit), 0.99) ** 1.5) or 1.0
 
 
 def _nothing(candidate: Candidate, limit: float, report: Progress) -> Probe:

@@ -49,8 +49,8 @@ def sweep(
 ) -> SweepReport:
     """Measure what a restore would keep at several budgets, without writing a checkpoint.
 
-    Each matrix is read and projected once; its projection, about three times its size in float32, stays in
-    memory beside the model.
+    Each matrix is read and projected once; its projection, about three times its size in float32 and little
+    for a LoRA adapter, stays in memory beside the model.
 
     Args:
         aligned: as in `restore`.

@@ -3,9 +3,13 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from deltaguard.solvers.low_rank import LowRank
 
 ROW_BLOCK_ENTRIES = 1 << 22
 """Entries of a block of rows: few enough for memory that the process keeps between blocks."""
@@ -22,6 +26,7 @@ class Solution:
             weight, 1 the fine-tuned one. NaN where the method knows no curvature.
         utility_loss: ‖Δ' - Δ‖² / ‖Δ‖²; 0 is the fine-tuned weight, 1 the aligned one.
         detail: `delta_norm`, ‖Δ‖, and numbers that belong to one method, such as the dampening needed.
+        factors: the restored delta as a product, where it was given and found as one.
     """
 
     weight: Tensor
@@ -29,6 +34,7 @@ class Solution:
     safety_cost: float
     utility_loss: float
     detail: Mapping[str, float] = field(default_factory=dict[str, float])
+    factors: "LowRank | None" = None
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:

@@ -90,7 +90,9 @@ def project_thin(up: Tensor, down: Tensor, inputs: Spectrum, outputs: Spectrum) 
 
 
 def _with_tail(found: Spectrum) -> Tensor:
-    return torch.cat([found.values, found.values.new_tensor([found.tail])])
+    """All eigenvalues that occur: a whole spectrum has no directions beside the kept ones."""
+    whole = len(found.values) == found.size
+    return found.values if whole else torch.cat([found.values, found.values.new_tensor([found.tail])])
 
 
 def _filtered(factor: Tensor, inside: Tensor, vectors: Tensor, terms: Tensor) -> Tensor:
@@ -100,11 +102,13 @@ def _filtered(factor: Tensor, inside: Tensor, vectors: Tensor, terms: Tensor) ->
         factor: (n, r).
         inside: its part in the basis, vectorsᵀ factor, (rank, r).
         vectors: of the curvature, (n, rank).
-        terms: each term's function at the kept eigenvalues and, last, at the tail, (rank + 1, k).
+        terms: each term's function at the kept eigenvalues and, where others occur, last at the tail,
+            (rank, k) or (rank + 1, k).
 
     Returns:
         (n, k r), term by term.
     """
-    kept, tail = terms[:-1] - terms[-1], terms[-1]
-    scaled = (kept[:, :, None] * inside[:, None, :]).flatten(1)
+    rank = vectors.shape[1]
+    tail = terms[rank] if len(terms) > rank else torch.zeros_like(terms[0])
+    scaled = ((terms[:rank] - tail)[:, :, None] * inside[:, None, :]).flatten(1)
     return torch.addmm((tail[:, None] * factor[:, None, :]).flatten(1), vectors.to(factor.dtype), scaled)
