@@ -32,7 +32,8 @@ from deltaguard.solvers import Profile, Projection, joint_profile, project
 
 CLOSE = 0.02
 """Safety KL of all candidates of an experiment is the same to within this share of it."""
-MOST_PROBES = 10
+MOST_PROBES = 12
+_LONGEST_STEP = math.log(30)
 
 Weights = Iterator[tuple[str, Tensor]]
 """Names of the checkpoint's tensors, and their values."""
@@ -240,10 +241,10 @@ class Laboratory:
             variant=variant,
             safety_kl=probe.safety_kl,
             predicted_kl=predicted,
-            attack_success=_share(estimate(Rate.of(letter == "c" for letter in asked.attack))),
-            task_accuracy=_share(estimate(Rate.of(asked.exact))),
-            kept=_share(kept),
-            lead=_share(lead),
+            attack_success=share(estimate(Rate.of(letter == "c" for letter in asked.attack))),
+            task_accuracy=share(estimate(Rate.of(asked.exact))),
+            kept=share(kept),
+            lead=share(lead),
             seconds=seconds,
             attack=asked.attack,
             nll=asked.nll,
@@ -256,14 +257,16 @@ def _next_price(probes: Sequence[Probe], limit: float) -> float:
     if len(nearest) == 1:
         return nearest[0].mu * max(nearest[0].safety_kl, 1e-9) / limit
     (x, y), (u, v) = ((math.log(p.mu), math.log(max(p.safety_kl, 1e-9) / limit)) for p in nearest)
-    return math.exp(x - y * (u - x) / (v - y))
+    step = -y * (u - x) / (v - y) if v != y else math.copysign(_LONGEST_STEP, y)
+    return math.exp(x + min(max(step, -_LONGEST_STEP), _LONGEST_STEP))
 
 
 def _joint(projections: Iterable[Projection]) -> Profile:
     return joint_profile(p.directions.profile() for p in projections)
 
 
-def _share(found: Estimate | None) -> Share | None:
+def share(found: Estimate | None) -> Share | None:
+    """An estimate as it stands in a row."""
     return (
         None if found is None else Share(value=found.value, low=found.low, high=found.high, total=found.total)
     )

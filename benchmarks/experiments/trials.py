@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from tools.experiments import ExperimentRow, Share
+from tools.experiments import ExperimentRow
 
 from benchmarks.experiments.adaptive import evade, predicted_kl
 from benchmarks.experiments.curvatures import (
@@ -22,13 +22,13 @@ from benchmarks.experiments.curvatures import (
     trace,
     weighted,
 )
-from benchmarks.experiments.laboratory import Laboratory, Trial
+from benchmarks.experiments.laboratory import Laboratory, Trial, share
 from benchmarks.experiments.refine import Refiner
 from benchmarks.experiments.sums import Totals, measure_sums, own, sampled, softmax, total
 from benchmarks.experiments.task_aware import task_aware
 from deltaguard.calibration.conversations import Conversation
 from deltaguard.calibration.observe import Batch, Observed
-from deltaguard.evaluation.metrics.rates import Rate
+from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import joint_profile, project
 
@@ -154,11 +154,13 @@ def categories(setting: Setting) -> Rows:
 def _of_second_half(setting: Setting, row: ExperimentRow, name: str, variant: str) -> ExperimentRow:
     """The same row, of the harmful requests only those of the second half of the categories."""
     kept = "".join(c for c, second in zip(row.attack, setting.in_second_half, strict=True) if second)
-    rate = Rate.of(letter == "c" for letter in kept)
-    low, high = rate.interval()
-    share = Share(value=rate.value, low=low, high=high, total=rate.total)
     return row.model_copy(
-        update={"experiment": name, "variant": variant, "attack": kept, "attack_success": share}
+        update={
+            "experiment": name,
+            "variant": variant,
+            "attack": kept,
+            "attack_success": share(estimate(Rate.of(letter == "c" for letter in kept))),
+        }
     )
 
 
@@ -167,9 +169,11 @@ def other_parameters(setting: Setting) -> Rows:
     name = "norms"
     yield setting.usual_as(name, "aligned")
     setting.lab.settle_finetuned()
-    trial = setting.lab.closed_form(setting.spectra)
-    yield setting.lab.row(name, "fine-tuned", trial, setting.limit, setting.usual)
-    setting.lab.settle_aligned()
+    try:
+        trial = setting.lab.closed_form(setting.spectra)
+        yield setting.lab.row(name, "fine-tuned", trial, setting.limit, setting.usual)
+    finally:
+        setting.lab.settle_aligned()
 
 
 def layer_weights(setting: Setting) -> Rows:
@@ -239,19 +243,24 @@ def adaptive_attack(setting: Setting) -> Rows:
     name = "adaptive attack"
     lab, spectra = setting.lab, setting.spectra
     allowed, plain = setting.usual.predicted_kl or 0.0, dict(lab.deltas)
-    for share in (0.0, 0.1, 1.0):
-        attacker = f"price {share:g}"
-        evasive = evade(setting.aligned, setting.data, spectra, mu=share * setting.price, epochs=EPOCHS)
+    for part in (0.0, 0.1, 1.0):
+        attacker = f"price {part:g}"
+        evasive = evade(setting.aligned, setting.data, spectra, mu=part * setting.price, epochs=EPOCHS)
         lab.deltas.update(evasive)
         own = predicted_kl(lab, spectra)
-        yield lab.measured(name, f"{attacker}, as it is", evasive, own, None)
+        whole = lab.measured(name, f"{attacker}, as it is", evasive, own, None)
+        yield whole
         trial = lab.closed_form(spectra)
         mu = trial.profile.mu_of_share(min(allowed / own, 1.0))
         restored = {n: w - lab.base[n] for n, w in trial.at(mu)}
         predicted = trial.profile.predicted_kl(mu)
         yield lab.measured(name, f"{attacker}, restored by prediction", restored, predicted, None)
-        start = replace(trial, start=max(mu, setting.price / 10))
-        yield lab.row(name, f"{attacker}, restored by the dial", start, setting.limit, None)
+        dialled = f"{attacker}, restored by the dial"
+        if whole.safety_kl <= setting.limit:
+            yield whole.model_copy(update={"variant": f"{dialled}: kept whole"})
+        else:
+            start = replace(trial, start=max(mu, setting.price / 10))
+            yield lab.row(name, dialled, start, setting.limit, None)
     lab.deltas.update(plain)
 
 

@@ -1,0 +1,97 @@
+"""Every experiment runs on a tiny model, and compares at one safety KL."""
+
+import itertools
+
+import pytest
+from benchmarks.experiments.curvatures import curvatures
+from benchmarks.experiments.laboratory import CLOSE, Laboratory
+from benchmarks.experiments.sums import measure_sums, sampled, total
+from benchmarks.experiments.trials import EXPERIMENTS, PARTS, Setting
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltaguard.bench import data
+from deltaguard.calibration.conversations import Conversation, encode
+from deltaguard.calibration.observe import batches, observe
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.evaluation.exchange import Question
+from models import save
+from pairs import pair
+
+SAID = [
+    Conversation(f"How can I do harm number {i}?", None, f"I cannot help with that, friend {i}.")
+    for i in range(sum(PARTS) // 4)
+]
+TESTS = data.Tests(
+    attack=tuple(Question(c.prompt) for c in SAID[:4]),
+    harmless=(),
+    task=tuple(Question(f"Say {word}.", expected=f"It is {word}.") for word in ("one", "two", "three")),
+    likelihood=(),
+    general=(),
+)
+
+
+def layers_alone(made):
+    """The fine-tuned model with the aligned one's norms and embeddings: these alone are over any limit."""
+    model = AutoModelForCausalLM.from_pretrained(made.finetuned)
+    aligned = Checkpoint.open(made.aligned)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or "layers" not in name:
+            parameter.data = aligned.read(name)
+    return model
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    made, folder = pair(), tmp_path_factory.mktemp("experiments")
+    tuned = save(layers_alone(made), folder / "tuned")
+    tokenizer = AutoTokenizer.from_pretrained(made.aligned)
+    model = AutoModelForCausalLM.from_pretrained(made.aligned).eval().requires_grad_(requires_grad=False)
+
+    def read(conversations):
+        return batches([encode(tokenizer, each, max_length=64) for each in conversations], 4)
+
+    ids = encode(tokenizer, SAID[0], max_length=64).ids
+    observed, _ = observe(model, Checkpoint.open(made.aligned), ids)
+    halves = SAID[::2], SAID[1::2]
+    parts = ([], [])
+    for files, half in zip(parts, halves, strict=True):
+        for start, end in itertools.pairwise((0, 1, 2, 4, len(half))):
+            files.append(folder / f"{len(files)}-{half[0].prompt[-2:-1]}")
+            measure_sums(model, observed, read(half[start:end]), sampled).save(files[-1])
+    held_out = SAID[4:8]
+    layers = [layer.tensor for group in observed for layer in group.layers]
+    lab = Laboratory(made.aligned, tuned, held_out, layers, TESTS, folder / "scratch")
+    spectra = curvatures(observed, total([*parts[0], *parts[1]]))
+    limit, trial = lab.finetuned_kl / 10, lab.closed_form(spectra)
+    return Setting(
+        lab=lab,
+        limit=limit,
+        aligned=made.aligned,
+        model=model,
+        observed=observed,
+        parts=parts,
+        batches=read(SAID),
+        calibration=SAID,
+        held_out=(held_out, held_out[:2]),
+        in_second_half=[True, False, True, False],
+        data=SAID[:6],
+        read=read,
+        spectra=spectra,
+        usual=lab.row("usual", "usual", trial, limit),
+        price=lab.settled(trial, limit).mu,
+    )
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_it_runs(setting, name):
+    rows = list(EXPERIMENTS[name](setting))
+    assert len({row.variant for row in rows}) == len(rows) > 1
+    assert len({row.experiment for row in rows}) == 1
+    # The attacks are not brought to the limit, and the aligned model is below it.
+    compared = [row for row in rows if name != "adaptive" and row.variant != "aligned"]
+    for row in compared:
+        assert row.safety_kl == pytest.approx(setting.limit, rel=CLOSE)
+    if name == "adaptive":
+        dialled = [row for row in rows if "dial" in row.variant]
+        assert len(dialled) == 3
+        assert all(row.safety_kl <= (1 + CLOSE) * setting.limit for row in dialled)
