@@ -37,19 +37,6 @@ def adapter(folder, tmp_path_factory):
     return adapted, tmp_path_factory.getbasetemp() / "adapters0" / "adapter"
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_cast_is_as_if_it_had_been_opened_so(name, tmp_path):
-    whole = TransformersEngine.open(str(save(tiny_model(name), tmp_path / "model")), device="cpu")
-    opened = TransformersEngine.open(str(tmp_path / "model"), device="cpu", dtype="bfloat16")
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        expected = opened.model(ids).logits
-        assert torch.equal(whole.cast("bfloat16").model(ids).logits, expected)
-        assert not torch.equal(whole.model(ids).logits.bfloat16(), expected)
-    assert whole.cast("auto") is whole
-    assert opened.cast("bfloat16") is opened
-
-
 def test_a_prefill_stands_where_the_answer_begins():
     text = rendered(tiny_tokenizer(), Question("Why?", system="", prefill="Sure"))
     assert text == "<|begin|><|system|><|end|><|user|>Why?<|end|><|assistant|>Sure"

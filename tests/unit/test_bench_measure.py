@@ -42,12 +42,11 @@ class StubEngine:
     def __init__(self):
         self.asked, self.tokens = [], {}
 
-    def opened(self, *_, dtype="auto", **__):
+    def opened(self, *_, dtype, **__):
         """The engine in one dtype."""
         return SimpleNamespace(
             answer=partial(self.answer, dtype),
             likelihood=partial(self.likelihood, dtype),
-            cast=lambda other: self.opened(dtype=other),
         )
 
     def answer(self, dtype, questions, decoding):
@@ -57,7 +56,7 @@ class StubEngine:
         return [self.answers[question.prompt] for question in questions]
 
     def likelihood(self, dtype, questions):
-        assert dtype == "auto"
+        assert dtype == HOW.dtype
         self.asked += questions
         return [1.5 + i for i in range(len(questions))]
 
@@ -70,7 +69,14 @@ def engine(monkeypatch):
 
 
 def subject(secret=""):
-    return Subject(Path("nowhere"), identity=f"model {secret}", secret=secret, device="cpu", batch_size=8)
+    return Subject(
+        Path("nowhere"),
+        identity=f"model {secret}",
+        secret=secret,
+        device="cpu",
+        dtype=HOW.dtype,
+        batch_size=8,
+    )
 
 
 def test_every_answer_goes_where_it_belongs(engine, tmp_path):

@@ -35,7 +35,9 @@ class Measured:
 class Subject:
     """A model that is asked; loaded when the first answer is missing."""
 
-    def __init__(self, folder: Path, *, identity: str, secret: str, device: str, batch_size: int) -> None:
+    def __init__(
+        self, folder: Path, *, identity: str, secret: str, device: str, dtype: Dtype, batch_size: int
+    ) -> None:
         """Name a model.
 
         Args:
@@ -43,6 +45,7 @@ class Subject:
             identity: models of one identity give the same answers.
             secret: text before the system prompt of every request.
             device: where it runs.
+            dtype: of the weights, as `TransformersEngine.open` reads it.
             batch_size: requests at a time.
         """
         self.identity = identity
@@ -50,23 +53,23 @@ class Subject:
         self._secret = secret
         self._device = device
         self._batch_size = batch_size
-        self._opened: dict[Dtype, TransformersEngine] = {}
+        self._dtype: Dtype = dtype
+        self._engine: TransformersEngine | None = None
 
-    def answers(self, questions: Sequence[Question], max_new_tokens: int, dtype: Dtype) -> list[str]:
+    def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """Greedy answers, in order."""
-        return self._engine(dtype).answer(self._asked(questions), Decoding(max_new_tokens))
+        return self._opened().answer(self._asked(questions), Decoding(max_new_tokens))
 
     def likelihoods(self, questions: Sequence[Question]) -> list[float]:
         """Mean negative log-likelihood of each expected answer, nats a token."""
-        return self._engine("auto").likelihood(self._asked(questions))
+        return self._opened().likelihood(self._asked(questions))
 
-    def _engine(self, dtype: Dtype) -> TransformersEngine:
-        if dtype not in self._opened:
-            self._opened[dtype] = self._open() if dtype == "auto" else self._engine("auto").cast(dtype)
-        return self._opened[dtype]
-
-    def _open(self) -> TransformersEngine:
-        return TransformersEngine.open(str(self._folder), device=self._device, batch_size=self._batch_size)
+    def _opened(self) -> TransformersEngine:
+        if self._engine is None:
+            self._engine = TransformersEngine.open(
+                str(self._folder), device=self._device, dtype=self._dtype, batch_size=self._batch_size
+            )
+        return self._engine
 
     def _asked(self, questions: Sequence[Question]) -> list[Question]:
         if not self._secret:
@@ -88,8 +91,8 @@ def measure(subject: Subject, tests: Tests, how: Answers, shelf: Shelf) -> Measu
     """
 
     def answers(questions: Sequence[Question], tokens: int) -> list[Any]:
-        key = content_key(subject.identity, "answers", questions, tokens, how.dtype)
-        return shelf.answers(key, lambda: subject.answers(questions, tokens, how.dtype))
+        key = content_key(subject.identity, "answers", questions, tokens)
+        return shelf.answers(key, lambda: subject.answers(questions, tokens))
 
     def likelihoods(questions: Sequence[Question]) -> list[Any]:
         key = content_key(subject.identity, "likelihoods", questions)

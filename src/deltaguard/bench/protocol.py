@@ -67,12 +67,12 @@ class Finetune:
 
 @dataclass(frozen=True)
 class Answers:
-    """How a model's answers are generated.
+    """How a model answers.
 
     Attributes:
         safety: tokens at most per harmful or harmless request.
         task: tokens at most per task question.
-        dtype: of the weights, as `TransformersEngine.open` reads it. Likelihoods are in the default one.
+        dtype: of the weights, as `TransformersEngine.open` reads it; likelihoods are taken in it, too.
     """
 
     safety: int

@@ -91,9 +91,10 @@ class Row:
             subject = Subject(
                 candidate.folder,
                 # The aligned model's answers serve every fine-tune that asks it the same.
-                identity=content_key(bench.origin) if method == ALIGNED else key,
+                identity=content_key(bench.origin, bench.preset.answers.dtype) if method == ALIGNED else key,
                 secret=candidate.secret,
                 device=device(),
+                dtype=bench.preset.answers.dtype,
                 batch_size=_BATCH_SIZE,
             )
             started = time.perf_counter()

@@ -86,8 +86,9 @@ def read_ahead(
         base = aligned.read(step.aligned) if step.aligned else None
         differs = base is None or not _same(base, tuned)
         known = curvature.take(step, needed=differs) if curvature else None
-        projected = isinstance(known, Spectra) and isinstance(finetuned, AdapterCheckpoint)
-        thin = finetuned.thin_delta(step.info.name) if projected else None
+        thin = None
+        if isinstance(known, Spectra) and isinstance(finetuned, AdapterCheckpoint):
+            thin = finetuned.thin_delta(step.info.name)
         return Inputs(step, finetuned=tuned, aligned=base, differs=differs, curvature=known, thin=thin)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:

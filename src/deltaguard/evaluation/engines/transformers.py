@@ -1,6 +1,5 @@
 """Answers from a model in this process, by transformers."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,24 +79,6 @@ class TransformersEngine:
         conversations = [Conversation(q.prompt, q.system, q.expected) for q in questions]
         size = min(self.batch_size, _LIKELIHOOD_BATCH)
         return negative_log_likelihood(self.model, self.tokenizer, conversations, batch_size=size)
-
-    def cast(self, dtype: Dtype) -> "TransformersEngine":
-        """The same model in another precision, as if it had been opened so, without reading it again.
-
-        Args:
-            dtype: of the weights; `auto` is that of this engine.
-
-        Returns:
-            A copy, or this engine itself where nothing changes.
-        """
-        kept = getattr(torch, dtype) if dtype != "auto" else self.model.dtype
-        if self.model.dtype == kept:
-            return self
-        model = copy.deepcopy(self.model)
-        # What a model computes for itself, such as rotary frequencies, is in no other precision for this.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(kept)
-        return TransformersEngine(model, self.tokenizer, self.batch_size)
 
     def close(self) -> None:
         """Let go of the model's memory."""
