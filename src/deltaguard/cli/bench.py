@@ -11,7 +11,7 @@ from rich.console import Group
 from deltaguard.cli.sink import Json, UsageError, emit, hide_bars_of_transformers, progress_bar, tell
 
 _DURATIONS = {
-    "quick": "The quick preset takes about an hour on two CPU cores; it can be interrupted at any time.",
+    "quick": "The quick preset takes about 40 minutes on two CPU cores; it can be interrupted at any time.",
     "full": "The full preset takes many hours on a GPU; it can be interrupted at any time.",
 }
 
