@@ -237,13 +237,12 @@ def task_data(setting: Setting) -> Rows:
 def adaptive_attack(setting: Setting) -> Rows:
     """Fine-tunes that keep their predicted safety KL small: let through, restored by prediction, dialled.
 
-    The attacker's price is that of the product's way, and a tenth of it; at price 0 it is no more than the
-    same training.
+    The attacker's price is that of the usual way; at price 0 it is no more than the same training.
     """
     name = "adaptive attack"
     lab, spectra = setting.lab, setting.spectra
     allowed, plain = setting.usual.predicted_kl or 0.0, dict(lab.deltas)
-    for part in (0.0, 0.1, 1.0):
+    for part in (0.0, 1.0):
         attacker = f"price {part:g}"
         evasive = evade(setting.aligned, setting.data, spectra, mu=part * setting.price, epochs=EPOCHS)
         lab.deltas.update(evasive)
