@@ -15,11 +15,8 @@ import torch
 from tools.readme import StrengthRow, Strengths
 
 from deltaguard.bench.demo import DemoConfig, prepare, rate_row, test_set
-from deltaguard.calibration.calibrate import STORE_SHARE, CalibrateConfig
+from deltaguard.calibration.calibrate import CalibrateConfig, store_limit
 from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.curvature.contents import Group, GroupCurvature, group_curvature, share_within
-from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import write_store
 from deltaguard.evaluation.measure import Measurement, measure
 from deltaguard.evaluation.metrics.rates import kept_gain
 from deltaguard.report.base import environment
@@ -48,7 +45,8 @@ def measured_rows(folder: Path, config: DemoConfig, device: str) -> Iterator[Str
         device: where the models run.
     """
     whole = prepare(folder, config)
-    small = cut_off(whole, folder / "aligned", folder / "small-store")
+    limit = store_limit(Checkpoint.open(folder / "aligned"))
+    small = whole.cut(folder / "small-store", limit=limit)
     tests = test_set(config.tests, seed=config.seed)
     aligned, finetuned = (measure(folder / name, tests, device=device) for name in ("aligned", "finetuned"))
     output = folder / "restored"
@@ -66,25 +64,6 @@ def measured_rows(folder: Path, config: DemoConfig, device: str) -> Iterator[Str
             flush=True,
         )
         yield row
-
-
-def cut_off(whole: CurvatureStore, aligned: Path, folder: Path) -> CurvatureStore:
-    """The store that the same calibration makes by default, from the sums of one that keeps everything."""
-    limit = int(STORE_SHARE * sum(info.nbytes for info in Checkpoint.open(aligned).tensors.values()))
-    share = share_within(whole.groups, limit)
-    provenance = whole.provenance.model_copy(update={"rank": "auto", "rank_share": share})
-
-    def content(group: Group) -> GroupCurvature:
-        return group_curvature(
-            group,
-            whole.sums(group.name),
-            response_tokens=provenance.response_tokens,
-            dampening=provenance.dampening,
-            extent=provenance.extent,
-        )
-
-    write_store(folder, provenance, whole.held_out, whole.groups, content)
-    return CurvatureStore.from_pretrained(folder)
 
 
 def _row(
