@@ -45,7 +45,7 @@ def in_block(name, tensor):
     return ".layers." in name and tensor.ndim == 2
 
 
-def close(found, expected):
+def check_close(found, expected):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -56,8 +56,8 @@ def test_wise_ft_and_resta_edit_every_tensor(tmp_path):
     assert mixed.keys() == added.keys() == tuned.keys()
     for name in tuned:
         a, f, u = (each[name].double() for each in (aligned, tuned, unaligned))
-        close(mixed[name], 0.75 * a + 0.25 * f)
-        close(added[name], f + 0.6 * (a - u))
+        check_close(mixed[name], 0.75 * a + 0.25 * f)
+        check_close(added[name], f + 0.6 * (a - u))
 
 
 def test_the_others_edit_the_linear_layers_of_the_blocks_alone(tmp_path):
@@ -73,8 +73,8 @@ def test_the_others_edit_the_linear_layers_of_the_blocks_alone(tmp_path):
             cosine = torch.nn.functional.cosine_similarity(moved.flatten(), (f - a).flatten(), dim=0)
             if cosine < 1 - strength:
                 edited += 1
-                close(projected[name], a + moved)
-                close(merged[name], a + MERGED_SHARE * (f - a) + (1 - MERGED_SHARE) * (s - a))
+                check_close(projected[name], a + moved)
+                check_close(merged[name], a + MERGED_SHARE * (f - a) + (1 - MERGED_SHARE) * (s - a))
                 continue
         assert torch.equal(projected[name], tensor)
         assert torch.equal(merged[name], tensor)
@@ -144,7 +144,7 @@ def test_gpt2_is_projected_on_its_outputs(tmp_path):
     found = weights(write_peer("safe-lora", output=tmp_path / "out", strength=0, **family("gpt2")))
     name = next(name for name in found if name.endswith("h.1.mlp.c_fc.weight"))
     a, f, p = (every[role][name].double().T for role in ("aligned", "finetuned", "pretrained"))
-    close(found[name].T, a + (a - p) @ (a - p).T @ (f - a) / torch.linalg.norm(a - p))
+    check_close(found[name].T, a + (a - p) @ (a - p).T @ (f - a) / torch.linalg.norm(a - p))
 
 
 def test_new_rows_of_the_vocabulary_stay_finetuned(tmp_path):
