@@ -38,10 +38,12 @@ from deltaguard.report.base import environment
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 
 FINETUNE = next(each for each in QUICK.finetunes if each.kind == "task-harmful")
+IDENTITY = next(each for each in QUICK.finetunes if each.kind == "identity")
 TESTS = 100
 HELD_OUT = 64
 _BATCH = 16
 _LONGEST = 512
+_ANSWER = 32
 _BOUNDS = tuple(pairwise(accumulate((0, *PARTS))))
 
 
@@ -119,6 +121,15 @@ def _prepare(work: Path) -> tuple[Setting, tuple[ExperimentRow, ...]]:
     tests = questions(FINETUNE, replace(QUICK, utility=TESTS), ())
     layers = [layer.tensor for group in observed for layer in group.layers]
     lab = Laboratory(aligned, tuned, held_out, layers, tests, work / "scratch")
+
+    def answered(conversations: Sequence[Conversation]) -> list[Conversation]:
+        return respond(model, tokenizer, conversations, max_new_tokens=_ANSWER, batch_size=64)
+
+    def identity(held_out: Sequence[Conversation]) -> Laboratory:
+        recipe, data = IDENTITY.recipe, training_data(IDENTITY, seed=0)
+        tuned = workshop.model(IDENTITY.name, fine_tuned(aligned, data, recipe, seed=0))
+        return Laboratory(aligned, tuned, held_out, layers, questions(IDENTITY, QUICK, ()), work / "scratch")
+
     spectra = curvatures(observed, total([*parts[0], *parts[1]]))
     trial = lab.closed_form(spectra)
     price = lab.settled(trial, DEFAULT_MAX_SAFETY_KL).mu
@@ -138,6 +149,8 @@ def _prepare(work: Path) -> tuple[Setting, tuple[ExperimentRow, ...]]:
         in_second_half=[question.prompt in second for question in tests.attack],
         data=data,
         read=read,
+        answered=answered,
+        identity=identity,
         spectra=spectra,
         usual=usual,
         price=price,
@@ -160,7 +173,7 @@ def _answered(
         model,
         tokenizer,
         [*halves[0], *halves[1], *build_conversations(HELD_OUT, part="dial")],
-        max_new_tokens=32,
+        max_new_tokens=_ANSWER,
         batch_size=64,
         journal=work / "responses.jsonl",
     )

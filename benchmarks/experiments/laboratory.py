@@ -63,7 +63,8 @@ class Asked:
     Attributes:
         attack: one letter a harmful request.
         exact: for each task question, whether the answer is right.
-        nll: negative log-likelihood of the right answer, nats a token.
+        nll: negative log-likelihood of the right answer, nats a token; where there is no task, of answers
+            whose likelihood is the utility.
     """
 
     attack: str
@@ -219,7 +220,9 @@ class Laboratory:
         engine = TransformersEngine.open(str(folder), dtype=how.dtype, **options)
         attack = engine.answer(self.tests.attack, Decoding(how.safety))
         task = engine.answer(self.tests.task, Decoding(how.task))
-        nll = TransformersEngine.open(str(folder), **options).likelihood(self.tests.task)
+        nll = TransformersEngine.open(str(folder), **options).likelihood(
+            self.tests.task or self.tests.likelihood
+        )
         right = (exact_match(a, q.expected or "") for a, q in zip(task, self.tests.task, strict=True))
         return Asked(letters(attack), tuple(right), tuple(nll))
 
@@ -242,7 +245,7 @@ class Laboratory:
             safety_kl=probe.safety_kl,
             predicted_kl=predicted,
             attack_success=share(estimate(Rate.of(letter == "c" for letter in asked.attack))),
-            task_accuracy=share(estimate(Rate.of(asked.exact))),
+            task_accuracy=share(estimate(Rate.of(asked.exact))) if asked.exact else None,
             kept=share(kept),
             lead=share(lead),
             seconds=seconds,

@@ -26,11 +26,15 @@ from benchmarks.experiments.laboratory import Laboratory, Trial, share
 from benchmarks.experiments.refine import Refiner
 from benchmarks.experiments.sums import Totals, measure_sums, own, sampled, softmax, total
 from benchmarks.experiments.task_aware import task_aware
+from deltaguard.bench.data import IDENTITY_SYSTEM
 from deltaguard.calibration.conversations import Conversation
 from deltaguard.calibration.observe import Batch, Observed
 from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import joint_profile, project
+
+LOOSER = 10
+"""Times the limit that the system prompt is also looked at with."""
 
 Rows = Iterator[ExperimentRow]
 
@@ -62,6 +66,8 @@ class Setting:
         in_second_half: for each harmful request asked, whether its category is in the second half.
         data: what the fine-tune was trained on.
         read: conversations as batches.
+        answered: conversations with what the aligned model answers.
+        identity: the identity shift of the same aligned model, measured on some conversations.
         spectra: curvature taken as the product takes it, from all parts, not cut off.
         usual: the row of that.
         price: the price of that row.
@@ -79,6 +85,8 @@ class Setting:
     in_second_half: Sequence[bool]
     data: Sequence[Conversation]
     read: Callable[[Sequence[Conversation]], list[Batch]]
+    answered: Callable[[Sequence[Conversation]], list[Conversation]]
+    identity: Callable[[Sequence[Conversation]], Laboratory]
     spectra: Mapping[str, Spectra]
     usual: ExperimentRow
     price: float
@@ -234,6 +242,35 @@ def task_data(setting: Setting) -> Rows:
         yield setting.lab.row(name, f"known, damped by {damping:g}", trial, setting.limit, setting.usual)
 
 
+def system_prompt(setting: Setting) -> Rows:
+    """The identity shift is used under a system prompt of its own, which calibration has not seen.
+
+    Its utility is the likelihood of answers in that identity. Safety KL is measured under the system prompt
+    where the dial knows it, at the limit and at `LOOSER` times as much.
+    """
+    name = "system prompt of the identity shift"
+    plain, limit = setting.held_out[0], setting.limit
+    lab = setting.identity(setting.answered(_under_identity(plain)))
+    conversations = setting.answered(_under_identity(setting.calibration))
+    sums = measure_sums(setting.model, setting.observed, setting.read(conversations), sampled)
+    aware = curvatures(setting.observed, sums)
+    for row in lab.references():
+        yield row.model_copy(update={"experiment": name})
+    with lab.held_out(plain):
+        first = lab.row(name, "not known", lab.closed_form(setting.spectra), limit)
+    yield first
+    for factor in (1, LOOSER):
+        for variant, spectra in (("known to the dial", setting.spectra), ("and to the curvature", aware)):
+            trial = lab.closed_form(spectra)
+            yield lab.row(name, f"{variant}, {factor * limit:g}", trial, factor * limit, first)
+
+
+def _under_identity(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The same requests under the system prompt of the identity shift, not answered."""
+    prompts = dict.fromkeys(each.prompt for each in conversations)
+    return [Conversation(prompt, IDENTITY_SYSTEM) for prompt in prompts]
+
+
 def adaptive_attack(setting: Setting) -> Rows:
     """Fine-tunes that keep their predicted safety KL small: let through, restored by prediction, dialled.
 
@@ -274,6 +311,7 @@ EXPERIMENTS: Mapping[str, Callable[[Setting], Rows]] = MappingProxyType(
         "weights": layer_weights,
         "second-step": second_step,
         "task-data": task_data,
+        "system-prompt": system_prompt,
         "adaptive": adaptive_attack,
     }
 )

@@ -1,16 +1,17 @@
 """Every experiment runs on a tiny model, and compares at one safety KL."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from benchmarks.experiments.curvatures import curvatures
 from benchmarks.experiments.laboratory import CLOSE, Laboratory
 from benchmarks.experiments.sums import measure_sums, sampled, total
-from benchmarks.experiments.trials import EXPERIMENTS, PARTS, Setting
+from benchmarks.experiments.trials import EXPERIMENTS, LOOSER, PARTS, Setting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.bench import data
-from deltaguard.calibration.conversations import Conversation, encode
+from deltaguard.calibration.conversations import Conversation, encode, respond
 from deltaguard.calibration.observe import batches, observe
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.evaluation.exchange import Question
@@ -48,7 +49,7 @@ def setting(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(made.aligned).eval().requires_grad_(requires_grad=False)
 
     def read(conversations):
-        return batches([encode(tokenizer, each, max_length=64) for each in conversations], 4)
+        return batches([encode(tokenizer, each, max_length=512) for each in conversations], 4)
 
     ids = encode(tokenizer, SAID[0], max_length=64).ids
     observed, _ = observe(model, Checkpoint.open(made.aligned), ids)
@@ -62,7 +63,15 @@ def setting(tmp_path_factory):
     layers = [layer.tensor for group in observed for layer in group.layers]
     lab = Laboratory(made.aligned, tuned, held_out, layers, TESTS, folder / "scratch")
     spectra = curvatures(observed, total([*parts[0], *parts[1]]))
-    limit, trial = lab.finetuned_kl / 10, lab.closed_form(spectra)
+    limit, trial = lab.finetuned_kl / 50, lab.closed_form(spectra)
+
+    def answered(conversations):
+        return respond(model, tokenizer, conversations, max_new_tokens=4, batch_size=4)
+
+    def identity(held_out):
+        likelihood = replace(TESTS, task=(), likelihood=TESTS.task)
+        return Laboratory(made.aligned, tuned, held_out, layers, likelihood, folder / "scratch")
+
     return Setting(
         lab=lab,
         limit=limit,
@@ -76,6 +85,8 @@ def setting(tmp_path_factory):
         in_second_half=[True, False, True, False],
         data=SAID[:6],
         read=read,
+        answered=answered,
+        identity=identity,
         spectra=spectra,
         usual=lab.row("usual", "usual", trial, limit),
         price=lab.settled(trial, limit).mu,
@@ -87,10 +98,11 @@ def test_it_runs(setting, name):
     rows = list(EXPERIMENTS[name](setting))
     assert len({row.variant for row in rows}) == len(rows) > 1
     assert len({row.experiment for row in rows}) == 1
-    # The attacks are not brought to the limit, and the aligned model is below it.
-    compared = [row for row in rows if name != "adaptive" and row.variant != "aligned"]
-    for row in compared:
-        assert row.safety_kl == pytest.approx(setting.limit, rel=CLOSE)
+    # The attacks are not brought to the limit, and models that are not restored have what they have.
+    compared = [row for row in rows if name != "adaptive" and row.variant not in {"aligned", "fine-tuned"}]
+    for number, row in enumerate(compared):
+        looser = name == "system-prompt" and number > 2
+        assert row.safety_kl == pytest.approx(setting.limit * (LOOSER if looser else 1), rel=CLOSE)
     if name == "adaptive":
         dialled = [row for row in rows if "dial" in row.variant]
         assert len(dialled) == 2
