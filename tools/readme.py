@@ -21,6 +21,7 @@ from deltaguard.report.bench import BenchReport
 from deltaguard.report.demo import DemoReport
 from tools.experiments import experiments_table
 from tools.tables import (
+    bench_default,
     bench_summary,
     bench_table,
     evaluation_summary,
@@ -192,6 +193,9 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "bench-table": ("bench.json", bench_table),
     "dial-table": ("dial.json", bench_table),
     "dial-summary-table": ("dial.json", bench_summary),
+    "dial-default-table": ("dial.json", bench_default),
+    "lora-default-table": ("lora.json", bench_default),
+    "gemma-default-table": ("gemma.json", bench_default),
     "experiments-table": ("experiments.json", experiments_table),
 }
 

@@ -5,10 +5,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from deltaguard.draw.bench_facts import short_command
 from deltaguard.draw.bench_tables import bench_markdown
 from deltaguard.draw.evaluation_view import SECONDARY, bounds_text, measure_label, value_text
-from deltaguard.draw.text import DASH, duration, model_label, moment, percent, plain
+from deltaguard.draw.text import (
+    DASH,
+    duration,
+    model_label,
+    moment,
+    percent,
+    plain,
+    points,
+    points_interval,
+    share_interval,
+)
 from deltaguard.report.base import Environment
 from deltaguard.report.bench import ALIGNED, FINETUNED, BenchReport, Score
 from deltaguard.report.evaluation import Comparison, EvaluationReport, Measure
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 
 ARROWS = {"lower": "↓", "higher": "↑"}
 
@@ -61,13 +72,8 @@ def bench_table(content: str) -> str:
         Markdown.
     """
     report = BenchReport.model_validate_json(content)
-    seeds = ", ".join(map(str, report.seeds))
-    made = (
-        f"`{plain(short_command(report.command))}`; preset {report.preset}, seed {seeds}; "
-        f"{duration(report.seconds['total'])} in all. {made_with(report.environment)}"
-    )
     notes = "\n".join(f"- {plain(note)}" for note in report.notes)
-    return "\n\n".join((bench_markdown(report).rstrip(), notes, small(made)))
+    return "\n\n".join((bench_markdown(report).rstrip(), notes, _bench_made(report)))
 
 
 def bench_summary(content: str) -> str:
@@ -100,6 +106,41 @@ def bench_summary(content: str) -> str:
     seeds = ", ".join(map(str, report.seeds))
     made = small(f"Preset {report.preset}, seed {seeds}. {made_with(report.environment)}")
     return "\n\n".join((table(head, rows), said, made))
+
+
+def bench_default(content: str) -> str:
+    """What the default dial does on every fine-tune of a bench.
+
+    Args:
+        content: a `BenchReport` as JSON, with `kfac` at its default limit among the strengths.
+
+    Returns:
+        Markdown: a table, and how it was made.
+    """
+    report = BenchReport.model_validate_json(content)
+    titles = {row.name: row.title for row in report.finetunes}
+    head = ("fine-tune", "aligned, fine-tuned", "attack success over aligned (95 %)")
+    head = (*head, "false refusals over aligned (95 %)", "gain kept (95 %)")
+    rows = [
+        (
+            plain(titles[point.finetune]),
+            _both(report, point.finetune),
+            f"{points(point.points.value)} ({points_interval(point.points)})",
+            f"{points(point.false_refusal.value)} ({points_interval(point.false_refusal)})",
+            f"{percent(point.kept.value)} ({share_interval(point.kept)})" if point.kept else DASH,
+        )
+        for point in report.curves
+        if (point.method, point.strength) == ("kfac", DEFAULT_MAX_SAFETY_KL)
+    ]
+    return "\n\n".join((table(head, rows, ("fine-tune",)), _bench_made(report)))
+
+
+def _bench_made(report: BenchReport) -> str:
+    seeds = ", ".join(map(str, report.seeds))
+    return small(
+        f"`{plain(short_command(report.command))}`; preset {report.preset}, seed {seeds}; "
+        f"{duration(report.seconds['total'])} in all. {made_with(report.environment)}"
+    )
 
 
 def _both(report: BenchReport, finetune: str) -> str:

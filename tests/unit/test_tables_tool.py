@@ -2,11 +2,13 @@
 
 import re
 
-from tools.tables import bench_summary, bench_table, evaluation_summary, evaluation_table
+from tools.tables import bench_default, bench_summary, bench_table, evaluation_summary, evaluation_table
 
 import bench_reports
 import reports
 from deltaguard.draw.evaluation_view import bounds_text, value_text
+from deltaguard.draw.text import points, points_interval
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 
 
 def cells(line):
@@ -97,6 +99,17 @@ def test_the_summary_of_a_bench_has_a_row_a_method_at_its_largest_safe_strength(
             score = scores.get((method, row.name))
             safe = score is not None and score.points is not None
             assert (f"({score.points.value:+.1f})" in cell) if safe else cell == "–"
+
+
+def test_the_default_dial_has_a_row_a_fine_tune_and_no_other_strength():
+    report = bench_reports.bench_report()
+    point = report.curves[0].model_copy(update={"method": "kfac", "strength": DEFAULT_MAX_SAFETY_KL})
+    curves = (point, point.model_copy(update={"strength": 0.5}), *report.curves)
+    text = bench_default(report.model_copy(update={"curves": curves}).model_dump_json())
+    (row,) = [cells(line) for line in text.splitlines() if line.startswith("|")][2:]
+    assert row[0] == next(each.title for each in report.finetunes if each.name == point.finetune)
+    assert row[2] == f"{points(point.points.value)} ({points_interval(point.points)})"
+    assert row[3].startswith(points(point.false_refusal.value))
 
 
 def test_the_summary_shows_the_first_judge_and_all_judges_on_the_plain_attack():
