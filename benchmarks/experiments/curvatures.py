@@ -72,6 +72,17 @@ def blocks(matrix: Tensor) -> Spectrum:
     return raised(Spectrum(flat, torch.block_diag(*vectors)[:, order], 0.0))
 
 
+def stored(share: float) -> Decompose:
+    """As a store keeps it: a share of the largest eigenpairs, and the geometric mean of the others."""
+    return lambda matrix: spectrum((matrix + matrix.T) / 2, max(1, int(share * len(matrix))))
+
+
+def with_tail(found: Spectrum, whole: Spectrum, *, arithmetic: bool) -> Spectrum:
+    """A cut-off spectrum whose tail is the mean of the others, so that the trace is kept, or else zero."""
+    others = whole.values[len(found.values) :]
+    return replace(found, tail=float(others.double().mean()) if arithmetic else 0.0)
+
+
 def weighted(found: Mapping[str, Spectra], weights: Mapping[str, float]) -> dict[str, Spectra]:
     """The same with each layer's G multiplied by a number."""
     return {

@@ -19,22 +19,30 @@ from benchmarks.experiments.curvatures import (
     curvatures,
     diagonal,
     input_spectra,
+    stored,
     trace,
     weighted,
+    with_tail,
 )
 from benchmarks.experiments.laboratory import Laboratory, Trial, share
 from benchmarks.experiments.refine import Refiner
 from benchmarks.experiments.sums import Totals, measure_sums, own, sampled, softmax, total
 from benchmarks.experiments.task_aware import task_aware
 from deltaguard.bench.data import IDENTITY_SYSTEM
+from deltaguard.calibration.calibrate import store_limit
 from deltaguard.calibration.conversations import Conversation
 from deltaguard.calibration.observe import Batch, Observed
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.curvature.contents import Group, share_within
 from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import joint_profile, project
 
 LOOSER = 10
-"""Times the limit that the system prompt is also looked at with."""
+"""Times the limit that some experiments look at beside it."""
+
+_DEAREST = 1e15
+"""A price at which nothing is left but what is free."""
 
 Rows = Iterator[ExperimentRow]
 
@@ -119,6 +127,43 @@ def parts_of_g(setting: Setting) -> Rows:
     for variant, outputs in (("blocks of 64", blocks), ("its diagonal", diagonal), ("its trace", trace)):
         found = curvatures(setting.observed, sums, outputs=outputs, inputs=inputs)
         yield setting.lab.row(name, variant, setting.lab.closed_form(found), setting.limit, setting.usual)
+
+
+def small_store(setting: Setting) -> Rows:
+    """What of the spectra a store keeps, at the limit and at `LOOSER` times as much."""
+    name, lab, limit = "store", setting.lab, setting.limit
+    yield setting.usual_as(name, "whole spectra")
+    known, sums = Checkpoint.open(setting.aligned), setting.sums()
+    groups = [Group(g.name, g.in_features, sums.tokens, g.layers) for g in setting.observed]
+    cut = stored(share_within(groups, store_limit(known)))
+    inputs = {g.name: cut(sums.inputs[g.name] / sums.tokens) for g in groups}
+    quarter = curvatures(setting.observed, sums, outputs=cut, inputs=inputs)
+    of_quarter = "a quarter of the model's bytes"
+    yield lab.row(name, of_quarter, lab.closed_form(quarter), limit, setting.usual)
+    first: ExperimentRow | None = None
+    for variant, spectra in (("whole spectra", setting.spectra), (of_quarter, quarter)):
+        row = lab.row(
+            name, f"{variant}, limit {LOOSER * limit:g}", lab.closed_form(spectra), LOOSER * limit, first
+        )
+        first = first or row
+        yield row
+    mean = _with_tails(quarter, setting.spectra, arithmetic=True)
+    yield lab.row(name, "a quarter, tail the arithmetic mean", lab.closed_form(mean), limit, setting.usual)
+    free = lab.closed_form(_with_tails(quarter, setting.spectra, arithmetic=False))
+    left = {n: w - lab.base[n] for n, w in free.at(_DEAREST)}
+    yield lab.measured(name, "a quarter, tail zero, any price", left, 0.0, setting.usual)
+
+
+def _with_tails(
+    found: Mapping[str, Spectra], whole: Mapping[str, Spectra], *, arithmetic: bool
+) -> dict[str, Spectra]:
+    return {
+        name: Spectra(
+            with_tail(each.inputs, whole[name].inputs, arithmetic=arithmetic),
+            with_tail(each.outputs, whole[name].outputs, arithmetic=arithmetic),
+        )
+        for name, each in found.items()
+    }
 
 
 def tokens_of_h(setting: Setting) -> Rows:
@@ -304,6 +349,7 @@ EXPERIMENTS: Mapping[str, Callable[[Setting], Rows]] = MappingProxyType(
     {
         "labels": labels,
         "parts": parts_of_g,
+        "store": small_store,
         "tokens": tokens_of_h,
         "conversations": conversations,
         "categories": categories,

@@ -99,9 +99,10 @@ def test_it_runs(setting, name):
     assert len({row.variant for row in rows}) == len(rows) > 1
     assert len({row.experiment for row in rows}) == 1
     # The attacks are not brought to the limit, and models that are not restored have what they have.
-    compared = [row for row in rows if name != "adaptive" and row.variant not in {"aligned", "fine-tuned"}]
-    for number, row in enumerate(compared):
-        looser = name == "system-prompt" and number > 2
+    left_alone = {"aligned", "fine-tuned", "a quarter, tail zero, any price"}
+    compared = [row for row in rows if name != "adaptive" and row.variant not in left_alone]
+    for row in compared:
+        looser = row.variant.endswith(f" {LOOSER * setting.limit:g}")
         assert row.safety_kl == pytest.approx(setting.limit * (LOOSER if looser else 1), rel=CLOSE)
     if name == "adaptive":
         dialled = [row for row in rows if "dial" in row.variant]

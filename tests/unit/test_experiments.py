@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks.experiments.curvatures import blocks, diagonal, trace, whole
+from benchmarks.experiments.curvatures import blocks, diagonal, stored, trace, whole, with_tail
 from benchmarks.experiments.task_aware import task_aware
 from tools.experiments import ExperimentRow, Experiments, Share, experiments_table
 
@@ -81,3 +81,14 @@ def test_knowing_the_task_solves_its_equation():
 
     residual = damped(g_task) @ (found - delta) @ damped(h_task) + mu * g_safe @ found @ h_safe
     assert float(residual.abs().max()) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_cut_off_spectrum_has_the_tail_that_is_asked_for():
+    matrix = second_moment(0, 64)
+    found, all_of_it = stored(0.25)(matrix), whole(matrix)
+    assert len(found.values) == 16
+    others = torch.linalg.eigvalsh(matrix).flip(0)[16:]
+    assert 0 < found.tail <= others.mean() * 1.02
+    mean = with_tail(found, all_of_it, arithmetic=True)
+    assert float(mean.dense().trace()) == pytest.approx(float(matrix.trace()), rel=1e-3)
+    assert with_tail(found, all_of_it, arithmetic=False).tail == 0
