@@ -52,7 +52,6 @@ def save_gemma(folder: Path) -> Path:
     model: Any = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.float32, quantization_config=plain
     )
-    model.hf_quantizer.remove_quantization_config(model)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
