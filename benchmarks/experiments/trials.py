@@ -283,8 +283,15 @@ def task_data(setting: Setting) -> Rows:
     sums = measure_sums(setting.model, setting.observed, setting.read(setting.data), sampled)
     task = curvatures(setting.observed, sums)
     for damping in (1.0, 0.1):
-        trial = task_aware(setting.lab, setting.spectra, task, damping=damping)
-        yield setting.lab.row(name, f"known, damped by {damping:g}", trial, setting.limit, setting.usual)
+        yield _knowing_the_task(setting, name, task, damping)
+
+
+def _knowing_the_task(
+    setting: Setting, name: str, task: Mapping[str, Spectra], damping: float
+) -> ExperimentRow:
+    """One row; two of these trials do not fit into memory together."""
+    trial = task_aware(setting.lab, setting.spectra, task, damping=damping)
+    return setting.lab.row(name, f"known, damped by {damping:g}", trial, setting.limit, setting.usual)
 
 
 def system_prompt(setting: Setting) -> Rows:

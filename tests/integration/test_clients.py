@@ -1,6 +1,7 @@
 """A restored SmolLM2 in what people use: transformers, its server through openai, llama.cpp's converter."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import numpy as np
 import openai
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard import RestoreConfig, restore
 from deltaguard.bench.models import save_smollm2
 from deltaguard.checkpoints.companions import companions
-from pairs import weights
+from pairs import save_adapter, weights
 
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 BIN = Path(sys.executable).parent
@@ -52,32 +55,51 @@ def test_transformers_loads_it_and_answers(restored):
 
 
 def test_transformers_serve_answers_the_openai_package(restored, tmp_path):
+    assert "Paris" in served_answer(restored, tmp_path / "log")
+
+
+# PEFT asks transformers by a name that transformers 6 will drop.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+def test_transformers_serve_loads_an_adapter_beside_its_aligned_model(tmp_path):
+    aligned = save_smollm2(tmp_path / "aligned")
+    save_adapter(aligned, tmp_path / "tuned", ["q_proj", "o_proj", "up_proj", "down_proj"])
+    out = tmp_path / "out"
+    config = RestoreConfig(method="interpolate", strength=0.9, output_format="adapter")
+    restore(aligned, tmp_path / "tuned", out, config=config)
+    for path in (path for path in aligned.iterdir() if not (out / path.name).exists()):
+        shutil.copy(path, out)
+    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")[
+        "input_ids"
+    ]
+    base = AutoModelForCausalLM.from_pretrained(aligned)
+
+    def answer(model):
+        said = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        return tokenizer.decode(said, skip_special_tokens=True)
+
+    plain, expected = answer(base), answer(PeftModel.from_pretrained(base, out))
+    assert expected != plain
+    assert served_answer(out, tmp_path / "log") == expected
+
+
+def served_answer(folder, log):
+    """What transformers' server answers to the question, asked through the openai package."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        BIN / "transformers",
-        "serve",
-        restored,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-    ]
-    log = (tmp_path / "log").open("w")
-    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as server:
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    command = [BIN / "transformers", "serve", folder, *address, "--device", "cpu"]
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as server:
         try:
             wait_for(port, server)
             with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
                 answer = client.chat.completions.create(
-                    model=str(restored), messages=QUESTION, max_tokens=8, temperature=0
+                    model=str(folder), messages=QUESTION, max_tokens=8, temperature=0
                 )
         finally:
             server.terminate()
-            log.close()
-    assert "Paris" in answer.choices[0].message.content
+    return answer.choices[0].message.content
 
 
 def wait_for(port, server):
