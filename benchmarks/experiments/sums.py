@@ -41,24 +41,33 @@ class Totals:
         counts = {"tokens": str(self.tokens), "responses": str(self.responses)}
         save_file(named, path, metadata=counts)
 
-    def add(self, path: Path) -> None:
-        """Add what a file holds."""
+    @classmethod
+    def load(cls, path: Path) -> "Totals":
+        """Read what `save` wrote."""
+        found = cls()
         with safe_open(path, "pt") as file:
             counts = file.metadata()
-            self.tokens += int(counts["tokens"])
-            self.responses += int(counts["responses"])
+            found.tokens, found.responses = int(counts["tokens"]), int(counts["responses"])
             for key in file.keys():  # noqa: SIM118  # no mapping
                 kind, name = key.split(" ")
-                sums = self.inputs if kind == "input" else self.outputs
-                matrix = file.get_tensor(key)
-                sums[name] = sums[name].add_(matrix) if name in sums else matrix.clone()
+                sums = found.inputs if kind == "input" else found.outputs
+                sums[name] = file.get_tensor(key)
+        return found
+
+    def add(self, other: "Totals") -> None:
+        """Add the sums over other conversations."""
+        self.tokens += other.tokens
+        self.responses += other.responses
+        for own, added in ((self.inputs, other.inputs), (self.outputs, other.outputs)):
+            for name, matrix in added.items():
+                own[name] = own[name].add_(matrix) if name in own else matrix.clone()
 
 
 def total(parts: Iterable[Path]) -> Totals:
     """Sums over several parts together."""
     found = Totals()
     for part in parts:
-        found.add(part)
+        found.add(Totals.load(part))
     return found
 
 

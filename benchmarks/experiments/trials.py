@@ -30,7 +30,7 @@ from benchmarks.experiments.sums import Totals, measure_sums, own, sampled, soft
 from benchmarks.experiments.task_aware import task_aware
 from deltaguard.bench.data import IDENTITY_SYSTEM
 from deltaguard.calibration.calibrate import store_limit
-from deltaguard.calibration.conversations import Conversation
+from deltaguard.calibration.conversations import Conversation, build_conversations
 from deltaguard.calibration.observe import Batch, Observed
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.curvature.contents import Group, share_within
@@ -48,6 +48,9 @@ Rows = Iterator[ExperimentRow]
 
 PARTS = (8, 8, 16, 32)
 """Conversations of the parts that sums are kept of, for each half of the categories of harm."""
+
+MANY = 512
+"""Conversations of the largest calibration, under several system prompts each."""
 
 WEIGHING = 32
 """Calibration conversations on which the weights of blocks are measured."""
@@ -186,6 +189,20 @@ def conversations(setting: Setting) -> Rows:
     for used in range(1, len(PARTS)):
         trial = setting.lab.closed_form(curvatures(setting.observed, setting.sums(used)))
         yield setting.lab.row(name, str(2 * sum(PARTS[:used])), trial, setting.limit, setting.usual)
+    trial = setting.lab.closed_form(curvatures(setting.observed, _sums_over_many(setting)))
+    yield setting.lab.row(name, str(MANY), trial, setting.limit, setting.usual)
+
+
+def _sums_over_many(setting: Setting) -> Totals:
+    """Over the calibration conversations and further ones: other prompts, and the same in other settings."""
+    known = {(each.prompt, each.system) for each in setting.calibration}
+    others = [
+        each for each in build_conversations(MANY + len(known)) if (each.prompt, each.system) not in known
+    ]
+    further = setting.read(setting.answered(others[: MANY - len(setting.calibration)]))
+    sums = setting.sums()
+    sums.add(measure_sums(setting.model, setting.observed, further, sampled))
+    return sums
 
 
 def categories(setting: Setting) -> Rows:
