@@ -1,6 +1,7 @@
 """Tables of evaluations and benches for README and docs, drawn from their JSON."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean
 
 from deltaguard.draw.bench_facts import short_command
 from deltaguard.draw.bench_tables import bench_markdown
@@ -144,12 +145,16 @@ def _bench_made(report: BenchReport) -> str:
 
 
 def _both(report: BenchReport, finetune: str) -> str:
+    """Attack success of the aligned and the fine-tuned model, means over the seeds."""
     rates = {
-        cell.method: cell.attack_success.value
-        for cell in report.cells
-        if cell.finetune == finetune and cell.method in (ALIGNED, FINETUNED)
+        name: mean(
+            cell.attack_success.value
+            for cell in report.cells
+            if cell.finetune == finetune and cell.method == name
+        )
+        for name in (ALIGNED, FINETUNED)
     }
-    return ", ".join(percent(rates[name]) for name in (ALIGNED, FINETUNED))
+    return ", ".join(percent(rate) for rate in rates.values())
 
 
 def _kept(score: Score | None) -> str:

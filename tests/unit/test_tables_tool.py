@@ -101,6 +101,26 @@ def test_the_summary_of_a_bench_has_a_row_a_method_at_its_largest_safe_strength(
             assert (f"({score.points.value:+.1f})" in cell) if safe else cell == "–"
 
 
+def test_attack_success_is_the_mean_over_the_seeds():
+    report = bench_reports.bench_report()
+    name = report.finetunes[0].name
+    cells_of = [c for c in report.cells if c.finetune == name and c.method in ("aligned", "finetuned")]
+    others = tuple(c for c in report.cells if c not in cells_of)
+
+    def with_rates(*rates):
+        made = (
+            c.model_copy(
+                update={"seed": seed, "attack_success": c.attack_success.model_copy(update={"value": rate})}
+            )
+            for seed, rate in enumerate(rates)
+            for c in {c.method: c for c in cells_of}.values()
+        )
+        return report.model_copy(update={"cells": (*others, *made)}).model_dump_json()
+
+    line = bench_summary(with_rates(0.1, 0.3)).splitlines()[2]
+    assert cells(line)[1] == "20.0 %, 20.0 %"
+
+
 def test_the_default_dial_has_a_row_a_fine_tune_and_no_other_strength():
     report = bench_reports.bench_report()
     point = report.curves[0].model_copy(update={"method": "kfac", "strength": DEFAULT_MAX_SAFETY_KL})
