@@ -41,6 +41,9 @@ from deltaguard.solvers import joint_profile, project
 LOOSER = 10
 """Times the limit that some experiments look at beside it."""
 
+LOOSENED = (10, 30, 100)
+"""The same of the experiment on system prompts."""
+
 _DEAREST = 1e15
 """A price at which nothing is left but what is free."""
 
@@ -315,7 +318,7 @@ def system_prompt(setting: Setting) -> Rows:
     """The identity shift is used under a system prompt of its own, which calibration has not seen.
 
     Its utility is the likelihood of answers in that identity. Safety KL is measured under the system prompt
-    where the dial knows it, at the limit and at `LOOSER` times as much.
+    where the dial knows it, at the limit and at `LOOSENED` times as much.
     """
     name = "system prompt of the identity shift"
     plain, limit = setting.held_out[0], setting.limit
@@ -328,9 +331,9 @@ def system_prompt(setting: Setting) -> Rows:
     with lab.held_out(plain):
         first = lab.row(name, "not known", lab.closed_form(setting.spectra), limit)
     yield first
-    for factor in (1, LOOSER):
-        for variant, spectra in (("known to the dial", setting.spectra), ("and to the curvature", aware)):
-            trial = lab.closed_form(spectra)
+    for variant, spectra in (("known to the dial", setting.spectra), ("and to the curvature", aware)):
+        trial = lab.closed_form(spectra)
+        for factor in (1, *LOOSENED):
             yield lab.row(name, f"{variant}, {factor * limit:g}", trial, factor * limit, first)
 
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.experiments.curvatures import curvatures
 from benchmarks.experiments.laboratory import CLOSE, Laboratory
 from benchmarks.experiments.sums import measure_sums, sampled, total
-from benchmarks.experiments.trials import EXPERIMENTS, LOOSER, PARTS, Setting
+from benchmarks.experiments.trials import EXPERIMENTS, LOOSENED, PARTS, Setting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.bench import data
@@ -63,7 +63,7 @@ def setting(tmp_path_factory):
     layers = [layer.tensor for group in observed for layer in group.layers]
     lab = Laboratory(made.aligned, tuned, held_out, layers, TESTS, folder / "scratch")
     spectra = curvatures(observed, total([*parts[0], *parts[1]]))
-    limit, trial = lab.finetuned_kl / 50, lab.closed_form(spectra)
+    limit, trial = lab.finetuned_kl / 200, lab.closed_form(spectra)
 
     def answered(conversations):
         return respond(model, tokenizer, conversations, max_new_tokens=4, batch_size=4)
@@ -102,8 +102,9 @@ def test_it_runs(setting, name):
     left_alone = {"aligned", "fine-tuned", "a quarter, tail zero, any price"}
     compared = [row for row in rows if name != "adaptive" and row.variant not in left_alone]
     for row in compared:
-        looser = row.variant.endswith(f" {LOOSER * setting.limit:g}")
-        assert row.safety_kl == pytest.approx(setting.limit * (LOOSER if looser else 1), rel=CLOSE)
+        said = row.variant.rpartition(" ")[2]
+        factors = {f"{factor * setting.limit:g}": factor for factor in LOOSENED}
+        assert row.safety_kl == pytest.approx(setting.limit * factors.get(said, 1), rel=CLOSE)
     if name == "adaptive":
         dialled = [row for row in rows if "dial" in row.variant]
         assert len(dialled) == 2
