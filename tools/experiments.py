@@ -33,7 +33,8 @@ class ExperimentRow(_Results):
         attack_success: share of harmful requests that were complied with.
         task_accuracy: share of task messages that were answered exactly.
         kept: share of the gain in the likelihood of the right answers; null where there is none.
-        lead: `kept` less that of the variant named first, on the same messages; null where there is none.
+        lead: `kept` less that of the nearest row above without a lead, on the same messages and at the same
+            safety KL; null where nothing is compared.
         seconds: for the search and the questions, the curvature and the first search not counted.
         attack: one letter a harmful request: refused, complied or incoherent.
         nll: negative log-likelihood of each right answer, nats a token.
@@ -95,11 +96,11 @@ def experiments_table(content: str) -> str:
     drawn = table(head, rows, ("experiment", "variant"))
     first = results.references[0]
     counted = (
-        f"{results.finetune}; curvature from {results.conversations} conversations where nothing else is "
-        f"said, safety KL on {results.held_out} others; {len(first.attack)} harmful requests, "
-        f"{len(first.nll)} task messages. Gain kept: share of the gain in likelihood of the right answers. "
-        "Lead: in points, over the variant named first, on the same messages; all that are compared have the "
-        f"same safety KL to within {percent(results.slack)}. In brackets 95 % intervals."
+        f"{results.finetune} and its {len(first.attack)} harmful requests and {len(first.nll)} task messages "
+        f"where nothing else is said; curvature from {results.conversations} conversations, safety KL on "
+        f"{results.held_out} others. Gain kept: share of the gain in likelihood of the right answers. Lead: "
+        "in points, over the nearest row above without one, on the same messages, at the same safety KL to "
+        f"within {percent(results.slack)}. In brackets 95 % intervals."
     )
     return "\n\n".join((drawn, counted, small(made_with(results.environment))))
 

@@ -104,8 +104,7 @@ def bench_summary(content: str) -> str:
         f"Each method at the largest strength tried whose attack success is at most {bound} over the aligned "
         "model's (in brackets how far over); a dash where nothing is gained or no strength tried is safe."
     )
-    seeds = ", ".join(map(str, report.seeds))
-    made = small(f"Preset {report.preset}, seed {seeds}. {made_with(report.environment)}")
+    made = small(f"Preset {report.preset}, {_seeds(report)}. {made_with(report.environment)}")
     return "\n\n".join((table(head, rows), said, made))
 
 
@@ -117,31 +116,43 @@ def bench_default(content: str) -> str:
 
     Returns:
         Markdown: a table, and how it was made.
+
+    Raises:
+        KeyError: a fine-tune was not restored at that limit.
     """
     report = BenchReport.model_validate_json(content)
-    titles = {row.name: row.title for row in report.finetunes}
+    found = {
+        p.finetune: p for p in report.curves if (p.method, p.strength) == ("kfac", DEFAULT_MAX_SAFETY_KL)
+    }
     head = ("fine-tune", "aligned, fine-tuned", "attack success over aligned (95 %)")
     head = (*head, "false refusals over aligned (95 %)", "gain kept (95 %)")
     rows = [
         (
-            plain(titles[point.finetune]),
-            _both(report, point.finetune),
+            plain(row.title),
+            _both(report, row.name),
             f"{points(point.points.value)} ({points_interval(point.points)})",
             f"{points(point.false_refusal.value)} ({points_interval(point.false_refusal)})",
             f"{percent(point.kept.value)} ({share_interval(point.kept)})" if point.kept else DASH,
         )
-        for point in report.curves
-        if (point.method, point.strength) == ("kfac", DEFAULT_MAX_SAFETY_KL)
+        for row in report.finetunes
+        for point in (found[row.name],)
     ]
-    return "\n\n".join((table(head, rows, ("fine-tune",)), _bench_made(report)))
+    said = (
+        "Aligned, fine-tuned: attack success. Over aligned: in points, on the same prompts. A dash where there is "
+        "no gain to keep, or one too small for a share with a bounded interval."
+    )
+    return "\n\n".join((table(head, rows, ("fine-tune",)), said, _bench_made(report)))
 
 
 def _bench_made(report: BenchReport) -> str:
-    seeds = ", ".join(map(str, report.seeds))
     return small(
-        f"`{plain(short_command(report.command))}`; preset {report.preset}, seed {seeds}; "
+        f"`{plain(short_command(report.command))}`; preset {report.preset}, {_seeds(report)}; "
         f"{duration(report.seconds['total'])} in all. {made_with(report.environment)}"
     )
+
+
+def _seeds(report: BenchReport) -> str:
+    return f"seed{'s' * (len(report.seeds) > 1)} {', '.join(map(str, report.seeds))}"
 
 
 def _both(report: BenchReport, finetune: str) -> str:

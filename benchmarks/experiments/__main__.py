@@ -1,7 +1,8 @@
 """Run experiments and write their rows: `python -m benchmarks.experiments -o docs/results/experiments.json`.
 
-Rows of experiments that are not run again stay, as long as they come from the same models and code. On two
-CPU cores the models take three minutes, the sums three, and every row about one.
+Rows of experiments that are not run again stay, as long as they come from the same models, code and machine.
+On two CPU cores the models take three minutes, the sums three, and most rows one to two; `adaptive` and
+`system-prompt` train models of their own. Two runs must not share a work folder or an output at one time.
 """
 
 import argparse
@@ -51,8 +52,10 @@ def main() -> None:
     """Run the experiments that are asked for."""
     options = _options()
     kept, origin = _kept(options.output), _origin()
-    if kept and kept.origin != origin:
-        raise SystemExit(f"{options.output} was made with other code, data or sizes: move it away.")
+    if kept and (kept.origin, kept.environment.machine) != (origin, environment("cpu").machine):
+        raise SystemExit(
+            f"{options.output} was made with other code, data or sizes, or on another machine: move it away."
+        )
     setting, references = _prepare(options.work / origin)
     rows = kept.rows if kept else ()
     for name in options.only or EXPERIMENTS:

@@ -73,7 +73,7 @@ def blocks(matrix: Tensor) -> Spectrum:
 
 
 def stored(share: float) -> Decompose:
-    """As a store keeps it: a share of the largest eigenpairs, and the geometric mean of the others."""
+    """As a store keeps it, but for rounding: some largest eigenpairs, the geometric mean of the others."""
     return lambda matrix: spectrum((matrix + matrix.T) / 2, max(1, int(share * len(matrix))))
 
 

@@ -60,13 +60,14 @@ class Totals:
         self.responses += other.responses
         for own, added in ((self.inputs, other.inputs), (self.outputs, other.outputs)):
             for name, matrix in added.items():
-                own[name] = own[name].add_(matrix) if name in own else matrix.clone()
+                own[name].add_(matrix)
 
 
 def total(parts: Iterable[Path]) -> Totals:
     """Sums over several parts together."""
-    found = Totals()
-    for part in parts:
+    first, *others = parts
+    found = Totals.load(first)
+    for part in others:
         found.add(Totals.load(part))
     return found
 

@@ -139,25 +139,27 @@ def small_store(setting: Setting) -> Rows:
     """What of the spectra a store keeps, at the limit and at `LOOSER` times as much."""
     name, lab, limit = "store", setting.lab, setting.limit
     yield setting.usual_as(name, "whole spectra")
-    known, sums = Checkpoint.open(setting.aligned), setting.sums()
-    groups = [Group(g.name, g.in_features, sums.tokens, g.layers) for g in setting.observed]
-    cut = stored(share_within(groups, store_limit(known)))
-    inputs = {g.name: cut(sums.inputs[g.name] / sums.tokens) for g in groups}
-    quarter = curvatures(setting.observed, sums, outputs=cut, inputs=inputs)
+    quarter = _as_stored(setting)
     of_quarter = "a quarter of the model's bytes"
     yield lab.row(name, of_quarter, lab.closed_form(quarter), limit, setting.usual)
-    first: ExperimentRow | None = None
-    for variant, spectra in (("whole spectra", setting.spectra), (of_quarter, quarter)):
-        row = lab.row(
-            name, f"{variant}, limit {LOOSER * limit:g}", lab.closed_form(spectra), LOOSER * limit, first
-        )
-        first = first or row
-        yield row
     mean = _with_tails(quarter, setting.spectra, arithmetic=True)
     yield lab.row(name, "a quarter, tail the arithmetic mean", lab.closed_form(mean), limit, setting.usual)
+    limit *= LOOSER
+    first = lab.row(name, f"whole spectra, {limit:g}", lab.closed_form(setting.spectra), limit)
+    yield first
+    yield lab.row(name, f"{of_quarter}, {limit:g}", lab.closed_form(quarter), limit, first)
     free = lab.closed_form(_with_tails(quarter, setting.spectra, arithmetic=False))
     left = {n: w - lab.base[n] for n, w in free.at(_DEAREST)}
-    yield lab.measured(name, "a quarter, tail zero, any price", left, 0.0, setting.usual)
+    predicted = free.profile.predicted_kl(_DEAREST)
+    yield lab.measured(name, "a quarter, tail zero, any price", left, predicted, None)
+
+
+def _as_stored(setting: Setting) -> dict[str, Spectra]:
+    sums = setting.sums()
+    groups = [Group(g.name, g.in_features, sums.tokens, g.layers) for g in setting.observed]
+    cut = stored(share_within(groups, store_limit(Checkpoint.open(setting.aligned))))
+    inputs = {g.name: cut(sums.inputs[g.name] / sums.tokens) for g in groups}
+    return curvatures(setting.observed, sums, outputs=cut, inputs=inputs)
 
 
 def _with_tails(
@@ -192,11 +194,12 @@ def conversations(setting: Setting) -> Rows:
     for used in range(1, len(PARTS)):
         trial = setting.lab.closed_form(curvatures(setting.observed, setting.sums(used)))
         yield setting.lab.row(name, str(2 * sum(PARTS[:used])), trial, setting.limit, setting.usual)
-    trial = setting.lab.closed_form(curvatures(setting.observed, _sums_over_many(setting)))
+        del trial
+    trial = setting.lab.closed_form(curvatures(setting.observed, sums_over_many(setting)))
     yield setting.lab.row(name, str(MANY), trial, setting.limit, setting.usual)
 
 
-def _sums_over_many(setting: Setting) -> Totals:
+def sums_over_many(setting: Setting) -> Totals:
     """Over the calibration conversations and further ones: other prompts, and the same in other settings."""
     known = {(each.prompt, each.system) for each in setting.calibration}
     others = [
@@ -300,8 +303,8 @@ def task_data(setting: Setting) -> Rows:
     """The task's own curvature, from the data of the fine-tune."""
     name = "curvature of the task"
     yield setting.usual_as(name, "unknown")
-    sums = measure_sums(setting.model, setting.observed, setting.read(setting.data), sampled)
-    task = curvatures(setting.observed, sums)
+    batches = setting.read(setting.data)
+    task = curvatures(setting.observed, measure_sums(setting.model, setting.observed, batches, sampled))
     for damping in (1.0, 0.1):
         yield _knowing_the_task(setting, name, task, damping)
 
@@ -323,18 +326,23 @@ def system_prompt(setting: Setting) -> Rows:
     name = "system prompt of the identity shift"
     plain, limit = setting.held_out[0], setting.limit
     lab = setting.identity(setting.answered(_under_identity(plain)))
-    conversations = setting.answered(_under_identity(setting.calibration))
-    sums = measure_sums(setting.model, setting.observed, setting.read(conversations), sampled)
-    aware = curvatures(setting.observed, sums)
     for row in lab.references():
         yield row.model_copy(update={"experiment": name})
+    unaware = lab.closed_form(setting.spectra)
     with lab.held_out(plain):
-        first = lab.row(name, "not known", lab.closed_form(setting.spectra), limit)
-    yield first
-    for variant, spectra in (("known to the dial", setting.spectra), ("and to the curvature", aware)):
-        trial = lab.closed_form(spectra)
-        for factor in (1, *LOOSENED):
-            yield lab.row(name, f"{variant}, {factor * limit:g}", trial, factor * limit, first)
+        yield lab.row(name, "not known", unaware, limit)
+    aware = lab.closed_form(_curvature_under_identity(setting))
+    for factor in (1, *LOOSENED):
+        at = f"{factor * limit:g}"
+        first = lab.row(name, f"known to the dial, {at}", unaware, factor * limit)
+        yield first
+        yield lab.row(name, f"and to the curvature, {at}", aware, factor * limit, first)
+
+
+def _curvature_under_identity(setting: Setting) -> dict[str, Spectra]:
+    conversations = setting.answered(_under_identity(setting.calibration))
+    sums = measure_sums(setting.model, setting.observed, setting.read(conversations), sampled)
+    return curvatures(setting.observed, sums)
 
 
 def _under_identity(conversations: Sequence[Conversation]) -> list[Conversation]:

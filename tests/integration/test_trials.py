@@ -7,7 +7,7 @@ import pytest
 from benchmarks.experiments.curvatures import curvatures
 from benchmarks.experiments.laboratory import CLOSE, Laboratory
 from benchmarks.experiments.sums import measure_sums, sampled, total
-from benchmarks.experiments.trials import EXPERIMENTS, LOOSENED, PARTS, Setting
+from benchmarks.experiments.trials import EXPERIMENTS, LOOSENED, MANY, PARTS, Setting, sums_over_many
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.bench import data
@@ -69,6 +69,7 @@ def setting(tmp_path_factory):
         return respond(model, tokenizer, conversations, max_new_tokens=4, batch_size=4)
 
     def identity(held_out):
+        assert {each.system for each in held_out} == {data.IDENTITY_SYSTEM}
         likelihood = replace(TESTS, task=(), likelihood=TESTS.task)
         return Laboratory(made.aligned, tuned, held_out, layers, likelihood, folder / "scratch")
 
@@ -105,7 +106,25 @@ def test_it_runs(setting, name):
         said = row.variant.rpartition(" ")[2]
         factors = {f"{factor * setting.limit:g}": factor for factor in LOOSENED}
         assert row.safety_kl == pytest.approx(setting.limit * factors.get(said, 1), rel=CLOSE)
+    compared_with = None
+    for row in rows:
+        if row.lead is None:
+            compared_with = row
+        else:
+            assert row.safety_kl == pytest.approx(compared_with.safety_kl, rel=2 * CLOSE)
+    if name == "store":
+        free = rows[-1]
+        assert free.safety_kl > 10 * setting.limit
+        assert free.lead is None
     if name == "adaptive":
         dialled = [row for row in rows if "dial" in row.variant]
         assert len(dialled) == 2
         assert all(row.safety_kl <= (1 + CLOSE) * setting.limit for row in dialled)
+
+
+def test_many_conversations_are_more(setting):
+    few, many = setting.sums(), sums_over_many(setting)
+    assert many.tokens > MANY / len(SAID) * few.tokens / 2
+    assert all(
+        bool((many.inputs[name].diagonal() > sums.diagonal()).all()) for name, sums in few.inputs.items()
+    )

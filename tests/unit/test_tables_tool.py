@@ -2,12 +2,13 @@
 
 import re
 
+import pytest
 from tools.tables import bench_default, bench_summary, bench_table, evaluation_summary, evaluation_table
 
 import bench_reports
 import reports
 from deltaguard.draw.evaluation_view import bounds_text, value_text
-from deltaguard.draw.text import points, points_interval
+from deltaguard.draw.text import percent, plain, points, points_interval, share_interval
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 
 
@@ -123,13 +124,22 @@ def test_attack_success_is_the_mean_over_the_seeds():
 
 def test_the_default_dial_has_a_row_a_fine_tune_and_no_other_strength():
     report = bench_reports.bench_report()
-    point = report.curves[0].model_copy(update={"method": "kfac", "strength": DEFAULT_MAX_SAFETY_KL})
-    curves = (point, point.model_copy(update={"strength": 0.5}), *report.curves)
-    text = bench_default(report.model_copy(update={"curves": curves}).model_dump_json())
-    (row,) = [cells(line) for line in text.splitlines() if line.startswith("|")][2:]
-    assert row[0] == next(each.title for each in report.finetunes if each.name == point.finetune)
-    assert row[2] == f"{points(point.points.value)} ({points_interval(point.points)})"
-    assert row[3].startswith(points(point.false_refusal.value))
+    default = {"method": "kfac", "strength": DEFAULT_MAX_SAFETY_KL}
+    first = {row.name: next(p for p in report.curves if p.finetune == row.name) for row in report.finetunes}
+    at_default = [point.model_copy(update=default) for point in first.values()]
+    others = [point.model_copy(update={"method": "kfac", "strength": 0.5}) for point in first.values()]
+    made = report.model_copy(update={"curves": (*others, *at_default)})
+    rows = [cells(line) for line in bench_default(made.model_dump_json()).splitlines() if line[:1] == "|"][2:]
+    for row, finetune, point in zip(rows, report.finetunes, at_default, strict=True):
+        kept = f"{percent(point.kept.value)} ({share_interval(point.kept)})" if point.kept else "–"
+        assert row[0] == plain(finetune.title)
+        assert row[2:] == [
+            f"{points(point.points.value)} ({points_interval(point.points)})",
+            f"{points(point.false_refusal.value)} ({points_interval(point.false_refusal)})",
+            kept,
+        ]
+    with pytest.raises(KeyError):
+        bench_default(report.model_copy(update={"curves": tuple(others)}).model_dump_json())
 
 
 def test_the_summary_shows_the_first_judge_and_all_judges_on_the_plain_attack():
