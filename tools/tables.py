@@ -138,8 +138,8 @@ def bench_default(content: str) -> str:
         for point in (found[row.name],)
     ]
     said = (
-        "Aligned, fine-tuned: attack success. Over aligned: in points, on the same prompts. A dash where there is "
-        "no gain to keep, or one too small for a share with a bounded interval."
+        "Aligned, fine-tuned: attack success. Over aligned: in points, on the same prompts. A dash where "
+        "there is no gain to keep, or one too small for a share with a bounded interval."
     )
     return "\n\n".join((table(head, rows, ("fine-tune",)), said, _bench_made(report)))
 
