@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.curvatures import fabricate_store, groups
-from benchmarks.layout import BLOCKS, CONFIG, SHARDS, shapes, shard_of
+from benchmarks.layout import ADAPTER_RANK, BLOCKS, CONFIG, MATRICES, SHARDS, shapes, shard_of
 from deltaguard.bench.models import save_smollm2
 
 WEIGHT_SCALE, DELTA_SCALE = 0.02, 0.001
@@ -56,6 +56,25 @@ def fabricate_whole(folder: Path, pair: str, blocks: str) -> None:
     fabricate_store(folder / "one-layer", aligned, alone, rank="full")
 
 
+def fabricate_adapter(folder: Path) -> None:
+    """`finetuned`, a LoRA adapter over the pair's aligned model that changes every linear layer."""
+    from peft import LoraConfig
+
+    target = folder / "finetuned"
+    target.mkdir(parents=True)
+    modules = sorted({kind.rsplit(".", 1)[1] for kind in MATRICES})
+    LoraConfig(r=ADAPTER_RANK, lora_alpha=ADAPTER_RANK, target_modules=modules).save_pretrained(target)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for block in range(BLOCKS):
+        for kind, (out, columns) in MATRICES.items():
+            prefix = f"base_model.model.model.layers.{block}.{kind}"
+            up = DELTA_SCALE * torch.randn(out, ADAPTER_RANK, generator=generator)
+            tensors[f"{prefix}.lora_B.weight"] = up / ADAPTER_RANK**0.5
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(ADAPTER_RANK, columns, generator=generator)
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def fabricate_smollm2(folder: Path) -> None:
     """`aligned`, SmolLM2-135M, and `finetuned`, the same with every matrix moved by 3 % of its norm."""
     aligned = save_smollm2(folder / "aligned")
@@ -75,6 +94,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 KINDS: Mapping[str, Callable[..., None]] = {
     "pair": fabricate_pair,
     "whole": fabricate_whole,
+    "adapter": fabricate_adapter,
     "smollm2": fabricate_smollm2,
 }
 

@@ -13,6 +13,8 @@ SHARDS = 4
 WHOLE_BLOCKS = 11
 """What a store that keeps everything covers: it takes nearly 1 GB a block. Times are scaled to all blocks."""
 
+ADAPTER_RANK = 16
+
 _KV_ROWS = HIDDEN // HEADS * KV_HEADS
 
 MATRICES: Mapping[str, tuple[int, int]] = {

@@ -88,12 +88,37 @@ def kfac(pair: Path, store: Path, blocks: int) -> dict[str, float]:
         spectra = _spectra(known, layers)
         return lambda tensor, aligned, finetuned: project(
             finetuned.float() - aligned.float(), *spectra[tensor]
-        ).profile()
+        ).directions.profile()
 
     return {
         "seconds": _solver_seconds(pair, store, blocks, solving),
         "projecting": _solver_seconds(pair, store, blocks, projecting),
     }
+
+
+def kfac_adapter(aligned: Path, adapter: Path, store: Path) -> dict[str, float]:
+    """Seconds from an adapter's two matrices of each layer to restored ones; and in projecting before."""
+    from deltaguard.checkpoints.adapter import AdapterCheckpoint
+    from deltaguard.checkpoints.checkpoint import Checkpoint
+    from deltaguard.curvature.store import CurvatureStore
+    from deltaguard.solvers import low_rank_of_factors, project_thin
+
+    known = CurvatureStore.from_pretrained(store)
+    tuned = AdapterCheckpoint.open(Checkpoint.open(aligned), adapter)
+    solving = projecting = 0.0
+    for group in known.groups:
+        for tensor, pair in _spectra(known, group).items():
+            thin = tuned.thin_delta(tensor)
+            assert thin is not None, "the adapter changes every layer of the store"
+            started = time.perf_counter()
+            project_thin(thin.up, thin.down, *pair).directions.profile()
+            projected = time.perf_counter()
+            factors = project_thin(thin.up, thin.down, *pair).factors(PRICE)
+            assert factors is not None, "the adapter is thin"
+            low_rank_of_factors(factors.up, factors.down, rank=None)
+            projecting += projected - started
+            solving += time.perf_counter() - projected
+    return {"seconds": solving, "projecting": projecting}
 
 
 def factorise(store: Path, blocks: int) -> dict[str, float]:
@@ -203,6 +228,7 @@ PROGRAMS: Mapping[str, Callable[..., Mapping[str, object]]] = {
     "greedy": lambda pair, store, blocks: greedy(Path(pair), Path(store), int(blocks)),
     "published": lambda pair, store, blocks: published(Path(pair), Path(store), int(blocks)),
     "kfac": lambda pair, store, blocks: kfac(Path(pair), Path(store), int(blocks)),
+    "kfac-adapter": lambda aligned, adapter, store: kfac_adapter(Path(aligned), Path(adapter), Path(store)),
     "factorise": lambda _, store, blocks: factorise(Path(store), int(blocks)),
     "decompose": lambda pair, store, blocks: decompose(Path(pair), Path(store), int(blocks)),
     "read-store": lambda store: read_store(Path(store)),

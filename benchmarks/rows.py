@@ -77,10 +77,11 @@ class Bench:
         """Run one of `benchmarks.programs`."""
         return run_process([sys.executable, "-m", "benchmarks.programs", name, *map(str, arguments)])
 
-    def restore(self, models: Path, *options: object) -> Measurement:
-        """Run `deltaguard restore` on the pair of models in a folder."""
+    def restore(self, models: Path, *options: object, finetuned: Path | None = None) -> Measurement:
+        """Run `deltaguard restore` on a folder's pair of models, or on another fine-tune of its first."""
         verb = [sys.executable, "-m", "deltaguard", "restore"]
-        command = [*verb, models / "aligned", models / "finetuned", "-o", self.output(), "--json"]
+        pair = [models / "aligned", finetuned or models / "finetuned"]
+        command = [*verb, *pair, "-o", self.output(), "--json"]
         return run_process([*command, *map(str, options)])
 
     def output(self) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.layout import BLOCKS, WHOLE_BLOCKS, greedy_operations
+from benchmarks.layout import ADAPTER_RANK, BLOCKS, WHOLE_BLOCKS, greedy_operations
 from benchmarks.measure import Measurement, run_process, warm
 from benchmarks.merge_tool import install
 from benchmarks.rows import Bench, Row, UnavailableError
@@ -47,6 +47,11 @@ class Synthetic:
         return self.bench.work / f"whole-{self.whole_blocks}"
 
     @property
+    def adapter(self) -> Path:
+        """Where a LoRA adapter over the pair's aligned model lies."""
+        return self.bench.work / "adapter" / "finetuned"
+
+    @property
     def benchmarks(self) -> Mapping[str, Callable[[], Row]]:
         """The rows, in the order in which they need each other."""
         return {
@@ -54,11 +59,14 @@ class Synthetic:
             "interpolate": self.interpolate,
             "mergekit": self.mergekit,
             "kfac": self.kfac,
+            "kfac-adapter": self.kfac_adapter,
+            "kfac-adapter-out": self.kfac_adapter_out,
             "greedy": self.greedy,
             "gemm": self.gemm,
             "work": self.floating_point_work,
             "solve-greedy": self.solve_greedy,
             "solve-kfac": self.solve_kfac,
+            "solve-kfac-adapter": self.solve_kfac_adapter,
             "solve-published": self.solve_published,
             "decompose": self.decompose,
             "factorise": self.factorise,
@@ -69,7 +77,8 @@ class Synthetic:
         """Make the inputs, and read the pair into the page cache."""
         self.bench.fabricate("pair", self.pair)
         self.bench.fabricate("whole", self.whole, self.pair, self.whole_blocks)
-        warm(self.pair)
+        self.bench.fabricate("adapter", self.adapter.parent)
+        warm(self.pair, self.adapter)
 
     def copy(self) -> Row:
         """The floor: the same bytes read and written."""
@@ -94,10 +103,17 @@ class Synthetic:
 
     def kfac(self) -> Row:
         """Restore with the default method and store, and a strength: the model is not run."""
-        options = ("--method", "kfac", "--strength", KFAC_STRENGTH, "--store", self.pair / "store")
-        measured = self.bench.measured(lambda: self.bench.restore(self.pair, *options))
+        measured = self.bench.measured(lambda: self.bench.restore(self.pair, *self._kfac_options))
         name = f"`restore --method kfac --strength {KFAC_STRENGTH}`"
         return self.bench.row(name, measured, "copy", "with a store as `calibrate` makes it by default")
+
+    def kfac_adapter(self) -> Row:
+        """The same for a LoRA adapter."""
+        return self._adapted("the same of an adapter")
+
+    def kfac_adapter_out(self) -> Row:
+        """The same, written as an adapter."""
+        return self._adapted("the same of an adapter, to an adapter", "--output-format", "adapter")
 
     def greedy(self) -> Row:
         """Restore with the factors of a store; where it lacks blocks, what they would add is added."""
@@ -146,6 +162,19 @@ class Synthetic:
         solved = replace(measured, seconds=found["seconds"])
         return self.bench.row("Solving alone, `kfac`", solved, "solve-greedy", how)
 
+    def solve_kfac_adapter(self) -> Row:
+        """The default solver alone, on the two matrices of each layer of an adapter."""
+        measured = self.bench.program(
+            "kfac-adapter", self.pair / "aligned", self.adapter, self.pair / "store"
+        )
+        found = json.loads(measured.output)
+        how = (
+            f"rank {ADAPTER_RANK}, all blocks, to an adapter, without reading; one run; projecting, to find "
+            f"the price: {found['projecting']:.1f} s"
+        )
+        solved = replace(measured, seconds=found["seconds"])
+        return self.bench.row("Solving alone, `kfac`, of an adapter", solved, "solve-kfac", how)
+
     def solve_published(self) -> Row:
         """The slow solver alone, on some blocks."""
         return self._solving("published", "Solving alone, `published`", "solve-greedy", PUBLISHED_BLOCKS)
@@ -167,6 +196,15 @@ class Synthetic:
         note = f"ratio: its {size / 1e6:.0f} MB to the {model / 1e6:.0f} MB of the aligned model"
         row = self.bench.row("The default store, read once", measured, None, note)
         return replace(row, ratio=size / model)
+
+    @property
+    def _kfac_options(self) -> tuple[object, ...]:
+        return ("--method", "kfac", "--strength", KFAC_STRENGTH, "--store", self.pair / "store")
+
+    def _adapted(self, name: str, *options: object) -> Row:
+        """The restore of an adapter, compared with that of a whole fine-tune."""
+        run = lambda: self.bench.restore(self.pair, *self._kfac_options, *options, finetuned=self.adapter)
+        return self.bench.row(name, self.bench.measured(run), "kfac", f"rank {ADAPTER_RANK}")
 
     def _greedy(self, store: str) -> Measurement:
         options = ("--method", "greedy", "--store", self.whole / store)

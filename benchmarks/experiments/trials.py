@@ -359,7 +359,7 @@ def adaptive_attack(setting: Setting) -> Rows:
     name = "adaptive attack"
     lab, spectra = setting.lab, setting.spectra
     allowed, plain = setting.usual.predicted_kl or 0.0, dict(lab.deltas)
-    for part in (0.0, 1.0):
+    for part in (0.0, 0.01, 0.1, 1.0):
         attacker = f"price {part:g}"
         evasive = evade(setting.aligned, setting.data, spectra, mu=part * setting.price, epochs=EPOCHS)
         lab.deltas.update(evasive)
