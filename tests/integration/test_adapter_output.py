@@ -7,10 +7,11 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
-from deltaguard.solvers.low_rank import low_rank
+from deltaguard.checkpoints.checkpoint import Checkpoint
 from pairs import pair, weights
 from plain import safety_kl
 
@@ -111,11 +112,10 @@ def test_an_adapter_of_rank_one_stays_a_product_and_is_what_its_merged_model_bec
     made = pair()
     tuned = adapter_over(made.aligned, tmp_path / "tuned", rank=1)
 
-    def of_nothing(delta, *, rank):
-        assert not delta.any()
-        return low_rank(delta, rank=rank)
+    def refused(delta, *, rank):
+        raise AssertionError("a whole delta was decomposed")
 
-    monkeypatch.setattr(editing, "low_rank", of_nothing)
+    monkeypatch.setattr(editing, "low_rank", refused)
     restore(
         made.aligned,
         tuned,
@@ -133,6 +133,40 @@ def test_an_adapter_of_rank_one_stays_a_product_and_is_what_its_merged_model_bec
     loaded = weights(merged(made.aligned, tmp_path / "adapter", tmp_path / "merged"))
     for name, expected in weights(tmp_path / "checkpoint").items():
         torch.testing.assert_close(loaded[name], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["kfac", "ridge"])
+def test_of_an_adapter_no_weight_of_a_layer_is_read(method, tmp_path, monkeypatch):
+    made = pair()
+    tuned = adapter_over(made.aligned, tmp_path / "tuned", rank=1)
+    read: set[str] = set()
+    plain = Checkpoint.read
+
+    def listening(checkpoint, name):
+        read.add(name)
+        return plain(checkpoint, name)
+
+    monkeypatch.setattr(Checkpoint, "read", listening)
+    config = RestoreConfig(method=method, strength=0.5, **ADAPTER)
+    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
+    layers = {row.name for row in report.layers}
+    assert len(layers) > sum(row.delta_norm > 0 for row in report.layers) > 0
+    assert not layers & read
+
+
+def test_an_adapter_that_is_not_finite_is_refused_by_the_name_of_the_layer(tmp_path):
+    made = pair()
+    tuned = adapter_over(made.aligned, tmp_path / "tuned", rank=1)
+    file = tuned / "adapter_model.safetensors"
+    tensors = load_file(file)
+    broken = min(name for name in tensors if "lora_B" in name)
+    tensors[broken][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = RestoreConfig(strength=0.5, **ADAPTER)
+    layer = broken.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+    with pytest.raises(DeltaguardError, match=rf"(?s){layer}.*NaN or infinite"):
+        restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_an_adapter_cannot_hold_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from deltaguard.checkpoints.mirror import bring_along
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
-from deltaguard.restoration.edit import Inputs, read_ahead
+from deltaguard.restoration.inputs import Inputs, read_ahead
 from deltaguard.restoration.job import open_models
 from deltaguard.restoration.plan import Action, Plan, Step, make_plan
 from deltaguard.solvers.solution import is_finite

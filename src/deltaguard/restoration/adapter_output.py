@@ -10,11 +10,12 @@ from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.restore import LayerRow, OtherRow
-from deltaguard.restoration.edit import edit, factors_of, read_ahead
+from deltaguard.restoration.edit import edit, factors_of
+from deltaguard.restoration.inputs import read_ahead
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan
-from deltaguard.restoration.price import restored_inputs, restored_steps
+from deltaguard.restoration.price import restored_deltas, restored_steps
 from deltaguard.solvers.low_rank import LowRank
 
 Layer = tuple[str, LowRank, bool]
@@ -79,7 +80,7 @@ def _layers(
     report: Progress,
 ) -> Iterator[Layer]:
     steps = restored_steps(plan)
-    for number, inputs in enumerate(restored_inputs(job, steps, config), start=1):
+    for number, inputs in enumerate(restored_deltas(job, steps, config), start=1):
         factors, row = factors_of(inputs, config, mu)
         rows.append(row)
         report(Event("restore", number, len(steps)))

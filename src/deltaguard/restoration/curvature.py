@@ -41,6 +41,11 @@ class CurvatureReader:
         default_factory=dict[str, Factor | Tensor | Spectrum]
     )
 
+    @property
+    def gives_spectra(self) -> bool:
+        """Whether layers are projected on eigenpairs."""
+        return self.method in ("kfac", "ridge")
+
     def take(self, step: Step, *, needed: bool) -> Curvature | None:
         """The curvature that the method needs for a step; nothing is read where it is not needed."""
         if step.group is None:
@@ -71,5 +76,4 @@ class CurvatureReader:
         tensor = step.aligned_name
         if self.method == "kfac":
             return self._priced(self.store.output_spectrum(tensor))
-        size = step.info.shape[1 if step.transposed else 0]
-        return scaled_identity(size, self.store.output_mean(tensor), like=like.values)
+        return scaled_identity(step.matrix_shape[0], self.store.output_mean(tensor), like=like.values)

@@ -1,24 +1,23 @@
-"""One tensor of a restore: its inputs read, its solver run, its row of the report."""
+"""One tensor of a restore: its solver run, its row of the report."""
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from deltaguard.checkpoints.adapter import AdapterCheckpoint, ThinDelta
-from deltaguard.checkpoints.checkpoint import WeightSource
+from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.restore import LayerRow, OtherRow
-from deltaguard.restoration.curvature import Curvature, CurvatureReader, Spectra
+from deltaguard.restoration.curvature import Spectra
+from deltaguard.restoration.inputs import Delta, Inputs, Thin, Unchanged
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Step
 from deltaguard.solvers import (
     Factor,
     LowRank,
+    Outcome,
     Projection,
     Solution,
     ThinProjection,
@@ -26,6 +25,7 @@ from deltaguard.solvers import (
     interpolate,
     low_rank,
     low_rank_of_factors,
+    outcome_of,
     project,
     project_thin,
     published,
@@ -33,33 +33,7 @@ from deltaguard.solvers import (
 )
 from deltaguard.solvers.solution import check_matrices, is_finite, working_dtype
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """What one step needs, read from disk.
-
-    Attributes:
-        step: the step of the plan.
-        finetuned: the fine-tuned tensor.
-        aligned: the aligned tensor, None where the aligned model has none.
-        differs: whether the two tensors differ; True where there is no aligned one.
-        curvature: what the method needs, None where it needs none.
-        thin: the delta as a product, where it will be projected and an adapter holds it as one.
-    """
-
-    step: Step
-    finetuned: Tensor
-    aligned: Tensor | None
-    differs: bool
-    curvature: Curvature | None
-    thin: ThinDelta | None
-
-    @property
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """The aligned and the fine-tuned weight, each (out, in)."""
-        aligned = self.aligned
-        assert aligned is not None, "a tensor that is restored has an aligned counterpart"  # noqa: S101
-        return (aligned.T, self.finetuned.T) if self.step.transposed else (aligned, self.finetuned)
+_UNCHANGED = Outcome(kept_fraction=1.0, safety_cost=0.0, utility_loss=0.0, detail={"delta_norm": 0.0})
 
 
 @dataclass(frozen=True)
@@ -68,38 +42,6 @@ class Edited:
 
     tensor: Tensor
     row: LayerRow | OtherRow
-
-
-def read_ahead(
-    steps: Iterable[Step],
-    aligned: WeightSource,
-    finetuned: WeightSource,
-    curvature: CurvatureReader | None,
-) -> Iterator[Inputs]:
-    """The inputs of each step, read in a thread while the step before is being solved.
-
-    At most two steps' tensors are in memory at once.
-    """
-
-    def read(step: Step) -> Inputs:
-        tuned = finetuned.read(step.info.name)
-        base = aligned.read(step.aligned) if step.aligned else None
-        differs = base is None or not _same(base, tuned)
-        known = curvature.take(step, needed=differs) if curvature else None
-        thin = None
-        if isinstance(known, Spectra) and isinstance(finetuned, AdapterCheckpoint):
-            thin = finetuned.thin_delta(step.info.name)
-        return Inputs(step, finetuned=tuned, aligned=base, differs=differs, curvature=known, thin=thin)
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-        pending = None
-        for step in steps:
-            following = reader.submit(read, step)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
 
 
 def edit(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.dtype) -> Edited:
@@ -127,38 +69,46 @@ def edit(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.d
     return edited
 
 
-def projection_of(inputs: Inputs) -> Projection | ThinProjection | None:
+def projection_of(inputs: Delta) -> Projection | ThinProjection | None:
     """A layer's delta in the eigenbases of its curvature, None where there is no delta.
 
     Raises:
         DeltaguardError: the weights are not finite; the message names the tensor.
     """
-    spectra = inputs.curvature
-    if not isinstance(spectra, Spectra):
+    if isinstance(inputs, Unchanged) or not isinstance(inputs.curvature, Spectra):
         return None
-    aligned, finetuned = inputs.pair
     try:
-        return _projected(aligned, finetuned, spectra, inputs.thin)
+        return (
+            _projected_thin(inputs)
+            if isinstance(inputs, Thin)
+            else _projected(*inputs.pair, inputs.curvature, inputs.thin)
+        )
     except ValueError as error:
-        raise DeltaguardError(f"Tensor `{inputs.step.info.name}`: {error}") from error
+        raise _named(error, inputs.step) from error
+
+
+def _named(error: ValueError, step: Step) -> DeltaguardError:
+    return DeltaguardError(f"Tensor `{step.info.name}`: {error}")
+
+
+def _projected_thin(thin: Thin) -> ThinProjection:
+    delta, spectra = thin.delta, thin.curvature
+    if not (is_finite(delta.up) and is_finite(delta.down)):
+        raise ValueError("The adapter's matrices hold entries that are NaN or infinite.")
+    return project_thin(delta.up, delta.down, spectra.inputs, spectra.outputs)
 
 
 def _projected(
-    aligned: Tensor, finetuned: Tensor, spectra: Spectra, thin: ThinDelta | None
+    aligned: Tensor, finetuned: Tensor, spectra: Spectra, thin: Thin | None
 ) -> Projection | ThinProjection:
     check_matrices(aligned, finetuned)
     if thin is not None:
-        return project_thin(thin.up, thin.down, spectra.inputs, spectra.outputs)
+        return _projected_thin(thin)
     dtype = working_dtype(aligned, finetuned)
     return project(finetuned.to(dtype) - aligned.to(dtype), spectra.inputs, spectra.outputs)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    dtype = torch.promote_types(one.dtype, other.dtype)
-    return one.shape == other.shape and torch.equal(one.to(dtype), other.to(dtype))
-
-
-def factors_of(inputs: Inputs, config: RestoreConfig, mu: float | None) -> tuple[LowRank, LayerRow]:
+def factors_of(inputs: Delta, config: RestoreConfig, mu: float | None) -> tuple[LowRank, LayerRow]:
     """A layer's restored delta as the factors of an adapter, in the precision in which they are stored.
 
     Args:
@@ -170,23 +120,43 @@ def factors_of(inputs: Inputs, config: RestoreConfig, mu: float | None) -> tuple
         DeltaguardError: as `edit`.
     """
     started = time.perf_counter()
-    solution = _solved(inputs, config, mu)
-    thin, rank = solution.factors, config.adapter_rank
-    if thin is None:
-        found = low_rank(solution.weight.float() - inputs.pair[0].float(), rank=rank)
-    else:
-        found = low_rank_of_factors(thin.up, thin.down, rank=rank)
-    dtype = inputs.pair[0].dtype
+    dtype = inputs.pair[0].dtype if isinstance(inputs, Inputs) else DTYPES[inputs.step.info.dtype]
+    found, outcome = _factors(inputs, config, mu)
     factors = LowRank(found.down.to(dtype), found.up.to(dtype), found.residual)
     numbers = {"adapter_rank": float(len(factors.down)), "adapter_residual": factors.residual}
-    row = _row(inputs.step, replace(solution, detail={**solution.detail, **numbers}), started)
+    row = _row(inputs.step, replace(outcome, detail={**outcome.detail, **numbers}), started)
     return factors, row
+
+
+def _factors(inputs: Delta, config: RestoreConfig, mu: float | None) -> tuple[LowRank, Outcome]:
+    if isinstance(inputs, Thin):
+        return _thin_factors(inputs, config.adapter_rank, mu)
+    if isinstance(inputs, Unchanged) or not inputs.differs:
+        rows, columns = inputs.step.matrix_shape
+        return LowRank(torch.zeros(0, columns), torch.zeros(rows, 0), 0.0), _UNCHANGED
+    solution = _solved(inputs, config, mu)
+    delta = solution.weight.float() - inputs.pair[0].float()
+    return low_rank(delta, rank=config.adapter_rank), solution
+
+
+def _thin_factors(thin: Thin, rank: int | None, mu: float | None) -> tuple[LowRank, Outcome]:
+    assert mu is not None, "a method that projects has a price"  # noqa: S101
+    try:
+        projection = _projected_thin(thin)
+        product = projection.factors(mu)
+        if product is None:
+            found = low_rank(projection.restored(mu), rank=rank)
+        else:
+            found = low_rank_of_factors(product.up, product.down, rank=rank)
+        return found, outcome_of(projection, mu)
+    except ValueError as error:
+        raise _named(error, thin.step) from error
 
 
 def _restore(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.dtype) -> Edited:
     started = time.perf_counter()
     if config.output_format == "adapter":
-        factors, row = factors_of(inputs, config, mu)
+        factors, row = factors_of(inputs.thin or inputs, config, mu)
         weight = torch.addmm(inputs.pair[0].float(), factors.up.float(), factors.down.float())
     else:
         solution = _solved(inputs, config, mu)
@@ -197,17 +167,11 @@ def _restore(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: tor
 
 def _solved(inputs: Inputs, config: RestoreConfig, mu: float | None) -> Solution:
     if not inputs.differs:
-        return Solution(
-            weight=inputs.pair[1],
-            kept_fraction=1.0,
-            safety_cost=0.0,
-            utility_loss=0.0,
-            detail={"delta_norm": 0.0},
-        )
+        return Solution(weight=inputs.pair[1], **vars(_UNCHANGED))
     try:
         return _solve(inputs, config, mu)
     except ValueError as error:
-        raise DeltaguardError(f"Tensor `{inputs.step.info.name}`: {error}") from error
+        raise _named(error, inputs.step) from error
 
 
 def _solve(inputs: Inputs, config: RestoreConfig, mu: float | None) -> Solution:
@@ -251,15 +215,15 @@ def _take(inputs: Inputs, dtype: torch.dtype) -> Edited:
     return Edited(aligned if from_aligned else finetuned.to(dtype), row)
 
 
-def _row(step: Step, solution: Solution, started: float) -> LayerRow:
-    own = dict(solution.detail)
+def _row(step: Step, outcome: Outcome, started: float) -> LayerRow:
+    own = dict(outcome.detail)
     return LayerRow(
         name=step.info.name,
         shape=step.info.shape,
         delta_norm=own.pop("delta_norm"),
-        kept_fraction=solution.kept_fraction,
-        safety_cost=None if math.isnan(solution.safety_cost) else solution.safety_cost,
-        utility_loss=solution.utility_loss,
+        kept_fraction=outcome.kept_fraction,
+        safety_cost=None if math.isnan(outcome.safety_cost) else outcome.safety_cost,
+        utility_loss=outcome.utility_loss,
         seconds=time.perf_counter() - started,
         detail=own,
     )

@@ -61,6 +61,12 @@ class Step:
         assert self.aligned is not None, "a tensor that is restored has an aligned counterpart"  # noqa: S101
         return self.aligned
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of a linear layer's weight."""
+        rows, columns = self.info.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -18,7 +18,8 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.restore import Dial, Probe
 from deltaguard.restoration.curvature import CurvatureReader
-from deltaguard.restoration.edit import Inputs, edit, projection_of, read_ahead
+from deltaguard.restoration.edit import edit, projection_of
+from deltaguard.restoration.inputs import Delta, Inputs, read_ahead, read_deltas
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, Step
@@ -95,7 +96,7 @@ def joint_of(job: Job, plan: Plan, config: RestoreConfig, report: Progress) -> P
     """
     steps = restored_steps(plan)
     parts: list[Profile] = []
-    for number, inputs in enumerate(restored_inputs(job, steps, config), start=1):
+    for number, inputs in enumerate(restored_deltas(job, steps, config), start=1):
         projection = projection_of(inputs)
         if projection is not None:
             parts.append(projection.directions.profile())
@@ -110,9 +111,17 @@ def restored_steps(plan: Plan) -> tuple[Step, ...]:
 
 def restored_inputs(job: Job, steps: tuple[Step, ...], config: RestoreConfig) -> Iterator[Inputs]:
     """What they need, read ahead."""
+    return read_ahead(steps, job.aligned, job.finetuned, _curvature_reader(job, steps, config))
+
+
+def restored_deltas(job: Job, steps: tuple[Step, ...], config: RestoreConfig) -> Iterator[Delta]:
+    """What work on their deltas alone needs, read ahead."""
+    return read_deltas(steps, job.aligned, job.finetuned, _curvature_reader(job, steps, config))
+
+
+def _curvature_reader(job: Job, steps: tuple[Step, ...], config: RestoreConfig) -> CurvatureReader | None:
     uses = Counter(step.group for step in steps if step.group)
-    curvature = CurvatureReader(job.store, config.method, uses) if job.store else None
-    return read_ahead(steps, job.aligned, job.finetuned, curvature)
+    return CurvatureReader(job.store, config.method, uses) if job.store else None
 
 
 @dataclass(frozen=True)

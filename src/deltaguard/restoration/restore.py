@@ -30,7 +30,8 @@ from deltaguard.report.base import ModelReference, environment
 from deltaguard.report.restore import REPORT_NAME, FileRow, LayerRow, OtherRow, PlanReport, RestoreReport
 from deltaguard.restoration.adapter_output import refuse_what_no_adapter_holds, stage_restored_adapter
 from deltaguard.restoration.curvature import CurvatureReader
-from deltaguard.restoration.edit import edit, read_ahead
+from deltaguard.restoration.edit import edit
+from deltaguard.restoration.inputs import read_ahead
 from deltaguard.restoration.job import Job, find_store, open_job, open_models
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan

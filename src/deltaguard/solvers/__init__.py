@@ -1,13 +1,21 @@
 """Solvers: pure functions from one layer's matrices to a `Solution`. They import torch only."""
 
 from deltaguard.solvers.baselines import interpolate, resta
-from deltaguard.solvers.closed_form import Projection, closed_form, kfac, project, ridge, solve_projected
+from deltaguard.solvers.closed_form import (
+    Projection,
+    closed_form,
+    kfac,
+    outcome_of,
+    project,
+    ridge,
+    solve_projected,
+)
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.greedy import greedy, greedy_factored
 from deltaguard.solvers.low_rank import LowRank, low_rank, low_rank_of_factors
 from deltaguard.solvers.profile import Profile, joint_profile, profile
 from deltaguard.solvers.published import published
-from deltaguard.solvers.solution import Solution
+from deltaguard.solvers.solution import Outcome, Solution
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
 from deltaguard.solvers.subspace import alignment_similarity, safe_lora, safe_lora_layers, safe_merge
 from deltaguard.solvers.thin import ThinProjection, project_thin
@@ -15,6 +23,7 @@ from deltaguard.solvers.thin import ThinProjection, project_thin
 __all__ = [
     "Factor",
     "LowRank",
+    "Outcome",
     "Profile",
     "Projection",
     "Solution",
@@ -30,6 +39,7 @@ __all__ = [
     "kfac",
     "low_rank",
     "low_rank_of_factors",
+    "outcome_of",
     "profile",
     "project",
     "project_thin",

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from deltaguard.solvers.directions import Directions, directions
-from deltaguard.solvers.low_rank import LowRank
 from deltaguard.solvers.profile import PROHIBITIVE
-from deltaguard.solvers.solution import Solution, check_hessian, check_matrices, share, working_dtype
+from deltaguard.solvers.solution import (
+    Outcome,
+    Solution,
+    check_hessian,
+    check_matrices,
+    share,
+    working_dtype,
+)
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
 from deltaguard.solvers.thin import ThinProjection
 
@@ -173,13 +179,21 @@ def solve_projected(
     Raises:
         ValueError: `mu` is negative or NaN.
     """
+    outcome = outcome_of(projection, mu)
+    base, target = aligned.to(projection.dtype), finetuned.to(projection.dtype)
+    return Solution(weight=_weight(base, target, projection, mu), **vars(outcome))
+
+
+def outcome_of(projection: Projection | ThinProjection, mu: float) -> Outcome:
+    """What `solve_projected` keeps at a price, and its cost: for this no weight is needed.
+
+    Raises:
+        ValueError: `mu` is negative or NaN.
+    """
     if not mu >= 0:
         raise ValueError(f"mu is {mu}; it must be 0 or more.")
     spread = projection.directions.profile()
-    base, target = aligned.to(projection.dtype), finetuned.to(projection.dtype)
-    factors = projection.factors(mu) if isinstance(projection, ThinProjection) else None
-    return Solution(
-        weight=_weight(base, target, projection, factors, mu),
+    return Outcome(
         kept_fraction=share(spread.kept(mu), spread.energy),
         safety_cost=projection.directions.safety_cost(mu),
         utility_loss=share(spread.lost(mu), spread.energy),
@@ -188,18 +202,15 @@ def solve_projected(
             "safety_kl_share": share(spread.predicted_kl(mu), spread.predicted_kl(0)),
             "predicted_safety_kl": spread.predicted_kl(mu),
         },
-        factors=factors,
     )
 
 
-def _weight(
-    base: Tensor, target: Tensor, projection: Projection | ThinProjection, factors: LowRank | None, mu: float
-) -> Tensor:
+def _weight(base: Tensor, target: Tensor, projection: Projection | ThinProjection, mu: float) -> Tensor:
     if mu == 0:
         return target.clone()
     if mu >= PROHIBITIVE:
         return base.clone()
-    return torch.addmm(base, factors.up, factors.down) if factors else projection.restored(mu).add_(base)
+    return projection.restored(mu).add_(base)
 
 
 def _norms(matrix: Tensor) -> Tensor:

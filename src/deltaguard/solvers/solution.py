@@ -1,40 +1,43 @@
-"""What every solver returns, and the two numbers that describe it."""
+"""What every solver returns, and the numbers that describe it."""
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from deltaguard.solvers.low_rank import LowRank
 
 ROW_BLOCK_ENTRIES = 1 << 22
 """Entries of a block of rows: few enough for memory that the process keeps between blocks."""
 
 
-@dataclass(frozen=True)
-class Solution:
-    """The restored weight of one linear layer.
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What was kept of one linear layer's delta, and at what cost.
 
     Attributes:
-        weight: restored weight, (out, in), in the working precision.
         kept_fraction: share of the entries that carry the fine-tuned value.
         safety_cost: tr(Δ' H Δ'ᵀ) / tr(Δ H Δᵀ), where Δ' is the restored delta; 0 is the aligned
             weight, 1 the fine-tuned one. NaN where the method knows no curvature.
         utility_loss: ‖Δ' - Δ‖² / ‖Δ‖²; 0 is the fine-tuned weight, 1 the aligned one.
         detail: `delta_norm`, ‖Δ‖, and numbers that belong to one method, such as the dampening needed.
-        factors: the restored delta as a product, where it was given and found as one.
     """
 
-    weight: Tensor
     kept_fraction: float
     safety_cost: float
     utility_loss: float
     detail: Mapping[str, float] = field(default_factory=dict[str, float])
-    factors: "LowRank | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution(Outcome):
+    """The restored weight of one linear layer.
+
+    Attributes:
+        weight: restored weight, (out, in), in the working precision.
+    """
+
+    weight: Tensor
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
