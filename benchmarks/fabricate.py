@@ -63,7 +63,7 @@ def fabricate_adapter(folder: Path) -> None:
     target = folder / "finetuned"
     target.mkdir(parents=True)
     modules = sorted({kind.rsplit(".", 1)[1] for kind in MATRICES})
-    LoraConfig(r=ADAPTER_RANK, lora_alpha=ADAPTER_RANK, target_modules=modules).save_pretrained(target)
+    LoraConfig(r=ADAPTER_RANK, lora_alpha=ADAPTER_RANK, target_modules=modules).save_pretrained(str(target))
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
     for block in range(BLOCKS):

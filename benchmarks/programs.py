@@ -60,7 +60,7 @@ def greedy(pair: Path, store: Path, blocks: int) -> dict[str, float]:
 
     def prepare(known: "CurvatureStore", layers: "Group") -> "_Solve":
         factor = known.factor(layers.name)
-        return lambda _, *pair: greedy_factored(*pair, factor, strength=DEFAULT_STRENGTH)
+        return lambda _, base, tuned: greedy_factored(base, tuned, factor, strength=DEFAULT_STRENGTH)
 
     return {"seconds": _solver_seconds(pair, store, blocks, prepare)}
 
@@ -71,7 +71,7 @@ def published(pair: Path, store: Path, blocks: int) -> dict[str, float]:
 
     def prepare(known: "CurvatureStore", layers: "Group") -> "_Solve":
         hessian = known.hessian(layers.name)
-        return lambda _, *pair: solver(*pair, hessian, strength=PUBLISHED_STRENGTH)
+        return lambda _, base, tuned: solver(base, tuned, hessian, strength=PUBLISHED_STRENGTH)
 
     return {"seconds": _solver_seconds(pair, store, blocks, prepare)}
 
@@ -82,7 +82,7 @@ def kfac(pair: Path, store: Path, blocks: int) -> dict[str, float]:
 
     def solving(known: "CurvatureStore", layers: "Group") -> "_Solve":
         spectra = _spectra(known, layers)
-        return lambda tensor, *pair: closed_form(*pair, *spectra[tensor], mu=PRICE)
+        return lambda tensor, base, tuned: closed_form(base, tuned, *spectra[tensor], mu=PRICE)
 
     def projecting(known: "CurvatureStore", layers: "Group") -> "_Solve":
         spectra = _spectra(known, layers)

@@ -3,9 +3,10 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -185,7 +186,7 @@ class Laboratory:
         return self._row(experiment, variant, probe, asked, time.perf_counter() - started, first, predicted)
 
     @contextmanager
-    def held_out(self, conversations: Sequence[Conversation]) -> Iterator[None]:
+    def held_out(self, conversations: Sequence[Conversation]) -> Generator[None]:
         """Measure safety KL on other conversations for a while."""
         before = self.meter, self.finetuned_kl
         self._open(conversations)
@@ -216,13 +217,11 @@ class Laboratory:
         return self._scratch
 
     def _ask(self, folder: Path) -> Asked:
-        how, options = QUICK.answers, {"device": "cpu", "batch_size": 150}
-        engine = TransformersEngine.open(str(folder), dtype=how.dtype, **options)
+        how, load = QUICK.answers, partial(TransformersEngine.open, str(folder), device="cpu", batch_size=150)
+        engine = load(dtype=how.dtype)
         attack = engine.answer(self.tests.attack, Decoding(how.safety))
         task = engine.answer(self.tests.task, Decoding(how.task))
-        nll = TransformersEngine.open(str(folder), **options).likelihood(
-            self.tests.task or self.tests.likelihood
-        )
+        nll = load().likelihood(self.tests.task or self.tests.likelihood)
         right = (exact_match(a, q.expected or "") for a, q in zip(task, self.tests.task, strict=True))
         return Asked(letters(attack), tuple(right), tuple(nll))
 

@@ -1,6 +1,6 @@
 """A second step, re-linearised at the restored model: down the gradient of the measured safety KL."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,7 +59,7 @@ class Refiner:
     def _gradients(self, deltas: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         with self._candidate(deltas):
             for name in deltas:
-                self._parameters[name].requires_grad_(requires_grad=True)
+                self._parameters[name].requires_grad_(True)
             value, count = 0.0, sum(len(known) for known in self._aligned)
             with torch.enable_grad():
                 for batch, known in zip(self._batches, self._aligned, strict=True):
@@ -72,7 +72,7 @@ class Refiner:
                 assert gradient is not None
                 found[name] = gradient
                 self._parameters[name].grad = None
-                self._parameters[name].requires_grad_(requires_grad=False)
+                self._parameters[name].requires_grad_(False)
         return value, found
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class Refiner:
         return sum(terms) / sum(len(known) for known in self._aligned)
 
     @contextmanager
-    def _candidate(self, deltas: Mapping[str, Tensor]) -> Iterator[None]:
+    def _candidate(self, deltas: Mapping[str, Tensor]) -> Generator[None]:
         aligned = {name: self._parameters[name].detach().clone() for name in deltas}
         with torch.no_grad():
             for name, weight in self._lab.weights(deltas.items()):
