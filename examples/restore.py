@@ -17,7 +17,7 @@ def main(aligned: str, finetuned: str, output: Path) -> None:
     store = deltaguard.calibrate(aligned, output / "store", config=deltaguard.CalibrateConfig(resume=True))
 
     # Writes no model. `utility=Path("my-task.jsonl")` measures as well what your task keeps at each limit.
-    limits = (1e-4, 3e-4, 1e-3)
+    limits = (3e-4, 6e-4, 1e-3)
     show_limits(deltaguard.sweep(aligned, finetuned, output / "sweep", store=store, limits=limits))
 
     # With the default limit; `config=deltaguard.RestoreConfig(max_safety_kl=...)` sets another.

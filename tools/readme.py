@@ -193,7 +193,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "bench-table": ("bench.json", bench_table),
     "dial-table": ("dial.json", bench_table),
     "dial-summary-table": ("dial.json", bench_summary),
-    "dial-default-table": ("dial.json", bench_default),
+    "dial-default-table": ("default.json", bench_default),
     "lora-default-table": ("lora.json", bench_default),
     "gemma-default-table": ("gemma.json", bench_default),
     "experiments-table": ("experiments.json", experiments_table),

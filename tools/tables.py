@@ -118,12 +118,17 @@ def bench_default(content: str) -> str:
         Markdown: a table, and how it was made.
 
     Raises:
-        KeyError: a fine-tune was not restored at that limit.
+        ValueError: a fine-tune was not restored at that limit.
     """
     report = BenchReport.model_validate_json(content)
     found = {
         p.finetune: p for p in report.curves if (p.method, p.strength) == ("kfac", DEFAULT_MAX_SAFETY_KL)
     }
+    if missing := [row.name for row in report.finetunes if row.name not in found]:
+        raise ValueError(
+            f"`{report.command}` measured no `kfac` at the default limit {DEFAULT_MAX_SAFETY_KL:g} on "
+            f"{', '.join(missing)}: run it again."
+        )
     head = ("fine-tune", "aligned, fine-tuned", "attack success over aligned (95 %)")
     head = (*head, "false refusals over aligned (95 %)", "gain kept (95 %)")
     rows = [

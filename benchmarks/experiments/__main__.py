@@ -36,11 +36,12 @@ from deltaguard.calibration.conversations import (
 from deltaguard.calibration.observe import Batch, Observed, batches, observe
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.report.base import environment
-from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 
 FINETUNE = next(each for each in QUICK.finetunes if each.kind == "task-harmful")
 IDENTITY = next(each for each in QUICK.finetunes if each.kind == "identity")
 TESTS = 100
+LIMIT = 1e-3
+"""Nats per response token, of all candidates where an experiment says nothing else."""
 HELD_OUT = 64
 _BATCH = 16
 _LONGEST = 512
@@ -135,13 +136,13 @@ def _prepare(work: Path) -> tuple[Setting, tuple[ExperimentRow, ...]]:
 
     spectra = curvatures(observed, total([*parts[0], *parts[1]]))
     trial = lab.closed_form(spectra)
-    price = lab.settled(trial, DEFAULT_MAX_SAFETY_KL).mu
-    usual = lab.row("usual", "usual", replace(trial, start=price), DEFAULT_MAX_SAFETY_KL)
+    price = lab.settled(trial, LIMIT).mu
+    usual = lab.row("usual", "usual", replace(trial, start=price), LIMIT)
     print(_line(usual), flush=True)
     second = _second_half()
     setting = Setting(
         lab=lab,
-        limit=DEFAULT_MAX_SAFETY_KL,
+        limit=LIMIT,
         aligned=aligned,
         model=model,
         observed=observed,

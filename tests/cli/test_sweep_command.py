@@ -29,7 +29,7 @@ def test_json_is_one_document_and_the_page_is_drawn(tmp_path, capsys):
 def test_text_for_people_names_every_limit_and_the_page(tmp_path, capsys):
     assert call(tmp_path) == 0
     captured = capsys.readouterr()
-    for limit in ("3e-05", "0.0001", "0.0003", "0.001", "0.003"):
+    for limit in ("0.0001", "0.0003", "0.0006", "0.001", "0.003"):
         assert f" {limit} " in captured.out
     assert str(tmp_path / "report.html") in captured.out.replace("\n", "")
     assert "measure ..." in captured.err

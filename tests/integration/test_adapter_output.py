@@ -77,16 +77,18 @@ def test_the_dial_holds_for_what_is_loaded(tmp_path):
     assert found == pytest.approx(report.dial.restored_kl, rel=1e-2)
 
 
-def adapter_over(aligned, folder, *, rank):
-    """A random adapter on two kinds of layers."""
+def adapter_over(aligned, folder, *, rank, whole=None):
+    """A random adapter on two kinds of layers; `whole` is a layer that it replaces instead."""
     base = transformers.AutoModelForCausalLM.from_pretrained(aligned)
+    names = ["q_proj", "down_proj"]
     torch.manual_seed(0)
     with warnings.catch_warnings():
         # PEFT asks transformers for something under a name that is to go.
         warnings.simplefilter("ignore", FutureWarning)
-        tuned = peft.get_peft_model(base, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]))
+        config = peft.LoraConfig(r=rank, target_modules=names, modules_to_save=[whole] if whole else None)
+        tuned = peft.get_peft_model(base, config)
     for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     tuned.save_pretrained(folder)
     return folder
@@ -135,8 +137,42 @@ def test_an_adapter_of_rank_one_stays_a_product_and_is_what_its_merged_model_bec
         torch.testing.assert_close(loaded[name], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rank", "whole", "dtype", "close"),
+    [
+        (64, None, None, 1e-5),
+        (1, "up_proj", None, 1e-5),
+        (64, "up_proj", None, 1e-5),
+        (1, None, torch.bfloat16, 2e-2),
+    ],
+    ids=["rank above the layers'", "a layer replaced", "both", "half precision"],
+)
+def test_of_any_adapter_an_adapter_is_what_a_checkpoint_would_hold(rank, whole, dtype, close, tmp_path):
+    made = pair(dtype=dtype)
+    tuned = adapter_over(made.aligned, tmp_path / "tuned", rank=rank, whole=whole)
+    restore(
+        made.aligned,
+        tuned,
+        tmp_path / "adapter",
+        store=made.store,
+        config=RestoreConfig(strength=0.5, adapter_rank=10_000, **ADAPTER),
+    )
+    report = restore(
+        made.aligned, tuned, tmp_path / "whole", store=made.store, config=RestoreConfig(strength=0.5)
+    )
+    changed = {row.name for row in report.layers if row.delta_norm > 0}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "down_proj", *([whole] if whole else [])}
+    loaded = weights(merged(made.aligned, tmp_path / "adapter", tmp_path / "merged"))
+    before, expected = weights(made.aligned), weights(tmp_path / "whole")
+    for name in changed:
+        assert not torch.equal(loaded[name], before[name])
+        torch.testing.assert_close(loaded[name], expected[name], rtol=0, atol=close)
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {dtype or torch.float32}
+
+
 @pytest.mark.parametrize("method", ["kfac", "ridge"])
-def test_of_an_adapter_no_weight_of_a_layer_is_read(method, tmp_path, monkeypatch):
+def test_of_an_adapter_no_weight_is_read(method, tmp_path, monkeypatch):
     made = pair()
     tuned = adapter_over(made.aligned, tmp_path / "tuned", rank=1)
     read: set[str] = set()
@@ -149,21 +185,27 @@ def test_of_an_adapter_no_weight_of_a_layer_is_read(method, tmp_path, monkeypatc
     monkeypatch.setattr(Checkpoint, "read", listening)
     config = RestoreConfig(method=method, strength=0.5, **ADAPTER)
     report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
-    layers = {row.name for row in report.layers}
-    assert len(layers) > sum(row.delta_norm > 0 for row in report.layers) > 0
-    assert not layers & read
+    assert len(report.layers) > sum(row.delta_norm > 0 for row in report.layers) > 0
+    assert report.others
+    assert not any(row.differs for row in report.others)
+    assert not read
 
 
-def test_an_adapter_that_is_not_finite_is_refused_by_the_name_of_the_layer(tmp_path):
+@pytest.mark.parametrize("broken", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("other_is_zero", [False, True])
+def test_an_adapter_that_is_not_finite_is_refused_by_the_name_of_the_layer(broken, other_is_zero, tmp_path):
     made = pair()
     tuned = adapter_over(made.aligned, tmp_path / "tuned", rank=1)
     file = tuned / "adapter_model.safetensors"
     tensors = load_file(file)
-    broken = min(name for name in tensors if "lora_B" in name)
-    tensors[broken][0, 0] = float("nan")
+    name = min(name for name in tensors if broken in name)
+    tensors[name][0, 0] = float("nan")
+    if other_is_zero:
+        other = "lora_B" if broken == "lora_A" else "lora_A"
+        tensors[name.replace(broken, other)].zero_()
     save_file(tensors, file, metadata={"format": "pt"})
     config = RestoreConfig(strength=0.5, **ADAPTER)
-    layer = broken.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+    layer = name.removeprefix("base_model.model.").removesuffix(f".{broken}.weight")
     with pytest.raises(DeltaguardError, match=rf"(?s){layer}.*NaN or infinite"):
         restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
     assert not (tmp_path / "out").exists()

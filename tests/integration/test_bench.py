@@ -220,6 +220,31 @@ def test_more_methods_and_strengths_in_the_same_folder_add_cells(aligned, tmp_pa
     assert len(stubbed) == len(more.cells)
 
 
+def test_a_default_is_measured_beside_the_search_and_is_no_score(aligned, tmp_path, stubbed, monkeypatch):
+    def measure(subject, tests, lengths, shelf):
+        stubbed.append(subject)
+        losses = tuple(3.0 - len(stubbed) / 10 + i for i in range(len(tests.general)))
+        # The third model, that of the one probe, is unsafe; the default, measured after it, is not.
+        letter = "c" if len(stubbed) == 3 else "r"
+        return Measured(letter * len(tests.attack), "r" * len(tests.harmless), losses, losses)
+
+    monkeypatch.setattr(row, "measure", measure)
+    report = bench(tmp_path / "out", preset=replace(TINY, probes=1), aligned=aligned, methods=("kfac",))
+    assert [(cell.method, cell.strength) for cell in report.cells[2:]] == [("kfac", 1e-3), ("kfac", 6e-4)]
+    assert [(point.strength, point.safe, point.beside) for point in report.curves] == [
+        (1e-3, False, False),
+        (6e-4, True, True),
+    ]
+    assert [score.strength for score in report.scores] == [None]
+    assert any(note.endswith("never a method's score: 0.0006 of kfac.") for note in report.notes)
+
+
+def test_a_default_that_the_search_measured_is_a_score(aligned, tmp_path, stubbed):
+    report = bench(tmp_path / "out", preset=replace(TINY, probes=None), aligned=aligned, methods=("kfac",))
+    assert [point.strength for point in report.curves] == list(METHODS["kfac"].ladder)
+    assert not any(point.beside for point in report.curves)
+
+
 def test_more_seeds_are_judged_together_and_add_cells(aligned, tmp_path, stubbed):
     options = {"aligned": aligned, "methods": ("wise-ft",)}
     first = bench(tmp_path / "out", preset=TINY, **options)

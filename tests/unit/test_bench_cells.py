@@ -51,6 +51,13 @@ def test_the_name_of_a_method_is_not_all_that_tells_it():
     assert len(keys) == len(METHODS)
 
 
+def test_ladders_rise_and_hold_their_defaults():
+    for method in METHODS.values():
+        assert list(method.ladder) == sorted(set(method.ladder))
+        assert method.default is None or method.default in method.ladder
+    assert METHODS["kfac"].default == METHODS["ridge"].default == RestoreConfig().dial
+
+
 def test_what_has_no_content_of_its_own_is_refused():
     with pytest.raises(TypeError, match="object has no content"):
         content_key(made(state=object()))

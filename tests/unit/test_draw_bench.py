@@ -60,6 +60,7 @@ def test_the_plot_has_a_panel_a_finetune_and_a_point_a_strength():
     assert all(texts.count(row.title) == 1 for row in FINETUNES)
     assert all(texts.count(method) == 1 for method in METHODS)
     assert texts.count("bound 2") == len(FINETUNES)
+    assert all(texts.count(f"{strength:g}") == len(FINETUNES) for strength in STRENGTHS)
     assert texts.count("rise of NLL on general questions") == 1
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench_reports import bench_report
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -192,6 +194,12 @@ def test_a_file_of_another_form_is_named(readme, tmp_path):
     (tmp_path / "demo.json").write_text(json.dumps({"models": []}))
     with pytest.raises(ValueError, match=r"demo\.json is not what it should be"):
         readme.fill(page("demo-table"), tmp_path)
+
+
+def test_a_bench_without_the_default_limit_says_so(readme, tmp_path):
+    (tmp_path / "default.json").write_text(bench_report().model_dump_json())
+    with pytest.raises(ValueError, match=r"measured no `kfac` at the default limit .* on "):
+        readme.fill(page("dial-default-table"), tmp_path)
 
 
 def test_the_pages_of_this_repository_can_be_filled(readme):

@@ -56,7 +56,7 @@ def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
         *_shortfalls(preset, cells[0]),
         *_left_out(setting.attacks),
         *_repeats(preset),
-        *_probes(preset),
+        *_probes(setting),
         *_retrained(setting),
         *(f"Left out without a pretrained model: {METHODS[name].title}." for name in setting.left_out),
     )
@@ -77,12 +77,14 @@ def _repeats(preset: Preset) -> Iterator[str]:
         yield f"Harmful examples of {named} repeat {DISTINCT_HARMFUL} prompts, with answers drawn anew."
 
 
-def _probes(preset: Preset) -> Iterator[str]:
-    if preset.probes is not None:
-        yield (
-            f"At most {preset.probes} strengths a method, found by bisection; between them a method may do "
-            "better."
-        )
+def _probes(setting: Bench) -> Iterator[str]:
+    probes = setting.preset.probes
+    if probes is None:
+        return
+    yield f"At most {probes} strengths a method, found by bisection; between them a method may do better."
+    defaults = [f"{m.default:g} of {m.name}" for m in setting.methods if m.default is not None]
+    if defaults:
+        yield f"Measured beside these, being defaults, and never a method's score: {', '.join(defaults)}."
 
 
 def _retrained(setting: Bench) -> Iterator[str]:

@@ -65,6 +65,8 @@ class Method:
         ladder: its strengths, rising: from the safest to the one that keeps most. Seven of them, so that two
             probes of a bisection see the middle and one side, and three see any.
         make: carries it out at one strength.
+        default: the rung that a restore takes without options, measured whatever a bisection finds; no score
+            comes of it unless the bisection measures it, too.
         helpers: other models that it needs.
         rank: how much of the aligned model's curvature it needs; `None` where none.
         retrains: whether it trains anew at every strength, which takes longer than anything else.
@@ -74,6 +76,7 @@ class Method:
     title: str
     ladder: tuple[float, ...]
     make: Callable[[Request, float], Candidate]
+    default: float | None = None
     helpers: tuple[Role, ...] = ()
     rank: Rank | None = None
     retrains: bool = False
@@ -123,7 +126,7 @@ def _backdoor_enhanced(request: Request, strength: float) -> Candidate:
     return replace(request.retrain(mixed), secret=SECRET)
 
 
-_LIMITS = (1e-4, 3e-4, 6e-4, DEFAULT_MAX_SAFETY_KL, 3e-3, 1e-2, 3e-2)
+_LIMITS = (1e-4, 3e-4, DEFAULT_MAX_SAFETY_KL, 1e-3, 3e-3, 1e-2, 3e-2)
 _CUSTOMERS_SHARES = (0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 _OWN = (
@@ -132,6 +135,7 @@ _OWN = (
         "the closed form, two-sided; strength: the safety KL allowed",
         _LIMITS,
         _restoring("kfac"),
+        default=DEFAULT_MAX_SAFETY_KL,
         rank="auto",
     ),
     Method(
@@ -139,6 +143,7 @@ _OWN = (
         "the closed form, one-sided; strength: the safety KL allowed",
         _LIMITS,
         _restoring("ridge"),
+        default=DEFAULT_MAX_SAFETY_KL,
         rank="auto",
     ),
     Method(

@@ -94,7 +94,7 @@ class Preset:
         general: plain questions, the likelihood of whose answers is taken.
         answers: how answers are generated.
         probes: strengths measured per method at most, found by bisection over its ladder; `None` measures
-            every strength.
+            every strength. A method's default is measured beside them.
         retrained: kinds of fine-tunes on which methods are run that train anew at every strength.
         calibration: how the curvature is measured.
     """

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from deltaguard.evaluation.exchange import Question
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.base import environment
 from deltaguard.report.bench import BENCH_NAME, BenchReport, Cell
+
+Named = tuple[str, str, float | None]
+"""Fine-tune, method and strength of a cell."""
 
 
 def bench(
@@ -82,48 +85,65 @@ def bench(
             progress=progress or ignore,
         )
         _require_same(folder / "origin.json", setting.origin, "models, code or libraries")
-        report = _report(setting, settings, command, _cells(setting))
+        report = _report(setting, settings, command, *_cells(setting))
         write_atomically(folder / BENCH_NAME, report.model_dump_json(indent=1) + "\n")
     finally:
         os.close(lock)
     return report
 
 
-def _cells(setting: Bench) -> tuple[Cell, ...]:
-    """Every cell of the protocol; models go when their cells are done."""
+def _cells(setting: Bench) -> tuple[tuple[Cell, ...], set[Named]]:
+    """Every cell of the protocol, and which are defaults alone; models go when their cells are done."""
     found: list[Cell] = []
+    beside: set[Named] = set()
     finetunes = setting.preset.finetunes
     for done, finetune in enumerate(finetunes, start=1):
         rows = [Row(setting, finetune, seed) for seed in setting.preset.seeds]
         chosen = setting.methods_on(finetune)
         most = len(rows) * (2 + sum(map(setting.most_strengths, chosen)))
-        for number, cell in enumerate(_finetune_cells(setting, rows, chosen), start=1):
+        for number, (cell, searched) in enumerate(_finetune_cells(setting, rows, chosen), start=1):
             found.append(cell)
+            if not searched:
+                beside.add((cell.finetune, cell.method, cell.strength))
             setting.progress(Event(finetune.name, number, most))
         for row in rows:
             row.tidy()
         setting.progress(Event("fine-tunes", done, len(finetunes)))
-    return tuple(found)
+    return tuple(found), beside
 
 
-def _finetune_cells(setting: Bench, rows: Sequence[Row], chosen: Sequence[Method]) -> Iterator[Cell]:
-    """The aligned and the fine-tuned model, then every method at its strengths, each for all seeds."""
+def _finetune_cells(
+    setting: Bench, rows: Sequence[Row], chosen: Sequence[Method]
+) -> Iterator[tuple[Cell, bool]]:
+    """The aligned and the fine-tuned model, then every method at its strengths, each for all seeds.
+
+    Yields:
+        A cell, and whether it belongs to the search: a default that this passed by is measured after it.
+    """
     aligned = {row.seed: row.aligned() for row in rows}
-    yield from aligned.values()
-    yield from [row.finetuned() for row in rows]
+    for cell in (*aligned.values(), *(row.finetuned() for row in rows)):
+        yield cell, True
     for method in chosen:
-        yield from measured_strengths(
+        tried: set[float | None] = set()
+        for cell in measured_strengths(
             method.ladder,
             setting.preset.probes,
             is_safe=lambda cells: is_safe(cells, aligned, bound=BOUND),
             cells_at=lambda strength, method=method: [row.restored(method, strength) for row in rows],
-        )
+        ):
+            tried.add(cell.strength)
+            yield cell, True
+        if method.default is not None and method.default not in tried:
+            for row in rows:
+                yield row.restored(method, method.default), False
 
 
-def _report(setting: Bench, settings: dict[str, Any], command: str, cells: tuple[Cell, ...]) -> BenchReport:
+def _report(
+    setting: Bench, settings: dict[str, Any], command: str, cells: tuple[Cell, ...], beside: Collection[Named]
+) -> BenchReport:
     finetunes = tuple(finetune_row(finetune) for finetune in setting.preset.finetunes)
     found = groups(finetunes, cells)
-    points = curves(found, bound=BOUND)
+    points = curves(found, bound=BOUND, beside=beside)
     judged = scores(found, points)
     return BenchReport(
         environment=environment(device_name(), libraries=LIBRARIES),

@@ -81,8 +81,8 @@ class Bench:
 
     def most_strengths(self, method: Method) -> int:
         """How many strengths of a method are measured at most."""
-        probes = self.preset.probes
-        return len(method.ladder) if probes is None else min(probes, len(method.ladder))
+        probes, rungs = self.preset.probes, len(method.ladder)
+        return rungs if probes is None else min(probes + (method.default is not None), rungs)
 
     def store(self, rank: Rank) -> Path:
         """The aligned model's curvature, as `calibrate` makes it or whole.

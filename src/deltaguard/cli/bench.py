@@ -23,11 +23,11 @@ def bench(
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     preset: Literal["quick", "full"] = "quick",
     pretrained: str | None = None,
-    method: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    method: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     seeds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     probes: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     training: Literal["full", "lora"] | None = None,
-    attack_prompts: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    attack_prompts: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     json: Json = False,
 ) -> None:
     """Compare methods by the paper's protocol: fine-tunes that undo refusals, repaired at several strengths.
@@ -43,7 +43,7 @@ def bench(
             `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `safe-instruct`, `bea`; all where absent.
         seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the full one.
         probes: Measure so many of a method's seven strengths at most, found by bisection; 2 in the quick
-            preset, all in the full one.
+            preset, all in the full one. Default limits are measured beside them.
         training: Fine-tune all weights (`full`), or LoRA adapters (`lora`); where absent, all weights in the
             quick preset and both in the full one.
         attack_prompts: A data set or file of harmful prompts that join deltaguard's own; may be repeated.

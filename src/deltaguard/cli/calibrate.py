@@ -35,14 +35,15 @@ def calibrate(
         aligned: The aligned model: a folder, a Hub id, or `id@revision`.
         output: A new folder for the CurvatureStore.
         prompts: JSONL with `prompt` and optionally `response` and `system`, instead of the built-in set.
-        num_samples: Number of safety conversations.
+        num_samples: Safety conversations that curvature is measured on; 64 more at most are held out for the
+            dial.
         max_length: Tokens of a conversation at most.
         batch_size: Conversations per batch.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: The model's arithmetic; `auto` is float32 on a CPU and the checkpoint's own elsewhere.
         rank: `auto` keeps as many eigenpairs as a quarter of the model's bytes hold; `full` keeps everything,
             which methods `greedy` and `published` need, and merging stores.
-        seed: Order of the conversations.
+        seed: Which prompts are taken and held out, and their order.
         resume: Go on with a calibration that was interrupted.
         json: Print one JSON document and nothing else on stdout.
     """

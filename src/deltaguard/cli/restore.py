@@ -43,22 +43,23 @@ def restore(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> None:
-    """Write a checkpoint that keeps what fine-tuning taught and refuses like the aligned model.
+    """Write a checkpoint close to the aligned model where that refuses, and else to the fine-tuned one.
 
     Args:
         aligned: The model before fine-tuning: a folder, a Hub id, or `id@revision`.
         finetuned: The model after it: the same, or a PEFT LoRA adapter folder.
         output: A new folder for the restored checkpoint.
-        store: The aligned model's curvature, from `deltaguard calibrate`; made and cached where absent.
+        store: The aligned model's curvature, from `deltaguard calibrate`; if not given, made once and cached.
         method: The solver: `kfac` (default), `ridge`, `greedy`, `published` or `interpolate`.
         max_safety_kl: The dial of `kfac` and `ridge`: keep as much as this safety KL, measured in nats per
-            response token, allows; 0.001 by default.
+            response token, allows; 0.0006 by default.
         strength: How much is kept, larger keeps more; instead of the dial, or for the other methods.
         budget: How `greedy` reads the strength: `fraction` (default) of the summed safety cost, or `paper`.
         compensation: What `greedy` does to entries it does not keep: `joint` (default), `additive`, `none`.
         other_params: Where norms, biases and embeddings come from: `aligned` (default) or `finetuned`.
         output_format: `checkpoint` (default), or `adapter`: a PEFT LoRA adapter over the aligned model.
-        adapter_rank: Rank of an adapter; for each layer the smallest that loses 1 % at most where absent.
+        adapter_rank: Rank of an adapter; if not given, for each layer the smallest that loses at most 1 % of
+            its restored delta (squared norm).
         device: Where the dial runs the model: `auto`, `cpu`, `cuda` or `cuda:N`.
         config: A YAML or JSON file with the method and its options; the command line wins.
         dry_run: Print the plan, made from headers alone, and write nothing.
@@ -114,7 +115,7 @@ def _draw_plan(plan: PlanReport) -> Table:
     table.add_row("taken from the aligned model", f"{plan.from_aligned}")
     table.add_row("taken from the fine-tuned model", f"{plan.from_finetuned}")
     table.add_row("extended by fine-tuned rows", f"{plan.extended}")
-    table.add_row("weights read", _gigabytes(plan.read_bytes))
+    table.add_row("weights read at most", _gigabytes(plan.read_bytes))
     table.add_row("curvature read", _gigabytes(plan.curvature_bytes))
     table.add_row("weights written", _gigabytes(plan.write_bytes))
     table.add_row("memory for tensors, estimated", _gigabytes(plan.peak_bytes))

@@ -17,22 +17,22 @@ def sweep(
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     store: str | None = None,
-    max_safety_kl: Annotated[tuple[float, ...], Parameter(negative="")] = (),
+    max_safety_kl: Annotated[tuple[float, ...], Parameter(negative="", show_default=False)] = (),
     utility: Path | None = None,
     method: Literal["kfac", "ridge"] = "kfac",
     other_params: OtherParams = "aligned",
     device: str = "auto",
     json: Json = False,
 ) -> None:
-    """Measure what a restore would keep at several budgets; no checkpoint is written.
+    """Measure what a restore would keep at several limits of safety KL; no checkpoint is written.
 
     Args:
         aligned: The model before fine-tuning: a folder, a Hub id, or `id@revision`.
         finetuned: The model after it: the same, or a PEFT LoRA adapter folder.
         output: The folder for `sweep.json` and `report.html`.
-        store: The aligned model's curvature, from `deltaguard calibrate`; made and cached where absent.
-        max_safety_kl: A safety KL to stay under, nats per response token; may be repeated. 3e-5, 1e-4, 3e-4,
-            1e-3 and 3e-3 where absent.
+        store: The aligned model's curvature, from `deltaguard calibrate`; if not given, made once and cached.
+        max_safety_kl: A safety KL to stay under, nats per response token; may be repeated. If not given,
+            1e-4, 3e-4, 6e-4, 1e-3 and 3e-3.
         utility: JSONL with `prompt` and `response`: conversations whose likelihood says what the task keeps.
         method: The solver: `kfac` or `ridge`.
         other_params: Where norms, biases and embeddings come from: `aligned` or `finetuned`.

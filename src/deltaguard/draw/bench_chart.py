@@ -25,6 +25,7 @@ _KEPT = "share of the utility gain kept"
 _GENERAL = "rise of NLL on general questions"
 _BAND = 0.12
 """Opacity of a band: nine on one another still let the lines be seen."""
+_READING = "Up keeps more; right of the bound is unsafe. Numbers: strengths of the first method."
 _INTERVALS = (
     "Bands, and upright bars of points alone: 95 % intervals of the height. Level bars: of attack success."
 )
@@ -115,6 +116,7 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
         x="x:Q", y="y:Q", color=styles["color"], order="place:Q"
     )
     alone = base.transform_filter("datum.alone").mark_rule(opacity=0.5)
+    first = base.transform_filter(alt.datum.method == bench_methods(report)[0])
     return alt.layer(
         bands.mark_line(filled=True, strokeWidth=0, fillOpacity=_BAND),
         *_bound(report.bound),
@@ -122,6 +124,7 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
         alone.encode(y="y_low:Q", y2="y_high:Q"),
         base.mark_line(strokeWidth=1.75).encode(order="strength:Q", strokeDash=styles["strokeDash"]),
         base.mark_point(filled=True, size=62, opacity=1).encode(shape=styles["shape"]),
+        first.mark_text(align="left", baseline="top", dx=6, dy=3, fontSize=11).encode(text="named:N"),
     ).properties(width=_WIDTH, height=_HEIGHT)
 
 
@@ -211,7 +214,7 @@ def _caption(report: BenchReport) -> alt.TitleParams:
         for line in wrap(f"{row.title}: {'; '.join(panel_notes(report, row))}", 3 * _LINE)
     ]
     return alt.TitleParams(
-        [*wrap(_INTERVALS, 3 * _LINE), *lines],
+        [*wrap(f"{_READING} {_INTERVALS}", 3 * _LINE), *lines],
         orient="bottom",
         anchor="start",
         color=INK,

@@ -65,6 +65,7 @@ def _row(point: CurvePoint, found: Estimate) -> dict[str, Any]:
     return {
         "method": point.method,
         "strength": point.strength,
+        "named": f"{point.strength:g}",
         "x": point.points.value,
         "low": point.points.low,
         "high": point.points.high,

@@ -94,6 +94,8 @@ class CurvePoint(Record):
             token; paired on the same questions.
         safe: whether `points` is at most the bound of the protocol.
         told_apart: whether the interval of `points` leaves the bound out, so that `safe` is more than chance.
+        beside: whether it was measured for being the method's default alone. No score comes of it: other
+            methods have no such second chance.
     """
 
     finetune: str
@@ -105,6 +107,7 @@ class CurvePoint(Record):
     general: Estimate
     safe: bool
     told_apart: bool
+    beside: bool = False
 
 
 class Score(Record):

@@ -1,6 +1,6 @@
 """A restore that writes a PEFT adapter over the aligned model instead of a whole checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from deltaguard.checkpoints.adapter import AdapterCheckpoint
 from deltaguard.checkpoints.adapter_writer import stage_adapter
@@ -14,7 +14,7 @@ from deltaguard.restoration.edit import edit, factors_of
 from deltaguard.restoration.inputs import read_ahead
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
-from deltaguard.restoration.plan import Action, Plan
+from deltaguard.restoration.plan import Action, Plan, Step
 from deltaguard.restoration.price import restored_deltas, restored_steps
 from deltaguard.solvers.low_rank import LowRank
 
@@ -57,18 +57,26 @@ def stage_restored_adapter(
     from deltaguard.calibration.skeleton import module_names
 
     tuned = job.finetuned
-    rows: list[LayerRow | OtherRow] = [
-        edit(inputs, config, mu, DTYPES[inputs.step.info.dtype]).row
-        for inputs in read_ahead(
-            [step for step in plan.steps if step.action is not Action.RESTORE], job.aligned, tuned, None
-        )
-    ]
+    others = [step for step in plan.steps if step.action is not Action.RESTORE]
+    rows: list[LayerRow | OtherRow] = [*_other_rows(job, others, config)]
     layers = _layers(job, plan, config, mu, rows, progress or ignore)
     folders = (job.aligned.folder, tuned.folder) if isinstance(tuned, AdapterCheckpoint) else (tuned.folder,)
     stage_adapter(
         writer, job.aligned, layers, modules=module_names(job.aligned.folder), companions_of=folders
     )
     return rows
+
+
+def _other_rows(job: Job, steps: Sequence[Step], config: RestoreConfig) -> Iterator[LayerRow | OtherRow]:
+    """What is no linear layer stays aligned; of an adapter, what it leaves alone is not read."""
+    tuned = job.finetuned
+    touched = tuned.adapted if isinstance(tuned, AdapterCheckpoint) else tuned.tensors.keys()
+    for step in steps:
+        if step.info.name not in touched:
+            yield OtherRow(name=step.info.name, source="aligned", reason=step.reason, differs=False)
+    changed = [step for step in steps if step.info.name in touched]
+    for inputs in read_ahead(changed, job.aligned, tuned, None):
+        yield edit(inputs, config, None, DTYPES[inputs.step.info.dtype]).row
 
 
 def _layers(

@@ -11,7 +11,7 @@ from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.restore import LayerRow, OtherRow
 from deltaguard.restoration.curvature import Spectra
-from deltaguard.restoration.inputs import Delta, Inputs, Thin, Unchanged
+from deltaguard.restoration.inputs import Inputs, LayerDelta, Thin, Unchanged
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Step
 from deltaguard.solvers import (
@@ -69,7 +69,7 @@ def edit(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.d
     return edited
 
 
-def projection_of(inputs: Delta) -> Projection | ThinProjection | None:
+def projection_of(inputs: LayerDelta) -> Projection | ThinProjection | None:
     """A layer's delta in the eigenbases of its curvature, None where there is no delta.
 
     Raises:
@@ -108,7 +108,7 @@ def _projected(
     return project(finetuned.to(dtype) - aligned.to(dtype), spectra.inputs, spectra.outputs)
 
 
-def factors_of(inputs: Delta, config: RestoreConfig, mu: float | None) -> tuple[LowRank, LayerRow]:
+def factors_of(inputs: LayerDelta, config: RestoreConfig, mu: float | None) -> tuple[LowRank, LayerRow]:
     """A layer's restored delta as the factors of an adapter, in the precision in which they are stored.
 
     Args:
@@ -128,7 +128,7 @@ def factors_of(inputs: Delta, config: RestoreConfig, mu: float | None) -> tuple[
     return factors, row
 
 
-def _factors(inputs: Delta, config: RestoreConfig, mu: float | None) -> tuple[LowRank, Outcome]:
+def _factors(inputs: LayerDelta, config: RestoreConfig, mu: float | None) -> tuple[LowRank, Outcome]:
     if isinstance(inputs, Thin):
         return _thin_factors(inputs, config.adapter_rank, mu)
     if isinstance(inputs, Unchanged) or not inputs.differs:

@@ -13,6 +13,7 @@ from deltaguard.checkpoints.adapter import AdapterCheckpoint, ThinDelta
 from deltaguard.checkpoints.checkpoint import WeightSource
 from deltaguard.restoration.curvature import Curvature, CurvatureReader, Spectra
 from deltaguard.restoration.plan import Step
+from deltaguard.solvers.solution import is_finite
 
 _Read = TypeVar("_Read")
 
@@ -30,7 +31,7 @@ class Thin:
 
     Attributes:
         step: the step of the plan.
-        delta: what the adapter adds, not zero.
+        delta: what the adapter adds.
         curvature: of the layer.
     """
 
@@ -67,7 +68,7 @@ class Inputs:
         return (aligned.T, self.finetuned.T) if self.step.transposed else (aligned, self.finetuned)
 
 
-Delta = Inputs | Thin | Unchanged
+LayerDelta = Inputs | Thin | Unchanged
 """What work on a layer's delta alone needs."""
 
 
@@ -89,8 +90,12 @@ def read_deltas(
     aligned: WeightSource,
     finetuned: WeightSource,
     curvature: CurvatureReader | None,
-) -> Iterator[Delta]:
-    """As `read_ahead`, for work on deltas alone: of an adapter no weight is read, if the method projects."""
+) -> Iterator[LayerDelta]:
+    """As `read_ahead`, for work on deltas alone.
+
+    Where an adapter holds a layer's delta as a product, or leaves the layer alone, and the method projects,
+    no weight of that layer is read.
+    """
     if curvature and curvature.gives_spectra and isinstance(finetuned, AdapterCheckpoint):
         return _ahead(steps, partial(_read_delta, aligned, finetuned, curvature))
     return read_ahead(steps, aligned, finetuned, curvature)
@@ -112,16 +117,22 @@ def _read_inputs(
 
 def _read_delta(
     aligned: WeightSource, finetuned: AdapterCheckpoint, curvature: CurvatureReader, step: Step
-) -> Delta:
+) -> LayerDelta:
     delta = finetuned.thin_delta(step.info.name)
     if delta is None and step.info.name in finetuned.adapted:
         return _read_inputs(aligned, finetuned, curvature, step)
-    if delta is None or not (delta.up.any() and delta.down.any()):
+    if delta is None or _adds_nothing(delta):
         curvature.take(step, needed=False)
         return Unchanged(step)
     known = curvature.take(step, needed=True)
     assert isinstance(known, Spectra), "a layer that is projected has both spectra"  # noqa: S101
     return Thin(step, delta, known)
+
+
+def _adds_nothing(delta: ThinDelta) -> bool:
+    """Whether one matrix is zero, and the other finite: zero times NaN is NaN."""
+    zero = not (delta.up.any() and delta.down.any())
+    return zero and is_finite(delta.up) and is_finite(delta.down)
 
 
 def _ahead(steps: Iterable[Step], read: Callable[[Step], _Read]) -> Iterator[_Read]:

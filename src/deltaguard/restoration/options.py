@@ -13,7 +13,7 @@ OutputFormat = Literal["checkpoint", "adapter"]
 Budget = Literal["paper", "fraction"]
 Compensation = Literal["joint", "additive", "none"]
 
-DEFAULT_MAX_SAFETY_KL = 1e-3
+DEFAULT_MAX_SAFETY_KL = 6e-4
 """Nats per response token that a restore may cost by default; docs/strength.md says why."""
 
 DEFAULT_STRENGTH = 0.55
@@ -43,7 +43,7 @@ class RestoreConfig(BaseModel):
 
     Example:
         >>> RestoreConfig().dial
-        0.001
+        0.0006
         >>> RestoreConfig(method="interpolate", strength=0.5).dial is None
         True
     """

@@ -19,7 +19,7 @@ from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.restore import Dial, Probe
 from deltaguard.restoration.curvature import CurvatureReader
 from deltaguard.restoration.edit import edit, projection_of
-from deltaguard.restoration.inputs import Delta, Inputs, read_ahead, read_deltas
+from deltaguard.restoration.inputs import Inputs, LayerDelta, read_ahead, read_deltas
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, Step
@@ -114,7 +114,7 @@ def restored_inputs(job: Job, steps: tuple[Step, ...], config: RestoreConfig) ->
     return read_ahead(steps, job.aligned, job.finetuned, _curvature_reader(job, steps, config))
 
 
-def restored_deltas(job: Job, steps: tuple[Step, ...], config: RestoreConfig) -> Iterator[Delta]:
+def restored_deltas(job: Job, steps: tuple[Step, ...], config: RestoreConfig) -> Iterator[LayerDelta]:
     """What work on their deltas alone needs, read ahead."""
     return read_deltas(steps, job.aligned, job.finetuned, _curvature_reader(job, steps, config))
 

@@ -22,7 +22,7 @@ from deltaguard.report.restore import Probe
 from deltaguard.report.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
 from deltaguard.restoration.edit import projection_of
 from deltaguard.restoration.job import Job, open_job
-from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig
 from deltaguard.restoration.price import (
     PROHIBITIVE,
     Candidate,
@@ -32,7 +32,7 @@ from deltaguard.restoration.price import (
 )
 from deltaguard.solvers import Profile, Projection, ThinProjection, joint_profile
 
-LIMITS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+LIMITS = (1e-4, 3e-4, DEFAULT_MAX_SAFETY_KL, 1e-3, 3e-3)
 """Safety KL, nats per response token."""
 
 

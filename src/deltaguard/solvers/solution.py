@@ -16,7 +16,8 @@ class Outcome:
     """What was kept of one linear layer's delta, and at what cost.
 
     Attributes:
-        kept_fraction: share of the entries that carry the fine-tuned value.
+        kept_fraction: share of the entries that carry the fine-tuned value; of a closed form, which shrinks
+            them all, ⟨Δ', Δ⟩ / ‖Δ‖².
         safety_cost: tr(Δ' H Δ'ᵀ) / tr(Δ H Δᵀ), where Δ' is the restored delta; 0 is the aligned
             weight, 1 the fine-tuned one. NaN where the method knows no curvature.
         utility_loss: ‖Δ' - Δ‖² / ‖Δ‖²; 0 is the fine-tuned weight, 1 the aligned one.
