@@ -284,6 +284,8 @@ def test_spoiled_adapter_files_are_listed(tmp_path):
     assert "something.else is not understood" in message
     edit_config(tmp_path / "adapter", r=3)
     assert "A and B have the ranks (4, 4); the configuration says 3" in refusal(aligned, tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", r=0)
+    assert "A and B have the ranks (4, 4); the configuration says 0" in refusal(aligned, tmp_path / "adapter")
 
 
 def test_pickled_missing_and_truncated_adapters_are_refused(tmp_path):

@@ -164,6 +164,9 @@ def _rank_and_scale(lora: Any, module: str) -> tuple[int, float]:
 
     rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), module), lora.r)
     alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern.keys(), module), lora.lora_alpha)
+    if rank < 1:
+        # B A is empty; a division by 0 would hide that the configuration does not fit A and B.
+        return rank, 0.0
     return rank, alpha / math.sqrt(rank) if lora.use_rslora else alpha / rank
 
 
