@@ -130,7 +130,7 @@ class Laboratory:
 
         def probe(mu: float) -> Probe:
             self.meter.put(trial.at(mu))
-            return Probe(mu=mu, safety_kl=self.meter.measure())
+            return Probe(mu=mu, safety_kl=self.meter.measure().mean)
 
         price = trial.start or first_price(trial.profile, limit, self.finetuned_kl)
         probes: list[Probe] = []
@@ -181,7 +181,7 @@ class Laboratory:
         """Ask a candidate as it is."""
         started = time.perf_counter()
         self.meter.put(self.weights(deltas.items()))
-        probe = Probe(mu=0.0, safety_kl=self.meter.measure())
+        probe = Probe(mu=0.0, safety_kl=self.meter.measure().mean)
         asked = self._ask(self._written(self.weights(deltas.items())))
         return self._row(experiment, variant, probe, asked, time.perf_counter() - started, first, predicted)
 
@@ -200,7 +200,7 @@ class Laboratory:
             self._aligned, self._finetuned, held_out, device=torch.device("cpu"), dtype=torch.float32
         )
         self.meter.put((name, self._finetuned.read(name)) for name in self._finetuned.tensors)
-        self.finetuned_kl = self.meter.measure()
+        self.finetuned_kl = self.meter.measure().mean
         self.settle_aligned()
 
     def _restored(self, projections: Mapping[str, Projection], mu: float) -> Weights:

@@ -266,7 +266,7 @@ def layer_weights(setting: Setting) -> Rows:
             deltas = nothing | {n: projections[n].restored(setting.price) for n in inside}
             lab.meter.put(lab.weights(deltas.items()))
             parts = joint_profile(projections[n].directions.profile() for n in inside)
-            measured = max(lab.meter.measure(), 0.0)
+            measured = max(lab.meter.measure().mean, 0.0)
             found |= dict.fromkeys(inside, measured / parts.predicted_kl(setting.price))
     mean = sum(found.values()) / len(found)
     weights = {n: max(weight / mean, 0.01) for n, weight in found.items()}

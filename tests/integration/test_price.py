@@ -13,6 +13,7 @@ from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, 
 from deltaguard.budget.safety_kl import SafetyMeter
 from deltaguard.budget.search import CLOSE, MOST_PROBES
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+from deltaguard.draw.facts import dial_facts
 from deltaguard.report.restore import REPORT_NAME, RestoreReport
 from deltaguard.restoration import price as price_module
 from deltaguard.restoration import restore as restore_module
@@ -106,6 +107,12 @@ def test_the_safety_kl_on_disk_is_the_one_reported_and_within_the_limit(name, li
     assert measured <= limit * (1 + 1e-6)
     assert abs(measured - dial.restored_kl) <= 1e-6 * limit
     assert dial.restored_kl <= limit == dial.limit
+    assert (dial.restored_kl, dial.restored_margin) in {(p.safety_kl, p.margin) for p in dial.probes}
+    assert dial.restored_margin > 0
+    shown = dict(dial_facts(report))["safety KL, restored"]
+    assert (
+        shown == f"{dial.restored_kl:.2g} ± {dial.restored_margin:.2g}, of {limit:.2g} nats a token allowed"
+    )
     tokenizer = models.tiny_tokenizer()
     tokens = sum(ids.shape[1] - start for ids, start in (tokens_of(tokenizer, row) for row in rows))
     assert (dial.conversations, dial.tokens) == (len(rows), tokens)

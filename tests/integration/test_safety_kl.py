@@ -6,13 +6,14 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import models
-from deltaguard.budget.safety_kl import SafetyMeter
+from deltaguard.budget.safety_kl import SafetyKL, SafetyMeter
 from deltaguard.calibration.conversations import SYSTEM_PROMPTS, Conversation
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.errors import DeltaguardError
@@ -77,9 +78,13 @@ def responses(model, conversations):
         yield from zip(torch.softmax(logits[start - 1 : -1], -1), ids[0, start:], strict=True)
 
 
+def plain_terms(aligned, candidate, conversations):
+    pairs = zip(responses(aligned, conversations), responses(candidate, conversations), strict=True)
+    return [float((p * (p / q[: len(p)]).log()).sum()) for (p, _), (q, _) in pairs]
+
+
 def plain_kl(aligned, candidate):
-    pairs = zip(responses(aligned, SAFETY), responses(candidate, SAFETY), strict=True)
-    terms = [float((p * (p / q[: len(p)]).log()).sum()) for (p, _), (q, _) in pairs]
+    terms = plain_terms(aligned, candidate, SAFETY)
     return sum(terms) / len(terms)
 
 
@@ -91,7 +96,7 @@ def plain_likelihood(model):
 def agrees(measured, folder, aligned):
     """Whether a candidate that is put measures like one that transformers loads and plain arithmetic."""
     measured.put(stored(folder))
-    return measured.measure() == pytest.approx(plain_kl(loaded(aligned), loaded(folder)), rel=1e-9)
+    return measured.measure().mean == pytest.approx(plain_kl(loaded(aligned), loaded(folder)), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -101,14 +106,40 @@ def agrees(measured, folder, aligned):
 def test_it_is_what_plain_arithmetic_finds(name, dtype, tolerance):
     aligned, finetuned = map(loaded, folders(name))
     measured = meter(*folders(name), dtype=dtype, batch_size=3)
-    assert abs(measured.measure()) < 1e-9
+    assert abs(measured.measure().mean) < 1e-9
     assert measured.likelihood(TASK) == pytest.approx(plain_likelihood(aligned), rel=tolerance)
     measured.put(stored(folders(name)[1]))
     expected = plain_kl(aligned, finetuned)
     assert expected > 1e-3
-    assert measured.measure() == pytest.approx(expected, rel=tolerance)
+    assert measured.measure().mean == pytest.approx(expected, rel=tolerance)
     assert measured.likelihood(TASK) == pytest.approx(plain_likelihood(finetuned), rel=tolerance)
     assert measured.tokens == len(list(responses(aligned, SAFETY)))
+
+
+def test_the_margin_is_over_conversations():
+    aligned, finetuned = folders()
+    measured = meter(aligned, finetuned, batch_size=2)
+    measured.put(stored(finetuned))
+    both = loaded(aligned), loaded(finetuned)
+    expected = SafetyKL.of([plain_terms(*both, [each]) for each in SAFETY])
+    assert expected.margin > 0.01 * expected.mean
+    assert measured.measure().margin == pytest.approx(expected.margin, rel=1e-9)
+    assert meter(aligned, finetuned, SAFETY[:1]).measure().margin is None
+
+
+def test_the_margin_is_that_of_a_bootstrap_of_conversations():
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 40, 64)
+    # A level for each conversation: its tokens are alike.
+    levels = generator.exponential(1e-3, 64)
+    terms = [
+        (level * generator.exponential(1.0, n)).tolist() for level, n in zip(levels, lengths, strict=True)
+    ]
+    sums = np.array([sum(each) for each in terms])
+    drawn = generator.integers(0, 64, (4000, 64))
+    means = sums[drawn].sum(axis=1) / lengths[drawn].sum(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    assert SafetyKL.of(terms).margin == pytest.approx((high - low) / 2, rel=0.1)
 
 
 @pytest.mark.parametrize("name", models.DENSE)
@@ -123,9 +154,9 @@ def test_tensors_go_into_the_memory_that_is_there_and_out_again():
     before = {name: tensor.data_ptr() for name, tensor in measured._model.state_dict().items()}
     measured.put(stored(finetuned))
     measured.put((name, tensor) for name, tensor in stored(aligned) if name != MATRIX)
-    assert measured.measure() > 1e-5
+    assert measured.measure().mean > 1e-5
     measured.put((name, tensor) for name, tensor in stored(aligned) if name == MATRIX)
-    assert measured.measure() == 0
+    assert measured.measure().mean == 0
     assert {name: tensor.data_ptr() for name, tensor in measured._model.state_dict().items()} == before
 
 
@@ -135,7 +166,8 @@ def test_batches_and_padding_do_not_matter(name):
     for size, order in ((1, SAFETY), (2, SAFETY), (50, SAFETY), (2, SAFETY[::-1])):
         measured = meter(*folders(name), order, batch_size=size)
         measured.put(stored(folders(name)[1]))
-        found.append((measured.measure(), measured.likelihood(order)))
+        safety = measured.measure()
+        found.append((safety.mean, safety.margin, measured.likelihood(order)))
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-9)
 
@@ -169,7 +201,7 @@ def test_a_larger_vocabulary_takes_probability_from_the_aligned_one(name, tmp_pa
     with torch.no_grad():
         for old, new in zip(loaded(aligned).parameters(), candidate.parameters(), strict=True):
             new[: len(old)] = old
-    assert measured.measure() == pytest.approx(plain_kl(loaded(aligned), candidate), rel=1e-9)
+    assert measured.measure().mean == pytest.approx(plain_kl(loaded(aligned), candidate), rel=1e-9)
     assert agrees(measured, finetuned, aligned)
 
 
@@ -203,10 +235,10 @@ def test_checkpoints_may_hold_more_or_less_than_the_model(name, change, tied, tm
     finetuned = models.save(models.perturbed(models.tiny_model(name), 0.05), tmp_path)
     rewrite(finetuned, change, tie_word_embeddings=tied)
     measured = meter(folders(name)[0], finetuned)
-    assert measured.measure() == 0
+    assert measured.measure().mean == 0
     assert agrees(measured, finetuned, folders(name)[0])
     measured.put(stored(finetuned)[::-1])
-    assert measured.measure() == pytest.approx(
+    assert measured.measure().mean == pytest.approx(
         plain_kl(*map(loaded, (folders(name)[0], finetuned))), rel=1e-9
     )
 

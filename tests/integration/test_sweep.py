@@ -64,7 +64,7 @@ def measured(folder, name="llama", dtype=None):
         Checkpoint.open(made.aligned), source, held_out, device=torch.device("cpu"), dtype=torch.float32
     )
     meter.put((tensor, source.read(tensor)) for tensor in source.tensors)
-    return meter.measure(), meter.likelihood(TASK)
+    return meter.measure().mean, meter.likelihood(TASK)
 
 
 def chosen(report):

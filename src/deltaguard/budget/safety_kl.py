@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.logits import logits_at
 
 _MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
+_NORMAL = 1.96
 _HEAD = re.compile(r"^(embed_out|output_layer)\.")
 _Places = Mapping[str, tuple[Tensor, ...]]
 """The fine-tuned checkpoint's names, and the model's parameters that each of them gives the values of."""
@@ -33,6 +35,38 @@ def _enough_memory() -> Generator[None]:
         raise DeltaguardError(
             f"Too little memory: take smaller batches, fewer conversations or another device. {error}"
         ) from error
+
+
+@dataclass(frozen=True)
+class SafetyKL:
+    """A candidate's safety KL, in nats per response token.
+
+    Attributes:
+        mean: over all response tokens.
+        margin: half the width of the mean's 95 % interval, over which conversations were held out; None for a
+            single conversation.
+    """
+
+    mean: float
+    margin: float | None
+
+    @classmethod
+    def of(cls, terms: Sequence[Sequence[float]]) -> "SafetyKL":
+        """From the tokens of each conversation, of which no conversation is without.
+
+        The interval is the normal one of a ratio of sums: tokens of one conversation are not independent,
+        conversations are (Cochran, Sampling Techniques, 1977, section 6.4).
+
+        Example:
+            >>> SafetyKL.of([[1.0, 1.0], [3.0]])
+            SafetyKL(mean=1.6666666666666667, margin=1.742222222222222)
+        """
+        tokens = sum(map(len, terms))
+        mean = math.fsum(chain.from_iterable(terms)) / tokens
+        if len(terms) < 2:
+            return cls(mean, None)
+        squares = math.fsum((math.fsum(each) - mean * len(each)) ** 2 for each in terms)
+        return cls(mean, _NORMAL * math.sqrt(squares * len(terms) / (len(terms) - 1)) / tokens)
 
 
 @dataclass(frozen=True)
@@ -124,7 +158,7 @@ class SafetyMeter:
             raise DeltaguardError(listed(f"The candidate is unlike {self._finetuned.reference}", problems))
 
     @_enough_memory()
-    def measure(self) -> float:
+    def measure(self) -> SafetyKL:
         """The candidate's safety KL: the mean of KL(aligned ‖ candidate) in nats per response token.
 
         The sum of p (log p - log q) is over the aligned vocabulary; q is normalised over all of the
@@ -133,11 +167,12 @@ class SafetyMeter:
         Raises:
             DeltaguardError: the candidate's predictions are not finite, or memory does not suffice.
         """
-        terms: list[float] = []
+        terms: list[list[float]] = []
         for batch, aligned in self._aligned:
             candidate = _log_probs(self._model, batch)[:, : aligned.shape[1]]
-            terms += (aligned.exp() * (aligned - candidate)).sum(dim=-1).tolist()
-        return math.fsum(terms) / len(terms)
+            tokens = (aligned.exp() * (aligned - candidate)).sum(dim=-1)
+            terms += [each.tolist() for each in tokens.split(batch.answering.sum(dim=1).tolist())]
+        return SafetyKL.of(terms)
 
     @_enough_memory()
     def likelihood(self, conversations: Sequence[Conversation]) -> float:

@@ -50,9 +50,10 @@ def dial_facts(report: RestoreReport) -> Facts:
         found = f"{nats(dial.finetuned_kl)}, within the {allowed}: kept whole, nothing was taken from it"
         return (("safety KL of the fine-tuned model", found),)
     count = len(dial.probes)
+    margin = f" ± {nats(dial.restored_margin)}" if dial.restored_margin is not None else ""
     return (
         ("safety KL, fine-tuned", nats(dial.finetuned_kl)),
-        ("safety KL, restored", f"{nats(dial.restored_kl)}, of {allowed}"),
+        ("safety KL, restored", f"{nats(dial.restored_kl)}{margin}, of {allowed}"),
         (
             "measured",
             f"{count} times on {dial.conversations} held-out safety conversations ({dial.tokens} tokens)",

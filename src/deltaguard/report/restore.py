@@ -58,10 +58,13 @@ class Probe(Record):
     Attributes:
         mu: the price of safety; 0 is the fine-tuned model.
         safety_kl: measured, nats per response token.
+        margin: half the width of its 95 % interval, over which conversations were held out; null with one
+            conversation, and in reports of before it was known.
     """
 
     mu: float
     safety_kl: float
+    margin: float | None = None
 
 
 class Dial(Record):
@@ -74,6 +77,7 @@ class Dial(Record):
         tokens: response tokens in them.
         finetuned_kl: the whole fine-tuned model's safety KL.
         restored_kl: the restored model's.
+        restored_margin: half the width of its 95 % interval; null as in `Probe`.
         whole: whether the fine-tuned model was within the limit already, so that nothing was taken from it.
         probes: every measurement, in the order made.
     """
@@ -84,6 +88,7 @@ class Dial(Record):
     tokens: int
     finetuned_kl: float
     restored_kl: float
+    restored_margin: float | None = None
     whole: bool
     probes: tuple[Probe, ...]
 

@@ -172,7 +172,7 @@ class Candidate:
         )
         report(Event("measure", 1, 1))
         try:
-            return Probe(mu=0.0, safety_kl=self.meter.measure())
+            return self._measured(0.0)
         except DeltaguardError as error:
             if problems := _not_finite(finetuned):
                 raise DeltaguardError(listed(f"{finetuned.reference} cannot be run", problems)) from error
@@ -188,7 +188,7 @@ class Candidate:
         steps = restored_steps(self.plan)
         self._put(restored_inputs(self.job, steps, self.config), mu)
         report(Event("measure", 1, 1))
-        return Probe(mu=mu, safety_kl=self.meter.measure())
+        return self._measured(mu)
 
     def dial(self, limit: float, whole: Probe, probes: tuple[Probe, ...], found: Probe) -> Dial:
         """The report of a search that ended with a probe."""
@@ -199,9 +199,14 @@ class Candidate:
             tokens=self.meter.tokens,
             finetuned_kl=whole.safety_kl,
             restored_kl=found.safety_kl,
+            restored_margin=found.margin,
             whole=found is whole,
             probes=(whole, *probes),
         )
+
+    def _measured(self, mu: float) -> Probe:
+        found = self.meter.measure()
+        return Probe(mu=mu, safety_kl=found.mean, margin=found.margin)
 
     def _put(self, inputs: Iterator[Inputs], mu: float | None) -> None:
         self.meter.put(self._edited(each, mu) for each in inputs)

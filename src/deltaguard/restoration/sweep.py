@@ -173,7 +173,7 @@ class _Bench:
                 self.candidate.meter.put((name, layer.at(mu)) for name, layer in self.layers.items())
                 points[mu] = SweepPoint(
                     mu=mu,
-                    safety_kl=self.candidate.meter.measure(),
+                    safety_kl=self.candidate.meter.measure().mean,
                     predicted_safety_kl=joint.predicted_kl(mu),
                     kept_fraction=joint.kept(mu) / joint.energy,
                     utility_nll=self.candidate.meter.likelihood(self.tasks) if self.tasks else None,
