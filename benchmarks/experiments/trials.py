@@ -44,6 +44,9 @@ LOOSER = 10
 LOOSENED = (10, 30, 100)
 """The same of the experiment on system prompts."""
 
+ATTACKERS = (0.0, 0.01, 0.1, 1.0)
+"""What adaptive attackers pay for predicted safety KL, as shares of the price of the usual way."""
+
 _DEAREST = 1e15
 """A price at which nothing is left but what is free."""
 
@@ -359,7 +362,7 @@ def adaptive_attack(setting: Setting) -> Rows:
     name = "adaptive attack"
     lab, spectra = setting.lab, setting.spectra
     allowed, plain = setting.usual.predicted_kl or 0.0, dict(lab.deltas)
-    for part in (0.0, 0.01, 0.1, 1.0):
+    for part in ATTACKERS:
         attacker = f"price {part:g}"
         evasive = evade(setting.aligned, setting.data, spectra, mu=part * setting.price, epochs=EPOCHS)
         lab.deltas.update(evasive)

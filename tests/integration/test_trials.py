@@ -7,7 +7,15 @@ import pytest
 from benchmarks.experiments.curvatures import curvatures
 from benchmarks.experiments.laboratory import CLOSE, Laboratory
 from benchmarks.experiments.sums import measure_sums, sampled, total
-from benchmarks.experiments.trials import EXPERIMENTS, LOOSENED, MANY, PARTS, Setting, sums_over_many
+from benchmarks.experiments.trials import (
+    ATTACKERS,
+    EXPERIMENTS,
+    LOOSENED,
+    MANY,
+    PARTS,
+    Setting,
+    sums_over_many,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.bench import data
@@ -118,7 +126,7 @@ def test_it_runs(setting, name):
         assert free.lead is None
     if name == "adaptive":
         dialled = [row for row in rows if "dial" in row.variant]
-        assert len(dialled) == 2
+        assert len(dialled) == len(ATTACKERS)
         assert all(row.safety_kl <= (1 + CLOSE) * setting.limit for row in dialled)
 
 
