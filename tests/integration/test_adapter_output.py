@@ -110,6 +110,12 @@ def test_an_adapter_in_gives_an_adapter_out(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
+def restore_without_loss(made, tuned, folder):
+    """To an adapter of more ranks than any layer has."""
+    config = RestoreConfig(strength=0.5, adapter_rank=10_000, **ADAPTER)
+    return restore(made.aligned, tuned, folder, store=made.store, config=config)
+
+
 def test_an_adapter_of_rank_one_stays_a_product_and_is_what_its_merged_model_becomes(tmp_path, monkeypatch):
     made = pair()
     tuned = adapter_over(made.aligned, tmp_path / "tuned", rank=1)
@@ -118,13 +124,7 @@ def test_an_adapter_of_rank_one_stays_a_product_and_is_what_its_merged_model_bec
         raise AssertionError("a whole delta was decomposed")
 
     monkeypatch.setattr(editing, "low_rank", refused)
-    restore(
-        made.aligned,
-        tuned,
-        tmp_path / "adapter",
-        store=made.store,
-        config=RestoreConfig(strength=0.5, adapter_rank=10_000, **ADAPTER),
-    )
+    restore_without_loss(made, tuned, tmp_path / "adapter")
     restore(
         made.aligned,
         merged(made.aligned, tuned, tmp_path / "whole"),
@@ -150,13 +150,7 @@ def test_an_adapter_of_rank_one_stays_a_product_and_is_what_its_merged_model_bec
 def test_of_any_adapter_an_adapter_is_what_a_checkpoint_would_hold(rank, whole, dtype, close, tmp_path):
     made = pair(dtype=dtype)
     tuned = adapter_over(made.aligned, tmp_path / "tuned", rank=rank, whole=whole)
-    restore(
-        made.aligned,
-        tuned,
-        tmp_path / "adapter",
-        store=made.store,
-        config=RestoreConfig(strength=0.5, adapter_rank=10_000, **ADAPTER),
-    )
+    restore_without_loss(made, tuned, tmp_path / "adapter")
     report = restore(
         made.aligned, tuned, tmp_path / "whole", store=made.store, config=RestoreConfig(strength=0.5)
     )
