@@ -1,5 +1,10 @@
 """The failures deltaguard knows, each one message that says what, where, both values and what to do."""
 
+from collections.abc import Sequence
+
+MOST_PROBLEMS = 20
+"""Lines of one message about the same problem at most."""
+
 
 class DeltaguardError(ValueError):
     """A known failure: the command line prints its message without a traceback and exits with 1."""
@@ -7,3 +12,20 @@ class DeltaguardError(ValueError):
 
 class CheckFailedError(DeltaguardError):
     """The work was finished, but a check of its result failed: exit code 3."""
+
+
+def listed(title: str, problems: Sequence[str]) -> str:
+    """Put problems into one message: a line each where there are several, and 20 lines at most.
+
+    Example:
+        >>> print(listed("The pair does not fit", ["`a` is missing", "`b` is missing"]))
+        The pair does not fit:
+        - `a` is missing
+        - `b` is missing
+    """
+    if len(problems) == 1:
+        return f"{title}: {problems[0]}"
+    lines = [f"- {problem}" for problem in problems[:MOST_PROBLEMS]]
+    if len(problems) > MOST_PROBLEMS:
+        lines.append(f"- and {len(problems) - MOST_PROBLEMS} more")
+    return "\n".join([f"{title}:", *lines])

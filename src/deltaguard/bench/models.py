@@ -104,7 +104,7 @@ def save_smollm2(folder: str | Path) -> Path:
 def _tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     tokenizer.model_max_length = CONTEXT_LENGTH

@@ -11,12 +11,11 @@ from torch import Tensor
 from deltaguard import __version__
 from deltaguard.bench.peers import PEERS, Matrices, Peer, Role
 from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource, name_map
-from deltaguard.checkpoints.layout import listed
 from deltaguard.checkpoints.lora import CONV1D_MODELS
 from deltaguard.checkpoints.mirror import bring_along
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 from deltaguard.restoration.inputs import Inputs, read_ahead
 from deltaguard.restoration.job import open_models
 from deltaguard.restoration.plan import Action, Plan, Step, make_plan

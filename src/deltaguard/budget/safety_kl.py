@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.calibration.conversations import Conversation, encode
 from deltaguard.calibration.observe import Batch, batches
 from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource, name_map
-from deltaguard.checkpoints.layout import listed
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.loading import load_model, load_tokenizer
 from deltaguard.logits import logits_at
 
 _MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
@@ -118,12 +117,8 @@ class SafetyMeter:
             DeltaguardError: the model cannot be loaded, does not fit into memory or predicts nothing finite;
                 the fine-tuned tensors do not fit it (all problems are listed); a response is missing.
         """
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(aligned.folder)
-            model: Any = AutoModelForCausalLM.from_pretrained(aligned.folder, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise DeltaguardError(f"transformers cannot load {aligned.reference}: {error}") from error
-        model = model.eval().to(device)
+        tokenizer = load_tokenizer(aligned.folder, aligned.reference)
+        model = load_model(aligned.folder, aligned.reference, dtype=dtype).to(device)
         places = _match(model, aligned, finetuned)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
         read = partial(_batches, tokenizer, batch_size, min(max_length, limit), device)

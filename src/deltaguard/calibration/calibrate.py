@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.calibration.conversations import (
     Conversation,
@@ -46,6 +45,7 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import HeldOut, Provenance, Request, versions, write_store
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
+from deltaguard.loading import load_model, load_tokenizer
 from deltaguard.progress import Event, Progress, ignore
 
 SAVE_SECONDS = 60.0
@@ -293,13 +293,10 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool] | None) -> _Measured:
 
 def _load(run: _Run) -> tuple[Any, Any]:
     run.report(Event("load", 0, 1))
-    dtype = getattr(torch, run.request.dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(run.source.folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(run.source.folder, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise DeltaguardError(f"transformers cannot load {run.source.reference}: {error}") from error
-    model = model.to(run.device).eval().requires_grad_(requires_grad=False)
+    folder, name = run.source.folder, run.source.reference
+    tokenizer = load_tokenizer(folder, name)
+    model = load_model(folder, name, dtype=getattr(torch, run.request.dtype))
+    model = model.to(run.device).requires_grad_(requires_grad=False)
     run.report(Event("load", 1, 1))
     return tokenizer, model
 

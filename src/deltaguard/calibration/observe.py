@@ -13,10 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaguard.calibration.conversations import Encoded
 from deltaguard.checkpoints.checkpoint import WeightSource, name_map
-from deltaguard.checkpoints.layout import listed
 from deltaguard.curvature.contents import Group, Layer, Sums
 from deltaguard.curvature.moments import Moment, accumulate
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 from deltaguard.logits import logits_at
 
 _Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]

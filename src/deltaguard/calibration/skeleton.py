@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from deltaguard.errors import DeltaguardError
+from deltaguard.loading import empty_model
 
 
 def module_names(folder: Path) -> tuple[str, ...]:
@@ -17,10 +14,4 @@ def module_names(folder: Path) -> tuple[str, ...]:
     Raises:
         DeltaguardError: transformers cannot build the model.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise DeltaguardError(f"transformers cannot build the model of {folder}: {error}") from error
-    return tuple(name for name, _ in model.named_modules())
+    return tuple(name for name, _ in empty_model(folder, str(folder)).named_modules())

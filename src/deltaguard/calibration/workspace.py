@@ -13,7 +13,6 @@ from safetensors import safe_open
 
 from deltaguard.calibration.observe import Partial
 from deltaguard.checkpoints.durable import explained, lock_folder
-from deltaguard.checkpoints.layout import listed
 from deltaguard.curvature.moments import Moment, empty_moment
 from deltaguard.curvature.store_format import (
     MANIFEST,
@@ -23,7 +22,7 @@ from deltaguard.curvature.store_format import (
     save_tensors,
     sync,
 )
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 
 
 class Workspace:

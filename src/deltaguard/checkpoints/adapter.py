@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaguard.checkpoints.checkpoint import Checkpoint, content_fingerprint
 from deltaguard.checkpoints.hub import locate
-from deltaguard.checkpoints.layout import ADAPTER_CONFIG, listed
+from deltaguard.checkpoints.layout import ADAPTER_CONFIG
 from deltaguard.checkpoints.lora import MERGE, Change, find_changes, read_lora_config
 from deltaguard.checkpoints.shards import (
     DTYPES,
@@ -22,7 +22,7 @@ from deltaguard.checkpoints.shards import (
     read_tensor,
     shard_problem,
 )
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 
 ADAPTER_FILE = "adapter_model.safetensors"
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from deltaguard.checkpoints.hub import is_local, locate
-from deltaguard.checkpoints.layout import find_layout, listed, read_config, read_layout
+from deltaguard.checkpoints.layout import find_layout, read_config, read_layout
 from deltaguard.checkpoints.shards import TensorInfo, read_bytes, read_header, read_tensor
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 
 _BLOCK = 4096
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -43,13 +43,6 @@ class Layout:
     shards: tuple[str, ...]
     index_name: str | None = None
     placed: Mapping[str, str] = field(default_factory=dict[str, str])
-
-
-def listed(title: str, problems: Sequence[str]) -> str:
-    """One message for any number of problems: a line each where there are several."""
-    if len(problems) == 1:
-        return f"{title}: {problems[0]}"
-    return "\n".join([f"{title}:", *(f"- {problem}" for problem in problems)])
 
 
 def read_json(path: Path) -> dict[str, Any]:

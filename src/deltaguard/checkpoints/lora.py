@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaguard.checkpoints.checkpoint import Checkpoint, name_map
-from deltaguard.checkpoints.layout import ADAPTER_CONFIG, listed, read_json
+from deltaguard.checkpoints.layout import ADAPTER_CONFIG, read_json
 from deltaguard.checkpoints.shards import TensorInfo
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 
 _PREFIX = "base_model.model."
 # PEFT saves the weight under the adapter too where an embedding is adapted.

@@ -1,5 +1,6 @@
 """The program: its verbs, and what becomes of errors."""
 
+import io
 import os
 import sys
 import traceback
@@ -21,7 +22,7 @@ from deltaguard.cli.sweep import sweep
 from deltaguard.cli.verify import verify
 from deltaguard.errors import CheckFailedError, DeltaguardError
 
-DONE, FAILED, USAGE, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, USAGE, CHECK_FAILED, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
 _AFTER_INTERRUPT = {
     "bench": " Run the same command again to go on.",
     "calibrate": " Run the same command again with `--resume`.",
@@ -29,6 +30,10 @@ _AFTER_INTERRUPT = {
     "restore": " Run the same command again with `--resume`.",
     "sweep": " Run the same command again; it starts from the beginning.",
 }
+_REPORT = (
+    "This is a bug of deltaguard, whatever the input was. Please report it, as CONTRIBUTING.md says, with "
+    "what the same command prints under DELTAGUARD_DEBUG=1, and with `deltaguard info`."
+)
 
 
 def build_app() -> App:
@@ -53,8 +58,13 @@ def run(tokens: Sequence[str]) -> int:
         tokens: the arguments, without the program's name.
 
     Returns:
-        The exit code: 0 done, 1 known failure, 2 usage, 3 finished but a check failed, 130 interrupted.
+        The exit code: 0 done, 1 known failure, 2 usage, 3 finished but a check failed, 70 a bug of
+        deltaguard, 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # What the encoding cannot hold is shown as text, not as a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         build_app()(list(tokens), exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, UsageError) as error:
@@ -68,9 +78,13 @@ def run(tokens: Sequence[str]) -> int:
     except KeyboardInterrupt:
         complain(f"Interrupted.{_AFTER_INTERRUPT.get(tokens[0] if tokens else '', '')}")
         return INTERRUPTED
+    except MemoryError:
+        complain("There is too little memory. Close other programs, or take a smaller batch or model.")
+        return FAILED
+    # The last stop: so a bug is never mistaken for a known failure.
+    except Exception as error:  # noqa: BLE001
+        if os.environ.get("DELTAGUARD_DEBUG") == "1":
+            traceback.print_exc()
+        complain(f"Unexpected {type(error).__name__}: {error}", hint=_REPORT)
+        return BUG
     return DONE
-
-
-def main() -> None:
-    """Entry point of the `deltaguard` command."""
-    sys.exit(run(sys.argv[1:]))

@@ -1,16 +1,22 @@
-"""Where output goes: results to stdout, everything else to stderr."""
+"""The one printer: results to stdout, everything else to stderr, and nothing that a terminal would obey."""
 
+import json
 import sys
+import unicodedata
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 from pydantic import BaseModel, ValidationError
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.segment import Segment
+from rich.text import Text
 
+from deltaguard.errors import listed
+from deltaguard.files import problems
 from deltaguard.progress import Event, Progress
 
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
@@ -33,11 +39,43 @@ def checked(options: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
     try:
         return options.model_validate(values)
     except ValidationError as error:
-        problems = [
-            (".".join(map(str, problem["loc"])) or "options", problem["msg"].removeprefix("Value error, "))
-            for problem in error.errors()
-        ]
-        raise UsageError("\n".join(f"{where}: {what}" for where, what in problems)) from error
+        raise UsageError(listed("These options cannot be used", problems(error))) from error
+
+
+def printable(text: str) -> str:
+    r"""Show what a terminal would obey, and what no encoding can hold, as text.
+
+    These are control characters, marks that turn the direction of writing, and lone surrogates. Line breaks
+    stay.
+
+    Example:
+        >>> print(printable("weights\x1b[2J.safetensors"))
+        weights\x1b[2J.safetensors
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _OBEYED else char
+        for char in text
+    )
+
+
+_OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+class Printable:
+    """Anything rich can draw, with `printable` text."""
+
+    def __init__(self, drawing: RenderableType) -> None:
+        self._drawing = drawing
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._drawing, options):
+            if segment.control:
+                yield segment
+            else:
+                lines = "\n".join(map(printable, segment.text.split("\n")))
+                yield Segment(lines, segment.style)
 
 
 def emit(result: BaseModel, drawing: RenderableType, *, as_json: bool) -> None:
@@ -49,24 +87,25 @@ def emit(result: BaseModel, drawing: RenderableType, *, as_json: bool) -> None:
         as_json: which of the two goes to stdout.
     """
     if as_json:
-        sys.stdout.write(result.model_dump_json(indent=2) + "\n")
+        # In ASCII, which every encoding of stdout can hold.
+        sys.stdout.write(json.dumps(result.model_dump(mode="json"), indent=2) + "\n")
     else:
         # Names of files and models are not markup.
-        Console(markup=False).print(drawing, soft_wrap=isinstance(drawing, str))
+        drawn = Text(drawing) if isinstance(drawing, str) else drawing
+        Console(markup=False).print(Printable(drawn), soft_wrap=isinstance(drawing, str))
 
 
 def tell(text: str) -> None:
     """A line for people, on stderr."""
-    Console(stderr=True, highlight=False).print(text, markup=False)
+    Console(stderr=True, highlight=False).print(Printable(Text(text)))
 
 
 def complain(message: str, *, hint: str | None = None) -> None:
     """One error message, on stderr."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print("[bold red]Error:[/]", end=" ")
-    console.print(message, markup=False)
+    console.print(Printable(Text.assemble(("Error:", "bold red"), " ", message)))
     if hint:
-        console.print(hint, markup=False)
+        console.print(Printable(Text(hint)))
 
 
 class ProgressBar:

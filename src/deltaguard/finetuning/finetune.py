@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from deltaguard.calibration.conversations import Conversation
+from deltaguard.checkpoints.hub import locate
 from deltaguard.errors import DeltaguardError
+from deltaguard.loading import load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,9 @@ def finetune(
     """
     _check_installed()
     _check_conversations(conversations)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    folder = locate(model)
+    network = load_model(folder, str(model), dtype=torch.float32)
+    tokenizer = load_tokenizer(folder, str(model))
     use_cache = network.config.use_cache
     if config.lora_rank is None:
         _freeze(network, config.frozen_layers)
@@ -195,6 +196,7 @@ def _trainer(
             save_strategy="no",
             eval_strategy="no",
             report_to="none",
+            trust_remote_code=False,
         ),
         train_dataset=Dataset.from_list([_row(c) for c in conversations]),
         processing_class=tokenizer,

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from deltaguard.checkpoints.adapter import AdapterCheckpoint
 from deltaguard.checkpoints.adapter_writer import stage_adapter
-from deltaguard.checkpoints.layout import listed
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.restore import LayerRow, OtherRow
 from deltaguard.restoration.edit import edit, factors_of

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from deltaguard.budget.search import best, search
 from deltaguard.checkpoints.checkpoint import WeightSource
-from deltaguard.checkpoints.layout import listed
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.restore import Dial, Probe
 from deltaguard.restoration.curvature import CurvatureReader

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltaguard import loading
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.hub import locate
@@ -101,14 +102,7 @@ def load_tokenizer(folders: Folders) -> Any:
     Raises:
         DeltaguardError: transformers cannot load it, or it has no chat template.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folders.tokenizer)
-    except (OSError, ValueError) as error:
-        raise DeltaguardError(
-            f"transformers cannot load the tokenizer in {folders.tokenizer}: {error}"
-        ) from error
+    tokenizer = loading.load_tokenizer(folders.tokenizer, str(folders.tokenizer))
     if not isinstance(tokenizer.chat_template, str):
         raise DeltaguardError(
             f"The tokenizer in {folders.tokenizer} has no single chat template, so prompts cannot be put to "

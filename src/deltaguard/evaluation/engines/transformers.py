@@ -8,11 +8,11 @@ import torch
 
 from deltaguard.calibration.conversations import Conversation, render
 from deltaguard.device import find_device
-from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.identity import Folders, find_folders, load_tokenizer
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
 from deltaguard.evaluation.utility.likelihood import negative_log_likelihood
 from deltaguard.generation import generate
+from deltaguard.loading import foreign, load_model
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -93,20 +93,14 @@ def rendered(tokenizer: Any, question: Question) -> str:
 
 
 def _load(folders: Folders, reference: str, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
+    model = load_model(folders.model, reference, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    if folders.adapter is None:
+        return model
+    from peft import PeftModel
 
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folders.model, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
-        )
-        if folders.adapter is not None:
-            from peft import PeftModel
-
-            adapted: Any = PeftModel.from_pretrained(model, str(folders.adapter))
-            model = adapted.merge_and_unload()
-    except (OSError, ValueError) as error:
-        raise DeltaguardError(f"transformers cannot load {reference}: {error}") from error
-    return model
+    with foreign(f"peft cannot load {reference}"):
+        adapted: Any = PeftModel.from_pretrained(model, str(folders.adapter))
+        return adapted.merge_and_unload()
 
 
 def resolved_dtype(dtype: Dtype, device: str) -> Dtype:

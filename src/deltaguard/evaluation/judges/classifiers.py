@@ -11,6 +11,7 @@ from torch import Tensor
 from deltaguard.checkpoints.hub import locate
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Judgement, Scale
+from deltaguard.loading import load_config, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,7 @@ class SequenceClassifierJudge:
         return False
 
     def __post_init__(self) -> None:
-        from transformers import AutoConfig
-
-        config: Any = AutoConfig.from_pretrained(locate(self.model, weights=False))
+        config = load_config(locate(self.model, weights=False), self.model)
         _check_labels(self.model, list(config.id2label.values()), self.refused_labels)
         if config.problem_type not in (None, "single_label_classification"):
             raise DeltaguardError(
@@ -73,17 +72,15 @@ class SequenceClassifierJudge:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
         folder = locate(self.model)
-        network: Any = AutoModelForSequenceClassification.from_pretrained(folder)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        network = load_model(folder, self.model, classifier=True)
+        tokenizer = load_tokenizer(folder, self.model)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         # Causal classifiers read the last token that is no padding, and find it by this id.
         if network.config.pad_token_id is None:
             network.config.pad_token_id = tokenizer.pad_token_id
-        return network.to(torch.device(self.device)).eval(), tokenizer
+        return network.to(torch.device(self.device)), tokenizer
 
     @torch.inference_mode()
     def _probabilities(self, exchanges: Sequence[Exchange]) -> list[float]:

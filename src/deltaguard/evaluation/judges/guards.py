@@ -20,6 +20,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Judgement, Verdict
 from deltaguard.evaluation.judges.templates import fields, fill, template_in_card
 from deltaguard.generation import generate
+from deltaguard.loading import load_model, load_tokenizer
 
 GuardKind = Literal["llama-guard", "wildguard", "harmbench"]
 _WILDGUARD = re.compile(r"^\s*harmful response\s*:\s*(yes|no)\b", re.IGNORECASE | re.MULTILINE)
@@ -156,12 +157,9 @@ class GuardJudge:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         folder = locate(self.model)
-        network: Any = AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        return network.to(torch.device(self.device)).eval(), tokenizer
+        network = load_model(folder, self.model)
+        return network.to(torch.device(self.device)), load_tokenizer(folder, self.model)
 
     @cached_property
     def _format(self) -> str | None:

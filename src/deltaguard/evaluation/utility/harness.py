@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from deltaguard.checkpoints.code import refuse_code
 from deltaguard.errors import DeltaguardError
 
 # What a task adds to the harness's own requirements, by the task's name.
@@ -141,8 +142,9 @@ def scores(found: Mapping[str, Any], *, chat_template: bool) -> list[HarnessScor
 
 
 def _engine(model: str | Path, device: str, batch_size: int, *, apply_chat_template: bool) -> Any:
+    refuse_code(Path(model), str(model))
     engine: Any = import_module("lm_eval.models.huggingface").HFLM(
-        pretrained=str(model), device=device, batch_size=batch_size
+        pretrained=str(model), device=device, batch_size=batch_size, trust_remote_code=False
     )
     if apply_chat_template and not engine.tokenizer.chat_template:
         raise DeltaguardError(
