@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from deltaguard.checkpoints.checkpoint import Checkpoint, name_map
-from deltaguard.checkpoints.layout import ADAPTER_CONFIG, read_json
+from deltaguard.checkpoints.layout import ADAPTER_CONFIG
 from deltaguard.checkpoints.shards import TensorInfo
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.files import ANY_OBJECT, read_json
 
 _PREFIX = "base_model.model."
 # PEFT saves the weight under the adapter too where an embedding is adapted.
@@ -81,7 +82,7 @@ def read_lora_config(folder: Path, reference: str) -> Any:
 
     if not (folder / ADAPTER_CONFIG).exists():
         raise DeltaguardError(f"{reference} is not a PEFT adapter: there is no {ADAPTER_CONFIG}.")
-    raw = read_json(folder / ADAPTER_CONFIG)
+    raw = read_json(folder / ADAPTER_CONFIG, ANY_OBJECT, remedy="Copy it again.")
     known = {each.name for each in dataclasses.fields(LoraConfig)}
     problems = _config_problems(raw, known)
     if problems:

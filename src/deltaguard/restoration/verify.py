@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from deltaguard.checkpoints.adapter import ADAPTER_FILE
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.shards import TensorInfo, parse_header, read_header, read_tensor
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_json
 from deltaguard.report.restore import REPORT_NAME, RestoreReport, Verification
 
 _CHUNK = 1 << 22
@@ -63,10 +62,7 @@ def read_report(folder: Path) -> RestoreReport:
             f"{folder} holds no {REPORT_NAME}: it was not written by `deltaguard restore`, or the restore "
             "did not finish."
         )
-    try:
-        return RestoreReport.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise DeltaguardError(f"{path} is not a report of this version of deltaguard: {error}") from error
+    return read_json(path, RestoreReport, remedy="Restore again, with this release of deltaguard.")
 
 
 def _name_problems(found: AbstractSet[str], report: RestoreReport) -> list[str]:

@@ -19,6 +19,7 @@ from deltaguard.checkpoints.hub import locate
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Judgement, Verdict
 from deltaguard.evaluation.judges.templates import fields, fill, template_in_card
+from deltaguard.files import read_text
 from deltaguard.generation import generate
 from deltaguard.loading import load_model, load_tokenizer
 
@@ -176,14 +177,11 @@ class GuardJudge:
                 f"The input format of {self.template} stands in the guard's model card, and there is no "
                 f"{card}. Put the card beside the weights, or give the format as prompt_file."
             )
-        return template_in_card(card.read_text(encoding="utf-8"), wanted, source=str(card))
+        return template_in_card(read_text(card), wanted, source=str(card))
 
 
 def _read_format(path: Path, wanted: frozenset[str]) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeltaguardError(f"The prompt file {path} cannot be read: {error}.") from error
+    text = read_text(path)
     if fields(text) != wanted:
         raise DeltaguardError(
             f"The prompt file {path} has the fields {', '.join(sorted(fields(text))) or '(none)'}, and "
