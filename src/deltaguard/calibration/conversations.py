@@ -13,12 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from jinja2 import TemplateError
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
 
+from deltaguard.chat_template import TemplateFailedError, apply_template
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_data, read_json_lines
 from deltaguard.generation import generate
+from deltaguard.loading import foreign
 
 HarmfulPart = Literal["calibration", "dial", "attack", "training"]
 HarmlessPart = Literal["training", "evaluation"]
@@ -254,8 +255,8 @@ def takes_system_role(tokenizer: Any) -> bool:
     """
     marker = "deltaguard"
     try:
-        return marker in _template(tokenizer, [{"role": "system", "content": marker}, *_user("?")])
-    except TemplateError:
+        return marker in _apply(tokenizer, [{"role": "system", "content": marker}, *_user("?")])
+    except TemplateFailedError:
         return False
 
 
@@ -286,7 +287,8 @@ def end_of_turn(tokenizer: Any) -> str:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    with foreign(f"The tokenizer of {tokenizer.name_or_path!r} fails on a text"):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _user(prompt: str) -> list[dict[str, str]]:
@@ -294,23 +296,13 @@ def _user(prompt: str) -> list[dict[str, str]]:
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]], *, answer_follows: bool = True) -> str:
-    try:
-        return _template(tokenizer, messages, answer_follows=answer_follows)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DeltaguardError(
-            f"The chat template of {tokenizer.name_or_path!r} fails on a conversation of {roles}: {error}."
-        ) from error
-
-
-def _template(tokenizer: Any, messages: list[dict[str, str]], *, answer_follows: bool = True) -> str:
     if not tokenizer.chat_template:
         raise DeltaguardError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so prompts cannot be put to "
             "the model the way it was aligned. Use the instruction-tuned model, or save its "
             "chat_template.jinja next to the tokenizer."
         )
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+    return apply_template(tokenizer, messages, answer_follows=answer_follows)
 
 
 def respond(

@@ -4,16 +4,25 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from deltaguard.text import writable
 
 LIBRARIES = ("deltaguard", "torch", "transformers", "peft", "safetensors", "huggingface_hub")
 
 
 class Record(BaseModel):
-    """A frozen part of a report; unknown fields are refused."""
+    """A frozen part of a report; unknown fields, infinite numbers and those that are none are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _writable(cls, data: Any) -> Any:
+        """Names of files may hold what a report cannot."""
+        return _writable(data)
 
 
 class Environment(Record):
@@ -47,6 +56,16 @@ class RateRow(Record):
     value: float
     low: float
     high: float
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else writable(value)
+    if isinstance(value, Mapping):
+        return {_writable(key): _writable(each) for key, each in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_writable(each) for each in cast("Sequence[Any]", value)]
+    return value
 
 
 def environment(device: str, *, libraries: Sequence[str] = ()) -> Environment:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from deltaguard.chat_template import apply_template
 from deltaguard.checkpoints.hub import locate
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Judgement, Verdict
@@ -200,7 +201,7 @@ def _chat(tokenizer: Any, exchange: Exchange) -> str:
         {"role": "user", "content": exchange.prompt},
         {"role": "assistant", "content": exchange.answer},
     ]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return apply_template(tokenizer, messages)
 
 
 def _first_word(output: str, *, harmful: str, harmless: str) -> Verdict:
