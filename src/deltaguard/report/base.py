@@ -4,7 +4,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -13,16 +13,21 @@ from deltaguard.text import writable
 LIBRARIES = ("deltaguard", "torch", "transformers", "peft", "safetensors", "huggingface_hub")
 
 
+_NUMBERS = (float, int, bool, type(None))
+
+
 class Record(BaseModel):
     """A frozen part of a report; unknown fields, infinite numbers and those that are none are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _writable(cls, data: Any) -> Any:
-        """Names of files may hold what a report cannot."""
-        return _writable(data)
+    @model_validator(mode="after")
+    def _writable(self) -> Self:
+        """Write out what names of files may hold and a file of text cannot."""
+        for name, value in self.__dict__.items():
+            if type(value) not in _NUMBERS and (written := _written(value)) is not value:
+                self.__dict__[name] = written
+        return self
 
 
 class Environment(Record):
@@ -58,13 +63,18 @@ class RateRow(Record):
     high: float
 
 
-def _writable(value: Any) -> Any:
+def _written(value: Any) -> Any:
+    """A value with all its texts writable; the value itself where they are."""
     if isinstance(value, str):
         return value if value.isascii() else writable(value)
+    if isinstance(value, BaseModel):
+        return value
     if isinstance(value, Mapping):
-        return {_writable(key): _writable(each) for key, each in cast("Mapping[Any, Any]", value).items()}
-    if isinstance(value, list | tuple):
-        return [_writable(each) for each in cast("Sequence[Any]", value)]
+        parts = cast("Mapping[Any, Any]", value)
+        return {_written(key): _written(each) for key, each in parts.items()}
+    if isinstance(value, tuple | list) and value and type(value[0]) not in _NUMBERS:
+        parts = map(_written, cast("tuple[Any, ...] | list[Any]", value))
+        return tuple(parts) if isinstance(value, tuple) else list(parts)
     return value
 
 
