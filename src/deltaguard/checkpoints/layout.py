@@ -141,9 +141,7 @@ def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], li
     tensors: dict[str, TensorInfo] = {}
     for shard in layout.shards:
         path = folder / shard
-        problem = (
-            shard_problem(path) if path.is_file() else f"{layout.index_name} names {shard}: no such file."
-        )
+        problem = shard_problem(path) if path.is_file() else _absent(path, layout.index_name)
         if problem:
             problems.append(problem)
             continue
@@ -156,6 +154,15 @@ def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], li
     if not problems:
         problems = [*_misplaced(layout, tensors), *_unusable(tensors.values())]
     return tensors, problems
+
+
+def _absent(path: Path, index_name: str | None) -> str:
+    """Why what should be a shard is no file."""
+    if path.exists():
+        return f"{path.name} is no regular file, so it is not read."
+    if path.is_symlink():
+        return f"{path.name} is a link to {path.readlink()}, where nothing is: download or copy it again."
+    return f"{index_name} names {path.name}: no such file."
 
 
 def _quantisation_problem(config: Mapping[str, Any]) -> str | None:
