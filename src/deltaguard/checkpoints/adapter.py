@@ -13,7 +13,8 @@ from torch import Tensor
 from deltaguard.checkpoints.checkpoint import Checkpoint, content_fingerprint
 from deltaguard.checkpoints.hub import locate
 from deltaguard.checkpoints.layout import ADAPTER_CONFIG
-from deltaguard.checkpoints.lora import MERGE, Change, find_changes, read_lora_config
+from deltaguard.checkpoints.lora import Change, find_changes
+from deltaguard.checkpoints.lora_config import MERGE, read_lora_config
 from deltaguard.checkpoints.shards import (
     DTYPES,
     TensorInfo,
@@ -74,8 +75,8 @@ class AdapterCheckpoint:
         """
         folder = locate(reference)
         lora = read_lora_config(folder, str(reference))
-        tensors = _read_tensors(folder)
-        changes, problems = find_changes(lora, tensors, aligned)
+        tensors = read_adapter_tensors(folder)
+        changes, problems = find_changes(lora, tensors, aligned, str(reference))
         if problems:
             problems.append(
                 f"If it was trained on another model ({lora.base_model_name_or_path}?), give that. {MERGE}"
@@ -195,7 +196,15 @@ def is_adapter(reference: str | Path) -> bool:
     return True
 
 
-def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
+def read_adapter_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Read the header of an adapter's weights.
+
+    Args:
+        folder: the adapter's folder.
+
+    Raises:
+        DeltaguardError: there are none in a safetensors file, or the file is damaged.
+    """
     path = folder / ADAPTER_FILE
     pickled = folder / "adapter_model.bin"
     if not path.exists() and pickled.exists():

@@ -8,7 +8,7 @@ from deltaguard import loading
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.hub import locate
-from deltaguard.checkpoints.lora import read_lora_config
+from deltaguard.checkpoints.lora_config import read_lora_config
 from deltaguard.errors import DeltaguardError
 
 
