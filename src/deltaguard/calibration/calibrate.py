@@ -38,6 +38,7 @@ from deltaguard.calibration.observe import (
 )
 from deltaguard.calibration.workspace import Workspace
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.curvature.contents import Group, GroupCurvature, group_curvature, share_within
 from deltaguard.curvature.rank import Rank
@@ -139,7 +140,9 @@ def calibrate(
         if not workspace.begin(resume=config.resume):
             run = _Run(source, asked, request, device, workspace, progress or ignore)
             try:
-                _write(Path(output_dir), _measure(run, is_refusal), run.report)
+                measured = _measure(run, is_refusal)
+                refuse_changes(source.changes())
+                _write(Path(output_dir), measured, run.report)
             except torch.OutOfMemoryError as error:
                 raise DeltaguardError(
                     f"{run.device} has too little memory for the model, the sums over its layers' inputs and "

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deltaguard.checkpoints.adapter import read_adapter_tensors
+from deltaguard.checkpoints.adapter import open_adapter_weights
 from deltaguard.checkpoints.checkpoint import name_map
 from deltaguard.checkpoints.lora import changed_modules
 from deltaguard.checkpoints.lora_config import LoraConfig, Scaling, find_scalings, read_lora_config
@@ -34,7 +34,7 @@ def merge_adapter(model: Any, folder: Path, reference: str) -> Any:
     from peft import PeftModel
 
     lora = read_lora_config(folder, reference)
-    found = changed_modules(read_adapter_tensors(folder))
+    found = changed_modules(open_adapter_weights(folder)[1])
     names = name_map(
         [*found.adapted, *found.replaced], [name for name, _ in model.named_modules(remove_duplicate=False)]
     )
