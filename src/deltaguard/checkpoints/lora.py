@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from deltaguard.checkpoints.checkpoint import Checkpoint, name_map
+from deltaguard.checkpoints.checkpoint import name_map
 from deltaguard.checkpoints.lora_config import LoraConfig, find_scalings
 from deltaguard.checkpoints.shards import TensorInfo
 from deltaguard.families import stored_in_out
@@ -14,7 +14,32 @@ _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer.weight"
 _SUFFIXES = {".lora_A.weight": "a", ".lora_B.weight": "b", _BASE_LAYER: "replaced"}
 _FOREIGN = (".lora_", ".token_adapter.", ".base_layer.")
-_STORED = ("F64", "F32", "F16", "BF16")
+STORED = ("F64", "F32", "F16", "BF16")
+"""How the numbers of an adapter may be stored."""
+
+
+class Model(Protocol):
+    """What of a model an adapter must fit: a checkpoint, or what a report says of one."""
+
+    @property
+    def reference(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The content of its `config.json`."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Its tensors by name."""
+        ...
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output embedding is the input embedding."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,18 +67,18 @@ class Change:
 
 
 def find_changes(
-    lora: LoraConfig, tensors: Mapping[str, TensorInfo], aligned: Checkpoint, reference: str
+    lora: LoraConfig, tensors: Mapping[str, TensorInfo], aligned: Model, reference: str
 ) -> tuple[dict[str, Change], list[str]]:
-    """What an adapter does to each tensor of a checkpoint.
+    """Find what an adapter does to each tensor of a model.
 
     Args:
         lora: the adapter's configuration.
         tensors: the adapter's tensors.
-        aligned: the checkpoint that it belongs to.
+        aligned: the model that it belongs to.
         reference: what the user called the adapter, for messages.
 
     Returns:
-        The changes by the checkpoint's names, and one sentence for each thing that does not fit.
+        The changes by the model's names, and one sentence for each thing that does not fit.
     """
     grouped, problems = _group(tensors)
     names = name_map(grouped.keys(), aligned.tensors.keys())
@@ -130,7 +155,7 @@ def _module(target: str) -> str:
     return target.removesuffix(".weight")
 
 
-def _why_absent(target: str, aligned: Checkpoint) -> str:
+def _why_absent(target: str, aligned: Model) -> str:
     output = target.endswith("lm_head.weight") and aligned.tied_embeddings
     return ": its output embedding is tied to the input embedding" if output else ""
 
@@ -138,7 +163,7 @@ def _why_absent(target: str, aligned: Checkpoint) -> str:
 def _odd_part(change: Change, info: TensorInfo) -> str | None:
     """Why one of the adapter's tensors is none that PEFT writes, or None."""
     for part in change.parts:
-        stored = _STORED if part is not change.replaced else (*_STORED, info.dtype)
+        stored = STORED if part is not change.replaced else (*STORED, info.dtype)
         if part.dtype not in stored:
             return f"{part.name} is stored as {part.dtype}; it must be one of {', '.join(stored)}."
         if part is not change.replaced and (len(part.shape) != 2 or 0 in part.shape):
@@ -146,7 +171,7 @@ def _odd_part(change: Change, info: TensorInfo) -> str | None:
     return None
 
 
-def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Checkpoint) -> str | None:
+def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Model) -> str | None:
     """Why what the adapter holds for a tensor cannot be used, or None."""
     if (change.a is None) != (change.b is None):
         return "the adapter has only one of lora_A and lora_B."

@@ -168,11 +168,13 @@ class Verification(Record):
         folder: what was checked.
         tensors: how many tensors were read.
         problems: one sentence each; empty where all is well.
+        unchecked: what could not be checked, and why; one sentence each.
     """
 
     folder: str
     tensors: int
     problems: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
