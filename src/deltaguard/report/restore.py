@@ -121,7 +121,7 @@ class RestoreReport(Record):
     aligned: ModelReference
     finetuned: ModelReference
     store_conversations: str | None
-    options: Mapping[str, str | float | bool | None]
+    options: Mapping[str, str | int | float | bool | None]
     layers: tuple[LayerRow, ...]
     others: tuple[OtherRow, ...]
     files: tuple[FileRow, ...]
