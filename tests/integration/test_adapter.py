@@ -10,10 +10,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from deltaguard.checkpoints import hub
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.adapters import merge_adapter
+from deltaguard.evaluation.engines.identity import find_folders
 from deltaguard.loading import load_model
 from models import perturbed, save, tiny_model
 from pairs import load_over
@@ -274,6 +276,23 @@ def test_a_model_of_another_name_is_no_error(tmp_path):
     trained(aligned, tmp_path / "adapter", target_modules=["q_proj"])
     edit_config(tmp_path / "adapter", base_model_name_or_path="somebody/elses")
     assert AdapterCheckpoint.open(Checkpoint.open(aligned), tmp_path / "adapter").adapted
+
+
+def test_an_evaluated_adapter_takes_its_model_at_the_revision_that_it_names(tmp_path, monkeypatch):
+    aligned = save(tiny_model("llama"), tmp_path / "aligned")
+    trained(aligned, tmp_path / "adapter", target_modules=["q_proj"])
+    edit_config(tmp_path / "adapter", base_model_name_or_path="somebody/elses", revision="v1")
+    asked = []
+
+    def fetch(repository, **options):
+        asked.append((repository, options["revision"]))
+        return str(aligned)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    assert find_folders(str(tmp_path / "adapter")).model == aligned
+    edit_config(tmp_path / "adapter", base_model_name_or_path=str(aligned))
+    assert find_folders(str(tmp_path / "adapter")).model == aligned
+    assert asked == [("somebody/elses", "v1")]
 
 
 def test_a_resized_vocabulary_is_refused(tmp_path):
