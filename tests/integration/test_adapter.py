@@ -327,6 +327,15 @@ def test_spoiled_adapter_files_are_listed(tmp_path):
     )
 
 
+def test_a_weight_that_peft_would_not_read_is_refused(tmp_path):
+    aligned = save(tiny_model("llama"), tmp_path / "aligned")
+    trained(aligned, tmp_path / "adapter", target_modules=["q_proj"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.1.self_attn.q_proj.weight"
+    save_file({**load_file(path), name: torch.ones(32, 32)}, path)
+    assert f"PEFT would not read {name}" in refusal(aligned, tmp_path / "adapter")
+
+
 def test_pickled_missing_and_truncated_adapters_are_refused(tmp_path):
     aligned = save(tiny_model("llama"), tmp_path / "aligned")
     trained(aligned, tmp_path / "adapter", target_modules=["q_proj"])

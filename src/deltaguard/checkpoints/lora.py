@@ -168,6 +168,9 @@ def _odd_part(change: Change, info: TensorInfo) -> str | None:
             return f"{part.name} is stored as {part.dtype}; it must be one of {', '.join(stored)}."
         if part is not change.replaced and (len(part.shape) != 2 or 0 in part.shape):
             return f"{part.name} is {part.shape}; it must be a matrix with entries."
+    whole = change.replaced
+    if whole is not None and len(change.parts) > 1 and not whole.name.endswith(_BASE_LAYER):
+        return f"PEFT would not read {whole.name} beside {change.parts[0].name}."
     return None
 
 
@@ -185,7 +188,7 @@ def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Model) -> str 
         shape = (change.b.shape[0], change.a.shape[-1])
         if info.shape != (shape[::-1] if change.transposed else shape):
             return f"B A is {shape} (out, in); the tensor is {info.shape} in {aligned.reference}."
-    elif aligned.tied_embeddings and info.shape[0] == _vocabulary(aligned.config):
+    elif aligned.tied_embeddings and info.shape[:1] == (_vocabulary(aligned.config),):
         return "it is the input embedding, which the model shares with its output, and the adapter does not."
     return None
 
