@@ -27,6 +27,7 @@ from deltaguard.restoration.price import (
     PROHIBITIVE,
     Candidate,
     first_price,
+    known_store,
     restored_inputs,
     restored_steps,
 )
@@ -161,6 +162,7 @@ class _Bench:
             points=points,
             budgets=budgets,
             seconds=time.perf_counter() - started,
+            warnings=known_store(job).provenance.warnings,
         )
 
     def curve(self, limits: Sequence[float]) -> tuple[tuple[SweepPoint, ...], tuple[SweepBudget, ...]]:
