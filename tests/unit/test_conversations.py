@@ -210,6 +210,29 @@ def test_a_template_that_fails_on_a_user_turn_is_an_error():
         render(tokenizer("{{ raise_exception('nothing works') }}"), "Hi")
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}<|user|>Say something.<|end|><|assistant|>",
+        "{% for m in messages %}{{ '<|' + m['role'] + '|><|end|>' }}{% endfor %}<|assistant|>",
+        "{% for m in messages %}<|user|>{{ m['content'][:10] }}<|end|>{% endfor %}<|assistant|>",
+    ],
+)
+def test_a_template_that_leaves_the_prompt_out_is_refused_by_its_models_name(template):
+    chosen = tokenizer(template)
+    chosen.name_or_path = "someone/model"
+    for asked in ("How do I open a door?", Conversation("How do I open a door?", "Be brief.")):
+        with pytest.raises(DeltaguardError, match=r"chat template of 'someone/model' leaves out the prompt"):
+            render(chosen, asked)
+
+
+def test_a_template_may_strip_white_space():
+    template = "{% for m in messages %}<|user|>{{ m['content'] | trim }}<|end|>{% endfor %}<|assistant|>"
+    assert render(tokenizer(template), "  Hi\nthere \n") == "<|user|>Hi\nthere<|end|><|assistant|>"
+    lines = "{% for m in messages %}{{ m['content'].split() | join(' ') }}{% endfor %}<|assistant|>"
+    assert render(tokenizer(lines), "Hi\n\nthere") == "Hi there<|assistant|>"
+
+
 def test_tokens_of_prompt_and_response_are_those_of_the_whole_text():
     chosen = tokenizer()
     encoded = encode(chosen, Conversation("Hi there", "Be brief.", "I cannot help."), max_length=100)

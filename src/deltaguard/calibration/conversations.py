@@ -29,6 +29,9 @@ HARMLESS_PARTS: Mapping[HarmlessPart, range] = MappingProxyType(
     {"training": range(50), "evaluation": range(50, 100)}
 )
 
+_SHOWN = 200
+"""Characters of a prompt and of its rendering in a message."""
+
 SYSTEM_PROMPTS: Mapping[str, str | None] = MappingProxyType(
     {
         "default": None,
@@ -252,14 +255,25 @@ def render(tokenizer: Any, conversation: Conversation | str) -> str:
         Text that holds its special tokens already: tokenise it with `add_special_tokens=False`.
 
     Raises:
-        DeltaguardError: the tokenizer has no chat template, or the template fails.
+        DeltaguardError: the tokenizer has no chat template, or the template fails or leaves out the prompt.
     """
     turn = Conversation(conversation) if isinstance(conversation, str) else conversation
+    text = _apply(tokenizer, _messages(tokenizer, turn))
+    # White space aside, which some templates strip.
+    if "".join(turn.prompt.split()) not in "".join(text.split()):
+        raise DeltaguardError(
+            f"The chat template of {tokenizer.name_or_path!r} leaves out the prompt: {turn.prompt[:_SHOWN]!r} "
+            f"becomes {text[:_SHOWN]!r}. Correct it, or copy that of the model it was made from."
+        )
+    return text
+
+
+def _messages(tokenizer: Any, turn: Conversation) -> list[dict[str, str]]:
     if turn.system is None:
-        return _apply(tokenizer, _user(turn.prompt))
+        return _user(turn.prompt)
     if takes_system_role(tokenizer):
-        return _apply(tokenizer, [{"role": "system", "content": turn.system}, *_user(turn.prompt)])
-    return _apply(tokenizer, _user(f"{turn.system}\n\n{turn.prompt}" if turn.system else turn.prompt))
+        return [{"role": "system", "content": turn.system}, *_user(turn.prompt)]
+    return _user(f"{turn.system}\n\n{turn.prompt}" if turn.system else turn.prompt)
 
 
 def takes_system_role(tokenizer: Any) -> bool:
