@@ -21,10 +21,10 @@ from deltaguard.calibration.conversations import (
     harmless_prompts,
     read_prompts,
     render,
-    respond,
     sample,
     takes_system_role,
 )
+from deltaguard.calibration.responses import respond
 from deltaguard.errors import DeltaguardError
 
 REFUSES_SYSTEM = (

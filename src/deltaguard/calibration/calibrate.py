@@ -4,6 +4,7 @@ A run keeps its work in `OUTPUT.partial`, next to the output: the request it ser
 and the sums so far. A run that was killed goes on from there; a finished one leaves the store alone.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from deltaguard.calibration.conversations import (
     encode,
     fingerprint,
     read_prompts,
-    respond,
     sample,
     takes_system_role,
 )
@@ -36,6 +36,7 @@ from deltaguard.calibration.observe import (
     sum_sizes,
     take_sums,
 )
+from deltaguard.calibration.responses import respond
 from deltaguard.calibration.workspace import Workspace
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.shards import DTYPES
@@ -315,7 +316,9 @@ def _positions(model: Any, max_length: int) -> int:
 def _accumulate(
     run: _Run, model: Any, observed: Sequence[Observed], texts: Sequence[Batch]
 ) -> dict[str, Partial]:
-    accumulator = Accumulator(model, observed, run.workspace.load_sums(sum_sizes(observed), run.device))
+    tokens = [0, *itertools.accumulate(int(text.mask.sum()) for text in texts)]
+    known = run.workspace.load_sums(sum_sizes(observed), tokens, run.device)
+    accumulator = Accumulator(model, observed, known)
     saved, wait = time.monotonic(), SAVE_SECONDS
     try:
         for number in range(accumulator.batches, len(texts)):
