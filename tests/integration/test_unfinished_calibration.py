@@ -118,6 +118,15 @@ def test_no_response_of_the_users_own_is_replaced(llama, tmp_path):
         calibrate(*calibrate_on, config=config)
 
 
+def told(llama, output):
+    """What a resumed run says where it cannot go on."""
+    try:
+        calibrate(llama, output, config=RESUME)
+    except DeltaguardError as error:
+        return str(error)
+    return None
+
+
 def rewritten(path, change=lambda tensors: tensors, **counts):
     """A sum's file written anew, with other tensors or counts."""
     with safe_open(path, framework="pt") as file:
@@ -225,8 +234,6 @@ def test_whatever_a_file_holds_there_is_a_store_or_one_message(llama, partial, n
         partial.mkdir(exist_ok=True)
         for path, whole in kept.items():
             (partial / path).write_bytes(content if path == name else whole)
-        try:
-            calibrate(llama, partial.with_name("store"), config=RESUME)
-        except DeltaguardError as error:
-            assert "Delete" in str(error) or "belongs to another calibration" in str(error)
+        message = told(llama, partial.with_name("store"))
+        assert message is None or "Delete" in message or "belongs to another calibration" in message
         shutil.rmtree(partial.with_name("store"), ignore_errors=True)

@@ -39,6 +39,7 @@ from deltaguard.calibration.observe import (
 from deltaguard.calibration.responses import respond
 from deltaguard.calibration.workspace import Workspace
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.curvature.contents import Group, GroupCurvature, group_curvature, share_within
 from deltaguard.curvature.rank import Rank
@@ -142,7 +143,9 @@ def calibrate(
         if not workspace.begin(resume=config.resume):
             run = _Run(source, asked, request, device, workspace, progress or ignore)
             try:
-                _write(Path(output_dir), _measure(run, is_refusal or opens_with_refusal), run.report)
+                measured = _measure(run, is_refusal or opens_with_refusal)
+                refuse_changes(source.changes())
+                _write(Path(output_dir), measured, run.report)
             except torch.OutOfMemoryError as error:
                 raise DeltaguardError(
                     f"{run.device} has too little memory for the model, the sums over its layers' inputs and "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from deltaguard.checkpoints.hub import is_local
+from deltaguard.checkpoints.opened import OpenFile
 from deltaguard.checkpoints.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
 from deltaguard.errors import DeltaguardError
 
@@ -108,7 +109,7 @@ def find_layout(folder: Path, reference: str) -> Layout:
     )
 
 
-def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], list[str]]:
+def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], dict[str, OpenFile], list[str]]:
     """All tensors of a checkpoint from the headers of its shards, and all that is wrong with them.
 
     Args:
@@ -116,9 +117,11 @@ def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], li
         layout: its weight files.
 
     Returns:
-        The tensors by name, ordered by shard and then by position, and one sentence per problem.
+        The tensors by name, ordered by shard and then by position; the shards by name, held open; and one
+        sentence per problem.
     """
     problems: list[str] = []
+    files: dict[str, OpenFile] = {}
     tensors: dict[str, TensorInfo] = {}
     for shard in layout.shards:
         path = folder / shard
@@ -128,7 +131,8 @@ def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], li
         if problem:
             problems.append(problem)
             continue
-        for info in parse_header(read_header(path), shard):
+        files[shard] = OpenFile(path)
+        for info in parse_header(read_header(files[shard]), shard):
             if info.name in tensors:
                 problems.append(f"{info.name} is in two shards, {tensors[info.name].shard} and {shard}.")
             tensors[info.name] = info
@@ -136,7 +140,7 @@ def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], li
         problems.append(f"{' '.join(layout.shards)} holds no tensors.")
     if not problems:
         problems = [*_misplaced(layout, tensors), *_unusable(tensors.values())]
-    return tensors, problems
+    return tensors, files, problems
 
 
 def _quantisation_problem(config: Mapping[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource
+from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore, not_whole
 from deltaguard.curvature.store_format import MANIFEST
@@ -32,6 +33,15 @@ class Job:
             other_params=config.other_params,
             rank=config.rank,
         )
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on where an input was replaced or written to since it was opened.
+
+        Raises:
+            DeltaguardError: files changed; all are listed.
+        """
+        changes = self.aligned.changes() + self.finetuned.changes()
+        refuse_changes(dict.fromkeys(changes))
 
 
 def open_models(aligned: str | Path, finetuned: str | Path) -> tuple[Checkpoint, WeightSource]:

@@ -85,6 +85,7 @@ def sweep(
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
     bench = _Bench.open(job, config, tasks, progress or ignore)
     report = bench.curve_report(sorted(set(limits)), started)
+    job.check_unchanged()
     write_atomically(Path(output_dir) / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")
     return report
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from deltaguard.checkpoints.adapter import ADAPTER_FILE
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.opened import OpenFile
 from deltaguard.checkpoints.shards import TensorInfo, parse_header, read_header, read_tensor
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.restore import REPORT_NAME, RestoreReport, Verification
@@ -37,13 +38,13 @@ def verify(output_dir: str | Path) -> Verification:
     report = read_report(folder)
     problems = _file_problems(folder, report)
     if report.options.get("output_format") == "adapter":
-        header = read_header(folder / ADAPTER_FILE)
+        header = read_header(OpenFile(folder / ADAPTER_FILE))
         tensors: Mapping[str, TensorInfo] = {info.name: info for info in parse_header(header, ADAPTER_FILE)}
     else:
         tensors = Checkpoint.open(folder).tensors
         problems += _name_problems(tensors.keys(), report)
     for name, info in tensors.items():
-        tensor = read_tensor(folder, info)
+        tensor = read_tensor(OpenFile(folder / info.shard), info)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             problems.append(
                 f"Tensor `{name}` holds {int((~tensor.isfinite()).sum())} NaN or infinite entries."
