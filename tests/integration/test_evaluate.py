@@ -11,7 +11,7 @@ from deltaguard.evaluation.answers import AnswerFile
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.evaluate import evaluate
-from deltaguard.evaluation.judges.openings import is_refusal
+from deltaguard.refusals import is_refusal
 from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
 from suites import SMALL, server, suite_file, two_models
 

@@ -176,17 +176,20 @@ def _misplaced(layout: Layout, tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 def _unusable(tensors: Iterable[TensorInfo]) -> list[str]:
     packed: list[str] = []
+    small: list[str] = []
     unknown: list[str] = []
     for info in tensors:
         if info.dtype not in DTYPES:
             unknown.append(f"{info.name} is stored as {info.dtype}, which torch cannot read.")
+        elif info.dtype.startswith("F8_"):
+            small.append(info.name)
         elif info.name.endswith(_PACKED_NAMES) or _is_integer_matrix(info):
             packed.append(info.name)
-    if packed:
-        unknown.append(
-            f"{len(packed)} weights are packed integers ({packed[0]}, ...): they are quantised. {_DEQUANTISE}"
-        )
-    return unknown
+    return unknown + [
+        f"{len(names)} weights are {kind} ({names[0]}, ...): they are quantised. {_DEQUANTISE}"
+        for kind, names in (("packed integers", packed), ("8-bit floats", small))
+        if names
+    ]
 
 
 def _is_integer_matrix(info: TensorInfo) -> bool:

@@ -9,9 +9,9 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.judges.coherence import classify, is_broken
-from deltaguard.evaluation.judges.openings import is_refusal
 from deltaguard.evaluation.metrics.rates import Rate
 from deltaguard.progress import Event, Progress
+from deltaguard.refusals import is_refusal
 
 
 @dataclass(frozen=True)

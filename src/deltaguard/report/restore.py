@@ -114,6 +114,7 @@ class RestoreReport(Record):
         safety_cost: median over them, null without curvature.
         seconds: wall time: total of this run, solve of all layers (those of an interrupted run included).
         peak_memory_bytes: largest resident memory of the process.
+        warnings: what must be known besides, a sentence or two each.
     """
 
     schema_version: int = 1
@@ -133,6 +134,7 @@ class RestoreReport(Record):
     safety_cost: float | None
     seconds: Mapping[str, float]
     peak_memory_bytes: int
+    warnings: tuple[str, ...] = ()
 
 
 class PlanReport(Record):

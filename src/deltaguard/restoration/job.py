@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource
+from deltaguard.checkpoints.durable import InUseError
 from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore, not_whole
@@ -90,7 +91,13 @@ def open_job(
 
         folder = default_store_folder(base, config.rank)
         how = CalibrateConfig(resume=True, rank=config.rank, device=config.device)
-        known = calibrate(aligned, folder, config=how, progress=progress)
+        try:
+            known = calibrate(aligned, folder, config=how, progress=progress)
+        except InUseError as error:
+            raise DeltaguardError(
+                f"Another process is calibrating {aligned} right now, into {folder}. Run this again when it "
+                "is done, or give a store with `--store`."
+            ) from error
     return Job(base, tuned, known)
 
 

@@ -310,6 +310,7 @@ def _report(
             "solve": sum(row.seconds for row in layers),
         },
         peak_memory_bytes=peak_memory_bytes(),
+        warnings=job.store.provenance.warnings if job.store else (),
     )
 
 
