@@ -20,8 +20,7 @@ def _text(**headers):
     return {"Content-Type": "text/html; charset=utf-8", **headers}
 
 
-MALFORMED = {
-    # No chat completion, although it is JSON.
+OTHER_JSON = {
     "an error": Raw(b'{"error": {"message": "out of order", "code": 500}}'),
     "an error as text": Raw(b'{"error": "out of order"}'),
     "an error beside an answer": Raw(_choice({"message": {"content": "Yes."}}, error={"code": 1})),
@@ -60,7 +59,10 @@ MALFORMED = {
         b'{"choices": [{"message": {"content": ' + b"[" * 1000 + b"]" * 1000 + b"}}]}"
     ),
     "a number of 10,000 digits": Raw(b'{"choices": ' + b"9" * 10_000 + b"}"),
-    # No JSON.
+}
+"""JSON that is no chat completion, by what it is."""
+
+NO_JSON = {
     "nothing": Raw(b""),
     "nothing with a status that says so": Raw(b"", 204, {"Content-Length": None}),
     "white space": Raw(b" \n "),
@@ -80,7 +82,10 @@ MALFORMED = {
     ),
     "30 MB": Raw(b'{"choices": [{"message": {"content": "' + b"a" * 30_000_000 + b'"}}]}'),
     "much, packed": Raw(gzip.compress(b" " * 100_000_000, 1), headers={"Content-Encoding": "gzip"}),
-    # No HTTP, or not what its headers say.
+}
+"""What is no JSON, or none in UTF-8, or too much."""
+
+NO_HTTP = {
     "packed in name alone": Raw(FINE, headers={"Content-Encoding": "gzip"}),
     "deflated in name alone": Raw(FINE, headers={"Content-Encoding": "deflate"}),
     "shorter than it says": Raw(FINE, headers={"Content-Length": str(len(FINE) + 10)}),
@@ -98,7 +103,10 @@ MALFORMED = {
     "a status that is none": Raw(wire=b"HTTP/1.1 twohundred OK\r\n\r\n"),
     "bytes in the place of HTTP": Raw(wire=bytes(range(256))),
     "a header without an end": Raw(wire=b"HTTP/1.1 200 OK\r\nX: " + b"a" * 1_000_000),
-    # Other statuses.
+}
+"""What is no HTTP, or not what its headers say."""
+
+STATUSES = {
     "to go elsewhere for ever": Raw(b"", 307, {"Location": "/v1/chat/completions"}),
     "to go nowhere": Raw(b"", 307, {"Location": "nowhere://at-all"}),
     "to go elsewhere without an address": Raw(b"", 302),
@@ -118,7 +126,10 @@ MALFORMED = {
     "a request that is too large": Raw(b"", 413),
     "a request that was not understood": Raw(b'{"detail": [{"loc": ["body"], "msg": "wrong"}]}', 422),
 }
-"""By what they are. None holds an answer that was given."""
+"""What stands for failures by its status."""
+
+MALFORMED = OTHER_JSON | NO_JSON | NO_HTTP | STATUSES
+"""All of it. None holds an answer that was given."""
 
 EMPTY = {
     "an empty answer": completion(""),
