@@ -235,7 +235,9 @@ def test_a_model_that_is_nowhere(made, tmp_path, attempt):
         (["--method", "published"], "strength has no default"),
         (["--max-safety-kl", "0.1", "--strength", "0.5"], "give one"),
         (["--max-safety-kl", "0.1", "--method", "greedy"], "max_safety_kl is the dial of methods kfac"),
-        (["--max-safety-kl", "0"], "greater than 0"),
+        (["--max-safety-kl", "0"], "greater than or equal to 0.000000001"),
+        (["--max-safety-kl", "1e-40"], "greater than or equal to 0.000000001"),
+        (["--max-safety-kl", "nan"], "should be a finite number"),
         (["--compensation", "none"], "options of method greedy"),
     ],
 )

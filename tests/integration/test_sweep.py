@@ -176,7 +176,7 @@ def test_nothing_is_read_before_responses_are_known_to_be_there(tmp_path):
     [((), "none"), ((1e-4, 0.0, -1.0), "0, -1"), ((float("nan"), float("inf")), "nan, inf")],
 )
 def test_limits_that_are_none_are_refused_together(limits, given, tmp_path):
-    with pytest.raises(DeltaguardError, match=f"finite numbers above 0, .* given: {given}"):
+    with pytest.raises(DeltaguardError, match=f"finite numbers of 1e-09 or more, .* given: {given}"):
         sweep("nowhere", "nowhere", tmp_path / "out", limits=limits)
     assert not (tmp_path / "out").exists()
 

@@ -22,6 +22,7 @@ from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
+from deltaguard.files import ANY_OBJECT, read_json
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.base import environment
 from deltaguard.report.bench import BENCH_NAME, BenchReport, Cell
@@ -207,7 +208,7 @@ def _require_same(path: Path, values: Mapping[str, Any], what: str) -> None:
     if not path.is_file():
         write_atomically(path, json.dumps(values, indent=1) + "\n")
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_json(path, ANY_OBJECT, remedy="Give another output folder.")
     differing = sorted(name for name in values if values[name] != known.get(name))
     if differing:
         raise DeltaguardError(

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from cyclopts import Parameter
+from pydantic import TypeAdapter
 from rich.console import Group
 from rich.table import Table
 
 from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
-from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_yaml
 from deltaguard.report.restore import PlanReport, RestoreReport
 from deltaguard.restoration.options import (
     Budget,
@@ -97,15 +97,9 @@ def _draw(report: RestoreReport, config: RestoreConfig, output: Path) -> Group:
 def _from_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeltaguardError(f"The configuration {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise DeltaguardError(f"The configuration {path} is not YAML or JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise DeltaguardError(f"The configuration {path} must map options to values.")
-    return {str(name).replace("-", "_"): value for name, value in options.items()}
+    remedy = "It must map options to values, such as `method: kfac`."
+    options = read_yaml(path, TypeAdapter(dict[str, Any]), remedy=remedy)
+    return {name.replace("-", "_"): value for name, value in options.items()}
 
 
 def _draw_plan(plan: PlanReport) -> Table:

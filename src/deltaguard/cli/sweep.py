@@ -39,7 +39,10 @@ def sweep(
         device: Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`.
         json: Print one JSON document and nothing else on stdout.
     """
-    config = checked(RestoreConfig, {"method": method, "other_params": other_params, "device": device})
+    options = {"method": method, "other_params": other_params, "device": device}
+    config = checked(RestoreConfig, options)
+    for limit in max_safety_kl:
+        checked(RestoreConfig, options | {"max_safety_kl": limit})
     from deltaguard.draw.folder import draw_folder
     from deltaguard.draw.sweep_table import sweep_table
     from deltaguard.restoration.sweep import LIMITS

@@ -1,12 +1,11 @@
 """Which report a folder holds, and its page."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from deltaguard.checkpoints.durable import explained
 from deltaguard.draw.bench_page import bench_page
@@ -14,6 +13,7 @@ from deltaguard.draw.evaluation_page import evaluation_page
 from deltaguard.draw.html import demo_page, restore_page
 from deltaguard.draw.sweep_page import sweep_page
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_json
 from deltaguard.report.base import Record
 from deltaguard.report.bench import BENCH_NAME, BenchReport
 from deltaguard.report.demo import DemoReport
@@ -85,37 +85,9 @@ def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
             "`deltaguard eval`, `bench`, `demo`, `sweep` or `restore` wrote."
         )
     source, page = folder / found[0], output or folder / "report.html"
-    text = DRAWERS[found[0]].page(_read(source, DRAWERS[found[0]].schema))
+    drawer = DRAWERS[found[0]]
+    remedy = "Draw it with the release that wrote it, or run that again."
+    text = drawer.page(read_json(source, drawer.schema, remedy=remedy))
     with explained(page):
         page.write_text(text, encoding="utf-8", newline="\n")
     return Drawing(source=str(source), page=str(page), bytes=page.stat().st_size, left_out=tuple(found[1:]))
-
-
-def _read(source: Path, schema: type[BaseModel]) -> BaseModel:
-    content = source.read_bytes()
-    _check_version(source, content, schema)
-    try:
-        return schema.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
-        raise DeltaguardError(
-            f"{source} is no {schema.__name__} of this release: {where}: {first['msg']} "
-            f"({error.error_count()} problems in all). "
-            "Draw it with the release that wrote it, or run that again."
-        ) from error
-
-
-def _check_version(source: Path, content: bytes, schema: type[BaseModel]) -> None:
-    """Another version is told as that, before its fields are found to be others or to mean something else."""
-    read = schema.model_fields["schema_version"].default
-    try:
-        document = json.loads(content)
-    except ValueError:
-        return  # The schema says what is wrong with it, and where.
-    given = document.get("schema_version", read) if isinstance(document, dict) else read
-    if given != read:
-        raise DeltaguardError(
-            f"{source} has schema version {given}, and this release reads version {read} of "
-            f"{schema.__name__}. Draw it with the release that wrote it, or run that again."
-        )

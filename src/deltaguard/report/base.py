@@ -4,16 +4,30 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Self, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from deltaguard.text import writable
 
 LIBRARIES = ("deltaguard", "torch", "transformers", "peft", "safetensors", "huggingface_hub")
 
 
-class Record(BaseModel):
-    """A frozen part of a report; unknown fields are refused."""
+_NUMBERS = (float, int, bool, type(None))
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+class Record(BaseModel):
+    """A frozen part of a report; unknown fields, infinite numbers and those that are none are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null")
+
+    @model_validator(mode="after")
+    def _writable(self) -> Self:
+        """Write out what names of files may hold and a file of text cannot."""
+        for name, value in self.__dict__.items():
+            if type(value) not in _NUMBERS and (written := _written(value)) is not value:
+                self.__dict__[name] = written
+        return self
 
 
 class Environment(Record):
@@ -47,6 +61,21 @@ class RateRow(Record):
     value: float
     low: float
     high: float
+
+
+def _written(value: Any) -> Any:
+    """A value with all its texts writable; the value itself where they are."""
+    if isinstance(value, str):
+        return value if value.isascii() else writable(value)
+    if isinstance(value, BaseModel):
+        return value
+    if isinstance(value, Mapping):
+        parts = cast("Mapping[Any, Any]", value)
+        return {_written(key): _written(each) for key, each in parts.items()}
+    if isinstance(value, tuple | list) and value and type(value[0]) not in _NUMBERS:
+        parts = map(_written, cast("tuple[Any, ...] | list[Any]", value))
+        return tuple(parts) if isinstance(value, tuple) else list(parts)
+    return value
 
 
 def environment(device: str, *, libraries: Sequence[str] = ()) -> Environment:

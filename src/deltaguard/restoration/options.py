@@ -16,6 +16,9 @@ Compensation = Literal["joint", "additive", "none"]
 DEFAULT_MAX_SAFETY_KL = 6e-4
 """Nats per response token that a restore may cost by default; docs/strength.md says why."""
 
+SMALLEST_MAX_SAFETY_KL = 1e-9
+"""A smaller limit cannot be told from what rounding measures of two models that are the same."""
+
 DEFAULT_STRENGTH = 0.55
 """Share of the summed safety cost that `greedy` spends by default; docs/strength.md says why."""
 
@@ -26,7 +29,7 @@ class RestoreConfig(BaseModel):
     Attributes:
         method: the solver; `interpolate` needs no curvature.
         max_safety_kl: the dial of `kfac` and `ridge`, and their default: keep as much as a safety KL of so
-            many nats per response token allows, measured on held-out safety conversations.
+            many nats per response token allows, measured on held-out safety conversations; 1e-9 at least.
         strength: how much is kept, larger keeps more, instead of the dial. `kfac` and `ridge`: share of the
             delta's predicted safety KL; `greedy` has a default with the budget "fraction"; `published` and
             `interpolate` have none.
@@ -51,8 +54,8 @@ class RestoreConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method = "kfac"
-    max_safety_kl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    strength: float | None = None
+    max_safety_kl: float | None = Field(default=None, ge=SMALLEST_MAX_SAFETY_KL, allow_inf_nan=False)
+    strength: float | None = Field(default=None, allow_inf_nan=False)
     budget: Budget = "fraction"
     compensation: Compensation = "joint"
     other_params: OtherParams = "aligned"

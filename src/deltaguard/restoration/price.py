@@ -240,9 +240,13 @@ def _nothing(candidate: Candidate, limit: float, report: Progress) -> Probe:
     """What is left where no probe was within the limit: the aligned layers, if those are."""
     aligned = candidate.probe(PROHIBITIVE, report)
     if aligned.safety_kl > limit:
+        cause = (
+            "norms, biases or embeddings. Take them from the aligned model (--other-params aligned), or"
+            if candidate.config.other_params == "finetuned"
+            else "tensors, or rows of the vocabulary, that the fine-tuned model alone has. Remove them, or"
+        )
         raise DeltaguardError(
             f"With no delta left in any layer the safety KL is still {aligned.safety_kl:.2g}, above "
-            f"{limit:.2g}: what differs are norms, biases or embeddings. Take them from the aligned model "
-            "(--other-params aligned), or allow more."
+            f"{limit:.2g}: what differs are {cause} allow more."
         )
     return aligned

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import statistics
 import time
 from collections import Counter
@@ -10,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import metadata_load
 from pydantic import TypeAdapter
 
 from deltaguard import __version__
@@ -24,6 +23,7 @@ from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.draw.card import model_card
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.progress import Event, Progress
 from deltaguard.report.base import ModelReference, environment
@@ -38,6 +38,7 @@ from deltaguard.restoration.plan import Action, Plan
 from deltaguard.restoration.price import PROHIBITIVE, Price, price_of
 
 _ROWS: TypeAdapter[tuple[LayerRow | OtherRow, ...]] = TypeAdapter(tuple[LayerRow | OtherRow, ...])
+_METADATA: TypeAdapter[dict[Any, Any] | None] = TypeAdapter(dict[Any, Any] | None)
 
 
 def restore(
@@ -260,12 +261,15 @@ def _plan_hash(job: Job, config: RestoreConfig) -> str:
 def _front_matter(folder: Path) -> Mapping[str, Any] | None:
     """The metadata of the fine-tuned model's own card: its licence and languages go on holding."""
     card = folder / "README.md"
-    try:
-        return metadata_load(card) if card.is_file() else None
-    except (ValueError, yaml.YAMLError) as error:
-        raise DeltaguardError(
-            f"The metadata at the head of {card} cannot be read: {error}. Correct it, or remove that file."
-        ) from error
+    if not card.is_file():
+        return None
+    # What the Hub reads: the YAML between the first line of dashes and the second.
+    first, *lines = re.split("\r\n?|\n", read_text(card).lstrip())
+    end = next((number for number, line in enumerate(lines) if line.rstrip() == "---"), None)
+    if first.rstrip() != "---" or end is None:
+        return None
+    source, remedy = f"The metadata at the head of {card}", "Correct it, or remove that file."
+    return parse_yaml("\n".join(lines[:end]), _METADATA, source=source, remedy=remedy)
 
 
 def _files(writer: CheckpointWriter, config: RestoreConfig, shards: Sequence[str]) -> tuple[FileRow, ...]:

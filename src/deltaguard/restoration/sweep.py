@@ -22,7 +22,7 @@ from deltaguard.report.restore import Probe
 from deltaguard.report.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
 from deltaguard.restoration.edit import named, projection_of
 from deltaguard.restoration.job import Job, open_job
-from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, SMALLEST_MAX_SAFETY_KL, RestoreConfig
 from deltaguard.restoration.plan import Step
 from deltaguard.restoration.price import (
     PROHIBITIVE,
@@ -59,7 +59,7 @@ def sweep(
         finetuned: as in `restore`.
         output_dir: receives `sweep.json`.
         store: as in `restore`.
-        limits: safety KL, nats per response token, each above 0.
+        limits: safety KL, nats per response token, each 1e-9 or more.
         utility: JSON lines with `prompt` and `response`, whose likelihood says what the task keeps.
         config: method, device and where the other parameters come from; its dial or strength is not used.
         progress: called as layers are read and candidates measured.
@@ -222,11 +222,11 @@ def _budget(points: Sequence[SweepPoint], limit: float) -> SweepBudget:
 def _check(config: RestoreConfig, limits: Sequence[float]) -> None:
     if not config.has_price:
         raise DeltaguardError(f"A sweep needs method kfac or ridge; {config.method} has no price to vary.")
-    wrong = [f"{limit:g}" for limit in limits if not (limit > 0 and math.isfinite(limit))]
+    wrong = [f"{limit:g}" for limit in limits if not SMALLEST_MAX_SAFETY_KL <= limit < math.inf]
     if wrong or not limits:
         raise DeltaguardError(
-            "Limits of safety KL are finite numbers above 0, in nats per response token, such as 1e-4; "
-            f"given: {', '.join(wrong) or 'none'}."
+            f"Limits of safety KL are finite numbers of {SMALLEST_MAX_SAFETY_KL:g} or more, in nats per "
+            f"response token, such as 1e-4; given: {', '.join(wrong) or 'none'}."
         )
 
 

@@ -4,12 +4,11 @@ import hashlib
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.opened import OpenFile
 from deltaguard.checkpoints.shards import read_tensor
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_json
 from deltaguard.report.restore import REPORT_NAME, RestoreReport, Verification
 from deltaguard.restoration.verify_adapter import check_adapter
 
@@ -70,10 +69,7 @@ def read_report(folder: Path) -> RestoreReport:
             f"{folder} holds no {REPORT_NAME}: it was not written by `deltaguard restore`, or the restore "
             "did not finish."
         )
-    try:
-        return RestoreReport.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise DeltaguardError(f"{path} is not a report of this version of deltaguard: {error}") from error
+    return read_json(path, RestoreReport, remedy="Restore again, with this release of deltaguard.")
 
 
 def _name_problems(found: AbstractSet[str], report: RestoreReport) -> list[str]:
