@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.calibration.calibrate import STORE_SHARE, CalibrateConfig, calibrate
-from deltaguard.calibration.conversations import Conversation, build_conversations, encode, respond
+from deltaguard.calibration.conversations import Conversation, build_conversations, encode
 from deltaguard.calibration.observe import Batch, Observed, batches, observe
+from deltaguard.calibration.responses import respond
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.curvature.contents import Extent, Group, share_within
 from deltaguard.curvature.moments import Moment, accumulate, empty_moment, normalise

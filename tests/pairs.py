@@ -64,7 +64,9 @@ def _calibrated(aligned: Path, folder: Path, *, rank: Rank) -> Path:
     return calibrate(aligned, folder, conversations=CONVERSATIONS, config=config).folder
 
 
-def save_adapter(aligned: Path, folder: Path, targets: list[str], *, fan_in_fan_out: bool = False) -> Any:
+def save_adapter(
+    aligned: Path, folder: Path, targets: list[str] | str, *, fan_in_fan_out: bool = False
+) -> Any:
     """Write a random LoRA adapter of rank 3 over a checkpoint.
 
     Returns:
@@ -81,6 +83,15 @@ def save_adapter(aligned: Path, folder: Path, targets: list[str], *, fan_in_fan_
         tuned = peft.get_peft_model(model, lora)
         tuned.save_pretrained(folder)
     return tuned
+
+
+def load_over(aligned: Path, adapter: Path) -> Any:
+    """The model that PEFT makes of an adapter over a checkpoint."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(aligned)
+    with warnings.catch_warnings():
+        # PEFT speaks of Conv1D where it sets fan_in_fan_out itself.
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base, adapter)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -31,9 +31,9 @@ from deltaguard.calibration.conversations import (
     build_conversations,
     encode,
     harmful_prompts,
-    respond,
 )
 from deltaguard.calibration.observe import Batch, Observed, batches, observe
+from deltaguard.calibration.responses import respond
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.report.base import environment
 

@@ -236,6 +236,25 @@ def test_a_model_without_a_store_is_calibrated_once_and_remembered(tmp_path, mon
     assert plan_restore(made.aligned, made.finetuned, config=GREEDY).note
 
 
+def test_a_model_that_another_process_calibrates_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
+    made = pair()
+    told = []
+
+    def begin_another(event):
+        if event.stage == "accumulate" and not told:
+            with pytest.raises(DeltaguardError) as caught:
+                restore(made.aligned, made.finetuned, tmp_path / "two", config=HALF)
+            told.append(str(caught.value))
+
+    restore(made.aligned, made.finetuned, tmp_path / "one", config=HALF, progress=begin_another)
+    (message,) = told
+    assert message.startswith(f"Another process is calibrating {made.aligned} right now")
+    assert "Run this again when it is done, or give a store with `--store`" in message
+    assert "another output folder" not in message
+    assert not (tmp_path / "two").exists()
+
+
 @pytest.mark.parametrize("method", ["greedy", "published"])
 def test_methods_that_need_the_whole_refuse_a_store_that_is_cut_off(method, tmp_path):
     made = pair()

@@ -19,8 +19,9 @@ from benchmarks.experiments.trials import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.bench import data
-from deltaguard.calibration.conversations import Conversation, encode, respond
+from deltaguard.calibration.conversations import Conversation, encode
 from deltaguard.calibration.observe import batches, observe
+from deltaguard.calibration.responses import respond
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.evaluation.exchange import Question
 from models import save

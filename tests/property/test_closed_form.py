@@ -41,7 +41,9 @@ def test_ridge_is_the_inverse_written_out_and_kfac_with_the_identity(matrices, m
     aligned, finetuned, H, _ = matrices
     written = (finetuned - aligned) @ torch.linalg.inv(torch.eye(len(H), dtype=H.dtype) + mu * H)
     weight = ridge(aligned, finetuned, H, mu=mu).weight
-    torch.testing.assert_close(weight - aligned, written, rtol=1e-6, atol=1e-8)
+    # The inverse is the less exact of the two: it loses as many digits as the condition number has.
+    slack = 1e-8 + 1e-14 * mu * float(torch.linalg.matrix_norm(H, 2))
+    torch.testing.assert_close(weight - aligned, written, rtol=1e-6, atol=slack)
     identity = torch.eye(len(aligned), dtype=H.dtype)
     torch.testing.assert_close(kfac(aligned, finetuned, H, identity, mu=mu).weight, weight)
 

@@ -115,3 +115,12 @@ def test_a_layer_that_no_gradient_reached_is_not_taken_for_a_free_one():
     sums = Sums(Moment(moment(4), 40), (torch.zeros(3, 3),))
     with pytest.raises(DeltaguardError, match=r"`a\.0` is zero: its gradients are all zero"):
         curvature(group, Extent(0.4, whole=False), found=sums)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_sum_with_negative_eigenvalues_names_the_layer(whole):
+    group = Group("a.0", 4, 40, (Layer("a.0.weight", False, 3), Layer("a.1.weight", False, 2)))
+    inputs, (first, second) = sums(group).inputs, sums(group).outputs
+    second[0, 1] = second[1, 0] = 3 * float(second.trace())
+    with pytest.raises(DeltaguardError, match=r"`a\.1` is of no use: .* not positive semi-definite"):
+        curvature(group, Extent(0.5, whole=whole), found=Sums(inputs, (first, second)))

@@ -21,10 +21,10 @@ from deltaguard.calibration.conversations import (
     harmless_prompts,
     read_prompts,
     render,
-    respond,
     sample,
     takes_system_role,
 )
+from deltaguard.calibration.responses import respond
 from deltaguard.errors import DeltaguardError
 
 REFUSES_SYSTEM = (
@@ -210,6 +210,29 @@ def test_a_tokenizer_without_template_is_an_error_that_says_what_to_do():
 def test_a_template_that_fails_on_a_user_turn_is_an_error():
     with pytest.raises(DeltaguardError, match="conversation of user: nothing works"):
         render(tokenizer("{{ raise_exception('nothing works') }}"), "Hi")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}<|user|>Say something.<|end|><|assistant|>",
+        "{% for m in messages %}{{ '<|' + m['role'] + '|><|end|>' }}{% endfor %}<|assistant|>",
+        "{% for m in messages %}<|user|>{{ m['content'][:10] }}<|end|>{% endfor %}<|assistant|>",
+    ],
+)
+def test_a_template_that_leaves_the_prompt_out_is_refused_by_its_models_name(template):
+    chosen = tokenizer(template)
+    chosen.name_or_path = "someone/model"
+    for asked in ("How do I open a door?", Conversation("How do I open a door?", "Be brief.")):
+        with pytest.raises(DeltaguardError, match=r"chat template of 'someone/model' leaves out the prompt"):
+            render(chosen, asked)
+
+
+def test_a_template_may_strip_white_space():
+    template = "{% for m in messages %}<|user|>{{ m['content'] | trim }}<|end|>{% endfor %}<|assistant|>"
+    assert render(tokenizer(template), "  Hi\nthere \n") == "<|user|>Hi\nthere<|end|><|assistant|>"
+    lines = "{% for m in messages %}{{ m['content'].split() | join(' ') }}{% endfor %}<|assistant|>"
+    assert render(tokenizer(lines), "Hi\n\nthere") == "Hi there<|assistant|>"
 
 
 def test_tokens_of_prompt_and_response_are_those_of_the_whole_text():

@@ -150,6 +150,14 @@ def test_packed_integers_are_refused(tmp_path, tensors):
     assert "packed integers" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_floats_are_refused_as_quantised_weights(tmp_path, dtype):
+    write(tmp_path, {"model.safetensors": {"a.weight": torch.ones(2, 2).to(dtype), "b": torch.ones(2)}})
+    message = refusal(tmp_path)
+    assert "1 weights are 8-bit floats (a.weight, ...): they are quantised" in message
+    assert "dequantise it first" in message
+
+
 def test_dtypes_unknown_to_torch_are_refused(tmp_path):
     write(tmp_path, {"model.safetensors": {"a": torch.zeros(4, dtype=torch.uint8)}})
     path = tmp_path / "model.safetensors"

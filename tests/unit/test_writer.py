@@ -220,7 +220,7 @@ def test_another_plan_cannot_be_resumed(source, tmp_path):
 def test_a_file_may_be_written_again(source, tmp_path):
     with CheckpointWriter(tmp_path / "out", plan_hash="plan") as writer:
         writer.text("deltaguard_report.json", "old")
-        with pytest.raises(DeltaguardError, match="cannot be written"):
+        with pytest.raises(DeltaguardError, match="cannot be read"):
             writer.copy(tmp_path / "absent", "deltaguard_report.json")
         writer.text("deltaguard_report.json", "new")
         writer.commit(last="deltaguard_report.json")

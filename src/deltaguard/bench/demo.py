@@ -14,7 +14,6 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import require_empty
 from deltaguard.device import find_device
 from deltaguard.draw.html import demo_page
-from deltaguard.evaluation.judges.openings import is_refusal
 from deltaguard.evaluation.measure import Measurement, TestSet, measure
 from deltaguard.evaluation.metrics.rates import Rate, kept_gain
 from deltaguard.finetuning.finetune import FinetuneConfig, finetune
@@ -145,7 +144,6 @@ def _prepare(folder: Path, config: DemoConfig, clock: _Clock) -> CurvatureStore:
             folder / "store",
             config=config.calibration,
             progress=report,
-            is_refusal=is_refusal,
         )
 
 

@@ -14,8 +14,8 @@ from deltaguard.device import find_device
 from deltaguard.evaluation.engines.transformers import Dtype, TransformersEngine
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.judges.coherence import classify, is_broken
-from deltaguard.evaluation.judges.openings import is_refusal
 from deltaguard.finetuning.tasks import exact_match
+from deltaguard.refusals import is_refusal
 from deltaguard.report.evaluation import AnswerClass
 
 _LETTERS: Mapping[AnswerClass, str] = {"refused": "r", "complied": "c", "incoherent": "i"}

@@ -23,7 +23,6 @@ from deltaguard.checkpoints.hub import locate
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.evaluation.engines.identity import identify
-from deltaguard.evaluation.judges.openings import is_refusal
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.progress import Event, Progress
 from deltaguard.report.base import environment
@@ -98,9 +97,7 @@ class Bench:
                 lambda folder: CurvatureStore.from_pretrained(source).cut(folder, limit=limit),
             )
         config = self.preset.calibration.model_copy(update={"rank": rank})
-        return self.made(
-            STORES[rank], lambda folder: calibrate(self.aligned, folder, config=config, is_refusal=is_refusal)
-        )
+        return self.made(STORES[rank], lambda folder: calibrate(self.aligned, folder, config=config))
 
     def helper(self, role: Role) -> Path:
         """A model that some peers need, made once from the aligned one."""

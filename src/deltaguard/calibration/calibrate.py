@@ -4,6 +4,7 @@ A run keeps its work in `OUTPUT.partial`, next to the output: the request it ser
 and the sums so far. A run that was killed goes on from there; a finished one leaves the store alone.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from deltaguard.calibration.conversations import (
     encode,
     fingerprint,
     read_prompts,
-    respond,
     sample,
     takes_system_role,
 )
@@ -36,8 +36,10 @@ from deltaguard.calibration.observe import (
     sum_sizes,
     take_sums,
 )
+from deltaguard.calibration.responses import respond
 from deltaguard.calibration.workspace import Workspace
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.curvature.contents import Group, GroupCurvature, group_curvature, share_within
 from deltaguard.curvature.rank import Rank
@@ -47,6 +49,7 @@ from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.loading import load_model, load_tokenizer
 from deltaguard.progress import Event, Progress, ignore
+from deltaguard.refusals import is_refusal as opens_with_refusal
 
 SAVE_SECONDS = 60.0
 SAVE_SPACING = 10
@@ -116,7 +119,8 @@ def calibrate(
         config: the options; their defaults where absent.
         progress: called as the stages `load`, `respond` (conversations), `accumulate` (batches) and
             `decompose` (groups) go on.
-        is_refusal: a judge of responses; with it the store records the share that refuses.
+        is_refusal: a judge of responses, in place of `refusals.is_refusal`, which knows English; the store
+            records the share that refuses.
 
     Returns:
         The store, opened from `output_dir`.
@@ -139,7 +143,9 @@ def calibrate(
         if not workspace.begin(resume=config.resume):
             run = _Run(source, asked, request, device, workspace, progress or ignore)
             try:
-                _write(Path(output_dir), _measure(run, is_refusal), run.report)
+                measured = _measure(run, is_refusal or opens_with_refusal)
+                refuse_changes(source.changes())
+                _write(Path(output_dir), measured, run.report)
             except torch.OutOfMemoryError as error:
                 raise DeltaguardError(
                     f"{run.device} has too little memory for the model, the sums over its layers' inputs and "
@@ -242,7 +248,7 @@ def _dtype_name(source: Checkpoint, asked: str, device: torch.device) -> str:
     return str(DTYPES[largest.dtype]).removeprefix("torch.")
 
 
-def _measure(run: _Run, is_refusal: Callable[[str], bool] | None) -> _Measured:
+def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     """Everything that needs the model, which is gone from memory afterwards."""
     tokenizer, model = _load(run)
     request = run.request
@@ -283,7 +289,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool] | None) -> _Measured:
             response_tokens=sum(len(text.ids) - text.prompt_length for text in texts),
             truncated=sum(text.truncated for text in texts),
             system_role="template" if takes_system_role(tokenizer) else "user turn",
-            refusal_share=None if is_refusal is None else _share(used, is_refusal),
+            refusal_share=_share(used, is_refusal),
             uncovered=uncovered,
             rank_share=1.0 if request.rank == "full" else share_within(groups, store_limit(run.source)),
             versions=versions(),
@@ -313,7 +319,9 @@ def _positions(model: Any, max_length: int) -> int:
 def _accumulate(
     run: _Run, model: Any, observed: Sequence[Observed], texts: Sequence[Batch]
 ) -> dict[str, Partial]:
-    accumulator = Accumulator(model, observed, run.workspace.load_sums(sum_sizes(observed), run.device))
+    tokens = [0, *itertools.accumulate(int(text.mask.sum()) for text in texts)]
+    known = run.workspace.load_sums(sum_sizes(observed), tokens, run.device)
+    accumulator = Accumulator(model, observed, known)
     saved, wait = time.monotonic(), SAVE_SECONDS
     try:
         for number in range(accumulator.batches, len(texts)):

@@ -5,9 +5,8 @@ text, so that prompts are never calibrated on and measured on, whatever is added
 """
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +17,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
 from deltaguard.chat_template import TemplateFailedError, apply_template
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_data, read_json_lines
-from deltaguard.generation import generate
 from deltaguard.loading import foreign
 
 HarmfulPart = Literal["calibration", "dial", "attack", "training"]
@@ -30,6 +28,9 @@ HARMFUL_PARTS: Mapping[HarmfulPart, range] = MappingProxyType(
 HARMLESS_PARTS: Mapping[HarmlessPart, range] = MappingProxyType(
     {"training": range(50), "evaluation": range(50, 100)}
 )
+
+_SHOWN = 200
+"""Characters of a prompt and of its rendering in a message."""
 
 SYSTEM_PROMPTS: Mapping[str, str | None] = MappingProxyType(
     {
@@ -237,14 +238,25 @@ def render(tokenizer: Any, conversation: Conversation | str) -> str:
         Text that holds its special tokens already: tokenise it with `add_special_tokens=False`.
 
     Raises:
-        DeltaguardError: the tokenizer has no chat template, or the template fails.
+        DeltaguardError: the tokenizer has no chat template, or the template fails or leaves out the prompt.
     """
     turn = Conversation(conversation) if isinstance(conversation, str) else conversation
+    text = _apply(tokenizer, _messages(tokenizer, turn))
+    # White space aside, which some templates strip.
+    if "".join(turn.prompt.split()) not in "".join(text.split()):
+        raise DeltaguardError(
+            f"The chat template of {tokenizer.name_or_path!r} leaves out the prompt: {turn.prompt[:_SHOWN]!r}"
+            f" becomes {text[:_SHOWN]!r}. Correct it, or copy that of the model it was made from."
+        )
+    return text
+
+
+def _messages(tokenizer: Any, turn: Conversation) -> list[dict[str, str]]:
     if turn.system is None:
-        return _apply(tokenizer, _user(turn.prompt))
+        return _user(turn.prompt)
     if takes_system_role(tokenizer):
-        return _apply(tokenizer, [{"role": "system", "content": turn.system}, *_user(turn.prompt)])
-    return _apply(tokenizer, _user(f"{turn.system}\n\n{turn.prompt}" if turn.system else turn.prompt))
+        return [{"role": "system", "content": turn.system}, *_user(turn.prompt)]
+    return _user(f"{turn.system}\n\n{turn.prompt}" if turn.system else turn.prompt)
 
 
 def takes_system_role(tokenizer: Any) -> bool:
@@ -303,68 +315,3 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], *, answer_follows: bo
             "chat_template.jinja next to the tokenizer."
         )
     return apply_template(tokenizer, messages, answer_follows=answer_follows)
-
-
-def respond(
-    model: Any,
-    tokenizer: Any,
-    conversations: Sequence[Conversation],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    journal: Path | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
-) -> list[Conversation]:
-    """Let a model answer, greedily, the conversations that have no response.
-
-    Args:
-        model: a transformers causal language model in evaluation mode.
-        tokenizer: its tokenizer.
-        conversations: those that have a response are returned as they are.
-        max_new_tokens: tokens generated at most per answer.
-        batch_size: conversations per batch.
-        journal: JSON lines, one a batch; what it already holds is not generated again. It must belong to
-            the same conversations.
-        on_batch: called with the number of responses there are and the number of conversations.
-
-    Returns:
-        The conversations, all with responses, in the order given.
-    """
-    answers = {i: c.response for i, c in enumerate(conversations) if c.response is not None}
-    if journal is not None and journal.exists():
-        answers |= _read_journal(journal)
-    missing = [i for i in range(len(conversations)) if i not in answers]
-
-    def record(chosen: Sequence[int], texts: Sequence[str]) -> None:
-        batch = {missing[i]: text for i, text in zip(chosen, texts, strict=True)}
-        answers.update(batch)
-        if journal is not None:
-            _append(journal, batch)
-        if on_batch is not None:
-            on_batch(len(answers), len(conversations))
-
-    generate(
-        model,
-        tokenizer,
-        [render(tokenizer, conversations[i]) for i in missing],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        on_batch=record,
-    )
-    return [replace(conversation, response=answers[i]) for i, conversation in enumerate(conversations)]
-
-
-def _append(journal: Path, batch: Mapping[int, str]) -> None:
-    with journal.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(batch) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _read_journal(journal: Path) -> dict[int, str]:
-    """The responses of whole batches; a line that a kill cut short is removed from the file."""
-    content = journal.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    os.truncate(journal, len(whole))
-    rows: list[dict[str, str]] = [json.loads(line) for line in whole.splitlines()]
-    return {int(i): text for row in rows for i, text in row.items()}

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from deltaguard.checkpoints.checkpoint import Checkpoint, content_fingerprint
+from deltaguard.checkpoints.code import refuse_code
+from deltaguard.checkpoints.companions import adapter_companions
 from deltaguard.checkpoints.hub import locate
 from deltaguard.checkpoints.layout import ADAPTER_CONFIG
-from deltaguard.checkpoints.lora import MERGE, Change, find_changes, read_lora_config
+from deltaguard.checkpoints.lora import Change, find_changes
+from deltaguard.checkpoints.lora_config import MERGE, read_lora_config
+from deltaguard.checkpoints.opened import OpenFile, Snapshot
 from deltaguard.checkpoints.shards import (
     DTYPES,
     TensorInfo,
@@ -57,6 +61,8 @@ class AdapterCheckpoint:
     reference: str
     folder: Path
     _changes: Mapping[str, Change] = field(repr=False)
+    _file: OpenFile = field(repr=False, compare=False)
+    _others: Snapshot = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, aligned: Checkpoint, reference: str | Path) -> "AdapterCheckpoint":
@@ -73,9 +79,12 @@ class AdapterCheckpoint:
                 as DoRA; or it belongs to another model. All modules that do not fit are listed.
         """
         folder = locate(reference)
+        refuse_code(folder, str(reference))
+        own = [folder / path for path in adapter_companions(folder)]
+        others = Snapshot.of([folder / ADAPTER_CONFIG, *own])
         lora = read_lora_config(folder, str(reference))
-        tensors = _read_tensors(folder)
-        changes, problems = find_changes(lora, tensors, aligned)
+        file, tensors = open_adapter_weights(folder)
+        changes, problems = find_changes(lora, tensors, aligned, str(reference))
         if problems:
             problems.append(
                 f"If it was trained on another model ({lora.base_model_name_or_path}?), give that. {MERGE}"
@@ -83,7 +92,7 @@ class AdapterCheckpoint:
             raise DeltaguardError(
                 listed(f"The adapter {reference} does not fit {aligned.reference}", problems)
             )
-        return cls(aligned, str(reference), folder, changes)
+        return cls(aligned, str(reference), folder, changes, file, others)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -129,12 +138,12 @@ class AdapterCheckpoint:
         if change is None:
             return self.aligned.read(name)
         whole = change.replaced
-        weight = self.aligned.read(name) if whole is None else read_tensor(self.folder, whole)
+        weight = self.aligned.read(name) if whole is None else read_tensor(self._file, whole)
         if change.a is None or change.b is None:
             return weight
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        a = read_tensor(self.folder, change.a).to(weight.dtype)
-        b = read_tensor(self.folder, change.b).to(weight.dtype)
+        a = read_tensor(self._file, change.a).to(weight.dtype)
+        b = read_tensor(self._file, change.b).to(weight.dtype)
         left, right = (a.T, b.T) if change.transposed else (b, a)
         return weight.addmm_(left, right, alpha=change.scale)
 
@@ -156,7 +165,7 @@ class AdapterCheckpoint:
         if change is None or change.a is None or change.b is None or change.replaced is not None:
             return None
         dtype = torch.promote_types(stored, torch.float32)
-        up, down = (read_tensor(self.folder, part).to(dtype) for part in (change.b, change.a))
+        up, down = (read_tensor(self._file, part).to(dtype) for part in (change.b, change.a))
         return ThinDelta(up * change.scale, down)
 
     def header(self, shard: str) -> bytes:
@@ -169,10 +178,15 @@ class AdapterCheckpoint:
         It differs from that of the merged checkpoint. What it cannot see is said at `Checkpoint.fingerprint`.
         """
         parts = [part for change in self._changes.values() for part in change.parts]
-        adapter = content_fingerprint(self.folder, {part.name: part for part in parts})
+        adapter = content_fingerprint({ADAPTER_FILE: self._file}, {part.name: part for part in parts})
         scales = {name: change.scale for name, change in self._changes.items()}
         described = json.dumps([self.aligned.fingerprint(), adapter, scales], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
+
+    def changes(self) -> list[str]:
+        """Say what happened to its files, and to the aligned checkpoint's, since they were opened."""
+        own = self._file.change()
+        return [*([own] if own else []), *self._others.changes(), *self.aligned.changes()]
 
 
 def is_adapter(reference: str | Path) -> bool:
@@ -195,7 +209,15 @@ def is_adapter(reference: str | Path) -> bool:
     return True
 
 
-def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
+def open_adapter_weights(folder: Path) -> tuple[OpenFile, dict[str, TensorInfo]]:
+    """Open the file of an adapter's weights, and read its header.
+
+    Args:
+        folder: the adapter's folder.
+
+    Raises:
+        DeltaguardError: there are no weights in a safetensors file, or the file is damaged.
+    """
     path = folder / ADAPTER_FILE
     pickled = folder / "adapter_model.bin"
     if not path.exists() and pickled.exists():
@@ -207,4 +229,5 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
     problem = shard_problem(path) if path.exists() else f"there is no {ADAPTER_FILE} in it."
     if problem:
         raise DeltaguardError(f"The adapter {folder} cannot be used: {problem}")
-    return {info.name: info for info in parse_header(read_header(path), ADAPTER_FILE)}
+    file = OpenFile(path)
+    return file, {info.name: info for info in parse_header(read_header(file), ADAPTER_FILE)}

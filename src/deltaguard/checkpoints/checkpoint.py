@@ -11,9 +11,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from deltaguard.checkpoints.code import refuse_code
+from deltaguard.checkpoints.companions import companions
 from deltaguard.checkpoints.hub import is_local, locate
 from deltaguard.checkpoints.layout import find_layout, read_config, read_layout
-from deltaguard.checkpoints.shards import TensorInfo, read_bytes, read_header, read_tensor
+from deltaguard.checkpoints.opened import OpenFile, Snapshot
+from deltaguard.checkpoints.shards import TensorInfo, read_header, read_tensor
 from deltaguard.errors import DeltaguardError, listed
 
 _BLOCK = 4096
@@ -68,12 +71,17 @@ class WeightSource(Protocol):
         """A hash of what the weights hold, independent of files."""
         ...
 
+    def changes(self) -> list[str]:
+        """What happened to its files since it was opened, a sentence each."""
+        ...
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A safetensors checkpoint in a local folder. Make one with `Checkpoint.open`.
 
-    It holds headers only and may be used by any number of threads at once.
+    It holds headers only and may be used by any number of threads at once. Its weight files stay open as long
+    as it lives, so all tensors are of the files that were found first, whatever takes their names.
 
     Attributes:
         reference: what the user called it: a folder, a Hub id, or `id@revision`.
@@ -90,6 +98,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     shards: tuple[str, ...]
     index_name: str | None
+    _files: Mapping[str, OpenFile] = field(repr=False, compare=False)
+    _others: Snapshot = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, reference: str | Path) -> "Checkpoint":
@@ -109,17 +119,20 @@ class Checkpoint:
         """
         name = str(reference)
         folder = locate(reference, weights=False)
+        refuse_code(folder, name)
         config, problem = read_config(folder)
         if problem and not is_local(reference):
             raise DeltaguardError(f"{name}: {problem}")
         folder = locate(reference)
         layout = find_layout(folder, name)
-        tensors, problems = read_layout(folder, layout)
+        index = [folder / layout.index_name] if layout.index_name else []
+        others = Snapshot.of([*index, *(folder / path for path in companions(folder))])
+        tensors, files, problems = read_layout(folder, layout)
         if problem:
             problems.insert(0, problem)
         if problems:
             raise DeltaguardError(listed(f"{name} cannot be used", problems))
-        return cls(name, folder, config, tensors, layout.shards, layout.index_name)
+        return cls(name, folder, config, tensors, layout.shards, layout.index_name, files, others)
 
     @property
     def tied_embeddings(self) -> bool:
@@ -143,11 +156,17 @@ class Checkpoint:
             KeyError: there is no such tensor.
             DeltaguardError: the file is gone, cannot be read, or has become shorter.
         """
-        return read_tensor(self.folder, self.tensors[name])
+        info = self.tensors[name]
+        return read_tensor(self._files[info.shard], info)
 
     def header(self, shard: str) -> bytes:
         """The header of one weight file, its 8-byte length included, byte for byte."""
-        return read_header(self.folder / shard)
+        return read_header(self._files[shard])
+
+    def changes(self) -> list[str]:
+        """Say what happened to its files, weights and others, since it was opened."""
+        weights = [change for file in self._files.values() if (change := file.change())]
+        return weights + self._others.changes()
 
     def fingerprint(self) -> str:
         """A content fingerprint: sha256 over every tensor's name, dtype, shape and 12 KiB of its bytes.
@@ -164,14 +183,14 @@ class Checkpoint:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return content_fingerprint(self.folder, self.tensors)
+        return content_fingerprint(self._files, self.tensors)
 
 
-def content_fingerprint(folder: Path, tensors: Mapping[str, TensorInfo]) -> str:
+def content_fingerprint(files: Mapping[str, OpenFile], tensors: Mapping[str, TensorInfo]) -> str:
     """The fingerprint that `Checkpoint.fingerprint` describes, of any tensors in safetensors files.
 
     Args:
-        folder: where their files lie.
+        files: the shards by name.
         tensors: the tensors by name.
     """
     digest = hashlib.sha256()
@@ -180,7 +199,7 @@ def content_fingerprint(folder: Path, tensors: Mapping[str, TensorInfo]) -> str:
         digest.update(json.dumps([name, info.dtype, info.shape]).encode() + b"\n")
         for start, length in _blocks(info.nbytes):
             block = bytearray(length)
-            read_bytes(folder / info.shard, info.start + start, memoryview(block))
+            files[info.shard].read_into(info.start + start, memoryview(block))
             digest.update(block)
     return digest.hexdigest()
 

@@ -16,6 +16,10 @@ from deltaguard.errors import DeltaguardError
 _WORTH_A_THREAD = 1 << 20
 
 
+class InUseError(DeltaguardError):
+    """Another process is working in a folder."""
+
+
 class HashedFile:
     """A file under a temporary name, written and hashed by a thread of its own.
 
@@ -111,14 +115,14 @@ def lock_folder(folder: Path) -> int:
         A descriptor; the lock ends when it is closed, and so with the process.
 
     Raises:
-        DeltaguardError: another process holds the lock.
+        InUseError: another process holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise DeltaguardError(
+        raise InUseError(
             f"Another process is working in {folder}. Wait for it, or choose another output folder."
         ) from error
     return descriptor

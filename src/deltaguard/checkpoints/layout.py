@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from deltaguard.checkpoints.hub import is_local
+from deltaguard.checkpoints.opened import OpenFile
 from deltaguard.checkpoints.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
@@ -127,7 +128,7 @@ def find_layout(folder: Path, reference: str) -> Layout:
     )
 
 
-def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], list[str]]:
+def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], dict[str, OpenFile], list[str]]:
     """All tensors of a checkpoint from the headers of its shards, and all that is wrong with them.
 
     Args:
@@ -135,9 +136,11 @@ def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], li
         layout: its weight files.
 
     Returns:
-        The tensors by name, ordered by shard and then by position, and one sentence per problem.
+        The tensors by name, ordered by shard and then by position; the shards by name, held open; and one
+        sentence per problem.
     """
     problems: list[str] = []
+    files: dict[str, OpenFile] = {}
     tensors: dict[str, TensorInfo] = {}
     for shard in layout.shards:
         path = folder / shard
@@ -145,7 +148,8 @@ def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], li
         if problem:
             problems.append(problem)
             continue
-        for info in parse_header(read_header(path), shard):
+        files[shard] = OpenFile(path)
+        for info in parse_header(read_header(files[shard]), shard):
             if info.name in tensors:
                 problems.append(f"{info.name} is in two shards, {tensors[info.name].shard} and {shard}.")
             tensors[info.name] = info
@@ -153,7 +157,7 @@ def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], li
         problems.append(f"{' '.join(layout.shards)} holds no tensors.")
     if not problems:
         problems = [*_misplaced(layout, tensors), *_unusable(tensors.values())]
-    return tensors, problems
+    return tensors, files, problems
 
 
 def _absent(path: Path, index_name: str | None) -> str:
@@ -191,17 +195,20 @@ def _misplaced(layout: Layout, tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 def _unusable(tensors: Iterable[TensorInfo]) -> list[str]:
     packed: list[str] = []
+    small: list[str] = []
     unknown: list[str] = []
     for info in tensors:
         if info.dtype not in DTYPES:
             unknown.append(f"{info.name} is stored as {info.dtype}, which torch cannot read.")
+        elif info.dtype.startswith("F8_"):
+            small.append(info.name)
         elif info.name.endswith(_PACKED_NAMES) or _is_integer_matrix(info):
             packed.append(info.name)
-    if packed:
-        unknown.append(
-            f"{len(packed)} weights are packed integers ({packed[0]}, ...): they are quantised. {_DEQUANTISE}"
-        )
-    return unknown
+    return unknown + [
+        f"{len(names)} weights are {kind} ({names[0]}, ...): they are quantised. {_DEQUANTISE}"
+        for kind, names in (("packed integers", packed), ("8-bit floats", small))
+        if names
+    ]
 
 
 def _is_integer_matrix(info: TensorInfo) -> bool:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deltaguard.errors import DeltaguardError
+from deltaguard.checkpoints.opened import OpenFile
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -95,11 +95,13 @@ def shard_problem(path: Path) -> str | None:
     return f"{path.name} is corrupt: {size:,} bytes, its header describes {expected:,} ({reason})."
 
 
-def read_header(path: Path) -> bytes:
-    """The header of a safetensors file, its 8-byte length included."""
-    with path.open("rb") as file:
-        length = file.read(_LENGTH_BYTES)
-        return length + file.read(int.from_bytes(length, "little"))
+def read_header(file: OpenFile) -> bytes:
+    """Read the header of a valid safetensors file, its 8-byte length included."""
+    length = bytearray(_LENGTH_BYTES)
+    file.read_into(0, memoryview(length))
+    header = bytearray(_LENGTH_BYTES + int.from_bytes(length, "little"))
+    file.read_into(0, memoryview(header))
+    return bytes(header)
 
 
 def parse_header(header: bytes, shard: str) -> list[TensorInfo]:
@@ -125,46 +127,19 @@ def parse_header(header: bytes, shard: str) -> list[TensorInfo]:
     return sorted(tensors, key=lambda tensor: (tensor.start, tensor.end))
 
 
-def read_tensor(folder: Path, info: TensorInfo) -> Tensor:
-    """One tensor, in its stored dtype, in memory of its own.
-
-    The file is opened for this read alone, so any number of threads may read at once.
+def read_tensor(file: OpenFile, info: TensorInfo) -> Tensor:
+    """Read one tensor, in its stored dtype, into memory of its own.
 
     Args:
-        folder: where `info.shard` lies.
+        file: the shard that holds it.
         info: the tensor.
 
     Raises:
-        DeltaguardError: the file is gone, cannot be read, or has become shorter.
+        DeltaguardError: the file cannot be read, or has become shorter.
     """
     data = torch.empty(info.nbytes, dtype=torch.uint8)
-    read_bytes(folder / info.shard, info.start, data.numpy().data)
+    file.read_into(info.start, data.numpy().data)
     return data.view(DTYPES[info.dtype]).reshape(info.shape)
-
-
-def read_bytes(path: Path, start: int, target: memoryview) -> None:
-    """Fill `target` with the bytes of a file from `start` on.
-
-    Raises:
-        DeltaguardError: the file is gone, cannot be read, or ends before `target` is full.
-    """
-    done = 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            # One call of the operating system reads at most 2 GiB.
-            while done < len(target):
-                count = file.readinto(target[done:])
-                if not count:
-                    break
-                done += count
-    except OSError as error:
-        raise DeltaguardError(f"{path} cannot be read: {error.strerror}.") from error
-    if done < len(target):
-        raise DeltaguardError(
-            f"{path} ends at byte {start + done:,}; {start + len(target):,} are needed. "
-            "It was changed while deltaguard was using it: run again once it is complete."
-        )
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -182,7 +157,7 @@ def _expected_size(path: Path) -> int | None:
     if size < _LENGTH_BYTES or _LENGTH_BYTES + length > size:
         return None
     try:
-        tensors = parse_header(read_header(path), path.name)
+        tensors = parse_header(read_header(OpenFile(path)), path.name)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None
     return max((tensor.end for tensor in tensors), default=_LENGTH_BYTES + length)

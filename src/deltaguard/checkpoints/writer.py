@@ -13,7 +13,8 @@ from torch import Tensor
 from deltaguard.checkpoints.durable import HashedFile, explained, flush_folder, lock_folder
 from deltaguard.checkpoints.journal import FileRecord, Journal
 from deltaguard.checkpoints.layout import STAGING_FOLDER
-from deltaguard.checkpoints.shards import DTYPES, TensorInfo, parse_header, read_bytes, tensor_bytes
+from deltaguard.checkpoints.opened import OpenFile
+from deltaguard.checkpoints.shards import DTYPES, TensorInfo, parse_header, tensor_bytes
 from deltaguard.errors import DeltaguardError
 
 _CHUNK = 8 << 20
@@ -170,14 +171,14 @@ class CheckpointWriter:
         Raises:
             DeltaguardError: the source cannot be read or the copy not written.
         """
-        with explained(source):
-            size = source.stat().st_size
+        opened = OpenFile(source)
+        size = opened.size
         # Two buffers, because one is still being hashed while the other is filled.
         buffers = [memoryview(bytearray(min(size, _CHUNK))) for _ in range(2)]
         with self._staged(name, size) as file:
             for number, start in enumerate(range(0, size, _CHUNK)):
                 chunk = buffers[number % 2][: min(_CHUNK, size - start)]
-                read_bytes(source, start, chunk)
+                opened.read_into(start, chunk)
                 file.write(chunk)
             file.notes = notes
         return self.records[name]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar
+from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
 from deltaguard.curvature.rank import Rank
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ def calibrate(
     """
     from deltaguard.calibration.calibrate import CalibrateConfig
     from deltaguard.calibration.calibrate import calibrate as run
-    from deltaguard.evaluation.judges.openings import is_refusal
 
     config = checked(
         CalibrateConfig,
@@ -67,7 +66,8 @@ def calibrate(
     )
     hide_bars_of_transformers()
     with progress_bar() as progress:
-        store = run(aligned, output, config=config, progress=progress, is_refusal=is_refusal)
+        store = run(aligned, output, config=config, progress=progress)
+    warn(store.provenance.warnings)
     emit(store.provenance, _draw(store, aligned, output), as_json=json)
 
 
@@ -79,7 +79,8 @@ def _draw(store: "CurvatureStore", aligned: str, output: Path) -> Table:
     table.add_row("conversations", str(made.conversations))
     table.add_row("conversations held out", str(len(store.held_out)))
     table.add_row("tokens", f"{made.tokens}, {made.response_tokens} of responses")
-    table.add_row("responses that refuse", f"{made.refusal_share or 0:.0%}")
+    share = made.refusal_share
+    table.add_row("responses that refuse", "not judged" if share is None else f"{share:.0%}")
     table.add_row("layers", str(sum(len(group.layers) for group in store.groups)))
     table.add_row("groups that share an input", str(len(store.groups)))
     table.add_row("eigenpairs kept", "all" if store.is_whole else f"{made.rank_share:.0%}")

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 from rich.console import Group
 from rich.table import Table
 
-from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar
+from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
 from deltaguard.files import read_yaml
 from deltaguard.report.restore import PlanReport, RestoreReport
 from deltaguard.restoration.options import (
@@ -78,6 +78,7 @@ def restore(
     hide_bars_of_transformers()
     with progress_bar() as progress:
         report = restoring.restore(aligned, finetuned, output, store=store, config=chosen, progress=progress)
+    warn(report.warnings)
     emit(report, _draw(report, chosen, output), as_json=json)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, TextIO, TypeVar
 
@@ -120,6 +120,13 @@ def complain(message: str, *, hint: str | None = None) -> None:
     console.print(Printable(Text.assemble(("Error:", "bold red"), " ", message)))
     if hint:
         console.print(Printable(Text(hint)))
+
+
+def warn(messages: Iterable[str]) -> None:
+    """Print what a result does not show by itself and its reader must know, on stderr."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for message in messages:
+        console.print(Printable(Text.assemble(("Warning:", "bold yellow"), " ", message)))
 
 
 class ProgressBar:

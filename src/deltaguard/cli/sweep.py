@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Group
 
-from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar
+from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
 from deltaguard.restoration.options import OtherParams, RestoreConfig
 
 
@@ -60,5 +60,6 @@ def sweep(
             config=config,
             progress=progress,
         )
+    warn(report.warnings)
     page = draw_folder(output).page
     emit(report, Group(sweep_table(report), f"Report: {page}"), as_json=json)

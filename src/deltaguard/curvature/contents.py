@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deltaguard.curvature.moments import Moment, Packed, check_sum, normalise, pack
+from deltaguard.errors import DeltaguardError
 from deltaguard.solvers.spectrum import Spectrum, spectrum
 
 
@@ -132,23 +133,26 @@ def group_curvature(
         extent: how much is kept.
 
     Raises:
-        DeltaguardError: a sum is not finite or zero, or H cannot be factorised.
+        DeltaguardError: a sum is not finite, zero or not positive semi-definite, or H cannot be factorised.
     """
     check_sum(group.name, sums.inputs.total, "inputs")
     outputs: list[Decomposed] = []
     for layer, total in zip(group.layers, sums.outputs, strict=True):
         check_sum(layer.name, total, "gradients")
-        outputs.append(_decomposed(total / response_tokens, extent))
+        outputs.append(_decomposed(layer.name, total / response_tokens, extent))
     return GroupCurvature(
-        inputs=_decomposed(normalise(sums.inputs), extent),
+        inputs=_decomposed(group.name, normalise(sums.inputs), extent),
         outputs=tuple(outputs),
         packed=pack(group.name, sums.inputs, dampening=dampening) if extent.whole else None,
         totals=sums.outputs if extent.whole else (),
     )
 
 
-def _decomposed(matrix: Tensor, extent: Extent) -> Decomposed:
-    found = spectrum(matrix, extent.rank(matrix.shape[0]))
+def _decomposed(name: str, matrix: Tensor, extent: Extent) -> Decomposed:
+    try:
+        found = spectrum(matrix, extent.rank(matrix.shape[0]))
+    except ValueError as error:
+        raise DeltaguardError(f"The curvature of `{name}` is of no use: {error}") from error
     return Decomposed(found, float(matrix.diagonal().double().mean()))
 
 

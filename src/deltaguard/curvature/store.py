@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from deltaguard.checkpoints.hub import locate
+from deltaguard.checkpoints.opened import OpenFile
 from deltaguard.checkpoints.shards import TensorInfo, parse_header, read_header, read_tensor, shard_problem
 from deltaguard.curvature.contents import (
     PACKED_FIELDS,
@@ -287,7 +288,8 @@ class CurvatureStore:
         return Spectrum(self._read(f"{name}.values"), self._read(f"{name}.vectors"), tail)
 
     def _read(self, name: str) -> Tensor:
-        return read_tensor(self.folder, self._tensors[name])
+        info = self._tensors[name]
+        return read_tensor(OpenFile(self.folder / info.shard), info)
 
     @cached_property
     def _by_name(self) -> dict[str, StoredGroup]:
@@ -303,7 +305,7 @@ class CurvatureStore:
 
     @cached_property
     def _tensors(self) -> dict[str, TensorInfo]:
-        infos = (parse_header(read_header(self.folder / shard), shard) for shard in self._shards)
+        infos = (parse_header(read_header(OpenFile(self.folder / shard)), shard) for shard in self._shards)
         return {info.name: info for shard in infos for info in shard}
 
     def _check_headers(self) -> None:

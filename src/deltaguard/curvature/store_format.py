@@ -26,6 +26,9 @@ MANIFEST = "curvature.json"
 MAX_SHARD_BYTES = 4 * 10**9
 SCHEMA_VERSION = 2
 
+ENOUGH_REFUSALS = 0.5
+"""Below this share of responses that refuse, there are few refusals that could be kept."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -106,6 +109,15 @@ class Provenance(Request):
     def extent(self) -> Extent:
         """How much of each group is stored."""
         return Extent(self.rank_share, whole=self.rank == "full")
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to know before a model is restored to this one's behaviour; nothing where it refuses."""
+        if self.refusal_share is None or self.refusal_share >= ENOUGH_REFUSALS:
+            return ()
+        found = f"{self.refusal_share:.0%} of the {self.conversations} responses of {self.aligned}"
+        why = "A restored model does what this one does: where it does not refuse, neither will that."
+        return (f"{found} to safety conversations refuse. {why} Calibrate a model that refuses.",)
 
 
 class StoredGroup(BaseModel):

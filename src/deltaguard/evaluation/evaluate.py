@@ -1,18 +1,27 @@
 """Several models on one suite, side by side: answers, verdicts, numbers with intervals, one report."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import BaseModel, Field, TypeAdapter
 
 from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
 from deltaguard.device import find_device
 from deltaguard.draw.evaluation import evaluation_card
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.answering import Candidate, PartFiles, describe, fill, model_names, open_files
+from deltaguard.evaluation.answering import (
+    Candidate,
+    PartFiles,
+    describe,
+    fill,
+    missing_notes,
+    model_names,
+    open_files,
+)
 from deltaguard.evaluation.assemble import assemble
 from deltaguard.evaluation.clock import Clock
 from deltaguard.evaluation.engines.identity import whole_model
@@ -27,6 +36,7 @@ from deltaguard.evaluation.judging import outcome
 from deltaguard.evaluation.outcomes import Outcome
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
+from deltaguard.files import read_json
 from deltaguard.progress import Progress, ignore
 from deltaguard.report.evaluation import EVALUATION_NAME, SCHEMA_VERSION, EvaluationReport
 
@@ -36,6 +46,16 @@ SECONDS_NAME = "seconds.json"
 _Files = Sequence[tuple[Candidate, Sequence[PartFiles]]]
 _Judges = Sequence[tuple[Judge, bool]]
 """Each with whether its `refused` says that an answer refuses."""
+
+
+class _Known(BaseModel):
+    """What must be known of a report before another takes its place."""
+
+    schema_version: int
+    suite: Annotated[str, Field(max_length=200)]
+
+
+_KNOWN = TypeAdapter(_Known)
 
 
 @dataclass(frozen=True)
@@ -78,8 +98,9 @@ def evaluate(
 
     Raises:
         DeltaguardError: before any model runs, where prompts are missing, a model or judge cannot be found,
-            or the folder holds answers of another suite, engine or model; later, where a model cannot be
-            loaded or asked.
+            or the folder holds answers of another suite, engine or model, or damaged ones; later, where a
+            model cannot be loaded or asked, or a server leaves more unanswered than `engine` or a judge
+            allows.
 
     Example:
         ```python
@@ -93,6 +114,8 @@ def evaluate(
         lock = lock_folder(run.folder)
     try:
         _require_same_suite(run)
+        # Damaged times are told before hours of answers, not after.
+        _ = run.clock.seconds
         files = [(each, open_files(run.folder, each, run.parts, run.config)) for each in candidates]
         judges = _judges(run)
         _fill_all(files, run)
@@ -127,24 +150,19 @@ def _prepare(
 def _require_same_suite(run: _Run) -> None:
     """Refuse a folder whose report would be lost: it asked something else, or is of a later release."""
     path = run.folder / EVALUATION_NAME
-    if not path.is_file():
+    if not path.exists():
         return
-    try:
-        known: Any = json.loads(path.read_text(encoding="utf-8"))
-        version, suite = int(known["schema_version"]), known["suite"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DeltaguardError(
-            f"{path} is no evaluation ({error!r}). Choose another output folder."
-        ) from error
+    remedy = "Choose another output folder, or remove this file: answers and scores stay in theirs."
+    known = read_json(path, _KNOWN, remedy=remedy)
     # An older one is what running again is for; a later one may hold what would be lost here.
-    if version > SCHEMA_VERSION:
+    if known.schema_version > SCHEMA_VERSION:
         raise DeltaguardError(
-            f"{path} has schema version {version}, and this release of deltaguard writes version "
-            f"{SCHEMA_VERSION}. Choose another output folder, or use the release that wrote it."
+            f"{path} has schema version {known.schema_version}, and this release of deltaguard writes "
+            f"version {SCHEMA_VERSION}. Choose another output folder, or use the release that wrote it."
         )
-    if suite != run.suite.name:
+    if known.suite != run.suite.name:
         raise DeltaguardError(
-            f"{run.folder} holds an evaluation by the suite {suite}, and the suite given is "
+            f"{run.folder} holds an evaluation by the suite {known.suite}, and the suite given is "
             f"{run.suite.name}. Choose another output folder."
         )
 
@@ -230,7 +248,11 @@ def _report(
         candidates,
         outcomes,
         config=run.config,
-        notes=(*run.notes, *harness_notes([each for _, theirs in files for each in theirs])),
+        notes=(
+            *run.notes,
+            *(note for candidate, theirs in files for note in missing_notes(candidate, theirs)),
+            *harness_notes([each for _, theirs in files for each in theirs]),
+        ),
         files={
             str(file.path.relative_to(run.folder)): file.settle()
             for _, theirs in files

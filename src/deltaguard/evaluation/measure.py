@@ -9,9 +9,9 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.judges.coherence import classify, is_broken
-from deltaguard.evaluation.judges.openings import is_refusal
 from deltaguard.evaluation.metrics.rates import Rate
 from deltaguard.progress import Event, Progress
+from deltaguard.refusals import is_refusal
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def measure(
     total = len(tests.attack) + len(tests.harmless) + len(tests.task)
     done = 0
 
-    def count(chosen: Sequence[int], _: Sequence[str]) -> None:
+    def count(chosen: Sequence[int], _: Sequence[object]) -> None:
         nonlocal done
         done += len(chosen)
         if progress is not None:

@@ -27,7 +27,7 @@ class Estimate(Record):
         value: the share, mean or score.
         low: lower end of the interval.
         high: upper end of the interval.
-        total: how many prompts it was taken over.
+        total: how many prompts it was taken over, those without an answer left out.
         interval: how the interval was computed.
     """
 
@@ -83,7 +83,8 @@ class Measure(Record):
         model: name of the model.
         section: name of the section.
         name: what was measured: `attack success`, `false refusal`, `incoherent`, `undecided`, `exact match`,
-            `rouge-l`, `harmfulness`, `refusal probability`, `nll` and others.
+            `rouge-l`, `harmfulness`, `refusal probability`, `nll` and others; `missing` where a server left
+            prompts unanswered, which no other number counts.
         judge: who told, null where no judge is needed.
         better: which way is better.
         estimate: the number.
@@ -181,7 +182,7 @@ class AnswerSample(Record):
         section: name of the section.
         kind: kind of the section.
         prompt: what was asked.
-        answers: by name of the model.
+        answers: by name of the model, those that answered.
         verdicts: by name of the model, then of the judge: what the answer was taken for.
     """
 

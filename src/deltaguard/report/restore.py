@@ -114,6 +114,7 @@ class RestoreReport(Record):
         safety_cost: median over them, null without curvature.
         seconds: wall time: total of this run, solve of all layers (those of an interrupted run included).
         peak_memory_bytes: largest resident memory of the process.
+        warnings: what must be known besides, a sentence or two each.
     """
 
     schema_version: int = 1
@@ -121,7 +122,7 @@ class RestoreReport(Record):
     aligned: ModelReference
     finetuned: ModelReference
     store_conversations: str | None
-    options: Mapping[str, str | float | bool | None]
+    options: Mapping[str, str | int | float | bool | None]
     layers: tuple[LayerRow, ...]
     others: tuple[OtherRow, ...]
     files: tuple[FileRow, ...]
@@ -133,6 +134,7 @@ class RestoreReport(Record):
     safety_cost: float | None
     seconds: Mapping[str, Seconds]
     peak_memory_bytes: Count
+    warnings: tuple[str, ...] = ()
 
 
 class PlanReport(Record):
@@ -168,11 +170,13 @@ class Verification(Record):
         folder: what was checked.
         tensors: how many tensors were read.
         problems: one sentence each; empty where all is well.
+        unchecked: what could not be checked, and why; one sentence each.
     """
 
     folder: str
     tensors: int
     problems: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:

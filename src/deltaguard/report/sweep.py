@@ -59,6 +59,7 @@ class SweepReport(Record):
         points: the candidates by price, falling: from the safest to the one that keeps most.
         budgets: the limits asked for, rising.
         seconds: wall time.
+        warnings: what must be known besides, a sentence or two each.
     """
 
     schema_version: int = 1
@@ -75,6 +76,7 @@ class SweepReport(Record):
     points: tuple[SweepPoint, ...] = Field(min_length=1)
     budgets: tuple[SweepBudget, ...]
     seconds: Seconds
+    warnings: tuple[str, ...] = ()
 
     def kept_gain(self, point: SweepPoint) -> float | None:
         """Share of the gain in likelihood that a candidate keeps; null without a gain to keep."""

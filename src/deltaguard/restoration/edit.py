@@ -73,7 +73,7 @@ def projection_of(inputs: LayerDelta) -> Projection | ThinProjection | None:
     """A layer's delta in the eigenbases of its curvature, None where there is no delta.
 
     Raises:
-        DeltaguardError: the weights are not finite; the message names the tensor.
+        DeltaguardError: the weights are not finite, or the curvature is damaged. It names the tensor.
     """
     if isinstance(inputs, Unchanged) or not isinstance(inputs.curvature, Spectra):
         return None
@@ -84,10 +84,11 @@ def projection_of(inputs: LayerDelta) -> Projection | ThinProjection | None:
             else _projected(*inputs.pair, inputs.curvature, inputs.thin)
         )
     except ValueError as error:
-        raise _named(error, inputs.step) from error
+        raise named(error, inputs.step) from error
 
 
-def _named(error: ValueError, step: Step) -> DeltaguardError:
+def named(error: ValueError, step: Step) -> DeltaguardError:
+    """Say which tensor a solver failed on."""
     return DeltaguardError(f"Tensor `{step.info.name}`: {error}")
 
 
@@ -148,9 +149,15 @@ def _thin_factors(thin: Thin, rank: int | None, mu: float | None) -> tuple[LowRa
             found = low_rank(projection.restored(mu), rank=rank)
         else:
             found = low_rank_of_factors(product.up, product.down, rank=rank)
+            projection.directions.check_restored(_norm(found))
         return found, outcome_of(projection, mu)
     except ValueError as error:
-        raise _named(error, thin.step) from error
+        raise named(error, thin.step) from error
+
+
+def _norm(found: LowRank) -> float:
+    """‖up @ down‖ of factors with orthogonal columns and rows, as `low_rank` gives them."""
+    return math.sqrt(float((found.up.double().square().sum(0) * found.down.double().square().sum(1)).sum()))
 
 
 def _restore(inputs: Inputs, config: RestoreConfig, mu: float | None, dtype: torch.dtype) -> Edited:
@@ -171,7 +178,7 @@ def _solved(inputs: Inputs, config: RestoreConfig, mu: float | None) -> Solution
     try:
         return _solve(inputs, config, mu)
     except ValueError as error:
-        raise _named(error, inputs.step) from error
+        raise named(error, inputs.step) from error
 
 
 def _solve(inputs: Inputs, config: RestoreConfig, mu: float | None) -> Solution:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource
+from deltaguard.checkpoints.durable import InUseError
+from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore, not_whole
 from deltaguard.curvature.store_format import MANIFEST
@@ -32,6 +34,15 @@ class Job:
             other_params=config.other_params,
             rank=config.rank,
         )
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on where an input was replaced or written to since it was opened.
+
+        Raises:
+            DeltaguardError: files changed; all are listed.
+        """
+        changes = self.aligned.changes() + self.finetuned.changes()
+        refuse_changes(dict.fromkeys(changes))
 
 
 def open_models(aligned: str | Path, finetuned: str | Path) -> tuple[Checkpoint, WeightSource]:
@@ -80,7 +91,13 @@ def open_job(
 
         folder = default_store_folder(base, config.rank)
         how = CalibrateConfig(resume=True, rank=config.rank, device=config.device)
-        known = calibrate(aligned, folder, config=how, progress=progress)
+        try:
+            known = calibrate(aligned, folder, config=how, progress=progress)
+        except InUseError as error:
+            raise DeltaguardError(
+                f"Another process is calibrating {aligned} right now, into {folder}. Run this again when it "
+                "is done, or give a store with `--store`."
+            ) from error
     return Job(base, tuned, known)
 
 

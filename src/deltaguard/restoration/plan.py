@@ -10,7 +10,8 @@ from deltaguard.checkpoints.vocabulary import vocabulary_size
 from deltaguard.curvature.contents import Group, spectra_bytes
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.families import stored_in_out
 from deltaguard.restoration.options import OtherParams
 
 _BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")
@@ -20,6 +21,7 @@ _INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|output_layer)\.(weight|bias)$"
 )
+_ORDERS = {False: "(out, in)", True: "(in, out)"}
 _SHOWN = 20
 
 
@@ -124,7 +126,7 @@ def make_plan(
     if store is not None:
         _check_store(aligned, store)
     names = _aligned_names(aligned, finetuned)
-    rules = _Rules(_layer_rule(store), other_params, _known_tokens(aligned, finetuned))
+    rules = _Rules(_layer_rule(aligned, store), other_params, _known_tokens(aligned, finetuned))
     problems = _missing(aligned, names, rules.layer)
     steps: list[Step] = []
     for info in finetuned.tensors.values():
@@ -155,19 +157,35 @@ class _Rules:
     known_tokens: int | None
 
 
-def _layer_rule(store: CurvatureStore | None) -> _LayerRule:
+def _layer_rule(aligned: WeightSource, store: CurvatureStore | None) -> _LayerRule:
     """(curvature group, transposed) of an aligned tensor that is to be restored, None for the others."""
+    if store is not None:
+        _refuse_turned_layers(aligned, store)
 
-    def from_store(info: TensorInfo) -> tuple[str | None, bool] | None:
-        group = store.group_of(info.name) if store else None
-        if group is None:
-            return None
-        return group.name, next(layer.transposed for layer in group.layers if layer.tensor == info.name)
+    def rule(info: TensorInfo) -> tuple[str | None, bool] | None:
+        transposed = stored_in_out(aligned.config, info.name)
+        if store is None:
+            return (None, transposed) if len(info.shape) == 2 and _BLOCK_MATRIX.search(info.name) else None
+        group = store.group_of(info.name)
+        return None if group is None else (group.name, transposed)
 
-    def from_header(info: TensorInfo) -> tuple[str | None, bool] | None:
-        return (None, False) if len(info.shape) == 2 and _BLOCK_MATRIX.search(info.name) else None
+    return rule
 
-    return from_header if store is None else from_store
+
+def _refuse_turned_layers(aligned: WeightSource, store: CurvatureStore) -> None:
+    turned = [
+        f"`{layer.tensor}`, which the store has as {_ORDERS[layer.transposed]}, and models of type "
+        f"{aligned.config.get('model_type')} as {_ORDERS[not layer.transposed]}"
+        for group in store.groups
+        for layer in group.layers
+        if layer.transposed != stored_in_out(aligned.config, layer.tensor)
+    ]
+    if turned:
+        raise DeltaguardError(
+            listed(f"The curvature store {store.folder} has weights of {aligned.reference} turned", turned)
+            + f"\nRun `deltaguard calibrate {aligned.reference} -o STORE` anew, or correct `model_type` in "
+            "the model's config.json."
+        )
 
 
 def _aligned_names(aligned: WeightSource, finetuned: WeightSource) -> Mapping[str, str]:

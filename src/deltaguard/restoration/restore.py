@@ -90,10 +90,13 @@ def restore(
         writer.require_space(plan.write_bytes if config.output_format == "checkpoint" else 0)
         price = _price(job, plan, config, writer, progress)
         rows = _stage(job, plan, config, price, writer, progress)
-        problem = _nothing_changed(job, rows, price)
-        if problem is not None:
+        try:
+            job.check_unchanged()
+            _check_result(job, rows, price)
+        except DeltaguardError:
+            # Of no use, so there is nothing to resume.
             writer.discard()
-            raise DeltaguardError(problem)
+            raise
         report = _report(job, config, price, rows, _files(writer, config, job.finetuned.shards), started)
         writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
         writer.text("README.md", model_card(report, front_matter=metadata))
@@ -235,11 +238,11 @@ def _write_shards(
     return rows
 
 
-def _nothing_changed(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price | None) -> str | None:
-    """Why the output would be useless, or None."""
+def _check_result(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price | None) -> None:
+    """Refuse an output that would be useless."""
     all_within = price is not None and price.dial is not None and price.mu == 0
     if not any(row.delta_norm > 0 if isinstance(row, LayerRow) else row.differs for row in rows):
-        return (
+        raise DeltaguardError(
             f"{job.finetuned.reference} does not differ from {job.aligned.reference}: every delta is zero, "
             "so there is nothing to restore. Are both the same model?"
         )
@@ -247,11 +250,10 @@ def _nothing_changed(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price
         row.utility_loss > 0 if isinstance(row, LayerRow) else row.differs and row.source != "finetuned"
         for row in rows
     ):
-        return (
+        raise DeltaguardError(
             "This run changes no tensor: with these options the output is the fine-tuned model itself. "
             "Lower --strength, or take the other parameters from the aligned model."
         )
-    return None
 
 
 def _plan_hash(job: Job, config: RestoreConfig) -> str:
@@ -324,6 +326,7 @@ def _report(
             "solve": sum(row.seconds for row in layers),
         },
         peak_memory_bytes=peak_memory_bytes(),
+        warnings=job.store.provenance.warnings if job.store else (),
     )
 
 

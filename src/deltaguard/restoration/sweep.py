@@ -20,13 +20,15 @@ from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.base import ModelReference, environment
 from deltaguard.report.restore import Probe
 from deltaguard.report.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
-from deltaguard.restoration.edit import projection_of
+from deltaguard.restoration.edit import named, projection_of
 from deltaguard.restoration.job import Job, open_job
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, SMALLEST_MAX_SAFETY_KL, RestoreConfig
+from deltaguard.restoration.plan import Step
 from deltaguard.restoration.price import (
     PROHIBITIVE,
     Candidate,
     first_price,
+    known_store,
     restored_inputs,
     restored_steps,
 )
@@ -84,6 +86,7 @@ def sweep(
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
     bench = _Bench.open(job, config, tasks, progress or ignore)
     report = bench.curve_report(sorted(set(limits)), started)
+    job.check_unchanged()
     write_atomically(Path(output_dir) / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")
     return report
 
@@ -92,15 +95,21 @@ def sweep(
 class _Layer:
     """A layer's projection, and what turns a restored delta into the tensor on disk."""
 
+    step: Step
     projection: Projection | ThinProjection
     aligned: Tensor
-    transposed: bool
-    dtype: torch.dtype
 
     def at(self, mu: float) -> Tensor:
-        """The tensor at a price."""
-        weight = self.projection.restored(mu) + self.aligned
-        return (weight.T if self.transposed else weight).to(self.dtype)
+        """The tensor at a price.
+
+        Raises:
+            DeltaguardError: the curvature is damaged.
+        """
+        try:
+            weight = self.projection.restored(mu) + self.aligned
+        except ValueError as error:
+            raise named(error, self.step) from error
+        return (weight.T if self.step.transposed else weight).to(DTYPES[self.step.info.dtype])
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,7 @@ class _Bench:
                 candidate.meter.put([(info.name, inputs.finetuned)])
             else:
                 base = inputs.pair[0].to(projection.dtype)
-                layers[info.name] = _Layer(projection, base, inputs.step.transposed, DTYPES[info.dtype])
+                layers[info.name] = _Layer(inputs.step, projection, base)
             report(Event("project", number, len(steps)))
         if not layers:
             raise DeltaguardError(
@@ -161,6 +170,7 @@ class _Bench:
             points=points,
             budgets=budgets,
             seconds=time.perf_counter() - started,
+            warnings=known_store(job).provenance.warnings,
         )
 
     def curve(self, limits: Sequence[float]) -> tuple[tuple[SweepPoint, ...], tuple[SweepBudget, ...]]:

@@ -1,22 +1,25 @@
 """Whether a restored checkpoint is what its report says, down to the bytes."""
 
 import hashlib
-from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from deltaguard.checkpoints.adapter import ADAPTER_FILE
 from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.shards import TensorInfo, parse_header, read_header, read_tensor
+from deltaguard.checkpoints.opened import OpenFile
+from deltaguard.checkpoints.shards import read_tensor
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.report.restore import REPORT_NAME, RestoreReport, Verification
+from deltaguard.restoration.verify_adapter import check_adapter
 
 _CHUNK = 1 << 22
 
 
 def verify(output_dir: str | Path) -> Verification:
     """Check a restored checkpoint: index and shards, finite weights, and hashes against its report.
+
+    Of an adapter, also that it fits its base model: the layers of the report, and the aligned model if it
+    still lies in the folder that the report names.
 
     Args:
         output_dir: a folder that `restore` wrote.
@@ -35,19 +38,23 @@ def verify(output_dir: str | Path) -> Verification:
     folder = Path(output_dir)
     report = read_report(folder)
     problems = _file_problems(folder, report)
+    unchecked: tuple[str, ...] = ()
     if report.options.get("output_format") == "adapter":
-        header = read_header(folder / ADAPTER_FILE)
-        tensors: Mapping[str, TensorInfo] = {info.name: info for info in parse_header(header, ADAPTER_FILE)}
+        adapter = check_adapter(folder, report)
+        tensors, unchecked = adapter.tensors, adapter.unchecked
+        problems += adapter.problems
     else:
         tensors = Checkpoint.open(folder).tensors
         problems += _name_problems(tensors.keys(), report)
     for name, info in tensors.items():
-        tensor = read_tensor(folder, info)
+        tensor = read_tensor(OpenFile(folder / info.shard), info)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             problems.append(
                 f"Tensor `{name}` holds {int((~tensor.isfinite()).sum())} NaN or infinite entries."
             )
-    return Verification(folder=str(folder), tensors=len(tensors), problems=tuple(problems))
+    return Verification(
+        folder=str(folder), tensors=len(tensors), problems=tuple(problems), unchecked=unchecked
+    )
 
 
 def read_report(folder: Path) -> RestoreReport:

@@ -7,7 +7,6 @@ Martens and Grosse 2015, arXiv:1503.05671), `ridge` has G = I.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from deltaguard.solvers.solution import (
     check_hessian,
     check_matrices,
     share,
+    squared_norm,
     working_dtype,
 )
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
@@ -40,6 +40,7 @@ class Projection:
         rows: UᵀΔ, (r_g, in).
         columns: ΔV, (out, r_h).
         core: UᵀΔV, (r_g, r_h).
+        directions: the delta by prices.
     """
 
     delta: Tensor
@@ -48,20 +49,19 @@ class Projection:
     rows: Tensor
     columns: Tensor
     core: Tensor
+    directions: Directions
 
     @property
     def dtype(self) -> torch.dtype:
         """In which everything is computed."""
         return self.delta.dtype
 
-    @cached_property
-    def directions(self) -> Directions:
-        """The delta by prices."""
-        rows, columns = _norms(self.rows.T), _norms(self.columns)
-        return directions(self.core, rows, columns, _norms(self.delta).sum(), self.inputs, self.outputs)
-
     def restored(self, mu: float) -> Tensor:
-        """Δ', (out, in)."""
+        """Compute Δ', (out, in).
+
+        Raises:
+            ValueError: it would be larger than Δ, see `Directions.check_restored`.
+        """
         if mu >= PROHIBITIVE:
             return torch.zeros_like(self.delta)
         g, h, dtype = self.outputs.values, self.inputs.values, self.delta.dtype
@@ -72,14 +72,22 @@ class Projection:
         core = self.core * (both - of_rows[:, None] - of_columns[None, :] + neither)
         inner = torch.addmm(self.rows * (of_rows - neither)[:, None], core, self.inputs.vectors.T.to(dtype))
         found = torch.addmm(self.delta * neither, self.outputs.vectors.to(dtype), inner)
-        return found.addmm_(self.columns * (of_columns - neither), self.inputs.vectors.T.to(dtype))
+        found.addmm_(self.columns * (of_columns - neither), self.inputs.vectors.T.to(dtype))
+        self.directions.check_restored(math.sqrt(squared_norm(found)))
+        return found
 
 
 def project(delta: Tensor, inputs: Spectrum, outputs: Spectrum) -> Projection:
-    """Project a delta, (out, in), on the eigenvectors of H and G."""
+    """Project a delta, (out, in), on the eigenvectors of H and G.
+
+    Raises:
+        ValueError: eigenvalues are negative or no numbers, or eigenvectors not orthonormal.
+    """
     inputs, outputs = inputs.to(delta.dtype), outputs.to(delta.dtype)
-    rows = outputs.vectors.T @ delta
-    return Projection(delta, inputs, outputs, rows, delta @ inputs.vectors, rows @ inputs.vectors)
+    rows, columns = outputs.vectors.T @ delta, delta @ inputs.vectors
+    core = rows @ inputs.vectors
+    norms = _norms(rows.T), _norms(columns), _norms(delta).sum()
+    return Projection(delta, inputs, outputs, rows, columns, core, directions(core, *norms, inputs, outputs))
 
 
 def ridge(aligned: Tensor, finetuned: Tensor, hessian: Tensor, *, mu: float) -> Solution:
@@ -96,7 +104,8 @@ def ridge(aligned: Tensor, finetuned: Tensor, hessian: Tensor, *, mu: float) -> 
         As `kfac`, with G = I.
 
     Raises:
-        ValueError: shapes do not fit, an entry is not finite, or `mu` is negative or NaN.
+        ValueError: shapes do not fit, an entry is not finite, H has negative eigenvalues that no rounding
+            explains, or `mu` is negative or NaN.
 
     Example:
         >>> import torch
@@ -158,7 +167,8 @@ def closed_form(
         mu: as in `kfac`.
 
     Raises:
-        ValueError: `mu` is negative or NaN.
+        ValueError: `mu` is negative or NaN, or the spectra are none: negative eigenvalues, eigenvectors that
+            are not orthonormal, or a result that is larger than the delta.
     """
     dtype = working_dtype(aligned, finetuned, inputs.values)
     base, target = aligned.to(dtype), finetuned.to(dtype)
@@ -177,7 +187,7 @@ def solve_projected(
         mu: as in `kfac`.
 
     Raises:
-        ValueError: `mu` is negative or NaN.
+        ValueError: `mu` is negative or NaN, or the result would be larger than the delta.
     """
     outcome = outcome_of(projection, mu)
     base, target = aligned.to(projection.dtype), finetuned.to(projection.dtype)

@@ -13,6 +13,9 @@ EXACT_SIZE = 2048
 _FLOOR = 0.01
 """Share of the mean of the other eigenvalues that is added to them before their geometric mean is taken."""
 
+_NEGATIVE = 0.01
+"""Share of the largest eigenvalue beyond which negative ones are no rounding, not even to half precision."""
+
 _OVERSAMPLING = 32
 _POWER_ITERATIONS = 3
 
@@ -67,7 +70,8 @@ def spectrum(curvature: Tensor, rank: int | None = None) -> Spectrum:
         rank: how many eigenpairs are kept; all where absent.
 
     Raises:
-        ValueError: `rank` does not lie in [0, n].
+        ValueError: `rank` does not lie in [0, n], or an eigenvalue is negative beyond rounding: by more than
+            a hundredth of the largest.
 
     Example:
         >>> import torch
@@ -99,6 +103,11 @@ def raised(whole: Spectrum) -> Spectrum:
 
 def _exact(matrix: Tensor, rank: int) -> Spectrum:
     values, vectors = torch.linalg.eigh(matrix)
+    if float(values[0]) < -_NEGATIVE * max(float(values[-1]), 0.0):
+        raise ValueError(
+            f"The curvature is not positive semi-definite: its eigenvalues lie between "
+            f"{float(values[0]):.4g} and {float(values[-1]):.4g}."
+        )
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     others = values[rank:].double()
     floor = _FLOOR * others.mean() if len(others) else 0.0
@@ -121,24 +130,31 @@ def _tail_from_determinant(matrix: Tensor, values: Tensor) -> float:
     In float64: the determinant multiplies eigenvalues that lie many orders of magnitude apart.
     """
     others = matrix.shape[0] - len(values)
-    floor = _FLOOR * max(float(matrix.diagonal().double().sum() - values.double().sum()), 0.0) / others
+    trace, kept = float(matrix.diagonal().double().sum()), float(values.double().sum())
+    if kept > trace + _NEGATIVE * abs(trace):
+        raise ValueError(
+            f"The curvature is not positive semi-definite: its trace is {trace:.4g}, and its {len(values)} "
+            f"largest eigenvalues add up to {kept:.4g}."
+        )
+    floor = _FLOOR * max(trace - kept, 0.0) / others
     if floor == 0:
         # The others are lost in the rounding of the largest.
         return float(torch.finfo(matrix.dtype).eps * values[0])
-    lower, floor = _cholesky(matrix, floor)
+    lower, floor = _cholesky(matrix, floor, _NEGATIVE * float(values[0]))
     log_determinant = 2 * lower.diagonal().log().sum()
     return float(((log_determinant - (values.double() + floor).log().sum()) / others).exp())
 
 
-def _cholesky(matrix: Tensor, floor: float) -> tuple[Tensor, float]:
+def _cholesky(matrix: Tensor, floor: float, highest: float) -> tuple[Tensor, float]:
     """The factor of M + floor · I, the floor raised tenfold while rounding of M makes that indefinite."""
-    largest = float(matrix.diagonal().max())
     while True:
         damped = matrix.to(torch.float64, copy=True)
         damped.diagonal().add_(floor)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             return lower, floor
-        if floor > largest:
-            raise ValueError("The curvature is not positive semi-definite.")
-        floor *= 10
+        if floor >= highest:
+            raise ValueError(
+                f"The curvature is not positive semi-definite: an eigenvalue lies below {-floor:.4g}."
+            )
+        floor = min(10 * floor, highest)

@@ -5,8 +5,8 @@ The factors 1 / (1 + μ g_a h_b) are a sum of k products p_a q_b, so the restore
 of rank r, (U p Uᵀ B)(A V q Vᵀ). Where k r is not below the layer's shorter side, the matrix itself is solved.
 """
 
+import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +15,11 @@ from deltaguard.solvers.directions import Directions, directions
 from deltaguard.solvers.low_rank import LowRank
 from deltaguard.solvers.profile import PROHIBITIVE
 from deltaguard.solvers.separable import separable
+from deltaguard.solvers.solution import squared_norm
 from deltaguard.solvers.spectrum import Spectrum
+
+_ROUNDING = 1e-4
+"""Of ‖B‖ ‖A‖, what a sum of products in float32 may be off by."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class ThinProjection:
         outputs: of G, rank r_g.
         left: UᵀB, (r_g, r).
         right: AV, (r, r_h).
+        directions: the delta by prices.
     """
 
     up: Tensor
@@ -37,27 +42,30 @@ class ThinProjection:
     outputs: Spectrum
     left: Tensor
     right: Tensor
+    directions: Directions
 
     @property
     def dtype(self) -> torch.dtype:
         """In which everything is computed."""
         return self.up.dtype
 
-    @cached_property
-    def directions(self) -> Directions:
-        """The delta by prices."""
-        up, down = (matrix.double() for matrix in (self.up.T @ self.up, self.down @ self.down.T))
-        left, right = self.left.double(), self.right.double()
-        rows, columns = ((left @ down) * left).sum(1), ((up @ right) * right).sum(0)
-        return directions(self.left @ self.right, rows, columns, (up * down).sum(), self.inputs, self.outputs)
-
     def restored(self, mu: float) -> Tensor:
-        """Δ', (out, in)."""
+        """Compute Δ', (out, in).
+
+        Raises:
+            ValueError: it would be larger than Δ, see `Directions.check_restored`.
+        """
         factors = self.factors(mu)
-        return self._dense(mu) if factors is None else factors.up @ factors.down
+        found = self._dense(mu) if factors is None else factors.up @ factors.down
+        self.directions.check_restored(math.sqrt(squared_norm(found)))
+        return found
 
     def factors(self, mu: float) -> LowRank | None:
-        """Δ' as a product, None where that would be no thinner than the matrix itself."""
+        """Compute Δ' as a product, None where that would be no thinner than the matrix itself.
+
+        The norm of a product costs nearly as much as the product: whoever has it at hand after the next step
+        gives it to `directions.check_restored`.
+        """
         if mu == 0:
             return LowRank(self.down, self.up, 0.0)
         if mu >= PROHIBITIVE:
@@ -84,9 +92,20 @@ class ThinProjection:
 
 
 def project_thin(up: Tensor, down: Tensor, inputs: Spectrum, outputs: Spectrum) -> ThinProjection:
-    """Project a delta up @ down, (out, r) and (r, in), on the eigenvectors of H and G."""
+    """Project a delta up @ down, (out, r) and (r, in), on the eigenvectors of H and G.
+
+    Raises:
+        ValueError: eigenvalues are negative or no numbers, or eigenvectors not orthonormal.
+    """
     inputs, outputs = inputs.to(up.dtype), outputs.to(up.dtype)
-    return ThinProjection(up, down, inputs, outputs, outputs.vectors.T @ up, down @ inputs.vectors)
+    left, right = outputs.vectors.T @ up, down @ inputs.vectors
+    # In float64: the terms of a product may cancel, all but a little.
+    of_up, of_down = (matrix.double() @ matrix.double().T for matrix in (up.T, down))
+    rows = ((left.double() @ of_down) * left).sum(1)
+    columns = ((of_up @ right.double()) * right).sum(0)
+    slack = _ROUNDING * math.sqrt(float(of_up.trace() * of_down.trace()))
+    found = directions(left @ right, rows, columns, (of_up * of_down).sum(), inputs, outputs, slack=slack)
+    return ThinProjection(up, down, inputs, outputs, left, right, found)
 
 
 def _with_tail(found: Spectrum) -> Tensor:

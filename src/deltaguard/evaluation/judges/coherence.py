@@ -15,8 +15,8 @@ from typing import Any
 from deltaguard.calibration.conversations import Conversation
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Verdict
-from deltaguard.evaluation.judges.openings import is_empty
 from deltaguard.evaluation.utility.likelihood import negative_log_likelihood
+from deltaguard.refusals import is_empty
 from deltaguard.report.evaluation import AnswerClass
 
 Perplexity = Callable[[Sequence[Exchange]], list[float]]

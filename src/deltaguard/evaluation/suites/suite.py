@@ -1,15 +1,14 @@
 """The schema of a suite, and reading one by name or from a file."""
 
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.judges.specs import JudgeSpec
+from deltaguard.files import parse_yaml, read_yaml
 from deltaguard.report.evaluation import SectionKind
 
 SUITES = ("quick", "safety", "utility", "full")
@@ -23,7 +22,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DecodingSpec(_Part):
@@ -190,17 +189,14 @@ def read_suite(name_or_path: str | Path) -> Suite:
         >>> read_suite("quick").name
         'quick'
     """
+    remedy = "docs/evaluation.md says what a suite may hold."
     if str(name_or_path) in SUITES:
         text = (files("deltaguard.evaluation.suites") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-        return _parse(text, f"suite {name_or_path}")
+        return parse_yaml(text, Suite, source=f"The suite {name_or_path}", remedy=remedy)
     path = Path(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeltaguardError(
-            f"The suite {path} cannot be read ({error}). Give a YAML file or one of {', '.join(SUITES)}."
-        ) from error
-    suite = _parse(text, str(path))
+    if not path.exists():
+        raise DeltaguardError(f"There is no suite {path}: give a YAML file or one of {', '.join(SUITES)}.")
+    suite = read_yaml(path, Suite, remedy=remedy)
     return suite.model_copy(
         update={
             "sections": tuple(_from_folder(section, path.parent) for section in suite.sections),
@@ -210,23 +206,6 @@ def read_suite(name_or_path: str | Path) -> Suite:
 
 
 def _from_folder(described: _DescribedT, folder: Path) -> _DescribedT:
-    """Paths in a suite are relative to the suite."""
+    """Make paths in a suite relative to the suite."""
     found = {name: value for name, value in described if isinstance(value, Path)}
     return described.model_copy(update={name: folder / path for name, path in found.items()})
-
-
-def _parse(text: str, where: str) -> Suite:
-    try:
-        content: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DeltaguardError(f"The suite {where} is not YAML: {error}") from error
-    if not isinstance(content, Mapping):
-        raise DeltaguardError(f"The suite {where} must map names such as `sections` to values.")
-    try:
-        return Suite.model_validate(content)
-    except ValidationError as error:
-        problems = "\n".join(
-            f"  {'.'.join(map(str, each['loc'])) or 'suite'}: {each['msg'].removeprefix('Value error, ')}"
-            for each in error.errors()
-        )
-        raise DeltaguardError(f"The suite {where} cannot be used:\n{problems}") from error

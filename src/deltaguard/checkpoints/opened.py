@@ -1,0 +1,136 @@
+"""Files held open, so that what is read is one file from beginning to end, whatever happens to its name."""
+
+import os
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from deltaguard.errors import DeltaguardError, listed
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What tells a file from another one, and from itself once it was changed.
+
+    Attributes:
+        device: number of its file system.
+        inode: number of it there.
+        size: bytes.
+        modified: time of its last change, in nanoseconds.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Self:
+        """Take the signature from what the operating system says of a file."""
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class OpenFile:
+    """A file for reading, open as long as this object lives; any number of threads may read at once.
+
+    Attributes:
+        path: where it lay when it was opened.
+        size: bytes it had then.
+
+    Example:
+        >>> file = OpenFile(Path("model.safetensors"))  # doctest: +SKIP
+        >>> header = bytearray(8)  # doctest: +SKIP
+        >>> file.read_into(0, memoryview(header))  # doctest: +SKIP
+        >>> file.check_unchanged()  # doctest: +SKIP
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file.
+
+        Raises:
+            DeltaguardError: it is gone or cannot be read.
+        """
+        self.path = path
+        try:
+            # A pipe is not waited for.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise DeltaguardError(f"{path} cannot be read: {error.strerror}.") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        self._opened = Signature.of(os.fstat(self._descriptor))
+        self.size = self._opened.size
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill `target` with the file's bytes from `start` on.
+
+        Raises:
+            DeltaguardError: the file cannot be read, or ends before `target` is full.
+        """
+        done = 0
+        try:
+            # One call of the operating system reads at most 2 GiB.
+            while done < len(target):
+                count = os.preadv(self._descriptor, [target[done:]], start + done)
+                if not count:
+                    break
+                done += count
+        except OSError as error:
+            raise DeltaguardError(f"{self.path} cannot be read: {error.strerror}.") from error
+        if done < len(target):
+            raise DeltaguardError(
+                f"{self.path} ends at byte {start + done:,}; {start + len(target):,} are needed. "
+                "It was changed while deltaguard was using it: run again once it is complete."
+            )
+
+    def change(self) -> str | None:
+        """Say what happened to the file since it was opened; None where nothing did."""
+        return _change(self.path, self._opened, Signature.of(os.fstat(self._descriptor)))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Signatures of small files that are read, and perhaps copied, at more than one time."""
+
+    _seen: dict[Path, Signature]
+
+    @classmethod
+    def of(cls, paths: Iterable[Path]) -> Self:
+        """Note what files are now; those that are absent are left out."""
+        return cls({path: Signature.of(path.stat()) for path in paths if path.is_file()})
+
+    def changes(self) -> list[str]:
+        """Say what happened to each file since then."""
+        return [change for path, seen in self._seen.items() if (change := _change(path, seen))]
+
+
+def refuse_changes(changes: Iterable[str | None]) -> None:
+    """Refuse what was made from files that changed meanwhile: it may be half of one and half of another.
+
+    Args:
+        changes: what `OpenFile.change` and `Snapshot.changes` said.
+
+    Raises:
+        DeltaguardError: at least one of them is a change; all are listed.
+    """
+    found = [change for change in changes if change]
+    if found:
+        raise DeltaguardError(
+            listed("Inputs were changed while they were read, so the result would be of no one model", found)
+            + "\nRun again once they are complete."
+        )
+
+
+def _change(path: Path, before: Signature, held: Signature | None = None) -> str | None:
+    try:
+        now = Signature.of(path.stat())
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    if (now.device, now.inode) != (before.device, before.inode):
+        return f"{path} was replaced by another file"
+    if now.size != before.size:
+        return f"{path} had {before.size:,} bytes and has {now.size:,}"
+    if now != before or held not in (None, before):
+        return f"{path} was written to"
+    return None

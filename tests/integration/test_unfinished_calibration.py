@@ -1,0 +1,239 @@
+"""Damage to an unfinished calibration: one message says what and how to start anew, and the rest is kept."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import models
+from deltaguard.calibration import workspace as workspace_module
+from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+from deltaguard.errors import DeltaguardError
+from pairs import pair
+
+ASKED = CalibrateConfig(num_samples=6, num_held_out=3, max_new_tokens=5, batch_size=4, rank="full")
+RESUME = ASKED.model_copy(update={"resume": True})
+REQUEST, RESPONSES, SUM = "request.json", "responses.jsonl", "sum-00003.safetensors"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return models.save(models.tiny_model("llama"), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def interrupted(llama, tmp_path_factory):
+    """The folder of a calibration that was stopped after its first batch."""
+
+    def interrupt(event):
+        if event.stage == "accumulate":
+            raise KeyboardInterrupt
+
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(llama, folder / "store", config=ASKED, progress=interrupt)
+    return folder / "store.partial"
+
+
+@pytest.fixture
+def partial(interrupted, tmp_path):
+    """A copy of it beside the output `store`."""
+    return shutil.copytree(interrupted, tmp_path / "store.partial")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(llama, tmp_path_factory):
+    return contents(calibrate(llama, tmp_path_factory.mktemp("whole") / "store", config=ASKED).folder)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def refusal(llama, partial):
+    """What a resumed run says, which must leave everything as it is."""
+    before = contents(partial)
+    with pytest.raises(DeltaguardError) as caught:
+        calibrate(llama, partial.with_name("store"), config=RESUME)
+    assert contents(partial) == before
+    assert not partial.with_name("store").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"rank": "auto"}', None])
+def test_a_damaged_request_is_named_with_the_way_to_start_anew(llama, partial, uninterrupted, content):
+    path = partial / REQUEST
+    path.unlink() if content is None else path.write_bytes(content)
+    message = refusal(llama, partial)
+    assert str(path) in message
+    assert f"Delete the folder {partial} and run the same command again: it starts anew." in message
+    shutil.rmtree(partial)
+    store = calibrate(llama, partial.with_name("store"), config=RESUME)
+    assert contents(store.folder) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("[1]", "line 2: Input should be"),
+        ('{"0": 1}', r"line 2: `0`: Input should be a valid string \(it is 1\)"),
+        ('{"first": "a"}', "line 2: `first"),
+        ('{"0": "\\ud800"}', "line 2: "),
+        ("oops", "line 2: "),
+        ('{"9": "a"}', r"it answers 9; 9 conversations were asked, counted from 0"),
+        ('{"-1": "a"}', "it answers -1;"),
+    ],
+)
+def test_a_damaged_line_of_responses_is_named_with_the_way_to_start_anew(llama, partial, line, problem):
+    path = partial / RESPONSES
+    first, *others = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([first, line, *others]) + "\n", encoding="utf-8")
+    message = refusal(llama, partial)
+    assert str(path) in message
+    assert re.search(problem, message)
+    assert f"Delete the folder {partial} and run the same command again: it starts anew." in message
+
+
+def test_no_response_of_the_users_own_is_replaced(llama, tmp_path):
+    path = tmp_path / "store.partial" / RESPONSES
+    calibrate_on = pair().aligned, tmp_path / "store"
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text('{"prompt": "Why?", "response": "No."}\n{"prompt": "How?"}\n', encoding="utf-8")
+    config = CalibrateConfig(prompts=rows, resume=True, max_new_tokens=5)
+
+    def interrupt(event):
+        if event.stage == "accumulate":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(*calibrate_on, config=config, progress=interrupt)
+    (answered,) = json.loads(path.read_text(encoding="utf-8"))
+    own = 1 - int(answered)
+    path.write_text(json.dumps({own: "Sure."}) + "\n", encoding="utf-8")
+    with pytest.raises(DeltaguardError, match=rf"it answers {own}; "):
+        calibrate(*calibrate_on, config=config)
+
+
+def told(llama, output):
+    """What a resumed run says where it cannot go on."""
+    try:
+        calibrate(llama, output, config=RESUME)
+    except DeltaguardError as error:
+        return str(error)
+    return None
+
+
+def rewritten(path, change=lambda tensors: tensors, **counts):
+    """A sum's file written anew, with other tensors or counts."""
+    with safe_open(path, framework="pt") as file:
+        known = file.metadata()
+    tensors = load_file(path)
+    save_file(change(tensors), path, {name: str(count) for name, count in (known | counts).items()})
+
+
+def entry(value, *place):
+    def change(tensors):
+        for tensor in tensors.values():
+            tensor[place] = value
+        return tensors
+
+    return change
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+DAMAGE = {
+    "truncated": (cut, "is truncated"),
+    "empty": (lambda path: path.write_bytes(b""), "is not a safetensors file"),
+    "counts that are no numbers": (lambda path: rewritten(path, tokens="many"), "`tokens`: .* 'many'"),
+    "a negative count": (lambda path: rewritten(path, batches=-1), "`batches`: .* '-1'"),
+    "tokens of other batches": (lambda path: rewritten(path, tokens=7), r"7 tokens in 1 batches, not \d+"),
+    "batches that there are not": (lambda path: rewritten(path, batches=3), r"3 batches of 2"),
+    "no counts": (lambda path: save_file(load_file(path), path), "`tokens`: Field required"),
+    "another name": (
+        lambda path: rewritten(path, lambda tensors: {"a": next(iter(tensors.values()))}),
+        "holds `a`, not `",
+    ),
+    "two tensors": (lambda path: rewritten(path, lambda t: {**t, "a": torch.ones(1)}), "holds `a`, `"),
+    "another shape": (
+        lambda path: rewritten(path, lambda t: {name: x[:3].clone() for name, x in t.items()}),
+        r"is F32 \[3, \d+\], not F32 \[",
+    ),
+    "another dtype": (
+        lambda path: rewritten(path, lambda t: {name: x.half() for name, x in t.items()}),
+        r"is F16 \[",
+    ),
+    "NaN": (lambda path: rewritten(path, entry(torch.nan, 0, 1)), "1 entries that are NaN or infinite"),
+    "infinity": (lambda path: rewritten(path, entry(torch.inf, 2, 2)), "1 entries that are NaN or infinite"),
+    "a negative square": (lambda path: rewritten(path, entry(-1.0, 1, 1)), "negative sums of squares"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_sum_is_named_and_taken_anew_once_it_is_deleted(llama, partial, uninterrupted, kind):
+    spoil, problem = DAMAGE[kind]
+    spoil(partial / SUM)
+    message = refusal(llama, partial)
+    assert SUM in message
+    assert re.search(problem, message)
+    assert "Delete these files and run the same command again" in message
+    (partial / SUM).unlink()
+    store = calibrate(llama, partial.with_name("store"), config=RESUME)
+    assert contents(store.folder) == uninterrupted
+
+
+def test_all_damaged_sums_are_named_at_once(llama, partial):
+    spoiled = sorted(partial.glob("sum-*.safetensors"))[3:6]
+    for path in spoiled:
+        cut(path)
+    message = refusal(llama, partial)
+    assert all(path.name in message for path in spoiled)
+    assert message.count("is truncated") == 3
+
+
+def test_sums_without_responses_belong_to_their_request_too(llama, partial):
+    """A sum of another request is not added to."""
+    (partial / RESPONSES).unlink()
+    (partial / "sum-00000.safetensors").unlink()
+    other = RESUME.model_copy(update={"max_length": 100})
+    with pytest.raises(DeltaguardError, match="max_length is 100 now and was 512"):
+        calibrate(llama, partial.with_name("store"), config=other)
+
+
+def test_a_run_that_waited_for_another_finds_the_finished_store(llama, tmp_path, uninterrupted, monkeypatch):
+    """The second one saw no store yet when it began; the first finished before the second had the lock."""
+    output, lock_folder = tmp_path / "store", workspace_module.lock_folder
+
+    def lock_after_the_other(folder):
+        monkeypatch.undo()
+        calibrate(llama, output, config=RESUME)
+        folder.mkdir()
+        return lock_folder(folder)
+
+    monkeypatch.setattr(workspace_module, "lock_folder", lock_after_the_other)
+    store = calibrate(llama, output, config=RESUME)
+    assert contents(store.folder) == uninterrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("name", [REQUEST, RESPONSES, SUM])
+def test_whatever_a_file_holds_there_is_a_store_or_one_message(llama, partial, name):
+    """Cut off anywhere, and overwritten anywhere in its first bytes: where headers and names are."""
+    whole = (partial / name).read_bytes()
+    spoiled = [whole[:size] for size in range(0, len(whole), len(whole) // 7 + 1)]
+    for place in range(0, min(len(whole), 200), 25):
+        spoiled += [whole[:place] + byte + whole[place + 1 :] for byte in (b"\x00", b"\xff", b"}")]
+    kept = contents(partial)
+    for content in spoiled:
+        partial.mkdir(exist_ok=True)
+        for path, whole in kept.items():
+            (partial / path).write_bytes(content if path == name else whole)
+        message = told(llama, partial.with_name("store"))
+        assert message is None or "Delete" in message or "belongs to another calibration" in message
+        shutil.rmtree(partial.with_name("store"), ignore_errors=True)
