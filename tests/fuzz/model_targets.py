@@ -49,9 +49,12 @@ def config_of_transformers(folder: Path) -> Target:
     return in_file(model / "config.json", damage_json, read)
 
 
-def answered(model: Path) -> list[str]:
+def answered(model: Path) -> None:
     engine = TransformersEngine.open(str(model), device="cpu")
-    return engine.answer([Question("How?")], Decoding(2))
+    questions = [Question("How?", expected="So."), Question("What is it, then?", expected="It is so.")]
+    engine.answer(questions, Decoding(2))
+    engine.answer(questions, Decoding(2, temperature=0.5))
+    engine.likelihood(questions)
 
 
 def generation_config(folder: Path) -> Target:
@@ -106,6 +109,11 @@ def encoded(model: Path) -> None:
 def tokenizer(folder: Path) -> Target:
     model = copied(pair().aligned, folder)
     return in_file(model / "tokenizer.json", damage_json, lambda: encoded(model))
+
+
+def answering_tokenizer(folder: Path) -> Target:
+    model = copied(pair().aligned, folder)
+    return in_file(model / "tokenizer.json", damage_json, lambda: answered(model))
 
 
 def tokenizer_config(folder: Path) -> Target:
@@ -212,6 +220,7 @@ KINDS = (
     Kind("weights", 200, weights),
     Kind("weights of a pair", 60, weights_of_a_pair),
     Kind("tokenizer.json", 60, tokenizer),
+    Kind("tokenizer.json of a model that answers", 12, answering_tokenizer),
     Kind("tokenizer_config.json", 60, tokenizer_config),
     Kind("chat template", 60, chat_template),
     Kind("adapter_config.json", 100, adapter_config),

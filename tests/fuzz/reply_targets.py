@@ -9,8 +9,9 @@ from pathlib import Path
 from mutators import damage_json
 
 from deltaguard.evaluation.engines.openai import OpenAIEngine
-from deltaguard.evaluation.exchange import Decoding, Exchange, Question
+from deltaguard.evaluation.exchange import Decoding, Exchange, Missed, Question
 from deltaguard.evaluation.judges.llm import LLMJudge
+from deltaguard.evaluation.server import Server
 from targets import Kind, Target
 
 MESSAGE = {"role": "assistant", "content": "It declines.\nScore: 1", "refusal": None}
@@ -62,16 +63,13 @@ def reply(ask: Callable[[str], object]) -> Callable[[Path], Target]:
 
 
 def as_engine(url: str) -> None:
-    engine = OpenAIEngine(url, "m", retries=0, workers=1)
-    try:
-        (answer,) = engine.answer([Question("How?", "Be kind.")], Decoding(4))
-        assert isinstance(answer, str)
-    finally:
-        engine.close()
+    engine = OpenAIEngine(Server(url, "m", retries=0))
+    (answer,) = engine.answer([Question("How?", "Be kind.")], Decoding(4))
+    assert isinstance(answer, str | Missed)
 
 
 def as_judge(url: str) -> None:
-    LLMJudge(url, "m", retries=0, max_workers=1).judge([Exchange("How?", "So.")])
+    LLMJudge(Server(url, "m", retries=0)).judge([Exchange("How?", "So.")])
 
 
 KINDS = (

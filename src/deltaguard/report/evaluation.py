@@ -253,9 +253,8 @@ class EvaluationReport(Record):
         sections = {section.name for section in self.sections}
         for what in ("measures", "comparisons", "harness"):
             require_known(what, (row.model for row in getattr(self, what)), models)
-            require_known(what, (row.section for row in getattr(self, what)), sections)
         require_known("comparisons", (row.reference for row in self.comparisons), models)
-        require_known("agreements", (row.section for row in self.agreements), sections)
-        require_known("samples", (row.section for row in self.samples), sections)
         require_known("samples", (name for row in self.samples for name in row.answers), models)
+        for what in ("measures", "comparisons", "agreements", "samples"):
+            require_known(what, (row.section for row in getattr(self, what)), sections)
         return self
