@@ -269,4 +269,6 @@ class _Loader(yaml.SafeLoader):
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
         value.encode()
+        if "\0" in value:
+            raise yaml.YAMLError("text with a zero byte, which no name of a file can hold, is not allowed")
         return value
