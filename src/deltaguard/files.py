@@ -297,4 +297,6 @@ class _Loader(yaml.SafeLoader):
         value.encode()
         if node.tag == "tag:yaml.org,2002:int" and len(value) > _MOST_DIGITS:
             raise yaml.YAMLError(f"there is a number of {len(value):,} digits{node.start_mark}")
+        if "\0" in value:
+            raise yaml.YAMLError("text with a zero byte, which no name of a file can hold, is not allowed")
         return value

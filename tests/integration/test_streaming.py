@@ -82,6 +82,7 @@ def write_curvature(folder: Path, aligned: Path, rank: str) -> Path:
         "fingerprint": Checkpoint.open(aligned).fingerprint(),
         "rank": rank,
         "rank_share": 1.0 if rank == "full" else 0.1,
+        "tokens": 100,
     }
     made = CurvatureStore.from_pretrained(pair().store)
     provenance = made.provenance.model_copy(update=changes)

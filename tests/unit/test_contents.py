@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from deltaguard.curvature.contents import (
     Extent,
+    Form,
     Group,
     Layer,
     Sums,
@@ -14,7 +15,7 @@ from deltaguard.curvature.contents import (
     share_within,
     spectra_bytes,
     stored_bytes,
-    stored_shapes,
+    stored_forms,
     stored_tensors,
 )
 from deltaguard.curvature.moments import Moment
@@ -53,7 +54,7 @@ def curvature(group, extent, *, response_tokens=8, found=None):
 @given(groups(), EXTENTS)
 def test_what_is_stored_has_the_shapes_and_bytes_that_were_planned(group, extent):
     tensors = stored_tensors(group, curvature(group, extent), extent)
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == stored_shapes(group, extent)
+    assert {name: Form(x.dtype, tuple(x.shape)) for name, x in tensors.items()} == stored_forms(group, extent)
     assert sum(tensor.nbytes for tensor in tensors.values()) == stored_bytes(group, extent)
     vectors = sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith(".vectors"))
     assert vectors == spectra_bytes(group, extent)

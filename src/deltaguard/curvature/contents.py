@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from deltaguard.curvature.moments import Moment, Packed, check_sum, normalise, pack
@@ -23,7 +25,7 @@ class Layer:
 
     tensor: str
     transposed: bool
-    out_features: int
+    out_features: PositiveInt
 
     @property
     def name(self) -> str:
@@ -43,9 +45,9 @@ class Group:
     """
 
     name: str
-    in_features: int
-    tokens: int
-    layers: tuple[Layer, ...]
+    in_features: PositiveInt
+    tokens: PositiveInt
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -153,50 +155,66 @@ def _decomposed(name: str, matrix: Tensor, extent: Extent) -> Decomposed:
         found = spectrum(matrix, extent.rank(matrix.shape[0]))
     except ValueError as error:
         raise DeltaguardError(f"The curvature of `{name}` is of no use: {error}") from error
+    if not bool(found.values.any()):
+        raise DeltaguardError(f"The curvature of `{name}` is too small for float32: nothing of it is left.")
     return Decomposed(found, float(matrix.diagonal().double().mean()))
 
 
 def stored_tensors(group: Group, content: GroupCurvature, extent: Extent) -> dict[str, Tensor]:
     """The tensors of one group by their names in the store."""
     tensors: dict[str, Tensor] = {}
-    for name, part in zip(_spectra(group), (content.inputs, *content.outputs), strict=True):
+    for name, part in zip(spectrum_names(group), (content.inputs, *content.outputs), strict=True):
         tensors[f"{name}.values"] = part.spectrum.values.float()
         tensors[f"{name}.vectors"] = part.spectrum.vectors.to(extent.vectors_dtype)
     if content.packed is not None:
         for field in PACKED_FIELDS:
             tensors[f"{group.name}.{field}"] = getattr(content.packed, field)
         for layer, total in zip(group.layers, content.totals, strict=True):
-            tensors[f"{layer.name}.output.total"] = total
+            tensors[f"{output_name(layer)}.total"] = total
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def stored_shapes(group: Group, extent: Extent) -> dict[str, tuple[int, ...]]:
-    """The shapes of `stored_tensors`."""
-    sizes = (group.in_features, *(layer.out_features for layer in group.layers))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, size in zip(_spectra(group), sizes, strict=True):
-        shapes[f"{name}.values"] = (extent.rank(size),)
-        shapes[f"{name}.vectors"] = (size, extent.rank(size))
+@dataclass(frozen=True)
+class Form:
+    """How one tensor is stored."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
+
+
+def stored_forms(group: Group, extent: Extent) -> dict[str, Form]:
+    """The forms of `stored_tensors`."""
+    forms: dict[str, Form] = {}
+    for name, size in zip(spectrum_names(group), spectrum_sizes(group), strict=True):
+        forms[f"{name}.values"] = Form(torch.float32, (extent.rank(size),))
+        forms[f"{name}.vectors"] = Form(extent.vectors_dtype, (size, extent.rank(size)))
     if extent.whole:
         n = group.in_features
-        fields = dict(zip(PACKED_FIELDS, ((n, n), (n,), (n,), (n,)), strict=True))
-        shapes |= {f"{group.name}.{field}": shape for field, shape in fields.items()}
-        shapes |= {f"{layer.name}.output.total": (layer.out_features,) * 2 for layer in group.layers}
-    return shapes
+        shapes = dict(zip(PACKED_FIELDS, ((n, n), (n,), (n,), (n,)), strict=True))
+        for field, shape in shapes.items():
+            dtype = torch.int32 if field == "order" else torch.float32
+            forms[f"{group.name}.{field}"] = Form(dtype, shape)
+        for layer in group.layers:
+            forms[f"{output_name(layer)}.total"] = Form(torch.float32, (layer.out_features,) * 2)
+    return forms
 
 
 def stored_bytes(group: Group, extent: Extent) -> int:
     """How many bytes a group takes."""
-    return sum(
-        torch.Size(shape).numel() * (extent.vectors_dtype.itemsize if name.endswith(".vectors") else 4)
-        for name, shape in stored_shapes(group, extent).items()
-    )
+    return sum(form.nbytes for form in stored_forms(group, extent).values())
 
 
 def spectra_bytes(group: Group, extent: Extent) -> int:
     """How many of them are eigenvectors."""
-    sizes = (group.in_features, *(layer.out_features for layer in group.layers))
-    return sum(size * extent.rank(size) for size in sizes) * extent.vectors_dtype.itemsize
+    return sum(size * extent.rank(size) for size in spectrum_sizes(group)) * extent.vectors_dtype.itemsize
 
 
 PACKED_FIELDS = ("matrix", "diagonal", "order", "inverse_diagonal")
@@ -213,5 +231,11 @@ def output_name(layer: Layer) -> str:
     return f"{layer.name}.output"
 
 
-def _spectra(group: Group) -> tuple[str, ...]:
+def spectrum_names(group: Group) -> tuple[str, ...]:
+    """What the tensors of a group's spectra begin with: of H, and of each layer's G."""
     return (input_name(group), *map(output_name, group.layers))
+
+
+def spectrum_sizes(group: Group) -> tuple[int, ...]:
+    """Rows of those matrices."""
+    return (group.in_features, *(layer.out_features for layer in group.layers))

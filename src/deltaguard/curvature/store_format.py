@@ -1,6 +1,6 @@
 """The files of a CurvatureStore: the schema of `curvature.json`, and how a folder is written in one go."""
 
-import json
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -18,13 +18,14 @@ from deltaguard.checkpoints.durable import explained, flush_folder, lock_folder
 from deltaguard.curvature.contents import Extent, Group, GroupCurvature, stored_bytes, stored_tensors
 from deltaguard.curvature.rank import Rank
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "curvature.json"
 MAX_SHARD_BYTES = 4 * 10**9
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 ENOUGH_REFUSALS = 0.5
 """Below this share of responses that refuse, there are few refusals that could be kept."""
@@ -43,6 +44,10 @@ class HeldOut:
     prompt: str
     system: str | None
     response: str
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Eigenvalue = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Request(BaseModel):
@@ -65,11 +70,11 @@ class Request(BaseModel):
 
     fingerprint: str
     prompts_sha256: str
-    max_length: int
-    max_new_tokens: int
-    batch_size: int
+    max_length: PositiveInt
+    max_new_tokens: PositiveInt
+    batch_size: PositiveInt
     dtype: str
-    dampening: float
+    dampening: Share
     rank: Rank
 
 
@@ -94,14 +99,14 @@ class Provenance(Request):
 
     aligned: str
     conversations_sha256: str
-    conversations: int
-    tokens: int
+    conversations: PositiveInt
+    tokens: PositiveInt
     tokens_used: Literal["prompt and response"] = "prompt and response"
-    response_tokens: int
-    rank_share: float
-    truncated: int
+    response_tokens: PositiveInt
+    rank_share: Share
+    truncated: NonNegativeInt
     system_role: Literal["template", "user turn"]
-    refusal_share: float | None
+    refusal_share: Annotated[float, Field(ge=0, le=1)] | None
     uncovered: tuple[str, ...]
     versions: Mapping[str, str]
 
@@ -136,10 +141,26 @@ class StoredGroup(BaseModel):
 
     group: Group
     shard: str
-    tails: tuple[float, ...]
-    means: tuple[float, ...]
-    damping: float | None
-    dampening: float | None
+    tails: tuple[Eigenvalue, ...]
+    means: tuple[Eigenvalue, ...]
+    damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    dampening: Share | None
+
+
+class StoredFile(BaseModel):
+    """A file of tensors.
+
+    Attributes:
+        name: within the store's folder.
+        bytes: its size.
+        sha256: the hash of all its bytes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*\.safetensors$")]
+    bytes: PositiveInt
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Manifest(BaseModel):
@@ -147,10 +168,11 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     provenance: Provenance
     held_out: tuple[HeldOut, ...]
-    groups: tuple[StoredGroup, ...]
+    files: tuple[StoredFile, ...]
+    groups: Annotated[tuple[StoredGroup, ...], Field(min_length=1)]
 
 
 def versions() -> dict[str, str]:
@@ -170,30 +192,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} holds no {MANIFEST}: it is no curvature store, or an unfinished copy of one. "
             "Make one with `deltaguard calibrate`."
         )
-    text = path.read_text(encoding="utf-8")
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        found = _schema_version(text)
-        if found not in (None, SCHEMA_VERSION):
-            raise DeltaguardError(
-                f"The store {folder} is of schema {found}, and this version of deltaguard reads schema "
-                f"{SCHEMA_VERSION}: calibrate again, or install the version that wrote it."
-            ) from error
-        problems = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise DeltaguardError(
-            f"{path} is not what this version of deltaguard writes; calibrate again, or install the version "
-            f"that wrote it:\n{problems}"
-        ) from error
-
-
-def _schema_version(text: str) -> object:
-    """What a manifest says of its schema, None where it says nothing."""
-    try:
-        found: object = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return cast("dict[str, object]", found).get("schema_version") if isinstance(found, dict) else None
+    return read_json(path, Manifest, remedy="Calibrate again, or install the release that wrote the store.")
 
 
 def write_store(
@@ -221,6 +220,7 @@ def write_store(
     extent = provenance.extent
     plan = _shard_plan(groups, extent, max_shard_bytes)
     with staged_folder(folder) as staged:
+        files: list[StoredFile] = []
         stored: list[StoredGroup] = []
         for number, members in enumerate(plan, start=1):
             shard = f"curvature-{number:05}-of-{len(plan):05}.safetensors"
@@ -230,8 +230,17 @@ def write_store(
                 tensors |= stored_tensors(group, found, extent)
                 stored.append(_stored_group(group, shard, found))
             save_tensors(tensors, staged / shard)
-        manifest = Manifest(provenance=provenance, held_out=tuple(held_out), groups=tuple(stored))
+            files.append(_stored_file(staged / shard))
+        manifest = Manifest(
+            provenance=provenance, held_out=tuple(held_out), files=tuple(files), groups=tuple(stored)
+        )
         write_manifest(staged, manifest)
+
+
+def _stored_file(path: Path) -> StoredFile:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+    return StoredFile(name=path.name, bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
 def _stored_group(group: Group, shard: str, content: GroupCurvature) -> StoredGroup:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import ANY_OBJECT, parse_json
@@ -30,7 +30,8 @@ class _Choice(BaseModel):
 
 
 class _Completion(BaseModel):
-    choices: list[_Choice] = []
+    # One is asked for. Of a million wrong ones, each would be a problem to tell.
+    choices: list[_Choice] = Field(default=[], max_length=10)
     error: Any = None
 
 

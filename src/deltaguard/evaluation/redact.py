@@ -9,7 +9,7 @@ MOST_CHARACTERS = 300
 _SHORTEST = 6
 """Shorter keys are placeholders for servers that need none, and words that any text may hold."""
 
-_HEADER = re.compile(r"(authorization\W*[:=]\W*)(?:(?:bearer|basic)\s+)?[^\s\"',;}]+", re.IGNORECASE)
+_HEADER = re.compile(r"(authorization\W{0,8}[:=]\W{0,8})(?:(?:bearer|basic)\s+)?[^\s\"',;}]+", re.IGNORECASE)
 _BEARER = re.compile(r"\b(bearer\s+)(?!\*\*\*)[^\s\"',;}]+", re.IGNORECASE)
 
 

@@ -42,6 +42,7 @@ class Job:
             DeltaguardError: files changed; all are listed.
         """
         changes = self.aligned.changes() + self.finetuned.changes()
+        changes += self.store.changes() if self.store else []
         refuse_changes(dict.fromkeys(changes))
 
 

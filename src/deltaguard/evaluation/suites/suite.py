@@ -18,7 +18,9 @@ Builtin = Literal["attack", "harmless", "translated", "general", "task"]
 _DescribedT = TypeVar("_DescribedT", bound=BaseModel)
 # Names become names of files; a probe's name is joined with a slash.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+# What every generator of random numbers takes.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class _Part(BaseModel):
@@ -35,7 +37,7 @@ class DecodingSpec(_Part):
     """
 
     temperature: float = Field(default=0.0, ge=0)
-    seed: int = 0
+    seed: Seed = 0
     max_new_tokens: Positive = 64
 
 
@@ -52,7 +54,7 @@ class SecondAttack(_Part):
     count: Positive = 10
     epochs: float = Field(default=5, gt=0)
     learning_rate: float = Field(default=1e-4, gt=0)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Gcg(_Part):
@@ -78,7 +80,7 @@ class Harness(_Part):
 
     tasks: tuple[str, ...] = Field(min_length=1)
     limit: Positive | None = None
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Section(_Part):
@@ -117,7 +119,7 @@ class Section(_Part):
     file: Path | None = None
     harness: Harness | None = None
     count: Positive | None = None
-    seed: int = 0
+    seed: Seed = 0
     max_new_tokens: Positive | None = None
     probes: tuple[str, ...] = ()
     scorers: tuple[str, ...] = ()
@@ -189,7 +191,7 @@ def read_suite(name_or_path: str | Path) -> Suite:
         >>> read_suite("quick").name
         'quick'
     """
-    remedy = "docs/evaluation.md says what a suite may hold."
+    remedy = "The page on evaluating models, in the documentation, says what a suite may hold."
     if str(name_or_path) in SUITES:
         text = (files("deltaguard.evaluation.suites") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
         return parse_yaml(text, Suite, source=f"The suite {name_or_path}", remedy=remedy)

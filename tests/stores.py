@@ -1,0 +1,81 @@
+"""A store of three small groups of layers, made without a model."""
+
+import torch
+
+from deltaguard.curvature.contents import Group, Layer, Sums, group_curvature
+from deltaguard.curvature.moments import accumulate, empty_moment
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import HeldOut, Provenance, write_store
+
+GROUPS = (
+    Group(
+        "a.q",
+        5,
+        40,
+        (Layer("a.q.weight", transposed=False, out_features=6), Layer("a.k.weight", False, out_features=3)),
+    ),
+    Group("a.down", 8, 40, (Layer("a.down.weight", transposed=True, out_features=5),)),
+    Group("b.q", 5, 40, (Layer("b.q.weight", transposed=False, out_features=6),)),
+)
+HELD_OUT = (HeldOut("How?", None, "No."), HeldOut("Why?", "Be kind.", "Because."))
+
+
+def sums(seed, groups=GROUPS):
+    """What calibration could have summed, by group."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moment(tokens, size):
+        return accumulate(empty_moment(size), torch.randn(tokens, size, generator=generator))
+
+    return {
+        group.name: Sums(
+            moment(group.tokens, group.in_features),
+            tuple(moment(group.tokens, layer.out_features).total for layer in group.layers),
+        )
+        for group in groups
+    }
+
+
+def provenance(**changes):
+    values = {
+        "fingerprint": "f" * 64,
+        "prompts_sha256": "0" * 64,
+        "max_length": 512,
+        "max_new_tokens": 64,
+        "batch_size": 16,
+        "dtype": "float32",
+        "dampening": 0.02,
+        "rank": "full",
+        "aligned": "someone/model",
+        "conversations_sha256": "1" * 64,
+        "conversations": 4,
+        "tokens": 40,
+        "response_tokens": 16,
+        "rank_share": 1.0,
+        "truncated": 1,
+        "system_role": "template",
+        "refusal_share": 0.5,
+        "uncovered": ("a.conv.weight",),
+        "versions": {"torch": "2"},
+    }
+    return Provenance(**{**values, **changes})
+
+
+CUT_OFF = {"rank": "auto", "rank_share": 0.5}
+
+
+def written(folder, seed=0, *, groups=GROUPS, held_out=HELD_OUT, max_shard_bytes=10**9, **changes):
+    made = provenance(**changes)
+    write_store(folder, made, held_out, groups, contents(seed, groups, made), max_shard_bytes=max_shard_bytes)
+    return CurvatureStore.from_pretrained(folder)
+
+
+def contents(seed, groups, made):
+    found = sums(seed, groups)
+    return lambda group: group_curvature(
+        group,
+        found[group.name],
+        response_tokens=made.response_tokens,
+        dampening=made.dampening,
+        extent=made.extent,
+    )
