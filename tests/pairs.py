@@ -15,6 +15,8 @@ import models
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
 from deltaguard.calibration.conversations import SYSTEM_PROMPTS, Conversation
 from deltaguard.curvature.rank import Rank
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import HeldOut
 
 CONVERSATIONS = tuple(
     Conversation(
@@ -81,6 +83,11 @@ def save_adapter(aligned: Path, folder: Path, targets: list[str], *, fan_in_fan_
         tuned = peft.get_peft_model(model, lora)
         tuned.save_pretrained(folder)
     return tuned
+
+
+def held_out(store: Path) -> tuple[HeldOut, ...]:
+    """The conversations of a store that safety KL is measured on."""
+    return CurvatureStore.from_pretrained(store).held_out
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

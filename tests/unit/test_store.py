@@ -47,6 +47,9 @@ def sums(seed, groups=GROUPS):
 def provenance(**changes):
     values = {
         "fingerprint": "f" * 64,
+        "config_sha256": "a" * 64,
+        "tokenizer_sha256": "b" * 64,
+        "template_sha256": "c" * 64,
         "prompts_sha256": "0" * 64,
         "max_length": 512,
         "max_new_tokens": 64,
@@ -225,7 +228,7 @@ def test_a_folder_without_manifest_is_no_store(tmp_path):
         CurvatureStore.from_pretrained(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [2, 4])
 def test_a_store_of_another_schema_is_refused_by_its_number(tmp_path, version):
     path = written(tmp_path / "store").folder / "curvature.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -234,7 +237,7 @@ def test_a_store_of_another_schema_is_refused_by_its_number(tmp_path, version):
     with pytest.raises(DeltaguardError) as caught:
         CurvatureStore.from_pretrained(path.parent)
     assert str(caught.value) == (
-        f"The store {path.parent} is of schema {version}, and this version of deltaguard reads schema 2: "
+        f"The store {path.parent} is of schema {version}, and this version of deltaguard reads schema 3: "
         "calibrate again, or install the version that wrote it."
     )
 
@@ -307,10 +310,11 @@ def test_merging_adds_the_sums_and_factorises_them_anew(tmp_path):
 
 def test_stores_of_different_models_do_not_merge(tmp_path):
     one = written(tmp_path / "one")
-    two = written(tmp_path / "two", groups=GROUPS[:2], fingerprint="e" * 64, dampening=0.5)
+    changes = {"fingerprint": "e" * 64, "template_sha256": "d" * 64, "dampening": 0.5}
+    two = written(tmp_path / "two", groups=GROUPS[:2], **changes)
     with pytest.raises(DeltaguardError) as caught:
         CurvatureStore.merge([one, two], tmp_path / "merged")
-    for part in ("f" * 64, "e" * 64, "dampening: 0.02", "groups of layers differ"):
+    for part in ("f" * 64, "e" * 64, "c" * 64, "d" * 64, "dampening: 0.02", "groups of layers differ"):
         assert part in str(caught.value)
     assert not (tmp_path / "merged").exists()
 

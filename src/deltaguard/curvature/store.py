@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from deltaguard.checkpoints.hub import locate
+from deltaguard.checkpoints.identity import ModelIdentity
 from deltaguard.checkpoints.shards import TensorInfo, parse_header, read_header, read_tensor, shard_problem
 from deltaguard.curvature.contents import (
     PACKED_FIELDS,
@@ -344,7 +345,7 @@ def _check_mergeable(stores: Sequence[CurvatureStore]) -> None:
     first = stores[0]
     problems = [f"  {not_whole(s.folder, s.provenance.aligned)}" for s in stores if not s.is_whole]
     for store in stores[1:]:
-        for field in ("fingerprint", "dtype", "dampening"):
+        for field in (*ModelIdentity.model_fields, "dtype", "dampening"):
             mine, other = getattr(first.provenance, field), getattr(store.provenance, field)
             if mine != other:
                 problems.append(f"  {field}: {mine} in {first.folder}, {other} in {store.folder}")

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from deltaguard.checkpoints.durable import explained, flush_folder, lock_folder
+from deltaguard.checkpoints.identity import ModelIdentity
 from deltaguard.curvature.contents import Extent, Group, GroupCurvature, stored_bytes, stored_tensors
 from deltaguard.curvature.rank import Rank
 from deltaguard.errors import DeltaguardError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "curvature.json"
 MAX_SHARD_BYTES = 4 * 10**9
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,10 @@ class HeldOut:
     response: str
 
 
-class Request(BaseModel):
-    """What a calibration was asked for. The same request gives the same store.
+class Request(ModelIdentity):
+    """What a calibration was asked for, of which model. The same request gives the same store.
 
     Attributes:
-        fingerprint: content hash of the aligned model (`Checkpoint.fingerprint`).
         prompts_sha256: hash of the conversations as they were given, most without responses; of those that
             are held out, too.
         max_length: tokens of a conversation at most.
@@ -58,9 +58,6 @@ class Request(BaseModel):
             model's bytes hold.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    fingerprint: str
     prompts_sha256: str
     max_length: int
     max_new_tokens: int
@@ -135,7 +132,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     provenance: Provenance
     held_out: tuple[HeldOut, ...]
     groups: tuple[StoredGroup, ...]

@@ -48,6 +48,8 @@ class SweepReport(Record):
         aligned: the aligned model.
         finetuned: the fine-tuned model.
         method: the solver.
+        config_from: the model whose configuration, tokenizer and chat template candidates had; null where
+            the two models agree on them.
         conversations: held-out safety conversations.
         tokens: response tokens in them.
         utility_conversations: conversations of the user's utility data.
@@ -64,6 +66,7 @@ class SweepReport(Record):
     aligned: ModelReference
     finetuned: ModelReference
     method: Literal["kfac", "ridge"]
+    config_from: Literal["aligned", "finetuned"] | None = None
     conversations: int
     tokens: int
     utility_conversations: int

@@ -117,12 +117,10 @@ def make_plan(
         The plan.
 
     Raises:
-        DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), the
-            store belongs to another model, or the model has expert layers.
+        DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), or the
+            model has expert layers.
     """
     _refuse_experts(aligned, finetuned)
-    if store is not None:
-        _check_store(aligned, store)
     names = _aligned_names(aligned, finetuned)
     rules = _Rules(_layer_rule(store), other_params, _known_tokens(aligned, finetuned))
     problems = _missing(aligned, names, rules.layer)
@@ -242,17 +240,6 @@ def _refuse_experts(*sources: WeightSource) -> None:
                 f"{source.reference} is a mixture of experts ({len(found)} expert tensors, such as "
                 f"`{found[0]}`): deltaguard does not restore expert layers yet."
             )
-
-
-def _check_store(aligned: WeightSource, store: CurvatureStore) -> None:
-    fingerprint = aligned.fingerprint()
-    made_for = store.provenance
-    if made_for.fingerprint != fingerprint:
-        raise DeltaguardError(
-            f"The curvature store belongs to another model: it was made for {made_for.aligned} "
-            f"(fingerprint {made_for.fingerprint}), and {aligned.reference} has fingerprint "
-            f"{fingerprint}. Run `deltaguard calibrate {aligned.reference} -o STORE` for this model."
-        )
 
 
 def _mismatch(aligned: WeightSource, finetuned: WeightSource, problems: Sequence[str]) -> str:
