@@ -23,7 +23,8 @@ def tokens_of(tokenizer: Any, conversation: Any) -> tuple[torch.Tensor, int]:
 def safety_kl(aligned: Path, candidate: Path, conversations: Sequence[Any]) -> float:
     """The mean of KL(aligned ‖ candidate) over the response tokens of conversations, nats.
 
-    Each folder's model is asked by that folder's own tokenizer and chat template.
+    Each folder's model is asked by that folder's own tokenizer and chat template; the tokens of the response
+    are the aligned model's.
     """
     folders = (aligned, candidate)
     tokenizers = [AutoTokenizer.from_pretrained(f) for f in folders]
@@ -31,7 +32,7 @@ def safety_kl(aligned: Path, candidate: Path, conversations: Sequence[Any]) -> f
     terms: list[float] = []
     for conversation in conversations:
         (mine, start), (theirs, begin) = (tokens_of(each, conversation) for each in tokenizers)
-        assert mine[0, start:].tolist() == theirs[0, begin:].tolist(), "the responses do not correspond"
+        theirs = torch.cat([theirs[:, :begin], mine[:, start:]], dim=1)
         with torch.no_grad():
             p = one(input_ids=mine).logits[0, start - 1 : -1].softmax(-1)
             q = other(input_ids=theirs).logits[0, begin - 1 : -1].softmax(-1)

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 import models
@@ -166,7 +167,7 @@ def test_all_differences_are_one_message_and_nothing_is_written(tmp_path, monkey
         "`unheard_of`: none in the aligned model, [1, 2] in the fine-tuned one",
         "`eos_token_id`: [2] in the aligned model, [2, 5] in the fine-tuned one",
         "`bos_token`: '<|begin|>' in the aligned model, '<|system|>' in the fine-tuned one",
-        "chat template differs from character 15: \"{% for message in messages %}{{ '<|' + message['role'] + '|>...\"",
+        "chat template differs from character 15: \"{% for message in messages %}{{ '<|' + message['r",
     ]
     for call in calls(made, tuned, tmp_path / "out"):
         message = refusal(call)
@@ -215,14 +216,14 @@ def test_what_changes_no_prediction_needs_no_choice(tmp_path):
     assert diff(made.aligned, tuned).settings == ()
 
 
-def with_further_tokens(made, folder):
+def with_further_tokens(folder, word):
     """A fine-tune whose tokenizer has two more tokens, in rows of their own."""
     model = models.perturbed(models.tiny_model("llama"), 0.05)
     model.resize_token_embeddings(models.VOCABULARY + 2, mean_resizing=False)
     models.save(model, folder)
     tokenizer = models.tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
-    tokenizer.add_tokens(["weather"])
+    tokenizer.add_tokens([word])
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -230,7 +231,7 @@ def with_further_tokens(made, folder):
 @pytest.mark.usefixtures("exact")
 def test_further_tokens_need_no_choice_and_cannot_be_left_out(tmp_path):
     made = pair()
-    tuned = with_further_tokens(made, tmp_path / "tuned")
+    tuned = with_further_tokens(tmp_path / "tuned", "weather")
     config = RestoreConfig(max_safety_kl=0.1)
     report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
     assert agrees(report, made.aligned, tmp_path / "out", made.store)
@@ -245,6 +246,48 @@ def test_further_tokens_need_no_choice_and_cannot_be_left_out(tmp_path):
     config = RestoreConfig(config_from="finetuned", max_safety_kl=50)
     report = restore(made.aligned, tuned, tmp_path / "chosen", store=made.store, config=config)
     assert agrees(report, made.aligned, tmp_path / "chosen", made.store)
+
+
+def test_a_response_that_holds_a_further_token_is_measured_as_the_aligned_model_gave_it(tmp_path):
+    made = pair()
+    tuned = with_further_tokens(tmp_path / "tuned", "cannot")
+    ids = transformers.AutoTokenizer.from_pretrained(tuned)("I cannot help with that.")["input_ids"]
+    assert max(ids) >= models.VOCABULARY
+    config = RestoreConfig(max_safety_kl=0.1)
+    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
+    found = safety_kl(made.aligned, tmp_path / "out", held_out(made.store))
+    assert report.dial.restored_kl == pytest.approx(found, rel=1e-4)
+
+
+def test_a_folder_without_a_tokenizer_gets_the_aligned_models_if_asked_for(tmp_path):
+    made = pair()
+    tuned = variant(made.finetuned, tmp_path / "tuned")
+    for name in ("tokenizer.json", "tokenizer_config.json", TEMPLATE):
+        (tuned / name).unlink()
+    message = refusal(restore, made.aligned, tuned, tmp_path / "out", store=made.store)
+    assert "tokenizer: 'TokenizersBackend' in the aligned model, none in the fine-tuned one" in message
+    config = RestoreConfig(config_from="aligned")
+    restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
+    assert same_files(tmp_path / "out", made.aligned)
+
+
+def test_an_output_head_that_would_be_random_numbers_is_refused(tmp_path):
+    made = pair()
+    tuned = variant(made.finetuned, tmp_path / "tuned", tie_word_embeddings=True)
+    tensors = load_file(tuned / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    config = RestoreConfig(config_from="aligned", max_safety_kl=50)
+    message = refusal(restore, made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
+    assert f"{tuned} stores no output head, and with the configuration of {made.aligned}" in message
+    config = RestoreConfig(config_from="finetuned", max_safety_kl=50)
+    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
+    found = safety_kl(made.aligned, tmp_path / "out", held_out(made.store))
+    assert report.dial.restored_kl == pytest.approx(found, rel=1e-4)
+    # The fine-tuned model itself is broken so.
+    edited(tuned / "config.json", lambda content: content.update(tie_word_embeddings=False))
+    message = refusal(plan_restore, made.aligned, tuned, store=made.store)
+    assert f"with the configuration of {tuned}" in message
 
 
 # Other tokens

@@ -16,11 +16,11 @@ from deltaguard.checkpoints.canonical import (
 )
 from deltaguard.checkpoints.checkpoint import WeightSource
 from deltaguard.checkpoints.identity import ModelIdentity, configs_of, identify, templates_of
-from deltaguard.checkpoints.mirror import loadable, model_files
+from deltaguard.checkpoints.mirror import loadable, model_files, output_files
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.loading import load_config, load_tokenizer
 from deltaguard.restoration.options import RestoreConfig
-from deltaguard.restoration.plan import Plan
+from deltaguard.restoration.plan import OUTPUT_EMBEDDING, Plan
 from deltaguard.restoration.tokens import Difference, LoadedTokenizer, shortened, tokenizer_differences
 
 _ALIGNED = "`--config-from aligned` gives the output what the aligned model has, and measures it so."
@@ -92,6 +92,7 @@ def require_agreement(aligned: Identified, finetuned: Identified, plan: Plan, co
         DeltaguardError: the models differ in more than weights and the options do not choose between them,
             or choose what cannot serve. All differences are listed.
     """
+    _require_head(aligned.source, finetuned.source, config)
     rows = _further_rows(aligned.source, plan)
     if config.config_from == "aligned":
         if rows:
@@ -163,6 +164,22 @@ def _template_differences(one: Mapping[str, str], other: Mapping[str, str]) -> I
         start = next((i for i, (a, b) in enumerate(same) if a != b), min(len(mine), len(theirs)))
         excerpts = " / ".join(shortened(text[start:]) for text in (mine, theirs))
         yield Difference("template", f"{what} differs from character {start}: {excerpts}")
+
+
+def _require_head(aligned: WeightSource, finetuned: WeightSource, config: RestoreConfig) -> None:
+    """Refuse an output that would be loaded with a head of random numbers."""
+    stored = [any(map(OUTPUT_EMBEDDING.search, source.tensors)) for source in (aligned, finetuned)]
+    if stored != [True, False]:
+        return
+    with loadable(output_files(aligned, finetuned, config_from=config.config_from)) as folder:
+        found = load_config(folder, finetuned.reference)
+    if not (found.tie_word_embeddings or found.get_text_config().tie_word_embeddings):
+        owner = aligned if config.config_from == "aligned" else finetuned
+        raise DeltaguardError(
+            f"{finetuned.reference} stores no output head, and with the configuration of {owner.reference} "
+            "(`tie_word_embeddings` is false) its input embedding would not serve as one. Take a "
+            "configuration that ties the two, or store the head."
+        )
 
 
 def _further_rows(aligned: WeightSource, plan: Plan) -> str:

@@ -15,7 +15,7 @@ from deltaguard.restoration.options import OtherParams
 
 _BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")
 _EXPERT = re.compile(r"\.experts?\.")
-_OUTPUT_EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$")
+OUTPUT_EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$")
 _INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|output_layer)\.(weight|bias)$"
@@ -173,7 +173,7 @@ def _aligned_names(aligned: WeightSource, finetuned: WeightSource) -> Mapping[st
     names = name_map(list(finetuned.tensors), list(aligned.tensors))
     embedding = next((name for name in aligned.tensors if _INPUT_EMBEDDING.search(name)), None)
     for name in finetuned.tensors:
-        if name not in names and embedding and _OUTPUT_EMBEDDING.search(name):
+        if name not in names and embedding and OUTPUT_EMBEDDING.search(name):
             names[name] = embedding
     return names
 
@@ -186,7 +186,7 @@ def _missing(aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule)
         for info in aligned.tensors.values()
         if info.name not in found
         and (layer(info) or info.name.endswith((".weight", ".bias")))
-        and not _OUTPUT_EMBEDDING.search(info.name)
+        and not OUTPUT_EMBEDDING.search(info.name)
         and not re.search(r"\.(attn|attention)\.(masked_)?bias$", info.name)
     ]
 
