@@ -2,12 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import models
+import pytest
 
+import models
+from deltaguard import DeltaguardError
+from pairs import held_out
+from plain import safety_kl
+
+TEMPLATE = "chat_template.jinja"
+SETTINGS = (TEMPLATE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 OTHER_TEMPLATE = models.CHAT_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}Be brief. ")
 
 # Of each architecture, what its configuration can say otherwise while all tensors keep their shapes.
@@ -66,3 +73,21 @@ def permuted(source: Path, target: Path) -> Path:
 
     edited(target / "tokenizer.json", reverse)
     return target
+
+
+def same_files(one: Path, other: Path, names: Sequence[str] = SETTINGS) -> bool:
+    """Whether two folders hold the same files."""
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def agrees(report: Any, aligned: Path, folder: Path, store: Path) -> bool:
+    """Whether a report says of a folder what plain arithmetic finds there."""
+    measured = safety_kl(aligned, folder, held_out(store))
+    return report.dial.restored_kl == pytest.approx(measured, rel=1e-6, abs=1e-12)
+
+
+def refusal(run: Callable[..., object], *arguments: Any, **options: Any) -> str:
+    """The message with which a call fails."""
+    with pytest.raises(DeltaguardError) as caught:
+        run(*arguments, **options)
+    return str(caught.value)
