@@ -7,11 +7,13 @@ import tokenizers
 import transformers
 
 import models
+from deltaguard import RestoreConfig, diff
 from deltaguard.checkpoints.canonical import counting_config, differing_fields, of_one_kind
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.restoration.agreement import Identified, differences
+from deltaguard.restoration.restore import plan_restore
 from pairs import pair
-from variants import edited, variant
+from variants import edited, refusal, variant
 
 
 def found(finetuned, aligned=None):
@@ -147,6 +149,21 @@ def test_what_transformers_saves_anew_is_the_same(tokenizer_class, tmp_path):
     new = variant(pair().finetuned, tmp_path / "new")
     transformers.AutoTokenizer.from_pretrained(old).save_pretrained(new)
     assert found(new, old) == []
+
+
+def test_where_files_agree_transformers_is_not_asked(tmp_path):
+    """So that a plan is made of headers, and of models that transformers does not know."""
+    unknown = {"model_type": "unheard-of"}
+    aligned = variant(pair().aligned, tmp_path / "aligned", **unknown)
+    tuned = variant(pair().finetuned, tmp_path / "tuned", **unknown)
+    assert found(tuned, aligned) == []
+    config = RestoreConfig(method="interpolate", strength=0.5)
+    assert plan_restore(aligned, tuned, config=config).restored == 14
+    edited(tuned / "config.json", lambda content: content.update(rms_norm_eps=0.1))
+    message = refusal(plan_restore, aligned, tuned, config=config)
+    assert f"transformers cannot read the configuration of {aligned}" in message
+    (reason,) = diff(aligned, tuned).settings
+    assert reason == f"not compared: {message}"
 
 
 def test_a_model_of_text_and_images_is_compared_with_one_of_text_by_what_they_share():

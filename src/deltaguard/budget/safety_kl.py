@@ -131,6 +131,8 @@ class SafetyMeter:
         if output is not None:
             config = load_config(output, finetuned.reference)
             tokenizer = load_tokenizer(output, finetuned.reference)
+            # For messages, which must not speak of a folder that is gone.
+            tokenizer.name_or_path = finetuned.reference
             other = replace(own, reader=Reader.of(tokenizer, config, max_length))
         kept = [
             (batch.to(device), _log_probs(model, known.to(device)))

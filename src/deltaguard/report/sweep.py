@@ -54,7 +54,7 @@ class SweepReport(Record):
         tokens: response tokens in them.
         utility_conversations: conversations of the user's utility data.
         aligned_nll: the aligned model's on that data; null without any.
-        finetuned_kl: the whole fine-tuned model's safety KL, with all its tensors.
+        finetuned_kl: the whole fine-tuned model's safety KL, with all its tensors, run as the candidates are.
         finetuned_nll: that model's on the utility data.
         points: the candidates by price, falling: from the safest to the one that keeps most.
         budgets: the limits asked for, rising.

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,9 @@ from deltaguard.checkpoints.identity import json_object
 from deltaguard.files import read_file
 
 _LONGEST = 60
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
+# Templates use the others by name; those that are in a list are told apart as added tokens.
+_NOT_NAMED = ("pad_token", "additional_special_tokens", "extra_special_tokens")
+_TOLD_APART = ("version", "truncation", "padding", "added_tokens", "model")
 Kind = Literal["config", "ids", "tokenizer", "template"]
 
 
@@ -74,10 +76,9 @@ def tokenizer_differences(aligned: LoadedTokenizer, finetuned: LoadedTokenizer) 
             yield Difference.between("tokenizer", "tokenizer", *named)
         return
     yield from _vocabulary(one.get_vocab(), other.get_vocab())
-    for name in _SPECIAL:
-        mine, theirs = (getattr(t, name, None) for t in (one, other))
-        if mine != theirs:
-            yield Difference.between("tokenizer", f"`{name}`", mine, theirs)
+    special = (_leave(getattr(t, "special_tokens_map", {}), _NOT_NAMED) for t in (one, other))
+    for name, a, b in differing_fields(*special):
+        yield Difference.between("tokenizer", f"`{name}`", a, b)
     if all(getattr(t, "is_fast", False) for t in (one, other)):
         yield from _fast(one, other)
     else:
@@ -121,6 +122,10 @@ def _vocabulary(known: Mapping[str, int], tuned: Mapping[str, int]) -> Iterator[
         )
 
 
+def _leave(content: Mapping[str, Any], out: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in out}
+
+
 def _count(tokens: list[str]) -> str:
     return "1 token has" if len(tokens) == 1 else f"{len(tokens)} tokens have"
 
@@ -129,12 +134,10 @@ def _fast(one: Any, other: Any) -> Iterator[Difference]:
     mine, theirs = (json.loads(t.backend_tokenizer.to_str()) for t in (one, other))
     padding = {str(t.pad_token) for t in (one, other) if t.pad_token}
     known = one.get_vocab()
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        for name, a, b in differing_fields({part: mine.get(part)}, {part: theirs.get(part)}):
-            yield Difference.between("tokenizer", f"`{name}` of the tokenizer", a, b)
+    for name, a, b in differing_fields(_leave(mine, _TOLD_APART), _leave(theirs, _TOLD_APART)):
+        yield Difference.between("tokenizer", f"`{name}` of the tokenizer", a, b)
     models = mine["model"], theirs["model"]
-    flat = [{k: v for k, v in model.items() if k not in ("vocab", "merges")} for model in models]
-    for name, a, b in differing_fields(*flat):
+    for name, a, b in differing_fields(*(_leave(model, ("vocab", "merges")) for model in models)):
         yield Difference.between("tokenizer", f"`model.{name}` of the tokenizer", a, b)
     yield from _ordered(*models)
     yield from _added(mine, theirs, known, padding)
@@ -162,7 +165,7 @@ def _added(
 ) -> Iterator[Difference]:
     """Tokens that are found in text as a whole, before it is cut up."""
     one, other = (
-        {row["content"]: {k: v for k, v in row.items() if k not in ("id", "content")} for row in each}
+        {row["content"]: _leave(row, ("id", "content")) for row in each}
         for each in (mine.get("added_tokens") or [], theirs.get("added_tokens") or [])
     )
     for token in [*one, *(token for token in other if token not in one)]:
