@@ -79,6 +79,22 @@ def test_an_interrupted_restore_does_not_go_on_with_other_files(tmp_path):
     assert "another plan" in message
 
 
+@pytest.mark.parametrize("output_format", ["checkpoint", "adapter"])
+def test_files_that_change_after_they_were_measured_are_noticed(output_format, tmp_path):
+    made = pair()
+    tuned = variant(made.finetuned, tmp_path / "tuned")
+
+    def change(event):
+        if event.stage == "restore":
+            set_template(tuned)
+
+    config = RestoreConfig(output_format=output_format)
+    call = {"store": made.store, "config": config, "progress": change}
+    message = refusal(restore, made.aligned, tuned, tmp_path / "out", **call)
+    assert f"{tuned} was changed while it was being restored; run again: chat template: " in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_report_names_what_was_used(tmp_path):
     made = pair()
     tuned = variant(made.finetuned, tmp_path / "tuned", template=OTHER_TEMPLATE)

@@ -70,7 +70,8 @@ def test_further_tokens_need_no_choice_and_cannot_be_left_out(tmp_path):
     message = refusal(restore, made.aligned, tuned, tmp_path / "not", store=made.store, config=config)
     assert "lm_head.weight` has 386 rows, and the aligned model's configuration holds 384" in message
     assert "--config-from finetuned" in message
-    edited(tuned / "config.json", lambda content: content.update(rms_norm_eps=0.01))
+    # One of the further tokens may be the padding.
+    edited(tuned / "config.json", lambda content: content.update(rms_norm_eps=0.01, pad_token_id=385))
     message = refusal(restore, made.aligned, tuned, tmp_path / "not", store=made.store)
     assert "`--config-from aligned` cannot serve: `lm_head.weight` has 386 rows" in message
     config = RestoreConfig(config_from="finetuned", max_safety_kl=50)

@@ -151,6 +151,24 @@ def test_what_transformers_saves_anew_is_the_same(tokenizer_class, tmp_path):
     assert found(new, old) == []
 
 
+@pytest.mark.parametrize("name", models.DENSE)
+def test_defaults_that_only_one_version_writes_down_are_the_same(name, tmp_path):
+    aligned = models.save(models.tiny_model(name), tmp_path / "aligned")
+    terse = variant(aligned, tmp_path / "terse")
+    config = transformers.AutoConfig.from_pretrained(aligned)
+    defaults = type(config)().to_dict()
+
+    def leave_out(content):
+        for field in [name for name in content if name != "model_type" and name in defaults]:
+            if content[field] == defaults[field]:
+                del content[field]
+
+    edited(terse / "config.json", leave_out)
+    kept = len(json.loads((terse / "config.json").read_text()))
+    assert kept < len(json.loads((aligned / "config.json").read_text())) - 4
+    assert found(terse, aligned) == []
+
+
 def test_where_files_agree_transformers_is_not_asked(tmp_path):
     """So that a plan is made of headers, and of models that transformers does not know."""
     unknown = {"model_type": "unheard-of"}

@@ -233,7 +233,10 @@ def _runs_alike(one: Any, other: Any) -> bool:
 
 def _make_loadable(config: Any, aligned: Any) -> None:
     """Give a configuration the shapes of the aligned weights; `match` and `grow` care for rows and ties."""
-    config.get_text_config().vocab_size = aligned.get_text_config().vocab_size
+    text, own = config.get_text_config(), aligned.get_text_config()
+    text.vocab_size = own.vocab_size
+    # It is no row of them where it is one of the further tokens; what is padding is masked.
+    text.pad_token_id = own.pad_token_id
     config.tie_word_embeddings = aligned.tie_word_embeddings
 
 

@@ -17,12 +17,13 @@ from pydantic import TypeAdapter
 from deltaguard import __version__
 from deltaguard.checkpoints.adapter import ADAPTER_FILE
 from deltaguard.checkpoints.adapter_writer import commit_adapter
+from deltaguard.checkpoints.identity import identify
 from deltaguard.checkpoints.mirror import bring_along
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.draw.card import model_card
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.progress import Event, Progress
 from deltaguard.report.base import environment
@@ -87,7 +88,7 @@ def restore(
         writer.require_space(plan.write_bytes if config.output_format == "checkpoint" else 0)
         price = _price(job, plan, config, writer, progress)
         rows = _stage(job, plan, config, price, writer, progress)
-        problem = _nothing_changed(job, rows, price)
+        problem = _nothing_changed(job, rows, price) or _changed_meanwhile(job)
         if problem is not None:
             writer.discard()
             raise DeltaguardError(problem)
@@ -237,6 +238,14 @@ def _nothing_changed(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price
             "This run changes no tensor: with these options the output is the fine-tuned model itself. "
             "Lower --strength, or take the other parameters from the aligned model."
         )
+    return None
+
+
+def _changed_meanwhile(job: Job) -> str | None:
+    """Why what was copied may not be what was measured, or None."""
+    for source, identity in ((job.aligned, job.aligned_identity), (job.finetuned, job.finetuned_identity)):
+        if problems := identity.differences(identify(source)):
+            return listed(f"{source.reference} was changed while it was being restored; run again", problems)
     return None
 
 
