@@ -194,15 +194,13 @@ def test_the_tokenizer_comes_along_and_the_model_does_not(llama, tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
 
 
-def test_companions_of_later_folders_win_and_another_adapter_stays_where_it_is(llama, tmp_path):
-    tuned, out = tmp_path / "tuned", tmp_path / "out"
-    tuned.mkdir()
-    (tuned / "chat_template.jinja").write_text("tuned")
-    (tuned / CONFIG).write_text("{}")
-    write(out, llama, layers_of(llama), companions_of=(llama.folder, tuned))
-    assert (out / "chat_template.jinja").read_text() == "tuned"
-    assert read_config(out)["peft_type"] == "LORA"
-    assert {path.name for path in out.iterdir()} > TOKENIZER
+def test_files_that_are_named_come_along_and_a_models_configuration_does_not(llama, tmp_path):
+    template = tmp_path / "tuned.jinja"
+    template.write_text("tuned")
+    named = {"chat_template.jinja": template, "config.json": llama.folder / "config.json"}
+    write(tmp_path / "out", llama, layers_of(llama), companions=named)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "tuned"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {WEIGHTS, CONFIG, "chat_template.jinja"}
 
 
 def test_layers_are_taken_one_at_a_time(llama, tmp_path):

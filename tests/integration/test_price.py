@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
-from deltaguard.budget.safety_kl import SafetyMeter
 from deltaguard.budget.search import CLOSE, MOST_PROBES
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
 from deltaguard.draw.facts import dial_facts
@@ -19,14 +18,10 @@ from deltaguard.restoration import price as price_module
 from deltaguard.restoration import restore as restore_module
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL as LIMIT
 from deltaguard.solvers.spectrum import raised
-from pairs import CONVERSATIONS, pair, save_adapter, weights
+from pairs import CONVERSATIONS, held_out, pair, save_adapter, weights
 from plain import safety_kl, tokens_of
 
 SINGLE = "model.safetensors"
-
-
-def held_out(store):
-    return CurvatureStore.from_pretrained(store).held_out
 
 
 def changed(source, target, change):
@@ -36,15 +31,6 @@ def changed(source, target, change):
     change(tensors)
     save_file(tensors, target / SINGLE, metadata={"format": "pt"})
     return target
-
-
-@pytest.fixture
-def exact(monkeypatch):
-    """The dial measures in float64, so that its numbers can be compared to the last digit but a few."""
-    original = SafetyMeter.open
-    monkeypatch.setattr(
-        SafetyMeter, "open", lambda *args, **options: original(*args, **{**options, "dtype": torch.float64})
-    )
 
 
 # A strength

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from deltaguard import DeltaguardError, RestoreConfig, restore
 from deltaguard.checkpoints import durable
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.identity import identify
 from deltaguard.cli.app import run
 from deltaguard.curvature.contents import Group, GroupCurvature, Layer, Sums, group_curvature
 from deltaguard.curvature.moments import Moment
@@ -79,7 +80,7 @@ def write_curvature(folder: Path, aligned: Path, rank: str) -> Path:
     ]
     changes = {
         "aligned": str(aligned),
-        "fingerprint": Checkpoint.open(aligned).fingerprint(),
+        **identify(Checkpoint.open(aligned)).model_dump(),
         "rank": rank,
         "rank_share": 1.0 if rank == "full" else 0.1,
         "tokens": 100,

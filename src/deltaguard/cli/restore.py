@@ -14,6 +14,7 @@ from deltaguard.report.restore import PlanReport, RestoreReport
 from deltaguard.restoration.options import (
     Budget,
     Compensation,
+    ConfigFrom,
     Method,
     OtherParams,
     OutputFormat,
@@ -34,6 +35,7 @@ def restore(
     budget: Budget | None = None,
     compensation: Compensation | None = None,
     other_params: OtherParams | None = None,
+    config_from: ConfigFrom | None = None,
     output_format: OutputFormat | None = None,
     adapter_rank: int | None = None,
     device: str | None = None,
@@ -57,6 +59,8 @@ def restore(
         budget: How `greedy` reads the strength: `fraction` (default) of the summed safety cost, or `paper`.
         compensation: What `greedy` does to entries it does not keep: `joint` (default), `additive`, `none`.
         other_params: Where norms, biases and embeddings come from: `aligned` (default) or `finetuned`.
+        config_from: Whose configuration, tokenizer and chat template the output has: `aligned` or
+            `finetuned`; if not given, the two models must agree on them.
         output_format: `checkpoint` (default), or `adapter`: a PEFT LoRA adapter over the aligned model.
         adapter_rank: Rank of an adapter; if not given, for each layer the smallest that loses at most 1 % of
             its restored delta (squared norm).

@@ -75,7 +75,8 @@ class Dial(Record):
         device: where the model ran.
         conversations: held-out safety conversations that it was measured on.
         tokens: response tokens in them.
-        finetuned_kl: the whole fine-tuned model's safety KL.
+        finetuned_kl: the whole fine-tuned model's safety KL, under the configuration, tokenizer and chat
+            template of the output, as all others.
         restored_kl: the restored model's.
         restored_margin: half the width of its 95 % interval; null as in `Probe`.
         whole: whether the fine-tuned model was within the limit already, so that nothing was taken from it.

@@ -16,7 +16,6 @@ from pydantic import TypeAdapter
 from deltaguard import __version__
 from deltaguard.checkpoints.adapter import ADAPTER_FILE
 from deltaguard.checkpoints.adapter_writer import commit_adapter
-from deltaguard.checkpoints.checkpoint import WeightSource
 from deltaguard.checkpoints.mirror import bring_along
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
@@ -26,13 +25,13 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.progress import Event, Progress
-from deltaguard.report.base import ModelReference, environment
+from deltaguard.report.base import environment
 from deltaguard.report.restore import REPORT_NAME, FileRow, LayerRow, OtherRow, PlanReport, RestoreReport
 from deltaguard.restoration.adapter_output import refuse_what_no_adapter_holds, stage_restored_adapter
 from deltaguard.restoration.curvature import CurvatureReader
 from deltaguard.restoration.edit import edit
 from deltaguard.restoration.inputs import read_ahead
-from deltaguard.restoration.job import Job, find_store, open_job, open_models
+from deltaguard.restoration.job import Job, look, open_job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan
 from deltaguard.restoration.price import PROHIBITIVE, Price, price_of
@@ -121,7 +120,7 @@ def _stage(
     if price is not None and price.dial is not None and price.dial.whole:
         plan = _all_finetuned(job.plan(config.model_copy(update={"other_params": "finetuned"})))
     rows = _write_shards(job, plan, config, price, writer, progress)
-    bring_along(job.aligned, job.finetuned, writer)
+    bring_along(job.aligned, job.finetuned, writer, config_from=config.config_from)
     return rows
 
 
@@ -175,9 +174,7 @@ def plan_restore(
         DeltaguardError: the models cannot be restored.
     """
     config = config or RestoreConfig()
-    base, tuned = open_models(aligned, finetuned)
-    known = find_store(base, store, rank=config.rank) if config.needs_curvature else None
-    job = Job(base, tuned, known)
+    job = look(aligned, finetuned, store=store, config=config)
     plan = job.plan(config)
     if config.output_format == "adapter":
         refuse_what_no_adapter_holds(job, plan)
@@ -190,7 +187,9 @@ def plan_restore(
         write_bytes=plan.write_bytes,
         curvature_bytes=plan.curvature_bytes,
         peak_bytes=plan.peak_bytes,
-        note="the aligned model will be calibrated first" if config.needs_curvature and not known else None,
+        note="the aligned model will be calibrated first"
+        if config.needs_curvature and not job.store
+        else None,
     )
 
 
@@ -249,8 +248,8 @@ def _plan_hash(job: Job, config: RestoreConfig) -> str:
     store = job.store.provenance if job.store else None
     parts = [
         __version__,
-        job.aligned.fingerprint(),
-        job.finetuned.fingerprint(),
+        job.aligned_identity.key,
+        job.finetuned_identity.key,
         store.model_dump_json() if store else "",
         json.dumps(config.what_is_solved(), sort_keys=True),
         *(job.finetuned.header(shard).hex() for shard in job.finetuned.shards),
@@ -296,8 +295,8 @@ def _report(
     kept = sum(row.kept_fraction * weight for row, weight in zip(changed, weights, strict=True))
     return RestoreReport(
         environment=environment(price.dial.device if price and price.dial else "cpu"),
-        aligned=_reference(job.aligned),
-        finetuned=_reference(job.finetuned),
+        aligned=job.aligned_reference,
+        finetuned=job.finetuned_reference,
         store_conversations=job.store.provenance.conversations_sha256 if job.store else None,
         options=config.what_is_solved(),
         layers=layers,
@@ -320,7 +319,3 @@ def _report(
 
 def _predicted(changed: Sequence[LayerRow]) -> float:
     return sum(row.detail.get("predicted_safety_kl", 0.0) for row in changed)
-
-
-def _reference(source: WeightSource) -> ModelReference:
-    return ModelReference(reference=source.reference, fingerprint=source.fingerprint())
