@@ -1,12 +1,12 @@
 """What every report has in common."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Self, cast
+from typing import Annotated, Any, Self, cast
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from deltaguard.text import writable
 
@@ -30,6 +30,19 @@ class Record(BaseModel):
         return self
 
 
+def _moment(text: str) -> str:
+    try:
+        datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise ValueError("it is no time in the form of ISO 8601") from error
+    return text
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0)]
+Moment = Annotated[str, AfterValidator(_moment)]
+
+
 class Environment(Record):
     """What the numbers were made with.
 
@@ -40,7 +53,7 @@ class Environment(Record):
         device: what the arithmetic ran on.
     """
 
-    created: str
+    created: Moment
     versions: Mapping[str, str]
     machine: str
     device: str
@@ -67,8 +80,8 @@ class ModelReference(Record):
 class RateRow(Record):
     """A measured rate with its 95 % Wilson interval."""
 
-    successes: int
-    total: int
+    successes: Count
+    total: Count
     value: float
     low: float
     high: float
@@ -87,6 +100,25 @@ def _written(value: Any) -> Any:
         parts = map(_written, cast("tuple[Any, ...] | list[Any]", value))
         return tuple(parts) if isinstance(value, tuple) else list(parts)
     return value
+
+
+def require_known(what: str, named: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a report that speaks of what it does not have.
+
+    Args:
+        what: parts of the report, such as "measures".
+        named: what they name.
+        known: what there is.
+
+    Raises:
+        ValueError: something else is named.
+
+    Example:
+        >>> require_known("measures", ["attack"], ["attack", "harmless"])
+    """
+    unknown = sorted({name for name in named if name not in known})
+    if unknown:
+        raise ValueError(f"{what} name {', '.join(map(repr, unknown[:3]))}, which the report does not have")
 
 
 def environment(device: str, *, libraries: Sequence[str] = ()) -> Environment:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
-from deltaguard.report.base import Environment, RateRow, Record
+from deltaguard.report.base import Count, Environment, RateRow, Record, Seconds
 from deltaguard.report.restore import RestoreReport
 
 
@@ -22,7 +22,7 @@ class ModelRow(Record):
     attack_success: RateRow
     false_refusal: RateRow
     task_accuracy: RateRow
-    incoherent_answers: int
+    incoherent_answers: Count
 
 
 class Sample(Record):
@@ -52,6 +52,6 @@ class DemoReport(Record):
     models: tuple[ModelRow, ...]
     samples: tuple[Sample, ...]
     restore: RestoreReport
-    seconds: Mapping[str, float]
-    peak_memory_bytes: int
+    seconds: Mapping[str, Seconds]
+    peak_memory_bytes: Count
     seed: int

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from deltaguard.report.base import Environment, ModelReference, Record
+from deltaguard.report.base import Count, Environment, ModelReference, Record, Seconds
 
 REPORT_NAME = "deltaguard_report.json"
 """The file in a restored checkpoint that holds its `RestoreReport`."""
@@ -26,12 +26,12 @@ class LayerRow(Record):
     """
 
     name: str
-    shape: tuple[int, ...]
-    delta_norm: float
+    shape: tuple[Count, ...]
+    delta_norm: float = Field(ge=0)
     kept_fraction: float
     safety_cost: float | None
     utility_loss: float
-    seconds: float
+    seconds: Seconds
     detail: Mapping[str, float] = Field(default_factory=dict[str, float])
 
 
@@ -48,7 +48,7 @@ class FileRow(Record):
     """A weight file as written."""
 
     name: str
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -62,7 +62,7 @@ class Probe(Record):
             conversation, and in reports of before it was known.
     """
 
-    mu: float
+    mu: float = Field(ge=0)
     safety_kl: float
     margin: float | None = None
 
@@ -85,8 +85,8 @@ class Dial(Record):
 
     limit: float
     device: str
-    conversations: int
-    tokens: int
+    conversations: Count
+    tokens: Count
     finetuned_kl: float
     restored_kl: float
     restored_margin: float | None = None
@@ -133,8 +133,8 @@ class RestoreReport(Record):
     kept_fraction: float
     utility_loss: float
     safety_cost: float | None
-    seconds: Mapping[str, float]
-    peak_memory_bytes: int
+    seconds: Mapping[str, Seconds]
+    peak_memory_bytes: Count
     warnings: tuple[str, ...] = ()
 
 

@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from deltaguard.report.base import Environment, ModelReference, Record
+from pydantic import Field
+
+from deltaguard.report.base import Count, Environment, ModelReference, Record, Seconds
 
 SWEEP_NAME = "sweep.json"
 """The file in a sweep's folder that holds its `SweepReport`."""
@@ -20,7 +22,7 @@ class SweepPoint(Record):
             without any.
     """
 
-    mu: float
+    mu: float = Field(ge=0)
     safety_kl: float
     predicted_safety_kl: float
     kept_fraction: float
@@ -35,8 +37,8 @@ class SweepBudget(Record):
         mu: of the point that keeps most among those within the limit; null where none is.
     """
 
-    limit: float
-    mu: float | None
+    limit: float = Field(gt=0)
+    mu: float | None = Field(ge=0)
 
 
 class SweepReport(Record):
@@ -68,15 +70,15 @@ class SweepReport(Record):
     finetuned: ModelReference
     method: Literal["kfac", "ridge"]
     config_from: Literal["aligned", "finetuned"] | None = None
-    conversations: int
-    tokens: int
-    utility_conversations: int
+    conversations: Count
+    tokens: Count
+    utility_conversations: Count
     aligned_nll: float | None
     finetuned_kl: float
     finetuned_nll: float | None
-    points: tuple[SweepPoint, ...]
+    points: tuple[SweepPoint, ...] = Field(min_length=1)
     budgets: tuple[SweepBudget, ...]
-    seconds: float
+    seconds: Seconds
     warnings: tuple[str, ...] = ()
 
     def kept_gain(self, point: SweepPoint) -> float | None:

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from deltaguard import __version__
 from deltaguard.checkpoints.adapter import ADAPTER_FILE
@@ -21,8 +21,8 @@ from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.draw.card import model_card
-from deltaguard.errors import DeltaguardError
-from deltaguard.files import parse_yaml, read_text
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.files import parse_yaml, problems, read_text
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.progress import Event, Progress
 from deltaguard.report.base import environment
@@ -36,6 +36,7 @@ from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan
 from deltaguard.restoration.price import PROHIBITIVE, Price, price_of
 
+T = TypeVar("T")
 _ROWS: TypeAdapter[tuple[LayerRow | OtherRow, ...]] = TypeAdapter(tuple[LayerRow | OtherRow, ...])
 _METADATA: TypeAdapter[dict[Any, Any] | None] = TypeAdapter(dict[Any, Any] | None)
 
@@ -137,11 +138,22 @@ def _price(
     """The price of safety, kept because all shards of a resumed run must have the same."""
     known = writer.remembered("price")
     if known is not None:
-        return TypeAdapter(Price).validate_json(known)
+        return _recalled(TypeAdapter(Price), known, writer)
     price = price_of(job, plan, config, progress)
     if price is not None:
-        writer.remember("price", TypeAdapter(Price).dump_json(price).decode())
+        writer.remember("price", TypeAdapter(Price).dump_python(price, mode="json"))
     return price
+
+
+def _recalled(schema: TypeAdapter[T], value: Any, writer: CheckpointWriter) -> T:
+    """What an interrupted run noted down."""
+    try:
+        return schema.validate_python(value)
+    except ValidationError as error:
+        raise DeltaguardError(
+            f"{listed(f'The progress in {writer.out} cannot be used', problems(error))}\n"
+            "Start again with --overwrite."
+        ) from error
 
 
 def _writer(job: Job, output_dir: Path, config: RestoreConfig) -> CheckpointWriter:
@@ -209,7 +221,7 @@ def _write_shards(
     for shard in job.finetuned.shards:
         finished = writer.finished(shard)
         if finished is not None:
-            rows += _ROWS.validate_python(finished.notes)
+            rows += _recalled(_ROWS, finished.notes, writer)
             continue
         with writer.shard(shard, job.finetuned.header(shard)) as sink:
             new: list[LayerRow | OtherRow] = []
