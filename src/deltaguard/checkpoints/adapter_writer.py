@@ -17,7 +17,7 @@ from torch import Tensor
 from deltaguard.checkpoints.adapter import ADAPTER_FILE
 from deltaguard.checkpoints.checkpoint import Checkpoint, name_map
 from deltaguard.checkpoints.companions import adapter_companions
-from deltaguard.checkpoints.durable import explained, flush_folder
+from deltaguard.checkpoints.durable import explained
 from deltaguard.checkpoints.hub import is_local
 from deltaguard.checkpoints.layout import ADAPTER_CONFIG, CONFIG_FILE
 from deltaguard.checkpoints.shards import DTYPES, tensor_bytes
@@ -89,7 +89,7 @@ def stage_adapter(
         with writer.shard(ADAPTER_FILE, spool.header()) as shard:
             for name, tensor in spool.tensors():
                 shard.write(name, tensor)
-    for name, source in _companions(companions_of or (aligned.folder,)).items():
+    for name, source in beside_adapter(companions_of or (aligned.folder,)).items():
         writer.copy(source, name)
     config = _config(aligned.reference, written, modules)
     writer.text(ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -105,10 +105,6 @@ def commit_adapter(writer: CheckpointWriter) -> None:
     Example:
         >>> commit_adapter(writer)  # doctest: +SKIP
     """
-    with explained(writer.out):
-        # A configuration that is being replaced must not stand beside new weights.
-        (writer.out / ADAPTER_CONFIG).unlink(missing_ok=True)
-        flush_folder(writer.out)
     writer.commit(last=ADAPTER_CONFIG)
 
 
@@ -206,7 +202,18 @@ def _spooled(
     return _Layer(name, paths[name], factors.down.shape[0], transposed)
 
 
-def _companions(folders: Sequence[Path]) -> dict[str, Path]:
+def beside_adapter(folders: Sequence[Path]) -> dict[str, Path]:
+    """Find the files that come along with an adapter: those that describe neither a model nor an adapter.
+
+    Args:
+        folders: of models or adapters; of two files of one name that of the later folder is taken.
+
+    Returns:
+        Where the files lie, by their names in the output folder.
+
+    Raises:
+        DeltaguardError: a link leads out of its folder.
+    """
     found = {str(path): folder / path for folder in folders for path in adapter_companions(folder)}
     return {name: source for name, source in found.items() if name not in _OF_THE_MODEL}
 

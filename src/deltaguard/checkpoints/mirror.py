@@ -1,5 +1,7 @@
 """What an edited checkpoint takes over unchanged: every file that holds no weights."""
 
+from pathlib import Path
+
 from deltaguard.checkpoints.adapter import AdapterCheckpoint
 from deltaguard.checkpoints.checkpoint import WeightSource
 from deltaguard.checkpoints.companions import adapter_companions, companions
@@ -15,7 +17,24 @@ def bring_along(aligned: WeightSource, finetuned: WeightSource, writer: Checkpoi
         writer: of the output folder.
 
     Raises:
-        DeltaguardError: a file cannot be read or its copy not written.
+        DeltaguardError: a file cannot be read or its copy not written, or a link leads out of its folder.
+    """
+    for name, source in brought_along(aligned, finetuned).items():
+        writer.copy(source, name)
+
+
+def brought_along(aligned: WeightSource, finetuned: WeightSource) -> dict[str, Path]:
+    """Find the files that `bring_along` copies.
+
+    Args:
+        aligned: as there.
+        finetuned: as there.
+
+    Returns:
+        Where they lie, by their names in the output folder.
+
+    Raises:
+        DeltaguardError: a link leads out of its folder.
     """
     is_adapter = isinstance(finetuned, AdapterCheckpoint)
     if is_adapter:
@@ -23,8 +42,8 @@ def bring_along(aligned: WeightSource, finetuned: WeightSource, writer: Checkpoi
         found |= dict.fromkeys(adapter_companions(finetuned.folder), finetuned.folder)
     else:
         found = dict.fromkeys(companions(finetuned.folder), finetuned.folder)
-    for path, folder in found.items():
-        writer.copy(folder / path, str(path))
+    files = {str(path): folder / path for path, folder in found.items()}
     if finetuned.index_name:
         mirrored = aligned if is_adapter else finetuned
-        writer.copy(mirrored.folder / finetuned.index_name, finetuned.index_name)
+        files[finetuned.index_name] = mirrored.folder / finetuned.index_name
+    return files

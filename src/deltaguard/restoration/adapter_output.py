@@ -13,6 +13,7 @@ from deltaguard.restoration.edit import edit, factors_of
 from deltaguard.restoration.inputs import read_ahead
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.output import adapter_folders
 from deltaguard.restoration.plan import Action, Plan, Step
 from deltaguard.restoration.price import restored_deltas, restored_steps
 from deltaguard.solvers.low_rank import LowRank
@@ -55,14 +56,11 @@ def stage_restored_adapter(
     """
     from deltaguard.calibration.skeleton import module_names
 
-    tuned = job.finetuned
     others = [step for step in plan.steps if step.action is not Action.RESTORE]
     rows: list[LayerRow | OtherRow] = [*_other_rows(job, others, config)]
     layers = _layers(job, plan, config, mu, rows, progress or ignore)
-    folders = (job.aligned.folder, tuned.folder) if isinstance(tuned, AdapterCheckpoint) else (tuned.folder,)
-    stage_adapter(
-        writer, job.aligned, layers, modules=module_names(job.aligned.folder), companions_of=folders
-    )
+    modules = module_names(job.aligned.folder)
+    stage_adapter(writer, job.aligned, layers, modules=modules, companions_of=adapter_folders(job))
     return rows
 
 
