@@ -21,6 +21,7 @@ import transformers
 from killed_writer import kill_at
 from safetensors.torch import load_file, save_file
 
+from copies import report_of
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.adapter_writer import commit_adapter, stage_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint
@@ -226,6 +227,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_may_be_overwritten(llama, tmp
     with pytest.raises(DeltaguardError, match="is not empty"):
         write(out, llama, layers)
     assert contents(out) == before
+    (out / "deltaguard_report.json").write_text(report_of(before))
     write(out, llama, layers, writer={"overwrite": True})
     read = AdapterCheckpoint.open(llama, out)
     for layer in layers:
@@ -305,6 +307,7 @@ if __name__ == "__main__":
     write(work / "new", source, given, modules=[name for name, _, _ in given])
     finished = contents(work / "new")
     earlier = {**finished, CONFIG: b"old", WEIGHTS: b"old weights"}
+    earlier["deltaguard_report.json"] = report_of(earlier).encode()
     steps = (
         kill_everywhere(source, work / "fresh", {}, finished),
         kill_everywhere(source, work / "replacing", earlier, finished, overwrite=True),

@@ -17,7 +17,7 @@ from torch import Tensor
 from deltaguard.checkpoints.adapter import ADAPTER_FILE
 from deltaguard.checkpoints.canonical import part_of
 from deltaguard.checkpoints.checkpoint import Checkpoint, name_map
-from deltaguard.checkpoints.durable import explained, flush_folder
+from deltaguard.checkpoints.durable import explained
 from deltaguard.checkpoints.hub import is_local
 from deltaguard.checkpoints.layout import ADAPTER_CONFIG
 from deltaguard.checkpoints.mirror import model_files
@@ -105,10 +105,6 @@ def commit_adapter(writer: CheckpointWriter) -> None:
     Example:
         >>> commit_adapter(writer)  # doctest: +SKIP
     """
-    with explained(writer.out):
-        # A configuration that is being replaced must not stand beside new weights.
-        (writer.out / ADAPTER_CONFIG).unlink(missing_ok=True)
-        flush_folder(writer.out)
     writer.commit(last=ADAPTER_CONFIG)
 
 

@@ -88,10 +88,50 @@ def bring_along(
         config_from: as in `output_files`.
 
     Raises:
-        DeltaguardError: a file cannot be read or its copy not written.
+        DeltaguardError: a file cannot be read or its copy not written, or a link leads out of its folder.
     """
-    for path, file in output_files(aligned, finetuned, config_from=config_from).items():
-        writer.copy(file, path)
+    for name, source in brought_along(aligned, finetuned, config_from=config_from).items():
+        writer.copy(source, name)
+
+
+def brought_along(
+    aligned: WeightSource, finetuned: WeightSource, *, config_from: ConfigFrom | None
+) -> dict[str, Path]:
+    """Find the files that `bring_along` copies.
+
+    Args:
+        aligned: as there.
+        finetuned: as there.
+        config_from: as there.
+
+    Returns:
+        Where they lie, by their names in the output folder.
+
+    Raises:
+        DeltaguardError: a link leads out of its folder.
+    """
+    files = output_files(aligned, finetuned, config_from=config_from)
     if finetuned.index_name:
         mirrored = aligned if isinstance(finetuned, AdapterCheckpoint) else finetuned
-        writer.copy(mirrored.folder / finetuned.index_name, finetuned.index_name)
+        files[finetuned.index_name] = mirrored.folder / finetuned.index_name
+    return files
+
+
+def beside_adapter(
+    aligned: WeightSource, finetuned: WeightSource, *, config_from: ConfigFrom | None
+) -> dict[str, Path]:
+    """Find the files that come along with an adapter: those that describe neither a model nor an adapter.
+
+    Args:
+        aligned: the aligned checkpoint, over which the adapter is loaded.
+        finetuned: the checkpoint that was restored.
+        config_from: as in `output_files`.
+
+    Returns:
+        Where they lie, by their names in the output folder.
+
+    Raises:
+        DeltaguardError: a link leads out of its folder.
+    """
+    files = output_files(aligned, finetuned, config_from=config_from, adapter=True)
+    return {name: file for name, file in files.items() if part_of(name) != "config"}

@@ -26,7 +26,7 @@ class Record(BaseModel):
         """Write out what names of files may hold and a file of text cannot."""
         for name, value in self.__dict__.items():
             if type(value) not in _NUMBERS and (written := _written(value)) is not value:
-                self.__dict__[name] = written
+                object.__setattr__(self, name, written)
         return self
 
 

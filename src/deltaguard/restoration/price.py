@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from deltaguard.budget.search import best, search
@@ -36,11 +37,11 @@ class Price:
     """What was chosen.
 
     Attributes:
-        mu: the price; 0 keeps the whole delta and infinity nothing of it.
+        mu: the price; 0 keeps the whole delta and `PROHIBITIVE` nothing of it.
         dial: how it was found, None where a strength was given.
     """
 
-    mu: float
+    mu: Annotated[float, Field(ge=0)]
     dial: Dial | None
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deltaguard.budget.search import best, search
 from deltaguard.calibration.conversations import Conversation, read_prompts
-from deltaguard.checkpoints.durable import explained, write_atomically
+from deltaguard.checkpoints.durable import write_atomically
+from deltaguard.checkpoints.results import SWEEP, results_folder
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
@@ -57,7 +58,7 @@ def sweep(
     Args:
         aligned: as in `restore`.
         finetuned: as in `restore`.
-        output_dir: receives `sweep.json`.
+        output_dir: receives `sweep.json`; a new or empty folder, or that of an earlier sweep.
         store: as in `restore`.
         limits: safety KL, nats per response token, each 1e-9 or more.
         utility: JSON lines with `prompt` and `response`, whose likelihood says what the task keeps.
@@ -69,7 +70,8 @@ def sweep(
         The report, in the folder too.
 
     Raises:
-        DeltaguardError: an input cannot be used, or an option is out of range.
+        DeltaguardError: an input cannot be used, an option is out of range, or the folder holds something
+            else, is a model's, or another process works in it.
 
     Example:
         ```python
@@ -82,13 +84,15 @@ def sweep(
     config = config or RestoreConfig()
     _check(config, limits)
     tasks = _utility(utility)
-    with explained(Path(output_dir)):
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-    job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
-    bench = _Bench.open(job, config, tasks, progress or ignore)
-    report = bench.curve_report(sorted(set(limits)), started)
-    job.check_unchanged()
-    write_atomically(Path(output_dir) / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")
+    inputs = [aligned, finetuned]
+    if store is not None:
+        inputs.append(store.folder if isinstance(store, CurvatureStore) else store)
+    with results_folder(Path(output_dir), SWEEP, inputs=inputs):
+        job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
+        bench = _Bench.open(job, config, tasks, progress or ignore)
+        report = bench.curve_report(sorted(set(limits)), started)
+        job.check_unchanged()
+        write_atomically(Path(output_dir) / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")
     return report
 
 
