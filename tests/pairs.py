@@ -15,6 +15,8 @@ import models
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
 from deltaguard.calibration.conversations import SYSTEM_PROMPTS, Conversation
 from deltaguard.curvature.rank import Rank
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import HeldOut
 
 CONVERSATIONS = tuple(
     Conversation(
@@ -92,6 +94,11 @@ def load_over(aligned: Path, adapter: Path) -> Any:
         # PEFT speaks of Conv1D where it sets fan_in_fan_out itself.
         warnings.simplefilter("ignore")
         return peft.PeftModel.from_pretrained(base, adapter)
+
+
+def held_out(store: Path) -> tuple[HeldOut, ...]:
+    """The conversations of a store that safety KL is measured on."""
+    return CurvatureStore.from_pretrained(store).held_out
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -229,6 +229,7 @@ def test_a_model_that_is_nowhere(made, tmp_path, attempt):
         (["--method", "gredy"], 'Did you mean "greedy"?'),
         (["--compensation", "join"], 'Did you mean "joint"?'),
         (["--other-params", "alined"], 'Did you mean "aligned"?'),
+        (["--config-from", "finetune"], 'Did you mean "finetuned"?'),
         (["--strenght", "1"], "Did you mean --strength?"),
         (["--strength", "2"], "strength is 2.0"),
         (["--method", "interpolate"], "strength has no default"),

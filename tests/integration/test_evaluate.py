@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 
+from deltaguard.checkpoints.durable import lock_folder
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation import evaluate as module
 from deltaguard.evaluation.answers import AnswerFile
@@ -302,12 +304,13 @@ def test_draws_repeat_after_a_kill(models, tmp_path, monkeypatch):
 
 
 def test_two_runs_in_one_folder_exclude_each_other(models, tmp_path):
-    lock = module.lock_folder(tmp_path)
+    (tmp_path / "out").mkdir()
+    lock = lock_folder(tmp_path / "out")
     try:
         with pytest.raises(DeltaguardError, match="Another process"):
-            evaluate(models, tmp_path, suite=suite_file(tmp_path), engine=CPU)
+            evaluate(models, tmp_path / "out", suite=suite_file(tmp_path), engine=CPU)
     finally:
-        module.os.close(lock)
+        os.close(lock)
 
 
 def test_a_server_is_asked_and_what_it_cannot_do_is_noted(tmp_path):

@@ -45,7 +45,8 @@ def swept(out, limits=LIMITS, *, name="llama", dtype=None, **options):
 def usual(name="llama", dtype=None):
     """A sweep with utility data, and its folder."""
     out = Path(mkdtemp(prefix="deltaguard-sweep-"))
-    return swept(out, name=name, dtype=dtype, utility=utility_file(out)), out
+    task = utility_file(out)
+    return swept(out / "sweep", name=name, dtype=dtype, utility=task), out / "sweep"
 
 
 def restored(out, name="llama", dtype=None, **options):

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from deltaguard.cli.app import run
+from deltaguard.draw.evaluation_page import evaluation_page
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.evaluate import evaluate
@@ -66,10 +67,8 @@ def test_what_a_server_leaves_out_is_counted_named_and_asked_again(tmp_path):
             (each.judge, each.name): each.estimate for each in report.measures if each.section == "attack"
         }
         assert (numbers[None, "missing"].value, numbers[None, "missing"].total) == (0.1, 10)
-        assert (numbers["opening", "attack success"].value, numbers["opening", "attack success"].total) == (
-            1,
-            9,
-        )
+        success = numbers["opening", "attack success"]
+        assert (success.value, success.total) == (1, 9)
         assert numbers["keywords", "incoherent"].total == 9
         assert report.agreements[0].total == 9
         (note,) = report.notes
@@ -79,6 +78,9 @@ def test_what_a_server_leaves_out_is_counted_named_and_asked_again(tmp_path):
         assert stored(tmp_path / "out") == ["Sure, this is how."] * 9
         assert EvaluationReport.model_validate_json((tmp_path / "out/evaluation.json").read_text()) == report
         assert "| – | m | – | – | 10.0 % (1.8–40.4 %) |" in (tmp_path / "out/README.md").read_text()
+        page = evaluation_page(report)
+        assert "10.0 %<small>1.8–40.4 %" in page
+        assert "m gave no answer to 1 of 10 prompts of section attack" in page
         lossy.mend()
         again = evaluated(url, tmp_path, max_missing=0.1)
     assert len(lossy.asked) == 1
@@ -105,22 +107,30 @@ def test_too_many_missing_answers_end_the_run_and_the_rest_is_kept(tmp_path):
     assert len(lossy.asked) == 10 - kept + 4
 
 
-def test_a_server_that_fails_throughout_is_given_up_early(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("reply", "told", "most"),
+    [
+        ((401, "wrong key"), "status 401: wrong key. What was answered", 30),
+        (MALFORMED["an error"], "the reply is an error: out of order (after 4 retries). What", 100),
+        (MALFORMED["no choices"], "(after 4 retries). What was answered", 100),
+    ],
+)
+def test_a_server_that_fails_throughout_is_given_up_early(tmp_path, capsys, reply, told, most):
     asked = []
 
-    def reply(request):
+    def fail(request):
         asked.append(request)
-        return 401, "wrong key"
+        return reply
 
     text = TEN.replace("count: 10", "count: 100")
-    with server(reply) as url:
+    with server(fail) as url:
         options = ["--engine", "openai", "--base-url", url, "--suite", str(suite_file(tmp_path, text))]
         assert run(["eval", "m", "-o", str(tmp_path / "out"), *options]) == 1
-    told = " ".join(capsys.readouterr().err.split())
-    assert "6 of 100 are missing, and 5 % may be" in told
-    assert "status 401: wrong key. " in told
-    assert "retr" not in told
-    assert len(asked) < 30
+    said = " ".join(capsys.readouterr().err.split())
+    assert "6 of 100 are missing, and 5 % may be" in said
+    assert told in said
+    assert len(asked) < most
+    assert not (tmp_path / "out" / ANSWERS).exists()
 
 
 def test_no_malformed_reply_is_stored_as_an_answer(tmp_path):

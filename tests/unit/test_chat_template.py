@@ -1,5 +1,6 @@
 """A chat template is a program from outside: whatever it does ends, in text or in one message."""
 
+import gc
 import threading
 import time
 
@@ -15,6 +16,14 @@ from deltaguard.time_limit import run_within
 
 USER = [{"role": "user", "content": "How?"}]
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_collected():
+    """What is raised while garbage is collected is lost, and raised again a second later only."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def tokenizer(template):

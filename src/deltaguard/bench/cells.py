@@ -132,9 +132,9 @@ class Shelf:
         """
         path = self._answers / f"{key}.json"
         if path.is_file():
-            of_kind = Field(allow_inf_nan=False) if kind is float else Field()
-            counted = Field(min_length=count, max_length=count)
-            schema = TypeAdapter(Annotated[list[Annotated[kind, of_kind]], counted])
+            item: Any = FiniteFloat if kind is float else str
+            counted: Any = Annotated[list[item], Field(min_length=count, max_length=count)]
+            schema: TypeAdapter[list[AnswerT]] = TypeAdapter(counted)
             return read_json(path, schema, remedy=_REMEDY)
         found = compute()
         write_atomically(path, json.dumps(found, ensure_ascii=False, indent=0) + "\n")

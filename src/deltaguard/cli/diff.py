@@ -21,7 +21,7 @@ def diff(
     deep: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> None:
-    """Show what differs between two checkpoints, by layer and kind, from headers.
+    """Show what differs between two checkpoints, by layer and kind, from headers, and besides weights.
 
     Args:
         aligned: The model before fine-tuning.
@@ -51,9 +51,11 @@ def _draw(report: DiffReport) -> Group:
     ]
     if len(listed) > _SHOWN:
         lines.append(_more(len(listed) - _SHOWN, "tensors"))
+    lines += report.settings
     if not report.deep:
         lines.append("Headers only; --deep compares values.")
-    lines.append("The pair can be restored." if report.compatible else "Not the same architecture.")
+    needed = ", with --config-from" if report.settings else ""
+    lines.append(f"The pair can be restored{needed}." if report.compatible else "Not the same architecture.")
     return Group(kinds, *lines)
 
 

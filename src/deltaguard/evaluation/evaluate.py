@@ -1,6 +1,5 @@
 """Several models on one suite, side by side: answers, verdicts, numbers with intervals, one report."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +8,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
+from deltaguard.checkpoints.durable import write_atomically
+from deltaguard.checkpoints.results import EVALUATION, SECONDS_NAME, results_folder
 from deltaguard.device import find_device
 from deltaguard.draw.evaluation import evaluation_card
 from deltaguard.errors import DeltaguardError
@@ -31,7 +31,7 @@ from deltaguard.evaluation.exchange import Exchange, Judge
 from deltaguard.evaluation.harness_numbers import harness_notes
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
 from deltaguard.evaluation.judges.make import make_judge
-from deltaguard.evaluation.judges.specs import tells_refusals
+from deltaguard.evaluation.judges.specs import ClassifierSpec, GuardSpec, tells_refusals
 from deltaguard.evaluation.judging import outcome
 from deltaguard.evaluation.outcomes import Outcome
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
@@ -39,9 +39,6 @@ from deltaguard.evaluation.suites.suite import Suite, read_suite
 from deltaguard.files import read_json
 from deltaguard.progress import Progress, ignore
 from deltaguard.report.evaluation import EVALUATION_NAME, SCHEMA_VERSION, EvaluationReport
-
-SECONDS_NAME = "seconds.json"
-"""The file in the output folder that holds how long the stages took so far."""
 
 _Files = Sequence[tuple[Candidate, Sequence[PartFiles]]]
 _Judges = Sequence[tuple[Judge, bool]]
@@ -98,9 +95,9 @@ def evaluate(
 
     Raises:
         DeltaguardError: before any model runs, where prompts are missing, a model or judge cannot be found,
-            or the folder holds answers of another suite, engine or model, or damaged ones; later, where a
-            model cannot be loaded or asked, or a server leaves more unanswered than `engine` or a judge
-            allows.
+            or the folder holds answers of another suite, engine or model, or damaged ones, holds something
+            else, or is a model's; later, where a model cannot be loaded or asked, or a server leaves more
+            unanswered than `engine` or a judge allows.
 
     Example:
         ```python
@@ -109,24 +106,29 @@ def evaluate(
     """
     run = _prepare(Path(output_dir), suite, engine or EngineConfig(), progress)
     candidates = _candidates(models, run)
-    with explained(run.folder):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(run.folder)
-    try:
+    with results_folder(run.folder, EVALUATION, inputs=_inputs(models, run)):
         _require_same_suite(run)
         # Damaged times are told before hours of answers, not after.
         _ = run.clock.seconds
         files = [(each, open_files(run.folder, each, run.parts, run.config)) for each in candidates]
         judges = _judges(run)
+        if not run.clock.path.exists():
+            # First of all, so that the folder is known again however early the run is killed.
+            write_atomically(run.clock.path, "{}\n")
         _fill_all(files, run)
         with run.clock.timed("judge"):
             outcomes = _judge_all(files, judges, run)
         report = _report(run, candidates, files, outcomes)
         write_atomically(run.folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
         write_atomically(run.folder / "README.md", evaluation_card(report))
-    finally:
-        os.close(lock)
     return report
+
+
+def _inputs(models: Sequence[str | Path], run: _Run) -> Sequence[str | Path]:
+    """Models whose folders must not be written into; on a server they are names."""
+    asked = () if run.config.name == "openai" else models
+    read = [spec.model for spec in run.suite.judges if isinstance(spec, GuardSpec | ClassifierSpec)]
+    return (*asked, *read)
 
 
 def _prepare(

@@ -29,7 +29,7 @@ class Record(BaseModel):
     def _usable(self) -> Self:
         for name, value in self.__dict__.items():
             if (found := _usable(value)) is not value:
-                self.__dict__[name] = found
+                object.__setattr__(self, name, found)
         return self
 
 
@@ -63,10 +63,21 @@ class Environment(Record):
 
 
 class ModelReference(Record):
-    """A model that took part: where it came from and the fingerprint of its weights."""
+    """A model that took part: where it came from and what identifies it.
+
+    Attributes:
+        reference: what the user called it.
+        fingerprint: of its weights.
+        config_sha256: of its configuration; null, like the others, in reports of before it was known.
+        tokenizer_sha256: of its tokenizer.
+        template_sha256: of its chat template.
+    """
 
     reference: str
     fingerprint: str
+    config_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    template_sha256: str | None = None
 
 
 class RateRow(Record):

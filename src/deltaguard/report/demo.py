@@ -6,6 +6,9 @@ from typing import Literal
 from deltaguard.report.base import Count, Environment, RateRow, Record, Seconds
 from deltaguard.report.restore import RestoreReport
 
+DEMO_NAME = "demo.json"
+"""The file in a demo's folder that holds its `DemoReport`."""
+
 
 class ModelRow(Record):
     """One model of a comparison.

@@ -10,6 +10,9 @@ from deltaguard.report.base import Count, Environment, ModelReference, Record, S
 REPORT_NAME = "deltaguard_report.json"
 """The file in a restored checkpoint that holds its `RestoreReport`."""
 
+CARD_NAME = "README.md"
+"""The file in a restored checkpoint that holds its model card."""
+
 
 class LayerRow(Record):
     """One restored weight matrix.
@@ -45,7 +48,13 @@ class OtherRow(Record):
 
 
 class FileRow(Record):
-    """A weight file as written."""
+    """A file as written.
+
+    Attributes:
+        name: its path within the output folder.
+        bytes: its size.
+        sha256: the hash of its content.
+    """
 
     name: str
     bytes: Count
@@ -75,7 +84,8 @@ class Dial(Record):
         device: where the model ran.
         conversations: held-out safety conversations that it was measured on.
         tokens: response tokens in them.
-        finetuned_kl: the whole fine-tuned model's safety KL.
+        finetuned_kl: the whole fine-tuned model's safety KL, under the configuration, tokenizer and chat
+            template of the output, as all others.
         restored_kl: the restored model's.
         restored_margin: half the width of its 95 % interval; null as in `Probe`.
         whole: whether the fine-tuned model was within the limit already, so that nothing was taken from it.
@@ -105,7 +115,10 @@ class RestoreReport(Record):
         options: method, strength and the other choices, as run.
         layers: one row a restored matrix, in the order of the checkpoint.
         others: one row for every other tensor.
-        files: the weight files with their hashes.
+        files: every file of the output but this report, with its hash; a run that replaces the output removes
+            these and no others.
+        plan_hash: of the job that wrote the output, by which it is known again; null in reports of before it
+            was kept.
         mu: the price of safety of all layers, null for methods that have none.
         predicted_safety_kl: ½ Σ tr(G Δ' H Δ'ᵀ) over the layers, nats per response token; likewise.
         dial: how the price was found, null where a strength decided.
@@ -126,6 +139,7 @@ class RestoreReport(Record):
     layers: tuple[LayerRow, ...]
     others: tuple[OtherRow, ...]
     files: tuple[FileRow, ...]
+    plan_hash: str | None = None
     mu: float | None = None
     predicted_safety_kl: float | None = None
     dial: Dial | None = None

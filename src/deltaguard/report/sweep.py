@@ -50,11 +50,13 @@ class SweepReport(Record):
         aligned: the aligned model.
         finetuned: the fine-tuned model.
         method: the solver.
+        config_from: the model whose configuration, tokenizer and chat template candidates had; null where
+            the two models agree on them.
         conversations: held-out safety conversations.
         tokens: response tokens in them.
         utility_conversations: conversations of the user's utility data.
         aligned_nll: the aligned model's on that data; null without any.
-        finetuned_kl: the whole fine-tuned model's safety KL, with all its tensors.
+        finetuned_kl: the whole fine-tuned model's safety KL, with all its tensors, run as the candidates are.
         finetuned_nll: that model's on the utility data.
         points: the candidates by price, falling: from the safest to the one that keeps most.
         budgets: the limits asked for, rising.
@@ -67,6 +69,7 @@ class SweepReport(Record):
     aligned: ModelReference
     finetuned: ModelReference
     method: Literal["kfac", "ridge"]
+    config_from: Literal["aligned", "finetuned"] | None = None
     conversations: Count
     tokens: Count
     utility_conversations: Count

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deltaguard.checkpoints.canonical import ConfigFrom
 from deltaguard.curvature.rank import Rank
 
 Method = Literal["kfac", "ridge", "greedy", "published", "interpolate"]
@@ -36,6 +37,8 @@ class RestoreConfig(BaseModel):
         budget: how `greedy` reads the strength, see `solvers.greedy`.
         compensation: what `greedy` does to the entries that it does not keep.
         other_params: where norms, biases, embeddings and the output head come from.
+        config_from: the model whose configuration, tokenizer and chat template the output has, and with which
+            the dial measures; where absent, the two models must agree on them.
         output_format: `checkpoint` mirrors the fine-tuned one; `adapter` is a PEFT LoRA adapter over the
             aligned model, which holds the linear layers and nothing else.
         adapter_rank: of an adapter; None takes for each layer the smallest that loses 1 % of its restored
@@ -59,6 +62,7 @@ class RestoreConfig(BaseModel):
     budget: Budget = "fraction"
     compensation: Compensation = "joint"
     other_params: OtherParams = "aligned"
+    config_from: ConfigFrom | None = None
     output_format: OutputFormat = "checkpoint"
     adapter_rank: int | None = Field(default=None, ge=1)
     device: str = "auto"
@@ -124,7 +128,8 @@ class RestoreConfig(BaseModel):
         if self.has_price and self.strength is not None:
             own = {"strength": self.strength}
         of_greedy = {"budget", "compensation"} if self.method != "greedy" else set[str]()
+        if_chosen = {"config_from"} if self.config_from is None else set[str]()
         of_adapters = {"adapter_rank"} if self.output_format != "adapter" else set[str]()
-        hidden = {"overwrite", "resume", "device", "max_safety_kl", "strength"} | of_greedy | of_adapters
-        chosen = self.model_dump(exclude=hidden)
+        hidden = {"overwrite", "resume", "device", "max_safety_kl", "strength"}
+        chosen = self.model_dump(exclude=hidden | of_greedy | of_adapters | if_chosen)
         return {"method": chosen.pop("method"), **own, **chosen}

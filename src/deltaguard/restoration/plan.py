@@ -16,7 +16,7 @@ from deltaguard.restoration.options import OtherParams
 
 _BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")
 _EXPERT = re.compile(r"\.experts?\.")
-_OUTPUT_EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$")
+OUTPUT_EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$")
 _INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|output_layer)\.(weight|bias)$"
@@ -119,12 +119,10 @@ def make_plan(
         The plan.
 
     Raises:
-        DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), the
-            store belongs to another model, or the model has expert layers.
+        DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), or the
+            model has expert layers.
     """
     _refuse_experts(aligned, finetuned)
-    if store is not None:
-        _check_store(aligned, store)
     names = _aligned_names(aligned, finetuned)
     rules = _Rules(_layer_rule(aligned, store), other_params, _known_tokens(aligned, finetuned))
     problems = _missing(aligned, names, rules.layer)
@@ -193,7 +191,7 @@ def _aligned_names(aligned: WeightSource, finetuned: WeightSource) -> Mapping[st
     names = name_map(list(finetuned.tensors), list(aligned.tensors))
     embedding = next((name for name in aligned.tensors if _INPUT_EMBEDDING.search(name)), None)
     for name in finetuned.tensors:
-        if name not in names and embedding and _OUTPUT_EMBEDDING.search(name):
+        if name not in names and embedding and OUTPUT_EMBEDDING.search(name):
             names[name] = embedding
     return names
 
@@ -206,7 +204,7 @@ def _missing(aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule)
         for info in aligned.tensors.values()
         if info.name not in found
         and (layer(info) or info.name.endswith((".weight", ".bias")))
-        and not _OUTPUT_EMBEDDING.search(info.name)
+        and not OUTPUT_EMBEDDING.search(info.name)
         and not re.search(r"\.(attn|attention)\.(masked_)?bias$", info.name)
     ]
 
@@ -260,17 +258,6 @@ def _refuse_experts(*sources: WeightSource) -> None:
                 f"{source.reference} is a mixture of experts ({len(found)} expert tensors, such as "
                 f"`{found[0]}`): deltaguard does not restore expert layers yet."
             )
-
-
-def _check_store(aligned: WeightSource, store: CurvatureStore) -> None:
-    fingerprint = aligned.fingerprint()
-    made_for = store.provenance
-    if made_for.fingerprint != fingerprint:
-        raise DeltaguardError(
-            f"The curvature store belongs to another model: it was made for {made_for.aligned} "
-            f"(fingerprint {made_for.fingerprint}), and {aligned.reference} has fingerprint "
-            f"{fingerprint}. Run `deltaguard calibrate {aligned.reference} -o STORE` for this model."
-        )
 
 
 def _mismatch(aligned: WeightSource, finetuned: WeightSource, problems: Sequence[str]) -> str:
