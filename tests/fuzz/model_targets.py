@@ -1,6 +1,8 @@
 """Files of models, adapters and curvature stores."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -211,6 +213,16 @@ def device_name(_: Path) -> Target:
     return Target(b"cuda:0", damage, lambda content: find_device(content.decode(errors="replace")))
 
 
+def reference(_: Path) -> Target:
+    def read(content: bytes) -> None:
+        name = os.fsdecode(content)
+        # What may be a repository would be fetched.
+        if not re.fullmatch(r"\w[\w./@-]*", name):
+            Checkpoint.open(name)
+
+    return Target(b"~someone/models/mine@main", damage, read)
+
+
 KINDS = (
     Kind("config.json", 200, config),
     Kind("config.json in transformers", 60, config_of_transformers),
@@ -230,4 +242,5 @@ KINDS = (
     Kind("card of a guard", 40, guards_card),
     Kind("prompt file of a guard", 20, prompt_file),
     Kind("name of a device", 40, device_name),
+    Kind("reference to a model", 40, reference),
 )
