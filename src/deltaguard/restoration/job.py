@@ -116,10 +116,20 @@ def find_store(
         known = CurvatureStore.from_pretrained(store)
     else:
         folder = default_store_folder(aligned, rank)
-        return CurvatureStore.from_pretrained(folder) if (folder / MANIFEST).is_file() else None
+        return _kept_store(folder, aligned) if (folder / MANIFEST).is_file() else None
     if rank == "full" and not known.is_whole:
         raise DeltaguardError(not_whole(known.folder, known.provenance.aligned))
     return known
+
+
+def _kept_store(folder: Path, aligned: Checkpoint) -> CurvatureStore:
+    try:
+        return CurvatureStore.from_pretrained(folder)
+    except DeltaguardError as error:
+        raise DeltaguardError(
+            f"{error}\nThis is what was kept of an earlier calibration of {aligned.reference}. "
+            f"Delete {folder} and run the same command again: it is made anew."
+        ) from error
 
 
 def default_store_folder(aligned: Checkpoint, rank: Rank) -> Path:
