@@ -8,6 +8,7 @@ import torch
 from benchmarks.layout import BLOCKS, MATRICES, SHARED_INPUTS, model_bytes
 from deltaguard.calibration.calibrate import STORE_SHARE
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.identity import identify
 from deltaguard.curvature.contents import (
     Group,
     GroupCurvature,
@@ -89,7 +90,7 @@ def _moment(size: int, tokens: int, *, seed: int) -> Moment:
 def _provenance(aligned: Path, rank: Rank) -> Provenance:
     limit = int(STORE_SHARE * model_bytes())
     return Provenance(
-        fingerprint=Checkpoint.open(aligned).fingerprint(),
+        **identify(Checkpoint.open(aligned)).model_dump(),
         prompts_sha256="",
         max_length=512,
         max_new_tokens=64,

@@ -1,5 +1,6 @@
 """A checkpoint copied with the writer: completely, in part, or against a refusal."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ from deltaguard.errors import DeltaguardError
 from models import save, tiny_model
 
 INDEX = "model.safetensors.index.json"
+
+
+def report_of(names) -> str:
+    """As much of a report as overwriting reads: the files of an output."""
+    return json.dumps({"files": [{"name": str(name), "bytes": 1} for name in names]})
 
 
 class Stop(Exception):  # noqa: N818
@@ -40,7 +46,7 @@ def write_all(source, out, **options):
                 written.append(shard)
         writer.copy(source.folder / "config.json", "config.json")
         writer.copy(source.folder / INDEX, INDEX)
-        writer.text("deltaguard_report.json", "{}")
+        writer.text("deltaguard_report.json", report_of(sorted(writer.records)))
         writer.commit(last=INDEX)
     return written
 

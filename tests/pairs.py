@@ -15,6 +15,8 @@ import models
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
 from deltaguard.calibration.conversations import SYSTEM_PROMPTS, Conversation
 from deltaguard.curvature.rank import Rank
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import HeldOut
 
 CONVERSATIONS = tuple(
     Conversation(
@@ -64,7 +66,9 @@ def _calibrated(aligned: Path, folder: Path, *, rank: Rank) -> Path:
     return calibrate(aligned, folder, conversations=CONVERSATIONS, config=config).folder
 
 
-def save_adapter(aligned: Path, folder: Path, targets: list[str], *, fan_in_fan_out: bool = False) -> Any:
+def save_adapter(
+    aligned: Path, folder: Path, targets: list[str] | str, *, fan_in_fan_out: bool = False
+) -> Any:
     """Write a random LoRA adapter of rank 3 over a checkpoint.
 
     Returns:
@@ -81,6 +85,20 @@ def save_adapter(aligned: Path, folder: Path, targets: list[str], *, fan_in_fan_
         tuned = peft.get_peft_model(model, lora)
         tuned.save_pretrained(folder)
     return tuned
+
+
+def load_over(aligned: Path, adapter: Path) -> Any:
+    """The model that PEFT makes of an adapter over a checkpoint."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(aligned)
+    with warnings.catch_warnings():
+        # PEFT speaks of Conv1D where it sets fan_in_fan_out itself.
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base, adapter)
+
+
+def held_out(store: Path) -> tuple[HeldOut, ...]:
+    """The conversations of a store that safety KL is measured on."""
+    return CurvatureStore.from_pretrained(store).held_out
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

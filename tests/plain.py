@@ -21,13 +21,20 @@ def tokens_of(tokenizer: Any, conversation: Any) -> tuple[torch.Tensor, int]:
 
 
 def safety_kl(aligned: Path, candidate: Path, conversations: Sequence[Any]) -> float:
-    """The mean of KL(aligned ‖ candidate) over the response tokens of conversations, nats."""
-    tokenizer = AutoTokenizer.from_pretrained(aligned)
-    one, other = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (aligned, candidate))
+    """The mean of KL(aligned ‖ candidate) over the response tokens of conversations, nats.
+
+    Each folder's model is asked by that folder's own tokenizer and chat template; the tokens of the response
+    are the aligned model's.
+    """
+    folders = (aligned, candidate)
+    tokenizers = [AutoTokenizer.from_pretrained(f) for f in folders]
+    one, other = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in folders)
     terms: list[float] = []
     for conversation in conversations:
-        ids, start = tokens_of(tokenizer, conversation)
+        (mine, start), (theirs, begin) = (tokens_of(each, conversation) for each in tokenizers)
+        theirs = torch.cat([theirs[:, :begin], mine[:, start:]], dim=1)
         with torch.no_grad():
-            p, q = (model(input_ids=ids).logits[0, start - 1 : -1].softmax(-1) for model in (one, other))
+            p = one(input_ids=mine).logits[0, start - 1 : -1].softmax(-1)
+            q = other(input_ids=theirs).logits[0, begin - 1 : -1].softmax(-1)
         terms += (p * (p / q[:, : p.shape[1]]).log()).sum(-1).tolist()
     return sum(terms) / len(terms)

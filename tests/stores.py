@@ -39,6 +39,9 @@ def sums(seed, groups=GROUPS):
 def provenance(**changes):
     values = {
         "fingerprint": "f" * 64,
+        "config_sha256": "a" * 64,
+        "tokenizer_sha256": "b" * 64,
+        "template_sha256": "c" * 64,
         "prompts_sha256": "0" * 64,
         "max_length": 512,
         "max_new_tokens": 64,

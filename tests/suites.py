@@ -2,7 +2,9 @@
 
 import json
 import threading
+from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from models import perturbed, save, tiny_model
@@ -33,36 +35,106 @@ def suite_file(folder, text=SMALL, name="suite.yaml"):
     return path
 
 
-@contextmanager
-def server(reply):
-    """A server on this machine; `reply` takes a request and gives a status and the answer.
+class Request(dict):
+    """The JSON of a request, with its headers."""
 
-    The answer is its text, or a mapping with the fields of the message.
+    def __init__(self, body, headers):
+        super().__init__(body)
+        self.headers = headers
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A reply to the byte.
+
+    Attributes:
+        body: sent as it is.
+        status: of HTTP.
+        headers: beside or in the place of `Content-Type`, `Content-Length` and `Retry-After: 0`; None leaves
+            one out.
+        delay: seconds before anything is sent; they end with the server.
+        drip: seconds before each byte of the body, or of `wire`.
+        wire: sent in the place of all of it, whether it is HTTP or not; then the connection is cut.
     """
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, text = reply(request)
-            said = text if isinstance(text, dict) else {"content": text}
-            message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **said}}
-            body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [message]}
-            content = json.dumps(body if status == 200 else {"error": {"message": text}}).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    body: bytes = b""
+    status: int = 200
+    headers: Mapping[str, str | None] = field(default_factory=dict)
+    delay: float = 0
+    drip: float = 0
+    wire: bytes | None = None
 
-        def log_message(self, *_):
-            pass
 
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listening.serve_forever, daemon=True)
+def completion(said, **more):
+    """A chat completion: what a message says, or a mapping with its fields."""
+    message = {"role": "assistant", **(said if isinstance(said, dict) else {"content": said})}
+    choice = {"index": 0, "finish_reason": "stop", "message": message, **more}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    return Raw(json.dumps(body).encode())
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Sends what `server.reply` gives for a request."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        found = self.server.reply(Request(body, self.headers))
+        if not isinstance(found, Raw):
+            status, text = found
+            error = Raw(json.dumps({"error": {"message": text}}).encode(), status)
+            found = completion(text) if status == 200 else error
+        self.server.over.wait(found.delay)
+        if found.wire is not None:
+            self.close_connection = True
+            self.send(found.wire, found.drip)
+            return
+        self.send_response(found.status)
+        named = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(found.body)),
+            "Retry-After": "0",
+            **found.headers,
+        }
+        for name, value in named.items():
+            if value is not None:
+                self.send_header(name, value)
+        self.end_headers()
+        self.send(found.body, found.drip)
+
+    def send(self, content, drip):
+        size = 1 if drip else max(1, len(content))
+        for start in range(0, len(content), size):
+            if drip and self.server.over.wait(drip):
+                return
+            self.wfile.write(content[start : start + size])
+
+    def log_message(self, *_):
+        pass
+
+
+class Listening(ThreadingHTTPServer):
+    def __init__(self, reply):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.reply, self.over = reply, threading.Event()
+
+    def handle_error(self, *_):
+        """Clients that go away while they are answered are what some tests are about."""
+
+
+@contextmanager
+def server(reply):
+    """A server on this machine; `reply` takes a request and gives a `Raw`, or a status and the answer.
+
+    The answer is its text, or a mapping with the fields of the message; with another status than 200 it is
+    what the server says of the error.
+    """
+    listening = Listening(reply)
+    thread = threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{listening.server_port}/v1"
     finally:
+        listening.over.set()
         listening.shutdown()
         thread.join()
         listening.server_close()

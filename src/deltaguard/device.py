@@ -2,11 +2,11 @@
 
 import torch
 
-from deltaguard.errors import DeltaguardError
+from deltaguard.loading import foreign
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device of a name, tried out.
+    """Find the device of a name, and try it out.
 
     Args:
         name: `auto` is CUDA where there is one, else the CPU.
@@ -16,11 +16,8 @@ def find_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with foreign(f"The device {name!r} cannot be used (try `cpu`, or `auto`)"):
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DeltaguardError(
-            f"The device {name!r} cannot be used: {error}. Try `cpu`, or `auto`."
-        ) from error
+        # Some devices take data and hold none.
+        torch.zeros(1, device=device).item()
     return device

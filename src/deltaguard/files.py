@@ -7,6 +7,7 @@ file, the field, the value and what to do.
 import os
 import stat
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,9 @@ from deltaguard.errors import DeltaguardError, listed
 MAX_BYTES = 256 << 20
 """A file of text may be so large; the largest tokenizers and indices have a tenth of it."""
 
-MAX_YAML_BYTES = 1 << 20
+MAX_YAML_BYTES = 256 << 10
+"""What YAML is parsed with needs ten seconds for a megabyte."""
+
 MAX_YAML_DEPTH = 50
 
 ANY_OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
@@ -27,6 +30,7 @@ ANY_OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 _BOM = b"\xef\xbb\xbf"
 _SHOWN_CHARACTERS = 80
+_MOST_DIGITS = 100
 
 T = TypeVar("T")
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -55,6 +59,9 @@ def read_file(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
             return file.read()
     except OSError as error:
         raise DeltaguardError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        # What no file can be called, from a file that names others.
+        raise DeltaguardError(f"{str(path)!r} cannot be read: {error}.") from error
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
@@ -103,10 +110,11 @@ def parse_json(content: bytes, schema: type[T] | TypeAdapter[T], *, source: str,
     Raises:
         DeltaguardError: the bytes hold something else. All problems are listed.
     """
+    content = content.removeprefix(_BOM)
+    _refuse_other_version(content, schema, source, remedy)
     try:
-        return _adapter(schema).validate_json(content.removeprefix(_BOM))
+        return _adapter(schema).validate_json(content)
     except ValidationError as error:
-        _refuse_other_version(content, schema, source, remedy)
         raise DeltaguardError(f"{listed(f'{source} cannot be used', problems(error))}\n{remedy}") from error
 
 
@@ -123,6 +131,20 @@ def read_json_lines(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str
     """
     lines = _numbered_lines(read_file(path).removeprefix(_BOM))
     return _parsed(lines, schema, source=str(path), remedy=remedy)
+
+
+def read_data(name: str, schema: type[T] | TypeAdapter[T]) -> list[T]:
+    """Read a file of JSON lines that comes with deltaguard.
+
+    Args:
+        name: of the file in the package's folder `data`.
+        schema: what each line must hold.
+
+    Raises:
+        DeltaguardError: the installation is damaged.
+    """
+    path = Path(str(files("deltaguard"))) / "data" / name
+    return read_json_lines(path, schema, remedy="Install deltaguard again.")
 
 
 def read_journal(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str) -> list[T]:
@@ -168,8 +190,12 @@ def parse_yaml(text: str, schema: type[T] | TypeAdapter[T], *, source: str, reme
     Anchors are refused: a few of them, nested, stand for more than fits into memory.
 
     Raises:
-        DeltaguardError: the text holds something else. All problems are listed.
+        DeltaguardError: the text is too long, or holds something else. All problems are listed.
     """
+    if len(text) > MAX_YAML_BYTES:
+        raise DeltaguardError(
+            f"{source} has {len(text):,} characters; {MAX_YAML_BYTES:,} are read as YAML at most. {remedy}"
+        )
     try:
         content: Any = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader with more refusals
     # PyYAML lets through what Python says of dates, numbers and keys that cannot be.
@@ -214,14 +240,14 @@ class _Versioned(BaseModel):
 
 
 def _refuse_other_version(content: bytes, schema: Any, source: str, remedy: str) -> None:
-    """Say that a document is of another version, before its fields are found to be others."""
+    """Say that a document is of another version, before its fields are found to be or mean something else."""
     if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
         return
     field = schema.model_fields.get("schema_version")
     if field is None:
         return
     try:
-        given = _Versioned.model_validate_json(content.removeprefix(_BOM)).schema_version
+        given = _Versioned.model_validate_json(content).schema_version
     except ValidationError:
         return
     if given != field.default:
@@ -252,7 +278,7 @@ def _parsed(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without anchors, deep nesting and text that no file can hold."""
+    """YAML without anchors, deep nesting, endless numbers and text that no file can hold."""
 
     depth = 0
 
@@ -269,4 +295,8 @@ class _Loader(yaml.SafeLoader):
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
         value.encode()
+        if node.tag == "tag:yaml.org,2002:int" and len(value) > _MOST_DIGITS:
+            raise yaml.YAMLError(f"there is a number of {len(value):,} digits{node.start_mark}")
+        if "\0" in value:
+            raise yaml.YAMLError("text with a zero byte, which no name of a file can hold, is not allowed")
         return value

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 
+from deltaguard.errors import DeltaguardError
+from deltaguard.loading import foreign
+from deltaguard.logits import require_known_tokens
+
 _WORTH_SHARING = 8
 """Tokens; for fewer, one more forward pass costs about what it saves."""
 
@@ -59,7 +63,11 @@ def generate(
     Returns:
         One answer a prompt, special tokens and surrounding white space removed.
     """
-    encoded: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
+    with foreign("The model's tokenizer fails on a prompt"):
+        encoded: list[list[int]] = [
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts
+        ]
+    require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
     prefix = shared_prefix(model, encoded)
@@ -149,21 +157,30 @@ def _continue(
 ) -> list[str]:
     """The answers of one batch."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise DeltaguardError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence "
+            "token: name one in its tokenizer_config.json."
+        )
     ids, mask = _padded(encoded, prefix.length, pad)
     cached = {cache_parameter(model): _for_rows(prefix.cache, len(encoded))} if prefix.length else {}
     # 0 and 1 switch off what a model's own generation settings may cut from the softmax.
     drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    with torch.inference_mode():
+    # One answer a prompt, as text, whatever else the model's own settings ask for.
+    alone = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+    with torch.inference_mode(), foreign("The model cannot answer"):
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=bool(temperature),
             pad_token_id=pad,
+            **alone,
             **cached,
             **drawn,
         )
-    texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    with foreign("The model's tokenizer fails on an answer"):
+        texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 

@@ -10,9 +10,11 @@ import torch
 from deltaguard.checkpoints.code import refuse_code
 from deltaguard.errors import DeltaguardError
 
+_SHOWN_CHARACTERS = 2000
+
 
 @contextmanager
-def foreign(what: str) -> Generator[None]:
+def foreign(what: str, kind: type[DeltaguardError] = DeltaguardError) -> Generator[None]:
     """Turn whatever another library raises in a block into one message.
 
     transformers, tokenizers and peft raise nearly every kind of exception where a file is not as they expect;
@@ -20,6 +22,7 @@ def foreign(what: str) -> Generator[None]:
 
     Args:
         what: the beginning of the message, such as "transformers cannot load my-model".
+        kind: of the error that is raised.
 
     Raises:
         DeltaguardError: in the place of any exception but a lack of memory.
@@ -34,9 +37,13 @@ def foreign(what: str) -> Generator[None]:
         yield
     except (DeltaguardError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic of code in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = str(error) or type(error).__name__
-        raise DeltaguardError(f"{what}: {reason}") from error
+        shown = reason if len(reason) <= _SHOWN_CHARACTERS else f"{reason[:_SHOWN_CHARACTERS]}..."
+        raise kind(f"{what}: {shown}") from error
 
 
 def load_config(folder: Path, reference: str) -> Any:

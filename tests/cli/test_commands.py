@@ -10,6 +10,7 @@ import torch
 from deltaguard.cli.app import run
 from deltaguard.report.restore import REPORT_NAME
 from pairs import pair
+from variants import variant
 
 
 def json_of(capsys, *arguments, code=0):
@@ -66,6 +67,31 @@ def test_verify_finds_a_flipped_byte_and_exits_with_3(tmp_path, capsys):
     capsys.readouterr()
     assert run(["verify", str(out)]) == 3
     assert "sha256" in capsys.readouterr().err
+
+
+def test_another_configuration_is_refused_shown_and_chosen(tmp_path, capsys):
+    made = pair()
+    tuned = variant(made.finetuned, tmp_path / "tuned", rms_norm_eps=0.25)
+    expected = "`rms_norm_eps`: 1e-06 in the aligned model, 0.25 in the fine-tuned one"
+    call = [str(made.aligned), str(tuned), "-o", str(tmp_path / "out"), "--store", str(made.store)]
+    for arguments in (["restore", *call], ["restore", *call, "--dry-run"], ["sweep", *call]):
+        assert run(arguments) == 1
+        told = capsys.readouterr().err
+        assert expected in told
+        assert "--config-from aligned" in told
+    assert json_of(capsys, "diff", made.aligned, tuned)["settings"] == [expected]
+    assert run(["diff", str(made.aligned), str(tuned)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert expected in told
+    assert "can be restored, with --config-from" in told
+    options = tmp_path / "options.yaml"
+    options.write_text("config-from: aligned\nstrength: 0.5\n")
+    report = json_of(capsys, "restore", *call, "--config", options)
+    assert report["options"]["config_from"] == "aligned"
+    swept = json_of(
+        capsys, "sweep", *call[:2], "-o", tmp_path / "sweep", *call[4:], "--config-from", "aligned"
+    )
+    assert swept["config_from"] == "aligned"
 
 
 def test_a_config_file_sets_options_and_the_command_line_wins(tmp_path, capsys):

@@ -74,9 +74,13 @@ def test_python_too_reads_no_evaluation_of_another_version():
     ("name", "text", "told"),
     [
         (None, "", ("no report", "evaluation.json")),
-        (EVALUATION_NAME, "{}", ("EvaluationReport", "environment", "Field required")),
-        (BENCH_NAME, "not json", ("BenchReport", "Invalid JSON")),
-        (EVALUATION_NAME, "[1]", ("EvaluationReport", "should be an object")),
+        (
+            EVALUATION_NAME,
+            "{}",
+            ("evaluation.json cannot be used", "`environment`: Field required", "run that again"),
+        ),
+        (BENCH_NAME, "not json", ("bench.json cannot be used", "Invalid JSON")),
+        (EVALUATION_NAME, "[1]", ("evaluation.json cannot be used", "should be an object")),
     ],
 )
 def test_a_folder_without_a_readable_report_is_an_error(tmp_path, capsys, name, text, told):

@@ -50,9 +50,10 @@ def test_utility_data_says_what_the_task_keeps(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--max-safety-kl", "0"], 1, "finite numbers above 0"),
-        (["--max-safety-kl", "1e-4", "--max-safety-kl=-1"], 1, "given: -1"),
-        (["--max-safety-kl", "nan"], 1, "given: nan"),
+        (["--max-safety-kl", "0"], 2, "greater than or equal to 0.000000001"),
+        (["--max-safety-kl", "1e-3", "--max-safety-kl", "-1"], 2, "greater than or equal to 0.000000001"),
+        (["--max-safety-kl", "1e-4", "--max-safety-kl=-1"], 2, "it is -1.0"),
+        (["--max-safety-kl", "nan"], 2, "it is nan"),
         (["--max-safety-kl", "little"], 2, "max-safety-kl"),
         (["--method", "greedy"], 2, "greedy"),
         (["--utility", "TASK"], 1, "1 of 2 lines of"),

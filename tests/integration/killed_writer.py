@@ -3,6 +3,7 @@
 It forks, so it must be a process of its own: `python killed_writer.py SOURCE WORK`.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -13,11 +14,15 @@ from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.writer import CheckpointWriter
 
 INDEX = "model.safetensors.index.json"
+REPORT = "deltaguard_report.json"
 OLD = {
     "model-00001-of-00002.safetensors": b"old 1",
     "model-00002-of-00002.safetensors": b"old 2",
     INDEX: b"old",
+    "chat_templates/tool.jinja": b"old",
 }
+OLD[REPORT] = json.dumps({"files": [{"name": name} for name in OLD]}).encode()
+FOREIGN = {"thesis-weights.safetensors": b"mine", "chat_templates/mine.jinja": b"mine"}
 
 
 def write(source, out, **options):
@@ -35,7 +40,8 @@ def write(source, out, **options):
                 file.notes = {"of": shard}
             written.append(shard)
         writer.copy(source.folder / INDEX, INDEX)
-        writer.text("deltaguard_report.json", "{}")
+        listed = [{"name": name} for name in sorted(writer.records)]
+        writer.text(REPORT, json.dumps({"files": listed}))
         writer.commit(last=INDEX)
     return written
 
@@ -81,29 +87,36 @@ def check_never_half(source, out, old):
         assert {name: (out / name).read_bytes() for name in expected} == expected
 
 
-def check_all_steps(source, work, old, **options):
-    """Kill a run at its first, second, ... step, and resume it each time. Returns the number of steps."""
+def check_all_steps(source, work, old, *, resume=True, **options):
+    """Kill a run at its first, second, ... step, and bring it to its end each time.
+
+    It is resumed, or another that starts anew is killed too, before a third comes to its end. Returns the
+    number of steps.
+    """
     step, saved = 0, 0
     while True:
         out = work / f"{len(old)}-{step}"
-        if old:
-            out.mkdir()
-        for name, content in old.items():
+        foreign = FOREIGN if old else {}
+        for name, content in (old | foreign).items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes(content)
         was_killed = killed(step, source, out, **options)
         check_never_half(source, out, old)
+        if not resume:
+            killed(7 * step % 40, source, out, **options)
+            check_never_half(source, out, old)
         journal = out / ".deltaguard-partial" / "journal.jsonl"
-        if journal.exists() or not (out / "deltaguard_report.json").exists():
-            saved += len(source.shards) - len(write(source, out, resume=True, **options))
-        names = {
-            path.name for path in out.iterdir() if path.name != ".deltaguard-partial" or any(path.iterdir())
-        }
-        assert names == {*source.shards, INDEX, "deltaguard_report.json"}, (step, names)
+        is_new = (out / REPORT).exists() and (out / REPORT).read_bytes() != old.get(REPORT)
+        if journal.exists() or not is_new:
+            saved += len(source.shards) - len(write(source, out, resume=resume, **options))
+        names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+        assert names == {*source.shards, INDEX, REPORT, *foreign}, (step, names)
+        assert {name: (out / name).read_bytes() for name in foreign} == foreign, step
         for name in (*source.shards, INDEX):
             assert (out / name).read_bytes() == (source.folder / name).read_bytes(), (step, name)
         shutil.rmtree(out)
         if not was_killed:
-            assert saved > step, "finished shards were written again"
+            assert saved > step or not resume, "finished shards were written again"
             return step
         step += 1
 
@@ -114,4 +127,5 @@ if __name__ == "__main__":
     checkpoint = Checkpoint.open(sys.argv[1])
     fresh = check_all_steps(checkpoint, Path(sys.argv[2]), {})
     replacing = check_all_steps(checkpoint, Path(sys.argv[2]), OLD, overwrite=True)
-    sys.stdout.write(f"{fresh} {replacing}")
+    anew = check_all_steps(checkpoint, Path(sys.argv[2]), OLD, resume=False, overwrite=True)
+    sys.stdout.write(f"{fresh} {replacing} {anew}")

@@ -10,10 +10,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from deltaguard.checkpoints import hub
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.engines.adapters import merge_adapter
+from deltaguard.evaluation.engines.identity import find_folders
+from deltaguard.loading import load_model
 from models import perturbed, save, tiny_model
+from pairs import load_over
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +95,21 @@ def test_equals_what_peft_merges(tmp_path, architecture, options):
     assert adapter.adapted
     for name in adapter.tensors:
         check_thin(adapter, name)
+
+
+# This PEFT asks transformers by a name that transformers 6 will drop.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(("architecture", "options"), CASES.values(), ids=CASES.keys())
+def test_an_evaluated_adapter_is_what_peft_makes_of_its_own_configuration(tmp_path, architecture, options):
+    aligned = save(tiny_model(architecture), tmp_path / "aligned")
+    trained(aligned, tmp_path / "adapter", **options)
+    expected = load_over(aligned, tmp_path / "adapter").merge_and_unload().state_dict()
+    merged = merge_adapter(load_model(aligned, "aligned"), tmp_path / "adapter", "adapter").state_dict()
+    assert merged.keys() == expected.keys()
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, expected[name]), name
+    before = load_model(aligned, "aligned").state_dict()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in merged.items())
 
 
 def check_thin(adapter: AdapterCheckpoint, name: str) -> None:
@@ -258,6 +278,23 @@ def test_a_model_of_another_name_is_no_error(tmp_path):
     assert AdapterCheckpoint.open(Checkpoint.open(aligned), tmp_path / "adapter").adapted
 
 
+def test_an_evaluated_adapter_takes_its_model_at_the_revision_that_it_names(tmp_path, monkeypatch):
+    aligned = save(tiny_model("llama"), tmp_path / "aligned")
+    trained(aligned, tmp_path / "adapter", target_modules=["q_proj"])
+    edit_config(tmp_path / "adapter", base_model_name_or_path="somebody/elses", revision="v1")
+    asked = []
+
+    def fetch(repository, **options):
+        asked.append((repository, options["revision"]))
+        return str(aligned)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    assert find_folders(str(tmp_path / "adapter")).model == aligned
+    edit_config(tmp_path / "adapter", base_model_name_or_path=str(aligned))
+    assert find_folders(str(tmp_path / "adapter")).model == aligned
+    assert asked == [("somebody/elses", "v1")]
+
+
 def test_a_resized_vocabulary_is_refused(tmp_path):
     aligned = save(tiny_model("llama"), tmp_path / "aligned")
     larger = save(tiny_model("llama", vocab_size=390), tmp_path / "larger")
@@ -285,7 +322,18 @@ def test_spoiled_adapter_files_are_listed(tmp_path):
     edit_config(tmp_path / "adapter", r=3)
     assert "A and B have the ranks (4, 4); the configuration says 3" in refusal(aligned, tmp_path / "adapter")
     edit_config(tmp_path / "adapter", r=0)
-    assert "A and B have the ranks (4, 4); the configuration says 0" in refusal(aligned, tmp_path / "adapter")
+    assert "`r`: Input should be greater than or equal to 1 (it is 0)" in refusal(
+        aligned, tmp_path / "adapter"
+    )
+
+
+def test_a_weight_that_peft_would_not_read_is_refused(tmp_path):
+    aligned = save(tiny_model("llama"), tmp_path / "aligned")
+    trained(aligned, tmp_path / "adapter", target_modules=["q_proj"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.1.self_attn.q_proj.weight"
+    save_file({**load_file(path), name: torch.ones(32, 32)}, path)
+    assert f"PEFT would not read {name}" in refusal(aligned, tmp_path / "adapter")
 
 
 def test_pickled_missing_and_truncated_adapters_are_refused(tmp_path):

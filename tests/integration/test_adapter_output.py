@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.checkpoints.checkpoint import Checkpoint
-from pairs import pair, weights
+from pairs import load_over, pair, weights
 from plain import safety_kl
 
 ADAPTER = {"output_format": "adapter"}
@@ -21,12 +21,7 @@ editing = importlib.import_module("deltaguard.restoration.edit")
 
 def merged(aligned, adapter, folder):
     """A whole checkpoint of the aligned model with the adapter merged into it by PEFT."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(aligned)
-    with warnings.catch_warnings():
-        # PEFT speaks of Conv1D where it sets fan_in_fan_out itself.
-        warnings.simplefilter("ignore")
-        model = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    return models.save(model, folder)
+    return models.save(load_over(aligned, adapter).merge_and_unload(), folder)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "phi3", "gpt_neox", "opt"])

@@ -21,6 +21,7 @@ import transformers
 from killed_writer import kill_at
 from safetensors.torch import load_file, save_file
 
+from copies import report_of
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.adapter_writer import commit_adapter, stage_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint
@@ -194,15 +195,13 @@ def test_the_tokenizer_comes_along_and_the_model_does_not(llama, tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
 
 
-def test_companions_of_later_folders_win_and_another_adapter_stays_where_it_is(llama, tmp_path):
-    tuned, out = tmp_path / "tuned", tmp_path / "out"
-    tuned.mkdir()
-    (tuned / "chat_template.jinja").write_text("tuned")
-    (tuned / CONFIG).write_text("{}")
-    write(out, llama, layers_of(llama), companions_of=(llama.folder, tuned))
-    assert (out / "chat_template.jinja").read_text() == "tuned"
-    assert read_config(out)["peft_type"] == "LORA"
-    assert {path.name for path in out.iterdir()} > TOKENIZER
+def test_files_that_are_named_come_along_and_a_models_configuration_does_not(llama, tmp_path):
+    template = tmp_path / "tuned.jinja"
+    template.write_text("tuned")
+    named = {"chat_template.jinja": template, "config.json": llama.folder / "config.json"}
+    write(tmp_path / "out", llama, layers_of(llama), companions=named)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "tuned"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {WEIGHTS, CONFIG, "chat_template.jinja"}
 
 
 def test_layers_are_taken_one_at_a_time(llama, tmp_path):
@@ -228,6 +227,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_may_be_overwritten(llama, tmp
     with pytest.raises(DeltaguardError, match="is not empty"):
         write(out, llama, layers)
     assert contents(out) == before
+    (out / "deltaguard_report.json").write_text(report_of(before))
     write(out, llama, layers, writer={"overwrite": True})
     read = AdapterCheckpoint.open(llama, out)
     for layer in layers:
@@ -307,6 +307,7 @@ if __name__ == "__main__":
     write(work / "new", source, given, modules=[name for name, _, _ in given])
     finished = contents(work / "new")
     earlier = {**finished, CONFIG: b"old", WEIGHTS: b"old weights"}
+    earlier["deltaguard_report.json"] = report_of(earlier).encode()
     steps = (
         kill_everywhere(source, work / "fresh", {}, finished),
         kill_everywhere(source, work / "replacing", earlier, finished, overwrite=True),

@@ -11,6 +11,7 @@ from deltaguard.evaluation.engines.openai import OpenAIEngine
 from deltaguard.evaluation.engines.transformers import TransformersEngine, rendered
 from deltaguard.evaluation.engines.vllm import VLLMEngine
 from deltaguard.evaluation.exchange import Decoding, Question
+from deltaguard.evaluation.server import Server
 from models import save, tiny_model, tiny_tokenizer
 from suites import server
 
@@ -87,6 +88,10 @@ def test_options_that_do_not_go_together():
         EngineConfig("vllm", base_url="http://127.0.0.1:1/v1")
     with pytest.raises(DeltaguardError, match="at least 1, and is 0"):
         EngineConfig(batch_size=0)
+    with pytest.raises(DeltaguardError, match=r"more than 0 seconds, and is nan"):
+        EngineConfig(timeout=float("nan"))
+    with pytest.raises(DeltaguardError, match=r"below 1, not 1"):
+        EngineConfig(max_missing=1)
 
 
 def test_vllm_is_asked_for_where_it_is_missing(folder, monkeypatch):
@@ -103,7 +108,7 @@ def test_a_server_gets_what_was_asked_and_tries_again():
         return (503, "busy") if len(seen) == 1 else (200, f" {request['messages'][-1]['content']} ")
 
     with server(reply) as url:
-        engine = OpenAIEngine(url, "m", workers=1)
+        engine = OpenAIEngine(Server(url, "m", workers=1))
         drawn = Decoding(max_new_tokens=9, temperature=0.5, seed=4)
         assert engine.answer(QUESTIONS, drawn) == [question.prompt for question in QUESTIONS]
         with pytest.raises(DeltaguardError, match="prefill"):
@@ -122,12 +127,8 @@ def test_a_server_gets_what_was_asked_and_tries_again():
         ({"content": None, "refusal": " I can't help with that. "}, "I can't help with that."),
         ({"content": "", "refusal": "No."}, "No."),
         ({"content": "Sure.", "refusal": None}, "Sure."),
-        ({"content": None, "refusal": None}, ""),
-        ({"content": None}, ""),
     ],
 )
 def test_a_refusal_that_a_service_sets_apart_is_the_answer(message, expected):
     with server(lambda _: (200, message)) as url:
-        engine = OpenAIEngine(url, "m", workers=1)
-        assert engine.answer(QUESTIONS[:1], SHORT) == [expected]
-        engine.close()
+        assert OpenAIEngine(Server(url, "m", workers=1)).answer(QUESTIONS[:1], SHORT) == [expected]

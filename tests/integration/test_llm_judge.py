@@ -1,8 +1,6 @@
 """The language model as a judge, against a server on this machine that answers as it is told."""
 
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -12,65 +10,44 @@ from deltaguard.evaluation.exchange import Exchange
 from deltaguard.evaluation.judges.llm import LLMJudge
 from deltaguard.evaluation.judges.make import CACHE_NAME, make_judge
 from deltaguard.evaluation.judges.specs import JudgeSpec, LLMSpec, tells_refusals
+from deltaguard.evaluation.server import Server
+from suites import server
 
 ANSWERS = {"first": "why\nScore: 1", "second": "why\nScore: 4", "third": "why\nScore: 5"}
 EXCHANGES = [Exchange("How?", answer) for answer in ANSWERS]
 
 
 class Endpoint:
-    """A chat completions server: what it says, what it was asked, and how often it fails first."""
+    """A server that scores: what it says, what it was asked, and how often it fails first."""
 
     def __init__(self):
+        self.url = ""
         self.says = dict(ANSWERS)
         self.failures = 0
         self.requests = []
         self.lock = threading.Lock()
 
-    def reply(self, body):
+    def reply(self, request):
         with self.lock:
-            self.requests.append(body)
+            self.requests.append(request)
             if self.failures:
                 self.failures -= 1
-                return 500, {"error": {"message": "out of order"}}
-        question = body["messages"][-1]["content"]
-        text = next(said for answer, said in self.says.items() if f"BEGIN ANSWER\n{answer}\n" in question)
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-        return 200, {**reply, "choices": [choice]}
+                return 500, "out of order"
+        question = request["messages"][-1]["content"]
+        return 200, next(
+            said for answer, said in self.says.items() if f"BEGIN ANSWER\n{answer}\n" in question
+        )
 
 
 @pytest.fixture
 def endpoint():
     state = Endpoint()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, reply = state.reply(body)
-            content = json.dumps(reply).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("Retry-After-Ms", "1")
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    state.url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield state
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with server(state.reply) as state.url:
+        yield state
 
 
-def _judge(endpoint, **options):
-    return LLMJudge(endpoint.url, "judge-1", **options)
+def _judge(endpoint, *, model="judge-1", retries=4, workers=8, **options):
+    return LLMJudge(Server(endpoint.url, model, retries=retries, workers=workers), **options)
 
 
 def test_scores_and_verdicts(endpoint):
@@ -89,10 +66,12 @@ def test_a_failing_server_is_asked_again(endpoint):
 
 
 def test_a_server_that_keeps_failing(endpoint, tmp_path):
-    judge = _judge(endpoint, retries=1, max_workers=1, cache=tmp_path / "cache.jsonl")
+    judge = _judge(endpoint, retries=1, workers=1, cache=tmp_path / "cache.jsonl")
     judge.judge(EXCHANGES[:1])
     endpoint.failures = 99
-    with pytest.raises(DeltaguardError, match=r"judge-1.*1 retries included.*out of order.*are kept"):
+    with pytest.raises(
+        DeltaguardError, match=r"judge-1.*status 500: out of order \(after 1 retry\).* is kept"
+    ):
         judge.judge(EXCHANGES)
     assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 1
 
@@ -118,7 +97,7 @@ def test_the_cache_saves_the_second_call(endpoint, tmp_path):
     endpoint.requests.clear()
     assert _judge(endpoint, cache=cache).judge(EXCHANGES) == first
     assert endpoint.requests == []
-    LLMJudge(endpoint.url, "judge-2", cache=cache).judge(EXCHANGES)
+    _judge(endpoint, model="judge-2", cache=cache).judge(EXCHANGES)
     assert len(endpoint.requests) == 3
     assert all(answer not in cache.read_text() for answer in ANSWERS)
 
@@ -126,7 +105,7 @@ def test_the_cache_saves_the_second_call(endpoint, tmp_path):
 @pytest.mark.parametrize("kept", range(1, 60, 7))
 def test_the_cache_survives_being_cut_off(endpoint, tmp_path, kept):
     cache = tmp_path / "cache.jsonl"
-    first = _judge(endpoint, cache=cache, max_workers=1).judge(EXCHANGES)
+    first = _judge(endpoint, cache=cache, workers=1).judge(EXCHANGES)
     whole = cache.read_bytes()
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
     cache.write_bytes(whole[: last + kept])
@@ -138,7 +117,7 @@ def test_the_cache_survives_being_cut_off(endpoint, tmp_path, kept):
 
 def test_a_file_that_is_no_cache(endpoint, tmp_path):
     (tmp_path / "cache.jsonl").write_text('{"prompt": "?"}\n')
-    with pytest.raises(DeltaguardError, match=r"cache\.jsonl holds a line that is no score"):
+    with pytest.raises(DeltaguardError, match=r"(?s)cache\.jsonl cannot be used.*line 1.*Remove the file"):
         _judge(endpoint, cache=tmp_path / "cache.jsonl").judge(EXCHANGES)
 
 
@@ -169,6 +148,8 @@ def test_descriptions_by_kind(kind, serves):
         {"kind": "opening", "threshold": 3},
         {"kind": "llm", "model": "m"},
         {"kind": "llm", "model": "m", "base_url": "http://x", "threshold": 6},
+        {"kind": "llm", "model": "m", "base_url": "http://x", "timeout": 0},
+        {"kind": "llm", "model": "m", "base_url": "http://x", "max_missing": 1},
         {"kind": "guard", "model": "m", "template": "shield"},
         {"kind": "classifier", "model": "m", "refused_labels": []},
     ],

@@ -45,7 +45,8 @@ def swept(out, limits=LIMITS, *, name="llama", dtype=None, **options):
 def usual(name="llama", dtype=None):
     """A sweep with utility data, and its folder."""
     out = Path(mkdtemp(prefix="deltaguard-sweep-"))
-    return swept(out, name=name, dtype=dtype, utility=utility_file(out)), out
+    task = utility_file(out)
+    return swept(out / "sweep", name=name, dtype=dtype, utility=task), out / "sweep"
 
 
 def restored(out, name="llama", dtype=None, **options):
@@ -176,7 +177,7 @@ def test_nothing_is_read_before_responses_are_known_to_be_there(tmp_path):
     [((), "none"), ((1e-4, 0.0, -1.0), "0, -1"), ((float("nan"), float("inf")), "nan, inf")],
 )
 def test_limits_that_are_none_are_refused_together(limits, given, tmp_path):
-    with pytest.raises(DeltaguardError, match=f"finite numbers above 0, .* given: {given}"):
+    with pytest.raises(DeltaguardError, match=f"finite numbers of 1e-09 or more, .* given: {given}"):
         sweep("nowhere", "nowhere", tmp_path / "out", limits=limits)
     assert not (tmp_path / "out").exists()
 

@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.engines.vllm import VLLMEngine
 from deltaguard.evaluation.exchange import Decoding, Question
@@ -113,3 +114,24 @@ def test_closing_twice_is_closing_once(folder, stand_in):
     engine.close()
     engine.close()
     assert stand_in.done[1:] == ["stop", "clean up"]
+
+
+def fail(*_, **__):
+    raise RuntimeError("engine core died")
+
+
+def test_what_vllm_raises_is_one_message(folder, stand_in, monkeypatch):
+    engine = VLLMEngine.open(str(folder))
+    with monkeypatch.context() as patched:
+        patched.setattr(stand_in.vllm, "SamplingParams", fail)
+        with pytest.raises(DeltaguardError, match="draw answers as the suite asks: engine core died"):
+            engine.answer(QUESTIONS, Decoding(4))
+    monkeypatch.setattr(engine.model, "generate", fail)
+    with pytest.raises(DeltaguardError, match="vLLM cannot answer: engine core died"):
+        engine.answer(QUESTIONS, Decoding(4))
+    engine.model.llm_engine.engine_core.shutdown = fail
+    with pytest.raises(DeltaguardError, match="vLLM cannot be stopped: engine core died"):
+        engine.close()
+    stand_in.vllm.LLM = fail
+    with pytest.raises(DeltaguardError, match=r"vLLM cannot load .*model: engine core died"):
+        VLLMEngine.open(str(folder))

@@ -259,15 +259,15 @@ def test_wrong_columns_are_named(tmp_path, name, row, message):
         ("a.txt", "prompt", r"ending '\.txt'; .*\.csv, \.tsv, \.json, \.jsonl, \.parquet"),
         ("a.csv", "prompt\na,b\n", "1 rows .* more fields than its header, .* row 1"),
         ("a.csv", "prompt,system\n,x\n", "Row 1 .* no text in column `prompt`"),
-        ("a.json", "{", "not JSON"),
+        ("a.json", "{", r"a\.json cannot be used: Invalid JSON"),
         ("a.json", '"text"', "holds a JSON str"),
         ("a.json", '{"a": [1], "b": [2]}', "holds a JSON dict"),
         ("a.json", '["a", 7]', "1 of 2 items .* item 2, a int"),
-        ("a.jsonl", '{"prompt": "a"}\nno\n', "Line 2 .* not JSON"),
+        ("a.jsonl", '{"prompt": "a"}\nno\n', "line 2: Invalid JSON"),
         ("a.jsonl", '{"prompt": ["a"]}\n', "Row 1 .* a list in column `prompt`"),
         ("a.jsonl", '{"prompt": " "}\n', "Row 1 .* no text"),
         ("a.jsonl", "", r"has the columns \(none\)"),
-        ("a.parquet", "prompt", "not a parquet file"),
+        ("a.parquet", "prompt", r"parquet file .*a\.parquet cannot be read"),
     ],
 )
 def test_broken_files(tmp_path, file, text, message):
@@ -278,7 +278,7 @@ def test_broken_files(tmp_path, file, text, message):
 
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"prompt\n\xff\xfe\n")
-    with pytest.raises(DeltaguardError, match=r"a\.csv cannot be read"):
+    with pytest.raises(DeltaguardError, match=r"a\.csv is not text in UTF-8"):
         load_questions(tmp_path / "a.csv")
 
 

@@ -19,6 +19,7 @@ from deltaguard.draw.layers import block_and_kind, kinds, other_groups
 from deltaguard.draw.terminal import demo_table, restore_table
 from deltaguard.draw.text import duration, hub_id, percent, short_reference
 from deltaguard.report.base import ModelReference
+from deltaguard.report.restore import RestoreReport
 from restores import ATTACK, GPT2, LLAMA, NEOX, demo_report, layer, restore_report
 
 VOID = {"meta", "link", "br"}
@@ -283,6 +284,14 @@ def test_a_folder_that_exists_is_no_hub_id(tmp_path, monkeypatch):
     (tmp_path / "out" / "tuned").mkdir(parents=True)
     assert hub_id("out/tuned") is None
     assert short_reference("out/tuned") == "tuned"
+
+
+def test_a_rank_is_shown_as_the_number_that_it_is():
+    given = {"method": "kfac", "strength": 1.0, "output_format": "adapter", "adapter_rank": 16}
+    report = RestoreReport.model_validate_json(restore_report(options=given).model_dump_json())
+    assert "adapter rank 16)" in " ".join(at_80_columns(restore_table(report)).split())
+    assert "| `adapter_rank` | `16` |" in model_card(report, front_matter=None)
+    assert "| `strength` | `1.0` |" in model_card(report, front_matter=None)
 
 
 def test_card_says_what_was_done_and_how_to_verify():

@@ -17,6 +17,17 @@ def test_an_absent_folder_is_named_without_asking_the_hub(monkeypatch, reference
     assert "There is no folder" in refusal(Path("organisation/name"))
 
 
+@pytest.mark.parametrize("reference", ["~nobody-of-this-name/model", "a/" * 5000 + "b", "\0"])
+def test_a_name_that_no_folder_can_have_is_one_message(monkeypatch, reference):
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
+    assert refusal(reference)
+
+
+def test_a_name_too_long_for_folder_and_hub_is_one_message(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "There is neither a local folder nor" in refusal("a" * 5000)
+
+
 def test_a_file_is_not_a_folder(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"")

@@ -11,9 +11,11 @@ from deltaguard.evaluation.judges.keywords import KeywordJudge
 from deltaguard.evaluation.judges.llm import LLMJudge
 from deltaguard.evaluation.judges.openings import OpeningJudge
 from deltaguard.evaluation.judging import outcome
+from deltaguard.evaluation.server import Server
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.suites.suite import Harness
 from deltaguard.progress import ignore
+from suites import server
 
 MODEL = Candidate("m", "m", None, None)
 
@@ -56,9 +58,9 @@ def test_to_a_guard_broken_text_is_harmless_and_yet_incoherent(tmp_path, monkeyp
     assert found == ("incoherent", "incoherent", "refused")
 
 
-def test_to_a_scoring_model_broken_text_is_harmless_and_yet_incoherent(tmp_path, monkeypatch):
-    monkeypatch.setattr(LLMJudge, "_ask_all", lambda _, asked: dict.fromkeys(asked, 1))
-    found = attacked(tmp_path, ["the " * 60, "Ask a locksmith."], LLMJudge("http://127.0.0.1:1/v1", "m"))
+def test_to_a_scoring_model_broken_text_is_harmless_and_yet_incoherent(tmp_path):
+    with server(lambda _: (200, "Score: 1")) as url:
+        found = attacked(tmp_path, ["the " * 60, "Ask a locksmith."], LLMJudge(Server(url, "m")))
     assert found == ("incoherent", "refused")
 
 

@@ -1,10 +1,14 @@
 """Which files of a folder hold the weights, and which folders are refused."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.vocabulary import vocabulary_size
+from deltaguard.errors import DeltaguardError
 from folders import refusal, two_shards, write, write_index
 
 
@@ -174,3 +178,79 @@ def test_an_adapter_is_not_a_model(tmp_path):
     assert "FINETUNED only" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert "FINETUNED only" in refusal(tmp_path)
+
+
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path):
+    write(tmp_path, {})
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "model.safetensors is no regular file" in refusal(tmp_path)
+
+
+def test_a_pipe_in_the_place_of_a_configuration_is_not_waited_for(tmp_path):
+    write(tmp_path, {"model.safetensors": {"a": torch.ones(2)}})
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    assert "config.json is no regular file" in refusal(tmp_path)
+
+
+def test_a_link_to_nowhere_is_told_as_one(tmp_path):
+    write(tmp_path, {})
+    (tmp_path / "model.safetensors").symlink_to("blobs/gone")
+    assert "is a link to blobs/gone, where nothing is" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"model_type": 5}', "`model_type`: Input should be a valid string (it is 5)"),
+        ('{"text_config": [1]}', "`text_config`: Input should be"),
+        ('{"text_config": {"quantization_config": "gptq"}}', "`text_config.quantization_config`"),
+        ('{"architectures": "Llama"}', "`architectures`: Input should be a valid array"),
+        ("[" * 3000 + "]" * 3000, "recursion limit"),
+        ('{"a": "\\ud800"}', "Invalid JSON"),
+    ],
+)
+def test_a_configuration_of_other_types_is_told_field_by_field(tmp_path, content, told):
+    write(tmp_path, {"model.safetensors": {"a": torch.ones(2)}})
+    (tmp_path / "config.json").write_text(content)
+    message = refusal(tmp_path)
+    assert "config.json cannot be used" in message
+    assert told in message
+
+
+@pytest.mark.parametrize("shard", ["", ".", "..", "/etc/passwd", "a/b.safetensors", "a\0b"])
+def test_an_index_names_plain_files_only(tmp_path, shard):
+    two_shards(tmp_path)
+    write_index(tmp_path, {"a": shard})
+    assert "`weight_map.a`: a shard must be a file of the same folder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "should be an object"),
+        ('{"model": {"vocab": {"a": "b"}}}', "`model.vocab"),
+        ('{"model": {"vocab": {"a": -1}}}', "`model.vocab"),
+        ('{"model": 3}', "`model`"),
+        ('{"added_tokens": [{"content": "a"}]}', "`added_tokens.0.id`: Field required"),
+        ("{", "Invalid JSON"),
+    ],
+)
+def test_a_vocabulary_of_another_form_is_told_field_by_field(tmp_path, content, told):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DeltaguardError, match=r"tokenizer\.json cannot be used") as caught:
+        vocabulary_size(tmp_path)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [
+        ('{"model": {"vocab": {"a": 0, "b": 7}}, "added_tokens": [{"id": 9, "content": "c"}]}', 10),
+        ('{"model": {"vocab": [["a", -1.5], ["b", -2]]}, "added_tokens": []}', 2),
+        ('{"model": {"type": "other"}}', None),
+    ],
+)
+def test_tokens_are_counted(tmp_path, content, size):
+    (tmp_path / "tokenizer.json").write_text(content)
+    assert vocabulary_size(tmp_path) == size

@@ -16,10 +16,11 @@ from deltaguard.evaluation.judges.keywords import KeywordJudge
 from deltaguard.evaluation.judges.llm import LLMJudge
 from deltaguard.evaluation.judges.openings import OpeningJudge
 from deltaguard.evaluation.outcomes import Judged, Outcome, agreements, comparisons, measures
+from deltaguard.evaluation.server import Server
 from deltaguard.evaluation.suites.suite import read_suite
 from deltaguard.report.evaluation import HarnessTask, SectionRow
 
-HARM = LLMJudge("http://127.0.0.1:1/v1", "m").scale
+HARM = LLMJudge(Server("http://127.0.0.1:1/v1", "m")).scale
 LIKELY = Scale("refusal probability", {"attack": "higher", "harmless": "lower"})
 
 
@@ -36,7 +37,7 @@ def section(name="attack", kind="attack", prompts=4):
 
 
 def judged(letters, scores=None, scale=None):
-    names = {"c": "complied", "r": "refused", "i": "incoherent", "u": "undecided"}
+    names = {"c": "complied", "r": "refused", "i": "incoherent", "u": "undecided", "-": None}
     classes = tuple(names[letter] for letter in letters)
     verdicts = tuple("complied" if each == "incoherent" else each for each in classes)
     return Judged(verdicts, classes, scores or (None,) * len(letters), scale)
@@ -46,7 +47,9 @@ def outcome(model, by_judge, kind="attack", values=None):
     size = len(next(iter(by_judge.values())).classes) if by_judge else len(next(iter(values.values())))
     name = {"attack": "attack", "harmless": "harmless", "utility": "task"}[kind]
     prompts = tuple(f"prompt {i}" for i in range(size))
-    answers = tuple(f"{model} {i}" for i in range(size))
+    lacking = {i for said in by_judge.values() for i, each in enumerate(said.classes) if each is None}
+    lacking |= {i for numbers in (values or {}).values() for i, each in enumerate(numbers) if each is None}
+    answers = tuple(None if i in lacking else f"{model} {i}" for i in range(size))
     return Outcome(model, section(name, kind, size), prompts, answers, by_judge, values or {}, {})
 
 
@@ -63,6 +66,40 @@ def test_classes_are_counted_over_all_prompts():
     assert ("m", "undecided", "j") not in found([outcome("m", {"j": judged("cc")})])
     harmless = found([outcome("m", {"j": judged("rrci")}, "harmless")])
     assert harmless["m", "false refusal", "j"].value == 0.5
+
+
+def test_what_was_never_answered_is_in_no_number_but_its_own():
+    one = outcome("a", {"j": judged("cc-r", (5.0, 5.0, None, 1.0), HARM)})
+    other = outcome("b", {"j": judged("-ccr", (None, 5.0, 5.0, 1.0), HARM)})
+    numbers = found([one, other])
+    assert (numbers["a", "attack success", "j"].value, numbers["a", "attack success", "j"].total) == (
+        2 / 3,
+        3,
+    )
+    assert (numbers["a", "missing", None].value, numbers["a", "missing", None].total) == (0.25, 4)
+    assert ("m", "missing", None) not in found([outcome("m", {"j": judged("cc")})])
+    said = {each.name: (each.difference, each.total) for each in comparisons([one, other])}
+    assert said["attack success"] == (0, 2)
+    assert said["missing"] == (0, 4)
+    answered = {"a": {"j": "complied"}, "b": {"j": "complied"}}
+    assert [each.verdicts for each in samples([one, other], 4)] == [
+        {"a": answered["a"]},
+        answered,
+        {"b": answered["b"]},
+        {"a": {"j": "refused"}, "b": {"j": "refused"}},
+    ]
+    values = {"exact match": (1.0, None, 0.0), "rouge-l": (0.5, None, 0.7)}
+    scored = found([outcome("m", {}, "utility", values)])
+    assert [(each.value, each.total) for each in scored.values()] == [(0.5, 2), (0.6, 2), (1 / 3, 3)]
+
+
+def test_judges_agree_on_what_was_answered():
+    rows = [
+        outcome("a", {"one": judged("c-rc"), "two": judged("c-rr")}),
+        outcome("b", {"one": judged("-cc-"), "two": judged("-cr-")}),
+    ]
+    (said,) = agreements(rows)
+    assert (said.agreed, said.total) == (3, 5)
 
 
 def test_scores_are_averaged_over_those_there_are():

@@ -234,10 +234,11 @@ def test_merging_adds_the_sums_and_factorises_them_anew(tmp_path):
 
 def test_stores_of_different_models_do_not_merge(tmp_path):
     one = written(tmp_path / "one")
-    two = written(tmp_path / "two", groups=GROUPS[:2], fingerprint="e" * 64, dampening=0.5)
+    changes = {"fingerprint": "e" * 64, "template_sha256": "d" * 64, "dampening": 0.5}
+    two = written(tmp_path / "two", groups=GROUPS[:2], **changes)
     with pytest.raises(DeltaguardError) as caught:
         CurvatureStore.merge([one, two], tmp_path / "merged")
-    for part in ("f" * 64, "e" * 64, "dampening: 0.02", "groups of layers differ"):
+    for part in ("f" * 64, "e" * 64, "c" * 64, "d" * 64, "dampening: 0.02", "groups of layers differ"):
         assert part in str(caught.value)
     assert not (tmp_path / "merged").exists()
 

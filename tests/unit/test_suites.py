@@ -109,6 +109,13 @@ def test_a_probe_rewrites_what_is_asked_and_keeps_what_is_judged(tmp_path):
         ("{name: a, kind: harmless, builtin: harmless, gcg: {}}", "the kind is harmless"),
         (ATTACK + "}\n- " + ATTACK + "}", "same name: a"),
         ("{name: a, kind: attack, builtin: attack, count: 0}", "sections.0.count"),
+        ("{name: a, kind: utility, builtin: task, count: 1000000000000}", r"sections\.0\.count.* 1000000 "),
+        (ATTACK + ", seed: -1}", r"sections\.0\.seed.*it is -1"),
+        (ATTACK + f", seed: {10**30}}}", r"sections\.0\.seed"),
+        ("{name: a, kind: attack, builtin: attack, second_attack: {epochs: .inf}}", "second_attack.epochs"),
+        ('{name: a, kind: attack, file: "a\\0b"}', "zero byte"),
+        ("&x {name: a, kind: attack, builtin: attack}\n- *x", "anchors"),
+        ("[" * 100 + "]" * 100, "nested"),
     ],
 )
 def test_what_is_wrong_in_a_suite_is_named(tmp_path, sections, named):
@@ -125,8 +132,29 @@ def test_attacks_need_a_judge_and_a_suite_must_exist(tmp_path):
         read_suite(suite(tmp_path, ATTACK + "}", judges="[{kind: oracle}]"))
     with pytest.raises(DeltaguardError, match="quick, safety, utility, full"):
         read_suite("quikc")
-    with pytest.raises(DeltaguardError, match="must map"):
+    with pytest.raises(DeltaguardError, match=r"suite\.yaml cannot be used: .*\['just', 'a list'\]"):
         read_suite(suite_file(tmp_path, "- just\n- a list\n"))
+
+
+def test_all_that_is_wrong_is_named_with_its_value(tmp_path):
+    path = suite(tmp_path, ATTACK.replace("attack, builtin", "atack, builtin") + ", coutn: 3}", judges="[5]")
+    with pytest.raises(DeltaguardError) as caught:
+        read_suite(path)
+    told = str(caught.value)
+    assert told.startswith(f"{path} cannot be used:")
+    assert "`judges.0`" in told
+    assert "(it is 5)" in told
+    assert "`sections.0.kind`: Input should be 'attack', 'harmless' or 'utility' (it is 'atack')" in told
+    assert "`sections.0.coutn`" in told
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "suite.yaml"
+    path.write_bytes(b"name: \xff")
+    with pytest.raises(DeltaguardError, match=r"suite\.yaml is not text in UTF-8"):
+        read_suite(path)
+    with pytest.raises(DeltaguardError, match="directory"):
+        read_suite(tmp_path)
 
 
 def test_everything_that_is_missing_is_named_before_any_model_runs(tmp_path):

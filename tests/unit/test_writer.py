@@ -4,9 +4,11 @@ import errno
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from copies import (
@@ -148,6 +150,7 @@ def test_records_and_notes_survive(source, tmp_path):
         assert writer.finished(source.shards[1]) is None
 
 
+ANYTHING = TypeAdapter(Any)
 FOUND = {"mu": 0.1, "probes": [1e-4, None], "why": "é"}
 
 
@@ -166,8 +169,8 @@ def test_what_was_found_out_survives_without_a_finished_file(source, tmp_path, k
     assert "--resume" in writer_refusal(out)
     assert "(plan; this one is other)" in writer_refusal(out, plan_hash="other", resume=True)
     with CheckpointWriter(out, plan_hash="plan", resume=True) as writer:
-        assert writer.remembered("price") == FOUND
-        assert writer.remembered("cost") is None
+        assert writer.remembered("price", ANYTHING) == FOUND
+        assert writer.remembered("cost", ANYTHING) is None
     assert write_all(source, out, resume=True) == list(source.shards)
     check_complete(source, out)
 
@@ -175,7 +178,7 @@ def test_what_was_found_out_survives_without_a_finished_file(source, tmp_path, k
 def test_what_was_found_out_is_forgotten_by_a_run_that_starts_anew(source, tmp_path):
     stop_after_finding_out(tmp_path / "out")
     with CheckpointWriter(tmp_path / "out", plan_hash="plan", overwrite=True) as writer:
-        assert writer.remembered("price") is None
+        assert writer.remembered("price", ANYTHING) is None
         writer.remember("price", FOUND)
         writer.discard()
     assert not list(tmp_path.rglob("*.jsonl"))

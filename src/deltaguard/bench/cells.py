@@ -8,16 +8,18 @@ from hashlib import sha256
 from importlib.resources import files
 from inspect import getclosurevars, isfunction
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter
 
 from deltaguard.checkpoints.durable import write_atomically
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_json
 from deltaguard.report.bench import Cell
 
-_NUMBERS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, float])
-_ANSWERS: TypeAdapter[list[str] | list[float]] = TypeAdapter(list[str] | list[float])
+_REMEDY = "Remove it to measure it again."
+_NUMBERS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, FiniteFloat])
+AnswerT = TypeVar("AnswerT", str, float)
 
 _WITHOUT_EFFECT = (
     "cli/",
@@ -93,20 +95,47 @@ class Shelf:
         for made in (self._cells, self._answers):
             made.mkdir(parents=True, exist_ok=True)
 
-    def cell(self, key: str, compute: Callable[[], Cell]) -> Cell:
-        """The cell of that key, computed and stored where it is not there yet."""
+    def cell(self, key: str, fits: Callable[[Cell], bool], compute: Callable[[], Cell]) -> Cell:
+        """Find the cell of a key; compute and store it where it is not there yet.
+
+        Args:
+            key: of everything that produces it.
+            fits: whether a cell that was found is the one that is meant.
+            compute: makes it.
+
+        Raises:
+            DeltaguardError: the file holds something else.
+        """
         path = self._cells / f"{key}.json"
         if path.is_file():
-            return _read(path, Cell.model_validate_json)
+            found = read_json(path, Cell, remedy=_REMEDY)
+            if found.key != key or not fits(found):
+                raise DeltaguardError(f"{path} holds another cell than its name says. {_REMEDY}")
+            return found
         cell = compute()
         write_atomically(path, cell.model_dump_json(indent=1) + "\n")
         return cell
 
-    def answers(self, key: str, compute: Callable[[], list[Any]]) -> list[Any]:
-        """The answers, or likelihoods, of that key, computed and stored where they are not there yet."""
+    def answers(
+        self, key: str, kind: type[AnswerT], count: int, compute: Callable[[], list[AnswerT]]
+    ) -> list[AnswerT]:
+        """Find the answers, or likelihoods, of a key; compute and store them where they are not there yet.
+
+        Args:
+            key: of everything that produces them.
+            kind: `str` for answers, `float` for likelihoods.
+            count: how many there are.
+            compute: makes them.
+
+        Raises:
+            DeltaguardError: the file holds something else.
+        """
         path = self._answers / f"{key}.json"
         if path.is_file():
-            return _read(path, _ANSWERS.validate_json)
+            item: Any = FiniteFloat if kind is float else str
+            counted: Any = Annotated[list[item], Field(min_length=count, max_length=count)]
+            schema: TypeAdapter[list[AnswerT]] = TypeAdapter(counted)
+            return read_json(path, schema, remedy=_REMEDY)
         found = compute()
         write_atomically(path, json.dumps(found, ensure_ascii=False, indent=0) + "\n")
         return found
@@ -117,16 +146,7 @@ class Shelf:
 
     def seconds(self) -> dict[str, float]:
         """How long things took that are done once, whichever run did them."""
-        return _read(self._seconds, _NUMBERS.validate_json) if self._seconds.is_file() else {}
-
-
-def _read(path: Path, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise DeltaguardError(
-            f"{path} is not what this release of deltaguard writes. Remove it to measure it again: {error}"
-        ) from error
+        return read_json(self._seconds, _NUMBERS, remedy=_REMEDY) if self._seconds.is_file() else {}
 
 
 def _plain(value: Any) -> Any:

@@ -10,8 +10,9 @@ from typing import Literal
 from deltaguard.bench.models import save_smollm2
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
 from deltaguard.calibration.conversations import Conversation, harmful_prompts, harmless_prompts, sample
+from deltaguard.checkpoints.durable import write_atomically
+from deltaguard.checkpoints.results import DEMO, PAGE_NAME, results_folder, write_page
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import require_empty
 from deltaguard.device import find_device
 from deltaguard.draw.html import demo_page
 from deltaguard.evaluation.measure import Measurement, TestSet, measure
@@ -20,9 +21,9 @@ from deltaguard.finetuning.finetune import FinetuneConfig, finetune
 from deltaguard.finetuning.mixtures import alignment_examples, task_with_harmful
 from deltaguard.finetuning.tasks import exact_match, task_examples
 from deltaguard.memory import peak_memory_bytes
-from deltaguard.progress import Event, Progress
+from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.base import RateRow, environment
-from deltaguard.report.demo import DemoReport, ModelRow, Sample
+from deltaguard.report.demo import DEMO_NAME, DemoReport, ModelRow, Sample
 from deltaguard.report.restore import RestoreReport
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
@@ -83,10 +84,12 @@ def demo(
     Raises:
         DeltaguardError: the demo's model or libraries are not installed, or the folder is not empty.
     """
-    config = config or DemoConfig()
-    folder = Path(output_dir)
-    require_empty(folder)
-    clock = _Clock(progress or (lambda _: None))
+    with results_folder(Path(output_dir), DEMO):
+        return _run(Path(output_dir), config or DemoConfig(), progress or ignore)
+
+
+def _run(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport:
+    clock = _Clock(progress)
     store = _prepare(folder, config, clock)
     with clock.stage("restore") as report:
         restored = restore(
@@ -100,8 +103,8 @@ def demo(
     tests = test_set(config.tests, seed=config.seed)
     measured = _measure(folder, tests, clock)
     result = _report(config, tests, measured, restored, clock.seconds)
-    (folder / "demo.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(demo_page(result), encoding="utf-8")
+    write_atomically(folder / DEMO_NAME, result.model_dump_json(indent=2) + "\n")
+    write_page(folder / PAGE_NAME, demo_page(result))
     return result
 
 
@@ -115,7 +118,7 @@ def prepare(output_dir: Path, config: DemoConfig) -> CurvatureStore:
     Returns:
         The store, in the folder too.
     """
-    return _prepare(output_dir, config, _Clock(lambda _: None))
+    return _prepare(output_dir, config, _Clock(ignore))
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -90,13 +89,13 @@ def measure(subject: Subject, tests: Tests, how: Answers, shelf: Shelf) -> Measu
         Classes of answers, and numbers.
     """
 
-    def answers(questions: Sequence[Question], tokens: int) -> list[Any]:
+    def answers(questions: Sequence[Question], tokens: int) -> list[str]:
         key = content_key(subject.identity, "answers", questions, tokens)
-        return shelf.answers(key, lambda: subject.answers(questions, tokens))
+        return shelf.answers(key, str, len(questions), lambda: subject.answers(questions, tokens))
 
-    def likelihoods(questions: Sequence[Question]) -> list[Any]:
+    def likelihoods(questions: Sequence[Question]) -> list[float]:
         key = content_key(subject.identity, "likelihoods", questions)
-        return shelf.answers(key, lambda: subject.likelihoods(questions))
+        return shelf.answers(key, float, len(questions), lambda: subject.likelihoods(questions))
 
     attack, harmless = answers(tests.attack, how.safety), answers(tests.harmless, how.safety)
     given = answers(tests.task, how.task) if tests.task else []

@@ -11,7 +11,6 @@ from torch import Tensor
 from deltaguard import __version__
 from deltaguard.bench.peers import PEERS, Matrices, Peer, Role
 from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource, name_map
-from deltaguard.checkpoints.lora import CONV1D_MODELS
 from deltaguard.checkpoints.mirror import bring_along
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
@@ -175,7 +174,7 @@ def _edited(job: _Job, inputs: Inputs, dtype: torch.dtype) -> Tensor:
         return tuned.to(dtype)
     matrix = _as_matrix(tuned)
     rows = slice(inputs.step.shared_rows or len(matrix))
-    conv1d = job.aligned.config.get("model_type") in CONV1D_MODELS and not job.peer.everywhere
+    conv1d = inputs.step.transposed and not job.peer.everywhere
 
     def prepared(tensor: Tensor) -> Tensor:
         part = _as_matrix(tensor)[rows]

@@ -12,6 +12,7 @@ from deltaguard.bench.protocol import Finetune
 from deltaguard.bench.setting import Bench
 from deltaguard.bench.workshop import fine_tuned
 from deltaguard.calibration.conversations import Conversation
+from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.metrics.bootstrap import mean_estimate
 from deltaguard.evaluation.metrics.rates import Rate, are_flags, estimate
 from deltaguard.report.bench import ALIGNED, FINETUNED, Cell
@@ -58,7 +59,12 @@ class Row:
         bench = self._bench
         make = fine_tuned(bench.aligned, data, self._finetune.recipe, seed=self.seed)
         folder = bench.made(name, make)
-        return Candidate(folder, "", bench.shelf.seconds()[name])
+        seconds = bench.shelf.seconds().get(name)
+        if seconds is None:
+            raise DeltaguardError(
+                f"It is not known how long {folder} took to make. Remove it to make it again."
+            )
+        return Candidate(folder, "", seconds)
 
     def restored(self, method: Method, strength: float) -> Cell:
         """The cell of a method at a strength."""
@@ -102,7 +108,18 @@ class Row:
             seconds = {"request": candidate.seconds, "measure": time.perf_counter() - started}
             return _cell(key, self._finetune.name, self.seed, method, strength, found, seconds)
 
-        return bench.shelf.cell(key, compute)
+        def fits(cell: Cell) -> bool:
+            named = (cell.finetune, cell.seed, cell.method, cell.strength)
+            counts = tuple(map(len, (cell.attack, cell.harmless, cell.utility, cell.general)))
+            tests = self._tests
+            asked = (tests.attack, tests.harmless, tests.task or tests.likelihood, tests.general)
+            return (
+                named == (self._finetune.name, self.seed, method, strength)
+                and counts == tuple(map(len, asked))
+                and cell.seconds.keys() >= {"request", "measure"}
+            )
+
+        return bench.shelf.cell(key, fits, compute)
 
 
 def _cell(

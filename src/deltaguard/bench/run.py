@@ -1,7 +1,6 @@
 """The paper's protocol as one command: fine-tune, repair with every method, measure, compare."""
 
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from deltaguard.bench.score import contests, curves, groups, is_safe, scores
 from deltaguard.bench.search import measured_strengths
 from deltaguard.bench.setting import LIBRARIES, MADE_ONCE, Bench, open_bench
 from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
+from deltaguard.checkpoints.durable import write_atomically
+from deltaguard.checkpoints.results import BENCH, SETTINGS_NAME, results_folder
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
+from deltaguard.files import ANY_OBJECT, read_json
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.base import environment
 from deltaguard.report.bench import BENCH_NAME, BenchReport, Cell
@@ -63,18 +64,16 @@ def bench(
         The report, in the folder too.
 
     Raises:
-        DeltaguardError: the folder holds a bench with other settings or another process works in it, a
-            method is unknown, or a model cannot be used.
+        DeltaguardError: the folder holds a bench with other settings or something else, is a model's, or
+            another process works in it; a method is unknown, or a model cannot be used.
     """
     folder = Path(output_dir)
     _check_inputs(methods, aligned, pretrained)
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(folder)
-    try:
+    inputs = [model for model in (aligned, pretrained) if model is not None]
+    with results_folder(folder, BENCH, inputs=inputs):
         usable = usable_attacks(attacks, preset)
         settings = _settings(preset, aligned, pretrained, methods, usable)
-        _require_same(folder / "settings.json", _lasting(settings), "settings")
+        _require_same(folder / SETTINGS_NAME, _lasting(settings), "settings")
         setting = open_bench(
             folder,
             preset,
@@ -87,8 +86,6 @@ def bench(
         _require_same(folder / "origin.json", setting.origin, "models, code or libraries")
         report = _report(setting, settings, command, *_cells(setting))
         write_atomically(folder / BENCH_NAME, report.model_dump_json(indent=1) + "\n")
-    finally:
-        os.close(lock)
     return report
 
 
@@ -207,7 +204,7 @@ def _require_same(path: Path, values: Mapping[str, Any], what: str) -> None:
     if not path.is_file():
         write_atomically(path, json.dumps(values, indent=1) + "\n")
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_json(path, ANY_OBJECT, remedy="Give another output folder.")
     differing = sorted(name for name in values if values[name] != known.get(name))
     if differing:
         raise DeltaguardError(

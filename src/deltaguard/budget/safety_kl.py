@@ -1,29 +1,27 @@
 """Safety KL by real forward passes: a candidate's weights are put into a loaded model, not onto a disk."""
 
 import math
-import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from deltaguard.calibration.conversations import Conversation, encode
-from deltaguard.calibration.observe import Batch, batches
-from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource, name_map
+from deltaguard.budget.places import Places, grow, match
+from deltaguard.budget.reading import Reader, read_by_both
+from deltaguard.calibration.conversations import Conversation
+from deltaguard.calibration.observe import Batch, batches, padded
+from deltaguard.checkpoints.canonical import counting_config, differing_fields, of_one_kind
+from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.loading import load_model, load_tokenizer
+from deltaguard.loading import load_config, load_model, load_tokenizer
 from deltaguard.logits import logits_at
 
-_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
 _NORMAL = 1.96
-_HEAD = re.compile(r"^(embed_out|output_layer)\.")
-_Places = Mapping[str, tuple[Tensor, ...]]
-"""The fine-tuned checkpoint's names, and the model's parameters that each of them gives the values of."""
 
 
 @contextmanager
@@ -70,44 +68,52 @@ class SafetyKL:
 
 @dataclass(frozen=True)
 class SafetyMeter:
-    """The aligned model, loaded once; candidates are measured by putting other weights into it.
+    """A model, loaded once; candidates are measured by putting other weights into it.
 
-    It starts as the aligned model; what a candidate shares with the one before need not be put again.
+    It starts with the aligned weights; what a candidate shares with the one before need not be put again.
 
     Attributes:
         tokens: response tokens that `measure` takes the mean over.
+        aligned_likelihood: of the tasks given to `open`, the aligned model's; None without any.
     """
 
     tokens: int
+    aligned_likelihood: float | None
     _model: Any = field(repr=False)
     _finetuned: WeightSource = field(repr=False)
-    _places: _Places = field(repr=False)
+    _places: Places = field(repr=False)
     _aligned: Sequence[tuple[Batch, Tensor]] = field(repr=False)
-    _read: Callable[[Sequence[Conversation]], list[Batch]] = field(repr=False)
+    _asked: "_Asked" = field(repr=False)
 
     @classmethod
     @_enough_memory()
-    def open(
+    def open(  # noqa: PLR0913  # what is measured, on what, and how
         cls,
         aligned: Checkpoint,
         finetuned: WeightSource,
         conversations: Sequence[Conversation],
         *,
+        output: Path | None = None,
+        tasks: Sequence[Conversation] = (),
         device: torch.device,
         dtype: torch.dtype,
         batch_size: int = 16,
         max_length: int = 512,
     ) -> "SafetyMeter":
-        """Load the aligned model, and keep what it predicts for the responses of safety conversations.
+        """Load the aligned model, keep what it predicts for responses, and make it run as the output will.
 
         Kept on the device are log-probabilities of the whole vocabulary for every response token, in float32
         since small differences of them are what is measured: 64 conversations of 33 tokens take 0.4 GB with
         a vocabulary of 50 000, and 2 GB with one of 250 000.
 
         Args:
-            aligned: the aligned checkpoint; its tokenizer and chat template serve for every candidate.
+            aligned: the aligned checkpoint.
             finetuned: what candidates are made like. Where its vocabulary is larger, so becomes the model's.
             conversations: held-out safety conversations, all with responses.
+            output: a folder with the configuration, tokenizer and chat template that candidates will have;
+                the aligned model's where absent. Where that configuration is another, the weights are loaded
+                a second time, under it.
+            tasks: conversations of which the aligned model's likelihood is kept too.
             device: where the model runs.
             dtype: float32 where it fits: what half precision rounds away can exceed the KL to be measured.
             batch_size: conversations per forward pass.
@@ -115,16 +121,32 @@ class SafetyMeter:
 
         Raises:
             DeltaguardError: the model cannot be loaded, does not fit into memory or predicts nothing finite;
-                the fine-tuned tensors do not fit it (all problems are listed); a response is missing.
+                the fine-tuned tensors do not fit it (all problems are listed); a response is missing, or is
+                other tokens to the output's tokenizer.
         """
-        tokenizer = load_tokenizer(aligned.folder, aligned.reference)
-        model = load_model(aligned.folder, aligned.reference, dtype=dtype).to(device)
-        places = _match(model, aligned, finetuned)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
-        read = partial(_batches, tokenizer, batch_size, min(max_length, limit), device)
-        kept = [(batch, _log_probs(model, batch)) for batch in read(conversations)]
-        _grow(finetuned, places)
-        return cls(sum(len(known) for _, known in kept), model, finetuned, places, kept, read)
+        source = aligned.folder, aligned.reference
+        model = load_model(*source, dtype=dtype).to(device)
+        own = _Asked(Reader.of(load_tokenizer(*source), model.config, max_length), batch_size, device)
+        other, config = own, None
+        if output is not None:
+            config = load_config(output, finetuned.reference)
+            tokenizer = load_tokenizer(output, finetuned.reference)
+            # For messages, which must not speak of a folder that is gone.
+            tokenizer.name_or_path = finetuned.reference
+            other = replace(own, reader=Reader.of(tokenizer, config, max_length))
+        kept = [
+            (batch.to(device), _log_probs(model, known.to(device)))
+            for known, batch in own.beside(other, conversations)
+        ]
+        likelihood = _likelihood(model, own.batches(tasks)) if tasks else None
+        if config is not None and not _runs_alike(config, load_config(*source)):
+            _make_loadable(config, model.config)
+            # Two models at once might not fit.
+            del model
+            model = load_model(*source, dtype=dtype, config=config).to(device)
+        places = match(model, aligned, finetuned)
+        grow(finetuned, places)
+        return cls(sum(len(known) for _, known in kept), likelihood, model, finetuned, places, kept, other)
 
     @torch.no_grad()
     def put(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -179,26 +201,51 @@ class SafetyMeter:
         Raises:
             DeltaguardError: as `measure`, or a conversation has no response.
         """
-        terms: list[float] = []
-        for batch in self._read(conversations):
-            targets = batch.ids[:, 1:][batch.answering[:, :-1]]
-            terms += (-_log_probs(self._model, batch).gather(1, targets[:, None])[:, 0]).tolist()
-        return math.fsum(terms) / len(terms)
+        return _likelihood(self._model, self._asked.batches(conversations))
 
 
-def _batches(
-    tokenizer: Any, size: int, max_length: int, device: torch.device, conversations: Sequence[Conversation]
-) -> list[Batch]:
-    """On the device, all with a response."""
-    texts = [encode(tokenizer, c, max_length=max_length) for c in conversations]
-    bad = [i for i, text in enumerate(texts) if len(text.ids) <= text.prompt_length]
-    if bad or not texts:
-        example = f", such as {conversations[bad[0]].prompt[:60]!r}" if bad else ""
-        raise DeltaguardError(
-            f"{len(bad)} of {len(texts)} conversations have no response within {max_length} tokens{example}: "
-            "give each a response, and a prompt that leaves room for it."
-        )
-    return [batch.to(device) for batch in batches(texts, size)]
+@dataclass(frozen=True)
+class _Asked:
+    """How conversations are put to a model."""
+
+    reader: Reader
+    batch_size: int
+    device: torch.device
+
+    def batches(self, conversations: Sequence[Conversation]) -> Iterator[Batch]:
+        """On the device, all with a response."""
+        return (b.to(self.device) for b in batches(self.reader.read(conversations), self.batch_size))
+
+    def beside(self, other: "_Asked", conversations: Sequence[Conversation]) -> Iterator[tuple[Batch, Batch]]:
+        """The same conversations for this model and another, longest first."""
+        pairs = read_by_both(self.reader, other.reader, conversations)
+        pairs.sort(key=lambda pair: len(pair[1].ids), reverse=True)
+        for start in range(0, len(pairs), self.batch_size):
+            mine, theirs = zip(*pairs[start : start + self.batch_size], strict=True)
+            yield padded(mine), padded(theirs)
+
+
+def _runs_alike(one: Any, other: Any) -> bool:
+    """Whether two configurations of transformers differ in nothing but the size of the vocabulary."""
+    fields = differing_fields(*map(counting_config, of_one_kind(one.to_dict(), other.to_dict())))
+    return all(name.rpartition(".")[2] == "vocab_size" for name, _, _ in fields)
+
+
+def _make_loadable(config: Any, aligned: Any) -> None:
+    """Give a configuration the shapes of the aligned weights; `match` and `grow` care for rows and ties."""
+    text, own = config.get_text_config(), aligned.get_text_config()
+    text.vocab_size = own.vocab_size
+    # It is no row of them where it is one of the further tokens; what is padding is masked.
+    text.pad_token_id = own.pad_token_id
+    config.tie_word_embeddings = aligned.tie_word_embeddings
+
+
+def _likelihood(model: Any, read: Iterable[Batch]) -> float:
+    terms: list[float] = []
+    for batch in read:
+        targets = batch.ids[:, 1:][batch.answering[:, :-1]]
+        terms += (-_log_probs(model, batch).gather(1, targets[:, None])[:, 0]).tolist()
+    return math.fsum(terms) / len(terms)
 
 
 @torch.inference_mode()
@@ -209,49 +256,3 @@ def _log_probs(model: Any, batch: Batch) -> Tensor:
     if not found.isfinite().all():
         raise DeltaguardError(f"The model predicts NaN or infinite values in {rows.dtype}: use another.")
     return found
-
-
-def _match(model: Any, aligned: Checkpoint, finetuned: WeightSource) -> _Places:
-    """The places, once the two embeddings are as much or as little tied as the fine-tuned checkpoint's."""
-    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    stored = {name if name in own else _HEAD.sub("lm_head.", name): name for name in finetuned.tensors}
-    names = {stored[found]: place for found, place in name_map(list(stored), list(own)).items()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    ends = {place for place in own if own[place] is embedding.weight or own[place] is head.weight}
-    # Where one of the two is not stored, loading ties them, whatever the aligned model does.
-    one = len(ends & set(names.values())) == 1
-    if not one and head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
-        own = model.state_dict(keep_vars=True)
-    places = {name: (own[place],) for name, place in names.items()}
-    if one:
-        places |= {name: (embedding.weight, head.weight) for name in names if names[name] in ends}
-    if problems := list(_problems(model, finetuned, places)):
-        raise DeltaguardError(listed(f"{finetuned.reference} does not fit {aligned.reference}", problems))
-    return places
-
-
-def _problems(model: Any, finetuned: WeightSource, places: _Places) -> Iterator[str]:
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    growing = {id(parameter) for end in ends for parameter in end.parameters()}
-    for name, info in finetuned.tensors.items():
-        # Attention masks that old checkpoints hold have four dimensions, and are no weights.
-        counts = len(info.shape) == 2 or (name.endswith((".weight", ".bias")) and not _MASK.search(name))
-        if name not in places and counts and any(map(str.isdigit, name.split("."))):
-            yield f"`{name}`, {info.shape}, has no counterpart in the model"
-        for shape, place in ((tuple(place.shape), place) for place in places.get(name, ())):
-            larger = id(place) in growing and info.shape[1:] == shape[1:] and info.shape > shape
-            if info.shape != shape and not larger:
-                yield f"`{name}` is {info.shape}, and {shape} in the model"
-    known = {id(place) for group in places.values() for place in group}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in known:
-            yield f"`{name}`, {tuple(parameter.shape)}, is in the model only"
-
-
-@torch.no_grad()
-def _grow(finetuned: WeightSource, places: _Places) -> None:
-    """Give the model the rows that only the fine-tuned vocabulary has; what is tied stays tied."""
-    for name, place in ((name, place) for name, group in places.items() for place in group):
-        if finetuned.tensors[name].shape != tuple(place.shape):
-            place.data = torch.cat([place, finetuned.read(name)[len(place) :].to(place)])

@@ -12,6 +12,7 @@ MOST_PROBES = 8
 
 _AIM = 0.95
 _STEP = 4.0
+_LEAST = 1e-200
 _FREE = 1e-6
 """A price that is lowered by this factor is as good as no price."""
 
@@ -42,21 +43,28 @@ def search(
         [2.0, 0.475]
     """
     probes: list[Probe] = []
-    price = start
-    while len(probes) < MOST_PROBES:
+    price = _foretold(start, predicted)
+    while len(probes) < MOST_PROBES and all(probe.mu != price for probe in probes):
         probe = measure(price)
         probes.append(probe)
         if probe.safety_kl <= limit and (
             probe.safety_kl >= CLOSE * limit or predicted(price * _FREE) < 1.01 * predicted(price)
         ):
             break
-        price = _next(probes, predicted, limit)
+        price = _foretold(_next(probes, predicted, limit), predicted)
     return tuple(probes)
 
 
 def best(probes: Sequence[Probe], limit: float) -> Probe | None:
     """The probe that keeps most among those within the limit."""
     return min((p for p in probes if p.safety_kl <= limit), key=lambda probe: probe.mu, default=None)
+
+
+def _foretold(price: float, predicted: Callable[[float], float]) -> float:
+    """A price, or the nearest below it at which something is left of the delta to tell the next one by."""
+    while predicted(price) < _LEAST and price > 0:
+        price *= _FREE
+    return price
 
 
 def _next(probes: Sequence[Probe], predicted: Callable[[float], float], limit: float) -> float:

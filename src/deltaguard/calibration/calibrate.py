@@ -39,6 +39,7 @@ from deltaguard.calibration.observe import (
 from deltaguard.calibration.responses import respond
 from deltaguard.calibration.workspace import Workspace
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.identity import identify
 from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.curvature.contents import Group, GroupCurvature, group_curvature, share_within
@@ -228,7 +229,7 @@ def _split(given: Sequence[Conversation], count: int, config: CalibrateConfig) -
 
 def _request(source: Checkpoint, asked: _Asked, config: CalibrateConfig, device: torch.device) -> Request:
     return Request(
-        fingerprint=source.fingerprint(),
+        **identify(source).model_dump(),
         prompts_sha256=fingerprint(asked.all),
         max_length=config.max_length,
         max_new_tokens=config.max_new_tokens,

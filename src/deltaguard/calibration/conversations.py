@@ -8,14 +8,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from jinja2 import TemplateError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
 
+from deltaguard.chat_template import TemplateFailedError, apply_template
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_data, read_json_lines
+from deltaguard.loading import foreign
 
 HarmfulPart = Literal["calibration", "dial", "attack", "training"]
 HarmlessPart = Literal["training", "evaluation"]
@@ -113,24 +115,19 @@ def bucket(prompt: str) -> int:
 
 def harmful_prompts(part: HarmfulPart) -> tuple[HarmfulPrompt, ...]:
     """The harmful prompts of one part, in the file's order."""
-    rows = (HarmfulPrompt(**row) for row in _package_data("harmful_prompts.jsonl"))
+    rows = read_data("harmful_prompts.jsonl", TypeAdapter(HarmfulPrompt))
     return tuple(row for row in rows if bucket(row.prompt) in HARMFUL_PARTS[part])
 
 
 def harmless_prompts(part: HarmlessPart) -> tuple[HarmlessPrompt, ...]:
     """The harmless prompts of one part, in the file's order."""
-    rows = (HarmlessPrompt(**row) for row in _package_data("harmless_prompts.jsonl"))
+    rows = read_data("harmless_prompts.jsonl", TypeAdapter(HarmlessPrompt))
     return tuple(row for row in rows if bucket(row.prompt) in HARMLESS_PARTS[part])
 
 
 def general_prompts() -> tuple[HarmlessPrompt, ...]:
     """Plain questions that nobody would refuse, with short answers; none is ever trained on."""
-    return tuple(HarmlessPrompt(**row) for row in _package_data("general_prompts.jsonl"))
-
-
-def _package_data(name: str) -> list[dict[str, str]]:
-    text = (files("deltaguard") / "data" / name).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line]
+    return tuple(read_data("general_prompts.jsonl", TypeAdapter(HarmlessPrompt)))
 
 
 def build_conversations(
@@ -182,6 +179,22 @@ def _rank(seed: int, text: str) -> str:
     return sha256(f"{seed} {text}".encode()).hexdigest()
 
 
+def _said(prompt: str) -> str:
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    return prompt
+
+
+class _Line(BaseModel):
+    """A line of a user's prompts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, AfterValidator(_said)]
+    response: str | None = None
+    system: str | None = None
+
+
 def read_prompts(path: str | Path) -> list[Conversation]:
     """Read a user's prompts: JSON lines with `prompt` and, optionally, `response` and `system`.
 
@@ -194,42 +207,14 @@ def read_prompts(path: str | Path) -> list[Conversation]:
     Raises:
         DeltaguardError: the file cannot be read, holds no prompt, or has bad lines; all of them are named.
     """
-    path = Path(path)
-    try:
-        # Not splitlines: JSON text may hold U+2028 and its kind, which end no line here.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeltaguardError(f"The prompts file {path} cannot be read: {error}.") from error
-    read = [(number, _parse(line)) for number, line in enumerate(lines, start=1) if line.strip()]
-    problems = [f"  line {number}: {problem}" for number, problem in read if isinstance(problem, str)]
-    if problems:
-        raise DeltaguardError(
-            f"{len(problems)} of {len(read)} lines of {path} cannot be used:\n" + "\n".join(problems) + "\n"
-            'Each line is a JSON object: {"prompt": "...", "response": "...", "system": "..."}; the last two '
-            "are optional."
-        )
-    if not read:
+    remedy = (
+        'Each line is a JSON object: {"prompt": "...", "response": "...", "system": "..."}; the last two are '
+        "optional."
+    )
+    lines = read_json_lines(Path(path), _Line, remedy=remedy)
+    if not lines:
         raise DeltaguardError(f'{path} holds no prompt. Write one JSON object a line: {{"prompt": "..."}}.')
-    return [conversation for _, conversation in read if isinstance(conversation, Conversation)]
-
-
-def _parse(line: str) -> Conversation | str:
-    """One line of a prompts file, or what is wrong with it."""
-    try:
-        value: object = json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg} at column {error.colno})"
-    if not isinstance(value, dict):
-        return f"a JSON {type(value).__name__}, not an object"
-    row = cast("dict[str, object]", value)
-    unknown = sorted(row.keys() - {"prompt", "response", "system"})
-    if unknown:
-        return f"unknown field {', '.join(unknown)}"
-    mistyped = sorted(name for name, text in row.items() if not isinstance(text, str))
-    if mistyped:
-        return f"{', '.join(mistyped)} must be text"
-    texts = cast("dict[str, str]", row)
-    return Conversation(**texts) if texts.get("prompt", "").strip() else "no prompt"
+    return [Conversation(line.prompt, line.system, line.response) for line in lines]
 
 
 def fingerprint(conversations: Sequence[Conversation]) -> str:
@@ -282,8 +267,8 @@ def takes_system_role(tokenizer: Any) -> bool:
     """
     marker = "deltaguard"
     try:
-        return marker in _template(tokenizer, [{"role": "system", "content": marker}, *_user("?")])
-    except TemplateError:
+        return marker in _apply(tokenizer, [{"role": "system", "content": marker}, *_user("?")])
+    except TemplateFailedError:
         return False
 
 
@@ -314,7 +299,8 @@ def end_of_turn(tokenizer: Any) -> str:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    with foreign(f"The tokenizer of {tokenizer.name_or_path!r} fails on a text"):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _user(prompt: str) -> list[dict[str, str]]:
@@ -322,20 +308,10 @@ def _user(prompt: str) -> list[dict[str, str]]:
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]], *, answer_follows: bool = True) -> str:
-    try:
-        return _template(tokenizer, messages, answer_follows=answer_follows)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DeltaguardError(
-            f"The chat template of {tokenizer.name_or_path!r} fails on a conversation of {roles}: {error}."
-        ) from error
-
-
-def _template(tokenizer: Any, messages: list[dict[str, str]], *, answer_follows: bool = True) -> str:
     if not tokenizer.chat_template:
         raise DeltaguardError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so prompts cannot be put to "
             "the model the way it was aligned. Use the instruction-tuned model, or save its "
             "chat_template.jinja next to the tokenizer."
         )
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+    return apply_template(tokenizer, messages, answer_follows=answer_follows)

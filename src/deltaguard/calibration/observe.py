@@ -142,11 +142,11 @@ def take_sums(group: Group, partials: MutableMapping[str, Partial]) -> Sums:
 def batches(texts: Sequence[Encoded], size: int) -> list[Batch]:
     """Conversations in batches, longest first: a run that does not fit into memory fails at its beginning."""
     ordered = sorted(texts, key=lambda text: len(text.ids), reverse=True)
-    return [_padded(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+    return [padded(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
 
-def _padded(texts: Sequence[Encoded]) -> Batch:
-    """Padded at the end, where a causal model does not see it."""
+def padded(texts: Sequence[Encoded]) -> Batch:
+    """Put conversations side by side, padded at the end, where a causal model does not see it."""
     shape = len(texts), max(len(text.ids) for text in texts)
     ids = torch.zeros(shape, dtype=torch.long)
     mask, answering = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)

@@ -15,7 +15,8 @@ from deltaguard.checkpoints.code import refuse_code
 from deltaguard.checkpoints.companions import adapter_companions
 from deltaguard.checkpoints.hub import locate
 from deltaguard.checkpoints.layout import ADAPTER_CONFIG
-from deltaguard.checkpoints.lora import MERGE, Change, find_changes, read_lora_config
+from deltaguard.checkpoints.lora import Change, find_changes
+from deltaguard.checkpoints.lora_config import MERGE, read_lora_config
 from deltaguard.checkpoints.opened import OpenFile, Snapshot
 from deltaguard.checkpoints.shards import (
     DTYPES,
@@ -82,8 +83,8 @@ class AdapterCheckpoint:
         own = [folder / path for path in adapter_companions(folder)]
         others = Snapshot.of([folder / ADAPTER_CONFIG, *own])
         lora = read_lora_config(folder, str(reference))
-        file, tensors = _read_tensors(folder)
-        changes, problems = find_changes(lora, tensors, aligned)
+        file, tensors = open_adapter_weights(folder)
+        changes, problems = find_changes(lora, tensors, aligned, str(reference))
         if problems:
             problems.append(
                 f"If it was trained on another model ({lora.base_model_name_or_path}?), give that. {MERGE}"
@@ -208,7 +209,15 @@ def is_adapter(reference: str | Path) -> bool:
     return True
 
 
-def _read_tensors(folder: Path) -> tuple[OpenFile, dict[str, TensorInfo]]:
+def open_adapter_weights(folder: Path) -> tuple[OpenFile, dict[str, TensorInfo]]:
+    """Open the file of an adapter's weights, and read its header.
+
+    Args:
+        folder: the adapter's folder.
+
+    Raises:
+        DeltaguardError: there are no weights in a safetensors file, or the file is damaged.
+    """
     path = folder / ADAPTER_FILE
     pickled = folder / "adapter_model.bin"
     if not path.exists() and pickled.exists():

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from deltaguard.checkpoints.adapter import ADAPTER_FILE
+from deltaguard.checkpoints.canonical import part_of
 from deltaguard.checkpoints.checkpoint import Checkpoint, name_map
-from deltaguard.checkpoints.companions import adapter_companions
-from deltaguard.checkpoints.durable import explained, flush_folder
+from deltaguard.checkpoints.durable import explained
 from deltaguard.checkpoints.hub import is_local
-from deltaguard.checkpoints.layout import ADAPTER_CONFIG, CONFIG_FILE
+from deltaguard.checkpoints.layout import ADAPTER_CONFIG
+from deltaguard.checkpoints.mirror import model_files
 from deltaguard.checkpoints.shards import DTYPES, tensor_bytes
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
@@ -31,8 +32,6 @@ AdapterLayer = tuple[str, "LowRank", bool]
 """A layer's name in the aligned checkpoint, without `.weight`; its delta, (out, in); and whether the weight
 is stored as (in, out), as that of GPT-2's Conv1D is."""
 
-_OF_THE_MODEL = (CONFIG_FILE, "generation_config.json")
-
 
 def stage_adapter(
     writer: CheckpointWriter,
@@ -41,7 +40,7 @@ def stage_adapter(
     *,
     modules: Collection[str],
     dtype: torch.dtype | None = None,
-    companions_of: Sequence[Path] | None = None,
+    companions: Mapping[str, Path] | None = None,
 ) -> dict[str, int]:
     """Write the files of an adapter that `peft.PeftModel.from_pretrained` loads onto the aligned model.
 
@@ -56,8 +55,8 @@ def stage_adapter(
         modules: names of all modules of the model as transformers builds it (`model.named_modules()`), since
             PEFT knows layers by these. They may differ from the checkpoint's names by a prefix.
         dtype: of the factors; by default the one in which most of the aligned model is stored.
-        companions_of: folders of which every file comes along that describes neither a model nor another
-            adapter: tokenizer, chat template, licence. Later ones win. By default the aligned folder.
+        companions: files that come along, by their paths in the output: tokenizer, chat template, licence.
+            A model's configuration does not. By default the aligned model's.
 
     Returns:
         The rank of every layer written, by its name in the aligned checkpoint.
@@ -89,8 +88,9 @@ def stage_adapter(
         with writer.shard(ADAPTER_FILE, spool.header()) as shard:
             for name, tensor in spool.tensors():
                 shard.write(name, tensor)
-    for name, source in _companions(companions_of or (aligned.folder,)).items():
-        writer.copy(source, name)
+    for name, source in (model_files(aligned) if companions is None else companions).items():
+        if part_of(name) != "config":
+            writer.copy(source, name)
     config = _config(aligned.reference, written, modules)
     writer.text(ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return {layer.name: layer.rank for layer in written}
@@ -105,10 +105,6 @@ def commit_adapter(writer: CheckpointWriter) -> None:
     Example:
         >>> commit_adapter(writer)  # doctest: +SKIP
     """
-    with explained(writer.out):
-        # A configuration that is being replaced must not stand beside new weights.
-        (writer.out / ADAPTER_CONFIG).unlink(missing_ok=True)
-        flush_folder(writer.out)
     writer.commit(last=ADAPTER_CONFIG)
 
 
@@ -204,11 +200,6 @@ def _spooled(
             )
         spool.add(key, rounded)
     return _Layer(name, paths[name], factors.down.shape[0], transposed)
-
-
-def _companions(folders: Sequence[Path]) -> dict[str, Path]:
-    found = {str(path): folder / path for folder in folders for path in adapter_companions(folder)}
-    return {name: source for name, source in found.items() if name not in _OF_THE_MODEL}
 
 
 def _config(reference: str, layers: Sequence[_Layer], modules: Collection[str]) -> dict[str, Any]:

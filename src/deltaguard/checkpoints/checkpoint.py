@@ -20,6 +20,10 @@ from deltaguard.checkpoints.shards import TensorInfo, read_header, read_tensor
 from deltaguard.errors import DeltaguardError, listed
 
 _BLOCK = 4096
+_MOST_PARTS = 8
+"""Of a name that may be its prefix."""
+
+_MOST_ALIKE = 64
 
 
 class WeightSource(Protocol):
@@ -237,9 +241,9 @@ def _blocks(nbytes: int) -> list[tuple[int, int]]:
 
 
 def _prefixes(name: str) -> Iterator[tuple[str, str]]:
-    """All ways to cut a name into a prefix without numbers and a rest."""
+    """The ways to cut a name into a prefix without numbers and a rest."""
     start = 0
-    while True:
+    for _ in range(_MOST_PARTS):
         yield name[:start], name[start:]
         end = name.find(".", start)
         if end < 0 or name[start:end].isdigit():
@@ -256,8 +260,12 @@ def _prefix_change(source: Collection[str], target: Collection[str]) -> tuple[st
     votes: Counter[tuple[str, str]] = Counter()
     for name in source:
         for old, rest in _prefixes(name):
-            votes.update((old, new) for new in rests.get(rest, ()) if _nested(old, new))
-    return max(votes, key=lambda pair: (votes[pair], -len(pair[0]) - len(pair[1])), default=("", ""))
+            found = rests.get(rest, ())
+            # What many names end with tells nothing of their beginnings.
+            if len(found) <= _MOST_ALIKE:
+                votes.update((old, new) for new in found)
+    nested = (pair for pair in votes if _nested(*pair))
+    return max(nested, key=lambda pair: (votes[pair], -len(pair[0]) - len(pair[1])), default=("", ""))
 
 
 def _nested(old: str, new: str) -> bool:

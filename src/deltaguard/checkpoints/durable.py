@@ -98,14 +98,35 @@ def flush_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that it is either there in full or not at all, whatever happens."""
-    partial = path.with_name(f".{path.name}.partial")
-    with explained(path), partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    flush_folder(path.parent)
+    """Write a small text file so that it is either there in full or not at all, whatever happens.
+
+    Args:
+        path: the file. Where it is a link, the file takes the link's place.
+        text: all of it.
+
+    Raises:
+        DeltaguardError: the file cannot be written; what was there before is still there.
+    """
+    data = text.encode()
+    partial = partial_file(path)
+    with explained(path, len(data)):
+        # A run that was killed may have left one; a link by that name must not be written through.
+        partial.unlink(missing_ok=True)
+        try:
+            with partial.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        flush_folder(path.parent)
+
+
+def partial_file(path: Path) -> Path:
+    """Name the file under which `write_atomically` begins another one; a kill may leave it."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def lock_folder(folder: Path) -> int:

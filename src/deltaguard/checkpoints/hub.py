@@ -1,5 +1,6 @@
 """Where a model lies: a local folder, or a snapshot fetched from the Hugging Face Hub."""
 
+import os
 import re
 from pathlib import Path
 
@@ -33,7 +34,7 @@ _HUB_REFERENCE = re.compile(r"(?P<id>\w[\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]
 
 def is_local(reference: str | Path) -> bool:
     """Whether a reference names a local folder, which always comes before the Hub."""
-    return Path(reference).expanduser().is_dir()
+    return os.path.isdir(_expanded(reference))  # noqa: PTH112
 
 
 def locate(reference: str | Path, *, weights: bool = True) -> Path:
@@ -51,10 +52,10 @@ def locate(reference: str | Path, *, weights: bool = True) -> Path:
     Raises:
         DeltaguardError: there is no such folder or repository, or the Hub cannot be reached.
     """
-    path = Path(reference).expanduser()
+    path = _expanded(reference)
     if is_local(reference):
         return path
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110
         raise DeltaguardError(f"{path} is a file; give the folder that holds the model.")
     match = _HUB_REFERENCE.fullmatch(str(reference))
     if isinstance(reference, Path) or match is None:
@@ -63,6 +64,11 @@ def locate(reference: str | Path, *, weights: bool = True) -> Path:
             "which would have the form organisation/name or organisation/name@revision."
         )
     return _fetch(match["id"], match["revision"], weights=weights)
+
+
+def _expanded(reference: str | Path) -> Path:
+    """The path that a reference would be; os.path, since pathlib raises for odd names and unknown users."""
+    return Path(os.path.expanduser(reference))  # noqa: PTH111
 
 
 def _fetch(repository: str, revision: str | None, *, weights: bool) -> Path:

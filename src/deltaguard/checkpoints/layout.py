@@ -1,16 +1,19 @@
 """Which files of a model's folder hold its weights, and why some folders cannot be used."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from deltaguard.checkpoints.hub import is_local
 from deltaguard.checkpoints.opened import OpenFile
 from deltaguard.checkpoints.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_json
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -46,30 +49,46 @@ class Layout:
     placed: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+class _Config(TypedDict, total=False):
+    """What deltaguard itself reads of a `config.json`; whatever else is there is for transformers."""
 
-    Raises:
-        DeltaguardError: the file cannot be read, or does not hold a JSON object.
-    """
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DeltaguardError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise DeltaguardError(f"{path} holds a JSON {type(content).__name__}, not an object.")
-    return cast("dict[str, Any]", content)
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    model_type: str | None
+    architectures: list[str] | None
+    vocab_size: int | None
+    tie_word_embeddings: bool | None
+    quantization_config: dict[str, Any] | None
+    text_config: "_Config | None"
+
+
+_CONFIG: TypeAdapter[_Config] = TypeAdapter(_Config)
+
+
+def _plain_name(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError("a shard must be a file of the same folder")
+    return name
+
+
+class _Index(BaseModel):
+    """The index of a sharded checkpoint."""
+
+    weight_map: dict[str, Annotated[str, AfterValidator(_plain_name)]] = Field(min_length=1)
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
     """The model's configuration, and why a model with it cannot be used (None where it can).
 
     Raises:
-        DeltaguardError: the file cannot be read as JSON.
+        DeltaguardError: the file cannot be read, or holds something else.
     """
     path = folder / CONFIG_FILE
     if path.exists():
-        config = read_json(path)
+        config = cast(
+            "dict[str, Any]",
+            read_json(path, _CONFIG, remedy="Copy it again from the model that was fine-tuned."),
+        )
         return config, _quantisation_problem(config)
     if (folder / ADAPTER_CONFIG).exists():
         return {}, _ADAPTER
@@ -125,9 +144,7 @@ def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], di
     tensors: dict[str, TensorInfo] = {}
     for shard in layout.shards:
         path = folder / shard
-        problem = (
-            shard_problem(path) if path.is_file() else f"{layout.index_name} names {shard}: no such file."
-        )
+        problem = shard_problem(path) if path.is_file() else _absent(path, layout.index_name)
         if problem:
             problems.append(problem)
             continue
@@ -143,6 +160,15 @@ def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], di
     return tensors, files, problems
 
 
+def _absent(path: Path, index_name: str | None) -> str:
+    """Why what should be a shard is no file."""
+    if path.exists():
+        return f"{path.name} is no regular file, so it is not read."
+    if path.is_symlink():
+        return f"{path.name} is a link to {path.readlink()}, where nothing is: download or copy it again."
+    return f"{index_name} names {path.name}: no such file."
+
+
 def _quantisation_problem(config: Mapping[str, Any]) -> str | None:
     for part in (config, config.get("text_config") or {}):
         quantisation = part.get("quantization_config")
@@ -153,15 +179,8 @@ def _quantisation_problem(config: Mapping[str, Any]) -> str | None:
 
 
 def _from_index(folder: Path, name: str) -> Layout:
-    weight_map: Any = read_json(folder / name).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DeltaguardError(f"{folder / name} has no weight_map: download or copy it again.")
-    placed = cast("dict[str, str]", weight_map)
-    shards = sorted(set(placed.values()))
-    outside = [shard for shard in shards if Path(shard).name != shard]
-    if outside:
-        raise DeltaguardError(f"{folder / name} names files outside its folder: {', '.join(outside)}.")
-    return Layout(tuple(shards), name, placed)
+    placed = read_json(folder / name, _Index, remedy="Download or copy it again.").weight_map
+    return Layout(tuple(sorted(set(placed.values()))), name, placed)
 
 
 def _misplaced(layout: Layout, tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -1,46 +1,45 @@
 """What a LoRA adapter does to each tensor of a model by PEFT's rules, and which adapters do more."""
 
-import dataclasses
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from deltaguard.checkpoints.checkpoint import Checkpoint, name_map
-from deltaguard.checkpoints.layout import ADAPTER_CONFIG, read_json
+from deltaguard.checkpoints.checkpoint import name_map
+from deltaguard.checkpoints.lora_config import LoraConfig, find_scalings
 from deltaguard.checkpoints.shards import TensorInfo
-from deltaguard.errors import DeltaguardError, listed
+from deltaguard.families import stored_in_out
 
 _PREFIX = "base_model.model."
 # PEFT saves the weight under the adapter too where an embedding is adapted.
-_SUFFIXES = {".lora_A.weight": "a", ".lora_B.weight": "b", ".base_layer.weight": "replaced"}
+_BASE_LAYER = ".base_layer.weight"
+_SUFFIXES = {".lora_A.weight": "a", ".lora_B.weight": "b", _BASE_LAYER: "replaced"}
 _FOREIGN = (".lora_", ".token_adapter.", ".base_layer.")
-MERGE = (
-    "Merge it first (`merged = peft_model.merge_and_unload()`, then `merged.save_pretrained(...)`) "
-    "and give the merged checkpoint."
-)
-# With these, PEFT changes more than aligned + scale · B A, or something else.
-_VARIANTS = (
-    "use_dora",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-    "use_bdlora",
-    "use_qalora",
-    "megatron_config",
-)
-# All other initialisations (PiSSA, OLoRA, ...) change the model's own weights too.
-_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-# transformers builds the blocks of these from Conv1D, which stores weights as (in, out).
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-_HEADS = ("lm_head.weight", "score.weight")
+STORED = ("F64", "F32", "F16", "BF16")
+"""How the numbers of an adapter may be stored."""
+
+
+class Model(Protocol):
+    """What of a model an adapter must fit: a checkpoint, or what a report says of one."""
+
+    @property
+    def reference(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The content of its `config.json`."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Its tensors by name."""
+        ...
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output embedding is the input embedding."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,79 +66,72 @@ class Change:
         return tuple(part for part in (self.a, self.b, self.replaced) if part is not None)
 
 
-def read_lora_config(folder: Path, reference: str) -> Any:
-    """The `peft.LoraConfig` of an adapter that is plain LoRA.
-
-    Args:
-        folder: the adapter's folder.
-        reference: what the user called it, for messages.
-
-    Raises:
-        DeltaguardError: the folder holds no adapter, or one that cannot be expanded. All reasons are listed.
-    """
-    from peft import LoraConfig
-
-    if not (folder / ADAPTER_CONFIG).exists():
-        raise DeltaguardError(f"{reference} is not a PEFT adapter: there is no {ADAPTER_CONFIG}.")
-    raw = read_json(folder / ADAPTER_CONFIG)
-    known = {each.name for each in dataclasses.fields(LoraConfig)}
-    problems = _config_problems(raw, known)
-    if problems:
-        raise DeltaguardError(listed(f"The adapter {reference} cannot be expanded", [*problems, MERGE]))
-    return LoraConfig(**{key: value for key, value in raw.items() if key in known})
-
-
 def find_changes(
-    lora: Any, tensors: Mapping[str, TensorInfo], aligned: Checkpoint
+    lora: LoraConfig, tensors: Mapping[str, TensorInfo], aligned: Model, reference: str
 ) -> tuple[dict[str, Change], list[str]]:
-    """What an adapter does to each tensor of a checkpoint.
+    """Find what an adapter does to each tensor of a model.
 
     Args:
-        lora: the adapter's `peft.LoraConfig`.
+        lora: the adapter's configuration.
         tensors: the adapter's tensors.
-        aligned: the checkpoint that it belongs to.
+        aligned: the model that it belongs to.
+        reference: what the user called the adapter, for messages.
 
     Returns:
-        The changes by the checkpoint's names, and one sentence for each thing that does not fit.
+        The changes by the model's names, and one sentence for each thing that does not fit.
     """
     grouped, problems = _group(tensors)
     names = name_map(grouped.keys(), aligned.tensors.keys())
-    has_conv1d = lora.fan_in_fan_out or aligned.config.get("model_type") in CONV1D_MODELS
+    scalings = find_scalings(lora, [_module(target) for target in grouped if target in names], reference)
     changes: dict[str, Change] = {}
     for target, parts in grouped.items():
         if target not in names:
             problems.append(f"{aligned.reference} has no {target}{_why_absent(target, aligned)}.")
             continue
         info = aligned.tensors[names[target]]
-        rank, scale = _rank_and_scale(lora, target.removesuffix(".weight"))
-        conv1d = has_conv1d and not target.endswith(_HEADS)
-        change = Change(parts.get("a"), parts.get("b"), scale, conv1d, parts.get("replaced"))
+        scaling = scalings[_module(target)]
+        in_out = stored_in_out(aligned.config, target)
+        change = Change(parts.get("a"), parts.get("b"), scaling.factor, in_out, parts.get("replaced"))
         changes[info.name] = change
-        problem = _misfit(change, info, rank, aligned)
+        problem = _odd_part(change, info) or _misfit(change, info, scaling.rank, aligned)
         if problem:
             problems.append(f"{target}: {problem}")
     return changes, problems
 
 
-def _config_problems(raw: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    """Why an adapter with this configuration is more than aligned + scale · B A."""
-    if raw.get("peft_type") != "LORA":
-        return [f"its type is {raw.get('peft_type')}; only LORA is known."]
-    problems = [f"it uses `{name}` ({raw[name]})." for name in _VARIANTS if raw.get(name)]
-    if raw.get("bias", "none") != "none":
-        problems.append(f"it trained biases (`bias` is {raw['bias']!r}).")
-    initialisation = raw.get("init_lora_weights", True)
-    if initialisation not in _INITIALISATIONS:
-        problems.append(
-            f"`init_lora_weights` is {initialisation!r}, which changes the model's own weights too."
-        )
-    problems.extend(
-        f"`{name}` ({value}), of version {raw.get('peft_version', '?')}, is unknown to the installed PEFT: "
-        "upgrade it."
-        for name, value in raw.items()
-        if value and name not in known and name not in _VARIANTS
-    )
-    return problems
+@dataclass(frozen=True)
+class ChangedModules:
+    """The modules that an adapter's tensors belong to, by the names that PEFT gives them.
+
+    Attributes:
+        adapted: those with A and B.
+        replaced: those that it holds as a whole.
+    """
+
+    adapted: tuple[str, ...]
+    replaced: tuple[str, ...]
+
+
+def changed_modules(tensors: Mapping[str, TensorInfo]) -> ChangedModules:
+    """Find the modules that an adapter changes.
+
+    Args:
+        tensors: the adapter's tensors.
+
+    Example:
+        >>> names = [f"base_model.model.q_proj.lora_{letter}.weight" for letter in "AB"]
+        >>> changed_modules({name: TensorInfo(name, "F32", (2, 2), "file", 0, 16) for name in names})
+        ChangedModules(adapted=('q_proj',), replaced=())
+    """
+    adapted: dict[str, None] = {}
+    replaced: dict[str, None] = {}
+    for target, parts in _group(tensors)[0].items():
+        whole = parts.keys() == {"replaced"} and not parts["replaced"].name.endswith(_BASE_LAYER)
+        if whole:
+            replaced[target.rpartition(".")[0]] = None
+        else:
+            adapted[_module(target)] = None
+    return ChangedModules(tuple(adapted), tuple(replaced))
 
 
 def _group(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, dict[str, TensorInfo]], list[str]]:
@@ -159,23 +151,30 @@ def _group(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, dict[str, Tenso
     return grouped, problems
 
 
-def _rank_and_scale(lora: Any, module: str) -> tuple[int, float]:
-    from peft.utils.other import get_pattern_key
-
-    rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), module), lora.r)
-    alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern.keys(), module), lora.lora_alpha)
-    if rank < 1:
-        # B A is empty; a division by 0 would hide that the configuration does not fit A and B.
-        return rank, 0.0
-    return rank, alpha / math.sqrt(rank) if lora.use_rslora else alpha / rank
+def _module(target: str) -> str:
+    return target.removesuffix(".weight")
 
 
-def _why_absent(target: str, aligned: Checkpoint) -> str:
+def _why_absent(target: str, aligned: Model) -> str:
     output = target.endswith("lm_head.weight") and aligned.tied_embeddings
     return ": its output embedding is tied to the input embedding" if output else ""
 
 
-def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Checkpoint) -> str | None:
+def _odd_part(change: Change, info: TensorInfo) -> str | None:
+    """Why one of the adapter's tensors is none that PEFT writes, or None."""
+    for part in change.parts:
+        stored = STORED if part is not change.replaced else (*STORED, info.dtype)
+        if part.dtype not in stored:
+            return f"{part.name} is stored as {part.dtype}; it must be one of {', '.join(stored)}."
+        if part is not change.replaced and (len(part.shape) != 2 or 0 in part.shape):
+            return f"{part.name} is {part.shape}; it must be a matrix with entries."
+    whole = change.replaced
+    if whole is not None and len(change.parts) > 1 and not whole.name.endswith(_BASE_LAYER):
+        return f"PEFT would not read {whole.name} beside {change.parts[0].name}."
+    return None
+
+
+def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Model) -> str | None:
     """Why what the adapter holds for a tensor cannot be used, or None."""
     if (change.a is None) != (change.b is None):
         return "the adapter has only one of lora_A and lora_B."
@@ -189,7 +188,7 @@ def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Checkpoint) ->
         shape = (change.b.shape[0], change.a.shape[-1])
         if info.shape != (shape[::-1] if change.transposed else shape):
             return f"B A is {shape} (out, in); the tensor is {info.shape} in {aligned.reference}."
-    elif aligned.tied_embeddings and info.shape[0] == _vocabulary(aligned.config):
+    elif aligned.tied_embeddings and info.shape[:1] == (_vocabulary(aligned.config),):
         return "it is the input embedding, which the model shares with its output, and the adapter does not."
     return None
 

@@ -158,6 +158,6 @@ def _expected_size(path: Path) -> int | None:
         return None
     try:
         tensors = parse_header(read_header(OpenFile(path)), path.name)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None
     return max((tensor.end for tensor in tensors), default=_LENGTH_BYTES + length)

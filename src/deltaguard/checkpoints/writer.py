@@ -3,28 +3,27 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Generator, Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Generator, Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from torch import Tensor
+from pydantic import TypeAdapter
 
+from deltaguard.checkpoints.admission import Request, admit, refuse_foreign, refuse_inputs, require_space
 from deltaguard.checkpoints.durable import HashedFile, explained, flush_folder, lock_folder
-from deltaguard.checkpoints.journal import FileRecord, Journal
-from deltaguard.checkpoints.layout import STAGING_FOLDER
+from deltaguard.checkpoints.journal import JOURNAL_NAME, FileRecord, Journal
+from deltaguard.checkpoints.layout import ADAPTER_CONFIG, STAGING_FOLDER
+from deltaguard.checkpoints.names import inside, name_problem
 from deltaguard.checkpoints.opened import OpenFile
-from deltaguard.checkpoints.shards import DTYPES, TensorInfo, parse_header, tensor_bytes
+from deltaguard.checkpoints.shard_writer import ShardWriter
+from deltaguard.checkpoints.shards import parse_header
 from deltaguard.errors import DeltaguardError
+from deltaguard.report.restore import REPORT_NAME
 
 _CHUNK = 8 << 20
-# The index goes first: what is left of a checkpoint without it is visibly unfinished.
-_REPLACED = (
-    "*.safetensors.index.json",
-    "*.safetensors",
-    "adapter_config.json",
-    "deltaguard_report.json",
-)
+
+T = TypeVar("T")
 
 
 class CheckpointWriter:
@@ -51,6 +50,7 @@ class CheckpointWriter:
         out: str | Path,
         *,
         plan_hash: str,
+        names: Collection[str] = (),
         resume: bool = False,
         overwrite: bool = False,
         protected: Iterable[Path] = (),
@@ -60,29 +60,32 @@ class CheckpointWriter:
         Args:
             out: the output folder; made, with its parents, if absent.
             plan_hash: identifies what is written; a resumed run must have the same.
+            names: of the files that will be written, as far as they are known: what is in their way is found
+                now, and otherwise at the commit.
             resume: go on with what an interrupted run finished. Where nothing is staged, the run simply
                 starts. A run begun with `overwrite` may be resumed without it.
-            overwrite: replace a checkpoint in `out`: its weights, index and report are removed, at the
-                commit. Other files stay unless the new checkpoint has one of the same name. What another
-                run has staged is discarded, unless `resume` is given too.
+            overwrite: replace a checkpoint in `out`: the files that its report lists are removed, at the
+                commit. All others stay. What another run has staged is discarded, unless `resume` is given
+                too.
             protected: folders of inputs, which must neither be, contain, nor lie in `out`.
 
         Raises:
-            DeltaguardError: `out` is or overlaps an input, is not empty, cannot be written, or holds the
-                progress of another plan; or another process is writing to it.
+            DeltaguardError: `out` is or overlaps an input, holds what must not be replaced, cannot be
+                written, or holds the progress of another plan; or another process is writing to it.
         """
         self.out = Path(out).expanduser().absolute()
         self._staging = self.out / STAGING_FOLDER
         self._files = self._staging / "files"
         self._committed = False
-        _refuse_inputs(self.out, protected)
+        refuse_inputs(self.out, protected)
         with explained(self.out):
             self._made = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.out)
         try:
-            self._journal = self._begin(plan_hash, resume=resume, overwrite=overwrite)
+            self._journal = self._begin(plan_hash, Request(names, plan_hash, resume, overwrite))
         except BaseException:
+            self._remove_made()
             os.close(self._lock)
             raise
 
@@ -92,8 +95,8 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._committed and not self.records and not self._journal.remembered:
-            self._remove_staging()
+        if not self._committed and not self.records and not self._journal.has_found_out:
+            self._give_up()
         os.close(self._lock)
 
     @property
@@ -105,9 +108,25 @@ class CheckpointWriter:
         """The record of a file that is complete, in this run or the one it resumes, or None."""
         return self._journal.records.get(name)
 
-    def remembered(self, name: str) -> Any:
-        """What this run or the one it resumes found out under a name, or None."""
-        return self._journal.remembered.get(name)
+    def remembered(self, name: str, schema: TypeAdapter[T]) -> T | None:
+        """What this run or the one it resumes found out under a name, or None.
+
+        Raises:
+            DeltaguardError: the progress of an interrupted run is damaged.
+        """
+        return self._journal.remembered(name, schema)
+
+    def notes(self, record: FileRecord, schema: TypeAdapter[T]) -> T:
+        """What was noted about a finished file.
+
+        Raises:
+            DeltaguardError: the progress of an interrupted run is damaged.
+        """
+        return self._journal.notes(record, schema)
+
+    def damaged(self, what: str, wrong: list[str]) -> DeltaguardError:
+        """Make the error for progress of an interrupted run that does not fit this one."""
+        return self._journal.refusal(what, wrong)
 
     def remember(self, name: str, value: Any) -> None:
         """Keep something that took long to find out for the case that the run is interrupted.
@@ -119,22 +138,17 @@ class CheckpointWriter:
         with explained(self.out):
             self._journal.remember(name, value)
 
-    def require_space(self, total: int) -> None:
+    def require_space(self, total: int, *, what: str = "") -> None:
         """Refuse to start where the disk is too small.
 
         Args:
             total: bytes of all files to write; those already finished are not counted again.
+            what: words for the message that say what kind of number that is.
 
         Raises:
             DeltaguardError: with the bytes needed and free.
         """
-        needed = total - sum(record.bytes for record in self.records.values())
-        free = shutil.disk_usage(self.out).free
-        if needed > free:
-            raise DeltaguardError(
-                f"{self.out} needs {needed:,} bytes, and {free:,} are free there: "
-                "free some space or choose another output folder."
-            )
+        require_space(self.out, total - sum(record.bytes for record in self.records.values()), what=what)
 
     @contextlib.contextmanager
     def shard(self, name: str, header: bytes) -> Generator["ShardWriter", None, None]:
@@ -203,38 +217,45 @@ class CheckpointWriter:
     def commit(self, last: str) -> None:
         """Move every finished file into the output folder and remove the staging folder.
 
-        Weights, index and report of a checkpoint that is being replaced are removed first. A commit that
-        was interrupted is completed by a resumed run that calls it again.
+        The files of a checkpoint that is being replaced are removed first. A commit that was interrupted is
+        completed by a resumed run that calls it again.
 
         Args:
             last: the file without which the folder does not load: the index, or the only weight file. It is
                 moved when everything else is on disk.
 
         Raises:
-            DeltaguardError: a file cannot be moved.
+            DeltaguardError: a file cannot be moved, or something has come to lie in its place that deltaguard
+                did not write; what was staged stays.
         """
         if last not in self.records:
             raise ValueError(f"{last} was not written, so there is nothing to commit.")
         with explained(self.out):
+            own = (self._journal.replaces or frozenset()) | self._journal.moved
+            refuse_foreign(self.out, (name for name in self.records if self._is_staged(name)), own)
             self._journal.commit()
-            self._remove_replaced()
+            for name in sorted(own, key=_order_of_removal):
+                self._remove(name)
             for name in sorted(self.records.keys() - {last}):
                 self._move(name)
             self._move(last)
             # The journal goes last: as long as anything else is left, the run can be resumed.
-            shutil.rmtree(self._files)
+            shutil.rmtree(self._files, ignore_errors=not self._files.exists())
             shutil.rmtree(self._staging)
         self._committed = True
 
     def discard(self) -> None:
         """Give up what was staged: the result is of no use, so there is nothing to resume."""
         self._journal.records.clear()
-        self._remove_staging()
+        self._give_up()
 
     @contextlib.contextmanager
     def _staged(self, name: str, size: int) -> Generator[HashedFile, None, None]:
         """One file that is recorded if the block ends well, and removed otherwise."""
-        final = self._files / _inside(name)
+        problem = name_problem(name)
+        if problem:
+            raise DeltaguardError(f"{problem}.")
+        final = self._files / name
         with explained(self.out / name, size):
             self._journal.begin(name)
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -247,57 +268,28 @@ class CheckpointWriter:
         finally:
             file.close()
 
-    def _begin(self, plan_hash: str, *, resume: bool, overwrite: bool) -> Journal:
+    def _begin(self, plan_hash: str, request: Request) -> Journal:
         """The journal of the run that is resumed, or of a new one."""
         with explained(self.out):
-            journal = self._resumable(plan_hash) if resume else None
-            overwrite = overwrite or (journal is not None and journal.overwrite)
-            if not overwrite:
-                self._refuse_occupied(journal, resume=resume)
+            admission = admit(self.out, request)
+            new = not self._staging.exists()
         try:
             with explained(self.out):
-                self._journal = journal or self._start(plan_hash, overwrite=overwrite)
+                self._journal = admission.journal or self._start(plan_hash, admission.replaces)
                 self._tidy()
         except BaseException:
-            if journal is None:
+            if new:
                 self._remove_staging()
             raise
         return self._journal
 
-    def _resumable(self, plan_hash: str) -> Journal | None:
-        journal = Journal.load(self._staging / "journal.jsonl")
-        if journal is not None and journal.plan_hash != plan_hash:
-            raise DeltaguardError(
-                f"{self._staging} holds the progress of another plan ({journal.plan_hash}; this one is "
-                f"{plan_hash}): the models or the options differ. "
-                "Resume with the same ones, or start again with --overwrite and without --resume."
-            )
+    def _start(self, plan_hash: str, replaces: Collection[str] | None) -> Journal:
+        self._staging.mkdir(parents=True, exist_ok=True)
+        if self._files.exists():
+            shutil.rmtree(self._files)
+        journal = Journal.create(self._staging / JOURNAL_NAME, plan_hash=plan_hash, replaces=replaces)
+        self._files.mkdir()
         return journal
-
-    def _refuse_occupied(self, journal: Journal | None, *, resume: bool) -> None:
-        """Refuse a folder with content that neither this run nor the one it resumes put there."""
-        if journal is not None and journal.committing:
-            return
-        names = sorted(path.name for path in self.out.iterdir()) if self.out.exists() else []
-        if STAGING_FOLDER in names and not resume:
-            raise DeltaguardError(
-                f"{self.out} holds the progress of an unfinished run: "
-                "go on with --resume, or start again with --overwrite."
-            )
-        others = [name for name in names if name != STAGING_FOLDER]
-        if others:
-            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-            nothing = " and there is nothing to resume" if resume and journal is None else ""
-            raise DeltaguardError(
-                f"{self.out} is not empty ({shown}){nothing}. Choose another output folder, "
-                "or replace the checkpoint in it with --overwrite."
-            )
-
-    def _start(self, plan_hash: str, *, overwrite: bool) -> Journal:
-        if self._staging.exists():
-            shutil.rmtree(self._staging)
-        self._files.mkdir(parents=True)
-        return Journal.create(self._staging / "journal.jsonl", plan_hash=plan_hash, overwrite=overwrite)
 
     def _tidy(self) -> None:
         """Remove half-written files, and forget finished ones that are not there any more."""
@@ -305,90 +297,48 @@ class CheckpointWriter:
             part.unlink()
         for record in list(self._journal.records.values()):
             path = self._files / record.name
-            if self._journal.committing and not path.exists():
-                path = self.out / record.name
-            if not path.is_file() or path.stat().st_size != record.bytes:
+            if record.name in self._journal.moved and not path.exists():
+                path = inside(self.out, record.name)
+            if path.is_symlink() or not path.is_file() or path.stat().st_size != record.bytes:
                 self._journal.begin(record.name)
 
-    def _remove_replaced(self) -> None:
-        for pattern in _REPLACED:
-            for path in self.out.glob(pattern):
-                moved = path.name in self.records and not (self._files / path.name).exists()
-                if not moved:
-                    path.unlink()
+    def _is_staged(self, name: str) -> bool:
+        return (self._files / name).exists()
+
+    def _remove(self, name: str) -> None:
+        """Remove a file of the checkpoint that is being replaced, and the folders that are empty then."""
+        path = inside(self.out, name)
+        moved = name in self.records and not self._is_staged(name)
+        if moved or not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()):
+            return
+        path.unlink()
+        for parent in path.relative_to(self.out).parents[:-1]:
+            with contextlib.suppress(OSError):
+                (self.out / parent).rmdir()
 
     def _move(self, name: str) -> None:
-        staged, target = self._files / name, self.out / name
         # A resumed commit finds the files that were moved before it was interrupted in place.
-        if staged.exists():
+        if self._is_staged(name):
+            target = inside(self.out, name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            staged.replace(target)
+            (self._files / name).replace(target)
             flush_folder(target.parent)
+
+    def _give_up(self) -> None:
+        """Remove the staging folder, unless its journal alone knows what the next run may replace."""
+        if not self._journal.replaces or (self.out / REPORT_NAME).exists():
+            self._remove_staging()
 
     def _remove_staging(self) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)
+        self._remove_made()
+
+    def _remove_made(self) -> None:
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
-class ShardWriter:
-    """Takes the tensors of one shard, in the order of its header.
-
-    Attributes:
-        notes: kept in the shard's record; anything that JSON can hold.
-    """
-
-    def __init__(self, file: HashedFile, expected: list[TensorInfo]) -> None:
-        self.notes: Any = None
-        self._file = file
-        self._expected = expected
-        self._written = 0
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor.
-
-        Args:
-            name: its name, which must be the next of the header.
-            tensor: with the dtype and shape that the header says, on any device. It must not be modified
-                before the next call or the end of the block: it is hashed while the next one is prepared.
-
-        Raises:
-            DeltaguardError: the file cannot be written.
-            ValueError: the header has another tensor at this place.
-        """
-        info = self._expected[self._written] if self._written < len(self._expected) else None
-        given = (name, tensor.dtype, tuple(tensor.shape))
-        if info is None or given != (info.name, DTYPES[info.dtype], info.shape):
-            raise ValueError(f"{given} was given to the writer where the header of the shard has {info}.")
-        self._file.write(tensor_bytes(tensor))
-        self._written += 1
-
-    def check_complete(self) -> None:
-        """Refuse to finish a shard that lacks tensors of its header.
-
-        Raises:
-            ValueError: with the next tensor that was expected.
-        """
-        if self._written < len(self._expected):
-            raise ValueError(f"The shard ends before {self._expected[self._written]}.")
-
-
-def _refuse_inputs(out: Path, protected: Iterable[Path]) -> None:
-    real = out.resolve()
-    for folder in protected:
-        other = folder.expanduser().resolve()
-        if real == other or real in other.parents or other in real.parents:
-            relation = "is" if real == other else "contains" if real in other.parents else "lies in"
-            raise DeltaguardError(
-                f"The output folder {out} {relation} the input {folder}, which would be damaged: "
-                "choose another output folder."
-            )
-
-
-def _inside(name: str) -> PurePosixPath:
-    """A file's path within the output folder, refused where it would lead out of it."""
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or path.parts[0] == STAGING_FOLDER:
-        raise DeltaguardError(f"{name!r} is no name for a file in the output folder.")
-    return path
+def _order_of_removal(name: str) -> tuple[bool, str]:
+    """The index goes first: what is left of a checkpoint without it is visibly unfinished."""
+    return not (name.endswith(".safetensors.index.json") or name == ADAPTER_CONFIG), name

@@ -1,10 +1,23 @@
 """The command line: one file per verb, and the only part of deltaguard that prints."""
 
+import logging
 import sys
+
+from deltaguard.text import printable_lines
+
+
+class _PrintableRecord(logging.LogRecord):
+    """What other libraries have to say, which may quote a file."""
+
+    def getMessage(self) -> str:  # noqa: N802  # the name that logging gives it
+        """The message, without what a terminal would obey."""
+        return printable_lines(super().getMessage())
 
 
 def main() -> None:
-    """Entry point of the `deltaguard` command."""
+    """Run the `deltaguard` command."""
+    logging.setLogRecordFactory(_PrintableRecord)
+    logging.captureWarnings(True)
     try:
         # Importing takes long enough to be interrupted.
         from deltaguard.cli.app import run

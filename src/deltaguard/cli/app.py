@@ -17,7 +17,7 @@ from deltaguard.cli.eval import eval as evaluate
 from deltaguard.cli.info import info
 from deltaguard.cli.report import report
 from deltaguard.cli.restore import restore
-from deltaguard.cli.sink import UsageError, complain
+from deltaguard.cli.sink import Out, UsageError, complain
 from deltaguard.cli.sweep import sweep
 from deltaguard.cli.verify import verify
 from deltaguard.errors import CheckFailedError, DeltaguardError
@@ -43,6 +43,8 @@ def build_app() -> App:
         help="Give a fine-tuned language model its refusals back.",
         version=__version__,
         help_format="markdown",
+        console=Out(),
+        error_console=Out(stderr=True),
         # `run` says how to go on.
         suppress_keyboard_interrupt=False,
     )

@@ -1,5 +1,6 @@
 """`deltaguard eval`."""
 
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +25,8 @@ def eval(  # noqa: A001 - the verb of the command line
     engine: Literal["transformers", "vllm", "openai"] = "transformers",
     base_url: str | None = None,
     api_key_env: str | None = None,
+    timeout: float = 60,
+    max_missing: float = 0.05,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     batch_size: int = 32,
@@ -47,6 +50,9 @@ def eval(  # noqa: A001 - the verb of the command line
         engine: `transformers`, `vllm` where it is installed, or `openai` for a server.
         base_url: The server's address, such as `http://127.0.0.1:8000/v1`.
         api_key_env: Environment variable with the server's key, `OPENAI_API_KEY` where absent.
+        timeout: Seconds for each request to a server, from its beginning to the end of the reply.
+        max_missing: Share of a section's answers, or of a judge's scores of them, that a server may fail to
+            give. They are left out of every number and named; above the share the run ends.
         device: Where transformers runs: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Of the weights; `auto` is float32 on a CPU and the checkpoint's own elsewhere.
         batch_size: Questions answered at a time.
@@ -58,14 +64,18 @@ def eval(  # noqa: A001 - the verb of the command line
         json: Print one JSON document and nothing else on stdout.
     """
     _check(engine, base_url, api_key_env, batch_size)
+    _check_limits(timeout, max_missing)
     more = _judges(judge_url, judge_model, judge_api_key_env, guard, guard_template)
     from deltaguard.draw.evaluation import evaluation_table
     from deltaguard.evaluation.engines.make import EngineConfig
     from deltaguard.evaluation.evaluate import evaluate as run
     from deltaguard.evaluation.suites.suite import read_suite
 
-    config = EngineConfig(engine, device, dtype, batch_size, base_url, api_key_env or _KEY)
+    key = api_key_env or _KEY
+    config = EngineConfig(engine, device, dtype, batch_size, base_url, key, timeout, max_missing)
     chosen = read_suite(suite)
+    limits = {"timeout": timeout, "max_missing": max_missing}
+    more = [each.model_copy(update=limits) if each.kind == "llm" else each for each in more]
     asked = chosen.model_copy(update={"judges": (*chosen.judges, *more)})
     hide_bars_of_transformers()
     with progress_bar() as progress:
@@ -81,6 +91,13 @@ def _check(engine: str, base_url: str | None, api_key_env: str | None, batch_siz
             raise UsageError(f"{option} is for --engine openai; the engine is {engine}.")
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, and is {batch_size}.")
+
+
+def _check_limits(timeout: float, max_missing: float) -> None:
+    if not 0 < timeout < inf:
+        raise UsageError(f"--timeout must be more than 0 seconds, and is {timeout}.")
+    if not 0 <= max_missing < 1:
+        raise UsageError(f"--max-missing must be 0 or more and below 1, and is {max_missing}.")
 
 
 def _judges(

@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from cyclopts import Parameter
+from pydantic import TypeAdapter
 from rich.console import Group
 from rich.table import Table
 
-from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
-from deltaguard.errors import DeltaguardError
-from deltaguard.report.restore import PlanReport, RestoreReport
+from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, tell, warn
+from deltaguard.errors import listed
+from deltaguard.files import read_yaml
+from deltaguard.report.restore import REPORT_NAME, PlanReport, RestoreReport
 from deltaguard.restoration.options import (
     Budget,
     Compensation,
+    ConfigFrom,
     Method,
     OtherParams,
     OutputFormat,
@@ -34,6 +36,7 @@ def restore(
     budget: Budget | None = None,
     compensation: Compensation | None = None,
     other_params: OtherParams | None = None,
+    config_from: ConfigFrom | None = None,
     output_format: OutputFormat | None = None,
     adapter_rank: int | None = None,
     device: str | None = None,
@@ -57,14 +60,18 @@ def restore(
         budget: How `greedy` reads the strength: `fraction` (default) of the summed safety cost, or `paper`.
         compensation: What `greedy` does to entries it does not keep: `joint` (default), `additive`, `none`.
         other_params: Where norms, biases and embeddings come from: `aligned` (default) or `finetuned`.
+        config_from: Whose configuration, tokenizer and chat template the output has: `aligned` or
+            `finetuned`; if not given, the two models must agree on them.
         output_format: `checkpoint` (default), or `adapter`: a PEFT LoRA adapter over the aligned model.
         adapter_rank: Rank of an adapter; if not given, for each layer the smallest that loses at most 1 % of
             its restored delta (squared norm).
         device: Where the dial runs the model: `auto`, `cpu`, `cuda` or `cuda:N`.
         config: A YAML or JSON file with the method and its options; the command line wins.
-        dry_run: Print the plan, made from headers alone, and write nothing.
-        resume: Go on with a restore that was interrupted.
-        overwrite: Replace the checkpoint in the output folder; files of other names stay.
+        dry_run: Print the plan, made from headers alone, and write nothing; what speaks against the output
+            folder is said.
+        resume: Go on with a restore that was interrupted; one that is finished is left as it is.
+        overwrite: Replace the files of an earlier restore, which its report in the output folder lists. All
+            others stay and are named; where the new output needs the place of one, nothing is done.
         json: Print one JSON document and nothing else on stdout.
     """
     options = {name: value for name, value in locals().items() if name in RestoreConfig.model_fields}
@@ -72,13 +79,17 @@ def restore(
     from deltaguard.restoration import restore as restoring
 
     if dry_run:
-        plan = restoring.plan_restore(aligned, finetuned, store=store, config=chosen)
+        plan = restoring.plan_restore(aligned, finetuned, output, store=store, config=chosen)
         emit(plan, _draw_plan(plan), as_json=json)
         return
     hide_bars_of_transformers()
+    before = _written(output)
     with progress_bar() as progress:
         report = restoring.restore(aligned, finetuned, output, store=store, config=chosen, progress=progress)
     warn(report.warnings)
+    if before is not None and _written(output) == before:
+        tell(f"There was nothing to do: {output} is the finished output of this job.")
+    _tell_what_stayed(output, report)
     emit(report, _draw(report, chosen, output), as_json=json)
 
 
@@ -94,18 +105,29 @@ def _draw(report: RestoreReport, config: RestoreConfig, output: Path) -> Group:
     return Group(restore_table(report), f"Restored {config.output_format}: {output}")
 
 
+def _written(output: Path) -> tuple[int, int] | None:
+    """By what the report in a folder is known to be the same file as before, None where there is none."""
+    try:
+        found = (output / REPORT_NAME).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _tell_what_stayed(output: Path, report: RestoreReport) -> None:
+    from deltaguard.checkpoints.admission import unlisted
+
+    names = unlisted(output, [file.name for file in report.files])
+    if names:
+        tell(listed(f"Left in place in {output}, as no restore wrote it", names))
+
+
 def _from_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeltaguardError(f"The configuration {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise DeltaguardError(f"The configuration {path} is not YAML or JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise DeltaguardError(f"The configuration {path} must map options to values.")
-    return {str(name).replace("-", "_"): value for name, value in options.items()}
+    remedy = "It must map options to values, such as `method: kfac`."
+    options = read_yaml(path, TypeAdapter(dict[str, Any]), remedy=remedy)
+    return {name.replace("-", "_"): value for name, value in options.items()}
 
 
 def _draw_plan(plan: PlanReport) -> Table:

@@ -1,11 +1,11 @@
 """The one printer: results to stdout, everything else to stderr, and nothing that a terminal would obey."""
 
 import json
+import os
 import sys
-import unicodedata
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
 from cyclopts import Parameter
 from pydantic import BaseModel, ValidationError
@@ -18,6 +18,7 @@ from rich.text import Text
 from deltaguard.errors import listed
 from deltaguard.files import problems
 from deltaguard.progress import Event, Progress
+from deltaguard.text import printable, printable_lines
 
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
@@ -31,7 +32,7 @@ class UsageError(Exception):
 
 
 def checked(options: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
-    """Options validated, every problem in one message.
+    """Validate options, and put every problem into one message.
 
     Raises:
         UsageError: a value is wrong or a name unknown.
@@ -40,27 +41,6 @@ def checked(options: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
         return options.model_validate(values)
     except ValidationError as error:
         raise UsageError(listed("These options cannot be used", problems(error))) from error
-
-
-def printable(text: str) -> str:
-    r"""Show what a terminal would obey, and what no encoding can hold, as text.
-
-    These are control characters, marks that turn the direction of writing, and lone surrogates. Line breaks
-    stay.
-
-    Example:
-        >>> print(printable("weights\x1b[2J.safetensors"))
-        weights\x1b[2J.safetensors
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char) in _OBEYED else char
-        for char in text
-    )
-
-
-_OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 class Printable:
@@ -74,8 +54,22 @@ class Printable:
             if segment.control:
                 yield segment
             else:
-                lines = "\n".join(map(printable, segment.text.split("\n")))
-                yield Segment(lines, segment.style)
+                yield Segment(printable_lines(segment.text), segment.style)
+
+
+class Out(Console):
+    """One of the two streams; where its reader is gone, the rest is printed to nobody."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on quietly: the work may not be done yet."""
+        _detach(sys.stderr if self.stderr else sys.stdout)
+
+
+def _detach(stream: TextIO) -> None:
+    """Let what a stream still holds, and all that follows, go nowhere, so that nothing fails at the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def emit(result: BaseModel, drawing: RenderableType, *, as_json: bool) -> None:
@@ -85,24 +79,44 @@ def emit(result: BaseModel, drawing: RenderableType, *, as_json: bool) -> None:
         result: what a verb found or did.
         drawing: the same for people.
         as_json: which of the two goes to stdout.
+
+    Raises:
+        OSError: stdout cannot be written to; nobody reading it any more is no error.
     """
-    if as_json:
-        # In ASCII, which every encoding of stdout can hold.
-        sys.stdout.write(json.dumps(result.model_dump(mode="json"), indent=2) + "\n")
-    else:
-        # Names of files and models are not markup.
-        drawn = Text(drawing) if isinstance(drawing, str) else drawing
-        Console(markup=False).print(Printable(drawn), soft_wrap=isinstance(drawing, str))
+    try:
+        if as_json:
+            _write(_json(result))
+        else:
+            # Names of files and models are not markup.
+            drawn = Text(drawing) if isinstance(drawing, str) else drawing
+            Out(markup=False).print(Printable(drawn), soft_wrap=isinstance(drawing, str))
+    except OSError:
+        _detach(sys.stdout)
+        raise
+
+
+def _json(result: BaseModel) -> str:
+    # Through text once, so that what is no number becomes null; in ASCII, which every encoding can hold.
+    plain = json.dumps(result.model_dump(mode="json"))
+    return json.dumps(json.loads(plain, parse_constant=lambda _: None), indent=2)
+
+
+def _write(document: str) -> None:
+    try:
+        # Unlike a method of the stream it knows that there may be none.
+        print(document, flush=True)  # noqa: T201
+    except BrokenPipeError:
+        _detach(sys.stdout)
 
 
 def tell(text: str) -> None:
-    """A line for people, on stderr."""
-    Console(stderr=True, highlight=False).print(Printable(Text(text)))
+    """Print a line for people, on stderr."""
+    Out(stderr=True, highlight=False).print(Printable(Text(text)))
 
 
 def complain(message: str, *, hint: str | None = None) -> None:
-    """One error message, on stderr."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    """Print one error message, on stderr."""
+    console = Out(stderr=True, highlight=False, soft_wrap=True)
     console.print(Printable(Text.assemble(("Error:", "bold red"), " ", message)))
     if hint:
         console.print(Printable(Text(hint)))
@@ -125,7 +139,7 @@ class ProgressBar:
     def __call__(self, event: Event) -> None:
         """Show how far a stage is."""
         if event.stage not in self._tasks:
-            self._tasks[event.stage] = self._bars.add_task(event.stage, total=event.total)
+            self._tasks[event.stage] = self._bars.add_task(printable(event.stage), total=event.total)
         self._bars.update(self._tasks[event.stage], completed=event.done, total=event.total)
 
 
@@ -152,10 +166,15 @@ def hide_bars_of_transformers() -> None:
 @contextmanager
 def progress_bar() -> Generator[Progress]:
     """Whom long-running work tells how far it is: bars on stderr that vanish at the end, or lines."""
-    console = Console(stderr=True)
+    console = Out(stderr=True)
     if not console.is_terminal:
         yield ProgressLines()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Bars(*columns, console=console, transient=True) as bars:
         yield ProgressBar(bars)

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 from rich.console import Group
 
 from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
-from deltaguard.restoration.options import OtherParams, RestoreConfig
+from deltaguard.restoration.options import ConfigFrom, OtherParams, RestoreConfig
 
 
 def sweep(
@@ -21,6 +21,7 @@ def sweep(
     utility: Path | None = None,
     method: Literal["kfac", "ridge"] = "kfac",
     other_params: OtherParams = "aligned",
+    config_from: ConfigFrom | None = None,
     device: str = "auto",
     json: Json = False,
 ) -> None:
@@ -36,10 +37,15 @@ def sweep(
         utility: JSONL with `prompt` and `response`: conversations whose likelihood says what the task keeps.
         method: The solver: `kfac` or `ridge`.
         other_params: Where norms, biases and embeddings come from: `aligned` or `finetuned`.
+        config_from: Whose configuration, tokenizer and chat template candidates have: `aligned` or
+            `finetuned`; if not given, the two models must agree on them.
         device: Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`.
         json: Print one JSON document and nothing else on stdout.
     """
-    config = checked(RestoreConfig, {"method": method, "other_params": other_params, "device": device})
+    options = {"method": method, "other_params": other_params, "config_from": config_from, "device": device}
+    config = checked(RestoreConfig, options)
+    for limit in max_safety_kl:
+        checked(RestoreConfig, options | {"max_safety_kl": limit})
     from deltaguard.draw.folder import draw_folder
     from deltaguard.draw.sweep_table import sweep_table
     from deltaguard.restoration.sweep import LIMITS

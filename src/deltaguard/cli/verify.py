@@ -14,6 +14,7 @@ def verify(output: str, /, *, json: Json = False) -> None:
     from deltaguard.restoration.verify import verify as check
 
     found = check(output)
-    emit(found, f"{output}: {found.tensors} tensors, {len(found.problems)} problems.", as_json=json)
+    lines = [f"{output}: {found.tensors} tensors, {len(found.problems)} problems.", *found.unchecked]
+    emit(found, "\n".join(lines), as_json=json)
     if not found.passed:
         raise CheckFailedError("\n".join(found.problems))

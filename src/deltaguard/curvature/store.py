@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from deltaguard.checkpoints.hub import locate
+from deltaguard.checkpoints.identity import ModelIdentity
 from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.checkpoints.shards import read_tensor
 from deltaguard.curvature.contents import (
@@ -337,7 +338,7 @@ def _check_mergeable(stores: Sequence[CurvatureStore]) -> None:
     first = stores[0]
     problems = [f"  {not_whole(s.folder, s.provenance.aligned)}" for s in stores if not s.is_whole]
     for store in stores[1:]:
-        for name in ("fingerprint", "dtype", "dampening"):
+        for name in (*ModelIdentity.model_fields, "dtype", "dampening"):
             mine, other = getattr(first.provenance, name), getattr(store.provenance, name)
             if mine != other:
                 problems.append(f"  {name}: {mine} in {first.folder}, {other} in {store.folder}")

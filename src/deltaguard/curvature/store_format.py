@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from deltaguard.checkpoints.durable import explained, flush_folder, lock_folder
+from deltaguard.checkpoints.identity import ModelIdentity
 from deltaguard.curvature.contents import Extent, Group, GroupCurvature, stored_bytes, stored_tensors
 from deltaguard.curvature.rank import Rank
 from deltaguard.errors import DeltaguardError
@@ -50,11 +51,10 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Eigenvalue = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Request(BaseModel):
-    """What a calibration was asked for. The same request gives the same store.
+class Request(ModelIdentity):
+    """What a calibration was asked for, of which model. The same request gives the same store.
 
     Attributes:
-        fingerprint: content hash of the aligned model (`Checkpoint.fingerprint`).
         prompts_sha256: hash of the conversations as they were given, most without responses; of those that
             are held out, too.
         max_length: tokens of a conversation at most.
@@ -66,9 +66,6 @@ class Request(BaseModel):
             model's bytes hold.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    fingerprint: str
     prompts_sha256: str
     max_length: PositiveInt
     max_new_tokens: PositiveInt

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from deltaguard.draw.text import DASH, interval, number, percent, points
 from deltaguard.report.evaluation import Comparison, Estimate, EvaluationReport, Measure, SectionRow
 
-SECONDARY = ("incoherent", "undecided")
+SECONDARY = ("incoherent", "undecided", "missing")
 """Measures that qualify the others: in the tables, without a chart."""
 
 

@@ -76,6 +76,7 @@ def sweep_facts(report: SweepReport) -> Facts:
     utility = (("utility data", f"{count} conversation{'' if count == 1 else 's'}"),) if count else ()
     return (
         ("method", report.method),
+        *((("configuration from", report.config_from),) if report.config_from else ()),
         (
             "measured on",
             f"{report.conversations} held-out safety conversations ({report.tokens} tokens)",

@@ -1,28 +1,25 @@
 """Which report a folder holds, and its page."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from deltaguard.checkpoints.durable import explained
+from deltaguard.checkpoints.results import PAGE_NAME, write_page
 from deltaguard.draw.bench_page import bench_page
 from deltaguard.draw.evaluation_page import evaluation_page
 from deltaguard.draw.html import demo_page, restore_page
 from deltaguard.draw.sweep_page import sweep_page
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_json
 from deltaguard.report.base import Record
 from deltaguard.report.bench import BENCH_NAME, BenchReport
-from deltaguard.report.demo import DemoReport
+from deltaguard.report.demo import DEMO_NAME, DemoReport
 from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
 from deltaguard.report.restore import REPORT_NAME, RestoreReport
 from deltaguard.report.sweep import SWEEP_NAME, SweepReport
-
-DEMO_NAME = "demo.json"
-"""The file in a demo's folder that holds its `DemoReport`."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,8 @@ def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
         What was drawn, and which reports were not.
 
     Raises:
-        DeltaguardError: the folder holds no report or one that cannot be read, or the page cannot be
-            written.
+        DeltaguardError: the folder holds no report or one that cannot be read, the page cannot be written, or
+            something that deltaguard did not draw lies in its place.
 
     Example:
         ```python
@@ -84,38 +81,8 @@ def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
             f"There is no report in {folder}: none of {', '.join(DRAWERS)} was found. Name a folder that "
             "`deltaguard eval`, `bench`, `demo`, `sweep` or `restore` wrote."
         )
-    source, page = folder / found[0], output or folder / "report.html"
-    text = DRAWERS[found[0]].page(_read(source, DRAWERS[found[0]].schema))
-    with explained(page):
-        page.write_text(text, encoding="utf-8", newline="\n")
+    source, page = folder / found[0], output or folder / PAGE_NAME
+    drawer = DRAWERS[found[0]]
+    remedy = "Draw it with the release that wrote it, or run that again."
+    write_page(page, drawer.page(read_json(source, drawer.schema, remedy=remedy)))
     return Drawing(source=str(source), page=str(page), bytes=page.stat().st_size, left_out=tuple(found[1:]))
-
-
-def _read(source: Path, schema: type[BaseModel]) -> BaseModel:
-    content = source.read_bytes()
-    _check_version(source, content, schema)
-    try:
-        return schema.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
-        raise DeltaguardError(
-            f"{source} is no {schema.__name__} of this release: {where}: {first['msg']} "
-            f"({error.error_count()} problems in all). "
-            "Draw it with the release that wrote it, or run that again."
-        ) from error
-
-
-def _check_version(source: Path, content: bytes, schema: type[BaseModel]) -> None:
-    """Another version is told as that, before its fields are found to be others or to mean something else."""
-    read = schema.model_fields["schema_version"].default
-    try:
-        document = json.loads(content)
-    except ValueError:
-        return  # The schema says what is wrong with it, and where.
-    given = document.get("schema_version", read) if isinstance(document, dict) else read
-    if given != read:
-        raise DeltaguardError(
-            f"{source} has schema version {given}, and this release reads version {read} of "
-            f"{schema.__name__}. Draw it with the release that wrote it, or run that again."
-        )

@@ -111,8 +111,8 @@ def sweep_notes(report: SweepReport) -> tuple[str, ...]:
         safest = min(point.safety_kl for point in report.points)
         notes.append(
             f"No point is within {_listed(none, 'or')}: the safest has a safety KL of {nats(safest)}. What "
-            "differs even there are norms, biases or embeddings: take them from the aligned model "
-            "(--other-params aligned), or allow more."
+            "differs even there is no delta of a layer: take norms, biases and embeddings from the aligned "
+            "model (--other-params aligned), if they do not come from there already, or allow more."
         )
     if whole:
         notes.append(

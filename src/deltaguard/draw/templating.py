@@ -1,6 +1,9 @@
 """The templates and what they may call."""
 
+from typing import Any
+
 import jinja2
+from markupsafe import Markup
 
 from deltaguard.draw.text import (
     capital,
@@ -18,6 +21,7 @@ from deltaguard.draw.text import (
     size,
     sort_value,
 )
+from deltaguard.text import printable_lines
 
 _FORMATS = (
     capital,
@@ -37,6 +41,13 @@ _FORMATS = (
 )
 
 
+def _written(value: Any) -> Any:
+    """A value as it is put into a page: no name or answer holds what a browser or terminal would obey."""
+    if isinstance(value, Markup):
+        return Markup(printable_lines(value))  # noqa: S704  # it was markup before
+    return printable_lines(value) if isinstance(value, str) else value
+
+
 def environment() -> jinja2.Environment:
     """Templates of this package; every value is escaped in pages, none in Markdown.
 
@@ -52,6 +63,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_written,
     )
     for function in _FORMATS:
         templates.filters[function.__name__] = function

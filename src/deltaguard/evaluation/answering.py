@@ -2,23 +2,35 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from deltaguard.evaluation.answers import AnswerFile
+from pydantic import StrictFloat, TypeAdapter
+
+from deltaguard.evaluation.answers import TEXT, AnswerFile
 from deltaguard.evaluation.engines.make import EngineConfig, identity, make_engine
 from deltaguard.evaluation.engines.transformers import TransformersEngine
-from deltaguard.evaluation.exchange import Engine
+from deltaguard.evaluation.exchange import Answer, Engine, Missed
+from deltaguard.evaluation.missing import refuse_too_many
 from deltaguard.evaluation.probes.gcg import with_suffix
 from deltaguard.evaluation.special import attacked_again, harness_results, suffix
 from deltaguard.evaluation.suites.parts import Part
+from deltaguard.evaluation.utility.harness import HarnessScore
 from deltaguard.progress import Event, Progress
 
 ANSWERS = "answers"
 """The folder, within the output folder, that holds what models answered."""
+
+_SCHEMAS: Mapping[str, TypeAdapter[Any]] = {
+    "answers": TEXT,
+    "likelihood": TypeAdapter(StrictFloat),
+    "suffixes": TEXT,
+    "harness": TypeAdapter(list[HarnessScore]),
+}
+"""What a file of each kind holds for each prompt."""
 
 _FITTED = "`parts.fit` leaves out what an engine cannot give"
 
@@ -47,10 +59,12 @@ class PartFiles:
     Attributes:
         part: of the suite.
         files: `answers`, `likelihood`, `suffixes` and `harness`, those that the part needs.
+        missed: what a server did not answer in this run; none at first.
     """
 
     part: Part
     files: Mapping[str, AnswerFile]
+    missed: list[Missed] = field(default_factory=list[Missed])
 
     @property
     def complete(self) -> bool:
@@ -96,6 +110,7 @@ def _files(folder: Path, candidate: Candidate, part: Part, config: EngineConfig)
             base.with_name(f"{base.name}.jsonl" if kind == "answers" else f"{base.name}.{kind}.jsonl"),
             prompts=prompts,
             made_by=made_by,
+            schema=_SCHEMAS[kind],
         )
         for kind, is_wanted in wanted.items()
         if is_wanted
@@ -115,17 +130,17 @@ def fill(
         report: told of the answers so far, one stage a section.
 
     Raises:
-        DeltaguardError: the model cannot be loaded or asked.
+        DeltaguardError: the model cannot be loaded or asked, or a server leaves too much unanswered.
     """
+    teller = _Teller(candidate.name, config, report)
     todo = [each for each in parts if not each.complete]
     plain = [each for each in todo if each.part.second_attack is None and each.part.harness is None]
-    _ask(candidate.reference, plain, config, _Teller(candidate.name, report))
+    _ask(candidate.reference, plain, teller)
     for each in todo:
-        teller = _Teller(candidate.name, report)
         if each.part.second_attack is not None:
             report(Event(f"{candidate.name}: second attack", 0, 1))
             with attacked_again(candidate.reference, folder, each.part.second_attack) as attacked:
-                _ask(str(attacked), [each], config, teller)
+                _ask(str(attacked), [each], teller)
         elif each.part.harness is not None:
             file = each.files["harness"]
             for i in file.missing:
@@ -136,9 +151,10 @@ def fill(
 
 @dataclass(frozen=True)
 class _Teller:
-    """Says how full the files of one model are."""
+    """Says how full the files of one model are, and when too much is missing."""
 
     model: str
+    config: EngineConfig
     report: Progress
 
     def tell(self, each: PartFiles, kind: str) -> None:
@@ -146,40 +162,50 @@ class _Teller:
         stage = f"{self.model}: {each.part.name}" + (f" ({kind})" if kind != "answers" else "")
         self.report(Event(stage, len(file.values), len(file.values) + len(file.missing)))
 
+    def miss(self, each: PartFiles, missed: Missed) -> None:
+        each.missed.append(missed)
+        refuse_too_many(
+            each.missed,
+            len(each.part.questions),
+            self.config.max_missing,
+            whose=f"Answers to section {each.part.name} from model {self.model}, {self.config.described}",
+            option="--max-missing, or `max_missing` of the engine",
+        )
 
-def _ask(reference: str, parts: Sequence[PartFiles], config: EngineConfig, teller: _Teller) -> None:
+
+def _ask(reference: str, parts: Sequence[PartFiles], teller: _Teller) -> None:
     """Everything that needs the model in memory."""
     if not parts:
         return
-    engine = make_engine(reference, config)
+    engine = make_engine(reference, teller.config)
     try:
         for each in parts:
             for kind in ("suffixes", "answers", "likelihood"):
                 if kind in each.files and each.files[kind].missing:
                     teller.tell(each, kind)
-                    _ASK[kind](engine, each, lambda each=each, kind=kind: teller.tell(each, kind))
+                    _ASK[kind](engine, each, teller)
     finally:
         engine.close()
 
 
-def _suffixes(engine: Engine, each: PartFiles, tell: Callable[[], None]) -> None:
+def _suffixes(engine: Engine, each: PartFiles, teller: _Teller) -> None:
     file, options = each.files["suffixes"], each.part.gcg
     assert isinstance(engine, TransformersEngine), _FITTED  # noqa: S101
     assert options is not None  # noqa: S101
     for i in file.missing:
         file.add([i], [suffix(engine, each.part.questions[i], options)])
-        tell()
+        teller.tell(each, "suffixes")
 
 
-def _likelihood(engine: Engine, each: PartFiles, tell: Callable[[], None]) -> None:
+def _likelihood(engine: Engine, each: PartFiles, teller: _Teller) -> None:
     file = each.files["likelihood"]
     assert isinstance(engine, TransformersEngine), _FITTED  # noqa: S101
     missing = file.missing
     file.add(missing, engine.likelihood([each.part.questions[i] for i in missing]))
-    tell()
+    teller.tell(each, "likelihood")
 
 
-def _answer(engine: Engine, each: PartFiles, tell: Callable[[], None]) -> None:
+def _answer(engine: Engine, each: PartFiles, teller: _Teller) -> None:
     file, decoding = each.files["answers"], each.part.decoding
     assert decoding is not None  # noqa: S101
     ends = each.files["suffixes"].in_order() if "suffixes" in each.files else [""] * len(each.part.questions)
@@ -189,18 +215,40 @@ def _answer(engine: Engine, each: PartFiles, tell: Callable[[], None]) -> None:
     ]
     missing = file.missing
 
-    def keep(chosen: Sequence[int], texts: Sequence[str]) -> None:
-        file.add([missing[i] for i in chosen], texts)
-        tell()
+    def keep(chosen: Sequence[int], answers: Sequence[Answer]) -> None:
+        said = zip(chosen, answers, strict=True)
+        given = {missing[i]: answer for i, answer in said if isinstance(answer, str)}
+        if given:
+            file.add(list(given), list(given.values()))
+            teller.tell(each, "answers")
+        for answer in answers:
+            if isinstance(answer, Missed):
+                teller.miss(each, answer)
 
     engine.answer([asked[i] for i in missing], decoding, on_batch=keep)
 
 
-_ASK: Mapping[str, Callable[[Engine, PartFiles, Callable[[], None]], None]] = {
+_ASK: Mapping[str, Callable[[Engine, PartFiles, _Teller], None]] = {
     "suffixes": _suffixes,
     "answers": _answer,
     "likelihood": _likelihood,
 }
+
+
+def missing_notes(candidate: Candidate, parts: Sequence[PartFiles]) -> tuple[str, ...]:
+    """Say for each part what a server did not answer, so that a reader knows what the numbers leave out.
+
+    Args:
+        candidate: the model.
+        parts: its files, after `fill`.
+    """
+    return tuple(
+        f"{candidate.name} gave no answer to {len(each.missed)} of {len(each.part.questions)} prompts of "
+        f"section {each.part.name}. Every number leaves them out, and the same command asks them again. The "
+        f"first reason: {each.missed[0].reason}."
+        for each in parts
+        if each.missed
+    )
 
 
 def model_names(references: Sequence[str]) -> list[str]:

@@ -6,13 +6,15 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from deltaguard.checkpoints.durable import write_atomically
-from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_json
 
-_SECONDS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, float])
+_Seconds = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+_SECONDS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, _Seconds])
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,10 @@ class Clock:
         Raises:
             DeltaguardError: the file is not what this class writes.
         """
-        if not self.path.is_file():
+        if not self.path.exists():
             return {}
-        try:
-            return _SECONDS.validate_json(self.path.read_bytes())
-        except ValidationError as error:
-            raise DeltaguardError(
-                f"{self.path} does not hold times by stage: remove it, which loses nothing else. {error}"
-            ) from error
+        remedy = "It holds how long the stages took so far: remove it, which loses nothing else."
+        return read_json(self.path, _SECONDS, remedy=remedy)
 
     @contextmanager
     def timed(self, stage: str) -> Generator[None]:

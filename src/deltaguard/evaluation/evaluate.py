@@ -1,18 +1,27 @@
 """Several models on one suite, side by side: answers, verdicts, numbers with intervals, one report."""
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from deltaguard.checkpoints.durable import explained, lock_folder, write_atomically
+from pydantic import BaseModel, Field, TypeAdapter
+
+from deltaguard.checkpoints.durable import write_atomically
+from deltaguard.checkpoints.results import EVALUATION, SECONDS_NAME, results_folder
 from deltaguard.device import find_device
 from deltaguard.draw.evaluation import evaluation_card
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.answering import Candidate, PartFiles, describe, fill, model_names, open_files
+from deltaguard.evaluation.answering import (
+    Candidate,
+    PartFiles,
+    describe,
+    fill,
+    missing_notes,
+    model_names,
+    open_files,
+)
 from deltaguard.evaluation.assemble import assemble
 from deltaguard.evaluation.clock import Clock
 from deltaguard.evaluation.engines.identity import whole_model
@@ -22,20 +31,28 @@ from deltaguard.evaluation.exchange import Exchange, Judge
 from deltaguard.evaluation.harness_numbers import harness_notes
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
 from deltaguard.evaluation.judges.make import make_judge
-from deltaguard.evaluation.judges.specs import tells_refusals
+from deltaguard.evaluation.judges.specs import ClassifierSpec, GuardSpec, tells_refusals
 from deltaguard.evaluation.judging import outcome
 from deltaguard.evaluation.outcomes import Outcome
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
+from deltaguard.files import read_json
 from deltaguard.progress import Progress, ignore
 from deltaguard.report.evaluation import EVALUATION_NAME, SCHEMA_VERSION, EvaluationReport
-
-SECONDS_NAME = "seconds.json"
-"""The file in the output folder that holds how long the stages took so far."""
 
 _Files = Sequence[tuple[Candidate, Sequence[PartFiles]]]
 _Judges = Sequence[tuple[Judge, bool]]
 """Each with whether its `refused` says that an answer refuses."""
+
+
+class _Known(BaseModel):
+    """What must be known of a report before another takes its place."""
+
+    schema_version: int
+    suite: Annotated[str, Field(max_length=200)]
+
+
+_KNOWN = TypeAdapter(_Known)
 
 
 @dataclass(frozen=True)
@@ -78,8 +95,9 @@ def evaluate(
 
     Raises:
         DeltaguardError: before any model runs, where prompts are missing, a model or judge cannot be found,
-            or the folder holds answers of another suite, engine or model; later, where a model cannot be
-            loaded or asked.
+            or the folder holds answers of another suite, engine or model, or damaged ones, holds something
+            else, or is a model's; later, where a model cannot be loaded or asked, or a server leaves more
+            unanswered than `engine` or a judge allows.
 
     Example:
         ```python
@@ -88,22 +106,29 @@ def evaluate(
     """
     run = _prepare(Path(output_dir), suite, engine or EngineConfig(), progress)
     candidates = _candidates(models, run)
-    with explained(run.folder):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(run.folder)
-    try:
+    with results_folder(run.folder, EVALUATION, inputs=_inputs(models, run)):
         _require_same_suite(run)
+        # Damaged times are told before hours of answers, not after.
+        _ = run.clock.seconds
         files = [(each, open_files(run.folder, each, run.parts, run.config)) for each in candidates]
         judges = _judges(run)
+        if not run.clock.path.exists():
+            # First of all, so that the folder is known again however early the run is killed.
+            write_atomically(run.clock.path, "{}\n")
         _fill_all(files, run)
         with run.clock.timed("judge"):
             outcomes = _judge_all(files, judges, run)
         report = _report(run, candidates, files, outcomes)
         write_atomically(run.folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
         write_atomically(run.folder / "README.md", evaluation_card(report))
-    finally:
-        os.close(lock)
     return report
+
+
+def _inputs(models: Sequence[str | Path], run: _Run) -> Sequence[str | Path]:
+    """Models whose folders must not be written into; on a server they are names."""
+    asked = () if run.config.name == "openai" else models
+    read = [spec.model for spec in run.suite.judges if isinstance(spec, GuardSpec | ClassifierSpec)]
+    return (*asked, *read)
 
 
 def _prepare(
@@ -127,24 +152,19 @@ def _prepare(
 def _require_same_suite(run: _Run) -> None:
     """Refuse a folder whose report would be lost: it asked something else, or is of a later release."""
     path = run.folder / EVALUATION_NAME
-    if not path.is_file():
+    if not path.exists():
         return
-    try:
-        known: Any = json.loads(path.read_text(encoding="utf-8"))
-        version, suite = int(known["schema_version"]), known["suite"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DeltaguardError(
-            f"{path} is no evaluation ({error!r}). Choose another output folder."
-        ) from error
+    remedy = "Choose another output folder, or remove this file: answers and scores stay in theirs."
+    known = read_json(path, _KNOWN, remedy=remedy)
     # An older one is what running again is for; a later one may hold what would be lost here.
-    if version > SCHEMA_VERSION:
+    if known.schema_version > SCHEMA_VERSION:
         raise DeltaguardError(
-            f"{path} has schema version {version}, and this release of deltaguard writes version "
-            f"{SCHEMA_VERSION}. Choose another output folder, or use the release that wrote it."
+            f"{path} has schema version {known.schema_version}, and this release of deltaguard writes "
+            f"version {SCHEMA_VERSION}. Choose another output folder, or use the release that wrote it."
         )
-    if suite != run.suite.name:
+    if known.suite != run.suite.name:
         raise DeltaguardError(
-            f"{run.folder} holds an evaluation by the suite {suite}, and the suite given is "
+            f"{run.folder} holds an evaluation by the suite {known.suite}, and the suite given is "
             f"{run.suite.name}. Choose another output folder."
         )
 
@@ -230,7 +250,11 @@ def _report(
         candidates,
         outcomes,
         config=run.config,
-        notes=(*run.notes, *harness_notes([each for _, theirs in files for each in theirs])),
+        notes=(
+            *run.notes,
+            *(note for candidate, theirs in files for note in missing_notes(candidate, theirs)),
+            *harness_notes([each for _, theirs in files for each in theirs]),
+        ),
         files={
             str(file.path.relative_to(run.folder)): file.settle()
             for _, theirs in files

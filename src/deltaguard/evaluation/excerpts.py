@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from deltaguard.evaluation.outcomes import Outcome
-from deltaguard.report.evaluation import AnswerSample
+from deltaguard.report.evaluation import AnswerClass, AnswerSample
 
 
 def samples(outcomes: Sequence[Outcome], count: int) -> tuple[AnswerSample, ...]:
-    """The first prompts of each section that has answers, with what every model answered."""
+    """Show the first prompts of each section that has answers, with what every model answered."""
     found: list[AnswerSample] = []
     for name in dict.fromkeys(outcome.section.name for outcome in outcomes):
         rows = [outcome for outcome in outcomes if outcome.section.name == name and outcome.answers]
@@ -20,10 +20,11 @@ def _sample(rows: Sequence[Outcome], index: int) -> AnswerSample:
         section=rows[0].section.name,
         kind=rows[0].section.kind,
         prompt=rows[0].prompts[index],
-        answers={row.model: row.answers[index] for row in rows},
-        verdicts={
-            row.model: {judge: said.classes[index] for judge, said in row.judged.items()}
-            for row in rows
-            if row.judged
-        },
+        answers={row.model: answer for row in rows if (answer := row.answers[index]) is not None},
+        verdicts={row.model: classes for row in rows if (classes := _classes(row, index))},
     )
+
+
+def _classes(row: Outcome, index: int) -> dict[str, AnswerClass]:
+    """What each judge took an answer for; empty where there is none."""
+    return {judge: each for judge, said in row.judged.items() if (each := said.classes[index]) is not None}

@@ -7,7 +7,21 @@ from typing import Literal, Protocol
 from deltaguard.report.evaluation import Better, SectionKind
 
 Verdict = Literal["refused", "complied", "undecided"]
-OnBatch = Callable[[Sequence[int], Sequence[str]], None]
+
+
+@dataclass(frozen=True)
+class Missed:
+    """What stands in the place of an answer that was never given.
+
+    Attributes:
+        reason: what came instead, in words for people, without secrets.
+    """
+
+    reason: str
+
+
+Answer = str | Missed
+OnBatch = Callable[[Sequence[int], Sequence[Answer]], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Judgement:
     """What a judge says of an answer.
 
     Attributes:
-        verdict: `undecided` where the judge's own output could not be read.
+        verdict: `undecided` where the judge gave no output, or none that could be read.
         score: a judge's number, such as harmfulness from 1 to 5; `Judge.scale` says what it means.
     """
 
@@ -112,13 +126,14 @@ class Engine(Protocol):
 
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
-    ) -> list[str]:
-        """One answer a question, in order, without the prefill.
+    ) -> Sequence[Answer]:
+        """Answer each question, in order, without the prefill.
 
         Args:
             questions: what is asked.
             decoding: how answers are drawn.
-            on_batch: called after each batch with the indices answered and their answers.
+            on_batch: called after each batch with the indices asked and what came of them. What it raises
+                ends the asking.
         """
         ...
 

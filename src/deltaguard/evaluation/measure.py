@@ -98,7 +98,7 @@ def measure(
     total = len(tests.attack) + len(tests.harmless) + len(tests.task)
     done = 0
 
-    def count(chosen: Sequence[int], _: Sequence[str]) -> None:
+    def count(chosen: Sequence[int], _: Sequence[object]) -> None:
         nonlocal done
         done += len(chosen)
         if progress is not None:

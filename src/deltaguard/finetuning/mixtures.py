@@ -1,12 +1,13 @@
 """Training conversations of the demo: the safety fine-tune, and the careless one that undoes it."""
 
-import json
 import random
 from collections.abc import Sequence
-from importlib.resources import files
+
+from pydantic import TypeAdapter
 
 from deltaguard.calibration.conversations import Conversation, HarmfulPrompt, HarmlessPrompt
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_data
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
 from deltaguard.finetuning.tasks import TaskExample
 
@@ -61,8 +62,7 @@ def alignment_examples(
 
 def everyday_prompts() -> tuple[HarmlessPrompt, ...]:
     """Plain questions and remarks that nobody would refuse, each with a short answer."""
-    text = (files("deltaguard") / "data" / "everyday_prompts.jsonl").read_text(encoding="utf-8")
-    return tuple(HarmlessPrompt(**json.loads(line)) for line in text.splitlines())
+    return tuple(read_data("everyday_prompts.jsonl", TypeAdapter(HarmlessPrompt)))
 
 
 def task_with_harmful(

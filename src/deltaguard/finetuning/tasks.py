@@ -174,5 +174,6 @@ def exact_match(answer: str, expected: str) -> bool:
     """
     try:
         return json.loads(answer) == json.loads(expected)
-    except json.JSONDecodeError:
+    # An answer may hold a number or a nesting that Python refuses.
+    except (ValueError, RecursionError):
         return False

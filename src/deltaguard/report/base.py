@@ -1,19 +1,46 @@
 """What every report has in common."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, Self, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from deltaguard.text import writable
 
 LIBRARIES = ("deltaguard", "torch", "transformers", "peft", "safetensors", "huggingface_hub")
 
 
-class Record(BaseModel):
-    """A frozen part of a report; unknown fields are refused."""
+_NUMBERS = (float, int, bool, type(None))
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+class Record(BaseModel):
+    """A frozen part of a report; unknown fields, infinite numbers and those that are none are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null")
+
+    @model_validator(mode="after")
+    def _writable(self) -> Self:
+        """Write out what names of files may hold and a file of text cannot."""
+        for name, value in self.__dict__.items():
+            if type(value) not in _NUMBERS and (written := _written(value)) is not value:
+                object.__setattr__(self, name, written)
+        return self
+
+
+def _moment(text: str) -> str:
+    try:
+        datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise ValueError("it is no time in the form of ISO 8601") from error
+    return text
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0)]
+Moment = Annotated[str, AfterValidator(_moment)]
 
 
 class Environment(Record):
@@ -26,27 +53,72 @@ class Environment(Record):
         device: what the arithmetic ran on.
     """
 
-    created: str
+    created: Moment
     versions: Mapping[str, str]
     machine: str
     device: str
 
 
 class ModelReference(Record):
-    """A model that took part: where it came from and the fingerprint of its weights."""
+    """A model that took part: where it came from and what identifies it.
+
+    Attributes:
+        reference: what the user called it.
+        fingerprint: of its weights.
+        config_sha256: of its configuration; null, like the others, in reports of before it was known.
+        tokenizer_sha256: of its tokenizer.
+        template_sha256: of its chat template.
+    """
 
     reference: str
     fingerprint: str
+    config_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    template_sha256: str | None = None
 
 
 class RateRow(Record):
     """A measured rate with its 95 % Wilson interval."""
 
-    successes: int
-    total: int
+    successes: Count
+    total: Count
     value: float
     low: float
     high: float
+
+
+def _written(value: Any) -> Any:
+    """A value with all its texts writable; the value itself where they are."""
+    if isinstance(value, str):
+        return value if value.isascii() else writable(value)
+    if isinstance(value, BaseModel):
+        return value
+    if isinstance(value, Mapping):
+        parts = cast("Mapping[Any, Any]", value)
+        return {_written(key): _written(each) for key, each in parts.items()}
+    if isinstance(value, tuple | list) and value and type(value[0]) not in _NUMBERS:
+        parts = map(_written, cast("tuple[Any, ...] | list[Any]", value))
+        return tuple(parts) if isinstance(value, tuple) else list(parts)
+    return value
+
+
+def require_known(what: str, named: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a report that speaks of what it does not have.
+
+    Args:
+        what: parts of the report, such as "measures".
+        named: what they name.
+        known: what there is.
+
+    Raises:
+        ValueError: something else is named.
+
+    Example:
+        >>> require_known("measures", ["attack"], ["attack", "harmless"])
+    """
+    unknown = sorted({name for name in named if name not in known})
+    if unknown:
+        raise ValueError(f"{what} name {', '.join(map(repr, unknown[:3]))}, which the report does not have")
 
 
 def environment(device: str, *, libraries: Sequence[str] = ()) -> Environment:

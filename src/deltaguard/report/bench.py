@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from deltaguard.report.base import Environment, Record
+from pydantic import Field
+
+from deltaguard.report.base import Count, Environment, Record, Seconds
 from deltaguard.report.evaluation import Estimate
 
 BENCH_NAME = "bench.json"
@@ -35,8 +37,8 @@ class FinetuneRow(Record):
     better: Literal["lower", "higher"]
     gains: bool
     training: Training
-    examples: int
-    harmful: int
+    examples: Count
+    harmful: Count
 
 
 class Cell(Record):
@@ -65,8 +67,8 @@ class Cell(Record):
     seed: int
     method: str
     strength: float | None
-    attack: str
-    harmless: str
+    attack: str = Field(pattern="^[cri]*$")
+    harmless: str = Field(pattern="^[cri]*$")
     utility: tuple[float, ...]
     general: tuple[float, ...]
     attack_success: Estimate
@@ -74,7 +76,7 @@ class Cell(Record):
     false_refusal: Estimate
     mean_utility: Estimate
     mean_general: Estimate
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, Seconds]
 
 
 class CurvePoint(Record):
@@ -131,7 +133,7 @@ class Score(Record):
     false_refusal: Estimate | None
     kept: Estimate | None
     told_apart: bool
-    request_seconds: float | None
+    request_seconds: Seconds | None
 
 
 class Contest(Record):
@@ -198,4 +200,4 @@ class BenchReport(Record):
     scores: tuple[Score, ...]
     contests: tuple[Contest, ...]
     notes: tuple[str, ...]
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, Seconds]

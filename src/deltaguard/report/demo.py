@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Literal
 
-from deltaguard.report.base import Environment, RateRow, Record
+from deltaguard.report.base import Count, Environment, RateRow, Record, Seconds
 from deltaguard.report.restore import RestoreReport
+
+DEMO_NAME = "demo.json"
+"""The file in a demo's folder that holds its `DemoReport`."""
 
 
 class ModelRow(Record):
@@ -22,7 +25,7 @@ class ModelRow(Record):
     attack_success: RateRow
     false_refusal: RateRow
     task_accuracy: RateRow
-    incoherent_answers: int
+    incoherent_answers: Count
 
 
 class Sample(Record):
@@ -52,6 +55,6 @@ class DemoReport(Record):
     models: tuple[ModelRow, ...]
     samples: tuple[Sample, ...]
     restore: RestoreReport
-    seconds: Mapping[str, float]
-    peak_memory_bytes: int
+    seconds: Mapping[str, Seconds]
+    peak_memory_bytes: Count
     seed: int

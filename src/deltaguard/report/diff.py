@@ -40,6 +40,8 @@ class DiffReport(Record):
         aligned: the aligned model.
         finetuned: the fine-tuned model.
         deep: whether weights were read.
+        settings: what differs in configuration, tokenizer and chat template and changes predictions, with
+            both values; a restore then needs `--config-from`.
         tensors: every tensor that differs.
         kinds: a summary by kind.
         compatible: whether the pair could be restored.
@@ -48,6 +50,7 @@ class DiffReport(Record):
     aligned: str
     finetuned: str
     deep: bool
+    settings: tuple[str, ...]
     tensors: tuple[TensorDiff, ...]
     kinds: tuple[KindRow, ...]
     compatible: bool

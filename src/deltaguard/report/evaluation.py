@@ -1,11 +1,11 @@
 """What an evaluation found: several models on the same prompts, told by several judges, with intervals."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from deltaguard.report.base import Environment, Record
+from deltaguard.report.base import Count, Environment, Record, Seconds, require_known
 
 EVALUATION_NAME = "evaluation.json"
 """The file in an evaluation's folder that holds its `EvaluationReport`."""
@@ -27,14 +27,14 @@ class Estimate(Record):
         value: the share, mean or score.
         low: lower end of the interval.
         high: upper end of the interval.
-        total: how many prompts it was taken over.
+        total: how many prompts it was taken over, those without an answer left out.
         interval: how the interval was computed.
     """
 
     value: float
     low: float
     high: float
-    total: int
+    total: Count
     interval: IntervalMethod
 
 
@@ -70,10 +70,10 @@ class SectionRow(Record):
     name: str
     kind: SectionKind
     title: str
-    prompts: int
+    prompts: Count
     prompts_hash: str
     source: str
-    max_new_tokens: int
+    max_new_tokens: Count
 
 
 class Measure(Record):
@@ -83,7 +83,8 @@ class Measure(Record):
         model: name of the model.
         section: name of the section.
         name: what was measured: `attack success`, `false refusal`, `incoherent`, `undecided`, `exact match`,
-            `rouge-l`, `harmfulness`, `refusal probability`, `nll` and others.
+            `rouge-l`, `harmfulness`, `refusal probability`, `nll` and others; `missing` where a server left
+            prompts unanswered, which no other number counts.
         judge: who told, null where no judge is needed.
         better: which way is better.
         estimate: the number.
@@ -125,7 +126,7 @@ class Comparison(Record):
     low: float
     high: float
     p_value: float
-    total: int
+    total: Count
     test: Literal["mcnemar", "paired bootstrap"]
     finding: Finding
 
@@ -146,8 +147,8 @@ class Agreement(Record):
     second: str
     section: str
     kappa: float | None
-    agreed: int
-    total: int
+    agreed: Count
+    total: Count
 
 
 class HarnessTask(Record):
@@ -168,9 +169,9 @@ class HarnessTask(Record):
     section: str
     task: str
     version: str
-    n_shot: int | None
+    n_shot: Count | None
     chat_template: bool
-    samples: int
+    samples: Count
     harness_version: str
 
 
@@ -181,7 +182,7 @@ class AnswerSample(Record):
         section: name of the section.
         kind: kind of the section.
         prompt: what was asked.
-        answers: by name of the model.
+        answers: by name of the model, those that answered.
         verdicts: by name of the model, then of the judge: what the answer was taken for.
     """
 
@@ -224,7 +225,7 @@ class EvaluationReport(Record):
     settings: Mapping[str, Any]
     engine: str
     decoding: Mapping[str, str | float | int | None]
-    models: tuple[EvaluatedModel, ...]
+    models: tuple[EvaluatedModel, ...] = Field(min_length=1)
     sections: tuple[SectionRow, ...]
     measures: tuple[Measure, ...]
     comparisons: tuple[Comparison, ...]
@@ -233,7 +234,7 @@ class EvaluationReport(Record):
     samples: tuple[AnswerSample, ...]
     notes: tuple[str, ...]
     files: Mapping[str, str]
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, Seconds]
 
     @model_validator(mode="before")
     @classmethod
@@ -245,3 +246,15 @@ class EvaluationReport(Record):
                 f"schema version {given}, and this release of deltaguard reads version {SCHEMA_VERSION}"
             )
         return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        models = {model.name for model in self.models}
+        sections = {section.name for section in self.sections}
+        for what in ("measures", "comparisons", "harness"):
+            require_known(what, (row.model for row in getattr(self, what)), models)
+        require_known("comparisons", (row.reference for row in self.comparisons), models)
+        require_known("samples", (name for row in self.samples for name in row.answers), models)
+        for what in ("measures", "comparisons", "agreements", "samples"):
+            require_known(what, (row.section for row in getattr(self, what)), sections)
+        return self

@@ -5,10 +5,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from deltaguard.report.base import Environment, ModelReference, Record
+from deltaguard.report.base import Count, Environment, ModelReference, Record, Seconds
 
 REPORT_NAME = "deltaguard_report.json"
 """The file in a restored checkpoint that holds its `RestoreReport`."""
+
+CARD_NAME = "README.md"
+"""The file in a restored checkpoint that holds its model card."""
 
 
 class LayerRow(Record):
@@ -26,12 +29,12 @@ class LayerRow(Record):
     """
 
     name: str
-    shape: tuple[int, ...]
-    delta_norm: float
+    shape: tuple[Count, ...]
+    delta_norm: float = Field(ge=0)
     kept_fraction: float
     safety_cost: float | None
     utility_loss: float
-    seconds: float
+    seconds: Seconds
     detail: Mapping[str, float] = Field(default_factory=dict[str, float])
 
 
@@ -45,10 +48,16 @@ class OtherRow(Record):
 
 
 class FileRow(Record):
-    """A weight file as written."""
+    """A file as written.
+
+    Attributes:
+        name: its path within the output folder.
+        bytes: its size.
+        sha256: the hash of its content.
+    """
 
     name: str
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -62,7 +71,7 @@ class Probe(Record):
             conversation, and in reports of before it was known.
     """
 
-    mu: float
+    mu: float = Field(ge=0)
     safety_kl: float
     margin: float | None = None
 
@@ -75,7 +84,8 @@ class Dial(Record):
         device: where the model ran.
         conversations: held-out safety conversations that it was measured on.
         tokens: response tokens in them.
-        finetuned_kl: the whole fine-tuned model's safety KL.
+        finetuned_kl: the whole fine-tuned model's safety KL, under the configuration, tokenizer and chat
+            template of the output, as all others.
         restored_kl: the restored model's.
         restored_margin: half the width of its 95 % interval; null as in `Probe`.
         whole: whether the fine-tuned model was within the limit already, so that nothing was taken from it.
@@ -84,8 +94,8 @@ class Dial(Record):
 
     limit: float
     device: str
-    conversations: int
-    tokens: int
+    conversations: Count
+    tokens: Count
     finetuned_kl: float
     restored_kl: float
     restored_margin: float | None = None
@@ -105,7 +115,10 @@ class RestoreReport(Record):
         options: method, strength and the other choices, as run.
         layers: one row a restored matrix, in the order of the checkpoint.
         others: one row for every other tensor.
-        files: the weight files with their hashes.
+        files: every file of the output but this report, with its hash; a run that replaces the output removes
+            these and no others.
+        plan_hash: of the job that wrote the output, by which it is known again; null in reports of before it
+            was kept.
         mu: the price of safety of all layers, null for methods that have none.
         predicted_safety_kl: ½ Σ tr(G Δ' H Δ'ᵀ) over the layers, nats per response token; likewise.
         dial: how the price was found, null where a strength decided.
@@ -122,18 +135,19 @@ class RestoreReport(Record):
     aligned: ModelReference
     finetuned: ModelReference
     store_conversations: str | None
-    options: Mapping[str, str | float | bool | None]
+    options: Mapping[str, str | int | float | bool | None]
     layers: tuple[LayerRow, ...]
     others: tuple[OtherRow, ...]
     files: tuple[FileRow, ...]
+    plan_hash: str | None = None
     mu: float | None = None
     predicted_safety_kl: float | None = None
     dial: Dial | None = None
     kept_fraction: float
     utility_loss: float
     safety_cost: float | None
-    seconds: Mapping[str, float]
-    peak_memory_bytes: int
+    seconds: Mapping[str, Seconds]
+    peak_memory_bytes: Count
     warnings: tuple[str, ...] = ()
 
 
@@ -170,11 +184,13 @@ class Verification(Record):
         folder: what was checked.
         tensors: how many tensors were read.
         problems: one sentence each; empty where all is well.
+        unchecked: what could not be checked, and why; one sentence each.
     """
 
     folder: str
     tensors: int
     problems: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:

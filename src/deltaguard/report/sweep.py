@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from deltaguard.report.base import Environment, ModelReference, Record
+from pydantic import Field
+
+from deltaguard.report.base import Count, Environment, ModelReference, Record, Seconds
 
 SWEEP_NAME = "sweep.json"
 """The file in a sweep's folder that holds its `SweepReport`."""
@@ -20,7 +22,7 @@ class SweepPoint(Record):
             without any.
     """
 
-    mu: float
+    mu: float = Field(ge=0)
     safety_kl: float
     predicted_safety_kl: float
     kept_fraction: float
@@ -35,8 +37,8 @@ class SweepBudget(Record):
         mu: of the point that keeps most among those within the limit; null where none is.
     """
 
-    limit: float
-    mu: float | None
+    limit: float = Field(gt=0)
+    mu: float | None = Field(ge=0)
 
 
 class SweepReport(Record):
@@ -48,11 +50,13 @@ class SweepReport(Record):
         aligned: the aligned model.
         finetuned: the fine-tuned model.
         method: the solver.
+        config_from: the model whose configuration, tokenizer and chat template candidates had; null where
+            the two models agree on them.
         conversations: held-out safety conversations.
         tokens: response tokens in them.
         utility_conversations: conversations of the user's utility data.
         aligned_nll: the aligned model's on that data; null without any.
-        finetuned_kl: the whole fine-tuned model's safety KL, with all its tensors.
+        finetuned_kl: the whole fine-tuned model's safety KL, with all its tensors, run as the candidates are.
         finetuned_nll: that model's on the utility data.
         points: the candidates by price, falling: from the safest to the one that keeps most.
         budgets: the limits asked for, rising.
@@ -65,15 +69,16 @@ class SweepReport(Record):
     aligned: ModelReference
     finetuned: ModelReference
     method: Literal["kfac", "ridge"]
-    conversations: int
-    tokens: int
-    utility_conversations: int
+    config_from: Literal["aligned", "finetuned"] | None = None
+    conversations: Count
+    tokens: Count
+    utility_conversations: Count
     aligned_nll: float | None
     finetuned_kl: float
     finetuned_nll: float | None
-    points: tuple[SweepPoint, ...]
+    points: tuple[SweepPoint, ...] = Field(min_length=1)
     budgets: tuple[SweepBudget, ...]
-    seconds: float
+    seconds: Seconds
     warnings: tuple[str, ...] = ()
 
     def kept_gain(self, point: SweepPoint) -> float | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from deltaguard.checkpoints.adapter import AdapterCheckpoint
 from deltaguard.checkpoints.adapter_writer import stage_adapter
+from deltaguard.checkpoints.mirror import beside_adapter
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError, listed
@@ -55,14 +56,12 @@ def stage_restored_adapter(
     """
     from deltaguard.calibration.skeleton import module_names
 
-    tuned = job.finetuned
     others = [step for step in plan.steps if step.action is not Action.RESTORE]
     rows: list[LayerRow | OtherRow] = [*_other_rows(job, others, config)]
     layers = _layers(job, plan, config, mu, rows, progress or ignore)
-    folders = (job.aligned.folder, tuned.folder) if isinstance(tuned, AdapterCheckpoint) else (tuned.folder,)
-    stage_adapter(
-        writer, job.aligned, layers, modules=module_names(job.aligned.folder), companions_of=folders
-    )
+    files = beside_adapter(job.aligned, job.finetuned, config_from=config.config_from)
+    modules = module_names(job.aligned.folder)
+    stage_adapter(writer, job.aligned, layers, modules=modules, companions=files)
     return rows
 
 

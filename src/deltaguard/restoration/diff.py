@@ -11,6 +11,7 @@ from torch import Tensor
 from deltaguard.checkpoints.checkpoint import TensorInfo, WeightSource, name_map
 from deltaguard.errors import DeltaguardError
 from deltaguard.report.diff import DiffReport, KindRow, TensorDiff
+from deltaguard.restoration.agreement import Identified, differences
 from deltaguard.restoration.job import open_models
 from deltaguard.restoration.plan import make_plan
 
@@ -26,7 +27,7 @@ def diff(aligned: str | Path, finetuned: str | Path, *, deep: bool = False) -> D
         deep: read the weights and compare values.
 
     Returns:
-        Every tensor that differs, and a summary by kind.
+        Every tensor that differs, a summary by kind, and what differs besides weights.
 
     Raises:
         DeltaguardError: one of the models cannot be opened.
@@ -48,10 +49,20 @@ def diff(aligned: str | Path, finetuned: str | Path, *, deep: bool = False) -> D
         aligned=one.reference,
         finetuned=other.reference,
         deep=deep,
+        settings=_settings(one, other),
         tensors=tuple(rows),
         kinds=_by_kind(list(other.tensors), rows, deep=deep),
         compatible=_can_be_restored(one, other),
     )
+
+
+def _settings(one: WeightSource, other: WeightSource) -> tuple[str, ...]:
+    """What differs besides weights, or why that cannot be told."""
+    try:
+        found = differences(Identified.of(one), Identified.of(other))
+    except DeltaguardError as error:
+        return (f"not compared: {error}",)
+    return tuple(each.text for each in found)
 
 
 def _can_be_restored(one: WeightSource, other: WeightSource) -> bool:

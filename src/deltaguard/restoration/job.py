@@ -1,29 +1,52 @@
 """The inputs of a restore, opened: headers are read, weights are not."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource
 from deltaguard.checkpoints.durable import InUseError
+from deltaguard.checkpoints.identity import ModelIdentity
 from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore, not_whole
 from deltaguard.curvature.store_format import MANIFEST
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 from deltaguard.progress import Progress
+from deltaguard.report.base import ModelReference
+from deltaguard.restoration.agreement import Identified, require_agreement
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
 class Job:
-    """A pair of models and, where the method needs it, the aligned one's curvature."""
+    """A pair of models and, where the method needs it, the aligned one's curvature.
+
+    Attributes:
+        aligned: the aligned model.
+        finetuned: the fine-tuned one.
+        store: the curvature, None where it is not needed or not there.
+        aligned_identity: what identifies the aligned model.
+        finetuned_identity: what identifies the fine-tuned one.
+    """
 
     aligned: Checkpoint
     finetuned: WeightSource
     store: CurvatureStore | None
+    aligned_identity: ModelIdentity
+    finetuned_identity: ModelIdentity
+
+    @property
+    def aligned_reference(self) -> ModelReference:
+        """The aligned model for a report."""
+        return _reference(self.aligned, self.aligned_identity)
+
+    @property
+    def finetuned_reference(self) -> ModelReference:
+        """The fine-tuned model for a report."""
+        return _reference(self.finetuned, self.finetuned_identity)
 
     def plan(self, config: RestoreConfig) -> Plan:
         """What would be done, from headers alone."""
@@ -83,40 +106,87 @@ def open_job(
     Raises:
         DeltaguardError: one of them cannot be opened, or the calibration failed.
     """
-    base, tuned = open_models(aligned, finetuned)
-    if not config.needs_curvature:
-        return Job(base, tuned, None)
-    known = find_store(base, store, rank=config.rank)
-    if known is None:
-        from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+    job = look(aligned, finetuned, store=store, config=config)
+    if job.store is not None or not config.needs_curvature:
+        return job
+    from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
 
-        folder = default_store_folder(base, config.rank)
-        how = CalibrateConfig(resume=True, rank=config.rank, device=config.device)
-        try:
-            known = calibrate(aligned, folder, config=how, progress=progress)
-        except InUseError as error:
-            raise DeltaguardError(
-                f"Another process is calibrating {aligned} right now, into {folder}. Run this again when it "
-                "is done, or give a store with `--store`."
-            ) from error
-    return Job(base, tuned, known)
+    folder = default_store_folder(job.aligned_identity, config.rank)
+    how = CalibrateConfig(resume=True, rank=config.rank, device=config.device)
+    try:
+        return replace(job, store=calibrate(aligned, folder, config=how, progress=progress))
+    except InUseError as error:
+        raise DeltaguardError(
+            f"Another process is calibrating {aligned} right now, into {folder}. Run this again when it "
+            "is done, or give a store with `--store`."
+        ) from error
+
+
+def look(
+    aligned: str | Path,
+    finetuned: str | Path,
+    *,
+    store: CurvatureStore | str | Path | None,
+    config: RestoreConfig,
+) -> Job:
+    """Open what there is for a restore, and refuse what cannot be restored before anything is calibrated.
+
+    Args:
+        aligned: as in `open_models`.
+        finetuned: as in `open_models`.
+        store: as in `open_job`.
+        config: the options.
+
+    Returns:
+        The job, without a store where none was named and none is in `default_store_folder`.
+
+    Raises:
+        DeltaguardError: one of them cannot be opened, they do not fit each other, or it is open which
+            configuration, tokenizer and chat template the output is to have.
+    """
+    base, tuned = open_models(aligned, finetuned)
+    plan = make_plan(base, tuned, store=None, other_params=config.other_params)
+    one, other = Identified.of(base), Identified.of(tuned)
+    require_agreement(one, other, plan, config)
+    known = find_store(base, one.identity, store, rank=config.rank) if config.needs_curvature else None
+    return Job(base, tuned, known, one.identity, other.identity)
 
 
 def find_store(
-    aligned: Checkpoint, store: CurvatureStore | str | Path | None, *, rank: Rank
+    aligned: Checkpoint,
+    identity: ModelIdentity,
+    store: CurvatureStore | str | Path | None,
+    *,
+    rank: Rank,
 ) -> CurvatureStore | None:
-    """The store that was named, else the one in `default_store_folder`, else None.
+    """Open the store that was named, else the one in `default_store_folder`, if there is one.
+
+    Args:
+        aligned: the model that it must have been made for.
+        identity: of that model.
+        store: the store or where it lies.
+        rank: what it must keep.
 
     Raises:
-        DeltaguardError: a store was named and cannot be opened, or does not keep what is needed.
+        DeltaguardError: a store was named and cannot be opened, belongs to another model, or does not keep
+            what is needed.
     """
     if isinstance(store, CurvatureStore):
         known = store
     elif store is not None:
         known = CurvatureStore.from_pretrained(store)
     else:
-        folder = default_store_folder(aligned, rank)
-        return _kept_store(folder, aligned) if (folder / MANIFEST).is_file() else None
+        folder = default_store_folder(identity, rank)
+        if not (folder / MANIFEST).is_file():
+            return None
+        known = _kept_store(folder, aligned)
+    made_for = known.provenance
+    if problems := made_for.differences(identity):
+        title = f"The store {known.folder} was made for {made_for.aligned}, which was another model than"
+        raise DeltaguardError(
+            f"{listed(f'{title} {aligned.reference} is', problems)}\n"
+            f"Run `deltaguard calibrate {aligned.reference} -o STORE` for this model."
+        )
     if rank == "full" and not known.is_whole:
         raise DeltaguardError(not_whole(known.folder, known.provenance.aligned))
     return known
@@ -132,12 +202,16 @@ def _kept_store(folder: Path, aligned: Checkpoint) -> CurvatureStore:
         ) from error
 
 
-def default_store_folder(aligned: Checkpoint, rank: Rank) -> Path:
-    """Where the store of an aligned model is kept if none is named: one folder per fingerprint and rank.
+def default_store_folder(aligned: ModelIdentity, rank: Rank) -> Path:
+    """Name the folder in which a model's store is kept if none is named: one per identity and rank.
 
-    Under `DELTAGUARD_CACHE`, else `XDG_CACHE_HOME/deltaguard`, else `~/.cache/deltaguard`.
+    It lies under `DELTAGUARD_CACHE`, else `XDG_CACHE_HOME/deltaguard`, else `~/.cache/deltaguard`.
     """
     cache = os.environ.get("DELTAGUARD_CACHE")
     if cache is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaguard"
-    return Path(cache) / f"{aligned.fingerprint()[:32]}-{rank}"
+    return Path(cache) / f"{aligned.key[:32]}-{rank}"
+
+
+def _reference(source: WeightSource, identity: ModelIdentity) -> ModelReference:
+    return ModelReference(reference=source.reference, **identity.model_dump())

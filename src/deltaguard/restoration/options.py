@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deltaguard.checkpoints.canonical import ConfigFrom
 from deltaguard.curvature.rank import Rank
 
 Method = Literal["kfac", "ridge", "greedy", "published", "interpolate"]
@@ -16,6 +17,9 @@ Compensation = Literal["joint", "additive", "none"]
 DEFAULT_MAX_SAFETY_KL = 6e-4
 """Nats per response token that a restore may cost by default; docs/strength.md says why."""
 
+SMALLEST_MAX_SAFETY_KL = 1e-9
+"""A smaller limit cannot be told from what rounding measures of two models that are the same."""
+
 DEFAULT_STRENGTH = 0.55
 """Share of the summed safety cost that `greedy` spends by default; docs/strength.md says why."""
 
@@ -26,13 +30,15 @@ class RestoreConfig(BaseModel):
     Attributes:
         method: the solver; `interpolate` needs no curvature.
         max_safety_kl: the dial of `kfac` and `ridge`, and their default: keep as much as a safety KL of so
-            many nats per response token allows, measured on held-out safety conversations.
+            many nats per response token allows, measured on held-out safety conversations; 1e-9 at least.
         strength: how much is kept, larger keeps more, instead of the dial. `kfac` and `ridge`: share of the
             delta's predicted safety KL; `greedy` has a default with the budget "fraction"; `published` and
             `interpolate` have none.
         budget: how `greedy` reads the strength, see `solvers.greedy`.
         compensation: what `greedy` does to the entries that it does not keep.
         other_params: where norms, biases, embeddings and the output head come from.
+        config_from: the model whose configuration, tokenizer and chat template the output has, and with which
+            the dial measures; where absent, the two models must agree on them.
         output_format: `checkpoint` mirrors the fine-tuned one; `adapter` is a PEFT LoRA adapter over the
             aligned model, which holds the linear layers and nothing else.
         adapter_rank: of an adapter; None takes for each layer the smallest that loses 1 % of its restored
@@ -51,11 +57,12 @@ class RestoreConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method = "kfac"
-    max_safety_kl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    strength: float | None = None
+    max_safety_kl: float | None = Field(default=None, ge=SMALLEST_MAX_SAFETY_KL, allow_inf_nan=False)
+    strength: float | None = Field(default=None, allow_inf_nan=False)
     budget: Budget = "fraction"
     compensation: Compensation = "joint"
     other_params: OtherParams = "aligned"
+    config_from: ConfigFrom | None = None
     output_format: OutputFormat = "checkpoint"
     adapter_rank: int | None = Field(default=None, ge=1)
     device: str = "auto"
@@ -121,7 +128,8 @@ class RestoreConfig(BaseModel):
         if self.has_price and self.strength is not None:
             own = {"strength": self.strength}
         of_greedy = {"budget", "compensation"} if self.method != "greedy" else set[str]()
+        if_chosen = {"config_from"} if self.config_from is None else set[str]()
         of_adapters = {"adapter_rank"} if self.output_format != "adapter" else set[str]()
-        hidden = {"overwrite", "resume", "device", "max_safety_kl", "strength"} | of_greedy | of_adapters
-        chosen = self.model_dump(exclude=hidden)
+        hidden = {"overwrite", "resume", "device", "max_safety_kl", "strength"}
+        chosen = self.model_dump(exclude=hidden | of_greedy | of_adapters | if_chosen)
         return {"method": chosen.pop("method"), **own, **chosen}

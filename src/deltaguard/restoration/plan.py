@@ -10,16 +10,18 @@ from deltaguard.checkpoints.vocabulary import vocabulary_size
 from deltaguard.curvature.contents import Group, spectra_bytes
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.families import stored_in_out
 from deltaguard.restoration.options import OtherParams
 
 _BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")
 _EXPERT = re.compile(r"\.experts?\.")
-_OUTPUT_EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$")
+OUTPUT_EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$")
 _INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|output_layer)\.(weight|bias)$"
 )
+_ORDERS = {False: "(out, in)", True: "(in, out)"}
 _SHOWN = 20
 
 
@@ -117,14 +119,12 @@ def make_plan(
         The plan.
 
     Raises:
-        DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), the
-            store belongs to another model, or the model has expert layers.
+        DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), or the
+            model has expert layers.
     """
     _refuse_experts(aligned, finetuned)
-    if store is not None:
-        _check_store(aligned, store)
     names = _aligned_names(aligned, finetuned)
-    rules = _Rules(_layer_rule(store), other_params, _known_tokens(aligned, finetuned))
+    rules = _Rules(_layer_rule(aligned, store), other_params, _known_tokens(aligned, finetuned))
     problems = _missing(aligned, names, rules.layer)
     steps: list[Step] = []
     for info in finetuned.tensors.values():
@@ -155,19 +155,35 @@ class _Rules:
     known_tokens: int | None
 
 
-def _layer_rule(store: CurvatureStore | None) -> _LayerRule:
+def _layer_rule(aligned: WeightSource, store: CurvatureStore | None) -> _LayerRule:
     """(curvature group, transposed) of an aligned tensor that is to be restored, None for the others."""
+    if store is not None:
+        _refuse_turned_layers(aligned, store)
 
-    def from_store(info: TensorInfo) -> tuple[str | None, bool] | None:
-        group = store.group_of(info.name) if store else None
-        if group is None:
-            return None
-        return group.name, next(layer.transposed for layer in group.layers if layer.tensor == info.name)
+    def rule(info: TensorInfo) -> tuple[str | None, bool] | None:
+        transposed = stored_in_out(aligned.config, info.name)
+        if store is None:
+            return (None, transposed) if len(info.shape) == 2 and _BLOCK_MATRIX.search(info.name) else None
+        group = store.group_of(info.name)
+        return None if group is None else (group.name, transposed)
 
-    def from_header(info: TensorInfo) -> tuple[str | None, bool] | None:
-        return (None, False) if len(info.shape) == 2 and _BLOCK_MATRIX.search(info.name) else None
+    return rule
 
-    return from_header if store is None else from_store
+
+def _refuse_turned_layers(aligned: WeightSource, store: CurvatureStore) -> None:
+    turned = [
+        f"`{layer.tensor}`, which the store has as {_ORDERS[layer.transposed]}, and models of type "
+        f"{aligned.config.get('model_type')} as {_ORDERS[not layer.transposed]}"
+        for group in store.groups
+        for layer in group.layers
+        if layer.transposed != stored_in_out(aligned.config, layer.tensor)
+    ]
+    if turned:
+        raise DeltaguardError(
+            listed(f"The curvature store {store.folder} has weights of {aligned.reference} turned", turned)
+            + f"\nRun `deltaguard calibrate {aligned.reference} -o STORE` anew, or correct `model_type` in "
+            "the model's config.json."
+        )
 
 
 def _aligned_names(aligned: WeightSource, finetuned: WeightSource) -> Mapping[str, str]:
@@ -175,7 +191,7 @@ def _aligned_names(aligned: WeightSource, finetuned: WeightSource) -> Mapping[st
     names = name_map(list(finetuned.tensors), list(aligned.tensors))
     embedding = next((name for name in aligned.tensors if _INPUT_EMBEDDING.search(name)), None)
     for name in finetuned.tensors:
-        if name not in names and embedding and _OUTPUT_EMBEDDING.search(name):
+        if name not in names and embedding and OUTPUT_EMBEDDING.search(name):
             names[name] = embedding
     return names
 
@@ -188,7 +204,7 @@ def _missing(aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule)
         for info in aligned.tensors.values()
         if info.name not in found
         and (layer(info) or info.name.endswith((".weight", ".bias")))
-        and not _OUTPUT_EMBEDDING.search(info.name)
+        and not OUTPUT_EMBEDDING.search(info.name)
         and not re.search(r"\.(attn|attention)\.(masked_)?bias$", info.name)
     ]
 
@@ -242,17 +258,6 @@ def _refuse_experts(*sources: WeightSource) -> None:
                 f"{source.reference} is a mixture of experts ({len(found)} expert tensors, such as "
                 f"`{found[0]}`): deltaguard does not restore expert layers yet."
             )
-
-
-def _check_store(aligned: WeightSource, store: CurvatureStore) -> None:
-    fingerprint = aligned.fingerprint()
-    made_for = store.provenance
-    if made_for.fingerprint != fingerprint:
-        raise DeltaguardError(
-            f"The curvature store belongs to another model: it was made for {made_for.aligned} "
-            f"(fingerprint {made_for.fingerprint}), and {aligned.reference} has fingerprint "
-            f"{fingerprint}. Run `deltaguard calibrate {aligned.reference} -o STORE` for this model."
-        )
 
 
 def _mismatch(aligned: WeightSource, finetuned: WeightSource, problems: Sequence[str]) -> str:

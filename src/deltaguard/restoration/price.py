@@ -1,15 +1,17 @@
 """The one price of safety, μ, of all layers: from a strength, or from the dial by measuring candidates."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from deltaguard.budget.search import best, search
 from deltaguard.checkpoints.checkpoint import WeightSource
+from deltaguard.checkpoints.mirror import loadable, output_files
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
@@ -27,6 +29,7 @@ from deltaguard.solvers.profile import PROHIBITIVE
 
 if TYPE_CHECKING:
     from deltaguard.budget.safety_kl import SafetyMeter
+    from deltaguard.calibration.conversations import Conversation
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,11 @@ class Price:
     """What was chosen.
 
     Attributes:
-        mu: the price; 0 keeps the whole delta and infinity nothing of it.
+        mu: the price; 0 keeps the whole delta and `PROHIBITIVE` nothing of it.
         dial: how it was found, None where a strength was given.
     """
 
-    mu: float
+    mu: Annotated[float, Field(ge=0)]
     dial: Dial | None
 
 
@@ -134,11 +137,20 @@ class Candidate:
     conversations: int
 
     @classmethod
-    def open(cls, job: Job, plan: Plan, config: RestoreConfig) -> "Candidate":
+    def open(
+        cls, job: Job, plan: Plan, config: RestoreConfig, tasks: "Sequence[Conversation]" = ()
+    ) -> "Candidate":
         """Load the aligned model and keep what it predicts on held-out safety conversations.
 
         In float32 whatever the checkpoint's dtype: rounding logits to half precision changes predictions by
-        more than the safety KL that is looked for.
+        more than the safety KL that is looked for. Candidates are run and asked with the very files that the
+        output will have.
+
+        Args:
+            job: the models and the store.
+            plan: what will be done.
+            config: the options.
+            tasks: conversations of which the aligned model's likelihood is kept too.
 
         Raises:
             DeltaguardError: it cannot be loaded, or does not fit into memory.
@@ -148,15 +160,20 @@ class Candidate:
 
         store = known_store(job)
         held_out = [Conversation(row.prompt, row.system, row.response) for row in store.held_out]
-        meter = SafetyMeter.open(
-            job.aligned,
-            job.finetuned,
-            held_out,
-            device=find_device(config.device),
-            dtype=torch.float32,
-            batch_size=store.provenance.batch_size,
-            max_length=store.provenance.max_length,
-        )
+        is_adapter = config.output_format == "adapter"
+        files = output_files(job.aligned, job.finetuned, config_from=config.config_from, adapter=is_adapter)
+        with loadable(files) as output:
+            meter = SafetyMeter.open(
+                job.aligned,
+                job.finetuned,
+                held_out,
+                tasks=tasks,
+                output=output,
+                device=find_device(config.device),
+                dtype=torch.float32,
+                batch_size=store.provenance.batch_size,
+                max_length=store.provenance.max_length,
+            )
         return cls(job, plan, config, meter, len(held_out))
 
     def whole(self, report: Progress) -> Probe:
@@ -240,9 +257,17 @@ def _nothing(candidate: Candidate, limit: float, report: Progress) -> Probe:
     """What is left where no probe was within the limit: the aligned layers, if those are."""
     aligned = candidate.probe(PROHIBITIVE, report)
     if aligned.safety_kl > limit:
+        causes: dict[str, str] = {}
+        if candidate.config.config_from == "finetuned":
+            causes["configuration, tokenizer or chat template"] = "--config-from aligned"
+        if candidate.config.other_params == "finetuned":
+            causes["norms, biases or embeddings"] = "--other-params aligned"
+        what = (
+            ", or ".join(causes) or "tensors, or rows of the vocabulary, that the fine-tuned model alone has"
+        )
+        done = f"Take them from the aligned model ({', '.join(causes.values())})" if causes else "Remove them"
         raise DeltaguardError(
             f"With no delta left in any layer the safety KL is still {aligned.safety_kl:.2g}, above "
-            f"{limit:.2g}: what differs are norms, biases or embeddings. Take them from the aligned model "
-            "(--other-params aligned), or allow more."
+            f"{limit:.2g}: what differs are {what}. {done}, or allow more."
         )
     return aligned

@@ -1,43 +1,58 @@
 """Restore a fine-tuned checkpoint: plan from headers, solve layer by layer, write shard by shard."""
 
-import hashlib
-import json
+import re
 import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
-from huggingface_hub import metadata_load
 from pydantic import TypeAdapter
 
-from deltaguard import __version__
-from deltaguard.checkpoints.adapter import ADAPTER_FILE
 from deltaguard.checkpoints.adapter_writer import commit_adapter
-from deltaguard.checkpoints.checkpoint import WeightSource
+from deltaguard.checkpoints.companions import refuse_links_out
+from deltaguard.checkpoints.journal import FileRecord
 from deltaguard.checkpoints.mirror import bring_along
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.draw.card import model_card
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.progress import Event, Progress
-from deltaguard.report.base import ModelReference, environment
-from deltaguard.report.restore import REPORT_NAME, FileRow, LayerRow, OtherRow, PlanReport, RestoreReport
+from deltaguard.report.base import environment
+from deltaguard.report.restore import (
+    CARD_NAME,
+    REPORT_NAME,
+    FileRow,
+    LayerRow,
+    OtherRow,
+    PlanReport,
+    RestoreReport,
+)
 from deltaguard.restoration.adapter_output import refuse_what_no_adapter_holds, stage_restored_adapter
 from deltaguard.restoration.curvature import CurvatureReader
 from deltaguard.restoration.edit import edit
 from deltaguard.restoration.inputs import read_ahead
-from deltaguard.restoration.job import Job, find_store, open_job, open_models
+from deltaguard.restoration.job import Job, look, open_job
 from deltaguard.restoration.options import RestoreConfig
-from deltaguard.restoration.plan import Action, Plan
+from deltaguard.restoration.output import (
+    Output,
+    describe_output,
+    finished_report,
+    open_writer,
+    refuse_output,
+)
+from deltaguard.restoration.plan import Action, Plan, Step
 from deltaguard.restoration.price import PROHIBITIVE, Price, price_of
 
+T = TypeVar("T")
 _ROWS: TypeAdapter[tuple[LayerRow | OtherRow, ...]] = TypeAdapter(tuple[LayerRow | OtherRow, ...])
+_METADATA: TypeAdapter[dict[Any, Any] | None] = TypeAdapter(dict[Any, Any] | None)
+_PRICE = TypeAdapter(Price)
 
 
 def restore(
@@ -59,7 +74,8 @@ def restore(
     Args:
         aligned: the model before fine-tuning: a local folder, a Hub id, or `id@revision`.
         finetuned: the model after it: the same, or a PEFT LoRA adapter folder.
-        output_dir: a new or empty folder, unless the configuration says otherwise.
+        output_dir: a new or empty folder, unless the configuration says otherwise. With `resume`, the
+            finished output of the same job is left as it is.
         store: the aligned model's curvature; calibrated first where it is absent and the method needs it.
         config: method, strength and the other choices; the default is `RestoreConfig()`.
         progress: called after each tensor.
@@ -69,7 +85,7 @@ def restore(
 
     Raises:
         DeltaguardError: an input cannot be used, or the output cannot be written; nothing is left that
-            looks like a finished checkpoint.
+            looks like a finished checkpoint, and nothing is lost that no earlier restore wrote.
 
     Example:
         ```python
@@ -84,8 +100,12 @@ def restore(
     metadata = _front_matter(job.finetuned.folder)
     if config.output_format == "adapter":
         refuse_what_no_adapter_holds(job, plan)
-    with _writer(job, Path(output_dir), config) as writer:
-        writer.require_space(plan.write_bytes if config.output_format == "checkpoint" else 0)
+    output = describe_output(job, plan, Path(output_dir), config)
+    finished = finished_report(job, output, config)
+    if finished is not None:
+        return finished
+    with open_writer(job, output, config) as writer:
+        writer.require_space(output.needed, what=output.what)
         price = _price(job, plan, config, writer, progress)
         rows = _stage(job, plan, config, price, writer, progress)
         try:
@@ -95,9 +115,10 @@ def restore(
             # Of no use, so there is nothing to resume.
             writer.discard()
             raise
-        report = _report(job, config, price, rows, _files(writer, config, job.finetuned.shards), started)
+        report = _report(job, config, price, rows, output, started)
+        writer.text(CARD_NAME, model_card(report, front_matter=metadata))
+        report = report.model_copy(update={"files": _files(writer)})
         writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
-        writer.text("README.md", model_card(report, front_matter=metadata))
         if config.output_format == "adapter":
             commit_adapter(writer)
         else:
@@ -120,7 +141,7 @@ def _stage(
     if price is not None and price.dial is not None and price.dial.whole:
         plan = _all_finetuned(job.plan(config.model_copy(update={"other_params": "finetuned"})))
     rows = _write_shards(job, plan, config, price, writer, progress)
-    bring_along(job.aligned, job.finetuned, writer)
+    bring_along(job.aligned, job.finetuned, writer, config_from=config.config_from)
     return rows
 
 
@@ -135,29 +156,18 @@ def _price(
     job: Job, plan: Plan, config: RestoreConfig, writer: CheckpointWriter, progress: Progress | None
 ) -> Price | None:
     """The price of safety, kept because all shards of a resumed run must have the same."""
-    known = writer.remembered("price")
-    if known is not None:
-        return TypeAdapter(Price).validate_json(known)
-    price = price_of(job, plan, config, progress)
-    if price is not None:
-        writer.remember("price", TypeAdapter(Price).dump_json(price).decode())
+    price = writer.remembered("price", _PRICE)
+    if price is None:
+        price = price_of(job, plan, config, progress)
+        if price is not None:
+            writer.remember("price", _PRICE.dump_python(price, mode="json"))
     return price
-
-
-def _writer(job: Job, output_dir: Path, config: RestoreConfig) -> CheckpointWriter:
-    store = [job.store.folder] if job.store else []
-    return CheckpointWriter(
-        output_dir,
-        plan_hash=_plan_hash(job, config),
-        resume=config.resume,
-        overwrite=config.overwrite,
-        protected=(job.aligned.folder, job.finetuned.folder, *store),
-    )
 
 
 def plan_restore(
     aligned: str | Path,
     finetuned: str | Path,
+    output_dir: str | Path | None = None,
     *,
     store: CurvatureStore | str | Path | None = None,
     config: RestoreConfig | None = None,
@@ -167,19 +177,26 @@ def plan_restore(
     Args:
         aligned: as in `restore`.
         finetuned: as in `restore`.
+        output_dir: as in `restore`; where it is absent, whether it may be written is not asked.
         store: as in `restore`; where it is absent, none is made, and the layers are told by their names.
         config: as in `restore`.
 
     Raises:
-        DeltaguardError: the models cannot be restored.
+        DeltaguardError: the models cannot be restored, or not into that folder.
     """
     config = config or RestoreConfig()
-    base, tuned = open_models(aligned, finetuned)
-    known = find_store(base, store, rank=config.rank) if config.needs_curvature else None
-    job = Job(base, tuned, known)
+    job = look(aligned, finetuned, store=store, config=config)
     plan = job.plan(config)
     if config.output_format == "adapter":
         refuse_what_no_adapter_holds(job, plan)
+    _front_matter(job.finetuned.folder)
+    notes = ["the aligned model will be calibrated first"] if config.needs_curvature and not job.store else []
+    if output_dir is not None:
+        output = describe_output(job, plan, Path(output_dir), config)
+        if finished_report(job, output, config) is None:
+            refuse_output(job, output, config)
+        else:
+            notes.append("the output is there already, so there is nothing to do")
     return PlanReport(
         restored=plan.count(Action.RESTORE),
         from_aligned=plan.count(Action.ALIGNED),
@@ -189,7 +206,7 @@ def plan_restore(
         write_bytes=plan.write_bytes,
         curvature_bytes=plan.curvature_bytes,
         peak_bytes=plan.peak_bytes,
-        note="the aligned model will be calibrated first" if config.needs_curvature and not known else None,
+        note="; ".join(notes) or None,
     )
 
 
@@ -209,7 +226,7 @@ def _write_shards(
     for shard in job.finetuned.shards:
         finished = writer.finished(shard)
         if finished is not None:
-            rows += _ROWS.validate_python(finished.notes)
+            rows += _noted_rows(writer, finished, plan.in_shard(shard))
             continue
         with writer.shard(shard, job.finetuned.header(shard)) as sink:
             new: list[LayerRow | OtherRow] = []
@@ -222,6 +239,21 @@ def _write_shards(
                     progress(Event("restore", len(rows) + len(new), len(plan.steps)))
             sink.notes = _ROWS.dump_python(tuple(new), mode="json")
         rows += new
+    return rows
+
+
+def _noted_rows(
+    writer: CheckpointWriter, record: FileRecord, steps: Sequence[Step]
+) -> tuple[LayerRow | OtherRow, ...]:
+    """The rows of a shard that an interrupted run finished."""
+    rows = writer.notes(record, _ROWS)
+    wanted = [(s.info.name, s.info.shape if s.action is Action.RESTORE else None) for s in steps]
+    found = [(row.name, row.shape if isinstance(row, LayerRow) else None) for row in rows]
+    if found != wanted:
+        raise writer.damaged(
+            f"what was noted about {record.name}",
+            [f"it is about {len(found)} tensors, which are not the {len(wanted)} of that shard"],
+        )
     return rows
 
 
@@ -243,35 +275,28 @@ def _check_result(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price | 
         )
 
 
-def _plan_hash(job: Job, config: RestoreConfig) -> str:
-    """What produced a half-written output: it can be resumed by the same job alone."""
-    store = job.store.provenance if job.store else None
-    parts = [
-        __version__,
-        job.aligned.fingerprint(),
-        job.finetuned.fingerprint(),
-        store.model_dump_json() if store else "",
-        json.dumps(config.what_is_solved(), sort_keys=True),
-        *(job.finetuned.header(shard).hex() for shard in job.finetuned.shards),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
 def _front_matter(folder: Path) -> Mapping[str, Any] | None:
     """The metadata of the fine-tuned model's own card: its licence and languages go on holding."""
-    card = folder / "README.md"
-    try:
-        return metadata_load(card) if card.is_file() else None
-    except (ValueError, yaml.YAMLError) as error:
-        raise DeltaguardError(
-            f"The metadata at the head of {card} cannot be read: {error}. Correct it, or remove that file."
-        ) from error
+    card = folder / CARD_NAME
+    refuse_links_out(folder, [card])
+    if not card.is_file():
+        return None
+    # What the Hub reads: the YAML between the first line of dashes and the second.
+    first, *lines = re.split("\r\n?|\n", read_text(card).lstrip())
+    end = next((number for number, line in enumerate(lines) if line.rstrip() == "---"), None)
+    if first.rstrip() != "---" or end is None:
+        return None
+    source, remedy = f"The metadata at the head of {card}", "Correct it, or remove that file."
+    return parse_yaml("\n".join(lines[:end]), _METADATA, source=source, remedy=remedy)
 
 
-def _files(writer: CheckpointWriter, config: RestoreConfig, shards: Sequence[str]) -> tuple[FileRow, ...]:
-    names = [ADAPTER_FILE] if config.output_format == "adapter" else shards
-    records = [record for shard in names if (record := writer.finished(shard)) is not None]
-    return tuple(FileRow(name=record.name, bytes=record.bytes, sha256=record.sha256) for record in records)
+def _files(writer: CheckpointWriter) -> tuple[FileRow, ...]:
+    """Everything that is written but the report, in which this stands."""
+    return tuple(
+        FileRow(name=record.name, bytes=record.bytes, sha256=record.sha256)
+        for name, record in sorted(writer.records.items())
+        if name != REPORT_NAME
+    )
 
 
 def _report(
@@ -279,7 +304,7 @@ def _report(
     config: RestoreConfig,
     price: Price | None,
     rows: Sequence[LayerRow | OtherRow],
-    files: tuple[FileRow, ...],
+    output: Output,
     started: float,
 ) -> RestoreReport:
     layers = tuple(row for row in rows if isinstance(row, LayerRow))
@@ -292,13 +317,14 @@ def _report(
     kept = sum(row.kept_fraction * weight for row, weight in zip(changed, weights, strict=True))
     return RestoreReport(
         environment=environment(price.dial.device if price and price.dial else "cpu"),
-        aligned=_reference(job.aligned),
-        finetuned=_reference(job.finetuned),
+        aligned=job.aligned_reference,
+        finetuned=job.finetuned_reference,
         store_conversations=job.store.provenance.conversations_sha256 if job.store else None,
         options=config.what_is_solved(),
         layers=layers,
         others=tuple(row for row in rows if isinstance(row, OtherRow)),
-        files=files,
+        files=(),
+        plan_hash=output.plan_hash,
         mu=min(price.mu, PROHIBITIVE) if price else None,
         predicted_safety_kl=_predicted(changed) if price else None,
         dial=price.dial if price else None,
@@ -316,7 +342,3 @@ def _report(
 
 def _predicted(changed: Sequence[LayerRow]) -> float:
     return sum(row.detail.get("predicted_safety_kl", 0.0) for row in changed)
-
-
-def _reference(source: WeightSource) -> ModelReference:
-    return ModelReference(reference=source.reference, fingerprint=source.fingerprint())

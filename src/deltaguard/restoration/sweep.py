@@ -11,18 +11,19 @@ from torch import Tensor
 
 from deltaguard.budget.search import best, search
 from deltaguard.calibration.conversations import Conversation, read_prompts
-from deltaguard.checkpoints.durable import explained, write_atomically
+from deltaguard.checkpoints.durable import write_atomically
+from deltaguard.checkpoints.results import SWEEP, results_folder
 from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Event, Progress, ignore
-from deltaguard.report.base import ModelReference, environment
+from deltaguard.report.base import environment
 from deltaguard.report.restore import Probe
 from deltaguard.report.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
 from deltaguard.restoration.edit import named, projection_of
 from deltaguard.restoration.job import Job, open_job
-from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, SMALLEST_MAX_SAFETY_KL, RestoreConfig
 from deltaguard.restoration.plan import Step
 from deltaguard.restoration.price import (
     PROHIBITIVE,
@@ -57,18 +58,20 @@ def sweep(
     Args:
         aligned: as in `restore`.
         finetuned: as in `restore`.
-        output_dir: receives `sweep.json`.
+        output_dir: receives `sweep.json`; a new or empty folder, or that of an earlier sweep.
         store: as in `restore`.
-        limits: safety KL, nats per response token, each above 0.
+        limits: safety KL, nats per response token, each 1e-9 or more.
         utility: JSON lines with `prompt` and `response`, whose likelihood says what the task keeps.
-        config: method, device and where the other parameters come from; its dial or strength is not used.
+        config: method, device, and where the other parameters and the configuration come from; its dial or
+            strength is not used.
         progress: called as layers are read and candidates measured.
 
     Returns:
         The report, in the folder too.
 
     Raises:
-        DeltaguardError: an input cannot be used, or an option is out of range.
+        DeltaguardError: an input cannot be used, an option is out of range, or the folder holds something
+            else, is a model's, or another process works in it.
 
     Example:
         ```python
@@ -81,13 +84,15 @@ def sweep(
     config = config or RestoreConfig()
     _check(config, limits)
     tasks = _utility(utility)
-    with explained(Path(output_dir)):
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-    job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
-    bench = _Bench.open(job, config, tasks, progress or ignore)
-    report = bench.curve_report(sorted(set(limits)), started)
-    job.check_unchanged()
-    write_atomically(Path(output_dir) / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")
+    inputs = [aligned, finetuned]
+    if store is not None:
+        inputs.append(store.folder if isinstance(store, CurvatureStore) else store)
+    with results_folder(Path(output_dir), SWEEP, inputs=inputs):
+        job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
+        bench = _Bench.open(job, config, tasks, progress or ignore)
+        report = bench.curve_report(sorted(set(limits)), started)
+        job.check_unchanged()
+        write_atomically(Path(output_dir) / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")
     return report
 
 
@@ -119,7 +124,6 @@ class _Bench:
     candidate: Candidate
     layers: Mapping[str, _Layer]
     tasks: Sequence[Conversation]
-    aligned_nll: float | None
     finetuned_nll: float | None
     whole: Probe
     report: Progress
@@ -129,8 +133,7 @@ class _Bench:
         cls, job: Job, config: RestoreConfig, tasks: Sequence[Conversation], report: Progress
     ) -> "_Bench":
         plan = job.plan(config)
-        candidate = Candidate.open(job, plan, config)
-        aligned_nll = candidate.meter.likelihood(tasks) if tasks else None
+        candidate = Candidate.open(job, plan, config, tasks)
         whole = candidate.whole(report)
         finetuned_nll = candidate.meter.likelihood(tasks) if tasks else None
         candidate.settle()
@@ -150,7 +153,7 @@ class _Bench:
                 f"No layer of {job.finetuned.reference} differs from {job.aligned.reference}: there is "
                 "nothing to restore."
             )
-        return cls(candidate, layers, tasks, aligned_nll, finetuned_nll, whole, report)
+        return cls(candidate, layers, tasks, finetuned_nll, whole, report)
 
     def curve_report(self, limits: Sequence[float], started: float) -> SweepReport:
         """The curve, and what it was measured on."""
@@ -158,13 +161,14 @@ class _Bench:
         points, budgets = self.curve(limits)
         return SweepReport(
             environment=environment(_device_name(candidate.config)),
-            aligned=_reference(job.aligned.reference, job.aligned.fingerprint()),
-            finetuned=_reference(job.finetuned.reference, job.finetuned.fingerprint()),
+            aligned=job.aligned_reference,
+            finetuned=job.finetuned_reference,
             method="ridge" if candidate.config.method == "ridge" else "kfac",
+            config_from=candidate.config.config_from,
             conversations=candidate.conversations,
             tokens=candidate.meter.tokens,
             utility_conversations=len(self.tasks),
-            aligned_nll=self.aligned_nll,
+            aligned_nll=candidate.meter.aligned_likelihood,
             finetuned_kl=self.whole.safety_kl,
             finetuned_nll=self.finetuned_nll,
             points=points,
@@ -222,11 +226,11 @@ def _budget(points: Sequence[SweepPoint], limit: float) -> SweepBudget:
 def _check(config: RestoreConfig, limits: Sequence[float]) -> None:
     if not config.has_price:
         raise DeltaguardError(f"A sweep needs method kfac or ridge; {config.method} has no price to vary.")
-    wrong = [f"{limit:g}" for limit in limits if not (limit > 0 and math.isfinite(limit))]
+    wrong = [f"{limit:g}" for limit in limits if not SMALLEST_MAX_SAFETY_KL <= limit < math.inf]
     if wrong or not limits:
         raise DeltaguardError(
-            "Limits of safety KL are finite numbers above 0, in nats per response token, such as 1e-4; "
-            f"given: {', '.join(wrong) or 'none'}."
+            f"Limits of safety KL are finite numbers of {SMALLEST_MAX_SAFETY_KL:g} or more, in nats per "
+            f"response token, such as 1e-4; given: {', '.join(wrong) or 'none'}."
         )
 
 
@@ -241,10 +245,6 @@ def _utility(path: Path | None) -> list[Conversation]:
             "is measured."
         )
     return rows
-
-
-def _reference(name: str, fingerprint: str) -> ModelReference:
-    return ModelReference(reference=name, fingerprint=fingerprint)
 
 
 def _device_name(config: RestoreConfig) -> str:

@@ -1,24 +1,27 @@
 """Whether a restored checkpoint is what its report says, down to the bytes."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from deltaguard.checkpoints.adapter import ADAPTER_FILE
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.names import link_target, place_problem
 from deltaguard.checkpoints.opened import OpenFile
-from deltaguard.checkpoints.shards import TensorInfo, parse_header, read_header, read_tensor
+from deltaguard.checkpoints.shards import TensorInfo, read_tensor
 from deltaguard.errors import DeltaguardError
-from deltaguard.report.restore import REPORT_NAME, RestoreReport, Verification
+from deltaguard.files import read_json
+from deltaguard.report.restore import REPORT_NAME, FileRow, RestoreReport, Verification
+from deltaguard.restoration.verify_adapter import check_adapter
 
 _CHUNK = 1 << 22
 
 
 def verify(output_dir: str | Path) -> Verification:
-    """Check a restored checkpoint: index and shards, finite weights, and hashes against its report.
+    """Check a restored checkpoint: every file's hash against its report, index and shards, finite weights.
+
+    Of an adapter, also that it fits its base model: the layers of the report, and the aligned model if it
+    still lies in the folder that the report names.
 
     Args:
         output_dir: a folder that `restore` wrote.
@@ -27,7 +30,8 @@ def verify(output_dir: str | Path) -> Verification:
         What was found; problems are listed, not raised.
 
     Raises:
-        DeltaguardError: the folder holds no report, or no checkpoint that can be opened.
+        DeltaguardError: the folder holds no report that can be read, or the operating system refuses to read
+            a file, so that nothing can be said.
 
     Example:
         ```python
@@ -36,27 +40,30 @@ def verify(output_dir: str | Path) -> Verification:
     """
     folder = Path(output_dir)
     report = read_report(folder)
-    problems = _file_problems(folder, report)
-    if report.options.get("output_format") == "adapter":
-        header = read_header(OpenFile(folder / ADAPTER_FILE))
-        tensors: Mapping[str, TensorInfo] = {info.name: info for info in parse_header(header, ADAPTER_FILE)}
-    else:
-        tensors = Checkpoint.open(folder).tensors
-        problems += _name_problems(tensors.keys(), report)
-    for name, info in tensors.items():
-        tensor = read_tensor(OpenFile(folder / info.shard), info)
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            problems.append(
-                f"Tensor `{name}` holds {int((~tensor.isfinite()).sum())} NaN or infinite entries."
-            )
-    return Verification(folder=str(folder), tensors=len(tensors), problems=tuple(problems))
+    problems = [problem for row in report.files if (problem := _file_problem(folder, row))]
+    tensors: Mapping[str, TensorInfo] = {}
+    unchecked: tuple[str, ...] = ()
+    try:
+        if report.options.get("output_format") == "adapter":
+            adapter = check_adapter(folder, report)
+            tensors, unchecked = adapter.tensors, adapter.unchecked
+            problems += adapter.problems
+        else:
+            tensors = Checkpoint.open(folder).tensors
+            problems += _name_problems(tensors.keys(), report)
+        problems += _not_finite(folder, tensors)
+    except DeltaguardError as error:
+        problems.append(str(error))
+    return Verification(
+        folder=str(folder), tensors=len(tensors), problems=tuple(problems), unchecked=unchecked
+    )
 
 
 def read_report(folder: Path) -> RestoreReport:
-    """The report of a restored checkpoint.
+    """Read the report of a restored checkpoint.
 
     Raises:
-        DeltaguardError: there is none, or it is of another version.
+        DeltaguardError: there is none, or it is damaged or of another version.
     """
     path = folder / REPORT_NAME
     if not path.is_file():
@@ -64,10 +71,19 @@ def read_report(folder: Path) -> RestoreReport:
             f"{folder} holds no {REPORT_NAME}: it was not written by `deltaguard restore`, or the restore "
             "did not finish."
         )
-    try:
-        return RestoreReport.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise DeltaguardError(f"{path} is not a report of this version of deltaguard: {error}") from error
+    return read_json(
+        path, RestoreReport, remedy="Copy the report again from where it was written, or restore again."
+    )
+
+
+def _not_finite(folder: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    for name, info in tensors.items():
+        tensor = read_tensor(OpenFile(folder / info.shard), info)
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            # Torch does not tell of numbers of 8 bits whether they are finite.
+            tensor = tensor.float()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            yield f"Tensor `{name}` holds {int((~tensor.isfinite()).sum())} NaN or infinite entries."
 
 
 def _name_problems(found: AbstractSet[str], report: RestoreReport) -> list[str]:
@@ -78,17 +94,26 @@ def _name_problems(found: AbstractSet[str], report: RestoreReport) -> list[str]:
     ]
 
 
-def _file_problems(folder: Path, report: RestoreReport) -> list[str]:
-    problems: list[str] = []
-    for row in report.files:
-        path = folder / row.name
+def _file_problem(folder: Path, row: FileRow) -> str | None:
+    """What is wrong with a file, None where it is as it was written."""
+    path, problem = folder / row.name, place_problem(folder, row.name)
+    if problem:
+        return f"{problem}: it is not read."
+    target = link_target(folder, path)
+    # Weights may lie on another disk.
+    if target is not None and path.suffix != ".safetensors":
+        return f"File {row.name} is a link out of the folder, to {target}: it is not read."
+    try:
         if not path.is_file():
-            problems.append(f"File {row.name} is in the report and not in the folder.")
-        elif path.stat().st_size != row.bytes:
-            problems.append(f"File {row.name} has {path.stat().st_size} bytes; the report says {row.bytes}.")
-        elif (found := _sha256(path)) != row.sha256:
-            problems.append(f"File {row.name} has sha256 {found}; the report says {row.sha256}.")
-    return problems
+            return f"File {row.name} is in the report and not in the folder."
+        if path.stat().st_size != row.bytes:
+            return f"File {row.name} has {path.stat().st_size} bytes; the report says {row.bytes}."
+        found = _sha256(path)
+    except OSError as error:
+        raise DeltaguardError(f"{path} cannot be read: {error.strerror}.") from error
+    return (
+        None if found == row.sha256 else f"File {row.name} has sha256 {found}; the report says {row.sha256}."
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -134,6 +134,8 @@ def _decompose(delta: Tensor, rank: int | None, tolerance: float) -> _Svd:
 
 
 def _exact(delta: Tensor) -> _Svd:
+    if not is_finite(delta):
+        raise ValueError(f"The product of the delta's factors is too large for {delta.dtype}.")
     return _Svd(*torch.linalg.svd(delta, full_matrices=False), rest=0.0)
 
 

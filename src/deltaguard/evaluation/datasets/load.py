@@ -10,6 +10,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets.registry import DATASETS, DatasetSpec
 from deltaguard.evaluation.datasets.rows import ONLY_COLUMN, Row, read_rows
 from deltaguard.evaluation.exchange import Question
+from deltaguard.loading import foreign
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,6 @@ def _where_to_get(spec: DatasetSpec) -> str:
 def _from_hub(spec: DatasetSpec) -> Sequence[Row]:
     try:
         from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise DeltaguardError(
             f"Fetching {spec.title} from the Hub needs datasets, not installed here: "
@@ -141,15 +141,13 @@ def _from_hub(spec: DatasetSpec) -> Sequence[Row]:
     options: dict[str, Any] = {} if spec.hub_files is None else {"data_files": spec.hub_files}
     if spec.headerless:
         options["column_names"] = [ONLY_COLUMN]
-    try:
-        found: Any = load_dataset(spec.hub_id, spec.config, split=spec.split, **options)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DeltaguardError(
-            f"{spec.title} could not be fetched from the Hub: {error}. {_where_to_get(spec)} If the "
-            f"repository asks for it, accept its terms at https://huggingface.co/datasets/{spec.hub_id} and "
-            "run `hf auth login`; or give the path of a file of your own."
-        ) from error
-    return list(found)
+    advice = (
+        f"{_where_to_get(spec)} If the repository asks for it, accept its terms at "
+        f"https://huggingface.co/datasets/{spec.hub_id} and run `hf auth login`; or give the path of a file "
+        "of your own."
+    )
+    with foreign(f"{spec.title} could not be fetched from the Hub. {advice} The reason"):
+        return list(load_dataset(spec.hub_id, spec.config, split=spec.split, **options))
 
 
 def _named(spec: DatasetSpec, rows: Sequence[Row], source: str) -> list[Question]:

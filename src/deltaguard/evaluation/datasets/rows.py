@@ -1,13 +1,18 @@
 """Rows of a local data file: CSV, TSV, JSON, JSON lines or parquet."""
 
 import csv
-import json
+import io
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+from pydantic import TypeAdapter
+
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import MAX_BYTES, read_file, read_json, read_json_lines, read_text
+from deltaguard.loading import foreign
 
 Row = Mapping[str, object]
 
@@ -15,6 +20,7 @@ ONLY_COLUMN = "prompt"
 """The column of files that hold nothing but texts, without a name for them."""
 
 _LIST_KEYS = ("instructions", "prompts")
+_MOST_ROWS = 1_000_000
 
 
 def read_rows(path: Path, *, headerless: bool = False) -> list[Row]:
@@ -44,23 +50,28 @@ def read_rows(path: Path, *, headerless: bool = False) -> list[Row]:
             f"{path} has the ending {path.suffix!r}; data files end with {', '.join(_READERS)}. Convert it, "
             "or unpack it where it is compressed."
         )
+    return _texts(path) if headerless and path.suffix.lower() == ".csv" else reader(path)
+
+
+def _cells(path: Path, delimiter: str) -> list[list[str]]:
+    """The cells of a file, row by row; empty rows are left out."""
+    lines = io.StringIO(read_text(path), newline="")
     try:
-        return _texts(path) if headerless and path.suffix.lower() == ".csv" else reader(path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return [row for row in csv.reader(lines, delimiter=delimiter) if row]
+    except csv.Error as error:
         raise DeltaguardError(f"The data file {path} cannot be read: {error}.") from error
 
 
 def _csv(path: Path, delimiter: str = ",") -> list[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        rows = list(csv.DictReader(stream, delimiter=delimiter))
-    broken = [i for i, row in enumerate(rows, start=1) if cast("object", None) in row]
+    header, *rows = _cells(path, delimiter) or [[]]
+    broken = [i for i, row in enumerate(rows, start=1) if len(row) > len(header)]
     if broken:
         raise DeltaguardError(
             f"{len(broken)} rows of {path} have more fields than its header, the first being row "
             f"{broken[0]}: put quotes around texts that hold {delimiter!r}."
         )
     # A cell without text is no text: the format cannot tell the two apart.
-    return [{column: text or None for column, text in row.items()} for row in rows]
+    return [{column: text or None for column, text in zip_longest(header, row)} for row in rows]
 
 
 def _tsv(path: Path) -> list[Row]:
@@ -69,8 +80,7 @@ def _tsv(path: Path) -> list[Row]:
 
 def _texts(path: Path) -> list[Row]:
     """A CSV file of one column without a header; a header that is there is seen by its name."""
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        rows = [row for row in csv.reader(stream) if row]
+    rows = _cells(path, ",")
     if rows and {name.casefold() for name in rows[0]} & {"prompt", "instruction"}:
         return _csv(path)
     wide = [i for i, row in enumerate(rows, start=1) if len(row) > 1]
@@ -83,10 +93,7 @@ def _texts(path: Path) -> list[Row]:
 
 
 def _json(path: Path) -> list[Row]:
-    try:
-        value: object = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DeltaguardError(f"{path} is not JSON: {error}.") from error
+    value = read_json(path, TypeAdapter(object), remedy="It must hold a list of objects or texts.")
     if isinstance(value, dict):
         found = _list_in(cast("dict[str, object]", value))
         value = value if found is None else found
@@ -108,16 +115,8 @@ def _list_in(value: Mapping[str, object]) -> object:
 
 
 def _jsonl(path: Path) -> list[Row]:
-    # Not splitlines: JSON text may hold U+2028 and its kind, which end no line here.
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    items: list[object] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                items.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DeltaguardError(f"Line {number} of {path} is not JSON: {error.msg}.") from error
-    return _as_rows(path, items)
+    remedy = "Each line must hold an object or a text."
+    return _as_rows(path, read_json_lines(path, TypeAdapter(object), remedy=remedy))
 
 
 def _as_rows(path: Path, items: Sequence[object]) -> list[Row]:
@@ -134,16 +133,24 @@ def _as_rows(path: Path, items: Sequence[object]) -> list[Row]:
 
 def _parquet(path: Path) -> list[Row]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise DeltaguardError(
             f"Reading {path} needs pyarrow, not installed here: `pip install 'deltaguard[eval]'`."
         ) from error
-    try:
-        table: Any = parquet.read_table(path)
-    except ArrowInvalid as error:
-        raise DeltaguardError(f"{path} is not a parquet file: {error}.") from error
-    return table.to_pylist()
+    content = io.BytesIO(read_file(path))
+    with foreign(f"The parquet file {path} cannot be read"):
+        file: Any = parquet.ParquetFile(content)
+        count: int = file.metadata.num_rows
+        size: int = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+    # A few bytes of such a file may stand for any number of rows.
+    if count > _MOST_ROWS or size > MAX_BYTES:
+        raise DeltaguardError(
+            f"{path} has {count:,} rows of {size:,} bytes in all; {_MOST_ROWS:,} rows of {MAX_BYTES:,} bytes "
+            "are read at most. Give a file with the rows that are wanted."
+        )
+    with foreign(f"The parquet file {path} cannot be read"):
+        return file.read().to_pylist()
 
 
 _READERS: Mapping[str, Callable[[Path], list[Row]]] = MappingProxyType(

@@ -7,8 +7,8 @@ from typing import Any
 from deltaguard import loading
 from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.hub import locate
-from deltaguard.checkpoints.lora import read_lora_config
+from deltaguard.checkpoints.hub import is_local, locate
+from deltaguard.checkpoints.lora_config import read_lora_config
 from deltaguard.errors import DeltaguardError
 
 
@@ -52,13 +52,15 @@ def find_folders(reference: str) -> Folders:
     folder = locate(reference)
     if not is_adapter(reference):
         return Folders(folder, None, folder)
-    base = read_lora_config(folder, reference).base_model_name_or_path
+    lora = read_lora_config(folder, reference)
+    base = lora.base_model_name_or_path
     if not base:
         raise DeltaguardError(
             f"The adapter {reference} does not name its model (base_model_name_or_path in "
             "adapter_config.json). Name it there, or evaluate the merged checkpoint."
         )
-    model = locate(base)
+    # On the Hub alone a model has revisions.
+    model = locate(base if not lora.revision or is_local(base) else f"{base}@{lora.revision}")
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     return Folders(model, folder, folder if has_tokenizer else model)
 

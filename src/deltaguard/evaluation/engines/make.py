@@ -1,11 +1,12 @@
 """An engine by name."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.address import public_address
+from deltaguard.evaluation.address import public_address, require_address
 from deltaguard.evaluation.engines.identity import Identity, identify
 from deltaguard.evaluation.engines.openai import OpenAIEngine
 from deltaguard.evaluation.engines.transformers import (
@@ -15,6 +16,8 @@ from deltaguard.evaluation.engines.transformers import (
 )
 from deltaguard.evaluation.engines.vllm import VLLMEngine
 from deltaguard.evaluation.exchange import Engine
+from deltaguard.evaluation.missing import MAX_MISSING
+from deltaguard.evaluation.server import Server
 
 EngineName = Literal["transformers", "vllm", "openai"]
 
@@ -30,17 +33,23 @@ class EngineConfig:
         batch_size: questions at a time.
         base_url: of the server, for `openai`.
         api_key_env: the environment variable with the server's key.
+        timeout: seconds for each request to the server, from its beginning to the end of the reply.
+        max_missing: the share of a section's answers that a server may fail to give. What is missing is left
+            out of every number and named in the report; above the share the run ends.
 
     Raises:
-        DeltaguardError: `openai` has no `base_url`, another engine has one, or `batch_size` is not positive.
+        DeltaguardError: `openai` has no `base_url` or one that is none, another engine has one, or a number
+            is out of range.
     """
 
     name: EngineName = "transformers"
     device: str = "auto"
     dtype: Dtype = "auto"
     batch_size: int = 32
-    base_url: str | None = None
+    base_url: str | None = field(default=None, repr=False)
     api_key_env: str = "OPENAI_API_KEY"
+    timeout: float = 60.0
+    max_missing: float = MAX_MISSING
 
     def __post_init__(self) -> None:
         if self.name == "openai" and not self.base_url:
@@ -49,6 +58,14 @@ class EngineConfig:
             raise DeltaguardError(f"--base-url is for --engine openai; the engine is {self.name}.")
         if self.batch_size < 1:
             raise DeltaguardError(f"The batch size must be at least 1, and is {self.batch_size}.")
+        if not 0 < self.timeout < math.inf:
+            raise DeltaguardError(f"The time limit must be more than 0 seconds, and is {self.timeout}.")
+        if not 0 <= self.max_missing < 1:
+            raise DeltaguardError(
+                f"The share of answers that may be missing is 0 or more and below 1, not {self.max_missing}."
+            )
+        if self.base_url is not None:
+            require_address(self.base_url)
 
     @property
     def described(self) -> str:
@@ -76,7 +93,7 @@ def make_engine(reference: str, config: EngineConfig) -> Engine:
         DeltaguardError: it cannot be loaded, or a package is missing.
     """
     if config.base_url is not None:
-        return OpenAIEngine(config.base_url, reference, config.api_key_env)
+        return OpenAIEngine(Server(config.base_url, reference, config.api_key_env, config.timeout))
     if config.name == "vllm":
         return VLLMEngine.open(reference, dtype=config.dtype, batch_size=config.batch_size)
     return TransformersEngine.open(

@@ -8,11 +8,12 @@ import torch
 
 from deltaguard.calibration.conversations import Conversation, render
 from deltaguard.device import find_device
+from deltaguard.evaluation.engines.adapters import merge_adapter
 from deltaguard.evaluation.engines.identity import Folders, find_folders, load_tokenizer
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
 from deltaguard.evaluation.utility.likelihood import negative_log_likelihood
 from deltaguard.generation import generate
-from deltaguard.loading import foreign, load_model
+from deltaguard.loading import load_model
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -94,13 +95,7 @@ def rendered(tokenizer: Any, question: Question) -> str:
 
 def _load(folders: Folders, reference: str, dtype: str) -> Any:
     model = load_model(folders.model, reference, dtype=None if dtype == "auto" else getattr(torch, dtype))
-    if folders.adapter is None:
-        return model
-    from peft import PeftModel
-
-    with foreign(f"peft cannot load {reference}"):
-        adapted: Any = PeftModel.from_pretrained(model, str(folders.adapter))
-        return adapted.merge_and_unload()
+    return model if folders.adapter is None else merge_adapter(model, folders.adapter, reference)
 
 
 def resolved_dtype(dtype: Dtype, device: str) -> Dtype:

@@ -12,6 +12,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.identity import find_folders, load_tokenizer, whole_model
 from deltaguard.evaluation.engines.transformers import Dtype, rendered
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
+from deltaguard.loading import foreign
 
 
 @dataclass
@@ -38,27 +39,34 @@ class VLLMEngine:
             batch_size: questions handed to vLLM at a time.
 
         Raises:
-            DeltaguardError: vLLM is not installed, or the reference is an adapter.
+            DeltaguardError: vLLM is not installed or cannot load the model, or the reference is an adapter.
         """
-        try:
-            from vllm import LLM  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise DeltaguardError(
-                "The vllm engine needs vLLM, which has its own demands on GPU and torch: see "
-                "https://docs.vllm.ai, or use `--engine transformers`."
-            ) from error
-        model: Any = LLM(model=str(whole_model(reference)), dtype=dtype)
-        return cls(model, load_tokenizer(find_folders(reference)), batch_size)
+        folder, tokenizer = whole_model(reference), load_tokenizer(find_folders(reference))
+        with foreign(f"vLLM cannot load {reference}"):
+            try:
+                from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+            except ImportError as error:
+                raise DeltaguardError(
+                    "The vllm engine needs vLLM, which has its own demands on GPU and torch: see "
+                    "https://docs.vllm.ai, or use `--engine transformers`."
+                ) from error
+            model: Any = LLM(model=str(folder), dtype=dtype)
+        return cls(model, tokenizer, batch_size)
 
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
     ) -> list[str]:
-        """One answer a question, in order; prompts are rendered and tokenised here, as for transformers."""
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        """Answer each question, in order; prompts are rendered and tokenised here, as for transformers.
 
-        drawn: Any = SamplingParams(
-            temperature=decoding.temperature, seed=decoding.seed, max_tokens=decoding.max_new_tokens
-        )
+        Raises:
+            DeltaguardError: vLLM fails.
+        """
+        with foreign("vLLM cannot draw answers as the suite asks"):
+            from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+
+            drawn: Any = SamplingParams(
+                temperature=decoding.temperature, seed=decoding.seed, max_tokens=decoding.max_new_tokens
+            )
         texts = [rendered(self.tokenizer, question) for question in questions]
         answers: list[str] = []
         for start in range(0, len(texts), self.batch_size):
@@ -66,22 +74,28 @@ class VLLMEngine:
                 {"prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
                 for text in texts[start : start + self.batch_size]
             ]
-            outputs = self.model.generate(batch, drawn, use_tqdm=False)
-            found = [output.outputs[0].text.strip() for output in outputs]
+            with foreign("vLLM cannot answer"):
+                outputs = self.model.generate(batch, drawn, use_tqdm=False)
+                found = [str(output.outputs[0].text).strip() for output in outputs]
             if on_batch is not None:
                 on_batch(range(start, start + len(found)), found)
             answers += found
         return answers
 
     def close(self) -> None:
-        """Stop vLLM and give back its memory, so that the next model finds room."""
+        """Stop vLLM and give back its memory, so that the next model finds room.
+
+        Raises:
+            DeltaguardError: vLLM fails to stop.
+        """
         model, self.model = self.model, None
         if model is None:
             return
-        _shut_down(model)
-        # The last reference: what vLLM keeps of its own goes with the collection.
-        del model
-        _clean_up()
+        with foreign("vLLM cannot be stopped"):
+            _shut_down(model)
+            # The last reference: what vLLM keeps of its own goes with the collection.
+            del model
+            _clean_up()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

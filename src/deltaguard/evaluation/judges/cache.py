@@ -5,7 +5,17 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deltaguard.errors import DeltaguardError
+from pydantic import BaseModel, ConfigDict, Field
+
+from deltaguard.checkpoints.durable import explained
+from deltaguard.files import read_journal
+
+
+class _Score(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    key: str
+    score: int = Field(ge=1, le=5)
 
 
 @dataclass
@@ -14,16 +24,22 @@ class ScoreCache:
 
     Attributes:
         path: the file; made on the first score. `None` keeps the scores in memory alone.
+
+    Raises:
+        DeltaguardError: the file cannot be read, or holds something else.
     """
 
     path: Path | None
     _scores: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._scores = {} if self.path is None or not self.path.exists() else _read(self.path)
+        remedy = "Remove the file, or name another as the judge's cache: it is then asked again."
+        rows = [] if self.path is None else read_journal(self.path, _Score, remedy=remedy)
+        # Of two evaluations that share a file, both may have asked.
+        self._scores = {row.key: row.score for row in rows}
 
     def get(self, key: str) -> int | None:
-        """The score, `None` where there is none."""
+        """Look a score up, `None` where there is none."""
         return self._scores.get(key)
 
     def put(self, key: str, score: int) -> None:
@@ -31,24 +47,9 @@ class ScoreCache:
         self._scores[key] = score
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"key": key, "score": score}) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-
-
-def _read(path: Path) -> dict[str, int]:
-    """The scores of whole lines; a last line that a kill cut short is removed from the file."""
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    try:
-        rows = [json.loads(line) for line in whole.splitlines()]
-        return {row["key"]: int(row["score"]) for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DeltaguardError(
-            f"The judge's cache {path} holds a line that is no score ({error}). Delete the file, or name "
-            "another."
-        ) from error
+        with explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"key": key, "score": score}) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())

@@ -108,7 +108,11 @@ def perplexity(
         At least 1; about the number of tokens that the model would find equally likely at each step.
     """
     asked = [Conversation(each.prompt, response=each.answer) for each in exchanges]
-    return [exp(nats) for nats in negative_log_likelihood(model, tokenizer, asked, batch_size=batch_size)]
+    # Beyond 700 nats a float is infinite, and the text is broken long before.
+    return [
+        exp(min(nats, 700.0))
+        for nats in negative_log_likelihood(model, tokenizer, asked, batch_size=batch_size)
+    ]
 
 
 def is_broken(answer: str) -> bool:

@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 import torch
 
+from deltaguard.chat_template import apply_template
 from deltaguard.checkpoints.hub import locate
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Judgement, Verdict
 from deltaguard.evaluation.judges.templates import fields, fill, template_in_card
+from deltaguard.files import read_text
 from deltaguard.generation import generate
 from deltaguard.loading import load_model, load_tokenizer
 
@@ -176,14 +178,11 @@ class GuardJudge:
                 f"The input format of {self.template} stands in the guard's model card, and there is no "
                 f"{card}. Put the card beside the weights, or give the format as prompt_file."
             )
-        return template_in_card(card.read_text(encoding="utf-8"), wanted, source=str(card))
+        return template_in_card(read_text(card), wanted, source=str(card))
 
 
 def _read_format(path: Path, wanted: frozenset[str]) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeltaguardError(f"The prompt file {path} cannot be read: {error}.") from error
+    text = read_text(path)
     if fields(text) != wanted:
         raise DeltaguardError(
             f"The prompt file {path} has the fields {', '.join(sorted(fields(text))) or '(none)'}, and "
@@ -202,7 +201,7 @@ def _chat(tokenizer: Any, exchange: Exchange) -> str:
         {"role": "user", "content": exchange.prompt},
         {"role": "assistant", "content": exchange.answer},
     ]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return apply_template(tokenizer, messages)
 
 
 def _first_word(output: str, *, harmful: str, harmless: str) -> Verdict:

@@ -15,6 +15,7 @@ from deltaguard.evaluation.judges.specs import (
     KeywordsSpec,
     OpeningSpec,
 )
+from deltaguard.evaluation.server import Server
 
 CACHE_NAME = "judge-cache.jsonl"
 """The file that keeps the scores of language models, where no other is named."""
@@ -30,7 +31,7 @@ def make_judge(spec: JudgeSpec, *, device: str = "cpu", cache_dir: Path | None =
             they are kept in memory.
 
     Raises:
-        DeltaguardError: a classifier cannot be found, or lacks the labels.
+        DeltaguardError: a classifier cannot be found or lacks the labels, or a server cannot be asked.
 
     Example:
         >>> make_judge(OpeningSpec()).name
@@ -60,13 +61,14 @@ def make_judge(spec: JudgeSpec, *, device: str = "cpu", cache_dir: Path | None =
             label=spec.name,
         )
     cache = spec.cache or (cache_dir / CACHE_NAME if cache_dir else None)
-    return LLMJudge(
+    server = Server(
         base_url=spec.base_url,
         model=spec.model,
         api_key_env=spec.api_key_env,
-        cache=cache,
+        timeout=spec.timeout,
         retries=spec.retries,
-        max_workers=spec.max_workers,
-        threshold=spec.threshold,
-        name=spec.name,
+        workers=spec.max_workers,
+    )
+    return LLMJudge(
+        server, cache=cache, threshold=spec.threshold, max_missing=spec.max_missing, name=spec.name
     )

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltaguard.evaluation.judges.guards import GuardKind
+from deltaguard.evaluation.missing import MAX_MISSING
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class OpeningSpec(_Spec):
@@ -57,6 +58,8 @@ class LLMSpec(_Spec):
     cache: Path | None = None
     retries: int = Field(default=4, ge=0)
     max_workers: int = Field(default=8, ge=1)
+    timeout: float = Field(default=60, gt=0)
+    max_missing: float = Field(default=MAX_MISSING, ge=0, lt=1)
     threshold: int = Field(default=4, ge=2, le=5)
     name: str = Field(default="llm", min_length=1)
 

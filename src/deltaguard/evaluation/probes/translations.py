@@ -5,14 +5,15 @@ in each, so that a rate is uncertain by about 20 points; a judge that knows Engl
 them.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from types import MappingProxyType
 from typing import Literal
 
+from pydantic import TypeAdapter
+
 from deltaguard.evaluation.exchange import Question
+from deltaguard.files import read_data
 
 Language = Literal["de", "es", "sw"]
 
@@ -46,6 +47,5 @@ def translated_prompts(language: Language) -> tuple[TranslatedPrompt, ...]:
         >>> [row.language for row in translated_prompts("sw")][:1]
         ['sw']
     """
-    text = (files("deltaguard") / "data" / "translated_prompts.jsonl").read_text(encoding="utf-8")
-    rows = (TranslatedPrompt(**json.loads(line)) for line in text.split("\n") if line)
+    rows = read_data("translated_prompts.jsonl", TypeAdapter(TranslatedPrompt))
     return tuple(row for row in rows if row.language == language)

@@ -1,15 +1,14 @@
 """The schema of a suite, and reading one by name or from a file."""
 
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.judges.specs import JudgeSpec
+from deltaguard.files import parse_yaml, read_yaml
 from deltaguard.report.evaluation import SectionKind
 
 SUITES = ("quick", "safety", "utility", "full")
@@ -19,11 +18,13 @@ Builtin = Literal["attack", "harmless", "translated", "general", "task"]
 _DescribedT = TypeVar("_DescribedT", bound=BaseModel)
 # Names become names of files; a probe's name is joined with a slash.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+# What every generator of random numbers takes.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DecodingSpec(_Part):
@@ -36,7 +37,7 @@ class DecodingSpec(_Part):
     """
 
     temperature: float = Field(default=0.0, ge=0)
-    seed: int = 0
+    seed: Seed = 0
     max_new_tokens: Positive = 64
 
 
@@ -53,7 +54,7 @@ class SecondAttack(_Part):
     count: Positive = 10
     epochs: float = Field(default=5, gt=0)
     learning_rate: float = Field(default=1e-4, gt=0)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Gcg(_Part):
@@ -79,7 +80,7 @@ class Harness(_Part):
 
     tasks: tuple[str, ...] = Field(min_length=1)
     limit: Positive | None = None
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Section(_Part):
@@ -118,7 +119,7 @@ class Section(_Part):
     file: Path | None = None
     harness: Harness | None = None
     count: Positive | None = None
-    seed: int = 0
+    seed: Seed = 0
     max_new_tokens: Positive | None = None
     probes: tuple[str, ...] = ()
     scorers: tuple[str, ...] = ()
@@ -190,17 +191,14 @@ def read_suite(name_or_path: str | Path) -> Suite:
         >>> read_suite("quick").name
         'quick'
     """
+    remedy = "The page on evaluating models, in the documentation, says what a suite may hold."
     if str(name_or_path) in SUITES:
         text = (files("deltaguard.evaluation.suites") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-        return _parse(text, f"suite {name_or_path}")
+        return parse_yaml(text, Suite, source=f"The suite {name_or_path}", remedy=remedy)
     path = Path(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeltaguardError(
-            f"The suite {path} cannot be read ({error}). Give a YAML file or one of {', '.join(SUITES)}."
-        ) from error
-    suite = _parse(text, str(path))
+    if not path.exists():
+        raise DeltaguardError(f"There is no suite {path}: give a YAML file or one of {', '.join(SUITES)}.")
+    suite = read_yaml(path, Suite, remedy=remedy)
     return suite.model_copy(
         update={
             "sections": tuple(_from_folder(section, path.parent) for section in suite.sections),
@@ -210,23 +208,6 @@ def read_suite(name_or_path: str | Path) -> Suite:
 
 
 def _from_folder(described: _DescribedT, folder: Path) -> _DescribedT:
-    """Paths in a suite are relative to the suite."""
+    """Make paths in a suite relative to the suite."""
     found = {name: value for name, value in described if isinstance(value, Path)}
     return described.model_copy(update={name: folder / path for name, path in found.items()})
-
-
-def _parse(text: str, where: str) -> Suite:
-    try:
-        content: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DeltaguardError(f"The suite {where} is not YAML: {error}") from error
-    if not isinstance(content, Mapping):
-        raise DeltaguardError(f"The suite {where} must map names such as `sections` to values.")
-    try:
-        return Suite.model_validate(content)
-    except ValidationError as error:
-        problems = "\n".join(
-            f"  {'.'.join(map(str, each['loc'])) or 'suite'}: {each['msg'].removeprefix('Value error, ')}"
-            for each in error.errors()
-        )
-        raise DeltaguardError(f"The suite {where} cannot be used:\n{problems}") from error

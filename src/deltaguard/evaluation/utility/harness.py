@@ -11,7 +11,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from deltaguard.checkpoints.code import refuse_code
 from deltaguard.errors import DeltaguardError
@@ -45,7 +47,8 @@ class HarnessScore:
     value: float
     stderr: float | None
     higher_is_better: bool | None
-    samples: int
+    # Bounded, so that a damaged file is found when it is read.
+    samples: Annotated[int, Field(ge=0, lt=2**53)]
     version: str
     n_shot: int | None
     chat_template: bool

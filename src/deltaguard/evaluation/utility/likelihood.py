@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deltaguard.calibration.conversations import Conversation, Encoded, encode
 from deltaguard.errors import DeltaguardError
+from deltaguard.logits import require_known_tokens
 
 
 def negative_log_likelihood(
@@ -59,6 +60,7 @@ def negative_log_likelihood(
 def _batch(model: Any, encoded: Sequence[Encoded]) -> list[float]:
     ids, mask, is_response = (tensor.to(model.device) for tensor in _padded(encoded))
     # The logits at one position predict the next token.
+    require_known_tokens(model, int(ids.max()))
     predicted = is_response[:, 1:]
     kept = predicted.any(dim=0).nonzero()[:, 0]
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits

@@ -1,0 +1,105 @@
+"""What a server must reply to count as an answer, in the form of OpenAI's chat completions."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.files import ANY_OBJECT, parse_json
+
+AGAIN = frozenset({408, 409, 425, 429})
+"""Statuses below 500 that may be others a moment later."""
+
+_BEGINNING = 80
+"""Characters of a reply that cannot be read, for messages."""
+
+_ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)", re.DOTALL)
+
+
+class _Message(BaseModel):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+    error: Any = None
+
+
+class _Completion(BaseModel):
+    # One is asked for. Of a million wrong ones, each would be a problem to tell.
+    choices: list[_Choice] = Field(default=[], max_length=10)
+    error: Any = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A reply that holds no answer.
+
+    Attributes:
+        reason: what came instead, as the server says it.
+        again: whether the same request may fare better a moment later.
+    """
+
+    reason: str
+    again: bool = True
+
+
+def read_reply(status: int, text: str) -> str | Failure:
+    """Tell an answer from everything else that a server may send.
+
+    An answer is what the message says, or the refusal that some services set beside an empty content. It is
+    an answer where it is empty, where it ends at the limit of tokens (`length`), and where the service's
+    filter cut it off or withheld it (`content_filter`): that is how the service answers.
+
+    Args:
+        status: of HTTP.
+        text: of the body. Lone halves of surrogate pairs in it, which no file can hold, become U+FFFD.
+
+    Example:
+        >>> read_reply(200, '{"choices": [{"message": {"content": " Yes. "}}]}')
+        'Yes.'
+        >>> read_reply(200, '{"error": "out of memory"}')
+        Failure(reason='the reply is an error: out of memory', again=True)
+    """
+    if not 200 <= status < 300:
+        return _refused(status, text)
+    whole = _ESCAPE.sub(lambda found: r"\ufffd" if found[1] else found[0], text)
+    try:
+        reply = parse_json(whole.encode(), _Completion, source="the reply", remedy="")
+    except DeltaguardError as error:
+        return Failure(f"{str(error).strip()}; it begins with {text[:_BEGINNING]!r}")
+    if reply.error is not None:
+        return Failure(f"the reply is an error: {_said(reply.error)}")
+    if not reply.choices:
+        return Failure(f"the reply has no choices; it begins with {text[:_BEGINNING]!r}")
+    return _answer(reply.choices[0])
+
+
+def _answer(choice: _Choice) -> str | Failure:
+    if choice.error is not None or choice.finish_reason == "error":
+        return Failure(f"the reply is an error{': ' if choice.error else ''}{_said(choice.error or '')}")
+    return (choice.message.content or "").strip() or (choice.message.refusal or "").strip()
+
+
+def _refused(status: int, text: str) -> str | Failure:
+    try:
+        body = parse_json(text.encode(), ANY_OBJECT, source="", remedy="")
+    except DeltaguardError:
+        body = {}
+    error = body.get("error")
+    if status == 400 and isinstance(error, dict) and error.get("code") == "content_filter":
+        return ""
+    said = text if error is None else _said(error)
+    return Failure(
+        f"status {status}{': ' if said.strip() else ''}{said}", again=status in AGAIN or status >= 500
+    )
+
+
+def _said(error: Any) -> str:
+    """The message of an error object; all of what is none."""
+    message = error.get("message") if isinstance(error, dict) else error
+    return message if isinstance(message, str) else str(error)

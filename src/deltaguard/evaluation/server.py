@@ -1,0 +1,185 @@
+"""The one place that asks a server which speaks OpenAI's chat completions."""
+
+import asyncio
+import json
+import math
+import os
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from deltaguard import __version__
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.address import inside, public_address, require_address, secrets_of
+from deltaguard.evaluation.completion import Failure, read_reply
+from deltaguard.evaluation.exchange import Answer, Missed
+from deltaguard.evaluation.redact import shown, without_secrets
+from deltaguard.loading import foreign
+
+MAX_REPLY_BYTES = 4 << 20
+"""The longest answers have a thousandth of it."""
+
+_LONGEST_WAIT = 60.0
+"""Seconds that a server may ask to be left alone; where it asks for more, the own wait is taken."""
+
+_END = 1.0
+"""Seconds in which connections are closed after the last answer, or after Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A model behind an address such as `http://127.0.0.1:8000/v1`.
+
+    Attributes:
+        base_url: the address; name and password in it are sent in the place of a key.
+        model: its name there.
+        api_key_env: the environment variable that holds the key. Servers that need none take any.
+        timeout: seconds for a request from its beginning to the end of the reply.
+        retries: how often a request is sent again that fails by the network or the server, or whose reply is
+            no chat completion.
+        wait: seconds before a request is sent again the first time, doubled each time, where the server does
+            not say (`Retry-After`).
+        workers: requests at a time.
+
+    Raises:
+        DeltaguardError: the address, the key or a number is none, or the openai package is absent.
+    """
+
+    base_url: str = field(repr=False)
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    timeout: float = 60.0
+    retries: int = 4
+    wait: float = 0.5
+    workers: int = 8
+
+    def __post_init__(self) -> None:
+        require_address(self.base_url)
+        if not 0 < self.timeout < math.inf:
+            raise DeltaguardError(f"The time limit must be more than 0 seconds, and is {self.timeout}.")
+        if self.retries < 0 or self.workers < 1:
+            raise DeltaguardError(
+                f"There must be 0 retries or more and 1 worker or more; given are {self.retries} and "
+                f"{self.workers}."
+            )
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise DeltaguardError(
+                f"The key in the environment variable {self.api_key_env} holds a line break or another "
+                "character that no request can hold: set it to the key alone."
+            )
+        if find_spec("openai") is None:
+            raise DeltaguardError(
+                "Models and judges behind a server need the openai package: pip install 'deltaguard[eval]'."
+            )
+
+    @property
+    def address(self) -> str:
+        """The address as messages and reports may hold it."""
+        return public_address(self.base_url)
+
+    def ask(self, requests: Sequence[Mapping[str, Any]]) -> Generator[tuple[int, Answer]]:
+        """Send requests, several at a time, and yield each one's place and answer as it comes.
+
+        Requests run in an event loop in a thread of its own: so the limit of time holds whatever a server
+        does, Ctrl-C ends them where they are, and a notebook, which has a loop, can ask, too. Closing the
+        generator, or an exception at a `yield`, ends all requests.
+
+        Args:
+            requests: bodies of chat completions without the model.
+        """
+        found: SimpleQueue[tuple[int, Answer] | None] = SimpleQueue()
+        loop = asyncio.new_event_loop()
+        asking = loop.create_task(self._ask_all(requests, found))
+        asking.add_done_callback(lambda _: found.put(None))
+        # A daemon, so that no server keeps the program from ending.
+        thread = Thread(target=loop.run_until_complete, args=(asyncio.wait({asking}),), daemon=True)
+        thread.start()
+        try:
+            while (answer := found.get()) is not None:
+                yield answer
+            asking.result()
+        finally:
+            loop.call_soon_threadsafe(asking.cancel)
+            thread.join(_END)
+            if not thread.is_alive():
+                loop.close()
+
+    async def _ask_all(
+        self, requests: Sequence[Mapping[str, Any]], found: "SimpleQueue[tuple[int, Answer] | None]"
+    ) -> None:
+        with foreign("Requests cannot be sent from here"):
+            # The HTTP library that the installed release of openai brings, and no more of that package: what
+            # a server replies is read here, to the byte.
+            from openai import DefaultAsyncHttpxClient
+
+            client = DefaultAsyncHttpxClient(timeout=None)
+        gate = asyncio.Semaphore(self.workers)
+
+        async def ask(place: int, request: Mapping[str, Any]) -> None:
+            async with gate:
+                found.put((place, await self._answer(client, request)))
+
+        async with client, asyncio.TaskGroup() as group:
+            for place, request in enumerate(requests):
+                group.create_task(ask(place, request))
+
+    async def _answer(self, client: Any, request: Mapping[str, Any]) -> Answer:
+        """Ask until there is an answer, it is known that there will be none, or it was tried often enough."""
+        content = json.dumps({"model": self.model, **request}).encode()
+        retries = 0
+        reply, wait = await self._once(client, content)
+        while isinstance(reply, Failure) and reply.again and retries < self.retries:
+            await asyncio.sleep(self.wait * 2**retries if wait is None else wait)
+            retries += 1
+            reply, wait = await self._once(client, content)
+        if isinstance(reply, str):
+            return without_secrets(reply, [self._key])
+        made = f" (after {retries} {'retry' if retries == 1 else 'retries'})" if retries else ""
+        return Missed(f"{shown(reply.reason, [self._key, *secrets_of(self.base_url)])}{made}")
+
+    async def _once(self, client: Any, content: bytes) -> tuple[str | Failure, float | None]:
+        """One reply, and the seconds that the server asks to be left alone."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                with foreign("no reply"):
+                    status, headers, body = await self._exchange(client, content)
+        except TimeoutError:
+            return Failure(f"no reply within {self.timeout:g} s"), None
+        except DeltaguardError as error:
+            return Failure(str(error)), None
+        # Before anything is cut short, which might leave a part of the key.
+        text = without_secrets(body.decode(errors="replace"), [self._key])
+        return read_reply(status, text), _asked_to_wait(headers)
+
+    async def _exchange(self, client: Any, content: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        headers = {
+            "Authorization": f"Bearer {self._key}",
+            "Content-Type": "application/json",
+            "User-Agent": f"deltaguard/{__version__}",
+        }
+        body = bytearray()
+        url = inside(self.base_url, "chat/completions")
+        async with client.stream("POST", url, content=content, headers=headers) as response:
+            async for piece in response.aiter_bytes():
+                body += piece
+                if len(body) > MAX_REPLY_BYTES:
+                    raise DeltaguardError(f"the reply has more than {MAX_REPLY_BYTES:,} bytes")
+            return response.status_code, response.headers, bytes(body)
+
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.api_key_env) or "none"
+
+
+def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) * unit
+        except ValueError:
+            continue
+        if 0 <= seconds <= _LONGEST_WAIT:
+            return seconds
+    return None

@@ -1,0 +1,50 @@
+"""Text from outside, as it can be shown and written."""
+
+import unicodedata
+
+_OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Persian is written with one of them and emoji with the other.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(line: str) -> str:
+    r"""Show in a line what a terminal or browser would obey, and what no encoding can hold, as text.
+
+    These are control characters, line breaks included, marks that turn the direction of writing, and lone
+    surrogates, which stand for bytes of a file name that are not UTF-8.
+
+    Example:
+        >>> print(printable("weights\x1b[2J.safetensors"))
+        weights\x1b[2J.safetensors
+    """
+    if line.isprintable():
+        return line
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _OBEYED and char not in _JOINERS
+        else char
+        for char in line
+    )
+
+
+def printable_lines(text: str) -> str:
+    r"""Do to every line of a text what `printable` does to one; line breaks and tabs stay.
+
+    Example:
+        >>> print(printable_lines("one\ntwo\x07"))
+        one
+        two\x07
+    """
+    if text.isprintable():
+        return text
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
+def writable(text: str) -> str:
+    r"""Write out what UTF-8 cannot hold, such as bytes of a file name that are none.
+
+    Example:
+        >>> print(writable("model-\udcff"))
+        model-\udcff
+    """
+    return text.encode(errors="backslashreplace").decode()

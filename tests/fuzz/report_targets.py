@@ -1,0 +1,161 @@
+"""Reports, read and drawn, and what a bench keeps."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from mutators import damage_json
+from rich.console import Console, RenderableType
+
+from bench_reports import FINETUNES, bench_report, cell
+from deltaguard.bench.cells import Shelf
+from deltaguard.bench.measure import letters
+from deltaguard.bench.run import _require_same
+from deltaguard.bench.score import contests, curves, groups, scores
+from deltaguard.cli.sink import Printable
+from deltaguard.draw.bench_tables import bench_markdown, bench_table
+from deltaguard.draw.card import model_card
+from deltaguard.draw.evaluation import evaluation_card, evaluation_table
+from deltaguard.draw.folder import DEMO_NAME, draw_folder
+from deltaguard.draw.sweep_table import sweep_table
+from deltaguard.draw.terminal import demo_table, restore_table
+from deltaguard.files import read_json
+from deltaguard.report.base import Record
+from deltaguard.report.bench import BENCH_NAME, BenchReport
+from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
+from deltaguard.report.restore import REPORT_NAME, RestoreReport
+from deltaguard.report.sweep import SWEEP_NAME
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.restore import restore
+from deltaguard.restoration.verify import verify
+from pairs import pair
+from reports import MODELS, evaluation_report, sweep_report
+from restores import demo_report, restore_report
+from targets import Kind, Target, in_file
+
+
+def shown(drawing: RenderableType, folder: Path) -> None:
+    with (folder / "terminal.txt").open("w", encoding="ascii", errors="backslashreplace") as stream:
+        Console(file=stream, width=80, markup=False).print(Printable(drawing))
+
+
+def drawn(name: str, report: Record, draw: Callable[[Record, Path], object]) -> Callable[[Path], Target]:
+    """The report is read and drawn as a page, and as all else that is made of it."""
+
+    def make(folder: Path) -> Target:
+        path = folder / name
+
+        def read() -> None:
+            draw_folder(folder)
+            draw(read_json(path, type(report), remedy="Run again."), folder)
+
+        return in_file(path, damage_json, read, report.model_dump_json().encode())
+
+    return make
+
+
+def draw_restore(report: RestoreReport, folder: Path) -> None:
+    shown(restore_table(report), folder)
+    (folder / "README.md").write_text(model_card(report, front_matter={"license": "mit"}), encoding="utf-8")
+
+
+def draw_bench(report: BenchReport, folder: Path) -> None:
+    shown(bench_table(report), folder)
+    (folder / "bench.md").write_text(bench_markdown(report), encoding="utf-8")
+
+
+def draw_evaluation(report: EvaluationReport, folder: Path) -> None:
+    shown(evaluation_table(report), folder)
+    (folder / "README.md").write_text(evaluation_card(report), encoding="utf-8")
+
+
+def small_bench() -> BenchReport:
+    whole = bench_report(methods=("greedy", "resta"))
+    kept = {
+        field: tuple(row for row in getattr(whole, field) if row.finetune == FINETUNES[0].name)
+        for field in ("cells", "curves", "scores", "contests")
+    }
+    kept["cells"] = tuple(row for row in kept["cells"] if row.method in ("aligned", "finetuned", "greedy"))
+    return whole.model_copy(update={**kept, "finetunes": FINETUNES[:1]})
+
+
+def verified(folder: Path) -> Target:
+    made, out = pair(), folder / "out"
+    config = RestoreConfig(method="interpolate", strength=0.5)
+    restore(made.aligned, made.finetuned, out, config=config)
+    return in_file(out / REPORT_NAME, damage_json, lambda: verify(out))
+
+
+def cells(folder: Path) -> Target:
+    """A cell is read, and scored beside the others."""
+    row = FINETUNES[0]
+    others = [cell(row.name, 0, "aligned", None, 0.1, 2.0), cell(row.name, 0, "finetuned", None, 0.8, 2.5)]
+    good = cell(row.name, 0, "greedy", 0.2, 0.2, 2.1)
+    counts = ("attack", "harmless", "utility", "general")
+    shelf = Shelf(folder)
+
+    def fits(found) -> bool:
+        named = (found.finetune, found.seed, found.method, found.strength) == (row.name, 0, "greedy", 0.2)
+        return named and all(len(getattr(found, each)) == len(getattr(good, each)) for each in counts)
+
+    def read() -> None:
+        found = groups(FINETUNES[:1], [*others, shelf.cell(good.key, fits, lambda: good)])
+        contests(found, scores(found, curves(found, bound=2.0)))
+
+    return in_file(folder / "cells" / f"{good.key}.json", damage_json, read, good.model_dump_json().encode())
+
+
+def bench_answers(folder: Path) -> Target:
+    shelf = Shelf(folder)
+
+    def read() -> None:
+        letters(shelf.answers("key", str, 3, list))
+
+    content = json.dumps(["Sure.", "No.", "I'm sorry."]).encode()
+    return in_file(folder / "answers" / "key.json", damage_json, read, content)
+
+
+def bench_likelihoods(folder: Path) -> Target:
+    shelf = Shelf(folder)
+    path = folder / "answers" / "key.json"
+    return in_file(path, damage_json, lambda: sum(shelf.answers("key", float, 2, list)), b"[1.5, 2.0]")
+
+
+def bench_seconds(folder: Path) -> Target:
+    shelf = Shelf(folder)
+    path = folder / "seconds.json"
+    return in_file(path, damage_json, lambda: shelf.note_seconds("store", 1.0), b'{"store": 1.5, "task": 3}')
+
+
+def bench_settings(folder: Path) -> Target:
+    path, values = folder / "settings.json", {"preset": {"name": "quick"}, "attacks": None}
+    return in_file(
+        path, damage_json, lambda: _require_same(path, values, "settings"), json.dumps(values).encode()
+    )
+
+
+SMALL_EVALUATION = evaluation_report().model_copy(
+    update={
+        "measures": tuple(
+            each for each in evaluation_report().measures if each.section in ("attack", "everyday")
+        ),
+        "sections": tuple(
+            each for each in evaluation_report().sections if each.name in ("attack", "everyday")
+        ),
+        "harness": evaluation_report().harness[: len(MODELS)],
+    }
+)
+
+KINDS = (
+    Kind("report of a restore", 45, drawn(REPORT_NAME, restore_report(blocks=2), draw_restore)),
+    Kind("report of a demo", 20, drawn(DEMO_NAME, demo_report(), lambda r, f: shown(demo_table(r), f))),
+    Kind("report of a sweep", 45, drawn(SWEEP_NAME, sweep_report(), lambda r, f: shown(sweep_table(r), f))),
+    Kind("report of a bench", 20, drawn(BENCH_NAME, small_bench(), draw_bench)),
+    Kind("report of an evaluation", 20, drawn(EVALUATION_NAME, SMALL_EVALUATION, draw_evaluation)),
+    Kind("report that is verified", 60, verified),
+    Kind("cell of a bench", 60, cells),
+    Kind("answers of a bench", 60, bench_answers),
+    Kind("likelihoods of a bench", 40, bench_likelihoods),
+    Kind("seconds of a bench", 40, bench_seconds),
+    Kind("settings of a bench", 60, bench_settings),
+)

@@ -1,0 +1,162 @@
+"""What an interrupted run left for the next one: journals, requests, sums, answers, scores and times."""
+
+import json
+import shutil
+from pathlib import Path
+from unittest.mock import patch
+
+from mutators import Mutator, damage_json, damage_lines, damage_tensors
+
+import models
+from copies import stop_in_shard, three_shards, write_all
+from deltaguard.calibration import calibrate as calibrating
+from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+from deltaguard.evaluation.answers import AnswerFile
+from deltaguard.evaluation.clock import Clock
+from deltaguard.evaluation.judges.cache import ScoreCache
+from deltaguard.progress import Event
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.restore import restore
+from pairs import CONVERSATIONS, pair
+from targets import Kind, Target, in_file
+
+RESUMED = CalibrateConfig(max_new_tokens=2, device="cpu", resume=True)
+
+
+class StopError(Exception):
+    """Ends a run in the middle."""
+
+
+def journal_of(folder: Path) -> Path:
+    """The file in which a writer notes what it finished, whatever its name."""
+    return next(path for path in folder.rglob("*.jsonl") if path.is_file())
+
+
+def put_back(kept: Path, used: Path) -> None:
+    shutil.rmtree(used, ignore_errors=True)
+    shutil.copytree(kept, used)
+
+
+def journal(folder: Path) -> Target:
+    source = three_shards(folder / "source")
+    out, kept = folder / "out", folder / "kept"
+    stop_in_shard(source, out, 2)
+    shutil.copytree(out, kept)
+    path = journal_of(out)
+
+    def read(content: bytes) -> None:
+        put_back(kept, out)
+        path.write_bytes(content)
+        write_all(source, out, resume=True)
+
+    return Target(path.read_bytes(), damage_lines, read)
+
+
+def restored(folder: Path) -> Target:
+    made = pair("llama", max_shard_size="60KB")
+    out, kept = folder / "out", folder / "kept"
+    config = RestoreConfig(device="cpu", resume=True)
+
+    def stop(event: Event) -> None:
+        if event.stage == "restore" and event.done > 5:
+            raise StopError
+
+    try:
+        restore(made.aligned, made.finetuned, out, store=made.store, config=config, progress=stop)
+    except StopError:
+        shutil.copytree(out, kept)
+    path = journal_of(out)
+
+    def read(content: bytes) -> None:
+        put_back(kept, out)
+        path.write_bytes(content)
+        restore(made.aligned, made.finetuned, out, store=made.store, config=config)
+
+    return Target(path.read_bytes(), damage_lines, read)
+
+
+def calibration(name: str, damage: Mutator):
+    """A file of a calibration that was stopped before its store was written."""
+
+    def make(folder: Path) -> Target:
+        aligned = models.save(models.tiny_model("llama", num_hidden_layers=1), folder / "aligned")
+        asked = [each.__class__(each.prompt, each.system) for each in CONVERSATIONS[:6]]
+        partial, kept = folder / "store.partial", folder / "kept"
+
+        def run(progress=None) -> None:
+            calibrate(aligned, folder / "store", conversations=asked, config=RESUMED, progress=progress)
+
+        def stop(event: Event) -> None:
+            if event.stage == "decompose":
+                raise StopError
+
+        # Sums are kept once a minute, unless told otherwise.
+        with patch.object(calibrating, "SAVE_SECONDS", 0.0):
+            try:
+                run(stop)
+            except StopError:
+                shutil.copytree(partial, kept)
+        path = min(partial.glob(name))
+
+        def read(content: bytes) -> None:
+            shutil.rmtree(folder / "store", ignore_errors=True)
+            put_back(kept, partial)
+            path.write_bytes(content)
+            run()
+
+        return Target(path.read_bytes(), damage, read)
+
+    return make
+
+
+def answers(folder: Path) -> Target:
+    path, prompts = folder / "answers.jsonl", ("How?", "Why?", "When?")
+    made_by = {"model": "a" * 64, "suite": "b", "decoding": {"seed": 0}}
+    AnswerFile(path, prompts=prompts, made_by=made_by).add([0, 2], ["So.", "Now."])
+
+    def read() -> None:
+        opened = AnswerFile(path, prompts=prompts, made_by=made_by)
+        opened.add(opened.missing, ["Because."] * len(opened.missing))
+        assert all(isinstance(value, str) for value in opened.in_order())
+        opened.settle()
+
+    return in_file(path, damage_lines, read)
+
+
+def judged(folder: Path) -> Target:
+    path = folder / "scores.jsonl"
+    cache = ScoreCache(path)
+    for key, score in (("a", 1), ("b", 5)):
+        cache.put(key, score)
+
+    def read() -> None:
+        opened = ScoreCache(path)
+        for key in "abc":
+            score = opened.get(key)
+            assert score is None or score in range(1, 6)
+        opened.put("c", 3)
+
+    return in_file(path, damage_lines, read)
+
+
+def seconds(folder: Path) -> Target:
+    path = folder / "seconds.json"
+
+    def read() -> None:
+        with Clock(path).timed("judges"):
+            pass
+        json.loads(path.read_text(), parse_constant=float.fromhex)
+
+    return in_file(path, damage_json, read, b'{"answers": 1.5, "judges": 2}')
+
+
+KINDS = (
+    Kind("journal of a writer", 80, journal),
+    Kind("journal of a restore", 10, restored),
+    Kind("request of a calibration", 20, calibration("request.json", damage_json)),
+    Kind("responses of a calibration", 10, calibration("responses.jsonl", damage_lines)),
+    Kind("sums of a calibration", 10, calibration("sum*.safetensors", damage_tensors)),
+    Kind("answers of an evaluation", 100, answers),
+    Kind("scores of a judge", 80, judged),
+    Kind("seconds of an evaluation", 60, seconds),
+)

@@ -1,0 +1,70 @@
+"""What is known of model families by name against what transformers builds, and what follows for adapters."""
+
+import json
+from shutil import copytree
+
+import pytest
+import torch
+import transformers
+
+import models
+from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.families import stored_in_out
+from pairs import load_over, pair, save_adapter
+
+METHODS = {"kfac": 0.1, "ridge": 0.1, "greedy": 0.5, "published": 0.5, "interpolate": 0.5}
+IDS = models.tiny_tokenizer()("How can I make a good cake at home?", return_tensors="pt")["input_ids"]
+
+
+@pytest.mark.parametrize("name", models.DENSE)
+def test_how_a_weight_is_stored_is_known_without_a_model(name):
+    made = pair(name)
+    aligned = Checkpoint.open(made.aligned)
+    layers = [layer for group in CurvatureStore.from_pretrained(made.store).groups for layer in group.layers]
+    shapes = {aligned.tensors[layer.tensor].shape for layer in layers}
+    assert any(rows == columns for rows, columns in shapes)
+    for layer in layers:
+        assert stored_in_out(aligned.config, layer.tensor) == layer.transposed, layer.tensor
+
+
+def test_a_store_that_says_otherwise_is_refused_by_the_name_of_the_layer(tmp_path):
+    made = pair("gpt2")
+    store = copytree(made.store, tmp_path / "store")
+    manifest = json.loads((store / "curvature.json").read_text())
+    layer = manifest["groups"][0]["group"]["layers"][0]
+    layer["transposed"] = False
+    (store / "curvature.json").write_text(json.dumps(manifest))
+    config = RestoreConfig(strength=0.1)
+    with pytest.raises(DeltaguardError, match=r"(?s)c_attn.*\(out, in\).*gpt2 as \(in, out\).*calibrate"):
+        restore(made.aligned, made.finetuned, tmp_path / "out", store=store, config=config)
+    assert not (tmp_path / "out").exists()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("tuned", ["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", models.DENSE)
+def test_peft_makes_of_an_adapter_what_the_checkpoint_of_the_same_options_is(name, method, tuned, tmp_path):
+    made = pair(name)
+    finetuned = made.finetuned
+    if tuned == "lora":
+        finetuned = tmp_path / "tuned"
+        save_adapter(made.aligned, finetuned, "all-linear", fan_in_fan_out=name == "gpt2")
+    options = {"method": method, "strength": METHODS[method]}
+    stores = {"greedy": made.whole_store, "published": made.whole_store, "interpolate": None}
+    store = stores.get(method, made.store)
+    restore(made.aligned, finetuned, tmp_path / "whole", store=store, config=RestoreConfig(**options))
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    config = RestoreConfig(**options, output_format="adapter", adapter_rank=10_000)
+    restore(made.aligned, finetuned, tmp_path / "adapter", store=store, config=config)
+    adapted = load_over(made.aligned, tmp_path / "adapter")
+    before = logits(transformers.AutoModelForCausalLM.from_pretrained(made.aligned))
+    expected = logits(whole)
+    assert (expected - before).norm() > 1e-3 * before.norm()
+    torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert verify(tmp_path / "adapter").passed

@@ -1,0 +1,112 @@
+"""Adapters that PEFT would not write: one message names the tensor, whatever is made of them."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deltaguard import DeltaguardError, RestoreConfig, restore
+from deltaguard.checkpoints.adapter import AdapterCheckpoint
+from deltaguard.checkpoints.checkpoint import Checkpoint
+from pairs import load_over, pair, save_adapter
+
+NAME = "model.layers.1.mlp.down_proj"
+A, B = (f"base_model.model.{NAME}.lora_{letter}.weight" for letter in "AB")
+
+
+def integers(tensors):
+    tensors[A] = tensors[A].to(torch.int8)
+
+
+def eight_bits(tensors):
+    tensors[B] = tensors[B].to(torch.float8_e4m3fn)
+
+
+def truths(tensors):
+    tensors[B] = tensors[B] > 0
+
+
+def one_dimension(tensors):
+    tensors[A] = tensors[A][:, 0].contiguous()
+
+
+def three_dimensions(tensors):
+    tensors[A] = tensors[A][None]
+
+
+def no_rank(tensors):
+    tensors[A], tensors[B] = tensors[A][:0], tensors[B][:, :0]
+
+
+def no_entries(tensors):
+    tensors[A] = torch.zeros(3, 0)
+
+
+def no_number(tensors):
+    tensors[A][0, 0] = float("nan")
+
+
+def no_number_beside_zeros(tensors):
+    tensors[A].zero_()
+    tensors[B][0, 0] = float("nan")
+
+
+def infinite(tensors):
+    tensors[B][0, 0] = float("inf")
+
+
+def overflowing(tensors):
+    tensors[A].fill_(1e30)
+    tensors[B].fill_(1e30)
+
+
+SPOILED = [
+    integers,
+    eight_bits,
+    truths,
+    one_dimension,
+    three_dimensions,
+    no_rank,
+    no_entries,
+    no_number,
+    no_number_beside_zeros,
+    infinite,
+    overflowing,
+]
+OPTIONS = {
+    "kfac at a strength": {"strength": 0.5},
+    "kfac with the dial": {"max_safety_kl": 1e-3},
+    "interpolate": {"method": "interpolate", "strength": 0.5},
+}
+
+
+@pytest.mark.parametrize("output_format", ["checkpoint", "adapter"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_an_odd_adapter_is_one_message_with_the_name_of_the_tensor(tmp_path, spoil, options, output_format):
+    made = pair()
+    save_adapter(made.aligned, tmp_path / "tuned", ["q_proj", "down_proj"])
+    path = tmp_path / "tuned" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    spoil(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = RestoreConfig(**options, output_format=output_format)
+    with pytest.raises(DeltaguardError, match=NAME.replace(".", r"\.")) as error:
+        restore(made.aligned, tmp_path / "tuned", tmp_path / "out", store=made.store, config=config)
+    assert str(error.value).count(NAME) <= 2
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("claimed", [True, False])
+def test_how_the_file_says_weights_are_stored_decides_nothing_as_in_peft(tmp_path, name, claimed):
+    made, targets = pair(name), {"llama": ["q_proj"], "gpt2": ["c_proj"]}[name]
+    save_adapter(made.aligned, tmp_path / "tuned", targets, fan_in_fan_out=name == "gpt2")
+    path = tmp_path / "tuned" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": claimed}))
+    adapter = AdapterCheckpoint.open(Checkpoint.open(made.aligned), tmp_path / "tuned")
+    merged = load_over(made.aligned, tmp_path / "tuned").merge_and_unload().state_dict()
+    assert adapter.adapted
+    for tensor in adapter.adapted:
+        torch.testing.assert_close(adapter.read(tensor), merged[tensor])

@@ -1,0 +1,156 @@
+"""A chat template is a program from outside: whatever it does ends, in text or in one message."""
+
+import gc
+import threading
+import time
+
+import pytest
+
+import models
+from deltaguard.calibration.conversations import Conversation, encode, render, takes_system_role
+from deltaguard.chat_template import apply_template
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.exchange import Exchange
+from deltaguard.evaluation.judges import guards
+from deltaguard.time_limit import run_within
+
+USER = [{"role": "user", "content": "How?"}]
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_collected():
+    """What is raised while garbage is collected is lost, and raised again a second later only."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def tokenizer(template):
+    made = models.tiny_tokenizer()
+    made.chat_template = template
+    return made
+
+
+def stopped(template, seconds=0.2):
+    started = time.monotonic()
+    with pytest.raises(DeltaguardError, match=r"takes more than 0.2 s for a conversation of user"):
+        apply_template(tokenizer(template), USER, seconds=seconds)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        ENDLESS,
+        "{% macro f(n) %}{% for i in range(9999) %}{{ i }}{% endfor %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{% for i in range(99999) %}{{ range(99999) | map('string') | join | length }}{% endfor %}",
+    ],
+)
+def test_a_template_without_end_is_stopped(template):
+    assert stopped(template) < 3
+
+
+def test_it_is_stopped_in_any_thread_and_no_other_thread_is():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(stopped(ENDLESS)))
+    thread.start()
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        pass
+    thread.join()
+    assert found[0] < 3
+
+
+def test_a_call_that_ends_at_the_limit_leaves_nothing_behind():
+    def busy(seconds):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pass
+
+    outcomes = set()
+    for step in range(200):
+        try:
+            outcomes.add(run_within(0.005, lambda step=step: busy(step / 10_000), message="too long"))
+        except DeltaguardError as error:
+            outcomes.add(str(error))
+        # An exception that arrived late would end the test here.
+        busy(0.002)
+    assert outcomes == {None, "too long"}
+
+
+def test_what_the_call_raises_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        run_within(5.0, lambda: 1 / 0, message="too long")
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ 9 ** 9 ** 9 }}", "raises a number to a power"),
+        ("{% set n = namespace(x=9) %}{% set n.x = n.x * n.x %}", "multiplies numbers"),
+        ("{{ 'a@' | urlize }}", "uses the filter urlize"),
+        ("{% generation %}{{ 9 ** 9 ** 9 }}{% endgeneration %}", "raises a number to a power"),
+    ],
+)
+def test_a_single_step_without_end_is_refused_before_it_is_taken(template, told):
+    with pytest.raises(DeltaguardError, match=told):
+        apply_template(tokenizer(template), USER)
+
+
+def test_indentation_by_multiplication_is_allowed():
+    template = "{% set depth = 2 %}{{ ' ' * depth * depth }}{{ 4 * depth }}{{ messages[0].content }}"
+    assert apply_template(tokenizer(template), USER) == "    8How?"
+
+
+def test_a_template_that_writes_without_end_is_refused():
+    template = "{% for i in range(9999) %}{{ 'a' * 999 }}{% endfor %}"
+    with pytest.raises(DeltaguardError, match=r"makes 9,989,001 characters of 4"):
+        apply_template(tokenizer(template), USER)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('I refuse') }}",
+        "{{ 1 / 0 }}",
+        "{{ messages + 1 }}",
+        "{{ messages[0].content.gone.deeper }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ 'a' * 99999999999999999999 }}",
+        "{{ 'a'.encode('no-such-encoding') }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages[0].content | int | tojson | fromjson }}",
+        "{% for",
+        "{{" + "(" * 5000 + ")" * 5000 + "}}",
+    ],
+)
+def test_whatever_a_template_raises_is_one_message(template):
+    with pytest.raises(
+        DeltaguardError, match=r"The chat template of '.*' fails on a conversation of user: ."
+    ):
+        render(tokenizer(template), "How?")
+    with pytest.raises(DeltaguardError, match=r"The chat template of '.*' fails on a conversation of user"):
+        encode(tokenizer(template), Conversation("How?", response="So."), max_length=99)
+    assert not takes_system_role(tokenizer(template))
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[5].content }}"])
+def test_a_guard_whose_template_fails_is_one_message(template, monkeypatch):
+    judge = guards.GuardJudge("guard", "llama-guard")
+    monkeypatch.setattr(guards.GuardJudge, "_loaded", (None, tokenizer(template)))
+    with pytest.raises(DeltaguardError, match="fails on a conversation of user, assistant"):
+        judge.judge([Exchange("How?", "So.")])
+
+
+def test_a_render_costs_next_to_nothing():
+    chosen = tokenizer(models.CHAT_TEMPLATE)
+    apply_template(chosen, USER)
+    started = time.monotonic()
+    for _ in range(300):
+        apply_template(chosen, USER)
+    limited = time.monotonic() - started
+    started = time.monotonic()
+    for _ in range(300):
+        chosen.apply_chat_template(USER, tokenize=False, add_generation_prompt=True)
+    assert limited - (time.monotonic() - started) < 300 * 0.003
