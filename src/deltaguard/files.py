@@ -33,7 +33,6 @@ _SHOWN_CHARACTERS = 80
 _MOST_DIGITS = 100
 
 T = TypeVar("T")
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def expanded(reference: str | Path) -> Path:
@@ -59,20 +58,23 @@ def read_file(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor has no path to open
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise DeltaguardError(f"{path} is no regular file, so it is not read.")
-            if found.st_size > max_bytes:
-                raise DeltaguardError(
-                    f"{path} has {found.st_size:,} bytes; a file of its kind has {max_bytes:,} at most."
-                )
+    except (OSError, ValueError) as error:
+        # The second where it is no name at all, as a file that names others may hold.
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DeltaguardError(f"{path} cannot be read: {reason}.") from error
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise DeltaguardError(f"{path} is no regular file, so it is not read.")
+    with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor has no path to open
+        if found.st_size > max_bytes:
+            raise DeltaguardError(
+                f"{path} has {found.st_size:,} bytes; a file of its kind has {max_bytes:,} at most."
+            )
+        try:
             return file.read()
-    except OSError as error:
-        raise DeltaguardError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        # What no file can be called, from a file that names others.
-        raise DeltaguardError(f"{str(path)!r} cannot be read: {error}.") from error
+        except OSError as error:
+            raise DeltaguardError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
@@ -175,9 +177,13 @@ def read_journal(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str) -
         return []
     content = read_file(path)
     whole = content[: content.rfind(b"\n") + 1]
+    found = _parsed(_numbered_lines(whole), schema, source=str(path), remedy=remedy)
     if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return _parsed(_numbered_lines(whole), schema, source=str(path), remedy=remedy)
+        try:
+            os.truncate(path, len(whole))
+        except OSError as error:
+            raise DeltaguardError(f"{path} cannot be written to: {error.strerror}.") from error
+    return found
 
 
 def read_yaml(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str) -> T:
