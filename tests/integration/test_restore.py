@@ -12,7 +12,9 @@ import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.identity import identify
 from deltaguard.report.restore import CARD_NAME, REPORT_NAME, RestoreReport
+from deltaguard.restoration.job import default_store_folder
 from deltaguard.restoration.restore import plan_restore
 from deltaguard.solvers import greedy, kfac, published, spectrum
 from deltaguard.solvers.spectrum import raised
@@ -240,6 +242,18 @@ def test_a_model_without_a_store_is_calibrated_once_and_remembered(tmp_path, mon
     assert not plan_restore(made.aligned, made.finetuned).note
     # What is cut off does not serve every method.
     assert plan_restore(made.aligned, made.finetuned, config=GREEDY).note
+
+
+def test_a_damaged_store_of_the_cache_is_named_with_the_way_to_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
+    made = pair()
+    folder = default_store_folder(identify(Checkpoint.open(made.aligned)), "auto")
+    shutil.copytree(made.store, folder)
+    (folder / "curvature-00001-of-00001.safetensors").write_bytes(b"")
+    with pytest.raises(DeltaguardError) as caught:
+        plan_restore(made.aligned, made.finetuned)
+    assert "is not a safetensors file" in str(caught.value)
+    assert f"Delete {folder} and run the same command again: it is made anew." in str(caught.value)
 
 
 def test_a_model_that_another_process_calibrates_is_waited_for(tmp_path, monkeypatch):

@@ -191,7 +191,7 @@ class Form:
 
 
 def stored_forms(group: Group, extent: Extent) -> dict[str, Form]:
-    """The forms of `stored_tensors`."""
+    """Say how each of `stored_tensors` is stored, by name."""
     forms: dict[str, Form] = {}
     for name, size in zip(spectrum_names(group), spectrum_sizes(group), strict=True):
         forms[f"{name}.values"] = Form(torch.float32, (extent.rank(size),))
@@ -208,12 +208,12 @@ def stored_forms(group: Group, extent: Extent) -> dict[str, Form]:
 
 
 def stored_bytes(group: Group, extent: Extent) -> int:
-    """How many bytes a group takes."""
+    """Count the bytes of a group."""
     return sum(form.nbytes for form in stored_forms(group, extent).values())
 
 
 def spectra_bytes(group: Group, extent: Extent) -> int:
-    """How many of them are eigenvectors."""
+    """Count the bytes of a group's eigenvectors."""
     return sum(size * extent.rank(size) for size in spectrum_sizes(group)) * extent.vectors_dtype.itemsize
 
 
@@ -232,10 +232,10 @@ def output_name(layer: Layer) -> str:
 
 
 def spectrum_names(group: Group) -> tuple[str, ...]:
-    """What the tensors of a group's spectra begin with: of H, and of each layer's G."""
+    """Name what the tensors of a group's spectra begin with: of H, and of each layer's G."""
     return (input_name(group), *map(output_name, group.layers))
 
 
 def spectrum_sizes(group: Group) -> tuple[int, ...]:
-    """Rows of those matrices."""
+    """Count the rows of a group's H, and of each layer's G."""
     return (group.in_features, *(layer.out_features for layer in group.layers))

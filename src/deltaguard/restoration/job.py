@@ -177,7 +177,9 @@ def find_store(
         known = CurvatureStore.from_pretrained(store)
     else:
         folder = default_store_folder(identity, rank)
-        return CurvatureStore.from_pretrained(folder) if (folder / MANIFEST).is_file() else None
+        if not (folder / MANIFEST).is_file():
+            return None
+        known = _kept_store(folder, aligned)
     made_for = known.provenance
     if problems := made_for.differences(identity):
         title = f"The store {known.folder} was made for {made_for.aligned}, which was another model than"
@@ -188,6 +190,16 @@ def find_store(
     if rank == "full" and not known.is_whole:
         raise DeltaguardError(not_whole(known.folder, known.provenance.aligned))
     return known
+
+
+def _kept_store(folder: Path, aligned: Checkpoint) -> CurvatureStore:
+    try:
+        return CurvatureStore.from_pretrained(folder)
+    except DeltaguardError as error:
+        raise DeltaguardError(
+            f"{error}\nThis is what was kept of an earlier calibration of {aligned.reference}. "
+            f"Delete {folder} and run the same command again: it is made anew."
+        ) from error
 
 
 def default_store_folder(aligned: ModelIdentity, rank: Rank) -> Path:
