@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 Part = Literal["config", "tokenizer", "template"]
 """A part of a model beside its weights that decides what it predicts for a text."""
@@ -122,7 +122,7 @@ def end_tokens(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _is_id(token: Any) -> bool:
+def _is_id(token: Any) -> TypeGuard[int]:
     return isinstance(token, int) and not isinstance(token, bool)
 
 
