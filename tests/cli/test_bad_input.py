@@ -164,10 +164,10 @@ def test_a_store_that_does_not_keep_enough_for_the_method(made, attempt, method)
     assert str(made.store) in message
 
 
-def test_a_device_that_is_not_there(made, attempt):
-    assert "'abacus' cannot be used" in attempt(
-        made.aligned, made.finetuned, "--device", "abacus", store=made.store
-    )
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99", "cpu:x", "cuda:99999999999999999999", ""])
+def test_a_device_that_is_not_there_or_holds_no_data(made, attempt, device):
+    message = attempt(made.aligned, made.finetuned, f"--device={device}", store=made.store)
+    assert f"'{device}' cannot be used (try `cpu`, or `auto`)" in message
 
 
 def test_quantised_checkpoints(made, tmp_path, attempt):

@@ -123,6 +123,25 @@ def test_the_best_is_the_lowest_price_within_the_limit(made):
         assert found.mu == min(within)
 
 
+@pytest.mark.parametrize("start", [1e-30, 1.0, 1e28, 1e30, 1e60])
+@pytest.mark.parametrize("limit", [1e-9, 1e-3, 1e3])
+@pytest.mark.parametrize("floor", [-1e-10, 0.0, 1e-10, 1e-6])
+def test_a_price_of_which_nothing_is_left_to_tell_from_ends_nothing(start, limit, floor):
+    """As with a limit that is a tiny share of what the whole delta costs."""
+
+    def predicted(mu):
+        return 0.0 if mu >= 1e30 else 1e3 / (1 + 1e12 * mu) ** 2
+
+    probes = search(lambda mu: Probe(mu=mu, safety_kl=floor + predicted(mu)), predicted, limit, start=start)
+    assert 1 <= len(probes) <= MOST_PROBES
+    assert len({probe.mu for probe in probes}) == len(probes)
+
+
+def test_a_delta_that_costs_less_than_numbers_can_tell():
+    probes = search(lambda mu: Probe(mu=mu, safety_kl=1.0), lambda _: 1e-290, 0.5, start=1.0)
+    assert best(probes, 0.5) is None
+
+
 def test_without_a_price_within_the_limit_none_is_found():
     probes = search(lambda mu: Probe(mu=mu, safety_kl=2.0), lambda mu: 1 / (1 + mu), 1.0, start=1.0)
     assert len(probes) == MOST_PROBES

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from deltaguard.chat_template import apply_template
 from deltaguard.checkpoints.code import refuse_code
 from deltaguard.errors import DeltaguardError
 
@@ -154,6 +155,9 @@ def _engine(model: str | Path, device: str, batch_size: int, *, apply_chat_templ
             f"{model} has no chat template to apply. Save its chat_template.jinja next to the tokenizer, or "
             "run the harness without the template."
         )
+    if apply_chat_template:
+        # The harness applies it without a limit of time, so that one that has no end must be found before.
+        apply_template(engine.tokenizer, [{"role": "user", "content": "How?"}])
     return engine
 
 
