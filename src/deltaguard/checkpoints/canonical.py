@@ -117,13 +117,10 @@ def end_tokens(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     found: set[int] = set()
     for config in configs:
         for part in (config, config.get("text_config") or {}):
-            named = part.get("eos_token_id")
-            found |= {token for token in (named if isinstance(named, list) else [named]) if _is_id(token)}
+            named: Any = part.get("eos_token_id")
+            tokens: list[Any] = named if isinstance(named, list) else [named]
+            found |= {token for token in tokens if isinstance(token, int) and not isinstance(token, bool)}
     return tuple(sorted(found))
-
-
-def _is_id(token: Any) -> bool:
-    return isinstance(token, int) and not isinstance(token, bool)
 
 
 def counting_tokenizer_config(content: Mapping[str, Any]) -> dict[str, Any]:
