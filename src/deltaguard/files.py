@@ -36,6 +36,17 @@ T = TypeVar("T")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
+def expanded(reference: str | Path) -> Path:
+    """Find the path that a reference would be, with a home folder in the place of `~`.
+
+    Whatever the reference holds, there is a path; ask it with `os.path`, which unlike pathlib raises nothing.
+    """
+    try:
+        return Path(os.path.expanduser(reference))  # noqa: PTH111  # pathlib raises for an unknown user
+    except ValueError:
+        return Path(reference)
+
+
 def read_file(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """Read all of a regular file.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from deltaguard.checkpoints.code import refuse_code
+from deltaguard.checkpoints.giants import refuse_giants
 from deltaguard.errors import DeltaguardError
 
 _SHOWN_CHARACTERS = 2000
@@ -59,6 +60,7 @@ def load_config(folder: Path, reference: str) -> Any:
     from transformers import AutoConfig
 
     refuse_code(folder, reference)
+    refuse_giants(folder, reference)
     with foreign(f"transformers cannot read the configuration of {reference}"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
@@ -76,6 +78,7 @@ def load_tokenizer(folder: Path, reference: str) -> Any:
     from transformers import AutoTokenizer
 
     refuse_code(folder, reference)
+    refuse_giants(folder, reference)
     with foreign(f"transformers cannot load the tokenizer of {reference}"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
@@ -103,6 +106,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     refuse_code(folder, reference)
+    refuse_giants(folder, reference)
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     given = {} if config is None else {"config": config}
     with foreign(f"transformers cannot load {reference}"):

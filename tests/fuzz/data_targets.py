@@ -81,6 +81,15 @@ def data_set(
     return make
 
 
+def data_name(_: Path) -> Target:
+    """A name that is neither a file nor a known set; those would be fetched."""
+    return Target(
+        b"~someone/data/mine.csv",
+        damage,
+        lambda content: load_questions(content.decode(errors="surrogateescape")),
+    )
+
+
 def table() -> bytes:
     rows = [
         {"prompt": "How?", "system": None, "expected": 7},
@@ -118,13 +127,14 @@ def damage_odd(content: bytes, draw) -> bytes:
 KINDS = (
     Kind("prompts", 160, prompts),
     Kind("utility data", 100, utility),
-    Kind("options", 160, options),
+    Kind("options", 60, options),
     Kind("suite", 140, suite),
     Kind("data set in CSV", 80, data_set(".csv", damage, CSV)),
     Kind("data set in CSV without header", 40, data_set(".csv", damage, b'How?\n"Why, then?"\n', "hex-phi")),
     Kind("data set in TSV", 40, data_set(".tsv", damage, CSV.replace(b",", b"\t"))),
     Kind("data set in JSON", 80, data_set(".json", damage_json, JSON)),
     Kind("data set in JSON lines", 80, data_set(".jsonl", damage_lines, PROMPTS)),
+    Kind("name of a data set", 40, data_name),
     Kind("data set in parquet", 100, data_set(".parquet", damage, table())),
     Kind("model card", 120, card),
     Kind("answer", 80, answers),

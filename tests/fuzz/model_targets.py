@@ -1,7 +1,10 @@
 """Files of models, adapters and curvature stores."""
 
 import json
+import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,6 +64,22 @@ def generation_config(folder: Path) -> Target:
     model = copied(pair().aligned, folder)
     content = json.dumps(GENERATION).encode()
     return in_file(model / "generation_config.json", damage_json, lambda: answered(model), content)
+
+
+def compared(name: str) -> Callable[[Path], Target]:
+    """A file of a model that is compared with another."""
+
+    def make(folder: Path) -> Target:
+        model = copied(pair().aligned, folder)
+        (model / "generation_config.json").write_text(json.dumps(GENERATION))
+
+        def read() -> None:
+            diff(pair().aligned, model)
+            plan_restore(pair().aligned, model, store=pair().store)
+
+        return in_file(model / name, damage if name.endswith(".jinja") else damage_json, read)
+
+    return make
 
 
 def loaded_config(folder: Path) -> Target:
@@ -211,11 +230,26 @@ def device_name(_: Path) -> Target:
     return Target(b"cuda:0", damage, lambda content: find_device(content.decode(errors="replace")))
 
 
+def reference(_: Path) -> Target:
+    def read(content: bytes) -> None:
+        name = os.fsdecode(content)
+        # What may be a repository would be fetched.
+        if not re.fullmatch(r"\w[\w./@-]*", name):
+            Checkpoint.open(name)
+
+    return Target(b"~someone/models/mine@main", damage, read)
+
+
 KINDS = (
     Kind("config.json", 200, config),
     Kind("config.json in transformers", 60, config_of_transformers),
     Kind("config.json of a model that answers", 12, loaded_config),
     Kind("generation_config.json", 12, generation_config),
+    Kind("config.json of a pair", 20, compared("config.json")),
+    Kind("generation_config.json of a pair", 20, compared("generation_config.json")),
+    Kind("tokenizer.json of a pair", 20, compared("tokenizer.json")),
+    Kind("tokenizer_config.json of a pair", 20, compared("tokenizer_config.json")),
+    Kind("chat template of a pair", 20, compared("chat_template.jinja")),
     Kind("index", 200, index),
     Kind("weights", 200, weights),
     Kind("weights of a pair", 60, weights_of_a_pair),
@@ -230,4 +264,5 @@ KINDS = (
     Kind("card of a guard", 40, guards_card),
     Kind("prompt file of a guard", 20, prompt_file),
     Kind("name of a device", 40, device_name),
+    Kind("reference to a model", 40, reference),
 )

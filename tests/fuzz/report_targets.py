@@ -96,6 +96,7 @@ def cells(folder: Path) -> Target:
 
     def fits(found) -> bool:
         named = (found.finetune, found.seed, found.method, found.strength) == (row.name, 0, "greedy", 0.2)
+        named = named and found.seconds.keys() >= {"request", "measure"}
         return named and all(len(getattr(found, each)) == len(getattr(good, each)) for each in counts)
 
     def read() -> None:

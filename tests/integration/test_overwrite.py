@@ -245,6 +245,9 @@ def test_a_dry_run_says_what_speaks_against_the_output_and_makes_nothing(tmp_pat
     assert "lies in the input" in said(pair().finetuned / "out")
     assert said(tmp_path / "new" / "deeper", code=0) == ""
     assert not (tmp_path / "new").exists()
+    interrupted(tmp_path / "begun")
+    assert "unfinished run" in said(tmp_path / "begun")
+    assert "another plan" in said(tmp_path / "begun", "--resume")
     (done / "chat").mkdir()
     (done / "tokenizer.json").unlink()
     (done / "tokenizer.json").mkdir()

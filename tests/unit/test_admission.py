@@ -201,6 +201,12 @@ def test_of_a_staged_file_that_became_a_link_nothing_is_taken(source, tmp_path):
     staged = out / ".deltaguard-partial" / "files" / source.shards[0]
     staged.rename(tmp_path / "moved")
     staged.symlink_to(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    (staged.parent / "folder").symlink_to(tmp_path / "elsewhere")
+    with CheckpointWriter(out, plan_hash="plan", resume=True) as writer:
+        writer.text("folder/new", "new")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    (staged.parent / "folder" / "new").unlink()
     assert write_all(source, out, resume=True) == [source.shards[0], source.shards[2]]
     assert not (out / source.shards[0]).is_symlink()
 

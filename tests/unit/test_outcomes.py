@@ -1,6 +1,7 @@
 """From verdicts to numbers: counted by hand, and what the tables may say of them."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -236,16 +237,17 @@ def test_tables_fit_80_columns_and_markup_in_names_is_text():
         outcome(name, {"opening": judged("crciu"), "keywords": judged("ccrrr")})
         for name in ("aligned", "tuned")
     ]
+    part = SimpleNamespace(name="attack", prompts_hash="0", row=lambda: rows[0].section)
     report = assemble(
         read_suite("quick"),
-        (),
+        (part,),
         [Candidate(name, f"folder/{name}", None, None) for name in ("aligned", "tuned")],
         rows,
         config=EngineConfig(device="cpu"),
         notes=["Section x was skipped: no file."],
         files={},
         seconds={},
-    ).model_copy(update={"sections": (rows[0].section,)})
+    )
     console = Console(width=80, file=io.StringIO())
     console.print(evaluation_table(report))
     drawn = console.file.getvalue()

@@ -77,8 +77,8 @@ def admit(out: Path, request: Request) -> Admission:
         DeltaguardError: the folder holds something that the run must not touch, or the progress of another
             plan. All files that are in the way are named.
     """
-    entries = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    others = [name for name in entries if name != STAGING_FOLDER]
+    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    others = [name for name in found if name != STAGING_FOLDER]
     staging = out / STAGING_FOLDER
     links = [path for path in (staging, staging / "files") if path.is_symlink()]
     if links:
@@ -91,7 +91,7 @@ def admit(out: Path, request: Request) -> Admission:
     elif request.overwrite:
         admission = Admission(None, _replaceable(out, others))
     else:
-        if STAGING_FOLDER in entries and not request.resume:
+        if (staging / JOURNAL_NAME).exists() and not request.resume:
             raise DeltaguardError(
                 f"{out} holds the progress of an unfinished run: "
                 "go on with --resume, or start again with --overwrite."
@@ -204,12 +204,12 @@ def unlisted(out: Path, files: Iterable[str]) -> list[str]:
 
     Args:
         out: the folder.
-        files: names of the run's files; its report is understood.
+        files: names of the run's files; its report is understood, and so is the progress of another run.
 
     Returns:
         Files, and folders (with a slash at the end) that hold none of the run's files.
     """
-    known = {REPORT_NAME, *files}
+    known = {REPORT_NAME, STAGING_FOLDER, *files}
     folders = {str(parent) for name in known for parent in PurePosixPath(name).parents}
     return [*_unlisted(out, "", known, folders)]
 

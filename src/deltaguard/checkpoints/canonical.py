@@ -118,8 +118,12 @@ def end_tokens(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     for config in configs:
         for part in (config, config.get("text_config") or {}):
             named = part.get("eos_token_id")
-            found |= set(named if isinstance(named, list) else [] if named is None else [named])
+            found |= {token for token in (named if isinstance(named, list) else [named]) if _is_id(token)}
     return tuple(sorted(found))
+
+
+def _is_id(token: Any) -> bool:
+    return isinstance(token, int) and not isinstance(token, bool)
 
 
 def counting_tokenizer_config(content: Mapping[str, Any]) -> dict[str, Any]:

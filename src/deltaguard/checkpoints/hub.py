@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import expanded
 
 _SMALL_FILES = (
     "*.json",
@@ -34,7 +35,7 @@ _HUB_REFERENCE = re.compile(r"(?P<id>\w[\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]
 
 def is_local(reference: str | Path) -> bool:
     """Whether a reference names a local folder, which always comes before the Hub."""
-    return os.path.isdir(_expanded(reference))  # noqa: PTH112
+    return os.path.isdir(expanded(reference))  # noqa: PTH112
 
 
 def locate(reference: str | Path, *, weights: bool = True) -> Path:
@@ -52,7 +53,7 @@ def locate(reference: str | Path, *, weights: bool = True) -> Path:
     Raises:
         DeltaguardError: there is no such folder or repository, or the Hub cannot be reached.
     """
-    path = _expanded(reference)
+    path = expanded(reference)
     if is_local(reference):
         return path
     if os.path.exists(path):  # noqa: PTH110
@@ -64,11 +65,6 @@ def locate(reference: str | Path, *, weights: bool = True) -> Path:
             "which would have the form organisation/name or organisation/name@revision."
         )
     return _fetch(match["id"], match["revision"], weights=weights)
-
-
-def _expanded(reference: str | Path) -> Path:
-    """The path that a reference would be; os.path, since pathlib raises for odd names and unknown users."""
-    return Path(os.path.expanduser(reference))  # noqa: PTH111
 
 
 def _fetch(repository: str, revision: str | None, *, weights: bool) -> Path:

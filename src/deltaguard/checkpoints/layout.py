@@ -21,6 +21,7 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 STAGING_FOLDER = ".deltaguard-partial"
 
+_LONGEST_NAME = 255
 _PART = re.compile(r"-\d+-of-\d+\.safetensors$")
 _PICKLED = (".bin", ".pt", ".pth")
 _PACKED_NAMES = (".qweight", ".qzeros", ".weight_packed", ".SCB")
@@ -66,7 +67,7 @@ _CONFIG: TypeAdapter[_Config] = TypeAdapter(_Config)
 
 
 def _plain_name(name: str) -> str:
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
+    if name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > _LONGEST_NAME:
         raise ValueError("a shard must be a file of the same folder")
     return name
 

@@ -292,9 +292,10 @@ class CheckpointWriter:
         return journal
 
     def _tidy(self) -> None:
-        """Remove half-written files, and forget finished ones that are not there any more."""
-        for part in self._files.rglob("*.part"):
-            part.unlink()
+        """Remove half-written files and links, and forget finished files that are not there any more."""
+        for path in list(self._files.rglob("*")):
+            if path.is_symlink() or (path.suffix == ".part" and path.is_file()):
+                path.unlink()
         for record in list(self._journal.records.values()):
             path = self._files / record.name
             if record.name in self._journal.moved and not path.exists():

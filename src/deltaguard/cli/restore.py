@@ -83,13 +83,11 @@ def restore(
         emit(plan, _draw_plan(plan), as_json=json)
         return
     hide_bars_of_transformers()
-    before = _written(output)
+    before = _report_file(output)
     with progress_bar() as progress:
         report = restoring.restore(aligned, finetuned, output, store=store, config=chosen, progress=progress)
     warn(report.warnings)
-    if before is not None and _written(output) == before:
-        tell(f"There was nothing to do: {output} is the finished output of this job.")
-    _tell_what_stayed(output, report)
+    _tell_what_was_left(output, report, nothing_done=before is not None and before == _report_file(output))
     emit(report, _draw(report, chosen, output), as_json=json)
 
 
@@ -105,7 +103,7 @@ def _draw(report: RestoreReport, config: RestoreConfig, output: Path) -> Group:
     return Group(restore_table(report), f"Restored {config.output_format}: {output}")
 
 
-def _written(output: Path) -> tuple[int, int] | None:
+def _report_file(output: Path) -> tuple[int, int] | None:
     """By what the report in a folder is known to be the same file as before, None where there is none."""
     try:
         found = (output / REPORT_NAME).stat()
@@ -114,9 +112,11 @@ def _written(output: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _tell_what_stayed(output: Path, report: RestoreReport) -> None:
+def _tell_what_was_left(output: Path, report: RestoreReport, *, nothing_done: bool) -> None:
     from deltaguard.checkpoints.admission import unlisted
 
+    if nothing_done:
+        tell(f"There was nothing to do: {output} is the finished output of this job.")
     names = unlisted(output, [file.name for file in report.files])
     if names:
         tell(listed(f"Left in place in {output}, as no restore wrote it", names))

@@ -13,20 +13,23 @@ from deltaguard.text import writable
 LIBRARIES = ("deltaguard", "torch", "transformers", "peft", "safetensors", "huggingface_hub")
 
 
-_NUMBERS = (float, int, bool, type(None))
+_LARGEST = 1e100
+"""Nothing that is measured comes near; beyond it, sums and squares would end in infinity."""
 
 
 class Record(BaseModel):
-    """A frozen part of a report; unknown fields, infinite numbers and those that are none are refused."""
+    """A frozen part of a report, without unknown fields and without numbers that nothing measured can have.
+
+    What names of files may hold and a file of text cannot is written out.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null")
 
     @model_validator(mode="after")
-    def _writable(self) -> Self:
-        """Write out what names of files may hold and a file of text cannot."""
+    def _usable(self) -> Self:
         for name, value in self.__dict__.items():
-            if type(value) not in _NUMBERS and (written := _written(value)) is not value:
-                object.__setattr__(self, name, written)
+            if (found := _usable(value)) is not value:
+                object.__setattr__(self, name, found)
         return self
 
 
@@ -87,18 +90,22 @@ class RateRow(Record):
     high: float
 
 
-def _written(value: Any) -> Any:
+def _usable(value: Any) -> Any:
     """A value with all its texts writable; the value itself where they are."""
+    if value is None or isinstance(value, BaseModel):
+        return value
     if isinstance(value, str):
         return value if value.isascii() else writable(value)
-    if isinstance(value, BaseModel):
+    if isinstance(value, float | int):
+        if not -_LARGEST <= value <= _LARGEST:
+            raise ValueError(f"there is a number beyond {_LARGEST:g}")
         return value
+    if isinstance(value, tuple | list):
+        parts = [_usable(each) for each in cast("Sequence[Any]", value)]
+        return tuple(parts) if isinstance(value, tuple) else parts
     if isinstance(value, Mapping):
-        parts = cast("Mapping[Any, Any]", value)
-        return {_written(key): _written(each) for key, each in parts.items()}
-    if isinstance(value, tuple | list) and value and type(value[0]) not in _NUMBERS:
-        parts = map(_written, cast("tuple[Any, ...] | list[Any]", value))
-        return tuple(parts) if isinstance(value, tuple) else list(parts)
+        mapped = cast("Mapping[Any, Any]", value)
+        return {_usable(key): _usable(each) for key, each in mapped.items()}
     return value
 
 

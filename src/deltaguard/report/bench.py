@@ -1,11 +1,11 @@
 """What the paper's protocol gave: methods over fine-tunes, at several strengths."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from deltaguard.report.base import Count, Environment, Record, Seconds
+from deltaguard.report.base import Count, Environment, Record, Seconds, require_known
 from deltaguard.report.evaluation import Estimate
 
 BENCH_NAME = "bench.json"
@@ -201,3 +201,10 @@ class BenchReport(Record):
     contests: tuple[Contest, ...]
     notes: tuple[str, ...]
     seconds: Mapping[str, Seconds]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        finetunes = {row.name for row in self.finetunes}
+        for what in ("cells", "curves", "scores", "contests"):
+            require_known(what, (row.finetune for row in getattr(self, what)), finetunes)
+        return self

@@ -77,7 +77,7 @@ class SweepReport(Record):
     finetuned_kl: float
     finetuned_nll: float | None
     points: tuple[SweepPoint, ...] = Field(min_length=1)
-    budgets: tuple[SweepBudget, ...]
+    budgets: tuple[SweepBudget, ...] = Field(min_length=1)
     seconds: Seconds
     warnings: tuple[str, ...] = ()
 

@@ -44,8 +44,10 @@ class RestoreConfig(BaseModel):
         adapter_rank: of an adapter; None takes for each layer the smallest that loses 1 % of its restored
             delta's squared norm at most. What the rank loses is lost before the dial measures.
         device: where the model runs that the dial measures; `auto` is CUDA where there is one.
-        overwrite: replace the checkpoint in the output folder; files of other names stay.
-        resume: go on with a restore that was interrupted, one begun with overwrite too.
+        overwrite: replace the files of an earlier restore, which its report in the output folder lists; all
+            others stay.
+        resume: go on with a restore that was interrupted, one begun with overwrite too; the finished output
+            of the same job is left as it is.
 
     Example:
         >>> RestoreConfig().dial

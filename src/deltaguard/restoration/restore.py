@@ -102,8 +102,19 @@ def restore(
         refuse_what_no_adapter_holds(job, plan)
     output = describe_output(job, plan, Path(output_dir), config)
     finished = finished_report(job, output, config)
-    if finished is not None:
-        return finished
+    return finished or _written(job, plan, output, config, metadata, started, progress)
+
+
+def _written(
+    job: Job,
+    plan: Plan,
+    output: Output,
+    config: RestoreConfig,
+    metadata: Mapping[str, Any] | None,
+    started: float,
+    progress: Progress | None,
+) -> RestoreReport:
+    """Write the output."""
     with open_writer(job, output, config) as writer:
         writer.require_space(output.needed, what=output.what)
         price = _price(job, plan, config, writer, progress)

@@ -1,5 +1,6 @@
 """Questions from a public data set or from a user's own file."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets.registry import DATASETS, DatasetSpec
 from deltaguard.evaluation.datasets.rows import ONLY_COLUMN, Row, read_rows
 from deltaguard.evaluation.exchange import Question
+from deltaguard.files import expanded
 from deltaguard.loading import foreign
 
 
@@ -104,8 +106,8 @@ def drawn(questions: Sequence[Question], count: int, seed: int, source: str) -> 
 
 def _find(name: str, path: str | Path | None) -> tuple[DatasetSpec | None, Sequence[Row], str]:
     """What is to be read: the set it belongs to, its rows, and how to call it in messages."""
-    own = Path(name).expanduser()
-    if path is None and own.is_file():
+    own = expanded(name)
+    if path is None and os.path.isfile(own):  # noqa: PTH113
         return None, read_rows(own), str(own)
     spec = DATASETS.get(name)
     if spec is None:
@@ -115,8 +117,8 @@ def _find(name: str, path: str | Path | None) -> tuple[DatasetSpec | None, Seque
         )
     if path is None:
         return spec, _from_hub(spec), f"{spec.hub_id} on the Hub"
-    file = Path(path).expanduser()
-    if not file.exists():
+    file = expanded(path)
+    if not os.path.exists(file):  # noqa: PTH110
         raise DeltaguardError(
             f"There is no file {file} (looked for {file.absolute()}). {_where_to_get(spec)}"
         )

@@ -1,0 +1,123 @@
+"""Loading through transformers: whatever it raises is one message, and what has no end is not begun."""
+
+import json
+import time
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+import models
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.engines.transformers import TransformersEngine
+from deltaguard.evaluation.exchange import Decoding, Question
+from deltaguard.loading import empty_model, foreign, load_config, load_model, load_tokenizer
+
+
+@pytest.fixture
+def model(tmp_path):
+    return models.save(models.tiny_model("llama"), tmp_path / "model")
+
+
+def changed(model, name="config.json", **fields):
+    path = model / name
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | fields))
+    return model
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 10**30},
+        {"num_hidden_layers": 2001},
+        {"num_hidden_layers": 1e9},
+        {"model_type": "gpt2", "n_layer": 10**9},
+        {"model_type": "mixtral", "num_local_experts": 10**9},
+        {"text_config": {"num_hidden_layers": 10**12}},
+    ],
+)
+@pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model, empty_model])
+def test_a_model_with_more_layers_than_any_has_is_not_begun(model, fields, load):
+    started = time.monotonic()
+    with pytest.raises(DeltaguardError, match=r"config\.json of mine asks for more than 2,000 parts"):
+        load(changed(model, **fields), "mine")
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "load"),
+    [
+        ({"hidden_size": "wide"}, load_config),
+        ({"rope_parameters": 3}, load_config),
+        ({"model_type": "no-such"}, load_config),
+        ({"num_attention_heads": 0}, empty_model),
+        ({"hidden_act": "none-such"}, empty_model),
+        ({"hidden_size": 64}, load_model),
+    ],
+)
+def test_whatever_transformers_raises_is_one_message(model, fields, load):
+    with pytest.raises(DeltaguardError, match=r"^transformers cannot (read|build|load) .*mine"):
+        load(changed(model, **fields), "mine")
+
+
+def test_a_panic_in_rust_is_one_message():
+    with pytest.raises(DeltaguardError, match=r"^It fails: ."), foreign("It fails"):
+        # Built on a vocabulary that does not hold what it is asked for.
+        raise type("PanicException", (BaseException,), {})("index out of bounds")
+
+
+def test_an_interrupt_is_none():
+    with pytest.raises(KeyboardInterrupt), foreign("It fails"):
+        raise KeyboardInterrupt
+
+
+def test_a_message_without_end_is_cut_off():
+    with pytest.raises(DeltaguardError) as caught, foreign("It fails"):
+        raise ValueError("a" * 10**6)
+    assert len(str(caught.value)) < 3000
+
+
+def test_tokens_without_an_embedding_are_refused_wherever_they_are_put_in(model):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    moved = {token: 5000 + i for token, i in vocabulary.items() if i > 300}
+    tokenizer["model"]["vocab"] = vocabulary | moved
+    assert vocabulary[last] < 5000
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    Tokenizer.from_file(str(model / "tokenizer.json"))
+    engine = TransformersEngine.open(str(model), device="cpu")
+    question = Question("How can I make a good cake? What is the best way?", expected="Explain the steps.")
+    for ask in (lambda: engine.answer([question], Decoding(2)), lambda: engine.likelihood([question])):
+        with pytest.raises(
+            DeltaguardError, match=r"gives the token 5\d+, and the model has embeddings for 384"
+        ):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"return_dict_in_generate": True, "output_scores": True},
+    ],
+)
+def test_a_models_own_settings_do_not_change_how_many_answers_there_are(model, fields):
+    questions = [Question("How?"), Question("Why, then?")]
+    plain = TransformersEngine.open(str(model), device="cpu").answer(questions, Decoding(3))
+    found = TransformersEngine.open(str(changed(model, "generation_config.json", **fields)), device="cpu")
+    assert found.answer(questions, Decoding(3)) == plain
+
+
+@pytest.mark.parametrize("token", ["two", {"a": 1}, 2**70])
+def test_an_end_token_that_is_none_is_one_message(model, token):
+    changed(model, "generation_config.json", eos_token_id=token)
+    with pytest.raises(DeltaguardError):
+        TransformersEngine.open(str(model), device="cpu").answer([Question("How?")], Decoding(2))
+
+
+def test_memory_that_is_lacking_is_told_apart():
+    with pytest.raises(torch.OutOfMemoryError), foreign("It fails"):
+        raise torch.OutOfMemoryError("no memory")
