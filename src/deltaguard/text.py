@@ -19,12 +19,16 @@ def printable(line: str) -> str:
     """
     if line.isprintable():
         return line
-    return "".join(
-        char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in _OBEYED and char not in _JOINERS
-        else char
-        for char in line
-    )
+    return "".join(char.encode("unicode_escape").decode() if _is_obeyed(char) else char for char in line)
+
+
+def _is_obeyed(char: str) -> bool:
+    if char in _JOINERS:
+        return False
+    # The last two of each plane, and 32 more, are no characters at all: no document may hold them.
+    code = ord(char)
+    no_character = code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
+    return no_character or unicodedata.category(char) in _OBEYED
 
 
 def printable_lines(text: str) -> str:
@@ -38,6 +42,16 @@ def printable_lines(text: str) -> str:
     if text.isprintable():
         return text
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
+def shortened(text: str, most: int) -> str:
+    """Cut a text off, saying so.
+
+    Example:
+        >>> shortened("a" * 100, 10)
+        'aaaaaaaaa…'
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def writable(text: str) -> str:

@@ -35,6 +35,7 @@ ODD = (
         "9" * 4000,
         "9" * 5000,
     ),
+    *('"\\u2028"', '"\\ufffe"', '"a\\nb"', '"\\u00ad\\u009b"', f'"{"é" * 5000}"'),
     *('""', '" "', '"\\ud800"', '"\\udcff"', '"\\u0000"', '"\\u001b[2J\\u001b]0;x\\u0007"', '"\\u202eabc"'),
     *(
         '"../../etc/passwd"',
@@ -184,6 +185,16 @@ def damage_json(content: bytes, draw: random.Random) -> bytes:
     if draw.random() < 0.25:
         return damage(content, draw)
     return _changed(json.loads(content), draw, ODD).encode()
+
+
+def damage_report(content: bytes, draw: random.Random) -> bytes:
+    """Change values or keys of a report, or one of its texts wherever that stands."""
+    if draw.random() < 0.6:
+        return damage_json(content, draw)
+    holder = [json.loads(content)]
+    texts = [json.dumps(parent[key]) for parent, key in _places(holder) if isinstance(parent[key], str)]
+    strings = [odd for odd in ODD if odd.startswith('"')]
+    return json.dumps(holder[0]).replace(draw.choice(texts), draw.choice(strings)).encode()
 
 
 def damage_lines(content: bytes, draw: random.Random) -> bytes:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from mutators import damage_json
+from mutators import damage_json, damage_report
 from rich.console import Console, RenderableType
 
 from bench_reports import FINETUNES, bench_report, cell
@@ -49,7 +49,7 @@ def drawn(name: str, report: Record, draw: Callable[[Record, Path], object]) -> 
             draw_folder(folder)
             draw(read_json(path, type(report), remedy="Run again."), folder)
 
-        return in_file(path, damage_json, read, report.model_dump_json().encode())
+        return in_file(path, damage_report, read, report.model_dump_json().encode())
 
     return make
 

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 import models
+from deltaguard.checkpoints.vocabulary import vocabulary_size
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Decoding, Question
@@ -94,6 +95,16 @@ def test_tokens_without_an_embedding_are_refused_wherever_they_are_put_in(model)
             DeltaguardError, match=r"gives the token 5\d+, and the model has embeddings for 384"
         ):
             ask()
+
+
+def test_a_token_with_an_id_that_no_vocabulary_has_is_refused(model):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["new"] = 2**31
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(DeltaguardError, match="has a token with the id 2,147,483,648"):
+        load_tokenizer(model, "mine")
+    with pytest.raises(DeltaguardError, match=r"`model\.vocab.*should be less than 16777216"):
+        vocabulary_size(model)
 
 
 @pytest.mark.parametrize(

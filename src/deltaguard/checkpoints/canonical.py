@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 Part = Literal["config", "tokenizer", "template"]
 """A part of a model beside its weights that decides what it predicts for a text."""
@@ -117,10 +117,13 @@ def end_tokens(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     found: set[int] = set()
     for config in configs:
         for part in (config, config.get("text_config") or {}):
-            named: Any = part.get("eos_token_id")
-            tokens: list[Any] = named if isinstance(named, list) else [named]
-            found |= {token for token in tokens if isinstance(token, int) and not isinstance(token, bool)}
+            named = part.get("eos_token_id")
+            found |= {token for token in (named if isinstance(named, list) else [named]) if _is_id(token)}
     return tuple(sorted(found))
+
+
+def _is_id(token: Any) -> TypeGuard[int]:
+    return isinstance(token, int) and not isinstance(token, bool)
 
 
 def counting_tokenizer_config(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deltaguard.checkpoints.opened import OpenFile
+from deltaguard.text import writable
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -74,11 +75,19 @@ def shard_problem(path: Path) -> str | None:
     Returns:
         One sentence with the file's name and its sizes if it is truncated, corrupt or unreadable.
     """
+    if str(path) != writable(str(path)):
+        return (
+            f"{path.name} lies at {path}, which is not UTF-8: safetensors opens no such path, so rename it."
+        )
     try:
         with safe_open(path, framework="pt"):
             return None
     except (SafetensorError, OSError) as error:
-        reason = str(error)
+        return _damage(path, str(error))
+
+
+def _damage(path: Path, reason: str) -> str:
+    """What is wrong with a file that safetensors does not open."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -7,8 +7,10 @@ from pydantic import BaseModel, Field
 
 from deltaguard.files import read_json
 
-# What a tokenizer counts with.
-_Id = Annotated[int, Field(ge=0, lt=2**32)]
+MOST_TOKENS = 1 << 24
+"""The largest vocabularies have a tenth of it; tokenizers go through all ids up to the last, used or not."""
+
+_Id = Annotated[int, Field(ge=0, lt=MOST_TOKENS)]
 
 
 class _Token(BaseModel):

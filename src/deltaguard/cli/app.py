@@ -21,6 +21,7 @@ from deltaguard.cli.sink import Out, UsageError, complain
 from deltaguard.cli.sweep import sweep
 from deltaguard.cli.verify import verify
 from deltaguard.errors import CheckFailedError, DeltaguardError
+from deltaguard.text import printable_lines
 
 DONE, FAILED, USAGE, CHECK_FAILED, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
 _AFTER_INTERRUPT = {
@@ -73,8 +74,7 @@ def run(tokens: Sequence[str]) -> int:
         complain(str(error), hint="Run `deltaguard --help`, or a verb with `--help`.")
         return USAGE
     except (DeltaguardError, OSError) as error:
-        if os.environ.get("DELTAGUARD_DEBUG") == "1":
-            traceback.print_exc()
+        _trace()
         complain(str(error))
         return CHECK_FAILED if isinstance(error, CheckFailedError) else FAILED
     except KeyboardInterrupt:
@@ -85,8 +85,13 @@ def run(tokens: Sequence[str]) -> int:
         return FAILED
     # The last stop: so a bug is never mistaken for a known failure.
     except Exception as error:  # noqa: BLE001
-        if os.environ.get("DELTAGUARD_DEBUG") == "1":
-            traceback.print_exc()
+        _trace()
         complain(f"Unexpected {type(error).__name__}: {error}", hint=_REPORT)
         return BUG
     return DONE
+
+
+def _trace() -> None:
+    """Show where an error comes from, if that is asked for."""
+    if os.environ.get("DELTAGUARD_DEBUG") == "1":
+        print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201

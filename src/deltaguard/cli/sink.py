@@ -124,7 +124,7 @@ def complain(message: str, *, hint: str | None = None) -> None:
 
 def warn(messages: Iterable[str]) -> None:
     """Print what a result does not show by itself and its reader must know, on stderr."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Out(stderr=True, highlight=False, soft_wrap=True)
     for message in messages:
         console.print(Printable(Text.assemble(("Warning:", "bold yellow"), " ", message)))
 

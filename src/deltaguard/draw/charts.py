@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import altair as alt
 import vl_convert
@@ -14,6 +14,7 @@ from deltaguard.draw.text import model_label, percent
 from deltaguard.report.base import RateRow
 from deltaguard.report.demo import ModelRow
 from deltaguard.report.restore import LayerRow
+from deltaguard.text import printable_lines, shortened
 
 LayerMeasure = Literal["kept_fraction", "safety_cost"]
 
@@ -32,6 +33,8 @@ _WIDTH = 310
 _RATE_WIDTH = 190
 _ROW_HEIGHT = 36
 _FONT_SIZE = 12
+_LONGEST = 1000
+"""Characters of a name in a chart; no expression in one is as long."""
 
 
 def layers_chart(layers: Sequence[LayerRow], measure: LayerMeasure) -> str | None:
@@ -172,9 +175,23 @@ def plain_axis() -> dict[str, Any]:
 def svg_of(chart: Any) -> str:
     """Draw an altair chart as an SVG element.
 
-    Whoever shows it describes it, so the marks carry no descriptions of their own.
+    Whoever shows it describes it, so the marks carry no descriptions of their own. Names are cut off, since
+    long ones take minutes, and hold no control characters, which end the process that draws them.
     """
     version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     chart = chart.configure(aria=False, background="transparent", font="system-ui, sans-serif")
-    svg: str = vl_convert.vegalite_to_svg(chart.configure_view(stroke=None).to_dict(), vl_version=version)
+    drawn = _drawable(chart.configure_view(stroke=None).to_dict())
+    svg: str = vl_convert.vegalite_to_svg(drawn, vl_version=version)
     return svg
+
+
+def _drawable(part: Any) -> Any:
+    """A part of a chart with texts that can be drawn."""
+    if isinstance(part, str):
+        return shortened(printable_lines(part), _LONGEST)
+    if isinstance(part, list):
+        return [_drawable(each) for each in cast("list[Any]", part)]
+    if isinstance(part, dict):
+        named = cast("dict[str, Any]", part)
+        return {_drawable(name): _drawable(each) for name, each in named.items()}
+    return part
