@@ -91,7 +91,8 @@ def test_files_that_change_after_they_were_measured_are_noticed(output_format, t
     config = RestoreConfig(output_format=output_format)
     call = {"store": made.store, "config": config, "progress": change}
     message = refusal(restore, made.aligned, tuned, tmp_path / "out", **call)
-    assert f"{tuned} was changed while it was being restored; run again: chat template: " in message
+    assert "Inputs were changed while they were read" in message
+    assert f"{tuned / 'chat_template.jinja'} " in message
     assert not (tmp_path / "out").exists()
 
 

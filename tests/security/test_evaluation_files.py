@@ -149,7 +149,7 @@ def test_a_damaged_cache_of_scores_is_named(tmp_path, content):
 
 
 def test_a_folder_in_the_place_of_a_cache_is_named(tmp_path):
-    with pytest.raises(DeltaguardError, match="directory"):
+    with pytest.raises(DeltaguardError, match="no regular file"):
         ScoreCache(tmp_path)
 
 

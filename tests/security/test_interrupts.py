@@ -1,17 +1,16 @@
 """Ctrl-C at the very beginning, while libraries are still being imported."""
 
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
+from programs import start
+
 
 @pytest.mark.parametrize("seconds", [0.3, 0.6, 1.0, 1.6])
 def test_no_traceback_however_early(tmp_path, seconds):
-    command = [sys.executable, "-m", "deltaguard", "calibrate", str(tmp_path), "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("calibrate", tmp_path, "-o", tmp_path / "out")
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,6 +12,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.evaluate import evaluate
 from deltaguard.report.evaluation import EvaluationReport
+from programs import start
 from replies import MALFORMED, NO_JSON, OTHER_JSON
 from suites import Raw, completion, server, suite_file
 
@@ -234,12 +233,11 @@ def test_ctrl_c_ends_a_run_whose_requests_hang_and_keeps_what_was_said(tmp_path,
     file, head = (out / "judge-cache.jsonl", 0) if judge_hangs else (out / ANSWERS, 1)
     text = TEN.replace("count: 10", "count: 20")
     with server(reply) as url:
-        program = subprocess.Popen(
-            [sys.executable, "-m", "deltaguard", "eval", "m", "--engine", "openai", "--base-url", url,
-             "--judge-url", url, "--judge-model", "judge", "--suite", str(suite_file(tmp_path, text)),
-             "-o", str(out)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        suite = suite_file(tmp_path, text)
+        judge = ("--judge-url", url, "--judge-model", "judge")
+        program = start(
+            "eval", "m", "--engine", "openai", "--base-url", url, *judge, "--suite", suite, "-o", out
+        )
         try:
             deadline = time.monotonic() + 120
             while not (file.exists() and len(file.read_text().splitlines()) >= 3 + head):

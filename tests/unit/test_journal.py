@@ -167,5 +167,5 @@ def _changed(document, data):
 
 def test_a_journal_that_is_a_folder_is_explained(source, tmp_path):
     (journal_of(tmp_path / "out")).mkdir(parents=True)
-    assert "Is a directory" in writer_refusal(tmp_path / "out", resume=True)
+    assert "no regular file" in writer_refusal(tmp_path / "out", resume=True)
     assert Journal.load(tmp_path / "absent") is None

@@ -153,7 +153,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     path.write_bytes(b"name: \xff")
     with pytest.raises(DeltaguardError, match=r"suite\.yaml is not text in UTF-8"):
         read_suite(path)
-    with pytest.raises(DeltaguardError, match="directory"):
+    with pytest.raises(DeltaguardError, match="no regular file"):
         read_suite(tmp_path)
 
 

@@ -79,7 +79,7 @@ class CurvatureStore:
         What is opened is a valid store. Its files are those that were written, by their sha256. All numbers
         are finite. Eigenvalues fall, none is negative (`spectrum` makes 0 of what rounding leaves below it),
         not all are zero, and what stands for the others fits them: the tail is at most 1.1 times the smallest
-        that is kept and 1e-4 of the largest, and the mean lies within 1 % of what they allow. Eigenvectors are
+        that is kept and 1e-4 of the largest, and the mean lies within 1 % of what they allow. Vectors are
         orthonormal: in a random probe with entries of ±1, Vᵀ(V z) is z but for 0.01 in half precision and
         0.001 in single precision. Sums of squares are not negative, factors have positive diagonals, and an
         order of columns is one.
