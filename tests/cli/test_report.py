@@ -90,3 +90,38 @@ def test_a_folder_without_a_readable_report_is_an_error(tmp_path, capsys, name, 
     message = " ".join(capsys.readouterr().err.split())
     assert all(words in message for words in told)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"seconds": {"total": -1.0}}, "`seconds.total`: Input should be greater than or equal to 0"),
+        ({"seconds": {"total": float("inf")}}, "`seconds.total`: Input should be a finite number"),
+        ({"seconds": {"total": 1e200}}, "there is a number beyond 1e+100"),
+        ({"models": []}, "`models`: Tuple should have at least 1 item"),
+        ({"sections": []}, "measures name 'attack', 'attack/base64', 'attack/prefill', which the report"),
+        (
+            {"environment": {"created": "yesterday"}},
+            "`environment.created`: it is no time in the form",
+        ),
+        ({"environment": {"created": "0001-01-01T00:00:00+14:00"}}, "it is no time in the form of ISO 8601"),
+    ],
+)
+def test_a_report_that_nothing_measured_can_have_made_is_one_message(tmp_path, capsys, change, told):
+    content = json.loads(evaluation_report().model_dump_json())
+    for name, value in change.items():
+        content[name] = content[name] | value if isinstance(value, dict) else value
+    (tmp_path / EVALUATION_NAME).write_text(json.dumps(content))
+    assert run(["report", str(tmp_path)]) == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert message.count("Error:") == 1
+    assert told in message
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_bench_says_nothing_of_fine_tunes_that_it_does_not_have(tmp_path, capsys):
+    content = json.loads(bench_report(methods=("greedy",)).model_dump_json())
+    content["curves"][0]["finetune"] = "other"
+    (tmp_path / BENCH_NAME).write_text(json.dumps(content))
+    assert run(["report", str(tmp_path)]) == 1
+    assert "curves name 'other', which the report does not have" in " ".join(capsys.readouterr().err.split())

@@ -15,7 +15,7 @@ from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.identity import identify
 from deltaguard.report.restore import CARD_NAME, REPORT_NAME, RestoreReport
 from deltaguard.restoration.job import default_store_folder
-from deltaguard.restoration.restore import plan_restore
+from deltaguard.restoration.restore import _front_matter, plan_restore
 from deltaguard.solvers import greedy, kfac, published, spectrum
 from deltaguard.solvers.spectrum import raised
 from pairs import CONVERSATIONS, pair, save_adapter, weights
@@ -364,6 +364,33 @@ def test_new_tokens_in_padding_rows_come_from_the_finetuned_model(tmp_path):
     assert torch.equal(restored[name][:300], aligned[name][:300])
     assert torch.equal(restored[name][300:], finetuned[name][300:])
     assert {row.source for row in report.others if "embed" in row.name or "lm_head" in row.name} == {"both"}
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("---\nlicense: mit\n---\n# Mine\n---\n", {"license": "mit"}),
+        ("\ufeff\r\n---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}),
+        ("\n---\n---\n", None),
+        ("---\nlicense: mit\n", None),
+        ("# Mine\n---\nlicense: mit\n---\n", None),
+        ("", None),
+    ],
+)
+def test_metadata_stand_between_the_first_two_lines_of_dashes(tmp_path, card, found):
+    (tmp_path / "README.md").write_text(card, encoding="utf-8", newline="")
+    assert _front_matter(tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    "metadata", ["license: [mit", "a: &a [*a]", "- mit", "date: 2025-02-30", "[" * 99, "a: !!python/none x"]
+)
+def test_metadata_that_are_none_name_the_card(tmp_path, metadata):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    with pytest.raises(
+        DeltaguardError, match=r"metadata at the head of .*README\.md cannot be .*(.|\n)*Correct it"
+    ):
+        _front_matter(tmp_path)
 
 
 def test_metadata_that_cannot_be_read_is_said_before_any_work(tmp_path):

@@ -1,12 +1,15 @@
 """What a cell's key holds: values, functions with what they were made with, and the code behind them."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
 
-from deltaguard.bench.cells import content_key, source_hash
+from bench_reports import cell
+from deltaguard.bench.cells import Shelf, content_key, source_hash
 from deltaguard.bench.methods import METHODS
+from deltaguard.errors import DeltaguardError
 from deltaguard.restoration.options import RestoreConfig
 
 
@@ -93,3 +96,43 @@ def test_an_edit_of_what_is_drawn_leaves_cells_as_they_are(package):
 
 def test_the_code_that_cells_depend_on_is_there():
     assert source_hash() == source_hash() != content_key([])
+
+
+def stored(shelf, kept):
+    return shelf.cell(kept.key, lambda found: found.method == "greedy", lambda: kept)
+
+
+def test_a_cell_is_the_one_that_its_name_says(tmp_path):
+    shelf, kept = Shelf(tmp_path), cell("task", 0, "greedy", 0.2, 0.1, 2.0)
+    assert stored(shelf, kept) == stored(shelf, kept) == kept
+    path = tmp_path / "cells" / f"{kept.key}.json"
+    for changed in ({"key": "other"}, {"method": "ridge"}):
+        path.write_text(kept.model_copy(update=changed).model_dump_json())
+        with pytest.raises(DeltaguardError, match=r"holds another cell than its name says. Remove it"):
+            stored(shelf, kept)
+    for field, value in (("attack", "xyz"), ("utility", [1e999]), ("seconds", {"request": -1})):
+        path.write_text(json.dumps(kept.model_dump(mode="json") | {field: value}))
+        with pytest.raises(DeltaguardError, match=rf"cannot be used: `{field}"):
+            stored(shelf, kept)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (str, "[1, 2]"),
+        (str, '["a"]'),
+        (str, '{"a": "b"}'),
+        (float, '["a", "b"]'),
+        (float, "[1.0, NaN]"),
+        (str, "["),
+    ],
+)
+def test_answers_are_as_many_as_asked_and_of_their_kind(tmp_path, kind, content):
+    shelf = Shelf(tmp_path)
+    good = ["a", "b"] if kind is str else [1.0, 2.0]
+    assert shelf.answers("key", kind, 2, lambda: good) == shelf.answers("key", kind, 2, list) == good
+    (tmp_path / "answers" / "key.json").write_text(content)
+    with pytest.raises(
+        DeltaguardError, match=r"key\.json cannot be used(.|\n)*Remove it to measure it again"
+    ):
+        shelf.answers("key", kind, 2, lambda: good)

@@ -159,3 +159,10 @@ def test_perplexity_by_hand():
     nats = [-float(logits[len(begin) + i - 1, token]) for i, token in enumerate(end)]
     (found,) = perplexity(model, tokenizer, [exchange])
     assert found == pytest.approx(exp(sum(nats) / len(nats)), rel=1e-4)
+
+
+def test_a_perplexity_beyond_all_numbers_is_only_large(monkeypatch):
+    monkeypatch.setattr(
+        "deltaguard.evaluation.judges.coherence.negative_log_likelihood", lambda *_, **__: [1e30]
+    )
+    assert perplexity(None, None, [Exchange("?", "a")]) == [exp(700)]

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import sys
 
+import pyarrow as pa
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 from hypothesis import given
@@ -201,7 +203,14 @@ def test_hex_phi_as_a_folder_without_headers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [ConnectionError("no network"), DatasetNotFoundError("gated"), ValueError("x")]
+    "error",
+    [
+        ConnectionError("no network"),
+        DatasetNotFoundError("gated"),
+        ValueError("x"),
+        RuntimeError("y"),
+        TypeError("z"),
+    ],
 )
 def test_what_the_hub_refuses_says_where_to_get_it(monkeypatch, error):
     def load_dataset(*_, **__):
@@ -292,3 +301,48 @@ def test_a_set_of_which_nothing_is_left(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "Kill it?", "label": "unsafe"}])
     with pytest.raises(DeltaguardError, match=r"a\.jsonl holds no question"):
         load_questions("xstest-safe", path=path)
+
+
+def test_a_parquet_file_that_stands_for_more_than_is_read(tmp_path):
+    """A few hundred bytes may say so."""
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"prompt": pa.array(["a"] * 1_000_001).dictionary_encode()}), path)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(DeltaguardError, match=r"has 1,000,001 rows of .* 1,000,000 rows .* are read at most"):
+        load_questions(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([10**17], pa.timestamp("s")), "cannot be read"),
+        (pa.array([b"\xff"], pa.binary()), "a bytes in column `prompt`"),
+        (pa.array([["a"]]), "a list in column `prompt`"),
+        (pa.array([None], pa.string()), "no text in column `prompt`"),
+    ],
+)
+def test_a_parquet_file_of_other_types(tmp_path, column, message):
+    parquet.write_table(pa.table({"prompt": column}), tmp_path / "a.parquet")
+    with pytest.raises(DeltaguardError, match=message):
+        load_questions(tmp_path / "a.parquet")
+
+
+def test_cells_as_long_as_csv_has_them(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt\n" + "a" * 200_000)
+    with pytest.raises(DeltaguardError, match="cannot be read: field larger than field limit"):
+        load_questions(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.parquet"])
+def test_a_pipe_in_the_place_of_data_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DeltaguardError, match="no regular file"):
+        load_questions("gsm8k", path=tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/a.csv", "a\0b", "~a\0b", "a" * 5000])
+def test_a_name_that_no_file_can_have_is_one_message(name):
+    with pytest.raises(DeltaguardError, match="There is no file"):
+        load_questions(name)
+    with pytest.raises(DeltaguardError, match="There is no file"):
+        load_questions("gsm8k", path=name)

@@ -117,3 +117,8 @@ def test_the_careless_mixture():
 def test_more_than_there_is():
     with pytest.raises(DeltaguardError, match="400 harmful prompts were asked for and 303"):
         task_with_harmful(task_examples("train", 1), HARMFUL, harmful_count=400)
+
+
+@pytest.mark.parametrize("answer", ["[" * 100_000, "1" * 10_000, '{"a": ' * 5000, "\ud800", ""])
+def test_an_answer_that_python_refuses_to_read_is_wrong(answer):
+    assert not exact_match(answer, '{"a": "1"}')
