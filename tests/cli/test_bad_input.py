@@ -252,3 +252,19 @@ def test_a_config_file_with_an_unknown_option(made, tmp_path, attempt):
         made.aligned, made.finetuned, "--config", str(tmp_path / "options.yaml"), store=made.store, code=2
     )
     assert "strenght" in message
+
+
+def test_a_limit_that_rows_of_the_finetuned_model_exceed_is_not_met_by_other_parameters(
+    made, tmp_path, attempt
+):
+    """They come from the aligned model already."""
+    wider = models.tiny_model("llama", vocab_size=models.VOCABULARY + 16)
+    aligned = models.tiny_model("llama")
+    own = wider.state_dict()
+    for name, tensor in aligned.state_dict().items():
+        own[name][: len(tensor)].copy_(tensor)
+    tuned = models.save(models.perturbed(wider, 0.01), tmp_path / "tuned")
+    message = attempt(made.aligned, tuned, "--max-safety-kl", "1e-9", store=made.store)
+    assert "With no delta left in any layer the safety KL is still" in message
+    assert "rows of the vocabulary, that the fine-tuned model alone has" in message
+    assert "--other-params" not in message

@@ -9,6 +9,7 @@ import torch
 
 from deltaguard.cli.app import run
 from deltaguard.report.restore import REPORT_NAME
+from folders import write
 from pairs import pair
 from variants import variant
 
@@ -163,3 +164,13 @@ def test_importing_the_package_does_not_import_torch():
 def test_the_installed_command_exits_with_the_right_code():
     command = [sys.executable, "-m", "deltaguard", "restore", "only-one"]
     assert subprocess.run(command, check=False, capture_output=True).returncode == 2
+
+
+def test_a_diff_of_many_kinds_shows_some_and_says_how_many_more(tmp_path, capsys):
+    for name, letter in (("one", "a"), ("other", "b")):
+        tensors = {f"{letter}{i}": torch.zeros(0) for i in range(300)}
+        write(tmp_path / name, {"model.safetensors": tensors})
+    assert run(["diff", str(tmp_path / "one"), str(tmp_path / "other")]) == 0
+    told = capsys.readouterr().out
+    assert "and 400 more kinds (all with --json)" in told
+    assert "and 570 more tensors (all with --json)" in told
