@@ -51,9 +51,12 @@ def apply_template(
     def apply() -> str:
         _refuse_endless(tokenizer.chat_template, subject)
         with foreign(f"{subject} fails on a conversation of {roles}", TemplateFailedError):
-            return tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer_follows
-            )
+            try:
+                return tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=answer_follows
+                )
+            except MemoryError as error:
+                raise DeltaguardError(f"{subject} takes more memory than there is. {_REMEDY}") from error
 
     text = run_within(
         seconds,
@@ -67,9 +70,10 @@ def apply_template(
 
 
 def _refuse_endless(template: Any, subject: str) -> None:
-    found = _endless(template) if isinstance(template, str) else None
-    if found is not None:
-        raise DeltaguardError(f"{subject} {found}, which may take without end. {_REMEDY}")
+    # A tokenizer may have several by name, of which it takes one.
+    for text in template.values() if isinstance(template, dict) else (template,):
+        if (found := _endless(text)) is not None:
+            raise DeltaguardError(f"{subject} {found}, which may take without end. {_REMEDY}")
 
 
 @lru_cache(maxsize=32)

@@ -164,6 +164,7 @@ def read_journal(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str) -
     """Read what a run appended to a file of JSON lines before it was interrupted.
 
     A last line that a kill cut short is removed from the file, so that the next one begins where it should.
+    That is done to no file but a journal: one that begins with whole lines of it, and is no link to another.
 
     Args:
         path: the file; none where it is absent.
@@ -171,12 +172,17 @@ def read_journal(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str) -
         remedy: what to do where one does not, as a sentence.
 
     Raises:
-        DeltaguardError: the file cannot be read, or a whole line holds something else.
+        DeltaguardError: the file cannot be read, is a link, holds no whole line, or one that is something
+            else.
     """
+    if path.is_symlink():
+        raise DeltaguardError(f"{path} is a link, which no run leaves there: remove it. {remedy}")
     if not path.exists():
         return []
     content = read_file(path)
     whole = content[: content.rfind(b"\n") + 1]
+    if content and not whole:
+        raise DeltaguardError(f"{path} holds the beginning of one line and no more: remove it. {remedy}")
     found = _parsed(_numbered_lines(whole), schema, source=str(path), remedy=remedy)
     if len(whole) < len(content):
         try:

@@ -80,7 +80,7 @@ def admit(out: Path, request: Request) -> Admission:
     found = sorted(path.name for path in out.iterdir()) if out.exists() else []
     others = [name for name in found if name != STAGING_FOLDER]
     staging = out / STAGING_FOLDER
-    links = [path for path in (staging, staging / "files") if path.is_symlink()]
+    links = [path for path in (staging, staging / "files", staging / JOURNAL_NAME) if path.is_symlink()]
     if links:
         raise DeltaguardError(f"{links[0]} is a link: remove it, or choose another output folder.")
     journal = _resumed(staging, request.plan_hash) if request.resume else None

@@ -116,8 +116,9 @@ def end_tokens(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     """
     found: set[int] = set()
     for config in configs:
-        for part in (config, config.get("text_config") or {}):
-            named = part.get("eos_token_id")
+        inner: Any = config.get("text_config")
+        for part in (config, inner if isinstance(inner, dict) else {}):
+            named: Any = part.get("eos_token_id")
             found |= {token for token in (named if isinstance(named, list) else [named]) if _is_id(token)}
     return tuple(sorted(found))
 

@@ -15,6 +15,8 @@ _ASKING = (
     "video_preprocessor_config.json",
     "adapter_config.json",
 )
+# Fields that send transformers to other files than those that are looked at here.
+_REDIRECTING = ("configuration_files", "fast_tokenizer_files")
 # What transformers runs without being asked by a configuration.
 _RUN_BY_NAME = ("custom_generate/generate.py",)
 
@@ -27,20 +29,21 @@ def refuse_code(folder: Path, reference: str) -> None:
         reference: what the user called it, for messages.
 
     Raises:
-        DeltaguardError: a configuration has an `auto_map`, or there is code that transformers runs by its
-            name; all of them are listed. Or a configuration cannot be read.
+        DeltaguardError: a configuration has an `auto_map` or names other files in its own place, or there is
+            code that transformers runs by its name; all of them are listed. Or a configuration cannot be
+            read.
     """
-    found = [
-        f"{name} names {_code_in(content)} (`auto_map`)"
-        for name in _ASKING
-        if (folder / name).is_file()
-        and _code_in(content := read_json(folder / name, ANY_OBJECT, remedy="Copy it again."))
-    ]
+    found: list[str] = []
+    for name in _ASKING:
+        if (folder / name).is_file():
+            content = read_json(folder / name, ANY_OBJECT, remedy="Copy it again.")
+            found += [f"{name} names {code} (`auto_map`)"] if (code := _code_in(content)) else []
+            found += [f"{name} names other files (`{field}`)" for field in _REDIRECTING if field in content]
     found += [f"there is {name}" for name in _RUN_BY_NAME if (folder / name).exists()]
     if found:
         raise DeltaguardError(
-            listed(f"{reference} asks for code of its own to be run, which deltaguard never does", found)
-            + "\nIf transformers knows the model without that code, remove `auto_map` from these files."
+            listed(f"{reference} asks for code or files of its own, which deltaguard never follows", found)
+            + "\nIf transformers knows the model without them, remove these fields from the files."
         )
 
 

@@ -12,7 +12,7 @@ MOST_PARTS = 2000
 
 _SHOWN_DIGITS = 40
 # What configurations call the number of parts that are built one by one.
-_COUNTED = ("layers", "n_layer", "blocks", "experts", "depth")
+_COUNTED = ("layers", "n_layer", "blocks", "experts", "depth", "labels")
 
 
 def refuse_giants(folder: Path, reference: str) -> None:

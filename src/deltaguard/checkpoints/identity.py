@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from deltaguard.checkpoints.canonical import (
     CONFIG,
     GENERATION_CONFIG,
@@ -90,6 +92,17 @@ def identify(source: WeightSource) -> ModelIdentity:
     )
 
 
+class _Template(BaseModel):
+    name: str
+    template: str
+
+
+class _Templates(BaseModel):
+    """The chat templates of a `tokenizer_config.json`."""
+
+    chat_template: str | tuple[_Template, ...] | None = None
+
+
 def templates_of(files: Mapping[str, Path]) -> dict[str, str]:
     """Read the chat templates that transformers would use, by their names.
 
@@ -111,11 +124,12 @@ def templates_of(files: Mapping[str, Path]) -> dict[str, str]:
         if path == TEMPLATE or path.startswith(f"{TEMPLATE_FOLDER}/")
     }
     if not found and TOKENIZER_CONFIG in files:
-        named = json_object(files[TOKENIZER_CONFIG]).get("chat_template")
-        rows: list[Any] = named if isinstance(named, list) else [{"name": "default", "template": named}]
-        found = {str(row["name"]): str(row["template"]) for row in rows if row.get("template")}
+        named = read_json(files[TOKENIZER_CONFIG], _Templates, remedy=_COPY).chat_template or ()
+        rows = (_Template(name="default", template=named),) if isinstance(named, str) else named
+        found = {row.name: row.template for row in rows}
     if "chat_template.json" in files:
-        found["processor"] = str(json_object(files["chat_template.json"]).get("chat_template"))
+        own = read_json(files["chat_template.json"], _Templates, remedy=_COPY).chat_template
+        found["processor"] = own if isinstance(own, str) else ""
     return {name: counting_template(text) for name, text in found.items()}
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import StrictFloat, TypeAdapter
 
+from deltaguard.checkpoints.names import place_problem
+from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.answers import TEXT, AnswerFile
 from deltaguard.evaluation.engines.make import EngineConfig, identity, make_engine
 from deltaguard.evaluation.engines.transformers import TransformersEngine
@@ -105,6 +107,8 @@ def _files(folder: Path, candidate: Candidate, part: Part, config: EngineConfig)
     }
     prompts = part.plain if part.harness is None else part.harness.tasks
     base = folder / ANSWERS / candidate.name / part.name
+    if problem := place_problem(folder, str(base.relative_to(folder))):
+        raise DeltaguardError(f"The answers cannot be written: {problem}. Choose another output folder.")
     return {
         kind: AnswerFile(
             base.with_name(f"{base.name}.jsonl" if kind == "answers" else f"{base.name}.{kind}.jsonl"),

@@ -12,6 +12,19 @@ from deltaguard.files import ANY_OBJECT, parse_json
 AGAIN = frozenset({408, 409, 425, 429})
 """Statuses below 500 that may be others a moment later."""
 
+_ENDINGS = (
+    None,
+    "stop",
+    "eos",
+    "eos_token",
+    "stop_sequence",
+    "end_turn",
+    "length",
+    "max_tokens",
+    "content_filter",
+)
+"""How an answer may end; one that a server gave up, or that calls a tool, is none."""
+
 _BEGINNING = 80
 """Characters of a reply that cannot be read, for messages."""
 
@@ -82,7 +95,12 @@ def read_reply(status: int, text: str) -> str | Failure:
 def _answer(choice: _Choice) -> str | Failure:
     if choice.error is not None or choice.finish_reason == "error":
         return Failure(f"the reply is an error{': ' if choice.error else ''}{_said(choice.error or '')}")
-    return (choice.message.content or "").strip() or (choice.message.refusal or "").strip()
+    if choice.finish_reason not in _ENDINGS:
+        return Failure(f"the answer ended by {choice.finish_reason!r}, not by itself")
+    said = choice.message
+    if said.content is None and said.refusal is None and choice.finish_reason != "content_filter":
+        return Failure("the message has neither content nor refusal")
+    return (said.content or "").strip() or (said.refusal or "").strip()
 
 
 def _refused(status: int, text: str) -> str | Failure:

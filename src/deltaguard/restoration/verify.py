@@ -5,7 +5,10 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
+from deltaguard.checkpoints.adapter import ADAPTER_FILE
+from deltaguard.checkpoints.canonical import part_of
 from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.checkpoints.layout import ADAPTER_CONFIG, INDEX_FILE, SINGLE_FILE
 from deltaguard.checkpoints.names import link_target, place_problem
 from deltaguard.checkpoints.opened import OpenFile
 from deltaguard.checkpoints.shards import TensorInfo, read_tensor
@@ -52,6 +55,7 @@ def verify(output_dir: str | Path) -> Verification:
             tensors = Checkpoint.open(folder).tensors
             problems += _name_problems(tensors.keys(), report)
         problems += _not_finite(folder, tensors)
+        problems += _unlisted(folder, report)
     except DeltaguardError as error:
         problems.append(str(error))
     return Verification(
@@ -74,6 +78,17 @@ def read_report(folder: Path) -> RestoreReport:
     return read_json(
         path, RestoreReport, remedy="Copy the report again from where it was written, or restore again."
     )
+
+
+def _unlisted(folder: Path, report: RestoreReport) -> Iterator[str]:
+    """What would be loaded with the checkpoint, or in its place, and is none of its files."""
+    written = {row.name for row in report.files}
+    adapter = report.options.get("output_format") == "adapter"
+    others = (ADAPTER_CONFIG, ADAPTER_FILE) if not adapter else ()
+    for path in sorted(folder.iterdir()):
+        loaded = path.name in (SINGLE_FILE, INDEX_FILE, *others) or part_of(path.name) is not None
+        if loaded and path.name not in written:
+            yield f"File {path.name} is not in the report, and would be loaded with the others."
 
 
 def _not_finite(folder: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
