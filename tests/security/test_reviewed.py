@@ -7,15 +7,17 @@ import pytest
 
 from deltaguard import DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.chat_template import apply_template
+from deltaguard.checkpoints.adapter import AdapterCheckpoint
 from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.checkpoints.identity import identify
 from deltaguard.cli.app import run
+from deltaguard.curvature.store import CurvatureStore
 from deltaguard.evaluation.answers import AnswerFile
 from deltaguard.evaluation.completion import Failure, read_reply
 from deltaguard.files import ANY_OBJECT, read_journal
 from deltaguard.loading import load_config
 from models import tiny_tokenizer
-from pairs import pair
+from pairs import pair, save_adapter
 
 
 @pytest.fixture
@@ -124,3 +126,22 @@ def test_verify_names_what_would_be_loaded_besides(tmp_path, name):
     assert verify(out).passed
     (out / name).write_text("{}")
     assert any(name in problem for problem in verify(out).problems)
+
+
+def test_a_scale_that_no_weight_can_hold_is_refused(tmp_path):
+    made = pair("llama")
+    folder = tmp_path / "adapter"
+    save_adapter(made.aligned, folder, ["q_proj"])
+    change(folder / "adapter_config.json", lora_alpha=1e300)
+    with pytest.raises(DeltaguardError, match="lora_alpha"):
+        AdapterCheckpoint.open(Checkpoint.open(made.aligned), folder)
+
+
+def test_a_layer_larger_than_any_number_is_refused(tmp_path):
+    folder = tmp_path / "store"
+    shutil.copytree(pair("llama").store, folder)
+    manifest = json.loads((folder / "curvature.json").read_text())
+    manifest["groups"][0]["group"]["in_features"] = 10**400
+    (folder / "curvature.json").write_text(json.dumps(manifest))
+    with pytest.raises(DeltaguardError, match="in_features"):
+        CurvatureStore.from_pretrained(folder)

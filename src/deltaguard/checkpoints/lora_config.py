@@ -70,7 +70,8 @@ _PLAIN_PATTERN = re.compile(
 
 _Value = TypeVar("_Value")
 _Rank = Annotated[int, Field(ge=1, le=2**31 - 1)]
-_Alpha = Annotated[float, Field(allow_inf_nan=False)]
+# Far beyond any in use, and far within what float32 holds.
+_Alpha = Annotated[float, Field(ge=-1e30, le=1e30)]
 
 
 class LoraConfig(BaseModel):

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor
 
 from deltaguard.curvature.moments import Moment, Packed, check_sum, normalise, pack
 from deltaguard.errors import DeltaguardError
 from deltaguard.solvers.spectrum import Spectrum, spectrum
+
+_Size = Annotated[int, Field(gt=0, le=1 << 31)]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Layer:
 
     tensor: str
     transposed: bool
-    out_features: PositiveInt
+    out_features: _Size
 
     @property
     def name(self) -> str:
@@ -45,8 +47,8 @@ class Group:
     """
 
     name: str
-    in_features: PositiveInt
-    tokens: PositiveInt
+    in_features: _Size
+    tokens: Annotated[int, Field(gt=0, le=1 << 62)]
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
 
 
