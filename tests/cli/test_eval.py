@@ -35,7 +35,8 @@ def test_people_get_a_table_and_where_the_rest_is(models, tmp_path, capsys):
     assert run(["eval", models[0], "--suite", suite, "-o", str(out)]) == 0
     drawn = capsys.readouterr().out
     assert "attack success" in drawn
-    assert "README.md" in drawn
+    # A long path is broken where the terminal ends.
+    assert "README.md" in drawn.replace("\n", "")
 
 
 def test_a_judge_on_a_server_joins_those_of_the_suite(models, tmp_path, capsys):

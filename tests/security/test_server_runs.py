@@ -135,10 +135,10 @@ def test_a_server_that_fails_throughout_is_given_up_early(tmp_path, capsys, repl
 def test_no_malformed_reply_is_stored_as_an_answer(tmp_path):
     lost = (OTHER_JSON | NO_JSON).values()
     with server(Lossy(*lost)) as url:
-        report = evaluated(url, tmp_path, TEN.replace("count: 10", "count: 60"), max_missing=0.9)
-    assert stored(tmp_path / "out") == ["Sure, this is how."] * (60 - len(lost))
+        report = evaluated(url, tmp_path, TEN.replace("count: 10", "count: 80"), max_missing=0.9)
+    assert stored(tmp_path / "out") == ["Sure, this is how."] * (80 - len(lost))
     (missing,) = [each for each in report.measures if each.name == "missing"]
-    assert missing.estimate.value == pytest.approx(len(lost) / 60)
+    assert missing.estimate.value == pytest.approx(len(lost) / 80)
 
 
 def test_options_reach_the_server_and_the_judge(tmp_path, capsys):

@@ -14,7 +14,7 @@ from torch import Tensor
 from deltaguard.checkpoints.code import refuse_code
 from deltaguard.checkpoints.companions import companions
 from deltaguard.checkpoints.hub import is_local, locate
-from deltaguard.checkpoints.layout import ADAPTER_CONFIG, CONFIG_FILE, find_layout, read_config, read_layout
+from deltaguard.checkpoints.layout import ADAPTER_CONFIG, find_layout, read_config, read_layout
 from deltaguard.checkpoints.opened import OpenFile, Snapshot
 from deltaguard.checkpoints.shards import TensorInfo, read_header, read_tensor
 from deltaguard.errors import DeltaguardError, listed
@@ -124,12 +124,12 @@ class Checkpoint:
         if problem and not is_local(reference):
             raise DeltaguardError(f"{name}: {problem}")
         folder = locate(reference)
-        if (folder / CONFIG_FILE).exists() and (folder / ADAPTER_CONFIG).exists():
+        layout = find_layout(folder, name)
+        if (folder / ADAPTER_CONFIG).exists():
             raise DeltaguardError(
                 f"{name} holds both a model and an adapter ({ADAPTER_CONFIG}), which transformers would put "
                 "on it unasked: move one of them to another folder."
             )
-        layout = find_layout(folder, name)
         index = [folder / layout.index_name] if layout.index_name else []
         others = Snapshot.of([*index, *(folder / path for path in companions(folder))])
         tensors, files, problems = read_layout(folder, layout)

@@ -21,7 +21,7 @@ from pydantic import (
 from deltaguard.checkpoints.durable import write_atomically
 from deltaguard.checkpoints.names import name_problem
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.files import problems, read_journal
+from deltaguard.files import problems, read_file, read_journal
 
 JOURNAL_NAME = "journal.jsonl"
 """The file in the staging folder that holds the journal."""
@@ -149,6 +149,9 @@ class Journal:
         Raises:
             DeltaguardError: another line is damaged: what, and how to start anew.
         """
+        # Killed while the first line was written: a new run writes the file anew.
+        if path.is_file() and not path.is_symlink() and b"\n" not in read_file(path):
+            return None
         events = read_journal(path, _LINE, remedy=_START_ANEW)
         if not events:
             return None
