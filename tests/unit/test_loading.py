@@ -41,7 +41,7 @@ def changed(model, name="config.json", **fields):
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model, empty_model])
 def test_a_model_with_more_layers_than_any_has_is_not_begun(model, fields, load):
     started = time.monotonic()
-    with pytest.raises(DeltaguardError, match=r"config\.json of mine asks for more than 2,000 parts"):
+    with pytest.raises(DeltaguardError, match=r"config\.json of mine asks for more than 1,000 parts"):
         load(changed(model, **fields), "mine")
     assert time.monotonic() - started < 5
 

@@ -7,8 +7,8 @@ from typing import Any
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import ANY_OBJECT, read_json
 
-MOST_PARTS = 2000
-"""Layers, or experts of a layer; the largest models have a tenth of it."""
+MOST_PARTS = 1000
+"""Layers, or experts of a layer; the largest models have half of it."""
 
 _SHOWN_DIGITS = 40
 # What configurations call the number of parts that are built one by one.
