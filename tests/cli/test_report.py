@@ -7,9 +7,11 @@ from pydantic import ValidationError
 
 from bench_reports import bench_report
 from deltaguard.cli.app import run
+from deltaguard.draw.folder import DEMO_NAME
 from deltaguard.report.bench import BENCH_NAME, BenchReport
 from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
 from reports import evaluation_report
+from restores import demo_report
 
 
 def test_an_evaluation_is_drawn_into_its_folder(tmp_path, capsys):
@@ -125,3 +127,11 @@ def test_a_bench_says_nothing_of_fine_tunes_that_it_does_not_have(tmp_path, caps
     (tmp_path / BENCH_NAME).write_text(json.dumps(content))
     assert run(["report", str(tmp_path)]) == 1
     assert "curves name 'other', which the report does not have" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_demo_has_the_three_models_that_can_be_drawn(tmp_path, capsys):
+    content = json.loads(demo_report().model_dump_json())
+    content["models"][0]["name"] = "other"
+    (tmp_path / DEMO_NAME).write_text(json.dumps(content))
+    assert run(["report", str(tmp_path)]) == 1
+    assert "`models.0.name`: Input should be 'aligned', 'finetuned' or 'restored'" in capsys.readouterr().err

@@ -8,8 +8,12 @@ import torch
 
 from deltaguard import DeltaguardError, RestoreConfig, calibrate, restore, sweep
 from deltaguard.calibration.calibrate import CalibrateConfig
+from deltaguard.evaluation.engines.make import EngineConfig
+from deltaguard.evaluation.evaluate import evaluate
+from deltaguard.report.evaluation import EVALUATION_NAME
 from models import perturbed, save, tiny_model
 from pairs import CONVERSATIONS, pair, save_adapter
+from suites import suite_file, two_models
 
 SHARDS = {"dtype": torch.bfloat16, "max_shard_size": "30KB"}
 
@@ -133,3 +137,26 @@ def test_a_store_is_of_one_model(sharded, tmp_path):
             progress=listen,
         )
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
+def test_no_answer_is_kept_of_a_model_that_changed_since_it_was_described(tmp_path, name, number):
+    models = two_models(tmp_path)
+    changed, kept = tmp_path / "finetuned" / name, tmp_path / "out" / "answers" / "finetuned"
+
+    def replace():
+        (tmp_path / "new").write_bytes(changed.read_bytes())
+        (tmp_path / "new").replace(changed)
+
+    with pytest.raises(DeltaguardError, match=f"{name} was replaced by another file"):
+        evaluate(
+            models,
+            tmp_path / "out",
+            suite=suite_file(tmp_path),
+            engine=EngineConfig(device="cpu", batch_size=2),
+            progress=when("finetuned: attack", number, replace),
+        )
+    answers = [path.read_text().splitlines()[1:] for path in kept.glob("attack.jsonl")]
+    assert sum(map(len, answers)) == number
+    assert not (tmp_path / "out" / EVALUATION_NAME).exists()

@@ -23,13 +23,13 @@ from deltaguard.finetuning.tasks import exact_match, task_examples
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.report.base import RateRow, environment
-from deltaguard.report.demo import DEMO_NAME, DemoReport, ModelRow, Sample
+from deltaguard.report.demo import DEMO_NAME, DemoReport, ModelName, ModelRow, Sample
 from deltaguard.report.restore import RestoreReport
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 
 Kind = Literal["harmful", "harmless", "task"]
-MODELS = ("aligned", "finetuned", "restored")
+MODELS: tuple[ModelName, ...] = ("aligned", "finetuned", "restored")
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _report(
     )
 
 
-def _row(name: str, measurement: Measurement) -> ModelRow:
+def _row(name: ModelName, measurement: Measurement) -> ModelRow:
     return ModelRow(
         name=name,
         attack_success=rate_row(measurement.attack_success),

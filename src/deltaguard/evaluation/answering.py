@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import StrictFloat, TypeAdapter
 
 from deltaguard.checkpoints.names import place_problem
+from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.answers import TEXT, AnswerFile
 from deltaguard.evaluation.engines.make import EngineConfig, identity, make_engine
@@ -46,12 +47,14 @@ class Candidate:
         reference: as the user gave it.
         fingerprint: of the weights, `None` where they cannot be seen.
         chat_template_hash: sha256, `None` where the template cannot be seen.
+        changes: says what happened to its files since they were opened, a sentence each.
     """
 
     name: str
     reference: str
     fingerprint: str | None
     chat_template_hash: str | None
+    changes: Callable[[], list[str]] = field(default=list[str], compare=False)
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,10 @@ def fill(
         report: told of the answers so far, one stage a section.
 
     Raises:
-        DeltaguardError: the model cannot be loaded or asked, or a server leaves too much unanswered.
+        DeltaguardError: the model cannot be loaded or asked, its files changed since it was described, or a
+            server leaves too much unanswered. No answer is kept from after the change.
     """
-    teller = _Teller(candidate.name, config, report)
+    teller = _Teller(candidate, config, report)
     todo = [each for each in parts if not each.complete]
     plain = [each for each in todo if each.part.second_attack is None and each.part.harness is None]
     _ask(candidate.reference, plain, teller)
@@ -149,22 +153,28 @@ def fill(
             file = each.files["harness"]
             for i in file.missing:
                 task = each.part.harness.tasks[i]
-                file.add([i], [harness_results(candidate.reference, task, each.part.harness, config)])
-                teller.tell(each, "harness")
+                results = harness_results(candidate.reference, task, each.part.harness, config)
+                teller.keep(each, "harness", [i], [results])
 
 
 @dataclass(frozen=True)
 class _Teller:
-    """Says how full the files of one model are, and when too much is missing."""
+    """Keeps what one model says, and says how full its files are and when too much is missing."""
 
-    model: str
+    model: Candidate
     config: EngineConfig
     report: Progress
 
     def tell(self, each: PartFiles, kind: str) -> None:
         file = each.files[kind]
-        stage = f"{self.model}: {each.part.name}" + (f" ({kind})" if kind != "answers" else "")
+        stage = f"{self.model.name}: {each.part.name}" + (f" ({kind})" if kind != "answers" else "")
         self.report(Event(stage, len(file.values), len(file.values) + len(file.missing)))
+
+    def keep(self, each: PartFiles, kind: str, prompts: Sequence[int], values: Sequence[Any]) -> None:
+        # Before they are kept: answers of another model would later pass for this one's.
+        refuse_changes(self.model.changes())
+        each.files[kind].add(prompts, values)
+        self.tell(each, kind)
 
     def miss(self, each: PartFiles, missed: Missed) -> None:
         each.missed.append(missed)
@@ -172,7 +182,8 @@ class _Teller:
             each.missed,
             len(each.part.questions),
             self.config.max_missing,
-            whose=f"Answers to section {each.part.name} from model {self.model}, {self.config.described}",
+            whose=f"Answers to section {each.part.name} from model {self.model.name}, "
+            f"{self.config.described}",
             option="--max-missing, or `max_missing` of the engine",
         )
 
@@ -197,34 +208,32 @@ def _suffixes(engine: Engine, each: PartFiles, teller: _Teller) -> None:
     assert isinstance(engine, TransformersEngine), _FITTED  # noqa: S101
     assert options is not None  # noqa: S101
     for i in file.missing:
-        file.add([i], [suffix(engine, each.part.questions[i], options)])
-        teller.tell(each, "suffixes")
+        teller.keep(each, "suffixes", [i], [suffix(engine, each.part.questions[i], options)])
 
 
 def _likelihood(engine: Engine, each: PartFiles, teller: _Teller) -> None:
     file = each.files["likelihood"]
     assert isinstance(engine, TransformersEngine), _FITTED  # noqa: S101
     missing = file.missing
-    file.add(missing, engine.likelihood([each.part.questions[i] for i in missing]))
-    teller.tell(each, "likelihood")
+    values = engine.likelihood([each.part.questions[i] for i in missing])
+    teller.keep(each, "likelihood", missing, values)
 
 
 def _answer(engine: Engine, each: PartFiles, teller: _Teller) -> None:
-    file, decoding = each.files["answers"], each.part.decoding
+    decoding = each.part.decoding
     assert decoding is not None  # noqa: S101
     ends = each.files["suffixes"].in_order() if "suffixes" in each.files else [""] * len(each.part.questions)
     asked = [
         with_suffix(question, end) if end else question
         for question, end in zip(each.part.questions, ends, strict=True)
     ]
-    missing = file.missing
+    missing = each.files["answers"].missing
 
     def keep(chosen: Sequence[int], answers: Sequence[Answer]) -> None:
         said = zip(chosen, answers, strict=True)
         given = {missing[i]: answer for i, answer in said if isinstance(answer, str)}
         if given:
-            file.add(list(given), list(given.values()))
-            teller.tell(each, "answers")
+            teller.keep(each, "answers", list(given), list(given.values()))
         for answer in answers:
             if isinstance(answer, Missed):
                 teller.miss(each, answer)
@@ -284,4 +293,5 @@ def describe(name: str, reference: str, config: EngineConfig) -> Candidate:
         reference=reference,
         fingerprint=seen.fingerprint,
         chat_template_hash=None if template is None else sha256(template.encode()).hexdigest(),
+        changes=seen.changes,
     )

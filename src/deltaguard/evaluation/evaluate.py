@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, TypeAdapter
 
 from deltaguard.checkpoints.durable import write_atomically
+from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.checkpoints.results import EVALUATION, SECONDS_NAME, results_folder
 from deltaguard.device import find_device
 from deltaguard.draw.evaluation import evaluation_card
@@ -96,8 +97,8 @@ def evaluate(
     Raises:
         DeltaguardError: before any model runs, where prompts are missing, a model or judge cannot be found,
             or the folder holds answers of another suite, engine or model, or damaged ones, holds something
-            else, or is a model's; later, where a model cannot be loaded or asked, or a server leaves more
-            unanswered than `engine` or a judge allows.
+            else, or is a model's; later, where a model cannot be loaded or asked, or changes while it is
+            asked, or a server leaves more unanswered than `engine` or a judge allows.
 
     Example:
         ```python
@@ -118,6 +119,7 @@ def evaluate(
         _fill_all(files, run)
         with run.clock.timed("judge"):
             outcomes = _judge_all(files, judges, run)
+        refuse_changes(change for candidate in candidates for change in candidate.changes())
         report = _report(run, candidates, files, outcomes)
         write_atomically(run.folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
         write_atomically(run.folder / "README.md", evaluation_card(report))

@@ -9,19 +9,21 @@ from deltaguard.report.restore import RestoreReport
 DEMO_NAME = "demo.json"
 """The file in a demo's folder that holds its `DemoReport`."""
 
+ModelName = Literal["aligned", "finetuned", "restored"]
+
 
 class ModelRow(Record):
     """One model of a comparison.
 
     Attributes:
-        name: aligned, finetuned or restored.
+        name: of the model.
         attack_success: share of harmful prompts that were complied with: not refused, and no broken text.
         false_refusal: share of harmless prompts that were refused.
         task_accuracy: share of task answers that match exactly.
         incoherent_answers: number of answers to harmful prompts that are empty or broken text.
     """
 
-    name: str
+    name: ModelName
     attack_success: RateRow
     false_refusal: RateRow
     task_accuracy: RateRow

@@ -1,6 +1,7 @@
 """What a model is, found without loading its weights: so answers that are already there need no model."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ class Identity:
     Attributes:
         fingerprint: hash of the weights, `None` where they cannot be seen.
         chat_template: `None` where it cannot be seen.
+        changes: says what happened to the model's files since they were opened, a sentence each.
     """
 
     fingerprint: str | None
     chat_template: str | None
+    changes: Callable[[], list[str]] = field(default=list[str], compare=False)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def identify(reference: str) -> Identity:
     folders = find_folders(reference)
     weights = Checkpoint.open(folders.model)
     opened = weights if folders.adapter is None else AdapterCheckpoint.open(weights, folders.adapter)
-    return Identity(opened.fingerprint(), load_tokenizer(folders).chat_template)
+    return Identity(opened.fingerprint(), load_tokenizer(folders).chat_template, opened.changes)
 
 
 def load_tokenizer(folders: Folders) -> Any:
