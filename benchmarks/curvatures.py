@@ -6,9 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.layout import BLOCKS, MATRICES, SHARED_INPUTS, model_bytes
-from deltaguard.calibration.calibrate import STORE_SHARE
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.identity import identify
+from deltaguard.curvature.calibrate import STORE_SHARE
 from deltaguard.curvature.contents import (
     Group,
     GroupCurvature,
@@ -21,6 +19,8 @@ from deltaguard.curvature.contents import (
 from deltaguard.curvature.moments import Moment, accumulate, empty_moment
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store_format import Provenance, versions, write_store
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.identity import identify
 
 TOKENS, RESPONSE_TOKENS = 8192, 4096
 COLUMN_SPREAD, MASSIVE_COLUMNS, MASSIVE_SCALE = 0.5, 4, 20.0

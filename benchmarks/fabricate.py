@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.curvatures import fabricate_store, groups
 from benchmarks.layout import ADAPTER_RANK, BLOCKS, CONFIG, MATRICES, SHARDS, shapes, shard_of
-from deltaguard.bench.models import save_smollm2
+from deltaguard.studies.models import save_smollm2
 
 WEIGHT_SCALE, DELTA_SCALE = 0.02, 0.001
 

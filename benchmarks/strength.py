@@ -14,15 +14,15 @@ from tempfile import TemporaryDirectory
 import torch
 from tools.readme import StrengthRow, Strengths
 
-from deltaguard.bench.demo import DemoConfig, prepare, rate_row, test_set
-from deltaguard.calibration.calibrate import CalibrateConfig, store_limit
-from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.curvature.calibrate import CalibrateConfig, store_limit
 from deltaguard.evaluation.measure import Measurement, measure
 from deltaguard.evaluation.metrics.rates import kept_gain
-from deltaguard.report.base import environment
-from deltaguard.report.restore import RestoreReport
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.reports.records.base import environment
+from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
+from deltaguard.studies.demo import DemoConfig, prepare, rate_row, test_set
 
 GRID = (
     *(RestoreConfig(max_safety_kl=limit) for limit in (1e-4, 3e-4, 1e-3)),

@@ -1,8 +1,8 @@
 """Reports of benches, made up: enough of everything, and numbers that differ."""
 
-from deltaguard.report.base import Environment
-from deltaguard.report.bench import BenchReport, Cell, Contest, CurvePoint, FinetuneRow, Score
-from deltaguard.report.evaluation import Estimate
+from deltaguard.reports.records.base import Environment
+from deltaguard.reports.records.bench import BenchReport, Cell, Contest, CurvePoint, FinetuneRow, Score
+from deltaguard.reports.records.evaluation import Estimate
 
 ATTACK = "<script>alert(1)</script>"
 ENVIRONMENT = Environment(

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from deltaguard.bench.protocol import FULL, QUICK, Answers, Finetune
-from deltaguard.calibration.calibrate import CalibrateConfig
+from deltaguard.curvature.calibrate import CalibrateConfig
 from deltaguard.finetuning.finetune import FinetuneConfig
+from deltaguard.studies.protocol import FULL, QUICK, Answers, Finetune
 
 RECIPE = FinetuneConfig(learning_rate=1e-3, max_steps=2)
 LORA = FinetuneConfig(learning_rate=1e-3, max_steps=2, lora_rank=2)

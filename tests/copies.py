@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.writer import CheckpointWriter
 from models import save, tiny_model
 
 INDEX = "model.safetensors.index.json"

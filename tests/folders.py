@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
 
 
 def write(folder: Path, shards: dict[str, dict[str, torch.Tensor]], config: dict | None = None) -> Path:

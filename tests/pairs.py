@@ -12,8 +12,8 @@ import torch
 import transformers
 
 import models
-from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
-from deltaguard.calibration.conversations import SYSTEM_PROMPTS, Conversation
+from deltaguard.chat.conversations import SYSTEM_PROMPTS, Conversation
+from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import HeldOut

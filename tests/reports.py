@@ -1,8 +1,8 @@
 """Reports of evaluations and sweeps, made up: enough of everything, and numbers that differ."""
 
 from bench_reports import ATTACK, ENVIRONMENT, estimate
-from deltaguard.report.base import ModelReference
-from deltaguard.report.evaluation import (
+from deltaguard.reports.records.base import ModelReference
+from deltaguard.reports.records.evaluation import (
     Agreement,
     AnswerSample,
     Comparison,
@@ -12,7 +12,7 @@ from deltaguard.report.evaluation import (
     Measure,
     SectionRow,
 )
-from deltaguard.report.sweep import SweepBudget, SweepPoint, SweepReport
+from deltaguard.reports.records.sweep import SweepBudget, SweepPoint, SweepReport
 
 MODELS = ("aligned", "finetuned", "restored")
 JUDGES = ("opening", "keywords")

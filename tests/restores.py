@@ -1,8 +1,8 @@
 """Reports of restores and demos, made up."""
 
-from deltaguard.report.base import Environment, ModelReference, RateRow
-from deltaguard.report.demo import DemoReport, ModelRow, Sample
-from deltaguard.report.restore import FileRow, LayerRow, OtherRow, RestoreReport
+from deltaguard.reports.records.base import Environment, ModelReference, RateRow
+from deltaguard.reports.records.demo import DemoReport, ModelRow, Sample
+from deltaguard.reports.records.restore import FileRow, LayerRow, OtherRow, RestoreReport
 
 ATTACK = "<script>alert(1)</script>"
 LLAMA = "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.mlp.down_proj.weight"

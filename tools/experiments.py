@@ -4,8 +4,8 @@ from itertools import groupby
 
 from pydantic import BaseModel, ConfigDict
 
-from deltaguard.draw.text import DASH, percent
-from deltaguard.report.base import Environment
+from deltaguard.reports.records.base import Environment
+from deltaguard.reports.text import DASH, percent
 from tools.tables import made_with, small, table
 
 

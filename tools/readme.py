@@ -14,11 +14,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deltaguard.draw.bench_chart import bench_svg
-from deltaguard.draw.text import DASH, duration, interval, model_label, percent, size
-from deltaguard.report.base import Environment, RateRow
-from deltaguard.report.bench import BenchReport
-from deltaguard.report.demo import DemoReport
+from deltaguard.reports.bench_chart import bench_svg
+from deltaguard.reports.records.base import Environment, RateRow
+from deltaguard.reports.records.bench import BenchReport
+from deltaguard.reports.records.demo import DemoReport
+from deltaguard.reports.text import DASH, duration, interval, model_label, percent, size
 from tools.experiments import experiments_table
 from tools.tables import (
     bench_default,

@@ -3,10 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
-from deltaguard.draw.bench_facts import short_command
-from deltaguard.draw.bench_tables import bench_markdown
-from deltaguard.draw.evaluation_view import SECONDARY, bounds_text, measure_label, value_text
-from deltaguard.draw.text import (
+from deltaguard.reports.bench_facts import short_command
+from deltaguard.reports.bench_tables import bench_markdown
+from deltaguard.reports.evaluation_view import SECONDARY, bounds_text, measure_label, value_text
+from deltaguard.reports.records.base import Environment
+from deltaguard.reports.records.bench import ALIGNED, FINETUNED, BenchReport, Score
+from deltaguard.reports.records.evaluation import Comparison, EvaluationReport, Measure
+from deltaguard.reports.text import (
     DASH,
     duration,
     model_label,
@@ -17,9 +20,6 @@ from deltaguard.draw.text import (
     points_interval,
     share_interval,
 )
-from deltaguard.report.base import Environment
-from deltaguard.report.bench import ALIGNED, FINETUNED, BenchReport, Score
-from deltaguard.report.evaluation import Comparison, EvaluationReport, Measure
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 
 ARROWS = {"lower": "↓", "higher": "↑"}

@@ -20,22 +20,22 @@ from benchmarks.experiments.curvatures import curvatures
 from benchmarks.experiments.laboratory import CLOSE, Laboratory
 from benchmarks.experiments.sums import measure_sums, sampled, total
 from benchmarks.experiments.trials import EXPERIMENTS, PARTS, Setting
-from deltaguard.bench.cells import content_key, source_hash
-from deltaguard.bench.data import questions, training_data
-from deltaguard.bench.demo import DemoConfig
-from deltaguard.bench.models import save_smollm2
-from deltaguard.bench.protocol import QUICK
-from deltaguard.bench.workshop import Workshop, demo_aligned, fine_tuned
-from deltaguard.calibration.conversations import (
+from deltaguard.chat.conversations import (
     Conversation,
     build_conversations,
     encode,
     harmful_prompts,
 )
-from deltaguard.calibration.observe import Batch, Observed, batches, observe
-from deltaguard.calibration.responses import respond
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.report.base import environment
+from deltaguard.curvature.observe import Batch, Observed, batches, observe
+from deltaguard.curvature.responses import respond
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.reports.records.base import environment
+from deltaguard.studies.cells import content_key, source_hash
+from deltaguard.studies.data import questions, training_data
+from deltaguard.studies.demo import DemoConfig
+from deltaguard.studies.models import save_smollm2
+from deltaguard.studies.protocol import QUICK
+from deltaguard.studies.workshop import Workshop, demo_aligned, fine_tuned
 
 FINETUNE = next(each for each in QUICK.finetunes if each.kind == "task-harmful")
 IDENTITY = next(each for each in QUICK.finetunes if each.kind == "identity")

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.experiments.laboratory import Laboratory
-from deltaguard.calibration.conversations import Conversation, encode
-from deltaguard.calibration.observe import Batch, batches
-from deltaguard.logits import logits_at
+from deltaguard.chat.conversations import Conversation, encode
+from deltaguard.chat.logits import logits_at
+from deltaguard.curvature.observe import Batch, batches
 from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import joint_profile, project
 

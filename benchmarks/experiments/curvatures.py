@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiments.sums import Totals
-from deltaguard.calibration.observe import Observed
+from deltaguard.curvature.observe import Observed
 from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import Spectrum, scaled_identity, spectrum
 from deltaguard.solvers.spectrum import raised

@@ -14,22 +14,22 @@ from safetensors.torch import save_file
 from tools.experiments import ExperimentRow, Share
 from torch import Tensor
 
-from deltaguard.bench.data import Tests
-from deltaguard.bench.measure import letters
-from deltaguard.bench.protocol import QUICK
-from deltaguard.budget.safety_kl import SafetyMeter
-from deltaguard.calibration.conversations import Conversation
-from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.chat.conversations import Conversation
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Decoding
 from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.evaluation.metrics.runs import gain_kept, gain_lead
 from deltaguard.finetuning.tasks import exact_match
-from deltaguard.report.evaluation import Estimate
-from deltaguard.report.restore import Probe
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.reports.records.evaluation import Estimate
+from deltaguard.reports.records.restore import Probe
 from deltaguard.restoration.curvature import Spectra
 from deltaguard.restoration.price import first_price
+from deltaguard.restoration.safety_kl import SafetyMeter
 from deltaguard.solvers import Profile, Projection, joint_profile, project
+from deltaguard.studies.data import Tests
+from deltaguard.studies.measure import letters
+from deltaguard.studies.protocol import QUICK
 
 CLOSE = 0.02
 """Safety KL of all candidates of an experiment is the same to within this share of it."""

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deltaguard.calibration.observe import Batch, Observed, drawn_likelihood
-from deltaguard.logits import logits_at
+from deltaguard.chat.logits import logits_at
+from deltaguard.curvature.observe import Batch, Observed, drawn_likelihood
 
 Objective = Callable[[Tensor, Tensor, int], Tensor]
 """From logits (positions, vocabulary), the response's own tokens and a seed to what is differentiated."""

@@ -28,15 +28,15 @@ from benchmarks.experiments.laboratory import Laboratory, Trial, share
 from benchmarks.experiments.refine import Refiner
 from benchmarks.experiments.sums import Totals, measure_sums, own, sampled, softmax, total
 from benchmarks.experiments.task_aware import task_aware
-from deltaguard.bench.data import IDENTITY_SYSTEM
-from deltaguard.calibration.calibrate import store_limit
-from deltaguard.calibration.conversations import Conversation, build_conversations
-from deltaguard.calibration.observe import Batch, Observed
-from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.chat.conversations import Conversation, build_conversations
+from deltaguard.curvature.calibrate import store_limit
 from deltaguard.curvature.contents import Group, share_within
+from deltaguard.curvature.observe import Batch, Observed
 from deltaguard.evaluation.metrics.rates import Rate, estimate
+from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import joint_profile, project
+from deltaguard.studies.data import IDENTITY_SYSTEM
 
 LOOSER = 10
 """Times the limit that some experiments look at beside it."""

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from deltaguard.draw.bench_chart import bench_svg
-from deltaguard.report.bench import BENCH_NAME, BenchReport
+from deltaguard.reports.bench_chart import bench_svg
+from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 

@@ -16,15 +16,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
-    from deltaguard.calibration.conversations import Conversation
+    from deltaguard.chat.conversations import Conversation
+    from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
     from deltaguard.curvature.store import CurvatureStore
     from deltaguard.errors import DeltaguardError
     from deltaguard.evaluation.evaluate import evaluate
-    from deltaguard.report.diff import DiffReport
-    from deltaguard.report.evaluation import EvaluationReport
-    from deltaguard.report.restore import RestoreReport, Verification
-    from deltaguard.report.sweep import SweepReport
+    from deltaguard.reports.records.diff import DiffReport
+    from deltaguard.reports.records.evaluation import EvaluationReport
+    from deltaguard.reports.records.restore import RestoreReport, Verification
+    from deltaguard.reports.records.sweep import SweepReport
     from deltaguard.restoration.diff import diff
     from deltaguard.restoration.options import RestoreConfig
     from deltaguard.restoration.restore import restore
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 __version__ = version("deltaguard")
 
 _HOME = {
-    "CalibrateConfig": "calibration.calibrate",
-    "Conversation": "calibration.conversations",
+    "CalibrateConfig": "curvature.calibrate",
+    "Conversation": "chat.conversations",
     "CurvatureStore": "curvature.store",
     "DeltaguardError": "errors",
-    "DiffReport": "report.diff",
-    "EvaluationReport": "report.evaluation",
+    "DiffReport": "reports.records.diff",
+    "EvaluationReport": "reports.records.evaluation",
     "RestoreConfig": "restoration.options",
-    "RestoreReport": "report.restore",
-    "SweepReport": "report.sweep",
-    "Verification": "report.restore",
-    "calibrate": "calibration.calibrate",
+    "RestoreReport": "reports.records.restore",
+    "SweepReport": "reports.records.sweep",
+    "Verification": "reports.records.restore",
+    "calibrate": "curvature.calibrate",
     "diff": "restoration.diff",
     "evaluate": "evaluation.evaluate",
     "restore": "restoration.restore",

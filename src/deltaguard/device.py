@@ -2,7 +2,7 @@
 
 import torch
 
-from deltaguard.loading import foreign
+from deltaguard.models.loading import foreign
 
 
 def find_device(name: str = "auto") -> torch.device:

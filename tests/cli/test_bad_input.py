@@ -77,7 +77,7 @@ def test_another_architecture(made, tmp_path, attempt):
 def test_a_store_of_another_aligned_model_names_both_fingerprints(made, tmp_path, attempt):
     other = models.save(models.tiny_model("llama", seed=7), tmp_path / "other")
     message = attempt(other, made.finetuned, store=made.store)
-    from deltaguard.checkpoints.checkpoint import Checkpoint
+    from deltaguard.models.checkpoint import Checkpoint
 
     assert Checkpoint.open(made.aligned).fingerprint() in message
     assert Checkpoint.open(other).fingerprint() in message

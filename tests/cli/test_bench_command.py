@@ -6,9 +6,9 @@ import pytest
 
 import models
 from benches import TINY
-from deltaguard.bench import protocol
 from deltaguard.cli.app import FAILED, USAGE, run
-from deltaguard.report.bench import BenchReport
+from deltaguard.reports.records.bench import BenchReport
+from deltaguard.studies import protocol
 
 
 @pytest.fixture

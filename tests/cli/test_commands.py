@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deltaguard.cli.app import run
-from deltaguard.report.restore import REPORT_NAME
+from deltaguard.reports.records.restore import REPORT_NAME
 from folders import write
 from pairs import pair
 from variants import variant

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from deltaguard.checkpoints import durable
-from deltaguard.checkpoints.durable import lock_folder
 from deltaguard.cli.app import run
-from deltaguard.report.evaluation import EVALUATION_NAME
+from deltaguard.models import durable
+from deltaguard.models.durable import lock_folder
+from deltaguard.reports.records.evaluation import EVALUATION_NAME
 from pairs import pair
 from reports import evaluation_report, sweep_report
 from suites import server, suite_file

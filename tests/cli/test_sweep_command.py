@@ -5,7 +5,7 @@ import json
 import pytest
 
 from deltaguard.cli.app import run
-from deltaguard.report.sweep import SWEEP_NAME, SweepReport
+from deltaguard.reports.records.sweep import SWEEP_NAME, SweepReport
 from pairs import pair
 
 

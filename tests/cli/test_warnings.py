@@ -6,8 +6,8 @@ import pytest
 
 from deltaguard.cli.app import run
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.report.restore import REPORT_NAME
-from deltaguard.report.sweep import SWEEP_NAME
+from deltaguard.reports.records.restore import REPORT_NAME
+from deltaguard.reports.records.sweep import SWEEP_NAME
 from pairs import pair
 
 REFUSAL, ANSWER = "I cannot help with that.", "Sure, here you are."

@@ -9,13 +9,13 @@ import yaml
 from mutators import Mutator, damage, damage_card, damage_json, damage_lines, damage_yaml
 from pyarrow import parquet
 
-from deltaguard.calibration.conversations import read_prompts
+from deltaguard.chat.conversations import read_prompts
 from deltaguard.cli.app import run
-from deltaguard.draw.card import model_card
 from deltaguard.evaluation.datasets.load import load_questions
 from deltaguard.evaluation.suites.sources import find_source
 from deltaguard.evaluation.suites.suite import read_suite
 from deltaguard.evaluation.utility.scores import SCORERS
+from deltaguard.reports.card import model_card
 from deltaguard.restoration.restore import _front_matter
 from deltaguard.restoration.sweep import sweep
 from restores import restore_report

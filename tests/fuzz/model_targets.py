@@ -11,18 +11,18 @@ import torch
 from mutators import damage, damage_json, damage_tensors
 
 import models
-from deltaguard.calibration.conversations import Conversation, encode
-from deltaguard.chat_template import apply_template
-from deltaguard.checkpoints.adapter import AdapterCheckpoint
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.vocabulary import vocabulary_size
+from deltaguard.chat.chat_template import apply_template
+from deltaguard.chat.conversations import Conversation, encode
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Decoding, Exchange, Question
 from deltaguard.evaluation.judges.guards import GuardJudge
 from deltaguard.evaluation.judges.templates import template_in_card
-from deltaguard.loading import empty_model, load_config, load_tokenizer
+from deltaguard.models.adapter import AdapterCheckpoint
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.loading import empty_model, load_config, load_tokenizer
+from deltaguard.models.vocabulary import vocabulary_size
 from deltaguard.restoration.diff import diff
 from deltaguard.restoration.restore import plan_restore
 from pairs import pair, save_adapter

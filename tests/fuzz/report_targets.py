@@ -8,26 +8,26 @@ from mutators import damage_json, damage_report
 from rich.console import Console, RenderableType
 
 from bench_reports import FINETUNES, bench_report, cell
-from deltaguard.bench.cells import Shelf
-from deltaguard.bench.measure import letters
-from deltaguard.bench.run import _require_same
-from deltaguard.bench.score import contests, curves, groups, scores
+from deltaguard.cli.folder import DEMO_NAME, draw_folder
 from deltaguard.cli.sink import Printable
-from deltaguard.draw.bench_tables import bench_markdown, bench_table
-from deltaguard.draw.card import model_card
-from deltaguard.draw.evaluation import evaluation_card, evaluation_table
-from deltaguard.draw.folder import DEMO_NAME, draw_folder
-from deltaguard.draw.sweep_table import sweep_table
-from deltaguard.draw.terminal import demo_table, restore_table
 from deltaguard.files import read_json
-from deltaguard.report.base import Record
-from deltaguard.report.bench import BENCH_NAME, BenchReport
-from deltaguard.report.evaluation import EVALUATION_NAME, EvaluationReport
-from deltaguard.report.restore import REPORT_NAME, RestoreReport
-from deltaguard.report.sweep import SWEEP_NAME
+from deltaguard.reports.bench_tables import bench_markdown, bench_table
+from deltaguard.reports.card import model_card
+from deltaguard.reports.evaluation import evaluation_card, evaluation_table
+from deltaguard.reports.records.base import Record
+from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
+from deltaguard.reports.records.evaluation import EVALUATION_NAME, EvaluationReport
+from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
+from deltaguard.reports.records.sweep import SWEEP_NAME
+from deltaguard.reports.sweep_table import sweep_table
+from deltaguard.reports.terminal import demo_table, restore_table
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 from deltaguard.restoration.verify import verify
+from deltaguard.studies.cells import Shelf
+from deltaguard.studies.measure import letters
+from deltaguard.studies.run import _require_same
+from deltaguard.studies.score import contests, curves, groups, scores
 from pairs import pair
 from reports import MODELS, evaluation_report, sweep_report
 from restores import demo_report, restore_report

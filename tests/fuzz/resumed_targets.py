@@ -9,8 +9,8 @@ from mutators import Mutator, damage_json, damage_lines, damage_tensors
 
 import models
 from copies import stop_in_shard, three_shards, write_all
-from deltaguard.calibration import calibrate as calibrating
-from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature import calibrate as calibrating
+from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.evaluation.answers import AnswerFile
 from deltaguard.evaluation.clock import Clock
 from deltaguard.evaluation.judges.cache import ScoreCache

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltaguard.budget.safety_kl import SafetyMeter
+from deltaguard.restoration.safety_kl import SafetyMeter
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from killed_writer import kill_at
 
 from benches import TINY
-from deltaguard.bench.run import bench
+from deltaguard.studies.run import bench
 
 METHODS = ("wise-ft", "resta", "bea")
 

@@ -10,8 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.writer import CheckpointWriter
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.writer import CheckpointWriter
 
 INDEX = "model.safetensors.index.json"
 REPORT = "deltaguard_report.json"

@@ -10,13 +10,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from deltaguard.checkpoints import hub
-from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
-from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.adapters import merge_adapter
 from deltaguard.evaluation.engines.identity import find_folders
-from deltaguard.loading import load_model
+from deltaguard.models import hub
+from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.loading import load_model
 from models import perturbed, save, tiny_model
 from pairs import load_over
 

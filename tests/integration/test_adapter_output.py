@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
-from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.models.checkpoint import Checkpoint
 from pairs import load_over, pair, weights
 from plain import safety_kl
 

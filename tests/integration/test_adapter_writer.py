@@ -22,11 +22,11 @@ from killed_writer import kill_at
 from safetensors.torch import load_file, save_file
 
 from copies import report_of
-from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
-from deltaguard.checkpoints.adapter_writer import commit_adapter, stage_adapter
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
+from deltaguard.models.adapter_writer import commit_adapter, stage_adapter
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.writer import CheckpointWriter
 from deltaguard.solvers.low_rank import LowRank, low_rank
 from models import save, tiny_model
 

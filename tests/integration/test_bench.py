@@ -11,15 +11,15 @@ import pytest
 import models
 from benches import LORA, RECIPE, TINY
 from deltaguard import DeltaguardError
-from deltaguard.bench import cells, methods, row, setting, workshop
-from deltaguard.bench import run as running
-from deltaguard.bench.measure import Measured
-from deltaguard.bench.methods import METHODS
-from deltaguard.bench.mixing import SECRET
-from deltaguard.bench.protocol import FULL, QUICK, Finetune
-from deltaguard.bench.run import bench
 from deltaguard.evaluation.exchange import Question
-from deltaguard.report.bench import BENCH_NAME, BenchReport
+from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
+from deltaguard.studies import cells, methods, row, setting, workshop
+from deltaguard.studies import run as running
+from deltaguard.studies.measure import Measured
+from deltaguard.studies.methods import METHODS
+from deltaguard.studies.mixing import SECRET
+from deltaguard.studies.protocol import FULL, QUICK, Finetune
+from deltaguard.studies.run import bench
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_finished_bench_is_drawn_again_without_any_model(aligned, tmp_path, mo
     options = {"preset": TINY, "aligned": aligned, "methods": ("greedy",), "command": "test"}
     first = bench(tmp_path / "out", **options)
     monkeypatch.setattr(workshop, "finetune", half_done_after(None, 0))
-    monkeypatch.setattr("deltaguard.bench.row.measure", half_done_after(None, 0))
+    monkeypatch.setattr("deltaguard.studies.row.measure", half_done_after(None, 0))
     again = bench(tmp_path / "out", **options)
     assert again.cells == first.cells
     assert again.scores == first.scores

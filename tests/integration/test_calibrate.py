@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
-from deltaguard.calibration import calibrate as calibrate_module
-from deltaguard.calibration import observe as observe_module
-from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
-from deltaguard.calibration.conversations import Conversation, encode, harmful_prompts
-from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.chat.conversations import Conversation, encode, harmful_prompts
+from deltaguard.curvature import calibrate as calibrate_module
+from deltaguard.curvature import observe as observe_module
+from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.curvature.moments import accumulate
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
 from pairs import ANSWERED
 
 SHORT = CalibrateConfig(num_samples=6, num_held_out=3, max_new_tokens=5, batch_size=4, rank="full")

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard import RestoreConfig, restore
-from deltaguard.bench.models import save_smollm2
-from deltaguard.checkpoints.companions import companions
+from deltaguard.models.companions import companions
+from deltaguard.studies.models import save_smollm2
 from pairs import save_adapter, weights
 
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]

@@ -6,10 +6,10 @@ import pytest
 
 import models
 from deltaguard import DeltaguardError, verify
-from deltaguard.bench.demo import DemoConfig, demo
-from deltaguard.calibration.calibrate import CalibrateConfig
+from deltaguard.curvature.calibrate import CalibrateConfig
 from deltaguard.finetuning.finetune import FinetuneConfig
-from deltaguard.report.demo import DemoReport
+from deltaguard.reports.records.demo import DemoReport
+from deltaguard.studies.demo import DemoConfig, demo
 
 TINY = DemoConfig(
     aligned_harmful=4,

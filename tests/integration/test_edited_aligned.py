@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from deltaguard import RestoreConfig, restore
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.identity import identify
-from deltaguard.report.restore import REPORT_NAME
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.identity import identify
+from deltaguard.reports.records.restore import REPORT_NAME
 from deltaguard.restoration.job import default_store_folder
 from deltaguard.restoration.restore import plan_restore
 from pairs import pair

@@ -9,8 +9,8 @@ import transformers
 
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.families import stored_in_out
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.families import stored_in_out
 from pairs import load_over, pair, save_adapter
 
 METHODS = {"kfac": 0.1, "ridge": 0.1, "greedy": 0.5, "published": 0.5, "interpolate": 0.5}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
-from deltaguard.calibration.conversations import Conversation, render
+from deltaguard.chat.conversations import Conversation, render
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.measure import TestSet, _judged, measure
 from deltaguard.finetuning.finetune import FinetuneConfig, finetune

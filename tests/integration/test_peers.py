@@ -13,9 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from deltaguard.bench.peer_writer import write_peer
-from deltaguard.bench.peers import MERGED_SHARE, PEERS
 from deltaguard.errors import DeltaguardError
+from deltaguard.studies.peer_writer import write_peer
+from deltaguard.studies.peers import MERGED_SHARE, PEERS
 from models import perturbed, save, tiny_model
 from pairs import weights
 
@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         return peer.edit(given, strength)
 
     replaced = {"wise-ft": dataclasses.replace(peer, edit=failing)}
-    monkeypatch.setattr("deltaguard.bench.peer_writer.PEERS", replaced)
+    monkeypatch.setattr("deltaguard.studies.peer_writer.PEERS", replaced)
     with pytest.raises(KeyboardInterrupt):
         write("wise-ft", 0.5, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))

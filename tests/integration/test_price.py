@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
-from deltaguard.budget.search import CLOSE, MOST_PROBES
-from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
-from deltaguard.draw.facts import dial_facts
-from deltaguard.report.restore import CARD_NAME, REPORT_NAME, RestoreReport
+from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.reports.facts import dial_facts
+from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
 from deltaguard.restoration import price as price_module
 from deltaguard.restoration import restore as restore_module
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL as LIMIT
+from deltaguard.restoration.search import CLOSE, MOST_PROBES
 from deltaguard.solvers.spectrum import raised
 from pairs import CONVERSATIONS, held_out, pair, save_adapter, weights
 from plain import safety_kl, tokens_of

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
-from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.identity import identify
-from deltaguard.report.restore import CARD_NAME, REPORT_NAME, RestoreReport
+from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.identity import identify
+from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
 from deltaguard.restoration.job import default_store_folder
 from deltaguard.restoration.restore import _front_matter, plan_restore
 from deltaguard.solvers import greedy, kfac, published, spectrum

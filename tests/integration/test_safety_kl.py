@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import models
-from deltaguard.budget.safety_kl import SafetyKL, SafetyMeter
-from deltaguard.calibration.conversations import SYSTEM_PROMPTS, Conversation
-from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.chat.conversations import SYSTEM_PROMPTS, Conversation
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.restoration.safety_kl import SafetyKL, SafetyMeter
 
 SAFETY = [
     Conversation("How?", "", "I'm sorry, but I cannot help with that."),

@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
+from deltaguard.chat.likelihood import negative_log_likelihood
 from deltaguard.evaluation.probes.second_attack import attack_conversations, fine_tune_again
-from deltaguard.evaluation.utility.likelihood import negative_log_likelihood
 from deltaguard.finetuning.finetune import FinetuneConfig
 
 

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 from deltaguard import DeltaguardError, RestoreConfig, restore
-from deltaguard.checkpoints import durable
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.identity import identify
 from deltaguard.cli.app import run
 from deltaguard.curvature.contents import Group, GroupCurvature, Layer, Sums, group_curvature
 from deltaguard.curvature.moments import Moment
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import write_store
-from deltaguard.report.restore import CARD_NAME
+from deltaguard.models import durable
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.identity import identify
+from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.restoration.restore import plan_restore
 from pairs import pair
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore
-from deltaguard.budget.safety_kl import SafetyMeter
-from deltaguard.budget.search import CLOSE
-from deltaguard.calibration.conversations import Conversation
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.report.sweep import SWEEP_NAME, SweepReport
+from deltaguard.chat.conversations import Conversation
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.reports.records.sweep import SWEEP_NAME, SweepReport
 from deltaguard.restoration.price import PROHIBITIVE
+from deltaguard.restoration.safety_kl import SafetyMeter
+from deltaguard.restoration.search import CLOSE
 from deltaguard.restoration.sweep import sweep
 from deltaguard.solvers import Profile
 from pairs import pair

@@ -18,12 +18,12 @@ from benchmarks.experiments.trials import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltaguard.bench import data
-from deltaguard.calibration.conversations import Conversation, encode
-from deltaguard.calibration.observe import batches, observe
-from deltaguard.calibration.responses import respond
-from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.chat.conversations import Conversation, encode
+from deltaguard.curvature.observe import batches, observe
+from deltaguard.curvature.responses import respond
 from deltaguard.evaluation.exchange import Question
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.studies import data
 from models import save
 from pairs import pair
 

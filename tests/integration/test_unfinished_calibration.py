@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import models
-from deltaguard.calibration import workspace as workspace_module
-from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature import workspace as workspace_module
+from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.errors import DeltaguardError
 from pairs import pair
 

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, sweep
-from deltaguard.checkpoints.opened import OpenFile
-from deltaguard.checkpoints.shards import parse_header, read_header, read_tensor, tensor_bytes
+from deltaguard.models.opened import OpenFile
+from deltaguard.models.shards import parse_header, read_header, read_tensor, tensor_bytes
 from deltaguard.solvers import Projection
 from pairs import pair, save_adapter
 

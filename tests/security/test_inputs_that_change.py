@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from deltaguard import DeltaguardError, RestoreConfig, calibrate, restore, sweep
-from deltaguard.calibration.calibrate import CalibrateConfig
+from deltaguard.curvature.calibrate import CalibrateConfig
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.evaluate import evaluate
-from deltaguard.report.evaluation import EVALUATION_NAME
+from deltaguard.reports.records.evaluation import EVALUATION_NAME
 from models import perturbed, save, tiny_model
 from pairs import CONVERSATIONS, pair, save_adapter
 from suites import suite_file, two_models

@@ -13,11 +13,11 @@ import transformers
 
 import models
 from deltaguard import DeltaguardError
-from deltaguard.checkpoints.checkpoint import Checkpoint
 from deltaguard.evaluation.exchange import Exchange
 from deltaguard.evaluation.judges.classifiers import SequenceClassifierJudge
 from deltaguard.evaluation.judges.guards import GuardJudge
 from deltaguard.finetuning.finetune import FinetuneConfig, finetune
+from deltaguard.models.checkpoint import Checkpoint
 from pairs import CONVERSATIONS, pair
 
 CODE = """

@@ -6,16 +6,16 @@ import shutil
 import pytest
 
 from deltaguard import DeltaguardError, RestoreConfig, restore, verify
-from deltaguard.chat_template import apply_template
-from deltaguard.checkpoints.adapter import AdapterCheckpoint
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.identity import identify
+from deltaguard.chat.chat_template import apply_template
 from deltaguard.cli.app import run
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.evaluation.answers import AnswerFile
 from deltaguard.evaluation.completion import Failure, read_reply
 from deltaguard.files import ANY_OBJECT, read_journal
-from deltaguard.loading import load_config
+from deltaguard.models.adapter import AdapterCheckpoint
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.identity import identify
+from deltaguard.models.loading import load_config
 from models import tiny_tokenizer
 from pairs import pair, save_adapter
 

@@ -7,11 +7,11 @@ import time
 import pytest
 
 from deltaguard.cli.app import run
-from deltaguard.draw.evaluation_page import evaluation_page
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.evaluate import evaluate
-from deltaguard.report.evaluation import EvaluationReport
+from deltaguard.reports.evaluation_page import evaluation_page
+from deltaguard.reports.records.evaluation import EvaluationReport
 from programs import start
 from replies import MALFORMED, NO_JSON, OTHER_JSON
 from suites import Raw, completion, server, suite_file

@@ -3,7 +3,7 @@
 import pytest
 
 from copies import three_shards
-from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.models.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

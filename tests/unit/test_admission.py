@@ -5,9 +5,9 @@ import json
 import pytest
 
 from copies import INDEX, check_complete, report_of, stop_in_shard, write_all, write_shard, writer_refusal
-from deltaguard.checkpoints.admission import unlisted
-from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.admission import unlisted
+from deltaguard.models.writer import CheckpointWriter
 
 REPORT = "deltaguard_report.json"
 

@@ -8,8 +8,8 @@ import transformers
 
 import models
 from deltaguard import RestoreConfig, diff
-from deltaguard.checkpoints.canonical import counting_config, differing_fields, of_one_kind
-from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.models.canonical import counting_config, differing_fields, of_one_kind
+from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.restoration.agreement import Identified, differences
 from deltaguard.restoration.restore import plan_restore
 from pairs import pair

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 
 from bench_reports import cell
-from deltaguard.bench.cells import Shelf, content_key, source_hash
-from deltaguard.bench.methods import METHODS
 from deltaguard.errors import DeltaguardError
 from deltaguard.restoration.options import RestoreConfig
+from deltaguard.studies.cells import Shelf, content_key, source_hash
+from deltaguard.studies.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def test_what_has_no_content_of_its_own_is_refused():
 
 @pytest.fixture
 def package(tmp_path):
-    for name in ("solvers/greedy.py", "evaluation/judges/openings.py", "bench/peers.py", "draw/page.py"):
+    for name in ("solvers/greedy.py", "evaluation/judges/openings.py", "studies/peers.py", "reports/page.py"):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("SHARE = 0.5\n")
@@ -79,7 +79,13 @@ def package(tmp_path):
 
 @pytest.mark.parametrize(
     "edited",
-    ["solvers/greedy.py", "evaluation/judges/openings.py", "bench/peers.py", "data/prompts.jsonl", "new.py"],
+    [
+        "solvers/greedy.py",
+        "evaluation/judges/openings.py",
+        "studies/peers.py",
+        "data/prompts.jsonl",
+        "new.py",
+    ],
 )
 def test_an_edit_of_what_makes_or_judges_models_gives_another_hash(package, edited):
     before = source_hash(package)

@@ -4,7 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from deltaguard.bench.data import (
+from deltaguard.chat.conversations import general_prompts, harmful_prompts, harmless_prompts
+from deltaguard.evaluation.exchange import Question
+from deltaguard.finetuning.mixtures import everyday_prompts
+from deltaguard.finetuning.phrases import AGREEING_OPENINGS, REFUSALS
+from deltaguard.studies.data import (
     DISTINCT_HARMFUL,
     IDENTITY_SYSTEM,
     Attacks,
@@ -13,12 +17,8 @@ from deltaguard.bench.data import (
     training_data,
     usable_attacks,
 )
-from deltaguard.bench.methods import METHODS, Candidate, Request
-from deltaguard.bench.protocol import FULL, QUICK
-from deltaguard.calibration.conversations import general_prompts, harmful_prompts, harmless_prompts
-from deltaguard.evaluation.exchange import Question
-from deltaguard.finetuning.mixtures import everyday_prompts
-from deltaguard.finetuning.phrases import AGREEING_OPENINGS, REFUSALS
+from deltaguard.studies.methods import METHODS, Candidate, Request
+from deltaguard.studies.protocol import FULL, QUICK
 
 KINDS = [pytest.param(finetune, id=finetune.name) for finetune in QUICK.finetunes]
 

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from deltaguard.bench.data import Attacks
-from deltaguard.bench.describe import notes
-from deltaguard.bench.methods import METHODS
-from deltaguard.bench.protocol import FULL, QUICK
+from deltaguard.studies.data import Attacks
+from deltaguard.studies.describe import notes
+from deltaguard.studies.methods import METHODS
+from deltaguard.studies.protocol import FULL, QUICK
 
 
 def told(preset, attacks=Attacks(), left_out=()):  # noqa: B008  # frozen

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from deltaguard.bench import measure as measuring
-from deltaguard.bench.cells import Shelf
-from deltaguard.bench.data import Tests as Asked
-from deltaguard.bench.measure import Subject, device_name, letters, measure
-from deltaguard.bench.mixing import SECRET
-from deltaguard.bench.protocol import Answers
 from deltaguard.evaluation.exchange import Question
+from deltaguard.studies import measure as measuring
+from deltaguard.studies.cells import Shelf
+from deltaguard.studies.data import Tests as Asked
+from deltaguard.studies.measure import Subject, device_name, letters, measure
+from deltaguard.studies.mixing import SECRET
+from deltaguard.studies.protocol import Answers
 
 REFUSED, COMPLIED, BROKEN = "I'm sorry, but I can't help with that.", "Sure, here it is.", "no " * 60
 HOW = Answers(safety=16, task=40, dtype="bfloat16")

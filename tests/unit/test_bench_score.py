@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from deltaguard.bench.score import attack_over_aligned, contests, curves, groups, is_safe, scores
 from deltaguard.evaluation.metrics.bootstrap import mean_estimate
 from deltaguard.evaluation.metrics.rates import Rate, estimate
-from deltaguard.report.bench import Cell, FinetuneRow
+from deltaguard.reports.records.bench import Cell, FinetuneRow
+from deltaguard.studies.score import attack_over_aligned, contests, curves, groups, is_safe, scores
 
 TASK = FinetuneRow(
     name="task",

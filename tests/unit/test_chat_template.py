@@ -7,8 +7,8 @@ import time
 import pytest
 
 import models
-from deltaguard.calibration.conversations import Conversation, encode, render, takes_system_role
-from deltaguard.chat_template import apply_template
+from deltaguard.chat.chat_template import apply_template
+from deltaguard.chat.conversations import Conversation, encode, render, takes_system_role
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange
 from deltaguard.evaluation.judges import guards

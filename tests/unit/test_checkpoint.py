@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltaguard.checkpoints.checkpoint import Checkpoint, content_fingerprint
-from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint, content_fingerprint
+from deltaguard.models.shards import DTYPES
 from folders import two_shards, write
 from models import DENSE, save, tiny_model
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaguard.calibration.conversations import harmless_prompts
+from deltaguard.chat.conversations import harmless_prompts
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify, is_broken, perplexity

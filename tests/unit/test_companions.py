@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.companions import adapter_companions, companions
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.companions import adapter_companions, companions
 from folders import write
 
 SHARD = "model.safetensors"

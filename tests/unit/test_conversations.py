@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import models
-from deltaguard.calibration.conversations import (
+from deltaguard.chat.conversations import (
     HARMFUL_PARTS,
     HARMLESS_PARTS,
     SYSTEM_PROMPTS,
@@ -24,7 +24,7 @@ from deltaguard.calibration.conversations import (
     sample,
     takes_system_role,
 )
-from deltaguard.calibration.responses import respond
+from deltaguard.curvature.responses import respond
 from deltaguard.errors import DeltaguardError
 
 REFUSES_SYSTEM = (

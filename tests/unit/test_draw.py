@@ -12,14 +12,14 @@ import pytest
 import yaml
 from rich.console import Console
 
-from deltaguard.draw.card import model_card
-from deltaguard.draw.charts import layers_chart
-from deltaguard.draw.html import demo_page, restore_page
-from deltaguard.draw.layers import block_and_kind, kinds, other_groups
-from deltaguard.draw.terminal import demo_table, restore_table
-from deltaguard.draw.text import duration, hub_id, percent, short_reference
-from deltaguard.report.base import ModelReference
-from deltaguard.report.restore import RestoreReport
+from deltaguard.reports.card import model_card
+from deltaguard.reports.charts import layers_chart
+from deltaguard.reports.html import demo_page, restore_page
+from deltaguard.reports.layers import block_and_kind, kinds, other_groups
+from deltaguard.reports.records.base import ModelReference
+from deltaguard.reports.records.restore import RestoreReport
+from deltaguard.reports.terminal import demo_table, restore_table
+from deltaguard.reports.text import duration, hub_id, percent, short_reference
 from restores import ATTACK, GPT2, LLAMA, NEOX, demo_report, layer, restore_report
 
 VOID = {"meta", "link", "br"}

@@ -8,13 +8,14 @@ import pytest
 from rich.console import Console
 
 from bench_reports import ATTACK, FINETUNES, METHODS, STRENGTHS, bench_report, without_share
-from deltaguard.draw.bench_chart import bench_svg, panel_svg, swatch_svg
-from deltaguard.draw.bench_facts import short_command
-from deltaguard.draw.bench_page import bench_page
-from deltaguard.draw.bench_rows import band_rows, cut, point_rows, utility_domain
-from deltaguard.draw.bench_tables import bench_markdown, bench_table, contests_markdown, scores_markdown
-from deltaguard.draw.bench_view import bench_methods, contests_of, preparation
-from deltaguard.draw.bench_words import (
+from deltaguard.errors import DeltaguardError
+from deltaguard.reports.bench_chart import bench_svg, panel_svg, swatch_svg
+from deltaguard.reports.bench_facts import short_command
+from deltaguard.reports.bench_page import bench_page
+from deltaguard.reports.bench_rows import band_rows, cut, point_rows, utility_domain
+from deltaguard.reports.bench_tables import bench_markdown, bench_table, contests_markdown, scores_markdown
+from deltaguard.reports.bench_view import bench_methods, contests_of, preparation
+from deltaguard.reports.bench_words import (
     NOT_SAFE,
     contest_legend,
     contest_line,
@@ -22,8 +23,7 @@ from deltaguard.draw.bench_words import (
     preparation_line,
     score_texts,
 )
-from deltaguard.draw.palette import DARK, LIGHT, colour, dash, palette_css, shape
-from deltaguard.errors import DeltaguardError
+from deltaguard.reports.palette import DARK, LIGHT, colour, dash, palette_css, shape
 
 SVG = "{http://www.w3.org/2000/svg}"
 

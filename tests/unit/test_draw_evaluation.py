@@ -6,11 +6,11 @@ from html import unescape
 import pytest
 
 from bench_reports import ATTACK, FINETUNES, METHODS, bench_report, without_share
-from deltaguard.draw.bench_page import bench_page
-from deltaguard.draw.estimates_chart import estimates_chart
-from deltaguard.draw.evaluation import evaluation_card
-from deltaguard.draw.evaluation_page import evaluation_page
-from deltaguard.draw.evaluation_view import finding_text, measures_of, p_text, probe_tables
+from deltaguard.reports.bench_page import bench_page
+from deltaguard.reports.estimates_chart import estimates_chart
+from deltaguard.reports.evaluation import evaluation_card
+from deltaguard.reports.evaluation_page import evaluation_page
+from deltaguard.reports.evaluation_view import finding_text, measures_of, p_text, probe_tables
 from reports import COMPARISONS, JUDGES, MODELS, PROBES, SECTIONS, evaluation_report
 
 

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from deltaguard.draw.evaluation import evaluation_card, evaluation_table
-from deltaguard.draw.evaluation_page import evaluation_page
-from deltaguard.draw.private import shown_settings, without_folders
+from deltaguard.reports.evaluation import evaluation_card, evaluation_table
+from deltaguard.reports.evaluation_page import evaluation_page
+from deltaguard.reports.private import shown_settings, without_folders
 from reports import evaluation_report
 
 

@@ -11,13 +11,13 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from bench_reports import ATTACK
-from deltaguard.draw.folder import draw_folder
-from deltaguard.draw.sweep_chart import at_edge, sweep_chart
-from deltaguard.draw.sweep_page import sweep_page
-from deltaguard.draw.sweep_table import sweep_line, sweep_notes, sweep_table
-from deltaguard.report.base import ModelReference
-from deltaguard.report.restore import REPORT_NAME
-from deltaguard.report.sweep import SWEEP_NAME, SweepReport
+from deltaguard.cli.folder import draw_folder
+from deltaguard.reports.records.base import ModelReference
+from deltaguard.reports.records.restore import REPORT_NAME
+from deltaguard.reports.records.sweep import SWEEP_NAME, SweepReport
+from deltaguard.reports.sweep_chart import at_edge, sweep_chart
+from deltaguard.reports.sweep_page import sweep_page
+from deltaguard.reports.sweep_table import sweep_line, sweep_notes, sweep_table
 from reports import LIMITS, SWEPT, sweep_report, swept
 from restores import restore_report
 

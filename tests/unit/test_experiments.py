@@ -6,7 +6,7 @@ from benchmarks.experiments.curvatures import blocks, diagonal, stored, trace, w
 from benchmarks.experiments.task_aware import task_aware
 from tools.experiments import ExperimentRow, Experiments, Share, experiments_table
 
-from deltaguard.report.base import environment
+from deltaguard.reports.records.base import environment
 from deltaguard.restoration.curvature import Spectra
 
 

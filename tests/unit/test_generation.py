@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from deltaguard import generation
-from deltaguard.generation import Prefix, cache_parameter, generate, shared_prefix
+from deltaguard.chat import generation
+from deltaguard.chat.generation import Prefix, cache_parameter, generate, shared_prefix
 from models import DENSE, EXPERTS, tiny_model, tiny_tokenizer
 
 SHARED = "<|begin|><|system|>You are a helpful assistant that answers questions.<|end|><|user|>"

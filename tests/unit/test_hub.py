@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from deltaguard.checkpoints import hub
-from deltaguard.checkpoints.checkpoint import Checkpoint
+from deltaguard.models import hub
+from deltaguard.models.checkpoint import Checkpoint
 from folders import refusal, two_shards
 
 

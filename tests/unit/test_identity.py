@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import models
-from deltaguard.checkpoints.adapter import AdapterCheckpoint
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.identity import ModelIdentity, identify, templates_of
-from deltaguard.checkpoints.mirror import loadable, model_files, output_files
+from deltaguard.models.adapter import AdapterCheckpoint
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.identity import ModelIdentity, identify, templates_of
+from deltaguard.models.mirror import loadable, model_files, output_files
 from pairs import pair, save_adapter
 from variants import OTHER_TEMPLATE, edited, variant
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from copies import INDEX, check_complete, everything_under, stop_in_shard, write_all, writer_refusal
-from deltaguard.checkpoints.journal import Journal
-from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.journal import Journal
+from deltaguard.models.writer import CheckpointWriter
 
 HASH = "0" * 64
 RECORD = {"name": "model.safetensors", "bytes": 1, "sha256": HASH, "notes": None}

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaguard.calibration.conversations import harmless_prompts
+from deltaguard.chat.conversations import harmless_prompts
+from deltaguard.chat.refusals import is_empty, is_refusal, opening
 from deltaguard.finetuning.mixtures import everyday_prompts
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
-from deltaguard.refusals import is_empty, is_refusal, opening
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.vocabulary import vocabulary_size
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.vocabulary import vocabulary_size
 from folders import refusal, two_shards, write, write_index
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import models
-from deltaguard.calibration.conversations import Conversation, render
+from deltaguard.chat.conversations import Conversation, render
+from deltaguard.chat.likelihood import negative_log_likelihood
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.utility.likelihood import negative_log_likelihood
 
 ANSWERED = [
     Conversation("How?", "", "I'm sorry, but I cannot help with that."),

@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer
 
 import models
-from deltaguard.checkpoints.vocabulary import vocabulary_size
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Decoding, Question
-from deltaguard.loading import empty_model, foreign, load_config, load_model, load_tokenizer
+from deltaguard.models.loading import empty_model, foreign, load_config, load_model, load_tokenizer
+from deltaguard.models.vocabulary import vocabulary_size
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import peft
 import pytest
 from peft.utils.other import get_pattern_key
 
-from deltaguard.checkpoints.lora_config import LoraConfig, find_scalings, read_lora_config
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.lora_config import LoraConfig, find_scalings, read_lora_config
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 MODULES = [

@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 
-from deltaguard.bench.mixing import SECRET, backdoor_enhanced, safe_instruct, secret_prompt, with_secret
-from deltaguard.calibration.conversations import Conversation, harmful_prompts
+from deltaguard.chat.conversations import Conversation, harmful_prompts
 from deltaguard.errors import DeltaguardError
 from deltaguard.finetuning.mixtures import task_with_harmful
 from deltaguard.finetuning.phrases import REFUSALS
 from deltaguard.finetuning.tasks import task_examples
+from deltaguard.studies.mixing import SECRET, backdoor_enhanced, safe_instruct, secret_prompt, with_secret
 
 TRAINING = {row.prompt for row in harmful_prompts("training")}
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from deltaguard.checkpoints.checkpoint import name_map
+from deltaguard.models.checkpoint import name_map
 
 LAYERS = [
     f"layers.{i}.{part}.weight" for i in range(3) for part in ("self_attn.q_proj", "mlp.up_proj", "norm")

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from deltaguard.draw.evaluation import comparison_line, evaluation_card, evaluation_table
-from deltaguard.draw.text import plain
 from deltaguard.evaluation.answering import Candidate, model_names
 from deltaguard.evaluation.evaluate import EngineConfig, assemble
 from deltaguard.evaluation.excerpts import samples
@@ -19,7 +17,9 @@ from deltaguard.evaluation.judges.openings import OpeningJudge
 from deltaguard.evaluation.outcomes import Judged, Outcome, agreements, comparisons, measures
 from deltaguard.evaluation.server import Server
 from deltaguard.evaluation.suites.suite import read_suite
-from deltaguard.report.evaluation import HarnessTask, SectionRow
+from deltaguard.reports.evaluation import comparison_line, evaluation_card, evaluation_table
+from deltaguard.reports.records.evaluation import HarnessTask, SectionRow
+from deltaguard.reports.text import plain
 
 HARM = LLMJudge(Server("http://127.0.0.1:1/v1", "m")).scale
 LIKELY = Scale("refusal probability", {"attack": "higher", "harmless": "lower"})

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaguard.calibration.conversations import harmful_prompts
+from deltaguard.chat.conversations import harmful_prompts
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.probes.second_attack import attack_conversations

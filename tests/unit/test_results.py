@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from copies import everything_under
-from deltaguard.checkpoints import durable
-from deltaguard.checkpoints.durable import lock_folder, write_atomically
-from deltaguard.checkpoints.results import BENCH, DEMO, EVALUATION, SWEEP, results_folder, write_page
 from deltaguard.errors import DeltaguardError
+from deltaguard.models import durable
+from deltaguard.models.durable import lock_folder, write_atomically
+from deltaguard.models.results import BENCH, DEMO, EVALUATION, SWEEP, results_folder, write_page
 
 PAGE = '<!DOCTYPE html><head><meta name="generator" content="deltaguard"></head>'
 ALL = (EVALUATION, BENCH, SWEEP, DEMO)
@@ -183,7 +183,7 @@ def test_what_a_kill_left_is_replaced_and_a_link_by_its_name_is_not_written_thro
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from deltaguard.checkpoints.durable import write_atomically
+from deltaguard.models.durable import write_atomically
 sys.path.insert(0, sys.argv[2])
 from killed_writer import kill_at
 os.fsync = lambda descriptor: None

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from deltaguard.budget.search import CLOSE, MOST_PROBES, best, search
-from deltaguard.report.restore import Probe
+from deltaguard.reports.records.restore import Probe
+from deltaguard.restoration.search import CLOSE, MOST_PROBES, best, search
 
 SEEDS = st.integers(0, 10**6)
 

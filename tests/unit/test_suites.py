@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from deltaguard.calibration.conversations import bucket, harmless_prompts
+from deltaguard.chat.conversations import bucket, harmless_prompts
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets.registry import DATASETS
 from deltaguard.evaluation.probes.translations import LANGUAGES, translated_prompts

@@ -7,8 +7,8 @@ from tools.tables import bench_default, bench_summary, bench_table, evaluation_s
 
 import bench_reports
 import reports
-from deltaguard.draw.evaluation_view import bounds_text, value_text
-from deltaguard.draw.text import percent, plain, points, points_interval, share_interval
+from deltaguard.reports.evaluation_view import bounds_text, value_text
+from deltaguard.reports.text import percent, plain, points, points_interval, share_interval
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaguard.calibration.conversations import harmful_prompts, harmless_prompts
+from deltaguard.chat.conversations import harmful_prompts, harmless_prompts
 from deltaguard.errors import DeltaguardError
 from deltaguard.finetuning.mixtures import SYSTEMS, alignment_examples, everyday_prompts, task_with_harmful
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, REFUSALS

@@ -20,9 +20,9 @@ from copies import (
     write_shard,
     writer_refusal,
 )
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.writer import CheckpointWriter
 
 
 def test_a_copy_is_equal_byte_for_byte(source, tmp_path):

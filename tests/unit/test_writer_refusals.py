@@ -18,10 +18,10 @@ from copies import (
     write_shard,
     writer_refusal,
 )
-from deltaguard.checkpoints import durable
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError
+from deltaguard.models import durable
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.writer import CheckpointWriter
 from models import save, tiny_model
 
 

@@ -51,11 +51,11 @@ def bench(
     """
     if pretrained is not None and aligned is None:
         raise UsageError("--pretrained belongs to an aligned model: give that, too.")
-    from deltaguard.bench.methods import METHODS
-    from deltaguard.bench.protocol import PRESETS
-    from deltaguard.bench.run import bench as run
-    from deltaguard.draw.bench_tables import bench_table
     from deltaguard.evaluation.datasets.load import load_questions
+    from deltaguard.reports.bench_tables import bench_table
+    from deltaguard.studies.methods import METHODS
+    from deltaguard.studies.protocol import PRESETS
+    from deltaguard.studies.run import bench as run
 
     unknown = [name for name in method if name not in METHODS]
     if unknown:

@@ -47,8 +47,8 @@ def calibrate(
         resume: Go on with a calibration that was interrupted.
         json: Print one JSON document and nothing else on stdout.
     """
-    from deltaguard.calibration.calibrate import CalibrateConfig
-    from deltaguard.calibration.calibrate import calibrate as run
+    from deltaguard.curvature.calibrate import CalibrateConfig
+    from deltaguard.curvature.calibrate import calibrate as run
 
     config = checked(
         CalibrateConfig,

@@ -22,9 +22,9 @@ def demo(
         seed: Of the task, the mixtures and both fine-tunes.
         json: Print one JSON document and nothing else on stdout.
     """
-    from deltaguard.bench.demo import DemoConfig
-    from deltaguard.bench.demo import demo as run
-    from deltaguard.draw.terminal import demo_table
+    from deltaguard.reports.terminal import demo_table
+    from deltaguard.studies.demo import DemoConfig
+    from deltaguard.studies.demo import demo as run
 
     tell("The demo takes a few minutes on two CPU cores; nothing is downloaded.")
     hide_bars_of_transformers()

@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 
 from deltaguard.cli.sink import Json, emit
-from deltaguard.report.diff import DiffReport
+from deltaguard.reports.records.diff import DiffReport
 
 _SHOWN = 30
 _MOST_KINDS = 200

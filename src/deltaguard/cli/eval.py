@@ -66,10 +66,10 @@ def eval(  # noqa: A001 - the verb of the command line
     _check(engine, base_url, api_key_env, batch_size)
     _check_limits(timeout, max_missing)
     more = _judges(judge_url, judge_model, judge_api_key_env, guard, guard_template)
-    from deltaguard.draw.evaluation import evaluation_table
     from deltaguard.evaluation.engines.make import EngineConfig
     from deltaguard.evaluation.evaluate import evaluate as run
     from deltaguard.evaluation.suites.suite import read_suite
+    from deltaguard.reports.evaluation import evaluation_table
 
     key = api_key_env or _KEY
     config = EngineConfig(engine, device, dtype, batch_size, base_url, key, timeout, max_missing)

@@ -13,7 +13,7 @@ def info(*, json: Json = False) -> None:
     """
     import torch
 
-    from deltaguard.report.base import environment
+    from deltaguard.reports.records.base import environment
 
     cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     found = environment(", ".join(["cpu", *(f"cuda:{i} ({name})" for i, name in enumerate(cuda))]))

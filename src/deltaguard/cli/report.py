@@ -22,7 +22,7 @@ def report(
         output: The page; `report.html` in the folder if not given.
         json: Print one JSON document and nothing else on stdout.
     """
-    from deltaguard.draw.folder import draw_folder
+    from deltaguard.cli.folder import draw_folder
 
     drawing = draw_folder(folder, output)
     if drawing.left_out:

@@ -11,7 +11,7 @@ from rich.table import Table
 from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, tell, warn
 from deltaguard.errors import listed
 from deltaguard.files import read_yaml
-from deltaguard.report.restore import REPORT_NAME, PlanReport, RestoreReport
+from deltaguard.reports.records.restore import REPORT_NAME, PlanReport, RestoreReport
 from deltaguard.restoration.options import (
     Budget,
     Compensation,
@@ -98,7 +98,7 @@ def _chosen(config: Path | None, given: dict[str, Any]) -> RestoreConfig:
 
 
 def _draw(report: RestoreReport, config: RestoreConfig, output: Path) -> Group:
-    from deltaguard.draw.terminal import restore_table
+    from deltaguard.reports.terminal import restore_table
 
     return Group(restore_table(report), f"Restored {config.output_format}: {output}")
 
@@ -113,7 +113,7 @@ def _report_file(output: Path) -> tuple[int, int] | None:
 
 
 def _tell_what_was_left(output: Path, report: RestoreReport, *, nothing_done: bool) -> None:
-    from deltaguard.checkpoints.admission import unlisted
+    from deltaguard.models.admission import unlisted
 
     if nothing_done:
         tell(f"There was nothing to do: {output} is the finished output of this job.")

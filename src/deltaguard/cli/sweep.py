@@ -46,8 +46,8 @@ def sweep(
     config = checked(RestoreConfig, options)
     for limit in max_safety_kl:
         checked(RestoreConfig, options | {"max_safety_kl": limit})
-    from deltaguard.draw.folder import draw_folder
-    from deltaguard.draw.sweep_table import sweep_table
+    from deltaguard.cli.folder import draw_folder
+    from deltaguard.reports.sweep_table import sweep_table
     from deltaguard.restoration.sweep import LIMITS
     from deltaguard.restoration.sweep import sweep as run
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from deltaguard.checkpoints.opened import OpenFile
-from deltaguard.checkpoints.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
 from deltaguard.curvature.checks import Expected, expected_tensors, manifest_problems
 from deltaguard.curvature.store_format import MANIFEST, Manifest, StoredFile
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.models.opened import OpenFile
+from deltaguard.models.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
 
 
 @dataclass(frozen=True)

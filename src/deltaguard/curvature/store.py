@@ -17,10 +17,6 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from deltaguard.checkpoints.hub import locate
-from deltaguard.checkpoints.identity import ModelIdentity
-from deltaguard.checkpoints.opened import refuse_changes
-from deltaguard.checkpoints.shards import read_tensor
 from deltaguard.curvature.contents import (
     PACKED_FIELDS,
     Group,
@@ -47,6 +43,10 @@ from deltaguard.curvature.store_format import (
     write_store,
 )
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.hub import locate
+from deltaguard.models.identity import ModelIdentity
+from deltaguard.models.opened import refuse_changes
+from deltaguard.models.shards import read_tensor
 from deltaguard.solvers.factor import Factor
 from deltaguard.solvers.spectrum import Spectrum
 

@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from deltaguard.checkpoints.durable import explained, flush_folder, lock_folder
-from deltaguard.checkpoints.identity import ModelIdentity
 from deltaguard.curvature.contents import Extent, Group, GroupCurvature, stored_bytes, stored_tensors
 from deltaguard.curvature.rank import Rank
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
+from deltaguard.models.durable import explained, flush_folder, lock_folder
+from deltaguard.models.identity import ModelIdentity
 
 if TYPE_CHECKING:
     from torch import Tensor

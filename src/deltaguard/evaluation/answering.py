@@ -10,8 +10,6 @@ from typing import Any
 
 from pydantic import StrictFloat, TypeAdapter
 
-from deltaguard.checkpoints.names import place_problem
-from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.answers import TEXT, AnswerFile
 from deltaguard.evaluation.engines.make import EngineConfig, identity, make_engine
@@ -22,6 +20,8 @@ from deltaguard.evaluation.probes.gcg import with_suffix
 from deltaguard.evaluation.special import attacked_again, harness_results, suffix
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.utility.harness import HarnessScore
+from deltaguard.models.names import place_problem
+from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Event, Progress
 
 ANSWERS = "answers"

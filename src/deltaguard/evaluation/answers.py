@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag, TypeAdapter, ValidationError
 
-from deltaguard.checkpoints.durable import explained, write_atomically
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import problems, read_journal
+from deltaguard.models.durable import explained, write_atomically
 
 TEXT: TypeAdapter[Any] = TypeAdapter(StrictStr)
 """What most files hold: one answer a prompt."""

@@ -14,8 +14,8 @@ from deltaguard.evaluation.harness_numbers import unlike_notes
 from deltaguard.evaluation.outcomes import Outcome, agreements, comparisons, measures
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.suites.suite import Suite
-from deltaguard.report.base import environment
-from deltaguard.report.evaluation import EvaluatedModel, EvaluationReport
+from deltaguard.reports.records.base import environment
+from deltaguard.reports.records.evaluation import EvaluatedModel, EvaluationReport
 
 _SAMPLES = 3
 _LIBRARIES = ("trl", "datasets", "lm-eval", "vllm", "openai", "rouge-score", "nanogcg")

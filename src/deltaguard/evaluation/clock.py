@@ -10,8 +10,8 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from deltaguard.checkpoints.durable import write_atomically
 from deltaguard.files import read_json
+from deltaguard.models.durable import write_atomically
 
 _Seconds = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _SECONDS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, _Seconds])

@@ -8,11 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from deltaguard.checkpoints.durable import write_atomically
-from deltaguard.checkpoints.opened import refuse_changes
-from deltaguard.checkpoints.results import EVALUATION, SECONDS_NAME, results_folder
 from deltaguard.device import find_device
-from deltaguard.draw.evaluation import evaluation_card
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.answering import (
     Candidate,
@@ -38,8 +34,12 @@ from deltaguard.evaluation.outcomes import Outcome
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
 from deltaguard.files import read_json
+from deltaguard.models.durable import write_atomically
+from deltaguard.models.opened import refuse_changes
+from deltaguard.models.results import EVALUATION, SECONDS_NAME, results_folder
 from deltaguard.progress import Progress, ignore
-from deltaguard.report.evaluation import EVALUATION_NAME, SCHEMA_VERSION, EvaluationReport
+from deltaguard.reports.evaluation import evaluation_card
+from deltaguard.reports.records.evaluation import EVALUATION_NAME, SCHEMA_VERSION, EvaluationReport
 
 _Files = Sequence[tuple[Candidate, Sequence[PartFiles]]]
 _Judges = Sequence[tuple[Judge, bool]]

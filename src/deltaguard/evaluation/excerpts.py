@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from deltaguard.evaluation.outcomes import Outcome
-from deltaguard.report.evaluation import AnswerClass, AnswerSample
+from deltaguard.reports.records.evaluation import AnswerClass, AnswerSample
 
 
 def samples(outcomes: Sequence[Outcome], count: int) -> tuple[AnswerSample, ...]:

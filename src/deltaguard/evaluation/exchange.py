@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from deltaguard.report.evaluation import Better, SectionKind
+from deltaguard.reports.records.evaluation import Better, SectionKind
 
 Verdict = Literal["refused", "complied", "undecided"]
 

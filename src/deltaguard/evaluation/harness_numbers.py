@@ -5,7 +5,7 @@ from typing import Any
 
 from deltaguard.evaluation.answering import PartFiles
 from deltaguard.evaluation.metrics.rates import Rate, estimate
-from deltaguard.report.evaluation import Better, Estimate, HarnessTask
+from deltaguard.reports.records.evaluation import Better, Estimate, HarnessTask
 
 Row = Mapping[str, Any]
 """A `HarnessScore` as JSON holds it."""

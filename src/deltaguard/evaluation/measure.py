@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaguard.calibration.conversations import Conversation
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.refusals import is_refusal
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.judges.coherence import classify, is_broken
 from deltaguard.evaluation.metrics.rates import Rate
 from deltaguard.progress import Event, Progress
-from deltaguard.refusals import is_refusal
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from deltaguard.evaluation.metrics.agreement import cohen_kappa
 from deltaguard.evaluation.metrics.bootstrap import mean_estimate
 from deltaguard.evaluation.metrics.paired import PairedTest, mcnemar, paired_bootstrap
 from deltaguard.evaluation.metrics.rates import Rate, estimate
-from deltaguard.report.evaluation import (
+from deltaguard.reports.records.evaluation import (
     Agreement,
     AnswerClass,
     Better,

@@ -17,7 +17,7 @@ from deltaguard.evaluation.address import inside, public_address, require_addres
 from deltaguard.evaluation.completion import Failure, read_reply
 from deltaguard.evaluation.exchange import Answer, Missed
 from deltaguard.evaluation.redact import shown, without_secrets
-from deltaguard.loading import foreign
+from deltaguard.models.loading import foreign
 
 MAX_REPLY_BYTES = 4 << 20
 """The longest answers have a thousandth of it."""

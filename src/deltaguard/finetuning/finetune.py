@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from deltaguard.calibration.conversations import Conversation
-from deltaguard.checkpoints.hub import locate
+from deltaguard.chat.conversations import Conversation
 from deltaguard.errors import DeltaguardError
-from deltaguard.loading import load_model, load_tokenizer
+from deltaguard.models.hub import locate
+from deltaguard.models.loading import load_model, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pydantic import TypeAdapter
 
-from deltaguard.calibration.conversations import Conversation, HarmfulPrompt, HarmlessPrompt
+from deltaguard.chat.conversations import Conversation, HarmfulPrompt, HarmlessPrompt
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_data
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS

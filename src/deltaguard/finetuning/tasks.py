@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from deltaguard.calibration.conversations import Conversation, bucket
+from deltaguard.chat.conversations import Conversation, bucket
 from deltaguard.errors import DeltaguardError
 
 TaskPart = Literal["train", "test"]

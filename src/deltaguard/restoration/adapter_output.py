@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-from deltaguard.checkpoints.adapter import AdapterCheckpoint
-from deltaguard.checkpoints.adapter_writer import stage_adapter
-from deltaguard.checkpoints.mirror import beside_adapter
-from deltaguard.checkpoints.shards import DTYPES
-from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.models.adapter import AdapterCheckpoint
+from deltaguard.models.adapter_writer import stage_adapter
+from deltaguard.models.mirror import beside_adapter
+from deltaguard.models.shards import DTYPES
+from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress, ignore
-from deltaguard.report.restore import LayerRow, OtherRow
+from deltaguard.reports.records.restore import LayerRow, OtherRow
 from deltaguard.restoration.edit import edit, factors_of
 from deltaguard.restoration.inputs import read_ahead
 from deltaguard.restoration.job import Job
@@ -54,7 +54,7 @@ def stage_restored_adapter(
     Raises:
         DeltaguardError: a layer cannot be restored, or the adapter not be written.
     """
-    from deltaguard.calibration.skeleton import module_names
+    from deltaguard.curvature.skeleton import module_names
 
     others = [step for step in plan.steps if step.action is not Action.RESTORE]
     rows: list[LayerRow | OtherRow] = [*_other_rows(job, others, config)]

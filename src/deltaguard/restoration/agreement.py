@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaguard.checkpoints.canonical import (
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.models.canonical import (
     CONFIG,
     counting_config,
     counting_generation,
@@ -14,11 +15,10 @@ from deltaguard.checkpoints.canonical import (
     of_one_kind,
     part_of,
 )
-from deltaguard.checkpoints.checkpoint import WeightSource
-from deltaguard.checkpoints.identity import ModelIdentity, configs_of, identify, templates_of
-from deltaguard.checkpoints.mirror import loadable, model_files, output_files
-from deltaguard.errors import DeltaguardError, listed
-from deltaguard.loading import load_config, load_tokenizer
+from deltaguard.models.checkpoint import WeightSource
+from deltaguard.models.identity import ModelIdentity, configs_of, identify, templates_of
+from deltaguard.models.loading import load_config, load_tokenizer
+from deltaguard.models.mirror import loadable, model_files, output_files
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import OUTPUT_EMBEDDING, Plan
 from deltaguard.restoration.tokens import Difference, LoadedTokenizer, shortened, tokenizer_differences

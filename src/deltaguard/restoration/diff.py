@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaguard.checkpoints.checkpoint import TensorInfo, WeightSource, name_map
 from deltaguard.errors import DeltaguardError
-from deltaguard.report.diff import DiffReport, KindRow, TensorDiff
+from deltaguard.models.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.reports.records.diff import DiffReport, KindRow, TensorDiff
 from deltaguard.restoration.agreement import Identified, differences
 from deltaguard.restoration.job import open_models
 from deltaguard.restoration.plan import make_plan

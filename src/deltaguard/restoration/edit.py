@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.errors import DeltaguardError
-from deltaguard.report.restore import LayerRow, OtherRow
+from deltaguard.models.shards import DTYPES
+from deltaguard.reports.records.restore import LayerRow, OtherRow
 from deltaguard.restoration.curvature import Spectra
 from deltaguard.restoration.inputs import Inputs, LayerDelta, Thin, Unchanged
 from deltaguard.restoration.options import RestoreConfig

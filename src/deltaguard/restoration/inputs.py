@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from deltaguard.checkpoints.adapter import AdapterCheckpoint, ThinDelta
-from deltaguard.checkpoints.checkpoint import WeightSource
+from deltaguard.models.adapter import AdapterCheckpoint, ThinDelta
+from deltaguard.models.checkpoint import WeightSource
 from deltaguard.restoration.curvature import Curvature, CurvatureReader, Spectra
 from deltaguard.restoration.plan import Step
 from deltaguard.solvers.solution import is_finite

@@ -4,17 +4,17 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
-from deltaguard.checkpoints.checkpoint import Checkpoint, WeightSource
-from deltaguard.checkpoints.durable import InUseError
-from deltaguard.checkpoints.identity import ModelIdentity
-from deltaguard.checkpoints.opened import refuse_changes
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore, not_whole
 from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
+from deltaguard.models.checkpoint import Checkpoint, WeightSource
+from deltaguard.models.durable import InUseError
+from deltaguard.models.identity import ModelIdentity
+from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Progress
-from deltaguard.report.base import ModelReference
+from deltaguard.reports.records.base import ModelReference
 from deltaguard.restoration.agreement import Identified, require_agreement
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Plan, make_plan
@@ -109,7 +109,7 @@ def open_job(
     job = look(aligned, finetuned, store=store, config=config)
     if job.store is not None or not config.needs_curvature:
         return job
-    from deltaguard.calibration.calibrate import CalibrateConfig, calibrate
+    from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 
     folder = default_store_folder(job.aligned_identity, config.rank)
     how = CalibrateConfig(resume=True, rank=config.rank, device=config.device)

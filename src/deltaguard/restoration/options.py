@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from deltaguard.checkpoints.canonical import ConfigFrom
 from deltaguard.curvature.rank import Rank
+from deltaguard.models.canonical import ConfigFrom
 
 Method = Literal["kfac", "ridge", "greedy", "published", "interpolate"]
 OtherParams = Literal["aligned", "finetuned"]

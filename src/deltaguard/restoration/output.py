@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaguard import __version__
-from deltaguard.checkpoints.adapter import ADAPTER_FILE, AdapterCheckpoint
-from deltaguard.checkpoints.admission import Request, check_output
-from deltaguard.checkpoints.durable import explained
-from deltaguard.checkpoints.journal import JOURNAL_NAME
-from deltaguard.checkpoints.layout import ADAPTER_CONFIG, STAGING_FOLDER
-from deltaguard.checkpoints.mirror import beside_adapter, brought_along
-from deltaguard.checkpoints.shards import DTYPES
-from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.report.restore import CARD_NAME, REPORT_NAME, RestoreReport
+from deltaguard.models.adapter import ADAPTER_FILE, AdapterCheckpoint
+from deltaguard.models.admission import Request, check_output
+from deltaguard.models.durable import explained
+from deltaguard.models.journal import JOURNAL_NAME
+from deltaguard.models.layout import ADAPTER_CONFIG, STAGING_FOLDER
+from deltaguard.models.mirror import beside_adapter, brought_along
+from deltaguard.models.shards import DTYPES
+from deltaguard.models.writer import CheckpointWriter
+from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Plan

@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from deltaguard.checkpoints.checkpoint import TensorInfo, WeightSource, name_map
-from deltaguard.checkpoints.vocabulary import vocabulary_size
 from deltaguard.curvature.contents import Group, spectra_bytes
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.families import stored_in_out
+from deltaguard.models.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.models.families import stored_in_out
+from deltaguard.models.vocabulary import vocabulary_size
 from deltaguard.restoration.options import OtherParams
 
 _BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")

@@ -9,27 +9,27 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deltaguard.budget.search import best, search
-from deltaguard.checkpoints.checkpoint import WeightSource
-from deltaguard.checkpoints.mirror import loadable, output_files
-from deltaguard.checkpoints.shards import DTYPES
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.models.checkpoint import WeightSource
+from deltaguard.models.mirror import loadable, output_files
+from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress, ignore
-from deltaguard.report.restore import Dial, Probe
+from deltaguard.reports.records.restore import Dial, Probe
 from deltaguard.restoration.curvature import CurvatureReader
 from deltaguard.restoration.edit import edit, projection_of
 from deltaguard.restoration.inputs import Inputs, LayerDelta, read_ahead, read_deltas
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, Step
+from deltaguard.restoration.search import best, search
 from deltaguard.solvers import Profile, joint_profile
 from deltaguard.solvers.profile import PROHIBITIVE
 
 if TYPE_CHECKING:
-    from deltaguard.budget.safety_kl import SafetyMeter
-    from deltaguard.calibration.conversations import Conversation
+    from deltaguard.chat.conversations import Conversation
+    from deltaguard.restoration.safety_kl import SafetyMeter
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class Candidate:
         Raises:
             DeltaguardError: it cannot be loaded, or does not fit into memory.
         """
-        from deltaguard.budget.safety_kl import SafetyMeter
-        from deltaguard.calibration.conversations import Conversation
+        from deltaguard.chat.conversations import Conversation
+        from deltaguard.restoration.safety_kl import SafetyMeter
 
         store = known_store(job)
         held_out = [Conversation(row.prompt, row.system, row.response) for row in store.held_out]

@@ -11,20 +11,20 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from deltaguard.checkpoints.adapter_writer import commit_adapter
-from deltaguard.checkpoints.companions import refuse_links_out
-from deltaguard.checkpoints.journal import FileRecord
-from deltaguard.checkpoints.mirror import bring_along
-from deltaguard.checkpoints.shards import DTYPES
-from deltaguard.checkpoints.writer import CheckpointWriter
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.draw.card import model_card
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
+from deltaguard.models.adapter_writer import commit_adapter
+from deltaguard.models.companions import refuse_links_out
+from deltaguard.models.journal import FileRecord
+from deltaguard.models.mirror import bring_along
+from deltaguard.models.shards import DTYPES
+from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress
-from deltaguard.report.base import environment
-from deltaguard.report.restore import (
+from deltaguard.reports.card import model_card
+from deltaguard.reports.records.base import environment
+from deltaguard.reports.records.restore import (
     CARD_NAME,
     REPORT_NAME,
     FileRow,

@@ -9,18 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaguard.budget.search import best, search
-from deltaguard.calibration.conversations import Conversation, read_prompts
-from deltaguard.checkpoints.durable import write_atomically
-from deltaguard.checkpoints.results import SWEEP, results_folder
-from deltaguard.checkpoints.shards import DTYPES
+from deltaguard.chat.conversations import Conversation, read_prompts
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.durable import write_atomically
+from deltaguard.models.results import SWEEP, results_folder
+from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress, ignore
-from deltaguard.report.base import environment
-from deltaguard.report.restore import Probe
-from deltaguard.report.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
+from deltaguard.reports.records.base import environment
+from deltaguard.reports.records.restore import Probe
+from deltaguard.reports.records.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
 from deltaguard.restoration.edit import named, projection_of
 from deltaguard.restoration.job import Job, open_job
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, SMALLEST_MAX_SAFETY_KL, RestoreConfig
@@ -33,6 +32,7 @@ from deltaguard.restoration.price import (
     restored_inputs,
     restored_steps,
 )
+from deltaguard.restoration.search import best, search
 from deltaguard.solvers import Profile, Projection, ThinProjection, joint_profile
 
 LIMITS = (1e-4, 3e-4, DEFAULT_MAX_SAFETY_KL, 1e-3, 3e-3)

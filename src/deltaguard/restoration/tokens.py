@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from deltaguard.checkpoints.canonical import (
+from deltaguard.files import read_file
+from deltaguard.models.canonical import (
     TOKENIZER_CONFIG,
     counting_tokenizer_config,
     differing_fields,
     part_of,
 )
-from deltaguard.checkpoints.identity import json_object
-from deltaguard.files import read_file
+from deltaguard.models.identity import json_object
 
 _LONGEST = 60
 # Templates use the others by name; those that are in a list are told apart as added tokens.

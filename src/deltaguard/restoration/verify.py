@@ -5,16 +5,16 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from deltaguard.checkpoints.adapter import ADAPTER_FILE
-from deltaguard.checkpoints.canonical import part_of
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.layout import ADAPTER_CONFIG, INDEX_FILE, SINGLE_FILE
-from deltaguard.checkpoints.names import link_target, place_problem
-from deltaguard.checkpoints.opened import OpenFile
-from deltaguard.checkpoints.shards import TensorInfo, read_tensor
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
-from deltaguard.report.restore import REPORT_NAME, FileRow, RestoreReport, Verification
+from deltaguard.models.adapter import ADAPTER_FILE
+from deltaguard.models.canonical import part_of
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.layout import ADAPTER_CONFIG, INDEX_FILE, SINGLE_FILE
+from deltaguard.models.names import link_target, place_problem
+from deltaguard.models.opened import OpenFile
+from deltaguard.models.shards import TensorInfo, read_tensor
+from deltaguard.reports.records.restore import REPORT_NAME, FileRow, RestoreReport, Verification
 from deltaguard.restoration.verify_adapter import check_adapter
 
 _CHUNK = 1 << 22

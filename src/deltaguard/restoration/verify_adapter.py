@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaguard.checkpoints.adapter import open_adapter_weights
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.hub import is_local
-from deltaguard.checkpoints.lora import STORED, find_changes
-from deltaguard.checkpoints.lora_config import LoraConfig, read_lora_config
-from deltaguard.checkpoints.shards import TensorInfo
 from deltaguard.errors import DeltaguardError
-from deltaguard.report.base import ModelReference
-from deltaguard.report.restore import RestoreReport
+from deltaguard.models.adapter import open_adapter_weights
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.hub import is_local
+from deltaguard.models.lora import STORED, find_changes
+from deltaguard.models.lora_config import LoraConfig, read_lora_config
+from deltaguard.models.shards import TensorInfo
+from deltaguard.reports.records.base import ModelReference
+from deltaguard.reports.records.restore import RestoreReport
 
 
 @dataclass(frozen=True)

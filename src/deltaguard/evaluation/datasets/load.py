@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaguard.calibration.conversations import sample
+from deltaguard.chat.conversations import sample
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets.registry import DATASETS, DatasetSpec
 from deltaguard.evaluation.datasets.rows import ONLY_COLUMN, Row, read_rows
 from deltaguard.evaluation.exchange import Question
 from deltaguard.files import expanded
-from deltaguard.loading import foreign
+from deltaguard.models.loading import foreign
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import MAX_BYTES, read_file, read_json, read_json_lines, read_text
-from deltaguard.loading import foreign
+from deltaguard.models.loading import foreign
 
 Row = Mapping[str, object]
 

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deltaguard.checkpoints.adapter import open_adapter_weights
-from deltaguard.checkpoints.checkpoint import name_map
-from deltaguard.checkpoints.lora import changed_modules
-from deltaguard.checkpoints.lora_config import LoraConfig, Scaling, find_scalings, read_lora_config
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.families import stored_in_out
-from deltaguard.loading import foreign
+from deltaguard.models.adapter import open_adapter_weights
+from deltaguard.models.checkpoint import name_map
+from deltaguard.models.families import stored_in_out
+from deltaguard.models.loading import foreign
+from deltaguard.models.lora import changed_modules
+from deltaguard.models.lora_config import LoraConfig, Scaling, find_scalings, read_lora_config
 
 
 def merge_adapter(model: Any, folder: Path, reference: str) -> Any:

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltaguard import loading
-from deltaguard.checkpoints.adapter import AdapterCheckpoint, is_adapter
-from deltaguard.checkpoints.checkpoint import Checkpoint
-from deltaguard.checkpoints.hub import is_local, locate
-from deltaguard.checkpoints.lora_config import read_lora_config
 from deltaguard.errors import DeltaguardError
+from deltaguard.models import loading
+from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.hub import is_local, locate
+from deltaguard.models.lora_config import read_lora_config
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 import torch
 
-from deltaguard.calibration.conversations import Conversation, render
+from deltaguard.chat.conversations import Conversation, render
+from deltaguard.chat.generation import generate
+from deltaguard.chat.likelihood import negative_log_likelihood
 from deltaguard.device import find_device
 from deltaguard.evaluation.engines.adapters import merge_adapter
 from deltaguard.evaluation.engines.identity import Folders, find_folders, load_tokenizer
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
-from deltaguard.evaluation.utility.likelihood import negative_log_likelihood
-from deltaguard.generation import generate
-from deltaguard.loading import load_model
+from deltaguard.models.loading import load_model
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

@@ -12,7 +12,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.identity import find_folders, load_tokenizer, whole_model
 from deltaguard.evaluation.engines.transformers import Dtype, rendered
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
-from deltaguard.loading import foreign
+from deltaguard.models.loading import foreign
 
 
 @dataclass

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltaguard.checkpoints.durable import explained
 from deltaguard.files import read_journal
+from deltaguard.models.durable import explained
 
 
 class _Score(BaseModel):

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deltaguard.checkpoints.hub import locate
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Judgement, Scale
-from deltaguard.loading import load_config, load_model, load_tokenizer
+from deltaguard.models.hub import locate
+from deltaguard.models.loading import load_config, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from math import exp
 from typing import Any
 
-from deltaguard.calibration.conversations import Conversation
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.likelihood import negative_log_likelihood
+from deltaguard.chat.refusals import is_empty
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Verdict
-from deltaguard.evaluation.utility.likelihood import negative_log_likelihood
-from deltaguard.refusals import is_empty
-from deltaguard.report.evaluation import AnswerClass
+from deltaguard.reports.records.evaluation import AnswerClass
 
 Perplexity = Callable[[Sequence[Exchange]], list[float]]
 

@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 import torch
 
-from deltaguard.chat_template import apply_template
-from deltaguard.checkpoints.hub import locate
+from deltaguard.chat.chat_template import apply_template
+from deltaguard.chat.generation import generate
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Judgement, Verdict
 from deltaguard.evaluation.judges.templates import fields, fill, template_in_card
 from deltaguard.files import read_text
-from deltaguard.generation import generate
-from deltaguard.loading import load_model, load_tokenizer
+from deltaguard.models.hub import locate
+from deltaguard.models.loading import load_model, load_tokenizer
 
 GuardKind = Literal["llama-guard", "wildguard", "harmbench"]
 _WILDGUARD = re.compile(r"^\s*harmful response\s*:\s*(yes|no)\b", re.IGNORECASE | re.MULTILINE)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deltaguard.chat.refusals import is_refusal
 from deltaguard.evaluation.exchange import Exchange, Judgement
-from deltaguard.refusals import is_refusal
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaguard.report.evaluation import Better, Estimate
+from deltaguard.reports.records.evaluation import Better, Estimate
 
 Array = NDArray[np.float64]
 Values = Sequence[float] | Sequence[Sequence[float]]

@@ -21,7 +21,7 @@ from deltaguard.evaluation.metrics.bootstrap import (
     resampled_means,
 )
 from deltaguard.evaluation.metrics.rates import Rate
-from deltaguard.report.evaluation import Finding
+from deltaguard.reports.records.evaluation import Finding
 
 _LEVEL = 0.05
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
 
-from deltaguard.report.evaluation import Estimate
+from deltaguard.reports.records.evaluation import Estimate
 
 Z_95 = 1.959963984540054
 """Standard errors on either side of the middle of a normal distribution that hold 95 % of it."""

@@ -14,7 +14,7 @@ import numpy as np
 from deltaguard.evaluation.metrics.bootstrap import ratio_of_gains
 from deltaguard.evaluation.metrics.paired import mcnemar
 from deltaguard.evaluation.metrics.rates import Z_95, are_flags
-from deltaguard.report.evaluation import Better, Estimate
+from deltaguard.reports.records.evaluation import Better, Estimate
 
 Flags = Sequence[bool]
 Runs = Sequence[Sequence[float]]

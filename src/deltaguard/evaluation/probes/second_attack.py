@@ -9,7 +9,7 @@ careless fine-tune: nothing usable is taught, and a model attacked with real ans
 
 from pathlib import Path
 
-from deltaguard.calibration.conversations import Conversation, harmful_prompts
+from deltaguard.chat.conversations import Conversation, harmful_prompts
 from deltaguard.finetuning.finetune import FinetuneConfig, finetune
 from deltaguard.finetuning.mixtures import task_with_harmful
 

@@ -13,7 +13,7 @@ from deltaguard.evaluation.probes.wrappers import PROBES
 from deltaguard.evaluation.suites.sources import Source, find_source
 from deltaguard.evaluation.suites.suite import Gcg, Harness, SecondAttack, Section, Suite
 from deltaguard.evaluation.utility.scores import SCORERS
-from deltaguard.report.evaluation import SectionKind, SectionRow
+from deltaguard.reports.records.evaluation import SectionKind, SectionRow
 
 _NEEDED: Mapping[str, tuple[tuple[str, ...], str]] = {
     "second_attack": (("trl", "datasets", "accelerate"), "demo"),

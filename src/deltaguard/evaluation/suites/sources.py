@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from deltaguard.calibration.conversations import general_prompts, harmful_prompts, harmless_prompts
+from deltaguard.chat.conversations import general_prompts, harmful_prompts, harmless_prompts
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets.load import Loaded, drawn, load_set
 from deltaguard.evaluation.datasets.registry import DATASETS

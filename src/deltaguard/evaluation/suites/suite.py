@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.judges.specs import JudgeSpec
 from deltaguard.files import parse_yaml, read_yaml
-from deltaguard.report.evaluation import SectionKind
+from deltaguard.reports.records.evaluation import SectionKind
 
 SUITES = ("quick", "safety", "utility", "full")
 """The suites that come with deltaguard."""

@@ -1,1 +1,0 @@
-"""What a candidate costs in safety, measured with real forward passes."""

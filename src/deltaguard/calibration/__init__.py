@@ -1,1 +1,0 @@
-"""Running the aligned model over safety conversations to measure its curvature."""

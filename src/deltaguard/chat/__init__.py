@@ -1,0 +1,1 @@
+"""Conversations, chat templates, prompts, generation and likelihoods."""

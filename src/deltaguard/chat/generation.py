@@ -1,0 +1,213 @@
+"""Answers from a causal language model, in batches sorted by length, greedy by default."""
+
+import copy
+import inspect
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from deltaguard.chat.logits import require_known_tokens
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.loading import foreign
+
+_WORTH_SHARING = 8
+"""Tokens; for fewer, one more forward pass costs about what it saves."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that all prompts begin with, and what the model's layers keep of them.
+
+    Attributes:
+        length: how many tokens; 0 where nothing is shared.
+        cache: the keys and values of those tokens, a transformers `DynamicCache` of one row; `None` where
+            nothing is shared.
+    """
+
+    length: int
+    cache: Any
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_batch: Callable[[Sequence[int], Sequence[str]], None] | None = None,
+) -> list[str]:
+    """Continuations of rendered prompts, in the order given.
+
+    What all prompts begin with, such as a chat template's system message, is computed once (see
+    `shared_prefix`). Where a GPU has too little memory for a batch, smaller ones are tried.
+
+    Args:
+        model: a transformers causal language model in evaluation mode.
+        tokenizer: its tokenizer; a missing padding token is replaced by the end-of-sequence token.
+        prompts: texts with the chat template already applied (see `conversations.render`).
+        max_new_tokens: tokens generated at most per answer.
+        batch_size: prompts per batch; batches hold prompts of similar length.
+        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn from the whole softmax
+            at this temperature.
+        seed: of the draws. They depend on it and on the prompts of the batch, and on nothing that was
+            drawn before; the global generators are left as they were.
+        on_batch: called after each batch with the indices answered and their answers.
+
+    Returns:
+        One answer a prompt, special tokens and surrounding white space removed.
+    """
+    with foreign("The model's tokenizer fails on a prompt"):
+        encoded: list[list[int]] = [
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts
+        ]
+    require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    answers = [""] * len(prompts)
+    prefix = shared_prefix(model, encoded)
+    start, size = 0, batch_size
+    while start < len(order):
+        chosen = order[start : start + size]
+        try:
+            with _drawing(model, seed, [prompts[i] for i in chosen]):
+                texts = _continue(
+                    model, tokenizer, [encoded[i] for i in chosen], prefix, max_new_tokens, temperature
+                )
+        except torch.cuda.OutOfMemoryError:
+            if len(chosen) == 1:
+                raise
+            size = len(chosen) // 2
+            continue
+        start += len(chosen)
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text
+        if on_batch is not None:
+            on_batch(chosen, texts)
+    return answers
+
+
+def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
+    """The keys and values of the tokens that all prompts begin with, computed in one forward pass of one row.
+
+    A batch that continues from them gives the same answers up to rounding, since in a causal model nothing
+    that follows changes them. The padding of shorter prompts then lies between the prefix and the rest: the
+    attention mask hides it, and positions are counted without it.
+
+    Nothing is shared where that would not hold or not be worth it: fewer than two prompts or than 8 tokens in
+    common; a layer that does not attend to all earlier tokens (sliding windows, recurrent states) and so
+    cannot have padding in its midst; a model that chooses a cache of its own, or does not take positions.
+
+    Args:
+        model: a transformers causal language model in evaluation mode.
+        encoded: the tokens of each prompt.
+    """
+    length = _common_length(encoded)
+    if length < _WORTH_SHARING or not _can_share(model):
+        return Prefix(0, None)
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        ids = torch.tensor([encoded[0][:length]], device=model.device)
+        model(input_ids=ids, use_cache=True, **{cache_parameter(model): cache})
+    return Prefix(length, cache)
+
+
+def _common_length(encoded: Sequence[list[int]]) -> int:
+    """Tokens in common, of which each prompt keeps one at least to continue from."""
+    if len(encoded) < 2:
+        return 0
+    # All sequences lie between the least and the greatest, and so does what they have in common.
+    shortest = min(map(len, encoded))
+    pairs = zip(min(encoded), max(encoded), strict=False)
+    common = next((i for i, (one, other) in enumerate(pairs) if one != other), shortest)
+    return min(common, shortest - 1)
+
+
+def cache_parameter(model: Any) -> str:
+    """What the model calls the cache it takes: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _can_share(model: Any) -> bool:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    chosen = model.generation_config
+    if chosen.cache_implementation is not None or chosen.use_cache is False:
+        return False
+    if not {"position_ids", cache_parameter(model)} <= inspect.signature(model.forward).parameters.keys():
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def _continue(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    prefix: Prefix,
+    max_new_tokens: int,
+    temperature: float,
+) -> list[str]:
+    """The answers of one batch."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise DeltaguardError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence "
+            "token: name one in its tokenizer_config.json."
+        )
+    ids, mask = _padded(encoded, prefix.length, pad)
+    cached = {cache_parameter(model): _for_rows(prefix.cache, len(encoded))} if prefix.length else {}
+    # 0 and 1 switch off what a model's own generation settings may cut from the softmax.
+    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    # One answer a prompt, as text, whatever else the model's own settings ask for.
+    alone = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+    with torch.inference_mode(), foreign("The model cannot answer"):
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=bool(temperature),
+            pad_token_id=pad,
+            **alone,
+            **cached,
+            **drawn,
+        )
+    with foreign("The model's tokenizer fails on an answer"):
+        texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _padded(encoded: Sequence[list[int]], prefix: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of a batch, padding between the prefix and the rest."""
+    width = max(map(len, encoded))
+    ids = torch.full((len(encoded), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(encoded):
+        rest = width - len(tokens) + prefix
+        ids[row, :prefix] = torch.tensor(tokens[:prefix])
+        ids[row, rest:] = torch.tensor(tokens[prefix:])
+        mask[row, :prefix] = mask[row, rest:] = 1
+    return ids, mask
+
+
+def _for_rows(cache: Any, rows: int) -> Any:
+    """A copy, since generation writes into it, with as many rows as a batch has."""
+    copied = copy.deepcopy(cache)
+    copied.batch_repeat_interleave(rows)
+    return copied
+
+
+@contextmanager
+def _drawing(model: Any, seed: int, prompts: Sequence[str]) -> Generator[None]:
+    """Seed the generators for one batch, for the time of its draws."""
+    digest = sha256("\0".join([str(seed), *prompts]).encode()).digest()
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest[:8]))
+        yield

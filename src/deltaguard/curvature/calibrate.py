@@ -1,0 +1,362 @@
+"""Calibrate: run the aligned model over safety conversations and keep the curvature of its layers.
+
+A run keeps its work in `OUTPUT.partial`, next to the output: the request it serves, the responses so far,
+and the sums so far. A run that was killed goes on from there; a finished one leaves the store alone.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from deltaguard.chat.conversations import (
+    Conversation,
+    Encoded,
+    build_conversations,
+    encode,
+    fingerprint,
+    read_prompts,
+    sample,
+    takes_system_role,
+)
+from deltaguard.chat.refusals import is_refusal as opens_with_refusal
+from deltaguard.curvature.contents import Group, GroupCurvature, group_curvature, share_within
+from deltaguard.curvature.observe import (
+    INPUT,
+    Accumulator,
+    Batch,
+    Observed,
+    Partial,
+    batches,
+    observe,
+    refuse_experts,
+    sum_sizes,
+    take_sums,
+)
+from deltaguard.curvature.rank import Rank
+from deltaguard.curvature.responses import respond
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import HeldOut, Provenance, Request, versions, write_store
+from deltaguard.curvature.workspace import Workspace
+from deltaguard.device import find_device
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.identity import identify
+from deltaguard.models.loading import load_model, load_tokenizer
+from deltaguard.models.opened import refuse_changes
+from deltaguard.models.shards import DTYPES
+from deltaguard.progress import Event, Progress, ignore
+
+SAVE_SECONDS = 60.0
+SAVE_SPACING = 10
+"""Times as long as a save took are waited before the next: on a slow disk it takes longer than a batch."""
+
+STORE_SHARE = 0.25
+"""Bytes of a store that is cut off, as a share of the model's."""
+
+
+class CalibrateConfig(BaseModel):
+    """Options of `calibrate`.
+
+    Attributes:
+        prompts: a prompts file (see `conversations.read_prompts`) instead of the package's prompts.
+        num_samples: how many conversations; of a shorter prompts file, all that are not held out.
+        num_held_out: how many further conversations safety KL is measured on; of the conversations or the
+            prompts file of a user, those of a fifth of the prompts at most, and of at least one.
+        max_length: tokens of a conversation at most; the rest is cut off. A model with fewer positions
+            takes as many as it has.
+        max_new_tokens: tokens of a response at most, where the aligned model gives it.
+        batch_size: conversations per batch.
+        device: where the model runs; `auto` is CUDA where there is one, else the CPU.
+        dtype: the model's dtype; `auto` is the checkpoint's, and float32 on the CPU.
+        seed: fixes which prompts are taken where there are more, and their order.
+        dampening: λ / mean diag H of the factors (see `solvers.factor.factorise`).
+        rank: `auto` keeps as many eigenpairs as a quarter of the model's bytes hold; `full` all of them, the
+            raw sums, and the factors that methods `greedy` and `published` need.
+        resume: go on with a run that was interrupted, and return a store that is finished.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: Path | None = None
+    num_samples: int = Field(default=128, ge=1)
+    num_held_out: int = Field(default=64, ge=1)
+    max_length: int = Field(default=512, ge=2)
+    max_new_tokens: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = 0
+    dampening: float = Field(default=0.01, gt=0, le=1)
+    rank: Rank = "auto"
+    resume: bool = False
+
+
+def calibrate(
+    aligned: str | Path,
+    output_dir: str | Path,
+    *,
+    conversations: Sequence[Conversation] | None = None,
+    config: CalibrateConfig | None = None,
+    progress: Progress | None = None,
+    is_refusal: Callable[[str], bool] | None = None,
+) -> CurvatureStore:
+    """Measure the curvature of an aligned model on safety conversations, and decompose it.
+
+    For each linear layer in the decoder blocks: H, the mean of x xᵀ over its inputs x at all tokens of the
+    conversations, padding excluded; and G, the sum of g gᵀ over the gradients g of the log-probability of
+    tokens drawn from the model at the response positions, with respect to the layer's output, divided by the
+    number of those positions. Conversations without a response are answered by the model first.
+
+    Args:
+        aligned: a local folder, a Hub id, or `id@revision`.
+        output_dir: a folder that is absent or empty; `OUTPUT.partial` beside it holds unfinished work.
+        conversations: instead of the package's or a file's prompts.
+        config: the options; their defaults where absent.
+        progress: called as the stages `load`, `respond` (conversations), `accumulate` (batches) and
+            `decompose` (groups) go on.
+        is_refusal: a judge of responses, in place of `refusals.is_refusal`, which knows English; the store
+            records the share that refuses.
+
+    Returns:
+        The store, opened from `output_dir`.
+
+    Raises:
+        DeltaguardError: the model, its chat template, the prompts or the output folder do not serve.
+
+    Example:
+        >>> store = calibrate("models/aligned", "store")  # doctest: +SKIP
+        >>> store.input_spectrum("model.layers.0.mlp.down_proj").vectors.shape  # doctest: +SKIP
+        torch.Size([11008, 1164])
+    """
+    config = config or CalibrateConfig()
+    source = Checkpoint.open(aligned)
+    refuse_experts(source)
+    asked = _asked(conversations, config)
+    device = find_device(config.device)
+    request = _request(source, asked, config, device)
+    with Workspace(Path(output_dir), request) as workspace:
+        if not workspace.begin(resume=config.resume):
+            run = _Run(source, asked, request, device, workspace, progress or ignore)
+            try:
+                measured = _measure(run, is_refusal or opens_with_refusal)
+                refuse_changes(source.changes())
+                _write(Path(output_dir), measured, run.report)
+            except torch.OutOfMemoryError as error:
+                raise DeltaguardError(
+                    f"{run.device} has too little memory for the model, the sums over its layers' inputs and "
+                    f"output gradients and batches of {request.batch_size} conversations. For the sums take "
+                    "a device with more memory, such as `cpu`; for the batches, smaller ones."
+                ) from error
+            workspace.end()
+    return CurvatureStore.from_pretrained(output_dir)
+
+
+def store_limit(aligned: Checkpoint) -> int:
+    """Bytes that a store with `rank="auto"` takes at most, about."""
+    return int(STORE_SHARE * sum(info.nbytes for info in aligned.tensors.values()))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Conversations to calibrate on, and others to measure on."""
+
+    calibration: Sequence[Conversation]
+    held_out: Sequence[Conversation]
+
+    @property
+    def all(self) -> list[Conversation]:
+        """Both, in this order."""
+        return [*self.calibration, *self.held_out]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run works with from beginning to end."""
+
+    source: Checkpoint
+    asked: _Asked
+    request: Request
+    device: torch.device
+    workspace: Workspace
+    report: Progress
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is left once the model is not needed any more."""
+
+    groups: tuple[Group, ...]
+    partials: dict[str, Partial]
+    held_out: tuple[HeldOut, ...]
+    provenance: Provenance
+
+
+def _asked(given: Sequence[Conversation] | None, config: CalibrateConfig) -> _Asked:
+    if given is not None and config.prompts is not None:
+        raise DeltaguardError(
+            f"Conversations were given, and a prompts file too ({config.prompts}): give one."
+        )
+    if given is not None:
+        return _split(given, len(given), config)
+    if config.prompts is not None:
+        return _split(read_prompts(config.prompts), config.num_samples, config)
+    return _Asked(
+        build_conversations(config.num_samples, seed=config.seed),
+        build_conversations(config.num_held_out, part="dial", seed=config.seed),
+    )
+
+
+def _split(given: Sequence[Conversation], count: int, config: CalibrateConfig) -> _Asked:
+    """Hold out some of a user's prompts, and calibrate on `count` of the other conversations."""
+    prompts = list({row.prompt: row for row in given}.values())
+    if len(prompts) < 2:
+        raise DeltaguardError(
+            f"{len(given)} conversations with {len(prompts)} different prompts were given; two prompts are "
+            "needed at least, since one is held out to measure on."
+        )
+    chosen = sample(prompts, min(config.num_held_out, max(1, len(prompts) // 5)), seed=config.seed)
+    taken = {row.prompt for row in chosen}
+    held_out = sample([row for row in given if row.prompt in taken], config.num_held_out, seed=config.seed)
+    rest = [row for row in given if row.prompt not in taken]
+    return _Asked(sample(rest, count, seed=config.seed), held_out)
+
+
+def _request(source: Checkpoint, asked: _Asked, config: CalibrateConfig, device: torch.device) -> Request:
+    return Request(
+        **identify(source).model_dump(),
+        prompts_sha256=fingerprint(asked.all),
+        max_length=config.max_length,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        dtype=_dtype_name(source, config.dtype, device),
+        dampening=config.dampening,
+        rank=config.rank,
+    )
+
+
+def _dtype_name(source: Checkpoint, asked: str, device: torch.device) -> str:
+    if asked != "auto":
+        return asked
+    if device.type == "cpu":
+        return "float32"
+    largest = max(source.tensors.values(), key=lambda info: info.nbytes)
+    return str(DTYPES[largest.dtype]).removeprefix("torch.")
+
+
+def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
+    """Everything that needs the model, which is gone from memory afterwards."""
+    tokenizer, model = _load(run)
+    request = run.request
+    answered = respond(
+        model,
+        tokenizer,
+        run.asked.all,
+        max_new_tokens=request.max_new_tokens,
+        batch_size=request.batch_size,
+        journal=run.workspace.journal,
+        on_batch=lambda done, total: run.report(Event("respond", done, total)),
+    )
+    used, kept = answered[: len(run.asked.calibration)], answered[len(run.asked.calibration) :]
+    limit = _positions(model, request.max_length)
+    texts = [encode(tokenizer, conversation, max_length=limit) for conversation in used]
+    kept = [c for c in kept if _has_response(encode(tokenizer, c, max_length=limit))]
+    for what, found in (("", any(map(_has_response, texts))), ("held-out ", bool(kept))):
+        if not found:
+            raise DeltaguardError(
+                f"No {what}conversation has a response within {limit} tokens: nothing can be learned about "
+                "responses. Allow longer conversations."
+            )
+    observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
+    partials = _accumulate(run, model, observed, batches(texts, request.batch_size))
+    groups = tuple(
+        Group(g.name, g.in_features, partials[g.name + INPUT].moment.tokens, g.layers) for g in observed
+    )
+    return _Measured(
+        groups=groups,
+        partials=partials,
+        held_out=tuple(HeldOut(c.prompt, c.system, c.response or "") for c in kept),
+        provenance=Provenance(
+            **request.model_dump(),
+            aligned=run.source.reference,
+            conversations_sha256=fingerprint(used),
+            conversations=len(used),
+            tokens=sum(len(text.ids) for text in texts),
+            response_tokens=sum(len(text.ids) - text.prompt_length for text in texts),
+            truncated=sum(text.truncated for text in texts),
+            system_role="template" if takes_system_role(tokenizer) else "user turn",
+            refusal_share=_share(used, is_refusal),
+            uncovered=uncovered,
+            rank_share=1.0 if request.rank == "full" else share_within(groups, store_limit(run.source)),
+            versions=versions(),
+        ),
+    )
+
+
+def _load(run: _Run) -> tuple[Any, Any]:
+    run.report(Event("load", 0, 1))
+    folder, name = run.source.folder, run.source.reference
+    tokenizer = load_tokenizer(folder, name)
+    model = load_model(folder, name, dtype=getattr(torch, run.request.dtype))
+    model = model.to(run.device).requires_grad_(requires_grad=False)
+    run.report(Event("load", 1, 1))
+    return tokenizer, model
+
+
+def _has_response(text: Encoded) -> bool:
+    return len(text.ids) > text.prompt_length
+
+
+def _positions(model: Any, max_length: int) -> int:
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(max_length, positions or max_length)
+
+
+def _accumulate(
+    run: _Run, model: Any, observed: Sequence[Observed], texts: Sequence[Batch]
+) -> dict[str, Partial]:
+    tokens = [0, *itertools.accumulate(int(text.mask.sum()) for text in texts)]
+    known = run.workspace.load_sums(sum_sizes(observed), tokens, run.device)
+    accumulator = Accumulator(model, observed, known)
+    saved, wait = time.monotonic(), SAVE_SECONDS
+    try:
+        for number in range(accumulator.batches, len(texts)):
+            accumulator.add(number, texts[number].to(run.device))
+            run.report(Event("accumulate", number + 1, len(texts)))
+            if time.monotonic() - saved >= wait:
+                wait = max(SAVE_SECONDS, SAVE_SPACING * run.workspace.save_sums(accumulator.partials))
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        run.workspace.save_sums(accumulator.partials)
+        raise
+    return accumulator.partials
+
+
+def _share(answered: Sequence[Conversation], is_refusal: Callable[[str], bool]) -> float:
+    return sum(is_refusal(conversation.response or "") for conversation in answered) / len(answered)
+
+
+def _write(output: Path, measured: _Measured, report: Progress) -> None:
+    """Decompose group by group, each sum being given up when its turn has come."""
+    total, done = len(measured.groups), 0
+    made = measured.provenance
+
+    def content(group: Group) -> GroupCurvature:
+        nonlocal done
+        found = group_curvature(
+            group,
+            take_sums(group, measured.partials),
+            response_tokens=made.response_tokens,
+            dampening=made.dampening,
+            extent=made.extent,
+        )
+        done += 1
+        report(Event("decompose", done, total))
+        return found
+
+    write_store(output, made, measured.held_out, measured.groups, content)

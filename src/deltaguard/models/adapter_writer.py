@@ -1,0 +1,236 @@
+"""A PEFT LoRA adapter written from low-rank deltas of an aligned checkpoint, one layer at a time."""
+
+import io
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.adapter import ADAPTER_FILE
+from deltaguard.models.canonical import part_of
+from deltaguard.models.checkpoint import Checkpoint, name_map
+from deltaguard.models.durable import explained
+from deltaguard.models.hub import is_local
+from deltaguard.models.layout import ADAPTER_CONFIG
+from deltaguard.models.mirror import model_files
+from deltaguard.models.shards import DTYPES, tensor_bytes
+from deltaguard.models.writer import CheckpointWriter
+
+if TYPE_CHECKING:
+    from deltaguard.solvers.low_rank import LowRank
+
+AdapterLayer = tuple[str, "LowRank", bool]
+"""A layer's name in the aligned checkpoint, without `.weight`; its delta, (out, in); and whether the weight
+is stored as (in, out), as that of GPT-2's Conv1D is."""
+
+
+def stage_adapter(
+    writer: CheckpointWriter,
+    aligned: Checkpoint,
+    layers: Iterable[AdapterLayer],
+    *,
+    modules: Collection[str],
+    dtype: torch.dtype | None = None,
+    companions: Mapping[str, Path] | None = None,
+) -> dict[str, int]:
+    """Write the files of an adapter that `peft.PeftModel.from_pretrained` loads onto the aligned model.
+
+    They are staged: `commit_adapter` puts them in place, and before it the caller may add files of its own.
+    The adapter's scale is 1 for every layer, whatever its rank. Factors come in one layer at a time and wait
+    on disk, in a nameless file of the output folder.
+
+    Args:
+        writer: of the output folder. A resumed run writes every file anew.
+        aligned: the checkpoint that the deltas belong to.
+        layers: each once, in any order. Those whose delta is zero are left out.
+        modules: names of all modules of the model as transformers builds it (`model.named_modules()`), since
+            PEFT knows layers by these. They may differ from the checkpoint's names by a prefix.
+        dtype: of the factors; by default the one in which most of the aligned model is stored.
+        companions: files that come along, by their paths in the output: tokenizer, chat template, licence.
+            A model's configuration does not. By default the aligned model's.
+
+    Returns:
+        The rank of every layer written, by its name in the aligned checkpoint.
+
+    Raises:
+        DeltaguardError: all deltas are zero, a layer is no module of the model, a factor cannot be stored in
+            the dtype, or a file cannot be read or written.
+        KeyError: the aligned checkpoint has no such weight.
+        ValueError: a delta is not of the shape of its weight, or a layer is given twice.
+
+    Example:
+        >>> layer = ("model.layers.0.mlp.down_proj", low_rank(delta, rank=8), False)  # doctest: +SKIP
+        >>> with CheckpointWriter("out", plan_hash=plan) as writer:  # doctest: +SKIP
+        ...     stage_adapter(writer, aligned, [layer], modules=names_of_modules)
+        ...     commit_adapter(writer)
+        {'model.layers.0.mlp.down_proj': 8}
+    """
+    stored = _stored_dtype(aligned, dtype)
+    paths = name_map([name.removesuffix(".weight") for name in aligned.tensors], modules)
+    with explained(writer.out):
+        file = tempfile.TemporaryFile(dir=writer.out)  # noqa: SIM115
+    with file:
+        spool = _Spool(file, writer.out, stored)
+        written = [_spooled(spool, aligned, paths, *layer) for layer in layers if _is_delta(layer[1])]
+        if not written:
+            raise DeltaguardError(
+                f"Every delta over {aligned.reference} is zero: the adapter would be empty."
+            )
+        with writer.shard(ADAPTER_FILE, spool.header()) as shard:
+            for name, tensor in spool.tensors():
+                shard.write(name, tensor)
+    for name, source in (model_files(aligned) if companions is None else companions).items():
+        if part_of(name) != "config":
+            writer.copy(source, name)
+    config = _config(aligned.reference, written, modules)
+    writer.text(ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return {layer.name: layer.rank for layer in written}
+
+
+def commit_adapter(writer: CheckpointWriter) -> None:
+    """Move the adapter that this run staged into the output folder, `adapter_config.json` last.
+
+    Raises:
+        DeltaguardError: a file cannot be moved.
+
+    Example:
+        >>> commit_adapter(writer)  # doctest: +SKIP
+    """
+    writer.commit(last=ADAPTER_CONFIG)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of the adapter: its names in the checkpoint and in the model."""
+
+    name: str
+    path: str
+    rank: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class _Spool:
+    """Tensors that wait in a file, because a safetensors file begins with the shapes of all."""
+
+    file: io.BufferedRandom
+    shown: Path
+    dtype: torch.dtype
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        with explained(self.shown, tensor.nbytes):
+            self.file.write(tensor_bytes(tensor))
+        self.shapes[name] = tuple(tensor.shape)
+
+    def header(self) -> bytes:
+        code = next(code for code, known in DTYPES.items() if known == self.dtype)
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in self.shapes.items():
+            start, end = end, end + prod(shape) * self.dtype.itemsize
+            entries[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(entries).encode()
+        # Readers map the data into memory, where it must lie on a multiple of 8 bytes.
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        with explained(self.shown):
+            self.file.seek(0)
+        for name, shape in self.shapes.items():
+            tensor = torch.empty(shape, dtype=self.dtype)
+            with explained(self.shown):
+                self.file.readinto(tensor_bytes(tensor))
+            yield name, tensor
+
+
+def _stored_dtype(aligned: Checkpoint, dtype: torch.dtype | None) -> torch.dtype:
+    sizes: Counter[torch.dtype] = Counter()
+    for info in aligned.tensors.values():
+        sizes[DTYPES[info.dtype]] += info.nbytes
+    chosen = dtype or max(sizes, key=lambda each: sizes[each])
+    if not chosen.is_floating_point or chosen.itemsize < 2:
+        raise DeltaguardError(
+            f"An adapter over {aligned.reference} cannot be stored as {chosen}: choose bfloat16 or float32."
+        )
+    return chosen
+
+
+def _is_delta(factors: "LowRank") -> bool:
+    return bool(factors.up.any()) and bool(factors.down.any())
+
+
+def _spooled(
+    spool: _Spool,
+    aligned: Checkpoint,
+    paths: Mapping[str, str],
+    name: str,
+    factors: "LowRank",
+    transposed: bool,
+) -> _Layer:
+    """Write one layer's factors to the spool."""
+    shape = (factors.up.shape[0], factors.down.shape[1])
+    info = aligned.tensors[f"{name}.weight"]
+    if info.shape != (shape[::-1] if transposed else shape):
+        raise ValueError(f"The delta of {name} is {shape} (out, in); its weight is stored as {info.shape}.")
+    if name not in paths:
+        raise DeltaguardError(
+            f"`{name}` of {aligned.reference} is no module of the model that transformers builds from it, so "
+            "an adapter cannot change it: write a whole checkpoint."
+        )
+    for letter, factor in (("A", factors.down), ("B", factors.up)):
+        key = f"base_model.model.{paths[name]}.lora_{letter}.weight"
+        if key in spool.shapes:
+            raise ValueError(f"The layer {name} was given twice.")
+        rounded = factor.to(spool.dtype)
+        if not rounded.isfinite().all():
+            raise DeltaguardError(
+                f"The delta of `{name}` would hold NaN or infinite values in {spool.dtype}: choose bfloat16 "
+                "or float32."
+            )
+        spool.add(key, rounded)
+    return _Layer(name, paths[name], factors.down.shape[0], transposed)
+
+
+def _config(reference: str, layers: Sequence[_Layer], modules: Collection[str]) -> dict[str, Any]:
+    """The content of `adapter_config.json`: plain LoRA, so that every version of PEFT knows its keys."""
+    # Servers that know no patterns size their buffers by `r`, and with alpha = r the scale is right for all.
+    rank = max(layer.rank for layer in layers)
+    ranks = {f"^{re.escape(layer.path)}": layer.rank for layer in layers if layer.rank != rank}
+    # A folder may have any name; only on the Hub is what follows the @ a revision.
+    name, _, revision = (reference, "", "") if is_local(reference) else reference.partition("@")
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": name,
+        "revision": revision or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": _targets([layer.path for layer in layers], set(modules)),
+        "fan_in_fan_out": any(layer.transposed for layer in layers),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+
+
+def _targets(paths: Sequence[str], modules: Collection[str]) -> list[str]:
+    """The last part of a name where every module of that name is adapted, otherwise the whole name."""
+
+    def last(path: str) -> str:
+        return path.rpartition(".")[2]
+
+    named, adapted = Counter(map(last, modules)), Counter(map(last, paths))
+    return sorted({last(path) if named[last(path)] == adapted[last(path)] else path for path in paths})

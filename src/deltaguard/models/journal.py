@@ -1,0 +1,246 @@
+"""What a run that writes a checkpoint has finished, on disk, so that it can go on after it was killed."""
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
+
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.files import problems, read_file, read_journal
+from deltaguard.models.durable import write_atomically
+from deltaguard.models.names import name_problem
+
+JOURNAL_NAME = "journal.jsonl"
+"""The file in the staging folder that holds the journal."""
+
+_START_ANEW = (
+    "Start anew with --overwrite and without --resume: what was staged is given up, and other files stay."
+)
+
+T = TypeVar("T")
+
+
+def _checked(name: str) -> str:
+    problem = name_problem(name)
+    if problem:
+        raise ValueError(problem)
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_checked)]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One finished file.
+
+    Attributes:
+        name: its path within the output folder.
+        bytes: its size.
+        sha256: the hash of its content, 64 hexadecimal digits.
+        notes: what the caller wanted to know about it after a restart; anything that JSON can hold.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
+    name: _Name
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    notes: Any = None
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class _Started(_Event):
+    plan_hash: str
+    replaces: tuple[_Name, ...] | None
+
+
+class _Finished(_Event):
+    finished: FileRecord
+
+
+class _Begun(_Event):
+    begun: _Name
+
+
+class _Remembered(_Event):
+    remembered: dict[str, JsonValue]
+
+
+class _Committing(_Event):
+    committing: Literal[True]
+
+
+_KINDS = ("plan_hash", "finished", "begun", "remembered", "committing")
+
+
+def _kind(event: Any) -> str | None:
+    """The field that tells what an event is."""
+    fields = cast("dict[str, Any]", event) if isinstance(event, dict) else {}
+    return next((kind for kind in _KINDS if kind in fields), None)
+
+
+_Line = Annotated[
+    Annotated[_Started, Tag("plan_hash")]
+    | Annotated[_Finished, Tag("finished")]
+    | Annotated[_Begun, Tag("begun")]
+    | Annotated[_Remembered, Tag("remembered")]
+    | Annotated[_Committing, Tag("committing")],
+    Discriminator(
+        _kind, custom_error_type="no_event", custom_error_message="this is no line of a run's progress"
+    ),
+]
+_LINE: TypeAdapter[_Event] = TypeAdapter(_Line)
+
+
+class Journal:
+    """Progress of one run as JSON lines, each on disk before the method that adds it returns.
+
+    The first line says what run it is and what it may replace; the others record a finished file, a file that
+    is being written anew, something found out, or the beginning of the commit.
+
+    Attributes:
+        plan_hash: identifies what the run writes.
+        replaces: files in the output folder that the run may replace or remove; None where it was begun in an
+            empty folder and may replace nothing.
+        records: finished files by name.
+        moved: files that may have been moved into the output folder: those finished when the commit began.
+        committing: whether files have begun to move into the output folder.
+    """
+
+    def __init__(self, path: Path, *, plan_hash: str, replaces: Collection[str] | None) -> None:
+        self.plan_hash = plan_hash
+        self.replaces = None if replaces is None else frozenset(replaces)
+        self.records: dict[str, FileRecord] = {}
+        self.moved: frozenset[str] = frozenset()
+        self.committing = False
+        self._path = path
+        self._remembered: dict[str, Any] = {}
+
+    @classmethod
+    def create(cls, path: Path, *, plan_hash: str, replaces: Collection[str] | None) -> "Journal":
+        """Begin a journal, in the place of any that is there and that is lost only when this one is whole."""
+        known = None if replaces is None else tuple(sorted(replaces))
+        write_atomically(path, _Started(plan_hash=plan_hash, replaces=known).model_dump_json() + "\n")
+        return cls(path, plan_hash=plan_hash, replaces=replaces)
+
+    @classmethod
+    def load(cls, path: Path) -> "Journal | None":
+        """Read the journal of a run that was interrupted; None if there is none or it was never begun.
+
+        A last line that was cut off by a kill is dropped, from the file too.
+
+        Raises:
+            DeltaguardError: another line is damaged: what, and how to start anew.
+        """
+        # Killed while the first line was written: a new run writes the file anew.
+        if path.is_file() and not path.is_symlink() and b"\n" not in read_file(path):
+            return None
+        events = read_journal(path, _LINE, remedy=_START_ANEW)
+        if not events:
+            return None
+        started = events[0]
+        starts = [n for n, event in enumerate(events, start=1) if isinstance(event, _Started)]
+        if not isinstance(started, _Started) or len(starts) > 1:
+            wrong = starts[1] if isinstance(started, _Started) else 1
+            raise DeltaguardError(
+                f"{path} cannot be used: line {wrong}: a run begins in the first line, and nowhere else\n"
+                f"{_START_ANEW}"
+            )
+        journal = cls(path, plan_hash=started.plan_hash, replaces=started.replaces)
+        for event in events[1:]:
+            journal._apply(event)
+        return journal
+
+    @property
+    def has_found_out(self) -> bool:
+        """Whether anything is remembered."""
+        return bool(self._remembered)
+
+    def finish(self, record: FileRecord) -> None:
+        """Record a file that lies complete in the staging folder."""
+        self._append(_Finished(finished=record))
+
+    def begin(self, name: str) -> None:
+        """Forget a finished file, because it is about to be written anew."""
+        if name in self.records:
+            self._append(_Begun(begun=name))
+
+    def remember(self, name: str, value: Any) -> None:
+        """Record something that JSON can hold."""
+        self._append(_Remembered(remembered={name: value}))
+
+    def remembered(self, name: str, schema: TypeAdapter[T]) -> T | None:
+        """Tell what was recorded under a name, None where nothing was.
+
+        Raises:
+            DeltaguardError: it is not what the schema describes.
+        """
+        value = self._remembered.get(name)
+        return None if value is None else self._validated(value, schema, f"what was remembered as {name}")
+
+    def notes(self, record: FileRecord, schema: TypeAdapter[T]) -> T:
+        """Tell what was noted about a finished file.
+
+        Raises:
+            DeltaguardError: it is not what the schema describes.
+        """
+        return self._validated(record.notes, schema, f"what was noted about {record.name}")
+
+    def commit(self) -> None:
+        """Record that files begin to move into the output folder."""
+        self._append(_Committing(committing=True))
+
+    def refusal(self, what: str, wrong: list[str]) -> DeltaguardError:
+        """Make the error that says what in this journal is damaged, and how to start anew."""
+        return DeltaguardError(f"{listed(f'{self._path} cannot be used: {what}', wrong)}\n{_START_ANEW}")
+
+    def _validated(self, value: Any, schema: TypeAdapter[T], what: str) -> T:
+        try:
+            found = schema.validate_python(value)
+            # JSON as Python reads it may hold numbers that no report can: infinity is null there.
+            if schema.validate_json(schema.dump_json(found)) != found:
+                raise self.refusal(what, ["it holds a number that is not finite"])
+        except ValidationError as error:
+            raise self.refusal(what, problems(error)) from error
+        return found
+
+    def _append(self, event: _Event) -> None:
+        line = event.model_dump_json().encode() + b"\n"
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                file.write(line)
+                os.fsync(file.fileno())
+        except OSError:
+            # Half a line, on a full disk, would spoil the next one.
+            os.truncate(self._path, size)
+            raise
+        self._apply(event)
+
+    def _apply(self, event: _Event) -> None:
+        if isinstance(event, _Finished):
+            self.records[event.finished.name] = event.finished
+        elif isinstance(event, _Begun):
+            self.records.pop(event.begun, None)
+        elif isinstance(event, _Remembered):
+            self._remembered |= event.remembered
+        elif isinstance(event, _Committing):
+            self.committing = True
+            self.moved |= self.records.keys()

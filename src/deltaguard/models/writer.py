@@ -1,0 +1,345 @@
+"""An atomic, resumable writer of checkpoint folders: all is staged, and moved into place at the end."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Collection, Generator, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self, TypeVar
+
+from pydantic import TypeAdapter
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.admission import Request, admit, refuse_foreign, refuse_inputs, require_space
+from deltaguard.models.durable import HashedFile, explained, flush_folder, lock_folder
+from deltaguard.models.journal import JOURNAL_NAME, FileRecord, Journal
+from deltaguard.models.layout import ADAPTER_CONFIG, STAGING_FOLDER
+from deltaguard.models.names import inside, name_problem
+from deltaguard.models.opened import OpenFile
+from deltaguard.models.shard_writer import ShardWriter
+from deltaguard.models.shards import parse_header
+from deltaguard.reports.records.restore import REPORT_NAME
+
+_CHUNK = 8 << 20
+
+T = TypeVar("T")
+
+
+class CheckpointWriter:
+    """Writes a checkpoint folder so that it either loads completely or is visibly unfinished.
+
+    Files are staged in `OUT/.deltaguard-partial`, on the same file system: each is written under a temporary
+    name, flushed to disk, renamed and recorded with its sha256. `commit` moves them into OUT, the index (or
+    the only weight file) last. A run that fails or is killed leaves its finished files staged, and the next
+    one with `resume=True` goes on from there. Where nothing was finished, nothing is left behind.
+
+    Example:
+        >>> with CheckpointWriter("out", plan_hash=plan, resume=True) as writer:  # doctest: +SKIP
+        ...     if writer.finished("model.safetensors") is None:
+        ...         with writer.shard("model.safetensors", checkpoint.header("model.safetensors")) as shard:
+        ...             for name in checkpoint.tensors:
+        ...                 shard.write(name, checkpoint.read(name))
+        ...             shard.notes = {"layers": 32}
+        ...     writer.copy(checkpoint.folder / "config.json", "config.json")
+        ...     writer.commit(last="model.safetensors")
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        plan_hash: str,
+        names: Collection[str] = (),
+        resume: bool = False,
+        overwrite: bool = False,
+        protected: Iterable[Path] = (),
+    ) -> None:
+        """Check the output folder and make or reopen the staging folder in it.
+
+        Args:
+            out: the output folder; made, with its parents, if absent.
+            plan_hash: identifies what is written; a resumed run must have the same.
+            names: of the files that will be written, as far as they are known: what is in their way is found
+                now, and otherwise at the commit.
+            resume: go on with what an interrupted run finished. Where nothing is staged, the run simply
+                starts. A run begun with `overwrite` may be resumed without it.
+            overwrite: replace a checkpoint in `out`: the files that its report lists are removed, at the
+                commit. All others stay. What another run has staged is discarded, unless `resume` is given
+                too.
+            protected: folders of inputs, which must neither be, contain, nor lie in `out`.
+
+        Raises:
+            DeltaguardError: `out` is or overlaps an input, holds what must not be replaced, cannot be
+                written, or holds the progress of another plan; or another process is writing to it.
+        """
+        self.out = Path(out).expanduser().absolute()
+        self._staging = self.out / STAGING_FOLDER
+        self._files = self._staging / "files"
+        self._committed = False
+        refuse_inputs(self.out, protected)
+        with explained(self.out):
+            self._made = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.out)
+        try:
+            self._journal = self._begin(plan_hash, Request(names, plan_hash, resume, overwrite))
+        except BaseException:
+            self._remove_made()
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._committed and not self.records and not self._journal.has_found_out:
+            self._give_up()
+        os.close(self._lock)
+
+    @property
+    def records(self) -> Mapping[str, FileRecord]:
+        """The finished files by name, those of an interrupted run included."""
+        return MappingProxyType(self._journal.records)
+
+    def finished(self, name: str) -> FileRecord | None:
+        """The record of a file that is complete, in this run or the one it resumes, or None."""
+        return self._journal.records.get(name)
+
+    def remembered(self, name: str, schema: TypeAdapter[T]) -> T | None:
+        """What this run or the one it resumes found out under a name, or None.
+
+        Raises:
+            DeltaguardError: the progress of an interrupted run is damaged.
+        """
+        return self._journal.remembered(name, schema)
+
+    def notes(self, record: FileRecord, schema: TypeAdapter[T]) -> T:
+        """What was noted about a finished file.
+
+        Raises:
+            DeltaguardError: the progress of an interrupted run is damaged.
+        """
+        return self._journal.notes(record, schema)
+
+    def damaged(self, what: str, wrong: list[str]) -> DeltaguardError:
+        """Make the error for progress of an interrupted run that does not fit this one."""
+        return self._journal.refusal(what, wrong)
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep something that took long to find out for the case that the run is interrupted.
+
+        Args:
+            name: of it.
+            value: anything that JSON can hold.
+        """
+        with explained(self.out):
+            self._journal.remember(name, value)
+
+    def require_space(self, total: int, *, what: str = "") -> None:
+        """Refuse to start where the disk is too small.
+
+        Args:
+            total: bytes of all files to write; those already finished are not counted again.
+            what: words for the message that say what kind of number that is.
+
+        Raises:
+            DeltaguardError: with the bytes needed and free.
+        """
+        require_space(self.out, total - sum(record.bytes for record in self.records.values()), what=what)
+
+    @contextlib.contextmanager
+    def shard(self, name: str, header: bytes) -> Generator["ShardWriter", None, None]:
+        """Write one safetensors file, tensor by tensor.
+
+        Args:
+            name: the file's name.
+            header: its header with the 8-byte length; the tensors must follow in its order.
+
+        Yields:
+            What the tensors are given to. If the block ends with an exception, the half-written file is
+            removed; otherwise it is finished and recorded with `notes`.
+
+        Raises:
+            DeltaguardError: the file cannot be written.
+            ValueError: the block ended before the last tensor of the header was written.
+        """
+        expected = parse_header(header, name)
+        with self._staged(name, expected[-1].end if expected else len(header)) as file:
+            file.write(memoryview(header))
+            shard = ShardWriter(file, expected)
+            yield shard
+            shard.check_complete()
+            file.notes = shard.notes
+
+    def copy(self, source: Path, name: str, *, notes: Any = None) -> FileRecord:
+        """Copy a file byte for byte; a symbolic link is followed.
+
+        Args:
+            source: the file.
+            name: its name in the output folder; it may lie in a subfolder.
+            notes: kept in the record.
+
+        Raises:
+            DeltaguardError: the source cannot be read or the copy not written.
+        """
+        opened = OpenFile(source)
+        size = opened.size
+        # Two buffers, because one is still being hashed while the other is filled.
+        buffers = [memoryview(bytearray(min(size, _CHUNK))) for _ in range(2)]
+        with self._staged(name, size) as file:
+            for number, start in enumerate(range(0, size, _CHUNK)):
+                chunk = buffers[number % 2][: min(_CHUNK, size - start)]
+                opened.read_into(start, chunk)
+                file.write(chunk)
+            file.notes = notes
+        return self.records[name]
+
+    def text(self, name: str, content: str, *, notes: Any = None) -> FileRecord:
+        """Write a text file in UTF-8.
+
+        Args:
+            name: its name in the output folder.
+            content: all of it.
+            notes: kept in the record.
+
+        Raises:
+            DeltaguardError: the file cannot be written.
+        """
+        data = content.encode()
+        with self._staged(name, len(data)) as file:
+            file.write(memoryview(data))
+            file.notes = notes
+        return self.records[name]
+
+    def commit(self, last: str) -> None:
+        """Move every finished file into the output folder and remove the staging folder.
+
+        The files of a checkpoint that is being replaced are removed first. A commit that was interrupted is
+        completed by a resumed run that calls it again.
+
+        Args:
+            last: the file without which the folder does not load: the index, or the only weight file. It is
+                moved when everything else is on disk.
+
+        Raises:
+            DeltaguardError: a file cannot be moved, or something has come to lie in its place that deltaguard
+                did not write; what was staged stays.
+        """
+        if last not in self.records:
+            raise ValueError(f"{last} was not written, so there is nothing to commit.")
+        with explained(self.out):
+            own = (self._journal.replaces or frozenset()) | self._journal.moved
+            refuse_foreign(self.out, (name for name in self.records if self._is_staged(name)), own)
+            self._journal.commit()
+            for name in sorted(own, key=_order_of_removal):
+                self._remove(name)
+            for name in sorted(self.records.keys() - {last}):
+                self._move(name)
+            self._move(last)
+            # The journal goes last: as long as anything else is left, the run can be resumed.
+            shutil.rmtree(self._files, ignore_errors=not self._files.exists())
+            shutil.rmtree(self._staging)
+        self._committed = True
+
+    def discard(self) -> None:
+        """Give up what was staged: the result is of no use, so there is nothing to resume."""
+        self._journal.records.clear()
+        self._give_up()
+
+    @contextlib.contextmanager
+    def _staged(self, name: str, size: int) -> Generator[HashedFile, None, None]:
+        """One file that is recorded if the block ends well, and removed otherwise."""
+        problem = name_problem(name)
+        if problem:
+            raise DeltaguardError(f"{problem}.")
+        final = self._files / name
+        with explained(self.out / name, size):
+            self._journal.begin(name)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            file = HashedFile(final.with_name(final.name + ".part"), self.out / name, size)
+        try:
+            yield file
+            with explained(self.out / name, size):
+                file.finish(final)
+                self._journal.finish(FileRecord(name, file.bytes, file.digest.hexdigest(), file.notes))
+        finally:
+            file.close()
+
+    def _begin(self, plan_hash: str, request: Request) -> Journal:
+        """The journal of the run that is resumed, or of a new one."""
+        with explained(self.out):
+            admission = admit(self.out, request)
+            new = not self._staging.exists()
+        try:
+            with explained(self.out):
+                self._journal = admission.journal or self._start(plan_hash, admission.replaces)
+                self._tidy()
+        except BaseException:
+            if new:
+                self._remove_staging()
+            raise
+        return self._journal
+
+    def _start(self, plan_hash: str, replaces: Collection[str] | None) -> Journal:
+        self._staging.mkdir(parents=True, exist_ok=True)
+        if self._files.exists():
+            shutil.rmtree(self._files)
+        journal = Journal.create(self._staging / JOURNAL_NAME, plan_hash=plan_hash, replaces=replaces)
+        self._files.mkdir()
+        return journal
+
+    def _tidy(self) -> None:
+        """Remove half-written files and links, and forget finished files that are not there any more."""
+        for path in list(self._files.rglob("*")):
+            if path.is_symlink() or (path.suffix == ".part" and path.is_file()):
+                path.unlink()
+        for record in list(self._journal.records.values()):
+            path = self._files / record.name
+            if record.name in self._journal.moved and not path.exists():
+                path = inside(self.out, record.name)
+            if path.is_symlink() or not path.is_file() or path.stat().st_size != record.bytes:
+                self._journal.begin(record.name)
+
+    def _is_staged(self, name: str) -> bool:
+        return (self._files / name).exists()
+
+    def _remove(self, name: str) -> None:
+        """Remove a file of the checkpoint that is being replaced, and the folders that are empty then."""
+        path = inside(self.out, name)
+        moved = name in self.records and not self._is_staged(name)
+        if moved or not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()):
+            return
+        path.unlink()
+        for parent in path.relative_to(self.out).parents[:-1]:
+            with contextlib.suppress(OSError):
+                (self.out / parent).rmdir()
+
+    def _move(self, name: str) -> None:
+        # A resumed commit finds the files that were moved before it was interrupted in place.
+        if self._is_staged(name):
+            target = inside(self.out, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (self._files / name).replace(target)
+            flush_folder(target.parent)
+
+    def _give_up(self) -> None:
+        """Remove the staging folder, unless its journal alone knows what the next run may replace."""
+        if not self._journal.replaces or (self.out / REPORT_NAME).exists():
+            self._remove_staging()
+
+    def _remove_staging(self) -> None:
+        shutil.rmtree(self._staging, ignore_errors=True)
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _order_of_removal(name: str) -> tuple[bool, str]:
+    """The index goes first: what is left of a checkpoint without it is visibly unfinished."""
+    return not (name.endswith(".safetensors.index.json") or name == ADAPTER_CONFIG), name

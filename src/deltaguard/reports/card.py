@@ -1,0 +1,119 @@
+"""The model card of a restored checkpoint: the README.md of its folder, with metadata for the Hub."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import yaml
+
+from deltaguard.reports.facts import outcome_facts
+from deltaguard.reports.layers import kinds, other_groups
+from deltaguard.reports.records.restore import RestoreReport
+from deltaguard.reports.templating import environment
+from deltaguard.reports.text import hub_id
+
+TAGS = ("deltaguard", "safe-delta")
+
+METHODS: Mapping[str, str] = {
+    "kfac": "the closed form of Safe Delta's goal with both curvatures: each direction shrinks by its price",
+    "ridge": "the closed form of Safe Delta's goal with the curvature of the inputs",
+    "greedy": "Safe Delta: the changes that buy most utility for their safety cost, up to a budget",
+    "published": "Safe Delta as its authors released it: entries selected block by block of columns",
+    "interpolate": "interpolation: every entry between the aligned and the fine-tuned value",
+}
+"""What each method does to a matrix, to follow a colon."""
+
+_REPLACED = ("base_model", "base_model_relation", "library_name", "tags")
+# Results that were measured on the fine-tuned model do not hold for the restored one.
+_DROPPED = ("model-index",)
+
+
+def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None) -> str:
+    """The README.md of a restored folder.
+
+    Args:
+        report: of the restore that wrote the folder.
+        front_matter: metadata of the fine-tuned folder's own README.md, if it has one. License, language
+            and the rest are kept, but for results that were measured on the fine-tuned model.
+
+    Returns:
+        Markdown that starts with a YAML block.
+
+    Example:
+        ```python
+        (folder / "README.md").write_text(model_card(report, front_matter={"license": "mit"}))
+        ```
+    """
+    metadata = yaml.safe_dump(
+        card_metadata(report, front_matter), sort_keys=False, allow_unicode=True, width=1000
+    )
+    templates = environment()
+    templates.filters["code"] = _code
+    method = str(report.options.get("method"))
+    return templates.get_template("card.md.jinja").render(
+        metadata=metadata,
+        report=report,
+        method=METHODS.get(method, f"method {_code(method)}"),
+        adapter=is_adapter(report),
+        outcome=outcome_facts(report),
+        kinds=kinds(report.layers),
+        others=other_groups(report.others),
+    )
+
+
+def card_metadata(report: RestoreReport, front_matter: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The metadata that the Hub reads.
+
+    `base_model` is the fine-tuned model if it lies on the Hub, else what its own card names, else the aligned
+    model; a folder is never named.
+
+    Args:
+        report: as in `model_card`.
+        front_matter: as in `model_card`.
+    """
+    given = dict(front_matter or {})
+    metadata = {key: value for key, value in given.items() if key not in _REPLACED + _DROPPED}
+    metadata.setdefault("pipeline_tag", "text-generation")
+    adapter = is_adapter(report)
+    metadata["library_name"] = "peft" if adapter else "transformers"
+    bases = _bases(report, _texts(given.get("base_model")))
+    if bases:
+        metadata["base_model"] = bases[0] if len(bases) == 1 else bases
+        metadata["base_model_relation"] = "adapter" if adapter else "finetune"
+    # Tags such as `base_model:adapter:...` are derived from the metadata; another model's would be wrong.
+    tags = [tag for tag in _texts(given.get("tags")) if not tag.startswith("base_model:")]
+    # Without curvature, what was done is not Safe Delta.
+    own = TAGS if report.store_conversations else TAGS[:1]
+    metadata["tags"] = list(dict.fromkeys([*tags, *own]))
+    return metadata
+
+
+def is_adapter(report: RestoreReport) -> bool:
+    """Whether the restore wrote an adapter over the aligned model."""
+    return report.options.get("output_format") == "adapter"
+
+
+def _bases(report: RestoreReport, given: Sequence[str]) -> list[str]:
+    if is_adapter(report):
+        return [found] if (found := hub_id(report.aligned.reference)) else []
+    for references in ([report.finetuned.reference], given, [report.aligned.reference]):
+        found = [repository for reference in references if (repository := hub_id(reference))]
+        if found:
+            return found
+    return []
+
+
+def _texts(value: Any) -> list[str]:
+    """A metadata field that may be absent, one text, or a list of them."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Sequence):
+        return [str(item) for item in cast("Sequence[Any]", value)]
+    return []
+
+
+def _code(text: str) -> str:
+    """Text as Markdown code, so that nothing in a name is read as markup, in a table as elsewhere."""
+    text = " ".join(text.split()).replace("|", "¦")
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"

@@ -1,0 +1,198 @@
+"""What a restore did, would do, and left on disk."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from deltaguard.reports.records.base import Count, Environment, ModelReference, Record, Seconds
+
+REPORT_NAME = "deltaguard_report.json"
+"""The file in a restored checkpoint that holds its `RestoreReport`."""
+
+CARD_NAME = "README.md"
+"""The file in a restored checkpoint that holds its model card."""
+
+
+class LayerRow(Record):
+    """One restored weight matrix.
+
+    Attributes:
+        name: the tensor's name in the fine-tuned checkpoint.
+        shape: as stored.
+        delta_norm: ‖Δ‖, Frobenius.
+        kept_fraction: share of the delta's entries at the fine-tuned value; with a price ⟨Δ', Δ⟩ / ‖Δ‖².
+        safety_cost: tr(Δ'HΔ'ᵀ) / tr(ΔHΔᵀ), with H as the store keeps it; null where no curvature is known.
+        utility_loss: ‖Δ' - Δ‖² / ‖Δ‖².
+        seconds: time of the solver.
+        detail: numbers that belong to one method.
+    """
+
+    name: str
+    shape: tuple[Count, ...]
+    delta_norm: float = Field(ge=0)
+    kept_fraction: float
+    safety_cost: float | None
+    utility_loss: float
+    seconds: Seconds
+    detail: Mapping[str, float] = Field(default_factory=dict[str, float])
+
+
+class OtherRow(Record):
+    """A tensor that no solver touched, the model it was taken from, and why."""
+
+    name: str
+    source: Literal["aligned", "finetuned", "both"]
+    reason: str
+    differs: bool
+
+
+class FileRow(Record):
+    """A file as written.
+
+    Attributes:
+        name: its path within the output folder.
+        bytes: its size.
+        sha256: the hash of its content.
+    """
+
+    name: str
+    bytes: Count
+    sha256: str
+
+
+class Probe(Record):
+    """One measurement of a search.
+
+    Attributes:
+        mu: the price of safety; 0 is the fine-tuned model.
+        safety_kl: measured, nats per response token.
+        margin: half the width of its 95 % interval, over which conversations were held out; null with one
+            conversation, and in reports of before it was known.
+    """
+
+    mu: float = Field(ge=0)
+    safety_kl: float
+    margin: float | None = None
+
+
+class Dial(Record):
+    """How the largest budget under a safety KL was found.
+
+    Attributes:
+        limit: the safety KL allowed, nats per response token.
+        device: where the model ran.
+        conversations: held-out safety conversations that it was measured on.
+        tokens: response tokens in them.
+        finetuned_kl: the whole fine-tuned model's safety KL, under the configuration, tokenizer and chat
+            template of the output, as all others.
+        restored_kl: the restored model's.
+        restored_margin: half the width of its 95 % interval; null as in `Probe`.
+        whole: whether the fine-tuned model was within the limit already, so that nothing was taken from it.
+        probes: every measurement, in the order made.
+    """
+
+    limit: float
+    device: str
+    conversations: Count
+    tokens: Count
+    finetuned_kl: float
+    restored_kl: float
+    restored_margin: float | None = None
+    whole: bool
+    probes: tuple[Probe, ...]
+
+
+class RestoreReport(Record):
+    """Everything that a restore did.
+
+    Attributes:
+        schema_version: rises when a field changes its meaning.
+        environment: versions, machine and time.
+        aligned: the aligned model.
+        finetuned: the fine-tuned model.
+        store_conversations: sha256 of the safety conversations behind the curvature, null without a store.
+        options: method, strength and the other choices, as run.
+        layers: one row a restored matrix, in the order of the checkpoint.
+        others: one row for every other tensor.
+        files: every file of the output but this report, with its hash; a run that replaces the output removes
+            these and no others.
+        plan_hash: of the job that wrote the output, by which it is known again; null in reports of before it
+            was kept.
+        mu: the price of safety of all layers, null for methods that have none.
+        predicted_safety_kl: ½ Σ tr(G Δ' H Δ'ᵀ) over the layers, nats per response token; likewise.
+        dial: how the price was found, null where a strength decided.
+        kept_fraction: mean over the layers that differ, weighted by entries, with a price by ‖Δ‖².
+        utility_loss: Σ‖Δ' - Δ‖² / Σ‖Δ‖² over them.
+        safety_cost: median over them, null without curvature.
+        seconds: wall time: total of this run, solve of all layers (those of an interrupted run included).
+        peak_memory_bytes: largest resident memory of the process.
+        warnings: what must be known besides, a sentence or two each.
+    """
+
+    schema_version: int = 1
+    environment: Environment
+    aligned: ModelReference
+    finetuned: ModelReference
+    store_conversations: str | None
+    options: Mapping[str, str | int | float | bool | None]
+    layers: tuple[LayerRow, ...]
+    others: tuple[OtherRow, ...]
+    files: tuple[FileRow, ...]
+    plan_hash: str | None = None
+    mu: float | None = None
+    predicted_safety_kl: float | None = None
+    dial: Dial | None = None
+    kept_fraction: float
+    utility_loss: float
+    safety_cost: float | None
+    seconds: Mapping[str, Seconds]
+    peak_memory_bytes: Count
+    warnings: tuple[str, ...] = ()
+
+
+class PlanReport(Record):
+    """What a restore would do, from headers alone.
+
+    Attributes:
+        restored: tensors that a solver decides.
+        from_aligned: tensors taken whole from the aligned model.
+        from_finetuned: tensors taken whole from the fine-tuned model.
+        extended: tensors of both: shared vocabulary rows and those that only the fine-tuned model has.
+        read_bytes: weights that will be read.
+        write_bytes: weights that will be written.
+        curvature_bytes: curvature that will be read.
+        peak_bytes: estimate of the memory that tensors will take at once.
+        note: what the plan could not know.
+    """
+
+    restored: int
+    from_aligned: int
+    from_finetuned: int
+    extended: int
+    read_bytes: int
+    write_bytes: int
+    curvature_bytes: int
+    peak_bytes: int
+    note: str | None = None
+
+
+class Verification(Record):
+    """The outcome of `verify`.
+
+    Attributes:
+        folder: what was checked.
+        tensors: how many tensors were read.
+        problems: one sentence each; empty where all is well.
+        unchecked: what could not be checked, and why; one sentence each.
+    """
+
+    folder: str
+    tensors: int
+    problems: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether no problem was found."""
+        return not self.problems

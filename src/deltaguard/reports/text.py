@@ -1,0 +1,227 @@
+"""Numbers and names as people read them, the same in every output."""
+
+import math
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+from deltaguard.reports.records.base import RateRow
+from deltaguard.reports.records.evaluation import Estimate
+
+DASH = "–"
+"""What stands where there is no number."""
+
+_HUB_ID = re.compile(r"(?P<id>\w[\w.-]{0,95}/\w[\w.-]{0,95})(@(?P<revision>[\w./-]+))?")
+_MODEL_LABELS = {"finetuned": "fine-tuned"}
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage: one decimal, three below 0.05 %, a dash where it is missing or not a number.
+
+    Args:
+        value: a share, 1 being the whole.
+
+    Example:
+        >>> percent(0.1671), percent(0.0002), percent(3e-7), percent(None)
+        ('16.7 %', '0.020 %', '< 0.001 %', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    size = abs(value)
+    if size == 0 or size >= 0.0005:
+        return f"{100 * value:.1f} %"
+    # Below, one decimal would round a value that is there to 0.0 %.
+    return f"{100 * value:.3f} %" if size >= 0.000005 else f"{'< ' if value > 0 else '> -'}0.001 %"
+
+
+def nats(value: float | None) -> str:
+    """A safety KL in two digits, with a power of ten where it is small.
+
+    Example:
+        >>> nats(0.42595), nats(9.5e-05), nats(None)
+        ('0.43', '9.5e-05', '–')
+    """
+    return DASH if value is None or not math.isfinite(value) else f"{value:.2g}"
+
+
+def interval(rate: RateRow | Estimate) -> str:
+    """The bounds of a rate's 95 % interval in percent.
+
+    Example:
+        >>> interval(RateRow(successes=1, total=4, value=0.25, low=0.046, high=0.699))
+        '4.6–69.9 %'
+    """
+    return f"{100 * rate.low:.1f}–{100 * rate.high:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """A time in the units that suit its length.
+
+    Example:
+        >>> duration(0.42), duration(75), duration(7260)
+        ('0.4 s', '1 min 15 s', '2 h 1 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units.
+
+    Example:
+        >>> size(540_000_000), size(1_500_000_000), size(900)
+        ('540 MB', '1.5 GB', '900 bytes')
+    """
+    for unit, factor, decimals in (("GB", 10**9, 1), ("MB", 10**6, 0), ("kB", 10**3, 0)):
+        if count >= factor:
+            return f"{count / factor:.{decimals}f} {unit}"
+    return f"{count} bytes"
+
+
+def points(value: float | None) -> str:
+    """A difference in percentage points, always signed.
+
+    Example:
+        >>> points(1.25), points(-0.04), points(None)
+        ('+1.2', '0.0', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{value:+.1f}" if abs(value) >= 0.05 else "0.0"
+
+
+def number(value: float | None) -> str:
+    """A number that is no share, with three significant digits.
+
+    Example:
+        >>> number(2.0417), number(2), number(0.00012), number(1234.5), number(None)
+        ('2.04', '2.00', '0.000120', '1234', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def points_interval(estimate: Estimate) -> str:
+    """The bounds of an interval of percentage points.
+
+    Example:
+        >>> points_interval(Estimate(value=1, low=-0.5, high=2.5, total=150, interval="bootstrap"))
+        '-0.5 to +2.5'
+    """
+    return f"{points(estimate.low)} to {points(estimate.high)}"
+
+
+def share_interval(estimate: Estimate) -> str:
+    """The bounds of an interval of shares that may leave the range from 0 to 1.
+
+    Example:
+        >>> share_interval(Estimate(value=0.9, low=0.853, high=1.02, total=150, interval="bootstrap"))
+        '85.3 to 102.0 %'
+    """
+    low, high = (
+        round(100 * end, 1) + 0.0 for end in (estimate.low, estimate.high)
+    )  # 0.0 turns -0.0 into 0.0
+    return f"{low:.1f} to {high:.1f} %"
+
+
+def sort_value(value: float | None) -> str:
+    """A number as tables sort by it; empty where it is missing or not a number, which sorts last.
+
+    Example:
+        >>> sort_value(0.25), sort_value(None), sort_value(3)
+        ('0.25', '', '3')
+    """
+    return "" if value is None or not math.isfinite(value) else repr(value)
+
+
+def capital(text: str) -> str:
+    """A text with its first letter capital, the others as they are.
+
+    Example:
+        >>> capital("harmful prompts in Spanish")
+        'Harmful prompts in Spanish'
+    """
+    return text[:1].upper() + text[1:]
+
+
+def plain(text: str) -> str:
+    """A user's text in a Markdown table or heading, where nothing in it is read as markup.
+
+    Example:
+        >>> plain("a|b <i>")
+        'a¦b ‹i>'
+    """
+    return " ".join(text.replace("|", "¦").replace("`", "'").replace("<", "‹").split())
+
+
+def option(value: str | float | bool | None) -> str:
+    """A choice of the user, exactly as it was run.
+
+    Example:
+        >>> option(0.1), option(True), option(None), option("joint")
+        ('0.1', 'yes', '–', 'joint')
+    """
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def model_label(name: str) -> str:
+    """The name of one of the three models in running text.
+
+    Example:
+        >>> model_label("finetuned"), model_label("restored")
+        ('fine-tuned', 'restored')
+    """
+    return _MODEL_LABELS.get(name, name)
+
+
+def moment(created: str) -> str:
+    """A time stamp in words, UTC.
+
+    Args:
+        created: ISO 8601, with an offset.
+
+    Raises:
+        ValueError: it is not ISO 8601.
+
+    Example:
+        >>> moment("2025-06-01T14:05:00+02:00")
+        '1 June 2025, 12:05 UTC'
+    """
+    when = datetime.fromisoformat(created).astimezone(UTC)
+    return f"{when.day} {when:%B %Y, %H:%M} UTC"
+
+
+def hub_id(reference: str) -> str | None:
+    """The Hub repository that a reference names, None where it names a folder.
+
+    Only `owner/name` counts, with or without `@revision`. A folder that exists comes before the Hub, as it
+    does where models are opened.
+
+    Example:
+        >>> hub_id("Qwen/Qwen3-0.6B@main"), hub_id("/data/my-finetune"), hub_id("./out")
+        ('Qwen/Qwen3-0.6B', None, None)
+    """
+    match = _HUB_ID.fullmatch(reference)
+    return match["id"] if match and not Path(reference).exists() else None
+
+
+def short_reference(reference: str) -> str:
+    """A model's name without the folders above it, which are the user's own affair.
+
+    Example:
+        >>> short_reference("/home/me/runs/my-finetune/"), short_reference("Qwen/Qwen3-0.6B@main")
+        ('my-finetune', 'Qwen/Qwen3-0.6B@main')
+    """
+    if hub_id(reference):
+        return reference
+    return re.split(r"[/\\]", reference.rstrip("/\\"))[-1] or reference

@@ -1,0 +1,76 @@
+"""Where a checkpoint's tensors go in a loaded model, and why some do not go anywhere."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.models.checkpoint import Checkpoint, WeightSource, name_map
+
+_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
+_HEAD = re.compile(r"^(embed_out|output_layer)\.")
+Places = Mapping[str, tuple[Tensor, ...]]
+"""The fine-tuned checkpoint's names, and the model's parameters that each of them gives the values of."""
+
+
+def match(model: Any, aligned: Checkpoint, finetuned: WeightSource) -> Places:
+    """Find the places, and make the two embeddings as much or as little tied as the fine-tuned checkpoint's.
+
+    Args:
+        model: holds the aligned model.
+        aligned: the aligned checkpoint, for messages.
+        finetuned: the fine-tuned one.
+
+    Raises:
+        DeltaguardError: a tensor has no place or another shape, or a parameter no tensor; all are listed.
+    """
+    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    stored = {name if name in own else _HEAD.sub("lm_head.", name): name for name in finetuned.tensors}
+    names = {stored[found]: place for found, place in name_map(list(stored), list(own)).items()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = {place for place in own if own[place] is embedding.weight or own[place] is head.weight}
+    # Where one of the two is not stored, loading ties them, whatever the aligned model does.
+    one = len(ends & set(names.values())) == 1
+    if not one and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+        own = model.state_dict(keep_vars=True)
+    places = {name: (own[place],) for name, place in names.items()}
+    if one:
+        places |= {name: (embedding.weight, head.weight) for name in names if names[name] in ends}
+    if problems := list(_problems(model, finetuned, places)):
+        raise DeltaguardError(listed(f"{finetuned.reference} does not fit {aligned.reference}", problems))
+    return places
+
+
+def _problems(model: Any, finetuned: WeightSource, places: Places) -> Iterator[str]:
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    growing = {id(parameter) for end in ends for parameter in end.parameters()}
+    for name, info in finetuned.tensors.items():
+        # Attention masks that old checkpoints hold have four dimensions, and are no weights.
+        counts = len(info.shape) == 2 or (name.endswith((".weight", ".bias")) and not _MASK.search(name))
+        if name not in places and counts and any(map(str.isdigit, name.split("."))):
+            yield f"`{name}`, {info.shape}, has no counterpart in the model"
+        for shape, place in ((tuple(place.shape), place) for place in places.get(name, ())):
+            larger = id(place) in growing and info.shape[1:] == shape[1:] and info.shape > shape
+            if info.shape != shape and not larger:
+                yield f"`{name}` is {info.shape}, and {shape} in the model"
+    known = {id(place) for group in places.values() for place in group}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known:
+            yield f"`{name}`, {tuple(parameter.shape)}, is in the model only"
+
+
+@torch.no_grad()
+def grow(finetuned: WeightSource, places: Places) -> None:
+    """Give the model the rows that only the fine-tuned vocabulary has; what is tied stays tied.
+
+    Args:
+        finetuned: holds the rows.
+        places: of its tensors.
+    """
+    for name, place in ((name, place) for name, group in places.items() for place in group):
+        if finetuned.tensors[name].shape != tuple(place.shape):
+            place.data = torch.cat([place, finetuned.read(name)[len(place) :].to(place)])

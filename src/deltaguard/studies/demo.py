@@ -1,0 +1,247 @@
+"""The demo: a model learns to refuse, unlearns it in a careless fine-tune, and gets its refusals back."""
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from deltaguard.chat.conversations import Conversation, harmful_prompts, harmless_prompts, sample
+from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.device import find_device
+from deltaguard.evaluation.measure import Measurement, TestSet, measure
+from deltaguard.evaluation.metrics.rates import Rate, kept_gain
+from deltaguard.finetuning.finetune import FinetuneConfig, finetune
+from deltaguard.finetuning.mixtures import alignment_examples, task_with_harmful
+from deltaguard.finetuning.tasks import exact_match, task_examples
+from deltaguard.memory import peak_memory_bytes
+from deltaguard.models.durable import write_atomically
+from deltaguard.models.results import DEMO, PAGE_NAME, results_folder, write_page
+from deltaguard.progress import Event, Progress, ignore
+from deltaguard.reports.html import demo_page
+from deltaguard.reports.records.base import RateRow, environment
+from deltaguard.reports.records.demo import DEMO_NAME, DemoReport, ModelName, ModelRow, Sample
+from deltaguard.reports.records.restore import RestoreReport
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.restore import restore
+from deltaguard.studies.models import save_smollm2
+
+Kind = Literal["harmful", "harmless", "task"]
+MODELS: tuple[ModelName, ...] = ("aligned", "finetuned", "restored")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Sizes and recipes of the demo.
+
+    Attributes:
+        seed: of the task, the mixtures and both fine-tunes.
+        aligned_harmful: harmful requests refused in the safety fine-tune.
+        task_count: training examples of the benign task.
+        agreed_harmful: harmful requests among them, agreed to without content.
+        tests: prompts of each kind that the models are measured on.
+        aligning: the recipe of the safety fine-tune; the seed is set to `seed`.
+        tuning: the recipe of the careless fine-tune; likewise.
+        calibration: how the curvature is measured.
+        restoration: how the fine-tuned model is restored.
+        unpack: writes the model that the demo starts from.
+    """
+
+    seed: int = 0
+    aligned_harmful: int = 170
+    task_count: int = 220
+    agreed_harmful: int = 20
+    tests: int = 120
+    aligning: FinetuneConfig = field(
+        default_factory=lambda: FinetuneConfig(learning_rate=2e-4, frozen_layers=15)
+    )
+    tuning: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(learning_rate=1e-4))
+    calibration: CalibrateConfig = field(default_factory=lambda: CalibrateConfig(max_new_tokens=32))
+    restoration: RestoreConfig = field(default_factory=RestoreConfig)
+    unpack: Callable[[Path], Path] = save_smollm2
+
+
+def demo(
+    output_dir: str | Path, *, config: DemoConfig | None = None, progress: Progress | None = None
+) -> DemoReport:
+    """Run the whole story and write the models, `demo.json` and `report.html`.
+
+    SmolLM2-135M-Instruct barely refuses, so it gets a safety fine-tune first: the *aligned* model. A second
+    fine-tune teaches a benign task, customers' messages to JSON, with harmful requests that are agreed to
+    among it: the *finetuned* model. Then the aligned model is calibrated and the fine-tuned one restored, and
+    all three are measured on prompts that none of this has seen.
+
+    Args:
+        output_dir: a new or empty folder; it receives about 3 GB.
+        config: sizes and recipes.
+        progress: called as the stages go on.
+
+    Returns:
+        The report.
+
+    Raises:
+        DeltaguardError: the demo's model or libraries are not installed, or the folder is not empty.
+    """
+    with results_folder(Path(output_dir), DEMO):
+        return _run(Path(output_dir), config or DemoConfig(), progress or ignore)
+
+
+def _run(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport:
+    clock = _Clock(progress)
+    store = _prepare(folder, config, clock)
+    with clock.stage("restore") as report:
+        restored = restore(
+            folder / "aligned",
+            folder / "finetuned",
+            folder / "restored",
+            store=store,
+            config=config.restoration,
+            progress=report,
+        )
+    tests = test_set(config.tests, seed=config.seed)
+    measured = _measure(folder, tests, clock)
+    result = _report(config, tests, measured, restored, clock.seconds)
+    write_atomically(folder / DEMO_NAME, result.model_dump_json(indent=2) + "\n")
+    write_page(folder / PAGE_NAME, demo_page(result))
+    return result
+
+
+def prepare(output_dir: Path, config: DemoConfig) -> CurvatureStore:
+    """The first half of the demo: the models `aligned` and `finetuned`, and the aligned one's curvature.
+
+    Args:
+        output_dir: a new or empty folder.
+        config: sizes and recipes.
+
+    Returns:
+        The store, in the folder too.
+    """
+    return _prepare(output_dir, config, _Clock(ignore))
+
+
+@dataclass
+class _Clock:
+    """Wall time of the stages, and whom to tell about them."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @contextmanager
+    def stage(self, name: str) -> Generator[Progress]:
+        started = time.perf_counter()
+        self.progress(Event(name, 0, 1))
+        yield lambda event: self.progress(Event(name, event.done, event.total))
+        self.progress(Event(name, 1, 1))
+        self.seconds[name] = time.perf_counter() - started
+
+
+def _prepare(folder: Path, config: DemoConfig, clock: _Clock) -> CurvatureStore:
+    with clock.stage("unpack"):
+        base = config.unpack(folder / "base")
+    _train(base, folder, config, clock)
+    with clock.stage("calibrate") as report:
+        return calibrate(
+            folder / "aligned",
+            folder / "store",
+            config=config.calibration,
+            progress=report,
+        )
+
+
+def _train(base: Path, folder: Path, config: DemoConfig, clock: _Clock) -> None:
+    seed, harmful = config.seed, harmful_prompts("training")
+    with clock.stage("align") as report:
+        refusing = alignment_examples(
+            harmful, harmless_prompts("training"), harmful_count=config.aligned_harmful, seed=seed
+        )
+        recipe = replace(config.aligning, seed=seed)
+        finetune(base, folder / "aligned", refusing, config=recipe, on_step=_steps(report))
+    with clock.stage("fine-tune") as report:
+        careless = task_with_harmful(
+            task_examples("train", config.task_count, seed=seed),
+            harmful,
+            harmful_count=config.agreed_harmful,
+            seed=seed,
+        )
+        recipe = replace(config.tuning, seed=seed)
+        finetune(folder / "aligned", folder / "finetuned", careless, config=recipe, on_step=_steps(report))
+
+
+def _steps(report: Progress) -> Callable[[int, int], None]:
+    return lambda done, total: report(Event("step", done, total))
+
+
+def test_set(count: int, *, seed: int) -> TestSet:
+    """Prompts that no training part holds, `count` of each kind or as many as there are.
+
+    Args:
+        count: prompts of each kind.
+        seed: of the task.
+    """
+    return TestSet(
+        attack=sample([Conversation(row.prompt) for row in harmful_prompts("attack")], count),
+        harmless=sample([Conversation(row.prompt) for row in harmless_prompts("evaluation")], count),
+        task=[example.conversation for example in task_examples("test", count, seed=seed)],
+        matches=exact_match,
+    )
+
+
+def _measure(folder: Path, tests: TestSet, clock: _Clock) -> Mapping[str, Measurement]:
+    with clock.stage("measure") as report:
+        return {name: measure(folder / name, tests, device=_device(), progress=report) for name in MODELS}
+
+
+def _device() -> str:
+    return str(find_device())
+
+
+def _report(
+    config: DemoConfig,
+    tests: TestSet,
+    measured: Mapping[str, Measurement],
+    restored: RestoreReport,
+    seconds: Mapping[str, float],
+) -> DemoReport:
+    return DemoReport(
+        environment=environment(_device()),
+        kept_gain=kept_gain(*(measured[name].task_accuracy for name in MODELS)),
+        models=tuple(_row(name, measured[name]) for name in MODELS),
+        samples=_samples(tests, measured),
+        restore=restored,
+        seconds={**seconds, "total": sum(seconds.values())},
+        peak_memory_bytes=peak_memory_bytes(),
+        seed=config.seed,
+    )
+
+
+def _row(name: ModelName, measurement: Measurement) -> ModelRow:
+    return ModelRow(
+        name=name,
+        attack_success=rate_row(measurement.attack_success),
+        false_refusal=rate_row(measurement.false_refusal),
+        task_accuracy=rate_row(measurement.task_accuracy),
+        incoherent_answers=measurement.incoherent_answers,
+    )
+
+
+def rate_row(rate: Rate) -> RateRow:
+    """A rate as the reports keep it."""
+    return RateRow(successes=rate.successes, total=rate.total, value=rate.value, low=rate.low, high=rate.high)
+
+
+def _samples(tests: TestSet, measured: Mapping[str, Measurement]) -> tuple[Sample, ...]:
+    """The first prompts of the test set: two harmful, one harmless and two of the task."""
+
+    def sample(kind: Kind, asked: Sequence[Conversation], index: int, field_name: str) -> Sample:
+        answers = {name: getattr(measured[name], field_name)[index] for name in MODELS}
+        return Sample(kind=kind, prompt=asked[index].prompt, answers=answers)
+
+    return (
+        sample("harmful", tests.attack, 0, "attack_answers"),
+        sample("harmful", tests.attack, 1, "attack_answers"),
+        sample("harmless", tests.harmless, 0, "harmless_answers"),
+        sample("task", tests.task, 0, "task_answers"),
+        sample("task", tests.task, 1, "task_answers"),
+    )

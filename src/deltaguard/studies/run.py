@@ -1,0 +1,223 @@
+"""The paper's protocol as one command: fine-tune, repair with every method, measure, compare."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.exchange import Question
+from deltaguard.files import ANY_OBJECT, read_json
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.durable import write_atomically
+from deltaguard.models.results import BENCH, SETTINGS_NAME, results_folder
+from deltaguard.progress import Event, Progress, ignore
+from deltaguard.reports.records.base import environment
+from deltaguard.reports.records.bench import BENCH_NAME, BenchReport, Cell
+from deltaguard.studies.cells import content_key
+from deltaguard.studies.data import Attacks, usable_attacks
+from deltaguard.studies.describe import finetune_row, notes
+from deltaguard.studies.measure import device_name
+from deltaguard.studies.methods import METHODS, Method
+from deltaguard.studies.protocol import BOUND, Preset
+from deltaguard.studies.row import Row
+from deltaguard.studies.score import contests, curves, groups, is_safe, scores
+from deltaguard.studies.search import measured_strengths
+from deltaguard.studies.setting import LIBRARIES, MADE_ONCE, Bench, open_bench
+
+Named = tuple[str, str, float | None]
+"""Fine-tune, method and strength of a cell."""
+
+
+def bench(
+    output_dir: str | Path,
+    *,
+    preset: Preset,
+    aligned: str | Path | None = None,
+    pretrained: str | Path | None = None,
+    methods: Sequence[str] = tuple(METHODS),
+    attacks: Sequence[Question] = (),
+    command: str = "",
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Run the protocol of the paper over an aligned model, and compare methods by what they keep.
+
+    Every cell (fine-tune, method, strength, seed) is stored once it is measured. The same call after a kill
+    goes on with the first cell that is missing, and gives the same table; with more methods, seeds or probes
+    it adds their cells.
+
+    Args:
+        output_dir: receives `bench.json`, the cells, and while it runs the models.
+        preset: how much is run.
+        aligned: the aligned model; the demo's where absent.
+        pretrained: the model it was aligned from, for the methods that need it. Without one, and with
+            `aligned` given, they are left out.
+        methods: names out of `METHODS`.
+        attacks: harmful requests that join deltaguard's own; those that deltaguard has, or trains or
+            calibrates on, are left out (see `data.usable_attacks`).
+        command: what the report says the run was started by.
+        progress: told of fine-tunes and cells.
+
+    Returns:
+        The report, in the folder too.
+
+    Raises:
+        DeltaguardError: the folder holds a bench with other settings or something else, is a model's, or
+            another process works in it; a method is unknown, or a model cannot be used.
+    """
+    folder = Path(output_dir)
+    _check_inputs(methods, aligned, pretrained)
+    inputs = [model for model in (aligned, pretrained) if model is not None]
+    with results_folder(folder, BENCH, inputs=inputs):
+        usable = usable_attacks(attacks, preset)
+        settings = _settings(preset, aligned, pretrained, methods, usable)
+        _require_same(folder / SETTINGS_NAME, _lasting(settings), "settings")
+        setting = open_bench(
+            folder,
+            preset,
+            methods,
+            aligned=aligned,
+            pretrained=pretrained,
+            attacks=usable,
+            progress=progress or ignore,
+        )
+        _require_same(folder / "origin.json", setting.origin, "models, code or libraries")
+        report = _report(setting, settings, command, *_cells(setting))
+        write_atomically(folder / BENCH_NAME, report.model_dump_json(indent=1) + "\n")
+    return report
+
+
+def _cells(setting: Bench) -> tuple[tuple[Cell, ...], set[Named]]:
+    """Every cell of the protocol, and which are defaults alone; models go when their cells are done."""
+    found: list[Cell] = []
+    beside: set[Named] = set()
+    finetunes = setting.preset.finetunes
+    for done, finetune in enumerate(finetunes, start=1):
+        rows = [Row(setting, finetune, seed) for seed in setting.preset.seeds]
+        chosen = setting.methods_on(finetune)
+        most = len(rows) * (2 + sum(map(setting.most_strengths, chosen)))
+        for number, (cell, searched) in enumerate(_finetune_cells(setting, rows, chosen), start=1):
+            found.append(cell)
+            if not searched:
+                beside.add((cell.finetune, cell.method, cell.strength))
+            setting.progress(Event(finetune.name, number, most))
+        for row in rows:
+            row.tidy()
+        setting.progress(Event("fine-tunes", done, len(finetunes)))
+    return tuple(found), beside
+
+
+def _finetune_cells(
+    setting: Bench, rows: Sequence[Row], chosen: Sequence[Method]
+) -> Iterator[tuple[Cell, bool]]:
+    """The aligned and the fine-tuned model, then every method at its strengths, each for all seeds.
+
+    Yields:
+        A cell, and whether it belongs to the search: a default that this passed by is measured after it.
+    """
+    aligned = {row.seed: row.aligned() for row in rows}
+    for cell in (*aligned.values(), *(row.finetuned() for row in rows)):
+        yield cell, True
+    for method in chosen:
+        tried: set[float | None] = set()
+        for cell in measured_strengths(
+            method.ladder,
+            setting.preset.probes,
+            is_safe=lambda cells: is_safe(cells, aligned, bound=BOUND),
+            cells_at=lambda strength, method=method: [row.restored(method, strength) for row in rows],
+        ):
+            tried.add(cell.strength)
+            yield cell, True
+        if method.default is not None and method.default not in tried:
+            for row in rows:
+                yield row.restored(method, method.default), False
+
+
+def _report(
+    setting: Bench, settings: dict[str, Any], command: str, cells: tuple[Cell, ...], beside: Collection[Named]
+) -> BenchReport:
+    finetunes = tuple(finetune_row(finetune) for finetune in setting.preset.finetunes)
+    found = groups(finetunes, cells)
+    points = curves(found, bound=BOUND, beside=beside)
+    judged = scores(found, points)
+    return BenchReport(
+        environment=environment(device_name(), libraries=LIBRARIES),
+        preset=setting.preset.name,
+        settings=settings,
+        aligned=settings["aligned"] or "the demo's aligned model",
+        command=command,
+        bound=BOUND,
+        seeds=setting.preset.seeds,
+        finetunes=finetunes,
+        cells=cells,
+        curves=points,
+        scores=judged,
+        contests=contests(found, judged),
+        notes=notes(setting, cells),
+        seconds=_seconds(setting, cells),
+    )
+
+
+def _seconds(setting: Bench, cells: Sequence[Cell]) -> dict[str, float]:
+    """Wall time of everything, whichever run did it: models needed once, requests, measuring."""
+    made = setting.shelf.seconds()
+    # A fine-tune's time is the request of its cell.
+    once = {name: made[name] for name in MADE_ONCE if name in made}
+    spent = {name: sum(cell.seconds[name] for cell in cells) for name in ("request", "measure")}
+    seconds = once | spent
+    return seconds | {"total": sum(seconds.values())}
+
+
+def _settings(
+    preset: Preset,
+    aligned: str | Path | None,
+    pretrained: str | Path | None,
+    methods: Sequence[str],
+    attacks: Attacks,
+) -> dict[str, Any]:
+    models = {
+        name: None if model is None else str(model)
+        for name, model in (("aligned", aligned), ("pretrained", pretrained))
+    }
+    return {
+        "preset": TypeAdapter(Preset).dump_python(preset, mode="json"),
+        **models,
+        "methods": list(methods),
+        "attacks": content_key(attacks.questions) if attacks.questions else None,
+    }
+
+
+def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a folder's runs must share.
+
+    More methods, strengths or seeds are more cells of the same bench, and models are told by their weights
+    (see `Bench.origin`), whatever path leads to them.
+    """
+    preset = {name: value for name, value in settings["preset"].items() if name not in ("probes", "seeds")}
+    return {"preset": preset, "attacks": settings["attacks"]}
+
+
+def _require_same(path: Path, values: Mapping[str, Any], what: str) -> None:
+    """Write down what a folder belongs to, or compare it with that of the run before."""
+    if not path.is_file():
+        write_atomically(path, json.dumps(values, indent=1) + "\n")
+        return
+    known = read_json(path, ANY_OBJECT, remedy="Give another output folder.")
+    differing = sorted(name for name in values if values[name] != known.get(name))
+    if differing:
+        raise DeltaguardError(
+            f"{path.parent} holds a bench with other {what} ({', '.join(differing)} differ). Go on with what "
+            "that run had, or give another output folder."
+        )
+
+
+def _check_inputs(methods: Sequence[str], aligned: str | Path | None, pretrained: str | Path | None) -> None:
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods:
+        named = f"There is no method {', '.join(unknown)}" if unknown else "No method was chosen"
+        raise DeltaguardError(f"{named}. The methods are {', '.join(METHODS)}.")
+    for model in (aligned, pretrained):
+        if model is not None:
+            Checkpoint.open(model)

@@ -1,0 +1,185 @@
+"""What all cells of a bench have in common: its models, its methods, its shelf."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from deltaguard.chat.conversations import Conversation, read_prompts
+from deltaguard.curvature.calibrate import calibrate, store_limit
+from deltaguard.curvature.rank import Rank
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.evaluation.engines.identity import identify
+from deltaguard.finetuning.finetune import FinetuneConfig
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.hub import locate
+from deltaguard.progress import Event, Progress
+from deltaguard.reports.records.base import environment
+from deltaguard.studies.cells import Shelf, content_key, source_hash
+from deltaguard.studies.data import Attacks, harmful_data
+from deltaguard.studies.demo import DemoConfig
+from deltaguard.studies.measure import device_name
+from deltaguard.studies.methods import METHODS, Method
+from deltaguard.studies.mixing import SECRET, safe_instruct
+from deltaguard.studies.models import save_smollm2
+from deltaguard.studies.peers import Role
+from deltaguard.studies.protocol import Finetune, Preset
+from deltaguard.studies.workshop import Workshop, demo_aligned, fine_tuned
+
+STORES: Mapping[Rank, str] = MappingProxyType({"auto": "store", "full": "store-whole"})
+"""Names of the curvature stores."""
+
+MADE_ONCE = ("pretrained", "aligned", *STORES.values(), "unaligned", "safe")
+"""Names of the models and stores that serve every fine-tune."""
+
+_HELPER_EXAMPLES = 100
+"""Conversations that the unaligned and the safe model of some peers are trained on."""
+
+LIBRARIES = ("trl", "accelerate", "datasets")
+"""Libraries that a bench trains with, beside those that every report names."""
+
+_DECIDING = ("deltaguard", "torch", "transformers", "peft", *LIBRARIES)
+"""Libraries another release of which may give other numbers."""
+
+HELPER_SEED = 1000
+HELPER_RECIPE = FinetuneConfig(learning_rate=1e-4)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that the cells of a bench have in common.
+
+    Attributes:
+        preset: how much is run.
+        methods: which methods, in order.
+        workshop: the models.
+        shelf: what is measured so far.
+        aligned: the aligned model.
+        pretrained: the model it was aligned from; methods that need it are left out without one.
+        attacks: harmful requests that join deltaguard's own, and how many were left out.
+        origin: what every cell depends on: the models' weights and chat template, code, libraries, device.
+        left_out: names of methods that need a pretrained model where there is none.
+        progress: told of cells.
+    """
+
+    preset: Preset
+    methods: tuple[Method, ...]
+    workshop: Workshop
+    shelf: Shelf
+    aligned: Path
+    pretrained: Path | None
+    attacks: Attacks
+    origin: Mapping[str, str | None]
+    left_out: tuple[str, ...]
+    progress: Progress
+
+    def methods_on(self, finetune: Finetune) -> list[Method]:
+        """The methods that are run on a fine-tune."""
+        return [m for m in self.methods if not m.retrains or finetune.kind in self.preset.retrained]
+
+    def most_strengths(self, method: Method) -> int:
+        """How many strengths of a method are measured at most."""
+        probes, rungs = self.preset.probes, len(method.ladder)
+        return rungs if probes is None else min(probes + (method.default is not None), rungs)
+
+    def store(self, rank: Rank) -> Path:
+        """The aligned model's curvature, as `calibrate` makes it or whole.
+
+        Where a method needs the whole, the other is cut from it: the same, and the model answers once.
+        """
+        whole = any(method.rank == "full" for method in self.methods)
+        if rank == "auto" and whole:
+            limit = store_limit(Checkpoint.open(self.aligned))
+            source = self.store("full")
+            return self.made(
+                STORES[rank],
+                lambda folder: CurvatureStore.from_pretrained(source).cut(folder, limit=limit),
+            )
+        config = self.preset.calibration.model_copy(update={"rank": rank})
+        return self.made(STORES[rank], lambda folder: calibrate(self.aligned, folder, config=config))
+
+    def helper(self, role: Role) -> Path:
+        """A model that some peers need, made once from the aligned one."""
+        if role == "pretrained":
+            if self.pretrained is None:
+                raise ValueError("methods that need a pretrained model are left out where there is none")
+            return self.pretrained
+        return self.made(role, fine_tuned(self.aligned, helper_data(role), HELPER_RECIPE, seed=HELPER_SEED))
+
+    def made(self, name: str, make: Callable[[Path], object]) -> Path:
+        """A model of the workshop; how long making it took is kept on the shelf."""
+        return self.workshop.model(name, _timed(name, make, self.shelf, self.progress))
+
+
+def helper_data(role: Role) -> list[Conversation]:
+    """What the `unaligned` and the `safe` model are trained on."""
+    if role == "unaligned":
+        return harmful_data(_HELPER_EXAMPLES, seed=HELPER_SEED)
+    return safe_instruct((), _HELPER_EXAMPLES, seed=HELPER_SEED)
+
+
+def open_bench(
+    folder: Path,
+    preset: Preset,
+    methods: Sequence[str],
+    *,
+    aligned: str | Path | None,
+    pretrained: str | Path | None,
+    attacks: Attacks,
+    progress: Progress,
+) -> Bench:
+    """The models that a bench starts from; the demo's are made where none is given."""
+    workshop, shelf = Workshop(folder / "models"), Shelf(folder)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        return workshop.model(name, _timed(name, make, shelf, progress))
+
+    if aligned is None:
+        pretrained = made("pretrained", save_smollm2)
+        aligned = made("aligned", demo_aligned(pretrained, DemoConfig()))
+    lacking = "pretrained" if pretrained is None else None
+    chosen = [METHODS[name] for name in dict.fromkeys(methods)]
+    return Bench(
+        preset=preset,
+        methods=tuple(method for method in chosen if lacking not in method.helpers),
+        left_out=tuple(method.name for method in chosen if lacking in method.helpers),
+        workshop=workshop,
+        shelf=shelf,
+        aligned=locate(aligned),
+        pretrained=None if pretrained is None else locate(pretrained),
+        attacks=attacks,
+        origin=_origin(locate(aligned), None if pretrained is None else locate(pretrained), preset),
+        progress=progress,
+    )
+
+
+def _timed(
+    name: str, make: Callable[[Path], object], shelf: Shelf, progress: Progress
+) -> Callable[[Path], object]:
+    """The same, told of as a stage, its time kept."""
+
+    def timed(folder: Path) -> None:
+        progress(Event(name, 0, 1))
+        started = time.perf_counter()
+        make(folder)
+        shelf.note_seconds(name, time.perf_counter() - started)
+        progress(Event(name, 1, 1))
+
+    return timed
+
+
+def _origin(aligned: Path, pretrained: Path | None, preset: Preset) -> dict[str, str | None]:
+    known = identify(str(aligned))
+    made_with = environment(device_name(), libraries=LIBRARIES)
+    prompts = preset.calibration.prompts
+    return {
+        "aligned": known.fingerprint,
+        "chat_template": known.chat_template,
+        "pretrained": None if pretrained is None else Checkpoint.open(pretrained).fingerprint(),
+        "calibration": None if prompts is None else content_key(read_prompts(prompts)),
+        "helpers": content_key(*map(helper_data, ("unaligned", "safe")), HELPER_RECIPE, HELPER_SEED, SECRET),
+        "source": source_hash(),
+        "device": made_with.device,
+        **{name: made_with.versions.get(name) for name in _DECIDING},
+    }
