@@ -84,6 +84,7 @@ class Dial(Record):
 
     Attributes:
         limit: the safety KL allowed, nats per response token.
+        confidence: with which the restored model's safety KL is within it; null where its mean is.
         device: where the model ran.
         conversations: held-out safety conversations that it was measured on.
         tokens: response tokens in them.
@@ -96,6 +97,7 @@ class Dial(Record):
     """
 
     limit: float
+    confidence: float | None = None
     device: str
     conversations: Count
     tokens: Count
