@@ -17,7 +17,6 @@ from deltaguard.restoration import price as price_module
 from deltaguard.restoration import restore as restore_module
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL as LIMIT
 from deltaguard.restoration.search import CLOSE, MOST_PROBES
-from deltaguard.solvers.spectrum import raised
 from pairs import CONVERSATIONS, held_out, pair, save_adapter, weights
 from plain import safety_kl, tokens_of
 
@@ -40,7 +39,7 @@ def predicted(store, deltas, method):
     """½ Σ tr(G Δ H Δᵀ) over the layers, in float64, of matrices written out in full."""
 
     def written(found):
-        return (raised(found) if store.is_whole else found).to(torch.float64).dense()
+        return found.to(torch.float64).dense()
 
     total = 0.0
     for group in store.groups:

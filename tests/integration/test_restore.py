@@ -19,7 +19,6 @@ from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreRe
 from deltaguard.restoration.job import default_store_folder
 from deltaguard.restoration.restore import _front_matter, plan_restore
 from deltaguard.solvers import greedy, kfac, published, spectrum
-from deltaguard.solvers.spectrum import raised
 from pairs import CONVERSATIONS, pair, save_adapter, weights
 
 HALF = RestoreConfig(strength=0.5)
@@ -32,7 +31,7 @@ def expected_layers(config, report, store, aligned, finetuned):
     """What each layer's weight should be, (out, in), from the store's raw sums in float64."""
 
     def priced(matrix):
-        return raised(spectrum(matrix.double())).dense()
+        return spectrum(matrix.double()).floored().dense()
 
     for group in store.groups:
         H, sums = store.hessian(group.name), store.sums(group.name)
