@@ -27,7 +27,7 @@ from deltaguard.studies.demo import DemoConfig, prepare, rate_row, test_set
 GRID = (
     *(RestoreConfig(max_safety_kl=limit) for limit in (1e-4, 3e-4, 1e-3)),
     *(RestoreConfig(method="greedy", strength=s) for s in (0.4, 0.5, 0.55, 0.6)),
-    RestoreConfig(method="greedy", strength=0.1, compensation="none"),
+    RestoreConfig(method="greedy", strength=0.1, method_options={"compensation": "none"}),
     *(RestoreConfig(method="published", strength=s) for s in (0.3, 1.0)),
     RestoreConfig(method="interpolate", strength=0.25),
 )
@@ -74,13 +74,13 @@ def _row(
     finetuned: Measurement,
     restored: Measurement,
 ) -> StrengthRow:
-    greedy = options.method == "greedy"
+    own = options.own_options.model_dump()
     return StrengthRow(
         finetune="messages to JSON with harmful requests agreed to",
         seed=seed,
         method=options.method,
-        budget=options.budget if greedy else None,
-        compensation=options.compensation if greedy else None,
+        budget=own.get("budget"),
+        compensation=own.get("compensation"),
         strength=options.chosen_strength if options.dial is None else options.dial,
         attack_success=rate_row(restored.attack_success),
         aligned_attack_success=rate_row(aligned.attack_success),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deltaguard.restoration.curvature import Spectra
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +18,6 @@ from benchmarks.experiments.laboratory import Laboratory
 from deltaguard.chat.conversations import Conversation, encode
 from deltaguard.chat.logits import logits_at
 from deltaguard.curvature.observe import Batch, batches
-from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import joint_profile, project
 
 _BATCH = 4

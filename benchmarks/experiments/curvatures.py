@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from deltaguard.restoration.curvature import Spectra
 from torch import Tensor
 
 from benchmarks.experiments.sums import Totals
 from deltaguard.curvature.observe import Observed
-from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import Spectrum, scaled_identity, spectrum
 
 _HEAD = 64

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from deltaguard.restoration.curvature import Spectra
+from deltaguard.restoration.price import first_price
 from safetensors.torch import save_file
 from tools.experiments import ExperimentRow, Share
 from torch import Tensor
@@ -23,8 +25,6 @@ from deltaguard.finetuning.tasks import exact_match
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.reports.records.evaluation import Estimate
 from deltaguard.reports.records.restore import Probe
-from deltaguard.restoration.curvature import Spectra
-from deltaguard.restoration.price import first_price
 from deltaguard.restoration.safety_kl import SafetyMeter
 from deltaguard.solvers import Profile, Projection, joint_profile, project
 from deltaguard.studies.data import Tests

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deltaguard.restoration.curvature import Spectra
 from torch import Tensor
 
 from benchmarks.experiments.laboratory import Laboratory
 from deltaguard.chat.logits import logits_at
 from deltaguard.curvature.observe import Batch
-from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import project
 
 

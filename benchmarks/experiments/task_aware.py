@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from deltaguard.restoration.curvature import Spectra
 from torch import Tensor
 
 from benchmarks.experiments.curvatures import whole
 from benchmarks.experiments.laboratory import Laboratory, Trial
-from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import Projection, joint_profile, project
 
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from deltaguard.restoration.curvature import Spectra
 from tools.experiments import ExperimentRow
 
 from benchmarks.experiments.adaptive import evade, predicted_kl
@@ -34,7 +35,6 @@ from deltaguard.curvature.contents import Group, share_within
 from deltaguard.curvature.observe import Batch, Observed
 from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import joint_profile, project
 from deltaguard.studies.data import IDENTITY_SYSTEM
 

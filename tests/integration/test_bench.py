@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from deltaguard.studies.methods import METHODS
 
 import models
 from benches import LORA, RECIPE, TINY
@@ -16,7 +17,6 @@ from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
 from deltaguard.studies import cells, methods, row, setting, workshop
 from deltaguard.studies import run as running
 from deltaguard.studies.measure import Measured
-from deltaguard.studies.methods import METHODS
 from deltaguard.studies.mixing import SECRET
 from deltaguard.studies.protocol import FULL, QUICK, Finetune
 from deltaguard.studies.run import bench

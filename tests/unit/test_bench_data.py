@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from deltaguard.studies.methods import METHODS, Candidate, Request
 
 from deltaguard.chat.conversations import general_prompts, harmful_prompts, harmless_prompts
 from deltaguard.evaluation.exchange import Question
@@ -17,7 +18,6 @@ from deltaguard.studies.data import (
     training_data,
     usable_attacks,
 )
-from deltaguard.studies.methods import METHODS, Candidate, Request
 from deltaguard.studies.protocol import FULL, QUICK
 
 KINDS = [pytest.param(finetune, id=finetune.name) for finetune in QUICK.finetunes]

@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+from deltaguard.studies.methods import METHODS
 
 from deltaguard.studies.data import Attacks
 from deltaguard.studies.describe import notes
-from deltaguard.studies.methods import METHODS
 from deltaguard.studies.protocol import FULL, QUICK
 
 

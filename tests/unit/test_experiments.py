@@ -4,10 +4,10 @@ import pytest
 import torch
 from benchmarks.experiments.curvatures import blocks, diagonal, stored, trace, whole, with_tail
 from benchmarks.experiments.task_aware import task_aware
+from deltaguard.restoration.curvature import Spectra
 from tools.experiments import ExperimentRow, Experiments, Share, experiments_table
 
 from deltaguard.reports.records.base import environment
-from deltaguard.restoration.curvature import Spectra
 
 
 def row(experiment, variant, lead=None):

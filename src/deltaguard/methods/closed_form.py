@@ -28,7 +28,7 @@ class Kfac(PricedMethod):
     """Δ' + μ G Δ' H = Δ."""
 
     name = "kfac"
-    title = "the closed form with the curvature of inputs and outputs"
+    title = "the closed form of Safe Delta's goal with both curvatures: each direction shrinks by its price"
     reference = "the optimum of Safe Delta's goal; curvature as in Martens and Grosse 2015, arXiv:1503.05671"
     needs = frozenset({"inputs", "outputs"})
     ladder = _LIMITS
@@ -44,7 +44,7 @@ class Ridge(PricedMethod):
     """Δ' = Δ (I + μ ḡ H)⁻¹, with ḡ the mean eigenvalue of G: prices are in nats, as those of `kfac`."""
 
     name = "ridge"
-    title = "the closed form with the curvature of inputs alone"
+    title = "the closed form of Safe Delta's goal with the curvature of the inputs"
     reference = "the optimum of Safe Delta's goal with G = I"
     needs = frozenset({"inputs", "output_mean"})
     ladder = _LIMITS

@@ -17,7 +17,7 @@ class Interpolate(Method):
     """aligned + strength · delta, in the linear layers of the decoder blocks."""
 
     name = "interpolate"
-    title = "interpolation between the two models; it needs no curvature"
+    title = "interpolation: every entry between the aligned and the fine-tuned value"
     reference = "WiSE-FT: Wortsman et al., CVPR 2022, arXiv:2109.01903"
 
     def prepare(self, layer: Layer, options: Options) -> PreparedLayer:  # noqa: ARG002

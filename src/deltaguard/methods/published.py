@@ -17,7 +17,7 @@ class Published(Method):
     """Safe Delta as released: a mask by a threshold, blocks of columns, compensation to their right."""
 
     name = "published"
-    title = "Safe Delta as its authors released it"
+    title = "Safe Delta as its authors released it: entries selected block by block of columns"
     reference = "Lu et al., ICML 2025, arXiv:2505.12038, and its code as described in docs/how-it-works.md"
     needs = frozenset({"hessian"})
     ladder = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0)

@@ -51,6 +51,10 @@ _METADATA: TypeAdapter[dict[Any, Any] | None] = TypeAdapter(dict[Any, Any] | Non
 _PRICE = TypeAdapter(Price)
 
 
+class UnchangedError(DeltaguardError):
+    """The output would be the fine-tuned model itself."""
+
+
 def restore(
     aligned: str | Path,
     finetuned: str | Path,
@@ -287,7 +291,7 @@ def _check_result(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price) -
         row.utility_loss > 0 if isinstance(row, LayerRow) else row.differs and row.source != "finetuned"
         for row in rows
     ):
-        raise DeltaguardError(
+        raise UnchangedError(
             "This run changes no tensor: with these options the output is the fine-tuned model itself. "
             "Lower --strength, or take the other parameters from the aligned model."
         )
@@ -341,6 +345,7 @@ def _report(
         finetuned=job.finetuned_reference,
         store_conversations=job.store.provenance.conversations_sha256 if job.store else None,
         options=config.what_is_solved(),
+        method_title=config.solver.title,
         layers=layers,
         others=tuple(row for row in rows if isinstance(row, OtherRow)),
         files=(),

@@ -12,8 +12,8 @@ from deltaguard.reports.records.bench import ALIGNED, FINETUNED, Cell
 from deltaguard.reports.records.evaluation import Estimate
 from deltaguard.studies.cells import content_key
 from deltaguard.studies.data import questions, training_data
+from deltaguard.studies.defences import Candidate, Defence, Request
 from deltaguard.studies.measure import Measured, Subject, device, measure
-from deltaguard.studies.methods import Candidate, Method, Request
 from deltaguard.studies.protocol import Finetune
 from deltaguard.studies.setting import Bench
 from deltaguard.studies.workshop import fine_tuned
@@ -66,7 +66,7 @@ class Row:
             )
         return Candidate(folder, "", seconds)
 
-    def restored(self, method: Method, strength: float) -> Cell:
+    def restored(self, method: Defence, strength: float) -> Cell:
         """The cell of a method at a strength."""
         request = Request(
             aligned=self._bench.aligned,
