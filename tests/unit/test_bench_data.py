@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from deltaguard.studies.methods import METHODS, Candidate, Request
+from deltaguard.studies.defences import Candidate, Request, defences
 
 from deltaguard.chat.conversations import general_prompts, harmful_prompts, harmless_prompts
 from deltaguard.evaluation.exchange import Question
@@ -95,7 +95,7 @@ def test_attacks_that_something_is_trained_or_calibrated_on_are_left_out(tmp_pat
 
 @pytest.mark.parametrize("name", ["safe-instruct", "bea"])
 def test_every_fine_tune_leaves_prompts_for_safety_examples(name):
-    method = METHODS[name]
+    method = defences()[name]
     for finetune in FULL.finetunes:
         data = training_data(finetune, seed=0)
         mixed: list = []
