@@ -11,9 +11,9 @@ import pytest
 import models
 from benches import LORA, RECIPE, TINY
 from deltaguard import DeltaguardError
+from deltaguard.evaluation.exchange import Question
 from deltaguard.methods import registered
 from deltaguard.methods.interpolate import Interpolate, WiseFt
-from deltaguard.evaluation.exchange import Question
 from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
 from deltaguard.studies import cells, defences, row, setting, workshop
 from deltaguard.studies import run as running

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
-from deltaguard.studies.defences import defences
 
 from bench_reports import cell
 from deltaguard.errors import DeltaguardError
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.studies.cells import Shelf, content_key, source_hash
+from deltaguard.studies.defences import defences
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from deltaguard.studies.defences import Candidate, Request, defences
 
 from deltaguard.chat.conversations import general_prompts, harmful_prompts, harmless_prompts
 from deltaguard.evaluation.exchange import Question
@@ -18,6 +17,7 @@ from deltaguard.studies.data import (
     training_data,
     usable_attacks,
 )
+from deltaguard.studies.defences import Candidate, Request, defences
 from deltaguard.studies.protocol import FULL, QUICK
 
 KINDS = [pytest.param(finetune, id=finetune.name) for finetune in QUICK.finetunes]

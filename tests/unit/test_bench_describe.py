@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-from deltaguard.studies.defences import defences
 
 from deltaguard.studies.data import Attacks
+from deltaguard.studies.defences import defences
 from deltaguard.studies.describe import notes
 from deltaguard.studies.protocol import FULL, QUICK
 
