@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from deltaguard.reports.records.evaluation import Better, SectionKind
 
@@ -139,4 +139,13 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back memory and connections."""
+        ...
+
+
+@runtime_checkable
+class LikelihoodEngine(Engine, Protocol):
+    """An engine that also says how likely given answers are."""
+
+    def likelihood(self, questions: Sequence[Question]) -> list[float]:
+        """Measure the mean negative log-likelihood of each expected answer, nats a token."""
         ...
