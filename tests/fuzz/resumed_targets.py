@@ -11,6 +11,7 @@ import models
 from copies import stop_in_shard, three_shards, write_all
 from deltaguard.curvature import calibrate as calibrating
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.evaluation.asking import _SCHEMAS
 from deltaguard.evaluation.journal import AnswerFile, Clock
 from deltaguard.evaluation.judges.llm import LLMJudge
 from deltaguard.evaluation.server import Server
@@ -123,6 +124,18 @@ def answers(folder: Path) -> Target:
     return in_file(path, damage_lines, read)
 
 
+def likelihoods(folder: Path) -> Target:
+    path, prompts = folder / "general.likelihood.jsonl", ("How?", "Why?")
+    schema = _SCHEMAS["likelihood"]
+    AnswerFile(path, prompts=prompts, made_by={}, schema=schema).add([0, 1], [1.5, 2.0])
+
+    def read() -> None:
+        found = AnswerFile(path, prompts=prompts, made_by={}, schema=schema)
+        assert all(isinstance(value, float) for value in found.values.values())
+
+    return in_file(path, damage_lines, read)
+
+
 def judged(folder: Path) -> Target:
     path = folder / "scores.jsonl"
     server = Server("http://127.0.0.1:1/v1", "m")
@@ -154,6 +167,7 @@ KINDS = (
     Kind("responses of a calibration", 10, calibration("responses.jsonl", damage_lines)),
     Kind("sums of a calibration", 10, calibration("sum*.safetensors", damage_tensors)),
     Kind("answers of an evaluation", 100, answers),
+    Kind("likelihoods of an evaluation", 40, likelihoods),
     Kind("scores of a judge", 80, judged),
     Kind("seconds of an evaluation", 60, seconds),
 )
