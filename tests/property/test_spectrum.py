@@ -43,7 +43,7 @@ def test_a_cut_off_spectrum_solves_for_the_matrix_it_stands_for(seed, rows, colu
     found = closed_form(aligned, finetuned, inputs, outputs, mu=mu)
     expected = kfac(aligned, finetuned, inputs.dense(), outputs.dense(), mu=mu)
     torch.testing.assert_close(found.weight, expected.weight, rtol=1e-6, atol=1e-8)
-    for name in ("kept_fraction", "safety_cost", "utility_loss"):
+    for name in ("kept_energy", "safety_cost", "utility_loss"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-3, abs=1e-6), name
 
 
