@@ -16,9 +16,8 @@ from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.identity import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig, identity, make_engine
-from deltaguard.evaluation.exchange import Answer, Engine, LikelihoodEngine, Missed, Question
+from deltaguard.evaluation.exchange import Answer, Engine, LikelihoodEngine, Missed, Question, refuse_too_many
 from deltaguard.evaluation.journal import TEXT, AnswerFile
-from deltaguard.evaluation.missing import refuse_too_many
 from deltaguard.evaluation.probes.gcg import gcg_suffix, with_suffix
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.suites.suite import SecondAttack

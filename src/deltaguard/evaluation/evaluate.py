@@ -13,7 +13,6 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.address import public_address
 from deltaguard.evaluation.asking import (
     ModelUnderTest,
     PartAnswers,
@@ -34,6 +33,7 @@ from deltaguard.evaluation.judges.make import make_judge
 from deltaguard.evaluation.judges.specs import ClassifierSpec, GuardSpec, tells_refusals
 from deltaguard.evaluation.measure import judge
 from deltaguard.evaluation.results import Result, agreements, comparisons, measures, samples
+from deltaguard.evaluation.server import public_address
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
 from deltaguard.files import read_json

@@ -99,8 +99,10 @@ def measures(results: Sequence[Result]) -> tuple[Measure, ...]:
     """
     found: list[Measure] = []
     for result in results:
-        rows = [(each.name, each.judge, each.better, each.estimate()) for each in _series(result)]
-        rows += [(name, None, better, given) for name, (given, better) in result.given.items()]
+        rows: list[tuple[str, str | None, Better, Estimate | None]] = [
+            (each.name, each.judge, each.better, each.estimate()) for each in _series(result)
+        ]
+        rows.extend((name, None, better, given) for name, (given, better) in result.given.items())
         found += [
             Measure(
                 model=result.model,
@@ -155,7 +157,7 @@ def agreements(results: Sequence[Result]) -> tuple[Agreement, ...]:
     for section in dict.fromkeys(result.section.name for result in results):
         judged = [result.judged for result in results if result.section.name == section]
         # Every judge has verdicts at the same places.
-        verdicts = {
+        verdicts: dict[str, list[Verdict]] = {
             judge: [verdict for each in judged for verdict in each[judge].verdicts if verdict is not None]
             for judge in judged[0]
         }
@@ -175,7 +177,7 @@ def samples(results: Sequence[Result], count: int) -> tuple[AnswerSample, ...]:
 
 
 def _sample(rows: Sequence[Result], index: int) -> AnswerSample:
-    classes = {
+    classes: dict[str, dict[str, AnswerClass]] = {
         row.model: {
             judge: each for judge, said in row.judged.items() if (each := said.classes[index]) is not None
         }

@@ -116,7 +116,7 @@ def _run(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport:
         )
     suite = demo_suite(config.tests, seed=config.seed)
     with clock.stage("measure") as report:
-        measured = {
+        measured: dict[ModelName, Mapping[str, Result]] = {
             name: measure_demo(name, folder / name, suite, folder, progress=report) for name in MODELS
         }
     result = _report(config, measured, restored, clock.seconds)

@@ -12,10 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltaguard.evaluation.exchange import Exchange, Judgement, Missed, Scale
+from deltaguard.evaluation.exchange import MAX_MISSING, Exchange, Judgement, Missed, Scale, refuse_too_many
 from deltaguard.evaluation.journal import Journal
 from deltaguard.evaluation.judges.templates import fill, package_prompt
-from deltaguard.evaluation.missing import MAX_MISSING, refuse_too_many
 from deltaguard.evaluation.server import Server
 
 
