@@ -275,4 +275,6 @@ def _device(config: EngineConfig) -> str:
     import torch
 
     device = "cuda" if config.name == "vllm" else str(find_device(config.device))
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
+    if not (device.startswith("cuda") and torch.cuda.is_available()):
+        return device
+    return f"{device} ({torch.cuda.get_device_name(device)})"
