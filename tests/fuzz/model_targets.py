@@ -11,8 +11,9 @@ import torch
 from mutators import damage, damage_json, damage_tensors
 
 import models
-from deltaguard.chat.chat_template import apply_template
-from deltaguard.chat.conversations import Conversation, encode
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.template import apply_template
+from deltaguard.chat.tokens import encode
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
 from deltaguard.evaluation.engines.transformers import TransformersEngine

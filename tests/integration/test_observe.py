@@ -9,19 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import models
-from deltaguard.chat.conversations import Encoded
+from deltaguard.chat.tokens import Encoded, batches
 from deltaguard.curvature import observe as observe_module
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.curvature.moments import empty_moment
-from deltaguard.curvature.observe import (
-    Accumulator,
-    Partial,
-    batches,
-    drawn_likelihood,
-    observe,
-    sum_sizes,
-    take_sums,
-)
+from deltaguard.curvature.observe import Accumulator, Partial, drawn_likelihood, observe, sum_sizes, take_sums
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from pairs import ANSWERED

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from deltaguard.chat.conversations import Encoded
-from deltaguard.chat.logits import logits_at
+from deltaguard.chat.predictions import logits_at
+from deltaguard.chat.tokens import Batch
 from deltaguard.curvature.contents import Group, Layer, Sums
 from deltaguard.curvature.moments import Moment, accumulate
 from deltaguard.errors import DeltaguardError, listed
@@ -105,25 +105,6 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
     return observed, tuple(sorted(names.get(name, name) for name in weights - covered))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Conversations side by side, padded at the end.
-
-    Attributes:
-        ids: token ids, (conversations, tokens).
-        mask: False for padding, the same shape.
-        answering: True where the next token is one of the response, the same shape.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    answering: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        return Batch(self.ids.to(device), self.mask.to(device), self.answering.to(device))
-
-
 def sum_sizes(observed: Sequence[Observed]) -> dict[str, int]:
     """The sums that calibration takes, and how many rows and columns each has."""
     sizes: dict[str, int] = {}
@@ -137,25 +118,6 @@ def take_sums(group: Group, partials: MutableMapping[str, Partial]) -> Sums:
     """The sums of one group, which the mapping gives up."""
     outputs = tuple(partials.pop(layer.name + OUTPUT).moment.total for layer in group.layers)
     return Sums(partials.pop(group.name + INPUT).moment, outputs)
-
-
-def batches(texts: Sequence[Encoded], size: int) -> list[Batch]:
-    """Conversations in batches, longest first: a run that does not fit into memory fails at its beginning."""
-    ordered = sorted(texts, key=lambda text: len(text.ids), reverse=True)
-    return [padded(ordered[start : start + size]) for start in range(0, len(ordered), size)]
-
-
-def padded(texts: Sequence[Encoded]) -> Batch:
-    """Put conversations side by side, padded at the end, where a causal model does not see it."""
-    shape = len(texts), max(len(text.ids) for text in texts)
-    ids = torch.zeros(shape, dtype=torch.long)
-    mask, answering = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        length = len(text.ids)
-        ids[row, :length] = torch.tensor(text.ids)
-        mask[row, :length] = True
-        answering[row, text.prompt_length - 1 : length - 1] = True
-    return Batch(ids, mask, answering)
 
 
 class Accumulator:

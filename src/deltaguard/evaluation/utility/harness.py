@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from deltaguard.chat.chat_template import apply_template
+from deltaguard.chat.template import apply_template
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.code import refuse_code
 
