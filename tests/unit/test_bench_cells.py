@@ -96,7 +96,7 @@ def test_an_edit_of_what_makes_or_judges_models_gives_another_hash(package, edit
 
 def test_an_edit_of_what_is_drawn_leaves_cells_as_they_are(package):
     before = source_hash(package)
-    (package / "draw" / "page.py").write_text("SHARE = 0.6\n")
+    (package / "reports" / "page.py").write_text("SHARE = 0.6\n")
     assert source_hash(package) == before
 
 
