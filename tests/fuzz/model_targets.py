@@ -22,8 +22,7 @@ from deltaguard.evaluation.judges.guards import GuardJudge
 from deltaguard.evaluation.judges.templates import template_in_card
 from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.loading import empty_model, load_config, load_tokenizer
-from deltaguard.models.vocabulary import vocabulary_size
+from deltaguard.models.loading import empty_model, load_config, load_tokenizer, vocabulary_size
 from deltaguard.restoration.diff import diff
 from deltaguard.restoration.restore import plan_restore
 from pairs import pair, save_adapter

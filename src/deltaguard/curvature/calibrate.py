@@ -25,7 +25,6 @@ from deltaguard.curvature.observe import (
     Observed,
     Partial,
     observe,
-    refuse_experts,
     sum_sizes,
     take_sums,
 )
@@ -37,6 +36,7 @@ from deltaguard.curvature.workspace import Workspace
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.families import refuse_experts
 from deltaguard.models.identity import identify
 from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
@@ -127,7 +127,7 @@ def calibrate(
     """
     config = config or CalibrateConfig()
     source = Checkpoint.open(aligned)
-    refuse_experts(source)
+    refuse_experts(source.reference, source.config, source.tensors)
     asked = _asked(conversations, config)
     device = find_device(config.device)
     request = _request(source, asked, config, device)

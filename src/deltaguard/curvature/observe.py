@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from deltaguard.chat.predictions import logits_at
 from deltaguard.chat.tokens import Batch
@@ -17,6 +16,7 @@ from deltaguard.curvature.contents import Group, Layer, Sums
 from deltaguard.curvature.moments import Moment, accumulate
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import WeightSource, name_map
+from deltaguard.models.families import is_conv1d, is_linear, modules_in_blocks
 
 _Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 _Add = Callable[[str, Tensor], None]
@@ -49,21 +49,6 @@ class Partial:
     batches: int
 
 
-def refuse_experts(source: WeightSource) -> None:
-    """Refuse mixtures of experts from the checkpoint's headers, before any weight is read.
-
-    Raises:
-        DeltaguardError: a tensor lies under a module named `experts`.
-    """
-    found = [name for name in source.tensors if "experts" in name.split(".")]
-    if found:
-        architecture = ", ".join(source.config.get("architectures") or ["of unknown architecture"])
-        raise DeltaguardError(
-            f"{source.reference} ({architecture}) is a mixture of experts: {len(found)} expert tensors, such "
-            f"as `{found[0]}`. Each expert sees its own tokens, and deltaguard cannot calibrate that yet."
-        )
-
-
 def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[Observed], tuple[str, ...]]:
     """Find the linear layers of the decoder blocks, and group them by the tensor object they receive.
 
@@ -81,8 +66,8 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
             the same values, or see something other than one row per token. All are listed.
     """
     decoder = model.get_decoder()
-    inside = _block_modules(model, decoder)
-    linear = {name: m for name, m in inside.items() if isinstance(m, nn.Linear | Conv1D)}
+    inside = modules_in_blocks(model)
+    linear = {name: m for name, m in inside.items() if is_linear(m)}
     groups = _shared_inputs(decoder, linear, ids)
     if not groups:
         raise DeltaguardError(
@@ -238,20 +223,12 @@ def _forward(decoder: Any, ids: Tensor, mask: Tensor) -> None:
     decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False)
 
 
-def _block_modules(model: Any, decoder: nn.Module) -> dict[str, nn.Module]:
-    """The decoder's modules inside a list of blocks, by their names in the model."""
-    mine = set(decoder.modules())
-    named = {name: module for name, module in model.named_modules() if module in mine}
-    lists = tuple(f"{name}." for name, module in named.items() if isinstance(module, nn.ModuleList))
-    return {name: module for name, module in named.items() if name.startswith(lists)}
-
-
 def _matrices(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1]
 
 
 def _in_features(module: nn.Module) -> int:
-    return cast("Tensor", module.weight).shape[0 if isinstance(module, Conv1D) else 1]
+    return cast("Tensor", module.weight).shape[0 if is_conv1d(module) else 1]
 
 
 def _shared_inputs(decoder: Any, linear: Mapping[str, nn.Module], ids: Sequence[int]) -> list[list[str]]:
@@ -303,7 +280,7 @@ def _layers(
                 f"`{tensor}`, {tuple(stored.shape)}, differs from the model's `{name}.weight`, "
                 f"{tuple(weight.shape)}"
             )
-        layers[name] = Layer(tensor, isinstance(module, Conv1D), weight.numel() // _in_features(module))
+        layers[name] = Layer(tensor, is_conv1d(module), weight.numel() // _in_features(module))
     if problems:
         raise DeltaguardError(
             listed(f"transformers changes weights of {source.reference} while it loads them", problems)

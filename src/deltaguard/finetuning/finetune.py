@@ -12,6 +12,7 @@ import torch
 from deltaguard.chat.conversations import Conversation, require_responses
 from deltaguard.chat.template import messages
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.families import decoder_blocks
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_model, load_tokenizer
 
@@ -127,10 +128,7 @@ def _check_conversations(conversations: Sequence[Conversation]) -> None:
 
 def _freeze(network: Any, layers: int) -> None:
     """Keep the embeddings and the first decoder blocks as they are."""
-    blocks = max(
-        (module for module in network.modules() if isinstance(module, torch.nn.ModuleList)),
-        key=len,
-    )
+    blocks = decoder_blocks(network)
     if layers >= len(blocks):
         raise DeltaguardError(
             f"{layers} decoder blocks are to be frozen and the model has {len(blocks)}: freeze fewer."
