@@ -6,7 +6,7 @@ import torch
 from deltaguard.chat import generation
 from deltaguard.chat.generation import Prefix, cache_parameter, generate, shared_prefix
 from deltaguard.chat.tokens import pad
-from models import DENSE, EXPERTS, tiny_model, tiny_tokenizer
+from models import DENSE, EXPERTS, FAMILIES, tiny_model, tiny_tokenizer
 
 SHARED = "<|begin|><|system|>You are a helpful assistant that answers questions.<|end|><|user|>"
 REQUESTS = ("What is the weather?", "How?", "Write a short text about a cake at home, with an example.", "Go")
@@ -30,7 +30,7 @@ def plain(monkeypatch, *arguments, **options):
         return generate(*arguments, **options)
 
 
-@pytest.mark.parametrize("name", [*DENSE, *EXPERTS])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_shared_prefix_changes_no_answer(name, batch_size, monkeypatch):
     model, tokenizer = double(name), tiny_tokenizer()
@@ -41,7 +41,7 @@ def test_a_shared_prefix_changes_no_answer(name, batch_size, monkeypatch):
     assert len(set(answers)) > 1
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3"])
+@pytest.mark.parametrize("name", DENSE)
 def test_logits_after_the_prefix_are_those_of_each_prompt_alone(name):
     model, ids = double(name), encoded(PROMPTS)
     prefix = shared_prefix(model, ids)
