@@ -82,7 +82,7 @@ def shard_of() -> dict[str, int]:
     return numbers
 
 
-def greedy_operations(shape: tuple[int, ...], kept_fraction: float) -> float:
+def greedy_operations(shape: tuple[int, ...], kept_entries: float) -> float:
     """Floating-point operations that `greedy` with joint compensation cannot do without, for one matrix.
 
     The product of Δ with a triangular factor takes out·in² of them (one multiplication and one addition
@@ -90,10 +90,10 @@ def greedy_operations(shape: tuple[int, ...], kept_fraction: float) -> float:
 
     Args:
         shape: (out, in).
-        kept_fraction: share of the entries that take the fine-tuned value.
+        kept_entries: share of the entries that take the fine-tuned value.
     """
     out, columns = shape
-    unselected = (1 - kept_fraction) * columns
+    unselected = (1 - kept_entries) * columns
     return out * (columns**2 + unselected**2)
 
 

@@ -88,7 +88,8 @@ def _row(
         task_accuracy=rate_row(restored.task_accuracy),
         kept_gain=kept_gain(aligned.task_accuracy, finetuned.task_accuracy, restored.task_accuracy),
         safety_cost=report.safety_cost,
-        kept_fraction=report.kept_fraction,
+        kept_energy=report.kept_energy,
+        kept_entries=report.kept_entries,
     )
 
 

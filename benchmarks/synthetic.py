@@ -120,7 +120,7 @@ class Synthetic:
         measured = self._greedy("store")
         layers: list[dict[str, Any]] = json.loads(measured.output)["layers"]
         scale = BLOCKS / self.whole_blocks
-        counted = (greedy_operations(row["shape"], row["kept_fraction"]) for row in layers)
+        counted = (greedy_operations(row["shape"], row["kept_entries"] or 0.0) for row in layers)
         self.operations = scale * sum(counted)
         note = "with the factors of a store"
         if scale > 1:

@@ -30,10 +30,14 @@ def main(aligned: str, finetuned: str, output: Path) -> None:
 
 def show_limits(report: deltaguard.SweepReport) -> None:
     """Print how much of the delta each limit keeps."""
-    kept = {point.mu: point.kept_fraction for point in report.points}
+    kept = {point.mu: point.kept_energy for point in report.points}
     print(f"fine-tuned model: safety KL {report.finetuned_kl:.2g} nats per response token")
     for budget in report.budgets:
-        share = "no price is within it" if budget.mu is None else f"{kept[budget.mu]:.1%} of the delta kept"
+        share = (
+            "no price is within it"
+            if budget.mu is None
+            else f"{kept[budget.mu]:.1%} of the delta's energy kept"
+        )
         print(f"  at most {budget.limit:g}: {share}")
 
 
@@ -47,7 +51,7 @@ def show_restored(report: deltaguard.RestoreReport) -> None:
         print(f"restored: safety KL {dial.restored_kl:.2g}, at most {dial.limit:g} allowed")
         if dial.whole:
             print("The fine-tuned model was within the limit: nothing was taken from it.")
-    print(f"{report.kept_fraction:.1%} of the delta kept; the layers that lost most:")
+    print(f"{report.kept_energy:.1%} of the delta's energy kept; the layers that lost most:")
     for layer in sorted(report.layers, key=lambda layer: layer.utility_loss, reverse=True)[:5]:
         print(f"  {layer.name}: utility loss {layer.utility_loss:.1%}")
 

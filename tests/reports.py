@@ -210,7 +210,7 @@ def evaluation_report(**changes):
 
 def swept(mu, safety_kl, kept, nll):
     predicted = 1.3 * abs(safety_kl)
-    named = {"mu": mu, "safety_kl": safety_kl, "predicted_safety_kl": predicted, "kept_fraction": kept}
+    named = {"mu": mu, "safety_kl": safety_kl, "predicted_safety_kl": predicted, "kept_energy": kept}
     return SweepPoint(**named, utility_nll=nll)
 
 

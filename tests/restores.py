@@ -10,12 +10,13 @@ GPT2 = "h.{}.attn.c_attn.weight", "h.{}.attn.c_proj.weight", "h.{}.mlp.c_proj.we
 NEOX = "gpt_neox.layers.{}.attention.query_key_value.weight", "gpt_neox.layers.{}.mlp.dense_4h_to_h.weight"
 
 
-def layer(name, kept=0.4375, cost=0.0625):
+def layer(name, kept=0.4375, cost=0.0625, entries=0.3125):
     return LayerRow(
         name=name,
         shape=(8, 8),
         delta_norm=1.0,
-        kept_fraction=kept,
+        kept_energy=kept,
+        kept_entries=entries,
         safety_cost=cost,
         utility_loss=0.25,
         seconds=0.1,
@@ -48,7 +49,8 @@ def restore_report(names=LLAMA, blocks=3, **changes):
             OtherRow(name="model.embed_tokens.weight", source="both", reason="rows 8 to 9", differs=True),
         ),
         "files": (FileRow(name="model.safetensors", bytes=1_500_000, sha256="1" * 64),),
-        "kept_fraction": 0.4375,
+        "kept_energy": 0.4375,
+        "kept_entries": 0.3125,
         "utility_loss": 0.25,
         "safety_cost": 0.0625,
         "seconds": {"read": 2.0, "solve": 70.0, "total": 75.0},

@@ -21,12 +21,14 @@ GROUPS = (
 HELD_OUT = (Conversation("How?", None, "No."), Conversation("Why?", "Be kind.", "Because."))
 
 
-def sums(seed, groups=GROUPS):
-    """What calibration could have summed, by group."""
+def sums(seed, groups=GROUPS, reached=None):
+    """What calibration could have summed, by group; tokens may reach the first few directions alone."""
     generator = torch.Generator().manual_seed(seed)
 
     def moment(tokens, size):
-        return accumulate(empty_moment(size), torch.randn(tokens, size, generator=generator))
+        found = torch.randn(tokens, size, generator=generator)
+        found[:, reached or size :] = 0
+        return accumulate(empty_moment(size), found)
 
     return {
         group.name: Sums(
@@ -68,14 +70,17 @@ def provenance(**changes):
 CUT_OFF = {"rank": "auto", "rank_share": 0.5}
 
 
-def written(folder, seed=0, *, groups=GROUPS, held_out=HELD_OUT, max_shard_bytes=10**9, **changes):
+def written(
+    folder, seed=0, *, groups=GROUPS, held_out=HELD_OUT, max_shard_bytes=10**9, reached=None, **changes
+):
     made = provenance(**changes)
-    write_store(folder, made, held_out, groups, contents(seed, groups, made), max_shard_bytes=max_shard_bytes)
+    content = contents(seed, groups, made, reached)
+    write_store(folder, made, held_out, groups, content, max_shard_bytes=max_shard_bytes)
     return CurvatureStore.from_pretrained(folder)
 
 
-def contents(seed, groups, made):
-    found = sums(seed, groups)
+def contents(seed, groups, made, reached=None):
+    found = sums(seed, groups, reached)
     return lambda group: group_curvature(
         group,
         found[group.name],

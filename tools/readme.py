@@ -60,7 +60,8 @@ class StrengthRow(_Results):
         task_accuracy: of the restored model.
         kept_gain: (restored - aligned) / (finetuned - aligned) of the task accuracy.
         safety_cost: see `RestoreReport`; null where no curvature is known.
-        kept_fraction: see `RestoreReport`.
+        kept_energy: see `RestoreReport`; null in rows of before it was known.
+        kept_entries: see `RestoreReport`.
     """
 
     finetune: str
@@ -75,7 +76,8 @@ class StrengthRow(_Results):
     task_accuracy: RateRow
     kept_gain: float | None
     safety_cost: float | None
-    kept_fraction: float
+    kept_energy: float | None = None
+    kept_entries: float | None = None
 
 
 class Strengths(_Results):
@@ -322,7 +324,7 @@ def _strength_rows(rows: Iterable[StrengthRow]) -> str:
         "safety cost",
     )
     return table(
-        (*head, "entries kept"),
+        (*head, "energy kept", "entries kept"),
         [
             (
                 ", ".join(filter(None, (row.method, row.budget, row.compensation))),
@@ -332,7 +334,8 @@ def _strength_rows(rows: Iterable[StrengthRow]) -> str:
                 _rate(row.task_accuracy, between="<br>"),
                 percent(row.kept_gain),
                 percent(row.safety_cost),
-                percent(row.kept_fraction),
+                percent(row.kept_energy),
+                percent(row.kept_entries),
             )
             for row in rows
         ],

@@ -76,10 +76,11 @@ def _tint(values: Tensor, largest: float) -> Tensor:
 
 
 def _description(alone: Solution, joint: Solution) -> str:
+    kept = alone.kept_entries or 0.0
     return (
         f"Five heat maps of a layer with {ROWS} rows and {COLUMNS} columns, the columns ordered from "
         "cheapest to dearest: the delta; the safety cost of each entry; the entries that are kept, whole "
-        f"columns from the left and part of one boundary column, {100 * alone.kept_fraction:.0f} % of all; "
+        f"columns from the left and part of one boundary column, {100 * kept:.0f} % of all; "
         "the compensation on the entries that are not kept; and their sum, the restored delta. Keeping alone "
         f"leaves {_percent(alone)} of the safety cost; compensation brings it down to {_percent(joint)}. "
         "The tint grows with the square root of an entry's size."

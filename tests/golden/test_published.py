@@ -56,4 +56,4 @@ def test_rows_with_the_same_selection_agree_on_every_processor(case):
 def test_the_shares_recorded_with_the_cases_hold():
     for case in CASES:
         _, solution = solve(case)
-        assert solution.kept_fraction == pytest.approx(case["fraction_equal_to_finetuned"], abs=2e-3)
+        assert solution.kept_entries == pytest.approx(case["fraction_equal_to_finetuned"], abs=2e-3)

@@ -332,7 +332,7 @@ def sharded(out, progress=None, **options):
         ('"dial":null', '"dial":3', "dial"),
         ('{"price":{', '{"price":[],"x":{', "price"),
         ('"delta_norm":', '"delta_norm":1e999,"x":', "delta_norm"),
-        ('"kept_fraction":', '"kept_fraction":"a","x":', "kept_fraction"),
+        ('"kept_energy":', '"kept_energy":"a","x":', "kept_energy"),
         ('"shape":[', '"shape":[1,', "not the"),
         ('"name":"model.layers.0.', '"name":"model.layers.7.', "not the"),
         ('"notes":[', '"notes":[],"x":[', "x"),

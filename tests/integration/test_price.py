@@ -17,7 +17,6 @@ from deltaguard.restoration import price as price_module
 from deltaguard.restoration import restore as restore_module
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL as LIMIT
 from deltaguard.restoration.search import CLOSE, MOST_PROBES
-from deltaguard.solvers.spectrum import raised
 from pairs import CONVERSATIONS, held_out, pair, save_adapter, weights
 from plain import safety_kl, tokens_of
 
@@ -40,7 +39,7 @@ def predicted(store, deltas, method):
     """½ Σ tr(G Δ H Δᵀ) over the layers, in float64, of matrices written out in full."""
 
     def written(found):
-        return (raised(found) if store.is_whole else found).to(torch.float64).dense()
+        return found.to(torch.float64).dense()
 
     total = 0.0
     for group in store.groups:
@@ -109,7 +108,7 @@ def test_the_safety_kl_on_disk_is_the_one_reported_and_within_the_limit(name, li
     assert dial.whole == (whole <= limit)
     if not dial.whole:
         # The layers may be affordable as a whole where it is embeddings that exceed the limit.
-        assert dial.restored_kl >= CLOSE * limit or report.kept_fraction > 0.9999
+        assert dial.restored_kl >= CLOSE * limit or report.kept_energy > 0.9999
         assert [probe.safety_kl for probe in dial.probes if probe.mu == report.mu] == [dial.restored_kl]
         assert len(dial.probes) <= 6
     assert verify(tmp_path / "out").passed
@@ -137,7 +136,7 @@ def test_a_larger_limit_keeps_more(tmp_path):
         )
         for limit in (1e-5, 1e-4, 1e-3, 1e-2)
     ]
-    kept = [report.kept_fraction for report in reports]
+    kept = [report.kept_energy for report in reports]
     assert kept == sorted(kept)
     assert kept[-1] > 1.1 * kept[0]
     prices = [report.mu for report in reports]
@@ -193,7 +192,7 @@ def test_a_finetune_within_the_limit_is_kept_bit_for_bit(name, shards, tmp_path)
     assert report.mu == 0
     assert report.dial.restored_kl == report.dial.finetuned_kl <= 50
     assert len(report.dial.probes) == 1
-    assert (report.kept_fraction, report.utility_loss) == (1, 0)
+    assert (report.kept_energy, report.utility_loss) == (1, 0)
     assert {row.source for row in report.others} == {"finetuned"}
     assert {row.reason for row in report.others} == {"the whole model is within the safety KL allowed"}
     # Nothing had to be projected, or measured again.
@@ -243,7 +242,7 @@ def test_layers_whose_whole_delta_is_affordable_are_kept(tmp_path):
     tuned = changed(made.aligned, tmp_path / "tuned", change)
     report = restore(made.aligned, tuned, tmp_path / "out", store=made.store)
     assert not report.dial.whole
-    assert report.kept_fraction > 0.99
+    assert report.kept_energy > 0.99
     assert len(report.dial.probes) <= 5
     torch.testing.assert_close(weights(tmp_path / "out")[layer], weights(tuned)[layer], rtol=0, atol=1e-6)
 

@@ -1,7 +1,9 @@
 """`restore` end to end on tiny models of every architecture."""
 
 import json
+import resource
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,6 @@ from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreRe
 from deltaguard.restoration.job import default_store_folder
 from deltaguard.restoration.restore import _front_matter, plan_restore
 from deltaguard.solvers import greedy, kfac, published, spectrum
-from deltaguard.solvers.spectrum import raised
 from pairs import CONVERSATIONS, pair, save_adapter, weights
 
 HALF = RestoreConfig(strength=0.5)
@@ -30,7 +31,7 @@ def expected_layers(config, report, store, aligned, finetuned):
     """What each layer's weight should be, (out, in), from the store's raw sums in float64."""
 
     def priced(matrix):
-        return raised(spectrum(matrix.double())).dense()
+        return spectrum(matrix.double()).floored().dense()
 
     for group in store.groups:
         H, sums = store.hessian(group.name), store.sums(group.name)
@@ -96,10 +97,10 @@ def test_strength_0_gives_the_aligned_weights_and_1_the_finetuned_layers(method,
     report, zero = restored(0)
     assert all(torch.equal(zero[name], aligned[name]) for name in aligned)
     assert RestoreReport.model_validate_json((tmp_path / "0" / REPORT_NAME).read_text()) == report
-    assert report.kept_fraction == 0
+    assert report.kept_energy == 0
     report, one = restored(1)
     assert all(torch.equal(one[row.name], finetuned[row.name]) for row in report.layers)
-    assert report.kept_fraction == 1
+    assert report.kept_energy == 1
 
 
 def test_other_params_may_come_from_the_finetuned_model(tmp_path):
@@ -200,11 +201,53 @@ def test_the_report_on_disk_is_the_report_returned(tmp_path):
     assert RestoreReport.model_validate_json(text) == report
     assert report.options["strength"] == 0.5
     assert report.options["method"] == "kfac"
-    assert 0 < report.kept_fraction < 1
+    assert 0 < report.kept_energy < 1
     assert report.mu > 0
     assert report.dial is None
     assert 0 < report.safety_cost < 1
     assert json.loads(text)["aligned"]["fingerprint"] == report.aligned.fingerprint
+
+
+@pytest.mark.parametrize("config", [HALF, GREEDY, RestoreConfig(method="interpolate", strength=0.5)])
+def test_what_is_kept_is_said_of_energy_for_every_method_and_of_entries_where_some_are_chosen(
+    config, tmp_path
+):
+    made = pair()
+    store = None if config.method == "interpolate" else made.whole_store
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=store, config=config)
+    aligned, finetuned, written = (weights(f) for f in (made.aligned, made.finetuned, tmp_path / "out"))
+    kept = energy = chosen = entries = 0.0
+    for row in report.layers:
+        a, f, r = (of[row.name].double() for of in (aligned, finetuned, written))
+        kept += float(((r - a) * (f - a)).sum())
+        energy += float((f - a).square().sum())
+        chosen += int((r == f).sum())
+        entries += r.numel()
+    assert report.kept_energy == pytest.approx(kept / energy, rel=1e-4)
+    if config.method == "greedy":
+        assert report.kept_entries == pytest.approx(chosen / entries, abs=1e-3)
+    else:
+        assert report.kept_entries is None
+        assert all(row.kept_entries is None for row in report.layers)
+
+
+def test_a_report_of_before_the_two_shares_is_one_message(tmp_path):
+    made = pair()
+    restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=HALF)
+    path = tmp_path / "out" / REPORT_NAME
+    older = json.loads(path.read_text()) | {"schema_version": 1, "kept_fraction": 0.5}
+    del older["kept_energy"], older["kept_entries"]
+    path.write_text(json.dumps(older))
+    with pytest.raises(DeltaguardError, match=r"has schema version 1, .* reads version 2\. Restore again"):
+        verify(tmp_path / "out")
+
+
+def test_memory_that_the_process_held_before_is_not_told_as_the_restores_own(tmp_path, monkeypatch):
+    made = pair()
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=5_500_000))
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=HALF)
+    assert report.peak_memory_bytes is None
+    assert "peak memory" not in (tmp_path / "out" / CARD_NAME).read_text()
 
 
 def test_a_plan_reads_no_tensor_and_writes_nothing(tmp_path, monkeypatch):

@@ -87,10 +87,10 @@ def test_limits_that_rise_keep_more():
     assert report.finetuned_kl > LIMITS[-1]
     for one, more in zip(chosen(report), chosen(report)[1:], strict=False):
         assert one.mu > more.mu > 0
-        assert one.kept_fraction < more.kept_fraction
+        assert one.kept_energy < more.kept_energy
     for limit, point in zip(LIMITS, chosen(report), strict=True):
         assert CLOSE * limit <= point.safety_kl <= limit
-    kept = [point.kept_fraction for point in report.points]
+    kept = [point.kept_energy for point in report.points]
     assert kept == sorted(kept)
     assert kept[-1] == pytest.approx(1)
 

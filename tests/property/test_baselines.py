@@ -54,12 +54,13 @@ def test_safe_lora_is_the_papers_equation(layer, threshold):
     assert math.isnan(found.safety_cost)
     if similarity >= threshold:
         assert torch.equal(found.weight, finetuned)
-        assert (found.kept_fraction, found.utility_loss) == (1, 0)
+        assert (found.kept_energy, found.utility_loss) == (1, 0)
     else:
         np.testing.assert_allclose(found.weight, aligned.numpy() + moved, rtol=1e-9, atol=1e-10)
         delta = (finetuned - aligned).numpy()
         assert found.utility_loss == pytest.approx(((moved - delta) ** 2).sum() / (delta**2).sum())
-        assert found.kept_fraction == 0
+        assert found.kept_energy == pytest.approx((moved * delta).sum() / (delta**2).sum())
+        assert found.kept_entries == 0
 
 
 @given(layers(), st.floats(0, 1.1), st.floats(0, 1))
@@ -68,13 +69,15 @@ def test_safe_merge_is_the_papers_equation(layer, threshold, alpha):
     found = safe_merge(aligned, finetuned, safe, pretrained, threshold=threshold, alpha=alpha)
     if alignment_similarity(aligned, finetuned, pretrained) >= threshold:
         assert torch.equal(found.weight, finetuned)
-        assert (found.kept_fraction, found.utility_loss) == (1, 0)
+        assert (found.kept_energy, found.utility_loss) == (1, 0)
         return
     delta = alpha * (finetuned - aligned) + (1 - alpha) * (safe - aligned)
     torch.testing.assert_close(found.weight, aligned + delta, rtol=1e-9, atol=1e-10)
     lost = float((delta - (finetuned - aligned)).square().sum() / (finetuned - aligned).square().sum())
     assert found.utility_loss == pytest.approx(lost, abs=1e-12)
-    assert found.kept_fraction == alpha
+    own = finetuned - aligned
+    assert found.kept_energy == pytest.approx(float((delta * own).sum() / own.square().sum()), abs=1e-9)
+    assert found.kept_entries == (0 if lost else 1)
 
 
 @given(layers(), st.floats(0, 3))

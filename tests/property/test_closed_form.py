@@ -74,8 +74,8 @@ def test_the_ends_are_exact(matrices):
         whole, none = solve(0.0), solve(math.inf)
         assert torch.equal(whole.weight, finetuned)
         assert torch.equal(none.weight, aligned)
-        assert (whole.kept_fraction, whole.utility_loss) == (1.0, 0.0)
-        assert (none.kept_fraction, none.safety_cost) == (0.0, 0.0)
+        assert (whole.kept_energy, whole.utility_loss) == (1.0, 0.0)
+        assert (none.kept_energy, none.safety_cost) == (0.0, 0.0)
 
 
 @given(LAYERS, MU, st.floats(1.1, 10))

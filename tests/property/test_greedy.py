@@ -47,7 +47,10 @@ def test_agrees_with_the_oracle_entry_by_entry(layer, strength, compensation, bu
         aligned, finetuned, hessian, strength=strength, budget=budget, compensation=compensation
     )
     np.testing.assert_allclose(solution.weight - aligned, restored, rtol=1e-7, atol=1e-9)
-    assert solution.kept_fraction == pytest.approx(mask.mean())
+    assert solution.kept_entries == pytest.approx(mask.mean())
+    energy = (delta**2).sum()
+    kept = (restored * delta).sum() / energy if energy else 0
+    assert solution.kept_energy == pytest.approx(kept, rel=1e-6, abs=1e-9)
     before = oracle.safety_cost(delta, hessian.numpy())
     if before > 1e-9:
         after = oracle.safety_cost(restored, hessian.numpy())
@@ -66,9 +69,9 @@ def test_half_precision_inputs_are_solved_in_single_precision(layer, strength, c
     )
     solution = greedy(aligned, finetuned, hessian, strength=strength, compensation=compensation)
     assert solution.weight.dtype == torch.float32
-    if solution.kept_fraction == exact.kept_fraction:  # a budget that falls on an entry may go either way
+    if solution.kept_entries == exact.kept_entries:  # a budget that falls on an entry may go either way
         torch.testing.assert_close(solution.weight.double(), exact.weight, rtol=2e-3, atol=2e-3)
-    assert abs(solution.kept_fraction - exact.kept_fraction) <= 1 / aligned.numel() + 1e-9
+    assert abs(solution.kept_entries - exact.kept_entries) <= 1 / aligned.numel() + 1e-9
 
 
 @given(layers(), st.sampled_from(COMPENSATIONS), st.sampled_from(["paper", "fraction"]))
@@ -83,7 +86,8 @@ def test_fraction_1_gives_the_finetuned_weight_exactly(layer, compensation):
     aligned, finetuned, hessian = layer
     solution = greedy(aligned, finetuned, hessian, strength=1, compensation=compensation)
     assert torch.equal(solution.weight, finetuned)
-    assert solution.kept_fraction == 1
+    assert solution.kept_entries == 1
+    assert solution.kept_energy == pytest.approx(float(not torch.equal(aligned, finetuned)))
     assert solution.utility_loss == 0
 
 

@@ -57,7 +57,7 @@ def test_it_is_the_closed_form_of_the_whole_matrix(layer, mu):
     found = solve_projected(aligned, up @ down, project_thin(up, down, inputs, outputs), mu=mu)
     scale = float((up @ down).norm())
     torch.testing.assert_close(found.weight, whole.weight, rtol=0, atol=2e-5 * scale)
-    for name in ("kept_fraction", "safety_cost", "utility_loss"):
+    for name in ("kept_energy", "safety_cost", "utility_loss"):
         assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-6, abs=1e-9)
     assert dict(found.detail) == pytest.approx(dict(whole.detail), rel=1e-6)
 

@@ -155,7 +155,7 @@ def test_without_curvature_there_is_no_safety_chart_but_a_dash():
     assert layers_chart(layers, "safety_cost") is None
     report = restore_report(layers=layers, safety_cost=None)
     text = restore_page(report)
-    assert len(Page(text).named("svg")) == 1
+    assert len(Page(text).named("svg")) == 2
     assert "<dd>–</dd>" in text
     table = at_80_columns(restore_table(report))
     assert re.search(r"safety cost +– *\n", table)
@@ -163,13 +163,34 @@ def test_without_curvature_there_is_no_safety_chart_but_a_dash():
     assert "| safety cost | – |" in model_card(report, front_matter=None)
 
 
+def test_every_output_says_of_what_the_kept_share_is():
+    """A closed form shrinks the whole delta: what is left of it is no share of its entries."""
+    layers = tuple(layer(LLAMA[0].format(block), entries=None) for block in range(2))
+    priced = restore_report(
+        layers=layers, kept_energy=0.576, kept_entries=None, mu=2e6, options={"method": "kfac"}
+    )
+    shown = (
+        restore_page(priced),
+        at_80_columns(restore_table(priced)),
+        model_card(priced, front_matter=None),
+    )
+    for text in map(" ".join, map(str.split, shown)):
+        assert re.search("57.6 %(</strong>)? of the delta(&#39;|')s energy", text)
+        assert "entries" not in text
+    selected = restore_report()
+    shown = (restore_page(selected), at_80_columns(restore_table(selected)))
+    for text in (*map(" ".join, map(str.split, shown)), model_card(selected, front_matter=None)):
+        assert re.search("43.8 %(</strong>)? of the delta(&#39;|')s energy", text)
+        assert re.search("31.2 % of the delta(&#39;|')s entries", text)
+
+
 def test_a_chart_draws_one_bar_for_each_matrix_in_a_block():
     report = restore_report(names=GPT2, blocks=5)
     layers = (*report.layers, layer("score.weight"))
-    svg = layers_chart(layers, "kept_fraction")
+    svg = layers_chart(layers, "kept_energy")
     assert svg.count("var(--restored") == 15
     assert all(f">{label}<" in svg for label in ("c_attn", "attn.c_proj", "mlp.c_proj"))
-    assert layers_chart(layers[-1:], "kept_fraction") is None
+    assert layers_chart(layers[-1:], "kept_energy") is None
 
 
 def test_tables_fit_80_columns_with_whole_numbers():
@@ -225,7 +246,7 @@ def test_kinds_have_the_shortest_label_that_tells_them_apart():
     assert [kind.label for kind in groups] == ["c_attn", "attn.c_proj", "mlp.c_proj"]
     assert [block for block, _ in groups[0].layers] == [0, 1, 2]
     rows = [layer(LLAMA[0].format(i), kept=kept) for i, kept in enumerate((0.1, 0.9, 0.2))]
-    kept = kinds(rows)[0].kept
+    kept = kinds(rows)[0].kept_energy
     assert (kept.low, kept.median, kept.high) == (0.1, 0.2, 0.9)
 
 

@@ -24,6 +24,7 @@ from deltaguard.reports.bench_words import (
     score_texts,
 )
 from deltaguard.reports.palette import DARK, LIGHT, colour, dash, palette_css, shape
+from deltaguard.reports.records.bench import BenchReport
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -303,3 +304,9 @@ def test_a_long_title_is_broken_into_lines_of_its_panel():
 )
 def test_a_command_is_told_without_folders(command, shown):
     assert short_command(command) == shown
+
+
+def test_a_method_may_have_a_name_that_no_expression_of_a_chart_could_hold():
+    content = bench_report().model_dump_json().replace('"greedy"', f'"{"é" * 100_000}"')
+    report = BenchReport.model_validate_json(content)
+    assert panel_svg(report, report.finetunes[0])

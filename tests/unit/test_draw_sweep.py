@@ -105,7 +105,7 @@ def test_without_utility_data_only_the_delta_is_told():
     assert row(report, "0.0001") == ["9.3e-05", "14.3 %", "1.4e+07"]
     assert "NLL" not in "\n".join(lines(report))
     assert "utility data" not in "\n".join(lines(report))
-    assert "6.2 % of the delta, and 58.3 % within 0.003." in sweep_line(report)
+    assert "6.2 % of the delta's energy, and 58.3 % within 0.003." in sweep_line(report)
 
 
 def test_one_limit_is_one_number():
@@ -137,8 +137,8 @@ def test_without_a_gain_the_share_of_the_delta_is_told():
     report = sweep_report(finetuned_nll=2.2)
     assert row(report, "0.0001") == ["9.3e-05", "14.3 %", "1.633", "–", "1.4e+07"]
     assert "there is no gain to keep" in sweep_notes(report)[0]
-    assert "6.2 % of the delta, and 58.3 % within 0.003." in sweep_line(report)
-    assert "share of the delta kept" in texts(sweep_chart(report))
+    assert "6.2 % of the delta's energy, and 58.3 % within 0.003." in sweep_line(report)
+    assert "share of the delta's energy kept" in texts(sweep_chart(report))
 
 
 def test_the_chart_draws_every_point_and_the_finetuned_model():

@@ -65,7 +65,8 @@ def demo_report() -> dict:
             "layers": [],
             "others": [],
             "files": [],
-            "kept_fraction": 0.4,
+            "kept_energy": 0.3,
+            "kept_entries": 0.4,
             "utility_loss": 0.1,
             "safety_cost": 0.02,
             "seconds": {"total": 3.0},
@@ -91,7 +92,8 @@ def strength_row(seed: int, strength: float, attack: int) -> dict:
         "task_accuracy": rate(80, 100),
         "kept_gain": 0.8,
         "safety_cost": 0.013,
-        "kept_fraction": 0.5,
+        "kept_energy": 0.35,
+        "kept_entries": 0.5,
     }
 
 

@@ -51,7 +51,7 @@ def test_published_keeps_at_most_85_percent_and_survives_dead_columns():
     inputs = torch.randn(50, 20)
     inputs[:, 3] = 0
     solution = published(aligned, finetuned, inputs.T @ inputs, strength=1e9)
-    assert solution.kept_fraction == 0.85
+    assert solution.kept_entries == 0.85
     assert solution.weight.isfinite().all()
     assert 0 < solution.safety_cost < 1
 
@@ -91,11 +91,11 @@ def test_blocks_of_rows_give_what_the_whole_matrix_gives(monkeypatch, compensati
         )
 
     whole = solved()
-    assert round(whole[0].kept_fraction * aligned.numel()) % len(aligned) > 0
+    assert round(whole[0].kept_entries * aligned.numel()) % len(aligned) > 0
     monkeypatch.setattr(solution, "ROW_BLOCK_ENTRIES", 15)
     for one, other in zip(solved(), whole, strict=True):
         torch.testing.assert_close(one.weight, other.weight, rtol=1e-12, atol=1e-12)
-        assert one.kept_fraction == other.kept_fraction
+        assert one.kept_entries == other.kept_entries
         assert one.utility_loss == pytest.approx(other.utility_loss, rel=1e-12)
         assert one.safety_cost == pytest.approx(other.safety_cost, rel=1e-9, nan_ok=True)
 

@@ -23,6 +23,7 @@ def equal_factors(a, b):
 
 
 def equal_spectra(found, expected, dtype):
+    expected = expected.floored()
     vectors = expected.vectors.to(dtype)
     same = torch.equal(found.values, expected.values) and torch.equal(found.vectors, vectors)
     return same and found.vectors.dtype == dtype and found.tail == expected.tail
@@ -63,6 +64,32 @@ def test_spectra_are_read_as_they_were_computed(tmp_path, changes, ranks, dtype)
             G = total / 16
             assert equal_spectra(store.output_spectrum(layer.tensor), spectrum(G, ranks[len(G)]), dtype)
             assert store.output_mean(layer.tensor) == pytest.approx(float(G.trace()) / len(G), rel=1e-6)
+
+
+@pytest.mark.parametrize("reached", [8, 5, 2])
+def test_a_store_that_happens_to_keep_everything_prices_as_the_whole_one_does(tmp_path, reached):
+    """Tokens and gradients leave directions out: of these no store says that they are free."""
+    whole = written(tmp_path / "whole", reached=reached)
+    auto = written(tmp_path / "auto", reached=reached, rank="auto", rank_share=1.0)
+    for group in GROUPS:
+        pairs = [(whole.input_spectrum(group.name), auto.input_spectrum(group.name))]
+        pairs += [(whole.output_spectrum(x.tensor), auto.output_spectrum(x.tensor)) for x in group.layers]
+        for full, found in pairs:
+            assert torch.equal(found.values, full.values)
+            assert found.tail == full.tail
+            assert torch.equal(found.vectors, full.vectors.half())
+            assert float(full.values[-1]) > 0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("reached", [8, 5, 2])
+def test_no_direction_of_a_store_is_free(tmp_path, share, reached):
+    store = written(tmp_path / "store", reached=reached, rank="auto", rank_share=share)
+    for group in GROUPS:
+        spectra = [store.input_spectrum(group.name), *(store.output_spectrum(x.tensor) for x in group.layers)]
+        for found in spectra:
+            assert float(found.values[-1]) > 0
+            assert found.tail > 0 or len(found.values) == found.size
 
 
 def test_a_store_that_is_cut_off_holds_eigenpairs_and_nothing_else(tmp_path):

@@ -104,7 +104,9 @@ def swatch_svg(place: int) -> str:
 def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
     found, gains = point_rows(report, finetune), finetune.gains
     domain = utility_domain(found, gains=gains)
-    rows = [cut(row, domain) for row in found]
+    # Said in the data: an expression with a name in it is a program, and names come from files.
+    named = bench_methods(report)[0]
+    rows = [cut(row, domain) | {"named_here": row["method"] == named} for row in found]
     styles = _styles(bench_methods(report), legend=legend)
     scale, axis = _utility_scale(domain, gains=gains), _utility_axis(gains=gains)
     base = alt.Chart(alt.Data(values=rows)).encode(
@@ -116,7 +118,7 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
         x="x:Q", y="y:Q", color=styles["color"], order="place:Q"
     )
     alone = base.transform_filter("datum.alone").mark_rule(opacity=0.5)
-    first = base.transform_filter(alt.datum.method == bench_methods(report)[0])
+    first = base.transform_filter("datum.named_here")
     return alt.layer(
         bands.mark_line(filled=True, strokeWidth=0, fillOpacity=_BAND),
         *_bound(report.bound),

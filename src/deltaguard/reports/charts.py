@@ -16,14 +16,15 @@ from deltaguard.reports.records.restore import LayerRow
 from deltaguard.reports.text import model_label, percent
 from deltaguard.text import printable_lines, shortened
 
-LayerMeasure = Literal["kept_fraction", "safety_cost"]
+LayerMeasure = Literal["kept_energy", "kept_entries", "safety_cost"]
 
 # A page sets these properties for light and dark; the second value serves where an SVG stands alone.
 COLOURS: Mapping[str, str] = {
     "aligned": "var(--aligned, #0067a5)",
     "finetuned": "var(--finetuned, #c2470a)",
     "restored": "var(--restored, #0a7d5a)",
-    "kept_fraction": "var(--restored, #0a7d5a)",
+    "kept_energy": "var(--restored, #0a7d5a)",
+    "kept_entries": "var(--restored, #0a7d5a)",
     "safety_cost": "var(--finetuned, #c2470a)",
 }
 INK = "currentColor"
@@ -52,7 +53,7 @@ def layers_chart(layers: Sequence[LayerRow], measure: LayerMeasure) -> str | Non
     if not rows:
         return None
     blocks = sorted({block for kind in groups for block, _ in kind.layers if block != NO_BLOCK})
-    top = 1.0 if measure == "kept_fraction" else _round_up(max(row["value"] for row in rows))
+    top = 1.0 if measure != "safety_cost" else _round_up(max(row["value"] for row in rows))
     bars = (
         alt.Chart(alt.Data(values=rows))
         .mark_bar(color=COLOURS[measure])

@@ -28,15 +28,15 @@ def outcome_facts(report: RestoreReport) -> Facts:
     cost = percent(report.safety_cost)
     if cost != DASH:
         cost = f"{cost} of the fine-tuned model's, median over {over}"
-    # Methods with a price shrink every direction of the delta; the others keep entries or leave them.
-    what = "of the delta" if report.mu is not None else "of the delta's entries"
+    entries = percent(report.kept_entries)
     return (
         *dial_facts(report),
-        ("kept fraction", f"{percent(report.kept_fraction)} {what}, over {over}"),
+        ("energy kept", f"{percent(report.kept_energy)} of the delta's energy, over {over}"),
+        *(() if entries == DASH else (("entries kept", f"{entries} of the delta's entries, over {over}"),)),
         ("safety cost", cost),
         ("utility loss", f"{percent(report.utility_loss)} of the delta's squared norm"),
         ("time", times(report.seconds)),
-        ("peak memory", size(report.peak_memory_bytes)),
+        *((("peak memory", size(report.peak_memory_bytes)),) if report.peak_memory_bytes else ()),
     )
 
 

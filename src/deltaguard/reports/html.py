@@ -28,7 +28,8 @@ RATES = (
 """The rates of a demo: field, title, and of what it is the share."""
 
 LAYER_MEASURES: tuple[tuple[LayerMeasure, str, str], ...] = (
-    ("kept_fraction", "Kept fraction", "share of the delta's entries at the fine-tuned value, by block"),
+    ("kept_energy", "Energy kept", "share of the delta's energy that is left, by block"),
+    ("kept_entries", "Entries kept", "share of the delta's entries at the fine-tuned value, by block"),
     ("safety_cost", "Safety cost", "share of the fine-tuned model's cost, by block; lower is safer"),
 )
 """What is drawn of every layer, likewise."""

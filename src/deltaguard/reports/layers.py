@@ -25,12 +25,15 @@ class Kind:
     Attributes:
         label: the shortest end of their names that tells this kind from the others, such as `q_proj`.
         layers: their rows by block number; matrices outside numbered blocks have none and are under -1.
-        kept: spread of the kept fraction; None where no row has a number. The others likewise.
+        kept_energy: spread of the share of the delta's energy that is kept; None where no row has a number.
+            The others likewise.
+        kept_entries: of the share of its entries.
     """
 
     label: str
     layers: tuple[tuple[int, LayerRow], ...]
-    kept: Spread | None
+    kept_energy: Spread | None
+    kept_entries: Spread | None
     safety_cost: Spread | None
     utility_loss: Spread | None
 
@@ -116,7 +119,8 @@ def _kind(label: str, rows: list[tuple[int, LayerRow]]) -> Kind:
     return Kind(
         label=label,
         layers=tuple(rows),
-        kept=spread(row.kept_fraction for _, row in rows),
+        kept_energy=spread(row.kept_energy for _, row in rows),
+        kept_entries=spread(row.kept_entries for _, row in rows),
         safety_cost=spread(row.safety_cost for _, row in rows),
         utility_loss=spread(row.utility_loss for _, row in rows),
     )

@@ -34,7 +34,7 @@ def sweep_chart(report: SweepReport) -> str:
     """
     low, high = _domain(report)
     rows, heights = _rows(report, low), [kept_share(report, point) for point in report.points]
-    kept = "share of the gain kept" if has_gain(report) else "share of the delta kept"
+    kept = "share of the gain kept" if has_gain(report) else "share of the delta's energy kept"
     x = alt.X(
         "x:Q",
         title=_SAFETY,

@@ -99,7 +99,7 @@ def _point(report: SweepReport, point: SweepPoint) -> Row:
     cells = (
         Cell(nats(point.safety_kl), sort_value(point.safety_kl)),
         Cell(nats(point.predicted_safety_kl), sort_value(point.predicted_safety_kl)),
-        _share(point.kept_fraction),
+        _share(point.kept_energy),
         *(told if report.aligned_nll is not None else ()),
         Cell(", ".join(best) or DASH, ""),
     )

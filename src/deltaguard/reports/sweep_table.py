@@ -23,7 +23,7 @@ class Allowed:
         name: the limit or the model.
         limit: nats per response token; None for a model.
         safety_kl: measured; None where no point is within the limit.
-        kept: share of the delta, likewise.
+        kept: share of the delta's energy, likewise.
         nll: on the utility data, likewise, and None without any.
         gain: share of the gain in likelihood, likewise.
         price: μ, or what stands in its place.
@@ -80,7 +80,7 @@ def has_gain(report: SweepReport) -> bool:
 def kept_share(report: SweepReport, point: SweepPoint) -> float:
     """What a point keeps: of the gain where there is one, else of the delta."""
     gain = report.kept_gain(point)
-    return point.kept_fraction if gain is None else gain
+    return point.kept_energy if gain is None else gain
 
 
 def whole_within(report: SweepReport) -> tuple[float, ...]:
@@ -90,7 +90,7 @@ def whole_within(report: SweepReport) -> tuple[float, ...]:
 
 def sweep_line(report: SweepReport) -> str:
     """The outcome as one sentence, without the models' names."""
-    of = "of the gain in likelihood" if has_gain(report) else "of the delta"
+    of = "of the gain in likelihood" if has_gain(report) else "of the delta's energy"
     rows = [row for row in allowed(report) if row.limit is not None and row.safety_kl is not None]
     kept = [row.gain if has_gain(report) else row.kept for row in rows]
     if not rows:
@@ -122,7 +122,7 @@ def sweep_notes(report: SweepReport) -> tuple[str, ...]:
     if report.aligned_nll is not None and not has_gain(report):
         notes.append(
             "Fine-tuning did not make the utility data likelier, so there is no gain to keep; what is kept "
-            "is told of the delta."
+            "is told of the delta's energy."
         )
     return tuple(notes)
 
@@ -167,7 +167,7 @@ def _at(report: SweepReport, limit: float, mu: float | None) -> Allowed:
         limit_text(limit),
         limit,
         point.safety_kl,
-        point.kept_fraction,
+        point.kept_energy,
         point.utility_nll,
         report.kept_gain(point),
         price_text(point.mu),
@@ -183,7 +183,7 @@ def _limits(report: SweepReport) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("limit", no_wrap=True)
     likely = ("NLL", "gain kept") if report.aligned_nll is not None else ()
-    for name in ("safety KL", "delta kept", *likely, "price μ"):
+    for name in ("safety KL", "energy kept", *likely, "price μ"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in allowed(report):
         told = (nll_text(row.nll), percent(row.gain)) if likely else ()

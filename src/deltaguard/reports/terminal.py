@@ -35,7 +35,7 @@ def restore_table(report: RestoreReport) -> RenderableType:
     parts = [
         facts_grid((*model_names(report), chosen, *outcome_facts(report))),
         _section(
-            "Restored layers by kind (safety cost and utility loss: medians)", _kinds_table(report.layers)
+            "Restored layers by kind (kept: share of the energy; costs: medians)", _kinds_table(report.layers)
         ),
     ]
     if report.others:
@@ -103,9 +103,9 @@ def _kinds_table(layers: tuple[LayerRow, ...]) -> Table:
 
 
 def _kind_numbers(kind: Kind) -> tuple[str, ...]:
-    low = percent(kind.kept.low) if kind.kept else DASH
-    high = percent(kind.kept.high) if kind.kept else DASH
-    return low, _median(kind.kept), high, _median(kind.safety_cost), _median(kind.utility_loss)
+    low = percent(kind.kept_energy.low) if kind.kept_energy else DASH
+    high = percent(kind.kept_energy.high) if kind.kept_energy else DASH
+    return low, _median(kind.kept_energy), high, _median(kind.safety_cost), _median(kind.utility_loss)
 
 
 def _median(numbers: Spread | None) -> str:

@@ -33,7 +33,7 @@ from deltaguard.solvers import (
 )
 from deltaguard.solvers.solution import check_matrices, is_finite, working_dtype
 
-_UNCHANGED = Outcome(kept_fraction=1.0, safety_cost=0.0, utility_loss=0.0, detail={"delta_norm": 0.0})
+_UNCHANGED = Outcome(kept_energy=1.0, safety_cost=0.0, utility_loss=0.0, detail={"delta_norm": 0.0})
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def factors_of(inputs: LayerDelta, config: RestoreConfig, mu: float | None) -> t
     dtype = inputs.pair[0].dtype if isinstance(inputs, Inputs) else DTYPES[inputs.step.info.dtype]
     found, outcome = _factors(inputs, config, mu)
     factors = LowRank(found.down.to(dtype), found.up.to(dtype), found.residual)
-    numbers = {"adapter_rank": float(len(factors.down)), "adapter_residual": factors.residual}
+    numbers = {"adapter_rank": len(factors.down), "adapter_residual": factors.residual}
     row = _row(inputs.step, replace(outcome, detail={**outcome.detail, **numbers}), started)
     return factors, row
 
@@ -228,7 +228,8 @@ def _row(step: Step, outcome: Outcome, started: float) -> LayerRow:
         name=step.info.name,
         shape=step.info.shape,
         delta_norm=own.pop("delta_norm"),
-        kept_fraction=outcome.kept_fraction,
+        kept_energy=outcome.kept_energy,
+        kept_entries=outcome.kept_entries,
         safety_cost=None if math.isnan(outcome.safety_cost) else outcome.safety_cost,
         utility_loss=outcome.utility_loss,
         seconds=time.perf_counter() - started,

@@ -90,10 +90,10 @@ def restore(
     Example:
         ```python
         report = restore("Qwen/Qwen3-0.6B", "./my-finetune", "./restored", store="./store")
-        print(report.kept_fraction, report.safety_cost)
+        print(report.kept_energy, report.safety_cost)
         ```
     """
-    started = time.perf_counter()
+    started, memory = time.perf_counter(), peak_memory_bytes()
     config = config or RestoreConfig()
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
     plan = job.plan(config)
@@ -102,7 +102,7 @@ def restore(
         refuse_what_no_adapter_holds(job, plan)
     output = describe_output(job, plan, Path(output_dir), config)
     finished = finished_report(job, output, config)
-    return finished or _written(job, plan, output, config, metadata, started, progress)
+    return finished or _written(job, plan, output, config, metadata, started, memory, progress)
 
 
 def _written(
@@ -112,6 +112,7 @@ def _written(
     config: RestoreConfig,
     metadata: Mapping[str, Any] | None,
     started: float,
+    memory: int,
     progress: Progress | None,
 ) -> RestoreReport:
     """Write the output."""
@@ -126,7 +127,7 @@ def _written(
             # Of no use, so there is nothing to resume.
             writer.discard()
             raise
-        report = _report(job, config, price, rows, output, started)
+        report = _report(job, config, price, rows, output, started, memory)
         writer.text(CARD_NAME, model_card(report, front_matter=metadata))
         report = report.model_copy(update={"files": _files(writer)})
         writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
@@ -317,6 +318,7 @@ def _report(
     rows: Sequence[LayerRow | OtherRow],
     output: Output,
     started: float,
+    memory: int,
 ) -> RestoreReport:
     layers = tuple(row for row in rows if isinstance(row, LayerRow))
     changed = [row for row in layers if row.delta_norm > 0]
@@ -324,8 +326,8 @@ def _report(
     norms = [row.delta_norm**2 for row in changed]
     costs = [row.safety_cost for row in changed if row.safety_cost is not None]
     lost = sum(row.utility_loss * norm for row, norm in zip(changed, norms, strict=True))
-    weights = norms if price else entries
-    kept = sum(row.kept_fraction * weight for row, weight in zip(changed, weights, strict=True))
+    kept = sum(row.kept_energy * norm for row, norm in zip(changed, norms, strict=True))
+    selected = [row.kept_entries for row in changed if row.kept_entries is not None]
     return RestoreReport(
         environment=environment(price.dial.device if price and price.dial else "cpu"),
         aligned=job.aligned_reference,
@@ -339,14 +341,15 @@ def _report(
         mu=min(price.mu, PROHIBITIVE) if price else None,
         predicted_safety_kl=_predicted(changed) if price else None,
         dial=price.dial if price else None,
-        kept_fraction=kept / sum(weights) if changed else 1.0,
+        kept_energy=kept / sum(norms) if changed else 1.0,
+        kept_entries=statistics.fmean(selected, entries) if selected else None,
         utility_loss=lost / sum(norms) if changed else 0.0,
         safety_cost=statistics.median(costs) if costs else None,
         seconds={
             "total": time.perf_counter() - started,
             "solve": sum(row.seconds for row in layers),
         },
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak if (peak := peak_memory_bytes()) > memory else None,
         warnings=job.store.provenance.warnings if job.store else (),
     )
 

@@ -77,7 +77,7 @@ def sweep(
         ```python
         report = sweep("Qwen/Qwen3-0.6B", "./my-finetune", "./sweep", store="./store")
         for point in report.points:
-            print(point.safety_kl, point.kept_fraction)
+            print(point.safety_kl, point.kept_energy)
         ```
     """
     started = time.perf_counter()
@@ -189,7 +189,7 @@ class _Bench:
                     mu=mu,
                     safety_kl=self.candidate.meter.measure().mean,
                     predicted_safety_kl=joint.predicted_kl(mu),
-                    kept_fraction=joint.kept(mu) / joint.energy,
+                    kept_energy=joint.kept(mu) / joint.energy,
                     utility_nll=self.candidate.meter.likelihood(self.tasks) if self.tasks else None,
                 )
                 self.report(Event("measure", len(points), len(points)))

@@ -76,7 +76,7 @@ def read_report(folder: Path) -> RestoreReport:
             "did not finish."
         )
     return read_json(
-        path, RestoreReport, remedy="Copy the report again from where it was written, or restore again."
+        path, RestoreReport, remedy="Restore again, or copy the report again from where it was written."
     )
 
 

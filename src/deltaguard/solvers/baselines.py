@@ -24,7 +24,7 @@ def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution
         alpha: share of the delta that is kept, in [0, 1]; both ends are exact.
 
     Returns:
-        aligned + alpha · delta. `kept_fraction` is alpha, `safety_cost` NaN: no curvature is known.
+        aligned + alpha · delta. `kept_energy` is alpha, `safety_cost` NaN: no curvature is known.
 
     Raises:
         ValueError: shapes do not fit, an entry is not finite, or alpha is outside [0, 1].
@@ -46,7 +46,7 @@ def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution
         torch.lerp(base, target, alpha, out=weight[rows])
     return Solution(
         weight=weight,
-        kept_fraction=alpha,
+        kept_energy=alpha,
         safety_cost=math.nan,
         utility_loss=(1 - alpha) ** 2,
         detail={"delta_norm": math.sqrt(norm)},

@@ -134,7 +134,7 @@ def kfac(
         mu: as in `ridge`. With it in nats, one value serves all layers.
 
     Returns:
-        The optimum; `kept_fraction` is ⟨Δ', Δ⟩ / ‖Δ‖². `detail` holds `safety_kl_share`, tr(G Δ' H Δ'ᵀ) /
+        The optimum; `kept_energy` falls with `mu`. `detail` holds `safety_kl_share`, tr(G Δ' H Δ'ᵀ) /
         tr(G Δ H Δᵀ), and `predicted_safety_kl`, half of tr(G Δ' H Δ'ᵀ).
 
     Raises:
@@ -204,7 +204,7 @@ def outcome_of(projection: Projection | ThinProjection, mu: float) -> Outcome:
         raise ValueError(f"mu is {mu}; it must be 0 or more.")
     spread = projection.directions.profile()
     return Outcome(
-        kept_fraction=share(spread.kept(mu), spread.energy),
+        kept_energy=share(spread.kept(mu), spread.energy),
         safety_cost=projection.directions.safety_cost(mu),
         utility_loss=share(spread.lost(mu), spread.energy),
         detail={

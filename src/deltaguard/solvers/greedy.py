@@ -56,6 +56,7 @@ class _Sums:
 
     Attributes:
         norm: ‖Δ‖².
+        kept: ⟨Δ', Δ⟩.
         lost: ‖Δ' - Δ‖².
         remaining: ‖Δ'‖².
         damped_before: tr(Δ H_damped Δᵀ).
@@ -63,6 +64,7 @@ class _Sums:
     """
 
     norm: float = 0.0
+    kept: float = 0.0
     lost: float = 0.0
     remaining: float = 0.0
     damped_before: float = 0.0
@@ -71,6 +73,7 @@ class _Sums:
     def add(self, part: "_Sums") -> None:
         """Add the sums over other rows."""
         self.norm += part.norm
+        self.kept += part.kept
         self.lost += part.lost
         self.remaining += part.remaining
         self.damped_before += part.damped_before
@@ -169,7 +172,8 @@ def greedy_factored(
     after = max(sums.damped_after - factor.damping * sums.remaining, 0.0)
     return Solution(
         weight=weight,
-        kept_fraction=selection.entries(*aligned.shape) / aligned.numel(),
+        kept_energy=share(sums.kept, sums.norm),
+        kept_entries=selection.entries(*aligned.shape) / aligned.numel(),
         safety_cost=share(after, before),
         utility_loss=share(sums.lost, sums.norm),
         detail={
@@ -224,11 +228,12 @@ def _restore_rows(
     if len(selection.boundary_rows):
         column = order[edge - 1]
         weight[selection.boundary_rows, column] = target[selection.boundary_rows, column]
-    kept = squared_norm(delta[:, edge:])
+    selected, rest = squared_norm(delta[:, edge:]), delta[:, :edge]
     return _Sums(
-        norm=kept + squared_norm(delta[:, :edge]),
-        lost=squared_norm(unselected - delta[:, :edge]),
-        remaining=kept + squared_norm(unselected),
+        norm=selected + squared_norm(rest),
+        kept=selected + float((unselected * rest).sum(dim=1, dtype=torch.float64).sum()),
+        lost=squared_norm(unselected - rest),
+        remaining=selected + squared_norm(unselected),
         damped_before=before,
         damped_after=after,
     )

@@ -132,7 +132,8 @@ def _describe(weight: Tensor, aligned: Tensor, target: Tensor, hessian: Tensor, 
     after = float(((restored @ hessian) * restored).sum())
     return Solution(
         weight=weight,
-        kept_fraction=kept / weight.numel(),
+        kept_energy=share(float((restored * delta).sum(dtype=torch.float64)), norm),
+        kept_entries=kept / weight.numel(),
         safety_cost=share(after, before),
         utility_loss=share(squared_norm(restored - delta), norm),
         detail={"delta_norm": math.sqrt(norm)},

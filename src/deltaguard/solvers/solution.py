@@ -16,15 +16,18 @@ class Outcome:
     """What was kept of one linear layer's delta, and at what cost.
 
     Attributes:
-        kept_fraction: share of the entries that carry the fine-tuned value; of a closed form, which shrinks
-            them all, ⟨Δ', Δ⟩ / ‖Δ‖².
+        kept_energy: ⟨Δ', Δ⟩ / ‖Δ‖², the share of the delta's energy that is left; 0 is the aligned weight, 1
+            the fine-tuned one.
+        kept_entries: share of the entries that carry the fine-tuned value; None where the method selects no
+            entries, because it shrinks them all.
         safety_cost: tr(Δ' H Δ'ᵀ) / tr(Δ H Δᵀ), where Δ' is the restored delta; 0 is the aligned
             weight, 1 the fine-tuned one. NaN where the method knows no curvature.
         utility_loss: ‖Δ' - Δ‖² / ‖Δ‖²; 0 is the fine-tuned weight, 1 the aligned one.
         detail: `delta_norm`, ‖Δ‖, and numbers that belong to one method, such as the dampening needed.
     """
 
-    kept_fraction: float
+    kept_energy: float
+    kept_entries: float | None = None
     safety_cost: float
     utility_loss: float
     detail: Mapping[str, float] = field(default_factory=dict[str, float])

@@ -37,7 +37,7 @@ def safe_lora(aligned: Tensor, finetuned: Tensor, pretrained: Tensor, *, thresho
             above 1 projects every one.
 
     Returns:
-        The weight. `kept_fraction` is 1 or 0, `safety_cost` NaN: no curvature is known. `detail` holds the
+        The weight. `kept_entries` is 1 or 0, `safety_cost` NaN: no curvature is known. `detail` holds the
         `similarity`, see `alignment_similarity`.
 
     Raises:
@@ -55,11 +55,13 @@ def safe_lora(aligned: Tensor, finetuned: Tensor, pretrained: Tensor, *, thresho
     projected = _project(layer)
     if projected.similarity >= threshold:
         return _kept(layer, projected)
-    weight, lost = projected.delta, 0.0
+    weight, kept, lost = projected.delta, 0.0, 0.0
     for rows in row_blocks(weight):
-        lost += squared_norm(weight[rows] - layer.delta(rows))
+        delta = layer.delta(rows)
+        kept += _product(weight[rows], delta)
+        lost += squared_norm(weight[rows] - delta)
         weight[rows] += layer.aligned[rows]
-    return _solution(weight, projected, kept=0.0, lost=lost)
+    return _solution(weight, projected, kept=kept, lost=lost)
 
 
 def safe_merge(
@@ -85,7 +87,7 @@ def safe_merge(
         alpha: share of the fine-tuned delta in a merged layer, in [0, 1].
 
     Returns:
-        The weight. `kept_fraction` is 1 or alpha, `safety_cost` NaN: no curvature is known.
+        The weight. `kept_entries` is 1 or 0, `safety_cost` NaN: no curvature is known.
 
     Raises:
         ValueError: shapes do not fit, an entry is not finite, or an option is out of range.
@@ -104,12 +106,13 @@ def safe_merge(
     projected = _project(layer)
     if projected.similarity >= threshold:
         return _kept(layer, projected)
-    weight, lost = projected.delta, 0.0
+    weight, kept, lost = projected.delta, 0.0, 0.0
     for rows in row_blocks(weight):
         # aligned + alpha · Δ + (1 - alpha) · Δ_safe lies between the two fine-tuned weights.
         torch.lerp(safe[rows].to(layer.dtype), finetuned[rows].to(layer.dtype), alpha, out=weight[rows])
+        kept += _product(weight[rows] - aligned[rows], layer.delta(rows))
         lost += squared_norm(weight[rows] - finetuned[rows])
-    return _solution(weight, projected, kept=alpha, lost=lost)
+    return _solution(weight, projected, kept=kept, lost=lost)
 
 
 def alignment_similarity(aligned: Tensor, finetuned: Tensor, pretrained: Tensor) -> float:
@@ -207,13 +210,18 @@ def _project(layer: _Layer) -> _Projected:
 
 def _kept(layer: _Layer, projected: _Projected) -> Solution:
     weight = projected.delta.copy_(layer.finetuned)
-    return _solution(weight, projected, kept=1.0, lost=0.0)
+    return _solution(weight, projected, kept=projected.squared_norm, lost=0.0)
+
+
+def _product(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum(dtype=torch.float64))
 
 
 def _solution(weight: Tensor, projected: _Projected, *, kept: float, lost: float) -> Solution:
     return Solution(
         weight=weight,
-        kept_fraction=kept,
+        kept_energy=share(kept, projected.squared_norm),
+        kept_entries=0.0 if lost else 1.0,
         safety_cost=math.nan,
         utility_loss=share(lost, projected.squared_norm),
         detail={"delta_norm": math.sqrt(projected.squared_norm), "similarity": projected.similarity},

@@ -51,7 +51,7 @@ class DemoReport(Record):
         seed: seed of the fine-tunes and of the task.
     """
 
-    schema_version: int = 1
+    schema_version: int = 2
     environment: Environment
     kept_gain: float | None
     models: tuple[ModelRow, ...]

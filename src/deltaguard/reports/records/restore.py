@@ -21,7 +21,9 @@ class LayerRow(Record):
         name: the tensor's name in the fine-tuned checkpoint.
         shape: as stored.
         delta_norm: ‖Δ‖, Frobenius.
-        kept_fraction: share of the delta's entries at the fine-tuned value; with a price ⟨Δ', Δ⟩ / ‖Δ‖².
+        kept_energy: ⟨Δ', Δ⟩ / ‖Δ‖², share of the delta's energy.
+        kept_entries: share of the delta's entries at the fine-tuned value; null where the method selects no
+            entries, or there is no delta.
         safety_cost: tr(Δ'HΔ'ᵀ) / tr(ΔHΔᵀ), with H as the store keeps it; null where no curvature is known.
         utility_loss: ‖Δ' - Δ‖² / ‖Δ‖².
         seconds: time of the solver.
@@ -31,11 +33,12 @@ class LayerRow(Record):
     name: str
     shape: tuple[Count, ...]
     delta_norm: float = Field(ge=0)
-    kept_fraction: float
+    kept_energy: float
+    kept_entries: float | None
     safety_cost: float | None
     utility_loss: float
     seconds: Seconds
-    detail: Mapping[str, float] = Field(default_factory=dict[str, float])
+    detail: Mapping[str, int | float] = Field(default_factory=dict[str, int | float])
 
 
 class OtherRow(Record):
@@ -122,15 +125,17 @@ class RestoreReport(Record):
         mu: the price of safety of all layers, null for methods that have none.
         predicted_safety_kl: ½ Σ tr(G Δ' H Δ'ᵀ) over the layers, nats per response token; likewise.
         dial: how the price was found, null where a strength decided.
-        kept_fraction: mean over the layers that differ, weighted by entries, with a price by ‖Δ‖².
+        kept_energy: Σ⟨Δ', Δ⟩ / Σ‖Δ‖² over the layers that differ.
+        kept_entries: mean over them, weighted by entries; null where the method selects none.
         utility_loss: Σ‖Δ' - Δ‖² / Σ‖Δ‖² over them.
         safety_cost: median over them, null without curvature.
         seconds: wall time: total of this run, solve of all layers (those of an interrupted run included).
-        peak_memory_bytes: largest resident memory of the process.
+        peak_memory_bytes: largest resident memory of the process; null where that is of what it did before
+            the restore, so that the restore's own is not known.
         warnings: what must be known besides, a sentence or two each.
     """
 
-    schema_version: int = 1
+    schema_version: int = 2
     environment: Environment
     aligned: ModelReference
     finetuned: ModelReference
@@ -143,11 +148,12 @@ class RestoreReport(Record):
     mu: float | None = None
     predicted_safety_kl: float | None = None
     dial: Dial | None = None
-    kept_fraction: float
+    kept_energy: float
+    kept_entries: float | None
     utility_loss: float
     safety_cost: float | None
     seconds: Mapping[str, Seconds]
-    peak_memory_bytes: Count
+    peak_memory_bytes: Count | None
     warnings: tuple[str, ...] = ()
 
 

@@ -17,7 +17,7 @@ class SweepPoint(Record):
         mu: the price of safety; 0 is the whole delta.
         safety_kl: measured on held-out safety conversations, nats per response token.
         predicted_safety_kl: by the curvature, likewise.
-        kept_fraction: ⟨Δ', Δ⟩ / ‖Δ‖² over all layers.
+        kept_energy: ⟨Δ', Δ⟩ / ‖Δ‖² over all layers, share of the delta's energy.
         utility_nll: mean negative log-likelihood of the user's utility data, nats per response token; null
             without any.
     """
@@ -25,7 +25,7 @@ class SweepPoint(Record):
     mu: float = Field(ge=0)
     safety_kl: float
     predicted_safety_kl: float
-    kept_fraction: float
+    kept_energy: float
     utility_nll: float | None
 
 
@@ -64,7 +64,7 @@ class SweepReport(Record):
         warnings: what must be known besides, a sentence or two each.
     """
 
-    schema_version: int = 1
+    schema_version: int = 2
     environment: Environment
     aligned: ModelReference
     finetuned: ModelReference
