@@ -208,7 +208,10 @@ def append_journal(path: Path, line: str) -> None:
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("ab", buffering=0) as file:
-            file.write(line.encode() + b"\n")
+            # On a disk that is nearly full a first part may be written without an error.
+            rest = line.encode() + b"\n"
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
     except OSError:
         if path.exists():
