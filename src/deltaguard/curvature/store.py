@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
+from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature.contents import (
     PACKED_FIELDS,
     Group,
@@ -31,7 +32,6 @@ from deltaguard.curvature.moments import Packed, merge, normalise, unpack_factor
 from deltaguard.curvature.opening import Opened, open_files
 from deltaguard.curvature.store_format import (
     MANIFEST,
-    HeldOut,
     Manifest,
     Provenance,
     StoredGroup,
@@ -116,7 +116,7 @@ class CurvatureStore:
         return self._by_tensor.get(tensor)
 
     @property
-    def held_out(self) -> tuple[HeldOut, ...]:
+    def held_out(self) -> tuple[Conversation, ...]:
         """Safety conversations that the curvature does not know, answered by the aligned model."""
         return self.manifest.held_out
 

@@ -149,12 +149,11 @@ class Candidate:
         Raises:
             DeltaguardError: it cannot be loaded, or does not fit into memory.
         """
-        from deltaguard.chat.conversations import Conversation
         from deltaguard.restoration.safety_kl import SafetyMeter
 
         job, config = trial.job, trial.config
         store = known_store(job)
-        held_out = [Conversation(row.prompt, row.system, row.response) for row in store.held_out]
+        held_out = store.held_out
         is_adapter = config.output_format == "adapter"
         files = output_files(job.aligned, job.finetuned, config_from=config.config_from, adapter=is_adapter)
         with loadable(files) as output:

@@ -171,7 +171,7 @@ def _stage_adapter(
     trial: Trial, price: Price, writer: CheckpointWriter, progress: Progress
 ) -> list[LayerRow | OtherRow]:
     """Restore layer by layer and stage the adapter; `commit_adapter` moves it into place."""
-    from deltaguard.curvature.skeleton import module_names
+    from deltaguard.models.loading import module_names
 
     job = trial.job
     rows: list[LayerRow | OtherRow] = [*trial.other_rows()]
