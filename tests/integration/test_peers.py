@@ -121,7 +121,10 @@ def test_more_strength_leaves_less_to_lose(tmp_path, method):
     lowest = peer.strengths(peer.options()).low
 
     def lost(strength):
-        found = write(method, strength, tmp_path / str(strength))
+        try:
+            found = write(method, strength, tmp_path / str(strength))
+        except UnchangedError:
+            return 0
         return sum(float((found[name] - tuned[name]).double().square().sum()) for name in tuned)
 
     losses = [lost(strength) for strength in sorted({lowest, *peer.ladder})]

@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Group
 
-from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
+from deltaguard.cli.sink import Json, UsageError, checked, emit, hide_bars_of_transformers, progress_bar, warn
 from deltaguard.restoration.options import ConfigFrom, OtherParams, RestoreConfig
 
 
@@ -50,6 +50,8 @@ def sweep(
     options = {"method": method, "confidence": confidence, "memory": memory, "device": device}
     options |= {"other_params": other_params, "config_from": config_from}
     config = checked(RestoreConfig, options)
+    if not config.is_priced:
+        raise UsageError(f"A sweep needs a method with a price to vary; {method} has none.")
     for limit in max_safety_kl:
         checked(RestoreConfig, options | {"max_safety_kl": limit})
     from deltaguard.cli.folder import draw_folder

@@ -42,7 +42,7 @@ class Price:
         dial: how it was found, None where a strength was given.
     """
 
-    mu: Annotated[float, Field(allow_inf_nan=False)]
+    mu: Annotated[float, Field(ge=0)]
     dial: Dial | None
 
 

@@ -4,9 +4,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from deltaguard.curvature.rank import Rank
+from deltaguard.errors import listed
+from deltaguard.files import problems
 from deltaguard.methods import METHODS, find_method
 from deltaguard.methods.method import ROLES, Method, Options, PricedMethod, Role, Strengths
 from deltaguard.models.canonical import ConfigFrom
@@ -85,7 +87,9 @@ class RestoreConfig(BaseModel):
             return given
         name = given.get("method", cls.model_fields["method"].default)
         if name not in METHODS:
-            raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}.")
+            close = difflib.get_close_matches(str(name), METHODS, n=1)
+            meant = f' Did you mean "{close[0]}"?' if close else ""
+            raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}.{meant}")
         method, known = METHODS[name], cls.model_fields
         own = {key: value for key, value in given.items() if key in method.options.model_fields}
         models = {role: str(given[role]) for role in method.models if given.get(role) is not None}
@@ -100,9 +104,12 @@ class RestoreConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> "RestoreConfig":
         method = self.solver
-        object.__setattr__(
-            self, "method_options", self.own_options.model_dump(exclude_unset=True)
-        )  # Options of another type are refused here.
+        try:
+            own = self.own_options
+        except ValidationError as error:
+            raise ValueError(listed(f"options of method {self.method}", problems(error))) from error
+        # Texts, as a command line gives them, are what they say.
+        object.__setattr__(self, "method_options", own.model_dump(exclude_unset=True))
         if self.max_safety_kl is not None and not self.is_priced:
             priced = " and ".join(m.name for m in METHODS.values() if isinstance(m, PricedMethod))
             raise ValueError(f"max_safety_kl is the dial of methods {priced}; {self.method} has none.")
