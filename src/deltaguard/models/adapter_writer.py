@@ -21,7 +21,6 @@ from deltaguard.models.checkpoint import Checkpoint, name_map
 from deltaguard.models.durable import explained
 from deltaguard.models.hub import is_local
 from deltaguard.models.layout import ADAPTER_CONFIG
-from deltaguard.models.mirror import model_files
 from deltaguard.models.shards import DTYPES, tensor_bytes
 from deltaguard.models.writer import CheckpointWriter
 
@@ -88,7 +87,7 @@ def stage_adapter(
         with writer.shard(ADAPTER_FILE, spool.header()) as shard:
             for name, tensor in spool.tensors():
                 shard.write(name, tensor)
-    for name, source in (model_files(aligned) if companions is None else companions).items():
+    for name, source in (aligned.files() if companions is None else companions).items():
         if part_of(name) != "config":
             writer.copy(source, name)
     config = _config(aligned.reference, written, modules)

@@ -16,9 +16,8 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.models.adapter_writer import commit_adapter
-from deltaguard.models.companions import refuse_links_out
 from deltaguard.models.journal import FileRecord
-from deltaguard.models.mirror import bring_along
+from deltaguard.models.mirror import bring_along, refuse_links_out
 from deltaguard.models.shards import DTYPES
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress
