@@ -18,7 +18,7 @@ from deltaguard.restoration.plan import Action, Plan, Step
 from deltaguard.restoration.price import restored_deltas, restored_steps
 from deltaguard.solvers.low_rank import LowRank
 
-Layer = tuple[str, LowRank, bool]
+Layer = tuple[str, LowRank]
 
 
 def refuse_what_no_adapter_holds(job: Job, plan: Plan) -> None:
@@ -90,4 +90,4 @@ def _layers(
         factors, row = factors_of(inputs, config, mu)
         rows.append(row)
         report(Event("restore", number, len(steps)))
-        yield inputs.step.aligned_name.removesuffix(".weight"), factors, inputs.step.transposed
+        yield inputs.step.aligned_name.removesuffix(".weight"), factors
