@@ -304,7 +304,7 @@ if __name__ == "__main__":
     os.fsync = lambda descriptor: None
     source, work = Checkpoint.open(sys.argv[1]), Path(sys.argv[2])
     given = layers_of(source, ranks=(2, 3))
-    write(work / "new", source, given, modules=[name for name, _, _ in given])
+    write(work / "new", source, given, modules=[name for name, _ in given])
     finished = contents(work / "new")
     earlier = {**finished, CONFIG: b"old", WEIGHTS: b"old weights"}
     earlier["deltaguard_report.json"] = report_of(earlier).encode()
