@@ -20,7 +20,7 @@ from deltaguard.memory import peak_memory_bytes
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.results import DEMO, PAGE_NAME, results_folder, write_page
 from deltaguard.progress import Event, Progress, ignore
-from deltaguard.reports.html import demo_page
+from deltaguard.reports.demo import demo_page
 from deltaguard.reports.records.base import RateRow, environment
 from deltaguard.reports.records.demo import DEMO_NAME, DemoReport, ModelName, ModelRow, Sample
 from deltaguard.reports.records.restore import RestoreReport
