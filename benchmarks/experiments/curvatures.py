@@ -10,7 +10,6 @@ from benchmarks.experiments.sums import Totals
 from deltaguard.curvature.observe import Observed
 from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import Spectrum, scaled_identity, spectrum
-from deltaguard.solvers.spectrum import raised
 
 _HEAD = 64
 """Rows of a block: the size of an attention head of SmolLM2."""
@@ -49,13 +48,13 @@ def input_spectra(observed: Sequence[Observed], found: Mapping[str, Spectra]) ->
 
 def whole(matrix: Tensor) -> Spectrum:
     """All eigenpairs, none of them free."""
-    return raised(spectrum((matrix + matrix.T) / 2))
+    return spectrum((matrix + matrix.T) / 2).floored()
 
 
 def diagonal(matrix: Tensor) -> Spectrum:
     """Its diagonal alone."""
     values, order = matrix.diagonal().sort(descending=True)
-    return raised(Spectrum(values.clone(), torch.eye(len(values))[:, order], 0.0))
+    return Spectrum(values.clone(), torch.eye(len(values))[:, order], 0.0).floored()
 
 
 def trace(matrix: Tensor) -> Spectrum:
@@ -69,7 +68,7 @@ def blocks(matrix: Tensor) -> Spectrum:
         torch.stack([matrix[i : i + _HEAD, i : i + _HEAD] for i in range(0, len(matrix), _HEAD)])
     )
     flat, order = values.flatten().clamp_min(0).sort(descending=True)
-    return raised(Spectrum(flat, torch.block_diag(*vectors)[:, order], 0.0))
+    return Spectrum(flat, torch.block_diag(*vectors)[:, order], 0.0).floored()
 
 
 def stored(share: float) -> Decompose:

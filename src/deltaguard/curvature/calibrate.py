@@ -14,38 +14,29 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltaguard.chat.conversations import (
-    Conversation,
-    Encoded,
-    build_conversations,
-    encode,
-    fingerprint,
-    read_prompts,
-    sample,
-    takes_system_role,
-)
+from deltaguard.chat.conversations import Conversation, build_conversations, fingerprint, read_prompts, sample
 from deltaguard.chat.refusals import is_refusal as opens_with_refusal
+from deltaguard.chat.template import takes_system_role
+from deltaguard.chat.tokens import Batch, batches, context_length, encode
 from deltaguard.curvature.contents import Group, GroupCurvature, group_curvature, share_within
 from deltaguard.curvature.observe import (
     INPUT,
     Accumulator,
-    Batch,
     Observed,
     Partial,
-    batches,
     observe,
-    refuse_experts,
     sum_sizes,
     take_sums,
 )
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.responses import respond
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import HeldOut, Provenance, Request, versions, write_store
+from deltaguard.curvature.store_format import Provenance, Request, versions, write_store
 from deltaguard.curvature.workspace import Workspace
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.families import refuse_experts
 from deltaguard.models.identity import identify
 from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
@@ -136,7 +127,7 @@ def calibrate(
     """
     config = config or CalibrateConfig()
     source = Checkpoint.open(aligned)
-    refuse_experts(source)
+    refuse_experts(source.reference, source.config, source.tensors)
     asked = _asked(conversations, config)
     device = find_device(config.device)
     request = _request(source, asked, config, device)
@@ -193,7 +184,7 @@ class _Measured:
 
     groups: tuple[Group, ...]
     partials: dict[str, Partial]
-    held_out: tuple[HeldOut, ...]
+    held_out: tuple[Conversation, ...]
     provenance: Provenance
 
 
@@ -263,10 +254,10 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         on_batch=lambda done, total: run.report(Event("respond", done, total)),
     )
     used, kept = answered[: len(run.asked.calibration)], answered[len(run.asked.calibration) :]
-    limit = _positions(model, request.max_length)
+    limit = context_length(model.config, request.max_length)
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in used]
-    kept = [c for c in kept if _has_response(encode(tokenizer, c, max_length=limit))]
-    for what, found in (("", any(map(_has_response, texts))), ("held-out ", bool(kept))):
+    kept = [c for c in kept if encode(tokenizer, c, max_length=limit).has_response]
+    for what, found in (("", any(text.has_response for text in texts)), ("held-out ", bool(kept))):
         if not found:
             raise DeltaguardError(
                 f"No {what}conversation has a response within {limit} tokens: nothing can be learned about "
@@ -280,7 +271,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     return _Measured(
         groups=groups,
         partials=partials,
-        held_out=tuple(HeldOut(c.prompt, c.system, c.response or "") for c in kept),
+        held_out=tuple(kept),
         provenance=Provenance(
             **request.model_dump(),
             aligned=run.source.reference,
@@ -306,15 +297,6 @@ def _load(run: _Run) -> tuple[Any, Any]:
     model = model.to(run.device).requires_grad_(requires_grad=False)
     run.report(Event("load", 1, 1))
     return tokenizer, model
-
-
-def _has_response(text: Encoded) -> bool:
-    return len(text.ids) > text.prompt_length
-
-
-def _positions(model: Any, max_length: int) -> int:
-    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(max_length, positions or max_length)
 
 
 def _accumulate(

@@ -9,14 +9,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
-from deltaguard.chat.conversations import Encoded
-from deltaguard.chat.logits import logits_at
+from deltaguard.chat.predictions import logits_at
+from deltaguard.chat.tokens import Batch
 from deltaguard.curvature.contents import Group, Layer, Sums
 from deltaguard.curvature.moments import Moment, accumulate
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import WeightSource, name_map
+from deltaguard.models.families import is_conv1d, is_linear, modules_in_blocks
 
 _Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 _Add = Callable[[str, Tensor], None]
@@ -49,21 +49,6 @@ class Partial:
     batches: int
 
 
-def refuse_experts(source: WeightSource) -> None:
-    """Refuse mixtures of experts from the checkpoint's headers, before any weight is read.
-
-    Raises:
-        DeltaguardError: a tensor lies under a module named `experts`.
-    """
-    found = [name for name in source.tensors if "experts" in name.split(".")]
-    if found:
-        architecture = ", ".join(source.config.get("architectures") or ["of unknown architecture"])
-        raise DeltaguardError(
-            f"{source.reference} ({architecture}) is a mixture of experts: {len(found)} expert tensors, such "
-            f"as `{found[0]}`. Each expert sees its own tokens, and deltaguard cannot calibrate that yet."
-        )
-
-
 def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[Observed], tuple[str, ...]]:
     """Find the linear layers of the decoder blocks, and group them by the tensor object they receive.
 
@@ -81,8 +66,8 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
             the same values, or see something other than one row per token. All are listed.
     """
     decoder = model.get_decoder()
-    inside = _block_modules(model, decoder)
-    linear = {name: m for name, m in inside.items() if isinstance(m, nn.Linear | Conv1D)}
+    inside = modules_in_blocks(model)
+    linear = {name: m for name, m in inside.items() if is_linear(m)}
     groups = _shared_inputs(decoder, linear, ids)
     if not groups:
         raise DeltaguardError(
@@ -105,25 +90,6 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
     return observed, tuple(sorted(names.get(name, name) for name in weights - covered))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Conversations side by side, padded at the end.
-
-    Attributes:
-        ids: token ids, (conversations, tokens).
-        mask: False for padding, the same shape.
-        answering: True where the next token is one of the response, the same shape.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    answering: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        return Batch(self.ids.to(device), self.mask.to(device), self.answering.to(device))
-
-
 def sum_sizes(observed: Sequence[Observed]) -> dict[str, int]:
     """The sums that calibration takes, and how many rows and columns each has."""
     sizes: dict[str, int] = {}
@@ -137,25 +103,6 @@ def take_sums(group: Group, partials: MutableMapping[str, Partial]) -> Sums:
     """The sums of one group, which the mapping gives up."""
     outputs = tuple(partials.pop(layer.name + OUTPUT).moment.total for layer in group.layers)
     return Sums(partials.pop(group.name + INPUT).moment, outputs)
-
-
-def batches(texts: Sequence[Encoded], size: int) -> list[Batch]:
-    """Conversations in batches, longest first: a run that does not fit into memory fails at its beginning."""
-    ordered = sorted(texts, key=lambda text: len(text.ids), reverse=True)
-    return [padded(ordered[start : start + size]) for start in range(0, len(ordered), size)]
-
-
-def padded(texts: Sequence[Encoded]) -> Batch:
-    """Put conversations side by side, padded at the end, where a causal model does not see it."""
-    shape = len(texts), max(len(text.ids) for text in texts)
-    ids = torch.zeros(shape, dtype=torch.long)
-    mask, answering = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        length = len(text.ids)
-        ids[row, :length] = torch.tensor(text.ids)
-        mask[row, :length] = True
-        answering[row, text.prompt_length - 1 : length - 1] = True
-    return Batch(ids, mask, answering)
 
 
 class Accumulator:
@@ -276,20 +223,12 @@ def _forward(decoder: Any, ids: Tensor, mask: Tensor) -> None:
     decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False)
 
 
-def _block_modules(model: Any, decoder: nn.Module) -> dict[str, nn.Module]:
-    """The decoder's modules inside a list of blocks, by their names in the model."""
-    mine = set(decoder.modules())
-    named = {name: module for name, module in model.named_modules() if module in mine}
-    lists = tuple(f"{name}." for name, module in named.items() if isinstance(module, nn.ModuleList))
-    return {name: module for name, module in named.items() if name.startswith(lists)}
-
-
 def _matrices(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1]
 
 
 def _in_features(module: nn.Module) -> int:
-    return cast("Tensor", module.weight).shape[0 if isinstance(module, Conv1D) else 1]
+    return cast("Tensor", module.weight).shape[0 if is_conv1d(module) else 1]
 
 
 def _shared_inputs(decoder: Any, linear: Mapping[str, nn.Module], ids: Sequence[int]) -> list[list[str]]:
@@ -341,7 +280,7 @@ def _layers(
                 f"`{tensor}`, {tuple(stored.shape)}, differs from the model's `{name}.weight`, "
                 f"{tuple(weight.shape)}"
             )
-        layers[name] = Layer(tensor, isinstance(module, Conv1D), weight.numel() // _in_features(module))
+        layers[name] = Layer(tensor, is_conv1d(module), weight.numel() // _in_features(module))
     if problems:
         raise DeltaguardError(
             listed(f"transformers changes weights of {source.reference} while it loads them", problems)

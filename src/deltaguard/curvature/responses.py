@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from deltaguard.chat.conversations import Conversation, render
+from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
+from deltaguard.chat.template import render
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_journal
 

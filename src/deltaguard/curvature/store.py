@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
+from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature.contents import (
     PACKED_FIELDS,
     Group,
@@ -31,7 +32,6 @@ from deltaguard.curvature.moments import Packed, merge, normalise, unpack_factor
 from deltaguard.curvature.opening import Opened, open_files
 from deltaguard.curvature.store_format import (
     MANIFEST,
-    HeldOut,
     Manifest,
     Provenance,
     StoredGroup,
@@ -116,7 +116,7 @@ class CurvatureStore:
         return self._by_tensor.get(tensor)
 
     @property
-    def held_out(self) -> tuple[HeldOut, ...]:
+    def held_out(self) -> tuple[Conversation, ...]:
         """Safety conversations that the curvature does not know, answered by the aligned model."""
         return self.manifest.held_out
 
@@ -126,7 +126,7 @@ class CurvatureStore:
         return self.provenance.rank == "full"
 
     def input_spectrum(self, group: str) -> Spectrum:
-        """Eigenpairs of H, the mean of x xᵀ over the tokens.
+        """Read the eigenpairs of H, the mean of x xᵀ over the tokens, as prices (see `Spectrum.floored`).
 
         Raises:
             DeltaguardError: the store has no such group.
@@ -135,7 +135,7 @@ class CurvatureStore:
         return self._spectrum(input_name(stored.group), stored.tails[0])
 
     def output_spectrum(self, tensor: str) -> Spectrum:
-        """Eigenpairs of G, the sum of g gᵀ over the tokens for each response token.
+        """Read the eigenpairs of G, the sum of g gᵀ for each response token, as prices, like those of H.
 
         Args:
             tensor: a layer's weight.
@@ -306,7 +306,7 @@ class CurvatureStore:
         return self._stored(group.name), [layer.tensor for layer in group.layers].index(tensor)
 
     def _spectrum(self, name: str, tail: float) -> Spectrum:
-        return Spectrum(self._read(f"{name}.values"), self._read(f"{name}.vectors"), tail)
+        return Spectrum(self._read(f"{name}.values"), self._read(f"{name}.vectors"), tail).floored()
 
     def _read(self, name: str) -> Tensor:
         info = self._opened.tensors[name]

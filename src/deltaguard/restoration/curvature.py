@@ -9,7 +9,6 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.restoration.options import Method
 from deltaguard.restoration.plan import Step
 from deltaguard.solvers import Factor, Spectrum, scaled_identity
-from deltaguard.solvers.spectrum import raised
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,11 @@ class CurvatureReader:
             return self.store.factor(group)
         if self.method == "published":
             return self.store.hessian(group)
-        return self._priced(self.store.input_spectrum(group))
-
-    def _priced(self, found: Spectrum) -> Spectrum:
-        """A spectrum without directions that are free, as a cut-off one is already."""
-        return raised(found) if self.store.is_whole else found
+        return self.store.input_spectrum(group)
 
     def _outputs(self, step: Step, *, like: Spectrum) -> Spectrum:
         """G, or for `ridge` its mean eigenvalue times the identity: prices are in nats in both."""
         tensor = step.aligned_name
         if self.method == "kfac":
-            return self._priced(self.store.output_spectrum(tensor))
+            return self.store.output_spectrum(tensor)
         return scaled_identity(step.matrix_shape[0], self.store.output_mean(tensor), like=like.values)

@@ -11,7 +11,7 @@ EXACT_SIZE = 2048
 """Up to this size the whole eigendecomposition is computed; it costs seconds. Beyond, a randomised one."""
 
 _FLOOR = 0.01
-"""Share of the mean of the other eigenvalues that is added to them before their geometric mean is taken."""
+"""Share of the mean of small eigenvalues that each of them counts for at least."""
 
 _NEGATIVE = 0.01
 """Share of the largest eigenvalue beyond which negative ones are no rounding, not even to half precision."""
@@ -47,8 +47,28 @@ class Spectrum:
         return matrix
 
     def to(self, dtype: torch.dtype) -> "Spectrum":
-        """The same in another precision."""
+        """Convert values and vectors to another precision."""
         return Spectrum(self.values.to(dtype), self.vectors.to(dtype), self.tail)
+
+    def floored(self) -> "Spectrum":
+        """Raise small eigenvalues to a floor, so that no direction of a delta is free, whatever the rank.
+
+        A direction that no token reached has eigenvalue 0: nothing is known about it, which must not say that
+        it costs nothing. The floor is a hundredth of the mean of the smaller three quarters of all n
+        eigenvalues, the tail counted for each that is not kept. So a spectrum of which a quarter or less is
+        kept stays as it is, its tail being that mean; one that keeps more comes ever closer to one that keeps
+        everything. Where kept eigenvalues are lost in the rounding of the largest, that is the floor.
+        """
+        size, rank, first = self.size, len(self.values), self.size // 4
+        if not rank:
+            return self
+        smaller = float(self.values[first:].double().sum()) + (size - max(rank, first)) * self.tail
+        floor = _FLOOR * smaller / (size - first)
+        rounding = torch.finfo(self.values.dtype).eps * float(self.values[0])
+        if floor == 0 or float(self.values[-1]) < rounding:
+            floor = max(floor, rounding)
+        tail = max(self.tail, floor) if rank < size else self.tail
+        return Spectrum(self.values.clamp_min(floor), self.vectors, tail)
 
 
 def scaled_identity(size: int, value: float, *, like: Tensor) -> Spectrum:
@@ -87,18 +107,6 @@ def spectrum(curvature: Tensor, rank: int | None = None) -> Spectrum:
     if size <= EXACT_SIZE or kept + _OVERSAMPLING >= size // 2:
         return _exact(matrix, kept)
     return _randomised(matrix, kept)
-
-
-def raised(whole: Spectrum) -> Spectrum:
-    """A spectrum that is not cut off, without directions that are free.
-
-    Eigenvalues are raised to a hundredth of the mean of the smaller three quarters: in a cut-off spectrum the
-    tail sees to that.
-    """
-    smaller = whole.values[whole.size // 4 :]
-    return Spectrum(
-        whole.values.clamp_min(_FLOOR * float(smaller.double().mean())), whole.vectors, whole.tail
-    )
 
 
 def _exact(matrix: Tensor, rank: int) -> Spectrum:
