@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import nan
 from statistics import mean
 from typing import Any, cast
 
@@ -190,7 +191,9 @@ def scores_table(report: BenchReport, finetune: FinetuneRow) -> Table:
         seen, seconds = score.method in measured, score.request_seconds
         return (
             score.method,
-            NOT_SAFE if seen and score.strength is None else Shown(option(score.strength), score.strength),
+            Shown(NOT_SAFE, nan)
+            if seen and score.strength is None
+            else Shown(option(score.strength), score.strength),
             excess(score.points),
             excess(score.false_refusal),
             _bare(rate(score.kept)),

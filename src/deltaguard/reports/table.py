@@ -40,7 +40,7 @@ class Cell:
 
     Attributes:
         text: the number in its unit, or words.
-        value: what it sorts by; None where it sorts by its text.
+        value: what it sorts by, NaN where words stand for a missing number; None where it sorts by its text.
         interval: the bounds of the number's 95 % interval.
         total: how many prompts the number was taken over.
         note: small print.
@@ -57,9 +57,9 @@ class Cell:
     @property
     def sort_value(self) -> str | None:
         """The number by which a page sorts; empty, which sorts last, where it is missing; None for words."""
-        if self.value is not None and math.isfinite(self.value):
-            return repr(self.value)
-        return "" if self.text == DASH else None
+        if self.value is None:
+            return "" if self.text == DASH else None
+        return repr(self.value) if math.isfinite(self.value) else ""
 
 
 @dataclass(frozen=True)
