@@ -89,8 +89,8 @@ def experiments_table(content: str) -> str:
     """
     results = Experiments.model_validate_json(content)
     columns = (
-        Column("experiment", kind="name"),
-        Column("variant", kind="name"),
+        Column("experiment", "name"),
+        Column("variant", "name"),
         *("safety KL", "predicted", "attack success", "exact answers", "gain kept", "lead"),
     )
     rows = [_cells(row, row.variant) for row in results.references]

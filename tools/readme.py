@@ -115,7 +115,7 @@ def demo_table(content: str) -> str:
     """
     report = DemoReport.model_validate_json(content)
     names = (
-        Column("", kind="name"),
+        Column("", "name"),
         Column("attack success ↓"),
         Column("false refusals ↓"),
         Column("task accuracy ↑"),
@@ -172,7 +172,7 @@ def benchmark_table(content: str) -> str:
     results = Benchmarks.model_validate_json(content)
     drawn = Table.of(
         "",
-        (Column("what", kind="name"), "time", "peak memory", "ratio", Column("note", kind="words")),
+        (Column("what", "name"), "time", "peak memory", "ratio", Column("note", "words")),
         [
             (
                 row.name,
@@ -318,7 +318,7 @@ def _strength_rows(rows: Iterable[StrengthRow]) -> str:
     names = ("attack success", "points over aligned", "task accuracy", "gain kept", "safety cost")
     return Table.of(
         "",
-        (Column("method", kind="name"), "strength", *names, "energy kept", "entries kept"),
+        (Column("method", "name"), "strength", *names, "energy kept", "entries kept"),
         [
             (
                 ", ".join(filter(None, (row.method, row.budget, row.compensation))),

@@ -87,7 +87,7 @@ def bench_summary(content: str) -> str:
         found = {score.finetune: score for score in report.scores if score.method == method}
         rows.append((f"**{method}**: gain kept", *(_kept(found[row.name]) for row in report.finetunes)))
     titles = (Column(row.title.partition(" (")[0]) for row in report.finetunes)
-    drawn = Table.of("", (Column("", kind="name"), *titles), rows).markdown()
+    drawn = Table.of("", (Column("", "name"), *titles), rows).markdown()
     bound = f"{report.bound:g} points"
     said = (
         f"Each method at the largest strength tried whose attack success is at most {bound} over the aligned "
@@ -121,7 +121,7 @@ def bench_default(content: str) -> str:
     drawn = Table.of(
         "",
         (
-            Column("fine-tune", kind="name"),
+            Column("fine-tune", "name"),
             "aligned, fine-tuned",
             "attack success over aligned",
             "false refusals over aligned",
@@ -199,7 +199,7 @@ def _measures(report: EvaluationReport, measures: Sequence[Measure]) -> str:
         numbers = (found[model].estimate if model in found else None for model in names)
         lines.append((name, *map(estimate, numbers)))
     columns = (Column(f"**{model_label(name)}**") for name in names)
-    return Table.of("", (Column("", kind="name"), *columns), lines).markdown(between="<br>")
+    return Table.of("", (Column("", "name"), *columns), lines).markdown(between="<br>")
 
 
 def _found(report: EvaluationReport) -> str:

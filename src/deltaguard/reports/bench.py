@@ -60,19 +60,7 @@ _PLACE = re.compile(r"(?:/|~|\.{1,2}[/\\]|\\|[A-Za-z]:[/\\])")
 
 
 def bench_table(report: BenchReport) -> RenderableType:
-    """Draw the scores for a terminal, a table a fine-tune.
-
-    Args:
-        report: of a finished bench.
-
-    Returns:
-        Something rich can print; made for 80 columns, numbers are never cut.
-
-    Example:
-        ```python
-        Console(stderr=True).print(bench_table(report))
-        ```
-    """
+    """Draw the scores for a terminal, a table a fine-tune."""
     parts: list[RenderableType] = []
     for row in report.finetunes:
         scores, contests = scores_table(report, row), contests_table(report, row)
@@ -86,9 +74,6 @@ def bench_table(report: BenchReport) -> RenderableType:
 
 def bench_markdown(report: BenchReport) -> str:
     """Draw the scores as Markdown: a heading of the third level and a table a fine-tune, then what they mean.
-
-    Args:
-        report: of a finished bench.
 
     Returns:
         Markdown that ends with a line break; nothing in a name is read as markup.
@@ -105,19 +90,8 @@ def bench_markdown(report: BenchReport) -> str:
 def bench_page(report: BenchReport) -> str:
     """Draw the protocol's outcome: curves of all methods on each fine-tune, their scores, every number.
 
-    Args:
-        report: of a finished bench.
-
-    Returns:
-        A complete HTML document.
-
     Raises:
         MissingPackageError: what charts are drawn with is not installed.
-
-    Example:
-        ```python
-        Path("report.html").write_text(bench_page(report), encoding="utf-8")
-        ```
     """
     from deltaguard.reports.curves import panel_notes, swatch_svg
 
@@ -180,10 +154,6 @@ def scores_table(report: BenchReport, finetune: FinetuneRow) -> Table:
 
     A method without a point on any curve has dashes throughout: that no strength is safe would be more than
     was seen.
-
-    Args:
-        report: of a finished bench.
-        finetune: one of its rows.
     """
     measured = {point.method for point in report.points_of(finetune)}
 
@@ -204,11 +174,11 @@ def scores_table(report: BenchReport, finetune: FinetuneRow) -> Table:
     return Table.of(
         capital(finetune.title),
         (
-            Column("method", kind="name", code=True),
+            Column("method", "name", code=True),
             "strength",
             *_EXCESS,
             "gain kept",
-            Column("told apart", kind="name", under="strength"),
+            Column("told apart", "name", under="strength"),
             Column("request", under="method"),
         ),
         map(line, report.scores_of(finetune)),
@@ -218,10 +188,6 @@ def scores_table(report: BenchReport, finetune: FinetuneRow) -> Table:
 
 def contests_table(report: BenchReport, finetune: FinetuneRow) -> Table | None:
     """Tabulate the method that keeps most of one fine-tune's gain against each other method.
-
-    Args:
-        report: of a finished bench.
-        finetune: one of its rows.
 
     Returns:
         A table whose title says which of them it is told apart from; None where no two methods compare.
@@ -238,11 +204,11 @@ def contests_table(report: BenchReport, finetune: FinetuneRow) -> Table | None:
     return Table.of(
         f"{leader} keeps most at a safe strength: {'; '.join(parts)}.",
         (
-            Column(f"{leader} less", kind="name", code=True),
+            Column(f"{leader} less", "name", code=True),
             "gain kept",
             "attack success",
             "false refusals",
-            Column("told apart", kind="name", under=f"{leader} less"),
+            Column("told apart", "name", under=f"{leader} less"),
         ),
         [
             (
@@ -308,9 +274,6 @@ def contest_legend(report: BenchReport) -> str:
 
 def preparation(report: BenchReport) -> Mapping[str, float]:
     """Find how long everything took that an aligned model needs once, whatever is fine-tuned from it.
-
-    Args:
-        report: of a finished bench.
 
     Returns:
         Seconds by what was made: the store of curvature, models that methods take as helpers. The fine-tunes
@@ -397,8 +360,8 @@ def _points_table(report: BenchReport) -> Table:
     return Table.of(
         "Points of the curves",
         (
-            Column("method", kind="name"),
-            Column("fine-tune", kind="words"),
+            Column("method", "name"),
+            Column("fine-tune", "words"),
             "strength",
             *_EXCESS,
             "gain kept",
@@ -429,7 +392,7 @@ def _cells_table(report: BenchReport) -> Table:
     names = ("attack success", "incoherent", "false refusals", "utility", "NLL, general", "request")
     return Table.of(
         "Every model measured",
-        (Column("method", kind="name"), Column("fine-tune", kind="words"), "seed", "strength", *names),
+        (Column("method", "name"), Column("fine-tune", "words"), "seed", "strength", *names),
         map(line, report.cells),
         note="with 95 % intervals; NLL in nats a token",
     )

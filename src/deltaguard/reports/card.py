@@ -47,10 +47,10 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
     method = str(report.options.get("method"))
     options = Table.of(
         "",
-        (Column("option", kind="name", code=True), Column("as run", kind="words", code=True)),
+        (Column("option", "name", code=True), Column("as run", "words", code=True)),
         [(name, option(value)) for name, value in report.options.items()],
     )
-    outcome = Table.of("", (Column("result", kind="name"), Column("", kind="words")), outcome_facts(report))
+    outcome = Table.of("", (Column("result", "name"), Column("", "words")), outcome_facts(report))
     templates = environment()
     templates.filters["code"] = code
     return templates.get_template("card.md.jinja").render(

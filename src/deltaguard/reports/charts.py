@@ -144,9 +144,6 @@ def sweep_chart(report: SweepReport) -> str:
     Safety KL lies on a logarithmic scale. Points further left than it goes stand at its left edge: see
     `at_edge`.
 
-    Args:
-        report: of a finished sweep.
-
     Returns:
         An SVG element as text, for a page that holds the colours of the models.
     """

@@ -37,19 +37,11 @@ def bench_svg(report: BenchReport) -> str:
 
     It brings its own ground, in the reader's colour scheme, so it can be read on any page.
 
-    Args:
-        report: of a finished bench.
-
     Returns:
         The text of an SVG file, the legend included.
 
     Raises:
         DeltaguardError: the report holds no curve.
-
-    Example:
-        ```python
-        Path("bench.svg").write_text(bench_svg(report), encoding="utf-8")
-        ```
     """
     titled = [
         _panel(report, row, legend=True).properties(title=_title(row.title, panel_notes(report, row)))
@@ -81,10 +73,6 @@ def bench_svg(report: BenchReport) -> str:
 def panel_svg(report: BenchReport, finetune: FinetuneRow) -> str | None:
     """Draw the panel of one fine-tune without a legend, for a page that holds `palette_css`.
 
-    Args:
-        report: of a finished bench.
-        finetune: one of its rows.
-
     Returns:
         An SVG element as text, None where there is nothing to draw.
     """
@@ -96,9 +84,6 @@ def swatch_svg(place: int) -> str:
 
     Args:
         place: of the method among those of the report.
-
-    Returns:
-        An SVG element as text.
     """
     line = alt.Chart(alt.Data(values=[{"x": 0}, {"x": 1}])).encode(x=alt.X("x:Q", axis=None), y=alt.value(8))
     # The value of an altair encoding counts in pixels.
@@ -121,10 +106,6 @@ def panel_notes(report: BenchReport, finetune: FinetuneRow) -> tuple[str, ...]:
 
 def point_rows(report: BenchReport, finetune: FinetuneRow) -> list[dict[str, Any]]:
     """Find the points of a panel that have a height.
-
-    Args:
-        report: of a finished bench.
-        finetune: one of its rows.
 
     Returns:
         A row a point: `x`, `y` and the ends of their intervals; `alone` where its method has no other, so
@@ -194,7 +175,7 @@ def label_rows(
     Args:
         points: all points of a panel, in pixels from its upper left corner.
         labels: place and text of each; it is left out where there is no room.
-        along: places on lines, which a label covers only where there is no other room.
+        along: places on lines and other texts, which a label covers only where there is no other room.
 
     Returns:
         A row a label: the pixels of its left end and middle, and its text.
@@ -207,7 +188,7 @@ def label_rows(
         right, left, middle = 7, -7 - width, -width / 2
         places = ((right, 9), (right, -9), (left, -9), (left, 9), (middle, -13), (middle, 13))
         boxes = [(x + dx, y + dy - 6, x + dx + width, y + dy + 6) for dx, dy in places]
-        inside = [b for b in boxes if b[0] >= 0 and b[2] <= _WIDTH and b[1] >= 16 and b[3] <= _HEIGHT]
+        inside = [b for b in boxes if b[0] >= 0 and b[2] <= _WIDTH and b[1] >= 0 and b[3] <= _HEIGHT]
         free = [box for box in inside if not any(_overlap(box, other) for other in taken)]
         clear = [box for box in free if not any(_overlap(box, other) for other in lines)]
         for box in (clear or free)[:1]:
@@ -270,7 +251,11 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
         for place, row in zip(pixels, rows, strict=True)
         if row["method"] == report.methods[0]
     ]
-    labels = alt.Chart(alt.Data(values=label_rows(pixels, named, _on_lines(rows, pixels))))
+    at_bound = _WIDTH * _along(report.bound, edges)
+    occupied = [(at_bound, float(y)) for y in range(0, _HEIGHT, 4)]
+    occupied += [(at_bound + x, 9.0) for x in range(4, 52, 4)]
+    placed = label_rows(pixels, named, [*occupied, *_on_lines(rows, pixels)])
+    labels = alt.Chart(alt.Data(values=placed))
     return alt.layer(
         bands.mark_line(filled=True, strokeWidth=0, fillOpacity=_BAND),
         *_bound(report.bound),

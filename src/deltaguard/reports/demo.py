@@ -35,14 +35,7 @@ RULE = (
 
 
 def demo_table(report: DemoReport) -> RenderableType:
-    """Draw the three models side by side for a terminal: below each rate its 95 % interval.
-
-    Args:
-        report: of a finished demo.
-
-    Returns:
-        Something rich can print; made for 80 columns, numbers are never cut.
-    """
+    """Draw the three models side by side for a terminal: below each rate its 95 % interval."""
     table = rates_table(report)
     first = report.models[0]
     prompts = f"{first.attack_success.total} harmful, {first.false_refusal.total} harmless"
@@ -57,12 +50,6 @@ def demo_table(report: DemoReport) -> RenderableType:
 
 def demo_page(report: DemoReport) -> str:
     """Draw the demo's story: three models measured alike, sample answers, and the restore between them.
-
-    Args:
-        report: of a finished demo.
-
-    Returns:
-        A complete HTML document.
 
     Raises:
         MissingPackageError: what charts are drawn with is not installed.
@@ -120,7 +107,7 @@ def rates_table(report: DemoReport) -> Table:
     columns = (Column(f"{title}\n{better}") for title, _, better in RATES.values())
     return Table.of(
         "Three models, measured alike",
-        (Column("model", kind="name"), *columns),
+        (Column("model", "name"), *columns),
         [
             (Cell(model_label(model.name), tint=model.name), *(rate(_rate(model, field)) for field in RATES))
             for model in report.models

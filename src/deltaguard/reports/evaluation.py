@@ -40,19 +40,7 @@ _PLACES = ("path", "file", "prompt_file", "cache", "model")
 
 
 def evaluation_table(report: EvaluationReport) -> RenderableType:
-    """Draw all numbers for a terminal: a table a section, then what the comparisons support.
-
-    Args:
-        report: of a finished evaluation.
-
-    Returns:
-        Something rich can print; made for 80 columns, numbers are never cut.
-
-    Example:
-        ```python
-        Console(stderr=True).print(evaluation_table(report))
-        ```
-    """
+    """Draw all numbers for a terminal: a table a section, then what the comparisons support."""
     parts: list[RenderableType] = []
     for section in report.sections:
         parts.append(section_table(report, section).terminal())
@@ -64,16 +52,13 @@ def evaluation_table(report: EvaluationReport) -> RenderableType:
 def evaluation_card(report: EvaluationReport) -> str:
     """Draw the README.md of an evaluation's folder: how it was run, all numbers, and what they do not say.
 
-    Args:
-        report: of a finished evaluation.
-
     Returns:
         Markdown; nothing in a name is read as markup, and no answer is quoted.
     """
     words = ("reference", "weights", "chat template")
     models = Table.of(
         "",
-        (Column("model", kind="name"), *(Column(word, kind="words") for word in words)),
+        (Column("model", "name"), *(Column(word, "words") for word in words)),
         [
             (
                 model.name,
@@ -86,7 +71,7 @@ def evaluation_card(report: EvaluationReport) -> str:
     )
     run = Table.of(
         "",
-        (Column("", kind="name"), Column("", kind="words")),
+        (Column("", "name"), Column("", "words")),
         (
             ("engine", report.engine),
             ("decoding", _decoding(report)),
@@ -112,19 +97,8 @@ def evaluation_card(report: EvaluationReport) -> str:
 def evaluation_page(report: EvaluationReport) -> str:
     """Draw several models side by side: numbers with intervals, comparisons, judges, probes and answers.
 
-    Args:
-        report: of a finished evaluation.
-
-    Returns:
-        A complete HTML document.
-
     Raises:
         MissingPackageError: what charts are drawn with is not installed.
-
-    Example:
-        ```python
-        Path("report.html").write_text(evaluation_page(report), encoding="utf-8")
-        ```
     """
     names = [model_label(model.name) for model in report.models]
     probes = probe_tables(report)
@@ -175,8 +149,8 @@ def section_table(
     return Table.of(
         f"{section.title}: {section.prompts} prompts",
         (
-            *((Column("judge", kind="name"),) if judged else ()),
-            Column("model", kind="name"),
+            *((Column("judge", "name"),) if judged else ()),
+            Column("model", "name"),
             *(Column(measure_label(name)) for name in names),
         ),
         [
@@ -203,10 +177,7 @@ def probe_tables(report: EvaluationReport) -> tuple[Table, ...]:
         tables.append(
             Table.of(
                 f"{capital(measure_label(name))} under probes",
-                (
-                    Column("prompts", kind="words"),
-                    *(Column(model_label(model.name)) for model in report.models),
-                ),
+                (Column("prompts", "words"), *(Column(model_label(model.name)) for model in report.models)),
                 [
                     (
                         section.title,
@@ -390,16 +361,10 @@ def _comparison_blocks(report: EvaluationReport) -> list[page.Block]:
                 finding_text(row),
             )
         )
-    words = Column("prompts", kind="words"), Column("measure", kind="words")
+    words = Column("prompts", "words"), Column("measure", "words")
     table = Table.of(
         "Comparisons",
-        (
-            Column("model", kind="name"),
-            *words,
-            "difference",
-            "p",
-            Column("what the interval supports", kind="words"),
-        ),
+        (Column("model", "name"), *words, "difference", "p", Column("what the interval supports", "words")),
         rows,
         note=f"difference: model minus {first}, in points where shares of prompts are compared",
     )
@@ -416,7 +381,7 @@ def _agreement_blocks(report: EvaluationReport) -> list[page.Block]:
     titles = {section.name: section.title for section in report.sections}
     table = Table.of(
         "Agreement of judges",
-        (Column("judges", kind="name"), Column("prompts", kind="words"), "kappa", "agreed", "answers"),
+        (Column("judges", "name"), Column("prompts", "words"), "kappa", "agreed", "answers"),
         [
             (
                 f"{row.first}, {row.second}",
@@ -456,15 +421,15 @@ def _sample_blocks(report: EvaluationReport) -> list[page.Block]:
 
 
 def _run_tables(report: EvaluationReport) -> list[page.Block]:
-    hashed = Column("sha256", kind="words", code=True, sorts=False)
+    hashed = Column("sha256", "words", code=True, sorts=False)
     prompts = Table.of(
         "Prompts",
-        (Column("section", kind="name", code=True), "prompts", "tokens at most", hashed),
+        (Column("section", "name", code=True), "prompts", "tokens at most", hashed),
         [(s.name, s.prompts, s.max_new_tokens, s.prompts_hash) for s in report.sections],
         note="sha256 of the prompts as the models got them",
     )
     files = Table.of(
-        "Files with every answer", (Column("file", kind="name", code=True), hashed), report.files.items()
+        "Files with every answer", (Column("file", "name", code=True), hashed), report.files.items()
     )
     tables: list[page.Block] = [prompts]
     tables += [_harness_table(report)] if report.harness else []
@@ -475,8 +440,8 @@ def _harness_table(report: EvaluationReport) -> Table:
     return Table.of(
         "Tasks of lm-eval",
         (
-            Column("model", kind="name"),
-            Column("task", kind="words"),
+            Column("model", "name"),
+            Column("task", "words"),
             "version",
             "examples shown",
             "chat template",

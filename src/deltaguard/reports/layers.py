@@ -68,14 +68,7 @@ def block_and_kind(name: str) -> tuple[int, str]:
 
 
 def kinds(layers: Sequence[LayerRow]) -> tuple[Kind, ...]:
-    """Group restored matrices by kind, in the order in which the kinds first appear.
-
-    Args:
-        layers: the rows of a report.
-
-    Returns:
-        One `Kind` each, its rows by block number.
-    """
+    """Group restored matrices by kind, in the order in which the kinds first appear."""
     groups: defaultdict[str, list[tuple[int, LayerRow]]] = defaultdict(list)
     for row in layers:
         block, kind = block_and_kind(row.name)

@@ -162,9 +162,6 @@ def page(
         heading: of the page; the title if not given.
         lead: what it says, in a sentence or two.
         swatches: drawings that stand before names in tables.
-
-    Returns:
-        A complete HTML document.
     """
     script = sort_script()
     return (

@@ -37,19 +37,7 @@ _MOST_KINDS, _MOST_TENSORS = 200, 30
 
 
 def restore_table(report: RestoreReport) -> RenderableType:
-    """Draw what a restore did: the choices, the numbers, the layers by kind, and the other tensors.
-
-    Args:
-        report: of a finished restore.
-
-    Returns:
-        Something rich can print; made for 80 columns, numbers are never cut.
-
-    Example:
-        ```python
-        Console(stderr=True).print(restore_table(report))
-        ```
-    """
+    """Draw what a restore did: the choices, the numbers, the layers by kind, and the other tensors."""
     chosen = dict(option_facts(report.options))
     method = chosen.pop("method", DASH)
     options = ", ".join(f"{name} {value}" for name, value in chosen.items())
@@ -66,19 +54,13 @@ def restore_table(report: RestoreReport) -> RenderableType:
 def restore_page(report: RestoreReport) -> str:
     """Draw what one restore did: the choices, the numbers by layer, the other tensors, the files.
 
-    Args:
-        report: of a finished restore.
-
-    Returns:
-        A complete HTML document.
-
     Raises:
         MissingPackageError: what charts are drawn with is not installed.
     """
     name, aligned = short_reference(report.finetuned.reference), short_reference(report.aligned.reference)
     files = Table.of(
         "Files as written",
-        (Column("file", kind="name", code=True), "size", Column("sha256", "words", code=True, sorts=False)),
+        (Column("file", "name", code=True), "size", Column("sha256", "words", code=True, sorts=False)),
         [(row.name, Cell(size(row.bytes), row.bytes), row.sha256) for row in report.files],
     )
     facts = (*model_facts(report.aligned, report.finetuned), *environment_facts(report.environment))
@@ -100,11 +82,7 @@ def restore_page(report: RestoreReport) -> str:
 
 
 def restore_blocks(report: RestoreReport) -> tuple[page.Block, ...]:
-    """Draw the parts of a page that tell of a restore: options, outcome, layers, and other tensors.
-
-    Args:
-        report: of a finished restore.
-    """
+    """Draw the parts of a page that tell of a restore: options, outcome, layers, and other tensors."""
     groups = kinds(report.layers)
     drawn = [(chart, grid) for measure in MEASURES for chart, grid in _drawn(report.layers, groups, *measure)]
     sides = (
@@ -193,7 +171,7 @@ def kinds_table(layers: Sequence[LayerRow]) -> Table:
     return Table.of(
         "Restored layers by kind",
         (
-            Column("layer", kind="name", code=True),
+            Column("layer", "name", code=True),
             "n",
             "energy kept,\nleast",
             "\nmedian",
@@ -213,7 +191,7 @@ def others_table(others: Sequence[OtherRow]) -> Table:
     differing = Counter((row.source, row.reason) for row in others if row.differs)
     return Table.of(
         "Other tensors",
-        (Column("taken from", kind="name"), "tensors", "that differ", Column("why", kind="words")),
+        (Column("taken from", "name"), "tensors", "that differ", Column("why", "words")),
         [
             (model_label(source), number, differing[source, reason], reason)
             for (source, reason), number in count.items()
@@ -227,13 +205,10 @@ def diff_table(report: DiffReport) -> RenderableType:
 
     Args:
         report: of `diff`.
-
-    Returns:
-        Something rich can print.
     """
     table = Table.of(
         f"{report.aligned} → {report.finetuned}",
-        (Column("kind", kind="name"), "tensors", "differing", "relative norm of Δ"),
+        (Column("kind", "name"), "tensors", "differing", "relative norm of Δ"),
         [
             (
                 row.kind,
@@ -282,7 +257,7 @@ def _drawn(
     blocks = sorted({block for kind in groups for block, _ in kind.layers if block != NO_BLOCK})
     grid = Table.of(
         f"{title} by block",
-        (Column("block", kind="name"), *(Column(kind.label, code=True) for kind in groups)),
+        (Column("block", "name"), *(Column(kind.label, code=True) for kind in groups)),
         [(block, *(share(kind.spread(measure, block).median) for kind in groups)) for block in blocks],
         note="where a block has several matrices of a kind, their median",
     )

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from deltaguard.reports import page
-from deltaguard.reports.records.sweep import SweepReport
+from deltaguard.reports.records.sweep import SweepPoint, SweepReport
 from deltaguard.reports.table import Cell, Column, Table, facts_grid, indented, share
 from deltaguard.reports.text import (
     DASH,
@@ -21,8 +21,6 @@ from deltaguard.reports.text import (
     short_reference,
 )
 
-_ENERGY = "energy kept"
-
 
 @dataclass(frozen=True)
 class Allowed:
@@ -31,36 +29,18 @@ class Allowed:
     Attributes:
         name: the limit or the model.
         limit: nats per response token; None for a model.
-        safety_kl: measured; None where no point is within the limit.
-        kept: share of the delta's energy, likewise.
-        nll: on the utility data, likewise, and None without any.
-        gain: share of the gain in likelihood, likewise.
+        point: what keeps most within it, which the two models are as well; None where nothing is within it.
         price: μ, or what stands in its place.
     """
 
     name: str
     limit: float | None
-    safety_kl: float | None = None
-    kept: float | None = None
-    nll: float | None = None
-    gain: float | None = None
-    price: str = DASH
+    point: SweepPoint | None
+    price: str
 
 
 def sweep_table(report: SweepReport) -> RenderableType:
-    """Draw what each limit of safety KL allows, between the two models.
-
-    Args:
-        report: of a finished sweep.
-
-    Returns:
-        Something rich can print; made for 80 columns, numbers are never cut.
-
-    Example:
-        ```python
-        Console(stderr=True).print(sweep_table(report))
-        ```
-    """
+    """Draw what each limit of safety KL allows, between the two models."""
     names = (
         ("fine-tuned", short_reference(report.finetuned.reference)),
         ("aligned", short_reference(report.aligned.reference)),
@@ -76,19 +56,8 @@ def sweep_table(report: SweepReport) -> RenderableType:
 def sweep_page(report: SweepReport) -> str:
     """Draw what each limit allows: the curve, a table by limit, and every point that was measured.
 
-    Args:
-        report: of a finished sweep.
-
-    Returns:
-        A complete HTML document.
-
     Raises:
         MissingPackageError: what charts are drawn with is not installed.
-
-    Example:
-        ```python
-        Path("report.html").write_text(sweep_page(report), encoding="utf-8")
-        ```
     """
     aligned, finetuned = (short_reference(m.reference) for m in (report.aligned, report.finetuned))
     points = _points_table(report)
@@ -125,15 +94,18 @@ def sweep_page(report: SweepReport) -> str:
 def sweep_line(report: SweepReport) -> str:
     """Say the outcome in one sentence, without the models' names."""
     of = "of the gain in likelihood" if report.has_gain else "of the delta's energy"
-    rows = [row for row in _allowed(report) if row.limit is not None and row.safety_kl is not None]
-    kept = [row.gain if report.has_gain else row.kept for row in rows]
-    if not rows:
+    kept = [
+        (row.name, percent(report.kept_share(row.point)))
+        for row in _allowed(report)
+        if row.limit is not None and row.point is not None
+    ]
+    if not kept:
         return "No point is within any of the limits asked for."
-    if len(rows) == len(_whole_within(report)) == len(report.budgets):
+    if len(_whole_within(report)) == len(report.budgets):
         return "The whole fine-tuned model is within every limit asked for: a restore takes nothing from it."
-    first, last = rows[0], rows[-1]
-    told = f"Within a safety KL of {first.name} nats a token a restore keeps {percent(kept[0])} {of}"
-    return f"{told}." if len(rows) == 1 else f"{told}, and {percent(kept[-1])} within {last.name}."
+    (first, least), (last, most) = kept[0], kept[-1]
+    told = f"Within a safety KL of {first} nats a token a restore keeps {least} {of}"
+    return f"{told}." if len(kept) == 1 else f"{told}, and {most} within {last}."
 
 
 def sweep_notes(report: SweepReport) -> tuple[str, ...]:
@@ -163,48 +135,32 @@ def sweep_notes(report: SweepReport) -> tuple[str, ...]:
 
 def _allowed(report: SweepReport) -> tuple[Allowed, ...]:
     """The aligned model, the limits as they rise, and the whole fine-tuned model."""
-    gains = report.has_gain
-    whole = Allowed(
-        "fine-tuned",
-        None,
-        report.finetuned_kl,
-        1.0,
-        report.finetuned_nll,
-        1.0 if gains else None,
-        "whole model",
+    kl, nll = report.finetuned_kl, report.finetuned_nll
+    aligned, finetuned = (
+        SweepPoint(mu=0, safety_kl=kl, predicted_safety_kl=kl, kept_energy=kept, utility_nll=nll)
+        for kl, kept, nll in ((0.0, 0.0, report.aligned_nll), (kl, 1.0, nll))
     )
     points = {point.mu: point for point in report.points}
-    rows = [Allowed("aligned", None, 0.0, 0.0, report.aligned_nll, 0.0 if gains else None)]
+    rows = [Allowed("aligned", None, aligned, DASH)]
     for budget in report.budgets:
-        name, limit = f"{budget.limit:g}", budget.limit
         point = None if budget.mu is None else points.get(budget.mu)
-        if report.finetuned_kl <= limit:
-            rows.append(Allowed(name, limit, *(whole.safety_kl, 1.0, whole.nll, whole.gain, whole.price)))
-        elif point is None:
-            rows.append(Allowed(name, limit, price="no point within"))
-        else:
-            numbers = (point.safety_kl, point.kept_energy, point.utility_nll, report.kept_gain(point))
-            rows.append(Allowed(name, limit, *numbers, f"{point.mu:.3g}"))
-    return (*rows, whole)
+        price = "no point within" if point is None else f"{point.mu:.3g}"
+        if report.finetuned_kl <= budget.limit:
+            point, price = finetuned, "whole model"
+        rows.append(Allowed(f"{budget.limit:g}", budget.limit, point, price))
+    return (*rows, Allowed("fine-tuned", None, finetuned, "whole model"))
 
 
 def _limits_table(report: SweepReport) -> Table:
     likely, rows = report.aligned_nll is not None, _allowed(report)
     return Table.of(
         "What each limit of safety KL allows",
-        (
-            Column("limit", kind="name"),
-            "safety KL",
-            _ENERGY,
-            *(("NLL", "gain kept") if likely else ()),
-            Column("price μ", sorts=False),
-        ),
+        (Column("limit", "name"), "safety KL", *_kept_columns(report), Column("price μ", sorts=False)),
         [
             (
                 Cell(row.name, row.limit, tint="" if row.limit else row.name.replace("-", "")),
-                Cell(nats(row.safety_kl), row.safety_kl),
-                share(row.kept),
-                *((_nll(row.nll), share(row.gain)) if likely else ()),
+                _nats(row.point.safety_kl if row.point else None),
+                *_kept_cells(report, row.point),
                 row.price,
             )
             for row in rows
@@ -215,34 +171,43 @@ def _limits_table(report: SweepReport) -> Table:
 
 
 def _points_table(report: SweepReport) -> Table:
-    likely = report.aligned_nll is not None
     best = {
         point.mu: ", ".join(f"{budget.limit:g}" for budget in report.budgets if budget.mu == point.mu)
         for point in report.points
     }
+    columns = ("price μ", "safety KL", "predicted", *_kept_columns(report))
     return Table.of(
         "Every point measured",
-        (
-            "price μ",
-            "safety KL",
-            "predicted",
-            _ENERGY,
-            *(("NLL", "gain kept") if likely else ()),
-            Column("keeps most within", sorts=False),
-        ),
+        (*columns, Column("keeps most within", sorts=False)),
         [
             (
                 Cell(f"{point.mu:.3g}", point.mu),
-                Cell(nats(point.safety_kl), point.safety_kl),
-                Cell(nats(point.predicted_safety_kl), point.predicted_safety_kl),
-                share(point.kept_energy),
-                *((_nll(point.utility_nll), share(report.kept_gain(point))) if likely else ()),
+                _nats(point.safety_kl),
+                _nats(point.predicted_safety_kl),
+                *_kept_cells(report, point),
                 best[point.mu] or DASH,
             )
             for point in report.points
         ],
         note="predicted: by the curvature; the last column names the limits within which a point keeps most",
     )
+
+
+def _kept_columns(report: SweepReport) -> tuple[str, ...]:
+    return ("energy kept", *(("NLL", "gain kept") if report.aligned_nll is not None else ()))
+
+
+def _kept_cells(report: SweepReport, point: SweepPoint | None) -> tuple[Cell, ...]:
+    energy = share(point.kept_energy if point else None)
+    if report.aligned_nll is None:
+        return (energy,)
+    nll = point.utility_nll if point else None
+    gain = share(report.kept_gain(point) if point and report.has_gain else None)
+    return energy, Cell(DASH if nll is None else f"{nll:.3f}", nll), gain
+
+
+def _nats(value: float | None) -> Cell:
+    return Cell(nats(value), value)
 
 
 def _chart(report: SweepReport) -> page.Chart:
@@ -302,10 +267,6 @@ def _facts(report: SweepReport) -> Facts:
         ("points measured", str(len(report.points))),
         ("time", duration(report.seconds)),
     )
-
-
-def _nll(value: float | None) -> Cell:
-    return Cell(DASH if value is None else f"{value:.3f}", value)
 
 
 def _whole_within(report: SweepReport) -> tuple[float, ...]:
