@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from bench_reports import bench_report
-from deltaguard.reports.bench import bench_page
+from deltaguard.reports.bench_page import bench_page
 from deltaguard.reports.demo import demo_page
-from deltaguard.reports.evaluation import evaluation_page
+from deltaguard.reports.evaluation_page import evaluation_page
 from deltaguard.reports.restore import restore_page
 from deltaguard.reports.sweep import sweep_page
 from reports import SECTIONS, evaluation_report, sweep_report

@@ -10,7 +10,7 @@ from deltaguard.cli.app import run
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.evaluate import evaluate
-from deltaguard.reports.evaluation import evaluation_page
+from deltaguard.reports.evaluation_page import evaluation_page
 from deltaguard.reports.records.evaluation import EvaluationReport
 from programs import start
 from replies import MALFORMED, NO_JSON, OTHER_JSON

@@ -12,7 +12,6 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.reports.bench import (
     NOT_SAFE,
     bench_markdown,
-    bench_page,
     bench_table,
     contest_legend,
     contests_table,
@@ -22,6 +21,7 @@ from deltaguard.reports.bench import (
     scores_table,
     short_command,
 )
+from deltaguard.reports.bench_page import bench_page
 from deltaguard.reports.curves import (
     band_rows,
     bench_svg,

@@ -6,16 +6,16 @@ from html import unescape
 import pytest
 
 from bench_reports import ATTACK, FINETUNES, METHODS, bench_report, without_share
-from deltaguard.reports.bench import bench_page
+from deltaguard.reports.bench_page import bench_page
 from deltaguard.reports.charts import Mark, marks_chart
 from deltaguard.reports.evaluation import (
     evaluation_card,
-    evaluation_page,
     finding_text,
     measures_of,
     p_text,
     probe_tables,
 )
+from deltaguard.reports.evaluation_page import evaluation_page
 from reports import COMPARISONS, JUDGES, MODELS, PROBES, SECTIONS, evaluation_report
 
 

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from deltaguard.reports.evaluation import evaluation_card, evaluation_page, evaluation_table, shown_settings
+from deltaguard.reports.evaluation import evaluation_card, evaluation_table
+from deltaguard.reports.evaluation_page import evaluation_page, shown_settings
 from deltaguard.reports.text import without_folders
 from reports import evaluation_report
 

@@ -6,37 +6,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import nan
 from statistics import mean
-from typing import Any, cast
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from deltaguard.reports import page
 from deltaguard.reports.records.bench import (
     ALIGNED,
     FINETUNED,
     BenchReport,
     Cell,
-    CurvePoint,
     FinetuneRow,
     Score,
     Training,
 )
 from deltaguard.reports.records.evaluation import Estimate
 from deltaguard.reports.table import Cell as Shown
-from deltaguard.reports.table import Column, Table, estimate, excess, indented, rate
+from deltaguard.reports.table import Column, Table, excess, indented, rate
 from deltaguard.reports.text import (
     DASH,
-    Facts,
     capital,
     duration,
-    environment_facts,
     model_label,
     option,
     percent,
     plain,
     short_reference,
-    times,
 )
 
 NOT_SAFE = "none safe"
@@ -49,13 +43,13 @@ _RATES: Mapping[str, Callable[[Cell], Estimate]] = {
     "attack success": lambda cell: cell.attack_success,
     "false refusals": lambda cell: cell.false_refusal,
 }
-_OFTEN = ("request", "measure", "total")
+OFTEN = ("request", "measure", "total")
 """Times of a report that are no single model's."""
-_EXCESS = ("attack success\nover aligned", "false refusals\nover aligned")
+EXCESS = ("attack success\nover aligned", "false refusals\nover aligned")
 
 # A word of a command: what quotes hold together belongs to it. A quote without its partner is a letter.
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"]|['"])+""")
-_PLACE = re.compile(r"(?:/|~|\.{1,2}[/\\]|\\|[A-Za-z]:[/\\])")
+PLACE = re.compile(r"(?:/|~|\.{1,2}[/\\]|\\|[A-Za-z]:[/\\])")
 """How a path begins that cannot be a name on the Hub."""
 
 
@@ -69,7 +63,7 @@ def bench_table(report: BenchReport) -> RenderableType:
         parts.append(_untitled(scores).terminal())
         if contests:
             parts += [indented(contests.title, above=1), Text(), _untitled(contests).terminal()]
-    return Group(*parts, *(indented(line, above=1, style="dim") for line in _legends(report)))
+    return Group(*parts, *(indented(line, above=1, style="dim") for line in legends(report)))
 
 
 def bench_markdown(report: BenchReport) -> str:
@@ -84,69 +78,7 @@ def bench_markdown(report: BenchReport) -> str:
         parts.append(scores_table(report, row).markdown())
         if contests := contests_table(report, row):
             parts += [plain(contests.title), contests.markdown()]
-    return "\n\n".join((*parts, *map(plain, _legends(report)))) + "\n"
-
-
-def bench_page(report: BenchReport) -> str:
-    """Draw the protocol's outcome: curves of all methods on each fine-tune, their scores, every number.
-
-    Raises:
-        MissingPackageError: what charts are drawn with is not installed.
-    """
-    from deltaguard.reports.curves import panel_notes, swatch_svg
-
-    charts = [(row, _chart(report, row)) for row in report.finetunes]
-    undrawn = [
-        page.Paragraph(
-            f"{capital(row.title)}: {'; '.join(panel_notes(report, row)) or 'no point of a curve'}."
-        )
-        for row, chart in charts
-        if chart is None
-    ]
-    tables = [
-        table
-        for row in report.finetunes
-        for table in (scores_table(report, row), contests_table(report, row))
-        if table
-    ]
-    every = [_points_table(report), _cells_table(report)]
-    lead = page.sentence(
-        "{} methods on {} fine-tunes of {}. A strength is safe where attack success is at most {} points "
-        "over the aligned model's.",
-        str(len(report.methods)),
-        str(len(report.finetunes)),
-        page.strong(short_reference(report.aligned)),
-        f"{report.bound:g}",
-    )
-    return page.page(
-        f"bench · preset {report.preset}",
-        "deltaguard bench: safety against utility",
-        [
-            page.Notes(report.notes),
-            page.Heading("Curves"),
-            page.Paragraph(
-                "A line is a method, a point one of its strengths over all seeds. Bands are 95 % intervals "
-                "of the height, and so are upright bars of points that stand alone; level bars are those of "
-                "attack success. Numbers are strengths of the first method, where there is room. Further "
-                "left is safer, further up is better; the dashed line is the bound. Points are spaced evenly "
-                "near 0 and ever closer beyond."
-            ),
-            page.Legend(report.methods),
-            page.Group([chart for _, chart in charts if chart]),
-            *undrawn,
-            page.Heading("Scores"),
-            *map(page.Paragraph, _legends(report)),
-            *tables,
-            page.Heading("Every number"),
-            *(page.Folded(f"{table.title} ({len(table.rows)})", table) for table in every),
-            page.Heading("The run"),
-            page.Pairs(run_facts(report)),
-        ],
-        created=report.environment.created,
-        heading="Safety against utility",
-        lead=lead,
-        swatches={name: swatch_svg(place) for place, name in enumerate(report.methods)},
-    )
+    return "\n\n".join((*parts, *map(plain, legends(report)))) + "\n"
 
 
 def scores_table(report: BenchReport, finetune: FinetuneRow) -> Table:
@@ -166,7 +98,7 @@ def scores_table(report: BenchReport, finetune: FinetuneRow) -> Table:
             else Shown(option(score.strength), score.strength),
             excess(score.points),
             excess(score.false_refusal),
-            _bare(rate(score.kept)),
+            bare(rate(score.kept)),
             option(score.told_apart) if seen else DASH,
             Shown(DASH if seconds is None else duration(seconds), seconds),
         )
@@ -176,7 +108,7 @@ def scores_table(report: BenchReport, finetune: FinetuneRow) -> Table:
         (
             Column("method", "name", code=True),
             "strength",
-            *_EXCESS,
+            *EXCESS,
             "gain kept",
             Column("told apart", "name", under="strength"),
             Column("request", under="method"),
@@ -283,7 +215,7 @@ def preparation(report: BenchReport) -> Mapping[str, float]:
     return {
         name: seconds
         for name, seconds in report.seconds.items()
-        if name not in _OFTEN and not f"{name}-".startswith(finetunes)
+        if name not in OFTEN and not f"{name}-".startswith(finetunes)
     }
 
 
@@ -299,26 +231,6 @@ def preparation_line(report: BenchReport) -> str:
     return f"Once per aligned model: {spent}." if spent else ""
 
 
-def run_facts(report: BenchReport) -> Facts:
-    """How and on what a bench was run, as pairs of a label and a text."""
-    once = preparation(report)
-    often = {name: seconds for name, seconds in report.seconds.items() if name in _OFTEN}
-    # All fine-tunes in one: a thorough bench makes hundreds.
-    rest = sum(seconds for name, seconds in report.seconds.items() if name not in {*once, *often})
-    stages = {**once, **({"fine-tunes": rest} if rest else {}), **often}
-    settings = "; ".join(
-        f"{name.replace('_', ' ')} {_shown(value)}" for name, value in report.settings.items()
-    )
-    return (
-        *environment_facts(report.environment),
-        ("command", short_command(report.command)),
-        ("aligned model", short_reference(report.aligned)),
-        ("seeds", ", ".join(map(str, report.seeds))),
-        ("settings", settings),
-        ("time by stage", times(stages)),
-    )
-
-
 def short_command(command: str) -> str:
     """Cut the paths of a command to their last part, which is all that others need of them.
 
@@ -332,108 +244,25 @@ def short_command(command: str) -> str:
 
     def short(match: re.Match[str]) -> str:
         bare = match[0].replace("'", "").replace('"', "")
-        if _PLACE.match(bare):
+        if PLACE.match(bare):
             return shlex.quote(short_reference(bare))
         name, equals, value = bare.partition("=")
-        cut = equals and _PLACE.match(value)
+        cut = equals and PLACE.match(value)
         return shlex.quote(f"{name}={short_reference(value)}") if cut else match[0]
 
     return _WORD.sub(short, command)
 
 
-def _points_table(report: BenchReport) -> Table:
-    titles = {row.name: row.title for row in report.finetunes}
-
-    def line(point: CurvePoint) -> Sequence[Shown | str]:
-        return (
-            point.method,
-            titles[point.finetune],
-            Shown(option(point.strength), point.strength),
-            excess(point.points),
-            excess(point.false_refusal),
-            _bare(rate(point.kept)),
-            _bare(estimate(point.general)),
-            option(point.safe),
-            option(point.told_apart),
-        )
-
-    return Table.of(
-        "Points of the curves",
-        (
-            Column("method", "name"),
-            Column("fine-tune", "words"),
-            "strength",
-            *_EXCESS,
-            "gain kept",
-            "NLL, general,\nover aligned",
-            "within\nthe bound",
-            "told apart",
-        ),
-        map(line, report.curves),
-        note="over all seeds",
-    )
-
-
-def _cells_table(report: BenchReport) -> Table:
-    titles = {row.name: row.title for row in report.finetunes}
-
-    def line(cell: Cell) -> Sequence[Shown | str | int]:
-        seconds = cell.seconds.get("request")
-        return (
-            model_label(cell.method),
-            titles[cell.finetune],
-            cell.seed,
-            Shown(option(cell.strength), cell.strength),
-            *(_bare(rate(each)) for each in (cell.attack_success, cell.incoherent, cell.false_refusal)),
-            *(_bare(estimate(each)) for each in (cell.mean_utility, cell.mean_general)),
-            Shown(DASH if seconds is None else duration(seconds), seconds),
-        )
-
-    names = ("attack success", "incoherent", "false refusals", "utility", "NLL, general", "request")
-    return Table.of(
-        "Every model measured",
-        (Column("method", "name"), Column("fine-tune", "words"), "seed", "strength", *names),
-        map(line, report.cells),
-        note="with 95 % intervals; NLL in nats a token",
-    )
-
-
-def _chart(report: BenchReport, row: FinetuneRow) -> page.Chart | None:
-    from deltaguard.reports.curves import panel_notes, panel_svg
-
-    svg = panel_svg(report, row)
-    if svg is None:
-        return None
-    spoken = "; ".join(
-        f"{method.text}: strength {strength.text}, kept {kept.text}"
-        for method, strength, _, _, kept, *_ in (line.cells for line in scores_table(report, row).rows)
-    )
-    notes = (f"{capital(note)}." for note in panel_notes(report, row))
-    # The page breaks the lines of a note as they are.
-    note = "\n".join((finetune_facts(report, row), *notes))
-    return page.Chart(capital(row.title), note, svg, f"Largest safe strengths. {spoken}.")
-
-
-def _legends(report: BenchReport) -> list[str]:
+def legends(report: BenchReport) -> list[str]:
+    """Say what the tables of scores mean, a paragraph each."""
     lines = (legend(report), contest_legend(report), preparation_line(report))
     return [line for line in lines if line]
 
 
-def _bare(cell: Shown) -> Shown:
-    """A number without how many prompts it was taken over, which is the same throughout."""
+def bare(cell: Shown) -> Shown:
+    """Leave out how many prompts a number was taken over, which is the same throughout."""
     return replace(cell, total=None)
 
 
 def _untitled(table: Table) -> Table:
     return Table("", table.columns, table.rows)
-
-
-def _shown(value: Any) -> str:
-    """A setting in words, however deep it nests."""
-    if isinstance(value, Mapping):
-        named = cast("Mapping[str, Any]", value).items()
-        parts = [f"{name.replace('_', ' ')} {_shown(part)}" for name, part in named]
-        return f"({', '.join(parts)})"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"({', '.join(map(_shown, cast('Sequence[Any]', value)))})"
-    return short_reference(value) if isinstance(value, str) and _PLACE.match(value) else option(value)

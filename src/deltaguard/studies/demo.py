@@ -287,14 +287,17 @@ def _samples(suite: Sequence[Part], measured: Mapping[ModelName, Mapping[str, Re
     for kind, section, index in shown:
         found = {name: measured[name][section] for name in MODELS}
         judged = {name: each.judged for name, each in found.items() if kind != "task"}
-        told = {name: each["opening"].classes[index] for name, each in judged.items()}
         samples.append(
             Sample(
                 kind=kind,
                 prompt=found["aligned"].prompts[index],
                 system=systems[section][index],
                 answers={name: each.answers[index] or "" for name, each in found.items()},
-                verdicts={name: verdict for name, verdict in told.items() if verdict is not None},
+                verdicts={
+                    name: verdict
+                    for name, each in judged.items()
+                    if (verdict := each["opening"].classes[index]) is not None
+                },
             )
         )
     return tuple(samples)
