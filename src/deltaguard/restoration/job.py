@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltaguard.curvature.rank import Rank
+from deltaguard.curvature import Rank
 from deltaguard.curvature.store import CurvatureStore, not_whole
 from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.errors import DeltaguardError, listed

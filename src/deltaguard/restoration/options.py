@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from deltaguard.curvature.rank import Rank
+from deltaguard.curvature import Rank
 from deltaguard.models.canonical import ConfigFrom
 
 Method = Literal["kfac", "ridge", "greedy", "published", "interpolate"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.curvature.rank import Rank
+from deltaguard.curvature import Rank
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, Compensation, RestoreConfig
 from deltaguard.restoration.restore import restore
 from deltaguard.studies.mixing import SECRET, backdoor_enhanced, safe_instruct
