@@ -16,7 +16,7 @@ from deltaguard.solvers.solution import (
 
 
 def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution:
-    """Weights between the aligned and the fine-tuned ones (WiSE-FT; Wortsman et al., 2022).
+    """Interpolate between the aligned and the fine-tuned weight (WiSE-FT; Wortsman et al., 2022).
 
     Args:
         aligned: aligned weight, any shape (out, in).
@@ -54,7 +54,7 @@ def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution
 
 
 def resta(finetuned: Tensor, safety_vector: Tensor, *, gamma: float) -> Tensor:
-    """Task arithmetic: a safety vector is added (RESTA; Bhardwaj et al., ACL 2024, arXiv:2402.11746).
+    """Add a safety vector: task arithmetic (RESTA; Bhardwaj et al., ACL 2024, arXiv:2402.11746).
 
     The paper's plain variant; its other one first drops and rescales entries of the delta (DARE).
 

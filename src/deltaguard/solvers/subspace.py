@@ -24,7 +24,7 @@ from deltaguard.solvers.solution import (
 
 
 def safe_lora(aligned: Tensor, finetuned: Tensor, pretrained: Tensor, *, threshold: float) -> Solution:
-    """Safe LoRA (Hsu et al., NeurIPS 2024, arXiv:2405.16833), for any delta and not for adapters alone.
+    """Run Safe LoRA (Hsu et al., NeurIPS 2024, arXiv:2405.16833) on any delta, not on adapters alone.
 
     If cos⟨Δ, C Δ⟩ is below the threshold, the delta is replaced by C Δ, else it stays. What a caller of the
     paper's other mode needs, a fixed number of layers, is chosen by `safe_lora_layers`.
@@ -73,7 +73,7 @@ def safe_merge(
     threshold: float,
     alpha: float,
 ) -> Solution:
-    """SafeMERGE (Djuhera et al., 2025, arXiv:2503.17239) with its linear merge.
+    """Run SafeMERGE (Djuhera et al., 2025, arXiv:2503.17239) with its linear merge.
 
     If cos⟨Δ, C Δ⟩ is below the threshold, the delta is replaced by alpha · Δ + (1 - alpha) · Δ_safe, where
     Δ_safe = safe - aligned; else it stays.
@@ -116,7 +116,7 @@ def safe_merge(
 
 
 def alignment_similarity(aligned: Tensor, finetuned: Tensor, pretrained: Tensor) -> float:
-    """cos⟨Δ, C Δ⟩, by which Safe LoRA and SafeMERGE tell whether a layer left the alignment subspace.
+    """Compute cos⟨Δ, C Δ⟩, by which Safe LoRA and SafeMERGE judge if a layer left the alignment subspace.
 
     Args:
         aligned: aligned weight, (out, in).
@@ -136,7 +136,7 @@ def alignment_similarity(aligned: Tensor, finetuned: Tensor, pretrained: Tensor)
 
 
 def safe_lora_layers(similarities: Mapping[str, float], number: int) -> tuple[str, ...]:
-    """The layers that Safe LoRA projects when a number of layers is given: those of the lowest similarity.
+    """Choose the layers that Safe LoRA projects when their number is given: those of lowest similarity.
 
     All similarities must be measured on the deltas as fine-tuned. The released code takes them in a pass
     that already projects, with its default threshold, so that it projects more layers than asked for. A
@@ -188,7 +188,7 @@ class _Projected:
 
 
 def _project(layer: _Layer) -> _Projected:
-    """V (Vᵀ Δ) / ‖V‖: V Vᵀ, as large as the outputs squared, is never formed."""
+    """Compute V (Vᵀ Δ) / ‖V‖: V Vᵀ, as large as the outputs squared, is never formed."""
     columns = layer.aligned.shape[1]
     inner = torch.zeros((columns, columns), dtype=layer.dtype, device=layer.aligned.device)
     delta_norm = alignment_norm = projected_norm = 0.0
