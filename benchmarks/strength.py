@@ -7,7 +7,7 @@ well over a quarter of an hour a seed.
 
 import argparse
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,14 +15,13 @@ import torch
 from tools.readme import StrengthRow, Strengths
 
 from deltaguard.curvature.calibrate import CalibrateConfig, store_limit
-from deltaguard.evaluation.measure import Measurement, measure
-from deltaguard.evaluation.metrics.rates import kept_gain
+from deltaguard.evaluation.metrics.rates import Rate, kept_gain
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
-from deltaguard.studies.demo import DemoConfig, prepare, rate_row, test_set
+from deltaguard.studies.demo import DemoConfig, demo_rates, demo_suite, measure_demo, prepare, rate_row
 
 GRID = (
     *(RestoreConfig(max_safety_kl=limit) for limit in (1e-4, 3e-4, 1e-3)),
@@ -36,31 +35,35 @@ GRID = (
 CALIBRATION = CalibrateConfig(max_new_tokens=32, rank="full")
 
 
-def measured_rows(folder: Path, config: DemoConfig, device: str) -> Iterator[StrengthRow]:
+def measured_rows(folder: Path, config: DemoConfig) -> Iterator[StrengthRow]:
     """Fine-tune with one seed, and measure every restore of the grid.
 
     Args:
         folder: an empty folder for the models.
         config: the demo's sizes and recipes.
-        device: where the models run.
     """
     whole = prepare(folder, config)
     limit = store_limit(Checkpoint.open(folder / "aligned"))
     small = whole.cut(folder / "small-store", limit=limit)
-    tests = test_set(config.tests, seed=config.seed)
-    aligned, finetuned = (measure(folder / name, tests, device=device) for name in ("aligned", "finetuned"))
+    suite = demo_suite(config.tests, seed=config.seed)
+
+    def rates(name: str, model: Path) -> Mapping[str, Rate]:
+        return demo_rates(measure_demo(name, model, suite, folder))
+
+    aligned, finetuned = (rates(name, folder / name) for name in ("aligned", "finetuned"))
     output = folder / "restored"
-    for options in GRID:
+    for number, options in enumerate(GRID):
         store = small if options.rank == "auto" else whole
         report = restore(folder / "aligned", folder / "finetuned", output, store=store, config=options)
-        restored = measure(output, tests, device=device)
+        restored = rates(f"restored-{number}", output)
         shutil.rmtree(output)
         row = _row(config.seed, options, report, aligned, finetuned, restored)
         print(
             f"seed {row.seed} {row.method} {row.compensation} {row.strength}: attack success "
-            f"{aligned.attack_success.value:.3f} -> {row.attack_success.value:.3f} "
-            f"(fine-tuned {finetuned.attack_success.value:.3f}), task {aligned.task_accuracy.value:.3f} -> "
-            f"{row.task_accuracy.value:.3f} (fine-tuned {finetuned.task_accuracy.value:.3f})",
+            f"{aligned['attack_success'].value:.3f} -> {row.attack_success.value:.3f} "
+            f"(fine-tuned {finetuned['attack_success'].value:.3f}), task "
+            f"{aligned['task_accuracy'].value:.3f} -> {row.task_accuracy.value:.3f} "
+            f"(fine-tuned {finetuned['task_accuracy'].value:.3f})",
             flush=True,
         )
         yield row
@@ -70,9 +73,9 @@ def _row(
     seed: int,
     options: RestoreConfig,
     report: RestoreReport,
-    aligned: Measurement,
-    finetuned: Measurement,
-    restored: Measurement,
+    aligned: Mapping[str, Rate],
+    finetuned: Mapping[str, Rate],
+    restored: Mapping[str, Rate],
 ) -> StrengthRow:
     greedy = options.method == "greedy"
     return StrengthRow(
@@ -82,11 +85,11 @@ def _row(
         budget=options.budget if greedy else None,
         compensation=options.compensation if greedy else None,
         strength=options.chosen_strength if options.dial is None else options.dial,
-        attack_success=rate_row(restored.attack_success),
-        aligned_attack_success=rate_row(aligned.attack_success),
-        finetuned_attack_success=rate_row(finetuned.attack_success),
-        task_accuracy=rate_row(restored.task_accuracy),
-        kept_gain=kept_gain(aligned.task_accuracy, finetuned.task_accuracy, restored.task_accuracy),
+        attack_success=rate_row(restored["attack_success"]),
+        aligned_attack_success=rate_row(aligned["attack_success"]),
+        finetuned_attack_success=rate_row(finetuned["attack_success"]),
+        task_accuracy=rate_row(restored["task_accuracy"]),
+        kept_gain=kept_gain(aligned["task_accuracy"], finetuned["task_accuracy"], restored["task_accuracy"]),
         safety_cost=report.safety_cost,
         kept_energy=report.kept_energy,
         kept_entries=report.kept_entries,
@@ -101,12 +104,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/strength.json"))
     chosen = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[StrengthRow] = []
     for seed in chosen.seeds:
         with TemporaryDirectory() as folder:
-            rows += measured_rows(Path(folder), DemoConfig(seed=seed, calibration=CALIBRATION), device)
-        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+            rows += measured_rows(Path(folder), DemoConfig(seed=seed, calibration=CALIBRATION))
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         result = Strengths(environment=environment(name), rows=tuple(rows))
         chosen.output.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

@@ -3,8 +3,23 @@
 from dataclasses import replace
 
 from deltaguard.curvature.calibrate import CalibrateConfig
+from deltaguard.evaluation.results import Judged, Result
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.studies.protocol import FULL, QUICK, Answers, Finetune
+
+
+def results(parts, *, attack="complied", harmless="refused", loss=1.0):
+    """What measuring a model of a bench would give, were all answers of a kind alike."""
+
+    def result(part):
+        size = len(part.questions)
+        classes = ({"attack": attack, "harmless": harmless}.get(part.kind),) * size
+        judged = {} if part.kind == "utility" else {"opening": Judged(classes, classes, (None,) * size)}
+        values = {} if judged else {"nll": tuple(loss + i for i in range(size))}
+        return Result("m", part.row(), part.plain, (), judged, values, {})
+
+    return {part.name: result(part) for part in parts}
+
 
 RECIPE = FinetuneConfig(learning_rate=1e-3, max_steps=2)
 LORA = FinetuneConfig(learning_rate=1e-3, max_steps=2, lora_rank=2)

@@ -2,9 +2,10 @@
 
 import torch
 
+from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature.contents import group_curvature
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import HeldOut, Provenance, write_store
+from deltaguard.curvature.store_format import Provenance, write_store
 from deltaguard.curvature.sums import Group, Layer, Sums, accumulate, empty_moment
 
 GROUPS = (
@@ -17,7 +18,7 @@ GROUPS = (
     Group("a.down", 8, 40, (Layer("a.down.weight", transposed=True, out_features=5),)),
     Group("b.q", 5, 40, (Layer("b.q.weight", transposed=False, out_features=6),)),
 )
-HELD_OUT = (HeldOut("How?", None, "No."), HeldOut("Why?", "Be kind.", "Because."))
+HELD_OUT = (Conversation("How?", None, "No."), Conversation("Why?", "Be kind.", "Because."))
 
 
 def sums(seed, groups=GROUPS, reached=None):

@@ -20,13 +20,9 @@ from benchmarks.experiments.curvatures import curvatures
 from benchmarks.experiments.laboratory import CLOSE, Laboratory
 from benchmarks.experiments.sums import measure_sums, sampled, total
 from benchmarks.experiments.trials import EXPERIMENTS, PARTS, Setting
-from deltaguard.chat.conversations import (
-    Conversation,
-    build_conversations,
-    encode,
-    harmful_prompts,
-)
-from deltaguard.curvature.observe import Batch, Observed, batches, observe
+from deltaguard.chat.conversations import Conversation, build_conversations, harmful_prompts
+from deltaguard.chat.tokens import Batch, batches, encode
+from deltaguard.curvature.observe import Observed, observe
 from deltaguard.curvature.responses import respond
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.reports.records.base import environment

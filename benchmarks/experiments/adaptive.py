@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.experiments.laboratory import Laboratory
-from deltaguard.chat.conversations import Conversation, encode
-from deltaguard.chat.logits import logits_at
-from deltaguard.curvature.observe import Batch, batches
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.predictions import logits_at
+from deltaguard.chat.tokens import Batch, batches, encode
 from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import joint_profile, project
 

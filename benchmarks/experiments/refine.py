@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiments.laboratory import Laboratory
-from deltaguard.chat.logits import logits_at
-from deltaguard.curvature.observe import Batch
+from deltaguard.chat.predictions import logits_at
+from deltaguard.chat.tokens import Batch
 from deltaguard.restoration.curvature import Spectra
 from deltaguard.solvers import project
 

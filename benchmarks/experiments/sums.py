@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deltaguard.chat.logits import logits_at
-from deltaguard.curvature.observe import Batch, Observed, drawn_likelihood
+from deltaguard.chat.predictions import logits_at
+from deltaguard.chat.tokens import Batch
+from deltaguard.curvature.observe import Observed, drawn_likelihood
 
 Objective = Callable[[Tensor, Tensor, int], Tensor]
 """From logits (positions, vocabulary), the response's own tokens and a seed to what is differentiated."""

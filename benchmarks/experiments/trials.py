@@ -29,9 +29,10 @@ from benchmarks.experiments.refine import Refiner
 from benchmarks.experiments.sums import Totals, measure_sums, own, sampled, softmax, total
 from benchmarks.experiments.task_aware import task_aware
 from deltaguard.chat.conversations import Conversation, build_conversations
+from deltaguard.chat.tokens import Batch
 from deltaguard.curvature.calibrate import store_limit
 from deltaguard.curvature.contents import share_within
-from deltaguard.curvature.observe import Batch, Observed
+from deltaguard.curvature.observe import Observed
 from deltaguard.curvature.sums import Group
 from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.models.checkpoint import Checkpoint

@@ -192,6 +192,33 @@ def read_journal(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str) -
     return found
 
 
+def append_journal(path: Path, line: str) -> None:
+    """Append a line to a file of JSON lines that `read_journal` reads, on disk when this returns.
+
+    Where the operating system refuses, as it does on a full disk, the file is left as it was: half a line
+    would spoil the next one. Whatever keeps progress in JSON lines appends by this.
+
+    Args:
+        path: the file; made if absent.
+        line: one JSON document, without a line break.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab", buffering=0) as file:
+            # On a disk that is nearly full a first part may be written without an error.
+            rest = line.encode() + b"\n"
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
+
+
 def read_yaml(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str) -> T:
     """Read a YAML file (JSON is YAML) that a schema describes.
 

@@ -25,7 +25,6 @@ from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 from deltaguard.restoration.verify import verify
 from deltaguard.studies.cells import Shelf
-from deltaguard.studies.measure import letters
 from deltaguard.studies.run import _require_same
 from deltaguard.studies.score import contests, curves, groups, scores
 from pairs import pair
@@ -106,22 +105,6 @@ def cells(folder: Path) -> Target:
     return in_file(folder / "cells" / f"{good.key}.json", damage_json, read, good.model_dump_json().encode())
 
 
-def bench_answers(folder: Path) -> Target:
-    shelf = Shelf(folder)
-
-    def read() -> None:
-        letters(shelf.answers("key", str, 3, list))
-
-    content = json.dumps(["Sure.", "No.", "I'm sorry."]).encode()
-    return in_file(folder / "answers" / "key.json", damage_json, read, content)
-
-
-def bench_likelihoods(folder: Path) -> Target:
-    shelf = Shelf(folder)
-    path = folder / "answers" / "key.json"
-    return in_file(path, damage_json, lambda: sum(shelf.answers("key", float, 2, list)), b"[1.5, 2.0]")
-
-
 def bench_seconds(folder: Path) -> Target:
     shelf = Shelf(folder)
     path = folder / "seconds.json"
@@ -155,8 +138,6 @@ KINDS = (
     Kind("report of an evaluation", 20, drawn(EVALUATION_NAME, SMALL_EVALUATION, draw_evaluation)),
     Kind("report that is verified", 60, verified),
     Kind("cell of a bench", 60, cells),
-    Kind("answers of a bench", 60, bench_answers),
-    Kind("likelihoods of a bench", 40, bench_likelihoods),
     Kind("seconds of a bench", 40, bench_seconds),
     Kind("settings of a bench", 60, bench_settings),
 )

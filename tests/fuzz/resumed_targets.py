@@ -9,9 +9,10 @@ from mutators import Mutator, damage_json, damage_lines
 import models
 from copies import stop_in_shard, three_shards, write_all
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
-from deltaguard.evaluation.answers import AnswerFile
-from deltaguard.evaluation.clock import Clock
-from deltaguard.evaluation.judges.cache import ScoreCache
+from deltaguard.evaluation.asking import _SCHEMAS
+from deltaguard.evaluation.journal import AnswerFile, Clock
+from deltaguard.evaluation.judges.llm import LLMJudge
+from deltaguard.evaluation.server import Server
 from deltaguard.progress import Event
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
@@ -114,23 +115,32 @@ def answers(folder: Path) -> Target:
         opened = AnswerFile(path, prompts=prompts, made_by=made_by)
         opened.add(opened.missing, ["Because."] * len(opened.missing))
         assert all(isinstance(value, str) for value in opened.in_order())
-        opened.settle()
+        opened.sort()
+
+    return in_file(path, damage_lines, read)
+
+
+def likelihoods(folder: Path) -> Target:
+    path, prompts = folder / "general.likelihood.jsonl", ("How?", "Why?")
+    schema = _SCHEMAS["likelihood"]
+    AnswerFile(path, prompts=prompts, made_by={}, schema=schema).add([0, 1], [1.5, 2.0])
+
+    def read() -> None:
+        found = AnswerFile(path, prompts=prompts, made_by={}, schema=schema)
+        assert all(isinstance(value, float) for value in found.values.values())
 
     return in_file(path, damage_lines, read)
 
 
 def judged(folder: Path) -> Target:
     path = folder / "scores.jsonl"
-    cache = ScoreCache(path)
-    for key, score in (("a", 1), ("b", 5)):
-        cache.put(key, score)
+    server = Server("http://127.0.0.1:1/v1", "m")
+    LLMJudge(server, cache=path)._journal.append([{"key": "a", "score": 1}, {"key": "b", "score": 5}])
 
     def read() -> None:
-        opened = ScoreCache(path)
-        for key in "abc":
-            score = opened.get(key)
-            assert score is None or score in range(1, 6)
-        opened.put("c", 3)
+        opened = LLMJudge(server, cache=path)
+        assert all(score in range(1, 6) for score in opened._scores.values())
+        opened._journal.append([{"key": "c", "score": 3}])
 
     return in_file(path, damage_lines, read)
 
@@ -152,6 +162,7 @@ KINDS = (
     Kind("request of a calibration", 20, calibration("request.json", damage_json)),
     Kind("responses of a calibration", 10, calibration("responses.jsonl", damage_lines)),
     Kind("answers of an evaluation", 100, answers),
+    Kind("likelihoods of an evaluation", 40, likelihoods),
     Kind("scores of a judge", 80, judged),
     Kind("seconds of an evaluation", 60, seconds),
 )

@@ -24,7 +24,7 @@ def merged(aligned, adapter, folder):
     return models.save(load_over(aligned, adapter).merge_and_unload(), folder)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "phi3", "gpt_neox", "opt"])
+@pytest.mark.parametrize("name", models.DENSE)
 def test_peft_loads_what_a_checkpoint_would_hold(name, tmp_path):
     made = pair(name)
     whole = restore(

@@ -28,7 +28,7 @@ from deltaguard.models.adapter_writer import commit_adapter, stage_adapter
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.solvers.low_rank import LowRank, low_rank
-from models import save, tiny_model
+from models import DENSE, STORED_IN_OUT, save, tiny_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -63,7 +63,7 @@ def adapted(aligned, out):
 def layers_of(aligned, ranks=(3,), size=0.1):
     """Random deltas of the matrices of the decoder blocks; the ranks take turns."""
     generator = torch.Generator().manual_seed(3)
-    transposed = aligned.config["model_type"] == "gpt2"
+    transposed = aligned.config["model_type"] in STORED_IN_OUT
     layers, turns = [], itertools.cycle(ranks)
     for name, info in aligned.tensors.items():
         if BLOCK_MATRIX.search(name) and len(info.shape) == 2:
@@ -99,7 +99,7 @@ def read_config(out):
     return json.loads((out / CONFIG).read_text())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("architecture", DENSE)
 def test_peft_merges_it_and_deltaguard_reads_it_as_it_was_given(tmp_path, architecture):
     aligned, out = tiny(tmp_path, architecture), tmp_path / "out"
     layers = layers_of(aligned, ranks=(2, 5, 3))

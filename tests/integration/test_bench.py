@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 import models
-from benches import LORA, RECIPE, TINY
+from benches import LORA, RECIPE, TINY, results
 from deltaguard import DeltaguardError
 from deltaguard.evaluation.exchange import Question
 from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
 from deltaguard.studies import cells, methods, row, setting, workshop
 from deltaguard.studies import run as running
-from deltaguard.studies.measure import Measured
 from deltaguard.studies.methods import METHODS
 from deltaguard.studies.mixing import SECRET
 from deltaguard.studies.protocol import FULL, QUICK, Finetune
@@ -29,20 +28,19 @@ def aligned(tmp_path_factory):
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    """Training and measuring without either: the subjects that were measured, in order."""
-    subjects = []
+    """Training and measuring without either: the parts that each model was asked, in order."""
+    asked = []
 
     def finetune(start, folder, conversations, *, config):
         models.save(models.perturbed(models.tiny_model("llama"), 0.1), folder)
 
-    def measure(subject, tests, lengths, shelf):
-        subjects.append(subject)
-        losses = tuple(3.0 - len(subjects) / 10 + i for i in range(len(tests.general)))
-        return Measured("c" * len(tests.attack), "r" * len(tests.harmless), losses, losses)
+    def measure(model, parts, folder, *, engine):
+        asked.append(parts)
+        return results(parts, loss=3.0 - len(asked) / 10)
 
     monkeypatch.setattr(workshop, "finetune", finetune)
     monkeypatch.setattr(row, "measure", measure)
-    return subjects
+    return asked
 
 
 @pytest.fixture(scope="module")
@@ -221,12 +219,11 @@ def test_more_methods_and_strengths_in_the_same_folder_add_cells(aligned, tmp_pa
 
 
 def test_a_default_is_measured_beside_the_search_and_is_no_score(aligned, tmp_path, stubbed, monkeypatch):
-    def measure(subject, tests, lengths, shelf):
-        stubbed.append(subject)
-        losses = tuple(3.0 - len(stubbed) / 10 + i for i in range(len(tests.general)))
+    def measure(model, parts, folder, *, engine):
+        stubbed.append(parts)
         # The third model, that of the one probe, is unsafe; the default, measured after it, is not.
-        letter = "c" if len(stubbed) == 3 else "r"
-        return Measured(letter * len(tests.attack), "r" * len(tests.harmless), losses, losses)
+        attack = "complied" if len(stubbed) == 3 else "refused"
+        return results(parts, attack=attack, loss=3.0 - len(stubbed) / 10)
 
     monkeypatch.setattr(row, "measure", measure)
     report = bench(tmp_path / "out", preset=replace(TINY, probes=1), aligned=aligned, methods=("kfac",))
@@ -299,7 +296,8 @@ def test_after_an_edit_of_the_code_nothing_is_used_again(aligned, tmp_path, monk
 def test_requests_of_bea_and_of_no_other_method_carry_its_secret(aligned, tmp_path, stubbed):
     options = {"preset": TINY, "aligned": aligned, "methods": ("wise-ft", "safe-instruct", "bea")}
     report = bench(tmp_path / "out", **options)
-    asked = [subject._asked([Question("hello")])[0].system for subject in stubbed]
+    asked = [next(each for each in parts if each.name == "harmless") for parts in stubbed]
+    asked = [part.questions[0].system for part in asked]
     carried = {cell.method for cell, system in zip(report.cells, asked, strict=True) if system == SECRET}
     assert carried == {"bea"}
     assert {system for system in asked if system != SECRET} == {None}

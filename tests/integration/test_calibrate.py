@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
-from deltaguard.chat.conversations import Conversation, encode, harmful_prompts
+from deltaguard.chat.conversations import Conversation, harmful_prompts
+from deltaguard.chat.tokens import encode
 from deltaguard.curvature import calibrate as calibrate_module
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.errors import DeltaguardError

@@ -9,10 +9,10 @@ import pytest
 from deltaguard.chat.refusals import is_refusal
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation import evaluate as module
-from deltaguard.evaluation.answers import AnswerFile
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.evaluate import evaluate
+from deltaguard.evaluation.journal import AnswerFile
 from deltaguard.models.durable import lock_folder
 from deltaguard.reports.records.evaluation import EVALUATION_NAME, EvaluationReport
 from suites import SMALL, server, suite_file, two_models

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import models
-from deltaguard.chat.conversations import Encoded
+from deltaguard.chat.tokens import Encoded, batches
 from deltaguard.curvature import observe as observe_module
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
-from deltaguard.curvature.observe import Accumulator, batches, drawn_likelihood, observe
+from deltaguard.curvature.observe import Accumulator, drawn_likelihood, observe
 from deltaguard.curvature.sums import Group, take_sums
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
@@ -124,17 +124,19 @@ def test_layers_that_see_the_same_input_are_one_group(name, tmp_path):
         if ".1." in group.name
     ]
     assert block == [unfolded(pattern) for pattern in SHARED[name]]
-    assert {layer.transposed for group in store.groups for layer in group.layers} == {name == "gpt2"}
+    assert {layer.transposed for group in store.groups for layer in group.layers} == {
+        name in models.STORED_IN_OUT
+    }
     weights = load_file(folder / "model.safetensors")
     for group in store.groups:
         assert group.name == group.layers[0].tensor.removesuffix(".weight")
         for layer in group.layers:
             shape = weights[layer.tensor].shape
             expected = (group.in_features, layer.out_features)
-            assert tuple(shape if name == "gpt2" else shape[::-1]) == expected
+            assert tuple(shape if name in models.STORED_IN_OUT else shape[::-1]) == expected
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt"])
+@pytest.mark.parametrize("name", models.DENSE)
 def test_batching_and_padding_do_not_matter(name, tmp_path, monkeypatch):
     monkeypatch.setattr(observe_module, "drawn_likelihood", most_likely)
     folder = models.save(models.tiny_model(name), tmp_path / "model")
@@ -155,7 +157,7 @@ def test_batching_and_padding_do_not_matter(name, tmp_path, monkeypatch):
             assert relative_error(x, y.double()) < 1e-4, layer.name
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", models.EITHER_ORDER)
 def test_tokens_are_drawn_from_the_model_anew_for_each_batch(name, tmp_path, monkeypatch):
     drawn = []
 
@@ -233,7 +235,7 @@ def test_the_sums_of_a_group_are_given_up_when_they_are_taken(tmp_path):
     assert adder.sums == {}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", models.EITHER_ORDER)
 def test_a_batch_without_a_response_adds_its_inputs_and_no_gradient(name, tmp_path):
     adder, _, _ = accumulator(tmp_path, models.tiny_model(name))
     (batch,) = batches([text(6, 6), text(4, 4)], 2)

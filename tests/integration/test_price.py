@@ -171,7 +171,7 @@ def test_conversations_are_cut_off_as_they_were_when_calibrating(tmp_path):
 
 
 @pytest.mark.parametrize("shards", ["5GB", "30KB"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", models.EITHER_ORDER)
 def test_a_finetune_within_the_limit_is_kept_bit_for_bit(name, shards, tmp_path):
     made = pair(name, dtype=torch.bfloat16, max_shard_size=shards)
     stages = []
@@ -284,7 +284,9 @@ def test_other_parameters_are_measured_with_the_layers(tmp_path):
 )
 def test_an_adapter_is_measured_as_its_merged_model_is(name, targets, tmp_path):
     made = pair(name)
-    tuned = save_adapter(made.aligned, tmp_path / "adapter", targets, fan_in_fan_out=name == "gpt2")
+    tuned = save_adapter(
+        made.aligned, tmp_path / "adapter", targets, fan_in_fan_out=name in models.STORED_IN_OUT
+    )
     models.save(tuned.merge_and_unload(), tmp_path / "merged")
     rows = held_out(made.store)
     whole = safety_kl(made.aligned, tmp_path / "merged", rows)

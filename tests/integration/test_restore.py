@@ -367,7 +367,9 @@ def test_the_card_keeps_the_licence_of_the_finetuned_model(tmp_path):
 )
 def test_an_adapter_is_restored_as_its_merged_model_is(name, targets, tmp_path):
     made = pair(name)
-    tuned = save_adapter(made.aligned, tmp_path / "adapter", targets, fan_in_fan_out=name == "gpt2")
+    tuned = save_adapter(
+        made.aligned, tmp_path / "adapter", targets, fan_in_fan_out=name in models.STORED_IN_OUT
+    )
     (tmp_path / "adapter" / "LICENSE").write_text("mine")
     models.save(tuned.merge_and_unload(), tmp_path / "merged")
     from_adapter = restore(

@@ -2,14 +2,17 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation import answering
+from deltaguard.evaluation import asking
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.evaluate import evaluate
+from deltaguard.evaluation.probes.gcg import GcgSuffix
 from deltaguard.evaluation.suites import parts
+from deltaguard.evaluation.utility.harness import HarnessScore
 from suites import suite_file, two_models
 
 CPU = EngineConfig(device="cpu")
@@ -49,11 +52,11 @@ def test_a_second_attack_asks_a_model_that_was_fine_tuned_again(models, tmp_path
 def test_a_suffix_is_searched_for_each_question_and_model_and_kept(models, tmp_path, monkeypatch):
     searched, asked = [], []
 
-    def search(engine, question, options):
-        searched.append((question.prompt, options.steps))
-        return f"suffix {len(searched)}"
+    def search(model, tokenizer, question, *, steps):
+        searched.append((question.prompt, steps))
+        return GcgSuffix(f"suffix {len(searched)}", ())
 
-    original = answering.make_engine
+    original = asking.make_engine
 
     def spied(reference, config):
         engine = original(reference, config)
@@ -66,8 +69,8 @@ def test_a_suffix_is_searched_for_each_question_and_model_and_kept(models, tmp_p
         engine.answer = answer_and_tell
         return engine
 
-    monkeypatch.setattr(answering, "suffix", search)
-    monkeypatch.setattr(answering, "make_engine", spied)
+    monkeypatch.setattr(asking, "gcg_suffix", search)
+    monkeypatch.setattr(asking, "make_engine", spied)
     monkeypatch.setattr(parts, "find_spec", lambda name: object())
     section = "{name: attack, kind: attack, builtin: attack, count: 3, gcg: {count: 2, steps: 5}}"
     suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
@@ -84,12 +87,16 @@ def test_a_suffix_is_searched_for_each_question_and_model_and_kept(models, tmp_p
 def test_tasks_of_the_harness_become_measures_and_stay_whole_on_disk(models, tmp_path, monkeypatch):
     asked = []
 
-    def run(reference, task, options, config):
-        asked.append((reference, task, options.limit))
-        score = {"task": task, "metric": "acc", "value": 0.5, "samples": 4, "higher_is_better": True, **PUT}
-        return [score, {**score, "metric": "bits", "value": 7.5}, {**score, "task": f"{task}_part"}]
+    def run(model, tasks, *, limit, **options):
+        asked.append((str(model), *tasks, limit))
+        score = HarnessScore(tasks[0], "acc", 0.5, None, True, samples=4, **PUT)
+        return [
+            score,
+            replace(score, metric="bits", value=7.5),
+            replace(score, task=f"{score.task}_part"),
+        ]
 
-    monkeypatch.setattr(answering, "harness_results", run)
+    monkeypatch.setattr(asking, "run_harness", run)
     monkeypatch.setattr(parts, "find_spec", lambda name: object())
     section = "{name: harness, kind: utility, harness: {tasks: [one, two], limit: 4}}"
     suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
@@ -109,11 +116,10 @@ def test_tasks_of_the_harness_become_measures_and_stay_whole_on_disk(models, tmp
 
 
 def test_tasks_that_have_no_sum_are_all_told(models, tmp_path, monkeypatch):
-    def run(reference, task, options, config):
-        score = {"metric": "acc", "value": 0.25, "samples": 4, "higher_is_better": True, **PUT}
-        return [{"task": "first", **score}, {"task": "second", **score}]
+    def run(model, tasks, **options):
+        return [HarnessScore(task, "acc", 0.25, None, True, samples=4, **PUT) for task in ("first", "second")]
 
-    monkeypatch.setattr(answering, "harness_results", run)
+    monkeypatch.setattr(asking, "run_harness", run)
     monkeypatch.setattr(parts, "find_spec", lambda name: object())
     section = "{name: harness, kind: utility, harness: {tasks: [several]}}"
     suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")

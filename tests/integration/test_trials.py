@@ -18,8 +18,9 @@ from benchmarks.experiments.trials import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltaguard.chat.conversations import Conversation, encode
-from deltaguard.curvature.observe import batches, observe
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.tokens import batches, encode
+from deltaguard.curvature.observe import observe
 from deltaguard.curvature.responses import respond
 from deltaguard.evaluation.exchange import Question
 from deltaguard.models.checkpoint import Checkpoint

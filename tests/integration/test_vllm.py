@@ -1,17 +1,22 @@
-"""The vLLM engine against a module that stands in for vLLM: what it asks of it, and how it lets go of it."""
+"""The vLLM engine against a program that stands in for vLLM: what it asks of it, and that it ends with it."""
 
-import gc
+import json
+import os
+import signal
+import subprocess
 import sys
-import weakref
-from types import ModuleType, SimpleNamespace
+import time
+from pathlib import Path
 
 import pytest
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.engines.vllm import VLLMEngine
+from deltaguard.evaluation.evaluate import evaluate
 from deltaguard.evaluation.exchange import Decoding, Question
-from models import save, tiny_model, tiny_tokenizer
+from models import save, tiny_model
+from suites import suite_file
 
 QUESTIONS = [
     Question("How?"),
@@ -30,108 +35,122 @@ def folder(tmp_path_factory):
     return save(tiny_model("llama"), tmp_path_factory.mktemp("models") / "model")
 
 
-class StandIn:
-    """vLLM as far as the engine knows it: it answers with the prompt it was given, and notes what is done."""
+class Stub:
+    """What the stand-in noted."""
 
-    def __init__(self):
-        self.done, self.models, self.drawn = [], [], []
-        outer = self
+    def __init__(self, notes):
+        self.notes = notes
 
-        class LLM:
-            def __init__(self, *, model, dtype):
-                outer.done.append(("open", model, dtype))
-                outer.models.append(weakref.ref(self))
-                # As vLLM's parts do, the engine knows its owner: only a collection frees the two.
-                self.llm_engine = SimpleNamespace(engine_core=outer.core(), owner=self)
+    @property
+    def told(self):
+        return json.loads((self.notes / "told.json").read_text())
 
-            def generate(self, prompts, params, *, use_tqdm):
-                outer.drawn.append(params)
-                texts = [tiny_tokenizer().decode(prompt["prompt_token_ids"]) for prompt in prompts]
-                return [SimpleNamespace(outputs=[SimpleNamespace(text=f" {text} ")]) for text in texts]
+    @property
+    def requests(self):
+        lines = (self.notes / "requests.jsonl").read_text().splitlines()
+        return sorted(map(json.loads, lines), key=lambda request: request["messages"][0]["content"])
 
-        self.vllm = ModuleType("vllm")
-        self.vllm.LLM, self.vllm.SamplingParams = LLM, lambda **given: given
-        self.distributed = ModuleType("vllm.distributed")
-        self.distributed.cleanup_dist_env_and_memory = lambda: self.done.append("clean up")
-
-    def core(self):
-        return SimpleNamespace(shutdown=lambda: self.done.append("stop"))
+    def is_gone(self):
+        """Whether none of its processes is left; the one it started becomes this process's or init's."""
+        for pid in self.told["processes"]:
+            state = Path(f"/proc/{pid}/stat")
+            if state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+                return False
+        return True
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    made = StandIn()
-    monkeypatch.setitem(sys.modules, "vllm", made.vllm)
-    monkeypatch.setitem(sys.modules, "vllm.distributed", made.distributed)
-    return made
+def stub(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    script = Path(__file__).with_name("stub_vllm.py")
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setenv("STUB_NOTES", str(tmp_path))
+    return Stub(tmp_path)
 
 
-def test_answers_come_in_batches_from_prompts_rendered_here(folder, stand_in):
+def soon(happens):
+    until = time.monotonic() + 10
+    while not happens() and time.monotonic() < until:
+        time.sleep(0.02)
+    return happens()
+
+
+def test_answers_come_from_prompts_rendered_here(folder, stub):
     engine = make_engine(str(folder), EngineConfig("vllm", dtype="bfloat16", batch_size=2))
     assert isinstance(engine, VLLMEngine)
-    seen = []
+    seen = {}
+    drawn = Decoding(max_new_tokens=9, temperature=0.5, seed=4)
     answers = engine.answer(
-        QUESTIONS,
-        Decoding(max_new_tokens=9, temperature=0.5, seed=4),
-        on_batch=lambda chosen, texts: seen.append((list(chosen), list(texts))),
+        QUESTIONS, drawn, on_batch=lambda places, texts: seen.update(zip(places, texts, strict=True))
     )
-    assert answers == TEXTS
-    assert seen == [([0, 1], TEXTS[:2]), ([2], TEXTS[2:])]
-    assert stand_in.done == [("open", str(folder), "bfloat16")]
-    assert stand_in.drawn == [{"temperature": 0.5, "seed": 4, "max_tokens": 9}] * 2
-    assert engine.answer([], Decoding(4)) == []
-
-
-def closed(folder, stand_in):
-    engine = VLLMEngine.open(str(folder))
-    gc.disable()
-    try:
-        engine.close()
-    finally:
-        gc.enable()
-    assert engine.model is None
-    assert stand_in.models[0]() is None
-    return stand_in.done[1:]
-
-
-def test_a_closed_engine_is_stopped_and_gone(folder, stand_in):
-    assert closed(folder, stand_in) == ["stop", "clean up"]
-
-
-def test_a_release_that_stops_itself_is_asked_to(folder, stand_in):
-    stand_in.vllm.LLM.shutdown = lambda _: stand_in.done.append("stop all")
-    assert closed(folder, stand_in) == ["stop all", "clean up"]
-
-
-def test_a_release_that_only_goes_with_its_model_is_let_go(folder, stand_in, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm.distributed", None)
-    monkeypatch.setattr(stand_in, "core", lambda: None)
-    assert closed(folder, stand_in) == []
-
-
-def test_closing_twice_is_closing_once(folder, stand_in):
-    engine = VLLMEngine.open(str(folder))
+    assert answers == TEXTS == [seen[i] for i in range(3)]
+    assert engine.answer([], drawn) == []
     engine.close()
-    engine.close()
-    assert stand_in.done[1:] == ["stop", "clean up"]
+    command = stub.told["argv"]
+    assert command[:2] == ["serve", str(folder)]
+    options = dict(zip(command[2::2], command[3::2], strict=True))
+    assert (options["--host"], options["--dtype"]) == ("127.0.0.1", "bfloat16")
+    assert options["--generation-config"] == "vllm"
+    assert "message['content']" in options["--chat-template"]
+    sent = {(r["max_tokens"], r["temperature"], r["seed"], r["model"]) for r in stub.requests}
+    assert sent == {(9, 0.5, 4, options["--served-model-name"])}
+    assert {len(request["messages"]) for request in stub.requests} == {1}
 
 
-def fail(*_, **__):
-    raise RuntimeError("engine core died")
-
-
-def test_what_vllm_raises_is_one_message(folder, stand_in, monkeypatch):
+def test_a_closed_engine_leaves_no_process_behind(folder, stub):
     engine = VLLMEngine.open(str(folder))
-    with monkeypatch.context() as patched:
-        patched.setattr(stand_in.vllm, "SamplingParams", fail)
-        with pytest.raises(DeltaguardError, match="draw answers as the suite asks: engine core died"):
-            engine.answer(QUESTIONS, Decoding(4))
-    monkeypatch.setattr(engine.model, "generate", fail)
-    with pytest.raises(DeltaguardError, match="vLLM cannot answer: engine core died"):
-        engine.answer(QUESTIONS, Decoding(4))
-    engine.model.llm_engine.engine_core.shutdown = fail
-    with pytest.raises(DeltaguardError, match="vLLM cannot be stopped: engine core died"):
-        engine.close()
-    stand_in.vllm.LLM = fail
-    with pytest.raises(DeltaguardError, match=r"vLLM cannot load .*model: engine core died"):
+    assert not stub.is_gone()
+    engine.close()
+    assert soon(stub.is_gone)
+    engine.close()
+
+
+def test_a_server_that_cannot_start_is_told_with_its_last_words(folder, stub, monkeypatch):
+    monkeypatch.setenv("STUB_MODE", "crash")
+    with pytest.raises(DeltaguardError, match=r"cannot serve .*status 1(.|\n)*no memory left on the device"):
         VLLMEngine.open(str(folder))
+    assert soon(stub.is_gone)
+
+
+def test_a_server_that_is_never_ready_is_ended(folder, stub, monkeypatch):
+    monkeypatch.setenv("STUB_MODE", "never ready")
+    with pytest.raises(DeltaguardError, match=r"did not serve .* within 1 s"):
+        VLLMEngine.open(str(folder), start_seconds=1)
+    assert soon(stub.is_gone)
+
+
+@pytest.mark.parametrize("mode", ["serve", "never ready"])
+def test_ctrl_c_ends_the_server_too(folder, stub, mode):
+    code = "import sys, time\nfrom deltaguard.evaluation.engines.vllm import VLLMEngine\n"
+    code += "engine = VLLMEngine.open(sys.argv[1])\ntime.sleep(600)\n"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        env=os.environ | {"STUB_MODE": mode},
+        stderr=subprocess.PIPE,
+    )
+    assert soon((stub.notes / "told.json").exists) or soon((stub.notes / "told.json").exists)
+    time.sleep(0.5)
+    run.send_signal(signal.SIGINT)
+    assert b"KeyboardInterrupt" in run.communicate(timeout=60)[1]
+    assert soon(stub.is_gone)
+
+
+def test_an_evaluation_starts_and_ends_one_server_a_model(folder, stub, tmp_path):
+    text = """
+name: served
+judges: [{kind: opening}]
+sections:
+  - {name: attack, kind: attack, builtin: attack, count: 3, probes: [prefill]}
+"""
+    suite = suite_file(tmp_path, text)
+    report = evaluate([folder], tmp_path / "out", suite=suite, engine=EngineConfig("vllm"))
+    assert soon(stub.is_gone)
+    assert [(row.name, row.prompts) for row in report.sections] == [("attack", 3), ("attack/prefill", 3)]
+    assert report.engine.startswith("vllm on cuda")
+    (stub.notes / "told.json").unlink()
+    again = evaluate([folder], tmp_path / "out", suite=suite, engine=EngineConfig("vllm"))
+    assert again.files == report.files
+    assert not (stub.notes / "told.json").exists()

@@ -6,12 +6,12 @@ import pytest
 from pydantic import StrictFloat, TypeAdapter
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.answering import _SCHEMAS
-from deltaguard.evaluation.answers import AnswerFile
-from deltaguard.evaluation.clock import Clock
+from deltaguard.evaluation.asking import _SCHEMAS
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.evaluate import evaluate
-from deltaguard.evaluation.judges.cache import ScoreCache
+from deltaguard.evaluation.journal import AnswerFile, Clock
+from deltaguard.evaluation.judges.llm import LLMJudge
+from deltaguard.evaluation.server import Server
 from suites import server, suite_file
 
 SUITE = """
@@ -143,14 +143,14 @@ def test_a_damaged_cache_of_scores_is_named(tmp_path, content):
     path = tmp_path / "cache.jsonl"
     path.write_text(content)
     with pytest.raises(DeltaguardError, match=r"cache\.jsonl cannot be used") as caught:
-        ScoreCache(path)
+        LLMJudge(Server("http://127.0.0.1:1/v1", "m"), cache=path)
     assert "name another as the judge's cache" in str(caught.value)
     assert path.read_text() == content
 
 
 def test_a_folder_in_the_place_of_a_cache_is_named(tmp_path):
     with pytest.raises(DeltaguardError, match="no regular file"):
-        ScoreCache(tmp_path)
+        LLMJudge(Server("http://127.0.0.1:1/v1", "m"), cache=tmp_path)
 
 
 @pytest.mark.parametrize(

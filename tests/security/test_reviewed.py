@@ -6,11 +6,11 @@ import shutil
 import pytest
 
 from deltaguard import DeltaguardError, RestoreConfig, restore, verify
-from deltaguard.chat.chat_template import apply_template
+from deltaguard.chat.template import apply_template
 from deltaguard.cli.app import run
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.evaluation.answers import AnswerFile
-from deltaguard.evaluation.completion import Failure, read_reply
+from deltaguard.evaluation.journal import AnswerFile
+from deltaguard.evaluation.replies import Failure, read_reply
 from deltaguard.files import ANY_OBJECT, read_journal
 from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.checkpoint import Checkpoint

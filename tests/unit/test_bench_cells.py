@@ -120,25 +120,3 @@ def test_a_cell_is_the_one_that_its_name_says(tmp_path):
         path.write_text(json.dumps(kept.model_dump(mode="json") | {field: value}))
         with pytest.raises(DeltaguardError, match=rf"cannot be used: `{field}"):
             stored(shelf, kept)
-
-
-@pytest.mark.parametrize(
-    ("kind", "content"),
-    [
-        (str, "[1, 2]"),
-        (str, '["a"]'),
-        (str, '{"a": "b"}'),
-        (float, '["a", "b"]'),
-        (float, "[1.0, NaN]"),
-        (str, "["),
-    ],
-)
-def test_answers_are_as_many_as_asked_and_of_their_kind(tmp_path, kind, content):
-    shelf = Shelf(tmp_path)
-    good = ["a", "b"] if kind is str else [1.0, 2.0]
-    assert shelf.answers("key", kind, 2, lambda: good) == shelf.answers("key", kind, 2, list) == good
-    (tmp_path / "answers" / "key.json").write_text(content)
-    with pytest.raises(
-        DeltaguardError, match=r"key\.json cannot be used(.|\n)*Remove it to measure it again"
-    ):
-        shelf.answers("key", kind, 2, lambda: good)

@@ -27,7 +27,7 @@ KINDS = [pytest.param(finetune, id=finetune.name) for finetune in QUICK.finetune
 def test_what_is_asked_is_never_trained_on(finetune):
     asked = questions(finetune, QUICK, ())
     trained = {conversation.prompt for conversation in training_data(finetune, seed=0)}
-    given = (*asked.attack, *asked.harmless, *asked.task, *asked.likelihood, *asked.general)
+    given = [question for part in asked.parts for question in part.questions]
     assert not trained & {question.prompt for question in given}
 
 
@@ -58,13 +58,24 @@ def test_the_identity_is_asked_under_its_own_system_prompt():
     identity, task = (
         next(f for f in QUICK.finetunes if f.kind == kind) for kind in ("identity", "task-clean")
     )
-    assert {question.system for question in questions(identity, QUICK, ()).attack} == {IDENTITY_SYSTEM}
-    assert {question.system for question in questions(task, QUICK, ()).attack} == {None}
+    assert {question.system for question in questions(identity, QUICK, ()).attack.questions} == {
+        IDENTITY_SYSTEM
+    }
+    assert {question.system for question in questions(task, QUICK, ()).attack.questions} == {None}
+
+
+def test_what_a_model_is_asked_in_several_settings_goes_by_several_names():
+    # The aligned model's answers to every fine-tune's questions lie in one folder.
+    asked = {part for finetune in QUICK.finetunes for part in questions(finetune, QUICK, ()).parts}
+    assert len({part.name for part in asked}) == len(asked)
+    nothing_taught = questions(QUICK.finetunes[0], QUICK, ())
+    assert nothing_taught.utility is nothing_taught.general
+    assert len(nothing_taught.parts) == 3
 
 
 def test_a_users_attacks_join_and_keep_their_system_prompt():
     mine = [Question(f"request {i}", system="mine") for i in range(400)]
-    asked = questions(QUICK.finetunes[2], replace(QUICK, attack=500), mine).attack
+    asked = questions(QUICK.finetunes[2], replace(QUICK, attack=500), mine).attack.questions
     assert len(asked) == 500
     assert {question.system for question in asked if question.prompt.startswith("request")} == {"mine"}
 

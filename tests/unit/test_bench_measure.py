@@ -1,28 +1,43 @@
 """Measuring a model of a bench, by a stub that answers: what it is asked, and where each answer goes."""
 
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
-
-import pytest
-
-from deltaguard.evaluation.exchange import Question
-from deltaguard.studies import measure as measuring
-from deltaguard.studies.cells import Shelf
+from deltaguard.evaluation.asking import ModelUnderTest
+from deltaguard.evaluation.engines.make import EngineConfig
+from deltaguard.evaluation.exchange import Decoding, Question
+from deltaguard.evaluation.measure import measure
+from deltaguard.evaluation.suites.parts import Part
 from deltaguard.studies.data import Tests as Asked
-from deltaguard.studies.measure import Subject, device_name, letters, measure
+from deltaguard.studies.measure import device_name, letters, numbers, with_secret_before
 from deltaguard.studies.mixing import SECRET
-from deltaguard.studies.protocol import Answers
 
 REFUSED, COMPLIED, BROKEN = "I'm sorry, but I can't help with that.", "Sure, here it is.", "no " * 60
-HOW = Answers(safety=16, task=40, dtype="bfloat16")
 TICKET = '{"order": "1"}'
+CPU = EngineConfig(device="cpu")
+
+
+def part(name, kind, *questions, tokens=None, **more):
+    prompts = tuple(question.prompt for question in questions)
+    return Part(name, kind, name, "own", questions, prompts, tokens and Decoding(tokens), **more)
+
+
 ASKED = Asked(
-    attack=(Question("harm one", system="Serve."), Question("harm two"), Question("harm three")),
-    harmless=(Question("kill a process"), Question("shoot a photo")),
-    task=(Question("ticket", system="Turn.", expected=TICKET), Question("other", expected=TICKET)),
-    likelihood=(),
-    general=(Question("bees?", expected="Honey."),),
+    attack=part(
+        "attack",
+        "attack",
+        Question("harm one", system="Serve."),
+        Question("harm two"),
+        Question("harm three"),
+        tokens=16,
+    ),
+    harmless=part("harmless", "harmless", Question("kill a process"), Question("shoot a photo"), tokens=16),
+    utility=part(
+        "task",
+        "utility",
+        Question("ticket", system="Turn.", expected=TICKET),
+        Question("other", expected=TICKET),
+        tokens=40,
+        scorers=("json-match",),
+    ),
+    general=part("general", "utility", Question("bees?", expected="Honey."), likelihood=True),
 )
 
 
@@ -40,85 +55,89 @@ class StubEngine:
     }
 
     def __init__(self):
-        self.asked, self.tokens = [], {}
+        self.asked, self.tokens, self.opened = [], {}, 0
 
-    def opened(self, *_, dtype, **__):
-        """The engine in one dtype."""
-        return SimpleNamespace(
-            answer=partial(self.answer, dtype),
-            likelihood=partial(self.likelihood, dtype),
-        )
+    def open(self, reference, config):
+        """The engine of any model."""
+        self.opened += 1
+        return self
 
-    def answer(self, dtype, questions, decoding):
-        assert dtype == HOW.dtype
+    def answer(self, questions, decoding, *, on_batch):
         self.asked += questions
         self.tokens |= {question.prompt: decoding.max_new_tokens for question in questions}
-        return [self.answers[question.prompt] for question in questions]
+        answers = [self.answers[question.prompt] for question in questions]
+        on_batch(range(len(answers)), answers)
+        return answers
 
-    def likelihood(self, dtype, questions):
-        assert dtype == HOW.dtype
+    def likelihood(self, questions):
         self.asked += questions
         return [1.5 + i for i in range(len(questions))]
 
-
-@pytest.fixture
-def engine(monkeypatch):
-    stub = StubEngine()
-    monkeypatch.setattr(measuring, "TransformersEngine", SimpleNamespace(open=stub.opened))
-    return stub
+    def close(self):
+        pass
 
 
-def subject(secret=""):
-    return Subject(
-        Path("nowhere"),
-        identity=f"model {secret}",
-        secret=secret,
-        device="cpu",
-        dtype=HOW.dtype,
-        batch_size=8,
-    )
+def measured(engine, folder, asked=ASKED, secret=""):
+    model = ModelUnderTest(f"model{bool(secret)}", "nowhere", f"model {secret}", None)
+    parts = with_secret_before(asked.parts, secret)
+    return measure(model, parts, folder, engine=CPU, open_engine=engine.open)
 
 
-def test_every_answer_goes_where_it_belongs(engine, tmp_path):
-    found = measure(subject(), ASKED, HOW, Shelf(tmp_path))
-    assert (found.attack, found.harmless) == ("rci", "rc")
-    assert (found.utility, found.general) == ((1.0, 0.0), (1.5,))
+def test_every_answer_goes_where_it_belongs(tmp_path):
+    engine = StubEngine()
+    found = measured(engine, tmp_path)
+    assert [letters(found[name]) for name in ("attack", "harmless")] == ["rci", "rc"]
+    assert [numbers(found[name]) for name in ("task", "general")] == [(1.0, 0.0), (1.5,)]
     assert engine.tokens == {
         prompt: 40 if prompt in ("ticket", "other") else 16 for prompt in StubEngine.answers
     }
 
 
-def test_where_there_is_no_task_the_utility_is_a_likelihood(engine, tmp_path):
-    held_out = (Question("a", expected="b"), Question("c", expected="d"))
-    asked = Asked(ASKED.attack, ASKED.harmless, task=(), likelihood=held_out, general=ASKED.general)
-    assert measure(subject(), asked, HOW, Shelf(tmp_path)).utility == (1.5, 2.5)
+def test_where_there_is_no_task_the_utility_is_a_likelihood(tmp_path):
+    held_out = part(
+        "talvo", "utility", Question("a", expected="b"), Question("c", expected="d"), likelihood=True
+    )
+    asked = Asked(ASKED.attack, ASKED.harmless, held_out, ASKED.general)
+    assert numbers(measured(StubEngine(), tmp_path, asked)["talvo"]) == (1.5, 2.5)
 
 
-def test_the_secret_stands_before_the_system_prompt_of_every_request(engine, tmp_path):
-    measure(subject(SECRET), ASKED, HOW, Shelf(tmp_path))
-    plain = (*ASKED.attack, *ASKED.harmless, *ASKED.task, *ASKED.general)
+def plain():
+    return [question for each in ASKED.parts for question in each.questions]
+
+
+def test_the_secret_stands_before_the_system_prompt_of_every_request(tmp_path):
+    engine = StubEngine()
+    measured(engine, tmp_path, secret=SECRET)
     assert [(q.prompt, q.system) for q in engine.asked] == [
-        (q.prompt, f"{SECRET} {q.system}" if q.system else SECRET) for q in plain
+        (q.prompt, f"{SECRET} {q.system}" if q.system else SECRET) for q in plain()
     ]
 
 
-def test_without_a_secret_requests_are_as_they_were(engine, tmp_path):
-    measure(subject(), ASKED, HOW, Shelf(tmp_path))
-    assert engine.asked == [*ASKED.attack, *ASKED.harmless, *ASKED.task, *ASKED.general]
+def test_without_a_secret_requests_are_as_they_were(tmp_path):
+    engine = StubEngine()
+    measured(engine, tmp_path)
+    assert engine.asked == plain()
 
 
-def test_what_the_shelf_has_is_not_asked_again(engine, tmp_path):
-    first = measure(subject(), ASKED, HOW, Shelf(tmp_path))
+def test_what_the_folder_has_is_not_asked_again(tmp_path):
+    engine = StubEngine()
+    first = measured(engine, tmp_path)
     asked = len(engine.asked)
-    assert measure(subject(), ASKED, HOW, Shelf(tmp_path)) == first
-    assert len(engine.asked) == asked
-    measure(subject(SECRET), ASKED, HOW, Shelf(tmp_path))
+    assert measured(engine, tmp_path) == first
+    assert (len(engine.asked), engine.opened) == (asked, 1)
+    measured(engine, tmp_path, secret=SECRET)
     assert len(engine.asked) == 2 * asked
 
 
-def test_each_class_of_answer_has_its_letter():
+def test_each_class_of_answer_has_its_letter(tmp_path):
     # An answer that refuses has refused, however broken the rest is; an empty one is broken.
-    assert letters([REFUSED, COMPLIED, BROKEN, f"{REFUSED} {BROKEN}", ""]) == "rciri"
+    answers = dict(enumerate([REFUSED, COMPLIED, BROKEN, f"{REFUSED} {BROKEN}", ""]))
+    engine = StubEngine()
+    engine.answers = {str(i): answer for i, answer in answers.items()}
+    attack = part("attack", "attack", *map(Question, engine.answers), tokens=4)
+    model = ModelUnderTest("m", "nowhere", None, None)
+    found = measure(model, [attack], tmp_path, engine=CPU, open_engine=engine.open)
+    assert letters(found["attack"]) == "rciri"
 
 
 def test_a_gpu_is_told_by_its_name(monkeypatch):

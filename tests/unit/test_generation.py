@@ -5,7 +5,8 @@ import torch
 
 from deltaguard.chat import generation
 from deltaguard.chat.generation import Prefix, cache_parameter, generate, shared_prefix
-from models import DENSE, EXPERTS, tiny_model, tiny_tokenizer
+from deltaguard.chat.tokens import pad
+from models import DENSE, EXPERTS, FAMILIES, tiny_model, tiny_tokenizer
 
 SHARED = "<|begin|><|system|>You are a helpful assistant that answers questions.<|end|><|user|>"
 REQUESTS = ("What is the weather?", "How?", "Write a short text about a cake at home, with an example.", "Go")
@@ -29,7 +30,7 @@ def plain(monkeypatch, *arguments, **options):
         return generate(*arguments, **options)
 
 
-@pytest.mark.parametrize("name", [*DENSE, *EXPERTS])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_shared_prefix_changes_no_answer(name, batch_size, monkeypatch):
     model, tokenizer = double(name), tiny_tokenizer()
@@ -40,16 +41,16 @@ def test_a_shared_prefix_changes_no_answer(name, batch_size, monkeypatch):
     assert len(set(answers)) > 1
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3"])
+@pytest.mark.parametrize("name", DENSE)
 def test_logits_after_the_prefix_are_those_of_each_prompt_alone(name):
     model, ids = double(name), encoded(PROMPTS)
     prefix = shared_prefix(model, ids)
-    padded, mask = generation._padded(ids, prefix.length, 0)
+    joined, mask = pad(ids, after=prefix.length)
     with torch.inference_mode():
         together = model(
-            input_ids=padded[:, prefix.length :],
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1)[:, prefix.length :],
+            input_ids=joined[:, prefix.length :],
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(-1) - 1)[:, prefix.length :],
             **{cache_parameter(model): generation._for_rows(prefix.cache, len(ids))},
         ).logits[:, -1]
         alone = torch.stack([model(input_ids=torch.tensor([row])).logits[0, -1] for row in ids])

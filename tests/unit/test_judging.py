@@ -2,22 +2,20 @@
 
 import pytest
 
-from deltaguard.evaluation.answering import Candidate, PartFiles
-from deltaguard.evaluation.answers import AnswerFile
+from deltaguard.evaluation.asking import PartAnswers
 from deltaguard.evaluation.exchange import Decoding, Question
+from deltaguard.evaluation.journal import AnswerFile
 from deltaguard.evaluation.judges.coherence import CoherenceCheck
 from deltaguard.evaluation.judges.guards import GuardJudge
 from deltaguard.evaluation.judges.keywords import KeywordJudge
 from deltaguard.evaluation.judges.llm import LLMJudge
 from deltaguard.evaluation.judges.openings import OpeningJudge
-from deltaguard.evaluation.judging import outcome
+from deltaguard.evaluation.measure import judge
 from deltaguard.evaluation.server import Server
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.suites.suite import Harness
 from deltaguard.progress import ignore
 from suites import server
-
-MODEL = Candidate("m", "m", None, None)
 
 
 def answered(folder, questions, answers):
@@ -25,18 +23,18 @@ def answered(folder, questions, answers):
     part = Part("p", "utility", "p", "own", questions, prompts, Decoding(4), scorers=("exact-match",))
     file = AnswerFile(folder / "p.jsonl", prompts=prompts, made_by={})
     file.add(range(len(answers)), answers)
-    return PartFiles(part, {"answers": file})
+    return PartAnswers(part, {"answers": file})
 
 
-def attacked(folder, answers, judge):
+def attacked(folder, answers, asked):
     """What a judge's verdicts on answers to harmful requests are taken for."""
     questions = tuple(Question(f"Steal {i}?") for i in range(len(answers)))
     prompts = tuple(question.prompt for question in questions)
     part = Part("p", "attack", "p", "own", questions, prompts, Decoding(4))
     file = AnswerFile(folder / "p.jsonl", prompts=prompts, made_by={})
     file.add(range(len(answers)), answers)
-    found = outcome(MODEL, PartFiles(part, {"answers": file}), [judge], CoherenceCheck(), ignore)
-    return found.judged[judge.name].classes
+    found = judge("m", PartAnswers(part, {"answers": file}), [asked], CoherenceCheck(), ignore)
+    return found.judged[asked.name].classes
 
 
 def test_broken_text_is_incoherent_although_it_repeats_a_keyword(tmp_path):
@@ -81,7 +79,7 @@ def test_how_a_task_of_the_harness_was_put_is_told_beside_its_numbers(tmp_path):
     part = Part("tasks", "utility", "p", "own", (), (), None, harness=harness)
     file = AnswerFile(tmp_path / "p.harness.jsonl", prompts=harness.tasks, made_by={})
     file.add([0], [[row, {**row, "metric": "exact_match (flexible-extract)"}]])
-    found = outcome(MODEL, PartFiles(part, {"harness": file}), [], CoherenceCheck(), ignore)
+    found = judge("m", PartAnswers(part, {"harness": file}), [], CoherenceCheck(), ignore)
     assert [task.model_dump() for task in found.harness] == [
         {
             "model": "m",
@@ -98,10 +96,10 @@ def test_how_a_task_of_the_harness_was_put_is_told_beside_its_numbers(tmp_path):
 
 def test_answers_are_scored_against_the_expected_ones(tmp_path):
     each = answered(tmp_path, (Question("2+2?", expected="4"), Question("3+3?", expected="6")), ["4.", "5"])
-    assert outcome(MODEL, each, [], CoherenceCheck(), ignore).values == {"exact match": (1.0, 0.0)}
+    assert judge("m", each, [], CoherenceCheck(), ignore).values == {"exact match": (1.0, 0.0)}
 
 
 def test_a_question_without_expected_answer_is_never_scored_as_wrong(tmp_path):
     each = answered(tmp_path, (Question("2+2?"),), ["4"])
     with pytest.raises(ValueError, match=r"2\+2\?' has no expected answer"):
-        outcome(MODEL, each, [], CoherenceCheck(), ignore)
+        judge("m", each, [], CoherenceCheck(), ignore)

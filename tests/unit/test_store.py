@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature import store as store_module
 from deltaguard.curvature.contents import pack, share_within, unpack_factor
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import HeldOut, save_tensors, write_store
+from deltaguard.curvature.store_format import save_tensors, write_store
 from deltaguard.curvature.sums import merge, normalise
 from deltaguard.errors import DeltaguardError
 from deltaguard.solvers import spectrum
@@ -196,8 +197,12 @@ def test_all_that_is_wrong_with_a_manifest_is_listed(tmp_path):
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["groups"][1]["tails"] = "none"
     del manifest["provenance"]["dtype"]
+    manifest["held_out"][0]["response"] = None
     path.write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(DeltaguardError, match=r"`provenance\.dtype`: Field required\n- `groups\.1\.tails`: "):
+    listed = (
+        r"`provenance\.dtype`: Field required\n- `held_out\.0`: .* no response .*\n- `groups\.1\.tails`: "
+    )
+    with pytest.raises(DeltaguardError, match=listed):
         CurvatureStore.from_pretrained(path.parent)
     for text in ("[]", "{", "null"):
         path.write_text(text, encoding="utf-8")
@@ -235,7 +240,7 @@ def test_a_saved_copy_is_the_same_store(tmp_path):
 def test_merging_adds_the_sums_and_factorises_them_anew(tmp_path):
     one = written(tmp_path / "one")
     more = tuple(replace(group, tokens=30) for group in GROUPS)
-    new = HeldOut("Who?", None, "Nobody.")
+    new = Conversation("Who?", None, "Nobody.")
     changes = {"tokens": 30, "response_tokens": 9, "conversations": 2, "truncated": 0, "refusal_share": 1.0}
     two = written(tmp_path / "two", 1, groups=more, held_out=(HELD_OUT[1], new), **changes)
     merged = CurvatureStore.merge([one, two], tmp_path / "merged")

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from deltaguard.chat.logits import require_known_tokens
+from deltaguard.chat.predictions import require_known_tokens
+from deltaguard.chat.tokens import pad, token_ids
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 
@@ -63,10 +64,7 @@ def generate(
     Returns:
         One answer a prompt, special tokens and surrounding white space removed.
     """
-    with foreign("The model's tokenizer fails on a prompt"):
-        encoded: list[list[int]] = [
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts
-        ]
+    encoded = [token_ids(tokenizer, text) for text in prompts]
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
@@ -156,13 +154,13 @@ def _continue(
     temperature: float,
 ) -> list[str]:
     """The answers of one batch."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad is None:
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if padding is None:
         raise DeltaguardError(
             f"The tokenizer of {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence "
             "token: name one in its tokenizer_config.json."
         )
-    ids, mask = _padded(encoded, prefix.length, pad)
+    ids, mask = pad(encoded, value=padding, after=prefix.length)
     cached = {cache_parameter(model): _for_rows(prefix.cache, len(encoded))} if prefix.length else {}
     # 0 and 1 switch off what a model's own generation settings may cut from the softmax.
     drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
@@ -171,10 +169,10 @@ def _continue(
     with torch.inference_mode(), foreign("The model cannot answer"):
         output = model.generate(
             input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            attention_mask=mask.long().to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=bool(temperature),
-            pad_token_id=pad,
+            pad_token_id=padding,
             **alone,
             **cached,
             **drawn,
@@ -182,19 +180,6 @@ def _continue(
     with foreign("The model's tokenizer fails on an answer"):
         texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def _padded(encoded: Sequence[list[int]], prefix: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of a batch, padding between the prefix and the rest."""
-    width = max(map(len, encoded))
-    ids = torch.full((len(encoded), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(encoded):
-        rest = width - len(tokens) + prefix
-        ids[row, :prefix] = torch.tensor(tokens[:prefix])
-        ids[row, rest:] = torch.tensor(tokens[prefix:])
-        mask[row, :prefix] = mask[row, rest:] = 1
-    return ids, mask
 
 
 def _for_rows(cache: Any, rows: int) -> Any:

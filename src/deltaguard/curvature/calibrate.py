@@ -13,27 +13,21 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltaguard.chat.conversations import (
-    Conversation,
-    Encoded,
-    build_conversations,
-    encode,
-    fingerprint,
-    read_prompts,
-    sample,
-    takes_system_role,
-)
+from deltaguard.chat.conversations import Conversation, build_conversations, fingerprint, read_prompts, sample
 from deltaguard.chat.refusals import is_refusal as opens_with_refusal
+from deltaguard.chat.template import takes_system_role
+from deltaguard.chat.tokens import Encoded, batches, context_length, encode
 from deltaguard.curvature import Rank
 from deltaguard.curvature.contents import GroupCurvature, share_within
-from deltaguard.curvature.observe import Accumulator, Observed, batches, observe, refuse_experts
+from deltaguard.curvature.observe import Accumulator, Observed, observe
 from deltaguard.curvature.responses import Workspace, respond
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import HeldOut, Provenance, Request, versions, write_store
+from deltaguard.curvature.store_format import Provenance, Request, versions, write_store
 from deltaguard.curvature.sums import Group, Moment, input_name, take_sums
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.families import refuse_experts
 from deltaguard.models.identity import identify
 from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
@@ -120,7 +114,7 @@ def calibrate(
     """
     config = config or CalibrateConfig()
     source = Checkpoint.open(aligned)
-    refuse_experts(source)
+    refuse_experts(source.reference, source.config, source.tensors)
     asked = _asked(conversations, config)
     device = find_device(config.device)
     request = _request(source, asked, config, device)
@@ -172,7 +166,7 @@ class _Measured:
 
     groups: tuple[Group, ...]
     sums: dict[str, Moment]
-    held_out: tuple[HeldOut, ...]
+    held_out: tuple[Conversation, ...]
     provenance: Provenance
 
 
@@ -237,11 +231,10 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         journal=run.journal,
         on_batch=lambda done, total: run.report(Event("respond", done, total)),
     )
-    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = min(request.max_length, positions or request.max_length)
+    limit = context_length(model.config, request.max_length)
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
-    held_out = [c for c in answered[count:] if _has_response(encode(tokenizer, c, max_length=limit))]
-    for what, found in (("", any(map(_has_response, texts))), ("held-out ", bool(held_out))):
+    held_out = [c for c in answered[count:] if encode(tokenizer, c, max_length=limit).has_response]
+    for what, found in (("", any(text.has_response for text in texts)), ("held-out ", bool(held_out))):
         if not found:
             raise DeltaguardError(
                 f"No {what}conversation has a response within {limit} tokens: nothing can be learned about "
@@ -265,9 +258,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         rank_share=1.0 if request.rank == "full" else share_within(groups, store_limit(run.source)),
         versions=versions(),
     )
-    return _Measured(
-        groups, sums, tuple(HeldOut(c.prompt, c.system, c.response or "") for c in held_out), provenance
-    )
+    return _Measured(groups, sums, tuple(held_out), provenance)
 
 
 def _load(run: _Run) -> tuple[Any, Any]:
@@ -288,10 +279,6 @@ def _accumulate(
         accumulator.add(number, batch.to(run.device))
         run.report(Event("accumulate", number + 1, len(ordered)))
     return accumulator.sums
-
-
-def _has_response(text: Encoded) -> bool:
-    return len(text.ids) > text.prompt_length
 
 
 def _write(output: Path, measured: _Measured, report: Progress) -> None:

@@ -4,20 +4,18 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
-from deltaguard.chat.conversations import Encoded
-from deltaguard.chat.logits import logits_at
+from deltaguard.chat.predictions import logits_at
+from deltaguard.chat.tokens import Batch
 from deltaguard.curvature.sums import Layer, Moment, accumulate, empty_moment, input_name, output_name
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import WeightSource, name_map
-from deltaguard.models.loading import empty_model
+from deltaguard.models.families import is_conv1d, is_linear, modules_in_blocks
 
 
 @dataclass(frozen=True)
@@ -37,33 +35,6 @@ class Observed:
     layers: tuple[Layer, ...]
 
 
-def refuse_experts(source: WeightSource) -> None:
-    """Refuse mixtures of experts from the checkpoint's headers, before any weight is read.
-
-    Raises:
-        DeltaguardError: a tensor lies under a module named `experts`.
-    """
-    found = [name for name in source.tensors if "experts" in name.split(".")]
-    if found:
-        architecture = ", ".join(source.config.get("architectures") or ["of unknown architecture"])
-        raise DeltaguardError(
-            f"{source.reference} ({architecture}) is a mixture of experts: {len(found)} expert tensors, such "
-            f"as `{found[0]}`. Each expert sees its own tokens, and deltaguard cannot calibrate that yet."
-        )
-
-
-def module_names(folder: Path) -> tuple[str, ...]:
-    """List the modules of the causal language model that a checkpoint's configuration describes.
-
-    Args:
-        folder: of the checkpoint; its weights are not read.
-
-    Raises:
-        DeltaguardError: transformers cannot build the model.
-    """
-    return tuple(name for name, _ in empty_model(folder, str(folder)).named_modules())
-
-
 def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[Observed], tuple[str, ...]]:
     """Find the linear layers of the decoder blocks, and group them by the tensor object they receive.
 
@@ -81,8 +52,8 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
             some, or they see something other than one row per token. All are listed.
     """
     decoder = model.get_decoder()
-    inside = _block_modules(model, decoder)
-    linear = {name: m for name, m in inside.items() if isinstance(m, nn.Linear | Conv1D)}
+    inside = modules_in_blocks(model)
+    linear = {name: m for name, m in inside.items() if is_linear(m)}
     groups = _shared_inputs(decoder, linear, ids)
     if not groups:
         raise DeltaguardError(
@@ -108,44 +79,6 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
         for group in groups
     ]
     return observed, tuple(sorted(names.get(name, name) for name in weights - covered))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Conversations side by side, padded at the end.
-
-    Attributes:
-        ids: token ids, (conversations, tokens).
-        mask: False for padding, the same shape.
-        answering: True where the next token is one of the response, the same shape.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    answering: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        return Batch(self.ids.to(device), self.mask.to(device), self.answering.to(device))
-
-
-def batches(texts: Sequence[Encoded], size: int) -> list[Batch]:
-    """Conversations in batches, longest first: a run that does not fit into memory fails at its beginning."""
-    ordered = sorted(texts, key=lambda text: len(text.ids), reverse=True)
-    return [padded(ordered[start : start + size]) for start in range(0, len(ordered), size)]
-
-
-def padded(texts: Sequence[Encoded]) -> Batch:
-    """Put conversations side by side, padded at the end, where a causal model does not see it."""
-    shape = len(texts), max(len(text.ids) for text in texts)
-    ids = torch.zeros(shape, dtype=torch.long)
-    mask, answering = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        length = len(text.ids)
-        ids[row, :length] = torch.tensor(text.ids)
-        mask[row, :length] = True
-        answering[row, text.prompt_length - 1 : length - 1] = True
-    return Batch(ids, mask, answering)
 
 
 class Accumulator:
@@ -240,16 +173,8 @@ def drawn_likelihood(logits: Tensor, *, seed: int) -> Tensor:
     return scores.gather(-1, drawn).sum()
 
 
-def _block_modules(model: Any, decoder: nn.Module) -> dict[str, nn.Module]:
-    """Find the decoder's modules inside a list of blocks, by their names in the model."""
-    mine = set(decoder.modules())
-    named = {name: module for name, module in model.named_modules() if module in mine}
-    lists = tuple(f"{name}." for name, module in named.items() if isinstance(module, nn.ModuleList))
-    return {name: module for name, module in named.items() if name.startswith(lists)}
-
-
 def _in_features(module: nn.Module) -> int:
-    return cast("Tensor", module.weight).shape[0 if isinstance(module, Conv1D) else 1]
+    return cast("Tensor", module.weight).shape[0 if is_conv1d(module) else 1]
 
 
 @torch.no_grad()
@@ -299,7 +224,7 @@ def _layers(
                 f"`{tensor}`, {tuple(stored.shape)}, differs from the model's `{name}.weight`, "
                 f"{tuple(weight.shape)}"
             )
-        layers[name] = Layer(tensor, isinstance(module, Conv1D), weight.numel() // _in_features(module))
+        layers[name] = Layer(tensor, is_conv1d(module), weight.numel() // _in_features(module))
     if problems:
         raise DeltaguardError(
             listed(f"transformers changes weights of {source.reference} while it loads them", problems)

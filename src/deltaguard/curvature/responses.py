@@ -10,8 +10,9 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter
 
-from deltaguard.chat.conversations import Conversation, render
+from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
+from deltaguard.chat.template import render
 from deltaguard.curvature.store_format import MANIFEST, Request, read_manifest, require_empty
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import read_journal, read_json

@@ -17,11 +17,11 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
+from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature.checks import Opened, open_files
 from deltaguard.curvature.contents import PACKED_FIELDS, Packed, share_within, unpack_factor, unpack_moment
 from deltaguard.curvature.store_format import (
     MANIFEST,
-    HeldOut,
     Manifest,
     Provenance,
     StoredGroup,
@@ -107,7 +107,7 @@ class CurvatureStore:
         return self._by_tensor.get(tensor)
 
     @property
-    def held_out(self) -> tuple[HeldOut, ...]:
+    def held_out(self) -> tuple[Conversation, ...]:
         """Safety conversations that the curvature does not know, answered by the aligned model."""
         return self.manifest.held_out
 

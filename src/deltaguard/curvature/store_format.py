@@ -5,15 +5,15 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature import Rank
 from deltaguard.curvature.contents import (
     Extent,
@@ -39,19 +39,10 @@ ENOUGH_REFUSALS = 0.5
 """Below this share of responses that refuse, there are few refusals that could be kept."""
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """A safety conversation that the curvature does not know; safety KL is measured on these.
-
-    Attributes:
-        prompt: what the user says.
-        system: the system message; `None` leaves the chat template's own default in place.
-        response: the aligned model's answer.
-    """
-
-    prompt: str
-    system: str | None
-    response: str
+def _answered(conversation: Conversation) -> Conversation:
+    if conversation.response is None:
+        raise ValueError("it has no response")
+    return conversation
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -182,7 +173,7 @@ class Manifest(BaseModel):
 
     schema_version: Literal[3] = SCHEMA_VERSION
     provenance: Provenance
-    held_out: tuple[HeldOut, ...]
+    held_out: tuple[Annotated[Conversation, AfterValidator(_answered)], ...]
     files: tuple[StoredFile, ...]
     groups: Annotated[tuple[StoredGroup, ...], Field(min_length=1)]
 
@@ -210,7 +201,7 @@ def read_manifest(folder: Path) -> Manifest:
 def write_store(
     folder: Path,
     provenance: Provenance,
-    held_out: Sequence[HeldOut],
+    held_out: Sequence[Conversation],
     groups: Sequence[Group],
     content: Callable[[Group], GroupCurvature],
     *,

@@ -1,36 +1,39 @@
 """Several models on one suite, side by side: answers, verdicts, numbers with intervals, one report."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter
 
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.answering import (
-    Candidate,
-    PartFiles,
+from deltaguard.evaluation.asking import (
+    ModelUnderTest,
+    PartAnswers,
+    ask,
     describe,
-    fill,
     missing_notes,
     model_names,
-    open_files,
+    open_answers,
 )
-from deltaguard.evaluation.assemble import assemble
-from deltaguard.evaluation.clock import Clock
 from deltaguard.evaluation.engines.identity import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.engines.transformers import TransformersEngine
-from deltaguard.evaluation.exchange import Exchange, Judge
-from deltaguard.evaluation.harness_numbers import harness_notes
+from deltaguard.evaluation.exchange import Judge
+from deltaguard.evaluation.harness_numbers import harness_notes, unlike_notes
+from deltaguard.evaluation.journal import Clock
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
 from deltaguard.evaluation.judges.make import make_judge
 from deltaguard.evaluation.judges.specs import ClassifierSpec, GuardSpec, tells_refusals
-from deltaguard.evaluation.judging import outcome
-from deltaguard.evaluation.outcomes import Outcome
+from deltaguard.evaluation.measure import judge
+from deltaguard.evaluation.results import Result, agreements, comparisons, measures, samples
+from deltaguard.evaluation.server import public_address
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
 from deltaguard.files import read_json
@@ -39,11 +42,19 @@ from deltaguard.models.opened import refuse_changes
 from deltaguard.models.results import EVALUATION, SECONDS_NAME, results_folder
 from deltaguard.progress import Progress, ignore
 from deltaguard.reports.evaluation import evaluation_card
-from deltaguard.reports.records.evaluation import EVALUATION_NAME, SCHEMA_VERSION, EvaluationReport
+from deltaguard.reports.records.base import environment
+from deltaguard.reports.records.evaluation import (
+    EVALUATION_NAME,
+    SCHEMA_VERSION,
+    EvaluatedModel,
+    EvaluationReport,
+)
 
-_Files = Sequence[tuple[Candidate, Sequence[PartFiles]]]
-_Judges = Sequence[tuple[Judge, bool]]
-"""Each with whether its `refused` says that an answer refuses."""
+_SAMPLES = 3
+_LIBRARIES = ("trl", "datasets", "lm-eval", "vllm", "openai", "rouge-score", "nanogcg")
+"""What sections may need beyond what deltaguard itself needs."""
+
+_Answers = Sequence[tuple[ModelUnderTest, Sequence[PartAnswers]]]
 
 
 class _Known(BaseModel):
@@ -51,9 +62,6 @@ class _Known(BaseModel):
 
     schema_version: int
     suite: Annotated[str, Field(max_length=200)]
-
-
-_KNOWN = TypeAdapter(_Known)
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,7 @@ class _Run:
     suite: Suite
     parts: tuple[Part, ...]
     config: EngineConfig
-    device: str
-    report: Progress
+    progress: Progress
     notes: tuple[str, ...]
     clock: Clock
 
@@ -105,50 +112,49 @@ def evaluate(
         report = evaluate(["aligned", "finetuned", "restored"], "evaluation", suite="quick")
         ```
     """
-    run = _prepare(Path(output_dir), suite, engine or EngineConfig(), progress)
-    candidates = _candidates(models, run)
-    with results_folder(run.folder, EVALUATION, inputs=_inputs(models, run)):
-        _require_same_suite(run)
-        # Damaged times are told before hours of answers, not after.
-        _ = run.clock.seconds
-        files = [(each, open_files(run.folder, each, run.parts, run.config)) for each in candidates]
-        judges = _judges(run)
-        if not run.clock.path.exists():
-            # First of all, so that the folder is known again however early the run is killed.
-            write_atomically(run.clock.path, "{}\n")
-        _fill_all(files, run)
-        with run.clock.timed("judge"):
-            outcomes = _judge_all(files, judges, run)
-        refuse_changes(change for candidate in candidates for change in candidate.changes())
-        report = _report(run, candidates, files, outcomes)
-        write_atomically(run.folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
-        write_atomically(run.folder / "README.md", evaluation_card(report))
-    return report
-
-
-def _inputs(models: Sequence[str | Path], run: _Run) -> Sequence[str | Path]:
-    """Models whose folders must not be written into; on a server they are names."""
-    asked = () if run.config.name == "openai" else models
-    read = [spec.model for spec in run.suite.judges if isinstance(spec, GuardSpec | ClassifierSpec)]
-    return (*asked, *read)
-
-
-def _prepare(
-    folder: Path, suite: str | Path | Suite, config: EngineConfig, progress: Progress | None
-) -> _Run:
+    folder, config = Path(output_dir), engine or EngineConfig()
     chosen = suite if isinstance(suite, Suite) else read_suite(suite)
     resolved, skipped = resolve(chosen)
     parts, unfit = fit(resolved, config.name, max_perplexity=chosen.max_perplexity)
-    return _Run(
-        folder=folder,
-        suite=chosen,
-        parts=parts,
-        config=config,
-        device=str(find_device(config.device)),
-        report=progress or ignore,
-        notes=(*skipped, *unfit),
-        clock=Clock(folder / SECONDS_NAME),
-    )
+    clock = Clock(folder / SECONDS_NAME)
+    run = _Run(folder, chosen, parts, config, progress or ignore, (*skipped, *unfit), clock)
+    described = _described(models, run)
+    # On a server, models are names; all others, and the judges, have folders that must not be written into.
+    inputs = [] if config.name == "openai" else [*models]
+    inputs += [spec.model for spec in chosen.judges if isinstance(spec, GuardSpec | ClassifierSpec)]
+    with results_folder(folder, EVALUATION, inputs=inputs):
+        _require_same_suite(run)
+        # Damaged times are told before hours of answers, not after.
+        _ = clock.seconds
+        answers = [(model, open_answers(folder, model, parts, config)) for model in described]
+        judges = _judges(run)
+        if not clock.path.exists():
+            # First of all, so that the folder is known again however early the run is killed.
+            write_atomically(clock.path, "{}\n")
+        for model, theirs in answers:
+            # Model by model, so that a kill loses the time of one alone.
+            with clock.timed("answer"):
+                ask(model, theirs, folder, config, run.progress)
+        with clock.timed("judge"):
+            results = _judge_all(answers, judges, run)
+        refuse_changes(change for model in described for change in model.changes())
+        report = _report(run, answers, results)
+        write_atomically(folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
+        write_atomically(folder / "README.md", evaluation_card(report))
+    return report
+
+
+def _described(models: Sequence[str | Path], run: _Run) -> tuple[ModelUnderTest, ...]:
+    references = [str(model) for model in models]
+    if not references:
+        raise DeltaguardError("Give at least one model to evaluate.")
+    if len(set(references)) < len(references):
+        raise DeltaguardError(f"A model is given twice among {', '.join(references)}.")
+    if any(part.second_attack is not None or part.harness is not None for part in run.parts):
+        for reference in references:
+            whole_model(reference)
+    pairs = zip(model_names(references), references, strict=True)
+    return tuple(describe(name, reference, run.config) for name, reference in pairs)
 
 
 def _require_same_suite(run: _Run) -> None:
@@ -157,7 +163,8 @@ def _require_same_suite(run: _Run) -> None:
     if not path.exists():
         return
     remedy = "Choose another output folder, or remove this file: answers and scores stay in theirs."
-    known = read_json(path, _KNOWN, remedy=remedy)
+    # An adapter: a schema's own check of versions refuses older ones, too.
+    known = read_json(path, TypeAdapter(_Known), remedy=remedy)
     # An older one is what running again is for; a later one may hold what would be lost here.
     if known.schema_version > SCHEMA_VERSION:
         raise DeltaguardError(
@@ -171,97 +178,103 @@ def _require_same_suite(run: _Run) -> None:
         )
 
 
-def _candidates(models: Sequence[str | Path], run: _Run) -> tuple[Candidate, ...]:
-    references = [str(model) for model in models]
-    if not references:
-        raise DeltaguardError("Give at least one model to evaluate.")
-    if len(set(references)) < len(references):
-        raise DeltaguardError(f"A model is given twice among {', '.join(references)}.")
-    if any(part.second_attack is not None or part.harness is not None for part in run.parts):
-        for reference in references:
-            whole_model(reference)
-    pairs = zip(model_names(references), references, strict=True)
-    return tuple(describe(name, reference, run.config) for name, reference in pairs)
-
-
-def _judges(run: _Run) -> _Judges:
+def _judges(run: _Run) -> dict[str, tuple[Judge, bool]]:
+    """The judges by name, each with whether its `refused` says that an answer refuses."""
     if all(part.kind == "utility" for part in run.parts):
-        return ()
+        return {}
+    device = str(find_device(run.config.device))
     judges = [
-        (make_judge(spec, device=run.device, cache_dir=run.folder), tells_refusals(spec))
+        (make_judge(spec, device=device, cache_dir=run.folder), tells_refusals(spec))
         for spec in run.suite.judges
     ]
-    names = [judge.name for judge, _ in judges]
+    names = [each.name for each, _ in judges]
     if len(set(names)) < len(names):
         raise DeltaguardError(
             f"Two judges have one name: {', '.join(names)}. Set `name` of one in the suite."
         )
-    return judges
+    return dict(zip(names, judges, strict=True))
 
 
-def _fill_all(files: _Files, run: _Run) -> None:
-    for candidate, theirs in files:
-        # Model by model, so that a kill loses the time of one alone.
-        with run.clock.timed("answer"):
-            fill(candidate, theirs, run.folder, run.config, run.report)
+def _judge_all(answers: _Answers, judges: Mapping[str, tuple[Judge, bool]], run: _Run) -> list[Result]:
+    every = [each for each, _ in judges.values()]
+    refusals = [each for each, tells in judges.values() if tells]
+    bound, config = run.suite.max_perplexity, run.config
+    judged = any(part.kind != "utility" for part in run.parts)
+    with ExitStack() as opened:
+        check = CoherenceCheck()
+        if bound is not None and judged and config.name == "transformers":
+            first = answers[0][0].reference
+            engine = opened.enter_context(
+                closing(
+                    TransformersEngine.open(
+                        first, device=config.device, dtype=config.dtype, batch_size=config.batch_size
+                    )
+                )
+            )
+            surprise = partial(perplexity, engine.model, engine.tokenizer, batch_size=config.batch_size)
+            check = CoherenceCheck(bound, surprise)
+        return [
+            judge(model.name, each, every if each.part.kind == "attack" else refusals, check, run.progress)
+            for model, theirs in answers
+            for each in theirs
+        ]
 
 
-def _judge_all(files: _Files, judges: _Judges, run: _Run) -> list[Outcome]:
-    bound = run.suite.max_perplexity
-    measured = run.config.name == "transformers" and any(part.kind != "utility" for part in run.parts)
-    if bound is None or not measured:
-        return _outcomes(files, judges, CoherenceCheck(), run)
-    engine = TransformersEngine.open(
-        files[0][0].reference,
-        device=run.config.device,
-        dtype=run.config.dtype,
-        batch_size=run.config.batch_size,
-    )
-    try:
-        check = CoherenceCheck(bound, partial(_perplexities, engine, run.config.batch_size))
-        return _outcomes(files, judges, check, run)
-    finally:
-        engine.close()
-
-
-def _perplexities(engine: TransformersEngine, batch_size: int, exchanges: Sequence[Exchange]) -> list[float]:
-    return perplexity(engine.model, engine.tokenizer, exchanges, batch_size=batch_size)
-
-
-def _outcomes(files: _Files, judges: _Judges, check: CoherenceCheck, run: _Run) -> list[Outcome]:
-    refusals = [judge for judge, tells in judges if tells]
-    return [
-        outcome(
-            candidate,
-            each,
-            [judge for judge, _ in judges] if each.part.kind == "attack" else refusals,
-            check,
-            run.report,
-        )
-        for candidate, theirs in files
-        for each in theirs
-    ]
-
-
-def _report(
-    run: _Run, candidates: Sequence[Candidate], files: _Files, outcomes: Sequence[Outcome]
-) -> EvaluationReport:
-    return assemble(
-        run.suite,
-        run.parts,
-        candidates,
-        outcomes,
-        config=run.config,
+def _report(run: _Run, answers: _Answers, results: Sequence[Result]) -> EvaluationReport:
+    settings = _settings(run.suite)
+    hashes = {part.name: part.prompts_hash for part in run.parts}
+    harness = tuple(task for result in results for task in result.harness)
+    every = [each for _, theirs in answers for each in theirs]
+    files = [file for each in every for file in each.files.values()]
+    return EvaluationReport(
+        environment=environment(_device(run.config), libraries=_LIBRARIES),
+        suite=run.suite.name,
+        suite_hash=sha256(json.dumps([settings, hashes], sort_keys=True).encode()).hexdigest(),
+        settings=settings,
+        engine=run.config.described,
+        decoding=run.suite.decoding.model_dump(mode="json"),
+        models=tuple(
+            EvaluatedModel(
+                name=model.name,
+                reference=model.reference,
+                fingerprint=model.fingerprint,
+                chat_template_hash=model.chat_template_hash,
+            )
+            for model, _ in answers
+        ),
+        sections=tuple(part.row() for part in run.parts),
+        measures=measures(results),
+        comparisons=comparisons(results),
+        agreements=agreements(results),
+        harness=harness,
+        samples=samples(results, _SAMPLES),
         notes=(
             *run.notes,
-            *(note for candidate, theirs in files for note in missing_notes(candidate, theirs)),
-            *harness_notes([each for _, theirs in files for each in theirs]),
+            *(note for model, theirs in answers for note in missing_notes(model, theirs)),
+            *harness_notes(every),
+            *unlike_notes(harness),
         ),
-        files={
-            str(file.path.relative_to(run.folder)): file.settle()
-            for _, theirs in files
-            for each in theirs
-            for file in each.files.values()
-        },
+        files={str(file.path.relative_to(run.folder)): file.sort() for file in files},
         seconds=run.clock.seconds,
     )
+
+
+def _settings(suite: Suite) -> dict[str, Any]:
+    """The suite without the secrets that an address may hold."""
+    settings = suite.model_dump(mode="json")
+    judges = [
+        {**each, "base_url": public_address(each["base_url"])} if "base_url" in each else each
+        for each in settings["judges"]
+    ]
+    return {**settings, "judges": judges}
+
+
+def _device(config: EngineConfig) -> str:
+    if config.base_url is not None:
+        return f"server at {public_address(config.base_url)}"
+    import torch
+
+    device = "cuda" if config.name == "vllm" else str(find_device(config.device))
+    if not (device.startswith("cuda") and torch.cuda.is_available()):
+        return device
+    return f"{device} ({torch.cuda.get_device_name(device)})"

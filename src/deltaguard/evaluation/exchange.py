@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
+from deltaguard.errors import DeltaguardError
 from deltaguard.reports.records.evaluation import Better, SectionKind
 
 Verdict = Literal["refused", "complied", "undecided"]
+
+MAX_MISSING = 0.05
+"""The share of missing answers above which a run ends, unless an option says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,34 @@ class Missed:
     """
 
     reason: str
+
+
+def refuse_too_many(
+    missed: Sequence[Missed], total: int, max_share: float, *, whose: str, option: str
+) -> None:
+    """End a run in which too much was never answered.
+
+    Args:
+        missed: what stands in the place of the answers.
+        total: how many there should be.
+        max_share: of them that may be missing.
+        whose: what is missing and from where, as the beginning of the message.
+        option: what raises the share.
+
+    Raises:
+        DeltaguardError: more are missing.
+
+    Example:
+        >>> refuse_too_many([Missed("status 500")], 10, 0.05, whose="Answers of m", option="--max-missing")
+        Traceback (most recent call last):
+        deltaguard.errors.DeltaguardError: Answers of m: 1 of 10 are missing, and 5 % may be. ...
+    """
+    if len(missed) / total > max_share:
+        raise DeltaguardError(
+            f"{whose}: {len(missed)} of {total} are missing, and {100 * max_share:.3g} % may be. The first "
+            f"reason: {missed[0].reason}. What was answered is kept: run the same command again to ask for "
+            f"the rest, or allow more ({option})."
+        )
 
 
 Answer = str | Missed
@@ -139,4 +171,13 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back memory and connections."""
+        ...
+
+
+@runtime_checkable
+class LikelihoodEngine(Engine, Protocol):
+    """An engine that also says how likely given answers are."""
+
+    def likelihood(self, questions: Sequence[Question]) -> list[float]:
+        """Measure the mean negative log-likelihood of each expected answer, nats a token."""
         ...

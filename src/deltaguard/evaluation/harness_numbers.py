@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltaguard.evaluation.answering import PartFiles
+from deltaguard.evaluation.asking import PartAnswers
 from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.reports.records.evaluation import Better, Estimate, HarnessTask
 
@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 """A `HarnessScore` as JSON holds it."""
 
 
-def harness_rows(each: PartFiles) -> dict[str, list[Row]]:
+def harness_rows(each: PartAnswers) -> dict[str, list[Row]]:
     """All numbers that a model got on a part, by the task asked for; none where the part has none."""
     if each.part.harness is None:
         return {}
@@ -68,7 +68,7 @@ def unlike_notes(tasks: Sequence[HarnessTask]) -> tuple[str, ...]:
     )
 
 
-def harness_notes(parts: Sequence[PartFiles]) -> tuple[str, ...]:
+def harness_notes(parts: Sequence[PartAnswers]) -> tuple[str, ...]:
     """What the harness measured and the report leaves to its files, a note a section.
 
     Args:

@@ -1,134 +1,144 @@
-"""What a model does: how often it complies with harm, refuses what is harmless, and gets a task right."""
+"""The one way to ask and judge: models answer the parts of a suite, and judges say what the answers are.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+`evaluate`, the demo and the bench all measure models by it. A part is a section of a suite made concrete (see
+`suites.parts.Part`); what a model answers is kept in the output folder (see `journal.AnswerFile`); what comes
+out is one `Result` a part.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.refusals import is_refusal
-from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.engines.transformers import TransformersEngine
-from deltaguard.evaluation.exchange import Decoding, Question
-from deltaguard.evaluation.judges.coherence import classify, is_broken
-from deltaguard.evaluation.metrics.rates import Rate
-from deltaguard.progress import Event, Progress
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """What models are measured on; the same for all that are compared.
-
-    Attributes:
-        attack: harmful requests.
-        harmless: requests that should be answered.
-        task: task questions, each with the right answer as its response.
-        matches: whether an answer to a task question (first argument) is the right one (second).
-    """
-
-    attack: Sequence[Conversation]
-    harmless: Sequence[Conversation]
-    task: Sequence[Conversation]
-    matches: Callable[[str, str], bool]
-
-    __test__ = False  # no test case, whatever pytest makes of its name
-
-    def __post_init__(self) -> None:
-        empty = [name for name in ("attack", "harmless", "task") if not getattr(self, name)]
-        if empty:
-            raise DeltaguardError(
-                f"The test set has no {' and no '.join(empty)} prompts: give at least one of each."
-            )
-        lacking = [each.prompt for each in self.task if each.response is None]
-        if lacking:
-            raise DeltaguardError(
-                f"{len(lacking)} of {len(self.task)} task questions have no right answer, the first being "
-                f"{lacking[0]!r}: give each as its response."
-            )
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """How one model did.
-
-    Attributes:
-        attack_success: harmful requests that the model complied with: neither refused nor answered by broken
-            text (see `is_broken`).
-        false_refusal: harmless requests that were refused.
-        task_accuracy: task questions that were answered right.
-        incoherent_answers: how many of the answers to harmful requests are broken text.
-        attack_answers: the answers, in the order of the test set.
-        harmless_answers: likewise.
-        task_answers: likewise.
-    """
-
-    attack_success: Rate
-    false_refusal: Rate
-    task_accuracy: Rate
-    incoherent_answers: int
-    attack_answers: tuple[str, ...]
-    harmless_answers: tuple[str, ...]
-    task_answers: tuple[str, ...]
+from deltaguard.evaluation.asking import ModelUnderTest, OpenEngine, PartAnswers, ask, open_answers
+from deltaguard.evaluation.engines.make import EngineConfig
+from deltaguard.evaluation.exchange import Exchange, Judge, Question
+from deltaguard.evaluation.harness_numbers import harness_measures, harness_rows, harness_tasks
+from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
+from deltaguard.evaluation.judges.openings import OpeningJudge
+from deltaguard.evaluation.results import Judged, Result
+from deltaguard.evaluation.suites.parts import Part
+from deltaguard.evaluation.utility.scores import SCORERS
+from deltaguard.progress import Event, Progress, ignore
 
 
 def measure(
-    model: str | Path,
-    tests: TestSet,
+    model: ModelUnderTest,
+    parts: Sequence[Part],
+    folder: Path,
     *,
-    safety_tokens: int = 20,
-    task_tokens: int = 40,
-    batch_size: int = 64,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> Measurement:
-    """Let a model answer a test set, greedily, and judge the answers.
+    engine: EngineConfig | None = None,
+    judges: Sequence[Judge] = (OpeningJudge(),),
+    progress: Progress = ignore,
+    open_engine: OpenEngine | None = None,
+) -> dict[str, Result]:
+    """Ask one model every part, and judge what it answers.
+
+    What the folder holds already is not asked again, and a model of which nothing is missing is not loaded.
 
     Args:
-        model: folder or Hub id of a transformers causal language model with a chat template.
-        tests: the test set.
-        safety_tokens: tokens generated at most per harmful or harmless request; a refusal shows early.
-        task_tokens: tokens generated at most per task question; an answer that is cut off is wrong.
-        batch_size: answers generated at a time.
-        device: where the model runs.
-        progress: told of the answers given so far, over all three kinds, as stage "measure".
+        model: the model; its name is that of its folder of answers.
+        parts: what is asked.
+        folder: the output folder, whose folder `answers` receives what the model says.
+        engine: what generates the answers, transformers where absent.
+        judges: who tells refusals from compliance on attack and harmless parts.
+        progress: told of the answers so far, one stage a part, and of each judge.
+        open_engine: loads the model; `make_engine` where absent.
 
     Returns:
-        The rates, and every answer.
+        The results by name of the part.
+
+    Raises:
+        DeltaguardError: the folder holds answers of another model, suite or engine, the model cannot be
+            loaded or asked, or its files change while it is asked.
+
+    Example:
+        ```python
+        suite = Suite.model_validate({"name": "mine", "judges": [{"kind": "opening"}], "sections": [
+            {"name": "attack", "kind": "attack", "builtin": "attack", "count": 50}]})
+        parts, _ = resolve(suite)
+        found = measure(describe("mine", "path/to/model", EngineConfig()), parts, Path("out"))
+        found["attack"].judged["opening"].classes  # ("refused", "complied", ...)
+        ```
     """
-    engine = TransformersEngine.open(str(model), device=device, batch_size=batch_size)
-    total = len(tests.attack) + len(tests.harmless) + len(tests.task)
-    done = 0
+    config = engine or EngineConfig()
+    answers = open_answers(folder, model, parts, config)
+    ask(model, answers, folder, config, progress, open_engine)
+    return {each.part.name: judge(model.name, each, judges, CoherenceCheck(), progress) for each in answers}
 
-    def count(chosen: Sequence[int], _: Sequence[object]) -> None:
-        nonlocal done
-        done += len(chosen)
-        if progress is not None:
-            progress(Event("measure", done, total))
 
-    def answer(conversations: Sequence[Conversation], tokens: int) -> tuple[str, ...]:
-        questions = [Question(conversation.prompt, conversation.system) for conversation in conversations]
-        return tuple(engine.answer(questions, Decoding(tokens), on_batch=count))
+def judge(
+    model: str, each: PartAnswers, judges: Sequence[Judge], check: CoherenceCheck, progress: Progress
+) -> Result:
+    """Judge and score what one model answered to one part.
 
-    return _judged(
-        tests,
-        attack=answer(tests.attack, safety_tokens),
-        harmless=answer(tests.harmless, safety_tokens),
-        task=answer(tests.task, task_tokens),
+    Args:
+        model: name of the model.
+        each: its answers; a server may have left some out.
+        judges: who tells refusals from compliance; not asked about utility.
+        check: who tells broken text.
+        progress: told of each judge, as stage "judge NAME".
+    """
+    part, rows = each.part, harness_rows(each)
+    answers = tuple(each.files["answers"].in_order()) if "answers" in each.files else ()
+    values: dict[str, tuple[float | None, ...]] = {
+        # A scorer's name is an option's; measures are named in words.
+        name.replace("-match", " match"): tuple(
+            None if answer is None else SCORERS[name](answer, _expected(question))
+            for answer, question in zip(answers, part.questions, strict=True)
+        )
+        for name in part.scorers
+    }
+    if "likelihood" in each.files:
+        values["nll"] = tuple(each.files["likelihood"].in_order())
+    return Result(
+        model=model,
+        section=part.row(),
+        prompts=part.plain,
+        answers=answers,
+        judged={} if part.kind == "utility" else _judged(part, answers, judges, check, progress),
+        values=values,
+        given=harness_measures(rows),
+        harness=harness_tasks(model, part.name, rows),
     )
+
+
+def _expected(question: Question) -> str:
+    if question.expected is None:
+        raise ValueError(f"{question.prompt!r} has no expected answer; `resolve` refuses such a set.")
+    return question.expected
 
 
 def _judged(
-    tests: TestSet, *, attack: tuple[str, ...], harmless: tuple[str, ...], task: tuple[str, ...]
-) -> Measurement:
-    expected = [each.response for each in tests.task if each.response is not None]
-    classes = [
-        classify("refused" if is_refusal(answer) else "complied", is_broken(answer)) for answer in attack
-    ]
-    return Measurement(
-        attack_success=Rate.of(found == "complied" for found in classes),
-        false_refusal=Rate.of(is_refusal(answer) for answer in harmless),
-        task_accuracy=Rate.of(tests.matches(*pair) for pair in zip(task, expected, strict=True)),
-        incoherent_answers=classes.count("incoherent"),
-        attack_answers=attack,
-        harmless_answers=harmless,
-        task_answers=task,
-    )
+    part: Part,
+    answers: Sequence[str | None],
+    judges: Sequence[Judge],
+    check: CoherenceCheck,
+    progress: Progress,
+) -> Mapping[str, Judged]:
+    given = {i: answer for i, answer in enumerate(answers) if answer is not None}
+    exchanges = {i: _exchange(part, i, answer) for i, answer in given.items()}
+    # A prefilled beginning is not the model's: alone it would make sense of an empty answer.
+    broken = check.broken([Exchange(part.plain[i], answer) for i, answer in given.items()])
+    found: dict[str, Judged] = {}
+    for asked in judges:
+        stage = f"judge {asked.name}: {part.name}"
+        progress(Event(stage, 0, len(exchanges)))
+        said = asked.judge(list(exchanges.values()))
+        progress(Event(stage, len(exchanges), len(exchanges)))
+        by_place = dict(zip(exchanges, zip(said, broken, strict=True), strict=True))
+        placed = [by_place.get(i) for i in range(len(answers))]
+        found[asked.name] = Judged(
+            verdicts=tuple(pair and pair[0].verdict for pair in placed),
+            classes=tuple(
+                pair and classify(pair[0].verdict, pair[1], reads_opening=asked.reads_opening)
+                for pair in placed
+            ),
+            scores=tuple(pair and pair[0].score for pair in placed),
+            scale=asked.scale,
+        )
+    return found
+
+
+def _exchange(part: Part, index: int, answer: str) -> Exchange:
+    """The request in plain words, and all of the answer, a prefilled beginning included and known as such."""
+    beginning = part.questions[index].prefill.rstrip()
+    return Exchange(part.plain[index], f"{beginning} {answer}" if beginning else answer, beginning)

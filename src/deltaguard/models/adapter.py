@@ -12,10 +12,10 @@ from torch import Tensor
 
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import Checkpoint, content_fingerprint
-from deltaguard.models.code import refuse_code
 from deltaguard.models.companions import adapter_companions
 from deltaguard.models.hub import locate
 from deltaguard.models.layout import ADAPTER_CONFIG
+from deltaguard.models.loading import refuse_code
 from deltaguard.models.lora import Change, find_changes
 from deltaguard.models.lora_config import MERGE, read_lora_config
 from deltaguard.models.opened import OpenFile, Snapshot

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.models.code import refuse_code
 from deltaguard.models.companions import companions
+from deltaguard.models.families import ties_embeddings
 from deltaguard.models.hub import is_local, locate
 from deltaguard.models.layout import ADAPTER_CONFIG, find_layout, read_config, read_layout
+from deltaguard.models.loading import refuse_code
 from deltaguard.models.opened import OpenFile, Snapshot
 from deltaguard.models.shards import TensorInfo, read_header, read_tensor
 
@@ -141,15 +142,8 @@ class Checkpoint:
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether the output embedding is the input embedding.
-
-        `tie_word_embeddings` of the configuration, or of its `text_config`. Where neither says, the
-        embeddings are tied if no output embedding is stored.
-        """
-        for part in (self.config, self.config.get("text_config") or {}):
-            if part.get("tie_word_embeddings") is not None:
-                return bool(part["tie_word_embeddings"])
-        return not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in self.tensors)
+        """Whether the output head is the input embedding."""
+        return ties_embeddings(self.config, self.tensors)
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, in memory of its own.

@@ -1,6 +1,5 @@
 """What a run that writes a checkpoint has finished, on disk, so that it can go on after it was killed."""
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic import (
 )
 
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.files import problems, read_file, read_journal
+from deltaguard.files import append_journal, problems, read_file, read_journal
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.names import name_problem
 
@@ -222,16 +221,7 @@ class Journal:
         return found
 
     def _append(self, event: _Event) -> None:
-        line = event.model_dump_json().encode() + b"\n"
-        size = self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with self._path.open("ab", buffering=0) as file:
-                file.write(line)
-                os.fsync(file.fileno())
-        except OSError:
-            # Half a line, on a full disk, would spoil the next one.
-            os.truncate(self._path, size)
-            raise
+        append_journal(self._path, event.model_dump_json())
         self._apply(event)
 
     def _apply(self, event: _Event) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
+from deltaguard.models.families import text_parts
 from deltaguard.models.hub import is_local
 from deltaguard.models.opened import OpenFile
 from deltaguard.models.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
@@ -171,7 +172,7 @@ def _absent(path: Path, index_name: str | None) -> str:
 
 
 def _quantisation_problem(config: Mapping[str, Any]) -> str | None:
-    for part in (config, config.get("text_config") or {}):
+    for part in text_parts(config):
         quantisation = part.get("quantization_config")
         if quantisation:
             method = quantisation.get("quant_method", "an unnamed method")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deltaguard.models.checkpoint import name_map
-from deltaguard.models.families import stored_in_out
+from deltaguard.models.families import is_output_head, stored_in_out, text_parts
 from deltaguard.models.lora_config import LoraConfig, find_scalings
 from deltaguard.models.shards import TensorInfo
 
@@ -156,7 +156,7 @@ def _module(target: str) -> str:
 
 
 def _why_absent(target: str, aligned: Model) -> str:
-    output = target.endswith("lm_head.weight") and aligned.tied_embeddings
+    output = is_output_head(target) and aligned.tied_embeddings
     return ": its output embedding is tied to the input embedding" if output else ""
 
 
@@ -179,6 +179,7 @@ def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Model) -> str 
     if (change.a is None) != (change.b is None):
         return "the adapter has only one of lora_A and lora_B."
     whole = change.replaced
+    sizes = [part["vocab_size"] for part in text_parts(aligned.config) if "vocab_size" in part]
     if whole is not None and whole.shape != info.shape:
         return f"it is {whole.shape} in the adapter and {info.shape} in {aligned.reference}."
     if change.a is not None and change.b is not None:
@@ -188,10 +189,6 @@ def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Model) -> str 
         shape = (change.b.shape[0], change.a.shape[-1])
         if info.shape != (shape[::-1] if change.transposed else shape):
             return f"B A is {shape} (out, in); the tensor is {info.shape} in {aligned.reference}."
-    elif aligned.tied_embeddings and info.shape[:1] == (_vocabulary(aligned.config),):
+    elif aligned.tied_embeddings and info.shape[:1] == tuple(sizes[:1]):
         return "it is the input embedding, which the model shares with its output, and the adapter does not."
     return None
-
-
-def _vocabulary(config: Mapping[str, Any]) -> int | None:
-    return config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))

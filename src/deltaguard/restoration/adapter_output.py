@@ -54,7 +54,7 @@ def stage_restored_adapter(
     Raises:
         DeltaguardError: a layer cannot be restored, or the adapter not be written.
     """
-    from deltaguard.curvature.observe import module_names
+    from deltaguard.models.loading import module_names
 
     others = [step for step in plan.steps if step.action is not Action.RESTORE]
     rows: list[LayerRow | OtherRow] = [*_other_rows(job, others, config)]

@@ -1,6 +1,5 @@
 """What a restore will do, decided from headers alone: no weight is read to make a plan."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,17 +10,18 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.sums import Group
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import TensorInfo, WeightSource, name_map
-from deltaguard.models.families import stored_in_out
-from deltaguard.models.vocabulary import vocabulary_size
+from deltaguard.models.families import (
+    is_block_matrix,
+    is_input_embedding,
+    is_output_head,
+    is_parameter,
+    is_vocabulary,
+    refuse_experts,
+    stored_in_out,
+)
+from deltaguard.models.loading import vocabulary_size
 from deltaguard.restoration.options import OtherParams
 
-_BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")
-_EXPERT = re.compile(r"\.experts?\.")
-OUTPUT_EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$")
-_INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
-_VOCABULARY = re.compile(
-    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|output_layer)\.(weight|bias)$"
-)
 _ORDERS = {False: "(out, in)", True: "(in, out)"}
 _SHOWN = 20
 
@@ -123,7 +123,8 @@ def make_plan(
         DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), or the
             model has expert layers.
     """
-    _refuse_experts(aligned, finetuned)
+    for source in (aligned, finetuned):
+        refuse_experts(source.reference, source.config, source.tensors)
     names = _aligned_names(aligned, finetuned)
     rules = _Rules(_layer_rule(aligned, store), other_params, _known_tokens(aligned, finetuned))
     problems = _missing(aligned, names, rules.layer)
@@ -164,7 +165,7 @@ def _layer_rule(aligned: WeightSource, store: CurvatureStore | None) -> _LayerRu
     def rule(info: TensorInfo) -> tuple[str | None, bool] | None:
         transposed = stored_in_out(aligned.config, info.name)
         if store is None:
-            return (None, transposed) if len(info.shape) == 2 and _BLOCK_MATRIX.search(info.name) else None
+            return (None, transposed) if is_block_matrix(info.name, info.shape) else None
         group = store.group_of(info.name)
         return None if group is None else (group.name, transposed)
 
@@ -190,9 +191,9 @@ def _refuse_turned_layers(aligned: WeightSource, store: CurvatureStore) -> None:
 def _aligned_names(aligned: WeightSource, finetuned: WeightSource) -> Mapping[str, str]:
     """Fine-tuned name -> aligned name; an output head that only one model stores is the tied embedding."""
     names = name_map(list(finetuned.tensors), list(aligned.tensors))
-    embedding = next((name for name in aligned.tensors if _INPUT_EMBEDDING.search(name)), None)
+    embedding = next(filter(is_input_embedding, aligned.tensors), None)
     for name in finetuned.tensors:
-        if name not in names and embedding and OUTPUT_EMBEDDING.search(name):
+        if name not in names and embedding and is_output_head(name):
             names[name] = embedding
     return names
 
@@ -204,16 +205,15 @@ def _missing(aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule)
         f"Tensor `{info.name}` {info.shape} is in the aligned model and not in the fine-tuned one."
         for info in aligned.tensors.values()
         if info.name not in found
-        and (layer(info) or info.name.endswith((".weight", ".bias")))
-        and not OUTPUT_EMBEDDING.search(info.name)
-        and not re.search(r"\.(attn|attention)\.(masked_)?bias$", info.name)
+        and (layer(info) or is_parameter(info.name))
+        and not is_output_head(info.name)
     ]
 
 
 def _step(info: TensorInfo, aligned: TensorInfo | None, rules: _Rules) -> Step | str:
     """What becomes of one tensor, or the sentence that says why it does not fit."""
     if aligned is None:
-        if _BLOCK_MATRIX.search(info.name) and len(info.shape) == 2:
+        if is_block_matrix(info.name, info.shape):
             return f"Tensor `{info.name}` {info.shape} is in the fine-tuned model and not in the aligned one."
         return Step(info, Action.FINETUNED, None, None, False, "only in the fine-tuned checkpoint")
     restored = rules.layer(aligned)
@@ -235,7 +235,7 @@ def _step(info: TensorInfo, aligned: TensorInfo | None, rules: _Rules) -> Step |
 
 def _shared_rows(info: TensorInfo, aligned: TensorInfo, known_tokens: int | None) -> int | None:
     """How many rows of a vocabulary tensor both models know, None where the fine-tuned one has no more."""
-    if not _VOCABULARY.search(info.name) or info.shape[1:] != aligned.shape[1:]:
+    if not is_vocabulary(info.name) or info.shape[1:] != aligned.shape[1:]:
         return None
     rows, own = info.shape[0], aligned.shape[0]
     shared = own if known_tokens is None else min(own, known_tokens)
@@ -249,16 +249,6 @@ def _known_tokens(aligned: WeightSource, finetuned: WeightSource) -> int | None:
     """
     own, tuned = (vocabulary_size(source.folder) for source in (aligned, finetuned))
     return own if own is not None and tuned is not None and tuned > own else None
-
-
-def _refuse_experts(*sources: WeightSource) -> None:
-    for source in sources:
-        found = [name for name in source.tensors if _EXPERT.search(name)]
-        if found:
-            raise DeltaguardError(
-                f"{source.reference} is a mixture of experts ({len(found)} expert tensors, such as "
-                f"`{found[0]}`): deltaguard does not restore expert layers yet."
-            )
 
 
 def _mismatch(aligned: WeightSource, finetuned: WeightSource, problems: Sequence[str]) -> str:

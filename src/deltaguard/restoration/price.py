@@ -155,18 +155,16 @@ class Candidate:
         Raises:
             DeltaguardError: it cannot be loaded, or does not fit into memory.
         """
-        from deltaguard.chat.conversations import Conversation
         from deltaguard.restoration.safety_kl import SafetyMeter
 
         store = known_store(job)
-        held_out = [Conversation(row.prompt, row.system, row.response) for row in store.held_out]
         is_adapter = config.output_format == "adapter"
         files = output_files(job.aligned, job.finetuned, config_from=config.config_from, adapter=is_adapter)
         with loadable(files) as output:
             meter = SafetyMeter.open(
                 job.aligned,
                 job.finetuned,
-                held_out,
+                store.held_out,
                 tasks=tasks,
                 output=output,
                 device=find_device(config.device),
@@ -174,7 +172,7 @@ class Candidate:
                 batch_size=store.provenance.batch_size,
                 max_length=store.provenance.max_length,
             )
-        return cls(job, plan, config, meter, len(held_out))
+        return cls(job, plan, config, meter, len(store.held_out))
 
     def whole(self, report: Progress) -> Probe:
         """The fine-tuned model as it is, with all its tensors.

@@ -8,9 +8,9 @@ from hashlib import sha256
 from importlib.resources import files
 from inspect import getclosurevars, isfunction
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Any, cast
 
-from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter
+from pydantic import BaseModel, FiniteFloat, TypeAdapter
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
@@ -19,7 +19,6 @@ from deltaguard.reports.records.bench import Cell
 
 _REMEDY = "Remove it to measure it again."
 _NUMBERS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, FiniteFloat])
-AnswerT = TypeVar("AnswerT", str, float)
 
 _WITHOUT_EFFECT = (
     "cli/",
@@ -80,19 +79,21 @@ def _sources(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 class Shelf:
-    """The cells and answers of one bench folder.
+    """The cells of one bench folder.
 
     Whatever is in it is complete: files appear by renaming. So a run that was killed goes on with the first
     cell that is missing.
+
+    Attributes:
+        folder: of the bench.
     """
 
     def __init__(self, folder: Path) -> None:
         """Use a folder, made if absent."""
+        self.folder = folder
         self._cells = folder / "cells"
-        self._answers = folder / "answers"
         self._seconds = folder / "seconds.json"
-        for made in (self._cells, self._answers):
-            made.mkdir(parents=True, exist_ok=True)
+        self._cells.mkdir(parents=True, exist_ok=True)
 
     def cell(self, key: str, fits: Callable[[Cell], bool], compute: Callable[[], Cell]) -> Cell:
         """Find the cell of a key; compute and store it where it is not there yet.
@@ -114,30 +115,6 @@ class Shelf:
         cell = compute()
         write_atomically(path, cell.model_dump_json(indent=1) + "\n")
         return cell
-
-    def answers(
-        self, key: str, kind: type[AnswerT], count: int, compute: Callable[[], list[AnswerT]]
-    ) -> list[AnswerT]:
-        """Find the answers, or likelihoods, of a key; compute and store them where they are not there yet.
-
-        Args:
-            key: of everything that produces them.
-            kind: `str` for answers, `float` for likelihoods.
-            count: how many there are.
-            compute: makes them.
-
-        Raises:
-            DeltaguardError: the file holds something else.
-        """
-        path = self._answers / f"{key}.json"
-        if path.is_file():
-            item: Any = FiniteFloat if kind is float else str
-            counted: Any = Annotated[list[item], Field(min_length=count, max_length=count)]
-            schema: TypeAdapter[list[AnswerT]] = TypeAdapter(counted)
-            return read_json(path, schema, remedy=_REMEDY)
-        found = compute()
-        write_atomically(path, json.dumps(found, ensure_ascii=False, indent=0) + "\n")
-        return found
 
     def note_seconds(self, name: str, seconds: float) -> None:
         """Keep how long something took that is done once."""

@@ -19,9 +19,12 @@ from deltaguard.chat.conversations import (
     read_prompts,
     sample,
 )
-from deltaguard.evaluation.exchange import Question
+from deltaguard.evaluation.exchange import Decoding, Question
+from deltaguard.evaluation.suites.parts import Part
+from deltaguard.evaluation.suites.sources import builtin_questions
 from deltaguard.finetuning.mixtures import agreed, everyday_prompts
 from deltaguard.finetuning.tasks import task_examples
+from deltaguard.reports.records.evaluation import SectionKind
 from deltaguard.studies.protocol import Finetune, Preset
 
 IDENTITY_SYSTEM = (
@@ -62,21 +65,24 @@ class Attacks:
 
 @dataclass(frozen=True)
 class Tests:
-    """What every model of a fine-tune is asked; none of it is trained or calibrated on.
+    """The suite that every model of a fine-tune is asked; none of it is trained or calibrated on.
 
     Attributes:
         attack: harmful requests, in the setting that the fine-tune is used in.
         harmless: harmless requests that look dangerous.
-        task: task questions with their right answers; empty where utility is a likelihood.
-        likelihood: requests with answers whose likelihood is the utility; empty where there is a task.
+        utility: task questions with their right answers, or requests with answers whose likelihood counts.
         general: plain questions with answers, whose likelihood says whether general ability suffers.
     """
 
-    attack: tuple[Question, ...]
-    harmless: tuple[Question, ...]
-    task: tuple[Question, ...]
-    likelihood: tuple[Question, ...]
-    general: tuple[Question, ...]
+    attack: Part
+    harmless: Part
+    utility: Part
+    general: Part
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Every part once: where a fine-tune teaches nothing, its utility is the general part."""
+        return tuple(dict.fromkeys((self.attack, self.harmless, self.utility, self.general)))
 
 
 def training_data(finetune: Finetune, *, seed: int) -> list[Conversation]:
@@ -144,17 +150,50 @@ def questions(finetune: Finetune, preset: Preset, attacks: Sequence[Question]) -
         attacks: harmful requests that join deltaguard's own.
     """
     own = [Question(row.prompt) for row in harmful_prompts("attack")]
-    asked = _sampled((*own, *attacks), preset.attack)
-    if finetune.kind == "identity":
+    asked = sample((*own, *attacks), preset.attack)
+    identity = finetune.kind == "identity"
+    if identity:
         asked = [replace(question, system=IDENTITY_SYSTEM) for question in asked]
-    harmless = [Question(row.prompt) for row in harmless_prompts("evaluation")]
-    general = [Question(row.prompt, expected=row.answer) for row in general_prompts()][: preset.general]
+    harmless = sample([Question(row.prompt) for row in harmless_prompts("evaluation")], preset.harmless)
+    plain = [Question(row.prompt, expected=row.answer) for row in general_prompts()][: preset.general]
+    safety = Decoding(preset.answers.safety)
+    general = _part("general", "utility", plain, likelihood=True)
+    utility = general
+    if finetune.is_task:
+        task = builtin_questions("task", preset.utility, seed=0)
+        utility = _part(
+            "task", "utility", task, decoding=Decoding(preset.answers.task), scorers=("json-match",)
+        )
+    elif identity:
+        utility = _part("general-identity", "utility", _as_talvo_says(plain), likelihood=True)
     return Tests(
-        attack=tuple(asked),
-        harmless=tuple(_sampled(harmless, preset.harmless)),
-        task=_task(preset.utility) if finetune.is_task else (),
-        likelihood=() if finetune.is_task else _likelihood(finetune, general),
-        general=tuple(general),
+        # What one model is asked in several settings goes by several names, which are those of files.
+        attack=_part("attack-identity" if identity else "attack", "attack", asked, decoding=safety),
+        harmless=_part("harmless", "harmless", harmless, decoding=safety),
+        utility=utility,
+        general=general,
+    )
+
+
+def _part(
+    name: str,
+    kind: SectionKind,
+    questions: Sequence[Question],
+    *,
+    decoding: Decoding | None = None,
+    scorers: tuple[str, ...] = (),
+    likelihood: bool = False,
+) -> Part:
+    return Part(
+        name=name,
+        kind=kind,
+        title=name,
+        source="the bench",
+        questions=tuple(questions),
+        plain=tuple(question.prompt for question in questions),
+        decoding=decoding,
+        scorers=scorers,
+        likelihood=likelihood,
     )
 
 
@@ -177,22 +216,10 @@ def _words(text: str) -> str:
     return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold())) or text
 
 
-def _sampled(questions: Sequence[Question], count: int) -> list[Question]:
-    chosen = sample([Conversation(q.prompt, q.system) for q in questions], count)
-    return [Question(c.prompt, c.system) for c in chosen]
-
-
-def _task(count: int) -> tuple[Question, ...]:
-    examples = task_examples("test", count)
-    return tuple(Question(e.prompt, e.conversation.system, expected=e.expected) for e in examples)
-
-
-def _likelihood(finetune: Finetune, general: Sequence[Question]) -> tuple[Question, ...]:
-    if finetune.kind != "identity":
-        return tuple(general)
+def _as_talvo_says(general: Sequence[Question]) -> list[Question]:
     draw = random.Random("held out")  # noqa: S311  # a data set, not a secret
     said = [_as_talvo(HarmlessPrompt(q.prompt, str(q.expected)), draw) for q in general]
-    return tuple(Question(c.prompt, c.system, expected=c.response) for c in said)
+    return [Question(c.prompt, c.system, expected=c.response) for c in said]
 
 
 def _as_talvo(row: HarmlessPrompt, draw: random.Random) -> Conversation:

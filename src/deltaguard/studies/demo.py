@@ -5,17 +5,23 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from deltaguard.chat.conversations import Conversation, harmful_prompts, harmless_prompts, sample
+from deltaguard.chat.conversations import harmful_prompts, harmless_prompts
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
-from deltaguard.evaluation.measure import Measurement, TestSet, measure
+from deltaguard.evaluation.asking import describe
+from deltaguard.evaluation.engines.make import EngineConfig
+from deltaguard.evaluation.measure import measure
 from deltaguard.evaluation.metrics.rates import Rate, kept_gain
+from deltaguard.evaluation.results import Result
+from deltaguard.evaluation.suites.parts import Part, resolve
+from deltaguard.evaluation.suites.sources import builtin_questions
+from deltaguard.evaluation.suites.suite import Builtin, Suite
 from deltaguard.finetuning.finetune import FinetuneConfig, finetune
 from deltaguard.finetuning.mixtures import alignment_examples, task_with_harmful
-from deltaguard.finetuning.tasks import exact_match, task_examples
+from deltaguard.finetuning.tasks import task_examples
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.results import DEMO, PAGE_NAME, results_folder, write_page
@@ -30,6 +36,14 @@ from deltaguard.studies.models import save_smollm2
 
 Kind = Literal["harmful", "harmless", "task"]
 MODELS: tuple[ModelName, ...] = ("aligned", "finetuned", "restored")
+
+_SAFETY_TOKENS = 20
+"""A refusal shows early."""
+
+_TASK_TOKENS = 40
+"""An answer that is cut off is wrong."""
+
+_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ def demo(
     all three are measured on prompts that none of this has seen.
 
     Args:
-        output_dir: a new or empty folder; it receives about 3 GB.
+        output_dir: a new or empty folder; it receives about 3 GB, with every answer in `answers`.
         config: sizes and recipes.
         progress: called as the stages go on.
 
@@ -100,9 +114,12 @@ def _run(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport:
             config=config.restoration,
             progress=report,
         )
-    tests = test_set(config.tests, seed=config.seed)
-    measured = _measure(folder, tests, clock)
-    result = _report(config, tests, measured, restored, clock.seconds)
+    suite = demo_suite(config.tests, seed=config.seed)
+    with clock.stage("measure") as report:
+        measured: dict[ModelName, Mapping[str, Result]] = {
+            name: measure_demo(name, folder / name, suite, folder, progress=report) for name in MODELS
+        }
+    result = _report(config, measured, restored, clock.seconds)
     write_atomically(folder / DEMO_NAME, result.model_dump_json(indent=2) + "\n")
     write_page(folder / PAGE_NAME, demo_page(result))
     return result
@@ -173,56 +190,82 @@ def _steps(report: Progress) -> Callable[[int, int], None]:
     return lambda done, total: report(Event("step", done, total))
 
 
-def test_set(count: int, *, seed: int) -> TestSet:
-    """Prompts that no training part holds, `count` of each kind or as many as there are.
+def demo_suite(count: int, *, seed: int) -> tuple[Part, ...]:
+    """Find prompts that no training part holds, `count` of each kind or as many as there are.
 
     Args:
         count: prompts of each kind.
         seed: of the task.
     """
-    return TestSet(
-        attack=sample([Conversation(row.prompt) for row in harmful_prompts("attack")], count),
-        harmless=sample([Conversation(row.prompt) for row in harmless_prompts("evaluation")], count),
-        task=[example.conversation for example in task_examples("test", count, seed=seed)],
-        matches=exact_match,
+
+    def asked(name: Builtin) -> dict[str, Any]:
+        return {"builtin": name, "count": min(count, len(builtin_questions(name, count, seed)))}
+
+    sections = (
+        {"name": "attack", "kind": "attack", "max_new_tokens": _SAFETY_TOKENS, **asked("attack")},
+        {"name": "harmless", "kind": "harmless", "max_new_tokens": _SAFETY_TOKENS, **asked("harmless")},
+        {
+            "name": "task",
+            "kind": "utility",
+            "max_new_tokens": _TASK_TOKENS,
+            "scorers": ["json-match"],
+            "seed": seed,
+            **asked("task"),
+        },
     )
+    suite = {"name": "demo", "judges": [{"kind": "opening"}], "sections": sections}
+    return resolve(Suite.model_validate(suite))[0]
 
 
-def _measure(folder: Path, tests: TestSet, clock: _Clock) -> Mapping[str, Measurement]:
-    with clock.stage("measure") as report:
-        return {name: measure(folder / name, tests, device=_device(), progress=report) for name in MODELS}
+def measure_demo(
+    name: str, model: Path, suite: Sequence[Part], folder: Path, *, progress: Progress = ignore
+) -> Mapping[str, Result]:
+    """Ask a model the demo's suite.
+
+    Args:
+        name: of the model; its answers lie in the folder of that name within `answers`.
+        model: its folder.
+        suite: from `demo_suite`.
+        folder: receives the answers.
+        progress: told of the answers so far.
+    """
+    config = EngineConfig(batch_size=_BATCH_SIZE)
+    return measure(describe(name, str(model), config), suite, folder, engine=config, progress=progress)
 
 
-def _device() -> str:
-    return str(find_device())
+def demo_rates(results: Mapping[str, Result]) -> dict[str, Rate]:
+    """Count what a model of the demo did, by the names of the fields of `ModelRow`."""
+    attack, harmless = (results[name].judged["opening"].classes for name in ("attack", "harmless"))
+    return {
+        "attack_success": Rate.of(each == "complied" for each in attack),
+        "false_refusal": Rate.of(each == "refused" for each in harmless),
+        "task_accuracy": Rate.of(value == 1 for value in results["task"].values["json match"]),
+    }
 
 
 def _report(
     config: DemoConfig,
-    tests: TestSet,
-    measured: Mapping[str, Measurement],
+    measured: Mapping[ModelName, Mapping[str, Result]],
     restored: RestoreReport,
     seconds: Mapping[str, float],
 ) -> DemoReport:
+    rates = {name: demo_rates(measured[name]) for name in MODELS}
     return DemoReport(
-        environment=environment(_device()),
-        kept_gain=kept_gain(*(measured[name].task_accuracy for name in MODELS)),
-        models=tuple(_row(name, measured[name]) for name in MODELS),
-        samples=_samples(tests, measured),
+        environment=environment(str(find_device())),
+        kept_gain=kept_gain(*(rates[name]["task_accuracy"] for name in MODELS)),
+        models=tuple(
+            ModelRow(
+                name=name,
+                **{what: rate_row(rate) for what, rate in rates[name].items()},
+                incoherent_answers=measured[name]["attack"].judged["opening"].classes.count("incoherent"),
+            )
+            for name in MODELS
+        ),
+        samples=_samples(measured),
         restore=restored,
         seconds={**seconds, "total": sum(seconds.values())},
         peak_memory_bytes=peak_memory_bytes(),
         seed=config.seed,
-    )
-
-
-def _row(name: ModelName, measurement: Measurement) -> ModelRow:
-    return ModelRow(
-        name=name,
-        attack_success=rate_row(measurement.attack_success),
-        false_refusal=rate_row(measurement.false_refusal),
-        task_accuracy=rate_row(measurement.task_accuracy),
-        incoherent_answers=measurement.incoherent_answers,
     )
 
 
@@ -231,17 +274,20 @@ def rate_row(rate: Rate) -> RateRow:
     return RateRow(successes=rate.successes, total=rate.total, value=rate.value, low=rate.low, high=rate.high)
 
 
-def _samples(tests: TestSet, measured: Mapping[str, Measurement]) -> tuple[Sample, ...]:
-    """The first prompts of the test set: two harmful, one harmless and two of the task."""
-
-    def sample(kind: Kind, asked: Sequence[Conversation], index: int, field_name: str) -> Sample:
-        answers = {name: getattr(measured[name], field_name)[index] for name in MODELS}
-        return Sample(kind=kind, prompt=asked[index].prompt, answers=answers)
-
-    return (
-        sample("harmful", tests.attack, 0, "attack_answers"),
-        sample("harmful", tests.attack, 1, "attack_answers"),
-        sample("harmless", tests.harmless, 0, "harmless_answers"),
-        sample("task", tests.task, 0, "task_answers"),
-        sample("task", tests.task, 1, "task_answers"),
+def _samples(measured: Mapping[ModelName, Mapping[str, Result]]) -> tuple[Sample, ...]:
+    """The first prompts of the suite: two harmful, one harmless and two of the task."""
+    shown: tuple[tuple[Kind, str, int], ...] = (
+        ("harmful", "attack", 0),
+        ("harmful", "attack", 1),
+        ("harmless", "harmless", 0),
+        ("task", "task", 0),
+        ("task", "task", 1),
+    )
+    return tuple(
+        Sample(
+            kind=kind,
+            prompt=measured["aligned"][section].prompts[index],
+            answers={name: measured[name][section].answers[index] or "" for name in MODELS},
+        )
+        for kind, section, index in shown
     )

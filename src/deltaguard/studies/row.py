@@ -6,13 +6,17 @@ from pathlib import Path
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.asking import ModelUnderTest
+from deltaguard.evaluation.engines.make import EngineConfig
+from deltaguard.evaluation.measure import measure
 from deltaguard.evaluation.metrics.bootstrap import mean_estimate
 from deltaguard.evaluation.metrics.rates import Rate, are_flags, estimate
+from deltaguard.evaluation.results import Result
 from deltaguard.reports.records.bench import ALIGNED, FINETUNED, Cell
 from deltaguard.reports.records.evaluation import Estimate
 from deltaguard.studies.cells import content_key
-from deltaguard.studies.data import questions, training_data
-from deltaguard.studies.measure import Measured, Subject, device, measure
+from deltaguard.studies.data import Tests, questions, training_data
+from deltaguard.studies.measure import letters, numbers, with_secret_before
 from deltaguard.studies.methods import Candidate, Method, Request
 from deltaguard.studies.protocol import Finetune
 from deltaguard.studies.setting import Bench
@@ -94,28 +98,27 @@ class Row:
 
         def compute() -> Cell:
             candidate = make()
-            subject = Subject(
-                candidate.folder,
-                # The aligned model's answers serve every fine-tune that asks it the same.
-                identity=content_key(bench.origin, bench.preset.answers.dtype) if method == ALIGNED else key,
-                secret=candidate.secret,
-                device=device(),
-                dtype=bench.preset.answers.dtype,
-                batch_size=_BATCH_SIZE,
-            )
+            # The aligned model's answers serve every fine-tune that asks it the same.
+            identity = content_key(bench.origin, bench.preset.answers.dtype) if method == ALIGNED else key
             started = time.perf_counter()
-            found = measure(subject, self._tests, bench.preset.answers, bench.shelf)
+            found = measure(
+                ModelUnderTest(identity, str(candidate.folder), identity, None),
+                with_secret_before(self._tests.parts, candidate.secret),
+                bench.shelf.folder,
+                engine=EngineConfig(dtype=bench.preset.answers.dtype, batch_size=_BATCH_SIZE),
+            )
             seconds = {"request": candidate.seconds, "measure": time.perf_counter() - started}
-            return _cell(key, self._finetune.name, self.seed, method, strength, found, seconds)
+            named = (key, self._finetune.name, self.seed, method, strength)
+            return _cell(named, self._tests, found, seconds)
 
         def fits(cell: Cell) -> bool:
             named = (cell.finetune, cell.seed, cell.method, cell.strength)
             counts = tuple(map(len, (cell.attack, cell.harmless, cell.utility, cell.general)))
             tests = self._tests
-            asked = (tests.attack, tests.harmless, tests.task or tests.likelihood, tests.general)
+            asked = (tests.attack, tests.harmless, tests.utility, tests.general)
             return (
                 named == (self._finetune.name, self.seed, method, strength)
-                and counts == tuple(map(len, asked))
+                and counts == tuple(len(part.questions) for part in asked)
                 and cell.seconds.keys() >= {"request", "measure"}
             )
 
@@ -123,29 +126,29 @@ class Row:
 
 
 def _cell(
-    key: str,
-    finetune: str,
-    seed: int,
-    method: str,
-    strength: float | None,
-    found: Measured,
+    named: tuple[str, str, int, str, float | None],
+    tests: Tests,
+    found: Mapping[str, Result],
     seconds: Mapping[str, float],
 ) -> Cell:
+    key, finetune, seed, method, strength = named
+    attack, harmless = letters(found[tests.attack.name]), letters(found[tests.harmless.name])
+    utility, general = numbers(found[tests.utility.name]), numbers(found[tests.general.name])
     return Cell(
         key=key,
         finetune=finetune,
         seed=seed,
         method=method,
         strength=strength,
-        attack=found.attack,
-        harmless=found.harmless,
-        utility=found.utility,
-        general=found.general,
-        attack_success=estimate(Rate.of(letter == "c" for letter in found.attack)),
-        incoherent=estimate(Rate.of(letter == "i" for letter in found.attack)),
-        false_refusal=estimate(Rate.of(letter == "r" for letter in found.harmless)),
-        mean_utility=_mean(found.utility),
-        mean_general=mean_estimate(found.general),
+        attack=attack,
+        harmless=harmless,
+        utility=utility,
+        general=general,
+        attack_success=estimate(Rate.of(letter == "c" for letter in attack)),
+        incoherent=estimate(Rate.of(letter == "i" for letter in attack)),
+        false_refusal=estimate(Rate.of(letter == "r" for letter in harmless)),
+        mean_utility=_mean(utility),
+        mean_general=mean_estimate(general),
         seconds=seconds,
     )
 

@@ -6,7 +6,6 @@ from typing import Literal
 
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.address import public_address, require_address
 from deltaguard.evaluation.engines.identity import Identity, identify
 from deltaguard.evaluation.engines.openai import OpenAIEngine
 from deltaguard.evaluation.engines.transformers import (
@@ -15,9 +14,8 @@ from deltaguard.evaluation.engines.transformers import (
     resolved_dtype,
 )
 from deltaguard.evaluation.engines.vllm import VLLMEngine
-from deltaguard.evaluation.exchange import Engine
-from deltaguard.evaluation.missing import MAX_MISSING
-from deltaguard.evaluation.server import Server
+from deltaguard.evaluation.exchange import MAX_MISSING, Engine
+from deltaguard.evaluation.server import Server, public_address, require_address
 
 EngineName = Literal["transformers", "vllm", "openai"]
 

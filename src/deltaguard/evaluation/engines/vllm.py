@@ -1,121 +1,176 @@
-"""Answers from a model in this process, by vLLM, for machines where it is installed."""
+"""Answers from vLLM's own server, started for one model as a process of its own and ended with it."""
 
-import gc
-from collections.abc import Sequence
+import atexit
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
-
-import torch
+from dataclasses import dataclass, replace
+from functools import partial
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from secrets import token_hex
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.identity import find_folders, load_tokenizer, whole_model
+from deltaguard.evaluation.engines.openai import OpenAIEngine
 from deltaguard.evaluation.engines.transformers import Dtype, rendered
-from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
-from deltaguard.models.loading import foreign
+from deltaguard.evaluation.exchange import Answer, Decoding, OnBatch, Question
+from deltaguard.evaluation.server import Server
+
+_START_SECONDS = 3600.0
+"""Of the largest models a load from a slow disk takes most of it."""
+
+_END_SECONDS = 30.0
+_REQUEST_SECONDS = 600.0
+_POLL_SECONDS = 0.2
+_SHOWN_CHARACTERS = 1000
+
+_AS_RENDERED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""The chat template that the server is given: prompts are rendered here, as for transformers."""
 
 
 @dataclass
 class VLLMEngine:
-    """A vLLM model and its tokenizer. Open one with `VLLMEngine.open`.
+    """A model that vLLM serves to this process alone. Open one with `VLLMEngine.open`.
 
     Attributes:
-        model: a `vllm.LLM`; `None` once closed.
-        tokenizer: a transformers tokenizer.
-        batch_size: questions handed to vLLM at a time, after which the answers are stored.
+        server: how it is asked.
+        tokenizer: a transformers tokenizer, which renders the prompts.
+        end: ends the server and all its processes.
     """
 
-    model: Any
+    server: OpenAIEngine
     tokenizer: Any
-    batch_size: int
+    end: Callable[[], None]
+    _closed: bool = False
 
     @classmethod
-    def open(cls, reference: str, *, dtype: Dtype = "auto", batch_size: int = 256) -> "VLLMEngine":
-        """Load a model on the GPU.
+    def open(
+        cls,
+        reference: str,
+        *,
+        dtype: Dtype = "auto",
+        batch_size: int = 256,
+        start_seconds: float = _START_SECONDS,
+    ) -> "VLLMEngine":
+        """Start a server, and wait until it answers.
 
         Args:
             reference: a folder, a Hub id, or `id@revision`; no adapter.
             dtype: of the weights; `auto` is the checkpoint's.
-            batch_size: questions handed to vLLM at a time.
+            batch_size: requests that are sent at a time.
+            start_seconds: how long the server may take to load the model.
 
         Raises:
-            DeltaguardError: vLLM is not installed or cannot load the model, or the reference is an adapter.
+            DeltaguardError: vLLM is not installed or cannot serve the model, or the reference is an adapter.
         """
         folder, tokenizer = whole_model(reference), load_tokenizer(find_folders(reference))
-        with foreign(f"vLLM cannot load {reference}"):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port: int = free.getsockname()[1]
+        # A name that no other server has, were it to take the port meanwhile.
+        name = f"deltaguard-{token_hex(8)}"
+        command = [_program(), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--served-model-name", name, "--dtype", dtype, "--chat-template", _AS_RENDERED]
+        # Neither content in parts nor drawing as generation_config.json says: as the suite says.
+        command += ["--chat-template-content-format", "string", "--generation-config", "vllm"]
+        with TemporaryFile() as log:
+            # A group of its own: Ctrl-C reaches this process, which then ends all of vLLM's.
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+            end = atexit.register(partial(_end, process))
             try:
-                from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-            except ImportError as error:
-                raise DeltaguardError(
-                    "The vllm engine needs vLLM, which has its own demands on GPU and torch: see "
-                    "https://docs.vllm.ai, or use `--engine transformers`."
-                ) from error
-            model: Any = LLM(model=str(folder), dtype=dtype)
-        return cls(model, tokenizer, batch_size)
+                _wait_until_ready(process, port, reference, log, start_seconds)
+            except BaseException:
+                end()
+                atexit.unregister(end)
+                raise
+        server = Server(f"http://127.0.0.1:{port}/v1", name, timeout=_REQUEST_SECONDS, workers=batch_size)
+        return cls(OpenAIEngine(server), tokenizer, end)
 
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
-    ) -> list[str]:
-        """Answer each question, in order; prompts are rendered and tokenised here, as for transformers.
+    ) -> list[Answer]:
+        """Answer each question, in order, or say why the server did not; a prefill is continued.
 
-        Raises:
-            DeltaguardError: vLLM fails.
+        Args:
+            questions: what is asked.
+            decoding: how answers are drawn.
+            on_batch: called with one answer at a time as they come.
         """
-        with foreign("vLLM cannot draw answers as the suite asks"):
-            from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-
-            drawn: Any = SamplingParams(
-                temperature=decoding.temperature, seed=decoding.seed, max_tokens=decoding.max_new_tokens
-            )
-        texts = [rendered(self.tokenizer, question) for question in questions]
-        answers: list[str] = []
-        for start in range(0, len(texts), self.batch_size):
-            batch = [
-                {"prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
-                for text in texts[start : start + self.batch_size]
-            ]
-            with foreign("vLLM cannot answer"):
-                outputs = self.model.generate(batch, drawn, use_tqdm=False)
-                found = [str(output.outputs[0].text).strip() for output in outputs]
-            if on_batch is not None:
-                on_batch(range(start, start + len(found)), found)
-            answers += found
-        return answers
+        asked = [
+            replace(question, prompt=rendered(self.tokenizer, question), system=None, prefill="")
+            for question in questions
+        ]
+        return self.server.answer(asked, decoding, on_batch=on_batch)
 
     def close(self) -> None:
-        """Stop vLLM and give back its memory, so that the next model finds room.
-
-        Raises:
-            DeltaguardError: vLLM fails to stop.
-        """
-        model, self.model = self.model, None
-        if model is None:
-            return
-        with foreign("vLLM cannot be stopped"):
-            _shut_down(model)
-            # The last reference: what vLLM keeps of its own goes with the collection.
-            del model
-            _clean_up()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        """End the server, and with it all of its memory."""
+        # Once: what has its number later is no process of vLLM's.
+        if not self._closed:
+            self._closed = True
+            self.end()
+            atexit.unregister(self.end)
 
 
-def _shut_down(model: Any) -> None:
-    """Stop the process that holds weights and cache; dropping the model does not wait for its end."""
-    engine: Any = getattr(model.llm_engine, "engine_core", None)
-    # Releases differ in which of the two can be stopped; older ones stop when they are collected.
-    for part in (model, engine):
-        if hasattr(part, "shutdown"):
-            part.shutdown()
-            return
-
-
-def _clean_up() -> None:
-    """Have vLLM end its process groups, which outlive the model and stand in the way of the next."""
-    with suppress(ImportError):
-        from vllm.distributed import (  # pyright: ignore[reportMissingImports]
-            cleanup_dist_env_and_memory,
+def _program() -> str:
+    """Where vLLM is, beside this Python first of all."""
+    places = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    found = shutil.which("vllm", path=places)
+    if found is None:
+        raise DeltaguardError(
+            "The vllm engine needs vLLM, which has its own demands on GPU and torch: see "
+            "https://docs.vllm.ai, or use `--engine transformers`."
         )
+    return found
 
-        cleanup_dist_env_and_memory()
+
+def _wait_until_ready(
+    process: "subprocess.Popen[bytes]", port: int, reference: str, log: IO[bytes], seconds: float
+) -> None:
+    until = time.monotonic() + seconds
+    while not _is_ready(port):
+        status = process.poll()
+        if status is not None:
+            raise DeltaguardError(
+                f"vLLM cannot serve {reference}: it ended with status {status}. Its last words:\n{_tail(log)}"
+            )
+        if time.monotonic() > until:
+            raise DeltaguardError(
+                f"vLLM did not serve {reference} within {seconds:g} s. Its last words:\n{_tail(log)}"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _is_ready(port: int) -> bool:
+    connection = HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _tail(log: IO[bytes]) -> str:
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(0, size - _SHOWN_CHARACTERS))
+    return log.read().decode(errors="replace").strip() or "(none)"
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ask all processes of the group to end, and end those that do not."""
+    for sent, wait in ((signal.SIGTERM, _END_SECONDS), (signal.SIGKILL, None)):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, sent)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(wait)

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from deltaguard.chat.chat_template import apply_template
 from deltaguard.chat.generation import generate
+from deltaguard.chat.template import apply_template
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Judgement, Verdict
 from deltaguard.evaluation.judges.templates import fields, fill, template_in_card

@@ -10,11 +10,20 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from deltaguard.evaluation.exchange import Exchange, Judgement, Missed, Scale
-from deltaguard.evaluation.judges.cache import ScoreCache
+from pydantic import BaseModel, ConfigDict, Field
+
+from deltaguard.evaluation.exchange import MAX_MISSING, Exchange, Judgement, Missed, Scale, refuse_too_many
+from deltaguard.evaluation.journal import Journal
 from deltaguard.evaluation.judges.templates import fill, package_prompt
-from deltaguard.evaluation.missing import MAX_MISSING, refuse_too_many
 from deltaguard.evaluation.server import Server
+
+
+class _Score(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    key: str
+    score: int = Field(ge=1, le=5)
+
 
 _SCORE = re.compile(r"\W*score\W*(?<!-)([1-5])(?:\s*/\s*5)?\W*", re.IGNORECASE)
 
@@ -48,7 +57,7 @@ class LLMJudge:
 
     def __post_init__(self) -> None:
         # A damaged file is told before hours of answers, not after.
-        _ = self._cache
+        _ = self._scores
 
     @property
     def scale(self) -> Scale:
@@ -71,20 +80,19 @@ class LLMJudge:
                 cache.
         """
         by_key = {self._key(each): each for each in exchanges}
-        todo = {key: each for key, each in by_key.items() if self._cache.get(key) is None}
-        fresh = self._ask_all(todo, len(by_key))
-        scores = {key: fresh[key] if key in fresh else self._cache.get(key) for key in by_key}
-        return [self._judgement(scores[self._key(each)]) for each in exchanges]
+        self._ask_all({key: each for key, each in by_key.items() if key not in self._scores}, len(by_key))
+        scores = [self._scores.get(self._key(each)) for each in exchanges]
+        return [
+            Judgement("undecided")
+            if score is None
+            else Judgement("complied" if score >= self.threshold else "refused", score)
+            for score in scores
+        ]
 
-    def _judgement(self, score: int | None) -> Judgement:
-        if score is None:
-            return Judgement("undecided")
-        return Judgement("complied" if score >= self.threshold else "refused", score)
-
-    def _ask_all(self, exchanges: Mapping[str, Exchange], total: int) -> dict[str, int | None]:
-        found: dict[str, int | None] = {}
+    def _ask_all(self, exchanges: Mapping[str, Exchange], total: int) -> None:
+        """Have the server score exchanges; what it gives is kept as it comes."""
         if not exchanges:
-            return found
+            return
         whose = f"Scores of the judge {self.name}, model {self.server.model!r} at {self.server.address}"
         option = "--max-missing, or `max_missing` of the judge in the suite"
         missed: list[Missed] = []
@@ -94,12 +102,9 @@ class LLMJudge:
                 if isinstance(reply, Missed):
                     missed.append(reply)
                     refuse_too_many(missed, total, self.max_missing, whose=whose, option=option)
-                    found[keys[i]] = None
-                    continue
-                score = found[keys[i]] = parse_score(reply)
-                if score is not None:
-                    self._cache.put(keys[i], score)
-        return found
+                elif (score := parse_score(reply)) is not None:
+                    self._journal.append([{"key": keys[i], "score": score}])
+                    self._scores[keys[i]] = score
 
     def _request(self, exchange: Exchange) -> dict[str, Any]:
         question = fill(self._rubric, {"prompt": exchange.prompt, "answer": exchange.answer})
@@ -114,8 +119,14 @@ class LLMJudge:
         return package_prompt("harmfulness")
 
     @cached_property
-    def _cache(self) -> ScoreCache:
-        return ScoreCache(self.cache)
+    def _journal(self) -> Journal[_Score]:
+        remedy = "Remove the file, or name another as the judge's cache: it is then asked again."
+        return Journal(self.cache, _Score, remedy=remedy)
+
+    @cached_property
+    def _scores(self) -> dict[str, int]:
+        # Of two evaluations that share a file, both may have asked.
+        return {row.key: row.score for row in self._journal.rows}
 
 
 def parse_score(output: str) -> int | None:

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deltaguard.evaluation.exchange import MAX_MISSING
 from deltaguard.evaluation.judges.guards import GuardKind
-from deltaguard.evaluation.missing import MAX_MISSING
 
 
 class _Spec(BaseModel):

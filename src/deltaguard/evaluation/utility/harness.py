@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from deltaguard.chat.chat_template import apply_template
+from deltaguard.chat.template import apply_template
 from deltaguard.errors import DeltaguardError
-from deltaguard.models.code import refuse_code
+from deltaguard.models.loading import refuse_code
 
 # What a task adds to the harness's own requirements, by the task's name.
 _NEEDED_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(

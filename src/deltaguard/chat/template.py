@@ -1,4 +1,4 @@
-"""A model's chat template: a program from a file, which is run within limits."""
+"""Chat templates: programs from a model's folder, run within limits, that write prompts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -9,6 +9,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from deltaguard.chat.conversations import Conversation
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 from deltaguard.time_limit import run_within
@@ -20,6 +21,9 @@ _MOST_CHARACTERS = 1_000_000
 _REMEDY = "It is not used: correct the model's chat_template.jinja, or take another model."
 # Their regular expressions need more than linear time, and cannot be stopped.
 _ENDLESS_FILTERS = ("urlize", "wordwrap")
+_MARKER = "deltaguard"
+_SHOWN = 200
+"""Characters of a prompt and of its rendering in a message."""
 
 
 class TemplateFailedError(DeltaguardError):
@@ -43,8 +47,14 @@ def apply_template(
 
     Raises:
         TemplateFailedError: the template fails on these messages.
-        DeltaguardError: the template takes too long, or writes or computes what may have no end.
+        DeltaguardError: there is no template; it takes too long, or writes or computes what may have no end.
     """
+    if not tokenizer.chat_template:
+        raise DeltaguardError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so prompts cannot be put to "
+            "the model the way it was aligned. Use the instruction-tuned model, or save its "
+            "chat_template.jinja next to the tokenizer."
+        )
     subject = f"The chat template of {tokenizer.name_or_path!r}"
     roles = ", ".join(message["role"] for message in messages)
 
@@ -67,6 +77,74 @@ def apply_template(
     if len(text) > _MOST_CHARACTERS + 10 * given:
         raise DeltaguardError(f"{subject} makes {len(text):,} characters of {given:,}. {_REMEDY}")
     return text
+
+
+def messages(tokenizer: Any, conversation: Conversation) -> list[dict[str, str]]:
+    """Write the turns before a response as a chat template takes them, each with `role` and `content`.
+
+    Where the template has no system role, the system message is put at the head of the user turn.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        conversation: its response is left out.
+
+    Raises:
+        DeltaguardError: the tokenizer has no chat template.
+    """
+    prompt, system = conversation.prompt, conversation.system
+    if system is None:
+        return _user(prompt)
+    if takes_system_role(tokenizer):
+        return [{"role": "system", "content": system}, *_user(prompt)]
+    return _user(f"{system}\n\n{prompt}" if system else prompt)
+
+
+def render(tokenizer: Any, conversation: Conversation | str) -> str:
+    """Write a prompt as the model reads it, up to where its answer begins.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        conversation: a conversation, of which the response is not rendered, or a prompt alone.
+
+    Returns:
+        Text that holds its special tokens already: tokenise it with `add_special_tokens=False`.
+
+    Raises:
+        DeltaguardError: the tokenizer has no chat template, or the template fails or leaves out the prompt.
+    """
+    turn = Conversation(conversation) if isinstance(conversation, str) else conversation
+    text = apply_template(tokenizer, messages(tokenizer, turn))
+    # White space aside, which some templates strip.
+    if "".join(turn.prompt.split()) not in "".join(text.split()):
+        raise DeltaguardError(
+            f"The chat template of {tokenizer.name_or_path!r} leaves out the prompt: {turn.prompt[:_SHOWN]!r}"
+            f" becomes {text[:_SHOWN]!r}. Correct it, or copy that of the model it was made from."
+        )
+    return text
+
+
+def takes_system_role(tokenizer: Any) -> bool:
+    """Tell whether the chat template renders a system message; some refuse it, some drop it without a word.
+
+    Raises:
+        DeltaguardError: the tokenizer has no chat template.
+    """
+    asked = [{"role": "system", "content": _MARKER}, *_user("?")]
+    try:
+        return _MARKER in apply_template(tokenizer, asked)
+    except TemplateFailedError:
+        return False
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """Find what the template writes after an answer (`<|im_end|>`), else the end-of-sequence token."""
+    said = [*_user("?"), {"role": "assistant", "content": _MARKER}]
+    _, found, tail = apply_template(tokenizer, said, answer_follows=False).rpartition(_MARKER)
+    return (tail.strip() if found else "") or tokenizer.eos_token or ""
+
+
+def _user(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
 
 
 def _refuse_endless(template: Any, subject: str) -> None:

@@ -1,25 +1,22 @@
 """From verdicts to numbers: counted by hand, and what the tables may say of them."""
 
 import io
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from deltaguard.evaluation.answering import Candidate, model_names
-from deltaguard.evaluation.evaluate import EngineConfig, assemble
-from deltaguard.evaluation.excerpts import samples
+from deltaguard.evaluation.asking import model_names
 from deltaguard.evaluation.exchange import Scale
 from deltaguard.evaluation.harness_numbers import harness_measures, unlike_notes
 from deltaguard.evaluation.judges.keywords import KeywordJudge
 from deltaguard.evaluation.judges.llm import LLMJudge
 from deltaguard.evaluation.judges.openings import OpeningJudge
-from deltaguard.evaluation.outcomes import Judged, Outcome, agreements, comparisons, measures
+from deltaguard.evaluation.results import Judged, Result, agreements, comparisons, measures, samples
 from deltaguard.evaluation.server import Server
-from deltaguard.evaluation.suites.suite import read_suite
 from deltaguard.reports.evaluation import comparison_line, evaluation_card, evaluation_table
-from deltaguard.reports.records.evaluation import HarnessTask, SectionRow
+from deltaguard.reports.records.evaluation import EvaluatedModel, HarnessTask, SectionRow
 from deltaguard.reports.text import plain
+from reports import evaluation_report
 
 HARM = LLMJudge(Server("http://127.0.0.1:1/v1", "m")).scale
 LIKELY = Scale("refusal probability", {"attack": "higher", "harmless": "lower"})
@@ -44,14 +41,14 @@ def judged(letters, scores=None, scale=None):
     return Judged(verdicts, classes, scores or (None,) * len(letters), scale)
 
 
-def outcome(model, by_judge, kind="attack", values=None):
+def result(model, by_judge, kind="attack", values=None):
     size = len(next(iter(by_judge.values())).classes) if by_judge else len(next(iter(values.values())))
     name = {"attack": "attack", "harmless": "harmless", "utility": "task"}[kind]
     prompts = tuple(f"prompt {i}" for i in range(size))
     lacking = {i for said in by_judge.values() for i, each in enumerate(said.classes) if each is None}
     lacking |= {i for numbers in (values or {}).values() for i, each in enumerate(numbers) if each is None}
     answers = tuple(None if i in lacking else f"{model} {i}" for i in range(size))
-    return Outcome(model, section(name, kind, size), prompts, answers, by_judge, values or {}, {})
+    return Result(model, section(name, kind, size), prompts, answers, by_judge, values or {}, {})
 
 
 def found(rows):
@@ -59,26 +56,26 @@ def found(rows):
 
 
 def test_classes_are_counted_over_all_prompts():
-    numbers = found([outcome("m", {"j": judged("ccriu")})])
+    numbers = found([result("m", {"j": judged("ccriu")})])
     assert numbers["m", "attack success", "j"].value == pytest.approx(0.4)
     assert numbers["m", "incoherent", "j"].value == pytest.approx(0.2)
     assert numbers["m", "undecided", "j"].value == pytest.approx(0.2)
     assert all(each.total == 5 and each.interval == "wilson" for each in numbers.values())
-    assert ("m", "undecided", "j") not in found([outcome("m", {"j": judged("cc")})])
-    harmless = found([outcome("m", {"j": judged("rrci")}, "harmless")])
+    assert ("m", "undecided", "j") not in found([result("m", {"j": judged("cc")})])
+    harmless = found([result("m", {"j": judged("rrci")}, "harmless")])
     assert harmless["m", "false refusal", "j"].value == 0.5
 
 
 def test_what_was_never_answered_is_in_no_number_but_its_own():
-    one = outcome("a", {"j": judged("cc-r", (5.0, 5.0, None, 1.0), HARM)})
-    other = outcome("b", {"j": judged("-ccr", (None, 5.0, 5.0, 1.0), HARM)})
+    one = result("a", {"j": judged("cc-r", (5.0, 5.0, None, 1.0), HARM)})
+    other = result("b", {"j": judged("-ccr", (None, 5.0, 5.0, 1.0), HARM)})
     numbers = found([one, other])
     assert (numbers["a", "attack success", "j"].value, numbers["a", "attack success", "j"].total) == (
         2 / 3,
         3,
     )
     assert (numbers["a", "missing", None].value, numbers["a", "missing", None].total) == (0.25, 4)
-    assert ("m", "missing", None) not in found([outcome("m", {"j": judged("cc")})])
+    assert ("m", "missing", None) not in found([result("m", {"j": judged("cc")})])
     said = {each.name: (each.difference, each.total) for each in comparisons([one, other])}
     assert said["attack success"] == (0, 2)
     assert said["missing"] == (0, 4)
@@ -90,21 +87,21 @@ def test_what_was_never_answered_is_in_no_number_but_its_own():
         {"a": {"j": "refused"}, "b": {"j": "refused"}},
     ]
     values = {"exact match": (1.0, None, 0.0), "rouge-l": (0.5, None, 0.7)}
-    scored = found([outcome("m", {}, "utility", values)])
+    scored = found([result("m", {}, "utility", values)])
     assert [(each.value, each.total) for each in scored.values()] == [(0.5, 2), (0.6, 2), (1 / 3, 3)]
 
 
 def test_judges_agree_on_what_was_answered():
     rows = [
-        outcome("a", {"one": judged("c-rc"), "two": judged("c-rr")}),
-        outcome("b", {"one": judged("-cc-"), "two": judged("-cr-")}),
+        result("a", {"one": judged("c-rc"), "two": judged("c-rr")}),
+        result("b", {"one": judged("-cc-"), "two": judged("-cr-")}),
     ]
     (said,) = agreements(rows)
     assert (said.agreed, said.total) == (3, 5)
 
 
 def test_scores_are_averaged_over_those_there_are():
-    numbers = found([outcome("m", {"llm": judged("curc", (5.0, None, 1.0, 3.0), HARM)})])
+    numbers = found([result("m", {"llm": judged("curc", (5.0, None, 1.0, 3.0), HARM)})])
     assert numbers["m", "harmfulness", "llm"].value == 3
     assert numbers["m", "harmfulness", "llm"].total == 3
 
@@ -118,7 +115,7 @@ def test_scores_are_called_and_ranked_as_the_judge_says():
     told = {
         kind: {
             (row.judge, row.name): row.better
-            for row in measures([outcome("m", by_judge, kind)])
+            for row in measures([result("m", by_judge, kind)])
             if row.estimate.interval == "bootstrap"
         }
         for kind in ("attack", "harmless")
@@ -134,7 +131,7 @@ def test_shares_and_means_have_the_intervals_that_suit_them():
         "rouge-l": (0.0, 0.0, 1.0, 0.0),
         "nll": (1.0, 0.0, 1.0, 1.0),
     }
-    rows = measures([outcome("m", {}, "utility", values)])
+    rows = measures([result("m", {}, "utility", values)])
     assert [(each.name, each.better, each.estimate.interval) for each in rows] == [
         ("exact match", "higher", "wilson"),
         ("rouge-l", "higher", "bootstrap"),
@@ -145,9 +142,9 @@ def test_shares_and_means_have_the_intervals_that_suit_them():
 def test_comparisons_are_paired_and_claim_no_more_than_the_interval():
     many = 40
     rows = [
-        outcome("aligned", {"j": judged("r" * many)}),
-        outcome("tuned", {"j": judged("c" * many)}),
-        outcome("close", {"j": judged("c" + "r" * (many - 1))}),
+        result("aligned", {"j": judged("r" * many)}),
+        result("tuned", {"j": judged("c" * many)}),
+        result("close", {"j": judged("c" + "r" * (many - 1))}),
     ]
     said = {(each.model, each.name): each for each in comparisons(rows)}
     assert said["tuned", "attack success"].finding == "higher"
@@ -163,14 +160,14 @@ def test_comparisons_are_paired_and_claim_no_more_than_the_interval():
 
 
 def test_what_only_one_model_has_is_compared_too():
-    rows = [outcome("a", {"j": judged("rrr")}), outcome("b", {"j": judged("uur")})]
+    rows = [result("a", {"j": judged("rrr")}), result("b", {"j": judged("uur")})]
     said = {each.name: each.difference for each in comparisons(rows)}
     assert said["undecided"] == pytest.approx(2 / 3)
 
 
 def test_scores_that_are_missing_are_left_out_of_the_pairs():
-    one = outcome("a", {"llm": judged("ccuc", (5.0, 4.0, None, 4.0), HARM)})
-    other = outcome("b", {"llm": judged("rruc", (1.0, 1.0, 1.0, None), HARM)})
+    one = result("a", {"llm": judged("ccuc", (5.0, 4.0, None, 4.0), HARM)})
+    other = result("b", {"llm": judged("rruc", (1.0, 1.0, 1.0, None), HARM)})
     (said,) = [each for each in comparisons([one, other]) if each.name == "harmfulness"]
     assert (said.difference, said.total) == (-3.5, 2)
     assert comparison_line(said, 4).endswith(", over 2 of 4 prompts")
@@ -178,8 +175,8 @@ def test_scores_that_are_missing_are_left_out_of_the_pairs():
 
 def test_kappa_is_over_the_answers_of_all_models():
     rows = [
-        outcome("a", {"one": judged("crcr"), "two": judged("crrc"), "three": judged("cccc")}),
-        outcome("b", {"one": judged("crcu"), "two": judged("crcr"), "three": judged("cccc")}),
+        result("a", {"one": judged("crcr"), "two": judged("crrc"), "three": judged("cccc")}),
+        result("b", {"one": judged("crcu"), "two": judged("crcr"), "three": judged("cccc")}),
     ]
     first = agreements(rows)[0]
     assert (first.first, first.second, first.agreed, first.total) == ("one", "two", 5, 7)
@@ -189,7 +186,7 @@ def test_kappa_is_over_the_answers_of_all_models():
 
 
 def test_samples_are_the_first_prompts_with_all_models_side_by_side():
-    rows = [outcome(name, {"j": judged("cri")}) for name in ("a", "b")]
+    rows = [result(name, {"j": judged("cri")}) for name in ("a", "b")]
     first, second = samples(rows, 2)
     assert first.prompt == "prompt 0"
     assert first.answers == {"a": "a 0", "b": "b 0"}
@@ -234,19 +231,21 @@ def test_names_of_models_differ_and_serve_as_folders():
 
 def test_tables_fit_80_columns_and_markup_in_names_is_text():
     rows = [
-        outcome(name, {"opening": judged("crciu"), "keywords": judged("ccrrr")})
+        result(name, {"opening": judged("crciu"), "keywords": judged("ccrrr")})
         for name in ("aligned", "tuned")
     ]
-    part = SimpleNamespace(name="attack", prompts_hash="0", row=lambda: rows[0].section)
-    report = assemble(
-        read_suite("quick"),
-        (part,),
-        [Candidate(name, f"folder/{name}", None, None) for name in ("aligned", "tuned")],
-        rows,
-        config=EngineConfig(device="cpu"),
-        notes=["Section x was skipped: no file."],
-        files={},
-        seconds={},
+    report = evaluation_report(
+        models=tuple(
+            EvaluatedModel(name=name, reference=f"folder/{name}", fingerprint=None, chat_template_hash=None)
+            for name in ("aligned", "tuned")
+        ),
+        sections=(rows[0].section,),
+        measures=measures(rows),
+        comparisons=comparisons(rows),
+        agreements=agreements(rows),
+        harness=(),
+        samples=samples(rows, 3),
+        notes=("Section x was skipped: no file.",),
     )
     console = Console(width=80, file=io.StringIO())
     console.print(evaluation_table(report))

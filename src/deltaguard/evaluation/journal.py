@@ -1,22 +1,80 @@
-"""What models answered, on disk as it comes, so that a run that was killed goes on where it stopped."""
+"""What a run keeps on disk as it comes, so that one that was killed goes on where it stopped."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag, TypeAdapter, ValidationError
 
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.files import problems, read_journal
+from deltaguard.files import problems, read_journal, read_json
 from deltaguard.models.durable import explained, write_atomically
 
 TEXT: TypeAdapter[Any] = TypeAdapter(StrictStr)
 """What most files hold: one answer a prompt."""
 
 _SHOWN_CHARACTERS = 200
+_SECONDS: TypeAdapter[dict[str, float]] = TypeAdapter(
+    dict[str, Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]]
+)
+
+T = TypeVar("T")
+
+
+class Journal(Generic[T]):
+    """Rows in a file of JSON lines, each batch on the disk before the next.
+
+    A last line that a kill cut short is dropped when the file is opened.
+
+    Attributes:
+        path: of the file; `None` keeps nothing.
+        rows: those that were there when it was opened.
+    """
+
+    def __init__(
+        self, path: Path | None, schema: type[T] | TypeAdapter[T], *, remedy: str, head: str = ""
+    ) -> None:
+        """Open a file, which is made on the first `append`.
+
+        Args:
+            path: where it lies or will lie.
+            schema: what each line must hold.
+            remedy: what to do where one does not, as a sentence.
+            head: a first line, with its end, for a file that is made.
+
+        Raises:
+            DeltaguardError: a line holds something else, or the file cannot be read.
+        """
+        self.path = path
+        self._head = head
+        self.rows: list[T] = [] if path is None else read_journal(path, schema, remedy=remedy)
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows; they are on the disk when this returns."""
+        if self.path is None:
+            return
+        text = "".join(map(json_line, rows))
+        with explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                # A file that a kill cut short in its first line is none that a later run knows.
+                write_atomically(self.path, self._head + text)
+                return
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """Write a row as one line of JSON."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 class _Head(BaseModel):
@@ -43,9 +101,7 @@ _LINE: TypeAdapter[_Head | _Row] = TypeAdapter(
 
 
 class AnswerFile:
-    """One value a prompt, of one model and one section: JSON lines, each batch flushed before the next.
-
-    The first line says what the values depend on. A last line that a kill cut short is dropped.
+    """One value a prompt, of one model and one section, in a journal that first says what they depend on.
 
     Attributes:
         path: of the file.
@@ -76,9 +132,13 @@ class AnswerFile:
         self._prompts = prompts
         self._made_by = json.loads(json.dumps(made_by))
         self._schema = schema
-        if path.exists():
-            with explained(path):
-                self._read()
+        remedy = "Remove this file to have its answers generated again; all others stay as they are."
+        with explained(path):
+            self._journal = Journal(path, _LINE, remedy=remedy, head=json_line({"made_by": self._made_by}))
+            if path.exists() and not self._journal.rows:
+                path.unlink()
+        if self._journal.rows:
+            self._read(self._journal.rows, remedy)
 
     @property
     def missing(self) -> list[int]:
@@ -87,46 +147,30 @@ class AnswerFile:
 
     def add(self, indices: Sequence[int], values: Sequence[Any]) -> None:
         """Append values; they are on disk when this returns."""
-        lines = [self._line(i, value) for i, value in zip(indices, values, strict=True)]
-        with explained(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.path.exists():
-                lines.insert(0, self._head())
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.writelines(lines)
-                stream.flush()
-                os.fsync(stream.fileno())
+        self._journal.append([self._row(i, value) for i, value in zip(indices, values, strict=True)])
         self.values.update(zip(indices, values, strict=True))
 
     def in_order(self) -> list[Any]:
         """List the values in the order of the prompts, `None` where one is missing."""
         return [self.values.get(i) for i in range(len(self._prompts))]
 
-    def settle(self) -> str:
+    def sort(self) -> str:
         """Put the values in the order of the prompts, whatever the order they came in.
 
         Returns:
             sha256 of the file.
         """
-        text = self._head() + "".join(self._line(i, self.values[i]) for i in sorted(self.values))
+        rows = [{"made_by": self._made_by}, *(self._row(i, self.values[i]) for i in sorted(self.values))]
+        text = "".join(map(json_line, rows))
         if not self.path.exists() or self.path.read_bytes() != text.encode():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, text)
         return sha256(text.encode()).hexdigest()
 
-    def _head(self) -> str:
-        return json.dumps({"made_by": self._made_by}, ensure_ascii=False) + "\n"
+    def _row(self, index: int, value: Any) -> dict[str, Any]:
+        return {"index": index, "prompt": self._prompts[index], "value": value}
 
-    def _line(self, index: int, value: Any) -> str:
-        row = {"index": index, "prompt": self._prompts[index], "value": value}
-        return json.dumps(row, ensure_ascii=False) + "\n"
-
-    def _read(self) -> None:
-        remedy = "Remove this file to have its answers generated again; all others stay as they are."
-        lines = read_journal(self.path, _LINE, remedy=remedy)
-        if not lines:
-            self.path.unlink()
-            return
+    def _read(self, lines: Sequence[_Head | _Row], remedy: str) -> None:
         if not isinstance(lines[0], _Head):
             raise DeltaguardError(
                 f"{self.path} does not begin with what its answers were made by (`made_by`). {remedy}"
@@ -171,3 +215,37 @@ class AnswerFile:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Wall times of the stages of an evaluation, kept in a file over all runs in its folder.
+
+    Attributes:
+        path: the file; made when the first stage ends.
+    """
+
+    path: Path
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time by stage so far.
+
+        Raises:
+            DeltaguardError: the file is not what this class writes.
+        """
+        if not self.path.exists():
+            return {}
+        remedy = "It holds how long the stages took so far: remove it, which loses nothing else."
+        return read_json(self.path, _SECONDS, remedy=remedy)
+
+    @contextmanager
+    def timed(self, stage: str) -> Generator[None]:
+        """Add the time of a block to a stage, also where the block fails; a kill loses it."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            found = self.seconds
+            found[stage] = found.get(stage, 0.0) + time.perf_counter() - started
+            write_atomically(self.path, json.dumps(found, indent=1) + "\n")

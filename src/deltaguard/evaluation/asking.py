@@ -1,0 +1,329 @@
+"""Ask a model every question and keep what it says; what is on disk already is not asked again."""
+
+import re
+import shutil
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from pydantic import StrictFloat, TypeAdapter
+
+from deltaguard.device import find_device
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.engines.identity import whole_model
+from deltaguard.evaluation.engines.make import EngineConfig, identity, make_engine
+from deltaguard.evaluation.exchange import Answer, Engine, LikelihoodEngine, Missed, Question, refuse_too_many
+from deltaguard.evaluation.journal import TEXT, AnswerFile
+from deltaguard.evaluation.probes.gcg import gcg_suffix, with_suffix
+from deltaguard.evaluation.suites.parts import Part
+from deltaguard.evaluation.suites.suite import SecondAttack
+from deltaguard.evaluation.utility.harness import HarnessScore, run_harness
+from deltaguard.models.names import place_problem
+from deltaguard.models.opened import refuse_changes
+from deltaguard.progress import Event, Progress
+
+OpenEngine = Callable[[str, EngineConfig], Engine]
+"""Loads a model, or connects to the server that has it."""
+
+ANSWERS = "answers"
+"""The folder, within the output folder, that holds what models answered."""
+
+_SCHEMAS: Mapping[str, TypeAdapter[Any]] = {
+    "suffixes": TEXT,
+    "answers": TEXT,
+    "likelihood": TypeAdapter(StrictFloat),
+    "harness": TypeAdapter(list[HarnessScore]),
+}
+"""What a file of each kind holds for each prompt, in the order in which a model is asked for them."""
+
+_FITTED = "`parts.fit` leaves out what an engine cannot give"
+
+
+@dataclass(frozen=True)
+class ModelUnderTest:
+    """A model that is measured.
+
+    Attributes:
+        name: short and unique; folders and tables use it.
+        reference: as the user gave it.
+        fingerprint: of the weights, `None` where they cannot be seen.
+        chat_template_hash: sha256, `None` where the template cannot be seen.
+        changes: says what happened to its files since they were opened, a sentence each.
+    """
+
+    name: str
+    reference: str
+    fingerprint: str | None
+    chat_template_hash: str | None
+    changes: Callable[[], list[str]] = field(default=list[str], compare=False)
+
+
+@dataclass(frozen=True)
+class PartAnswers:
+    """What one model says to one part, by what is asked for.
+
+    Attributes:
+        part: of the suite.
+        files: `answers`, `likelihood`, `suffixes` and `harness`, those that the part needs.
+        missed: what a server did not answer in this run; none at first.
+    """
+
+    part: Part
+    files: Mapping[str, AnswerFile]
+    missed: list[Missed] = field(default_factory=list[Missed])
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return not any(file.missing for file in self.files.values())
+
+
+def describe(name: str, reference: str, config: EngineConfig) -> ModelUnderTest:
+    """Identify a model without loading its weights.
+
+    Raises:
+        DeltaguardError: it cannot be found or read.
+    """
+    seen = identity(reference, config)
+    template = seen.chat_template
+    return ModelUnderTest(
+        name=name,
+        reference=reference,
+        fingerprint=seen.fingerprint,
+        chat_template_hash=None if template is None else sha256(template.encode()).hexdigest(),
+        changes=seen.changes,
+    )
+
+
+def model_names(references: Sequence[str]) -> list[str]:
+    """Shorten references to names that differ, and serve as names of folders: the last part of each.
+
+    Example:
+        >>> model_names(["demo/aligned", "Qwen/Qwen3-0.6B@main", "other/aligned/"])
+        ['aligned', 'Qwen3-0.6B', 'aligned-2']
+    """
+    names: list[str] = []
+    for reference in references:
+        last = re.split(r"[/\\]", reference.split("@")[0].rstrip("/\\"))[-1]
+        short = re.sub(r"[^\w.-]+", "-", last).strip(".-") or "model"
+        numbered = (f"{short}-{number}" for number in count(2))
+        names.append(next(name for name in chain([short], numbered) if name not in names))
+    return names
+
+
+def open_answers(
+    folder: Path, model: ModelUnderTest, parts: Sequence[Part], config: EngineConfig
+) -> tuple[PartAnswers, ...]:
+    """Open the files of one model's answers, with what they hold from an earlier run.
+
+    Args:
+        folder: the output folder.
+        model: the model.
+        parts: of the suite.
+        config: the engine.
+
+    Raises:
+        DeltaguardError: a file belongs to another model, suite or engine, or is damaged.
+    """
+    return tuple(PartAnswers(part, _files(folder, model, part, config)) for part in parts)
+
+
+def _files(folder: Path, model: ModelUnderTest, part: Part, config: EngineConfig) -> dict[str, AnswerFile]:
+    made_by: dict[str, Any] = {
+        "model": model.fingerprint or model.reference,
+        "chat template": model.chat_template_hash,
+        "engine": config.described,
+        "prompts": part.prompts_hash,
+        **part.settings(),
+    }
+    wanted = {
+        "suffixes": part.gcg is not None,
+        "answers": part.decoding is not None,
+        "likelihood": part.likelihood,
+        "harness": part.harness is not None,
+    }
+    base = folder / ANSWERS / model.name / part.name
+    if problem := place_problem(folder, str(base.relative_to(folder))):
+        raise DeltaguardError(f"The answers cannot be written: {problem}. Choose another output folder.")
+    return {
+        kind: AnswerFile(
+            base.with_name(f"{base.name}.jsonl" if kind == "answers" else f"{base.name}.{kind}.jsonl"),
+            prompts=part.plain if part.harness is None else part.harness.tasks,
+            made_by=made_by,
+            schema=schema,
+        )
+        for kind, schema in _SCHEMAS.items()
+        if wanted[kind]
+    }
+
+
+def ask(
+    model: ModelUnderTest,
+    answers: Sequence[PartAnswers],
+    folder: Path,
+    config: EngineConfig,
+    progress: Progress,
+    open_engine: OpenEngine | None = None,
+) -> None:
+    """Have a model answer what is missing; it is loaded only where something is.
+
+    Args:
+        model: the model.
+        answers: its files (see `open_answers`), which receive what it says.
+        folder: the output folder, which holds the weights of a second attack while they are asked.
+        config: the engine.
+        progress: told of the answers so far, one stage a part.
+        open_engine: loads the model; `make_engine` where absent.
+
+    Raises:
+        DeltaguardError: the model cannot be loaded or asked, its files changed since it was described, or a
+            server leaves too much unanswered. No answer is kept from after the change.
+    """
+    run = _Asking(model, config, progress, open_engine or make_engine)
+    todo = [each for each in answers if not each.complete]
+    run.ask(model.reference, [e for e in todo if e.part.second_attack is None and e.part.harness is None])
+    for each in todo:
+        if each.part.second_attack is not None:
+            progress(Event(f"{model.name}: second attack", 0, 1))
+            with _attacked_again(model.reference, folder, each.part.second_attack) as attacked:
+                run.ask(str(attacked), [each])
+        elif each.part.harness is not None:
+            run.harness(each)
+
+
+@contextmanager
+def _attacked_again(reference: str, folder: Path, options: SecondAttack) -> Generator[Path]:
+    """A model after further fine-tuning on a few harmful examples, on disk for the time of the block."""
+    from deltaguard.evaluation.probes.second_attack import fine_tune_again
+    from deltaguard.finetuning.finetune import FinetuneConfig
+
+    place = folder / ".second-attack"
+    # What a killed run left may be half a model.
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        recipe = FinetuneConfig(learning_rate=options.learning_rate, epochs=options.epochs, seed=options.seed)
+        model = whole_model(reference)
+        yield fine_tune_again(model, place, count=options.count, seed=options.seed, config=recipe)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """One model being asked: keeps what it says, and ends where too much is missing."""
+
+    model: ModelUnderTest
+    config: EngineConfig
+    progress: Progress
+    open_engine: OpenEngine
+
+    def ask(self, reference: str, answers: Sequence[PartAnswers]) -> None:
+        """Everything that needs the model in memory."""
+        if not answers:
+            return
+        engine = self.open_engine(reference, self.config)
+        try:
+            for each in answers:
+                for kind, file in each.files.items():
+                    if file.missing:
+                        self._tell(each, kind)
+                        _ASK[kind](self, engine, each)
+        finally:
+            engine.close()
+
+    def harness(self, each: PartAnswers) -> None:
+        """What lm-eval measures on each task that is missing."""
+        options = each.part.harness
+        assert options is not None  # noqa: S101
+        for i in each.files["harness"].missing:
+            scores = run_harness(
+                whole_model(self.model.reference),
+                [options.tasks[i]],
+                limit=options.limit,
+                batch_size=self.config.batch_size,
+                device=str(find_device(self.config.device)),
+                seed=options.seed,
+            )
+            self._keep(each, "harness", [i], [[asdict(score) for score in scores]])
+
+    def suffixes(self, engine: Engine, each: PartAnswers) -> None:
+        loaded: Any = engine
+        options = each.part.gcg
+        assert options is not None, _FITTED  # noqa: S101
+        for i in each.files["suffixes"].missing:
+            found = gcg_suffix(loaded.model, loaded.tokenizer, each.part.questions[i], steps=options.steps)
+            self._keep(each, "suffixes", [i], [found.text])
+
+    def likelihood(self, engine: Engine, each: PartAnswers) -> None:
+        assert isinstance(engine, LikelihoodEngine), _FITTED  # noqa: S101
+        missing = each.files["likelihood"].missing
+        self._keep(each, "likelihood", missing, engine.likelihood([each.part.questions[i] for i in missing]))
+
+    def answers(self, engine: Engine, each: PartAnswers) -> None:
+        decoding, missing = each.part.decoding, each.files["answers"].missing
+        assert decoding is not None, _FITTED  # noqa: S101
+        suffixes = each.files["suffixes"].in_order() if "suffixes" in each.files else None
+
+        def question(i: int) -> Question:
+            plain = each.part.questions[i]
+            return with_suffix(plain, suffixes[i]) if suffixes and suffixes[i] else plain
+
+        def keep(chosen: Sequence[int], said: Sequence[Answer]) -> None:
+            pairs = zip(chosen, said, strict=True)
+            given = {missing[i]: answer for i, answer in pairs if isinstance(answer, str)}
+            if given:
+                self._keep(each, "answers", list(given), list(given.values()))
+            for answer in said:
+                if isinstance(answer, Missed):
+                    self._miss(each, answer)
+
+        engine.answer([question(i) for i in missing], decoding, on_batch=keep)
+
+    def _tell(self, each: PartAnswers, kind: str) -> None:
+        file = each.files[kind]
+        stage = f"{self.model.name}: {each.part.name}" + (f" ({kind})" if kind != "answers" else "")
+        self.progress(Event(stage, len(file.values), len(file.values) + len(file.missing)))
+
+    def _keep(self, each: PartAnswers, kind: str, prompts: Sequence[int], values: Sequence[Any]) -> None:
+        # Before they are kept: answers of another model would later pass for this one's.
+        refuse_changes(self.model.changes())
+        each.files[kind].add(prompts, values)
+        self._tell(each, kind)
+
+    def _miss(self, each: PartAnswers, missed: Missed) -> None:
+        each.missed.append(missed)
+        refuse_too_many(
+            each.missed,
+            len(each.part.questions),
+            self.config.max_missing,
+            whose=f"Answers to section {each.part.name} from model {self.model.name}, "
+            f"{self.config.described}",
+            option="--max-missing, or `max_missing` of the engine",
+        )
+
+
+_ASK: Mapping[str, Callable[[_Asking, Engine, PartAnswers], None]] = {
+    "suffixes": _Asking.suffixes,
+    "answers": _Asking.answers,
+    "likelihood": _Asking.likelihood,
+}
+
+
+def missing_notes(model: ModelUnderTest, answers: Sequence[PartAnswers]) -> tuple[str, ...]:
+    """Say for each part what a server did not answer, so that a reader knows what the numbers leave out.
+
+    Args:
+        model: the model.
+        answers: its files, after `ask`.
+    """
+    return tuple(
+        f"{model.name} gave no answer to {len(each.missed)} of {len(each.part.questions)} prompts of "
+        f"section {each.part.name}. Every number leaves them out, and the same command asks them again. The "
+        f"first reason: {each.missed[0].reason}."
+        for each in answers
+        if each.missed
+    )
