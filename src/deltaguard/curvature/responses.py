@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ from deltaguard.chat.generation import generate
 from deltaguard.chat.template import render
 from deltaguard.curvature.store_format import MANIFEST, Request, read_manifest, require_empty
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.files import read_journal, read_json
+from deltaguard.files import append_journal, read_journal, read_json
 from deltaguard.models.durable import explained, lock_folder, write_atomically
 
 _BATCH: TypeAdapter[dict[int, str]] = TypeAdapter(dict[int, str])
@@ -48,7 +48,8 @@ def respond(
         The conversations, all with responses, in the order given.
 
     Raises:
-        DeltaguardError: the journal holds something else than responses to these conversations.
+        DeltaguardError: the journal holds something else than responses to these conversations, or cannot be
+            written.
     """
     answers = {i: c.response for i, c in enumerate(conversations) if c.response is not None}
     if journal is not None:
@@ -59,7 +60,8 @@ def respond(
         batch = {missing[i]: text for i, text in zip(chosen, texts, strict=True)}
         answers.update(batch)
         if journal is not None:
-            _append(journal, batch)
+            with explained(journal):
+                append_journal(journal, json.dumps(batch))
         if on_batch is not None:
             on_batch(len(answers), len(conversations))
 
@@ -72,13 +74,6 @@ def respond(
         on_batch=record,
     )
     return [replace(conversation, response=answers[i]) for i, conversation in enumerate(conversations)]
-
-
-def _append(journal: Path, batch: Mapping[int, str]) -> None:
-    with journal.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(batch) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _read_journal(journal: Path, *, asked: range, given: Collection[int]) -> dict[int, str]:

@@ -25,7 +25,7 @@ from deltaguard.curvature.contents import (
 from deltaguard.curvature.sums import Group, Sums
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
-from deltaguard.models.durable import explained, flush_folder, lock_folder
+from deltaguard.models.durable import explained, flush_folder, lock_folder, write_atomically
 from deltaguard.models.identity import ModelIdentity
 
 if TYPE_CHECKING:
@@ -334,6 +334,4 @@ def sync(path: Path) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `curvature.json`, which must come last."""
-    path = folder / MANIFEST
-    path.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    sync(path)
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")

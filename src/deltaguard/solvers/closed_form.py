@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.profile import PROHIBITIVE, Directions, directions
+from deltaguard.solvers.profile import PROHIBITIVE, Directions, directions, shares_of_parts
 from deltaguard.solvers.solution import (
     Outcome,
     Solution,
@@ -63,15 +63,11 @@ class Projection:
         """
         if mu >= PROHIBITIVE:
             return torch.zeros_like(self.delta)
-        g, h, dtype = self.outputs.values, self.inputs.values, self.delta.dtype
-        both = 1 / (1 + mu * torch.outer(g, h))
-        of_rows = 1 / (1 + mu * g * self.inputs.tail)
-        of_columns = 1 / (1 + mu * h * self.outputs.tail)
-        neither = 1 / (1 + mu * self.outputs.tail * self.inputs.tail)
-        core = self.core * (both - of_rows[:, None] - of_columns[None, :] + neither)
-        inner = torch.addmm(self.rows * (of_rows - neither)[:, None], core, self.inputs.vectors.T.to(dtype))
-        found = torch.addmm(self.delta * neither, self.outputs.vectors.to(dtype), inner)
-        found.addmm_(self.columns * (of_columns - neither), self.inputs.vectors.T.to(dtype))
+        both, of_rows, of_columns, of_all = shares_of_parts(self.inputs, self.outputs, mu)
+        u, vt = self.outputs.vectors.to(self.dtype), self.inputs.vectors.T.to(self.dtype)
+        inner = torch.addmm(self.rows * of_rows[:, None], self.core * both, vt)
+        found = torch.addmm(self.delta * of_all, u, inner)
+        found.addmm_(self.columns * of_columns, vt)
         self.directions.check_restored(math.sqrt(squared_norm(found)))
         return found
 

@@ -78,6 +78,25 @@ class Profile:
         return high
 
 
+def shares_of_parts(inputs: Spectrum, outputs: Spectrum, mu: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Compute what is kept of the four parts of a delta, each beyond what the parts around it keep.
+
+    Args:
+        inputs: of H, rank r_h.
+        outputs: of G, rank r_g.
+        mu: the price of safety.
+
+    Returns:
+        For UᵀΔV, (r_g, r_h); for the rows of UᵀΔ, (r_g,); for the columns of ΔV, (r_h,); and for Δ.
+    """
+    g, h = outputs.values, inputs.values
+    of_rows = 1 / (1 + mu * g * inputs.tail)
+    of_columns = 1 / (1 + mu * h * outputs.tail)
+    neither = 1 / (1 + mu * outputs.tail * inputs.tail)
+    both = 1 / (1 + mu * torch.outer(g, h)) - of_rows[:, None] - of_columns[None, :] + neither
+    return both, of_rows - neither, of_columns - neither, neither
+
+
 def _kept_share(prices: Tensor, mu: float) -> Tensor:
     return torch.zeros_like(prices) if mu >= PROHIBITIVE else 1 / (1 + mu * prices)
 

@@ -6,7 +6,7 @@ needs no inverse. C is no projection: it also scales, by σ² / ‖V‖ along ea
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,19 +49,9 @@ def safe_lora(aligned: Tensor, finetuned: Tensor, pretrained: Tensor, *, thresho
         >>> safe_lora(zero, delta, torch.tensor([[-1.0], [0.0]]), threshold=0.7).weight.tolist()
         [[3.0], [0.0]]
     """
-    _check_all(aligned, finetuned, pretrained=pretrained)
-    _check_threshold(threshold)
-    layer = _Layer(aligned, finetuned, pretrained, working_dtype(aligned, finetuned, pretrained))
+    layer = _layer(aligned, finetuned, pretrained)
     projected = _project(layer)
-    if projected.similarity >= threshold:
-        return _kept(layer, projected)
-    weight, kept, lost = projected.delta, 0.0, 0.0
-    for rows in row_blocks(weight):
-        delta = layer.delta(rows)
-        kept += _product(weight[rows], delta)
-        lost += squared_norm(weight[rows] - delta)
-        weight[rows] += layer.aligned[rows]
-    return _solution(weight, projected, kept=kept, lost=lost)
+    return _solution(layer, projected, threshold, lambda rows: projected.delta[rows] + aligned[rows])
 
 
 def safe_merge(
@@ -98,21 +88,15 @@ def safe_merge(
         >>> safe_merge(zero, one, -one, torch.tensor([[1.0], [0.0]]), threshold=1, alpha=0.75).weight.tolist()
         [[0.5], [0.5]]
     """
-    _check_all(aligned, finetuned, safe=safe, pretrained=pretrained)
-    _check_threshold(threshold)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it must lie in [0, 1].")
-    layer = _Layer(aligned, finetuned, pretrained, working_dtype(aligned, finetuned, safe, pretrained))
-    projected = _project(layer)
-    if projected.similarity >= threshold:
-        return _kept(layer, projected)
-    weight, kept, lost = projected.delta, 0.0, 0.0
-    for rows in row_blocks(weight):
+    layer = _layer(aligned, finetuned, pretrained, safe=safe)
+
+    def merged(rows: slice) -> Tensor:
         # aligned + alpha · Δ + (1 - alpha) · Δ_safe lies between the two fine-tuned weights.
-        torch.lerp(safe[rows].to(layer.dtype), finetuned[rows].to(layer.dtype), alpha, out=weight[rows])
-        kept += _product(weight[rows] - aligned[rows], layer.delta(rows))
-        lost += squared_norm(weight[rows] - finetuned[rows])
-    return _solution(weight, projected, kept=kept, lost=lost)
+        return torch.lerp(safe[rows].to(layer.dtype), finetuned[rows].to(layer.dtype), alpha)
+
+    return _solution(layer, _project(layer), threshold, merged)
 
 
 def alignment_similarity(aligned: Tensor, finetuned: Tensor, pretrained: Tensor) -> float:
@@ -130,9 +114,7 @@ def alignment_similarity(aligned: Tensor, finetuned: Tensor, pretrained: Tensor)
     Raises:
         ValueError: shapes do not fit, or an entry is not finite.
     """
-    _check_all(aligned, finetuned, pretrained=pretrained)
-    dtype = working_dtype(aligned, finetuned, pretrained)
-    return _project(_Layer(aligned, finetuned, pretrained, dtype)).similarity
+    return _project(_layer(aligned, finetuned, pretrained)).similarity
 
 
 def safe_lora_layers(similarities: Mapping[str, float], number: int) -> tuple[str, ...]:
@@ -178,6 +160,20 @@ class _Layer:
         return self.aligned[rows].to(self.dtype) - self.pretrained[rows].to(self.dtype)
 
 
+def _layer(aligned: Tensor, finetuned: Tensor, pretrained: Tensor, **others: Tensor) -> _Layer:
+    check_matrices(aligned, finetuned)
+    for name, weight in (("pretrained", pretrained), *others.items()):
+        if weight.shape != aligned.shape:
+            raise ValueError(
+                f"The aligned weight is {tuple(aligned.shape)} and the {name} one {tuple(weight.shape)}: "
+                "the same shape is needed."
+            )
+        if not is_finite(weight):
+            raise ValueError(f"The {name} weight holds NaN or infinite entries.")
+    dtype = working_dtype(aligned, finetuned, pretrained, *others.values())
+    return _Layer(aligned, finetuned, pretrained, dtype)
+
+
 @dataclass(frozen=True)
 class _Projected:
     """C Δ in memory of its own, and the squared norm and similarity of Δ."""
@@ -208,16 +204,21 @@ def _project(layer: _Layer) -> _Projected:
     return _Projected(projected, delta_norm, cosine if delta_norm > 0 else 1.0)
 
 
-def _kept(layer: _Layer, projected: _Projected) -> Solution:
-    weight = projected.delta.copy_(layer.finetuned)
-    return _solution(weight, projected, kept=projected.squared_norm, lost=0.0)
-
-
-def _product(one: Tensor, other: Tensor) -> float:
-    return float((one * other).sum(dtype=torch.float64))
-
-
-def _solution(weight: Tensor, projected: _Projected, *, kept: float, lost: float) -> Solution:
+def _solution(
+    layer: _Layer, projected: _Projected, threshold: float, replaced: Callable[[slice], Tensor]
+) -> Solution:
+    """Keep the fine-tuned weight from a similarity on, and replace it below, some rows at a time."""
+    if math.isnan(threshold):
+        raise ValueError("threshold is NaN; it must be a number.")
+    weight, kept, lost = projected.delta, projected.squared_norm, 0.0
+    if projected.similarity >= threshold:
+        weight.copy_(layer.finetuned)
+    else:
+        kept = 0.0
+        for rows in row_blocks(weight):
+            weight[rows] = replaced(rows)
+            kept += float(((weight[rows] - layer.aligned[rows]) * layer.delta(rows)).sum(dtype=torch.float64))
+            lost += squared_norm(weight[rows] - layer.finetuned[rows])
     return Solution(
         weight=weight,
         kept_energy=share(kept, projected.squared_norm),
@@ -226,20 +227,3 @@ def _solution(weight: Tensor, projected: _Projected, *, kept: float, lost: float
         utility_loss=share(lost, projected.squared_norm),
         detail={"delta_norm": math.sqrt(projected.squared_norm), "similarity": projected.similarity},
     )
-
-
-def _check_all(aligned: Tensor, finetuned: Tensor, **others: Tensor) -> None:
-    check_matrices(aligned, finetuned)
-    for name, weight in others.items():
-        if weight.shape != aligned.shape:
-            raise ValueError(
-                f"The aligned weight is {tuple(aligned.shape)} and the {name} one {tuple(weight.shape)}: "
-                "the same shape is needed."
-            )
-        if not is_finite(weight):
-            raise ValueError(f"The {name} weight holds NaN or infinite entries.")
-
-
-def _check_threshold(threshold: float) -> None:
-    if math.isnan(threshold):
-        raise ValueError("threshold is NaN; it must be a number.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaguard.solvers.low_rank import LowRank
-from deltaguard.solvers.profile import PROHIBITIVE, Directions, directions
+from deltaguard.solvers.profile import PROHIBITIVE, Directions, directions, shares_of_parts
 from deltaguard.solvers.solution import squared_norm
 from deltaguard.solvers.spectrum import Spectrum
 
@@ -89,16 +89,12 @@ class ThinProjection:
 
     def _dense(self, mu: float) -> Tensor:
         """Compute Δ' as a matrix: of its four parts, only the one inside both bases is no thin product."""
-        g, h, dtype = self.outputs.values, self.inputs.values, self.dtype
-        of_rows = 1 / (1 + mu * g * self.inputs.tail)
-        of_columns = 1 / (1 + mu * h * self.outputs.tail)
-        neither = 1 / (1 + mu * self.outputs.tail * self.inputs.tail)
-        inside = 1 / (1 + mu * torch.outer(g, h)) - of_rows[:, None] - of_columns[None, :] + neither
-        u, v = self.outputs.vectors.to(dtype), self.inputs.vectors.to(dtype)
-        rows = torch.addmm(neither * self.up, u, self.left * (of_rows - neither)[:, None])
-        columns = (self.right * (of_columns - neither)) @ v.T
+        both, of_rows, of_columns, of_all = shares_of_parts(self.inputs, self.outputs, mu)
+        u, vt = self.outputs.vectors.to(self.dtype), self.inputs.vectors.T.to(self.dtype)
+        rows = torch.addmm(of_all * self.up, u, self.left * of_rows[:, None])
+        columns = (self.right * of_columns) @ vt
         found = torch.cat([rows, self.up], 1) @ torch.cat([self.down, columns])
-        return found.addmm_(u, (self.left @ self.right * inside) @ v.T)
+        return found.addmm_(u, (self.left @ self.right * both) @ vt)
 
 
 def project_thin(up: Tensor, down: Tensor, inputs: Spectrum, outputs: Spectrum) -> ThinProjection:
