@@ -7,7 +7,7 @@ them, the raw sums, and the factors that `greedy` needs.
 """
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -236,7 +236,6 @@ class CurvatureStore:
         provenance = self.provenance.model_copy(
             update={"rank": "auto", "rank_share": share_within(self.groups, limit)}
         )
-
         write_store(
             Path(output_dir),
             provenance,
@@ -339,8 +338,10 @@ def _merged_provenance(stores: Sequence[CurvatureStore]) -> Provenance:
     conversations = sum(p.conversations for p in parts)
     return parts[0].model_copy(
         update={
-            "prompts_sha256": _hash(p.prompts_sha256 for p in parts),
-            "conversations_sha256": _hash(p.conversations_sha256 for p in parts),
+            **{
+                name: sha256("".join(getattr(part, name) for part in parts).encode()).hexdigest()
+                for name in ("prompts_sha256", "conversations_sha256")
+            },
             "conversations": conversations,
             "tokens": sum(p.tokens for p in parts),
             "response_tokens": sum(p.response_tokens for p in parts),
@@ -349,7 +350,3 @@ def _merged_provenance(stores: Sequence[CurvatureStore]) -> Provenance:
             "versions": versions(),
         }
     )
-
-
-def _hash(parts: Iterable[str]) -> str:
-    return sha256("".join(parts).encode()).hexdigest()
