@@ -3,6 +3,7 @@
 import math
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -60,6 +61,7 @@ class Kept:
             if not self.folder.is_dir():
                 return
             self._scratch = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  # as long as this object
+            weakref.finalize(self, self._scratch.close)
         if shutil.disk_usage(self.folder).free - size <= self.reserve:
             return
         try:
