@@ -112,7 +112,7 @@ def test_the_command_line_lists_it_with_its_options_and_takes_them(tmp_path, cap
     assert "--of: By what a layer's price is scaled." in shown
     asked = [str(made.aligned), str(made.finetuned), "-o", str(tmp_path / "out"), "--store", str(made.store)]
     assert run(["restore", *asked, "--method", "shrink", "--strength", "0.5", "--of", "one"]) == 0
-    assert run(["restore", *asked, "--method", "shrink", "--of", "tow"]) == 2
+    assert run(["restore", *asked, "--method", "shrink", "--of", "on"]) == 2
     assert 'Did you mean "one"?' in " ".join(capsys.readouterr().err.split())
 
 
