@@ -61,7 +61,7 @@ def test_a_disk_that_is_full_after_all_loses_the_layer_alone(tmp_path, monkeypat
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kept, "_move", full)
+    monkeypatch.setattr(kept, "_write", full)
     kept.add("second", value(1))
     monkeypatch.undo()
     check_same(kept.get("first"), value())
