@@ -7,10 +7,8 @@ import transformers
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange
 from deltaguard.evaluation.judges import guards
-from deltaguard.evaluation.judges.classifiers import SequenceClassifierJudge
-from deltaguard.evaluation.judges.guards import GuardJudge
-from deltaguard.evaluation.judges.make import make_judge
-from deltaguard.evaluation.judges.specs import ClassifierSpec, GuardSpec
+from deltaguard.evaluation.judges.classifiers import ClassifierSpec, SequenceClassifierJudge
+from deltaguard.evaluation.judges.guards import GuardJudge, GuardSpec
 from models import VOCABULARY, save, tiny_model, tiny_tokenizer
 
 EXCHANGES = [
@@ -196,6 +194,6 @@ def test_a_random_guard_says_nothing_that_can_be_read(guard):
 
 def test_judges_from_their_descriptions(classifier, guard):
     spec = ClassifierSpec(model=str(classifier[0]), refused_labels=("REFUSAL",), name="mine")
-    assert make_judge(spec).name == "mine"
-    assert make_judge(GuardSpec(model=str(guard), template="wildguard")).name == "wildguard"
-    assert make_judge(GuardSpec(model=str(guard), template="wildguard", name="w7")).name == "w7"
+    assert spec.make().name == "mine"
+    assert GuardSpec(model=str(guard), template="wildguard").make().name == "wildguard"
+    assert GuardSpec(model=str(guard), template="wildguard", name="w7").make().name == "w7"

@@ -7,9 +7,8 @@ from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.journal import AnswerFile
 from deltaguard.evaluation.judges.coherence import CoherenceCheck
 from deltaguard.evaluation.judges.guards import GuardJudge
-from deltaguard.evaluation.judges.keywords import KeywordJudge
 from deltaguard.evaluation.judges.llm import LLMJudge
-from deltaguard.evaluation.judges.openings import OpeningJudge
+from deltaguard.evaluation.judges.rules import KeywordJudge, OpeningJudge
 from deltaguard.evaluation.measure import judge
 from deltaguard.evaluation.server import Server
 from deltaguard.evaluation.suites.parts import Part

@@ -28,9 +28,9 @@ from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Judge
 from deltaguard.evaluation.harness_numbers import harness_notes, unlike_notes
 from deltaguard.evaluation.journal import Clock
+from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
-from deltaguard.evaluation.judges.make import make_judge
-from deltaguard.evaluation.judges.specs import ClassifierSpec, GuardSpec, tells_refusals
+from deltaguard.evaluation.judges.guards import GuardSpec
 from deltaguard.evaluation.measure import judge
 from deltaguard.evaluation.results import Result, agreements, comparisons, measures, samples
 from deltaguard.evaluation.server import public_address
@@ -183,10 +183,7 @@ def _judges(run: _Run) -> dict[str, tuple[Judge, bool]]:
     if all(part.kind == "utility" for part in run.parts):
         return {}
     device = str(find_device(run.config.device))
-    judges = [
-        (make_judge(spec, device=device, cache_dir=run.folder), tells_refusals(spec))
-        for spec in run.suite.judges
-    ]
+    judges = [(spec.make(device=device, folder=run.folder), spec.tells_refusals) for spec in run.suite.judges]
     names = [each.name for each, _ in judges]
     if len(set(names)) < len(names):
         raise DeltaguardError(

@@ -13,7 +13,7 @@ from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.exchange import Exchange, Judge, Question
 from deltaguard.evaluation.harness_numbers import harness_measures, harness_rows, harness_tasks
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
-from deltaguard.evaluation.judges.openings import OpeningJudge
+from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.evaluation.results import Judged, Result
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.utility.scores import SCORERS

@@ -14,11 +14,14 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
+from typing_extensions import override
 
 from deltaguard.chat.chat_template import apply_template
 from deltaguard.chat.generation import generate
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.exchange import Exchange, Judgement, Verdict
+from deltaguard.evaluation.exchange import Exchange, Judge, Judgement, Verdict
+from deltaguard.evaluation.judges import JudgeSpec, PlainJudge
 from deltaguard.evaluation.judges.templates import fields, fill, template_in_card
 from deltaguard.files import read_text
 from deltaguard.models.hub import locate
@@ -88,8 +91,27 @@ FORMATS: Mapping[GuardKind, GuardFormat] = MappingProxyType(
 )
 
 
+class GuardSpec(JudgeSpec):
+    """A guard model that writes its verdict (see `GuardJudge`)."""
+
+    tells_refusals = False
+
+    kind: Literal["guard"] = "guard"
+    model: str
+    template: GuardKind
+    prompt_file: Path | None = None
+    batch_size: int = Field(default=8, ge=1)
+    max_new_tokens: int = Field(default=32, ge=1)
+    name: str | None = Field(default=None, min_length=1)
+
+    @override
+    def make(self, *, device: str = "cpu", folder: Path | None = None) -> Judge:
+        """Make the judge."""
+        return GuardJudge(device=device, label=self.name, **self.model_dump(exclude={"kind", "name"}))
+
+
 @dataclass(frozen=True)
-class GuardJudge:
+class GuardJudge(PlainJudge):
     """Tells harmful answers by a guard model that the user names.
 
     The input format is the one that the guard was trained on. It comes with the guard: Llama Guard has it as
@@ -120,17 +142,8 @@ class GuardJudge:
         """As tables show it."""
         return self.label or self.template
 
-    @property
-    def scale(self) -> None:
-        """It gives no scores."""
-
-    @property
-    def reads_opening(self) -> bool:
-        """It reads all of an answer."""
-        return False
-
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
-        """One judgement an exchange, in order; `undecided` where the guard wrote something else.
+        """Judge each exchange, in order; `undecided` where the guard wrote something else.
 
         Raises:
             DeltaguardError: the guard or its input format cannot be found.

@@ -7,7 +7,10 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.judges.specs import JudgeSpec
+from deltaguard.evaluation.judges.classifiers import ClassifierSpec
+from deltaguard.evaluation.judges.guards import GuardSpec
+from deltaguard.evaluation.judges.llm import LLMSpec
+from deltaguard.evaluation.judges.rules import KeywordsSpec, OpeningSpec
 from deltaguard.files import parse_yaml, read_yaml
 from deltaguard.reports.records.evaluation import SectionKind
 
@@ -15,6 +18,9 @@ SUITES = ("quick", "safety", "utility", "full")
 """The suites that come with deltaguard."""
 
 Builtin = Literal["attack", "harmless", "translated", "general", "task"]
+AnyJudge = Annotated[
+    OpeningSpec | KeywordsSpec | ClassifierSpec | GuardSpec | LLMSpec, Field(discriminator="kind")
+]
 _DescribedT = TypeVar("_DescribedT", bound=BaseModel)
 # Names become names of files; a probe's name is joined with a slash.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -162,7 +168,7 @@ class Suite(_Part):
     name: Name
     description: str = ""
     decoding: DecodingSpec = DecodingSpec()
-    judges: tuple[JudgeSpec, ...] = ()
+    judges: tuple[AnyJudge, ...] = ()
     max_perplexity: float | None = Field(default=None, gt=1)
     sections: tuple[Section, ...] = Field(min_length=1)
 
