@@ -8,7 +8,7 @@ import pytest
 
 from deltaguard.chat.conversations import bucket, harmless_prompts
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.datasets.registry import DATASETS
+from deltaguard.evaluation.datasets.load import DATASETS
 from deltaguard.evaluation.probes.translations import LANGUAGES, translated_prompts
 from deltaguard.evaluation.suites.parts import fit, resolve
 from deltaguard.evaluation.suites.sources import builtin_questions

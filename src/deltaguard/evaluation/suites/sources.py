@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 
 from deltaguard.chat.conversations import general_prompts, harmful_prompts, harmless_prompts
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.datasets.load import Loaded, drawn, load_set
-from deltaguard.evaluation.datasets.registry import DATASETS
+from deltaguard.evaluation.datasets.load import DATASETS, Loaded, drawn, load_set
 from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.probes.translations import LANGUAGES, translated_prompts
 from deltaguard.evaluation.suites.suite import Builtin, Section
