@@ -9,9 +9,8 @@ import pytest
 from deltaguard.chat.conversations import bucket, harmless_prompts
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets.load import DATASETS
-from deltaguard.evaluation.probes.translations import LANGUAGES, translated_prompts
-from deltaguard.evaluation.suites.parts import fit, resolve
-from deltaguard.evaluation.suites.sources import builtin_questions
+from deltaguard.evaluation.probes.wrappers import LANGUAGES, translated_prompts
+from deltaguard.evaluation.suites.parts import builtin_questions, fit, resolve
 from deltaguard.evaluation.suites.suite import SUITES, Builtin, read_suite
 from deltaguard.finetuning.mixtures import everyday_prompts
 from suites import SMALL, suite_file

@@ -26,7 +26,6 @@ from deltaguard.evaluation.engines.identity import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Judge
-from deltaguard.evaluation.harness_numbers import harness_notes, unlike_notes
 from deltaguard.evaluation.journal import Clock
 from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
@@ -36,6 +35,7 @@ from deltaguard.evaluation.results import Result, agreements, comparisons, measu
 from deltaguard.evaluation.server import public_address
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
+from deltaguard.evaluation.utility.harness import Rows, harness_notes, unlike_notes
 from deltaguard.files import read_json
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.opened import refuse_changes
@@ -223,6 +223,11 @@ def _report(run: _Run, answers: _Answers, results: Sequence[Result]) -> Evaluati
     harness = tuple(task for result in results for task in result.harness)
     every = [each for _, theirs in answers for each in theirs]
     files = [file for each in every for file in each.files.values()]
+    numbers: dict[tuple[str, str], list[Rows]] = {}
+    for each in every:
+        if "harness" in each.files:
+            place = (each.part.name, each.files["harness"].path.name)
+            numbers.setdefault(place, []).append(each.harness_rows)
     return EvaluationReport(
         environment=environment(_device(run.config), libraries=_LIBRARIES),
         suite=run.suite.name,
@@ -248,7 +253,7 @@ def _report(run: _Run, answers: _Answers, results: Sequence[Result]) -> Evaluati
         notes=(
             *run.notes,
             *(note for model, theirs in answers for note in missing_notes(model, theirs)),
-            *harness_notes(every),
+            *harness_notes(numbers),
             *unlike_notes(harness),
         ),
         files={str(file.path.relative_to(run.folder)): file.sort() for file in files},

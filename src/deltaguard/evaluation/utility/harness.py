@@ -16,7 +16,9 @@ from pydantic import Field
 
 from deltaguard.chat.chat_template import apply_template
 from deltaguard.errors import DeltaguardError, require_packages
+from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.models.code import refuse_code
+from deltaguard.reports.records.evaluation import Better, Estimate, HarnessTask
 
 # What a task adds to the harness's own requirements, by the task's name.
 _NEEDED_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -185,3 +187,103 @@ def _check_tasks(tasks: Sequence[str], manager: Any) -> None:
             f"The harness has no task named {', '.join(unknown)}; `lm-eval ls tasks` lists the {len(known)} "
             "that it has."
         )
+
+
+Row = Mapping[str, Any]
+"""A `HarnessScore` as JSON holds it."""
+
+Rows = Mapping[str, Sequence[Row]]
+"""All numbers that a model got on a part, by the task that was asked for."""
+
+
+def harness_measures(rows: Rows) -> dict[str, tuple[Estimate, Better]]:
+    """List the shares that lm-eval counted, with Wilson intervals over its samples.
+
+    lm-eval gives sums over samples; metrics that are no shares have no interval that holds. Of a group such
+    as MMLU the group's own numbers count, not those of its subtasks.
+
+    Args:
+        rows: of one model.
+    """
+    return {
+        _name(row): (share, "lower" if row["higher_is_better"] is False else "higher")
+        for row in _own(rows)
+        if (share := _share(row)) is not None
+    }
+
+
+def harness_tasks(model: str, section: str, rows: Rows) -> tuple[HarnessTask, ...]:
+    """Tell how each task was put to a model, one row a task whatever it measures.
+
+    Args:
+        model: name of the model.
+        section: name of the section.
+        rows: of one model.
+    """
+    by_task = {row["task"]: row for row in _own(rows)}
+    shown = ("task", "version", "n_shot", "chat_template", "samples", "harness_version")
+    return tuple(
+        HarnessTask(model=model, section=section, **{name: row[name] for name in shown})
+        for row in by_task.values()
+    )
+
+
+def unlike_notes(tasks: Sequence[HarnessTask]) -> tuple[str, ...]:
+    """Note each task that was not put to all models alike, so that its numbers do not compare.
+
+    Args:
+        tasks: of all models.
+    """
+    ways: dict[tuple[str, str], dict[tuple[object, ...], list[str]]] = {}
+    for each in tasks:
+        way = (each.version, each.n_shot, each.chat_template, each.samples, each.harness_version)
+        ways.setdefault((each.section, each.task), {}).setdefault(way, []).append(each.model)
+    return tuple(
+        f"Task {task} of section {section} was not put alike to "
+        f"{' and to '.join(map(', '.join, found.values()))}: their numbers do not compare."
+        for (section, task), found in ways.items()
+        if len(found) > 1
+    )
+
+
+def harness_notes(found: Mapping[tuple[str, str], Sequence[Rows]]) -> tuple[str, ...]:
+    """Say what the harness measured and the report leaves to its files, a note a section.
+
+    Args:
+        found: the numbers of each model, by section and name of its file.
+    """
+    left = {place: _left(models) for place, models in found.items()}
+    return tuple(
+        f"Of section {section}, left to the file {file} of each model, since only a task's own shares of "
+        f"samples have an interval here: {', '.join(names)}."
+        for (section, file), names in left.items()
+        if names
+    )
+
+
+def _left(models: Sequence[Rows]) -> list[str]:
+    """What is no measure of any model, subtasks by their number."""
+    told = {name for rows in models for name in harness_measures(rows)}
+    own = [row for rows in models for row in _own(rows)]
+    tasks = {row["task"] for rows in models for found in rows.values() for row in found}
+    below = len(tasks - {row["task"] for row in own})
+    names = dict.fromkeys(_name(row) for row in own if _name(row) not in told)
+    return [*names, *([f"the numbers of {below} subtasks"] if below else [])]
+
+
+def _own(rows: Rows) -> list[Row]:
+    """Each task's rows without its subtasks'; a name for several tasks that has no sum gives all theirs."""
+    kept = [[row for row in found if row["task"] == task] or found for task, found in rows.items()]
+    return [row for found in kept for row in found]
+
+
+def _name(row: Row) -> str:
+    return f"{row['task']} {row['metric']}"
+
+
+def _share(row: Row) -> Estimate | None:
+    value, total = float(row["value"]), int(row["samples"])
+    successes = round(value * total) if 0 <= value <= 1 else 0
+    if total and 0 <= value <= 1 and abs(successes - value * total) < 1e-6 * total:
+        return estimate(Rate(successes, total))
+    return None
