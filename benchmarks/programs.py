@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltaguard.curvature.contents import Group
     from deltaguard.curvature.store import CurvatureStore
+    from deltaguard.curvature.sums import Group
     from deltaguard.solvers import Spectrum
 
     _Solve = Callable[[str, Tensor, Tensor], object]
@@ -55,7 +55,7 @@ def gemm() -> dict[str, float]:
 
 def greedy(pair: Path, store: Path, blocks: int) -> dict[str, float]:
     """Seconds in `greedy_factored` alone, with the store's factors and the default strength."""
-    from deltaguard.restoration.options import DEFAULT_STRENGTH
+    from deltaguard.methods.greedy import DEFAULT_STRENGTH
     from deltaguard.solvers import greedy_factored
 
     def prepare(known: "CurvatureStore", layers: "Group") -> "_Solve":

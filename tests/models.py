@@ -31,6 +31,7 @@ _TRAINING_TEXT = (
     "Explain the steps, one after another, and give an example where there is something to be shown.",
 )
 
+_NUMBERS_OF_EXPERTS = {"num_experts", "num_local_experts"}
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -93,15 +94,21 @@ _CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-EXPERTS = ("mixtral", "qwen3_moe")
-DENSE = tuple(name for name in _CONFIGURATIONS if name not in EXPERTS)
+FAMILIES = tuple(_CONFIGURATIONS)
+"""All; a family that is added there is held to everything that tests say of families."""
+
+EXPERTS = tuple(name for name, (_, values) in _CONFIGURATIONS.items() if _NUMBERS_OF_EXPERTS & values.keys())
+DENSE = tuple(name for name in FAMILIES if name not in EXPERTS)
+STORED_IN_OUT = ("gpt2",)
+EITHER_ORDER = ("llama", *STORED_IN_OUT)
+"""One family that stores weights as (out, in), and those that store them as (in, out)."""
 
 
 def tiny_model(name: str, seed: int = 0, **overrides: Any) -> Any:
     """A random float32 causal language model of one architecture, in evaluation mode (about 50 k parameters).
 
     Args:
-        name: one of `DENSE` or `EXPERTS`.
+        name: one of `FAMILIES`.
         seed: the same seed gives the same weights; the global generator is left as it was.
         overrides: values of the configuration to set otherwise, such as `vocab_size`.
     """

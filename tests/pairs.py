@@ -13,10 +13,9 @@ import transformers
 
 import models
 from deltaguard.chat.conversations import SYSTEM_PROMPTS, Conversation
+from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
-from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import HeldOut
 
 CONVERSATIONS = tuple(
     Conversation(
@@ -96,7 +95,7 @@ def load_over(aligned: Path, adapter: Path) -> Any:
         return peft.PeftModel.from_pretrained(base, adapter)
 
 
-def held_out(store: Path) -> tuple[HeldOut, ...]:
+def held_out(store: Path) -> tuple[Conversation, ...]:
     """The conversations of a store that safety KL is measured on."""
     return CurvatureStore.from_pretrained(store).held_out
 

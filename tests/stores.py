@@ -2,10 +2,11 @@
 
 import torch
 
-from deltaguard.curvature.contents import Group, Layer, Sums, group_curvature
-from deltaguard.curvature.moments import accumulate, empty_moment
+from deltaguard.chat.conversations import Conversation
+from deltaguard.curvature.contents import group_curvature
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import HeldOut, Provenance, write_store
+from deltaguard.curvature.store_format import Provenance, write_store
+from deltaguard.curvature.sums import Group, Layer, Sums, accumulate, empty_moment
 
 GROUPS = (
     Group(
@@ -17,15 +18,17 @@ GROUPS = (
     Group("a.down", 8, 40, (Layer("a.down.weight", transposed=True, out_features=5),)),
     Group("b.q", 5, 40, (Layer("b.q.weight", transposed=False, out_features=6),)),
 )
-HELD_OUT = (HeldOut("How?", None, "No."), HeldOut("Why?", "Be kind.", "Because."))
+HELD_OUT = (Conversation("How?", None, "No."), Conversation("Why?", "Be kind.", "Because."))
 
 
-def sums(seed, groups=GROUPS):
-    """What calibration could have summed, by group."""
+def sums(seed, groups=GROUPS, reached=None):
+    """What calibration could have summed, by group; tokens may reach the first few directions alone."""
     generator = torch.Generator().manual_seed(seed)
 
     def moment(tokens, size):
-        return accumulate(empty_moment(size), torch.randn(tokens, size, generator=generator))
+        found = torch.randn(tokens, size, generator=generator)
+        found[:, reached or size :] = 0
+        return accumulate(empty_moment(size), found)
 
     return {
         group.name: Sums(
@@ -67,14 +70,17 @@ def provenance(**changes):
 CUT_OFF = {"rank": "auto", "rank_share": 0.5}
 
 
-def written(folder, seed=0, *, groups=GROUPS, held_out=HELD_OUT, max_shard_bytes=10**9, **changes):
+def written(
+    folder, seed=0, *, groups=GROUPS, held_out=HELD_OUT, max_shard_bytes=10**9, reached=None, **changes
+):
     made = provenance(**changes)
-    write_store(folder, made, held_out, groups, contents(seed, groups, made), max_shard_bytes=max_shard_bytes)
+    content = contents(seed, groups, made, reached)
+    write_store(folder, made, held_out, groups, content, max_shard_bytes=max_shard_bytes)
     return CurvatureStore.from_pretrained(folder)
 
 
-def contents(seed, groups, made):
-    found = sums(seed, groups)
+def contents(seed, groups, made, reached=None):
+    found = sums(seed, groups, reached)
     return lambda group: group_curvature(
         group,
         found[group.name],

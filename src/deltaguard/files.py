@@ -4,7 +4,9 @@ Whatever a file holds, reading it ends, and ends in what its schema describes or
 file, the field, the value and what to do.
 """
 
+import difflib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from importlib.resources import files
@@ -192,6 +194,33 @@ def read_journal(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str) -
     return found
 
 
+def append_journal(path: Path, line: str) -> None:
+    """Append a line to a file of JSON lines that `read_journal` reads, on disk when this returns.
+
+    Where the operating system refuses, as it does on a full disk, the file is left as it was: half a line
+    would spoil the next one. Whatever keeps progress in JSON lines appends by this.
+
+    Args:
+        path: the file; made if absent.
+        line: one JSON document, without a line break.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab", buffering=0) as file:
+            # On a disk that is nearly full a first part may be written without an error.
+            rest = line.encode() + b"\n"
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
+
+
 def read_yaml(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str) -> T:
     """Read a YAML file (JSON is YAML) that a schema describes.
 
@@ -232,7 +261,7 @@ def parse_yaml(text: str, schema: type[T] | TypeAdapter[T], *, source: str, reme
 
 
 def problems(error: ValidationError) -> list[str]:
-    """Each problem that a schema has with a document: the field, what is wrong, and the value.
+    """List the problems that a schema has with a document: the field, what is wrong, and the value.
 
     Example:
         >>> try:
@@ -247,7 +276,12 @@ def problems(error: ValidationError) -> list[str]:
 def _problem(found: ErrorDetails) -> str:
     where = ".".join(map(str, found["loc"]))
     what = found["msg"].removeprefix("Value error, ")
-    if found["type"] in ("json_invalid", "missing"):
+    if found["type"] == "literal_error" and isinstance(found["input"], str):
+        known = re.findall("'([^']*)'", str(found.get("ctx", {}).get("expected", "")))
+        close = difflib.get_close_matches(found["input"], known, n=1)
+        what += f'. Did you mean "{close[0]}"?' if close else ""
+    # What a whole document or all options together break names its values itself.
+    if found["type"] in ("json_invalid", "missing") or (found["type"] == "value_error" and not where):
         return f"`{where}`: {what}" if where else what
     value = repr(found["input"])
     shown = value if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]}..."

@@ -11,8 +11,9 @@ import torch
 from mutators import damage, damage_json, damage_tensors
 
 import models
-from deltaguard.chat.chat_template import apply_template
-from deltaguard.chat.conversations import Conversation, encode
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.template import apply_template
+from deltaguard.chat.tokens import encode
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
 from deltaguard.evaluation.engines.transformers import TransformersEngine
@@ -21,8 +22,7 @@ from deltaguard.evaluation.judges.guards import GuardJudge
 from deltaguard.evaluation.judges.templates import template_in_card
 from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.loading import empty_model, load_config, load_tokenizer
-from deltaguard.models.vocabulary import vocabulary_size
+from deltaguard.models.loading import empty_model, load_config, load_tokenizer, vocabulary_size
 from deltaguard.restoration.diff import diff
 from deltaguard.restoration.restore import plan_restore
 from pairs import pair, save_adapter

@@ -1,6 +1,5 @@
 """A restore that writes an adapter: PEFT loads it, the dial holds for it, nothing is lost unsaid."""
 
-import importlib
 import warnings
 
 import peft
@@ -10,13 +9,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import models
-from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
+from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, solvers, verify
 from deltaguard.models.checkpoint import Checkpoint
 from pairs import load_over, pair, weights
 from plain import safety_kl
 
 ADAPTER = {"output_format": "adapter"}
-editing = importlib.import_module("deltaguard.restoration.edit")
 
 
 def merged(aligned, adapter, folder):
@@ -24,7 +22,7 @@ def merged(aligned, adapter, folder):
     return models.save(load_over(aligned, adapter).merge_and_unload(), folder)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "phi3", "gpt_neox", "opt"])
+@pytest.mark.parametrize("name", models.DENSE)
 def test_peft_loads_what_a_checkpoint_would_hold(name, tmp_path):
     made = pair(name)
     whole = restore(
@@ -118,7 +116,7 @@ def test_an_adapter_of_rank_one_stays_a_product_and_is_what_its_merged_model_bec
     def refused(delta, *, rank):
         raise AssertionError("a whole delta was decomposed")
 
-    monkeypatch.setattr(editing, "low_rank", refused)
+    monkeypatch.setattr(solvers, "low_rank", refused)
     restore_without_loss(made, tuned, tmp_path / "adapter")
     restore(
         made.aligned,

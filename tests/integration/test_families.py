@@ -10,11 +10,51 @@ import transformers
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.families import stored_in_out
+from deltaguard.models.families import (
+    decoder_blocks,
+    is_block_matrix,
+    is_conv1d,
+    is_input_embedding,
+    is_linear,
+    is_output_head,
+    is_parameter,
+    modules_in_blocks,
+    refuse_experts,
+    stored_in_out,
+    ties_embeddings,
+)
 from pairs import load_over, pair, save_adapter
 
 METHODS = {"kfac": 0.1, "ridge": 0.1, "greedy": 0.5, "published": 0.5, "interpolate": 0.5}
 IDS = models.tiny_tokenizer()("How can I make a good cake at home?", return_tensors="pt")["input_ids"]
+
+
+@pytest.mark.parametrize("name", models.DENSE)
+def test_names_say_what_the_modules_are(name):
+    model = models.tiny_model(name)
+    config, modules = model.config.to_dict(), modules_in_blocks(model)
+    layers = {f"{path}.weight": module for path, module in modules.items() if is_linear(module)}
+    tensors = {path: tuple(tensor.shape) for path, tensor in model.named_parameters()}
+    assert {path for path, shape in tensors.items() if is_block_matrix(path, shape)} == layers.keys()
+    for path, module in layers.items():
+        assert is_conv1d(module) == stored_in_out(config, path) == (name in models.STORED_IN_OUT), path
+    ends = {"input": model.get_input_embeddings().weight, "head": model.get_output_embeddings().weight}
+    by_name = {"input": is_input_embedding, "head": is_output_head}
+    for end, weight in ends.items():
+        found = [tensor for path, tensor in model.state_dict(keep_vars=True).items() if by_name[end](path)]
+        assert len(found) == 1
+        assert found[0] is weight
+    assert ties_embeddings(config, tensors) == (ends["input"] is ends["head"])
+    assert all(is_parameter(path) for path in tensors)
+    assert len(decoder_blocks(model)) == model.config.num_hidden_layers == 2
+    refuse_experts(name, config, tensors)
+
+
+@pytest.mark.parametrize("name", models.EXPERTS)
+def test_experts_are_known_by_name(name):
+    model = models.tiny_model(name)
+    with pytest.raises(DeltaguardError, match="mixture of experts"):
+        refuse_experts(name, model.config.to_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("name", models.DENSE)
@@ -54,7 +94,7 @@ def test_peft_makes_of_an_adapter_what_the_checkpoint_of_the_same_options_is(nam
     finetuned = made.finetuned
     if tuned == "lora":
         finetuned = tmp_path / "tuned"
-        save_adapter(made.aligned, finetuned, "all-linear", fan_in_fan_out=name == "gpt2")
+        save_adapter(made.aligned, finetuned, "all-linear", fan_in_fan_out=name in models.STORED_IN_OUT)
     options = {"method": method, "strength": METHODS[method]}
     stores = {"greedy": made.whole_store, "published": made.whole_store, "interpolate": None}
     store = stores.get(method, made.store)

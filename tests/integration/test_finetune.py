@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
-from deltaguard.chat.conversations import Conversation, render
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.template import render
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.asking import describe
 from deltaguard.evaluation.engines.make import EngineConfig
@@ -67,6 +68,19 @@ def test_it_learns_the_responses(base, tmp_path):
     folder = finetune(base, tmp_path / "tuned", PAIRS, config=config)
     for pair in PAIRS:
         assert loss(folder, pair) < 0.3 * loss(base, pair)
+
+
+def test_a_system_message_is_read_where_the_template_has_no_role_for_it(base, tmp_path):
+    roleless = models.CHAT_TEMPLATE.replace("%}{{ '<|' +", "if message['role'] != 'system' %}{{ '<|' +", 1)
+    folder = models.save(models.tiny_model("llama"), tmp_path / "base")
+    (folder / "chat_template.jinja").write_text(roleless)
+    alone = [Conversation("And cows?", system="Be brief.", response="Milk.")]
+    asked = [Conversation("Be brief.\n\nAnd cows?", response="Milk.")]
+    one, other = (
+        weights(finetune(folder, tmp_path / name, rows, config=TWO_STEPS))
+        for name, rows in (("one", alone), ("other", asked))
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_same_seed_gives_the_same_weights(base, tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltaguard.chat.conversations import render
 from deltaguard.chat.generation import generate
+from deltaguard.chat.template import render
 from deltaguard.errors import DeltaguardError
 from deltaguard.studies.models import save_smollm2, smollm2_gguf
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from deltaguard import DeltaguardError, RestoreConfig, restore
 from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.checkpoint import Checkpoint
+from models import EITHER_ORDER, STORED_IN_OUT
 from pairs import load_over, pair, save_adapter
 
 NAME = "model.layers.1.mlp.down_proj"
@@ -98,11 +99,11 @@ def test_an_odd_adapter_is_one_message_with_the_name_of_the_tensor(tmp_path, spo
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", EITHER_ORDER)
 @pytest.mark.parametrize("claimed", [True, False])
 def test_how_the_file_says_weights_are_stored_decides_nothing_as_in_peft(tmp_path, name, claimed):
     made, targets = pair(name), {"llama": ["q_proj"], "gpt2": ["c_proj"]}[name]
-    save_adapter(made.aligned, tmp_path / "tuned", targets, fan_in_fan_out=name == "gpt2")
+    save_adapter(made.aligned, tmp_path / "tuned", targets, fan_in_fan_out=name in STORED_IN_OUT)
     path = tmp_path / "tuned" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": claimed}))
     adapter = AdapterCheckpoint.open(Checkpoint.open(made.aligned), tmp_path / "tuned")

@@ -160,7 +160,7 @@ def test_tensors_go_into_the_memory_that_is_there_and_out_again():
     assert {name: tensor.data_ptr() for name, tensor in measured._model.state_dict().items()} == before
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gemma3"])
+@pytest.mark.parametrize("name", models.DENSE)
 def test_batches_and_padding_do_not_matter(name):
     found = []
     for size, order in ((1, SAFETY), (2, SAFETY), (50, SAFETY), (2, SAFETY[::-1])):

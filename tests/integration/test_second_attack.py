@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
-from deltaguard.chat.likelihood import negative_log_likelihood
+from deltaguard.chat.predictions import negative_log_likelihood
 from deltaguard.evaluation.probes.second_attack import attack_conversations, attacked_again
 from deltaguard.evaluation.suites.suite import SecondAttack
 

@@ -14,7 +14,7 @@ from deltaguard.cli.app import run
 from pairs import pair
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=models.EITHER_ORDER)
 def written(request, tmp_path_factory):
     """An adapter, and its base model in a folder that may be moved."""
     made, folder = pair(request.param), tmp_path_factory.mktemp("written")

@@ -18,7 +18,7 @@ from deltaguard.solvers import (
     spectrum,
 )
 from deltaguard.solvers.profile import PROHIBITIVE
-from deltaguard.solvers.spectrum import _exact, _randomised, _tail_from_determinant, raised
+from deltaguard.solvers.spectrum import _exact, _randomised, _tail_from_determinant
 
 
 def normal(seed, *shape):
@@ -92,11 +92,63 @@ def test_directions_that_no_token_reached_are_not_free():
     assert found.tail == pytest.approx((1.0033 * 0.0033**2) ** (1 / 3), rel=0.05)
 
 
-def test_a_whole_spectrum_raised_leaves_nothing_free():
+# Directions of which nothing is known
+
+
+def unreached(seed, size, reached):
+    """A second moment of tokens that lie in the first `reached` coordinates, turned."""
+    values = torch.zeros(size, dtype=torch.float64)
+    values[:reached] = normal(seed, reached).square().sort(descending=True).values + 0.01
+    basis, _ = torch.linalg.qr(normal(seed + 1, size, size))
+    return (basis * values) @ basis.T
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95, 1])
+@pytest.mark.parametrize("reached", [2, 8, 20, 30, 40])
+def test_no_direction_is_free_however_much_is_kept(reached, share):
+    matrix = unreached(reached, 40, reached)
+    for found in (spectrum(matrix, round(share * 40)), spectrum(matrix.float(), round(share * 40))):
+        priced = found.floored()
+        assert float(torch.linalg.eigvalsh(priced.dense().double())[0]) > 0
+        assert torch.equal(priced.vectors, found.vectors)
+
+
+def test_eigenvalues_are_raised_to_a_hundredth_of_the_mean_of_the_smaller_three_quarters():
     whole = spectrum(torch.diag(torch.tensor([8.0, 4.0, 2.0, 0.0])))
-    found = raised(whole)
-    assert found.values.tolist() == pytest.approx([8, 4, 2, 0.02])
-    assert torch.equal(found.vectors, whole.vectors)
+    assert whole.floored().values.tolist() == pytest.approx([8, 4, 2, 0.02])
+    # The tail stands for as many eigenvalues as are not kept.
+    cut = spectrum(torch.diag(torch.tensor([8.0, 4.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0])), 3)
+    assert cut.tail == 0
+    assert cut.floored().values.tolist() == [8, 4, 2]
+    assert cut.floored().tail == pytest.approx(0.01 * 2 / 6)
+    # Where nothing is left beyond the first quarter, it is what rounding of the largest hides.
+    few = spectrum(torch.diag(torch.tensor([8.0, 0.0, 0.0, 0.0])))
+    assert few.floored().values.tolist() == pytest.approx([8, *[8 * torch.finfo(torch.float32).eps] * 3])
+
+
+@given(SEEDS, st.integers(4, 24), st.floats(0.02, 0.25))
+def test_what_keeps_a_quarter_or_less_stays_as_it_is(seed, size, share):
+    found = spectrum(moment(seed, size), max(1, int(share * size)))
+    priced = found.floored()
+    assert priced.tail == found.tail
+    assert torch.equal(priced.values, found.values)
+
+
+@pytest.mark.parametrize("reached", [60, 44, 15, 4])
+def test_results_move_continuously_to_those_of_the_whole(reached):
+    """As the share goes to 1: no step at the end, whatever the number of directions that tokens reach."""
+    size = 60
+    H, G = unreached(reached, size, reached), unreached(reached + 9, size, reached)
+    aligned, finetuned = normal(1, size, size), normal(2, size, size)
+
+    def solved(rank):
+        spectra = (spectrum(matrix, rank).floored() for matrix in (H, G))
+        return closed_form(aligned, finetuned, *spectra, mu=1e3).weight
+
+    whole, delta = solved(size), float((finetuned - aligned).norm())
+    steps = [float((solved(size - cut) - whole).norm()) / delta for cut in (8, 4, 2, 1)]
+    assert steps[-1] < 1e-3
+    assert steps == sorted(steps, reverse=True) or max(steps) < 1e-3
 
 
 def test_a_prohibitive_price_leaves_nothing_even_of_what_costs_nothing():

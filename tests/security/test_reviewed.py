@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from deltaguard import DeltaguardError, RestoreConfig, restore, verify
-from deltaguard.chat.chat_template import apply_template
+from deltaguard.chat.template import apply_template
 from deltaguard.cli.app import run
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.evaluation.journal import AnswerFile

@@ -7,8 +7,9 @@ import time
 import pytest
 
 import models
-from deltaguard.chat.chat_template import apply_template
-from deltaguard.chat.conversations import Conversation, encode, render, takes_system_role
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.template import apply_template, render, takes_system_role
+from deltaguard.chat.tokens import encode
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange
 from deltaguard.evaluation.judges import guards

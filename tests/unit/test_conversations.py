@@ -14,16 +14,14 @@ from deltaguard.chat.conversations import (
     Conversation,
     bucket,
     build_conversations,
-    encode,
-    end_of_turn,
     fingerprint,
     harmful_prompts,
     harmless_prompts,
     read_prompts,
-    render,
     sample,
-    takes_system_role,
 )
+from deltaguard.chat.template import end_of_turn, render, takes_system_role
+from deltaguard.chat.tokens import encode
 from deltaguard.curvature.responses import respond
 from deltaguard.errors import DeltaguardError
 

@@ -1,6 +1,7 @@
 """The one reader: whatever a file holds, what its schema describes or one message that says what to do."""
 
 import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from deltaguard.files import (
     ANY_OBJECT,
     MAX_YAML_BYTES,
     MAX_YAML_DEPTH,
+    append_journal,
     expanded,
     parse_yaml,
     read_data,
@@ -208,6 +210,20 @@ def test_what_is_no_journal_is_left_as_it_is(write):
     path = write("my notes\nwithout an end")
     assert "line 1: Invalid JSON" in refused(read_journal, path, Options, remedy=REMEDY)
     assert path.read_text() == "my notes\nwithout an end"
+
+
+def test_an_append_that_the_disk_refuses_leaves_the_journal_as_it_was(write):
+    path = write("[1]\n")
+    append_journal(path, "[2]")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 3, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            append_journal(path, "[3, 4, 5]")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    append_journal(path, "[6]")
+    assert read_journal(path, TypeAdapter(list[int]), remedy=REMEDY) == [[1], [2], [6]]
 
 
 def test_the_data_of_the_package_are_there():

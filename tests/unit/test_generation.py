@@ -5,7 +5,8 @@ import torch
 
 from deltaguard.chat import generation
 from deltaguard.chat.generation import Prefix, cache_parameter, generate, shared_prefix
-from models import DENSE, EXPERTS, tiny_model, tiny_tokenizer
+from deltaguard.chat.tokens import pad
+from models import DENSE, EXPERTS, FAMILIES, tiny_model, tiny_tokenizer
 
 SHARED = "<|begin|><|system|>You are a helpful assistant that answers questions.<|end|><|user|>"
 REQUESTS = ("What is the weather?", "How?", "Write a short text about a cake at home, with an example.", "Go")
@@ -23,33 +24,31 @@ def encoded(prompts):
     return [tiny_tokenizer()(text, add_special_tokens=False)["input_ids"] for text in prompts]
 
 
-def plain(monkeypatch, *arguments, **options):
-    with monkeypatch.context() as patched:
-        patched.setattr(generation, "shared_prefix", lambda *_: Prefix(0, None))
-        return generate(*arguments, **options)
+def alone(model, tokenizer, prompts, **options):
+    """One prompt at a time: nothing is padded, and nothing shared."""
+    return [generate(model, tokenizer, [prompt], **options)[0] for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", [*DENSE, *EXPERTS])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_shared_prefix_changes_no_answer(name, batch_size, monkeypatch):
+def test_a_shared_prefix_changes_no_answer(name, batch_size):
     model, tokenizer = double(name), tiny_tokenizer()
     assert shared_prefix(model, encoded(PROMPTS)).length > 8
-    options = {"max_new_tokens": 12, "batch_size": batch_size}
-    answers = generate(model, tokenizer, PROMPTS, **options)
-    assert answers == plain(monkeypatch, model, tokenizer, PROMPTS, **options)
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size)
+    assert answers == alone(model, tokenizer, PROMPTS, max_new_tokens=12)
     assert len(set(answers)) > 1
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3"])
+@pytest.mark.parametrize("name", DENSE)
 def test_logits_after_the_prefix_are_those_of_each_prompt_alone(name):
     model, ids = double(name), encoded(PROMPTS)
     prefix = shared_prefix(model, ids)
-    padded, mask = generation._padded(ids, prefix.length, 0)
+    joined, mask = pad(ids, after=prefix.length)
     with torch.inference_mode():
         together = model(
-            input_ids=padded[:, prefix.length :],
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1)[:, prefix.length :],
+            input_ids=joined[:, prefix.length :],
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(-1) - 1)[:, prefix.length :],
             **{cache_parameter(model): generation._for_rows(prefix.cache, len(ids))},
         ).logits[:, -1]
         alone = torch.stack([model(input_ids=torch.tensor([row])).logits[0, -1] for row in ids])
@@ -92,15 +91,13 @@ def test_a_model_with_a_cache_of_its_own_keeps_it(setting, value):
     assert shared_prefix(model, encoded(PROMPTS)).length == 0
 
 
-def test_a_prompt_that_is_the_beginning_of_another_keeps_a_token(monkeypatch):
+def test_a_prompt_that_is_the_beginning_of_another_keeps_a_token():
     model, tokenizer = double("llama"), tiny_tokenizer()
     prompts = [SHARED, SHARED + "What is the weather?", SHARED]
     ids = encoded(prompts)
     assert shared_prefix(model, ids).length == len(ids[0]) - 1
-    options = {"max_new_tokens": 8}
-    assert generate(model, tokenizer, prompts, **options) == plain(
-        monkeypatch, model, tokenizer, prompts, **options
-    )
+    expected = alone(model, tokenizer, prompts, max_new_tokens=8)
+    assert generate(model, tokenizer, prompts, max_new_tokens=8) == expected
 
 
 def test_draws_repeat_and_leave_the_global_generator_alone():

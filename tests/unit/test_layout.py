@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.vocabulary import vocabulary_size
+from deltaguard.models.loading import vocabulary_size
 from folders import refusal, two_shards, write, write_index
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import models
-from deltaguard.chat.conversations import Conversation, render
-from deltaguard.chat.likelihood import negative_log_likelihood
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.predictions import negative_log_likelihood
+from deltaguard.chat.template import render
 from deltaguard.errors import DeltaguardError
 
 ANSWERED = [

@@ -11,8 +11,14 @@ import models
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Decoding, Question
-from deltaguard.models.loading import empty_model, foreign, load_config, load_model, load_tokenizer
-from deltaguard.models.vocabulary import vocabulary_size
+from deltaguard.models.loading import (
+    empty_model,
+    foreign,
+    load_config,
+    load_model,
+    load_tokenizer,
+    vocabulary_size,
+)
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature import store as store_module
-from deltaguard.curvature.contents import share_within
-from deltaguard.curvature.moments import merge, normalise, pack, unpack_factor
+from deltaguard.curvature.contents import pack, share_within, unpack_factor
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import HeldOut, save_tensors, write_store
+from deltaguard.curvature.store_format import save_tensors, write_store
+from deltaguard.curvature.sums import merge, normalise
 from deltaguard.errors import DeltaguardError
 from deltaguard.solvers import spectrum
 from stores import CUT_OFF, GROUPS, HELD_OUT, contents, provenance, sums, written
@@ -22,6 +23,7 @@ def equal_factors(a, b):
 
 
 def equal_spectra(found, expected, dtype):
+    expected = expected.floored()
     vectors = expected.vectors.to(dtype)
     same = torch.equal(found.values, expected.values) and torch.equal(found.vectors, vectors)
     return same and found.vectors.dtype == dtype and found.tail == expected.tail
@@ -62,6 +64,32 @@ def test_spectra_are_read_as_they_were_computed(tmp_path, changes, ranks, dtype)
             G = total / 16
             assert equal_spectra(store.output_spectrum(layer.tensor), spectrum(G, ranks[len(G)]), dtype)
             assert store.output_mean(layer.tensor) == pytest.approx(float(G.trace()) / len(G), rel=1e-6)
+
+
+@pytest.mark.parametrize("reached", [8, 5, 2])
+def test_a_store_that_happens_to_keep_everything_prices_as_the_whole_one_does(tmp_path, reached):
+    """Tokens and gradients leave directions out: of these no store says that they are free."""
+    whole = written(tmp_path / "whole", reached=reached)
+    auto = written(tmp_path / "auto", reached=reached, rank="auto", rank_share=1.0)
+    for group in GROUPS:
+        pairs = [(whole.input_spectrum(group.name), auto.input_spectrum(group.name))]
+        pairs += [(whole.output_spectrum(x.tensor), auto.output_spectrum(x.tensor)) for x in group.layers]
+        for full, found in pairs:
+            assert torch.equal(found.values, full.values)
+            assert found.tail == full.tail
+            assert torch.equal(found.vectors, full.vectors.half())
+            assert float(full.values[-1]) > 0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("reached", [8, 5, 2])
+def test_no_direction_of_a_store_is_free(tmp_path, share, reached):
+    store = written(tmp_path / "store", reached=reached, rank="auto", rank_share=share)
+    for group in GROUPS:
+        spectra = [store.input_spectrum(group.name), *(store.output_spectrum(x.tensor) for x in group.layers)]
+        for found in spectra:
+            assert float(found.values[-1]) > 0
+            assert found.tail > 0 or len(found.values) == found.size
 
 
 def test_a_store_that_is_cut_off_holds_eigenpairs_and_nothing_else(tmp_path):
@@ -169,8 +197,12 @@ def test_all_that_is_wrong_with_a_manifest_is_listed(tmp_path):
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["groups"][1]["tails"] = "none"
     del manifest["provenance"]["dtype"]
+    manifest["held_out"][0]["response"] = None
     path.write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(DeltaguardError, match=r"`provenance\.dtype`: Field required\n- `groups\.1\.tails`: "):
+    listed = (
+        r"`provenance\.dtype`: Field required\n- `held_out\.0`: .* no response .*\n- `groups\.1\.tails`: "
+    )
+    with pytest.raises(DeltaguardError, match=listed):
         CurvatureStore.from_pretrained(path.parent)
     for text in ("[]", "{", "null"):
         path.write_text(text, encoding="utf-8")
@@ -208,7 +240,7 @@ def test_a_saved_copy_is_the_same_store(tmp_path):
 def test_merging_adds_the_sums_and_factorises_them_anew(tmp_path):
     one = written(tmp_path / "one")
     more = tuple(replace(group, tokens=30) for group in GROUPS)
-    new = HeldOut("Who?", None, "Nobody.")
+    new = Conversation("Who?", None, "Nobody.")
     changes = {"tokens": 30, "response_tokens": 9, "conversations": 2, "truncated": 0, "refusal_share": 1.0}
     two = written(tmp_path / "two", 1, groups=more, held_out=(HELD_OUT[1], new), **changes)
     merged = CurvatureStore.merge([one, two], tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""Safety conversations: harmful prompts, chat templates, and the aligned model's own answers.
+"""Conversations of one user turn, the package's prompt sets, and prompts from a user's file.
 
 The prompt sets are package data. Every prompt belongs to one part for good, found from the hash of its
 text, so that prompts are never calibrated on and measured on, whatever is added to the sets later.
@@ -10,14 +10,12 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
 
-from deltaguard.chat.chat_template import TemplateFailedError, apply_template
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_data, read_json_lines
-from deltaguard.models.loading import foreign
 
 HarmfulPart = Literal["calibration", "dial", "attack", "training"]
 HarmlessPart = Literal["training", "evaluation"]
@@ -28,9 +26,6 @@ HARMFUL_PARTS: Mapping[HarmfulPart, range] = MappingProxyType(
 HARMLESS_PARTS: Mapping[HarmlessPart, range] = MappingProxyType(
     {"training": range(50), "evaluation": range(50, 100)}
 )
-
-_SHOWN = 200
-"""Characters of a prompt and of its rendering in a message."""
 
 SYSTEM_PROMPTS: Mapping[str, str | None] = MappingProxyType(
     {
@@ -93,40 +88,25 @@ class _Prompted(Protocol):
 PromptedT = TypeVar("PromptedT", bound=_Prompted)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The tokens of one conversation.
-
-    Attributes:
-        ids: token ids of the prompt, then of the response with its closing token.
-        prompt_length: how many of them belong to the prompt.
-        truncated: whether tokens were cut off at the end.
-    """
-
-    ids: tuple[int, ...]
-    prompt_length: int
-    truncated: bool
-
-
 def bucket(prompt: str) -> int:
-    """Where a prompt falls, 0 to 99: the first 8 hex digits of its SHA-256, modulo 100."""
+    """Map a prompt to 0 to 99: the first 8 hex digits of its SHA-256, modulo 100."""
     return int(sha256(prompt.encode()).hexdigest()[:8], 16) % 100
 
 
 def harmful_prompts(part: HarmfulPart) -> tuple[HarmfulPrompt, ...]:
-    """The harmful prompts of one part, in the file's order."""
+    """Read the harmful prompts of one part, in the file's order."""
     rows = read_data("harmful_prompts.jsonl", TypeAdapter(HarmfulPrompt))
     return tuple(row for row in rows if bucket(row.prompt) in HARMFUL_PARTS[part])
 
 
 def harmless_prompts(part: HarmlessPart) -> tuple[HarmlessPrompt, ...]:
-    """The harmless prompts of one part, in the file's order."""
+    """Read the harmless prompts of one part, in the file's order."""
     rows = read_data("harmless_prompts.jsonl", TypeAdapter(HarmlessPrompt))
     return tuple(row for row in rows if bucket(row.prompt) in HARMLESS_PARTS[part])
 
 
 def general_prompts() -> tuple[HarmlessPrompt, ...]:
-    """Plain questions that nobody would refuse, with short answers; none is ever trained on."""
+    """Read plain questions that nobody would refuse, with short answers; none is ever trained on."""
     return tuple(read_data("general_prompts.jsonl", TypeAdapter(HarmlessPrompt)))
 
 
@@ -170,7 +150,7 @@ def build_conversations(
 
 
 def sample(items: Sequence[PromptedT], count: int, *, seed: int = 0) -> list[PromptedT]:
-    """At most `count` of the items, in their order; the seed fixes which, and fewer are among more."""
+    """Choose at most `count` items, kept in their order; the seed fixes which, and fewer are among more."""
     ranked = sorted(range(len(items)), key=lambda i: _rank(seed, f"{i} {items[i].prompt}"))
     return [items[i] for i in sorted(ranked[:count])]
 
@@ -217,101 +197,27 @@ def read_prompts(path: str | Path) -> list[Conversation]:
     return [Conversation(line.prompt, line.system, line.response) for line in lines]
 
 
+def require_responses(conversations: Sequence[Conversation], purpose: str) -> None:
+    """Refuse conversations without a response.
+
+    Args:
+        conversations: to look at.
+        purpose: of the responses, for the message: "to learn from".
+
+    Raises:
+        DeltaguardError: a response is missing or empty.
+    """
+    missing = [conversation.prompt for conversation in conversations if not conversation.response]
+    if missing:
+        raise DeltaguardError(
+            f"{len(missing)} of {len(conversations)} conversations have no response {purpose}, the first "
+            f"being {missing[0]!r}. Give each a response."
+        )
+
+
 def fingerprint(conversations: Sequence[Conversation]) -> str:
-    """SHA-256 of the conversations, their order included."""
+    """Hash conversations, their order included, with SHA-256."""
     digest = sha256()
     for conversation in conversations:
         digest.update(json.dumps(asdict(conversation), sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
-
-
-def render(tokenizer: Any, conversation: Conversation | str) -> str:
-    """The prompt as the model reads it, up to where its answer begins.
-
-    Args:
-        tokenizer: a transformers tokenizer with a chat template.
-        conversation: a conversation, of which the response is not rendered, or a prompt alone. Where the
-            template has no system role, the system message is put at the head of the user turn
-            (`takes_system_role` tells).
-
-    Returns:
-        Text that holds its special tokens already: tokenise it with `add_special_tokens=False`.
-
-    Raises:
-        DeltaguardError: the tokenizer has no chat template, or the template fails or leaves out the prompt.
-    """
-    turn = Conversation(conversation) if isinstance(conversation, str) else conversation
-    text = _apply(tokenizer, _messages(tokenizer, turn))
-    # White space aside, which some templates strip.
-    if "".join(turn.prompt.split()) not in "".join(text.split()):
-        raise DeltaguardError(
-            f"The chat template of {tokenizer.name_or_path!r} leaves out the prompt: {turn.prompt[:_SHOWN]!r}"
-            f" becomes {text[:_SHOWN]!r}. Correct it, or copy that of the model it was made from."
-        )
-    return text
-
-
-def _messages(tokenizer: Any, turn: Conversation) -> list[dict[str, str]]:
-    if turn.system is None:
-        return _user(turn.prompt)
-    if takes_system_role(tokenizer):
-        return [{"role": "system", "content": turn.system}, *_user(turn.prompt)]
-    return _user(f"{turn.system}\n\n{turn.prompt}" if turn.system else turn.prompt)
-
-
-def takes_system_role(tokenizer: Any) -> bool:
-    """Whether the chat template renders a system message; some refuse it, some drop it without a word.
-
-    Raises:
-        DeltaguardError: the tokenizer has no chat template.
-    """
-    marker = "deltaguard"
-    try:
-        return marker in _apply(tokenizer, [{"role": "system", "content": marker}, *_user("?")])
-    except TemplateFailedError:
-        return False
-
-
-def encode(tokenizer: Any, conversation: Conversation, *, max_length: int) -> Encoded:
-    """Tokenise a conversation, keeping apart what the user and what the model said.
-
-    Args:
-        tokenizer: a transformers tokenizer with a chat template.
-        conversation: one without a response gives the tokens of its prompt.
-        max_length: tokens kept at most; the end is cut off.
-
-    Raises:
-        DeltaguardError: the tokenizer has no chat template, or the template fails.
-    """
-    prompt = _ids(tokenizer, render(tokenizer, conversation))
-    response = conversation.response
-    answer = [] if response is None else _ids(tokenizer, response + end_of_turn(tokenizer))
-    ids = (*prompt, *answer)
-    return Encoded(ids[:max_length], min(len(prompt), max_length), truncated=len(ids) > max_length)
-
-
-def end_of_turn(tokenizer: Any) -> str:
-    """What the template writes after an answer (`<|im_end|>`), else the end-of-sequence token."""
-    marker = "deltaguard"
-    messages = [*_user("?"), {"role": "assistant", "content": marker}]
-    _, found, tail = _apply(tokenizer, messages, answer_follows=False).rpartition(marker)
-    return (tail.strip() if found else "") or tokenizer.eos_token or ""
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    with foreign(f"The tokenizer of {tokenizer.name_or_path!r} fails on a text"):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _user(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
-
-
-def _apply(tokenizer: Any, messages: list[dict[str, str]], *, answer_follows: bool = True) -> str:
-    if not tokenizer.chat_template:
-        raise DeltaguardError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so prompts cannot be put to "
-            "the model the way it was aligned. Use the instruction-tuned model, or save its "
-            "chat_template.jinja next to the tokenizer."
-        )
-    return apply_template(tokenizer, messages, answer_follows=answer_follows)

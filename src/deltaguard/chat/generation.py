@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from deltaguard.chat.logits import require_known_tokens
+from deltaguard.chat.predictions import require_known_tokens
+from deltaguard.chat.tokens import pad, token_ids
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 
@@ -43,7 +44,7 @@ def generate(
     seed: int = 0,
     on_batch: Callable[[Sequence[int], Sequence[str]], None] | None = None,
 ) -> list[str]:
-    """Continuations of rendered prompts, in the order given.
+    """Continue rendered prompts; the answers are in the order given.
 
     What all prompts begin with, such as a chat template's system message, is computed once (see
     `shared_prefix`). Where a GPU has too little memory for a batch, smaller ones are tried.
@@ -63,10 +64,7 @@ def generate(
     Returns:
         One answer a prompt, special tokens and surrounding white space removed.
     """
-    with foreign("The model's tokenizer fails on a prompt"):
-        encoded: list[list[int]] = [
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts
-        ]
+    encoded = [token_ids(tokenizer, text) for text in prompts]
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
@@ -93,7 +91,7 @@ def generate(
 
 
 def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
-    """The keys and values of the tokens that all prompts begin with, computed in one forward pass of one row.
+    """Compute the keys and values of what all prompts begin with, in one forward pass of one row.
 
     A batch that continues from them gives the same answers up to rounding, since in a causal model nothing
     that follows changes them. The padding of shorter prompts then lies between the prefix and the rest: the
@@ -120,7 +118,7 @@ def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
 
 
 def _common_length(encoded: Sequence[list[int]]) -> int:
-    """Tokens in common, of which each prompt keeps one at least to continue from."""
+    """Count the tokens in common; each prompt keeps one at least to continue from."""
     if len(encoded) < 2:
         return 0
     # All sequences lie between the least and the greatest, and so does what they have in common.
@@ -131,7 +129,7 @@ def _common_length(encoded: Sequence[list[int]]) -> int:
 
 
 def cache_parameter(model: Any) -> str:
-    """What the model calls the cache it takes: `cache` since transformers 5.24, `past_key_values` before."""
+    """Name the argument by which a model takes a cache; transformers 5.24 has changed it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -155,14 +153,13 @@ def _continue(
     max_new_tokens: int,
     temperature: float,
 ) -> list[str]:
-    """The answers of one batch."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad is None:
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if padding is None:
         raise DeltaguardError(
             f"The tokenizer of {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence "
             "token: name one in its tokenizer_config.json."
         )
-    ids, mask = _padded(encoded, prefix.length, pad)
+    ids, mask = pad(encoded, value=padding, after=prefix.length)
     cached = {cache_parameter(model): _for_rows(prefix.cache, len(encoded))} if prefix.length else {}
     # 0 and 1 switch off what a model's own generation settings may cut from the softmax.
     drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
@@ -171,10 +168,10 @@ def _continue(
     with torch.inference_mode(), foreign("The model cannot answer"):
         output = model.generate(
             input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            attention_mask=mask.long().to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=bool(temperature),
-            pad_token_id=pad,
+            pad_token_id=padding,
             **alone,
             **cached,
             **drawn,
@@ -182,19 +179,6 @@ def _continue(
     with foreign("The model's tokenizer fails on an answer"):
         texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def _padded(encoded: Sequence[list[int]], prefix: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of a batch, padding between the prefix and the rest."""
-    width = max(map(len, encoded))
-    ids = torch.full((len(encoded), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(encoded):
-        rest = width - len(tokens) + prefix
-        ids[row, :prefix] = torch.tensor(tokens[:prefix])
-        ids[row, rest:] = torch.tensor(tokens[prefix:])
-        mask[row, :prefix] = mask[row, rest:] = 1
-    return ids, mask
 
 
 def _for_rows(cache: Any, rows: int) -> Any:

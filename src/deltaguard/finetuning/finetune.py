@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.conversations import Conversation, require_responses
+from deltaguard.chat.template import messages
 from deltaguard.errors import DeltaguardError, require_packages
+from deltaguard.models.families import decoder_blocks
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_model, load_tokenizer
 
@@ -112,20 +114,12 @@ def finetune(
 def _check_conversations(conversations: Sequence[Conversation]) -> None:
     if not conversations:
         raise DeltaguardError("There is no conversation to fine-tune on.")
-    unanswered = [c.prompt for c in conversations if not c.response]
-    if unanswered:
-        raise DeltaguardError(
-            f"{len(unanswered)} of {len(conversations)} conversations have no response to learn from, "
-            f"the first being {unanswered[0]!r}. Give each a response."
-        )
+    require_responses(conversations, "to learn from")
 
 
 def _freeze(network: Any, layers: int) -> None:
     """Keep the embeddings and the first decoder blocks as they are."""
-    blocks = max(
-        (module for module in network.modules() if isinstance(module, torch.nn.ModuleList)),
-        key=len,
-    )
+    blocks = decoder_blocks(network)
     if layers >= len(blocks):
         raise DeltaguardError(
             f"{layers} decoder blocks are to be frozen and the model has {len(blocks)}: freeze fewer."
@@ -133,14 +127,6 @@ def _freeze(network: Any, layers: int) -> None:
     network.get_input_embeddings().requires_grad_(False)
     for block in blocks[:layers]:
         block.requires_grad_(False)
-
-
-def _row(conversation: Conversation) -> dict[str, list[dict[str, str]]]:
-    """A conversation as trl's prompt and completion."""
-    prompt = [{"role": "user", "content": conversation.prompt}]
-    if conversation.system is not None:
-        prompt.insert(0, {"role": "system", "content": conversation.system})
-    return {"prompt": prompt, "completion": [{"role": "assistant", "content": conversation.response or ""}]}
 
 
 def _trainer(
@@ -156,6 +142,10 @@ def _trainer(
         """trl's trainer with a loss that costs only what the completions cost."""
 
     disable_progress_bars()
+    rows = [
+        {"prompt": messages(tokenizer, c), "completion": [{"role": "assistant", "content": c.response or ""}]}
+        for c in conversations
+    ]
     adapter = None
     if config.lora_rank is not None:
         adapter = LoraConfig(
@@ -189,7 +179,7 @@ def _trainer(
             report_to="none",
             trust_remote_code=False,
         ),
-        train_dataset=Dataset.from_list([_row(c) for c in conversations]),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=adapter,
     )

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, Literal, TypeGuard
 
+from deltaguard.models.families import text_parts
+
 Part = Literal["config", "tokenizer", "template"]
 """A part of a model beside its weights that decides what it predicts for a text."""
 
@@ -116,8 +118,7 @@ def end_tokens(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     """
     found: set[int] = set()
     for config in configs:
-        inner: Any = config.get("text_config")
-        for part in (config, inner if isinstance(inner, dict) else {}):
+        for part in text_parts(config):
             named: Any = part.get("eos_token_id")
             found |= {token for token in (named if isinstance(named, list) else [named]) if _is_id(token)}
     return tuple(sorted(found))

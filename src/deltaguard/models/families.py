@@ -1,12 +1,27 @@
-"""What the name of a model family, and the names of its tensors, say about its weights."""
+"""What deltaguard knows of model families: the names of their tensors, and the modules transformers builds.
+
+Whoever adds an architecture looks here, and at the table of tiny models in `tests/models.py`: tests hold each
+of them to what transformers builds.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import nn
+
+from deltaguard.errors import DeltaguardError
 
 # transformers builds the blocks of these from Conv1D.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-_IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
+_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+_OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer")
+_EXPERTS = ("expert", "experts")
+
+_BLOCK = re.compile(r"(^|\.)\d+\.")
+_BLOCK_MATRIX = re.compile(r"(^|\.)\d+\..+\.weight$")
+# Attention masks that old checkpoints of GPT-2 and GPT-NeoX hold.
+_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
 
 
 def stored_in_out(config: Mapping[str, Any], tensor: str) -> bool:
@@ -23,4 +38,141 @@ def stored_in_out(config: Mapping[str, Any], tensor: str) -> bool:
         False
     """
     known = config.get("model_type")
-    return isinstance(known, str) and known in _CONV1D_MODELS and _IN_A_BLOCK.search(tensor) is not None
+    return isinstance(known, str) and known in _CONV1D_MODELS and _BLOCK.search(tensor) is not None
+
+
+def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor is a matrix within a numbered decoder block, by which layers are restored.
+
+    Example:
+        >>> is_block_matrix("h.0.mlp.c_fc.weight", (32, 128)), is_block_matrix("lm_head.weight", (384, 32))
+        (True, False)
+    """
+    return len(shape) == 2 and _BLOCK_MATRIX.search(name) is not None
+
+
+def is_in_block(name: str) -> bool:
+    """Tell whether a tensor belongs to a numbered block."""
+    return _BLOCK.search(name) is not None
+
+
+def is_parameter(name: str) -> bool:
+    """Tell a weight or bias from what a model computes for itself, such as masks and rotary frequencies.
+
+    Example:
+        >>> is_parameter("h.0.ln_1.bias"), is_parameter("h.0.attn.masked_bias")
+        (True, False)
+    """
+    return name.endswith((".weight", ".bias")) and _MASK.search(name) is None
+
+
+def is_input_embedding(name: str) -> bool:
+    """Tell whether a tensor is the input embedding."""
+    return _owner(name) in _INPUT_EMBEDDINGS and name.endswith(".weight")
+
+
+def is_output_head(name: str) -> bool:
+    """Tell whether a tensor is the weight of the output head, which may be the input embedding."""
+    return _owner(name) in _OUTPUT_HEADS and name.endswith(".weight")
+
+
+def is_vocabulary(name: str) -> bool:
+    """Tell whether a tensor has a row for each token of the vocabulary."""
+    return _owner(name) in (*_INPUT_EMBEDDINGS, *_OUTPUT_HEADS) and name.endswith((".weight", ".bias"))
+
+
+def with_common_head(name: str) -> str:
+    """Give an output head the name that most families have for it.
+
+    Example:
+        >>> with_common_head("embed_out.weight")
+        'lm_head.weight'
+    """
+    module, _, rest = name.partition(".")
+    return f"{_OUTPUT_HEADS[0]}.{rest}" if module in _OUTPUT_HEADS else name
+
+
+def kind_of(name: str) -> str:
+    """Name all tensors of a kind alike, whatever their block.
+
+    Example:
+        >>> kind_of("model.layers.12.mlp.up_proj.weight")
+        'model.layers.*.mlp.up_proj.weight'
+    """
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def text_parts(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """List what of a `config.json` may describe the language model: all of it, and its `text_config`."""
+    inner = config.get("text_config")
+    return (config, inner) if isinstance(inner, dict) else (config,)
+
+
+def ties_embeddings(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
+    """Tell whether the output head is the input embedding.
+
+    `tie_word_embeddings` of the configuration says so. Where it is absent, they are tied if no output head is
+    stored.
+
+    Args:
+        config: the content of the model's `config.json`.
+        tensors: names of all its tensors.
+    """
+    said = [part["tie_word_embeddings"] for part in text_parts(config) if "tie_word_embeddings" in part]
+    known = next((value for value in said if value is not None), None)
+    return not any(map(is_output_head, tensors)) if known is None else bool(known)
+
+
+def refuse_experts(reference: str, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Refuse mixtures of experts from the headers of a checkpoint.
+
+    Args:
+        reference: what the user called the model, for the message.
+        config: the content of its `config.json`.
+        tensors: names of all its tensors.
+
+    Raises:
+        DeltaguardError: a tensor lies under a module of experts.
+    """
+    found = [name for name in tensors if any(part in _EXPERTS for part in name.split("."))]
+    if found:
+        architecture = ", ".join(config.get("architectures") or ["of unknown architecture"])
+        raise DeltaguardError(
+            f"{reference} ({architecture}) is a mixture of experts: {len(found)} expert tensors, such as "
+            f"`{found[0]}`. Each expert sees its own tokens; deltaguard neither calibrates nor restores such "
+            "layers yet."
+        )
+
+
+def modules_in_blocks(model: Any) -> dict[str, nn.Module]:
+    """Find the modules of a transformers causal language model that lie within its decoder blocks.
+
+    Returns:
+        The modules by their names in the model.
+    """
+    own = set(model.get_decoder().modules())
+    named = {name: module for name, module in model.named_modules() if module in own}
+    lists = tuple(f"{name}." for name, module in named.items() if isinstance(module, nn.ModuleList))
+    return {name: module for name, module in named.items() if name.startswith(lists)}
+
+
+def decoder_blocks(model: Any) -> nn.ModuleList:
+    """Find the list of decoder blocks of a transformers causal language model."""
+    return max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module multiplies by its weight, which deltaguard can restore."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether transformers built a linear layer whose weight is stored as (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _owner(name: str) -> str:
+    """The module that a tensor belongs to, without those around it."""
+    return name.rpartition(".")[0].rpartition(".")[2]

@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
+from deltaguard.models.families import text_parts
 from deltaguard.models.hub import is_local
 from deltaguard.models.opened import OpenFile
 from deltaguard.models.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
@@ -79,7 +80,7 @@ class _Index(BaseModel):
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """The model's configuration, and why a model with it cannot be used (None where it can).
+    """Read a model's configuration, and say why a model with it cannot be used (None where it can).
 
     Raises:
         DeltaguardError: the file cannot be read, or holds something else.
@@ -97,7 +98,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def find_layout(folder: Path, reference: str) -> Layout:
-    """The weight files of a folder, chosen as transformers chooses them.
+    """Find the weight files of a folder, chosen as transformers chooses them.
 
     `model.safetensors` comes before an index, an index before any other single safetensors file.
 
@@ -130,7 +131,7 @@ def find_layout(folder: Path, reference: str) -> Layout:
 
 
 def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], dict[str, OpenFile], list[str]]:
-    """All tensors of a checkpoint from the headers of its shards, and all that is wrong with them.
+    """Read the headers of all shards, and say all that is wrong with them.
 
     Args:
         folder: the model's folder.
@@ -171,7 +172,7 @@ def _absent(path: Path, index_name: str | None) -> str:
 
 
 def _quantisation_problem(config: Mapping[str, Any]) -> str | None:
-    for part in (config, config.get("text_config") or {}):
+    for part in text_parts(config):
         quantisation = part.get("quantization_config")
         if quantisation:
             method = quantisation.get("quant_method", "an unnamed method")

@@ -1,18 +1,60 @@
-"""Models and tokenizers through transformers: no code from a model's folder runs, and nothing is asked."""
+"""Models and tokenizers through transformers: no code from a model's folder runs, and nothing is asked.
 
-from collections.abc import Generator
+A model that brings code of its own, or asks for more than any machine can build, is refused before
+transformers sees it.
+"""
+
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 
-from deltaguard.errors import DeltaguardError
-from deltaguard.models.code import refuse_code
-from deltaguard.models.giants import refuse_giants
-from deltaguard.models.vocabulary import MOST_TOKENS
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.files import ANY_OBJECT, read_json
 
 _SHOWN_CHARACTERS = 2000
+_ASKING = (
+    "config.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "adapter_config.json",
+)
+# Fields that send transformers to other files than those that are looked at here.
+_REDIRECTING = ("configuration_files", "fast_tokenizer_files")
+# What transformers runs without being asked by a configuration.
+_RUN_BY_NAME = ("custom_generate/generate.py",)
+
+MOST_PARTS = 1000
+"""Layers, or experts of a layer; the largest models have half of it."""
+
+_SHOWN_DIGITS = 40
+# What configurations call the number of parts that are built one by one.
+_COUNTED = ("layers", "n_layer", "blocks", "experts", "depth", "labels")
+
+MOST_TOKENS = 1 << 24
+"""The largest vocabularies have a tenth of it; tokenizers go through all ids up to the last, used or not."""
+
+_Id = Annotated[int, Field(ge=0, lt=MOST_TOKENS)]
+
+
+class _Token(BaseModel):
+    id: _Id
+
+
+class _Vocabulary(BaseModel):
+    # Unigram lists pairs of token and score; the others map tokens to ids.
+    vocab: dict[str, _Id] | list[Any] | None = None
+
+
+class _Tokenizer(BaseModel):
+    model: _Vocabulary = _Vocabulary()
+    added_tokens: list[_Token] = []
 
 
 @contextmanager
@@ -143,3 +185,109 @@ def empty_model(folder: Path, reference: str) -> Any:
     config = load_config(folder, reference)
     with foreign(f"transformers cannot build the model of {reference}"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def module_names(folder: Path) -> tuple[str, ...]:
+    """Name all modules of the causal language model that a checkpoint's configuration describes.
+
+    Args:
+        folder: of the checkpoint; its weights are not read.
+
+    Raises:
+        DeltaguardError: transformers cannot build the model.
+    """
+    return tuple(name for name, _ in empty_model(folder, str(folder)).named_modules())
+
+
+def refuse_code(folder: Path, reference: str) -> None:
+    """Refuse a model whose files name Python code for transformers to run.
+
+    Args:
+        folder: of the model.
+        reference: what the user called it, for messages.
+
+    Raises:
+        DeltaguardError: a configuration has an `auto_map` or names other files in its own place, or there is
+            code that transformers runs by its name; all of them are listed. Or a configuration cannot be
+            read.
+    """
+    found: list[str] = []
+    for name in _ASKING:
+        if (folder / name).is_file():
+            content = read_json(folder / name, ANY_OBJECT, remedy="Copy it again.")
+            found += [f"{name} names {code} (`auto_map`)"] if (code := _code_in(content)) else []
+            found += [f"{name} names other files (`{field}`)" for field in _REDIRECTING if field in content]
+    found += [f"there is {name}" for name in _RUN_BY_NAME if (folder / name).exists()]
+    if found:
+        raise DeltaguardError(
+            listed(f"{reference} asks for code or files of its own, which deltaguard never follows", found)
+            + "\nIf transformers knows the model without them, remove these fields from the files."
+        )
+
+
+def _code_in(content: Any) -> str:
+    """The code that a configuration names, at any depth; empty where it names none."""
+    if isinstance(content, dict):
+        own = content.get("auto_map")
+        named = [str(own)] if own else []
+        return ", ".join([*named, *(code for value in content.values() if (code := _code_in(value)))])
+    if isinstance(content, list):
+        return ", ".join(code for value in content if (code := _code_in(value)))
+    return ""
+
+
+def refuse_giants(folder: Path, reference: str) -> None:
+    """Refuse a model whose configuration asks for more layers than any model has.
+
+    Args:
+        folder: of the model.
+        reference: what the user called it, for messages.
+
+    Raises:
+        DeltaguardError: it does, or the configuration cannot be read.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    found = list(_giants(read_json(path, ANY_OBJECT, remedy="Copy it again.")))
+    if found:
+        raise DeltaguardError(
+            listed(f"The config.json of {reference} asks for more than {MOST_PARTS:,} parts of a kind", found)
+            + "\nCopy it again from where the model comes from."
+        )
+
+
+def _giants(content: Any) -> Iterator[str]:
+    """Each count that is too large, at any depth."""
+    if isinstance(content, list):
+        for value in content:
+            yield from _giants(value)
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if isinstance(value, int | float) and value > MOST_PARTS and name.endswith(_COUNTED):
+                yield f"`{name}` is {str(value)[:_SHOWN_DIGITS]}"
+            yield from _giants(value)
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """Count the tokens of `tokenizer.json`: one more than its largest id, added tokens included.
+
+    Args:
+        folder: a model's or adapter's folder.
+
+    Returns:
+        The number, or None where there is no `tokenizer.json` or it has no vocabulary.
+
+    Raises:
+        DeltaguardError: the file cannot be read, or holds something else.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    tokenizer = read_json(path, _Tokenizer, remedy="Copy it again.")
+    vocabulary = tokenizer.model.vocab
+    if vocabulary is None:
+        return None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    ids += [token.id for token in tokenizer.added_tokens]
+    return max(ids, default=-1) + 1

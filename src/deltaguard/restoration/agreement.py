@@ -16,11 +16,12 @@ from deltaguard.models.canonical import (
     part_of,
 )
 from deltaguard.models.checkpoint import WeightSource
+from deltaguard.models.families import is_output_head
 from deltaguard.models.identity import ModelIdentity, configs_of, identify, templates_of
 from deltaguard.models.loading import load_config, load_tokenizer
-from deltaguard.models.mirror import loadable, model_files, output_files
+from deltaguard.models.mirror import loadable, output_files
 from deltaguard.restoration.options import RestoreConfig
-from deltaguard.restoration.plan import OUTPUT_EMBEDDING, Plan
+from deltaguard.restoration.plan import Plan
 from deltaguard.restoration.tokens import Difference, LoadedTokenizer, shortened, tokenizer_differences
 
 _ALIGNED = "`--config-from aligned` gives the output what the aligned model has, and measures it so."
@@ -128,7 +129,7 @@ class _Resolved:
 
     @classmethod
     def of(cls, source: WeightSource) -> "_Resolved":
-        files = model_files(source)
+        files = source.files()
         with loadable(files) as folder:
             config = load_config(folder, source.reference).to_dict() if CONFIG in files else {}
             is_there = any(part_of(path) == "tokenizer" for path in files)
@@ -168,7 +169,7 @@ def _template_differences(one: Mapping[str, str], other: Mapping[str, str]) -> I
 
 def _require_head(aligned: WeightSource, finetuned: WeightSource, config: RestoreConfig) -> None:
     """Refuse an output that would be loaded with a head of random numbers."""
-    stored = [any(map(OUTPUT_EMBEDDING.search, source.tensors)) for source in (aligned, finetuned)]
+    stored = [any(map(is_output_head, source.tensors)) for source in (aligned, finetuned)]
     if stored != [True, False]:
         return
     with loadable(output_files(aligned, finetuned, config_from=config.config_from)) as folder:

@@ -1,7 +1,6 @@
 """What differs between an aligned model and a fine-tuned one, by layer and kind."""
 
 import math
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,12 +9,11 @@ from torch import Tensor
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.models.families import kind_of
 from deltaguard.reports.records.diff import DiffReport, KindRow, TensorDiff
 from deltaguard.restoration.agreement import Identified, differences
 from deltaguard.restoration.job import open_models
 from deltaguard.restoration.plan import make_plan
-
-_NUMBER = re.compile(r"\.\d+\.")
 
 
 def diff(aligned: str | Path, finetuned: str | Path, *, deep: bool = False) -> DiffReport:
@@ -107,15 +105,15 @@ def _values(before: Tensor, after: Tensor) -> TensorDiff | None:
 def _by_kind(names: list[str], rows: list[TensorDiff], *, deep: bool) -> tuple[KindRow, ...]:
     differing: dict[str, list[TensorDiff]] = defaultdict(list)
     for row in rows:
-        differing[_kind(row.name)].append(row)
+        differing[kind_of(row.name)].append(row)
     counts: dict[str, int] = defaultdict(int)
     for name in [*names, *(row.name for row in rows if row.difference == "only aligned")]:
-        counts[_kind(name)] += 1
+        counts[kind_of(name)] += 1
     return tuple(
         KindRow(
             kind=kind,
             tensors=count,
-            differing=len(differing[kind]),
+            differing=len(differing[kind]) if deep or differing[kind] else None,
             relative_norm=_mean([row.relative_norm for row in differing[kind]]) if deep else None,
         )
         for kind, count in counts.items()
@@ -125,10 +123,6 @@ def _by_kind(names: list[str], rows: list[TensorDiff], *, deep: bool) -> tuple[K
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _kind(name: str) -> str:
-    return _NUMBER.sub(".*.", name)
 
 
 def _text(info: TensorInfo) -> str:

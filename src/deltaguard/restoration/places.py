@@ -1,6 +1,5 @@
 """Where a checkpoint's tensors go in a loaded model, and why some do not go anywhere."""
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,9 +8,8 @@ from torch import Tensor, nn
 
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import Checkpoint, WeightSource, name_map
+from deltaguard.models.families import is_in_block, is_parameter, with_common_head
 
-_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
-_HEAD = re.compile(r"^(embed_out|output_layer)\.")
 Places = Mapping[str, tuple[Tensor, ...]]
 """The fine-tuned checkpoint's names, and the model's parameters that each of them gives the values of."""
 
@@ -28,7 +26,7 @@ def match(model: Any, aligned: Checkpoint, finetuned: WeightSource) -> Places:
         DeltaguardError: a tensor has no place or another shape, or a parameter no tensor; all are listed.
     """
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    stored = {name if name in own else _HEAD.sub("lm_head.", name): name for name in finetuned.tensors}
+    stored = {name if name in own else with_common_head(name): name for name in finetuned.tensors}
     names = {stored[found]: place for found, place in name_map(list(stored), list(own)).items()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = {place for place in own if own[place] is embedding.weight or own[place] is head.weight}
@@ -50,8 +48,8 @@ def _problems(model: Any, finetuned: WeightSource, places: Places) -> Iterator[s
     growing = {id(parameter) for end in ends for parameter in end.parameters()}
     for name, info in finetuned.tensors.items():
         # Attention masks that old checkpoints hold have four dimensions, and are no weights.
-        counts = len(info.shape) == 2 or (name.endswith((".weight", ".bias")) and not _MASK.search(name))
-        if name not in places and counts and any(map(str.isdigit, name.split("."))):
+        counts = len(info.shape) == 2 or is_parameter(name)
+        if name not in places and counts and is_in_block(name):
             yield f"`{name}`, {info.shape}, has no counterpart in the model"
         for shape, place in ((tuple(place.shape), place) for place in places.get(name, ())):
             larger = id(place) in growing and info.shape[1:] == shape[1:] and info.shape > shape

@@ -1,26 +1,29 @@
 """What a restore will do, decided from headers alone: no weight is read to make a plan."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 
-from deltaguard.curvature.contents import Group, spectra_bytes
-from deltaguard.curvature.rank import Rank
+from deltaguard.curvature import Rank
+from deltaguard.curvature.contents import spectra_bytes
 from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.sums import Group
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import TensorInfo, WeightSource, name_map
-from deltaguard.models.families import stored_in_out
-from deltaguard.models.vocabulary import vocabulary_size
+from deltaguard.models.families import (
+    is_block_matrix,
+    is_input_embedding,
+    is_output_head,
+    is_parameter,
+    is_vocabulary,
+    refuse_experts,
+    stored_in_out,
+)
+from deltaguard.models.loading import vocabulary_size
+from deltaguard.models.shards import DTYPES
 from deltaguard.restoration.options import OtherParams
 
-_BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")
-_EXPERT = re.compile(r"\.experts?\.")
-OUTPUT_EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$")
-_INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
-_VOCABULARY = re.compile(
-    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|output_layer)\.(weight|bias)$"
-)
 _ORDERS = {False: "(out, in)", True: "(in, out)"}
 _SHOWN = 20
 
@@ -43,7 +46,8 @@ class Step:
         action: RESTORE: a solver decides; ALIGNED or FINETUNED: taken whole from that model; EXTEND: the
             rows both models have from the aligned one, the rest from the fine-tuned one.
         aligned: the tensor's name in the aligned checkpoint, None where it has none.
-        shared_rows: with EXTEND, how many rows come from the aligned model.
+        shared_rows: with EXTEND, how many rows come from the aligned model; with RESTORE, how many the method
+            decides, the others being fine-tuned; 0 where it decides all.
         group: the curvature group, None without curvature.
         transposed: whether the weight is stored (in, out), as GPT-2's Conv1D does.
         reason: why, in words for the report.
@@ -104,6 +108,7 @@ def make_plan(
     store: CurvatureStore | None,
     other_params: OtherParams = "aligned",
     rank: Rank = "auto",
+    everywhere: bool = False,
 ) -> Plan:
     """Decide what becomes of every tensor of the fine-tuned checkpoint.
 
@@ -114,6 +119,8 @@ def make_plan(
             none: then every matrix inside a decoder block is restored.
         other_params: where norms, biases, embeddings and the output head come from.
         rank: what the method reads from the store: eigenpairs, or the whole.
+        everywhere: whether the method decides every tensor that both models have; what the fine-tuned model
+            alone has then stays.
 
     Returns:
         The plan.
@@ -122,9 +129,11 @@ def make_plan(
         DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), or the
             model has expert layers.
     """
-    _refuse_experts(aligned, finetuned)
+    for source in (aligned, finetuned):
+        refuse_experts(source.reference, source.config, source.tensors)
     names = _aligned_names(aligned, finetuned)
-    rules = _Rules(_layer_rule(aligned, store), other_params, _known_tokens(aligned, finetuned))
+    known_tokens = _known_tokens(aligned, finetuned)
+    rules = _Rules(_layer_rule(aligned, store), other_params, known_tokens, everywhere)
     problems = _missing(aligned, names, rules.layer)
     steps: list[Step] = []
     for info in finetuned.tensors.values():
@@ -153,6 +162,7 @@ class _Rules:
     layer: _LayerRule
     other_params: OtherParams
     known_tokens: int | None
+    everywhere: bool
 
 
 def _layer_rule(aligned: WeightSource, store: CurvatureStore | None) -> _LayerRule:
@@ -163,7 +173,7 @@ def _layer_rule(aligned: WeightSource, store: CurvatureStore | None) -> _LayerRu
     def rule(info: TensorInfo) -> tuple[str | None, bool] | None:
         transposed = stored_in_out(aligned.config, info.name)
         if store is None:
-            return (None, transposed) if len(info.shape) == 2 and _BLOCK_MATRIX.search(info.name) else None
+            return (None, transposed) if is_block_matrix(info.name, info.shape) else None
         group = store.group_of(info.name)
         return None if group is None else (group.name, transposed)
 
@@ -189,9 +199,9 @@ def _refuse_turned_layers(aligned: WeightSource, store: CurvatureStore) -> None:
 def _aligned_names(aligned: WeightSource, finetuned: WeightSource) -> Mapping[str, str]:
     """Fine-tuned name -> aligned name; an output head that only one model stores is the tied embedding."""
     names = name_map(list(finetuned.tensors), list(aligned.tensors))
-    embedding = next((name for name in aligned.tensors if _INPUT_EMBEDDING.search(name)), None)
+    embedding = next(filter(is_input_embedding, aligned.tensors), None)
     for name in finetuned.tensors:
-        if name not in names and embedding and OUTPUT_EMBEDDING.search(name):
+        if name not in names and embedding and is_output_head(name):
             names[name] = embedding
     return names
 
@@ -203,16 +213,17 @@ def _missing(aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule)
         f"Tensor `{info.name}` {info.shape} is in the aligned model and not in the fine-tuned one."
         for info in aligned.tensors.values()
         if info.name not in found
-        and (layer(info) or info.name.endswith((".weight", ".bias")))
-        and not OUTPUT_EMBEDDING.search(info.name)
-        and not re.search(r"\.(attn|attention)\.(masked_)?bias$", info.name)
+        and (layer(info) or is_parameter(info.name))
+        and not is_output_head(info.name)
     ]
 
 
-def _step(info: TensorInfo, aligned: TensorInfo | None, rules: _Rules) -> Step | str:
+def _step(  # noqa: PLR0911  # a return for each thing that may become of a tensor
+    info: TensorInfo, aligned: TensorInfo | None, rules: _Rules
+) -> Step | str:
     """What becomes of one tensor, or the sentence that says why it does not fit."""
     if aligned is None:
-        if _BLOCK_MATRIX.search(info.name) and len(info.shape) == 2:
+        if is_block_matrix(info.name, info.shape):
             return f"Tensor `{info.name}` {info.shape} is in the fine-tuned model and not in the aligned one."
         return Step(info, Action.FINETUNED, None, None, False, "only in the fine-tuned checkpoint")
     restored = rules.layer(aligned)
@@ -225,6 +236,10 @@ def _step(info: TensorInfo, aligned: TensorInfo | None, rules: _Rules) -> Step |
             f"Tensor `{info.name}` is {aligned.shape} in the aligned model "
             f"and {info.shape} in the fine-tuned one."
         )
+    if rules.everywhere:
+        # Indices and masks are no weights.
+        action = Action.RESTORE if DTYPES[info.dtype].is_floating_point else Action.FINETUNED
+        return Step(info, action, aligned.name, None, False, "decided by the method", shared or 0)
     if shared is None or rules.other_params == "finetuned":
         own = f"--other-params {rules.other_params}"
         return Step(info, Action(rules.other_params), aligned.name, None, False, own)
@@ -234,7 +249,7 @@ def _step(info: TensorInfo, aligned: TensorInfo | None, rules: _Rules) -> Step |
 
 def _shared_rows(info: TensorInfo, aligned: TensorInfo, known_tokens: int | None) -> int | None:
     """How many rows of a vocabulary tensor both models know, None where the fine-tuned one has no more."""
-    if not _VOCABULARY.search(info.name) or info.shape[1:] != aligned.shape[1:]:
+    if not is_vocabulary(info.name) or info.shape[1:] != aligned.shape[1:]:
         return None
     rows, own = info.shape[0], aligned.shape[0]
     shared = own if known_tokens is None else min(own, known_tokens)
@@ -248,16 +263,6 @@ def _known_tokens(aligned: WeightSource, finetuned: WeightSource) -> int | None:
     """
     own, tuned = (vocabulary_size(source.folder) for source in (aligned, finetuned))
     return own if own is not None and tuned is not None and tuned > own else None
-
-
-def _refuse_experts(*sources: WeightSource) -> None:
-    for source in sources:
-        found = [name for name in source.tensors if _EXPERT.search(name)]
-        if found:
-            raise DeltaguardError(
-                f"{source.reference} is a mixture of experts ({len(found)} expert tensors, such as "
-                f"`{found[0]}`): deltaguard does not restore expert layers yet."
-            )
 
 
 def _mismatch(aligned: WeightSource, finetuned: WeightSource, problems: Sequence[str]) -> str:
@@ -297,4 +302,4 @@ def _curvature_bytes(store: CurvatureStore, group: Group, rank: Rank) -> int:
 
 
 def _entries(step: Step) -> int:
-    return step.info.shape[0] * step.info.shape[1]
+    return prod(step.info.shape)

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.logits import logits_at
-from deltaguard.curvature.observe import Batch, batches, padded
+from deltaguard.chat.predictions import logits_at, response_losses
+from deltaguard.chat.tokens import Batch, Reader, batches, read_by_both
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.canonical import counting_config, differing_fields, of_one_kind
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
 from deltaguard.models.loading import load_config, load_model, load_tokenizer
 from deltaguard.restoration.places import Places, grow, match
-from deltaguard.restoration.reading import Reader, read_by_both
 
 _NORMAL = 1.96
 
@@ -222,7 +221,7 @@ class _Asked:
         pairs.sort(key=lambda pair: len(pair[1].ids), reverse=True)
         for start in range(0, len(pairs), self.batch_size):
             mine, theirs = zip(*pairs[start : start + self.batch_size], strict=True)
-            yield padded(mine), padded(theirs)
+            yield Batch.of(mine), Batch.of(theirs)
 
 
 def _runs_alike(one: Any, other: Any) -> bool:
@@ -241,11 +240,18 @@ def _make_loadable(config: Any, aligned: Any) -> None:
 
 
 def _likelihood(model: Any, read: Iterable[Batch]) -> float:
-    terms: list[float] = []
-    for batch in read:
-        targets = batch.ids[:, 1:][batch.answering[:, :-1]]
-        terms += (-_log_probs(model, batch).gather(1, targets[:, None])[:, 0]).tolist()
-    return math.fsum(terms) / len(terms)
+    terms = [loss for batch in read for losses in response_losses(model, batch) for loss in losses]
+    mean = math.fsum(terms) / len(terms)
+    if not math.isfinite(mean):
+        raise _not_finite(model.dtype)
+    return mean
+
+
+def _not_finite(dtype: torch.dtype) -> DeltaguardError:
+    return DeltaguardError(
+        f"The model predicts NaN or infinite values in {dtype}: some of its weights are not finite "
+        "(`deltaguard diff ALIGNED FINETUNED --deep` counts them), or something overflows as it runs."
+    )
 
 
 @torch.inference_mode()
@@ -254,5 +260,5 @@ def _log_probs(model: Any, batch: Batch) -> Tensor:
     rows = logits_at(model, batch.ids, batch.mask, batch.answering)
     found = rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(dim=-1)
     if not found.isfinite().all():
-        raise DeltaguardError(f"The model predicts NaN or infinite values in {rows.dtype}: use another.")
+        raise _not_finite(rows.dtype)
     return found

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.solution import working_dtype
+from deltaguard.solvers.solution import damped_by, leading_singular, working_dtype
 
 EXACT_SIZE = 2048
 """Up to this size the whole eigendecomposition is computed; it costs seconds. Beyond, a randomised one."""
 
 _FLOOR = 0.01
-"""Share of the mean of the other eigenvalues that is added to them before their geometric mean is taken."""
+"""Share of the mean of small eigenvalues that each of them counts for at least."""
 
 _NEGATIVE = 0.01
 """Share of the largest eigenvalue beyond which negative ones are no rounding, not even to half precision."""
@@ -36,28 +36,48 @@ class Spectrum:
 
     @property
     def size(self) -> int:
-        """N."""
+        """The number of rows, n."""
         return self.vectors.shape[0]
 
     def dense(self) -> Tensor:
-        """The matrix it stands for, (n, n)."""
+        """Write out the matrix it stands for, (n, n)."""
         vectors = self.vectors.to(self.values.dtype)
         matrix = (vectors * (self.values - self.tail)) @ vectors.T
         matrix.diagonal().add_(self.tail)
         return matrix
 
     def to(self, dtype: torch.dtype) -> "Spectrum":
-        """The same in another precision."""
+        """Convert values and vectors to another precision."""
         return Spectrum(self.values.to(dtype), self.vectors.to(dtype), self.tail)
+
+    def floored(self) -> "Spectrum":
+        """Raise small eigenvalues to a floor, so that no direction of a delta is free, whatever the rank.
+
+        A direction that no token reached has eigenvalue 0: nothing is known about it, which must not say that
+        it costs nothing. The floor is a hundredth of the mean of the smaller three quarters of all n
+        eigenvalues, the tail counted for each that is not kept. So a spectrum of which a quarter or less is
+        kept stays as it is, its tail being that mean; one that keeps more comes ever closer to one that keeps
+        everything. Where kept eigenvalues are lost in the rounding of the largest, that is the floor.
+        """
+        size, rank, first = self.size, len(self.values), self.size // 4
+        if not rank:
+            return self
+        smaller = float(self.values[first:].double().sum()) + (size - max(rank, first)) * self.tail
+        floor = _FLOOR * smaller / (size - first)
+        rounding = torch.finfo(self.values.dtype).eps * float(self.values[0])
+        if floor == 0 or float(self.values[-1]) < rounding:
+            floor = max(floor, rounding)
+        tail = max(self.tail, floor) if rank < size else self.tail
+        return Spectrum(self.values.clamp_min(floor), self.vectors, tail)
 
 
 def scaled_identity(size: int, value: float, *, like: Tensor) -> Spectrum:
-    """The matrix value · I, (size, size), on the device and in the dtype of `like`."""
+    """Make the matrix value · I, (size, size), on the device and in the dtype of `like`."""
     return Spectrum(like.new_empty(0), like.new_empty(size, 0), value)
 
 
 def spectrum(curvature: Tensor, rank: int | None = None) -> Spectrum:
-    """The largest eigenpairs of a second moment, and the geometric mean of the others.
+    """Find the largest eigenpairs of a second moment, and the geometric mean of the other eigenvalues.
 
     The geometric mean is that of the other eigenvalues, each raised by a hundredth of their arithmetic mean:
     directions that no token reached have eigenvalue 0, which says that nothing is known about them, and would
@@ -89,18 +109,6 @@ def spectrum(curvature: Tensor, rank: int | None = None) -> Spectrum:
     return _randomised(matrix, kept)
 
 
-def raised(whole: Spectrum) -> Spectrum:
-    """A spectrum that is not cut off, without directions that are free.
-
-    Eigenvalues are raised to a hundredth of the mean of the smaller three quarters: in a cut-off spectrum the
-    tail sees to that.
-    """
-    smaller = whole.values[whole.size // 4 :]
-    return Spectrum(
-        whole.values.clamp_min(_FLOOR * float(smaller.double().mean())), whole.vectors, whole.tail
-    )
-
-
 def _exact(matrix: Tensor, rank: int) -> Spectrum:
     values, vectors = torch.linalg.eigh(matrix)
     if float(values[0]) < -_NEGATIVE * max(float(values[-1]), 0.0):
@@ -116,16 +124,13 @@ def _exact(matrix: Tensor, rank: int) -> Spectrum:
 
 
 def _randomised(matrix: Tensor, rank: int) -> Spectrum:
-    own = torch.cuda.default_generators[matrix.get_device()] if matrix.is_cuda else torch.default_generator
-    with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
-        own.manual_seed(0)
-        vectors, values, _ = torch.svd_lowrank(matrix, q=rank + _OVERSAMPLING, niter=_POWER_ITERATIONS)
+    vectors, values, _ = leading_singular(matrix, rank + _OVERSAMPLING, iterations=_POWER_ITERATIONS)
     values, vectors = values[:rank].clone(), vectors[:, :rank].contiguous()
     return Spectrum(values, vectors, _tail_from_determinant(matrix, values))
 
 
 def _tail_from_determinant(matrix: Tensor, values: Tensor) -> float:
-    """The log det(M + floor · I) less the logarithms of the kept eigenvalues, shared out among the others.
+    """Find the others' geometric mean from log det(M + floor · I), less the logarithms of those kept.
 
     In float64: the determinant multiplies eigenvalues that lie many orders of magnitude apart.
     """
@@ -146,11 +151,9 @@ def _tail_from_determinant(matrix: Tensor, values: Tensor) -> float:
 
 
 def _cholesky(matrix: Tensor, floor: float, highest: float) -> tuple[Tensor, float]:
-    """The factor of M + floor · I, the floor raised tenfold while rounding of M makes that indefinite."""
+    """Factorise M + floor · I, the floor raised tenfold while rounding of M makes that indefinite."""
     while True:
-        damped = matrix.to(torch.float64, copy=True)
-        damped.diagonal().add_(floor)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        lower, info = torch.linalg.cholesky_ex(damped_by(matrix, floor, torch.float64))
         if int(info) == 0:
             return lower, floor
         if floor >= highest:

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import torch
 
-from deltaguard.chat.conversations import Conversation, render
+from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
-from deltaguard.chat.likelihood import negative_log_likelihood
+from deltaguard.chat.predictions import negative_log_likelihood
+from deltaguard.chat.template import render
 from deltaguard.device import find_device
 from deltaguard.evaluation.engines.adapters import merge_adapter
 from deltaguard.evaluation.engines.identity import Folders, find_folders, load_tokenizer

@@ -13,7 +13,7 @@ from math import exp
 from typing import Any
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.likelihood import negative_log_likelihood
+from deltaguard.chat.predictions import negative_log_likelihood
 from deltaguard.chat.refusals import is_empty
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Verdict

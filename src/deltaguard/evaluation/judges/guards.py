@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
-from deltaguard.chat.chat_template import apply_template
 from deltaguard.chat.generation import generate
+from deltaguard.chat.template import apply_template
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Judge, Judgement, Verdict
 from deltaguard.evaluation.judges import JudgeSpec, PlainJudge

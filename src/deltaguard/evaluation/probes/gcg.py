@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from deltaguard.chat.conversations import takes_system_role
+from deltaguard.chat.template import takes_system_role
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.exchange import Question
 

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from deltaguard.chat.chat_template import apply_template
+from deltaguard.chat.template import apply_template
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.metrics.rates import Rate, estimate
-from deltaguard.models.code import refuse_code
+from deltaguard.models.loading import refuse_code
 from deltaguard.reports.records.evaluation import Better, Estimate, HarnessTask
 
 # What a task adds to the harness's own requirements, by the task's name.

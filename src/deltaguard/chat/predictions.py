@@ -1,0 +1,141 @@
+"""What a causal language model predicts: logits at chosen positions, and the likelihood of responses.
+
+Unlike the share of right answers, likelihood needs no generation, and it moves long before an answer changes.
+It depends on the tokenizer: compare only models that share one.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaguard.chat.conversations import Conversation, require_responses
+from deltaguard.chat.tokens import Batch, Encoded, batches, context_length, encode
+from deltaguard.errors import DeltaguardError
+
+
+def logits_at(model: Any, ids: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
+    """Compute the logits of a batch at chosen positions alone.
+
+    A vocabulary is so much wider than a model that logits of all positions can take more memory and time
+    than all layers. The chosen hidden states are handed to the output layer in the place of all, so that
+    whatever the architecture does to logits, such as a soft cap, is done to these.
+
+    Args:
+        model: a transformers causal language model.
+        ids: token ids, (conversations, tokens), padded at the end.
+        mask: False for padding, the same shape.
+        chosen: positions whose logits are wanted, the same shape.
+
+    Returns:
+        (positions chosen, vocabulary), conversation by conversation, with a gradient where one is recorded.
+
+    Raises:
+        DeltaguardError: the model has no embedding for one of the tokens.
+    """
+
+    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        return (hidden[chosen.to(hidden.device)].unsqueeze(0), *inputs[1:])
+
+    require_known_tokens(model, int(ids.max()))
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        logits: Tensor = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+    finally:
+        handle.remove()
+    return torch.squeeze(logits, 0)
+
+
+def require_known_tokens(model: Any, largest: int) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Args:
+        model: a transformers causal language model.
+        largest: the largest id that its tokenizer gave.
+
+    Raises:
+        DeltaguardError: the model has fewer embeddings.
+    """
+    rows = len(model.get_input_embeddings().weight)
+    if largest >= rows:
+        raise DeltaguardError(
+            f"The tokenizer gives the token {largest}, and the model has embeddings for {rows}: they do not "
+            "belong together. Put the model's own tokenizer into its folder."
+        )
+
+
+@torch.inference_mode()
+def response_losses(model: Any, batch: Batch) -> list[list[float]]:
+    """Compute -log p(token | all before it) for every response token.
+
+    Only response positions go through the output layer. The softmax is taken in float32, or in float64 where
+    the model is.
+
+    Args:
+        model: a transformers causal language model in evaluation mode.
+        batch: on the model's device.
+
+    Returns:
+        Nats, a list for each conversation.
+
+    Raises:
+        DeltaguardError: the model has no embedding for one of the tokens.
+    """
+    logits = logits_at(model, batch.ids, batch.mask, batch.answering)
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = batch.ids[:, 1:][batch.answering[:, :-1]]
+    losses = nn.functional.cross_entropy(precise, targets, reduction="none")
+    return [each.tolist() for each in losses.split(batch.answering.sum(dim=1).tolist())]
+
+
+def negative_log_likelihood(
+    model: Any, tokenizer: Any, conversations: Sequence[Conversation], *, batch_size: int
+) -> list[float]:
+    """Compute the mean loss of each conversation's response, its closing token included.
+
+    The prompt is put through the chat template and carries no loss. The batch size changes the result by
+    rounding alone.
+
+    Args:
+        model: a transformers causal language model in evaluation mode.
+        tokenizer: its tokenizer, with a chat template.
+        conversations: all with responses.
+        batch_size: conversations per forward pass.
+
+    Returns:
+        Nats per token, one number a conversation, in the order given.
+
+    Raises:
+        DeltaguardError: a conversation has no response, or more tokens than the model takes; the tokenizer
+            has no chat template.
+
+    Example:
+        >>> pairs = [Conversation("What do bees make?", response="Honey.")]
+        >>> negative_log_likelihood(model, tokenizer, pairs, batch_size=8)  # doctest: +SKIP
+        [1.37]
+    """
+    require_responses(conversations, "whose likelihood could be measured")
+    encoded = [encode(tokenizer, c, max_length=sys.maxsize) for c in conversations]
+    _require_short(model, conversations, encoded)
+    # The order in which `batches` puts them.
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids), reverse=True)
+    losses = [
+        each for b in batches(encoded, batch_size) for each in response_losses(model, b.to(model.device))
+    ]
+    means = {i: sum(each) / len(each) for i, each in zip(order, losses, strict=True)}
+    return [means[i] for i in range(len(encoded))]
+
+
+def _require_short(model: Any, conversations: Sequence[Conversation], encoded: Sequence[Encoded]) -> None:
+    """Refuse what does not fit: the likelihood of a part of an answer is another quantity."""
+    limit = context_length(model.config)
+    long = [i for i, row in enumerate(encoded) if len(row.ids) > limit]
+    if long:
+        raise DeltaguardError(
+            f"{len(long)} of {len(encoded)} conversations are longer than the {limit} tokens that the "
+            f"model takes, the first with {len(encoded[long[0]].ids)} being "
+            f"{conversations[long[0]].prompt[:60]!r}. Shorten them, or leave them out."
+        )

@@ -1,0 +1,196 @@
+"""Chat templates: programs from a model's folder, run within limits, that write prompts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+
+from deltaguard.chat.conversations import Conversation
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.loading import foreign
+from deltaguard.time_limit import run_within
+
+SECONDS = 5.0
+"""A template may take so long for one conversation; those in use take less than a millisecond."""
+
+_MOST_CHARACTERS = 1_000_000
+_REMEDY = "It is not used: correct the model's chat_template.jinja, or take another model."
+# Their regular expressions need more than linear time, and cannot be stopped.
+_ENDLESS_FILTERS = ("urlize", "wordwrap")
+_MARKER = "deltaguard"
+_SHOWN = 200
+"""Characters of a prompt and of its rendering in a message."""
+
+
+class TemplateFailedError(DeltaguardError):
+    """A chat template that fails on a conversation, as it may on one with a system message."""
+
+
+def apply_template(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    answer_follows: bool = True,
+    seconds: float = SECONDS,
+) -> str:
+    """Put a conversation through the chat template of a tokenizer.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        messages: each with `role` and `content`.
+        answer_follows: end where the model's answer begins.
+        seconds: how long that may take.
+
+    Raises:
+        TemplateFailedError: the template fails on these messages.
+        DeltaguardError: there is no template; it takes too long, or writes or computes what may have no end.
+    """
+    if not tokenizer.chat_template:
+        raise DeltaguardError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so prompts cannot be put to "
+            "the model the way it was aligned. Use the instruction-tuned model, or save its "
+            "chat_template.jinja next to the tokenizer."
+        )
+    subject = f"The chat template of {tokenizer.name_or_path!r}"
+    roles = ", ".join(message["role"] for message in messages)
+
+    def apply() -> str:
+        _refuse_endless(tokenizer.chat_template, subject)
+        with foreign(f"{subject} fails on a conversation of {roles}", TemplateFailedError):
+            try:
+                return tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=answer_follows
+                )
+            except MemoryError as error:
+                raise DeltaguardError(f"{subject} takes more memory than there is. {_REMEDY}") from error
+
+    text = run_within(
+        seconds,
+        apply,
+        message=f"{subject} takes more than {seconds:g} s for a conversation of {roles}. {_REMEDY}",
+    )
+    given = sum(len(message["content"]) for message in messages)
+    if len(text) > _MOST_CHARACTERS + 10 * given:
+        raise DeltaguardError(f"{subject} makes {len(text):,} characters of {given:,}. {_REMEDY}")
+    return text
+
+
+def messages(tokenizer: Any, conversation: Conversation) -> list[dict[str, str]]:
+    """Write the turns before a response as a chat template takes them, each with `role` and `content`.
+
+    Where the template has no system role, the system message is put at the head of the user turn.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        conversation: its response is left out.
+
+    Raises:
+        DeltaguardError: the tokenizer has no chat template.
+    """
+    prompt, system = conversation.prompt, conversation.system
+    if system is None:
+        return _user(prompt)
+    if takes_system_role(tokenizer):
+        return [{"role": "system", "content": system}, *_user(prompt)]
+    return _user(f"{system}\n\n{prompt}" if system else prompt)
+
+
+def render(tokenizer: Any, conversation: Conversation | str) -> str:
+    """Write a prompt as the model reads it, up to where its answer begins.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        conversation: a conversation, of which the response is not rendered, or a prompt alone.
+
+    Returns:
+        Text that holds its special tokens already: tokenise it with `add_special_tokens=False`.
+
+    Raises:
+        DeltaguardError: the tokenizer has no chat template, or the template fails or leaves out the prompt.
+    """
+    turn = Conversation(conversation) if isinstance(conversation, str) else conversation
+    text = apply_template(tokenizer, messages(tokenizer, turn))
+    # White space aside, which some templates strip.
+    if "".join(turn.prompt.split()) not in "".join(text.split()):
+        raise DeltaguardError(
+            f"The chat template of {tokenizer.name_or_path!r} leaves out the prompt: {turn.prompt[:_SHOWN]!r}"
+            f" becomes {text[:_SHOWN]!r}. Correct it, or copy that of the model it was made from."
+        )
+    return text
+
+
+def takes_system_role(tokenizer: Any) -> bool:
+    """Tell whether the chat template renders a system message; some refuse it, some drop it without a word.
+
+    Raises:
+        DeltaguardError: the tokenizer has no chat template.
+    """
+    asked = [{"role": "system", "content": _MARKER}, *_user("?")]
+    try:
+        return _MARKER in apply_template(tokenizer, asked)
+    except TemplateFailedError:
+        return False
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """Find what the template writes after an answer (`<|im_end|>`), else the end-of-sequence token."""
+    said = [*_user("?"), {"role": "assistant", "content": _MARKER}]
+    _, found, tail = apply_template(tokenizer, said, answer_follows=False).rpartition(_MARKER)
+    return (tail.strip() if found else "") or tokenizer.eos_token or ""
+
+
+def _user(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def _refuse_endless(template: Any, subject: str) -> None:
+    # A tokenizer may have several by name, of which it takes one.
+    for text in template.values() if isinstance(template, dict) else (template,):
+        if (found := _endless(text)) is not None:
+            raise DeltaguardError(f"{subject} {found}, which may take without end. {_REMEDY}")
+
+
+@lru_cache(maxsize=32)
+def _endless(template: str) -> str | None:
+    """What a template does in one step that no limit of time could stop, or None."""
+    parser = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])  # noqa: S701  # not rendered
+    try:
+        tree = parser.parse(template)
+    except (jinja2.TemplateError, RecursionError):
+        return None  # Nor does transformers parse it, and says why.
+    for node in tree.find_all((nodes.Pow, nodes.Mul, nodes.Filter)):
+        if isinstance(node, nodes.Pow):
+            return "raises a number to a power"
+        if isinstance(node, nodes.Filter) and node.name in _ENDLESS_FILTERS:
+            return f"uses the filter {node.name}"
+        if isinstance(node, nodes.Mul) and _grows(list(_factors(node))):
+            return "multiplies numbers that it computes"
+    return None
+
+
+def _factors(node: nodes.Node) -> Iterator[nodes.Node]:
+    if isinstance(node, nodes.Mul):
+        yield from _factors(node.left)
+        yield from _factors(node.right)
+    else:
+        yield node
+
+
+def _grows(factors: Sequence[nodes.Node]) -> bool:
+    """Whether a product may square a number, as often as a loop likes; a text is repeated by numbers only."""
+    fixed = [factor for factor in factors if isinstance(factor, nodes.Const)]
+    return len(factors) - len(fixed) > 1 and not any(isinstance(factor.value, str) for factor in fixed)
+
+
+class _Generation(Extension):
+    """The block `generation` of transformers, so that templates with one can be parsed."""
+
+    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
