@@ -12,14 +12,15 @@ from pydantic import StrictFloat, TypeAdapter
 
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.engines.identity import whole_model
-from deltaguard.evaluation.engines.make import EngineConfig, identity, make_engine
+from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer, whole_model
+from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.exchange import Answer, Engine, LikelihoodEngine, Missed, Question, refuse_too_many
 from deltaguard.evaluation.journal import TEXT, AnswerFile
 from deltaguard.evaluation.probes.gcg import gcg_suffix, with_suffix
 from deltaguard.evaluation.probes.second_attack import attacked_again
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.utility.harness import HarnessScore, Rows, run_harness
+from deltaguard.models.adapter import open_model
 from deltaguard.models.names import place_problem
 from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Event, Progress
@@ -88,19 +89,17 @@ class PartAnswers:
 
 
 def describe(name: str, reference: str, config: EngineConfig) -> ModelUnderTest:
-    """Identify a model without loading its weights.
+    """Identify a model without loading its weights; of one on a server nothing can be seen.
 
     Raises:
         DeltaguardError: it cannot be found or read.
     """
-    seen = identity(reference, config)
-    template = seen.chat_template
+    if config.name == "openai":
+        return ModelUnderTest(name, reference, None, None)
+    opened = open_model(reference)
+    template: str = load_tokenizer(find_folders(reference)).chat_template
     return ModelUnderTest(
-        name=name,
-        reference=reference,
-        fingerprint=seen.fingerprint,
-        chat_template_hash=None if template is None else sha256(template.encode()).hexdigest(),
-        changes=seen.changes,
+        name, reference, opened.fingerprint(), sha256(template.encode()).hexdigest(), opened.changes
     )
 
 

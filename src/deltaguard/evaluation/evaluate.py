@@ -22,7 +22,7 @@ from deltaguard.evaluation.asking import (
     model_names,
     open_answers,
 )
-from deltaguard.evaluation.engines.identity import whole_model
+from deltaguard.evaluation.engines.folders import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Judge

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deltaguard.chat.conversations import Conversation, harmful_prompts
-from deltaguard.evaluation.engines.identity import whole_model
+from deltaguard.evaluation.engines.folders import whole_model
 from deltaguard.evaluation.suites.suite import SecondAttack
 from deltaguard.finetuning.finetune import FinetuneConfig, finetune
 from deltaguard.finetuning.mixtures import task_with_harmful
