@@ -143,7 +143,8 @@ def test_all_that_is_wrong_is_named_with_its_value(tmp_path):
     assert told.startswith(f"{path} cannot be used:")
     assert "`judges.0`" in told
     assert "(it is 5)" in told
-    assert "`sections.0.kind`: Input should be 'attack', 'harmless' or 'utility' (it is 'atack')" in told
+    assert "`sections.0.kind`: Input should be 'attack', 'harmless' or 'utility'" in told
+    assert "Did you mean \"attack\"? (it is 'atack')" in told
     assert "`sections.0.coutn`" in told
 
 

@@ -209,7 +209,7 @@ class _Asking:
     open_engine: OpenEngine
 
     def ask(self, reference: str, answers: Sequence[PartAnswers]) -> None:
-        """Everything that needs the model in memory."""
+        """Ask for everything that needs the model in memory."""
         if not answers:
             return
         engine = self.open_engine(reference, self.config)
@@ -223,7 +223,7 @@ class _Asking:
             engine.close()
 
     def harness(self, each: PartAnswers) -> None:
-        """What lm-eval measures on each task that is missing."""
+        """Have lm-eval measure each task that is missing."""
         options = each.part.harness
         assert options is not None  # noqa: S101
         for i in each.files["harness"].missing:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -234,7 +234,7 @@ def _report(run: _Run, answers: _Answers, results: Sequence[Result]) -> Evaluati
         suite_hash=sha256(json.dumps([settings, hashes], sort_keys=True).encode()).hexdigest(),
         settings=settings,
         engine=run.config.described,
-        decoding=run.suite.decoding.model_dump(mode="json"),
+        decoding=asdict(run.suite.decoding),
         models=tuple(
             EvaluatedModel(
                 name=model.name,

@@ -59,7 +59,7 @@ class DatasetSpec(BaseModel):
     paper: str
 
     def keeps(self, row: Row, column: str) -> bool:
-        """Whether a row belongs to the set, told by a column of `keep` as the file writes it."""
+        """Tell whether a row belongs to the set, told by a column of `keep` as the file writes it."""
         pattern = self.keep[column.casefold()]
         fits = fnmatchcase(str(row.get(column)).strip().casefold(), pattern.removeprefix("!"))
         return fits != pattern.startswith("!")
@@ -128,7 +128,7 @@ def load_questions(
 
 
 def load_set(name_or_path: str | Path, *, path: str | Path | None = None) -> Loaded:
-    """All questions of a data set, with what a reader must know of them.
+    """Read all questions of a data set, with what a reader must know of them.
 
     Args:
         name_or_path: as in `load_questions`.
@@ -146,7 +146,7 @@ def load_set(name_or_path: str | Path, *, path: str | Path | None = None) -> Loa
 
 
 def drawn(questions: Sequence[Question], count: int, seed: int, source: str) -> list[Question]:
-    """Some of the questions, in their order.
+    """Draw some of the questions, in their order.
 
     Args:
         questions: all there are.

@@ -67,7 +67,7 @@ class TransformersEngine:
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
     ) -> list[str]:
-        """One answer a question, in order; a prefill is put behind the rendered prompt and continued."""
+        """Answer each question, in order; a prefill is put behind the rendered prompt and continued."""
         return generate(
             self.model,
             self.tokenizer,
@@ -80,7 +80,7 @@ class TransformersEngine:
         )
 
     def likelihood(self, questions: Sequence[Question]) -> list[float]:
-        """Mean negative log-likelihood of each expected answer, nats per token.
+        """Measure the mean negative log-likelihood of each expected answer, nats per token.
 
         Raises:
             DeltaguardError: a question has no expected answer.
@@ -97,7 +97,7 @@ class TransformersEngine:
 
 
 def rendered(tokenizer: Any, question: Question) -> str:
-    """The text that a model continues: the chat template up to the answer, then the prefill."""
+    """Render the text that a model continues: the chat template up to the answer, then the prefill."""
     return render(tokenizer, Conversation(question.prompt, question.system)) + question.prefill
 
 
@@ -107,7 +107,7 @@ def _load(folders: Folders, reference: str, dtype: str) -> Any:
 
 
 def resolved_dtype(dtype: Dtype, device: str) -> Dtype:
-    """A dtype by name; `auto` is float32 on the CPU, and stays `auto`, the checkpoint's own, elsewhere.
+    """Name a dtype; `auto` is float32 on the CPU, and stays `auto`, the checkpoint's own, elsewhere.
 
     Example:
         >>> resolved_dtype("auto", "cpu"), resolved_dtype("auto", "cuda:1")

@@ -171,7 +171,7 @@ class LLMJudge(PlainJudge):
 
 
 def parse_score(output: str) -> int | None:
-    r"""The score on the last line of a judge's output; `None` where there is none.
+    r"""Read the score on the last line of a judge's output; `None` where there is none.
 
     Example:
         >>> parse_score("It declines.\nScore: 1"), parse_score("I would say 3 or 4.")

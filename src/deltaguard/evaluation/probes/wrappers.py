@@ -134,7 +134,7 @@ class TranslatedPrompt:
 
 
 def translated_prompts(language: Language) -> tuple[TranslatedPrompt, ...]:
-    """The requests of one language, in the file's order, which is the same for all languages.
+    """Read the requests of one language, in the file's order, which is the same for all languages.
 
     Example:
         >>> [row.language for row in translated_prompts("sw")][:1]

@@ -66,13 +66,13 @@ class Part:
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def settings(self) -> dict[str, object]:
-        """What a model's answers depend on, apart from the prompts and the model."""
+        """List what a model's answers depend on, apart from the prompts and the model."""
         options = (self.second_attack, self.gcg, self.harness)
         given = [option.model_dump(mode="json") for option in options if option is not None]
         return {"decoding": None if self.decoding is None else asdict(self.decoding), "options": given}
 
     def row(self) -> SectionRow:
-        """The part as reports hold it."""
+        """Write the part as reports hold it."""
         return SectionRow(
             name=self.name,
             kind=self.kind,
@@ -249,11 +249,9 @@ def _plain(section: Section, source: Source, suite: Suite) -> Part:
                 "likelihood need."
             )
     generates = section.kind != "utility" or bool(section.scorers)
-    decoding = Decoding(
-        max_new_tokens=section.max_new_tokens or suite.decoding.max_new_tokens,
-        temperature=suite.decoding.temperature,
-        seed=suite.decoding.seed,
-    )
+    decoding = suite.decoding
+    if section.max_new_tokens is not None:
+        decoding = replace(decoding, max_new_tokens=section.max_new_tokens)
     return Part(
         name=section.name,
         kind=section.kind,

@@ -121,7 +121,7 @@ def run_harness(
 
 
 def scores(found: Mapping[str, Any], *, chat_template: bool) -> list[HarnessScore]:
-    """The numbers in what `lm_eval.simple_evaluate` returns; it names them `metric,filter`.
+    """Read the numbers in what `lm_eval.simple_evaluate` returns; it names them `metric,filter`.
 
     Args:
         found: the mapping it returns.
