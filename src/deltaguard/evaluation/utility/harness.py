@@ -64,11 +64,10 @@ def run_harness(
     limit: int | None,
     batch_size: int,
     device: str,
-    apply_chat_template: bool = True,
     seed: int,
     include_path: str | Path | None = None,
 ) -> list[HarnessScore]:
-    """Answer tasks of the harness with a transformers model.
+    """Answer tasks of the harness with a transformers model, through its chat template.
 
     Args:
         model: folder or Hub id of a causal language model.
@@ -76,7 +75,6 @@ def run_harness(
         limit: questions per task, from its beginning, so that models answer the same; `None` takes all.
         batch_size: questions at a time.
         device: where the model runs.
-        apply_chat_template: put questions through the chat template; examples become turns before them.
         seed: fixes which examples are shown, and whatever else a task draws. The harness seeds the global
             generators of Python, numpy and torch with it.
         include_path: folder of task files of one's own, beside the harness's.
@@ -97,7 +95,7 @@ def run_harness(
         include_path=None if include_path is None else str(include_path)
     )
     _check_tasks(tasks, manager)
-    engine = _engine(model, device, batch_size, apply_chat_template=apply_chat_template)
+    engine = _engine(model, device, batch_size)
     evaluator = import_module("lm_eval.evaluator")
     try:
         found: Mapping[str, Any] = evaluator.simple_evaluate(
@@ -105,7 +103,7 @@ def run_harness(
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,
-            apply_chat_template=apply_chat_template,
+            apply_chat_template=True,
             log_samples=False,
             random_seed=seed,
             numpy_random_seed=seed,
@@ -117,7 +115,7 @@ def run_harness(
             f"The data of {', '.join(tasks)} could not be read: {error}. The harness fetches it from the "
             "Hub: run it once where the Hub can be reached, or bring tasks of your own."
         ) from error
-    return scores(found, chat_template=apply_chat_template)
+    return scores(found, chat_template=True)
 
 
 def scores(found: Mapping[str, Any], *, chat_template: bool) -> list[HarnessScore]:
@@ -147,19 +145,17 @@ def scores(found: Mapping[str, Any], *, chat_template: bool) -> list[HarnessScor
     ]
 
 
-def _engine(model: str | Path, device: str, batch_size: int, *, apply_chat_template: bool) -> Any:
+def _engine(model: str | Path, device: str, batch_size: int) -> Any:
     refuse_code(Path(model), str(model))
     engine: Any = import_module("lm_eval.models.huggingface").HFLM(
         pretrained=str(model), device=device, batch_size=batch_size, trust_remote_code=False
     )
-    if apply_chat_template and not engine.tokenizer.chat_template:
+    if not engine.tokenizer.chat_template:
         raise DeltaguardError(
-            f"{model} has no chat template to apply. Save its chat_template.jinja next to the tokenizer, or "
-            "run the harness without the template."
+            f"{model} has no chat template to apply. Save its chat_template.jinja next to the tokenizer."
         )
-    if apply_chat_template:
-        # The harness applies it without a limit of time, so that one that has no end must be found before.
-        apply_template(engine.tokenizer, [{"role": "user", "content": "How?"}])
+    # The harness applies it without a limit of time, so that one that has no end must be found before.
+    apply_template(engine.tokenizer, [{"role": "user", "content": "How?"}])
     return engine
 
 
