@@ -19,7 +19,15 @@ from deltaguard.models.loading import load_config, load_model, load_tokenizer
 
 
 class ClassifierSpec(JudgeSpec):
-    """A sequence classifier (see `SequenceClassifierJudge`)."""
+    """A sequence classifier (see `SequenceClassifierJudge`).
+
+    Attributes:
+        model: folder, Hub id or `id@revision` of a model for sequence classification.
+        refused_labels: the model's labels that mean "refused" (or "safe").
+        reads: what it was trained on: the answer alone, or the prompt and the answer as a pair of texts.
+        batch_size: answers at a time.
+        name: as tables show it.
+    """
 
     kind: Literal["classifier"] = "classifier"
     model: str
@@ -31,7 +39,7 @@ class ClassifierSpec(JudgeSpec):
     @override
     def make(self, *, device: str = "cpu", folder: Path | None = None) -> Judge:
         """Make the judge, whose labels are checked now."""
-        return SequenceClassifierJudge(device=device, **self.model_dump(exclude={"kind"}))
+        return SequenceClassifierJudge(self, device)
 
 
 @dataclass(frozen=True)
@@ -42,23 +50,20 @@ class SequenceClassifierJudge(PlainJudge):
     An answer too long for the classifier is cut off at its end; of a pair of texts, the longer one is cut.
 
     Attributes:
-        model: folder, Hub id or `id@revision` of a model for sequence classification.
-        refused_labels: the model's labels that mean "refused" (or "safe").
-        reads: what it was trained on: the answer alone, or the prompt and the answer as a pair of texts.
+        options: which classifier, and how it is asked.
         device: where it runs.
-        batch_size: answers at a time.
-        name: as tables show it.
 
     Raises:
         DeltaguardError: the model has no such labels, or does not choose one label among several.
     """
 
-    model: str
-    refused_labels: tuple[str, ...]
-    reads: Literal["answer", "both"] = "answer"
+    options: ClassifierSpec
     device: str = "cpu"
-    batch_size: int = 32
-    name: str = "classifier"
+
+    @property
+    def name(self) -> str:
+        """As tables show it."""
+        return self.options.name
 
     @property
     def scale(self) -> Scale:
@@ -66,11 +71,12 @@ class SequenceClassifierJudge(PlainJudge):
         return Scale("refusal probability", {"attack": "higher", "harmless": "lower"})
 
     def __post_init__(self) -> None:
-        config = load_config(locate(self.model, weights=False), self.model)
-        _check_labels(self.model, list(config.id2label.values()), self.refused_labels)
+        model = self.options.model
+        config = load_config(locate(model, weights=False), model)
+        _check_labels(model, list(config.id2label.values()), self.options.refused_labels)
         if config.problem_type not in (None, "single_label_classification"):
             raise DeltaguardError(
-                f"{self.model} is a model for {config.problem_type}; a judge needs one that chooses a single "
+                f"{model} is a model for {config.problem_type}; a judge needs one that chooses a single "
                 "label (single_label_classification)."
             )
 
@@ -78,8 +84,8 @@ class SequenceClassifierJudge(PlainJudge):
         """Judge each exchange, in order; the score is the probability that the answer refuses."""
         order = sorted(range(len(exchanges)), key=lambda i: len(exchanges[i].answer))
         scores = [0.0] * len(exchanges)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        for start in range(0, len(order), self.options.batch_size):
+            chosen = order[start : start + self.options.batch_size]
             found = self._probabilities([exchanges[i] for i in chosen])
             for i, score in zip(chosen, found, strict=True):
                 scores[i] = score
@@ -87,9 +93,9 @@ class SequenceClassifierJudge(PlainJudge):
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        folder = locate(self.model)
-        network = load_model(folder, self.model, classifier=True)
-        tokenizer = load_tokenizer(folder, self.model)
+        folder = locate(self.options.model)
+        network = load_model(folder, self.options.model, classifier=True)
+        tokenizer = load_tokenizer(folder, self.options.model)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         # Causal classifiers read the last token that is no padding, and find it by this id.
@@ -102,7 +108,9 @@ class SequenceClassifierJudge(PlainJudge):
         """Summed probability of the labels that mean a refusal."""
         network, tokenizer = self._loaded
         answers = [each.answer for each in exchanges]
-        texts = [answers] if self.reads == "answer" else [[each.prompt for each in exchanges], answers]
+        texts = (
+            [answers] if self.options.reads == "answer" else [[each.prompt for each in exchanges], answers]
+        )
         limit = min(tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", 2**20))
         # Of a pair, the longer text is cut: the answer nearly always, since the classifier must know what was
         # asked, and a prompt that would leave no room for it.
@@ -110,16 +118,16 @@ class SequenceClassifierJudge(PlainJudge):
             *texts, padding=True, truncation="longest_first", max_length=limit, return_tensors="pt"
         )
         logits: Tensor = network(**batch.to(network.device)).logits
-        refused = [i for i, label in network.config.id2label.items() if label in self.refused_labels]
+        refused = [i for i, label in network.config.id2label.items() if label in self.options.refused_labels]
         return logits.float().softmax(dim=-1)[:, refused].sum(dim=-1).tolist()
 
 
 def _check_labels(model: str, labels: Sequence[str], refused: Sequence[str]) -> None:
     unknown = [label for label in refused if label not in labels]
-    if unknown or not refused:
+    if unknown:
         raise DeltaguardError(
-            f"{model} has no label {', '.join(unknown) or '(none was named)'}: its labels are "
-            f"{', '.join(labels)}. Name those that mean that the model refused."
+            f"{model} has no label {', '.join(unknown)}: its labels are {', '.join(labels)}. Name those that "
+            "mean that the model refused."
         )
     if set(labels) <= set(refused):
         raise DeltaguardError(

@@ -92,7 +92,18 @@ FORMATS: Mapping[GuardKind, GuardFormat] = MappingProxyType(
 
 
 class GuardSpec(JudgeSpec):
-    """A guard model that writes its verdict (see `GuardJudge`)."""
+    """A guard model that writes its verdict (see `GuardJudge`).
+
+    Attributes:
+        model: folder, Hub id or `id@revision` of the guard.
+        template: whose format it takes and gives.
+        prompt_file: a text with the format's fields in braces, where the guard's folder lacks it: `{prompt}`
+            and `{response}` for WildGuard, `{behavior}` and `{generation}` for HarmBench, `{prompt}` and
+            `{answer}` for Llama Guard.
+        batch_size: answers at a time.
+        max_new_tokens: tokens of its verdict at most.
+        name: as tables show it; the template's where absent.
+    """
 
     tells_refusals = False
 
@@ -107,7 +118,7 @@ class GuardSpec(JudgeSpec):
     @override
     def make(self, *, device: str = "cpu", folder: Path | None = None) -> Judge:
         """Make the judge."""
-        return GuardJudge(device=device, label=self.name, **self.model_dump(exclude={"kind", "name"}))
+        return GuardJudge(self, device)
 
 
 @dataclass(frozen=True)
@@ -118,29 +129,17 @@ class GuardJudge(PlainJudge):
     its chat template, the other two show it in their model card.
 
     Attributes:
-        model: folder, Hub id or `id@revision` of the guard.
-        template: whose format it takes and gives.
-        prompt_file: a text with the format's fields in braces, where the guard's folder lacks it: `{prompt}`
-            and `{response}` for WildGuard, `{behavior}` and `{generation}` for HarmBench, `{prompt}` and
-            `{answer}` for Llama Guard.
+        options: which guard, and how it is asked.
         device: where it runs.
-        batch_size: answers at a time.
-        max_new_tokens: tokens of its verdict at most.
-        label: as tables show it; the template's name where absent.
     """
 
-    model: str
-    template: GuardKind
-    prompt_file: Path | None = None
+    options: GuardSpec
     device: str = "cpu"
-    batch_size: int = 8
-    max_new_tokens: int = 32
-    label: str | None = None
 
     @property
     def name(self) -> str:
         """As tables show it."""
-        return self.label or self.template
+        return self.options.name or self.options.template
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """Judge each exchange, in order; `undecided` where the guard wrote something else.
@@ -156,40 +155,40 @@ class GuardJudge(PlainJudge):
             network,
             tokenizer,
             prompts,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
+            max_new_tokens=self.options.max_new_tokens,
+            batch_size=self.options.batch_size,
         )
-        return [Judgement(FORMATS[self.template].parse(output)) for output in outputs]
+        return [Judgement(FORMATS[self.options.template].parse(output)) for output in outputs]
 
     def _render(self, exchange: Exchange) -> str:
         _, tokenizer = self._loaded
         if self._format is None:
             return _chat(tokenizer, exchange)
-        names = FORMATS[self.template]
+        names = FORMATS[self.options.template]
         text = fill(self._format, {names.prompt: exchange.prompt, names.answer: exchange.answer})
         begin = tokenizer.bos_token or ""
         return text if text.startswith(begin) else begin + text
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        folder = locate(self.model)
-        network = load_model(folder, self.model)
-        return network.to(torch.device(self.device)), load_tokenizer(folder, self.model)
+        folder = locate(self.options.model)
+        network = load_model(folder, self.options.model)
+        return network.to(torch.device(self.device)), load_tokenizer(folder, self.options.model)
 
     @cached_property
     def _format(self) -> str | None:
         """The input format; `None` where the guard's chat template serves."""
-        names = FORMATS[self.template]
+        names = FORMATS[self.options.template]
         wanted = frozenset({names.prompt, names.answer})
-        if self.prompt_file is not None:
-            return _read_format(self.prompt_file, wanted)
-        if self.template == "llama-guard":
+        if self.options.prompt_file is not None:
+            return _read_format(self.options.prompt_file, wanted)
+        if self.options.template == "llama-guard":
             return None
-        card = locate(self.model, weights=False) / "README.md"
+        card = locate(self.options.model, weights=False) / "README.md"
         if not card.exists():
             raise DeltaguardError(
-                f"The input format of {self.template} stands in the guard's model card, and there is no "
-                f"{card}. Put the card beside the weights, or give the format as prompt_file."
+                f"The input format of {self.options.template} stands in the guard's model card, and there is "
+                f"no {card}. Put the card beside the weights, or give the format as prompt_file."
             )
         return template_in_card(read_text(card), wanted, source=str(card))
 
