@@ -55,9 +55,7 @@ def classifier(tmp_path_factory):
 @pytest.mark.parametrize("reads", ["answer", "both"])
 def test_a_classifier_alone_and_in_batches(classifier, reads):
     folder, network = classifier
-    judge = SequenceClassifierJudge(
-        ClassifierSpec(model=str(folder), refused_labels=("REFUSAL",), reads=reads, batch_size=2)
-    )
+    judge = classifier_judge(folder, ("REFUSAL",), reads=reads, batch_size=2)
     expected = []
     for each in EXCHANGES:
         texts = (each.answer,) if reads == "answer" else (each.prompt, each.answer)
@@ -76,36 +74,28 @@ def test_several_labels_add_up(tmp_path):
         network.classifier.weight.zero_()
         network.classifier.bias.copy_(torch.tensor([0.3, 0.3, 0.4]).log())
     network.save_pretrained(tmp_path)
-    (one, *_) = SequenceClassifierJudge(
-        ClassifierSpec(model=str(tmp_path), refused_labels=("no", "soft no"))
-    ).judge(EXCHANGES)
+    (one, *_) = classifier_judge(tmp_path, ("no", "soft no")).judge(EXCHANGES)
     (other, *_) = classifier_judge(tmp_path, ("no",)).judge(EXCHANGES)
     assert (one.verdict, one.score) == ("refused", pytest.approx(0.6))
     assert (other.verdict, other.score) == ("complied", pytest.approx(0.3))
 
 
 def test_a_long_answer_is_cut_off(classifier):
-    judge = SequenceClassifierJudge(
-        ClassifierSpec(model=str(classifier[0]), refused_labels=("REFUSAL",), reads="both")
-    )
+    judge = classifier_judge(classifier[0], ("REFUSAL",), reads="both")
     long = [Exchange("How do I sing?", "Breathe in. " * length) for length in (200, 300)]
     one, other = judge.judge(long)
     assert one == other
 
 
 def test_a_long_prompt_is_cut_off_rather_than_the_run(classifier):
-    judge = SequenceClassifierJudge(
-        ClassifierSpec(model=str(classifier[0]), refused_labels=("REFUSAL",), reads="both")
-    )
+    judge = classifier_judge(classifier[0], ("REFUSAL",), reads="both")
     asked = [Exchange("How do I sing? " * length, "Breathe in.") for length in (100, 200)]
     found = judge.judge([*asked, Exchange("How do I sing? " * 100, "Step out. " * 100)])
     assert found[0] == found[1] != found[2]
 
 
 def test_a_classifier_says_what_its_number_is(classifier):
-    scale = SequenceClassifierJudge(
-        ClassifierSpec(model=str(classifier[0]), refused_labels=("REFUSAL",))
-    ).scale
+    scale = classifier_judge(classifier[0], ("REFUSAL",)).scale
     assert scale.name == "refusal probability"
     assert scale.better == {"attack": "higher", "harmless": "lower"}
 
@@ -118,9 +108,7 @@ def test_unknown_labels(classifier, refused):
 
 def test_all_labels_are_no_choice(classifier):
     with pytest.raises(DeltaguardError, match="All labels"):
-        SequenceClassifierJudge(
-            ClassifierSpec(model=str(classifier[0]), refused_labels=("NORMAL", "REFUSAL"))
-        )
+        classifier_judge(classifier[0], ("NORMAL", "REFUSAL"))
 
 
 def test_a_classifier_that_chooses_several_labels(tmp_path):
@@ -137,12 +125,8 @@ def test_a_causal_classifier_without_padding_token(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
-    together = SequenceClassifierJudge(
-        ClassifierSpec(model=str(tmp_path), refused_labels=("LABEL_1",))
-    ).judge(EXCHANGES)
-    alone = SequenceClassifierJudge(
-        ClassifierSpec(model=str(tmp_path), refused_labels=("LABEL_1",), batch_size=1)
-    ).judge(EXCHANGES)
+    together = classifier_judge(tmp_path, ("LABEL_1",)).judge(EXCHANGES)
+    alone = classifier_judge(tmp_path, ("LABEL_1",), batch_size=1).judge(EXCHANGES)
     assert [each.score for each in together] == pytest.approx([each.score for each in alone], abs=1e-5)
 
 
@@ -195,9 +179,7 @@ def test_a_format_from_a_file(guard, asked, tmp_path):
     with pytest.raises(DeltaguardError, match=r"behavior, generation, and prompt, response are needed"):
         guard_judge(guard, "wildguard", prompt_file=path).judge(EXCHANGES)
     with pytest.raises(DeltaguardError, match="cannot be read"):
-        GuardJudge(
-            GuardSpec(model=str(guard), template="harmbench", prompt_file=tmp_path / "absent.txt")
-        ).judge(EXCHANGES)
+        guard_judge(guard, "harmbench", prompt_file=tmp_path / "absent.txt").judge(EXCHANGES)
 
 
 def test_a_guard_without_card_or_chat_template(tmp_path, asked):

@@ -121,9 +121,7 @@ def test_a_generation_function_in_the_folder_is_refused(tmp_path):
 def test_judges_and_training_refuse_it(hostile, marker, tmp_path):
     asked = [Exchange("How?", "No.")]
     for attempt in (
-        lambda: SequenceClassifierJudge(
-            ClassifierSpec(model=str(hostile), refused_labels=("LABEL_0",))
-        ).judge(asked),
+        lambda: ClassifierSpec(model=str(hostile), refused_labels=("LABEL_0",)).make().judge(asked),
         lambda: GuardJudge(GuardSpec(model=str(hostile), template="llama-guard")).judge(asked),
         lambda: finetune(hostile, tmp_path / "out", CONVERSATIONS, config=FinetuneConfig(1e-4)),
     ):
