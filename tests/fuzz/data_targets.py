@@ -12,7 +12,7 @@ from pyarrow import parquet
 from deltaguard.chat.conversations import read_prompts
 from deltaguard.cli.app import run
 from deltaguard.evaluation.datasets.load import load_questions
-from deltaguard.evaluation.suites.sources import find_source
+from deltaguard.evaluation.suites.parts import find_source
 from deltaguard.evaluation.suites.suite import read_suite
 from deltaguard.evaluation.utility.scores import SCORERS
 from deltaguard.reports.card import model_card
