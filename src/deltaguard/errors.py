@@ -1,6 +1,7 @@
 """The failures deltaguard knows, each one message that says what, where, both values and what to do."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 MOST_PROBLEMS = 20
 """Lines of one message about the same problem at most."""
@@ -29,3 +30,26 @@ def listed(title: str, problems: Sequence[str]) -> str:
     if len(problems) > MOST_PROBLEMS:
         lines.append(f"- and {len(problems) - MOST_PROBLEMS} more")
     return "\n".join([f"{title}:", *lines])
+
+
+def require_packages(what: str, extra: str, *packages: str, hint: str = "") -> None:
+    """Refuse to go on where packages are not installed that an extra of deltaguard brings.
+
+    Args:
+        what: cannot be done without them, as the beginning of the message.
+        extra: that brings them.
+        packages: the names they are imported by.
+        hint: what else may be done, put behind the message.
+
+    Raises:
+        DeltaguardError: some are not installed; the message names them and the extra.
+
+    Example:
+        >>> require_packages("Drawing", "plot", "os", "no_such_package")
+        Traceback (most recent call last):
+        deltaguard.errors.DeltaguardError: Drawing needs no_such_package, not installed here: ...
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        command = f"`pip install 'deltaguard[{extra}]'`"
+        raise DeltaguardError(f"{what} needs {', '.join(missing)}, not installed here: {command}.{hint}")

@@ -14,15 +14,6 @@ from deltaguard.reports.text import hub_id
 
 TAGS = ("deltaguard", "safe-delta")
 
-METHODS: Mapping[str, str] = {
-    "kfac": "the closed form of Safe Delta's goal with both curvatures: each direction shrinks by its price",
-    "ridge": "the closed form of Safe Delta's goal with the curvature of the inputs",
-    "greedy": "Safe Delta: the changes that buy most utility for their safety cost, up to a budget",
-    "published": "Safe Delta as its authors released it: entries selected block by block of columns",
-    "interpolate": "interpolation: every entry between the aligned and the fine-tuned value",
-}
-"""What each method does to a matrix, to follow a colon."""
-
 _REPLACED = ("base_model", "base_model_relation", "library_name", "tags")
 # Results that were measured on the fine-tuned model do not hold for the restored one.
 _DROPPED = ("model-index",)
@@ -49,11 +40,10 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
     )
     templates = environment()
     templates.filters["code"] = _code
-    method = str(report.options.get("method"))
     return templates.get_template("card.md.jinja").render(
         metadata=metadata,
         report=report,
-        method=METHODS.get(method, f"method {_code(method)}"),
+        method=report.method_title,
         adapter=is_adapter(report),
         outcome=outcome_facts(report),
         kinds=kinds(report.layers),
