@@ -208,7 +208,7 @@ def diff_table(report: DiffReport) -> RenderableType:
     """
     table = Table.of(
         f"{report.aligned} → {report.finetuned}",
-        (Column("kind", "name"), "tensors", "differing", "relative norm of Δ"),
+        (Column("kind", "name"), "tensors", "differing", "relative\nnorm of Δ"),
         [
             (
                 row.kind,
