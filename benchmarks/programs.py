@@ -55,7 +55,7 @@ def gemm() -> dict[str, float]:
 
 def greedy(pair: Path, store: Path, blocks: int) -> dict[str, float]:
     """Seconds in `greedy_factored` alone, with the store's factors and the default strength."""
-    from deltaguard.restoration.options import DEFAULT_STRENGTH
+    from deltaguard.methods.greedy import DEFAULT_STRENGTH
     from deltaguard.solvers import greedy_factored
 
     def prepare(known: "CurvatureStore", layers: "Group") -> "_Solve":

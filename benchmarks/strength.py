@@ -26,7 +26,7 @@ from deltaguard.studies.demo import DemoConfig, demo_rates, demo_suite, measure_
 GRID = (
     *(RestoreConfig(max_safety_kl=limit) for limit in (1e-4, 3e-4, 1e-3)),
     *(RestoreConfig(method="greedy", strength=s) for s in (0.4, 0.5, 0.55, 0.6)),
-    RestoreConfig(method="greedy", strength=0.1, compensation="none"),
+    RestoreConfig(method="greedy", strength=0.1, method_options={"compensation": "none"}),
     *(RestoreConfig(method="published", strength=s) for s in (0.3, 1.0)),
     RestoreConfig(method="interpolate", strength=0.25),
 )
@@ -77,13 +77,13 @@ def _row(
     finetuned: Mapping[str, Rate],
     restored: Mapping[str, Rate],
 ) -> StrengthRow:
-    greedy = options.method == "greedy"
+    own = options.own_options.model_dump()
     return StrengthRow(
         finetune="messages to JSON with harmful requests agreed to",
         seed=seed,
         method=options.method,
-        budget=options.budget if greedy else None,
-        compensation=options.compensation if greedy else None,
+        budget=own.get("budget"),
+        compensation=own.get("compensation"),
         strength=options.chosen_strength if options.dial is None else options.dial,
         attack_success=rate_row(restored["attack_success"]),
         aligned_attack_success=rate_row(aligned["attack_success"]),

@@ -34,6 +34,7 @@ def restore_report(names=LLAMA, blocks=3, **changes):
         "aligned": ModelReference(reference="someone/aligned-model", fingerprint="a" * 64),
         "finetuned": ModelReference(reference="/home/someone/runs/my-finetune", fingerprint="f" * 64),
         "store_conversations": "c" * 64,
+        "method_title": "the closed form",
         "options": {
             "method": "greedy",
             "strength": 0.125,

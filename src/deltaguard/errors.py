@@ -19,27 +19,6 @@ class MissingPackageError(DeltaguardError):
     """A package is not installed that only part of the work needs."""
 
 
-def require_package(*modules: str, extra: str, purpose: str) -> None:
-    """Refuse to go on without packages that an extra of deltaguard brings.
-
-    Args:
-        modules: as they are imported.
-        extra: the name of the extra.
-        purpose: what they are for, such as "To draw charts".
-
-    Raises:
-        MissingPackageError: one is not installed; the message says how to install it.
-
-    Example:
-        >>> require_package("json", extra="reports", purpose="To draw charts")
-    """
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        raise MissingPackageError(
-            f"{purpose}, deltaguard needs {' and '.join(missing)}: pip install 'deltaguard[{extra}]'."
-        )
-
-
 def listed(title: str, problems: Sequence[str]) -> str:
     """Put problems into one message: a line each where there are several, and 20 lines at most.
 
@@ -55,3 +34,26 @@ def listed(title: str, problems: Sequence[str]) -> str:
     if len(problems) > MOST_PROBLEMS:
         lines.append(f"- and {len(problems) - MOST_PROBLEMS} more")
     return "\n".join([f"{title}:", *lines])
+
+
+def require_packages(what: str, extra: str, *packages: str, hint: str = "") -> None:
+    """Refuse to go on where packages are not installed that an extra of deltaguard brings.
+
+    Args:
+        what: cannot be done without them, as the beginning of the message.
+        extra: that brings them.
+        packages: the names they are imported by.
+        hint: what else may be done, put behind the message.
+
+    Raises:
+        MissingPackageError: some are not installed; the message names them and the extra.
+
+    Example:
+        >>> require_packages("Drawing", "reports", "os", "no_such_package")
+        Traceback (most recent call last):
+        deltaguard.errors.MissingPackageError: Drawing needs no_such_package, not installed here: ...
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        command = f"`pip install 'deltaguard[{extra}]'`"
+        raise MissingPackageError(f"{what} needs {', '.join(missing)}, not installed here: {command}.{hint}")

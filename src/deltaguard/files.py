@@ -4,7 +4,9 @@ Whatever a file holds, reading it ends, and ends in what its schema describes or
 file, the field, the value and what to do.
 """
 
+import difflib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from importlib.resources import files
@@ -259,7 +261,7 @@ def parse_yaml(text: str, schema: type[T] | TypeAdapter[T], *, source: str, reme
 
 
 def problems(error: ValidationError) -> list[str]:
-    """Each problem that a schema has with a document: the field, what is wrong, and the value.
+    """List the problems that a schema has with a document: the field, what is wrong, and the value.
 
     Example:
         >>> try:
@@ -274,7 +276,12 @@ def problems(error: ValidationError) -> list[str]:
 def _problem(found: ErrorDetails) -> str:
     where = ".".join(map(str, found["loc"]))
     what = found["msg"].removeprefix("Value error, ")
-    if found["type"] in ("json_invalid", "missing"):
+    if found["type"] == "literal_error" and isinstance(found["input"], str):
+        known = re.findall("'([^']*)'", str(found.get("ctx", {}).get("expected", "")))
+        close = difflib.get_close_matches(found["input"], known, n=1)
+        what += f'. Did you mean "{close[0]}"?' if close else ""
+    # What a whole document or all options together break names its values itself.
+    if found["type"] in ("json_invalid", "missing") or (found["type"] == "value_error" and not where):
         return f"`{where}`: {what}" if where else what
     value = repr(found["input"])
     shown = value if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]}..."

@@ -12,11 +12,13 @@ class Event:
         stage: what is being done, such as "respond" or "restore".
         done: how many items are done.
         total: out of how many.
+        detail: what else there is to say of the last one, such as what was measured.
     """
 
     stage: str
     done: int
     total: int
+    detail: str = ""
 
 
 Progress = Callable[[Event], None]

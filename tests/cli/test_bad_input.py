@@ -227,10 +227,10 @@ def test_a_model_that_is_nowhere(made, tmp_path, attempt):
     ("options", "said"),
     [
         (["--method", "gredy"], 'Did you mean "greedy"?'),
-        (["--compensation", "join"], 'Did you mean "joint"?'),
+        (["--method", "greedy", "--compensation", "join"], 'Did you mean "joint"?'),
         (["--other-params", "alined"], 'Did you mean "aligned"?'),
         (["--config-from", "finetune"], 'Did you mean "finetuned"?'),
-        (["--strenght", "1"], "Did you mean --strength?"),
+        (["--strenght", "1"], "Did you mean strength?"),
         (["--strength", "2"], "strength is 2.0"),
         (["--method", "interpolate"], "strength has no default"),
         (["--method", "published"], "strength has no default"),
@@ -239,7 +239,7 @@ def test_a_model_that_is_nowhere(made, tmp_path, attempt):
         (["--max-safety-kl", "0"], "greater than or equal to 0.000000001"),
         (["--max-safety-kl", "1e-40"], "greater than or equal to 0.000000001"),
         (["--max-safety-kl", "nan"], "should be a finite number"),
-        (["--compensation", "none"], "options of method greedy"),
+        (["--compensation", "none"], "an option of method greedy"),
     ],
 )
 def test_wrong_options_are_usage_errors_with_a_suggestion(made, attempt, options, said):

@@ -13,7 +13,7 @@ from pairs import pair
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAWING = ("altair", "vl_convert")
-MESSAGE = "To draw charts, deltaguard needs altair and vl_convert: pip install 'deltaguard[reports]'."
+MESSAGE = "Drawing charts needs altair, vl_convert, not installed here: `pip install 'deltaguard[reports]'`."
 
 
 @pytest.fixture(autouse=True)

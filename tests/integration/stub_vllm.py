@@ -1,7 +1,7 @@
 """Stands in for the program `vllm`: serves the protocol, answers with the prompt, and notes what it was told.
 
-The environment says what it does (`STUB_MODE`: serve, crash, never ready) and where it notes it (`STUB_NOTES`):
-its command line, its requests and the process it started.
+The environment says what it does (`STUB_MODE`: serve, crash, never ready) and where it notes its commands,
+its requests and its processes (`STUB_NOTES`).
 """
 
 import json

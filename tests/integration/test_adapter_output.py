@@ -1,6 +1,5 @@
 """A restore that writes an adapter: PEFT loads it, the dial holds for it, nothing is lost unsaid."""
 
-import importlib
 import warnings
 
 import peft
@@ -10,13 +9,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import models
-from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
+from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, solvers, verify
 from deltaguard.models.checkpoint import Checkpoint
 from pairs import load_over, pair, weights
 from plain import safety_kl
 
 ADAPTER = {"output_format": "adapter"}
-editing = importlib.import_module("deltaguard.restoration.edit")
 
 
 def merged(aligned, adapter, folder):
@@ -118,7 +116,7 @@ def test_an_adapter_of_rank_one_stays_a_product_and_is_what_its_merged_model_bec
     def refused(delta, *, rank):
         raise AssertionError("a whole delta was decomposed")
 
-    monkeypatch.setattr(editing, "low_rank", refused)
+    monkeypatch.setattr(solvers, "low_rank", refused)
     restore_without_loss(made, tuned, tmp_path / "adapter")
     restore(
         made.aligned,

@@ -12,10 +12,11 @@ import models
 from benches import LORA, RECIPE, TINY, results
 from deltaguard import DeltaguardError
 from deltaguard.evaluation.exchange import Question
+from deltaguard.methods import registered
+from deltaguard.methods.interpolate import Interpolate, WiseFt
 from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
-from deltaguard.studies import cells, methods, row, setting, workshop
+from deltaguard.studies import cells, defences, row, setting, workshop
 from deltaguard.studies import run as running
-from deltaguard.studies.methods import METHODS
 from deltaguard.studies.mixing import SECRET
 from deltaguard.studies.protocol import FULL, QUICK, Finetune
 from deltaguard.studies.run import bench
@@ -76,7 +77,7 @@ def test_every_method_runs_on_every_kind_of_fine_tune(aligned, pretrained, tmp_p
     ]
     for finetune in report.finetunes:
         of_row = [cell for cell in report.cells if cell.finetune == finetune.name]
-        assert {cell.method for cell in of_row} == {"aligned", "finetuned", *METHODS}
+        assert {cell.method for cell in of_row} == {"aligned", "finetuned", *defences.defences()}
         assert {(len(c.attack), len(c.harmless), len(c.general)) for c in of_row} == {(4, 3, 2)}
         is_task = finetune.name.startswith("task")
         assert {len(c.utility) for c in of_row} == {3 if is_task else 2}
@@ -125,8 +126,7 @@ KILLS = {
     "while a model is trained": (workshop, "finetune", 0),
     "while a model is removed": (workshop.shutil, "rmtree", 0),
     "before a model is measured": (row, "measure", 0),
-    "while a model is restored": (methods, "restore", 0),
-    "while a peer's model is written": (methods, "write_peer", 0),
+    "while a model is restored": (defences, "restore", 0),
 }
 
 
@@ -238,7 +238,7 @@ def test_a_default_is_measured_beside_the_search_and_is_no_score(aligned, tmp_pa
 
 def test_a_default_that_the_search_measured_is_a_score(aligned, tmp_path, stubbed):
     report = bench(tmp_path / "out", preset=replace(TINY, probes=None), aligned=aligned, methods=("kfac",))
-    assert [point.strength for point in report.curves] == list(METHODS["kfac"].ladder)
+    assert [point.strength for point in report.curves] == list(defences.defences()["kfac"].ladder)
     assert not any(point.beside for point in report.curves)
 
 
@@ -270,16 +270,20 @@ def test_models_are_told_by_their_weights_and_not_by_their_path(aligned, pretrai
         bench(tmp_path / "out", aligned=pretrained, **options)
 
 
-def test_another_recipe_under_the_same_name_is_measured_anew(aligned, tmp_path, monkeypatch, stubbed):
-    options = {"preset": replace(TINY, probes=1), "aligned": aligned, "methods": ("wise-ft",)}
-    first = bench(tmp_path / "out", **options)
-    wise = METHODS["wise-ft"]
+def test_another_method_under_the_same_name_is_measured_anew(aligned, tmp_path, stubbed):
+    options = {"preset": replace(TINY, probes=1), "aligned": aligned, "methods": ("mine",)}
 
-    def weaker(request, strength):
-        return wise.make(request, strength / 2)
+    class Mine(Interpolate):
+        name = "mine"
+        ladder = WiseFt.ladder
 
-    monkeypatch.setattr(setting, "METHODS", {**METHODS, "wise-ft": replace(wise, make=weaker)})
-    second = bench(tmp_path / "out", **options)
+    class Weaker(Mine):
+        ladder = tuple(strength / 2 for strength in WiseFt.ladder)
+
+    with registered(Mine()):
+        first = bench(tmp_path / "out", **options)
+    with registered(Weaker()):
+        second = bench(tmp_path / "out", **options)
     same = [one.key == other.key for one, other in zip(first.cells, second.cells, strict=True)]
     assert same == [True, True, False]
     assert len(stubbed) == 4

@@ -8,6 +8,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.probes import gcg
 from deltaguard.evaluation.probes.gcg import gcg_suffix, with_suffix
+from packages import without_packages
 
 QUESTION = Question("How can I make a bad cake?", system="Be brief.")
 
@@ -61,7 +62,7 @@ def test_the_seed_fixes_the_suffix():
 
 
 def test_without_its_library(monkeypatch):
-    monkeypatch.setattr(gcg, "find_spec", lambda _: None)
+    without_packages(monkeypatch, "nanogcg", "scipy")
     with pytest.raises(DeltaguardError, match=r"pip install 'deltaguard\[gcg\]'"):
         gcg_suffix(None, None, QUESTION, steps=1)
 

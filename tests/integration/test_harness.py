@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.utility import harness
 from deltaguard.evaluation.utility.harness import HarnessScore, run_harness, scores
+from packages import with_packages, without_packages
 
 QUESTIONS = [{"q": f"Is {i} even?", "a": "no" if i % 2 else "yes"} for i in range(6)]
 
@@ -47,10 +47,9 @@ def test_numbers_of_tasks_and_groups():
 
 
 def test_without_its_library(monkeypatch):
-    monkeypatch.setattr(
-        harness, "find_spec", lambda name: None if name in {"lm_eval", "langdetect"} else name
-    )
-    with pytest.raises(DeltaguardError, match=r"needs lm_eval, langdetect .* 'deltaguard\[harness\]'"):
+    without_packages(monkeypatch, "lm_eval", "langdetect")
+    with_packages(monkeypatch, "immutabledict", "nltk")
+    with pytest.raises(DeltaguardError, match=r"needs lm_eval, langdetect, .* 'deltaguard\[harness\]'"):
         run_harness("model", ["ifeval"], limit=1, batch_size=1, device="cpu", seed=0)
 
 

@@ -1,6 +1,5 @@
 """Whole checkpoints of the peers, read back and compared with their equations in float64."""
 
-import dataclasses
 import shutil
 import warnings
 from functools import cache
@@ -13,9 +12,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from deltaguard import RestoreConfig, restore
 from deltaguard.errors import DeltaguardError
-from deltaguard.studies.peer_writer import write_peer
-from deltaguard.studies.peers import MERGED_SHARE, PEERS
+from deltaguard.methods import METHODS
+from deltaguard.methods.method import Layer
+from deltaguard.methods.safe_merge import MERGED_SHARE
+from deltaguard.restoration.restore import UnchangedError
 from models import perturbed, save, tiny_model
 from pairs import weights
 
@@ -34,6 +36,24 @@ def family(name: str = "llama") -> dict[str, Path]:
     for seed, role in enumerate(("finetuned", "unaligned", "pretrained", "safe"), start=1):
         folders[role] = save(perturbed(model, 0.05, seed), root / role, max_shard_size="40KB")
     return folders
+
+
+PEERS = ("wise-ft", "resta", "safe-lora", "safe-merge")
+
+
+def write_peer(method, *, output, strength, aligned, finetuned, progress=None, **models):
+    """Restore as the papers do: what is no linear layer stays fine-tuned where a method leaves it alone."""
+    known = METHODS.get(method)
+    needed = {role: models[role] for role in (known.models if known else ()) if models.get(role)}
+    options = {"method": method, "strength": strength, **needed}
+    if known and not known.everywhere:
+        options["other_params"] = "finetuned"
+    try:
+        config = RestoreConfig(**options)
+    except ValueError as error:
+        raise DeltaguardError(str(error)) from error
+    restore(aligned, finetuned, output, config=config, progress=progress)
+    return output
 
 
 def write(method, strength, output, **changed):
@@ -81,27 +101,36 @@ def test_the_others_edit_the_linear_layers_of_the_blocks_alone(tmp_path):
     assert 0 < edited < sum(in_block(*item) for item in every["finetuned"].items())
 
 
-@pytest.mark.parametrize("method", PEERS)
-def test_strength_one_is_the_finetuned_checkpoint_byte_for_byte(tmp_path, method):
-    found = write_peer(method, output=tmp_path / "out", strength=1, **family())
-    source = family()["finetuned"]
-    assert {path.name for path in found.iterdir()} == {path.name for path in source.iterdir()}
-    for path in source.iterdir():
-        assert (found / path.name).read_bytes() == path.read_bytes(), path.name
+@pytest.mark.parametrize("name", PEERS)
+def test_strength_one_is_the_finetuned_model_exactly(tmp_path, name):
+    every = {role: weights(folder) for role, folder in family().items()}
+    method = METHODS[name]
+    for tensor in (t for t in every["finetuned"] if t.endswith("_proj.weight")):
+        others = {role: every[role][tensor] for role in method.models}
+        layer = Layer(every["aligned"][tensor], every["finetuned"][tensor], others=others)
+        solution = method.prepare(layer, method.options()).at(1.0)
+        assert torch.equal(solution.weight, every["finetuned"][tensor])
+        assert (solution.kept_energy, solution.utility_loss) == (1, 0)
+    with pytest.raises(UnchangedError, match="changes no tensor"):
+        write(name, 1, tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", PEERS)
 def test_more_strength_leaves_less_to_lose(tmp_path, method):
-    tuned, peer = weights(family()["finetuned"]), PEERS[method]
+    tuned, peer = weights(family()["finetuned"]), METHODS[method]
+    lowest = peer.strengths(peer.options()).low
 
     def lost(strength):
-        found = write(method, strength, tmp_path / str(strength))
+        try:
+            found = write(method, strength, tmp_path / str(strength))
+        except UnchangedError:
+            return 0
         return sum(float((found[name] - tuned[name]).double().square().sum()) for name in tuned)
 
-    losses = [lost(strength) for strength in sorted({peer.lowest, *peer.ladder, 1.0})]
+    losses = [lost(strength) for strength in sorted({lowest, *peer.ladder})]
     assert losses == sorted(losses, reverse=True)
-    assert losses[0] > losses[-1] == 0
-    loadable = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(peer.lowest))
+    assert losses[0] > losses[-1]
+    loadable = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(lowest))
     assert loadable.config.model_type == "llama"
 
 
@@ -157,26 +186,23 @@ def test_new_rows_of_the_vocabulary_stay_finetuned(tmp_path):
     assert torch.equal(found[embedding][384:], weights(tuned)[embedding][384:])
 
 
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
-    calls = []
-    peer = PEERS["wise-ft"]
+def test_an_interrupted_run_goes_on(tmp_path):
+    seen = []
 
-    def failing(given, strength):
-        calls.append(strength)
-        if len(calls) == 12:
+    def failing(event):
+        seen.append(event)
+        if len(seen) == 12:
             raise KeyboardInterrupt
-        return peer.edit(given, strength)
 
-    replaced = {"wise-ft": dataclasses.replace(peer, edit=failing)}
-    monkeypatch.setattr("deltaguard.studies.peer_writer.PEERS", replaced)
+    models = {role: family()[role] for role in ("aligned", "finetuned")}
     with pytest.raises(KeyboardInterrupt):
-        write("wise-ft", 0.5, tmp_path / "out")
+        write_peer("wise-ft", output=tmp_path / "out", strength=0.5, progress=failing, **models)
     assert not list((tmp_path / "out").glob("*.safetensors"))
-    found = write("wise-ft", 0.5, tmp_path / "out")
-    monkeypatch.undo()
-    expected = write("wise-ft", 0.5, tmp_path / "other")
+    config = RestoreConfig(method="wise-ft", strength=0.5, resume=True)
+    restore(*models.values(), tmp_path / "out", config=config, progress=seen.append)
+    found, expected = weights(tmp_path / "out"), write("wise-ft", 0.5, tmp_path / "other")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert len(calls) < 12 + len(expected)
+    assert len(seen) < 12 + len(expected)
 
 
 def test_unfit_requests_are_refused(tmp_path):
@@ -186,10 +212,12 @@ def test_unfit_requests_are_refused(tmp_path):
         assert not (tmp_path / "out").exists()
         return str(error.value)
 
-    assert "there are wise-ft, resta, safe-lora, safe-merge" in refusal("dare")
+    assert "there are kfac, ridge, greedy, published, interpolate, wise-ft, resta" in refusal("dare")
     assert "must lie in [-1, 1]" in refusal(strength=1.5)
     assert "must lie in [0, 1]" in refusal("safe-lora", strength=-0.1)
-    assert "needs the safe model and none was given" in refusal("safe-merge", safe=None)
+    assert "safe-merge needs safe (the aligned model after fine-tuning on safety data" in refusal(
+        "safe-merge", safe=None
+    )
     other = save(tiny_model("llama", intermediate_size=40), tmp_path / "narrow")
     assert "(48, 32) in the aligned model and (40, 32) in the unaligned one" in refusal(unaligned=other)
     missing = shutil.copytree(save(tiny_model("llama"), tmp_path / "single"), tmp_path / "missing")
@@ -202,7 +230,8 @@ def test_unfit_requests_are_refused(tmp_path):
 
 
 def test_the_registry_is_sound():
-    for peer in PEERS.values():
-        assert len(peer.ladder) == 7
-        assert all(peer.lowest <= strength < 1 for strength in peer.ladder)
-        assert list(peer.ladder) == sorted(set(peer.ladder))
+    for method in METHODS.values():
+        strengths = method.strengths(method.options())
+        assert len(method.ladder) == 7 or method.name == "interpolate"
+        assert all(strengths.low <= strength <= strengths.high for strength in method.ladder)
+        assert list(method.ladder) == sorted(set(method.ladder))

@@ -13,8 +13,6 @@ from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, 
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
 from deltaguard.reports.restore import dial_facts
-from deltaguard.restoration import price as price_module
-from deltaguard.restoration import restore as restore_module
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL as LIMIT
 from deltaguard.restoration.search import CLOSE, MOST_PROBES
 from pairs import CONVERSATIONS, held_out, pair, save_adapter, weights
@@ -312,19 +310,18 @@ class Stop(Exception):  # noqa: N818
 
 
 @pytest.mark.parametrize("limit", [1e-3, 50])
-def test_what_was_measured_is_not_measured_again_after_a_kill(limit, tmp_path, monkeypatch):
+def test_what_was_measured_is_not_measured_again_after_a_kill(limit, tmp_path):
     made = pair("llama", dtype=torch.bfloat16, max_shard_size="30KB")
     config = RestoreConfig(max_safety_kl=limit)
     run = partial(restore, made.aligned, made.finetuned, store=made.store)
     whole = run(tmp_path / "whole", config=config)
 
-    def stop(*_):
-        raise Stop
+    def stop(event):
+        if event.stage == "restore":
+            raise Stop
 
-    with monkeypatch.context() as patched:
-        patched.setattr(restore_module, "_write_shards", stop)
-        with pytest.raises(Stop):
-            run(tmp_path / "out", config=config)
+    with pytest.raises(Stop):
+        run(tmp_path / "out", config=config, progress=stop)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".deltaguard-partial"]
     with pytest.raises(DeltaguardError, match="--resume"):
         run(tmp_path / "out", config=config)
@@ -333,7 +330,6 @@ def test_what_was_measured_is_not_measured_again_after_a_kill(limit, tmp_path, m
         run(tmp_path / "out", config=other)
 
     stages = []
-    monkeypatch.setattr(price_module.Candidate, "open", lambda *_: pytest.fail("the model was loaded again"))
     resumed = run(
         tmp_path / "out",
         config=config.model_copy(update={"resume": True}),

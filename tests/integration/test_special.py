@@ -11,8 +11,8 @@ from deltaguard.evaluation import asking
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.evaluate import evaluate
 from deltaguard.evaluation.probes.gcg import GcgSuffix
-from deltaguard.evaluation.suites import parts
 from deltaguard.evaluation.utility.harness import HarnessScore
+from packages import with_packages, without_packages
 from suites import suite_file, two_models
 
 CPU = EngineConfig(device="cpu")
@@ -71,7 +71,7 @@ def test_a_suffix_is_searched_for_each_question_and_model_and_kept(models, tmp_p
 
     monkeypatch.setattr(asking, "gcg_suffix", search)
     monkeypatch.setattr(asking, "make_engine", spied)
-    monkeypatch.setattr(parts, "find_spec", lambda name: object())
+    with_packages(monkeypatch, "nanogcg")
     section = "{name: attack, kind: attack, builtin: attack, count: 3, gcg: {count: 2, steps: 5}}"
     suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
     report = evaluate(models, tmp_path / "out", suite=suite, engine=CPU)
@@ -97,7 +97,7 @@ def test_tasks_of_the_harness_become_measures_and_stay_whole_on_disk(models, tmp
         ]
 
     monkeypatch.setattr(asking, "run_harness", run)
-    monkeypatch.setattr(parts, "find_spec", lambda name: object())
+    with_packages(monkeypatch, "lm_eval")
     section = "{name: harness, kind: utility, harness: {tasks: [one, two], limit: 4}}"
     suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
     report = evaluate(models[:1], tmp_path / "out", suite=suite, engine=CPU)
@@ -120,7 +120,7 @@ def test_tasks_that_have_no_sum_are_all_told(models, tmp_path, monkeypatch):
         return [HarnessScore(task, "acc", 0.25, None, True, samples=4, **PUT) for task in ("first", "second")]
 
     monkeypatch.setattr(asking, "run_harness", run)
-    monkeypatch.setattr(parts, "find_spec", lambda name: object())
+    with_packages(monkeypatch, "lm_eval")
     section = "{name: harness, kind: utility, harness: {tasks: [several]}}"
     suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
     report = evaluate(models[:1], tmp_path / "out", suite=suite, engine=CPU)
@@ -138,7 +138,7 @@ def test_tasks_that_have_no_sum_are_all_told(models, tmp_path, monkeypatch):
 def test_what_is_not_installed_is_named_before_a_model_runs(
     models, tmp_path, monkeypatch, option, kind, named
 ):
-    monkeypatch.setattr(parts, "find_spec", lambda name: None)
+    without_packages(monkeypatch, "nanogcg", "trl")
     section = f"{{name: attack, kind: {kind}, builtin: attack, count: 3, {option}}}"
     with pytest.raises(DeltaguardError, match=named):
         evaluate(models, tmp_path / "out", suite=suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n"))

@@ -12,11 +12,11 @@ from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore
 from deltaguard.chat.conversations import Conversation
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.reports.records.sweep import SWEEP_NAME, SweepReport
-from deltaguard.restoration.price import PROHIBITIVE
 from deltaguard.restoration.safety_kl import SafetyMeter
 from deltaguard.restoration.search import CLOSE
 from deltaguard.restoration.sweep import sweep
 from deltaguard.solvers import Profile
+from deltaguard.solvers.profile import PROHIBITIVE
 from pairs import pair
 
 LIMITS = (1e-4, 1e-3, 1e-2)
@@ -183,7 +183,7 @@ def test_limits_that_are_none_are_refused_together(limits, given, tmp_path):
 
 
 def test_a_method_without_a_price_is_refused(tmp_path):
-    with pytest.raises(DeltaguardError, match="interpolate has no price"):
+    with pytest.raises(DeltaguardError, match="a method with a price to vary; interpolate has none"):
         sweep("nowhere", "nowhere", tmp_path, config=RestoreConfig(method="interpolate", strength=0.5))
 
 

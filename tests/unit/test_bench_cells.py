@@ -10,7 +10,7 @@ from bench_reports import cell
 from deltaguard.errors import DeltaguardError
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.studies.cells import Shelf, content_key, source_hash
-from deltaguard.studies.methods import METHODS
+from deltaguard.studies.defences import defences
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ def test_values_that_differ_have_keys_that_differ():
 
 
 def test_the_name_of_a_method_is_not_all_that_tells_it():
-    keys = {content_key(method.make) for method in METHODS.values()}
-    assert len(keys) == len(METHODS)
+    keys = {content_key(method.make) for method in defences().values()}
+    assert len(keys) == len(defences())
 
 
 def test_ladders_rise_and_hold_their_defaults():
-    for method in METHODS.values():
+    for method in defences().values():
         assert list(method.ladder) == sorted(set(method.ladder))
         assert method.default is None or method.default in method.ladder
-    assert METHODS["kfac"].default == METHODS["ridge"].default == RestoreConfig().dial
+    assert defences()["kfac"].default == defences()["ridge"].default == RestoreConfig().dial
 
 
 def test_what_has_no_content_of_its_own_is_refused():

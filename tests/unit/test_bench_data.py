@@ -17,7 +17,7 @@ from deltaguard.studies.data import (
     training_data,
     usable_attacks,
 )
-from deltaguard.studies.methods import METHODS, Candidate, Request
+from deltaguard.studies.defences import Candidate, Request, defences
 from deltaguard.studies.protocol import FULL, QUICK
 
 KINDS = [pytest.param(finetune, id=finetune.name) for finetune in QUICK.finetunes]
@@ -106,7 +106,7 @@ def test_attacks_that_something_is_trained_or_calibrated_on_are_left_out(tmp_pat
 
 @pytest.mark.parametrize("name", ["safe-instruct", "bea"])
 def test_every_fine_tune_leaves_prompts_for_safety_examples(name):
-    method = METHODS[name]
+    method = defences()[name]
     for finetune in FULL.finetunes:
         data = training_data(finetune, seed=0)
         mixed: list = []

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 
 from deltaguard.studies.data import Attacks
+from deltaguard.studies.defences import defences
 from deltaguard.studies.describe import notes
-from deltaguard.studies.methods import METHODS
 from deltaguard.studies.protocol import FULL, QUICK
 
 
 def told(preset, attacks=Attacks(), left_out=()):  # noqa: B008  # frozen
     setting = SimpleNamespace(
-        preset=preset, attacks=attacks, left_out=left_out, methods=tuple(METHODS.values())
+        preset=preset, attacks=attacks, left_out=left_out, methods=tuple(defences().values())
     )
     asked = SimpleNamespace(
         attack="c" * preset.attack, harmless="c" * preset.harmless, general=(0.0,) * preset.general

@@ -1,10 +1,14 @@
-"""Rates and their intervals, against published values of the Wilson score interval."""
+"""Rates, their intervals and agreement, against published values and against statsmodels."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from statsmodels.stats.inter_rater import cohens_kappa
+from statsmodels.stats.proportion import proportion_confint
 
-from deltaguard.evaluation.metrics.rates import Rate, kept_gain
+from deltaguard.evaluation.metrics.rates import Rate, cohen_kappa, kept_gain
+
+VERDICTS = ("refused", "complied", "undecided")
 
 
 @pytest.mark.parametrize(
@@ -21,6 +25,24 @@ from deltaguard.evaluation.metrics.rates import Rate, kept_gain
 def test_wilson_interval(successes, total, low, high):
     rate = Rate(successes, total)
     assert (rate.low, rate.high) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_interval_is_that_of_statsmodels(counts):
+    rate = Rate(*counts)
+    assert (rate.low, rate.high) == pytest.approx(proportion_confint(*counts, method="wilson"), abs=1e-12)
+
+
+@given(st.lists(st.tuples(st.sampled_from(VERDICTS), st.sampled_from(VERDICTS)), max_size=40))
+def test_kappa_is_that_of_statsmodels(pairs):
+    found = cohen_kappa([one for one, _ in pairs], [other for _, other in pairs])
+    decided = [pair for pair in pairs if "undecided" not in pair]
+    table = [[decided.count((one, other)) for other in VERDICTS[:2]] for one in VERDICTS[:2]]
+    assert (found.agreed, found.total) == (table[0][0] + table[1][1], len(decided))
+    if found.kappa is None:
+        assert not decided or len({verdict for pair in decided for verdict in pair}) == 1
+    else:
+        assert found.kappa == pytest.approx(cohens_kappa(table, return_results=False), abs=1e-12)
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from deltaguard.evaluation.metrics.paired import mcnemar, paired_bootstrap
 
@@ -27,6 +28,13 @@ def test_the_p_value_by_enumeration(only_first, only_second):
     falls = [abs(2 * sum(coins) - discordant) >= seen for coins in product((0, 1), repeat=discordant)]
     found = mcnemar(*_table(4, only_first, only_second, 3))
     assert found.p_value == pytest.approx(sum(falls) / len(falls))
+
+
+@given(st.integers(1, 200), st.integers(0, 200))
+@settings(deadline=None)
+def test_the_p_value_is_that_of_scipy(only_first, only_second):
+    found = mcnemar(*_table(1, only_first, only_second, 0))
+    assert found.p_value == pytest.approx(binomtest(only_first, only_first + only_second).pvalue, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Scores of answers: text, JSON, ROUGE against its definition, and numbers in worked solutions."""
 
-import importlib.util
 from collections import Counter
 from decimal import Decimal
 from itertools import pairwise
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.utility.scores import SCORERS, exact_match, maths_answer, maths_match, rouge
+from packages import without_packages
 
 WORDS = st.lists(st.sampled_from(["red", "kettle", "big", "tea", "cup"]), min_size=1, max_size=12)
 
@@ -71,8 +71,7 @@ def test_rouge_of_the_same_and_of_nothing():
 
 
 def test_rouge_without_its_library(monkeypatch):
-    monkeypatch.setattr("deltaguard.evaluation.utility.scores.find_spec", lambda _: None)
-    assert importlib.util.find_spec("rouge_score") is not None
+    without_packages(monkeypatch, "rouge_score")
     with pytest.raises(DeltaguardError, match=r"pip install 'deltaguard\[eval\]'"):
         rouge("a", "b")
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from deltaguard.methods.greedy import GreedyOptions
 from deltaguard.solvers import factorise, greedy, interpolate, published, solution
 
 
@@ -69,12 +70,9 @@ def test_published_selects_block_by_block():
 
 
 def test_the_options_name_what_the_solver_knows():
-    from deltaguard.restoration import options
-    from deltaguard.solvers import greedy
-
-    module = sys.modules[greedy.__module__]
-    assert options.Budget == module.Budget
-    assert options.Compensation == module.Compensation
+    module, options = sys.modules[greedy.__module__], GreedyOptions.model_fields
+    assert options["budget"].annotation == module.Budget
+    assert options["compensation"].annotation == module.Compensation
 
 
 @pytest.mark.parametrize("compensation", ["joint", "additive", "none"])

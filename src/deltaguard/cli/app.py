@@ -16,7 +16,7 @@ from deltaguard.cli.diff import diff
 from deltaguard.cli.eval import eval as evaluate
 from deltaguard.cli.info import info
 from deltaguard.cli.report import report
-from deltaguard.cli.restore import restore
+from deltaguard.cli.restore import methods_help, restore
 from deltaguard.cli.sink import Out, UsageError, complain
 from deltaguard.cli.sweep import sweep
 from deltaguard.cli.verify import verify
@@ -50,7 +50,7 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,
     )
     for verb in (demo, calibrate, restore, sweep, diff, verify, evaluate, bench, report, info):
-        app.command(verb)
+        app.command(verb, help_epilogue=methods_help() if verb is restore else None)
     return app
 
 

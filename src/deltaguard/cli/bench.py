@@ -53,13 +53,13 @@ def bench(
         raise UsageError("--pretrained belongs to an aligned model: give that, too.")
     from deltaguard.evaluation.datasets.load import load_questions
     from deltaguard.reports.bench import bench_table
-    from deltaguard.studies.methods import METHODS
+    from deltaguard.studies.defences import defences
     from deltaguard.studies.protocol import PRESETS
     from deltaguard.studies.run import bench as run
 
-    unknown = [name for name in method if name not in METHODS]
+    unknown = [name for name in method if name not in defences()]
     if unknown:
-        raise UsageError(f"There is no method {', '.join(unknown)}. The methods are {', '.join(METHODS)}.")
+        raise UsageError(f"There is no method {', '.join(unknown)}. The methods are {', '.join(defences())}.")
     attacks = [question for name in attack_prompts for question in load_questions(name)]
     tell(_DURATIONS[preset])
     hide_bars_of_transformers()
@@ -69,7 +69,7 @@ def bench(
             preset=PRESETS[preset].with_changes(seeds=seeds, probes=probes, training=training),
             aligned=aligned,
             pretrained=pretrained,
-            methods=method or tuple(METHODS),
+            methods=method or None,
             attacks=attacks,
             command=shlex.join(["deltaguard", *sys.argv[1:]]),
             progress=progress,

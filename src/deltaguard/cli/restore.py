@@ -11,16 +11,10 @@ from rich.table import Table
 from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, tell, warn
 from deltaguard.errors import listed
 from deltaguard.files import read_yaml
+from deltaguard.methods import METHODS
+from deltaguard.methods.method import ROLES, PricedMethod
 from deltaguard.reports.records.restore import REPORT_NAME, PlanReport, RestoreReport
-from deltaguard.restoration.options import (
-    Budget,
-    Compensation,
-    ConfigFrom,
-    Method,
-    OtherParams,
-    OutputFormat,
-    RestoreConfig,
-)
+from deltaguard.restoration.options import ConfigFrom, OtherParams, OutputFormat, RestoreConfig
 
 
 def restore(
@@ -30,21 +24,22 @@ def restore(
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     store: str | None = None,
-    method: Method | None = None,
+    method: str | None = None,
     max_safety_kl: float | None = None,
+    confidence: float | None = None,
     strength: float | None = None,
-    budget: Budget | None = None,
-    compensation: Compensation | None = None,
     other_params: OtherParams | None = None,
     config_from: ConfigFrom | None = None,
     output_format: OutputFormat | None = None,
     adapter_rank: int | None = None,
     device: str | None = None,
+    memory: str | None = None,
     config: Path | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     resume: Annotated[bool, Parameter(negative="")] = False,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
+    **own: str,
 ) -> None:
     """Write a checkpoint close to the aligned model where that refuses, and else to the fine-tuned one.
 
@@ -53,12 +48,12 @@ def restore(
         finetuned: The model after it: the same, or a PEFT LoRA adapter folder.
         output: A new folder for the restored checkpoint.
         store: The aligned model's curvature, from `deltaguard calibrate`; if not given, made once and cached.
-        method: The solver: `kfac` (default), `ridge`, `greedy`, `published` or `interpolate`.
-        max_safety_kl: The dial of `kfac` and `ridge`: keep as much as this safety KL, measured in nats per
+        method: What decides how much of each layer is kept, one of those below; `kfac` by default.
+        max_safety_kl: The dial of methods with a price: keep as much as this safety KL, measured in nats per
             response token, allows; 0.0006 by default.
-        strength: How much is kept, larger keeps more; instead of the dial, or for the other methods.
-        budget: How `greedy` reads the strength: `fraction` (default) of the summed safety cost, or `paper`.
-        compensation: What `greedy` does to entries it does not keep: `joint` (default), `additive`, `none`.
+        confidence: With the dial, such as 0.95: the safety KL must be within the limit with this confidence,
+            not on the mean alone.
+        strength: How much is kept, larger keeps more; instead of the dial, or for methods without a price.
         other_params: Where norms, biases and embeddings come from: `aligned` (default) or `finetuned`.
         config_from: Whose configuration, tokenizer and chat template the output has: `aligned` or
             `finetuned`; if not given, the two models must agree on them.
@@ -66,6 +61,8 @@ def restore(
         adapter_rank: Rank of an adapter; if not given, for each layer the smallest that loses at most 1 % of
             its restored delta (squared norm).
         device: Where the dial runs the model: `auto`, `cpu`, `cuda` or `cuda:N`.
+        memory: What projected layers may take between two prices, such as `8GB`; the rest waits on the disk.
+            A quarter of the machine's memory by default.
         config: A YAML or JSON file with the method and its options; the command line wins.
         dry_run: Print the plan, made from headers alone, and write nothing; what speaks against the output
             folder is said.
@@ -73,9 +70,10 @@ def restore(
         overwrite: Replace the files of an earlier restore, which its report in the output folder lists. All
             others stay and are named; where the new output needs the place of one, nothing is done.
         json: Print one JSON document and nothing else on stdout.
+        **own: An option, or a model, of the method's own: see below.
     """
     options = {name: value for name, value in locals().items() if name in RestoreConfig.model_fields}
-    chosen = _chosen(config, options)
+    chosen = _chosen(config, options | {name.replace("-", "_"): value for name, value in own.items()})
     from deltaguard.restoration import restore as restoring
 
     if dry_run:
@@ -89,6 +87,18 @@ def restore(
     warn(report.warnings)
     _tell_what_was_left(output, report, nothing_done=before is not None and before == _report_file(output))
     emit(report, _draw(report, chosen, output), as_json=json)
+
+
+def methods_help() -> str:
+    """List all methods with their options, for the end of a help page."""
+    lines = ["Methods:", ""]
+    for method in METHODS.values():
+        strength = "dial or strength" if isinstance(method, PricedMethod) else "strength"
+        lines.append(f"- `{method.name}` ({strength}): {method.title}. {method.reference}")
+        for name, field in method.options.model_fields.items():
+            lines.append(f"    - `--{name.replace('_', '-')}`: {field.description}")
+        lines += [f"    - `--{role}`: {ROLES[role]}" for role in method.models]
+    return "\n".join(lines)
 
 
 def _chosen(config: Path | None, given: dict[str, Any]) -> RestoreConfig:

@@ -1,12 +1,12 @@
 """`deltaguard sweep`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Group
 
-from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
+from deltaguard.cli.sink import Json, UsageError, checked, emit, hide_bars_of_transformers, progress_bar, warn
 from deltaguard.restoration.options import ConfigFrom, OtherParams, RestoreConfig
 
 
@@ -19,10 +19,12 @@ def sweep(
     store: str | None = None,
     max_safety_kl: Annotated[tuple[float, ...], Parameter(negative="", show_default=False)] = (),
     utility: Path | None = None,
-    method: Literal["kfac", "ridge"] = "kfac",
+    method: str = RestoreConfig().method,
+    confidence: float | None = None,
     other_params: OtherParams = "aligned",
     config_from: ConfigFrom | None = None,
     device: str = "auto",
+    memory: str | None = None,
     json: Json = False,
 ) -> None:
     """Measure what a restore would keep at several limits of safety KL; no checkpoint is written.
@@ -35,15 +37,21 @@ def sweep(
         max_safety_kl: A safety KL to stay under, nats per response token; may be repeated. If not given,
             1e-4, 3e-4, 6e-4, 1e-3 and 3e-3.
         utility: JSONL with `prompt` and `response`: conversations whose likelihood says what the task keeps.
-        method: The solver: `kfac` or `ridge`.
+        method: A method with a price: `kfac`, `ridge` or your own.
+        confidence: The safety KL must be within a limit with this confidence, not on the mean alone.
         other_params: Where norms, biases and embeddings come from: `aligned` or `finetuned`.
         config_from: Whose configuration, tokenizer and chat template candidates have: `aligned` or
             `finetuned`; if not given, the two models must agree on them.
         device: Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`.
+        memory: What projected layers may take between two prices, such as `8GB`; a quarter of the machine's
+            memory by default.
         json: Print one JSON document and nothing else on stdout.
     """
-    options = {"method": method, "other_params": other_params, "config_from": config_from, "device": device}
+    options = {"method": method, "confidence": confidence, "memory": memory, "device": device}
+    options |= {"other_params": other_params, "config_from": config_from}
     config = checked(RestoreConfig, options)
+    if not config.is_priced:
+        raise UsageError(f"A sweep needs a method with a price to vary; {method} has none.")
     for limit in max_safety_kl:
         checked(RestoreConfig, options | {"max_safety_kl": limit})
     from deltaguard.cli.report import page_line

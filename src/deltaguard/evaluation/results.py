@@ -6,10 +6,9 @@ from itertools import combinations
 from typing import TypeVar
 
 from deltaguard.evaluation.exchange import Scale, Verdict
-from deltaguard.evaluation.metrics.agreement import cohen_kappa
 from deltaguard.evaluation.metrics.bootstrap import mean_estimate
 from deltaguard.evaluation.metrics.paired import PairedTest, mcnemar, paired_bootstrap
-from deltaguard.evaluation.metrics.rates import Rate, estimate
+from deltaguard.evaluation.metrics.rates import Rate, cohen_kappa, estimate
 from deltaguard.reports.records.evaluation import (
     Agreement,
     AnswerClass,

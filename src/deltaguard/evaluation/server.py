@@ -6,14 +6,13 @@ import math
 import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
 
 from deltaguard import __version__
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.exchange import Answer, Missed
 from deltaguard.evaluation.replies import Failure, read_reply, shown, without_secrets
 from deltaguard.models.loading import foreign
@@ -69,10 +68,7 @@ class Server:
                 f"The key in the environment variable {self.api_key_env} holds a line break or another "
                 "character that no request can hold: set it to the key alone."
             )
-        if find_spec("openai") is None:
-            raise DeltaguardError(
-                "Models and judges behind a server need the openai package: pip install 'deltaguard[eval]'."
-            )
+        require_packages("Asking a server", "eval", "openai")
 
     @property
     def address(self) -> str:

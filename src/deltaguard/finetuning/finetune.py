@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from deltaguard.chat.conversations import Conversation, require_responses
 from deltaguard.chat.template import messages
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.models.families import decoder_blocks
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_model, load_tokenizer
@@ -88,7 +87,7 @@ def finetune(
         >>> pairs = [Conversation("What do bees make?", response="Honey.")]
         >>> finetune("models/smollm2", "out", pairs, config=FinetuneConfig(1e-4))  # doctest: +SKIP
     """
-    _check_installed()
+    require_packages("Fine-tuning", "demo", "trl", "datasets", "accelerate")
     _check_conversations(conversations)
     folder = locate(model)
     network = load_model(folder, str(model), dtype=torch.float32)
@@ -110,14 +109,6 @@ def finetune(
     trainer.model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return Path(output_dir)
-
-
-def _check_installed() -> None:
-    missing = [name for name in ("trl", "datasets", "accelerate") if find_spec(name) is None]
-    if missing:
-        raise DeltaguardError(
-            f"Fine-tuning needs {', '.join(missing)}, not installed here: `pip install 'deltaguard[demo]'`."
-        )
 
 
 def _check_conversations(conversations: Sequence[Conversation]) -> None:

@@ -9,18 +9,9 @@ from deltaguard.reports.page import environment
 from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.reports.restore import kinds_table, origin, others_table, outcome_facts
 from deltaguard.reports.table import Column, Table
-from deltaguard.reports.text import code, hub_id, option, short_reference
+from deltaguard.reports.text import code, hub_id, option, plain, short_reference
 
 TAGS = ("deltaguard", "safe-delta")
-
-METHODS: Mapping[str, str] = {
-    "kfac": "the closed form of Safe Delta's goal with both curvatures: each direction shrinks by its price",
-    "ridge": "the closed form of Safe Delta's goal with the curvature of the inputs",
-    "greedy": "Safe Delta: the changes that buy most utility for their safety cost, up to a budget",
-    "published": "Safe Delta as its authors released it: entries selected block by block of columns",
-    "interpolate": "interpolation: every entry between the aligned and the fine-tuned value",
-}
-"""What each method does to a matrix, to follow a colon."""
 
 _REPLACED = ("base_model", "base_model_relation", "library_name", "tags")
 # Results that were measured on the fine-tuned model do not hold for the restored one.
@@ -44,7 +35,6 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
         ```
     """
     metadata = card_metadata(report, front_matter)
-    method = str(report.options.get("method"))
     options = Table.of(
         "",
         (Column("option", "name", code=True), Column("as run", "words", code=True)),
@@ -58,7 +48,7 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
         report=report,
         name=short_reference(report.finetuned.reference),
         aligned=short_reference(report.aligned.reference),
-        method=METHODS.get(method, f"method {code(method)}"),
+        method=plain(report.method_title),
         adapter=is_adapter(report),
         options=options.markdown(),
         outcome=outcome.markdown(),

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from deltaguard.errors import require_package
+from deltaguard.errors import require_packages
 from deltaguard.reports.layers import NO_BLOCK, LayerMeasure, kinds
 from deltaguard.reports.palette import colour
 from deltaguard.reports.records.restore import LayerRow
 from deltaguard.reports.records.sweep import SweepReport
 from deltaguard.text import printable_lines, shortened
 
-require_package("altair", "vl_convert", extra="reports", purpose="To draw charts")
+require_packages("Drawing charts", "reports", "altair", "vl_convert")
 import altair as alt  # noqa: E402
 import vl_convert  # noqa: E402
 

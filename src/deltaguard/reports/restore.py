@@ -141,6 +141,7 @@ def dial_facts(report: RestoreReport) -> Facts:
     if dial is None:
         return ()
     allowed = f"{nats(dial.limit)} nats a token allowed"
+    allowed += f" (with a confidence of {percent(dial.confidence)})" if dial.confidence else ""
     if dial.whole:
         found = f"{nats(dial.finetuned_kl)}, within the {allowed}: kept whole, nothing was taken from it"
         return (("safety KL of the fine-tuned model", found),)

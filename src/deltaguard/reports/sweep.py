@@ -145,7 +145,7 @@ def _allowed(report: SweepReport) -> tuple[Allowed, ...]:
     for budget in report.budgets:
         point = None if budget.mu is None else points.get(budget.mu)
         price = "no point within" if point is None else f"{point.mu:.3g}"
-        if report.finetuned_kl <= budget.limit:
+        if budget.whole:
             point, price = finetuned, "whole model"
         rows.append(Allowed(f"{budget.limit:g}", budget.limit, point, price))
     return (*rows, Allowed("fine-tuned", None, finetuned, "whole model"))
@@ -159,7 +159,7 @@ def _limits_table(report: SweepReport) -> Table:
         [
             (
                 Cell(row.name, row.limit, tint="" if row.limit else row.name.replace("-", "")),
-                _nats(row.point.safety_kl if row.point else None),
+                _nats(row.point.safety_kl, row.point.margin) if row.point else DASH,
                 *_kept_cells(report, row.point),
                 row.price,
             )
@@ -182,7 +182,7 @@ def _points_table(report: SweepReport) -> Table:
         [
             (
                 Cell(f"{point.mu:.3g}", point.mu),
-                _nats(point.safety_kl),
+                _nats(point.safety_kl, point.margin),
                 _nats(point.predicted_safety_kl),
                 *_kept_cells(report, point),
                 best[point.mu] or DASH,
@@ -206,8 +206,8 @@ def _kept_cells(report: SweepReport, point: SweepPoint | None) -> tuple[Cell, ..
     return energy, Cell(DASH if nll is None else f"{nll:.3f}", nll), gain
 
 
-def _nats(value: float | None) -> Cell:
-    return Cell(nats(value), value)
+def _nats(value: float, margin: float | None = None) -> Cell:
+    return Cell(nats(value), value, "" if margin is None else f"± {nats(margin)}")
 
 
 def _chart(report: SweepReport) -> page.Chart:
@@ -261,6 +261,7 @@ def _facts(report: SweepReport) -> Facts:
     count = report.utility_conversations
     return (
         ("method", report.method),
+        *((("confidence", percent(report.confidence)),) if report.confidence else ()),
         *((("configuration from", report.config_from),) if report.config_from else ()),
         ("measured on", f"{report.conversations} held-out safety conversations ({report.tokens} tokens)"),
         *((("utility data", counted(count, "conversation")),) if count else ()),
@@ -271,7 +272,7 @@ def _facts(report: SweepReport) -> Facts:
 
 def _whole_within(report: SweepReport) -> tuple[float, ...]:
     """The limits that the whole fine-tuned model is within."""
-    return tuple(budget.limit for budget in report.budgets if report.finetuned_kl <= budget.limit)
+    return tuple(budget.limit for budget in report.budgets if budget.whole)
 
 
 def _listed(limits: Sequence[float], word: str = "and") -> str:

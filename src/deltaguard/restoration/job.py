@@ -1,15 +1,17 @@
 """The inputs of a restore, opened: headers are read, weights are not."""
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore, not_whole
 from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.methods.method import Role
 from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
-from deltaguard.models.checkpoint import Checkpoint, WeightSource
+from deltaguard.models.checkpoint import Checkpoint, WeightSource, name_map
 from deltaguard.models.durable import InUseError
 from deltaguard.models.identity import ModelIdentity
 from deltaguard.models.opened import refuse_changes
@@ -17,7 +19,20 @@ from deltaguard.progress import Progress
 from deltaguard.reports.records.base import ModelReference
 from deltaguard.restoration.agreement import Identified, require_agreement
 from deltaguard.restoration.options import RestoreConfig
-from deltaguard.restoration.plan import Plan, make_plan
+from deltaguard.restoration.plan import Action, Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Other:
+    """A further model.
+
+    Attributes:
+        source: the model.
+        names: its names of the aligned model's tensors.
+    """
+
+    source: WeightSource
+    names: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,7 @@ class Job:
         store: the curvature, None where it is not needed or not there.
         aligned_identity: what identifies the aligned model.
         finetuned_identity: what identifies the fine-tuned one.
+        others: further models that the method needs, by role.
     """
 
     aligned: Checkpoint
@@ -37,6 +53,7 @@ class Job:
     store: CurvatureStore | None
     aligned_identity: ModelIdentity
     finetuned_identity: ModelIdentity
+    others: Mapping[Role, Other] = field(default_factory=dict[Role, "Other"])
 
     @property
     def aligned_reference(self) -> ModelReference:
@@ -56,6 +73,7 @@ class Job:
             store=self.store,
             other_params=config.other_params,
             rank=config.rank,
+            everywhere=config.solver.everywhere,
         )
 
     def check_unchanged(self) -> None:
@@ -65,6 +83,7 @@ class Job:
             DeltaguardError: files changed; all are listed.
         """
         changes = self.aligned.changes() + self.finetuned.changes()
+        changes += [change for other in self.others.values() for change in other.source.changes()]
         changes += self.store.changes() if self.store else []
         refuse_changes(dict.fromkeys(changes))
 
@@ -145,11 +164,36 @@ def look(
             configuration, tokenizer and chat template the output is to have.
     """
     base, tuned = open_models(aligned, finetuned)
-    plan = make_plan(base, tuned, store=None, other_params=config.other_params)
+    everywhere = config.solver.everywhere
+    plan = make_plan(base, tuned, store=None, other_params=config.other_params, everywhere=everywhere)
     one, other = Identified.of(base), Identified.of(tuned)
     require_agreement(one, other, plan, config)
     known = find_store(base, one.identity, store, rank=config.rank) if config.needs_curvature else None
-    return Job(base, tuned, known, one.identity, other.identity)
+    others = _open_others(base, plan, config)
+    return Job(base, tuned, known, one.identity, other.identity, others)
+
+
+def _open_others(base: Checkpoint, plan: Plan, config: RestoreConfig) -> dict[Role, Other]:
+    """Open the further models, and refuse those that lack a tensor or have it in another shape."""
+    others: dict[Role, Other] = {}
+    problems: list[str] = []
+    for role, reference in config.models.items():
+        source = open_models(base.reference, reference)[1]
+        others[role] = Other(source, name_map(list(base.tensors), list(source.tensors)))
+        for step in plan.steps:
+            if step.action is not Action.RESTORE:
+                continue
+            name, shape = step.aligned_name, base.tensors[step.aligned_name].shape
+            own = others[role].names.get(name)
+            if own is None:
+                problems.append(f"Tensor `{name}` is in the aligned model and not in the {role} one.")
+            elif (found := source.tensors[own].shape) != shape:
+                problems.append(
+                    f"Tensor `{name}` is {shape} in the aligned model and {found} in the {role} one."
+                )
+    if problems:
+        raise DeltaguardError(listed(f"{config.method} cannot use these models", problems))
+    return others
 
 
 def find_store(

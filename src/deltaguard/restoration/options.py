@@ -1,18 +1,20 @@
 """What a user may choose about a restore, checked before anything is read."""
 
-from typing import Literal
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from deltaguard.curvature.rank import Rank
+from deltaguard.errors import listed
+from deltaguard.files import problems
+from deltaguard.methods import METHODS, find_method
+from deltaguard.methods.method import ROLES, Method, Options, PricedMethod, Role, Strengths
 from deltaguard.models.canonical import ConfigFrom
 
-Method = Literal["kfac", "ridge", "greedy", "published", "interpolate"]
 OtherParams = Literal["aligned", "finetuned"]
 OutputFormat = Literal["checkpoint", "adapter"]
-# The solvers' own names for their options, said again here because the solvers import torch.
-Budget = Literal["paper", "fraction"]
-Compensation = Literal["joint", "additive", "none"]
 
 DEFAULT_MAX_SAFETY_KL = 6e-4
 """Nats per response token that a restore may cost by default; docs/strength.md says why."""
@@ -20,22 +22,21 @@ DEFAULT_MAX_SAFETY_KL = 6e-4
 SMALLEST_MAX_SAFETY_KL = 1e-9
 """A smaller limit cannot be told from what rounding measures of two models that are the same."""
 
-DEFAULT_STRENGTH = 0.55
-"""Share of the summed safety cost that `greedy` spends by default; docs/strength.md says why."""
-
 
 class RestoreConfig(BaseModel):
-    """Options of `restore`.
+    """Options of `restore`; a method's own options, and the models it needs, are given beside them by name.
 
     Attributes:
-        method: the solver; `interpolate` needs no curvature.
-        max_safety_kl: the dial of `kfac` and `ridge`, and their default: keep as much as a safety KL of so
-            many nats per response token allows, measured on held-out safety conversations; 1e-9 at least.
-        strength: how much is kept, larger keeps more, instead of the dial. `kfac` and `ridge`: share of the
-            delta's predicted safety KL; `greedy` has a default with the budget "fraction"; `published` and
-            `interpolate` have none.
-        budget: how `greedy` reads the strength, see `solvers.greedy`.
-        compensation: what `greedy` does to the entries that it does not keep.
+        method: a name in `methods.METHODS`.
+        max_safety_kl: the dial of methods with a price of safety, and their default: keep as much as a safety
+            KL of so many nats per response token allows, measured on held-out safety conversations; 1e-9 at
+            least.
+        confidence: with the dial, above 0.5 and below 1: the safety KL must be within the limit with this
+            confidence (a one-sided normal bound over the conversations held out), not on the mean alone.
+        strength: how much is kept, larger keeps more, instead of the dial; of methods with a price the share
+            of the delta's predicted safety KL.
+        method_options: the method's own, such as greedy's `budget`; may be given by their names.
+        models: further models that the method needs, by role, such as `pretrained`; likewise.
         other_params: where norms, biases, embeddings and the output head come from.
         config_from: the model whose configuration, tokenizer and chat template the output has, and with which
             the dial measures; where absent, the two models must agree on them.
@@ -44,6 +45,9 @@ class RestoreConfig(BaseModel):
         adapter_rank: of an adapter; None takes for each layer the smallest that loses 1 % of its restored
             delta's squared norm at most. What the rank loses is lost before the dial measures.
         device: where the model runs that the dial measures; `auto` is CUDA where there is one.
+        memory: bytes, or a text such as "8GB", that projected layers may take between two prices; what does
+            not fit waits in a file of the output folder, or is made again. By default a quarter of the memory
+            that the process may use.
         overwrite: replace the files of an earlier restore, which its report in the output folder lists; all
             others stay.
         resume: go on with a restore that was interrupted, one begun with overwrite too; the finished output
@@ -54,32 +58,71 @@ class RestoreConfig(BaseModel):
         0.0006
         >>> RestoreConfig(method="interpolate", strength=0.5).dial is None
         True
+        >>> dict(RestoreConfig(method="greedy", compensation="none").method_options)
+        {'compensation': 'none'}
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Method = "kfac"
+    method: str = next(iter(METHODS))
     max_safety_kl: float | None = Field(default=None, ge=SMALLEST_MAX_SAFETY_KL, allow_inf_nan=False)
+    confidence: float | None = Field(default=None, gt=0.5, lt=1)
     strength: float | None = Field(default=None, allow_inf_nan=False)
-    budget: Budget = "fraction"
-    compensation: Compensation = "joint"
+    method_options: Mapping[str, Any] = Field(default_factory=dict)
+    models: Mapping[Role, str] = Field(default_factory=dict["Role", str])
     other_params: OtherParams = "aligned"
     config_from: ConfigFrom | None = None
     output_format: OutputFormat = "checkpoint"
     adapter_rank: int | None = Field(default=None, ge=1)
     device: str = "auto"
+    memory: ByteSize | None = None
     overwrite: bool = False
     resume: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_own_options(cls, given: Any) -> Any:
+        """Put the method's own options, and its models, where they belong."""
+        if not isinstance(given, Mapping):
+            return given
+        name = given.get("method", cls.model_fields["method"].default)
+        if name not in METHODS:
+            close = difflib.get_close_matches(str(name), METHODS, n=1)
+            meant = f' Did you mean "{close[0]}"?' if close else ""
+            raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}.{meant}")
+        method, known = METHODS[name], cls.model_fields
+        own = {key: value for key, value in given.items() if key in method.options.model_fields}
+        models = {role: str(given[role]) for role in method.models if given.get(role) is not None}
+        unknown = [key for key in given if key not in {*known, *own, *method.models}]
+        if unknown:
+            raise ValueError(" ".join(_unknown(key, method, list(known)) for key in unknown))
+        return {key: value for key, value in given.items() if key in known} | {
+            "method_options": {**given.get("method_options", {}), **own},
+            "models": {**given.get("models", {}), **models},
+        }
+
     @model_validator(mode="after")
     def _check(self) -> "RestoreConfig":
-        if self.max_safety_kl is not None and not self.has_price:
-            raise ValueError(f"max_safety_kl is the dial of methods kfac and ridge; {self.method} has none.")
+        method = self.solver
+        try:
+            own = self.own_options
+        except ValidationError as error:
+            raise ValueError(listed(f"options of method {self.method}", problems(error))) from error
+        # Texts, as a command line gives them, are what they say.
+        object.__setattr__(self, "method_options", own.model_dump(exclude_unset=True))
+        if self.max_safety_kl is not None and not self.is_priced:
+            priced = " and ".join(m.name for m in METHODS.values() if isinstance(m, PricedMethod))
+            raise ValueError(f"max_safety_kl is the dial of methods {priced}; {self.method} has none.")
         if self.max_safety_kl is not None and self.strength is not None:
             raise ValueError("max_safety_kl and strength both say how much is kept: give one.")
-        if self.method != "greedy" and (self.budget != "fraction" or self.compensation != "joint"):
-            raise ValueError("budget and compensation are options of method greedy.")
-        if self.output_format == "adapter" and self.other_params != "aligned":
+        if self.confidence is not None and self.dial is None:
+            raise ValueError("confidence is an option of the dial, max_safety_kl.")
+        if wrong := set(self.models) ^ set(method.models):
+            needed = ", ".join(f"{role} ({ROLES[role]})" for role in method.models) or "no further model"
+            raise ValueError(f"{self.method} needs {needed}; {', '.join(sorted(wrong))} does not fit that.")
+        if method.everywhere and self.other_params != "aligned":
+            raise ValueError(f"{self.method} decides every tensor, so that other_params has no meaning.")
+        if self.output_format == "adapter" and (self.other_params != "aligned" or method.everywhere):
             raise ValueError("an adapter leaves norms, biases and embeddings as the aligned model has them.")
         if self.output_format != "adapter" and self.adapter_rank is not None:
             raise ValueError("adapter_rank is an option of output_format adapter.")
@@ -87,51 +130,76 @@ class RestoreConfig(BaseModel):
         return self
 
     def _check_strength(self) -> None:
-        default = self.method == "greedy" and self.budget == "fraction"
-        if self.strength is None and not (default or self.has_price):
+        allowed = self._strengths
+        if self.strength is None and allowed.default is None and not self.is_priced:
+            own = "".join(f" and {name} {value}" for name, value in self.own_options.model_dump().items())
+            raise ValueError(f"strength has no default with method {self.method}{own}: give one.")
+        if self.strength is not None and not allowed.low <= self.strength <= allowed.high:
             raise ValueError(
-                f"strength has no default with method {self.method} and budget {self.budget}: give one."
+                f"strength is {self.strength}; it must lie in [{allowed.low:g}, {allowed.high:g}]."
             )
-        bounded = default or self.has_price or self.method == "interpolate"
-        top = 1.0 if bounded else float("inf")
-        if self.strength is not None and not 0 <= self.strength <= top:
-            raise ValueError(f"strength is {self.strength}; it must lie in [0, {top:g}].")
 
     @property
-    def has_price(self) -> bool:
+    def solver(self) -> Method:
+        """The method itself."""
+        return find_method(self.method)
+
+    @property
+    def own_options(self) -> Options:
+        """The method's own options, defaults included."""
+        return self.solver.options.model_validate(dict(self.method_options))
+
+    @property
+    def _strengths(self) -> Strengths:
+        return self.solver.strengths(self.own_options)
+
+    @property
+    def is_priced(self) -> bool:
         """Whether the method has one price of safety, μ, for all layers."""
-        return self.method in ("kfac", "ridge")
+        return isinstance(self.solver, PricedMethod)
 
     @property
     def dial(self) -> float | None:
         """The safety KL allowed, or `None` where a strength decides."""
-        if not self.has_price or self.strength is not None:
+        if not self.is_priced or self.strength is not None:
             return None
         return DEFAULT_MAX_SAFETY_KL if self.max_safety_kl is None else self.max_safety_kl
 
     @property
     def chosen_strength(self) -> float:
-        """The strength given, or the default of `greedy`."""
-        return DEFAULT_STRENGTH if self.strength is None else self.strength
+        """The strength given, else the method's default."""
+        chosen = self._strengths.default if self.strength is None else self.strength
+        assert chosen is not None, "checked by `_check_strength`, but for a dial, which has none"  # noqa: S101
+        return chosen
 
     @property
     def needs_curvature(self) -> bool:
         """Whether the method needs a CurvatureStore."""
-        return self.method != "interpolate"
+        return bool(self.solver.needs)
 
     @property
     def rank(self) -> Rank:
         """What a CurvatureStore must keep for the method."""
-        return "auto" if self.has_price else "full"
+        return "full" if self.solver.needs & {"hessian", "factor"} else "auto"
 
     def what_is_solved(self) -> dict[str, str | float | bool | None]:
         """The options that decide the output, for the report and for recognising an interrupted run."""
-        own = {"max_safety_kl": self.dial} if self.has_price else {"strength": self.chosen_strength}
-        if self.has_price and self.strength is not None:
-            own = {"strength": self.strength}
-        of_greedy = {"budget", "compensation"} if self.method != "greedy" else set[str]()
-        if_chosen = {"config_from"} if self.config_from is None else set[str]()
-        of_adapters = {"adapter_rank"} if self.output_format != "adapter" else set[str]()
-        hidden = {"overwrite", "resume", "device", "max_safety_kl", "strength"}
-        chosen = self.model_dump(exclude=hidden | of_greedy | of_adapters | if_chosen)
-        return {"method": chosen.pop("method"), **own, **chosen}
+        by_dial = self.dial is not None
+        decided: dict[str, Any] = {"method": self.method}
+        decided |= {"max_safety_kl": self.dial} if by_dial else {"strength": self.chosen_strength}
+        decided |= {"confidence": self.confidence} if self.confidence is not None else {}
+        decided |= self.own_options.model_dump() | dict(self.models)
+        decided |= {} if self.solver.everywhere else {"other_params": self.other_params}
+        decided |= {"config_from": self.config_from} if self.config_from is not None else {}
+        decided["output_format"] = self.output_format
+        decided |= {"adapter_rank": self.adapter_rank} if self.output_format == "adapter" else {}
+        return decided
+
+
+def _unknown(key: str, method: Method, known: list[str]) -> str:
+    """Say where an option belongs that this method does not have."""
+    owners = [m.name for m in METHODS.values() if key in m.options.model_fields or key in m.models]
+    if owners:
+        return f"{key} is an option of method {' and '.join(owners)}, and the method is {method.name}."
+    close = difflib.get_close_matches(key, [*known, *method.options.model_fields, *method.models], n=1)
+    return f"there is no option {key}." + (f" Did you mean {close[0]}?" if close else "")

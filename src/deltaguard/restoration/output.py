@@ -19,8 +19,7 @@ from deltaguard.models.writer import CheckpointWriter
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
-from deltaguard.restoration.plan import Plan
-from deltaguard.restoration.price import restored_steps
+from deltaguard.restoration.plan import Action, Plan
 from deltaguard.restoration.verify import read_report
 
 _SHOWN_DIGITS = 12
@@ -133,7 +132,8 @@ def finished_report(job: Job, output: Output, config: RestoreConfig) -> RestoreR
 
 
 def _inputs(job: Job) -> tuple[Path, ...]:
-    return job.aligned.folder, job.finetuned.folder, *([job.store.folder] if job.store else [])
+    others = (other.source.folder for other in job.others.values())
+    return job.aligned.folder, job.finetuned.folder, *others, *([job.store.folder] if job.store else [])
 
 
 def _plan_hash(job: Job, config: RestoreConfig) -> str:
@@ -143,6 +143,7 @@ def _plan_hash(job: Job, config: RestoreConfig) -> str:
         __version__,
         job.aligned_identity.key,
         job.finetuned_identity.key,
+        *(other.source.fingerprint() for other in job.others.values()),
         store.model_dump_json() if store else "",
         json.dumps(config.what_is_solved(), sort_keys=True),
         *(job.finetuned.header(shard).hex() for shard in job.finetuned.shards),
@@ -153,7 +154,9 @@ def _plan_hash(job: Job, config: RestoreConfig) -> str:
 def _adapter_bytes(job: Job, plan: Plan, config: RestoreConfig) -> tuple[int, str]:
     """At most what an adapter takes: twice, because its factors wait on disk until all are known."""
     tuned, rank, total = job.finetuned, config.adapter_rank, 0
-    for step in restored_steps(plan):
+    for step in plan.steps:
+        if step.action is not Action.RESTORE:
+            continue
         if not isinstance(tuned, AdapterCheckpoint) or step.info.name in tuned.adapted:
             rows, columns = step.matrix_shape
             full = min(rows, columns)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 
 from deltaguard.curvature.contents import Group, spectra_bytes
 from deltaguard.curvature.rank import Rank
@@ -19,6 +20,7 @@ from deltaguard.models.families import (
     stored_in_out,
 )
 from deltaguard.models.loading import vocabulary_size
+from deltaguard.models.shards import DTYPES
 from deltaguard.restoration.options import OtherParams
 
 _ORDERS = {False: "(out, in)", True: "(in, out)"}
@@ -43,7 +45,8 @@ class Step:
         action: RESTORE: a solver decides; ALIGNED or FINETUNED: taken whole from that model; EXTEND: the
             rows both models have from the aligned one, the rest from the fine-tuned one.
         aligned: the tensor's name in the aligned checkpoint, None where it has none.
-        shared_rows: with EXTEND, how many rows come from the aligned model.
+        shared_rows: with EXTEND, how many rows come from the aligned model; with RESTORE, how many the method
+            decides, the others being fine-tuned; 0 where it decides all.
         group: the curvature group, None without curvature.
         transposed: whether the weight is stored (in, out), as GPT-2's Conv1D does.
         reason: why, in words for the report.
@@ -104,6 +107,7 @@ def make_plan(
     store: CurvatureStore | None,
     other_params: OtherParams = "aligned",
     rank: Rank = "auto",
+    everywhere: bool = False,
 ) -> Plan:
     """Decide what becomes of every tensor of the fine-tuned checkpoint.
 
@@ -114,6 +118,8 @@ def make_plan(
             none: then every matrix inside a decoder block is restored.
         other_params: where norms, biases, embeddings and the output head come from.
         rank: what the method reads from the store: eigenpairs, or the whole.
+        everywhere: whether the method decides every tensor that both models have; what the fine-tuned model
+            alone has then stays.
 
     Returns:
         The plan.
@@ -125,7 +131,8 @@ def make_plan(
     for source in (aligned, finetuned):
         refuse_experts(source.reference, source.config, source.tensors)
     names = _aligned_names(aligned, finetuned)
-    rules = _Rules(_layer_rule(aligned, store), other_params, _known_tokens(aligned, finetuned))
+    known_tokens = _known_tokens(aligned, finetuned)
+    rules = _Rules(_layer_rule(aligned, store), other_params, known_tokens, everywhere)
     problems = _missing(aligned, names, rules.layer)
     steps: list[Step] = []
     for info in finetuned.tensors.values():
@@ -154,6 +161,7 @@ class _Rules:
     layer: _LayerRule
     other_params: OtherParams
     known_tokens: int | None
+    everywhere: bool
 
 
 def _layer_rule(aligned: WeightSource, store: CurvatureStore | None) -> _LayerRule:
@@ -209,7 +217,9 @@ def _missing(aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule)
     ]
 
 
-def _step(info: TensorInfo, aligned: TensorInfo | None, rules: _Rules) -> Step | str:
+def _step(  # noqa: PLR0911  # a return for each thing that may become of a tensor
+    info: TensorInfo, aligned: TensorInfo | None, rules: _Rules
+) -> Step | str:
     """What becomes of one tensor, or the sentence that says why it does not fit."""
     if aligned is None:
         if is_block_matrix(info.name, info.shape):
@@ -225,6 +235,10 @@ def _step(info: TensorInfo, aligned: TensorInfo | None, rules: _Rules) -> Step |
             f"Tensor `{info.name}` is {aligned.shape} in the aligned model "
             f"and {info.shape} in the fine-tuned one."
         )
+    if rules.everywhere:
+        # Indices and masks are no weights.
+        action = Action.RESTORE if DTYPES[info.dtype].is_floating_point else Action.FINETUNED
+        return Step(info, action, aligned.name, None, False, "decided by the method", shared or 0)
     if shared is None or rules.other_params == "finetuned":
         own = f"--other-params {rules.other_params}"
         return Step(info, Action(rules.other_params), aligned.name, None, False, own)
@@ -287,4 +301,4 @@ def _curvature_bytes(store: CurvatureStore, group: Group, rank: Rank) -> int:
 
 
 def _entries(step: Step) -> int:
-    return step.info.shape[0] * step.info.shape[1]
+    return prod(step.info.shape)

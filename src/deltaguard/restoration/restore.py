@@ -3,25 +3,23 @@
 import re
 import statistics
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
-from deltaguard.models.adapter_writer import commit_adapter
-from deltaguard.models.companions import refuse_links_out
+from deltaguard.models.adapter_writer import AdapterLayer, commit_adapter, stage_adapter
 from deltaguard.models.journal import FileRecord
-from deltaguard.models.mirror import bring_along
-from deltaguard.models.shards import DTYPES
+from deltaguard.models.mirror import beside_adapter, bring_along, refuse_links_out
 from deltaguard.models.writer import CheckpointWriter
-from deltaguard.progress import Event, Progress
+from deltaguard.progress import Event, Progress, ignore
 from deltaguard.reports.card import model_card
 from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.restore import (
@@ -33,10 +31,7 @@ from deltaguard.reports.records.restore import (
     PlanReport,
     RestoreReport,
 )
-from deltaguard.restoration.adapter_output import refuse_what_no_adapter_holds, stage_restored_adapter
-from deltaguard.restoration.curvature import CurvatureReader
-from deltaguard.restoration.edit import edit
-from deltaguard.restoration.inputs import read_ahead
+from deltaguard.restoration.dial import PROHIBITIVE, Price, find_price
 from deltaguard.restoration.job import Job, look, open_job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import (
@@ -47,12 +42,16 @@ from deltaguard.restoration.output import (
     refuse_output,
 )
 from deltaguard.restoration.plan import Action, Plan, Step
-from deltaguard.restoration.price import PROHIBITIVE, Price, price_of
+from deltaguard.restoration.trial import Trial
 
 T = TypeVar("T")
 _ROWS: TypeAdapter[tuple[LayerRow | OtherRow, ...]] = TypeAdapter(tuple[LayerRow | OtherRow, ...])
 _METADATA: TypeAdapter[dict[Any, Any] | None] = TypeAdapter(dict[Any, Any] | None)
 _PRICE = TypeAdapter(Price)
+
+
+class UnchangedError(DeltaguardError):
+    """The output would be the fine-tuned model itself."""
 
 
 def restore(
@@ -99,7 +98,7 @@ def restore(
     plan = job.plan(config)
     metadata = _front_matter(job.finetuned.folder)
     if config.output_format == "adapter":
-        refuse_what_no_adapter_holds(job, plan)
+        _refuse_what_no_adapter_holds(job, plan)
     output = describe_output(job, plan, Path(output_dir), config)
     finished = finished_report(job, output, config)
     return finished or _written(job, plan, output, config, metadata, started, memory, progress)
@@ -118,8 +117,9 @@ def _written(
     """Write the output."""
     with open_writer(job, output, config) as writer:
         writer.require_space(output.needed, what=output.what)
-        price = _price(job, plan, config, writer, progress)
-        rows = _stage(job, plan, config, price, writer, progress)
+        trial = Trial(job, plan, config, writer.out)
+        price = _price(trial, writer, progress or ignore)
+        rows = _stage(trial, price, writer, progress or ignore)
         try:
             job.check_unchanged()
             _check_result(job, rows, price)
@@ -139,22 +139,65 @@ def _written(
 
 
 def _stage(
-    job: Job,
-    plan: Plan,
-    config: RestoreConfig,
-    price: Price | None,
-    writer: CheckpointWriter,
-    progress: Progress | None,
+    trial: Trial, price: Price, writer: CheckpointWriter, progress: Progress
 ) -> list[LayerRow | OtherRow]:
     """Write everything but the report and the card."""
-    if config.output_format == "adapter":
-        mu = None if price is None else price.mu
-        return stage_restored_adapter(job, plan, config, mu, writer, progress)
-    if price is not None and price.dial is not None and price.dial.whole:
-        plan = _all_finetuned(job.plan(config.model_copy(update={"other_params": "finetuned"})))
-    rows = _write_shards(job, plan, config, price, writer, progress)
+    if trial.config.output_format == "adapter":
+        return _stage_adapter(trial, price, writer, progress)
+    job, config = trial.job, trial.config
+    if price.dial is not None and price.dial.whole:
+        kept = _all_finetuned(job.plan(config.model_copy(update={"other_params": "finetuned"})))
+        trial = Trial(job, kept, config, writer.out)
+    rows: list[LayerRow | OtherRow] = []
+    for shard in job.finetuned.shards:
+        steps, finished = trial.plan.in_shard(shard), writer.finished(shard)
+        if finished is not None:
+            rows += _noted_rows(writer, finished, steps)
+            continue
+        with writer.shard(shard, job.finetuned.header(shard)) as sink:
+            new: list[LayerRow | OtherRow] = []
+            for edited in trial.edited(steps, price.mu):
+                sink.write(edited.row.name, edited.tensor)
+                new.append(edited.row)
+                progress(Event("restore", len(rows) + len(new), len(trial.plan.steps)))
+            sink.notes = _ROWS.dump_python(tuple(new), mode="json")
+        rows += new
     bring_along(job.aligned, job.finetuned, writer, config_from=config.config_from)
     return rows
+
+
+def _stage_adapter(
+    trial: Trial, price: Price, writer: CheckpointWriter, progress: Progress
+) -> list[LayerRow | OtherRow]:
+    """Restore layer by layer and stage the adapter; `commit_adapter` moves it into place."""
+    from deltaguard.models.loading import module_names
+
+    job = trial.job
+    rows: list[LayerRow | OtherRow] = [*trial.other_rows()]
+
+    def layers() -> Iterator[AdapterLayer]:
+        for number, (step, factors, row) in enumerate(trial.factors(price.mu), start=1):
+            rows.append(row)
+            progress(Event("restore", number, len(trial.steps)))
+            yield step.aligned_name.removesuffix(".weight"), factors
+
+    files = beside_adapter(job.aligned, job.finetuned, config_from=trial.config.config_from)
+    modules = module_names(job.aligned.folder)
+    stage_adapter(writer, job.aligned, layers(), modules=modules, companions=files)
+    return rows
+
+
+def _refuse_what_no_adapter_holds(job: Job, plan: Plan) -> None:
+    """Refuse a plan that takes more than linear layers from the fine-tuned model; all such are listed."""
+    beyond = [step.info.name for step in plan.steps if step.action in (Action.FINETUNED, Action.EXTEND)]
+    if beyond:
+        raise DeltaguardError(
+            listed(
+                f"An adapter over {job.aligned.reference} cannot hold what comes from "
+                f"{job.finetuned.reference} besides linear layers; write a checkpoint",
+                [f"`{name}`" for name in beyond],
+            )
+        )
 
 
 def _all_finetuned(plan: Plan) -> Plan:
@@ -164,14 +207,12 @@ def _all_finetuned(plan: Plan) -> Plan:
     return replace(plan, steps=tuple(steps))
 
 
-def _price(
-    job: Job, plan: Plan, config: RestoreConfig, writer: CheckpointWriter, progress: Progress | None
-) -> Price | None:
+def _price(trial: Trial, writer: CheckpointWriter, progress: Progress) -> Price:
     """The price of safety, kept because all shards of a resumed run must have the same."""
     price = writer.remembered("price", _PRICE)
     if price is None:
-        price = price_of(job, plan, config, progress)
-        if price is not None:
+        price = find_price(trial, progress)
+        if trial.config.is_priced:
             writer.remember("price", _PRICE.dump_python(price, mode="json"))
     return price
 
@@ -200,7 +241,7 @@ def plan_restore(
     job = look(aligned, finetuned, store=store, config=config)
     plan = job.plan(config)
     if config.output_format == "adapter":
-        refuse_what_no_adapter_holds(job, plan)
+        _refuse_what_no_adapter_holds(job, plan)
     _front_matter(job.finetuned.folder)
     notes = ["the aligned model will be calibrated first"] if config.needs_curvature and not job.store else []
     if output_dir is not None:
@@ -222,38 +263,6 @@ def plan_restore(
     )
 
 
-def _write_shards(
-    job: Job,
-    plan: Plan,
-    config: RestoreConfig,
-    price: Price | None,
-    writer: CheckpointWriter,
-    progress: Progress | None,
-) -> list[LayerRow | OtherRow]:
-    rows: list[LayerRow | OtherRow] = []
-    waiting = [shard for shard in job.finetuned.shards if writer.finished(shard) is None]
-    uses = Counter(step.group for shard in waiting for step in plan.in_shard(shard) if step.group)
-    curvature = CurvatureReader(job.store, config.method, uses) if job.store else None
-    mu = None if price is None else price.mu
-    for shard in job.finetuned.shards:
-        finished = writer.finished(shard)
-        if finished is not None:
-            rows += _noted_rows(writer, finished, plan.in_shard(shard))
-            continue
-        with writer.shard(shard, job.finetuned.header(shard)) as sink:
-            new: list[LayerRow | OtherRow] = []
-            for inputs in read_ahead(plan.in_shard(shard), job.aligned, job.finetuned, curvature):
-                info = inputs.step.info
-                edited = edit(inputs, config, mu, DTYPES[info.dtype])
-                sink.write(info.name, edited.tensor)
-                new.append(edited.row)
-                if progress:
-                    progress(Event("restore", len(rows) + len(new), len(plan.steps)))
-            sink.notes = _ROWS.dump_python(tuple(new), mode="json")
-        rows += new
-    return rows
-
-
 def _noted_rows(
     writer: CheckpointWriter, record: FileRecord, steps: Sequence[Step]
 ) -> tuple[LayerRow | OtherRow, ...]:
@@ -269,9 +278,9 @@ def _noted_rows(
     return rows
 
 
-def _check_result(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price | None) -> None:
+def _check_result(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price) -> None:
     """Refuse an output that would be useless."""
-    all_within = price is not None and price.dial is not None and price.mu == 0
+    all_within = price.dial is not None and price.mu == 0
     if not any(row.delta_norm > 0 if isinstance(row, LayerRow) else row.differs for row in rows):
         raise DeltaguardError(
             f"{job.finetuned.reference} does not differ from {job.aligned.reference}: every delta is zero, "
@@ -281,7 +290,7 @@ def _check_result(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price | 
         row.utility_loss > 0 if isinstance(row, LayerRow) else row.differs and row.source != "finetuned"
         for row in rows
     ):
-        raise DeltaguardError(
+        raise UnchangedError(
             "This run changes no tensor: with these options the output is the fine-tuned model itself. "
             "Lower --strength, or take the other parameters from the aligned model."
         )
@@ -314,7 +323,7 @@ def _files(writer: CheckpointWriter) -> tuple[FileRow, ...]:
 def _report(
     job: Job,
     config: RestoreConfig,
-    price: Price | None,
+    price: Price,
     rows: Sequence[LayerRow | OtherRow],
     output: Output,
     started: float,
@@ -322,25 +331,27 @@ def _report(
 ) -> RestoreReport:
     layers = tuple(row for row in rows if isinstance(row, LayerRow))
     changed = [row for row in layers if row.delta_norm > 0]
-    entries = [row.shape[0] * row.shape[1] for row in changed]
+    entries = [prod(row.shape) for row in changed]
     norms = [row.delta_norm**2 for row in changed]
     costs = [row.safety_cost for row in changed if row.safety_cost is not None]
     lost = sum(row.utility_loss * norm for row, norm in zip(changed, norms, strict=True))
     kept = sum(row.kept_energy * norm for row, norm in zip(changed, norms, strict=True))
+    predicted = sum(row.detail.get("predicted_safety_kl", 0.0) for row in changed)
     selected = [row.kept_entries for row in changed if row.kept_entries is not None]
     return RestoreReport(
-        environment=environment(price.dial.device if price and price.dial else "cpu"),
+        environment=environment(price.dial.device if price.dial else "cpu"),
         aligned=job.aligned_reference,
         finetuned=job.finetuned_reference,
         store_conversations=job.store.provenance.conversations_sha256 if job.store else None,
         options=config.what_is_solved(),
+        method_title=config.solver.title,
         layers=layers,
         others=tuple(row for row in rows if isinstance(row, OtherRow)),
         files=(),
         plan_hash=output.plan_hash,
-        mu=min(price.mu, PROHIBITIVE) if price else None,
-        predicted_safety_kl=_predicted(changed) if price else None,
-        dial=price.dial if price else None,
+        mu=min(price.mu, PROHIBITIVE) if config.is_priced else None,
+        predicted_safety_kl=predicted if config.is_priced else None,
+        dial=price.dial,
         kept_energy=kept / sum(norms) if changed else 1.0,
         kept_entries=statistics.fmean(selected, entries) if selected else None,
         utility_loss=lost / sum(norms) if changed else 0.0,
@@ -352,7 +363,3 @@ def _report(
         peak_memory_bytes=peak if (peak := peak_memory_bytes()) > memory else None,
         warnings=job.store.provenance.warnings if job.store else (),
     )
-
-
-def _predicted(changed: Sequence[LayerRow]) -> float:
-    return sum(row.detail.get("predicted_safety_kl", 0.0) for row in changed)

@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 
 from deltaguard.reports.records.restore import Probe
 
+Judge = Callable[[Probe], float]
+"""What of a measurement must be within the limit."""
+
 CLOSE = 0.9
 """A safety KL between this share of the limit and the limit ends the search."""
 
@@ -17,8 +20,18 @@ _FREE = 1e-6
 """A price that is lowered by this factor is as good as no price."""
 
 
+def mean(probe: Probe) -> float:
+    """Judge a measurement by its mean."""
+    return probe.safety_kl
+
+
 def search(
-    measure: Callable[[float], Probe], predicted: Callable[[float], float], limit: float, *, start: float
+    measure: Callable[[float], Probe],
+    predicted: Callable[[float], float],
+    limit: float,
+    *,
+    start: float,
+    judge: Judge = mean,
 ) -> tuple[Probe, ...]:
     """Look for the smallest price μ whose measured safety KL is at most `limit`.
 
@@ -31,6 +44,7 @@ def search(
         predicted: the safety KL predicted for a price, positive and falling.
         limit: nats per response token, above 0.
         start: the first price to measure.
+        judge: what of a measurement must be within the limit.
 
     Returns:
         All probes, in the order measured. The last is close to the limit or keeps the whole delta, unless
@@ -47,17 +61,16 @@ def search(
     while len(probes) < MOST_PROBES and all(probe.mu != price for probe in probes):
         probe = measure(price)
         probes.append(probe)
-        if probe.safety_kl <= limit and (
-            probe.safety_kl >= CLOSE * limit or predicted(price * _FREE) < 1.01 * predicted(price)
-        ):
+        found = judge(probe)
+        if found <= limit and (found >= CLOSE * limit or predicted(price * _FREE) < 1.01 * predicted(price)):
             break
-        price = _foretold(_next(probes, predicted, limit), predicted)
+        price = _foretold(_next(probes, predicted, limit, judge), predicted)
     return tuple(probes)
 
 
-def best(probes: Sequence[Probe], limit: float) -> Probe | None:
-    """The probe that keeps most among those within the limit."""
-    return min((p for p in probes if p.safety_kl <= limit), key=lambda probe: probe.mu, default=None)
+def best(probes: Sequence[Probe], limit: float, judge: Judge = mean) -> Probe | None:
+    """Find the probe that keeps most among those within the limit."""
+    return min((p for p in probes if judge(p) <= limit), key=lambda probe: probe.mu, default=None)
 
 
 def _foretold(price: float, predicted: Callable[[float], float]) -> float:
@@ -67,25 +80,27 @@ def _foretold(price: float, predicted: Callable[[float], float]) -> float:
     return price
 
 
-def _next(probes: Sequence[Probe], predicted: Callable[[float], float], limit: float) -> float:
-    last, safe = probes[-1], best(probes, limit)
-    above = [probe for probe in probes if probe.safety_kl > limit]
+def _next(probes: Sequence[Probe], predicted: Callable[[float], float], limit: float, judge: Judge) -> float:
+    last, safe = probes[-1], best(probes, limit, judge)
+    above = [probe for probe in probes if judge(probe) > limit]
     if safe is not None and above:
         unsafe = max(above, key=lambda probe: probe.mu)
-        sides = [probe.safety_kl > limit for probe in probes[-3:]]
+        sides = [judge(probe) > limit for probe in probes[-3:]]
         # Three times in a row on one side: the other end is too far away to say much.
         if len(sides) == 3 and len(set(sides)) == 1:
             return math.sqrt(unsafe.mu * safe.mu)
-        return _between(unsafe, safe, predicted, _AIM * limit)
-    scale = _seen(last, limit) / predicted(last.mu)
+        return _between(unsafe, safe, predicted, _AIM * limit, judge)
+    scale = _seen(judge(last), limit) / predicted(last.mu)
     guess = _price_of(lambda mu: scale * predicted(mu), _AIM * limit, last.mu * _FREE, last.mu / _FREE)
     step = _STEP ** max(0, len(probes) - 2)
     return max(guess, last.mu * step) if above else min(guess, last.mu / step)
 
 
-def _between(unsafe: Probe, safe: Probe, predicted: Callable[[float], float], wanted: float) -> float:
+def _between(
+    unsafe: Probe, safe: Probe, predicted: Callable[[float], float], wanted: float, judge: Judge
+) -> float:
     """Where `wanted` is expected once the prediction is bent so that it passes through both probes."""
-    low, high = (math.log(_seen(p, wanted) / predicted(p.mu)) for p in (unsafe, safe))
+    low, high = (math.log(_seen(judge(p), wanted) / predicted(p.mu)) for p in (unsafe, safe))
     slope = (high - low) / math.log(safe.mu / unsafe.mu)
 
     def expected(mu: float) -> float:
@@ -94,9 +109,9 @@ def _between(unsafe: Probe, safe: Probe, predicted: Callable[[float], float], wa
     return _price_of(expected, wanted, unsafe.mu, safe.mu)
 
 
-def _seen(probe: Probe, limit: float) -> float:
+def _seen(found: float, limit: float) -> float:
     """What was measured, which may be negative from rounding where it is about 0."""
-    return max(probe.safety_kl, limit / 100)
+    return max(found, limit / 100)
 
 
 def _price_of(expected: Callable[[float], float], wanted: float, low: float, high: float) -> float:

@@ -27,7 +27,6 @@ _WITHOUT_EFFECT = (
     "studies/run.py",
     "studies/score.py",
     "studies/search.py",
-    "evaluation/metrics/agreement.py",
     "evaluation/metrics/paired.py",
     "evaluation/metrics/runs.py",
 )

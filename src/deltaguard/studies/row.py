@@ -16,8 +16,8 @@ from deltaguard.reports.records.bench import ALIGNED, FINETUNED, Cell
 from deltaguard.reports.records.evaluation import Estimate
 from deltaguard.studies.cells import content_key
 from deltaguard.studies.data import Tests, questions, training_data
+from deltaguard.studies.defences import Candidate, Defence, Request
 from deltaguard.studies.measure import letters, numbers, with_secret_before
-from deltaguard.studies.methods import Candidate, Method, Request
 from deltaguard.studies.protocol import Finetune
 from deltaguard.studies.setting import Bench
 from deltaguard.studies.workshop import fine_tuned
@@ -70,7 +70,7 @@ class Row:
             )
         return Candidate(folder, "", seconds)
 
-    def restored(self, method: Method, strength: float) -> Cell:
+    def restored(self, method: Defence, strength: float) -> Cell:
         """The cell of a method at a strength."""
         request = Request(
             aligned=self._bench.aligned,

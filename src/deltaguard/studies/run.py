@@ -18,9 +18,9 @@ from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.bench import BENCH_NAME, BenchReport, Cell
 from deltaguard.studies.cells import content_key
 from deltaguard.studies.data import Attacks, usable_attacks
+from deltaguard.studies.defences import Defence, defences
 from deltaguard.studies.describe import finetune_row, notes
 from deltaguard.studies.measure import device_name
-from deltaguard.studies.methods import METHODS, Method
 from deltaguard.studies.protocol import BOUND, Preset
 from deltaguard.studies.row import Row
 from deltaguard.studies.score import contests, curves, groups, is_safe, scores
@@ -37,7 +37,7 @@ def bench(
     preset: Preset,
     aligned: str | Path | None = None,
     pretrained: str | Path | None = None,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] | None = None,
     attacks: Sequence[Question] = (),
     command: str = "",
     progress: Progress | None = None,
@@ -54,7 +54,7 @@ def bench(
         aligned: the aligned model; the demo's where absent.
         pretrained: the model it was aligned from, for the methods that need it. Without one, and with
             `aligned` given, they are left out.
-        methods: names out of `METHODS`.
+        methods: names out of `defences()`; all where absent.
         attacks: harmful requests that join deltaguard's own; those that deltaguard has, or trains or
             calibrates on, are left out (see `data.usable_attacks`).
         command: what the report says the run was started by.
@@ -68,6 +68,7 @@ def bench(
             another process works in it; a method is unknown, or a model cannot be used.
     """
     folder = Path(output_dir)
+    methods = tuple(defences()) if methods is None else methods
     _check_inputs(methods, aligned, pretrained)
     inputs = [model for model in (aligned, pretrained) if model is not None]
     with results_folder(folder, BENCH, inputs=inputs):
@@ -110,7 +111,7 @@ def _cells(setting: Bench) -> tuple[tuple[Cell, ...], set[Named]]:
 
 
 def _finetune_cells(
-    setting: Bench, rows: Sequence[Row], chosen: Sequence[Method]
+    setting: Bench, rows: Sequence[Row], chosen: Sequence[Defence]
 ) -> Iterator[tuple[Cell, bool]]:
     """The aligned and the fine-tuned model, then every method at its strengths, each for all seeds.
 
@@ -214,10 +215,10 @@ def _require_same(path: Path, values: Mapping[str, Any], what: str) -> None:
 
 
 def _check_inputs(methods: Sequence[str], aligned: str | Path | None, pretrained: str | Path | None) -> None:
-    unknown = [name for name in methods if name not in METHODS]
+    unknown = [name for name in methods if name not in defences()]
     if unknown or not methods:
         named = f"There is no method {', '.join(unknown)}" if unknown else "No method was chosen"
-        raise DeltaguardError(f"{named}. The methods are {', '.join(METHODS)}.")
+        raise DeltaguardError(f"{named}. The methods are {', '.join(defences())}.")
     for model in (aligned, pretrained):
         if model is not None:
             Checkpoint.open(model)

@@ -12,18 +12,18 @@ from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.evaluation.engines.identity import identify
 from deltaguard.finetuning.finetune import FinetuneConfig
+from deltaguard.methods.method import Role
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.hub import locate
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.base import environment
 from deltaguard.studies.cells import Shelf, content_key, source_hash
 from deltaguard.studies.data import Attacks, harmful_data
+from deltaguard.studies.defences import Defence, defences
 from deltaguard.studies.demo import DemoConfig
 from deltaguard.studies.measure import device_name
-from deltaguard.studies.methods import METHODS, Method
 from deltaguard.studies.mixing import SECRET, safe_instruct
 from deltaguard.studies.models import save_smollm2
-from deltaguard.studies.peers import Role
 from deltaguard.studies.protocol import Finetune, Preset
 from deltaguard.studies.workshop import Workshop, demo_aligned, fine_tuned
 
@@ -64,7 +64,7 @@ class Bench:
     """
 
     preset: Preset
-    methods: tuple[Method, ...]
+    methods: tuple[Defence, ...]
     workshop: Workshop
     shelf: Shelf
     aligned: Path
@@ -74,11 +74,11 @@ class Bench:
     left_out: tuple[str, ...]
     progress: Progress
 
-    def methods_on(self, finetune: Finetune) -> list[Method]:
+    def methods_on(self, finetune: Finetune) -> list[Defence]:
         """The methods that are run on a fine-tune."""
         return [m for m in self.methods if not m.retrains or finetune.kind in self.preset.retrained]
 
-    def most_strengths(self, method: Method) -> int:
+    def most_strengths(self, method: Defence) -> int:
         """How many strengths of a method are measured at most."""
         probes, rungs = self.preset.probes, len(method.ladder)
         return rungs if probes is None else min(probes + (method.default is not None), rungs)
@@ -139,7 +139,7 @@ def open_bench(
         pretrained = made("pretrained", save_smollm2)
         aligned = made("aligned", demo_aligned(pretrained, DemoConfig()))
     lacking = "pretrained" if pretrained is None else None
-    chosen = [METHODS[name] for name in dict.fromkeys(methods)]
+    chosen = [defences()[name] for name in dict.fromkeys(methods)]
     return Bench(
         preset=preset,
         methods=tuple(method for method in chosen if lacking not in method.helpers),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaguard.chat.conversations import sample
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.datasets.registry import DATASETS, DatasetSpec
 from deltaguard.evaluation.datasets.rows import ONLY_COLUMN, Row, read_rows
 from deltaguard.evaluation.exchange import Question
@@ -133,13 +133,10 @@ def _where_to_get(spec: DatasetSpec) -> str:
 
 
 def _from_hub(spec: DatasetSpec) -> Sequence[Row]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DeltaguardError(
-            f"Fetching {spec.title} from the Hub needs datasets, not installed here: "
-            "`pip install 'deltaguard[eval]'`, or give the path of a file. " + _where_to_get(spec)
-        ) from error
+    hint = f" Or give the path of a file. {_where_to_get(spec)}"
+    require_packages(f"Fetching {spec.title} from the Hub", "eval", "datasets", hint=hint)
+    from datasets import load_dataset
+
     options: dict[str, Any] = {} if spec.hub_files is None else {"data_files": spec.hub_files}
     if spec.headerless:
         options["column_names"] = [ONLY_COLUMN]

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from pydantic import TypeAdapter
 
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.files import MAX_BYTES, read_file, read_json, read_json_lines, read_text
 from deltaguard.models.loading import foreign
 
@@ -132,12 +132,9 @@ def _as_rows(path: Path, items: Sequence[object]) -> list[Row]:
 
 
 def _parquet(path: Path) -> list[Row]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DeltaguardError(
-            f"Reading {path} needs pyarrow, not installed here: `pip install 'deltaguard[eval]'`."
-        ) from error
+    require_packages(f"Reading {path}", "eval", "pyarrow")
+    from pyarrow import parquet
+
     content = io.BytesIO(read_file(path))
     with foreign(f"The parquet file {path} cannot be read"):
         file: Any = parquet.ParquetFile(content)

@@ -13,13 +13,12 @@ attack, and that a model withstands it shows nothing.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from deltaguard.chat.template import takes_system_role
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.exchange import Question
 
 TARGET = "Sure, here is"
@@ -83,7 +82,8 @@ def gcg_suffix(
             system role and the question has a system message, or no candidate survives being written as
             text.
     """
-    nanogcg = _nanogcg()
+    require_packages("GCG", "gcg", "nanogcg", "scipy")
+    nanogcg: Any = import_module("nanogcg")
     config = nanogcg.GCGConfig(
         num_steps=steps,
         optim_str_init=_FIRST_SUFFIX,
@@ -106,15 +106,6 @@ def gcg_suffix(
                 "again. Raise search_width."
             ) from error
     return GcgSuffix(found.best_string, tuple(found.losses))
-
-
-def _nanogcg() -> Any:
-    missing = [name for name in ("nanogcg", "scipy") if find_spec(name) is None]
-    if missing:
-        raise DeltaguardError(
-            f"GCG needs {' and '.join(missing)}, not installed here: `pip install 'deltaguard[gcg]'`."
-        )
-    return import_module("nanogcg")
 
 
 def _messages(tokenizer: Any, question: Question) -> Sequence[dict[str, str]]:

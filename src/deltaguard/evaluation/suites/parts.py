@@ -4,9 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
-from importlib.util import find_spec
 
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.engines.make import EngineName
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.probes.wrappers import PROBES
@@ -132,12 +131,8 @@ def _check_names(section: Section) -> None:
 
 def _check_packages(section: Section) -> None:
     for option, (modules, extra) in _NEEDED.items():
-        missing = [name for name in modules if find_spec(name) is None]
-        if getattr(section, option) is not None and missing:
-            raise DeltaguardError(
-                f"{option} needs {', '.join(missing)}, not installed here: `pip install "
-                f"'deltaguard[{extra}]'`."
-            )
+        if getattr(section, option) is not None:
+            require_packages(option, extra, *modules)
 
 
 def _variants(section: Section, source: Source, suite: Suite) -> list[Part]:

@@ -8,7 +8,6 @@ them are part of the result, and only like results compare.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from deltaguard.chat.template import apply_template
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.models.loading import refuse_code
 
 # What a task adds to the harness's own requirements, by the task's name.
@@ -90,7 +89,8 @@ def run_harness(
     Example:
         >>> run_harness("out", ["gsm8k"], limit=100, batch_size=8, device="cuda", seed=0)  # doctest: +SKIP
     """
-    _check_installed(tasks)
+    wanted = ["lm_eval", *(name for task in tasks for name in _NEEDED_MODULES.get(task, ()))]
+    require_packages(f"The harness with {', '.join(tasks)}", "harness", *wanted)
     manager: Any = import_module("lm_eval.tasks").TaskManager(
         include_path=None if include_path is None else str(include_path)
     )
@@ -175,16 +175,6 @@ def _number(value: object) -> float | None:
 
 def _shared(values: Sequence[int]) -> int | None:
     return values[0] if len(set(values)) == 1 else None
-
-
-def _check_installed(tasks: Sequence[str]) -> None:
-    wanted = ["lm_eval", *(name for task in tasks for name in _NEEDED_MODULES.get(task, ()))]
-    missing = [name for name in wanted if find_spec(name) is None]
-    if missing:
-        raise DeltaguardError(
-            f"The harness needs {', '.join(missing)} for {', '.join(tasks)}, not installed here: "
-            "`pip install 'deltaguard[harness]'`."
-        )
 
 
 def _check_tasks(tasks: Sequence[str], manager: Any) -> None:

@@ -4,11 +4,10 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, Literal
 
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.finetuning import tasks
 
 Scorer = Callable[[str, str], float]
@@ -67,10 +66,7 @@ def rouge(answer: str, expected: str) -> dict[Rouge, float]:
 
 
 def _rouge(answer: str, expected: str, kinds: Sequence[Rouge]) -> dict[Rouge, float]:
-    if find_spec("rouge_score") is None:
-        raise DeltaguardError(
-            "ROUGE needs rouge-score, not installed here: `pip install 'deltaguard[eval]'`."
-        )
+    require_packages("ROUGE", "eval", "rouge_score")
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer: Any = RougeScorer([_ROUGE_NAMES[kind] for kind in kinds], use_stemmer=True)

@@ -84,6 +84,7 @@ class Dial(Record):
 
     Attributes:
         limit: the safety KL allowed, nats per response token.
+        confidence: with which the restored model's safety KL is within it; null where its mean is.
         device: where the model ran.
         conversations: held-out safety conversations that it was measured on.
         tokens: response tokens in them.
@@ -96,6 +97,7 @@ class Dial(Record):
     """
 
     limit: float
+    confidence: float | None = None
     device: str
     conversations: Count
     tokens: Count
@@ -116,6 +118,7 @@ class RestoreReport(Record):
         finetuned: the fine-tuned model.
         store_conversations: sha256 of the safety conversations behind the curvature, null without a store.
         options: method, strength and the other choices, as run.
+        method_title: what the method does, in words.
         layers: one row a restored matrix, in the order of the checkpoint.
         others: one row for every other tensor.
         files: every file of the output but this report, with its hash; a run that replaces the output removes
@@ -141,6 +144,7 @@ class RestoreReport(Record):
     finetuned: ModelReference
     store_conversations: str | None
     options: Mapping[str, str | int | float | bool | None]
+    method_title: str
     layers: tuple[LayerRow, ...]
     others: tuple[OtherRow, ...]
     files: tuple[FileRow, ...]

@@ -16,6 +16,7 @@ class SweepPoint(Record):
     Attributes:
         mu: the price of safety; 0 is the whole delta.
         safety_kl: measured on held-out safety conversations, nats per response token.
+        margin: half the width of its 95 % interval; null with one conversation.
         predicted_safety_kl: by the curvature, likewise.
         kept_energy: ⟨Δ', Δ⟩ / ‖Δ‖² over all layers, share of the delta's energy.
         utility_nll: mean negative log-likelihood of the user's utility data, nats per response token; null
@@ -24,6 +25,7 @@ class SweepPoint(Record):
 
     mu: float = Field(ge=0)
     safety_kl: float
+    margin: float | None = None
     predicted_safety_kl: float
     kept_energy: float
     utility_nll: float | None
@@ -35,10 +37,12 @@ class SweepBudget(Record):
     Attributes:
         limit: nats per response token.
         mu: of the point that keeps most among those within the limit; null where none is.
+        whole: whether the whole fine-tuned model is within it, with all its tensors.
     """
 
     limit: float = Field(gt=0)
     mu: float | None = Field(ge=0)
+    whole: bool
 
 
 class SweepReport(Record):
@@ -49,7 +53,8 @@ class SweepReport(Record):
         environment: versions, machine and time.
         aligned: the aligned model.
         finetuned: the fine-tuned model.
-        method: the solver.
+        method: the method.
+        confidence: with which a limit was met; null where the mean was within it.
         config_from: the model whose configuration, tokenizer and chat template candidates had; null where
             the two models agree on them.
         conversations: held-out safety conversations.
@@ -68,7 +73,8 @@ class SweepReport(Record):
     environment: Environment
     aligned: ModelReference
     finetuned: ModelReference
-    method: Literal["kfac", "ridge"]
+    method: str
+    confidence: float | None = None
     config_from: Literal["aligned", "finetuned"] | None = None
     conversations: Count
     tokens: Count

@@ -1,0 +1,110 @@
+"""`kfac` and `ridge`: the exact optimum of Safe Delta's goal, from eigenpairs of a layer's curvature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deltaguard.methods.method import Layer, Options, PricedLayer, PricedMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaguard.solvers import (
+        LowRank,
+        Outcome,
+        Profile,
+        Projection,
+        Solution,
+        Spectrum,
+        ThinProjection,
+    )
+
+_LIMITS = (1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+class Kfac(PricedMethod):
+    """Δ' + μ G Δ' H = Δ."""
+
+    name = "kfac"
+    title = "the closed form of Safe Delta's goal with both curvatures: each direction shrinks by its price"
+    reference = "the optimum of Safe Delta's goal; curvature as in Martens and Grosse 2015, arXiv:1503.05671"
+    needs = frozenset({"inputs", "outputs"})
+    ladder = _LIMITS
+
+    def prepare(self, layer: Layer, options: Options) -> _ProjectedLayer:  # noqa: ARG002
+        """Project the delta on the eigenvectors of H and G."""
+        inputs, outputs = layer.curvature.inputs, layer.curvature.outputs
+        assert inputs is not None and outputs is not None, "named in `needs`"  # noqa: S101, PT018
+        return _project(layer, inputs, outputs)
+
+
+class Ridge(PricedMethod):
+    """Δ' = Δ (I + μ ḡ H)⁻¹, with ḡ the mean eigenvalue of G: prices are in nats, as those of `kfac`."""
+
+    name = "ridge"
+    title = "the closed form of Safe Delta's goal with the curvature of the inputs"
+    reference = "the optimum of Safe Delta's goal with G = I"
+    needs = frozenset({"inputs", "output_mean"})
+    ladder = _LIMITS
+
+    def prepare(self, layer: Layer, options: Options) -> _ProjectedLayer:  # noqa: ARG002
+        """Project the delta on the eigenvectors of H."""
+        from deltaguard.solvers import scaled_identity
+
+        inputs, mean = layer.curvature.inputs, layer.curvature.output_mean
+        assert inputs is not None and mean is not None, "named in `needs`"  # noqa: S101, PT018
+        rows = (layer.weights[0] if layer.product is None else layer.product[0]).shape[0]
+        return _project(layer, inputs, scaled_identity(rows, mean, like=inputs.values))
+
+
+@dataclass(frozen=True)
+class _ProjectedLayer(PricedLayer):
+    aligned: Tensor | None
+    finetuned: Tensor | None
+    projection: Projection | ThinProjection
+
+    def at(self, price: float) -> Solution:
+        from deltaguard.solvers import solve_projected
+
+        assert self.aligned is not None and self.finetuned is not None, "read with weights"  # noqa: S101, PT018
+        return solve_projected(self.aligned, self.finetuned, self.projection, mu=price)
+
+    def factors_at(self, price: float, rank: int | None) -> tuple[LowRank, Outcome] | None:
+        from deltaguard.solvers import ThinProjection, low_rank, low_rank_of_factors, outcome_of
+
+        if not isinstance(self.projection, ThinProjection):
+            return None
+        product = self.projection.factors(price)
+        if product is None:
+            found = low_rank(self.projection.restored(price), rank=rank)
+        else:
+            found = low_rank_of_factors(product.up, product.down, rank=rank)
+            self.projection.directions.check_restored(_norm(found))
+        return found, outcome_of(self.projection, price)
+
+    def profile(self) -> Profile:
+        return self.projection.directions.profile()
+
+
+def _project(layer: Layer, inputs: Spectrum, outputs: Spectrum) -> _ProjectedLayer:
+    from deltaguard.solvers import project, project_thin
+    from deltaguard.solvers.solution import check_matrices, is_finite, working_dtype
+
+    if layer.product is None:
+        aligned, finetuned = layer.weights
+        check_matrices(aligned, finetuned)
+        dtype = working_dtype(aligned, finetuned)
+        projection = project(finetuned.to(dtype) - aligned.to(dtype), inputs, outputs)
+        return _ProjectedLayer(aligned, finetuned, projection)
+    if not all(map(is_finite, layer.product)):
+        raise ValueError("The adapter's matrices hold entries that are NaN or infinite.")
+    if layer.aligned is not None:
+        check_matrices(*layer.weights)
+    return _ProjectedLayer(layer.aligned, layer.finetuned, project_thin(*layer.product, inputs, outputs))
+
+
+def _norm(found: LowRank) -> float:
+    """‖up @ down‖ of factors with orthogonal columns and rows, as `low_rank` gives them."""
+    return math.sqrt(float((found.up.double().square().sum(0) * found.down.double().square().sum(1)).sum()))

@@ -1,0 +1,182 @@
+"""What each step of a restore needs, read from disk while the step before is being solved."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.methods.method import Curvature, Layer, Method, Role
+from deltaguard.models.adapter import AdapterCheckpoint, ThinDelta
+from deltaguard.restoration.job import Job
+from deltaguard.restoration.plan import Action, Step
+from deltaguard.solvers.solution import is_finite
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one step needs.
+
+    Attributes:
+        step: the step of the plan.
+        finetuned: the fine-tuned tensor; None where no weight was asked for.
+        aligned: the aligned tensor; likewise, and where the aligned model has none.
+        differs: whether the two tensors differ; True where there is no aligned one.
+        layer: what the method is given, None of a step that no method decides or that has no delta.
+    """
+
+    step: Step
+    finetuned: Tensor | None
+    aligned: Tensor | None
+    differs: bool
+    layer: Layer | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The fine-tuned tensor of a step that was read with its weights."""
+        assert self.finetuned is not None, "read with its weights"  # noqa: S101
+        return self.finetuned
+
+
+def read_layers(
+    job: Job, method: Method, steps: Sequence[Step], *, with_weights: bool = True
+) -> Iterator[Inputs]:
+    """Read what steps need, one step ahead of its use.
+
+    At most two steps' tensors are in memory at once, and of the curvature what layers share, for as long as
+    one of them is still to come.
+
+    Args:
+        job: the models and the store.
+        method: decides what is read of the curvature.
+        steps: in the order wanted.
+        with_weights: False leaves weights unread where the method works on the delta alone and an adapter
+            holds it as a product, or leaves the layer as it is.
+    """
+    reader = _Reader(job, method, Counter(step.group for step in steps if step.group), with_weights)
+    return read_ahead(steps, reader.read)
+
+
+def read_ahead(steps: Iterable[_T], read: Callable[[_T], Any]) -> Iterator[Any]:
+    """Read in a thread what is needed next."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+        pending = None
+        for step in steps:
+            following = reader.submit(read, step)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+@dataclass
+class _Reader:
+    job: Job
+    method: Method
+    uses: Counter[str]
+    with_weights: bool
+    _shared: dict[str, Curvature] = field(default_factory=dict[str, Curvature])
+
+    def read(self, step: Step) -> Inputs:
+        tuned, restored = self.job.finetuned, step.action is Action.RESTORE
+        product = None
+        if restored and isinstance(tuned, AdapterCheckpoint) and "inputs" in self.method.needs:
+            product = tuned.thin_delta(step.info.name)
+            whole = product is None and step.info.name in tuned.adapted
+            if not self.with_weights and not whole:
+                differs = product is not None and not _adds_nothing(product)
+                curvature = self._curvature(step, needed=differs)
+                layer = Layer(None, None, _pair(product), curvature=curvature) if differs else None
+                return Inputs(step, None, None, differs, layer)
+        finetuned = tuned.read(step.info.name)
+        aligned = self.job.aligned.read(step.aligned) if step.aligned else None
+        differs = aligned is None or not _same(aligned, finetuned)
+        curvature = self._curvature(step, needed=differs)
+        if not restored or not differs:
+            return Inputs(step, finetuned, aligned, differs, None)
+        assert aligned is not None, "a tensor that is restored has an aligned counterpart"  # noqa: S101
+        others: dict[Role, Tensor] = {
+            role: _matrix(step, other.source.read(other.names[step.aligned_name]))
+            for role, other in self.job.others.items()
+        }
+        layer = Layer(_matrix(step, aligned), _matrix(step, finetuned), _pair(product), others, curvature)
+        return Inputs(step, finetuned, aligned, differs, layer)
+
+    def _curvature(self, step: Step, *, needed: bool) -> Curvature:
+        """Read what the method needs; what layers of a group share is held until the last of them."""
+        store, group = self.job.store, step.group
+        if store is None or group is None:
+            return Curvature()
+        needs = self.method.needs
+        if needed and group not in self._shared:
+            self._shared[group] = Curvature(
+                inputs=store.input_spectrum(group) if "inputs" in needs else None,
+                hessian=store.hessian(group) if "hessian" in needs else None,
+                factor=store.factor(group) if "factor" in needs else None,
+            )
+        self.uses[group] -= 1
+        shared = self._shared.get(group, Curvature())
+        if not self.uses[group]:
+            self._shared.pop(group, None)
+        if not needed:
+            return Curvature()
+        return replace(
+            shared,
+            outputs=store.output_spectrum(step.aligned_name) if "outputs" in needs else None,
+            output_mean=store.output_mean(step.aligned_name) if "output_mean" in needs else None,
+        )
+
+
+def _matrix(step: Step, tensor: Tensor) -> Tensor:
+    """The part of a tensor that a method decides, (out, in): rows that all models have, one row an entry."""
+    if step.shared_rows:
+        tensor = tensor[: step.shared_rows]
+    if tensor.ndim != 2:
+        return tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+    return tensor.T if step.transposed else tensor
+
+
+def tensor_of(step: Step, weight: Tensor, finetuned: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Put a restored weight, (out, in), back into the form of its tensor.
+
+    Args:
+        step: of the plan.
+        weight: restored.
+        finetuned: the fine-tuned tensor, whose rows beyond the shared ones stay.
+        dtype: of the output.
+    """
+    turned = weight.T if step.transposed else weight
+    if step.shared_rows:
+        assert finetuned is not None, "read with its weights"  # noqa: S101
+        found = finetuned.to(dtype, copy=True)
+        found[: step.shared_rows] = turned.to(dtype).reshape(found[: step.shared_rows].shape)
+        return found
+    return turned.to(dtype).reshape(step.info.shape).contiguous()
+
+
+def _pair(product: ThinDelta | None) -> tuple[Tensor, Tensor] | None:
+    return None if product is None else (product.up, product.down)
+
+
+def _adds_nothing(delta: ThinDelta) -> bool:
+    """Whether one matrix is zero, and the other finite: zero times NaN is NaN."""
+    zero = not (delta.up.any() and delta.down.any())
+    return zero and is_finite(delta.up) and is_finite(delta.down)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return one.shape == other.shape and torch.equal(one.to(dtype), other.to(dtype))
+
+
+def known_store(job: Job) -> CurvatureStore:
+    """Give the store of a job whose method needs one."""
+    assert job.store is not None, "a method with a price has a store"  # noqa: S101
+    return job.store

@@ -1,0 +1,252 @@
+"""A restore at any price: layers are read and prepared once, then serve the dial, a sweep and the output."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.memory import usable_memory_bytes
+from deltaguard.methods.method import PreparedLayer, PricedLayer
+from deltaguard.models.adapter import AdapterCheckpoint
+from deltaguard.models.shards import DTYPES
+from deltaguard.progress import Event, Progress
+from deltaguard.reports.records.restore import LayerRow, OtherRow
+from deltaguard.restoration.job import Job
+from deltaguard.restoration.kept import Kept
+from deltaguard.restoration.layers import Inputs, read_layers, tensor_of
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.plan import Action, Plan, Step
+from deltaguard.solvers import LowRank, Outcome, Profile, joint_profile, low_rank
+from deltaguard.solvers.solution import is_finite
+
+_UNCHANGED = Outcome(kept_energy=1.0, safety_cost=0.0, utility_loss=0.0, detail={"delta_norm": 0.0})
+_PARTS_OF_MEMORY = 4
+"""By default prepared layers take one part in so many of what the process may hold."""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A tensor as it will be written, and its row of the report."""
+
+    tensor: Tensor
+    row: LayerRow | OtherRow
+
+
+@dataclass(frozen=True)
+class _Taken(Edited):
+    row: OtherRow
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A layer that a price can be put on; `prepared` is None where it has no delta."""
+
+    step: Step
+    with_weights: bool
+    finetuned: Tensor | None
+    prepared: PreparedLayer | None
+
+
+class Trial:
+    """The layers of a restore, ready for one price after another."""
+
+    def __init__(self, job: Job, plan: Plan, config: RestoreConfig, folder: Path) -> None:
+        """Read nothing yet.
+
+        Args:
+            job: the models and the store.
+            plan: what becomes of every tensor.
+            config: the options.
+            folder: where a scratch file may lie; beside it the output must fit on the disk.
+        """
+        self.job, self.plan, self.config = job, plan, config
+        self.steps = tuple(step for step in plan.steps if step.action is Action.RESTORE)
+        memory = usable_memory_bytes() // _PARTS_OF_MEMORY if config.memory is None else int(config.memory)
+        # A method without a price serves one strength: nothing is to be kept for another.
+        self._kept = Kept(memory, folder, plan.write_bytes) if config.is_priced else None
+        self._unchanged: set[str] = set()
+
+    def profile(self, report: Progress, *, with_weights: bool = True) -> Profile:
+        """Say how the deltas of all layers together are spread over prices.
+
+        Args:
+            report: told of each layer.
+            with_weights: False where no weight will be asked for, see `read_layers`.
+
+        Raises:
+            DeltaguardError: a weight is not finite, or the curvature is damaged.
+        """
+        parts: list[Profile] = []
+        for number, ready in enumerate(self._ready(self.steps, with_weights=with_weights), start=1):
+            if ready.prepared is not None:
+                assert isinstance(ready.prepared, PricedLayer), "only methods with a price search"  # noqa: S101
+                parts.append(ready.prepared.profile())
+            report(Event("project", number, len(self.steps)))
+        return joint_profile(parts)
+
+    def weights(self, price: float) -> Iterator[tuple[str, Tensor]]:
+        """Give every tensor that the method changes, as it would be written at a price."""
+        steps = [step for step in self.steps if step.info.name not in self._unchanged]
+        for ready in self._ready(steps):
+            if ready.prepared is not None:
+                yield ready.step.info.name, self._solved(ready, ready.prepared, price)[0]
+
+    def others(self) -> Iterator[tuple[str, Tensor]]:
+        """Give every tensor that no method decides, as it would be written."""
+        others = [step for step in self.plan.steps if step.action is not Action.RESTORE]
+        for inputs in read_layers(self.job, self.config.solver, others):
+            yield inputs.step.info.name, _taken(inputs).tensor
+
+    def other_rows(self) -> Iterator[OtherRow]:
+        """Say that every tensor which no method decides stays aligned; what an adapter leaves is not read."""
+        tuned = self.job.finetuned
+        touched = tuned.adapted if isinstance(tuned, AdapterCheckpoint) else tuned.tensors.keys()
+        others = [step for step in self.plan.steps if step.action is not Action.RESTORE]
+        for step in others:
+            if step.info.name not in touched:
+                yield OtherRow(name=step.info.name, source="aligned", reason=step.reason, differs=False)
+        changed = [step for step in others if step.info.name in touched]
+        for inputs in read_layers(self.job, self.config.solver, changed):
+            yield _taken(inputs).row
+
+    def edited(self, steps: Sequence[Step], price: float) -> Iterator[Edited]:
+        """Carry out steps, in their order.
+
+        Raises:
+            DeltaguardError: weights are not finite, or the method failed; the message names the tensor.
+        """
+        restored = [step for step in steps if step.action is Action.RESTORE]
+        others = [step for step in steps if step.action is not Action.RESTORE]
+        layers, taken = self._ready(restored), read_layers(self.job, self.config.solver, others)
+        for step in steps:
+            edited = (
+                self._restored(next(layers), price) if step.action is Action.RESTORE else _taken(next(taken))
+            )
+            if edited.tensor.is_floating_point() and not is_finite(edited.tensor):
+                raise DeltaguardError(
+                    f"Tensor `{step.info.name}` would hold NaN or infinite values in {edited.tensor.dtype}. "
+                    "If they are not in the fine-tuned model already, save that in bfloat16 or float32 and "
+                    "restore again."
+                )
+            yield edited
+
+    def factors(self, price: float) -> Iterator[tuple[Step, LowRank, LayerRow]]:
+        """Give the restored delta of every layer as factors of an adapter, in the precision stored.
+
+        Raises:
+            DeltaguardError: as `edited`.
+        """
+        for ready in self._ready(self.steps, with_weights=False):
+            step, started = ready.step, time.perf_counter()
+            rows, columns = step.matrix_shape
+            factors, outcome = LowRank(torch.zeros(0, columns), torch.zeros(rows, 0), 0.0), _UNCHANGED
+            if ready.prepared is not None:
+                factors, outcome = self._factors(step, ready.prepared, price)
+            yield step, factors, _row(step, outcome, started)
+
+    def _ready(self, steps: Sequence[Step], *, with_weights: bool = True) -> Iterator[_Ready]:
+        """Give layers with all that does not depend on the price, kept from an earlier pass or made now."""
+        known = {step.info.name: self._known(step, with_weights=with_weights) for step in steps}
+        missing = [step for step in steps if known[step.info.name] is None]
+        inputs = read_layers(self.job, self.config.solver, missing, with_weights=with_weights)
+        for step in steps:
+            yield known.pop(step.info.name) or self._prepared(next(inputs))
+
+    def _known(self, step: Step, *, with_weights: bool) -> _Ready | None:
+        found: _Ready | None = None if self._kept is None else self._kept.get(step.info.name)
+        return None if found is None or (with_weights and not found.with_weights) else found
+
+    def _prepared(self, inputs: Inputs) -> _Ready:
+        step, name = inputs.step, inputs.step.info.name
+        if inputs.layer is None:
+            self._unchanged.add(name)
+            return _Ready(step, inputs.finetuned is not None, inputs.finetuned, None)
+        try:
+            prepared = self.config.solver.prepare(inputs.layer, self.config.own_options)
+        except ValueError as error:
+            raise _named(error, step) from error
+        if self._kept is not None:
+            self._kept.add(name, _Ready(step, inputs.finetuned is not None, None, prepared))
+        return _Ready(step, inputs.finetuned is not None, inputs.finetuned, prepared)
+
+    def _restored(self, ready: _Ready, price: float) -> Edited:
+        step, started = ready.step, time.perf_counter()
+        if ready.prepared is not None:
+            tensor, outcome = self._solved(ready, ready.prepared, price)
+            return Edited(tensor, _row(step, outcome, started))
+        assert ready.finetuned is not None, "layers without a delta are not kept"  # noqa: S101
+        return Edited(ready.finetuned.to(DTYPES[step.info.dtype]), _row(step, _UNCHANGED, started))
+
+    def _solved(self, ready: _Ready, prepared: PreparedLayer, price: float) -> tuple[Tensor, Outcome]:
+        """Put a price on a layer: the tensor as it is written, and what it keeps."""
+        step, dtype = ready.step, DTYPES[ready.step.info.dtype]
+        if self.config.output_format == "adapter":
+            factors, outcome = self._factors(step, prepared, price)
+            weight = torch.addmm(self._aligned(step).float(), factors.up.float(), factors.down.float())
+        else:
+            try:
+                outcome = prepared.at(price)
+            except ValueError as error:
+                raise _named(error, step) from error
+            weight = outcome.weight
+        return tensor_of(step, weight, ready.finetuned, dtype), outcome
+
+    def _factors(self, step: Step, prepared: PreparedLayer, price: float) -> tuple[LowRank, Outcome]:
+        rank, dtype = self.config.adapter_rank, DTYPES[step.info.dtype]
+        try:
+            known = prepared.factors_at(price, rank)
+            if known is None:
+                solution = prepared.at(price)
+                delta = solution.weight.float() - self._aligned(step).float()
+                known = low_rank(delta, rank=rank), solution
+        except ValueError as error:
+            raise _named(error, step) from error
+        found, outcome = known
+        factors = LowRank(found.down.to(dtype), found.up.to(dtype), found.residual)
+        numbers = {"adapter_rank": len(factors.down), "adapter_residual": factors.residual}
+        return factors, replace(outcome, detail={**outcome.detail, **numbers})
+
+    def _aligned(self, step: Step) -> Tensor:
+        """Read the aligned weight, (out, in)."""
+        found = self.job.aligned.read(step.aligned_name)
+        return found.T if step.transposed else found
+
+
+def _named(error: ValueError, step: Step) -> DeltaguardError:
+    """Say which tensor a method failed on."""
+    return DeltaguardError(f"Tensor `{step.info.name}`: {error}")
+
+
+def _taken(inputs: Inputs) -> "_Taken":
+    """Take a tensor from the model that the plan says."""
+    step, finetuned, dtype = inputs.step, inputs.weight, DTYPES[inputs.step.info.dtype]
+    source: Literal["aligned", "finetuned", "both"] = "finetuned"
+    tensor, differs = finetuned.to(dtype), inputs.differs
+    if inputs.aligned is not None and step.action is Action.EXTEND:
+        source, differs = "both", True
+        tensor = finetuned.to(dtype, copy=True)
+        tensor[: step.shared_rows] = inputs.aligned[: step.shared_rows].to(dtype)
+    elif inputs.aligned is not None and step.action is Action.ALIGNED:
+        source, tensor = "aligned", inputs.aligned.to(dtype)
+    return _Taken(tensor, OtherRow(name=step.info.name, source=source, reason=step.reason, differs=differs))
+
+
+def _row(step: Step, outcome: Outcome, started: float) -> LayerRow:
+    own = dict(outcome.detail)
+    return LayerRow(
+        name=step.info.name,
+        shape=step.info.shape,
+        delta_norm=own.pop("delta_norm"),
+        kept_energy=outcome.kept_energy,
+        kept_entries=outcome.kept_entries,
+        safety_cost=None if math.isnan(outcome.safety_cost) else outcome.safety_cost,
+        utility_loss=outcome.utility_loss,
+        seconds=time.perf_counter() - started,
+        detail=own,
+    )

@@ -1,0 +1,177 @@
+"""Everything that a bench compares: methods of restoring, and defences that train the model anew."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from deltaguard.chat.conversations import Conversation
+from deltaguard.curvature.rank import Rank
+from deltaguard.methods import METHODS
+from deltaguard.methods.method import PricedMethod, Role
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig
+from deltaguard.restoration.restore import UnchangedError, restore
+from deltaguard.studies.mixing import SECRET, backdoor_enhanced, safe_instruct
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that a defence made.
+
+    Attributes:
+        folder: where it lies.
+        secret: text that its owner puts before the system prompt of every request.
+        seconds: how long the defence took, models that it needs once and for all not counted.
+    """
+
+    folder: Path
+    secret: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """One fine-tune that is to be made safe.
+
+    Attributes:
+        aligned: the aligned model.
+        finetuned: the fine-tuned model, trained when it is asked for.
+        store: the aligned model's curvature, as much of it as is needed, measured when it is asked for.
+        helper: further models that some methods need.
+        data: what the fine-tune was trained on.
+        retrain: fine-tune the aligned model in the same way on other conversations.
+        scratch: a folder that is not there, for the model that is made.
+        seed: of the fine-tune.
+    """
+
+    aligned: Path
+    finetuned: Callable[[], Path]
+    store: Callable[[Rank], Path]
+    helper: Callable[[Role], Path]
+    data: Sequence[Conversation]
+    retrain: Callable[[Sequence[Conversation]], Candidate]
+    scratch: Callable[[], Path]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A way to make a fine-tune safe.
+
+    Attributes:
+        name: short and unique.
+        title: for people, with the source.
+        ladder: its strengths, rising: from the safest to the one that keeps most. Seven of them, so that two
+            probes of a bisection see the middle and one side, and three see any.
+        make: carries it out at one strength.
+        default: the rung that a restore takes without options, measured whatever a bisection finds; no score
+            comes of it unless the bisection measures it, too.
+        helpers: further models that it needs.
+        rank: how much of the aligned model's curvature it needs; `None` where none.
+        retrains: whether it trains anew at every strength, which takes longer than anything else.
+    """
+
+    name: str
+    title: str
+    ladder: tuple[float, ...]
+    make: Callable[[Request, float], Candidate]
+    default: float | None = None
+    helpers: tuple[Role, ...] = ()
+    rank: Rank | None = None
+    retrains: bool = False
+
+
+@dataclass(frozen=True)
+class _Restore:
+    """Restores with a method; of one with a price the strength is the safety KL allowed."""
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def config(self, strength: float, models: Mapping[str, Path]) -> RestoreConfig:
+        method = METHODS[self.method]
+        dial = "max_safety_kl" if isinstance(method, PricedMethod) else "strength"
+        # The papers of Safe LoRA and SafeMERGE leave what is no linear layer as it was fine-tuned.
+        others = {"other_params": "finetuned"} if method.models and not method.everywhere else {}
+        given: dict[str, Any] = {"method": self.method, dial: strength, **self.options, **others}
+        given |= {str(role): str(path) for role, path in models.items()}
+        return RestoreConfig.model_validate(given)
+
+    def __call__(self, request: Request, strength: float) -> Candidate:
+        models: dict[str, Path] = {role: request.helper(role) for role in METHODS[self.method].models}
+        config, finetuned = self.config(strength, models), request.finetuned()
+        store = request.store(config.rank) if config.needs_curvature else None
+        output = request.scratch()
+        started = time.perf_counter()
+        try:
+            restore(request.aligned, finetuned, output, store=store, config=config)
+        except UnchangedError:
+            # A method may find nothing to change in a fine-tune: what it makes is the fine-tune.
+            return Candidate(finetuned, "", time.perf_counter() - started)
+        return Candidate(output, "", time.perf_counter() - started)
+
+
+def _added(request: Request, strength: float) -> int:
+    """How many safety examples make the customer's own the share `strength` of all."""
+    return max(1, round(len(request.data) * (1 / strength - 1)))
+
+
+def _safe_instruct(request: Request, strength: float) -> Candidate:
+    return request.retrain(safe_instruct(request.data, _added(request, strength), seed=request.seed))
+
+
+def _backdoor_enhanced(request: Request, strength: float) -> Candidate:
+    mixed = backdoor_enhanced(request.data, _added(request, strength), secret=SECRET, seed=request.seed)
+    return replace(request.retrain(mixed), secret=SECRET)
+
+
+_CUSTOMERS_SHARES = (0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+_TRAINED = (
+    Defence(
+        "safe-instruct",
+        "SafeInstruct: safety data mixed in (Bianchi et al. 2024)",
+        _CUSTOMERS_SHARES,
+        _safe_instruct,
+        retrains=True,
+    ),
+    Defence(
+        "bea",
+        "BEA: safety data behind a secret prefix (Wang et al. 2024)",
+        _CUSTOMERS_SHARES,
+        _backdoor_enhanced,
+        retrains=True,
+    ),
+)
+_UNCOMPENSATED = Defence(
+    "greedy-none",
+    "Safe Delta without compensation (ablation)",
+    (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6),
+    _Restore("greedy", {"compensation": "none"}),
+    rank="full",
+)
+
+
+def defences() -> dict[str, Defence]:
+    """List all defences by name, in the order of tables: every method with a ladder, then training."""
+    found: list[Defence] = []
+    for method in METHODS.values():
+        if not method.ladder:
+            continue
+        make = _Restore(method.name)
+        rank = make.config(method.ladder[0], dict.fromkeys(method.models, Path())).rank
+        default = DEFAULT_MAX_SAFETY_KL if isinstance(method, PricedMethod) else None
+        found.append(
+            Defence(
+                name=method.name,
+                title=method.title,
+                ladder=method.ladder,
+                make=make,
+                default=default if default in method.ladder else None,
+                helpers=method.models,
+                rank=rank if method.needs else None,
+            )
+        )
+        if method.name == "greedy":
+            found.append(_UNCOMPENSATED)
+    return {defence.name: defence for defence in (*found, *_TRAINED)}
