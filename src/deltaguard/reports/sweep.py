@@ -1,7 +1,8 @@
 """A sweep as a terminal table and as a page: what each limit of safety KL allows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -152,58 +153,59 @@ def _allowed(report: SweepReport) -> tuple[Allowed, ...]:
 
 
 def _limits_table(report: SweepReport) -> Table:
-    likely, rows = report.aligned_nll is not None, _allowed(report)
+    likely = report.aligned_nll is not None
     return Table.of(
         "What each limit of safety KL allows",
-        (Column("limit", "name"), "safety KL", *_kept_columns(report), Column("price μ", sorts=False)),
-        [
-            (
-                Cell(row.name, row.limit, tint="" if row.limit else row.name.replace("-", "")),
-                _nats(row.point.safety_kl, row.point.margin) if row.point else DASH,
-                *_kept_cells(report, row.point),
-                row.price,
-            )
-            for row in rows
-        ],
+        _allowed(report),
+        (
+            (Column("limit", "name"), _limit_cell),
+            ("safety KL", lambda row: _nats(row.point.safety_kl, row.point.margin) if row.point else DASH),
+            *((name, partial(_of_row, shown)) for name, shown in _kept_columns(report)),
+            (Column("price μ", sorts=False), lambda row: row.price),
+        ),
         note="nats per response token" + ("; NLL on the utility data, likewise" if likely else ""),
-        strong=(0, len(rows) - 1),
+        strong=lambda row: row.limit is None,
     )
 
 
 def _points_table(report: SweepReport) -> Table:
-    best = {
-        point.mu: ", ".join(f"{budget.limit:g}" for budget in report.budgets if budget.mu == point.mu)
-        for point in report.points
-    }
-    columns = ("price μ", "safety KL", "predicted", *_kept_columns(report))
+    def best(point: SweepPoint) -> str:
+        return ", ".join(f"{budget.limit:g}" for budget in report.budgets if budget.mu == point.mu) or DASH
+
     return Table.of(
         "Every point measured",
-        (*columns, Column("keeps most within", sorts=False)),
-        [
-            (
-                Cell(f"{point.mu:.3g}", point.mu),
-                _nats(point.safety_kl, point.margin),
-                _nats(point.predicted_safety_kl),
-                *_kept_cells(report, point),
-                best[point.mu] or DASH,
-            )
-            for point in report.points
-        ],
+        report.points,
+        (
+            ("price μ", lambda point: Cell(f"{point.mu:.3g}", point.mu)),
+            ("safety KL", lambda point: _nats(point.safety_kl, point.margin)),
+            ("predicted", lambda point: _nats(point.predicted_safety_kl)),
+            *_kept_columns(report),
+            (Column("keeps most within", sorts=False), best),
+        ),
         note="predicted: by the curvature; the last column names the limits within which a point keeps most",
     )
 
 
-def _kept_columns(report: SweepReport) -> tuple[str, ...]:
-    return ("energy kept", *(("NLL", "gain kept") if report.aligned_nll is not None else ()))
+def _kept_columns(report: SweepReport) -> tuple[tuple[str, Callable[[SweepPoint], Cell]], ...]:
+    """What a point keeps: of the delta and, with utility data, of what was learned."""
+
+    def nll(point: SweepPoint) -> Cell:
+        found = point.utility_nll
+        return Cell(DASH if found is None else f"{found:.3f}", found)
+
+    def gain(point: SweepPoint) -> Cell:
+        return share(report.kept_gain(point) if report.has_gain else None)
+
+    likely = (("NLL", nll), ("gain kept", gain)) if report.aligned_nll is not None else ()
+    return (("energy kept", lambda point: share(point.kept_energy)), *likely)
 
 
-def _kept_cells(report: SweepReport, point: SweepPoint | None) -> tuple[Cell, ...]:
-    energy = share(point.kept_energy if point else None)
-    if report.aligned_nll is None:
-        return (energy,)
-    nll = point.utility_nll if point else None
-    gain = share(report.kept_gain(point) if point and report.has_gain else None)
-    return energy, Cell(DASH if nll is None else f"{nll:.3f}", nll), gain
+def _of_row(shown: Callable[[SweepPoint], Cell], row: Allowed) -> Cell:
+    return shown(row.point) if row.point else Cell(DASH)
+
+
+def _limit_cell(row: Allowed) -> Cell:
+    return Cell(row.name, row.limit, tint="" if row.limit else row.name.replace("-", ""))
 
 
 def _nats(value: float, margin: float | None = None) -> Cell:
