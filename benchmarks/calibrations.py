@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltaguard.chat.conversations import Conversation, build_conversations
 from deltaguard.chat.tokens import Batch, batches, encode
 from deltaguard.curvature.calibrate import STORE_SHARE, CalibrateConfig, calibrate
-from deltaguard.curvature.contents import Extent, Group, share_within
-from deltaguard.curvature.moments import Moment, accumulate, empty_moment, normalise
+from deltaguard.curvature.contents import Extent, share_within
 from deltaguard.curvature.observe import Observed, observe
 from deltaguard.curvature.responses import respond
+from deltaguard.curvature.sums import Group, Moment, accumulate, empty_moment, normalise
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.progress import Event
 from deltaguard.solvers import spectrum

@@ -6,19 +6,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.layout import BLOCKS, MATRICES, SHARED_INPUTS, model_bytes
+from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import STORE_SHARE
-from deltaguard.curvature.contents import (
-    Group,
-    GroupCurvature,
-    Layer,
-    Sums,
-    group_curvature,
-    share_within,
-    stored_bytes,
-)
-from deltaguard.curvature.moments import Moment, accumulate, empty_moment
-from deltaguard.curvature.rank import Rank
+from deltaguard.curvature.contents import GroupCurvature, group_curvature, share_within, stored_bytes
 from deltaguard.curvature.store_format import Provenance, versions, write_store
+from deltaguard.curvature.sums import Group, Layer, Moment, Sums, accumulate, empty_moment
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
 

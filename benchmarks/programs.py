@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltaguard.curvature.contents import Group
     from deltaguard.curvature.store import CurvatureStore
+    from deltaguard.curvature.sums import Group
     from deltaguard.solvers import Spectrum
 
     _Solve = Callable[[str, Tensor, Tensor], object]

@@ -13,8 +13,8 @@ import transformers
 
 import models
 from deltaguard.chat.conversations import SYSTEM_PROMPTS, Conversation
+from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
-from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore
 
 CONVERSATIONS = tuple(

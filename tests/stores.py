@@ -3,10 +3,10 @@
 import torch
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.curvature.contents import Group, Layer, Sums, group_curvature
-from deltaguard.curvature.moments import accumulate, empty_moment
+from deltaguard.curvature.contents import group_curvature
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import Provenance, write_store
+from deltaguard.curvature.sums import Group, Layer, Sums, accumulate, empty_moment
 
 GROUPS = (
     Group(

@@ -1,15 +1,13 @@
-"""What an interrupted run left for the next one: journals, requests, sums, answers, scores and times."""
+"""What an interrupted run left for the next one: journals, requests, answers, scores and times."""
 
 import json
 import shutil
 from pathlib import Path
-from unittest.mock import patch
 
-from mutators import Mutator, damage_json, damage_lines, damage_tensors
+from mutators import Mutator, damage_json, damage_lines
 
 import models
 from copies import stop_in_shard, three_shards, write_all
-from deltaguard.curvature import calibrate as calibrating
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.evaluation.asking import _SCHEMAS
 from deltaguard.evaluation.journal import AnswerFile, Clock
@@ -91,13 +89,11 @@ def calibration(name: str, damage: Mutator):
             if event.stage == "decompose":
                 raise StopError
 
-        # Sums are kept once a minute, unless told otherwise.
-        with patch.object(calibrating, "SAVE_SECONDS", 0.0):
-            try:
-                run(stop)
-            except StopError:
-                shutil.copytree(partial, kept)
-        path = min(partial.glob(name))
+        try:
+            run(stop)
+        except StopError:
+            shutil.copytree(partial, kept)
+        path = partial / name
 
         def read(content: bytes) -> None:
             shutil.rmtree(folder / "store", ignore_errors=True)
@@ -165,7 +161,6 @@ KINDS = (
     Kind("journal of a restore", 10, restored),
     Kind("request of a calibration", 20, calibration("request.json", damage_json)),
     Kind("responses of a calibration", 10, calibration("responses.jsonl", damage_lines)),
-    Kind("sums of a calibration", 10, calibration("sum*.safetensors", damage_tensors)),
     Kind("answers of an evaluation", 100, answers),
     Kind("likelihoods of an evaluation", 40, likelihoods),
     Kind("scores of a judge", 80, judged),

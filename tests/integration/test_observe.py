@@ -12,8 +12,8 @@ import models
 from deltaguard.chat.tokens import Encoded, batches
 from deltaguard.curvature import observe as observe_module
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
-from deltaguard.curvature.moments import empty_moment
-from deltaguard.curvature.observe import Accumulator, Partial, drawn_likelihood, observe, sum_sizes, take_sums
+from deltaguard.curvature.observe import Accumulator, drawn_likelihood, observe
+from deltaguard.curvature.sums import Group, take_sums
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.solvers import spectrum
@@ -196,8 +196,7 @@ def accumulator(tmp_path, model):
     source = Checkpoint.open(models.save(model, tmp_path / "model"))
     loaded = AutoModelForCausalLM.from_pretrained(source.folder).eval().requires_grad_(requires_grad=False)
     observed, _ = observe(loaded, source, [5, 6, 7])
-    sums = {name: Partial(empty_moment(size), 0) for name, size in sum_sizes(observed).items()}
-    return Accumulator(loaded, observed, sums), loaded, observed
+    return Accumulator(loaded, observed), loaded, observed
 
 
 def text(length, prompt_length, first=5):
@@ -218,30 +217,22 @@ def test_nothing_of_a_batch_is_kept_but_its_sums(tmp_path):
     for number, batch in enumerate(batches([text(9, 4), text(6, 3)], 1)):
         adder.add(number, batch)
         assert graphs() == before
-        totals = [partial.moment.total for partial in adder.partials.values()]
+        totals = [moment.total for moment in adder.sums.values()]
         assert all(total.grad_fn is None and not total.requires_grad for total in totals)
         assert all(p.grad is None and not p.requires_grad for p in model.parameters())
         assert not any(registered for pair in hooks for registered in pair)
-        assert {partial.batches for partial in adder.partials.values()} == {number + 1}
-    inputs = {n: p.moment.tokens for n, p in adder.partials.items() if n.endswith(".input")}
-    assert set(inputs.values()) == {15}
+    assert {moment.tokens for moment in adder.sums.values()} == {15}
 
 
-def test_a_batch_that_was_added_is_not_added_again(tmp_path):
+def test_the_sums_of_a_group_are_given_up_when_they_are_taken(tmp_path):
     adder, _, observed = accumulator(tmp_path, models.tiny_model("gpt2"))
-    first, second = batches([text(9, 4), text(6, 3)], 1)
-    adder.add(0, first)
-    once = dict(adder.partials)
-    adder.add(0, first)
-    assert all(torch.equal(once[n].moment.total, p.moment.total) for n, p in adder.partials.items())
-    adder.add(1, second)
-    assert adder.batches == 2
+    (batch,) = batches([text(9, 4), text(6, 3)], 2)
+    adder.add(0, batch)
     for group in observed:
-        sums = take_sums(
-            observe_module.Group(group.name, group.in_features, 15, group.layers), adder.partials
-        )
+        sums = take_sums(Group(group.name, group.in_features, 15, group.layers), adder.sums)
         assert len(sums.outputs) == len(group.layers)
-    assert adder.partials == {}
+        assert sums.inputs.tokens == 15
+    assert adder.sums == {}
 
 
 @pytest.mark.parametrize("name", models.EITHER_ORDER)
@@ -250,9 +241,8 @@ def test_a_batch_without_a_response_adds_its_inputs_and_no_gradient(name, tmp_pa
     (batch,) = batches([text(6, 6), text(4, 4)], 2)
     assert not batch.answering.any()
     adder.add(0, batch)
-    assert adder.batches == 1
-    for sum_name, partial in adder.partials.items():
-        assert bool(partial.moment.total.any()) == sum_name.endswith(".input"), sum_name
+    for sum_name, moment in adder.sums.items():
+        assert bool(moment.total.any()) == sum_name.endswith(".input"), sum_name
 
 
 def test_the_mean_over_draws_is_the_fisher_information_of_the_output(tmp_path):
@@ -267,7 +257,7 @@ def test_the_mean_over_draws_is_the_fisher_information_of_the_output(tmp_path):
     layers = [pair for group in observed for pair in zip(group.layers, group.modules, strict=True)]
     for layer, module in layers:
         expected = fisher_information(model, module, batch)
-        found = adder.partials[f"{layer.name}.output"].moment.total / draws
+        found = adder.sums[f"{layer.name}.output"].total / draws
         assert relative_error(found, expected) < 0.1, layer.name
         assert float(found.trace()) == pytest.approx(float(expected.trace()), rel=0.06), layer.name
 

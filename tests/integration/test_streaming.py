@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from deltaguard import DeltaguardError, RestoreConfig, restore
 from deltaguard.cli.app import run
-from deltaguard.curvature.contents import Group, GroupCurvature, Layer, Sums, group_curvature
-from deltaguard.curvature.moments import Moment
+from deltaguard.curvature.contents import GroupCurvature, group_curvature
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import write_store
+from deltaguard.curvature.sums import Group, Layer, Moment, Sums
 from deltaguard.models import durable
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify

@@ -5,19 +5,16 @@ import re
 import shutil
 
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import models
-from deltaguard.curvature import workspace as workspace_module
+from deltaguard.curvature import responses as responses_module
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.errors import DeltaguardError
 from pairs import pair
 
 ASKED = CalibrateConfig(num_samples=6, num_held_out=3, max_new_tokens=5, batch_size=4, rank="full")
 RESUME = ASKED.model_copy(update={"resume": True})
-REQUEST, RESPONSES, SUM = "request.json", "responses.jsonl", "sum-00003.safetensors"
+REQUEST, RESPONSES = "request.json", "responses.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -127,88 +124,9 @@ def told(llama, output):
     return None
 
 
-def rewritten(path, change=lambda tensors: tensors, **counts):
-    """A sum's file written anew, with other tensors or counts."""
-    with safe_open(path, framework="pt") as file:
-        known = file.metadata()
-    tensors = load_file(path)
-    save_file(change(tensors), path, {name: str(count) for name, count in (known | counts).items()})
-
-
-def entry(value, *place):
-    def change(tensors):
-        for tensor in tensors.values():
-            tensor[place] = value
-        return tensors
-
-    return change
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-4])
-
-
-DAMAGE = {
-    "truncated": (cut, "is truncated"),
-    "empty": (lambda path: path.write_bytes(b""), "is not a safetensors file"),
-    "counts that are no numbers": (lambda path: rewritten(path, tokens="many"), "`tokens`: .* 'many'"),
-    "a negative count": (lambda path: rewritten(path, batches=-1), "`batches`: .* '-1'"),
-    "tokens of other batches": (lambda path: rewritten(path, tokens=7), r"7 tokens in 1 batches, not \d+"),
-    "batches that there are not": (lambda path: rewritten(path, batches=3), r"3 batches of 2"),
-    "no counts": (lambda path: save_file(load_file(path), path), "`tokens`: Field required"),
-    "another name": (
-        lambda path: rewritten(path, lambda tensors: {"a": next(iter(tensors.values()))}),
-        "holds `a`, not `",
-    ),
-    "two tensors": (lambda path: rewritten(path, lambda t: {**t, "a": torch.ones(1)}), "holds `a`, `"),
-    "another shape": (
-        lambda path: rewritten(path, lambda t: {name: x[:3].clone() for name, x in t.items()}),
-        r"is F32 \[3, \d+\], not F32 \[",
-    ),
-    "another dtype": (
-        lambda path: rewritten(path, lambda t: {name: x.half() for name, x in t.items()}),
-        r"is F16 \[",
-    ),
-    "NaN": (lambda path: rewritten(path, entry(torch.nan, 0, 1)), "1 entries that are NaN or infinite"),
-    "infinity": (lambda path: rewritten(path, entry(torch.inf, 2, 2)), "1 entries that are NaN or infinite"),
-    "a negative square": (lambda path: rewritten(path, entry(-1.0, 1, 1)), "negative sums of squares"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_sum_is_named_and_taken_anew_once_it_is_deleted(llama, partial, uninterrupted, kind):
-    spoil, problem = DAMAGE[kind]
-    spoil(partial / SUM)
-    message = refusal(llama, partial)
-    assert SUM in message
-    assert re.search(problem, message)
-    assert "Delete these files and run the same command again" in message
-    (partial / SUM).unlink()
-    store = calibrate(llama, partial.with_name("store"), config=RESUME)
-    assert contents(store.folder) == uninterrupted
-
-
-def test_all_damaged_sums_are_named_at_once(llama, partial):
-    spoiled = sorted(partial.glob("sum-*.safetensors"))[3:6]
-    for path in spoiled:
-        cut(path)
-    message = refusal(llama, partial)
-    assert all(path.name in message for path in spoiled)
-    assert message.count("is truncated") == 3
-
-
-def test_sums_without_responses_belong_to_their_request_too(llama, partial):
-    """A sum of another request is not added to."""
-    (partial / RESPONSES).unlink()
-    (partial / "sum-00000.safetensors").unlink()
-    other = RESUME.model_copy(update={"max_length": 100})
-    with pytest.raises(DeltaguardError, match="max_length is 100 now and was 512"):
-        calibrate(llama, partial.with_name("store"), config=other)
-
-
 def test_a_run_that_waited_for_another_finds_the_finished_store(llama, tmp_path, uninterrupted, monkeypatch):
     """The second one saw no store yet when it began; the first finished before the second had the lock."""
-    output, lock_folder = tmp_path / "store", workspace_module.lock_folder
+    output, lock_folder = tmp_path / "store", responses_module.lock_folder
 
     def lock_after_the_other(folder):
         monkeypatch.undo()
@@ -216,13 +134,13 @@ def test_a_run_that_waited_for_another_finds_the_finished_store(llama, tmp_path,
         folder.mkdir()
         return lock_folder(folder)
 
-    monkeypatch.setattr(workspace_module, "lock_folder", lock_after_the_other)
+    monkeypatch.setattr(responses_module, "lock_folder", lock_after_the_other)
     store = calibrate(llama, output, config=RESUME)
     assert contents(store.folder) == uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-@pytest.mark.parametrize("name", [REQUEST, RESPONSES, SUM])
+@pytest.mark.parametrize("name", [REQUEST, RESPONSES])
 def test_whatever_a_file_holds_there_is_a_store_or_one_message(llama, partial, name):
     """Cut off anywhere, and overwritten anywhere in its first bytes: where headers and names are."""
     whole = (partial / name).read_bytes()

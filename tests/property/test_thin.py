@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaguard.solvers import LowRank, Spectrum, closed_form, project, project_thin, solve_projected
-from deltaguard.solvers.separable import separable
+from deltaguard.solvers.thin import separable
 
 PRICES = st.floats(1e-12, 1e12)
 SEEDS = st.integers(0, 10**6)

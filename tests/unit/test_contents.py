@@ -8,9 +8,6 @@ from hypothesis import strategies as st
 from deltaguard.curvature.contents import (
     Extent,
     Form,
-    Group,
-    Layer,
-    Sums,
     group_curvature,
     share_within,
     spectra_bytes,
@@ -18,7 +15,7 @@ from deltaguard.curvature.contents import (
     stored_forms,
     stored_tensors,
 )
-from deltaguard.curvature.moments import Moment
+from deltaguard.curvature.sums import Group, Layer, Moment, Sums
 from deltaguard.errors import DeltaguardError
 
 SIZES = st.integers(1, 12)

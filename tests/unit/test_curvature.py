@@ -5,17 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaguard.curvature.moments import (
-    Moment,
-    accumulate,
-    check_sum,
-    empty_moment,
-    merge,
-    normalise,
-    pack,
-    unpack_factor,
-    unpack_moment,
-)
+from deltaguard.curvature.contents import pack, unpack_factor, unpack_moment
+from deltaguard.curvature.sums import Moment, accumulate, check_sum, empty_moment, merge, normalise
 from deltaguard.errors import DeltaguardError
 from deltaguard.solvers import factorise
 

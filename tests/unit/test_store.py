@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature import store as store_module
-from deltaguard.curvature.contents import share_within
-from deltaguard.curvature.moments import merge, normalise, pack, unpack_factor
+from deltaguard.curvature.contents import pack, share_within, unpack_factor
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import save_tensors, write_store
+from deltaguard.curvature.sums import merge, normalise
 from deltaguard.errors import DeltaguardError
 from deltaguard.solvers import spectrum
 from stores import CUT_OFF, GROUPS, HELD_OUT, contents, provenance, sums, written

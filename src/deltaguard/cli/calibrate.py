@@ -7,7 +7,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
-from deltaguard.curvature.rank import Rank
+from deltaguard.curvature import Rank
 
 if TYPE_CHECKING:
     from deltaguard.curvature.store import CurvatureStore
@@ -44,7 +44,7 @@ def calibrate(
         rank: `auto` keeps as many eigenpairs as a quarter of the model's bytes hold; `full` keeps everything,
             which methods `greedy` and `published` need, and merging stores.
         seed: Which prompts are taken and held out, and their order.
-        resume: Go on with a calibration that was interrupted.
+        resume: Go on with the responses of a calibration that was interrupted.
         json: Print one JSON document and nothing else on stdout.
     """
     from deltaguard.curvature.calibrate import CalibrateConfig

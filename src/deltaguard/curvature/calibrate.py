@@ -1,11 +1,10 @@
 """Calibrate: run the aligned model over safety conversations and keep the curvature of its layers.
 
-A run keeps its work in `OUTPUT.partial`, next to the output: the request it serves, the responses so far,
-and the sums so far. A run that was killed goes on from there; a finished one leaves the store alone.
+A run keeps the model's responses, which take most of the time, in `OUTPUT.partial` beside the output. A run
+that was killed goes on with them and sums anew; a finished one leaves the store alone.
 """
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from deltaguard.chat.conversations import Conversation, build_conversations, fingerprint, read_prompts, sample
 from deltaguard.chat.refusals import is_refusal as opens_with_refusal
 from deltaguard.chat.template import takes_system_role
-from deltaguard.chat.tokens import Batch, batches, context_length, encode
-from deltaguard.curvature.contents import Group, GroupCurvature, group_curvature, share_within
-from deltaguard.curvature.observe import (
-    INPUT,
-    Accumulator,
-    Observed,
-    Partial,
-    observe,
-    sum_sizes,
-    take_sums,
-)
-from deltaguard.curvature.rank import Rank
-from deltaguard.curvature.responses import respond
+from deltaguard.chat.tokens import Encoded, batches, context_length, encode
+from deltaguard.curvature import Rank
+from deltaguard.curvature.contents import GroupCurvature, share_within
+from deltaguard.curvature.observe import Accumulator, Observed, observe
+from deltaguard.curvature.responses import Workspace, respond
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import Provenance, Request, versions, write_store
-from deltaguard.curvature.workspace import Workspace
+from deltaguard.curvature.sums import Group, Moment, input_name, take_sums
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
@@ -42,10 +33,6 @@ from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress, ignore
-
-SAVE_SECONDS = 60.0
-SAVE_SPACING = 10
-"""Times as long as a save took are waited before the next: on a slow disk it takes longer than a batch."""
 
 STORE_SHARE = 0.25
 """Bytes of a store that is cut off, as a share of the model's."""
@@ -133,7 +120,7 @@ def calibrate(
     request = _request(source, asked, config, device)
     with Workspace(Path(output_dir), request) as workspace:
         if not workspace.begin(resume=config.resume):
-            run = _Run(source, asked, request, device, workspace, progress or ignore)
+            run = _Run(source, asked, request, device, workspace.journal, progress or ignore)
             try:
                 measured = _measure(run, is_refusal or opens_with_refusal)
                 refuse_changes(source.changes())
@@ -149,7 +136,7 @@ def calibrate(
 
 
 def store_limit(aligned: Checkpoint) -> int:
-    """Bytes that a store with `rank="auto"` takes at most, about."""
+    """Compute the bytes that a store with `rank="auto"` takes at most, about."""
     return int(STORE_SHARE * sum(info.nbytes for info in aligned.tensors.values()))
 
 
@@ -160,11 +147,6 @@ class _Asked:
     calibration: Sequence[Conversation]
     held_out: Sequence[Conversation]
 
-    @property
-    def all(self) -> list[Conversation]:
-        """Both, in this order."""
-        return [*self.calibration, *self.held_out]
-
 
 @dataclass(frozen=True)
 class _Run:
@@ -174,16 +156,16 @@ class _Run:
     asked: _Asked
     request: Request
     device: torch.device
-    workspace: Workspace
+    journal: Path
     report: Progress
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What is left once the model is not needed any more."""
+    """What is left once the model is not needed any more; sums by the names of the matrices."""
 
     groups: tuple[Group, ...]
-    partials: dict[str, Partial]
+    sums: dict[str, Moment]
     held_out: tuple[Conversation, ...]
     provenance: Provenance
 
@@ -219,74 +201,64 @@ def _split(given: Sequence[Conversation], count: int, config: CalibrateConfig) -
 
 
 def _request(source: Checkpoint, asked: _Asked, config: CalibrateConfig, device: torch.device) -> Request:
+    dtype: str = config.dtype
+    if dtype == "auto":
+        largest = max(source.tensors.values(), key=lambda info: info.nbytes)
+        stored = str(DTYPES[largest.dtype]).removeprefix("torch.")
+        dtype = "float32" if device.type == "cpu" else stored
     return Request(
         **identify(source).model_dump(),
-        prompts_sha256=fingerprint(asked.all),
+        prompts_sha256=fingerprint([*asked.calibration, *asked.held_out]),
         max_length=config.max_length,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
-        dtype=_dtype_name(source, config.dtype, device),
+        dtype=dtype,
         dampening=config.dampening,
         rank=config.rank,
     )
 
 
-def _dtype_name(source: Checkpoint, asked: str, device: torch.device) -> str:
-    if asked != "auto":
-        return asked
-    if device.type == "cpu":
-        return "float32"
-    largest = max(source.tensors.values(), key=lambda info: info.nbytes)
-    return str(DTYPES[largest.dtype]).removeprefix("torch.")
-
-
 def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
-    """Everything that needs the model, which is gone from memory afterwards."""
+    """Do everything that needs the model, which is gone from memory afterwards."""
+    request, count = run.request, len(run.asked.calibration)
     tokenizer, model = _load(run)
-    request = run.request
     answered = respond(
         model,
         tokenizer,
-        run.asked.all,
+        [*run.asked.calibration, *run.asked.held_out],
         max_new_tokens=request.max_new_tokens,
         batch_size=request.batch_size,
-        journal=run.workspace.journal,
+        journal=run.journal,
         on_batch=lambda done, total: run.report(Event("respond", done, total)),
     )
-    used, kept = answered[: len(run.asked.calibration)], answered[len(run.asked.calibration) :]
     limit = context_length(model.config, request.max_length)
-    texts = [encode(tokenizer, conversation, max_length=limit) for conversation in used]
-    kept = [c for c in kept if encode(tokenizer, c, max_length=limit).has_response]
-    for what, found in (("", any(text.has_response for text in texts)), ("held-out ", bool(kept))):
+    texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
+    held_out = [c for c in answered[count:] if encode(tokenizer, c, max_length=limit).has_response]
+    for what, found in (("", any(text.has_response for text in texts)), ("held-out ", bool(held_out))):
         if not found:
             raise DeltaguardError(
                 f"No {what}conversation has a response within {limit} tokens: nothing can be learned about "
                 "responses. Allow longer conversations."
             )
     observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
-    partials = _accumulate(run, model, observed, batches(texts, request.batch_size))
-    groups = tuple(
-        Group(g.name, g.in_features, partials[g.name + INPUT].moment.tokens, g.layers) for g in observed
+    sums = _accumulate(run, model, observed, texts)
+    groups = tuple(Group(g.name, g.in_features, sums[input_name(g.name)].tokens, g.layers) for g in observed)
+    refusing = sum(is_refusal(conversation.response or "") for conversation in answered[:count])
+    provenance = Provenance(
+        **request.model_dump(),
+        aligned=run.source.reference,
+        conversations_sha256=fingerprint(answered[:count]),
+        conversations=count,
+        tokens=sum(len(text.ids) for text in texts),
+        response_tokens=sum(len(text.ids) - text.prompt_length for text in texts),
+        truncated=sum(text.truncated for text in texts),
+        system_role="template" if takes_system_role(tokenizer) else "user turn",
+        refusal_share=refusing / count,
+        uncovered=uncovered,
+        rank_share=1.0 if request.rank == "full" else share_within(groups, store_limit(run.source)),
+        versions=versions(),
     )
-    return _Measured(
-        groups=groups,
-        partials=partials,
-        held_out=tuple(kept),
-        provenance=Provenance(
-            **request.model_dump(),
-            aligned=run.source.reference,
-            conversations_sha256=fingerprint(used),
-            conversations=len(used),
-            tokens=sum(len(text.ids) for text in texts),
-            response_tokens=sum(len(text.ids) - text.prompt_length for text in texts),
-            truncated=sum(text.truncated for text in texts),
-            system_role="template" if takes_system_role(tokenizer) else "user turn",
-            refusal_share=_share(used, is_refusal),
-            uncovered=uncovered,
-            rank_share=1.0 if request.rank == "full" else share_within(groups, store_limit(run.source)),
-            versions=versions(),
-        ),
-    )
+    return _Measured(groups, sums, tuple(held_out), provenance)
 
 
 def _load(run: _Run) -> tuple[Any, Any]:
@@ -300,45 +272,23 @@ def _load(run: _Run) -> tuple[Any, Any]:
 
 
 def _accumulate(
-    run: _Run, model: Any, observed: Sequence[Observed], texts: Sequence[Batch]
-) -> dict[str, Partial]:
-    tokens = [0, *itertools.accumulate(int(text.mask.sum()) for text in texts)]
-    known = run.workspace.load_sums(sum_sizes(observed), tokens, run.device)
-    accumulator = Accumulator(model, observed, known)
-    saved, wait = time.monotonic(), SAVE_SECONDS
-    try:
-        for number in range(accumulator.batches, len(texts)):
-            accumulator.add(number, texts[number].to(run.device))
-            run.report(Event("accumulate", number + 1, len(texts)))
-            if time.monotonic() - saved >= wait:
-                wait = max(SAVE_SECONDS, SAVE_SPACING * run.workspace.save_sums(accumulator.partials))
-                saved = time.monotonic()
-    except KeyboardInterrupt:
-        run.workspace.save_sums(accumulator.partials)
-        raise
-    return accumulator.partials
-
-
-def _share(answered: Sequence[Conversation], is_refusal: Callable[[str], bool]) -> float:
-    return sum(is_refusal(conversation.response or "") for conversation in answered) / len(answered)
+    run: _Run, model: Any, observed: Sequence[Observed], texts: Sequence[Encoded]
+) -> dict[str, Moment]:
+    accumulator, ordered = Accumulator(model, observed), batches(texts, run.request.batch_size)
+    for number, batch in enumerate(ordered):
+        accumulator.add(number, batch.to(run.device))
+        run.report(Event("accumulate", number + 1, len(ordered)))
+    return accumulator.sums
 
 
 def _write(output: Path, measured: _Measured, report: Progress) -> None:
     """Decompose group by group, each sum being given up when its turn has come."""
-    total, done = len(measured.groups), 0
-    made = measured.provenance
+    total = len(measured.groups)
+    done = itertools.count(1)
 
     def content(group: Group) -> GroupCurvature:
-        nonlocal done
-        found = group_curvature(
-            group,
-            take_sums(group, measured.partials),
-            response_tokens=made.response_tokens,
-            dampening=made.dampening,
-            extent=made.extent,
-        )
-        done += 1
-        report(Event("decompose", done, total))
+        found = measured.provenance.decompose(group, take_sums(group, measured.sums))
+        report(Event("decompose", next(done), total))
         return found
 
-    write_store(output, made, measured.held_out, measured.groups, content)
+    write_store(output, measured.provenance, measured.held_out, measured.groups, content)

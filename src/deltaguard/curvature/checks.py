@@ -1,15 +1,21 @@
-"""What makes the numbers of a store a curvature: of a manifest, and of one tensor at a time."""
+"""The files of a store, opened once and read once from beginning to end: what comes out is a valid store."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from deltaguard.curvature.contents import Form, spectrum_names, spectrum_sizes, stored_forms
-from deltaguard.curvature.store_format import Manifest, StoredGroup
+from deltaguard.curvature.contents import Form, stored_forms
+from deltaguard.curvature.store_format import MANIFEST, Manifest, StoredFile, StoredGroup
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.models.opened import OpenFile
+from deltaguard.models.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
 from deltaguard.solvers.solution import is_finite
 
 UNEVENNESS: Mapping[torch.dtype, float] = MappingProxyType({torch.float16: 0.01, torch.float32: 0.001})
@@ -32,17 +38,112 @@ would wait for each other longer than the arithmetic takes, and in the way of th
 
 @dataclass(frozen=True)
 class Expected:
-    """What the manifest says of one tensor.
-
-    Attributes:
-        shard: the file that holds it.
-        form: how it is stored.
-        problem: finds what is wrong with its numbers, None where nothing is.
-    """
+    """What the manifest says of a tensor: its file, its form, and what finds a problem in its numbers."""
 
     shard: str
     form: Form
     problem: Callable[[Tensor], str | None]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A store's files by name, held open, and where each of its tensors lies."""
+
+    files: Mapping[str, OpenFile]
+    tensors: Mapping[str, TensorInfo]
+
+
+def open_files(folder: Path, manifest: Manifest) -> Opened:
+    """Open the files of a store, read each once, and check all that can be known of it.
+
+    Raises:
+        DeltaguardError: the manifest contradicts itself, a file is not the one that was written, or its
+            numbers are no curvature. All problems are listed.
+    """
+    _refuse(folder, manifest, manifest_problems(manifest))
+    expected = expected_tensors(manifest)
+    problems: list[str] = []
+    files: dict[str, OpenFile] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for stored in manifest.files:
+        unfit = _file_problem(folder, stored.name)
+        if unfit:
+            problems.append(unfit)
+            continue
+        file = OpenFile(folder / stored.name)
+        infos = parse_header(read_header(file), stored.name)
+        own = {name: known for name, known in expected.items() if known.shard == stored.name}
+        problems += _header_problems(file, stored, infos, own) or _content_problems(file, stored, infos, own)
+        files[stored.name] = file
+        tensors |= {info.name: info for info in infos}
+    _refuse(folder, manifest, problems)
+    return Opened(files, tensors)
+
+
+def _refuse(folder: Path, manifest: Manifest, problems: list[str]) -> None:
+    if problems:
+        again = f"`deltaguard calibrate {manifest.provenance.aligned} -o STORE`"
+        raise DeltaguardError(
+            listed(f"The store {folder} is damaged", problems)
+            + f"\nCopy it again, or calibrate again: {again}."
+        )
+
+
+def _file_problem(folder: Path, name: str) -> str | None:
+    """Say why a file cannot be one of the store."""
+    path = folder / name
+    if not path.is_file():
+        return f"the file {name} is missing"
+    # Of a folder that the Hub's cache made, files are links to `blobs` beside `snapshots`.
+    real, root = path.resolve().parent, folder.resolve()
+    in_cache = root.parent.name == "snapshots" and real == root.parent.parent / "blobs"
+    if real != root and not in_cache:
+        return f"{name} is a link to {path.resolve()}, outside the store's folder"
+    return shard_problem(path)
+
+
+def _header_problems(
+    file: OpenFile, stored: StoredFile, infos: list[TensorInfo], expected: Mapping[str, Expected]
+) -> list[str]:
+    """List the tensors that a file lacks, should not hold or holds in another form."""
+    problems = [
+        f"`{name}` is missing in {stored.name}" for name in sorted(expected.keys() - {i.name for i in infos})
+    ]
+    for info in infos:
+        known = expected.get(info.name)
+        if known is None:
+            problems.append(f"`{info.name}` does not belong in {stored.name}")
+        elif (known.form.dtype, known.form.shape) != (DTYPES.get(info.dtype), info.shape):
+            found = f"{DTYPES.get(info.dtype, info.dtype)} {info.shape}".removeprefix("torch.")
+            problems.append(f"`{info.name}` is {found}; it should be {known.form}")
+    if file.size != stored.bytes:
+        problems.append(f"{stored.name} has {file.size:,} bytes; {MANIFEST} says {stored.bytes:,}")
+    return problems
+
+
+def _content_problems(
+    file: OpenFile, stored: StoredFile, infos: list[TensorInfo], expected: Mapping[str, Expected]
+) -> list[str]:
+    """Read a file once, and list what is wrong with its bytes and the numbers in them."""
+    problems: list[str] = []
+    digest = hashlib.sha256(read_header(file))
+    # Fresh memory for every tensor would take longer than reading it.
+    buffer = torch.empty(max(info.nbytes for info in infos), dtype=torch.uint8)
+    with ThreadPoolExecutor(1, thread_name_prefix="hasher") as hasher:
+        for info in infos:
+            data = buffer[: info.nbytes]
+            file.read_into(info.start, data.numpy().data)
+            hashed = hasher.submit(digest.update, data.numpy().data)
+            problem = expected[info.name].problem(data.view(DTYPES[info.dtype]).reshape(info.shape))
+            if problem:
+                problems.append(f"`{info.name}` {problem}")
+            hashed.result()
+    if digest.hexdigest() != stored.sha256:
+        problems.append(
+            f"{stored.name} is not the file that was written: its sha256 is {digest.hexdigest()}, and "
+            f"{MANIFEST} says {stored.sha256}"
+        )
+    return problems
 
 
 def manifest_problems(manifest: Manifest) -> list[str]:
@@ -69,10 +170,9 @@ def expected_tensors(manifest: Manifest) -> dict[str, Expected]:
     """Say of every tensor of a store, by name, what it must be."""
     expected: dict[str, Expected] = {}
     for stored in manifest.groups:
-        group = stored.group
-        numbers = zip(spectrum_names(group), spectrum_sizes(group), stored.tails, stored.means, strict=True)
-        values = {f"{name}.values": _Values(size, tail, mean) for name, size, tail, mean in numbers}
-        for name, form in stored_forms(group, manifest.provenance.extent).items():
+        numbers = zip(stored.group.matrices(), stored.tails, stored.means, strict=True)
+        values = {f"{name}.values": _Values(size, tail, mean) for (name, size), tail, mean in numbers}
+        for name, form in stored_forms(stored.group, manifest.provenance.extent).items():
             problem = values.get(name) or _PROBLEMS[name.rpartition(".")[2]]
             expected[name] = Expected(stored.shard, form, problem)
     return expected
@@ -100,7 +200,7 @@ def _group_problems(stored: StoredGroup, manifest: Manifest) -> list[str]:
 
 @dataclass(frozen=True)
 class _Values:
-    """The check of kept eigenvalues against what stands for all of them."""
+    """Checks kept eigenvalues against what stands for all of them."""
 
     size: int
     tail: float
@@ -135,7 +235,7 @@ class _Values:
 
 
 def _vectors_problem(vectors: Tensor) -> str | None:
-    """A probe: V z for fixed random signs z, and Vᵀ of that, which is z again where V is orthonormal.
+    """Probe V z for fixed random signs z, and Vᵀ of that, which is z again where V is orthonormal.
 
     Every column has its own entry in it, so that one that is too long, or another's copy, is seen among many.
     """
@@ -153,7 +253,7 @@ def _vectors_problem(vectors: Tensor) -> str | None:
 
 
 def _sum_problem(total: Tensor) -> str | None:
-    """Of a raw sum; in that of H, a factor has the place below the diagonal."""
+    """Check a raw sum; in that of H, a factor has the place below the diagonal."""
     squares = total.diagonal()
     problem = _not_finite(total)
     if problem is None and bool((squares < 0).any()):

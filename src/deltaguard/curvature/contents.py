@@ -1,78 +1,124 @@
-"""What a store keeps of one group of layers: eigenpairs of its curvature, and on request everything."""
+"""What a store keeps of one group of layers: eigenpairs of its curvature, and on request everything.
+
+A symmetric matrix and a triangular one of the same size fit into one: the upper triangle with the diagonal
+holds the raw sum, the part below the diagonal that of the Cholesky factor.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from deltaguard.curvature.moments import Moment, Packed, check_sum, normalise, pack
+from deltaguard.curvature.sums import Group, Moment, Sums, check_sum, normalise, output_name
 from deltaguard.errors import DeltaguardError
+from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.spectrum import Spectrum, spectrum
 
-_Size = Annotated[int, Field(gt=0, le=1 << 31)]
+PACKED_FIELDS = ("matrix", "diagonal", "order", "inverse_diagonal")
+"""Fields of `Packed` that are tensors, as they are stored: `{group}.{field}`."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One linear layer.
+class Packed:
+    """A moment and the factor of its mean, as they are stored.
 
     Attributes:
-        tensor: its weight's name in the aligned checkpoint.
-        transposed: whether the weight is stored (in, out), as GPT-2's Conv1D is, not (out, in).
-        out_features: size of the output, and of G.
+        matrix: (in, in); upper triangle with the diagonal: the raw sum; below it: `Factor.lower`.
+        diagonal: (in,); diagonal of `Factor.lower`.
+        order: (in,) int32; see `Factor`.
+        inverse_diagonal: (in,); see `Factor`.
+        tokens: how many tokens were summed.
+        damping: see `Factor`.
+        dampening: see `Factor`.
     """
 
-    tensor: str
-    transposed: bool
-    out_features: _Size
+    matrix: Tensor
+    diagonal: Tensor
+    order: Tensor
+    inverse_diagonal: Tensor
+    tokens: int
+    damping: float
+    dampening: float
+
+
+def pack(name: str, moment: Moment, *, dampening: float) -> Packed:
+    """Factorise the mean of a moment and pack both.
+
+    Args:
+        name: the group, for the messages.
+        moment: at least one token, finite and not zero (see `check_sum`).
+        dampening: see `solvers.factor.factorise`.
+
+    Raises:
+        DeltaguardError: the sum cannot be factorised.
+    """
+    try:
+        factor = factorise(normalise(moment), dampening=dampening)
+    except ValueError as error:
+        raise DeltaguardError(f"The curvature of `{name}` is of no use: {error}") from error
+    return Packed(
+        matrix=moment.total.triu().add_(factor.lower.tril(-1)),
+        diagonal=factor.lower.diagonal().clone(),
+        order=factor.order.to(torch.int32),
+        inverse_diagonal=factor.inverse_diagonal,
+        tokens=moment.tokens,
+        damping=factor.damping,
+        dampening=factor.dampening,
+    )
+
+
+def unpack_moment(packed: Packed) -> Moment:
+    """Read the raw sum, exactly symmetric."""
+    upper = packed.matrix.triu()
+    return Moment(upper + upper.triu(1).T, packed.tokens)
+
+
+def unpack_factor(packed: Packed) -> Factor:
+    """Read the factor that `pack` computed, bit for bit, in place of `packed.matrix`; the sum is lost."""
+    lower = packed.matrix.tril_(-1)
+    lower.diagonal().copy_(packed.diagonal)
+    return Factor(
+        order=packed.order.long(),
+        lower=lower,
+        inverse_diagonal=packed.inverse_diagonal,
+        damping=packed.damping,
+        dampening=packed.dampening,
+    )
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a group is stored.
+
+    Attributes:
+        share: share of the eigenpairs of each matrix, in (0, 1]; at least one is kept.
+        whole: whether raw sums and factors are kept as well, in float32 all of it. Otherwise eigenvectors are
+            kept in half precision: their entries lie in [-1, 1].
+    """
+
+    share: float
+    whole: bool
+
+    def rank(self, size: int) -> int:
+        """Say how many eigenpairs of a (size, size) matrix are kept."""
+        return size if self.whole else max(1, int(self.share * size))
 
     @property
-    def name(self) -> str:
-        """Its name in the aligned checkpoint."""
-        return self.tensor.removesuffix(".weight")
+    def vectors_dtype(self) -> torch.dtype:
+        """How eigenvectors are stored."""
+        return torch.float32 if self.whole else torch.float16
 
 
-@dataclass(frozen=True)
-class Group:
-    """Layers that see the same input, and so share one H.
-
-    Attributes:
-        name: the first layer's name.
-        in_features: size of the input, and of H.
-        tokens: how many tokens H was summed over.
-        layers: the layers, in the model's order.
-    """
-
-    name: str
-    in_features: _Size
-    tokens: Annotated[int, Field(gt=0, le=1 << 62)]
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
-
-
-@dataclass(frozen=True)
-class Sums:
-    """What calibration summed for one group.
-
-    Attributes:
-        inputs: Σ x xᵀ over all tokens.
-        outputs: Σ g gᵀ over all tokens, (out, out), of each layer.
-    """
-
-    inputs: Moment
-    outputs: tuple[Tensor, ...]
+def share_within(groups: Sequence[Group], limit: int) -> float:
+    """Find the share of eigenpairs with which all groups together take about `limit` bytes, at most 1."""
+    entries = sum(size**2 for group in groups for _, size in group.matrices())
+    return min(1.0, limit / (torch.float16.itemsize * entries))
 
 
 @dataclass(frozen=True)
 class Decomposed:
-    """A curvature matrix as it is stored.
-
-    Attributes:
-        spectrum: its largest eigenpairs and what stands for the rest.
-        mean: of all its eigenvalues.
-    """
+    """A curvature matrix as it is stored: its largest eigenpairs, and the mean of all its eigenvalues."""
 
     spectrum: Spectrum
     mean: float
@@ -93,35 +139,6 @@ class GroupCurvature:
     outputs: tuple[Decomposed, ...]
     packed: Packed | None
     totals: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much of a group is stored.
-
-    Attributes:
-        share: share of the eigenpairs of each matrix, in (0, 1]; at least one is kept.
-        whole: whether raw sums and factors are kept as well, in float32 all of it. Otherwise eigenvectors are
-            kept in half precision: their entries lie in [-1, 1].
-    """
-
-    share: float
-    whole: bool
-
-    def rank(self, size: int) -> int:
-        """How many eigenpairs of a (size, size) matrix are kept."""
-        return size if self.whole else max(1, int(self.share * size))
-
-    @property
-    def vectors_dtype(self) -> torch.dtype:
-        """How eigenvectors are stored."""
-        return torch.float32 if self.whole else torch.float16
-
-
-def share_within(groups: Sequence[Group], limit: int) -> float:
-    """The share of eigenpairs with which all groups together take about `limit` bytes, at most 1."""
-    entries = sum(g.in_features**2 + sum(layer.out_features**2 for layer in g.layers) for g in groups)
-    return min(1.0, limit / (torch.float16.itemsize * entries))
 
 
 def group_curvature(
@@ -163,9 +180,9 @@ def _decomposed(name: str, matrix: Tensor, extent: Extent) -> Decomposed:
 
 
 def stored_tensors(group: Group, content: GroupCurvature, extent: Extent) -> dict[str, Tensor]:
-    """The tensors of one group by their names in the store."""
+    """Lay out one group's tensors by their names in the store."""
     tensors: dict[str, Tensor] = {}
-    for name, part in zip(spectrum_names(group), (content.inputs, *content.outputs), strict=True):
+    for (name, _), part in zip(group.matrices(), (content.inputs, *content.outputs), strict=True):
         tensors[f"{name}.values"] = part.spectrum.values.float()
         tensors[f"{name}.vectors"] = part.spectrum.vectors.to(extent.vectors_dtype)
     if content.packed is not None:
@@ -195,15 +212,14 @@ class Form:
 def stored_forms(group: Group, extent: Extent) -> dict[str, Form]:
     """Say how each of `stored_tensors` is stored, by name."""
     forms: dict[str, Form] = {}
-    for name, size in zip(spectrum_names(group), spectrum_sizes(group), strict=True):
+    for name, size in group.matrices():
         forms[f"{name}.values"] = Form(torch.float32, (extent.rank(size),))
         forms[f"{name}.vectors"] = Form(extent.vectors_dtype, (size, extent.rank(size)))
     if extent.whole:
-        n = group.in_features
-        shapes = dict(zip(PACKED_FIELDS, ((n, n), (n,), (n,), (n,)), strict=True))
-        for field, shape in shapes.items():
+        for field in PACKED_FIELDS:
             dtype = torch.int32 if field == "order" else torch.float32
-            forms[f"{group.name}.{field}"] = Form(dtype, shape)
+            dimensions = 2 if field == "matrix" else 1
+            forms[f"{group.name}.{field}"] = Form(dtype, (group.in_features,) * dimensions)
         for layer in group.layers:
             forms[f"{output_name(layer)}.total"] = Form(torch.float32, (layer.out_features,) * 2)
     return forms
@@ -216,28 +232,5 @@ def stored_bytes(group: Group, extent: Extent) -> int:
 
 def spectra_bytes(group: Group, extent: Extent) -> int:
     """Count the bytes of a group's eigenvectors."""
-    return sum(size * extent.rank(size) for size in spectrum_sizes(group)) * extent.vectors_dtype.itemsize
-
-
-PACKED_FIELDS = ("matrix", "diagonal", "order", "inverse_diagonal")
-"""Fields of `Packed` that are tensors, as they are stored: `{group}.{field}`."""
-
-
-def input_name(group: Group) -> str:
-    """What the tensors of a group's H begin with."""
-    return f"{group.name}.input"
-
-
-def output_name(layer: Layer) -> str:
-    """What the tensors of a layer's G begin with."""
-    return f"{layer.name}.output"
-
-
-def spectrum_names(group: Group) -> tuple[str, ...]:
-    """Name what the tensors of a group's spectra begin with: of H, and of each layer's G."""
-    return (input_name(group), *map(output_name, group.layers))
-
-
-def spectrum_sizes(group: Group) -> tuple[int, ...]:
-    """Count the rows of a group's H, and of each layer's G."""
-    return (group.in_features, *(layer.out_features for layer in group.layers))
+    entries = sum(size * extent.rank(size) for _, size in group.matrices())
+    return entries * extent.vectors_dtype.itemsize

@@ -1,7 +1,7 @@
-"""Which linear layers a model has, which of them see the same input, and the sums over what passes them."""
+"""Find the linear layers of a model and which of them see the same input, and sum over what passes them."""
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,16 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from deltaguard.chat.predictions import logits_at
 from deltaguard.chat.tokens import Batch
-from deltaguard.curvature.contents import Group, Layer, Sums
-from deltaguard.curvature.moments import Moment, accumulate
+from deltaguard.curvature.sums import Layer, Moment, accumulate, empty_moment, input_name, output_name
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import WeightSource, name_map
 from deltaguard.models.families import is_conv1d, is_linear, modules_in_blocks
-
-_Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
-_Add = Callable[[str, Tensor], None]
-
-INPUT, OUTPUT = ".input", ".output"
 
 
 @dataclass(frozen=True)
@@ -41,14 +35,6 @@ class Observed:
     layers: tuple[Layer, ...]
 
 
-@dataclass(frozen=True)
-class Partial:
-    """One sum over the first batches of a run."""
-
-    moment: Moment
-    batches: int
-
-
 def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[Observed], tuple[str, ...]]:
     """Find the linear layers of the decoder blocks, and group them by the tensor object they receive.
 
@@ -62,8 +48,8 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
         no text reaches them or because they are not linear layers.
 
     Raises:
-        DeltaguardError: there are no such layers, or some be matched with tensors of the checkpoint that hold
-            the same values, or see something other than one row per token. All are listed.
+        DeltaguardError: there are no such layers, or the checkpoint has no tensor of the same values for
+            some, or they see something other than one row per token. All are listed.
     """
     decoder = model.get_decoder()
     inside = modules_in_blocks(model)
@@ -74,7 +60,12 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
             f"{source.reference} ({type(model).__name__}) has no linear layer inside a list of decoder "
             "blocks: there is nothing to calibrate."
         )
-    weights = {f"{name}.{key}" for name, module in inside.items() for key in _matrices(module)}
+    weights = {
+        f"{name}.{key}"
+        for name, module in inside.items()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1
+    }
     names = name_map(sorted(weights), source.tensors)
     layers = _layers(source, names, {name: linear[name] for group in groups for name in group})
     covered = {f"{name}.weight" for name in layers}
@@ -90,21 +81,6 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
     return observed, tuple(sorted(names.get(name, name) for name in weights - covered))
 
 
-def sum_sizes(observed: Sequence[Observed]) -> dict[str, int]:
-    """The sums that calibration takes, and how many rows and columns each has."""
-    sizes: dict[str, int] = {}
-    for group in observed:
-        sizes[group.name + INPUT] = group.in_features
-        sizes |= {layer.name + OUTPUT: layer.out_features for layer in group.layers}
-    return sizes
-
-
-def take_sums(group: Group, partials: MutableMapping[str, Partial]) -> Sums:
-    """The sums of one group, which the mapping gives up."""
-    outputs = tuple(partials.pop(layer.name + OUTPUT).moment.total for layer in group.layers)
-    return Sums(partials.pop(group.name + INPUT).moment, outputs)
-
-
 class Accumulator:
     """Sums Σ x xᵀ over the inputs of every group and Σ g gᵀ over the output gradients of every layer.
 
@@ -112,22 +88,18 @@ class Accumulator:
     with respect to the layer's output at one token: E[Σ g gᵀ] is the layer's block of the Fisher information
     (Martens and Grosse 2015). One forward and one backward pass a batch; nothing of them is kept.
 
-    A sum and the number of batches in it change together, so that the state is valid whenever a run is
-    interrupted: a sum that has seen a batch already skips it.
-
     Attributes:
-        partials: every sum by its name (see `sum_sizes`).
+        sums: by the names of the matrices (see `Group.matrices`).
     """
 
-    def __init__(self, model: Any, observed: Sequence[Observed], partials: Mapping[str, Partial]) -> None:
-        self.partials = dict(partials)
+    def __init__(self, model: Any, observed: Sequence[Observed]) -> None:
+        self.sums: dict[str, Moment] = {}
         self._model = model
         self._observed = observed
-
-    @property
-    def batches(self) -> int:
-        """How many batches all sums have seen."""
-        return min(partial.batches for partial in self.partials.values())
+        for group in observed:
+            self.sums[input_name(group.name)] = empty_moment(group.in_features, device=model.device)
+            for layer in group.layers:
+                self.sums[output_name(layer)] = empty_moment(layer.out_features, device=model.device)
 
     def add(self, number: int, batch: Batch) -> None:
         """Run a batch and add its tokens.
@@ -139,10 +111,8 @@ class Accumulator:
         chosen = batch.mask.flatten()
 
         def add(name: str, vectors: Tensor) -> None:
-            known = self.partials[name]
-            if known.batches == number:
-                tokens = vectors.detach().reshape(-1, vectors.shape[-1])[chosen]
-                self.partials[name] = Partial(accumulate(known.moment, tokens), number + 1)
+            tokens = vectors.detach().reshape(-1, vectors.shape[-1])[chosen]
+            self.sums[name] = accumulate(self.sums[name], tokens)
 
         with ExitStack() as stack:
             stack.enter_context(_differentiable(self._model))
@@ -151,29 +121,39 @@ class Accumulator:
             logits = logits_at(self._model, batch.ids, batch.mask, batch.answering)
             drawn_likelihood(logits, seed=number).backward()
 
-    def _hooks(self, add: _Add) -> Iterator[RemovableHandle]:
+    def _hooks(self, add: Callable[[str, Tensor], None]) -> Iterator[RemovableHandle]:
+        def inputs_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _module, inputs: add(name, inputs[0])
+
+        def gradients_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def watch(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                output.register_hook(lambda gradient: add(name, gradient))
+
+            return watch
+
         for group in self._observed:
-            yield group.modules[0].register_forward_pre_hook(_input_hook(group.name + INPUT, add))
+            yield group.modules[0].register_forward_pre_hook(inputs_of(input_name(group.name)))
             for layer, module in zip(group.layers, group.modules, strict=True):
-                yield module.register_forward_hook(_gradient_hook(layer.name + OUTPUT, add))
+                yield module.register_forward_hook(gradients_of(output_name(layer)))
 
 
-def _input_hook(name: str, add: _Add) -> _Hook:
-    return lambda _module, inputs: add(name, inputs[0])
+@contextmanager
+def _differentiable(model: Any) -> Generator[None]:
+    """Let gradients flow from the embeddings on, though no parameter takes one."""
 
+    def differentiate(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.requires_grad_()
 
-def _gradient_hook(name: str, add: _Add) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def watch(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        def keep(gradient: Tensor) -> None:
-            add(name, gradient)
-
-        output.register_hook(keep)
-
-    return watch
+    handle = model.get_input_embeddings().register_forward_hook(differentiate)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
 
 
 def drawn_likelihood(logits: Tensor, *, seed: int) -> Tensor:
-    """The summed log-probability of one token drawn at each position, as a scalar to differentiate.
+    """Sum the log-probability of one token drawn at each position, as a scalar to differentiate.
 
     Args:
         logits: (positions, vocabulary).
@@ -193,79 +173,43 @@ def drawn_likelihood(logits: Tensor, *, seed: int) -> Tensor:
     return scores.gather(-1, drawn).sum()
 
 
-@contextmanager
-def _differentiable(model: Any) -> Generator[None]:
-    """Gradients flow from the embeddings on, though no parameter takes one."""
-
-    def differentiate(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.requires_grad_()
-
-    handle = model.get_input_embeddings().register_forward_hook(differentiate)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _hooked(hooks: Iterable[tuple[nn.Module, _Hook]]) -> Generator[None]:
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def _forward(decoder: Any, ids: Tensor, mask: Tensor) -> None:
-    decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-
-
-def _matrices(module: nn.Module) -> list[str]:
-    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1]
-
-
 def _in_features(module: nn.Module) -> int:
     return cast("Tensor", module.weight).shape[0 if is_conv1d(module) else 1]
 
 
+@torch.no_grad()
 def _shared_inputs(decoder: Any, linear: Mapping[str, nn.Module], ids: Sequence[int]) -> list[list[str]]:
-    """The layers that text reaches, those together that received the same tensor object."""
+    """Run a text, and put layers together that received the same tensor object."""
     # The tensors are kept until the end, since the id of one that is gone may be given to another.
     seen: list[tuple[str, Tensor]] = []
 
-    def hook(name: str) -> _Hook:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, inputs: seen.append((name, inputs[0]))
 
     text = torch.tensor([ids], device=next(decoder.parameters()).device)
-    with _hooked((module, hook(name)) for name, module in linear.items()):
-        _forward(decoder, text, torch.ones_like(text))
-    _refuse_odd_inputs(seen, len(ids))
-    groups: dict[int, list[str]] = {}
-    for name, tensor in seen:
-        groups.setdefault(id(tensor), []).append(name)
-    return list(groups.values())
-
-
-def _refuse_odd_inputs(seen: Sequence[tuple[str, Tensor]], tokens: int) -> None:
+    with ExitStack() as stack:
+        for name, module in linear.items():
+            stack.callback(module.register_forward_pre_hook(hook(name)).remove)
+        decoder(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False)
     calls = Counter(name for name, _ in seen)
     problems = [f"`{name}` is used {count} times in one pass" for name, count in calls.items() if count > 1]
+    groups: dict[int, list[str]] = {}
     for name, tensor in seen:
         rows = tensor.numel() // tensor.shape[-1]
-        if rows != tokens:
-            problems.append(f"`{name}` sees {rows} rows for {tokens} tokens")
+        if rows != len(ids):
+            problems.append(f"`{name}` sees {rows} rows for {len(ids)} tokens")
+        groups.setdefault(id(tensor), []).append(name)
     if problems:
         raise DeltaguardError(
             listed("Every layer must see each token once; these do not, and cannot be calibrated", problems)
         )
+    return list(groups.values())
 
 
 def _layers(
     source: WeightSource, names: Mapping[str, str], linear: Mapping[str, nn.Module]
 ) -> dict[str, Layer]:
-    """The checkpoint's tensor of every layer, compared value by value."""
+    """Find the checkpoint's tensor of every layer, and compare it value by value."""
     layers: dict[str, Layer] = {}
     problems: list[str] = []
     for name, module in linear.items():

@@ -1,19 +1,22 @@
-"""The aligned model's own answers to safety conversations, kept batch by batch for the case of a kill."""
+"""The aligned model's own answers to safety conversations, and the folder that keeps them until the end."""
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import TypeAdapter
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
 from deltaguard.chat.template import render
-from deltaguard.errors import DeltaguardError
-from deltaguard.files import read_journal
+from deltaguard.curvature.store_format import MANIFEST, Request, read_manifest, require_empty
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.files import append_journal, read_journal, read_json
+from deltaguard.models.durable import explained, lock_folder, write_atomically
 
 _BATCH: TypeAdapter[dict[int, str]] = TypeAdapter(dict[int, str])
 """A line of the journal: responses by the numbers of their conversations."""
@@ -45,7 +48,8 @@ def respond(
         The conversations, all with responses, in the order given.
 
     Raises:
-        DeltaguardError: the journal holds something else than responses to these conversations.
+        DeltaguardError: the journal holds something else than responses to these conversations, or cannot be
+            written.
     """
     answers = {i: c.response for i, c in enumerate(conversations) if c.response is not None}
     if journal is not None:
@@ -56,7 +60,8 @@ def respond(
         batch = {missing[i]: text for i, text in zip(chosen, texts, strict=True)}
         answers.update(batch)
         if journal is not None:
-            _append(journal, batch)
+            with explained(journal):
+                append_journal(journal, json.dumps(batch))
         if on_batch is not None:
             on_batch(len(answers), len(conversations))
 
@@ -71,16 +76,9 @@ def respond(
     return [replace(conversation, response=answers[i]) for i, conversation in enumerate(conversations)]
 
 
-def _append(journal: Path, batch: Mapping[int, str]) -> None:
-    with journal.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(batch) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _read_journal(journal: Path, *, asked: range, given: Collection[int]) -> dict[int, str]:
-    """The responses of whole batches, none of a conversation that came with its own."""
-    remedy = start_anew(journal.parent)
+    """Read the responses of whole batches, none to a conversation that came with its own."""
+    remedy = _start_anew(journal.parent)
     batches = read_journal(journal, _BATCH, remedy=remedy)
     found = {i: text for batch in batches for i, text in batch.items()}
     unasked = sorted(i for i in found if i not in asked or i in given)
@@ -92,6 +90,96 @@ def _read_journal(journal: Path, *, asked: range, given: Collection[int]) -> dic
     return found
 
 
-def start_anew(folder: Path) -> str:
-    """Say what to do with unfinished work that cannot be gone on with."""
+def _start_anew(folder: Path) -> str:
     return f"Delete the folder {folder} and run the same command again: it starts anew."
+
+
+class Workspace:
+    """The folder `OUTPUT.partial` beside a calibration's output: what was asked for, and responses so far.
+
+    It is locked from `begin` to the end of the `with` block, so that two runs never continue the same work.
+
+    Attributes:
+        journal: the file for responses (see `respond`).
+    """
+
+    def __init__(self, output: Path, request: Request) -> None:
+        self._output = output.resolve()
+        self._folder = self._output.with_name(f"{self._output.name}.partial")
+        self._asked = self._folder / "request.json"
+        self._request = request
+        self._lock: int | None = None
+        self.journal = self._folder / "responses.jsonl"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def begin(self, *, resume: bool) -> bool:
+        """Start, or go on where an earlier run stopped.
+
+        Args:
+            resume: whether an earlier run is to be continued, or its finished store accepted.
+
+        Returns:
+            Whether there is nothing left to do.
+
+        Raises:
+            DeltaguardError: the output is not empty or there is unfinished work, and this is no resumption;
+                or what is there was asked for otherwise; or another process is at it.
+        """
+        if self._is_finished(resume=resume):
+            return True
+        with explained(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self._folder)
+        # Another process may have finished before it gave up the lock.
+        if self._is_finished(resume=resume):
+            return True
+        if self.journal.exists():
+            if not resume:
+                raise DeltaguardError(
+                    f"An unfinished calibration lies in {self._folder}. Resume it (`--resume`), or delete "
+                    "that folder."
+                )
+            self._require_same(self._folder, self._earlier_request())
+        write_atomically(self._asked, self._request.model_dump_json(indent=2))
+        return False
+
+    def end(self) -> None:
+        """Remove the unfinished work, once the store is in place."""
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+
+    def _is_finished(self, *, resume: bool) -> bool:
+        """Say whether the store is there and may be returned."""
+        if resume and (self._output / MANIFEST).exists():
+            self._require_same(self._output, read_manifest(self._output).provenance)
+            self.end()
+            return True
+        require_empty(self._output)
+        return False
+
+    def _earlier_request(self) -> Request:
+        remedy = _start_anew(self._folder)
+        if not self._asked.is_file():
+            raise DeltaguardError(f"{self._asked} is missing, so nobody knows what was asked for. {remedy}")
+        return read_json(self._asked, Request, remedy=remedy)
+
+    def _require_same(self, where: Path, earlier: Request) -> None:
+        differing = [
+            f"{field} is {value!r} now and was {getattr(earlier, field)!r}"
+            for field, value in self._request.model_dump().items()
+            if getattr(earlier, field) != value
+        ]
+        if differing:
+            raise DeltaguardError(
+                listed(
+                    f"{where} belongs to another calibration, so this one cannot resume it; choose another "
+                    "output folder, or ask for the same",
+                    differing,
+                )
+            )

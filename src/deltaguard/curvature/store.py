@@ -7,8 +7,8 @@ them, the raw sums, and the factors that `greedy` needs.
 """
 
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -18,18 +18,8 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.curvature.contents import (
-    PACKED_FIELDS,
-    Group,
-    GroupCurvature,
-    Sums,
-    group_curvature,
-    input_name,
-    output_name,
-    share_within,
-)
-from deltaguard.curvature.moments import Packed, merge, normalise, unpack_factor, unpack_moment
-from deltaguard.curvature.opening import Opened, open_files
+from deltaguard.curvature.checks import Opened, open_files
+from deltaguard.curvature.contents import PACKED_FIELDS, Packed, share_within, unpack_factor, unpack_moment
 from deltaguard.curvature.store_format import (
     MANIFEST,
     Manifest,
@@ -42,6 +32,7 @@ from deltaguard.curvature.store_format import (
     write_manifest,
     write_store,
 )
+from deltaguard.curvature.sums import Group, Sums, input_name, merge, normalise, output_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.hub import locate
 from deltaguard.models.identity import ModelIdentity
@@ -112,7 +103,7 @@ class CurvatureStore:
         return tuple(stored.group for stored in self.manifest.groups)
 
     def group_of(self, tensor: str) -> Group | None:
-        """The group that a tensor of the aligned checkpoint belongs to; `None` where there is none."""
+        """Find the group that a tensor of the aligned checkpoint belongs to; `None` where there is none."""
         return self._by_tensor.get(tensor)
 
     @property
@@ -131,8 +122,7 @@ class CurvatureStore:
         Raises:
             DeltaguardError: the store has no such group.
         """
-        stored = self._stored(group)
-        return self._spectrum(input_name(stored.group), stored.tails[0])
+        return self._spectrum(input_name(group), self._stored(group).tails[0])
 
     def output_spectrum(self, tensor: str) -> Spectrum:
         """Read the eigenpairs of G, the sum of g gᵀ for each response token, as prices, like those of H.
@@ -147,7 +137,7 @@ class CurvatureStore:
         return self._spectrum(output_name(stored.group.layers[number]), stored.tails[number + 1])
 
     def output_mean(self, tensor: str) -> float:
-        """The mean of the eigenvalues of a layer's G.
+        """Read the mean of all eigenvalues of a layer's G.
 
         Raises:
             DeltaguardError: the store has no such layer.
@@ -156,7 +146,7 @@ class CurvatureStore:
         return stored.means[number + 1]
 
     def hessian(self, group: str) -> Tensor:
-        """H, the mean of x xᵀ over the tokens, (in, in), float32, symmetric.
+        """Read H, the mean of x xᵀ over the tokens, (in, in), float32, symmetric.
 
         Raises:
             DeltaguardError: the store has no such group, or does not keep it whole.
@@ -164,7 +154,7 @@ class CurvatureStore:
         return normalise(unpack_moment(self.packed(group)))
 
     def factor(self, group: str) -> Factor:
-        """The factor of the damped H, as `solvers.factor.factorise` gave it.
+        """Read the factor of the damped H, as `solvers.factorise` gave it.
 
         Raises:
             DeltaguardError: the store has no such group, or does not keep it whole.
@@ -172,7 +162,7 @@ class CurvatureStore:
         return unpack_factor(self.packed(group))
 
     def packed(self, group: str) -> Packed:
-        """The raw sum of H and its factor, in memory of its own (see `unpack_moment` and `unpack_factor`).
+        """Read the raw sum of H and its factor, in memory of its own (see `unpack_moment`, `unpack_factor`).
 
         Raises:
             DeltaguardError: the store has no such group, or does not keep it whole.
@@ -186,7 +176,7 @@ class CurvatureStore:
         )
 
     def sums(self, group: str) -> Sums:
-        """The raw sums of a group.
+        """Read the raw sums of a group.
 
         Raises:
             DeltaguardError: the store has no such group, or does not keep it whole.
@@ -234,7 +224,7 @@ class CurvatureStore:
         return commit.commit_url
 
     def cut(self, output_dir: str | Path, *, limit: int) -> "CurvatureStore":
-        """The same store with as many of the largest eigenpairs as fit, decomposed from the raw sums.
+        """Write a store of as many of the largest eigenpairs as fit, decomposed from the raw sums.
 
         Args:
             output_dir: a new folder.
@@ -246,22 +236,18 @@ class CurvatureStore:
         provenance = self.provenance.model_copy(
             update={"rank": "auto", "rank_share": share_within(self.groups, limit)}
         )
-
-        def content(group: Group) -> GroupCurvature:
-            return group_curvature(
-                group,
-                self.sums(group.name),
-                response_tokens=provenance.response_tokens,
-                dampening=provenance.dampening,
-                extent=provenance.extent,
-            )
-
-        write_store(Path(output_dir), provenance, self.held_out, self.groups, content)
+        write_store(
+            Path(output_dir),
+            provenance,
+            self.held_out,
+            self.groups,
+            lambda group: provenance.decompose(group, self.sums(group.name)),
+        )
         return CurvatureStore.from_pretrained(output_dir)
 
     @staticmethod
     def merge(stores: Sequence["CurvatureStore"], output_dir: str | Path) -> "CurvatureStore":
-        """The store over the conversations of several: sums are added and factorised again.
+        """Write the store over the conversations of several: sums are added and decomposed again.
 
         Args:
             stores: at least one, all of the same aligned model.
@@ -274,21 +260,16 @@ class CurvatureStore:
         _check_mergeable(stores)
         first, provenance = stores[0], _merged_provenance(stores)
         groups = [
-            Group(g.name, g.in_features, sum(s.groups[i].tokens for s in stores), g.layers)
-            for i, g in enumerate(first.groups)
+            replace(group, tokens=sum(store.groups[i].tokens for store in stores))
+            for i, group in enumerate(first.groups)
         ]
-
-        def content(group: Group) -> GroupCurvature:
-            return group_curvature(
-                group,
-                _added([store.sums(group.name) for store in stores]),
-                response_tokens=provenance.response_tokens,
-                dampening=provenance.dampening,
-                extent=provenance.extent,
-            )
-
-        held_out = dict.fromkeys(row for store in stores for row in store.held_out)
-        write_store(Path(output_dir), provenance, tuple(held_out), groups, content)
+        write_store(
+            Path(output_dir),
+            provenance,
+            tuple(dict.fromkeys(row for store in stores for row in store.held_out)),
+            groups,
+            lambda group: provenance.decompose(group, _added([store.sums(group.name) for store in stores])),
+        )
         return CurvatureStore.from_pretrained(output_dir)
 
     def _stored(self, group: str) -> StoredGroup:
@@ -322,7 +303,7 @@ class CurvatureStore:
 
 
 def not_whole(folder: Path, aligned: str) -> str:
-    """What to say where a store that is cut off cannot serve."""
+    """Say what to do where a store that is cut off cannot serve."""
     return (
         f"The store {folder} keeps the largest eigenpairs of each layer's curvature and no more. This needs "
         f"the whole: make one with `deltaguard calibrate {aligned} -o STORE --rank full`."
@@ -343,9 +324,7 @@ def _check_mergeable(stores: Sequence[CurvatureStore]) -> None:
             mine, other = getattr(first.provenance, name), getattr(store.provenance, name)
             if mine != other:
                 problems.append(f"  {name}: {mine} in {first.folder}, {other} in {store.folder}")
-        if [(g.name, g.in_features, g.layers) for g in first.groups] != [
-            (g.name, g.in_features, g.layers) for g in store.groups
-        ]:
+        if [replace(g, tokens=1) for g in first.groups] != [replace(g, tokens=1) for g in store.groups]:
             problems.append(f"  the groups of layers differ between {first.folder} and {store.folder}")
     if problems:
         raise DeltaguardError(
@@ -359,8 +338,10 @@ def _merged_provenance(stores: Sequence[CurvatureStore]) -> Provenance:
     conversations = sum(p.conversations for p in parts)
     return parts[0].model_copy(
         update={
-            "prompts_sha256": _joint_hash(p.prompts_sha256 for p in parts),
-            "conversations_sha256": _joint_hash(p.conversations_sha256 for p in parts),
+            **{
+                name: sha256("".join(getattr(part, name) for part in parts).encode()).hexdigest()
+                for name in ("prompts_sha256", "conversations_sha256")
+            },
             "conversations": conversations,
             "tokens": sum(p.tokens for p in parts),
             "response_tokens": sum(p.response_tokens for p in parts),
@@ -369,7 +350,3 @@ def _merged_provenance(stores: Sequence[CurvatureStore]) -> Provenance:
             "versions": versions(),
         }
     )
-
-
-def _joint_hash(hashes: Iterable[str]) -> str:
-    return sha256("".join(hashes).encode()).hexdigest()

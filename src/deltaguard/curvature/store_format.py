@@ -14,11 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.curvature.contents import Extent, Group, GroupCurvature, stored_bytes, stored_tensors
-from deltaguard.curvature.rank import Rank
+from deltaguard.curvature import Rank
+from deltaguard.curvature.contents import (
+    Extent,
+    GroupCurvature,
+    group_curvature,
+    stored_bytes,
+    stored_tensors,
+)
+from deltaguard.curvature.sums import Group, Sums
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
-from deltaguard.models.durable import explained, flush_folder, lock_folder
+from deltaguard.models.durable import explained, flush_folder, lock_folder, write_atomically
 from deltaguard.models.identity import ModelIdentity
 
 if TYPE_CHECKING:
@@ -103,6 +110,20 @@ class Provenance(Request):
         """How much of each group is stored."""
         return Extent(self.rank_share, whole=self.rank == "full")
 
+    def decompose(self, group: Group, sums: Sums) -> GroupCurvature:
+        """Decompose the sums of one group as such a store keeps them (see `group_curvature`).
+
+        Raises:
+            DeltaguardError: the sums are of no use.
+        """
+        return group_curvature(
+            group,
+            sums,
+            response_tokens=self.response_tokens,
+            dampening=self.dampening,
+            extent=self.extent,
+        )
+
     @property
     def warnings(self) -> tuple[str, ...]:
         """What to know before a model is restored to this one's behaviour; nothing where it refuses."""
@@ -136,13 +157,7 @@ class StoredGroup(BaseModel):
 
 
 class StoredFile(BaseModel):
-    """A file of tensors.
-
-    Attributes:
-        name: within the store's folder.
-        bytes: its size.
-        sha256: the hash of all its bytes.
-    """
+    """A file of tensors: its name in the store's folder, its size, and the hash of all its bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -164,7 +179,7 @@ class Manifest(BaseModel):
 
 
 def versions() -> dict[str, str]:
-    """The versions of the libraries that a store's numbers depend on."""
+    """List the versions of the libraries that a store's numbers depend on."""
     return {name: version(name) for name in ("deltaguard", "safetensors", "torch", "transformers")}
 
 
@@ -232,20 +247,33 @@ def _stored_file(path: Path) -> StoredFile:
 
 
 def _stored_group(group: Group, shard: str, content: GroupCurvature) -> StoredGroup:
-    parts = (content.inputs, *content.outputs)
+    matrices = (content.inputs, *content.outputs)
     return StoredGroup(
         group=group,
         shard=shard,
-        tails=tuple(part.spectrum.tail for part in parts),
-        means=tuple(part.mean for part in parts),
+        tails=tuple(matrix.spectrum.tail for matrix in matrices),
+        means=tuple(matrix.mean for matrix in matrices),
         damping=content.packed.damping if content.packed else None,
         dampening=content.packed.dampening if content.packed else None,
     )
 
 
+def _shard_plan(groups: Sequence[Group], extent: Extent, max_bytes: int) -> list[list[Group]]:
+    plan: list[list[Group]] = []
+    room = 0
+    for group in groups:
+        size = stored_bytes(group, extent)
+        if not plan or size > room:
+            plan.append([])
+            room = max_bytes
+        plan[-1].append(group)
+        room -= size
+    return plan
+
+
 @contextmanager
 def staged_folder(folder: Path) -> Generator[Path]:
-    """A temporary sibling that takes the folder's place when the block ends well, and is removed otherwise.
+    """Make a temporary sibling that takes the folder's place when the block ends well, and is removed else.
 
     Raises:
         DeltaguardError: the folder is a file, or not empty.
@@ -285,16 +313,14 @@ def require_empty(folder: Path) -> None:
         raise DeltaguardError(f"The output folder {folder} is not empty. Choose another one, or empty it.")
 
 
-def save_tensors(
-    tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(tensors: Mapping[str, "Tensor"], path: Path) -> None:
     """Write a safetensors file and wait until it is on disk.
 
     Raises:
         DeltaguardError: the operating system refuses, as it does on a full disk.
     """
     try:
-        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+        save_file(dict(tensors), path)
     except SafetensorError as error:
         raise DeltaguardError(f"{path} cannot be written: {error}.") from error
     sync(path)
@@ -308,19 +334,4 @@ def sync(path: Path) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `curvature.json`, which must come last."""
-    path = folder / MANIFEST
-    path.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    sync(path)
-
-
-def _shard_plan(groups: Sequence[Group], extent: Extent, max_bytes: int) -> list[list[Group]]:
-    plan: list[list[Group]] = []
-    room = 0
-    for group in groups:
-        size = stored_bytes(group, extent)
-        if not plan or size > room:
-            plan.append([])
-            room = max_bytes
-        plan[-1].append(group)
-        room -= size
-    return plan
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
-from deltaguard.curvature.rank import Rank
+from deltaguard.curvature import Rank
 from deltaguard.errors import listed
 from deltaguard.files import problems
 from deltaguard.methods import METHODS, find_method

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
 
-from deltaguard.curvature.contents import Group, spectra_bytes
-from deltaguard.curvature.rank import Rank
+from deltaguard.curvature import Rank
+from deltaguard.curvature.contents import spectra_bytes
 from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.sums import Group
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import TensorInfo, WeightSource, name_map
 from deltaguard.models.families import (

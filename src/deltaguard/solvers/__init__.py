@@ -1,6 +1,13 @@
 """Solvers: pure functions from one layer's matrices to a `Solution`. They import torch only."""
 
-from deltaguard.solvers.baselines import interpolate, resta
+from deltaguard.solvers.baselines import (
+    alignment_similarity,
+    interpolate,
+    resta,
+    safe_lora,
+    safe_lora_layers,
+    safe_merge,
+)
 from deltaguard.solvers.closed_form import (
     Projection,
     closed_form,
@@ -17,7 +24,6 @@ from deltaguard.solvers.profile import Profile, joint_profile, profile
 from deltaguard.solvers.published import published
 from deltaguard.solvers.solution import Outcome, Solution
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
-from deltaguard.solvers.subspace import alignment_similarity, safe_lora, safe_lora_layers, safe_merge
 from deltaguard.solvers.thin import ThinProjection, project_thin
 
 __all__ = [

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.directions import Directions, directions
-from deltaguard.solvers.profile import PROHIBITIVE
+from deltaguard.solvers.profile import PROHIBITIVE, Directions, directions, shares_of_parts
 from deltaguard.solvers.solution import (
     Outcome,
     Solution,
@@ -64,15 +63,11 @@ class Projection:
         """
         if mu >= PROHIBITIVE:
             return torch.zeros_like(self.delta)
-        g, h, dtype = self.outputs.values, self.inputs.values, self.delta.dtype
-        both = 1 / (1 + mu * torch.outer(g, h))
-        of_rows = 1 / (1 + mu * g * self.inputs.tail)
-        of_columns = 1 / (1 + mu * h * self.outputs.tail)
-        neither = 1 / (1 + mu * self.outputs.tail * self.inputs.tail)
-        core = self.core * (both - of_rows[:, None] - of_columns[None, :] + neither)
-        inner = torch.addmm(self.rows * (of_rows - neither)[:, None], core, self.inputs.vectors.T.to(dtype))
-        found = torch.addmm(self.delta * neither, self.outputs.vectors.to(dtype), inner)
-        found.addmm_(self.columns * (of_columns - neither), self.inputs.vectors.T.to(dtype))
+        both, of_rows, of_columns, of_all = shares_of_parts(self.inputs, self.outputs, mu)
+        u, vt = self.outputs.vectors.to(self.dtype), self.inputs.vectors.T.to(self.dtype)
+        inner = torch.addmm(self.rows * of_rows[:, None], self.core * both, vt)
+        found = torch.addmm(self.delta * of_all, u, inner)
+        found.addmm_(self.columns * of_columns, vt)
         self.directions.check_restored(math.sqrt(squared_norm(found)))
         return found
 
@@ -91,7 +86,7 @@ def project(delta: Tensor, inputs: Spectrum, outputs: Spectrum) -> Projection:
 
 
 def ridge(aligned: Tensor, finetuned: Tensor, hessian: Tensor, *, mu: float) -> Solution:
-    """Δ' = Δ (I + μH)⁻¹.
+    """Shrink a delta by the inputs of safety conversations: Δ' = Δ (I + μH)⁻¹.
 
     Args:
         aligned: aligned weight, (out, in).
@@ -123,7 +118,7 @@ def ridge(aligned: Tensor, finetuned: Tensor, hessian: Tensor, *, mu: float) -> 
 def kfac(
     aligned: Tensor, finetuned: Tensor, hessian: Tensor, output_hessian: Tensor, *, mu: float
 ) -> Solution:
-    """The solution of Δ' + μ G Δ' H = Δ.
+    """Shrink a delta by the curvature of predictions: Δ' solves Δ' + μ G Δ' H = Δ.
 
     Args:
         aligned: aligned weight, (out, in).
@@ -157,14 +152,14 @@ def kfac(
 def closed_form(
     aligned: Tensor, finetuned: Tensor, inputs: Spectrum, outputs: Spectrum, *, mu: float
 ) -> Solution:
-    """`kfac` from eigendecompositions, whole or cut off, which serve every fine-tune and every `mu`.
+    """Solve `kfac` from eigendecompositions, all or cut off, which serve every fine-tune and every `mu`.
 
     Args:
-        aligned: as in `kfac`.
-        finetuned: as in `kfac`.
+        aligned: as in `kfac`, like `finetuned` and `mu`.
+        finetuned: the fine-tuned weight.
         inputs: of H.
         outputs: of G; `scaled_identity` gives `ridge`.
-        mu: as in `kfac`.
+        mu: price of the safety loss.
 
     Raises:
         ValueError: `mu` is negative or NaN, or the spectra are none: negative eigenvalues, eigenvectors that
@@ -178,24 +173,29 @@ def closed_form(
 def solve_projected(
     aligned: Tensor, finetuned: Tensor, projection: Projection | ThinProjection, *, mu: float
 ) -> Solution:
-    """`closed_form` of a delta that is projected already.
+    """Solve `closed_form` for a delta that is projected already.
 
     Args:
-        aligned: as in `kfac`.
-        finetuned: as in `kfac`.
+        aligned: as in `kfac`, like `finetuned` and `mu`.
+        finetuned: the fine-tuned weight.
         projection: of the delta, finetuned - aligned.
-        mu: as in `kfac`.
+        mu: price of the safety loss.
 
     Raises:
         ValueError: `mu` is negative or NaN, or the result would be larger than the delta.
     """
     outcome = outcome_of(projection, mu)
-    base, target = aligned.to(projection.dtype), finetuned.to(projection.dtype)
-    return Solution(weight=_weight(base, target, projection, mu), **vars(outcome))
+    if mu == 0:
+        weight = finetuned.to(projection.dtype, copy=True)
+    elif mu >= PROHIBITIVE:
+        weight = aligned.to(projection.dtype, copy=True)
+    else:
+        weight = projection.restored(mu).add_(aligned.to(projection.dtype))
+    return Solution(weight=weight, **vars(outcome))
 
 
 def outcome_of(projection: Projection | ThinProjection, mu: float) -> Outcome:
-    """What `solve_projected` keeps at a price, and its cost: for this no weight is needed.
+    """Compute what `solve_projected` keeps at a price, and its cost, without the weight.
 
     Raises:
         ValueError: `mu` is negative or NaN.
@@ -215,14 +215,6 @@ def outcome_of(projection: Projection | ThinProjection, mu: float) -> Outcome:
     )
 
 
-def _weight(base: Tensor, target: Tensor, projection: Projection | ThinProjection, mu: float) -> Tensor:
-    if mu == 0:
-        return target.clone()
-    if mu >= PROHIBITIVE:
-        return base.clone()
-    return projection.restored(mu).add_(base)
-
-
 def _norms(matrix: Tensor) -> Tensor:
-    """Squared norms of columns, in float64."""
+    """Square the norms of columns, in float64."""
     return torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64).square()

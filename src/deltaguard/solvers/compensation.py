@@ -1,4 +1,4 @@
-"""What becomes of the entries that `greedy` does not select, in the factor's order of columns."""
+"""The entries that `greedy` selects, and what becomes of the others, in the factor's order of columns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ class Selection:
     boundary_rows: Tensor
 
     def within(self, rows: slice) -> "Selection":
-        """The selection of a block of rows, which are counted from its first one."""
+        """Select within a block of rows, which are counted from its first one."""
         inside = (self.boundary_rows >= rows.start) & (self.boundary_rows < rows.stop)
         return Selection(self.kept_from, self.boundary_rows[inside] - rows.start)
 
     def entries(self, rows: int, columns: int) -> int:
-        """How many entries are selected."""
+        """Count the entries that are selected."""
         return rows * (columns - self.kept_from) + int(self.boundary_rows.numel())
 
     def mask(self, delta: Tensor) -> Tensor:
-        """The selection as a boolean matrix like `delta`."""
+        """Write the selection as a boolean matrix like `delta`."""
         mask = torch.zeros_like(delta, dtype=torch.bool)
         mask[:, self.kept_from :] = True
         if self.kept_from > 0:
@@ -48,9 +48,9 @@ Compensate = Callable[[Tensor, Selection], tuple[Tensor, float, float]]
 
 
 def compensator(factor: Factor, compensation: Compensation) -> Compensate:
-    """How some rows' restored delta in the columns before `kept_from` is found.
+    """Choose what finds some rows' restored delta in the columns before `kept_from`.
 
-    With it come the rows' tr(Δ H_damped Δᵀ) before and after.
+    With the delta it returns the rows' tr(Δ H_damped Δᵀ) before and after.
     """
     if compensation == "joint":
         return lambda delta, selection: _jointly(delta, factor.lower, selection)
@@ -63,7 +63,7 @@ def compensator(factor: Factor, compensation: Compensation) -> Compensate:
 def _separately(
     delta: Tensor, lower: Tensor, selection: Selection, shift: Tensor | None
 ) -> tuple[Tensor, float, float]:
-    """Each selected entry moves the unselected ones on its own, by its row of `shift`."""
+    """Let each selected entry move the unselected ones on its own, by its row of `shift`."""
     mask = selection.mask(delta)
     restored = delta * mask
     if shift is not None:
@@ -74,7 +74,7 @@ def _separately(
 
 
 def _jointly(delta: Tensor, lower: Tensor, selection: Selection) -> tuple[Tensor, float, float]:
-    """-Δ_S L_SU L_UU⁻¹ on the unselected columns U, which are the first ones of the factor.
+    """Compute -Δ_S L_SU L_UU⁻¹ on the unselected columns U, which are the first ones of the factor.
 
     A row whose boundary entry is selected has one column fewer in U: its right-hand side takes the
     entry's part, and a zero there keeps the triangular solve from touching it.
@@ -96,7 +96,7 @@ def _jointly(delta: Tensor, lower: Tensor, selection: Selection) -> tuple[Tensor
 
 
 def _times_lower(matrix: Tensor, lower: Tensor) -> Tensor:
-    """`matrix @ lower`, skipping the blocks of the triangular factor that are zero."""
+    """Compute `matrix @ lower`, skipping the blocks of the triangular factor that are zero."""
     product = torch.empty_like(matrix)
     for start in range(0, lower.shape[0], BLOCK):
         stop = start + BLOCK
@@ -105,7 +105,7 @@ def _times_lower(matrix: Tensor, lower: Tensor) -> Tensor:
 
 
 def _divide_by_lower(matrix: Tensor, lower: Tensor) -> Tensor:
-    """X with X @ lower = matrix, in the place of `matrix`: mostly products, which are faster than solving."""
+    """Solve X @ lower = matrix in the place of `matrix`: mostly products, which are faster than solving."""
     for start in reversed(range(0, lower.shape[0], BLOCK)):
         stop = start + BLOCK
         block = matrix[:, start:stop]

@@ -1,8 +1,8 @@
 """One factorisation of a layer's curvature that serves every fine-tune of the aligned model.
 
 Safe Delta visits columns in the order of h_j = [H⁻¹]_jj, which depends on the curvature alone. With the
-columns ordered from dearest (smallest h) to cheapest, the unselected columns U of *any* budget are the
-first ones, so the leading block of one Cholesky factor H[order, order] = L Lᵀ factorises H_UU for all.
+columns ordered from the most costly (smallest h) to the least, the unselected columns U of *any* budget are
+the first ones, so the leading block of one Cholesky factor H[order, order] = L Lᵀ factorises H_UU for all.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaguard.solvers.solution import damped_by
+
 MAX_DAMPENING = 1.0
 """Relative dampening beyond which H no longer says anything that its diagonal does not."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """Cholesky factor of a damped curvature matrix, its columns ordered from dearest to cheapest.
+    """Cholesky factor of a damped curvature matrix, its columns ordered from most to least costly.
 
     Attributes:
         order: (in,) int64; `order[0]` is the column whose change costs most.
@@ -63,26 +65,19 @@ def factorise(hessian: Tensor, *, dampening: float = 0.01) -> Factor:
     lower, used = _damped_cholesky(hessian, mean, dampening)
     inverse_diagonal = torch.cholesky_inverse(lower).diagonal().clone()
     order = torch.argsort(inverse_diagonal, descending=True, stable=True).flip(0)
-    ordered = _damped(hessian, used * mean)[order][:, order]
     return Factor(
         order=order,
-        lower=torch.linalg.cholesky(ordered),
+        lower=torch.linalg.cholesky(damped_by(hessian, used * mean)[order][:, order]),
         inverse_diagonal=inverse_diagonal,
         damping=used * mean,
         dampening=used,
     )
 
 
-def _damped(hessian: Tensor, damping: float) -> Tensor:
-    damped = hessian.clone()
-    damped.diagonal().add_(damping)
-    return damped
-
-
 def _damped_cholesky(hessian: Tensor, mean: float, dampening: float) -> tuple[Tensor, float]:
     tried = dampening
     while True:
-        lower, info = torch.linalg.cholesky_ex(_damped(hessian, tried * mean))
+        lower, info = torch.linalg.cholesky_ex(damped_by(hessian, tried * mean))
         if int(info) == 0:
             return lower, tried
         if tried >= MAX_DAMPENING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.solution import is_finite, squared_norm, working_dtype
+from deltaguard.solvers.solution import is_finite, leading_singular, squared_norm, working_dtype
 
 _EXACT_SIDE = 1024
 """Shorter side up to which a full decomposition is cheap enough."""
@@ -17,7 +17,6 @@ _OVERSAMPLING = 10
 """Directions sketched beyond those kept: the last ones of a sketch are inexact."""
 _FIRST_SKETCH = 64
 _POWER_ITERATIONS = 4
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class LowRank:
 
 
 def low_rank(delta: Tensor, *, rank: int | None, tolerance: float = 0.01) -> LowRank:
-    """The best approximation of a delta by a matrix of low rank.
+    """Approximate a delta by a matrix of low rank, as well as it can be.
 
     Where the shorter side is above 1024, the leading singular vectors are found by random sketches with
     power iterations (Halko, Martinsson and Tropp 2011, arXiv:0909.4061), with a seed of their own: the same
@@ -66,7 +65,7 @@ def low_rank(delta: Tensor, *, rank: int | None, tolerance: float = 0.01) -> Low
 
 
 def low_rank_of_factors(up: Tensor, down: Tensor, *, rank: int | None, tolerance: float = 0.01) -> LowRank:
-    """As `low_rank`, of a delta that is given as up @ down: exact, and the delta is never formed.
+    """Approximate a delta that is given as up @ down, as `low_rank` does: exactly, and it is never formed.
 
     Args:
         up: (out, k).
@@ -113,7 +112,7 @@ class _Svd:
     rest: float
 
     def residuals(self) -> Tensor:
-        """The share of the squared norm that is lost at ranks 0 to q; (q + 1,), float64, never rising."""
+        """Compute the share of the squared norm that is lost at ranks 0 to q; (q + 1,), float64."""
         squares = self.values.cpu().double().square()
         lost = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]) + self.rest
         return lost / lost[0] if lost[0] > 0 else lost
@@ -140,11 +139,7 @@ def _exact(delta: Tensor) -> _Svd:
 
 
 def _sketch(delta: Tensor, size: int) -> _Svd:
-    with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
-        # torch.manual_seed would seed every GPU, and the fork puts back this one alone.
-        own = torch.cuda.default_generators[delta.get_device()] if delta.is_cuda else torch.default_generator
-        own.manual_seed(_SEED)
-        left, values, right = torch.svd_lowrank(delta, q=size, niter=_POWER_ITERATIONS)
+    left, values, right = leading_singular(delta, size, iterations=_POWER_ITERATIONS)
     # The sketch is a projection of the delta, so what it lacks is orthogonal to it.
     rest = squared_norm(delta) - squared_norm(values.double())
     return _Svd(left, values, right.T, max(rest, 0.0))

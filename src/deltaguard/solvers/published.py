@@ -22,7 +22,7 @@ SUB_BLOCK = 4
 """Columns whose errors are pushed on together."""
 
 NEVER_KEPT = 0.15
-"""Share of a block's entries, the dearest ones, that never take the fine-tuned value."""
+"""Share of a block's entries, the most costly ones, that never take the fine-tuned value."""
 
 REFERENCE_ROWS = 4096
 """The budget of a block is stated for a matrix of this many rows."""
@@ -37,7 +37,7 @@ def published(
     block_size: int = 2048,
     dampening: float = 0.01,
 ) -> Solution:
-    """The released Safe Delta routine, for comparison with published numbers.
+    """Run the released Safe Delta routine, for comparison with published numbers.
 
     Args:
         aligned: aligned weight, (out, in).
@@ -87,7 +87,7 @@ def published(
 
 
 def _inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
-    """U with H⁻¹ = Uᵀ U, H damped and its dead columns given a unit diagonal."""
+    """Factorise H⁻¹ = Uᵀ U, H damped and its dead columns given a unit diagonal."""
     damped = hessian.clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
@@ -99,7 +99,7 @@ def _inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
 
 
 def _select(weight: Tensor, target: Tensor, d: Tensor, strength: float) -> Tensor:
-    """Boolean mask, like `weight`, of the entries that take the fine-tuned value."""
+    """Mask the entries that take the fine-tuned value; boolean, like `weight`."""
     priority = d.square().reciprocal()
     costs = ((target - weight).square() * priority).flatten()
     # Not stable, as released: the rows of the boundary column come in the order of torch's own sort.
@@ -113,7 +113,7 @@ def _select(weight: Tensor, target: Tensor, d: Tensor, strength: float) -> Tenso
 
 
 def _push_within(weight: Tensor, target: Tensor, mask: Tensor, upper: Tensor) -> Tensor:
-    """Apply a block's selection in place, pushing errors to its later columns; the scaled errors."""
+    """Apply a block's selection in place, pushing errors to its later columns; return the scaled errors."""
     errors = torch.empty_like(weight)
     d = upper.diagonal()
     for start in range(0, weight.shape[1], SUB_BLOCK):

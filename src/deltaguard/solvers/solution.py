@@ -45,7 +45,7 @@ class Solution(Outcome):
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any input is float64, else float32: half precision is too coarse to solve in."""
+    """Choose float64 where any input is float64, else float32: half precision is too coarse to solve in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -79,12 +79,12 @@ def check_hessian(hessian: Tensor, columns: int) -> None:
 
 
 def is_finite(matrix: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; one pass that allocates nothing."""
+    """Say whether no entry is NaN or infinite; one pass that allocates nothing."""
     return not matrix.numel() or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(matrix))
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices that cut a matrix into blocks of rows.
+    """Cut a matrix into blocks of rows.
 
     Work that treats rows alike is done block by block: fresh memory for temporaries of a whole matrix costs
     more than the arithmetic on it.
@@ -93,11 +93,37 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, matrix.shape[0], rows))
 
 
+def damped_by(matrix: Tensor, damping: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Add a multiple of the identity, in memory of its own."""
+    damped = matrix.to(dtype or matrix.dtype, copy=True)
+    damped.diagonal().add_(damping)
+    return damped
+
+
+def leading_singular(matrix: Tensor, count: int, *, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the leading singular vectors and values by a random sketch with power iterations.
+
+    After Halko, Martinsson and Tropp 2011, arXiv:0909.4061. The seed is its own: the same matrix gives the
+    same result, and the generators of others are left as they were.
+
+    Returns:
+        Left vectors, (m, count); values, (count,), falling; right vectors, (n, count).
+    """
+    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+        # torch.manual_seed would seed every GPU, and the fork puts back this one alone.
+        own = (
+            torch.cuda.default_generators[matrix.get_device()] if matrix.is_cuda else torch.default_generator
+        )
+        own.manual_seed(0)
+        left, values, right = torch.svd_lowrank(matrix, q=count, niter=iterations)
+    return left, values, right
+
+
 def share(part: float, whole: float) -> float:
-    """`part / whole`, and 0 where there is nothing to share."""
+    """Divide a part by its whole, and give 0 where there is nothing to share."""
     return part / whole if whole > 0 else 0.0
 
 
 def squared_norm(matrix: Tensor) -> float:
-    """‖matrix‖² (Frobenius), or of a vector; rows are added in float64, a long float32 sum loses digits."""
+    """Square the Frobenius norm; rows are added in float64, since a long float32 sum loses digits."""
     return float(torch.linalg.vector_norm(matrix, dim=-1).double().square().sum())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.solution import working_dtype
+from deltaguard.solvers.solution import damped_by, leading_singular, working_dtype
 
 EXACT_SIZE = 2048
 """Up to this size the whole eigendecomposition is computed; it costs seconds. Beyond, a randomised one."""
@@ -36,11 +36,11 @@ class Spectrum:
 
     @property
     def size(self) -> int:
-        """N."""
+        """The number of rows, n."""
         return self.vectors.shape[0]
 
     def dense(self) -> Tensor:
-        """The matrix it stands for, (n, n)."""
+        """Write out the matrix it stands for, (n, n)."""
         vectors = self.vectors.to(self.values.dtype)
         matrix = (vectors * (self.values - self.tail)) @ vectors.T
         matrix.diagonal().add_(self.tail)
@@ -72,12 +72,12 @@ class Spectrum:
 
 
 def scaled_identity(size: int, value: float, *, like: Tensor) -> Spectrum:
-    """The matrix value · I, (size, size), on the device and in the dtype of `like`."""
+    """Make the matrix value · I, (size, size), on the device and in the dtype of `like`."""
     return Spectrum(like.new_empty(0), like.new_empty(size, 0), value)
 
 
 def spectrum(curvature: Tensor, rank: int | None = None) -> Spectrum:
-    """The largest eigenpairs of a second moment, and the geometric mean of the others.
+    """Find the largest eigenpairs of a second moment, and the geometric mean of the other eigenvalues.
 
     The geometric mean is that of the other eigenvalues, each raised by a hundredth of their arithmetic mean:
     directions that no token reached have eigenvalue 0, which says that nothing is known about them, and would
@@ -124,16 +124,13 @@ def _exact(matrix: Tensor, rank: int) -> Spectrum:
 
 
 def _randomised(matrix: Tensor, rank: int) -> Spectrum:
-    own = torch.cuda.default_generators[matrix.get_device()] if matrix.is_cuda else torch.default_generator
-    with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
-        own.manual_seed(0)
-        vectors, values, _ = torch.svd_lowrank(matrix, q=rank + _OVERSAMPLING, niter=_POWER_ITERATIONS)
+    vectors, values, _ = leading_singular(matrix, rank + _OVERSAMPLING, iterations=_POWER_ITERATIONS)
     values, vectors = values[:rank].clone(), vectors[:, :rank].contiguous()
     return Spectrum(values, vectors, _tail_from_determinant(matrix, values))
 
 
 def _tail_from_determinant(matrix: Tensor, values: Tensor) -> float:
-    """The log det(M + floor · I) less the logarithms of the kept eigenvalues, shared out among the others.
+    """Find the others' geometric mean from log det(M + floor · I), less the logarithms of those kept.
 
     In float64: the determinant multiplies eigenvalues that lie many orders of magnitude apart.
     """
@@ -154,11 +151,9 @@ def _tail_from_determinant(matrix: Tensor, values: Tensor) -> float:
 
 
 def _cholesky(matrix: Tensor, floor: float, highest: float) -> tuple[Tensor, float]:
-    """The factor of M + floor · I, the floor raised tenfold while rounding of M makes that indefinite."""
+    """Factorise M + floor · I, the floor raised tenfold while rounding of M makes that indefinite."""
     while True:
-        damped = matrix.to(torch.float64, copy=True)
-        damped.diagonal().add_(floor)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        lower, info = torch.linalg.cholesky_ex(damped_by(matrix, floor, torch.float64))
         if int(info) == 0:
             return lower, floor
         if floor >= highest:

@@ -3,6 +3,11 @@
 Δ = B A of rank r has UᵀΔV = (UᵀB)(AV): projecting it costs r columns and r rows instead of a whole matrix.
 The factors 1 / (1 + μ g_a h_b) are a sum of k products p_a q_b, so the restored delta is a sum of k products
 of rank r, (U p Uᵀ B)(A V q Vᵀ). Where k r is not below the layer's shorter side, the matrix itself is solved.
+
+The factors depend on log g + log h alone and change over a few decades, so that as a matrix over any values
+of g and h they are numerically of low rank. Cross approximation (Bebendorf 2000, doi:10.1007/PL00005410)
+finds the terms: it takes the entry where the error is largest and subtracts its row and column, until none is
+left.
 """
 
 import math
@@ -11,15 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.directions import Directions, directions
 from deltaguard.solvers.low_rank import LowRank
-from deltaguard.solvers.profile import PROHIBITIVE
-from deltaguard.solvers.separable import separable
+from deltaguard.solvers.profile import PROHIBITIVE, Directions, directions, shares_of_parts
 from deltaguard.solvers.solution import squared_norm
 from deltaguard.solvers.spectrum import Spectrum
 
 _ROUNDING = 1e-4
 """Of ‖B‖ ‖A‖, what a sum of products in float32 may be off by."""
+
+_TOLERANCE = 1e-6
+"""Largest error of a factor 1 / (1 + μ g h), which lies in [0, 1]: below the rounding of half precision."""
+_FREE = 1e-3 * _TOLERANCE
+"""A price below this is as good as none."""
+_PER_DECADE = 16
+"""Values of g and of h at which the largest error is looked for."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +88,13 @@ class ThinProjection:
         return LowRank(down.T, up, 0.0)
 
     def _dense(self, mu: float) -> Tensor:
-        """Of the parts inside and outside the two bases, only the one inside both is no thin product."""
-        g, h, dtype = self.outputs.values, self.inputs.values, self.dtype
-        of_rows = 1 / (1 + mu * g * self.inputs.tail)
-        of_columns = 1 / (1 + mu * h * self.outputs.tail)
-        neither = 1 / (1 + mu * self.outputs.tail * self.inputs.tail)
-        inside = 1 / (1 + mu * torch.outer(g, h)) - of_rows[:, None] - of_columns[None, :] + neither
-        u, v = self.outputs.vectors.to(dtype), self.inputs.vectors.to(dtype)
-        rows = torch.addmm(neither * self.up, u, self.left * (of_rows - neither)[:, None])
-        columns = (self.right * (of_columns - neither)) @ v.T
+        """Compute Δ' as a matrix: of its four parts, only the one inside both bases is no thin product."""
+        both, of_rows, of_columns, of_all = shares_of_parts(self.inputs, self.outputs, mu)
+        u, vt = self.outputs.vectors.to(self.dtype), self.inputs.vectors.T.to(self.dtype)
+        rows = torch.addmm(of_all * self.up, u, self.left * of_rows[:, None])
+        columns = (self.right * of_columns) @ vt
         found = torch.cat([rows, self.up], 1) @ torch.cat([self.down, columns])
-        return found.addmm_(u, (self.left @ self.right * inside) @ v.T)
+        return found.addmm_(u, (self.left @ self.right * both) @ vt)
 
 
 def project_thin(up: Tensor, down: Tensor, inputs: Spectrum, outputs: Spectrum) -> ThinProjection:
@@ -109,13 +115,14 @@ def project_thin(up: Tensor, down: Tensor, inputs: Spectrum, outputs: Spectrum) 
 
 
 def _with_tail(found: Spectrum) -> Tensor:
-    """All eigenvalues that occur: a whole spectrum has no directions beside the kept ones."""
-    whole = len(found.values) == found.size
-    return found.values if whole else torch.cat([found.values, found.values.new_tensor([found.tail])])
+    """List all eigenvalues that occur: where all eigenpairs are kept, there is no tail."""
+    if len(found.values) == found.size:
+        return found.values
+    return torch.cat([found.values, found.values.new_tensor([found.tail])])
 
 
 def _filtered(factor: Tensor, inside: Tensor, vectors: Tensor, terms: Tensor) -> Tensor:
-    """Each term's function of the curvature, applied to a factor.
+    """Apply each term's function of the curvature to a factor.
 
     Args:
         factor: (n, r).
@@ -131,3 +138,50 @@ def _filtered(factor: Tensor, inside: Tensor, vectors: Tensor, terms: Tensor) ->
     tail = terms[rank] if len(terms) > rank else torch.zeros_like(terms[0])
     scaled = ((terms[:rank] - tail)[:, :, None] * inside[:, None, :]).flatten(1)
     return torch.addmm((tail[:, None] * factor[:, None, :]).flatten(1), vectors.to(factor.dtype), scaled)
+
+
+def separable(g: Tensor, h: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    """Find P and Q with P Qᵀ ≈ 1 / (1 + μ g hᵀ), no entry off by more than about 1e-6.
+
+    Args:
+        g: (m,), 0 or more.
+        h: (n,), 0 or more.
+        mu: above 0 and finite.
+
+    Returns:
+        (m, k) and (n, k), float64. k grows with the logarithm of the range of prices: about 25 where they
+        span eight decades.
+
+    Example:
+        >>> import torch
+        >>> left, right = separable(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 3.0]), 1.0)
+        >>> (left @ right.T).round(decimals=4).tolist()
+        [[1.0, 1.0], [0.5, 0.25]]
+    """
+    g, h = g.double() * mu, h.double()
+    g_grid, h_grid = _grid(g, float(h.max())), _grid(h, float(g.max()))
+    g, h = torch.cat([g_grid, g]), torch.cat([h_grid, h])
+    left, right = g.new_empty(len(g), 0), h.new_empty(len(h), 0)
+    error = _kernel(g_grid[:, None], h_grid[None, :])
+    while float(error.abs().max()) > _TOLERANCE:
+        row, column = divmod(int(error.abs().argmax()), len(h_grid))
+        of_g = (_kernel(g, h_grid[column]) - left @ right[column]) / error[row, column]
+        of_h = _kernel(g_grid[row], h) - right @ left[row]
+        left, right = torch.column_stack([left, of_g]), torch.column_stack([right, of_h])
+        error = error - torch.outer(of_g[: len(g_grid)], of_h[: len(h_grid)])
+    return left[len(g_grid) :], right[len(h_grid) :]
+
+
+def _kernel(g: Tensor, h: Tensor) -> Tensor:
+    return 1 / (1 + g * h)
+
+
+def _grid(values: Tensor, largest_other: float) -> Tensor:
+    """Space values over the range evenly in their logarithm; those that are free count as one."""
+    highest = float(values.max())
+    if highest * largest_other <= _FREE:
+        return values.new_tensor([0.0])
+    lowest = max(float(values.min()), _FREE / largest_other)
+    count = 2 + math.ceil(_PER_DECADE * math.log10(highest / lowest))
+    steps = torch.linspace(0, 1, count, dtype=torch.float64, device=values.device)
+    return lowest * (highest / lowest) ** steps

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.curvature.rank import Rank
+from deltaguard.curvature import Rank
 from deltaguard.methods import METHODS
 from deltaguard.methods.method import PricedMethod, Role
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from deltaguard.chat.conversations import Conversation, read_prompts
+from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import calibrate, store_limit
-from deltaguard.curvature.rank import Rank
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.evaluation.engines.identity import identify
 from deltaguard.finetuning.finetune import FinetuneConfig
