@@ -132,7 +132,7 @@ def _summed(model: Any, observed: Sequence[Observed], texts: Sequence[Batch]) ->
 
 def _write(output: Path, groups: Sequence[Group], moments: dict[str, Moment], limit: int) -> None:
     """As many eigenpairs of H as a store keeps that holds those of G as well."""
-    extent = Extent(share_within(groups, limit), whole=False)
+    extent = Extent(share_within(groups, limit), full=False)
     tensors: dict[str, Tensor] = {}
     for group in groups:
         found = spectrum(normalise(moments.pop(group.name)), extent.rank(group.in_features))

@@ -93,21 +93,21 @@ class Extent:
 
     Attributes:
         share: share of the eigenpairs of each matrix, in (0, 1]; at least one is kept.
-        whole: whether raw sums and factors are kept as well, in float32 all of it. Otherwise eigenvectors are
+        full: whether raw sums and factors are kept as well, in float32 all of it. Otherwise eigenvectors are
             kept in half precision: their entries lie in [-1, 1].
     """
 
     share: float
-    whole: bool
+    full: bool
 
     def rank(self, size: int) -> int:
         """Say how many eigenpairs of a (size, size) matrix are kept."""
-        return size if self.whole else max(1, int(self.share * size))
+        return size if self.full else max(1, int(self.share * size))
 
     @property
     def vectors_dtype(self) -> torch.dtype:
         """How eigenvectors are stored."""
-        return torch.float32 if self.whole else torch.float16
+        return torch.float32 if self.full else torch.float16
 
 
 def share_within(groups: Sequence[Group], limit: int) -> float:
@@ -164,8 +164,8 @@ def group_curvature(
     return GroupCurvature(
         inputs=_decomposed(group.name, normalise(sums.inputs), extent),
         outputs=tuple(outputs),
-        packed=pack(group.name, sums.inputs, dampening=dampening) if extent.whole else None,
-        totals=sums.outputs if extent.whole else (),
+        packed=pack(group.name, sums.inputs, dampening=dampening) if extent.full else None,
+        totals=sums.outputs if extent.full else (),
     )
 
 
@@ -215,7 +215,7 @@ def stored_forms(group: Group, extent: Extent) -> dict[str, Form]:
     for name, size in group.matrices():
         forms[f"{name}.values"] = Form(torch.float32, (extent.rank(size),))
         forms[f"{name}.vectors"] = Form(extent.vectors_dtype, (size, extent.rank(size)))
-    if extent.whole:
+    if extent.full:
         for field in PACKED_FIELDS:
             dtype = torch.int32 if field == "order" else torch.float32
             dimensions = 2 if field == "matrix" else 1

@@ -108,7 +108,7 @@ class Provenance(Request):
     @property
     def extent(self) -> Extent:
         """How much of each group is stored."""
-        return Extent(self.rank_share, whole=self.rank == "full")
+        return Extent(self.rank_share, full=self.rank == "full")
 
     def decompose(self, group: Group, sums: Sums) -> GroupCurvature:
         """Decompose the sums of one group as such a store keeps them (see `group_curvature`).
