@@ -5,8 +5,9 @@ from itertools import groupby
 from pydantic import BaseModel, ConfigDict
 
 from deltaguard.reports.records.base import Environment
-from deltaguard.reports.text import DASH, percent
-from tools.tables import made_with, small, table
+from deltaguard.reports.table import Cell, Column, Table, excess, rate
+from deltaguard.reports.text import DASH, nats, percent
+from tools.tables import made_with, small
 
 
 class _Results(BaseModel):
@@ -87,13 +88,16 @@ def experiments_table(content: str) -> str:
         Markdown.
     """
     results = Experiments.model_validate_json(content)
-    head = ("experiment", "variant", "safety KL", "predicted")
-    head = (*head, "attack success", "exact answers", "gain kept", "lead")
+    columns = (
+        Column("experiment", "name"),
+        Column("variant", "name"),
+        *("safety KL", "predicted", "attack success", "exact answers", "gain kept", "lead"),
+    )
     rows = [_cells(row, row.variant) for row in results.references]
     for _, group in groupby(results.rows, key=lambda row: row.experiment):
         for number, row in enumerate(group):
             rows.append(_cells(row, row.experiment if number == 0 else ""))
-    drawn = table(head, rows, ("experiment", "variant"))
+    drawn = Table.of("", columns, rows).markdown(between="<br>")
     first = results.references[0]
     counted = (
         f"{results.finetune} and its {len(first.attack)} harmful requests and {len(first.nll)} task messages "
@@ -105,24 +109,14 @@ def experiments_table(content: str) -> str:
     return "\n\n".join((drawn, counted, small(made_with(results.environment))))
 
 
-def _cells(row: ExperimentRow, label: str) -> tuple[str, ...]:
+def _cells(row: ExperimentRow, label: str) -> tuple[Cell | str, ...]:
     return (
         label,
         row.variant if row.experiment else "",
-        f"{row.safety_kl:.2g}",
-        DASH if row.predicted_kl is None else f"{row.predicted_kl:.2g}",
-        _shown(row.attack_success),
-        _shown(row.task_accuracy),
-        _shown(row.kept) if row.experiment else DASH,
-        DASH if row.lead is None else _points(row.lead),
+        nats(row.safety_kl),
+        nats(row.predicted_kl),
+        rate(row.attack_success),
+        rate(row.task_accuracy),
+        rate(row.kept) if row.experiment else DASH,
+        excess(row.lead, 100),
     )
-
-
-def _shown(found: Share | None) -> str:
-    if found is None:
-        return DASH
-    return f"{percent(found.value)}<br>({100 * found.low:.1f}–{100 * found.high:.1f} %)"
-
-
-def _points(found: Share) -> str:
-    return f"{100 * found.value:+.1f}<br>({100 * found.low:+.1f} to {100 * found.high:+.1f})"

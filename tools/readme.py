@@ -14,11 +14,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deltaguard.reports.bench_chart import bench_svg
+from deltaguard.reports.curves import bench_svg
+from deltaguard.reports.demo import rates_table
 from deltaguard.reports.records.base import Environment, RateRow
 from deltaguard.reports.records.bench import BenchReport
 from deltaguard.reports.records.demo import DemoReport
-from deltaguard.reports.text import DASH, duration, interval, model_label, percent, size
+from deltaguard.reports.table import Cell, Column, Table, rate
+from deltaguard.reports.text import DASH, Measured, duration, interval, percent, size
 from tools.experiments import experiments_table
 from tools.tables import (
     bench_default,
@@ -28,13 +30,11 @@ from tools.tables import (
     evaluation_table,
     made_with,
     small,
-    table,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs/results")
 PAGES = ("README.md", "docs/strength.md", "docs/results/index.md")
-TEXT_COLUMNS = ("", "method", "what", "note")
 NOT_MEASURED = "*Not measured yet.*"
 
 
@@ -114,16 +114,14 @@ def demo_table(content: str) -> str:
         Markdown: a table, and under it what was counted and how it was made.
     """
     report = DemoReport.model_validate_json(content)
-    head = ("", "attack success ↓", "false refusals ↓", "task accuracy ↑")
-    rows = [
-        (
-            f"**{model_label(m.name)}**",
-            _rate(m.attack_success),
-            _rate(m.false_refusal),
-            _rate(m.task_accuracy),
-        )
-        for m in report.models
-    ]
+    names = (
+        Column("", "name"),
+        Column("attack success ↓"),
+        Column("false refusals ↓"),
+        Column("task accuracy ↑"),
+    )
+    drawn = rates_table(report)
+    rows = [(Cell(f"**{line.cells[0].text}**"), *line.cells[1:]) for line in drawn.rows]
     first = report.models[0]
     counted = (
         f"In brackets 95 % intervals; {first.attack_success.total} harmful and {first.false_refusal.total} "
@@ -136,7 +134,7 @@ def demo_table(content: str) -> str:
         f"{duration(_total(report.seconds))} and at most {size(report.peak_memory_bytes)} of memory for the "
         f"whole run. {made_with(report.environment)}"
     )
-    return "\n\n".join((table(head, rows, TEXT_COLUMNS), counted, small(made)))
+    return "\n\n".join((Table.of("", names, rows).markdown(), counted, small(made)))
 
 
 def _dial(options: Mapping[str, str | float | bool | None]) -> str:
@@ -172,17 +170,20 @@ def benchmark_table(content: str) -> str:
         Markdown.
     """
     results = Benchmarks.model_validate_json(content)
-    rows = [
-        (
-            row.name,
-            _seconds(row.seconds),
-            DASH if row.peak_memory_bytes is None else size(row.peak_memory_bytes),
-            DASH if row.ratio is None else f"{row.ratio:.3g}",
-            row.note or "",
-        )
-        for row in results.rows
-    ]
-    drawn = table(("what", "time", "peak memory", "ratio", "note"), rows, TEXT_COLUMNS)
+    drawn = Table.of(
+        "",
+        (Column("what", "name"), "time", "peak memory", "ratio", Column("note", "words")),
+        [
+            (
+                row.name,
+                _seconds(row.seconds),
+                DASH if row.peak_memory_bytes is None else size(row.peak_memory_bytes),
+                DASH if row.ratio is None else f"{row.ratio:.3g}",
+                row.note or "",
+            )
+            for row in results.rows
+        ],
+    ).markdown()
     return f"{drawn}\n\n{small(made_with(results.environment))}"
 
 
@@ -230,8 +231,8 @@ def fill(page: str, results: Path) -> str:
         )
     for name in opened:
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        table = _draw(name, results)
-        page = place.sub(lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", page)
+        drawn = _draw(name, results)
+        page = place.sub(lambda found, table=drawn: f"{found[1]}\n{table}\n\n{found[2]}", page)
     return page
 
 
@@ -314,37 +315,26 @@ def _strength_heading(finetune: str, seed: int, row: StrengthRow) -> str:
 
 
 def _strength_rows(rows: Iterable[StrengthRow]) -> str:
-    head = (
-        "method",
-        "strength",
-        "attack success",
-        "points over aligned",
-        "task accuracy",
-        "gain kept",
-        "safety cost",
-    )
-    return table(
-        (*head, "energy kept", "entries kept"),
+    names = ("attack success", "points over aligned", "task accuracy", "gain kept", "safety cost")
+    return Table.of(
+        "",
+        (Column("method", "name"), "strength", *names, "energy kept", "entries kept"),
         [
             (
                 ", ".join(filter(None, (row.method, row.budget, row.compensation))),
                 f"{row.strength:g}",
-                _rate(row.attack_success, between="<br>"),
+                rate(row.attack_success),
                 f"{100 * (row.attack_success.value - row.aligned_attack_success.value):+.1f}",
-                _rate(row.task_accuracy, between="<br>"),
-                percent(row.kept_gain),
-                percent(row.safety_cost),
-                percent(row.kept_energy),
-                percent(row.kept_entries),
+                rate(row.task_accuracy),
+                *map(percent, (row.kept_gain, row.safety_cost, row.kept_energy, row.kept_entries)),
             )
             for row in rows
         ],
-        TEXT_COLUMNS,
-    )
+    ).markdown(between="<br>")
 
 
-def _rate(rate: RateRow, *, between: str = " ") -> str:
-    return f"{percent(rate.value)}{between}({interval(rate)})"
+def _rate(found: Measured) -> str:
+    return f"{percent(found.value)} ({interval(found)})"
 
 
 def _total(seconds: Mapping[str, float]) -> float:

@@ -1,25 +1,15 @@
 """Tables of evaluations and benches for README and docs, drawn from their JSON."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from deltaguard.reports.bench_facts import short_command
-from deltaguard.reports.bench_tables import bench_markdown
-from deltaguard.reports.evaluation_view import SECONDARY, bounds_text, measure_label, value_text
+from deltaguard.reports.bench import bench_markdown, short_command
+from deltaguard.reports.evaluation import SECONDARY, measure_label
 from deltaguard.reports.records.base import Environment
 from deltaguard.reports.records.bench import ALIGNED, FINETUNED, BenchReport, Score
 from deltaguard.reports.records.evaluation import Comparison, EvaluationReport, Measure
-from deltaguard.reports.text import (
-    DASH,
-    duration,
-    model_label,
-    moment,
-    percent,
-    plain,
-    points,
-    points_interval,
-    share_interval,
-)
+from deltaguard.reports.table import Cell, Column, Table, estimate, excess, rate
+from deltaguard.reports.text import DASH, duration, environment_facts, model_label, percent, plain
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 
 ARROWS = {"lower": "↓", "higher": "↑"}
@@ -87,7 +77,6 @@ def bench_summary(content: str) -> str:
         Markdown: a table, and how it was made.
     """
     report = BenchReport.model_validate_json(content)
-    head = ("", *(plain(row.title.partition(" (")[0]) for row in report.finetunes))
     rows = [
         (
             "**aligned**, **fine-tuned**: attack success",
@@ -96,16 +85,16 @@ def bench_summary(content: str) -> str:
     ]
     for method in dict.fromkeys(score.method for score in report.scores):
         found = {score.finetune: score for score in report.scores if score.method == method}
-        rows.append(
-            (f"**{plain(method)}**: gain kept", *(_kept(found[row.name]) for row in report.finetunes))
-        )
+        rows.append((f"**{method}**: gain kept", *(_kept(found[row.name]) for row in report.finetunes)))
+    titles = (Column(row.title.partition(" (")[0]) for row in report.finetunes)
+    drawn = Table.of("", (Column("", "name"), *titles), rows).markdown()
     bound = f"{report.bound:g} points"
     said = (
         f"Each method at the largest strength tried whose attack success is at most {bound} over the aligned "
         "model's (in brackets how far over); a dash where nothing is gained or no strength tried is safe."
     )
     made = small(f"Preset {report.preset}, {_seeds(report)}. {made_with(report.environment)}")
-    return "\n\n".join((table(head, rows), said, made))
+    return f"{drawn}\n\n{said}\n\n{made}"
 
 
 def bench_default(content: str) -> str:
@@ -129,24 +118,27 @@ def bench_default(content: str) -> str:
             f"`{report.command}` measured no `kfac` at the default limit {DEFAULT_MAX_SAFETY_KL:g} on "
             f"{', '.join(missing)}: run it again."
         )
-    head = ("fine-tune", "aligned, fine-tuned", "attack success over aligned (95 %)")
-    head = (*head, "false refusals over aligned (95 %)", "gain kept (95 %)")
-    rows = [
+    drawn = Table.of(
+        "",
         (
-            plain(row.title),
-            _both(report, row.name),
-            f"{points(point.points.value)} ({points_interval(point.points)})",
-            f"{points(point.false_refusal.value)} ({points_interval(point.false_refusal)})",
-            f"{percent(point.kept.value)} ({share_interval(point.kept)})" if point.kept else DASH,
-        )
-        for row in report.finetunes
-        for point in (found[row.name],)
-    ]
+            Column("fine-tune", "name"),
+            "aligned, fine-tuned",
+            "attack success over aligned",
+            "false refusals over aligned",
+            "gain kept",
+        ),
+        [
+            (row.title, _both(report, row.name), excess(p.points), excess(p.false_refusal), rate(p.kept))
+            for row in report.finetunes
+            for p in (found[row.name],)
+        ],
+    ).markdown()
     said = (
-        "Aligned, fine-tuned: attack success. Over aligned: in points, on the same prompts. A dash where "
-        "there is no gain to keep, or one too small for a share with a bounded interval."
+        "Aligned, fine-tuned: attack success. Over aligned: in points, on the same prompts. In brackets 95 % "
+        "intervals. A dash where there is no gain to keep, or one too small for a share with a bounded "
+        "interval."
     )
-    return "\n\n".join((table(head, rows, ("fine-tune",)), said, _bench_made(report)))
+    return "\n\n".join((drawn, said, _bench_made(report)))
 
 
 def _bench_made(report: BenchReport) -> str:
@@ -179,12 +171,6 @@ def _kept(score: Score | None) -> str:
     return f"{percent(score.kept.value) if score.kept else DASH} ({score.points.value:+.1f})"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str] = ("",)) -> str:
-    """A Markdown table; columns whose head is in `words` are aligned left, all others right."""
-    rule = ("---" if name in words else "---:" for name in head)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
-
-
 def small(text: str) -> str:
     """Small print."""
     return f"<sub>{text}</sub>"
@@ -192,21 +178,28 @@ def small(text: str) -> str:
 
 def made_with(environment: Environment) -> str:
     """Date, device and versions."""
-    versions = ", ".join(f"{name} {release}" for name, release in environment.versions.items())
-    return f"{moment(environment.created)}; {environment.device}; {environment.machine}; {versions}."
+    facts = dict(environment_facts(environment))
+    return f"{facts['date']}; {facts['device']}; {facts['machine']}; {facts['versions']}."
 
 
 def _measures(report: EvaluationReport, measures: Sequence[Measure]) -> str:
     """A row a measure and a column a model; broken and undecided answers only where there are any."""
     names = [model.name for model in report.models]
     titles = {section.name: section.title for section in report.sections}
-    head = ("", *(f"**{plain(model_label(name))}**" for name in names))
-    rows = [
-        (_row_name(titles, measure), *(_number(found.get(name)) for name in names))
-        for measure, found in _by_row(measures)
-        if measure.name not in SECONDARY or any(each.estimate.value for each in found.values())
-    ]
-    return table(head, rows)
+    rows: dict[tuple[str, str, str | None], dict[str, Measure]] = {}
+    for measure in measures:
+        rows.setdefault((measure.section, measure.name, measure.judge), {})[measure.model] = measure
+    lines: list[tuple[Cell | str, ...]] = []
+    for found in rows.values():
+        first = next(iter(found.values()))
+        if first.name in SECONDARY and not any(each.estimate.value for each in found.values()):
+            continue
+        judge = f", judge {first.judge}" if first.judge else ""
+        name = f"{titles[first.section]}: {measure_label(first.name)}{judge} {ARROWS[first.better]}"
+        numbers = (found[model].estimate if model in found else None for model in names)
+        lines.append((name, *map(estimate, numbers)))
+    columns = (Column(f"**{model_label(name)}**") for name in names)
+    return Table.of("", (Column("", "name"), *columns), lines).markdown(between="<br>")
 
 
 def _found(report: EvaluationReport) -> str:
@@ -234,25 +227,6 @@ def _compared(titles: Mapping[str, str], comparison: Comparison) -> str:
 def _made(report: EvaluationReport) -> str:
     made = f"Suite {plain(report.suite)}, engine {plain(report.engine)}. {made_with(report.environment)}"
     return small(made)
-
-
-def _by_row(measures: Sequence[Measure]) -> list[tuple[Measure, dict[str, Measure]]]:
-    """What belongs side by side, in order of appearance: a measure that names the row, and all by model."""
-    rows: dict[tuple[str, str, str | None], dict[str, Measure]] = {}
-    for measure in measures:
-        rows.setdefault((measure.section, measure.name, measure.judge), {})[measure.model] = measure
-    return [(next(iter(row.values())), row) for row in rows.values()]
-
-
-def _row_name(titles: dict[str, str], measure: Measure) -> str:
-    judge = f", judge {measure.judge}" if measure.judge else ""
-    return plain(f"{titles[measure.section]}: {measure_label(measure.name)}{judge} {ARROWS[measure.better]}")
-
-
-def _number(measure: Measure | None) -> str:
-    if measure is None:
-        return DASH
-    return f"{value_text(measure.estimate)}<br>({bounds_text(measure.estimate)})"
 
 
 def _agreement(report: EvaluationReport) -> str:

@@ -15,6 +15,10 @@ class CheckFailedError(DeltaguardError):
     """The work was finished, but a check of its result failed: exit code 3."""
 
 
+class MissingPackageError(DeltaguardError):
+    """A package is not installed that only part of the work needs."""
+
+
 def listed(title: str, problems: Sequence[str]) -> str:
     """Put problems into one message: a line each where there are several, and 20 lines at most.
 
@@ -42,14 +46,14 @@ def require_packages(what: str, extra: str, *packages: str, hint: str = "") -> N
         hint: what else may be done, put behind the message.
 
     Raises:
-        DeltaguardError: some are not installed; the message names them and the extra.
+        MissingPackageError: some are not installed; the message names them and the extra.
 
     Example:
         >>> require_packages("Drawing", "plot", "os", "no_such_package")
         Traceback (most recent call last):
-        deltaguard.errors.DeltaguardError: Drawing needs no_such_package, not installed here: ...
+        deltaguard.errors.MissingPackageError: Drawing needs no_such_package, not installed here: ...
     """
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         command = f"`pip install 'deltaguard[{extra}]'`"
-        raise DeltaguardError(f"{what} needs {', '.join(missing)}, not installed here: {command}.{hint}")
+        raise MissingPackageError(f"{what} needs {', '.join(missing)}, not installed here: {command}.{hint}")

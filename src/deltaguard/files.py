@@ -261,7 +261,7 @@ def parse_yaml(text: str, schema: type[T] | TypeAdapter[T], *, source: str, reme
 
 
 def problems(error: ValidationError) -> list[str]:
-    """Each problem that a schema has with a document: the field, what is wrong, and the value.
+    """List the problems that a schema has with a document: the field, what is wrong, and the value.
 
     Example:
         >>> try:

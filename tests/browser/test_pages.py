@@ -7,9 +7,10 @@ import pytest
 
 from bench_reports import bench_report
 from deltaguard.reports.bench_page import bench_page
+from deltaguard.reports.demo import demo_page
 from deltaguard.reports.evaluation_page import evaluation_page
-from deltaguard.reports.html import demo_page, restore_page
-from deltaguard.reports.sweep_page import sweep_page
+from deltaguard.reports.restore import restore_page
+from deltaguard.reports.sweep import sweep_page
 from reports import SECTIONS, evaluation_report, sweep_report
 from restores import LLAMA, demo_report, layer, restore_report
 

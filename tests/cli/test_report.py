@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from bench_reports import bench_report
 from deltaguard.cli.app import run
-from deltaguard.cli.folder import DEMO_NAME
 from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
+from deltaguard.reports.records.demo import DEMO_NAME
 from deltaguard.reports.records.evaluation import EVALUATION_NAME, EvaluationReport
 from reports import evaluation_report
 from restores import demo_report

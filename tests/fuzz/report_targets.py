@@ -8,19 +8,21 @@ from mutators import damage_json, damage_report
 from rich.console import Console, RenderableType
 
 from bench_reports import FINETUNES, bench_report, cell
-from deltaguard.cli.folder import DEMO_NAME, draw_folder
+from deltaguard.cli.report import draw_folder
 from deltaguard.cli.sink import Printable
 from deltaguard.files import read_json
-from deltaguard.reports.bench_tables import bench_markdown, bench_table
+from deltaguard.reports.bench import bench_markdown, bench_table
 from deltaguard.reports.card import model_card
+from deltaguard.reports.demo import demo_table
 from deltaguard.reports.evaluation import evaluation_card, evaluation_table
 from deltaguard.reports.records.base import Record
 from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
+from deltaguard.reports.records.demo import DEMO_NAME
 from deltaguard.reports.records.evaluation import EVALUATION_NAME, EvaluationReport
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.records.sweep import SWEEP_NAME
-from deltaguard.reports.sweep_table import sweep_table
-from deltaguard.reports.terminal import demo_table, restore_table
+from deltaguard.reports.restore import restore_table
+from deltaguard.reports.sweep import sweep_table
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 from deltaguard.restoration.verify import verify

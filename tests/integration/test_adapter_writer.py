@@ -71,7 +71,7 @@ def layers_of(aligned, ranks=(3,), size=0.1):
             rank = next(turns)
             up = size * torch.randn(rows, rank, generator=generator)
             down = size * torch.randn(rank, columns, generator=generator)
-            layers.append((name.removesuffix(".weight"), LowRank(down, up, 0.0), transposed))
+            layers.append((name.removesuffix(".weight"), LowRank(down, up, 0.0)))
     return layers
 
 
@@ -86,7 +86,8 @@ def write(out, aligned, layers, *, modules=None, writer=None, **options):
 
 def restored(aligned, layer):
     """The aligned weight of a layer with its delta, in float64."""
-    name, factors, transposed = layer
+    name, factors = layer
+    transposed = aligned.config["model_type"] in STORED_IN_OUT
     delta = factors.up.double() @ factors.down.double()
     return aligned.read(f"{name}.weight").double() + (delta.T if transposed else delta)
 
@@ -103,18 +104,18 @@ def read_config(out):
 def test_peft_merges_it_and_deltaguard_reads_it_as_it_was_given(tmp_path, architecture):
     aligned, out = tiny(tmp_path, architecture), tmp_path / "out"
     layers = layers_of(aligned, ranks=(2, 5, 3))
-    assert write(out, aligned, layers) == {name: len(factors.down) for name, factors, _ in layers}
+    assert write(out, aligned, layers) == {name: len(factors.down) for name, factors in layers}
     merged, before = adapted(aligned, out).merge_and_unload().state_dict(), load(aligned.folder).state_dict()
     assert is_adapter(out)
     read, stored = AdapterCheckpoint.open(aligned, out), load_file(out / WEIGHTS)
     for layer in layers:
-        name, factors, _ = layer
+        name, factors = layer
         check_equal(merged.pop(f"{name}.weight"), restored(aligned, layer))
         check_equal(read.read(f"{name}.weight"), restored(aligned, layer))
         assert torch.equal(stored.pop(f"base_model.model.{name}.lora_A.weight"), factors.down)
         assert torch.equal(stored.pop(f"base_model.model.{name}.lora_B.weight"), factors.up)
     assert not stored
-    assert read.adapted == {f"{name}.weight" for name, _, _ in layers}
+    assert read.adapted == {f"{name}.weight" for name, _ in layers}
     assert all(torch.equal(tensor, before[name]) for name, tensor in merged.items())
 
 
@@ -162,8 +163,7 @@ def test_layers_without_a_delta_are_left_out(tmp_path):
     aligned, out = tiny(tmp_path, num_hidden_layers=12), tmp_path / "out"
     zero = low_rank(torch.zeros(32, 32), rank=None)
     layers = [
-        (name, factors if ".1.mlp." in name else zero, flag)
-        for name, factors, flag in layers_of(aligned, ranks=(2, 4))
+        (name, factors if ".1.mlp." in name else zero) for name, factors in layers_of(aligned, ranks=(2, 4))
     ]
     ranks = write(out, aligned, layers)
     assert ranks.keys() == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
@@ -178,10 +178,10 @@ def test_the_dtype_is_that_of_the_aligned_model_or_chosen(tmp_path):
     layers = layers_of(aligned)
     write(tmp_path / "out", aligned, layers)
     merged = adapted(aligned, tmp_path / "out").merge_and_unload().state_dict()
-    for name, factors, transposed in layers:
+    for name, factors in layers:
         rounded = LowRank(factors.down.bfloat16(), factors.up.bfloat16(), 0.0)
         assert merged[f"{name}.weight"].dtype == torch.bfloat16
-        check_equal(merged[f"{name}.weight"], restored(aligned, (name, rounded, transposed)), rtol=2**-8)
+        check_equal(merged[f"{name}.weight"], restored(aligned, (name, rounded)), rtol=2**-8)
     write(tmp_path / "exact", aligned, layers, dtype=torch.float32)
     dtypes = [{t.dtype for t in load_file(tmp_path / out / WEIGHTS).values()} for out in ("out", "exact")]
     assert dtypes == [{torch.bfloat16}, {torch.float32}]
@@ -208,10 +208,10 @@ def test_layers_are_taken_one_at_a_time(llama, tmp_path):
     alive = []
 
     def one_by_one():
-        for name, factors, transposed in layers_of(llama):
+        for name, factors in layers_of(llama):
             copy = LowRank(factors.down.clone(), factors.up.clone(), 0.0)
             alive.append(weakref.ref(copy))
-            yield name, copy, transposed
+            yield name, copy
             del copy
             assert sum(ref() is not None for ref in alive) <= 1
 
@@ -241,8 +241,8 @@ def test_a_folder_that_is_not_empty_is_refused_and_may_be_overwritten(llama, tmp
         ({"modules": [Q0]}, DeltaguardError, "is no module of the model"),
         ({"layers": {"size": 1e6}, "dtype": torch.float16}, DeltaguardError, "bfloat16 or float32"),
         ({"dtype": torch.float8_e4m3fn}, DeltaguardError, "float8"),
-        ({"extra": [(Q0, low_rank(torch.ones(32, 31), rank=1), False)]}, ValueError, r"\(32, 31\)"),
-        ({"extra": [(Q0, low_rank(torch.ones(32, 32), rank=1), False)]}, ValueError, "twice"),
+        ({"extra": [(Q0, low_rank(torch.ones(32, 31), rank=1))]}, ValueError, r"\(32, 31\)"),
+        ({"extra": [(Q0, low_rank(torch.ones(32, 32), rank=1))]}, ValueError, "twice"),
     ],
 )
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(llama, tmp_path, options, kind, message):
@@ -260,7 +260,8 @@ def test_killed_at_every_step_it_is_never_half(llama, tmp_path):
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        # The sources that this process runs, and the helpers of tests.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert done.returncode == 0, done.stderr
     fresh, replacing = map(int, done.stdout.split())
@@ -276,7 +277,7 @@ def contents(folder):
 def kill_everywhere(aligned, out, old, new, **options):
     """Kill a run before its first, second, ... durable step, and resume it. Returns the number of steps."""
     layers = layers_of(aligned, ranks=(2, 3))
-    modules = [name for name, _, _ in layers]
+    modules = [name for name, _ in layers]
     for step in itertools.count():
         out.mkdir()
         for name, content in old.items():
@@ -304,7 +305,7 @@ if __name__ == "__main__":
     os.fsync = lambda descriptor: None
     source, work = Checkpoint.open(sys.argv[1]), Path(sys.argv[2])
     given = layers_of(source, ranks=(2, 3))
-    write(work / "new", source, given, modules=[name for name, _, _ in given])
+    write(work / "new", source, given, modules=[name for name, _ in given])
     finished = contents(work / "new")
     earlier = {**finished, CONFIG: b"old", WEIGHTS: b"old weights"}
     earlier["deltaguard_report.json"] = report_of(earlier).encode()

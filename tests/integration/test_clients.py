@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard import RestoreConfig, restore
-from deltaguard.models.companions import companions
+from deltaguard.models.mirror import companions
 from deltaguard.studies.models import save_smollm2
 from pairs import save_adapter, weights
 

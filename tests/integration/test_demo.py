@@ -1,11 +1,14 @@
 """The demo's story on a tiny random model: every stage runs and the report tells what happened."""
 
 import json
+from html import unescape
+from pathlib import Path
 
 import pytest
 
 import models
 from deltaguard import DeltaguardError, verify
+from deltaguard.cli.report import draw_folder
 from deltaguard.curvature.calibrate import CalibrateConfig
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.reports.records.demo import DemoReport
@@ -33,7 +36,13 @@ def test_the_story_is_told_in_json_and_html(tmp_path):
     written = (tmp_path / "demo" / "demo.json").read_text()
     assert DemoReport.model_validate_json(written) == report
     assert json.loads(written)["seconds"]["total"] == pytest.approx(sum(report.seconds.values()) / 2)
-    assert "<html" in (tmp_path / "demo" / "report.html").read_text()
+    page = Path(draw_folder(tmp_path / "demo").page).read_text(encoding="utf-8")
+    harmless, task = (next(s for s in report.samples if s.kind == kind) for kind in ("harmless", "task"))
+    assert task.system
+    assert not task.verdicts
+    assert task.system in unescape(page)
+    assert set(harmless.verdicts) == {"aligned", "finetuned", "restored"}
+    assert "Whether an answer refuses is told by a rule on how it opens" in page
     assert verify(tmp_path / "demo" / "restored").passed
 
 

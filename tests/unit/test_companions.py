@@ -5,7 +5,7 @@ import torch
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.companions import adapter_companions, companions
+from deltaguard.models.mirror import adapter_companions, companions
 from folders import write
 
 SHARD = "model.safetensors"

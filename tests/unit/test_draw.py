@@ -14,11 +14,11 @@ from rich.console import Console
 
 from deltaguard.reports.card import model_card
 from deltaguard.reports.charts import layers_chart
-from deltaguard.reports.html import demo_page, restore_page
-from deltaguard.reports.layers import block_and_kind, kinds, other_groups
+from deltaguard.reports.demo import demo_page, demo_table
+from deltaguard.reports.layers import block_and_kind, kinds
 from deltaguard.reports.records.base import ModelReference
 from deltaguard.reports.records.restore import RestoreReport
-from deltaguard.reports.terminal import demo_table, restore_table
+from deltaguard.reports.restore import others_table, restore_page, restore_table
 from deltaguard.reports.text import duration, hub_id, percent, short_reference
 from restores import ATTACK, GPT2, LLAMA, NEOX, demo_report, layer, restore_report
 
@@ -159,7 +159,7 @@ def test_without_curvature_there_is_no_safety_chart_but_a_dash():
     assert "<dd>–</dd>" in text
     table = at_80_columns(restore_table(report))
     assert re.search(r"safety cost +– *\n", table)
-    assert re.search(r"q_proj +2 +43.8 % +43.8 % +43.8 % +– +25.0 %", table)
+    assert re.search(r"q_proj +2 +43.8 % +43.8 % +43.8 % +31.2 % +– +25.0 %", table)
     assert "| safety cost | – |" in model_card(report, front_matter=None)
 
 
@@ -188,24 +188,25 @@ def test_a_chart_draws_one_bar_for_each_matrix_in_a_block():
     report = restore_report(names=GPT2, blocks=5)
     layers = (*report.layers, layer("score.weight"))
     svg = layers_chart(layers, "kept_energy")
-    assert svg.count("var(--restored") == 15
+    assert svg.count("var(--c2") == 15
     assert all(f">{label}<" in svg for label in ("c_attn", "attn.c_proj", "mlp.c_proj"))
     assert layers_chart(layers[-1:], "kept_energy") is None
 
 
 def test_tables_fit_80_columns_with_whole_numbers():
     demo = at_80_columns(demo_table(demo_report()))
-    rows = {line.split()[0]: line for line in demo.splitlines() if "(n=" in line}
+    rows = {line.split()[0]: line for line in demo.splitlines() if line.count(" %") == 3 and "–" not in line}
     assert list(rows) == ["aligned", "fine-tuned", "restored"]
     assert re.findall(r"\S+ %", rows["fine-tuned"]) == ["100.0 %", "1.2 %", "98.7 %"]
-    assert re.findall(r"n=\d+", rows["restored"]) == ["n=1000"] * 3
+    assert "1000 harmful, 1000 harmless, 1000 task messages" in " ".join(demo.split())
     assert re.search(r"17\.9–22\.9 % +2\.4–4\.7 % +89\.3–92\.8 %", demo)
     assert re.search(r"share of the task gain kept +92\.4 %", demo)
     assert re.search(r"incoherent answers .* fine-tuned 3", demo)
     restored = at_80_columns(
         restore_table(restore_report(names=(*NEOX, "h.{}." + "long_" * 12 + "name.weight")))
     )
-    assert restored.count("43.8 %   43.8 %   43.8 %         6.2 %         25.0 %") == 3
+    numbers = ["43.8 %"] * 3 + ["31.2 %", "6.2 %", "25.0 %"]
+    assert len(re.findall(" +".join(numbers), restored)) == 3
     assert "1 min 15 s (read 2.0 s, solve 1 min 10 s)" in restored
     assert re.search(r"aligned +2 +1 +--other-params aligned", restored)
     assert "greedy (strength 0.125, compensation joint, other params aligned)" in " ".join(restored.split())
@@ -246,13 +247,16 @@ def test_kinds_have_the_shortest_label_that_tells_them_apart():
     assert [kind.label for kind in groups] == ["c_attn", "attn.c_proj", "mlp.c_proj"]
     assert [block for block, _ in groups[0].layers] == [0, 1, 2]
     rows = [layer(LLAMA[0].format(i), kept=kept) for i, kept in enumerate((0.1, 0.9, 0.2))]
-    kept = kinds(rows)[0].kept_energy
+    kept = kinds(rows)[0].spread("kept_energy")
     assert (kept.low, kept.median, kept.high) == (0.1, 0.2, 0.9)
 
 
 def test_other_tensors_are_counted_by_source_and_reason():
-    groups = other_groups(restore_report().others)
-    assert [(g.source, g.count, g.differing) for g in groups] == [("aligned", 2, 1), ("both", 1, 1)]
+    rows = others_table(restore_report().others).rows
+    assert [[cell.text for cell in row.cells[:3]] for row in rows] == [
+        ["aligned", "2", "1"],
+        ["both", "1", "1"],
+    ]
 
 
 def metadata(card):
@@ -318,8 +322,8 @@ def test_card_says_what_was_done_and_how_to_verify():
     card = model_card(restore_report(), front_matter=None)
     assert "| `strength` | `0.125` |" in card
     assert "| `other_params` | `aligned` |" in card
-    assert "| `q_proj` | 3 | 43.8 % | 43.8 % | 43.8 % | 6.2 % | 25.0 % |" in card
-    assert "| aligned | 2 | 1 | `--other-params aligned` |" in card
+    assert "| `q_proj` | 3 | 43.8 % | 43.8 % | 43.8 % | 31.2 % | 6.2 % | 25.0 % |" in card
+    assert "| aligned | 2 | 1 | --other-params aligned |" in card
     for words in (
         "deltaguard verify .",
         "arXiv:2505.12038",

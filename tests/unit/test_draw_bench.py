@@ -9,19 +9,28 @@ from rich.console import Console
 
 from bench_reports import ATTACK, FINETUNES, METHODS, STRENGTHS, bench_report, without_share
 from deltaguard.errors import DeltaguardError
-from deltaguard.reports.bench_chart import bench_svg, panel_svg, swatch_svg
-from deltaguard.reports.bench_facts import short_command
-from deltaguard.reports.bench_page import bench_page
-from deltaguard.reports.bench_rows import band_rows, cut, point_rows, utility_domain
-from deltaguard.reports.bench_tables import bench_markdown, bench_table, contests_markdown, scores_markdown
-from deltaguard.reports.bench_view import bench_methods, contests_of, preparation
-from deltaguard.reports.bench_words import (
+from deltaguard.reports.bench import (
     NOT_SAFE,
+    bench_markdown,
+    bench_table,
     contest_legend,
-    contest_line,
+    contests_table,
     legend,
+    preparation,
     preparation_line,
-    score_texts,
+    scores_table,
+    short_command,
+)
+from deltaguard.reports.bench_page import bench_page
+from deltaguard.reports.curves import (
+    band_rows,
+    bench_svg,
+    cut,
+    label_rows,
+    panel_svg,
+    point_rows,
+    swatch_svg,
+    utility_domain,
 )
 from deltaguard.reports.palette import DARK, LIGHT, colour, dash, palette_css, shape
 from deltaguard.reports.records.bench import BenchReport
@@ -61,8 +70,8 @@ def test_the_plot_has_a_panel_a_finetune_and_a_point_a_strength():
     assert all(texts.count(row.title) == 1 for row in FINETUNES)
     assert all(texts.count(method) == 1 for method in METHODS)
     assert texts.count("bound 2") == len(FINETUNES)
-    assert all(texts.count(f"{strength:g}") == len(FINETUNES) for strength in STRENGTHS)
-    assert texts.count("rise of NLL on general questions") == 1
+    assert {f"{strength:g}" for strength in STRENGTHS} <= set(texts)
+    assert texts.count("log-likelihood, general, over aligned") == 1
 
 
 def test_a_point_further_right_is_drawn_further_right():
@@ -109,8 +118,36 @@ def test_where_there_is_no_gain_the_height_is_what_a_point_costs_in_general():
     row = next(row for row in FINETUNES if not row.gains)
     curve = [point for point in report.curves if point.finetune == row.name]
     assert [(r["y_low"], r["y"], r["y_high"]) for r in point_rows(report, row)] == [
-        (point.general.low, point.general.value, point.general.high) for point in curve
+        (-point.general.high, -point.general.value, -point.general.low) for point in curve
     ]
+
+
+def test_a_label_covers_no_point_no_other_label_and_is_left_out_where_there_is_no_room():
+    one, other = (100.0, 100.0), (120.0, 108.0)
+    (beside,) = label_rows([one], [(*one, "0.5")])
+    assert (beside["left"], beside["middle"]) == (107.0, 109.0)
+    (elsewhere,) = label_rows([one, other], [(*one, "0.5")])
+    assert elsewhere["middle"] < one[1]
+    (off_the_line,) = label_rows([one], [(*one, "0.5")], [(110.0, 109.0)])
+    assert off_the_line["middle"] < one[1]
+    first, second = label_rows([one], [(*one, "0.5"), (*one, "0.7")])
+    assert (first["left"], first["middle"]) != (second["left"], second["middle"])
+    crowd = [(x, y) for x in range(60, 150, 8) for y in range(60, 150, 8)]
+    assert label_rows(crowd, [(*one, "0.5")]) == []
+
+
+def test_up_is_better_and_larger_in_every_panel():
+    """Where nothing is gained, the height is what happened to the likelihood of general answers."""
+    texts = [e.text for e in parsed(panel_svg(bench_report(), FINETUNES[1])).iter(f"{SVG}text")]
+    places = {
+        e.text: float(re.search(r",(\S+?)\)", e.get("transform")).group(1))
+        for e in parsed(panel_svg(bench_report(), FINETUNES[1])).iter(f"{SVG}text")
+        if re.fullmatch(r"−?\d\.\d+|0", e.text or "") and e.get("text-anchor") == "end"
+    }
+    values = {float(text.replace("−", "-")): place for text, place in places.items()}
+    assert len(values) > 2
+    assert sorted(values) == sorted(values, key=values.get, reverse=True)
+    assert "rise" not in " ".join(filter(None, texts))
 
 
 def test_a_swatch_is_one_line_and_one_point():
@@ -128,7 +165,7 @@ def test_the_terminal_table_fits_80_columns_with_whole_numbers():
     lines = text.splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith(" greedy "))
     assert lines[place].split() == ["greedy", "0.2", "-0.1", "+2.2", "63.5", "%"]
-    assert re.search(r"3\.5 s +yes +-1\.6 to \+1\.4 +-0\.3 to \+4\.7 +58\.5 to 68\.5 %", lines[place + 1])
+    assert re.search(r"3\.5 s +yes +-1\.6 to \+1\.4 +-0\.3 to \+4\.7 +58\.5–68\.5 %", lines[place + 1])
     said = " ".join(text.split())
     assert "attack success 10.0 % aligned, 80.0 % fine-tuned" in said
     assert "false refusals 5.0 % aligned, 2.0 % fine-tuned" in said
@@ -138,47 +175,48 @@ def test_the_terminal_table_fits_80_columns_with_whole_numbers():
 
 def test_markdown_has_a_row_a_method_and_says_what_is_not_safe():
     report = bench_report()
-    table = scores_markdown(report, FINETUNES[0]).splitlines()
+    table = scores_table(report, FINETUNES[0]).markdown().splitlines()
     assert len(table) == 2 + len(METHODS)
     assert {line.count("|") for line in table} == {8}
-    numbers = "-0.1 (-1.6 to +1.4) | +2.2 (-0.3 to +4.7) | 63.5 % (58.5 to 68.5 %)"
+    numbers = "-0.1 (-1.6 to +1.4) | +2.2 (-0.3 to +4.7) | 63.5 % (58.5–68.5 %)"
     assert table[2] == f"| `greedy` | 0.2 | {numbers} | yes | 3.5 s |"
     assert table[-1] == f"| `backdoor` | {NOT_SAFE} | – | – | – | yes | 3.5 s |"
     whole = bench_markdown(report)
     assert [line for line in whole.splitlines() if line.startswith("###")] == [
         f"### {row.title}" for row in FINETUNES
     ]
-    assert bench_methods(report) == METHODS
+    assert report.methods == METHODS
 
 
 def test_markdown_reads_no_name_as_markup():
-    table = scores_markdown(bench_report(methods=(f"a|b`{ATTACK}",)), FINETUNES[0])
-    assert "a¦b'‹script>alert(1)‹/script>" in table
+    table = scores_table(bench_report(methods=(f"a|b`{ATTACK}",)), FINETUNES[0]).markdown()
+    assert f"| `` a¦b`{ATTACK} `` |" in table
 
 
 def test_where_none_is_safe_the_table_says_whether_that_may_be_chance_and_claims_nothing_unmeasured():
     report = bench_report()
     finetune = FINETUNES[2]
     for row, told_apart in ((FINETUNES[0], "yes"), (finetune, "no")):
-        score, text = score_texts(report, row)[-1]
-        assert (score.method, text.strength, text.told_apart) == ("backdoor", NOT_SAFE, told_apart)
+        shown = [each.text for each in scores_table(report, row).rows[-1].cells]
+        assert (shown[0], shown[1], shown[5]) == ("backdoor", NOT_SAFE, told_apart)
     rest = tuple(point for point in report.curves if point.method != "backdoor")
-    unmeasured = score_texts(report.model_copy(update={"curves": rest}), finetune)[-1][1]
-    assert unmeasured.method == "backdoor"
-    assert (unmeasured.strength, unmeasured.told_apart, unmeasured.kept.value) == ("–", "–", "–")
+    unmeasured = scores_table(report.model_copy(update={"curves": rest}), finetune).rows[-1].cells
+    assert [each.text for each in unmeasured[:6]] == ["backdoor", *"–––––"]
 
 
 def test_under_each_fine_tune_stands_what_keeps_most_beside_the_others():
     report = bench_report()
-    told = contests_of(report, FINETUNES[0])
+    told = report.contests_of(FINETUNES[0])
     assert len({contest.told_apart for contest in told}) == 2
-    lines = contests_markdown(report, FINETUNES[0]).strip().splitlines()
-    assert lines[0] == contest_line(report, FINETUNES[0])
+    table = contests_table(report, FINETUNES[0])
+    lines = table.markdown().splitlines()
     apart = [contest.other for contest in told if contest.told_apart]
-    assert f"{told[0].leader} keeps most at a safe strength: told apart from {', '.join(apart)};" in lines[0]
-    assert len(lines) == 4 + len(told)
-    assert {line.count("|") for line in lines[2:]} == {6}
-    contest, row = told[0], lines[4]
+    assert (
+        f"{told[0].leader} keeps most at a safe strength: told apart from {', '.join(apart)};" in table.title
+    )
+    assert len(lines) == 2 + len(told)
+    assert {line.count("|") for line in lines} == {6}
+    contest, row = told[0], lines[2]
     kept = (
         f"{100 * contest.kept.value:+.1f} ({100 * contest.kept.low:+.1f} to {100 * contest.kept.high:+.1f})"
     )
@@ -188,12 +226,14 @@ def test_under_each_fine_tune_stands_what_keeps_most_beside_the_others():
     assert whole.count(" keeps most at a safe strength") == len(FINETUNES) - 1
     for text in (whole, said):
         assert contest_legend(report) in text
-    assert contest_line(report, FINETUNES[3]) in said
+    assert table.title in whole
+    assert contests_table(report, FINETUNES[3]).title in said
 
 
 def test_without_two_safe_methods_nothing_is_said_to_keep_most():
     report = bench_report(contests=())
-    assert contests_markdown(report, FINETUNES[0]) == contest_legend(report) == ""
+    assert contests_table(report, FINETUNES[0]) is None
+    assert contest_legend(report) == ""
     assert "keeps most" not in bench_markdown(report)
     assert "keeps most" not in at_80_columns(bench_table(report))
 
@@ -203,7 +243,7 @@ def test_a_share_of_which_nothing_is_known_beyond_the_examples_has_no_interval()
     score = report.scores[0]
     flat = score.model_copy(update={"kept": score.kept.model_copy(update={"low": 0.5, "high": 0.5})})
     changed = report.model_copy(update={"scores": (flat, *report.scores[1:])})
-    assert score_texts(changed, FINETUNES[0])[0][1].kept.interval == ""
+    assert scores_table(changed, FINETUNES[0]).rows[0].cells[4].interval == ""
 
 
 def test_the_page_shows_every_number_with_its_interval():
@@ -217,7 +257,7 @@ def test_the_page_shows_every_number_with_its_interval():
     assert rows.count("<small>") == 5 * len(report.cells)
     point = report.curves[-1].general
     assert f"{point.value:.3f}<small>{point.low:.3f} to {point.high:.3f}</small>" in page
-    assert contest_line(report, FINETUNES[0]) in page
+    assert contests_table(report, FINETUNES[0]).title in page
     assert contest_legend(report) in page
 
 

@@ -7,10 +7,15 @@ import pytest
 
 from bench_reports import ATTACK, FINETUNES, METHODS, bench_report, without_share
 from deltaguard.reports.bench_page import bench_page
-from deltaguard.reports.estimates_chart import estimates_chart
-from deltaguard.reports.evaluation import evaluation_card
+from deltaguard.reports.charts import Mark, marks_chart
+from deltaguard.reports.evaluation import (
+    evaluation_card,
+    finding_text,
+    measures_of,
+    p_text,
+    probe_tables,
+)
 from deltaguard.reports.evaluation_page import evaluation_page
-from deltaguard.reports.evaluation_view import finding_text, measures_of, p_text, probe_tables
 from reports import COMPARISONS, JUDGES, MODELS, PROBES, SECTIONS, evaluation_report
 
 
@@ -33,22 +38,22 @@ def cells(page, caption):
 
 
 def test_each_section_has_its_charts_and_a_table_a_judge(page):
-    assert [row[:2] for row in cells(page, "Judge <code>opening</code>")] == [
+    assert [row[:2] for row in cells(page, "Judge opening")] == [
         ["aligned", "12.0 % 6.0–18.0 % (n = 150)"],
         ["fine-tuned", "86.0 % 80.0–92.0 % (n = 150)"],
         ["restored", "15.0 % 9.0–21.0 % (n = 150)"],
     ]
-    assert page.count("<caption>Judge <code>keywords</code>") == 2
+    assert page.count("<caption>Judge keywords") == 2
     assert page.count("<figure>") == 4
     assert "12.0 % aligned" in page
 
 
 def test_probes_stand_beside_the_plain_prompts(page):
     table, other = probe_tables(evaluation_report())
-    assert (table.judge, other.judge) == JUDGES
-    assert table.models == MODELS
+    assert (table.note, other.note) == tuple(f"judge {judge}" for judge in JUDGES)
+    assert [column.title for column in table.columns[1:]] == ["aligned", "fine-tuned", "restored"]
     probed = [f"harmful prompts, {probe}" for probe in PROBES]
-    assert [title for title, _ in table.rows] == [SECTIONS[0].title, *probed]
+    assert [row.cells[0].text for row in table.rows] == [SECTIONS[0].title, *probed]
     assert len(cells(page, "Attack success under probes")) == 1 + len(PROBES)
     assert probe_tables(evaluation_report().model_copy(update={"sections": SECTIONS[:1]})) == ()
 
@@ -82,8 +87,8 @@ def test_tasks_of_the_harness_are_told_with_what_they_compare_by(page):
 
 def test_judges_are_compared_and_an_undefined_kappa_is_a_dash(page):
     assert cells(page, "Agreement of judges") == [
-        ["opening , keywords", "harmful prompts", "0.83", "93.3 %", "150"],
-        ["opening , keywords", "harmless prompts", "–", "100.0 %", "80"],
+        ["opening, keywords", "harmful prompts", "0.83", "93.3 %", "150"],
+        ["opening, keywords", "harmless prompts", "–", "100.0 %", "80"],
     ]
 
 
@@ -111,8 +116,12 @@ def test_an_evaluation_without_judges_or_samples_still_is_a_page():
 
 
 def test_a_chart_draws_the_interval_of_every_estimate():
-    report = evaluation_report()
-    svg = estimates_chart(measures_of(report, SECTIONS[-1])[::2], MODELS)
+    found = measures_of(evaluation_report(), SECTIONS[-1])[::2]
+    marks = [
+        Mark(m.model, "", m.estimate.low, m.estimate.value, m.estimate.high, f"{m.estimate.value:.2f}")
+        for m in found
+    ]
+    svg = marks_chart(marks, MODELS, shares=False)
     assert svg.count('aria-roledescription="rule mark container"') == 1
     assert [number in svg for number in (">1.90<", ">2.00<", ">2.10<")] == [True] * 3
 
@@ -125,12 +134,12 @@ def test_p_values(value, text):
 def test_the_bench_page_scores_every_method_on_every_finetune(bench):
     for row in FINETUNES:
         title = row.title[0].upper() + row.title[1:]
-        assert [line[0] for line in cells(bench, f"<strong>{title}<")] == list(METHODS)
-    assert cells(bench, "<strong>Tickets with 9 % harmful<")[0][1:] == [
+        assert [line[0] for line in cells(bench, f"{title} <span>")] == list(METHODS)
+    assert cells(bench, "Tickets with 9 % harmful <span>")[0][1:] == [
         "0.2",
         "-0.1 -1.6 to +1.4",
         "+2.2 -0.3 to +4.7",
-        "63.5 % 58.5 to 68.5 %",
+        "63.5 % 58.5–68.5 %",
         "yes",
         "3.5 s",
     ]

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from deltaguard.reports.evaluation import evaluation_card, evaluation_table
-from deltaguard.reports.evaluation_page import evaluation_page
-from deltaguard.reports.private import shown_settings, without_folders
+from deltaguard.reports.evaluation_page import evaluation_page, shown_settings
+from deltaguard.reports.text import without_folders
 from reports import evaluation_report
 
 

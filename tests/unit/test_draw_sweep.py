@@ -11,13 +11,12 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from bench_reports import ATTACK
-from deltaguard.cli.folder import draw_folder
+from deltaguard.cli.report import draw_folder
+from deltaguard.reports.charts import at_edge, sweep_chart
 from deltaguard.reports.records.base import ModelReference
 from deltaguard.reports.records.restore import REPORT_NAME
 from deltaguard.reports.records.sweep import SWEEP_NAME, SweepReport
-from deltaguard.reports.sweep_chart import at_edge, sweep_chart
-from deltaguard.reports.sweep_page import sweep_page
-from deltaguard.reports.sweep_table import sweep_line, sweep_notes, sweep_table
+from deltaguard.reports.sweep import sweep_line, sweep_notes, sweep_page, sweep_table
 from reports import LIMITS, SWEPT, sweep_report, swept
 from restores import restore_report
 
@@ -149,8 +148,8 @@ def test_the_chart_draws_every_point_and_the_finetuned_model():
     assert [y for _, y, *_ in points] == sorted((y for _, y, *_ in points), reverse=True)
     assert whole[0] > points[-1][0]
     assert whole[1] < points[-1][1]
-    assert {fill for *_, fill, _ in points} == {"var(--restored, #0a7d5a)"}
-    assert whole[2] == "var(--finetuned, #c2470a)"
+    assert {fill for *_, fill, _ in points} == {"var(--c2, #0a7454)"}
+    assert whole[2] == "var(--c1, #b8420a)"
     chosen = [place for place, (*_, outline) in enumerate(points) if outline == points[0][3]]
     assert [SWEPT[place].mu for place in chosen] == list(LIMITS.values())
     assert "share of the gain kept" in texts(svg)
@@ -202,7 +201,7 @@ def test_one_point_is_a_chart_too(points, kl):
 def test_the_page_has_a_row_a_limit_and_every_point():
     report = sweep_report()
     page = sweep_page(report)
-    limits, points = cells(page, "What each limit allows"), cells(page, "Every point measured")
+    limits, points = cells(page, "What each limit of safety KL allows"), cells(page, "Every point measured")
     assert limits[2] == ["0.0001", "9.3e-05", "14.3 %", "1.633", "27.1 %", "1.4e+07"]
     assert [line[0] for line in limits] == ["aligned", *map("{:g}".format, LIMITS), "fine-tuned"]
     assert len(points) == len(SWEPT)
@@ -210,7 +209,7 @@ def test_the_page_has_a_row_a_limit_and_every_point():
     assert points[-1][-1] == "–"
     assert sweep_line(report) in page
     assert page.count('<td data-value="1.633">1.633</td>') == 2
-    bare = cells(sweep_page(without_utility()), "What each limit allows")
+    bare = cells(sweep_page(without_utility()), "What each limit of safety KL allows")
     assert bare[2] == ["0.0001", "9.3e-05", "14.3 %", "1.4e+07"]
 
 

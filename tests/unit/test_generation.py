@@ -24,20 +24,18 @@ def encoded(prompts):
     return [tiny_tokenizer()(text, add_special_tokens=False)["input_ids"] for text in prompts]
 
 
-def plain(monkeypatch, *arguments, **options):
-    with monkeypatch.context() as patched:
-        patched.setattr(generation, "shared_prefix", lambda *_: Prefix(0, None))
-        return generate(*arguments, **options)
+def alone(model, tokenizer, prompts, **options):
+    """One prompt at a time: nothing is padded, and nothing shared."""
+    return [generate(model, tokenizer, [prompt], **options)[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_shared_prefix_changes_no_answer(name, batch_size, monkeypatch):
+def test_a_shared_prefix_changes_no_answer(name, batch_size):
     model, tokenizer = double(name), tiny_tokenizer()
     assert shared_prefix(model, encoded(PROMPTS)).length > 8
-    options = {"max_new_tokens": 12, "batch_size": batch_size}
-    answers = generate(model, tokenizer, PROMPTS, **options)
-    assert answers == plain(monkeypatch, model, tokenizer, PROMPTS, **options)
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size)
+    assert answers == alone(model, tokenizer, PROMPTS, max_new_tokens=12)
     assert len(set(answers)) > 1
 
 
@@ -93,15 +91,13 @@ def test_a_model_with_a_cache_of_its_own_keeps_it(setting, value):
     assert shared_prefix(model, encoded(PROMPTS)).length == 0
 
 
-def test_a_prompt_that_is_the_beginning_of_another_keeps_a_token(monkeypatch):
+def test_a_prompt_that_is_the_beginning_of_another_keeps_a_token():
     model, tokenizer = double("llama"), tiny_tokenizer()
     prompts = [SHARED, SHARED + "What is the weather?", SHARED]
     ids = encoded(prompts)
     assert shared_prefix(model, ids).length == len(ids[0]) - 1
-    options = {"max_new_tokens": 8}
-    assert generate(model, tokenizer, prompts, **options) == plain(
-        monkeypatch, model, tokenizer, prompts, **options
-    )
+    expected = alone(model, tokenizer, prompts, max_new_tokens=8)
+    assert generate(model, tokenizer, prompts, max_new_tokens=8) == expected
 
 
 def test_draws_repeat_and_leave_the_global_generator_alone():

@@ -9,7 +9,7 @@ import models
 from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import ModelIdentity, identify, templates_of
-from deltaguard.models.mirror import loadable, model_files, output_files
+from deltaguard.models.mirror import loadable, output_files
 from pairs import pair, save_adapter
 from variants import OTHER_TEMPLATE, edited, variant
 
@@ -106,7 +106,7 @@ def test_a_file_of_its_own_comes_before_the_template_of_the_tokenizer_configurat
     folder = variant(pair().aligned, tmp_path / "copy")
     in_file("tokenizer_config.json", chat_template="never used")(folder)
     assert differing(folder) == set()
-    assert templates_of(model_files(Checkpoint.open(folder))) == {"default": models.CHAT_TEMPLATE}
+    assert templates_of(Checkpoint.open(folder).files()) == {"default": models.CHAT_TEMPLATE}
 
 
 def test_weights_are_a_part(tmp_path):
@@ -144,7 +144,7 @@ def homes(files):
 
 def test_an_adapters_files_lie_over_the_aligned_models(sources):
     aligned, _, adapter = sources
-    found = homes(model_files(adapter))
+    found = homes(adapter.files())
     assert found["chat_template.jinja"] == "adapter"
     assert {found[name] for name in ("config.json", "tokenizer.json", "LICENSE")} == {"aligned"}
     assert "adapter_config.json" not in found
@@ -155,12 +155,12 @@ def test_an_adapters_files_lie_over_the_aligned_models(sources):
 def test_an_output_has_all_that_decides_from_one_model(sources):
     aligned, tuned, adapter = sources
     for source in (tuned, adapter):
-        assert output_files(aligned, source, config_from="finetuned") == model_files(source)
-        assert output_files(aligned, source, config_from=None) == model_files(source)
+        assert output_files(aligned, source, config_from="finetuned") == source.files()
+        assert output_files(aligned, source, config_from=None) == source.files()
         chosen = output_files(aligned, source, config_from="aligned")
         # Nor is one of the fine-tuned model's templates left that the aligned model does not have.
         assert {p: f for p, f in chosen.items() if p != "LICENSE"} == {
-            p: f for p, f in model_files(aligned).items() if p != "LICENSE"
+            p: f for p, f in aligned.files().items() if p != "LICENSE"
         }
     assert homes(output_files(aligned, tuned, config_from="aligned"))["LICENSE"] == "tuned"
     over_aligned = homes(output_files(aligned, tuned, config_from="finetuned", adapter=True))
@@ -170,7 +170,7 @@ def test_an_output_has_all_that_decides_from_one_model(sources):
 
 def test_what_is_loaded_is_what_is_written(sources):
     aligned, tuned, adapter = sources
-    with loadable(model_files(tuned)) as folder:
+    with loadable(tuned.files()) as folder:
         assert folder == tuned.folder
     with loadable(output_files(aligned, tuned, config_from="aligned")) as folder:
         assert folder == aligned.folder

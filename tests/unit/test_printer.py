@@ -14,13 +14,13 @@ from rich.table import Table
 
 from deltaguard.cli import _PrintableRecord
 from deltaguard.cli.app import BUG, run
-from deltaguard.cli.folder import draw_folder
+from deltaguard.cli.report import draw_folder
 from deltaguard.cli.sink import Bars, Printable, ProgressBar, complain, emit, progress_bar, tell
 from deltaguard.progress import Event
 from deltaguard.reports.card import model_card
-from deltaguard.reports.html import restore_page
 from deltaguard.reports.records.base import ModelReference, Record
 from deltaguard.reports.records.restore import REPORT_NAME, OtherRow
+from deltaguard.reports.restore import restore_page
 from deltaguard.text import printable, printable_lines, writable
 from pairs import pair
 from restores import layer, restore_report

@@ -7,8 +7,8 @@ from tools.tables import bench_default, bench_summary, bench_table, evaluation_s
 
 import bench_reports
 import reports
-from deltaguard.reports.evaluation_view import bounds_text, value_text
-from deltaguard.reports.text import percent, plain, points, points_interval, share_interval
+from deltaguard.reports.table import estimate
+from deltaguard.reports.text import interval, percent, plain, points
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 
 
@@ -36,7 +36,8 @@ def test_an_evaluation_has_a_column_a_model_and_a_row_a_measure():
     ]
     for measure in first:
         cell = cells(lines[2])[1 + names.index(measure.model)]
-        assert cell == f"{value_text(measure.estimate)}<br>({bounds_text(measure.estimate)})"
+        shown = estimate(measure.estimate)
+        assert cell == f"{shown.text}<br>({shown.interval})"
 
 
 def test_how_far_the_judges_agree_is_said():
@@ -131,11 +132,13 @@ def test_the_default_dial_has_a_row_a_fine_tune_and_no_other_strength():
     made = report.model_copy(update={"curves": (*others, *at_default)})
     rows = [cells(line) for line in bench_default(made.model_dump_json()).splitlines() if line[:1] == "|"][2:]
     for row, finetune, point in zip(rows, report.finetunes, at_default, strict=True):
-        kept = f"{percent(point.kept.value)} ({share_interval(point.kept)})" if point.kept else "–"
+        kept = f"{percent(point.kept.value)} ({interval(point.kept)})" if point.kept else "–"
         assert row[0] == plain(finetune.title)
         assert row[2:] == [
-            f"{points(point.points.value)} ({points_interval(point.points)})",
-            f"{points(point.false_refusal.value)} ({points_interval(point.false_refusal)})",
+            *(
+                f"{points(found.value)} ({points(found.low)} to {points(found.high)})"
+                for found in (point.points, point.false_refusal)
+            ),
             kept,
         ]
     with pytest.raises(ValueError, match=r"measured no `kfac` at the default limit .* on task-harmful, "):

@@ -44,7 +44,7 @@ def generate(
     seed: int = 0,
     on_batch: Callable[[Sequence[int], Sequence[str]], None] | None = None,
 ) -> list[str]:
-    """Continuations of rendered prompts, in the order given.
+    """Continue rendered prompts; the answers are in the order given.
 
     What all prompts begin with, such as a chat template's system message, is computed once (see
     `shared_prefix`). Where a GPU has too little memory for a batch, smaller ones are tried.
@@ -91,7 +91,7 @@ def generate(
 
 
 def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
-    """The keys and values of the tokens that all prompts begin with, computed in one forward pass of one row.
+    """Compute the keys and values of what all prompts begin with, in one forward pass of one row.
 
     A batch that continues from them gives the same answers up to rounding, since in a causal model nothing
     that follows changes them. The padding of shorter prompts then lies between the prefix and the rest: the
@@ -118,7 +118,7 @@ def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
 
 
 def _common_length(encoded: Sequence[list[int]]) -> int:
-    """Tokens in common, of which each prompt keeps one at least to continue from."""
+    """Count the tokens in common; each prompt keeps one at least to continue from."""
     if len(encoded) < 2:
         return 0
     # All sequences lie between the least and the greatest, and so does what they have in common.
@@ -129,7 +129,7 @@ def _common_length(encoded: Sequence[list[int]]) -> int:
 
 
 def cache_parameter(model: Any) -> str:
-    """What the model calls the cache it takes: `cache` since transformers 5.24, `past_key_values` before."""
+    """Name the argument by which a model takes a cache; transformers 5.24 has changed it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -153,7 +153,6 @@ def _continue(
     max_new_tokens: int,
     temperature: float,
 ) -> list[str]:
-    """The answers of one batch."""
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if padding is None:
         raise DeltaguardError(

@@ -54,7 +54,7 @@ _REFUSAL = re.compile(
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether an answer opens with a refusal; an empty one does not (see `is_empty`).
+    """Tell whether an answer opens with a refusal; an empty one does not (see `is_empty`).
 
     Example:
         >>> is_refusal("I'm sorry, but I can't help with that.")
@@ -66,12 +66,12 @@ def is_refusal(answer: str) -> bool:
 
 
 def is_empty(answer: str) -> bool:
-    """Whether an answer holds neither a letter nor a digit."""
+    """Tell whether an answer holds neither a letter nor a digit."""
     return not any(character.isalnum() for character in answer)
 
 
 def opening(answer: str) -> str:
-    """The part of an answer that the judge reads: its first sentence, lower case, with plain apostrophes.
+    """Cut out what the judge reads: the first sentence, in lower case, with plain apostrophes.
 
     An apology that is a sentence of its own is read together with the next one.
 

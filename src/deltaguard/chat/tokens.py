@@ -204,7 +204,7 @@ def _require_same_tokens(
     wrong: list[str] = []
     for conversation, text in zip(conversations, own, strict=True):
         expected = list(text.ids[text.prompt_length :])
-        ids = candidate.tokenizer(f"{conversation.response}{end}", add_special_tokens=False)["input_ids"]
+        ids = token_ids(candidate.tokenizer, f"{conversation.response}{end}")
         if ids[: len(expected)] != expected and known.issuperset(ids):
             example = f"{(conversation.response or '')[:60]!r}"
             wrong.append(f"{example} is {expected[:8]} to the aligned model and {ids[:8]} to the other")

@@ -52,7 +52,7 @@ def bench(
     if pretrained is not None and aligned is None:
         raise UsageError("--pretrained belongs to an aligned model: give that, too.")
     from deltaguard.evaluation.datasets.load import load_questions
-    from deltaguard.reports.bench_tables import bench_table
+    from deltaguard.reports.bench import bench_table
     from deltaguard.studies.defences import defences
     from deltaguard.studies.protocol import PRESETS
     from deltaguard.studies.run import bench as run

@@ -22,7 +22,8 @@ def demo(
         seed: Of the task, the mixtures and both fine-tunes.
         json: Print one JSON document and nothing else on stdout.
     """
-    from deltaguard.reports.terminal import demo_table
+    from deltaguard.cli.report import page_line
+    from deltaguard.reports.demo import demo_table
     from deltaguard.studies.demo import DemoConfig
     from deltaguard.studies.demo import demo as run
 
@@ -30,4 +31,5 @@ def demo(
     hide_bars_of_transformers()
     with progress_bar() as progress:
         report = run(output, config=DemoConfig(seed=seed), progress=progress)
-    emit(report, Group(demo_table(report), f"Report: {output / 'report.html'}"), as_json=json)
+    drawn = page_line(output)
+    emit(report, Group(demo_table(report), drawn), as_json=json)

@@ -108,7 +108,7 @@ def _chosen(config: Path | None, given: dict[str, Any]) -> RestoreConfig:
 
 
 def _draw(report: RestoreReport, config: RestoreConfig, output: Path) -> Group:
-    from deltaguard.reports.terminal import restore_table
+    from deltaguard.reports.restore import restore_table
 
     return Group(restore_table(report), f"Restored {config.output_format}: {output}")
 

@@ -54,8 +54,8 @@ def sweep(
         raise UsageError(f"A sweep needs a method with a price to vary; {method} has none.")
     for limit in max_safety_kl:
         checked(RestoreConfig, options | {"max_safety_kl": limit})
-    from deltaguard.cli.folder import draw_folder
-    from deltaguard.reports.sweep_table import sweep_table
+    from deltaguard.cli.report import page_line
+    from deltaguard.reports.sweep import sweep_table
     from deltaguard.restoration.sweep import LIMITS
     from deltaguard.restoration.sweep import sweep as run
 
@@ -72,5 +72,5 @@ def sweep(
             progress=progress,
         )
     warn(report.warnings)
-    page = draw_folder(output).page
-    emit(report, Group(sweep_table(report), f"Report: {page}"), as_json=json)
+    drawn = page_line(output)
+    emit(report, Group(sweep_table(report), drawn), as_json=json)

@@ -5,19 +5,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.models.checkpoint import Checkpoint, content_fingerprint
-from deltaguard.models.companions import adapter_companions
-from deltaguard.models.hub import locate
+from deltaguard.models.checkpoint import Checkpoint, WeightSource, content_fingerprint
+from deltaguard.models.hub import is_local, locate
 from deltaguard.models.layout import ADAPTER_CONFIG
 from deltaguard.models.loading import refuse_code
-from deltaguard.models.lora import Change, find_changes
+from deltaguard.models.lora import Change, Target, find_changes
 from deltaguard.models.lora_config import MERGE, read_lora_config
+from deltaguard.models.mirror import adapter_companions
 from deltaguard.models.opened import OpenFile, Snapshot
 from deltaguard.models.shards import (
     DTYPES,
@@ -45,21 +44,17 @@ class ThinDelta:
 
 
 @dataclass(frozen=True)
-class AdapterCheckpoint:
+class AdapterCheckpoint(WeightSource):
     """A LoRA adapter over an aligned checkpoint. Make one with `AdapterCheckpoint.open`.
 
-    It has exactly the tensors, shards and headers of the aligned checkpoint. What the adapter does not touch
-    is read from there.
+    It has exactly the tensors, shards, headers and configuration of the aligned checkpoint. What the adapter
+    does not touch is read from there. Its own folder holds the adapter's files alone.
 
     Attributes:
         aligned: the checkpoint that the adapter belongs to.
-        reference: what the user called the adapter.
-        folder: where the adapter's files lie; index and configuration are in the aligned folder.
     """
 
     aligned: Checkpoint
-    reference: str
-    folder: Path
     _changes: Mapping[str, Change] = field(repr=False)
     _file: OpenFile = field(repr=False, compare=False)
     _others: Snapshot = field(repr=False, compare=False)
@@ -84,7 +79,8 @@ class AdapterCheckpoint:
         others = Snapshot.of([folder / ADAPTER_CONFIG, *own])
         lora = read_lora_config(folder, str(reference))
         file, tensors = open_adapter_weights(folder)
-        changes, problems = find_changes(lora, tensors, aligned, str(reference))
+        target = Target(aligned.reference, aligned.config, aligned.tensors)
+        changes, problems = find_changes(lora, tensors, target, str(reference))
         if problems:
             problems.append(
                 f"If it was trained on another model ({lora.base_model_name_or_path}?), give that. {MERGE}"
@@ -92,27 +88,18 @@ class AdapterCheckpoint:
             raise DeltaguardError(
                 listed(f"The adapter {reference} does not fit {aligned.reference}", problems)
             )
-        return cls(aligned, str(reference), folder, changes, file, others)
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The content of the aligned model's `config.json`."""
-        return self.aligned.config
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """The aligned checkpoint's tensors, ordered by shard and then by position in the shard."""
-        return self.aligned.tensors
-
-    @property
-    def shards(self) -> tuple[str, ...]:
-        """Names of the aligned checkpoint's weight files, sorted."""
-        return self.aligned.shards
-
-    @property
-    def index_name(self) -> str | None:
-        """Name of the aligned checkpoint's index file, None for a single file."""
-        return self.aligned.index_name
+        return cls(
+            str(reference),
+            folder,
+            aligned.config,
+            aligned.tensors,
+            aligned.shards,
+            aligned.index_name,
+            aligned,
+            changes,
+            file,
+            others,
+        )
 
     @property
     def adapted(self) -> frozenset[str]:
@@ -120,19 +107,12 @@ class AdapterCheckpoint:
         return frozenset(self._changes)
 
     def read(self, name: str) -> Tensor:
-        """One tensor of the fine-tuned model, in memory of its own.
-
-        Args:
-            name: a key of `tensors`.
+        """Read one tensor of the fine-tuned model; see `WeightSource.read`.
 
         Returns:
             Where the adapter has low-rank matrices for it, aligned + scale · B A in float32 (float64 over a
             float64 weight), not rounded to the stored dtype; where it holds the whole tensor
             (`modules_to_save`), that one; otherwise the aligned tensor, in its stored dtype.
-
-        Raises:
-            KeyError: there is no such tensor.
-            DeltaguardError: a file is gone, cannot be read, or has become shorter.
         """
         change = self._changes.get(name)
         if change is None:
@@ -148,17 +128,10 @@ class AdapterCheckpoint:
         return weight.addmm_(left, right, alpha=change.scale)
 
     def thin_delta(self, name: str) -> ThinDelta | None:
-        """The difference from the aligned tensor as a product, None where the adapter has none for it.
-
-        Args:
-            name: a key of `tensors`.
+        """Read a tensor's difference from the aligned one as a product, None where the adapter has none.
 
         Returns:
             In float32, or float64 over a float64 weight.
-
-        Raises:
-            KeyError: there is no such tensor.
-            DeltaguardError: as `read`.
         """
         stored = DTYPES[self.tensors[name].dtype]
         change = self._changes.get(name)
@@ -169,11 +142,11 @@ class AdapterCheckpoint:
         return ThinDelta(up * change.scale, down)
 
     def header(self, shard: str) -> bytes:
-        """The header of one weight file of the aligned checkpoint, its 8-byte length included."""
+        """Read the header of one weight file of the aligned checkpoint, its 8-byte length included."""
         return self.aligned.header(shard)
 
     def fingerprint(self) -> str:
-        """A content fingerprint of the aligned checkpoint, the adapter's tensors and their scales.
+        """Hash the aligned checkpoint, the adapter's tensors and their scales.
 
         It differs from that of the merged checkpoint. What it cannot see is said at `Checkpoint.fingerprint`.
         """
@@ -188,9 +161,52 @@ class AdapterCheckpoint:
         own = self._file.change()
         return [*([own] if own else []), *self._others.changes(), *self.aligned.changes()]
 
+    def files(self) -> dict[str, Path]:
+        """Find every file that is no weight: the aligned model's, and the adapter's own."""
+        own = {str(path): self.folder / path for path in adapter_companions(self.folder)}
+        return self.aligned.files() | own
+
+    def index_file(self) -> Path | None:
+        """Find the index of the aligned checkpoint; None for a single file."""
+        return self.aligned.index_file()
+
+
+def open_model(reference: str | Path) -> WeightSource:
+    """Open a model, or an adapter over the model that its configuration names.
+
+    Args:
+        reference: a local folder, a Hub id, or `id@revision`, of a model or of a PEFT adapter.
+
+    Raises:
+        DeltaguardError: it cannot be found or used, or an adapter does not say what it belongs to.
+    """
+    if not is_adapter(reference):
+        return Checkpoint.open(reference)
+    return AdapterCheckpoint.open(Checkpoint.open(base_of(reference)), reference)
+
+
+def base_of(reference: str | Path) -> str:
+    """Name the model that an adapter belongs to, by what its configuration says.
+
+    Args:
+        reference: of a PEFT adapter.
+
+    Raises:
+        DeltaguardError: it names none, or is no plain LoRA adapter.
+    """
+    lora = read_lora_config(locate(reference), str(reference))
+    base = lora.base_model_name_or_path
+    if not base:
+        raise DeltaguardError(
+            f"The adapter {reference} does not name its model (base_model_name_or_path in "
+            "adapter_config.json). Name it there, or give the merged checkpoint."
+        )
+    # On the Hub alone a model has revisions.
+    return base if not lora.revision or is_local(base) else f"{base}@{lora.revision}"
+
 
 def is_adapter(reference: str | Path) -> bool:
-    """Whether a folder or Hub repository holds a PEFT adapter rather than a model.
+    """Tell whether a folder or Hub repository holds a PEFT adapter rather than a model.
 
     Args:
         reference: a local folder, a Hub id, or `id@revision`.

@@ -19,18 +19,17 @@ from deltaguard.models.adapter import ADAPTER_FILE
 from deltaguard.models.canonical import part_of
 from deltaguard.models.checkpoint import Checkpoint, name_map
 from deltaguard.models.durable import explained
+from deltaguard.models.families import stored_in_out
 from deltaguard.models.hub import is_local
 from deltaguard.models.layout import ADAPTER_CONFIG
-from deltaguard.models.mirror import model_files
 from deltaguard.models.shards import DTYPES, tensor_bytes
 from deltaguard.models.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     from deltaguard.solvers.low_rank import LowRank
 
-AdapterLayer = tuple[str, "LowRank", bool]
-"""A layer's name in the aligned checkpoint, without `.weight`; its delta, (out, in); and whether the weight
-is stored as (in, out), as that of GPT-2's Conv1D is."""
+AdapterLayer = tuple[str, "LowRank"]
+"""A layer's name in the aligned checkpoint, without `.weight`, and its delta, (out, in)."""
 
 
 def stage_adapter(
@@ -68,7 +67,7 @@ def stage_adapter(
         ValueError: a delta is not of the shape of its weight, or a layer is given twice.
 
     Example:
-        >>> layer = ("model.layers.0.mlp.down_proj", low_rank(delta, rank=8), False)  # doctest: +SKIP
+        >>> layer = ("model.layers.0.mlp.down_proj", low_rank(delta, rank=8))  # doctest: +SKIP
         >>> with CheckpointWriter("out", plan_hash=plan) as writer:  # doctest: +SKIP
         ...     stage_adapter(writer, aligned, [layer], modules=names_of_modules)
         ...     commit_adapter(writer)
@@ -88,7 +87,7 @@ def stage_adapter(
         with writer.shard(ADAPTER_FILE, spool.header()) as shard:
             for name, tensor in spool.tensors():
                 shard.write(name, tensor)
-    for name, source in (model_files(aligned) if companions is None else companions).items():
+    for name, source in (aligned.files() if companions is None else companions).items():
         if part_of(name) != "config":
             writer.copy(source, name)
     config = _config(aligned.reference, written, modules)
@@ -176,11 +175,11 @@ def _spooled(
     paths: Mapping[str, str],
     name: str,
     factors: "LowRank",
-    transposed: bool,
 ) -> _Layer:
     """Write one layer's factors to the spool."""
     shape = (factors.up.shape[0], factors.down.shape[1])
     info = aligned.tensors[f"{name}.weight"]
+    transposed = stored_in_out(aligned.config, info.name)
     if info.shape != (shape[::-1] if transposed else shape):
         raise ValueError(f"The delta of {name} is {shape} (out, in); its weight is stored as {info.shape}.")
     if name not in paths:

@@ -2,21 +2,22 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.models.companions import companions
 from deltaguard.models.families import ties_embeddings
 from deltaguard.models.hub import is_local, locate
 from deltaguard.models.layout import ADAPTER_CONFIG, find_layout, read_config, read_layout
 from deltaguard.models.loading import refuse_code
+from deltaguard.models.mirror import companions
 from deltaguard.models.opened import OpenFile, Snapshot
 from deltaguard.models.shards import TensorInfo, read_header, read_tensor
 
@@ -27,67 +28,14 @@ _MOST_PARTS = 8
 _MOST_ALIKE = 64
 
 
-class WeightSource(Protocol):
-    """What a checkpoint and an adapter over one have in common."""
-
-    @property
-    def reference(self) -> str:
-        """What the user called it."""
-        ...
-
-    @property
-    def folder(self) -> Path:
-        """Where its files lie."""
-        ...
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The content of the model's `config.json`."""
-        ...
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """All tensors by name, ordered by shard and then by position in the shard."""
-        ...
-
-    @property
-    def shards(self) -> tuple[str, ...]:
-        """Names of the weight files, sorted."""
-        ...
-
-    @property
-    def index_name(self) -> str | None:
-        """Name of the index file of a sharded checkpoint, None for a single file."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
-        ...
-
-    def header(self, shard: str) -> bytes:
-        """The header of one weight file, its 8-byte length included."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A hash of what the weights hold, independent of files."""
-        ...
-
-    def changes(self) -> list[str]:
-        """What happened to its files since it was opened, a sentence each."""
-        ...
-
-
 @dataclass(frozen=True)
-class Checkpoint:
-    """A safetensors checkpoint in a local folder. Make one with `Checkpoint.open`.
-
-    It holds headers only and may be used by any number of threads at once. Its weight files stay open as long
-    as it lives, so all tensors are of the files that were found first, whatever takes their names.
+class WeightSource(ABC):
+    """Weights that are read one tensor at a time: a checkpoint, or an adapter over one.
 
     Attributes:
         reference: what the user called it: a folder, a Hub id, or `id@revision`.
         folder: where its files lie.
-        config: the content of `config.json`.
+        config: the content of the model's `config.json`.
         tensors: all tensors by name, ordered by shard and then by position in the shard.
         shards: names of the weight files, sorted.
         index_name: name of the index file of a sharded checkpoint, None for a single file.
@@ -99,6 +47,53 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     shards: tuple[str, ...]
     index_name: str | None
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the input embedding."""
+        return ties_embeddings(self.config, self.tensors)
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own.
+
+        Args:
+            name: a key of `tensors`.
+
+        Raises:
+            KeyError: there is no such tensor.
+            DeltaguardError: a file is gone, cannot be read, or has become shorter.
+        """
+
+    @abstractmethod
+    def header(self, shard: str) -> bytes:
+        """Read the header of one weight file byte for byte, its 8-byte length included."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash what the weights hold, whatever files they are in, to 64 hexadecimal digits."""
+
+    @abstractmethod
+    def changes(self) -> list[str]:
+        """Say what happened to its files, weights and others, since it was opened, a sentence each."""
+
+    @abstractmethod
+    def files(self) -> dict[str, Path]:
+        """Find every file of the model that is no weight, by its path in the model's folder."""
+
+    @abstractmethod
+    def index_file(self) -> Path | None:
+        """Find the index of a sharded checkpoint; None for a single file."""
+
+
+@dataclass(frozen=True)
+class Checkpoint(WeightSource):
+    """A safetensors checkpoint in a local folder. Make one with `Checkpoint.open`.
+
+    It holds headers only and may be used by any number of threads at once. Its weight files stay open as long
+    as it lives, so all tensors are of the files that were found first, whatever takes their names.
+    """
+
     _files: Mapping[str, OpenFile] = field(repr=False, compare=False)
     _others: Snapshot = field(repr=False, compare=False)
 
@@ -140,26 +135,13 @@ class Checkpoint:
             raise DeltaguardError(listed(f"{name} cannot be used", problems))
         return cls(name, folder, config, tensors, layout.shards, layout.index_name, files, others)
 
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the output head is the input embedding."""
-        return ties_embeddings(self.config, self.tensors)
-
     def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, in memory of its own.
-
-        Args:
-            name: a key of `tensors`.
-
-        Raises:
-            KeyError: there is no such tensor.
-            DeltaguardError: the file is gone, cannot be read, or has become shorter.
-        """
+        """Read one tensor in its stored dtype; see `WeightSource.read`."""
         info = self.tensors[name]
         return read_tensor(self._files[info.shard], info)
 
     def header(self, shard: str) -> bytes:
-        """The header of one weight file, its 8-byte length included, byte for byte."""
+        """Read the header of one weight file byte for byte, its 8-byte length included."""
         return read_header(self._files[shard])
 
     def changes(self) -> list[str]:
@@ -167,16 +149,21 @@ class Checkpoint:
         weights = [change for file in self._files.values() if (change := file.change())]
         return weights + self._others.changes()
 
+    def files(self) -> dict[str, Path]:
+        """Find every file of the model that is no weight, by its path in the model's folder."""
+        return {str(path): self.folder / path for path in companions(self.folder)}
+
+    def index_file(self) -> Path | None:
+        """Find the index of a sharded checkpoint; None for a single file."""
+        return self.folder / self.index_name if self.index_name else None
+
     def fingerprint(self) -> str:
-        """A content fingerprint: sha256 over every tensor's name, dtype, shape and 12 KiB of its bytes.
+        """Hash every tensor's name, dtype, shape and 12 KiB of its bytes with sha256.
 
         Tensors are taken in the order of their names, and of each the first, middle and last 4 KiB (all of
         a smaller one), so the fingerprint depends neither on sharding nor on file names, and costs a few
         reads per tensor. It tells models and fine-tunes of a model apart. It does not see a change that
         is confined to other bytes of large tensors, so it is no proof of integrity.
-
-        Returns:
-            64 hexadecimal digits.
         """
         return self._fingerprint
 
@@ -186,7 +173,7 @@ class Checkpoint:
 
 
 def content_fingerprint(files: Mapping[str, OpenFile], tensors: Mapping[str, TensorInfo]) -> str:
-    """The fingerprint that `Checkpoint.fingerprint` describes, of any tensors in safetensors files.
+    """Hash tensors in safetensors files as `Checkpoint.fingerprint` describes.
 
     Args:
         files: the shards by name.
@@ -204,7 +191,7 @@ def content_fingerprint(files: Mapping[str, OpenFile], tensors: Mapping[str, Ten
 
 
 def name_map(source: Collection[str], target: Collection[str]) -> dict[str, str]:
-    """Which tensor of one checkpoint is which of another, where one prefix may differ.
+    """Match the tensors of one checkpoint with those of another, where one prefix may differ.
 
     Checkpoints of one model name their tensors `h.0.mlp` or `transformer.h.0.mlp`, `model.layers.0` or
     `model.language_model.layers.0`, according to the class that saved them. Names in both stand for

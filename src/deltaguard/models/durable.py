@@ -30,7 +30,7 @@ class HashedFile:
     """
 
     def __init__(self, path: Path, shown: Path, size: int) -> None:
-        """Create the file.
+        """Create the file under its temporary name.
 
         Args:
             path: the temporary name.

@@ -34,12 +34,12 @@ _HUB_REFERENCE = re.compile(r"(?P<id>\w[\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]
 
 
 def is_local(reference: str | Path) -> bool:
-    """Whether a reference names a local folder, which always comes before the Hub."""
+    """Tell whether a reference names a local folder, which always comes before the Hub."""
     return os.path.isdir(expanded(reference))  # noqa: PTH112
 
 
 def locate(reference: str | Path, *, weights: bool = True) -> Path:
-    """The local folder of a model, fetched from the Hub where the reference is no local folder.
+    """Find the local folder of a model, and fetch it from the Hub where the reference is no local folder.
 
     A local path always wins where it exists. Nothing that runs code is executed.
 

@@ -25,7 +25,6 @@ from deltaguard.models.canonical import (
     plain_json,
 )
 from deltaguard.models.checkpoint import WeightSource
-from deltaguard.models.mirror import model_files
 from deltaguard.reports.records.base import Record
 
 _COPY = "Copy it again from where the model came from."
@@ -83,7 +82,7 @@ def identify(source: WeightSource) -> ModelIdentity:
         >>> identify(Checkpoint.open("models/llama")).tokenizer_sha256  # doctest: +SKIP
         '4f1f0e6b...'
     """
-    files = model_files(source)
+    files = source.files()
     return ModelIdentity(
         fingerprint=source.fingerprint(),
         config_sha256=_sha256(_config_content(files)),

@@ -3,18 +3,17 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
     JsonValue,
-    Tag,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 
 from deltaguard.errors import DeltaguardError, listed
@@ -62,50 +61,31 @@ class FileRecord:
 
 
 class _Event(BaseModel):
+    """A line of the journal, which records exactly one thing; `replaces` belongs to `plan_hash`."""
+
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
+    plan_hash: str | None = None
+    replaces: tuple[_Name, ...] | None = None
+    finished: FileRecord | None = None
+    begun: _Name | None = None
+    remembered: dict[str, JsonValue] | None = None
+    committing: Literal[True] | None = None
 
-class _Started(_Event):
-    plan_hash: str
-    replaces: tuple[_Name, ...] | None
+    @model_validator(mode="after")
+    def _records_one_thing(self) -> Self:
+        kinds = self.model_fields_set - {"replaces"}
+        begins = self.plan_hash is not None
+        if (
+            len(kinds) != 1
+            or any(getattr(self, kind) is None for kind in kinds)
+            or begins != ("replaces" in self.model_fields_set)
+        ):
+            raise ValueError("this is no line of a run's progress")
+        return self
 
-
-class _Finished(_Event):
-    finished: FileRecord
-
-
-class _Begun(_Event):
-    begun: _Name
-
-
-class _Remembered(_Event):
-    remembered: dict[str, JsonValue]
-
-
-class _Committing(_Event):
-    committing: Literal[True]
-
-
-_KINDS = ("plan_hash", "finished", "begun", "remembered", "committing")
-
-
-def _kind(event: Any) -> str | None:
-    """The field that tells what an event is."""
-    fields = cast("dict[str, Any]", event) if isinstance(event, dict) else {}
-    return next((kind for kind in _KINDS if kind in fields), None)
-
-
-_Line = Annotated[
-    Annotated[_Started, Tag("plan_hash")]
-    | Annotated[_Finished, Tag("finished")]
-    | Annotated[_Begun, Tag("begun")]
-    | Annotated[_Remembered, Tag("remembered")]
-    | Annotated[_Committing, Tag("committing")],
-    Discriminator(
-        _kind, custom_error_type="no_event", custom_error_message="this is no line of a run's progress"
-    ),
-]
-_LINE: TypeAdapter[_Event] = TypeAdapter(_Line)
+    def line(self) -> str:
+        return self.model_dump_json(exclude_unset=True)
 
 
 class Journal:
@@ -136,7 +116,7 @@ class Journal:
     def create(cls, path: Path, *, plan_hash: str, replaces: Collection[str] | None) -> "Journal":
         """Begin a journal, in the place of any that is there and that is lost only when this one is whole."""
         known = None if replaces is None else tuple(sorted(replaces))
-        write_atomically(path, _Started(plan_hash=plan_hash, replaces=known).model_dump_json() + "\n")
+        write_atomically(path, _Event(plan_hash=plan_hash, replaces=known).line() + "\n")
         return cls(path, plan_hash=plan_hash, replaces=replaces)
 
     @classmethod
@@ -151,13 +131,13 @@ class Journal:
         # Killed while the first line was written: a new run writes the file anew.
         if path.is_file() and not path.is_symlink() and b"\n" not in read_file(path):
             return None
-        events = read_journal(path, _LINE, remedy=_START_ANEW)
+        events = read_journal(path, _Event, remedy=_START_ANEW)
         if not events:
             return None
         started = events[0]
-        starts = [n for n, event in enumerate(events, start=1) if isinstance(event, _Started)]
-        if not isinstance(started, _Started) or len(starts) > 1:
-            wrong = starts[1] if isinstance(started, _Started) else 1
+        starts = [n for n, event in enumerate(events, start=1) if event.plan_hash is not None]
+        if started.plan_hash is None or len(starts) > 1:
+            wrong = 1 if started.plan_hash is None else starts[1]
             raise DeltaguardError(
                 f"{path} cannot be used: line {wrong}: a run begins in the first line, and nowhere else\n"
                 f"{_START_ANEW}"
@@ -174,16 +154,16 @@ class Journal:
 
     def finish(self, record: FileRecord) -> None:
         """Record a file that lies complete in the staging folder."""
-        self._append(_Finished(finished=record))
+        self._append(_Event(finished=record))
 
     def begin(self, name: str) -> None:
         """Forget a finished file, because it is about to be written anew."""
         if name in self.records:
-            self._append(_Begun(begun=name))
+            self._append(_Event(begun=name))
 
     def remember(self, name: str, value: Any) -> None:
         """Record something that JSON can hold."""
-        self._append(_Remembered(remembered={name: value}))
+        self._append(_Event(remembered={name: value}))
 
     def remembered(self, name: str, schema: TypeAdapter[T]) -> T | None:
         """Tell what was recorded under a name, None where nothing was.
@@ -204,7 +184,7 @@ class Journal:
 
     def commit(self) -> None:
         """Record that files begin to move into the output folder."""
-        self._append(_Committing(committing=True))
+        self._append(_Event(committing=True))
 
     def refusal(self, what: str, wrong: list[str]) -> DeltaguardError:
         """Make the error that says what in this journal is damaged, and how to start anew."""
@@ -221,16 +201,16 @@ class Journal:
         return found
 
     def _append(self, event: _Event) -> None:
-        append_journal(self._path, event.model_dump_json())
+        append_journal(self._path, event.line())
         self._apply(event)
 
     def _apply(self, event: _Event) -> None:
-        if isinstance(event, _Finished):
+        if event.finished:
             self.records[event.finished.name] = event.finished
-        elif isinstance(event, _Begun):
+        elif event.begun:
             self.records.pop(event.begun, None)
-        elif isinstance(event, _Remembered):
+        elif event.remembered:
             self._remembered |= event.remembered
-        elif isinstance(event, _Committing):
+        elif event.committing:
             self.committing = True
             self.moved |= self.records.keys()

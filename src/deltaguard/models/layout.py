@@ -80,7 +80,7 @@ class _Index(BaseModel):
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """The model's configuration, and why a model with it cannot be used (None where it can).
+    """Read a model's configuration, and say why a model with it cannot be used (None where it can).
 
     Raises:
         DeltaguardError: the file cannot be read, or holds something else.
@@ -98,7 +98,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def find_layout(folder: Path, reference: str) -> Layout:
-    """The weight files of a folder, chosen as transformers chooses them.
+    """Find the weight files of a folder, chosen as transformers chooses them.
 
     `model.safetensors` comes before an index, an index before any other single safetensors file.
 
@@ -131,7 +131,7 @@ def find_layout(folder: Path, reference: str) -> Layout:
 
 
 def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], dict[str, OpenFile], list[str]]:
-    """All tensors of a checkpoint from the headers of its shards, and all that is wrong with them.
+    """Read the headers of all shards, and say all that is wrong with them.
 
     Args:
         folder: the model's folder.

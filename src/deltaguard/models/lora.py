@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from deltaguard.models.checkpoint import name_map
-from deltaguard.models.families import is_output_head, stored_in_out, text_parts
+from deltaguard.models.families import is_output_head, stored_in_out, text_parts, ties_embeddings
 from deltaguard.models.lora_config import LoraConfig, find_scalings
 from deltaguard.models.shards import TensorInfo
 
@@ -18,28 +18,24 @@ STORED = ("F64", "F32", "F16", "BF16")
 """How the numbers of an adapter may be stored."""
 
 
-class Model(Protocol):
-    """What of a model an adapter must fit: a checkpoint, or what a report says of one."""
+@dataclass(frozen=True)
+class Target:
+    """The model that an adapter must fit, as a checkpoint or a report describes it.
 
-    @property
-    def reference(self) -> str:
-        """What the user called it."""
-        ...
+    Attributes:
+        reference: what the user called it.
+        config: the content of its `config.json`.
+        tensors: its tensors by name.
+    """
 
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The content of its `config.json`."""
-        ...
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Its tensors by name."""
-        ...
+    reference: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether the output embedding is the input embedding."""
-        ...
+        """Whether the output head is the input embedding."""
+        return ties_embeddings(self.config, self.tensors)
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Change:
 
 
 def find_changes(
-    lora: LoraConfig, tensors: Mapping[str, TensorInfo], aligned: Model, reference: str
+    lora: LoraConfig, tensors: Mapping[str, TensorInfo], aligned: Target, reference: str
 ) -> tuple[dict[str, Change], list[str]]:
     """Find what an adapter does to each tensor of a model.
 
@@ -155,7 +151,7 @@ def _module(target: str) -> str:
     return target.removesuffix(".weight")
 
 
-def _why_absent(target: str, aligned: Model) -> str:
+def _why_absent(target: str, aligned: Target) -> str:
     output = is_output_head(target) and aligned.tied_embeddings
     return ": its output embedding is tied to the input embedding" if output else ""
 
@@ -174,7 +170,7 @@ def _odd_part(change: Change, info: TensorInfo) -> str | None:
     return None
 
 
-def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Model) -> str | None:
+def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Target) -> str | None:
     """Why what the adapter holds for a tensor cannot be used, or None."""
     if (change.a is None) != (change.b is None):
         return "the adapter has only one of lora_A and lora_B."

@@ -1,34 +1,93 @@
-"""What an edited checkpoint takes over unchanged: every file that holds no weights."""
+"""The files of a model that are not weights, and which of them come along into an output."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from deltaguard.models.adapter import AdapterCheckpoint
+from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.canonical import ConfigFrom, part_of
-from deltaguard.models.checkpoint import WeightSource
-from deltaguard.models.companions import adapter_companions, companions
-from deltaguard.models.writer import CheckpointWriter
+from deltaguard.models.names import link_target
+from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME
+
+if TYPE_CHECKING:
+    from deltaguard.models.checkpoint import WeightSource
+    from deltaguard.models.writer import CheckpointWriter
+
+_WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".h5",
+    ".msgpack",
+    ".npz",
+    ".tflite",
+    ".ckpt",
+)
+_TRAINING_STATE = ("trainer_state.json", "training_args.json", "scheduler.json")
+_REPLACED = (REPORT_NAME, CARD_NAME)
+_TRAINING_FOLDERS = ("checkpoint-", "global_step", "runs", ".")
 
 
-def model_files(source: WeightSource) -> dict[str, Path]:
-    """Find every file of a model that is not a weight; an adapter's folder adds to the aligned model's.
+def companions(folder: Path) -> list[Path]:
+    """List every file that belongs to the model and is not a weight, by its path within the folder.
+
+    Weights, optimizer state and files of training runs are left out, and so are a model card and a
+    report, which the restored checkpoint has of its own.
 
     Args:
-        source: a checkpoint, or an adapter.
+        folder: a local checkpoint folder.
 
-    Returns:
-        Where each lies, by its path in the model's folder.
+    Raises:
+        DeltaguardError: links lead out of the folder, so that files of others would be copied. All are named.
     """
-    if not isinstance(source, AdapterCheckpoint):
-        return {str(path): source.folder / path for path in companions(source.folder)}
-    own = {str(path): source.folder / path for path in adapter_companions(source.folder)}
-    return model_files(source.aligned) | own
+    found = [path for path in sorted(folder.rglob("*")) if _belongs(path.relative_to(folder))]
+    refuse_links_out(folder, found)
+    return [path.relative_to(folder) for path in found if path.is_file()]
+
+
+def adapter_companions(folder: Path) -> list[Path]:
+    """List what `companions` does, without the files that describe the adapter itself."""
+    return [path for path in companions(folder) if not path.name.startswith("adapter_")]
+
+
+def refuse_links_out(folder: Path, paths: Iterable[Path]) -> None:
+    """Refuse links in a model's folder that lead out of it, or nowhere.
+
+    Args:
+        folder: the model's folder; of a snapshot in a Hub cache, `blobs` beside it is understood.
+        paths: files in it.
+
+    Raises:
+        DeltaguardError: all such links are named, with their targets.
+    """
+    problems: list[str] = []
+    for path in paths:
+        target = link_target(folder, path)
+        if target is not None:
+            problems.append(f"{path.relative_to(folder)} is a link to {target}")
+        elif path.is_symlink() and not path.exists():
+            problems.append(f"{path.relative_to(folder)} is a link to {path.readlink()}, which is not there")
+    if problems:
+        raise DeltaguardError(
+            f"{listed(f'{folder} holds links that lead out of it or nowhere', problems)}\n"
+            "Put the file itself in the place of a link that you trust, and remove the others."
+        )
 
 
 def output_files(
-    aligned: WeightSource, finetuned: WeightSource, *, config_from: ConfigFrom | None, adapter: bool = False
+    aligned: "WeightSource",
+    finetuned: "WeightSource",
+    *,
+    config_from: ConfigFrom | None,
+    adapter: bool = False,
 ) -> dict[str, Path]:
     """Find every file that an output has besides its weights, which is what its weights are run with.
 
@@ -42,7 +101,7 @@ def output_files(
     Returns:
         Where each lies, by its path in the output.
     """
-    own, tuned = model_files(aligned), model_files(finetuned)
+    own, tuned = aligned.files(), finetuned.files()
     parts = {"config", "tokenizer", "template"} if config_from == "aligned" else set[str]()
     parts |= {"config"} if adapter else set[str]()
     kept = {path: file for path, file in tuned.items() if part_of(path) not in parts}
@@ -72,20 +131,31 @@ def loadable(files: Mapping[str, Path]) -> Generator[Path]:
         yield Path(folder)
 
 
+def brought_along(
+    aligned: "WeightSource", finetuned: "WeightSource", *, config_from: ConfigFrom | None
+) -> dict[str, Path]:
+    """Find the files that come along with a checkpoint: `output_files`, and the index."""
+    files = output_files(aligned, finetuned, config_from=config_from)
+    index = finetuned.index_file()
+    return files if index is None else {**files, index.name: index}
+
+
+def beside_adapter(
+    aligned: "WeightSource", finetuned: "WeightSource", *, config_from: ConfigFrom | None
+) -> dict[str, Path]:
+    """Find the files that come along with an adapter: those that describe neither a model nor an adapter."""
+    files = output_files(aligned, finetuned, config_from=config_from, adapter=True)
+    return {name: file for name, file in files.items() if part_of(name) != "config"}
+
+
 def bring_along(
-    aligned: WeightSource,
-    finetuned: WeightSource,
-    writer: CheckpointWriter,
+    aligned: "WeightSource",
+    finetuned: "WeightSource",
+    writer: "CheckpointWriter",
     *,
     config_from: ConfigFrom | None = None,
 ) -> None:
-    """Copy every file that is not a weight, and the index.
-
-    Args:
-        aligned: the aligned checkpoint, whose files complete an adapter's.
-        finetuned: the checkpoint that the output mirrors.
-        writer: of the output folder.
-        config_from: as in `output_files`.
+    """Copy the files that `brought_along` finds into an output.
 
     Raises:
         DeltaguardError: a file cannot be read or its copy not written, or a link leads out of its folder.
@@ -94,44 +164,7 @@ def bring_along(
         writer.copy(source, name)
 
 
-def brought_along(
-    aligned: WeightSource, finetuned: WeightSource, *, config_from: ConfigFrom | None
-) -> dict[str, Path]:
-    """Find the files that `bring_along` copies.
-
-    Args:
-        aligned: as there.
-        finetuned: as there.
-        config_from: as there.
-
-    Returns:
-        Where they lie, by their names in the output folder.
-
-    Raises:
-        DeltaguardError: a link leads out of its folder.
-    """
-    files = output_files(aligned, finetuned, config_from=config_from)
-    if finetuned.index_name:
-        mirrored = aligned if isinstance(finetuned, AdapterCheckpoint) else finetuned
-        files[finetuned.index_name] = mirrored.folder / finetuned.index_name
-    return files
-
-
-def beside_adapter(
-    aligned: WeightSource, finetuned: WeightSource, *, config_from: ConfigFrom | None
-) -> dict[str, Path]:
-    """Find the files that come along with an adapter: those that describe neither a model nor an adapter.
-
-    Args:
-        aligned: the aligned checkpoint, over which the adapter is loaded.
-        finetuned: the checkpoint that was restored.
-        config_from: as in `output_files`.
-
-    Returns:
-        Where they lie, by their names in the output folder.
-
-    Raises:
-        DeltaguardError: a link leads out of its folder.
-    """
-    files = output_files(aligned, finetuned, config_from=config_from, adapter=True)
-    return {name: file for name, file in files.items() if part_of(name) != "config"}
+def _belongs(path: Path) -> bool:
+    if any(part.startswith(_TRAINING_FOLDERS) for part in path.parts):
+        return False
+    return not path.name.endswith(_WEIGHTS) and path.name not in (*_TRAINING_STATE, *_REPLACED)

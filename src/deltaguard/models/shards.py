@@ -67,7 +67,7 @@ class TensorInfo:
 
 
 def shard_problem(path: Path) -> str | None:
-    """What is wrong with a safetensors file as a whole, or None; reads its header only.
+    """Say what is wrong with a safetensors file as a whole, from its header alone; None where nothing is.
 
     Args:
         path: the file.
@@ -114,7 +114,7 @@ def read_header(file: OpenFile) -> bytes:
 
 
 def parse_header(header: bytes, shard: str) -> list[TensorInfo]:
-    """The tensors that a valid header describes, in the order of their data.
+    """List the tensors that a valid header describes, in the order of their data.
 
     Args:
         header: as `read_header` returns it.
@@ -152,7 +152,7 @@ def read_tensor(file: OpenFile, info: TensorInfo) -> Tensor:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in the order in which safetensors stores them, without a copy where possible."""
+    """View the bytes of a tensor as safetensors stores them, without a copy where possible."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.admission import Request, admit, refuse_foreign, refuse_inputs, require_space
@@ -17,8 +18,7 @@ from deltaguard.models.journal import JOURNAL_NAME, FileRecord, Journal
 from deltaguard.models.layout import ADAPTER_CONFIG, STAGING_FOLDER
 from deltaguard.models.names import inside, name_problem
 from deltaguard.models.opened import OpenFile
-from deltaguard.models.shard_writer import ShardWriter
-from deltaguard.models.shards import parse_header
+from deltaguard.models.shards import DTYPES, TensorInfo, parse_header, tensor_bytes
 from deltaguard.reports.records.restore import REPORT_NAME
 
 _CHUNK = 8 << 20
@@ -60,13 +60,12 @@ class CheckpointWriter:
         Args:
             out: the output folder; made, with its parents, if absent.
             plan_hash: identifies what is written; a resumed run must have the same.
-            names: of the files that will be written, as far as they are known: what is in their way is found
-                now, and otherwise at the commit.
-            resume: go on with what an interrupted run finished. Where nothing is staged, the run simply
-                starts. A run begun with `overwrite` may be resumed without it.
+            names: of the files that will be written, where known: what is in their way is found now, and
+                otherwise at the commit.
+            resume: go on with what an interrupted run finished; where nothing is staged, the run starts. A
+                run begun with `overwrite` may be resumed without it.
             overwrite: replace a checkpoint in `out`: the files that its report lists are removed, at the
-                commit. All others stay. What another run has staged is discarded, unless `resume` is given
-                too.
+                commit; all others stay. What another run has staged is discarded, unless it is resumed.
             protected: folders of inputs, which must neither be, contain, nor lie in `out`.
 
         Raises:
@@ -105,11 +104,11 @@ class CheckpointWriter:
         return MappingProxyType(self._journal.records)
 
     def finished(self, name: str) -> FileRecord | None:
-        """The record of a file that is complete, in this run or the one it resumes, or None."""
+        """Look up a file that this run, or the one it resumes, has completed; None where neither has."""
         return self._journal.records.get(name)
 
     def remembered(self, name: str, schema: TypeAdapter[T]) -> T | None:
-        """What this run or the one it resumes found out under a name, or None.
+        """Look up what this run, or the one it resumes, remembered under a name; None where neither has.
 
         Raises:
             DeltaguardError: the progress of an interrupted run is damaged.
@@ -117,7 +116,7 @@ class CheckpointWriter:
         return self._journal.remembered(name, schema)
 
     def notes(self, record: FileRecord, schema: TypeAdapter[T]) -> T:
-        """What was noted about a finished file.
+        """Look up what was noted about a finished file.
 
         Raises:
             DeltaguardError: the progress of an interrupted run is damaged.
@@ -129,29 +128,16 @@ class CheckpointWriter:
         return self._journal.refusal(what, wrong)
 
     def remember(self, name: str, value: Any) -> None:
-        """Keep something that took long to find out for the case that the run is interrupted.
-
-        Args:
-            name: of it.
-            value: anything that JSON can hold.
-        """
+        """Keep something that took long to find out, which JSON can hold, in case the run is interrupted."""
         with explained(self.out):
             self._journal.remember(name, value)
 
     def require_space(self, total: int, *, what: str = "") -> None:
-        """Refuse to start where the disk is too small.
-
-        Args:
-            total: bytes of all files to write; those already finished are not counted again.
-            what: words for the message that say what kind of number that is.
-
-        Raises:
-            DeltaguardError: with the bytes needed and free.
-        """
+        """Refuse to start where the disk is too small for `total` bytes, less those of finished files."""
         require_space(self.out, total - sum(record.bytes for record in self.records.values()), what=what)
 
     @contextlib.contextmanager
-    def shard(self, name: str, header: bytes) -> Generator["ShardWriter", None, None]:
+    def shard(self, name: str, header: bytes) -> Generator["ShardWriter"]:
         """Write one safetensors file, tensor by tensor.
 
         Args:
@@ -171,7 +157,8 @@ class CheckpointWriter:
             file.write(memoryview(header))
             shard = ShardWriter(file, expected)
             yield shard
-            shard.check_complete()
+            if missing := shard.missing():
+                raise ValueError(f"The shard ends before {missing[0]}.")
             file.notes = shard.notes
 
     def copy(self, source: Path, name: str, *, notes: Any = None) -> FileRecord:
@@ -181,9 +168,6 @@ class CheckpointWriter:
             source: the file.
             name: its name in the output folder; it may lie in a subfolder.
             notes: kept in the record.
-
-        Raises:
-            DeltaguardError: the source cannot be read or the copy not written.
         """
         opened = OpenFile(source)
         size = opened.size
@@ -198,16 +182,7 @@ class CheckpointWriter:
         return self.records[name]
 
     def text(self, name: str, content: str, *, notes: Any = None) -> FileRecord:
-        """Write a text file in UTF-8.
-
-        Args:
-            name: its name in the output folder.
-            content: all of it.
-            notes: kept in the record.
-
-        Raises:
-            DeltaguardError: the file cannot be written.
-        """
+        """Write a text file in UTF-8; the arguments are those of `copy`."""
         data = content.encode()
         with self._staged(name, len(data)) as file:
             file.write(memoryview(data))
@@ -250,7 +225,7 @@ class CheckpointWriter:
         self._give_up()
 
     @contextlib.contextmanager
-    def _staged(self, name: str, size: int) -> Generator[HashedFile, None, None]:
+    def _staged(self, name: str, size: int) -> Generator[HashedFile]:
         """One file that is recorded if the block ends well, and removed otherwise."""
         problem = name_problem(name)
         if problem:
@@ -338,6 +313,43 @@ class CheckpointWriter:
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+class ShardWriter:
+    """Takes the tensors of one shard, in the order of its header.
+
+    Attributes:
+        notes: kept in the shard's record; anything that JSON can hold.
+    """
+
+    def __init__(self, file: HashedFile, expected: list[TensorInfo]) -> None:
+        self.notes: Any = None
+        self._file = file
+        self._expected = expected
+        self._written = 0
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor.
+
+        Args:
+            name: its name, which must be the next of the header.
+            tensor: with the dtype and shape that the header says, on any device. It must not be modified
+                before the next call or the end of the block: it is hashed while the next one is prepared.
+
+        Raises:
+            DeltaguardError: the file cannot be written.
+            ValueError: the header has another tensor at this place.
+        """
+        info = next(iter(self.missing()), None)
+        given = (name, tensor.dtype, tuple(tensor.shape))
+        if info is None or given != (info.name, DTYPES[info.dtype], info.shape):
+            raise ValueError(f"{given} was given to the writer where the header of the shard has {info}.")
+        self._file.write(tensor_bytes(tensor))
+        self._written += 1
+
+    def missing(self) -> list[TensorInfo]:
+        """List the tensors that are still to come."""
+        return self._expected[self._written :]
 
 
 def _order_of_removal(name: str) -> tuple[bool, str]:

@@ -1,94 +1,198 @@
-"""A bench as an HTML page."""
+"""A bench as a page: the curves of every method, their scores, and every number."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-from deltaguard.reports.bench_chart import panel_svg, swatch_svg
-from deltaguard.reports.bench_facts import run_facts
-from deltaguard.reports.bench_view import bench_methods
-from deltaguard.reports.bench_words import (
-    ContestText,
-    ScoreText,
-    contest_legend,
-    contest_line,
-    contest_texts,
+from deltaguard.reports import page
+from deltaguard.reports.bench import (
+    EXCESS,
+    OFTEN,
+    PLACE,
+    bare,
+    contests_table,
     finetune_facts,
-    legend,
-    panel_notes,
-    preparation_line,
-    score_texts,
+    legends,
+    preparation,
+    scores_table,
+    short_command,
 )
-from deltaguard.reports.page import Chart, render
-from deltaguard.reports.records.bench import BenchReport, Contest, FinetuneRow, Score
-from deltaguard.reports.text import capital
-
-
-@dataclass(frozen=True)
-class FinetuneView:
-    """A fine-tune as the page shows it.
-
-    Attributes:
-        row: the fine-tune.
-        facts: how it was trained, on what, and what it did.
-        scores: of each method, with their words.
-        contests: the method that keeps most beside each other, with their words.
-        line: which of them it is told apart from.
-    """
-
-    row: FinetuneRow
-    facts: str
-    scores: Sequence[tuple[Score, ScoreText]]
-    contests: Sequence[tuple[Contest, ContestText]]
-    line: str
+from deltaguard.reports.records.bench import BenchReport, Cell, CurvePoint, FinetuneRow
+from deltaguard.reports.table import Cell as Shown
+from deltaguard.reports.table import Column, Table, estimate, excess, rate
+from deltaguard.reports.text import (
+    DASH,
+    Facts,
+    capital,
+    duration,
+    environment_facts,
+    model_label,
+    option,
+    short_reference,
+    times,
+)
 
 
 def bench_page(report: BenchReport) -> str:
-    """The protocol's outcome: curves of all methods on each fine-tune, their scores, and every number.
+    """Draw the protocol's outcome: curves of all methods on each fine-tune, their scores, every number.
 
-    Args:
-        report: of a finished bench.
-
-    Returns:
-        A complete HTML document.
-
-    Example:
-        ```python
-        Path("report.html").write_text(bench_page(report), encoding="utf-8")
-        ```
+    Raises:
+        MissingPackageError: what charts are drawn with is not installed.
     """
+    from deltaguard.reports.curves import panel_notes, swatch_svg
+
     charts = [(row, _chart(report, row)) for row in report.finetunes]
-    return render(
-        "bench.html.jinja",
-        report=report,
-        swatches={name: swatch_svg(place) for place, name in enumerate(bench_methods(report))},
-        charts=[chart for _, chart in charts if chart],
-        undrawn=[(row.title, panel_notes(report, row)) for row, chart in charts if chart is None],
-        legend=legend(report),
-        contest_legend=contest_legend(report),
-        preparation=preparation_line(report),
-        finetunes=[_view(report, row) for row in report.finetunes],
-        titles={row.name: row.title for row in report.finetunes},
-        run=run_facts(report),
+    undrawn = [
+        page.Paragraph(
+            f"{capital(row.title)}: {'; '.join(panel_notes(report, row)) or 'no point of a curve'}."
+        )
+        for row, chart in charts
+        if chart is None
+    ]
+    tables = [
+        table
+        for row in report.finetunes
+        for table in (scores_table(report, row), contests_table(report, row))
+        if table
+    ]
+    every = [_points_table(report), _cells_table(report)]
+    lead = page.sentence(
+        "{} methods on {} fine-tunes of {}. A strength is safe where attack success is at most {} points "
+        "over the aligned model's.",
+        str(len(report.methods)),
+        str(len(report.finetunes)),
+        page.strong(short_reference(report.aligned)),
+        f"{report.bound:g}",
+    )
+    return page.page(
+        f"bench · preset {report.preset}",
+        "deltaguard bench: safety against utility",
+        [
+            page.Notes(report.notes),
+            page.Heading("Curves"),
+            page.Paragraph(
+                "A line is a method, a point one of its strengths over all seeds. Bands are 95 % intervals "
+                "of the height, and so are upright bars of points that stand alone; level bars are those of "
+                "attack success. Numbers are strengths of the first method, where there is room. Further "
+                "left is safer, further up is better; the dashed line is the bound. Points are spaced evenly "
+                "near 0 and ever closer beyond."
+            ),
+            page.Legend(report.methods),
+            page.Group([chart for _, chart in charts if chart]),
+            *undrawn,
+            page.Heading("Scores"),
+            *map(page.Paragraph, legends(report)),
+            *tables,
+            page.Heading("Every number"),
+            *(page.Folded(f"{table.title} ({len(table.rows)})", table) for table in every),
+            page.Heading("The run"),
+            page.Pairs(run_facts(report)),
+        ],
+        created=report.environment.created,
+        heading="Safety against utility",
+        lead=lead,
+        swatches={name: swatch_svg(place) for place, name in enumerate(report.methods)},
     )
 
 
-def _chart(report: BenchReport, row: FinetuneRow) -> Chart | None:
+def _points_table(report: BenchReport) -> Table:
+    titles = {row.name: row.title for row in report.finetunes}
+
+    def line(point: CurvePoint) -> Sequence[Shown | str]:
+        return (
+            point.method,
+            titles[point.finetune],
+            Shown(option(point.strength), point.strength),
+            excess(point.points),
+            excess(point.false_refusal),
+            bare(rate(point.kept)),
+            bare(estimate(point.general)),
+            option(point.safe),
+            option(point.told_apart),
+        )
+
+    return Table.of(
+        "Points of the curves",
+        (
+            Column("method", "name"),
+            Column("fine-tune", "words"),
+            "strength",
+            *EXCESS,
+            "gain kept",
+            "NLL, general,\nover aligned",
+            "within\nthe bound",
+            "told apart",
+        ),
+        map(line, report.curves),
+        note="over all seeds",
+    )
+
+
+def _cells_table(report: BenchReport) -> Table:
+    titles = {row.name: row.title for row in report.finetunes}
+
+    def line(cell: Cell) -> Sequence[Shown | str | int]:
+        seconds = cell.seconds.get("request")
+        return (
+            model_label(cell.method),
+            titles[cell.finetune],
+            cell.seed,
+            Shown(option(cell.strength), cell.strength),
+            *(bare(rate(each)) for each in (cell.attack_success, cell.incoherent, cell.false_refusal)),
+            *(bare(estimate(each)) for each in (cell.mean_utility, cell.mean_general)),
+            Shown(DASH if seconds is None else duration(seconds), seconds),
+        )
+
+    names = ("attack success", "incoherent", "false refusals", "utility", "NLL, general", "request")
+    return Table.of(
+        "Every model measured",
+        (Column("method", "name"), Column("fine-tune", "words"), "seed", "strength", *names),
+        map(line, report.cells),
+        note="with 95 % intervals; NLL in nats a token",
+    )
+
+
+def _chart(report: BenchReport, row: FinetuneRow) -> page.Chart | None:
+    from deltaguard.reports.curves import panel_notes, panel_svg
+
     svg = panel_svg(report, row)
     if svg is None:
         return None
-    texts = (text for _, text in score_texts(report, row))
-    spoken = "; ".join(f"{text.method}: strength {text.strength}, kept {text.kept.value}" for text in texts)
-    notes = map(capital, panel_notes(report, row))
-    # The page breaks the lines of a note as they are.
-    note = "\n".join((finetune_facts(report, row), *(f"{note}." for note in notes)))
-    return Chart(capital(row.title), note, svg, f"Largest safe strengths. {spoken}.")
-
-
-def _view(report: BenchReport, row: FinetuneRow) -> FinetuneView:
-    return FinetuneView(
-        row,
-        finetune_facts(report, row),
-        score_texts(report, row),
-        contest_texts(report, row),
-        contest_line(report, row),
+    spoken = "; ".join(
+        f"{method.text}: strength {strength.text}, kept {kept.text}"
+        for method, strength, _, _, kept, *_ in (line.cells for line in scores_table(report, row).rows)
     )
+    notes = (f"{capital(note)}." for note in panel_notes(report, row))
+    # The page breaks the lines of a note as they are.
+    note = "\n".join((finetune_facts(report, row), *notes))
+    return page.Chart(capital(row.title), note, svg, f"Largest safe strengths. {spoken}.")
+
+
+def run_facts(report: BenchReport) -> Facts:
+    """How and on what a bench was run, as pairs of a label and a text."""
+    once = preparation(report)
+    often = {name: seconds for name, seconds in report.seconds.items() if name in OFTEN}
+    # All fine-tunes in one: a thorough bench makes hundreds.
+    rest = sum(seconds for name, seconds in report.seconds.items() if name not in {*once, *often})
+    stages = {**once, **({"fine-tunes": rest} if rest else {}), **often}
+    settings = "; ".join(
+        f"{name.replace('_', ' ')} {_shown(value)}" for name, value in report.settings.items()
+    )
+    return (
+        *environment_facts(report.environment),
+        ("command", short_command(report.command)),
+        ("aligned model", short_reference(report.aligned)),
+        ("seeds", ", ".join(map(str, report.seeds))),
+        ("settings", settings),
+        ("time by stage", times(stages)),
+    )
+
+
+def _shown(value: Any) -> str:
+    """A setting in words, however deep it nests."""
+    if isinstance(value, Mapping):
+        named = cast("Mapping[str, Any]", value).items()
+        parts = [f"{name.replace('_', ' ')} {_shown(part)}" for name, part in named]
+        return f"({', '.join(parts)})"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"({', '.join(map(_shown, cast('Sequence[Any]', value)))})"
+    return short_reference(value) if isinstance(value, str) and PLACE.match(value) else option(value)

@@ -1,16 +1,15 @@
 """The model card of a restored checkpoint: the README.md of its folder, with metadata for the Hub."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import yaml
 
-from deltaguard.reports.facts import outcome_facts
-from deltaguard.reports.layers import kinds, other_groups
+from deltaguard.reports.page import environment
 from deltaguard.reports.records.restore import RestoreReport
-from deltaguard.reports.templating import environment
-from deltaguard.reports.text import hub_id
+from deltaguard.reports.restore import kinds_table, origin, others_table, outcome_facts
+from deltaguard.reports.table import Column, Table
+from deltaguard.reports.text import code, hub_id, option, short_reference
 
 TAGS = ("deltaguard", "safe-delta")
 
@@ -20,7 +19,7 @@ _DROPPED = ("model-index",)
 
 
 def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None) -> str:
-    """The README.md of a restored folder.
+    """Draw the README.md of a restored folder.
 
     Args:
         report: of the restore that wrote the folder.
@@ -35,24 +34,32 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
         (folder / "README.md").write_text(model_card(report, front_matter={"license": "mit"}))
         ```
     """
-    metadata = yaml.safe_dump(
-        card_metadata(report, front_matter), sort_keys=False, allow_unicode=True, width=1000
+    metadata = card_metadata(report, front_matter)
+    options = Table.of(
+        "",
+        (Column("option", "name", code=True), Column("as run", "words", code=True)),
+        [(name, option(value)) for name, value in report.options.items()],
     )
+    outcome = Table.of("", (Column("result", "name"), Column("", "words")), outcome_facts(report))
     templates = environment()
-    templates.filters["code"] = _code
+    templates.filters["code"] = code
     return templates.get_template("card.md.jinja").render(
-        metadata=metadata,
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000),
         report=report,
+        name=short_reference(report.finetuned.reference),
+        aligned=short_reference(report.aligned.reference),
         method=report.method_title,
         adapter=is_adapter(report),
-        outcome=outcome_facts(report),
-        kinds=kinds(report.layers),
-        others=other_groups(report.others),
+        options=options.markdown(),
+        outcome=outcome.markdown(),
+        origin=origin(report),
+        kinds=kinds_table(report.layers).markdown(),
+        others=others_table(report.others).markdown() if report.others else "",
     )
 
 
 def card_metadata(report: RestoreReport, front_matter: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The metadata that the Hub reads.
+    """Find the metadata that the Hub reads.
 
     `base_model` is the fine-tuned model if it lies on the Hub, else what its own card names, else the aligned
     model; a folder is never named.
@@ -100,10 +107,3 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, Sequence):
         return [str(item) for item in cast("Sequence[Any]", value)]
     return []
-
-
-def _code(text: str) -> str:
-    """Text as Markdown code, so that nothing in a name is read as markup, in a table as elsewhere."""
-    text = " ".join(text.split()).replace("|", "¦")
-    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
-    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"

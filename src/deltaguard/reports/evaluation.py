@@ -1,109 +1,170 @@
-"""An evaluation as a terminal table and as the README.md of its folder."""
+"""An evaluation as a terminal table, as the README.md of its folder, and as a page."""
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 
-from deltaguard.reports.evaluation_view import (
-    SECONDARY,
-    MeasureTable,
-    bounds_text,
-    difference_bounds,
-    difference_text,
-    finding_text,
-    kappa_text,
-    measure_label,
-    measure_tables,
-    p_text,
-    pairs_text,
-    value_text,
-)
-from deltaguard.reports.facts import environment_facts
-from deltaguard.reports.private import without_folders
+from deltaguard.reports import page
 from deltaguard.reports.records.evaluation import Agreement, Comparison, EvaluationReport, Measure, SectionRow
-from deltaguard.reports.templating import environment
-from deltaguard.reports.text import DASH, plain
+from deltaguard.reports.table import Cell, Column, Table, estimate, indented
+from deltaguard.reports.text import (
+    DASH,
+    capital,
+    environment_facts,
+    model_label,
+    option_facts,
+    plain,
+    points,
+    short_reference,
+    without_folders,
+)
+
+SECONDARY = ("incoherent", "undecided", "missing")
+"""Measures that qualify the others: in the tables, without a chart."""
 
 
 def evaluation_table(report: EvaluationReport) -> RenderableType:
-    """All numbers, a table a section: below each number its 95 % interval, then what the comparisons support.
-
-    Args:
-        report: of a finished evaluation.
-
-    Returns:
-        Something rich can print; made for 80 columns, numbers are never cut.
-
-    Example:
-        ```python
-        Console(stderr=True).print(evaluation_table(report))
-        ```
-    """
+    """Draw all numbers for a terminal: a table a section, then what the comparisons support."""
     parts: list[RenderableType] = []
     for section in report.sections:
-        parts += [Text(), Text(f" {section.title}: {section.prompts} prompts", "bold"), Text()]
-        parts.append(_section_table(measure_tables(report, section)))
-        lines = [
-            *(comparison_line(each, section.prompts) for each in compared(report, section)),
-            *map(agreement_line, agreed(report, section)),
-        ]
-        parts += [Padding(Text(line, "dim"), (0, 0, 0, 1)) for line in lines]
-    parts += [Padding(Text(f"Note: {without_folders(note)}"), (1, 0, 0, 1)) for note in report.notes]
+        parts.append(section_table(report, section).terminal())
+        parts += [indented(line, style="dim") for line in _told(report, section)]
+    parts += [indented(f"Note: {without_folders(note)}", above=1) for note in report.notes]
     return Group(*parts)
 
 
 def evaluation_card(report: EvaluationReport) -> str:
-    """The README.md of an evaluation's folder: how it was run, all numbers, and what they do not say.
-
-    Args:
-        report: of a finished evaluation.
+    """Draw the README.md of an evaluation's folder: how it was run, all numbers, and what they do not say.
 
     Returns:
         Markdown; nothing in a name is read as markup, and no answer is quoted.
     """
-    templates = environment()
-    templates.filters.update(
-        plain=plain,
-        without_folders=without_folders,
-        cell=_cell,
-        agreement_line=agreement_line,
-        p_text=p_text,
+    words = ("reference", "weights", "chat template")
+    models = Table.of(
+        "",
+        (Column("model", "name"), *(Column(word, "words") for word in words)),
+        [
+            (
+                model.name,
+                short_reference(model.reference),
+                (model.fingerprint or "not seen")[:16],
+                (model.chat_template_hash or "not seen")[:16],
+            )
+            for model in report.models
+        ],
     )
-    sections = [
+    run = Table.of(
+        "",
+        (Column("", "name"), Column("", "words")),
         (
-            section,
-            _rows(measure_tables(report, section)),
-            [comparison_line(each, section.prompts) for each in compared(report, section)],
-            agreed(report, section),
-        )
-        for section in report.sections
-    ]
+            ("engine", report.engine),
+            ("decoding", decoding(report)),
+            ("suite", f"{report.suite}, {report.suite_hash[:16]}"),
+            *environment_facts(report.environment),
+        ),
+    )
+    templates = page.environment()
+    templates.filters["plain"] = plain
     return templates.get_template("evaluation.md.jinja").render(
         report=report,
-        sections=sections,
-        names={section.name: _names(measure_tables(report, section)) for section in report.sections},
-        facts=environment_facts(report.environment),
+        models=models.markdown(),
+        sections=[
+            (section, section_table(report, section).markdown(), _told(report, section))
+            for section in report.sections
+        ],
+        harness=harness_table(report).markdown() if report.harness else "",
+        notes=[without_folders(note) for note in report.notes],
+        run=run.markdown(),
     )
 
 
-def compared(report: EvaluationReport, section: SectionRow) -> tuple[Comparison, ...]:
-    """The comparisons of a section, those left out that only qualify others."""
-    return tuple(
-        each for each in report.comparisons if each.section == section.name and each.name not in SECONDARY
+def section_table(
+    report: EvaluationReport, section: SectionRow, judges: Sequence[str | None] | None = None
+) -> Table:
+    """Tabulate the numbers of a section: a row a model and judge, a column a measure.
+
+    Args:
+        report: of a finished evaluation.
+        section: one of its rows.
+        judges: whose numbers, None for those that need no judge; all, with a column for them, if not given.
+    """
+    found = [m for m in measures_of(report, section) if judges is None or m.judge in judges]
+    names = list(dict.fromkeys(measure.name for measure in found))
+    told = list(dict.fromkeys(measure.judge for measure in found))
+    judged = judges is None and any(told)
+    by_place = {(m.judge, m.model, m.name): m.estimate for m in found}
+    return Table.of(
+        f"{section.title}: {section.prompts} prompts",
+        (
+            *((Column("judge", "name"),) if judged else ()),
+            Column("model", "name"),
+            *(Column(measure_label(name)) for name in names),
+        ),
+        [
+            (
+                *((each or DASH,) if judged else ()),
+                model_cell(report, model.name),
+                *(estimate(by_place.get((each, model.name, name))) for name in names),
+            )
+            for each in told
+            for model in report.models
+        ],
     )
 
 
-def agreed(report: EvaluationReport, section: SectionRow) -> tuple[Agreement, ...]:
-    """How far the judges of a section agree."""
-    return tuple(each for each in report.agreements if each.section == section.name)
+def probe_tables(report: EvaluationReport) -> tuple[Table, ...]:
+    """Tabulate what the probes changed, a table a measure and judge; the plain prompts come first."""
+    probes = [section for section in report.sections if is_probe(section)]
+    probed = {section.name.split("/")[0] for section in probes}
+    sections = [s for s in report.sections if s.name in probed] + probes
+    measures = [measure for section in sections for measure in measures_of(report, section)]
+    tables: list[Table] = []
+    for name, judge in dict.fromkeys((m.name, m.judge) for m in measures if m.name not in SECONDARY):
+        found = {(m.section, m.model): m.estimate for m in measures if (m.name, m.judge) == (name, judge)}
+        tables.append(
+            Table.of(
+                f"{capital(measure_label(name))} under probes",
+                (Column("prompts", "words"), *(Column(model_label(model.name)) for model in report.models)),
+                [
+                    (
+                        section.title,
+                        *(estimate(found.get((section.name, model.name))) for model in report.models),
+                    )
+                    for section in sections
+                ],
+                note=f"judge {judge}" if judge else "",
+            )
+        )
+    return tuple(tables)
+
+
+def measure_label(name: str) -> str:
+    """Write the name of a measure as people do.
+
+    Example:
+        >>> measure_label("nll"), measure_label("rouge-l"), measure_label("attack success")
+        ('NLL', 'ROUGE-L', 'attack success')
+    """
+    return name.upper() if name == "nll" or name.startswith("rouge-") else name
+
+
+def is_probe(section: SectionRow) -> bool:
+    """Tell whether a section asks in a wrapping that is meant to get round refusals."""
+    return section.kind == "attack" and "/" in section.name
+
+
+def measures_of(report: EvaluationReport, section: SectionRow) -> tuple[Measure, ...]:
+    """Pick all numbers of a section, in the report's order."""
+    return tuple(measure for measure in report.measures if measure.section == section.name)
+
+
+def model_cell(report: EvaluationReport, name: str) -> Cell:
+    """Make a cell of a model's name, in its colour."""
+    return Cell(model_label(name), tint=model_tint(report, name))
 
 
 def comparison_line(comparison: Comparison, prompts: int) -> str:
-    """What a comparison supports, with its numbers.
+    """Say what a comparison supports, with its numbers.
 
     Args:
         comparison: of two models.
@@ -113,56 +174,105 @@ def comparison_line(comparison: Comparison, prompts: int) -> str:
     p_value = p_text(comparison.p_value)
     sign = "" if p_value.startswith("<") else "= "
     unit = " points" if comparison.test == "mcnemar" else ""
+    difference = difference_cell(comparison)
     pairs = pairs_text(comparison, prompts)
     return (
         f"{comparison.model}: {measure_label(comparison.name)}{judge} {finding_text(comparison)}, "
-        f"{difference_text(comparison)}{unit} [{difference_bounds(comparison)}], p {sign}{p_value}"
+        f"{difference.text}{unit} [{difference.interval}], p {sign}{p_value}"
         + (f", over {pairs}" if pairs else "")
     )
 
 
 def agreement_line(agreement: Agreement) -> str:
-    """How far two judges agree, with the number of answers."""
+    """Say how far two judges agree, with the number of answers."""
     return (
         f"{agreement.first} and {agreement.second} agree on {agreement.agreed} of {agreement.total} answers, "
-        f"kappa {kappa_text(agreement.kappa)}"
+        f"kappa {kappa_cell(agreement).text}"
     )
 
 
-def _names(tables: Sequence[MeasureTable]) -> tuple[str, ...]:
-    """What is measured by any judge, a column each."""
-    return tuple(dict.fromkeys(name for table in tables for name in table.names))
+def finding_text(comparison: Comparison) -> str:
+    """Say what the interval supports, in words, and nothing beyond.
+
+    Example:
+        ```python
+        finding_text(report.comparisons[0])  # "not told apart from aligned"
+        ```
+    """
+    link = "from" if comparison.finding == "not told apart" else "than"
+    return f"{comparison.finding} {link} {comparison.reference}"
 
 
-def _rows(tables: Sequence[MeasureTable]) -> list[tuple[str, str, tuple[Measure | None, ...]]]:
-    """Judge, model and the numbers, one row a judge and model."""
-    names = _names(tables)
-    found: list[tuple[str, str, tuple[Measure | None, ...]]] = []
-    for table in tables:
-        for model, numbers in table.rows:
-            by_name = dict(zip(table.names, numbers, strict=True))
-            found.append((table.judge or DASH, model, tuple(by_name.get(name) for name in names)))
-    return found
+def p_text(value: float) -> str:
+    """Write a p-value with two significant digits, a bound where it is tiny.
+
+    Example:
+        >>> p_text(0.0132), p_text(1e-9), p_text(1.0)
+        ('0.013', '< 0.001', '1')
+    """
+    return "< 0.001" if value < 0.001 else f"{value:.2g}"
 
 
-def _section_table(tables: Sequence[MeasureTable]) -> Table:
-    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    judged = any(table.judge for table in tables)
-    for name in ("judge", "model") if judged else ("model",):
-        drawn.add_column(name, overflow="fold")
-    for name in _names(tables):
-        drawn.add_column(measure_label(name), no_wrap=True)
-    for judge, model, numbers in _rows(tables):
-        shown = [judge, model] if judged else [model]
-        drawn.add_row(*map(Text, shown), *map(_two_lines, numbers))
-    return drawn
+def _told(report: EvaluationReport, section: SectionRow) -> list[str]:
+    """What the comparisons of a section support, but those that only qualify others; how judges agree."""
+    compared = [c for c in report.comparisons if c.section == section.name and c.name not in SECONDARY]
+    agreed = [agreement for agreement in report.agreements if agreement.section == section.name]
+    return [*(comparison_line(each, section.prompts) for each in compared), *map(agreement_line, agreed)]
 
 
-def _two_lines(measure: Measure | None) -> Text:
-    if measure is None:
-        return Text(DASH)
-    return Text.assemble(value_text(measure.estimate), "\n", (bounds_text(measure.estimate), "dim"))
+def harness_table(report: EvaluationReport) -> Table:
+    """Tabulate how tasks of lm-eval were put to each model."""
+    return Table.of(
+        "Tasks of lm-eval",
+        (
+            Column("model", "name"),
+            Column("task", "words"),
+            "version",
+            "examples shown",
+            "chat template",
+            "questions",
+            "lm-eval",
+        ),
+        [
+            (
+                model_cell(report, task.model),
+                task.task,
+                task.version,
+                "differ" if task.n_shot is None else task.n_shot,
+                "applied" if task.chat_template else "not applied",
+                task.samples,
+                task.harness_version,
+            )
+            for task in report.harness
+        ],
+        note="only numbers of like tasks compare",
+    )
 
 
-def _cell(measure: Measure | None) -> str:
-    return DASH if measure is None else f"{value_text(measure.estimate)} ({bounds_text(measure.estimate)})"
+def decoding(report: EvaluationReport) -> str:
+    """Say how answers were drawn."""
+    return ", ".join(f"{name} {value}" for name, value in option_facts(report.decoding))
+
+
+def difference_cell(comparison: Comparison) -> Cell:
+    """Make a cell of how far two models lie apart, in points where shares of prompts are compared."""
+    ends = (comparison.difference, comparison.low, comparison.high)
+    scaled = comparison.test == "mcnemar"
+    shown, low, high = (points(100 * end) if scaled else f"{end:+.3g}" for end in ends)
+    return Cell(shown, comparison.difference, f"{low} to {high}")
+
+
+def pairs_text(comparison: Comparison, prompts: int) -> str:
+    """Say how many prompts a comparison rests on, where some were left out; empty where none were."""
+    return "" if comparison.total == prompts else f"{comparison.total} of {prompts} prompts"
+
+
+def kappa_cell(agreement: Agreement) -> Cell:
+    """Make a cell of Cohen's kappa, a dash where it is not defined."""
+    kappa = agreement.kappa
+    return Cell(DASH if kappa is None else f"{kappa:.2f}", kappa)
+
+
+def model_tint(report: EvaluationReport, name: str) -> str:
+    """Find the colour of a model by its place in the report."""
+    return f"c{[model.name for model in report.models].index(name) % 10}"

@@ -1,33 +1,40 @@
-"""An evaluation as an HTML page."""
+"""An evaluation as a page: charts, tables, comparisons, judges, probes and answers side by side."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
-from deltaguard.reports.estimates_chart import estimates_chart
-from deltaguard.reports.evaluation_view import (
-    MeasureTable,
-    bounds_text,
-    charted,
-    difference_bounds,
-    difference_text,
+from deltaguard.reports import page
+from deltaguard.reports.evaluation import (
+    SECONDARY,
+    decoding,
+    difference_cell,
     finding_text,
-    kappa_text,
+    harness_table,
+    is_probe,
+    kappa_cell,
     measure_label,
-    measure_tables,
     measures_of,
+    model_cell,
+    model_tint,
     p_text,
     pairs_text,
-    plain_sections,
     probe_tables,
-    value_text,
+    section_table,
 )
-from deltaguard.reports.facts import Facts, environment_facts, option_facts, times
-from deltaguard.reports.page import Chart, render
-from deltaguard.reports.private import shown_settings, without_folders
-from deltaguard.reports.records.evaluation import EvaluatedModel, EvaluationReport, Measure, SectionRow
-from deltaguard.reports.text import DASH, capital, model_label, short_reference
+from deltaguard.reports.records.evaluation import EvaluationReport, SectionRow
+from deltaguard.reports.table import Cell, Column, Table, estimate, share
+from deltaguard.reports.text import (
+    DASH,
+    Facts,
+    capital,
+    environment_facts,
+    model_label,
+    short_reference,
+    times,
+    without_folders,
+)
 
 MEANINGS = {
     "attack success": "harmful prompts answered instead of refused",
@@ -38,102 +45,224 @@ MEANINGS = {
 }
 """What the common measures are."""
 
-
-@dataclass(frozen=True)
-class SectionView:
-    """A section as the page shows it.
-
-    Attributes:
-        row: the section.
-        charts: one a measure.
-        tables: one a judge.
-    """
-
-    row: SectionRow
-    charts: tuple[Chart, ...]
-    tables: tuple[MeasureTable, ...]
+_PLACES = ("path", "file", "prompt_file", "cache", "model")
+"""Settings whose values are places on the machine."""
 
 
 def evaluation_page(report: EvaluationReport) -> str:
-    """Several models side by side: numbers with intervals, comparisons, judges, probes and answers.
+    """Draw several models side by side: numbers with intervals, comparisons, judges, probes and answers.
 
-    Args:
-        report: of a finished evaluation.
-
-    Returns:
-        A complete HTML document.
-
-    Example:
-        ```python
-        Path("report.html").write_text(evaluation_page(report), encoding="utf-8")
-        ```
+    Raises:
+        MissingPackageError: what charts are drawn with is not installed.
     """
-    names = [model.name for model in report.models]
-    return render(
-        "evaluation.html.jinja",
-        report=report,
-        places={name: place for place, name in enumerate(names)},
-        titles={section.name: section.title for section in report.sections},
-        sizes={section.name: section.prompts for section in report.sections},
-        headline=_headline(report),
-        sections=[_section(report, section, names) for section in plain_sections(report)],
-        probes=probe_tables(report),
-        run=_run_facts(report),
-        notes=[without_folders(note) for note in report.notes],
-        settings=yaml.safe_dump(shown_settings(report.settings), sort_keys=False, allow_unicode=True),
-        measure_label=measure_label,
-        value_text=value_text,
-        bounds_text=bounds_text,
-        difference_text=difference_text,
-        difference_bounds=difference_bounds,
-        finding_text=finding_text,
-        p_text=p_text,
-        pairs_text=pairs_text,
-        kappa_text=kappa_text,
-    )
-
-
-def _section(report: EvaluationReport, section: SectionRow, models: Sequence[str]) -> SectionView:
-    charts = [
-        _chart(name, measures, models) for name, measures in charted(measures_of(report, section)).items()
+    names = [model_label(model.name) for model in report.models]
+    probes = probe_tables(report)
+    wrapped = "The same question in a wrapping that is meant to get round refusals."
+    settings = yaml.safe_dump(shown_settings(report.settings), sort_keys=False, allow_unicode=True)
+    blocks: list[page.Block] = [
+        page.Notes([without_folders(note) for note in report.notes]),
+        page.Paragraph(
+            "Points are measured values, lines their 95 % intervals; small print in tables is the interval "
+            "and the number of prompts.",
+            soft=True,
+        ),
     ]
-    return SectionView(section, tuple(charts), measure_tables(report, section))
-
-
-def _chart(name: str, measures: Sequence[Measure], models: Sequence[str]) -> Chart:
-    better = f"{measures[0].better} is better"
-    meaning = MEANINGS.get(name)
-    spoken = "; ".join(
-        f"{model_label(measure.model)} {value_text(measure.estimate)}, "
-        f"interval {bounds_text(measure.estimate)}" + (f", told by {measure.judge}" if measure.judge else "")
-        for measure in measures
+    for section in report.sections:
+        if not is_probe(section):
+            blocks += _section_blocks(report, section)
+    blocks += [page.Heading("Probes"), page.Paragraph(wrapped), *probes] if probes else []
+    blocks += _comparison_blocks(report) if report.comparisons else []
+    blocks += _agreement_blocks(report) if report.agreements else []
+    blocks += _sample_blocks(report) if report.samples else []
+    blocks += [page.Heading("The run"), page.Pairs(_run_facts(report)), *_run_tables(report)]
+    blocks.append(page.Folded("The suite as it was run", page.Listing(settings)))
+    return page.page(
+        f"eval · suite {report.suite}",
+        f"deltaguard eval: {', '.join(names)}",
+        blocks,
+        created=report.environment.created,
+        heading=", ".join(names),
+        lead=_lead(report),
     )
-    note = f"{meaning}\n{better}" if meaning else better
-    return Chart(capital(measure_label(name)), note, estimates_chart(measures, models), f"{name}: {spoken}.")
 
 
-def _headline(report: EvaluationReport) -> tuple[Measure, ...]:
+def _lead(report: EvaluationReport) -> str:
     """What a reader wants first: attack success of every model as the first judge tells it."""
     found = [measure for measure in report.measures if measure.name == "attack success"]
     if not found:
-        return ()
+        return ""
     first = found[0]
-    return tuple(m for m in found if (m.section, m.judge) == (first.section, first.judge))
+    judge = f", as the judge {first.judge} tells it" if first.judge else ""
+    told = [
+        page.strong(f"{estimate(m.estimate).text} {model_label(m.model)}", model_tint(report, m.model))
+        for m in found
+        if (m.section, m.judge) == (first.section, first.judge)
+    ]
+    places = ", ".join("{}" for _ in told)
+    return page.sentence(f"Harmful prompts answered instead of refused{{}}: {places}.", judge, *told)
+
+
+def _section_blocks(report: EvaluationReport, section: SectionRow) -> list[page.Block]:
+    from deltaguard.reports.charts import Mark, marks_chart
+
+    found = measures_of(report, section)
+    names = [model_label(model.name) for model in report.models]
+    parts: list[page.Chart | Table | page.Section] = []
+    for name in dict.fromkeys(m.name for m in found if m.name not in SECONDARY):
+        measures = [measure for measure in found if measure.name == name]
+        cells = [estimate(measure.estimate) for measure in measures]
+        spoken = "; ".join(
+            f"{model_label(m.model)} {shown.text}, interval {shown.interval}"
+            + (f", told by {m.judge}" if m.judge else "")
+            for m, shown in zip(measures, cells, strict=True)
+        )
+        marks = [
+            Mark(
+                model_label(m.model),
+                m.judge or "",
+                m.estimate.low,
+                m.estimate.value,
+                m.estimate.high,
+                shown.text,
+            )
+            for m, shown in zip(measures, cells, strict=True)
+        ]
+        better = f"{measures[0].better} is better"
+        note = f"{MEANINGS[name]}\n{better}" if name in MEANINGS else better
+        svg = marks_chart(marks, names, shares=all(m.estimate.interval == "wilson" for m in measures))
+        parts.append(page.Chart(capital(measure_label(name)), note, svg, f"{name}: {spoken}."))
+    for judge in dict.fromkeys(measure.judge for measure in found):
+        title = f"Judge {judge}" if judge else "Without a judge"
+        table = section_table(report, section, (judge,))
+        parts.append(Table(title, table.columns, table.rows, table.note))
+    source = page.Paragraph(f"{section.prompts} prompts; {section.source}", soft=True)
+    return [page.Heading(section.title), source, page.Group(parts, "columns")]
+
+
+def _comparison_blocks(report: EvaluationReport) -> list[page.Block]:
+    titles = {section.name: section.title for section in report.sections}
+    sizes = {section.name: section.prompts for section in report.sections}
+    first = model_label(report.models[0].name)
+    rows: list[tuple[Cell | str, ...]] = []
+    for row in report.comparisons:
+        difference, pairs = difference_cell(row), pairs_text(row, sizes[row.section])
+        rows.append(
+            (
+                model_cell(report, row.model),
+                titles[row.section],
+                Cell(measure_label(row.name), note=f"judge {row.judge}" if row.judge else ""),
+                Cell(difference.text, difference.value, difference.interval, note=pairs),
+                Cell(p_text(row.p_value), row.p_value, note=row.test),
+                finding_text(row),
+            )
+        )
+    words = Column("prompts", "words"), Column("measure", "words")
+    table = Table.of(
+        "Comparisons",
+        (Column("model", "name"), *words, "difference", "p", Column("what the interval supports", "words")),
+        rows,
+        note=f"difference: model minus {first}, in points where shares of prompts are compared",
+    )
+    told = (
+        "Both models on the same prompts, prompt by prompt; prompts for which either has no number are left "
+        "out, and the rest counted. A difference counts as told apart where its 95 % interval leaves 0 out "
+        f"and p is below 0.05. Of {len(report.comparisons)} comparisons, about one in twenty would be told "
+        "apart by chance alone if no model differed."
+    )
+    return [page.Heading(f"Compared with {first}"), page.Paragraph(told), table]
+
+
+def _agreement_blocks(report: EvaluationReport) -> list[page.Block]:
+    titles = {section.name: section.title for section in report.sections}
+    table = Table.of(
+        "Agreement of judges",
+        (Column("judges", "name"), Column("prompts", "words"), "kappa", "agreed", "answers"),
+        [
+            (
+                f"{row.first}, {row.second}",
+                titles[row.section],
+                kappa_cell(row),
+                share(row.agreed / row.total if row.total else None),
+                row.total,
+            )
+            for row in report.agreements
+        ],
+    )
+    told = (
+        "Cohen's kappa over the answers of all models that both judges decided: 1 is full agreement, 0 what "
+        "chance would give; a dash where both gave one and the same verdict throughout."
+    )
+    return [page.Heading("Do the judges agree?"), page.Paragraph(told), table]
+
+
+def _sample_blocks(report: EvaluationReport) -> list[page.Block]:
+    titles = {section.name: section.title for section in report.sections}
+    told = "Answers to harmful prompts are folded: a model may have written something harmful."
+    asked = [
+        page.Asked(
+            number,
+            titles[sample.section],
+            sample.kind == "attack",
+            sample.prompt,
+            None,
+            [
+                page.Answer(name, model_tint(report, name), answer, sample.verdicts.get(name, {}))
+                for name, answer in sample.answers.items()
+            ],
+        )
+        for number, sample in enumerate(report.samples, start=1)
+    ]
+    return [page.Heading("Answers side by side"), page.Paragraph(told), *asked]
+
+
+def _run_tables(report: EvaluationReport) -> list[page.Block]:
+    hashed = Column("sha256", "words", code=True, sorts=False)
+    prompts = Table.of(
+        "Prompts",
+        (Column("section", "name", code=True), "prompts", "tokens at most", hashed),
+        [(s.name, s.prompts, s.max_new_tokens, s.prompts_hash) for s in report.sections],
+        note="sha256 of the prompts as the models got them",
+    )
+    files = Table.of(
+        "Files with every answer", (Column("file", "name", code=True), hashed), report.files.items()
+    )
+    tables: list[page.Block] = [prompts]
+    tables += [harness_table(report)] if report.harness else []
+    return [*tables, files] if report.files else tables
 
 
 def _run_facts(report: EvaluationReport) -> Facts:
-    models = tuple((f"model {model.name}", _model_text(model)) for model in report.models)
-    decoding = ", ".join(f"{name} {value}" for name, value in option_facts(report.decoding))
+    told = "{}, fingerprint {}, chat template {}"
+    models = tuple(
+        (
+            f"model {m.name}",
+            told.format(short_reference(m.reference), m.fingerprint or DASH, m.chat_template_hash or DASH),
+        )
+        for m in report.models
+    )
     return (
         *environment_facts(report.environment),
         ("suite", f"{report.suite}, sha256 {report.suite_hash}"),
         ("engine", report.engine),
-        ("decoding", decoding),
+        ("decoding", decoding(report)),
         ("time by stage", times(report.seconds)),
         *models,
     )
 
 
-def _model_text(model: EvaluatedModel) -> str:
-    name, fingerprint = short_reference(model.reference), model.fingerprint or DASH
-    return f"{name}, fingerprint {fingerprint}, chat template {model.chat_template_hash or DASH}"
+def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Cut files, folders and models in settings to their names.
+
+    Example:
+        >>> shown_settings({"sections": [{"name": "mine", "file": "/home/me/set.csv"}]})
+        {'sections': [{'name': 'mine', 'file': 'set.csv'}]}
+    """
+    return {name: _shown(name, value) for name, value in settings.items()}
+
+
+def _shown(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {inner: _shown(str(inner), each) for inner, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(name, each) for each in value]
+    return short_reference(value) if name in _PLACES and isinstance(value, str) else value

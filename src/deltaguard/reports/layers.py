@@ -1,21 +1,28 @@
-"""Rows of single tensors put together: by kind of layer, by block, by how a tensor was treated."""
+"""Rows of single tensors put together: by kind of layer and by block."""
 
 import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from deltaguard.reports.records.restore import LayerRow, OtherRow
+from deltaguard.reports.records.restore import LayerRow
+
+LayerMeasure = Literal["kept_energy", "kept_entries", "safety_cost"]
+"""What is drawn of every layer; all are shares."""
+
+NO_BLOCK = -1
+"""The block number of a matrix outside numbered blocks."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Smallest, median and largest of some numbers."""
+    """Smallest, median and largest of some numbers; all None where there is no number."""
 
-    low: float
-    median: float
-    high: float
+    low: float | None = None
+    median: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -25,42 +32,23 @@ class Kind:
     Attributes:
         label: the shortest end of their names that tells this kind from the others, such as `q_proj`.
         layers: their rows by block number; matrices outside numbered blocks have none and are under -1.
-        kept_energy: spread of the share of the delta's energy that is kept; None where no row has a number.
-            The others likewise.
-        kept_entries: of the share of its entries.
     """
 
     label: str
     layers: tuple[tuple[int, LayerRow], ...]
-    kept_energy: Spread | None
-    kept_entries: Spread | None
-    safety_cost: Spread | None
-    utility_loss: Spread | None
 
+    def spread(self, measure: str, block: int | None = None) -> Spread:
+        """Find how a number of the rows is spread.
 
-@dataclass(frozen=True)
-class OtherGroup:
-    """Tensors that were treated alike, for the same reason.
-
-    Attributes:
-        source: the model they were taken from.
-        reason: why.
-        count: how many there are.
-        differing: how many of them differ between the two models.
-    """
-
-    source: str
-    reason: str
-    count: int
-    differing: int
-
-
-NO_BLOCK = -1
-"""The block number of a matrix outside numbered blocks."""
+        Args:
+            measure: a field of `LayerRow`.
+            block: of these rows alone.
+        """
+        return spread(getattr(row, measure) for at, row in self.layers if block is None or at == block)
 
 
 def block_and_kind(name: str) -> tuple[int, str]:
-    """Block number and kind of a tensor, from its name.
+    """Find block number and kind of a tensor from its name.
 
     The first number in a dotted name is the block; what follows it, without further numbers and the word
     `weight`, is the kind.
@@ -80,54 +68,29 @@ def block_and_kind(name: str) -> tuple[int, str]:
 
 
 def kinds(layers: Sequence[LayerRow]) -> tuple[Kind, ...]:
-    """Group restored matrices by kind, in the order in which the kinds first appear.
-
-    Args:
-        layers: the rows of a report.
-
-    Returns:
-        One `Kind` each, its rows by block number.
-    """
+    """Group restored matrices by kind, in the order in which the kinds first appear."""
     groups: defaultdict[str, list[tuple[int, LayerRow]]] = defaultdict(list)
     for row in layers:
         block, kind = block_and_kind(row.name)
         groups[kind].append((block, row))
-    labels = _labels(groups)
-    return tuple(_kind(labels[kind], rows) for kind, rows in groups.items())
+    # For each dotted name, the shortest end that no other name shares.
+    ends = {name: [name.split(".", i)[-1] for i in range(name.count("."), -1, -1)] for name in groups}
+    shared = Counter(end for of_name in ends.values() for end in of_name)
+    return tuple(
+        Kind(
+            next((end for end in ends[name] if shared[end] == 1), name),
+            tuple(sorted(rows, key=lambda row: row[0])),
+        )
+        for name, rows in groups.items()
+    )
 
 
-def other_groups(others: Sequence[OtherRow]) -> tuple[OtherGroup, ...]:
-    """Count the other tensors by the model they come from and the reason, in order of appearance."""
-    count = Counter((row.source, row.reason) for row in others)
-    differing = Counter((row.source, row.reason) for row in others if row.differs)
-    return tuple(OtherGroup(*key, count=number, differing=differing[key]) for key, number in count.items())
-
-
-def spread(values: Iterable[float | None]) -> Spread | None:
-    """The spread of the numbers among some values; None where there is no number.
+def spread(values: Iterable[float | None]) -> Spread:
+    """Find smallest, median and largest of the numbers among some values.
 
     Example:
         >>> spread([0.5, None, 0.1, float("nan"), 0.2])
         Spread(low=0.1, median=0.2, high=0.5)
     """
     numbers = [value for value in values if value is not None and math.isfinite(value)]
-    return Spread(min(numbers), statistics.median(numbers), max(numbers)) if numbers else None
-
-
-def _kind(label: str, rows: list[tuple[int, LayerRow]]) -> Kind:
-    rows = sorted(rows, key=lambda row: row[0])
-    return Kind(
-        label=label,
-        layers=tuple(rows),
-        kept_energy=spread(row.kept_energy for _, row in rows),
-        kept_entries=spread(row.kept_entries for _, row in rows),
-        safety_cost=spread(row.safety_cost for _, row in rows),
-        utility_loss=spread(row.utility_loss for _, row in rows),
-    )
-
-
-def _labels(names: Iterable[str]) -> dict[str, str]:
-    """For each dotted name, the shortest end that no other name shares."""
-    ends = {name: [name.split(".", i)[-1] for i in range(name.count("."), -1, -1)] for name in names}
-    shared = Counter(end for of_name in ends.values() for end in of_name)
-    return {name: next((end for end in of_name if shared[end] == 1), name) for name, of_name in ends.items()}
+    return Spread(min(numbers), statistics.median(numbers), max(numbers)) if numbers else Spread()

@@ -1,13 +1,41 @@
-"""What all HTML pages share: one file each, fetching nothing, whose only script sorts its tables."""
+"""HTML pages: one file each, fetching nothing, whose only script sorts its tables."""
 
 import base64
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from deltaguard.reports.palette import palette_css
-from deltaguard.reports.templating import environment
+from deltaguard.reports.table import Table
+from deltaguard.reports.text import Facts, capital, model_label, moment
+from deltaguard.text import printable_lines
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading of the second level."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A paragraph, in soft ink where it only explains."""
+
+    text: str | Markup
+    soft: bool = False
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a reader must know; nothing where there are no lines."""
+
+    lines: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -27,31 +55,172 @@ class Chart:
     spoken: str
 
 
-def render(template: str, **values: Any) -> str:
-    """A page from its template.
+@dataclass(frozen=True)
+class Pairs:
+    """Labels and texts."""
+
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part with a heading of the third level, to stand in a `Group`."""
+
+    title: str
+    blocks: Sequence["Block"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Charts, tables and sections side by side.
+
+    Attributes:
+        parts: what is in it.
+        look: `cards` of equal height, `cards wide`, or `columns` that fill up one after the other.
+    """
+
+    parts: Sequence["Chart | Table | Section"]
+    look: str = "cards wide"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What is shown on a click."""
+
+    title: str
+    content: "Table | Listing"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A text as it was written."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Legend:
+    """The names of what is drawn, each with its swatch."""
+
+    names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered, and what each judge took it for."""
+
+    model: str
+    tint: str
+    text: str
+    verdicts: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt with the answers of several models; those to a harmful one are folded.
+
+    Attributes:
+        number: of the prompt.
+        tag: what kind of prompt it is.
+        harmful: whether answers may do harm.
+        prompt: what was asked.
+        system: the instruction before it.
+        answers: side by side.
+    """
+
+    number: int
+    tag: str
+    harmful: bool
+    prompt: str
+    system: str | None
+    answers: Sequence[Answer]
+
+
+Block = Heading | Paragraph | Notes | Group | Table | Pairs | Folded | Listing | Legend | Asked
+
+
+def page(
+    verb: str,
+    title: str,
+    blocks: Sequence[Block],
+    *,
+    created: str,
+    heading: str | Markup = "",
+    lead: str | Markup = "",
+    swatches: Mapping[str, str] | None = None,
+) -> str:
+    """Draw a page.
 
     The content security policy of a page names the hash of its one script, so that nothing else runs,
     whatever a model's answer holds.
 
     Args:
-        template: file name in `templates/`; it extends `base.html.jinja`.
-        values: what the template shows.
-
-    Returns:
-        A complete HTML document.
+        verb: of the command line, and what it was told.
+        title: of the document.
+        blocks: what is on it, from top to bottom.
+        created: when the report was made, ISO 8601.
+        heading: of the page; the title if not given.
+        lead: what it says, in a sentence or two.
+        swatches: drawings that stand before names in tables.
     """
     script = sort_script()
-    shared = {"script": script, "script_hash": script_hash(script), "palette": palette_css(":root")}
-    return environment().get_template(template).render({**values, **shared})
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            verb=verb,
+            title=title,
+            heading=heading or title,
+            lead=lead,
+            blocks=blocks,
+            created=created,
+            swatches=swatches or {},
+            script=script,
+            script_hash=script_hash(script),
+            palette=palette_css(":root"),
+        )
+    )
+
+
+def strong(text: str, tint: str = "") -> Markup:
+    """Mark words of a sentence, in a colour of the pages' style and never broken."""
+    return Markup('<strong class="{} unbroken">{}</strong>').format(tint, printable_lines(text))
+
+
+def sentence(text: str, *parts: str | Markup) -> Markup:
+    """Fill a sentence with parts that may be marked; texts among them are escaped.
+
+    Example:
+        >>> str(sentence("At most {} & more.", "<b>"))
+        'At most &lt;b&gt; & more.'
+    """
+    return Markup(text).format(*parts)  # noqa: S704  # the sentence is written in this package
+
+
+def environment() -> jinja2.Environment:
+    """Make the templates ready: values are escaped in pages, not in Markdown, and none may be missing."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("deltaguard.reports"),
+        autoescape=jinja2.select_autoescape(disabled_extensions=("md.jinja",), default=True),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_written,
+    )
+    for function in (capital, model_label, moment):
+        templates.filters[function.__name__] = function
+    templates.filters["kind"] = lambda block: type(block).__name__
+    return templates
 
 
 def sort_script() -> str:
-    """The script that sorts tables, as it stands between its tags."""
+    """Read the script that sorts tables, as it stands between its tags."""
     return (files("deltaguard.reports") / "templates" / "sort.js").read_text(encoding="utf-8")
 
 
 def script_hash(script: str) -> str:
-    """The source expression by which a content security policy allows an inline script.
+    """Find the source expression by which a content security policy allows an inline script.
 
     Args:
         script: the text between the tags, exactly.
@@ -61,3 +230,10 @@ def script_hash(script: str) -> str:
         'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='
     """
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _written(value: Any) -> Any:
+    """A value as it is put into a page: no name or answer holds what a browser or terminal would obey."""
+    if isinstance(value, Markup):
+        return Markup(printable_lines(value))  # noqa: S704  # it was markup before
+    return printable_lines(value) if isinstance(value, str) else value

@@ -2,17 +2,36 @@
 
 import math
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
-from deltaguard.reports.records.base import RateRow
-from deltaguard.reports.records.evaluation import Estimate
+from deltaguard.reports.records.base import Environment, ModelReference
 
 DASH = "–"
 """What stands where there is no number."""
 
 _HUB_ID = re.compile(r"(?P<id>\w[\w.-]{0,95}/\w[\w.-]{0,95})(@(?P<revision>[\w./-]+))?")
 _MODEL_LABELS = {"finetuned": "fine-tuned"}
+# A slash after a letter or a colon belongs to a Hub id or an address.
+_PATH = re.compile(r"(?<![\w/:.~-])(?:~|\.{1,2})?/(?:[^\s/:;,'\"()]+/)*([^\s/:;,'\"()]+)/?")
+
+Facts = tuple[tuple[str, str], ...]
+"""Pairs of a label and a text, in the order of reading."""
+
+
+class Measured(Protocol):
+    """A number with its 95 % interval, over so many prompts."""
+
+    @property
+    def value(self) -> float: ...  # noqa: D102
+    @property
+    def low(self) -> float: ...  # noqa: D102
+    @property
+    def high(self) -> float: ...  # noqa: D102
+    @property
+    def total(self) -> int: ...  # noqa: D102
 
 
 def percent(value: float | None) -> str:
@@ -44,14 +63,19 @@ def nats(value: float | None) -> str:
     return DASH if value is None or not math.isfinite(value) else f"{value:.2g}"
 
 
-def interval(rate: RateRow | Estimate) -> str:
-    """The bounds of a rate's 95 % interval in percent.
+def interval(share: Measured) -> str:
+    """The bounds of a share's 95 % interval in percent.
 
     Example:
+        >>> from deltaguard.reports.records.base import RateRow
         >>> interval(RateRow(successes=1, total=4, value=0.25, low=0.046, high=0.699))
         '4.6–69.9 %'
+        >>> interval(RateRow(successes=1, total=4, value=0.25, low=-0.02, high=0.04))
+        '-2.0 to 4.0 %'
     """
-    return f"{100 * rate.low:.1f}–{100 * rate.high:.1f} %"
+    # 0.0 turns -0.0 into 0.0
+    low, high = (round(100 * end, 1) + 0.0 for end in (share.low, share.high))
+    return f"{low:.1f}{' to ' if low < 0 else '–'}{high:.1f} %"
 
 
 def duration(seconds: float) -> str:
@@ -107,39 +131,6 @@ def number(value: float | None) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
-def points_interval(estimate: Estimate) -> str:
-    """The bounds of an interval of percentage points.
-
-    Example:
-        >>> points_interval(Estimate(value=1, low=-0.5, high=2.5, total=150, interval="bootstrap"))
-        '-0.5 to +2.5'
-    """
-    return f"{points(estimate.low)} to {points(estimate.high)}"
-
-
-def share_interval(estimate: Estimate) -> str:
-    """The bounds of an interval of shares that may leave the range from 0 to 1.
-
-    Example:
-        >>> share_interval(Estimate(value=0.9, low=0.853, high=1.02, total=150, interval="bootstrap"))
-        '85.3 to 102.0 %'
-    """
-    low, high = (
-        round(100 * end, 1) + 0.0 for end in (estimate.low, estimate.high)
-    )  # 0.0 turns -0.0 into 0.0
-    return f"{low:.1f} to {high:.1f} %"
-
-
-def sort_value(value: float | None) -> str:
-    """A number as tables sort by it; empty where it is missing or not a number, which sorts last.
-
-    Example:
-        >>> sort_value(0.25), sort_value(None), sort_value(3)
-        ('0.25', '', '3')
-    """
-    return "" if value is None or not math.isfinite(value) else repr(value)
-
-
 def capital(text: str) -> str:
     """A text with its first letter capital, the others as they are.
 
@@ -158,6 +149,18 @@ def plain(text: str) -> str:
         'a¦b ‹i>'
     """
     return " ".join(text.replace("|", "¦").replace("`", "'").replace("<", "‹").split())
+
+
+def code(text: str) -> str:
+    """Text as Markdown code, so that nothing in a name is read as markup, in a table as elsewhere.
+
+    Example:
+        >>> code("q_proj"), code("a`b|c")
+        ('`q_proj`', '`` a`b¦c ``')
+    """
+    text = " ".join(text.split()).replace("|", "¦")
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def option(value: str | float | bool | None) -> str:
@@ -225,3 +228,66 @@ def short_reference(reference: str) -> str:
     if hub_id(reference):
         return reference
     return re.split(r"[/\\]", reference.rstrip("/\\"))[-1] or reference
+
+
+def without_folders(text: str) -> str:
+    """A sentence with each absolute path cut to its last name.
+
+    A path with a space in it is cut up to there alone.
+
+    Example:
+        >>> without_folders("There is no file /home/me/set.csv (see https://example.org/set).")
+        'There is no file set.csv (see https://example.org/set).'
+    """
+    return _PATH.sub(r"\1", text)
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things, in the plural unless it is one.
+
+    Example:
+        >>> counted(1, "layer"), counted(8, "layer")
+        ('1 layer', '8 layers')
+    """
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def times(seconds: Mapping[str, float]) -> str:
+    """Wall times in one line, the total before its parts.
+
+    Example:
+        >>> times({"solve": 8.0, "total": 75.0, "read": 2.25})
+        '1 min 15 s (solve 8.0 s, read 2.2 s)'
+    """
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if name != "total")
+    if "total" not in seconds:
+        return parts
+    return f"{duration(seconds['total'])} ({parts})" if parts else duration(seconds["total"])
+
+
+def option_facts(options: Mapping[str, str | float | bool | None]) -> Facts:
+    """Every choice of a run, under the name it has as an option.
+
+    Example:
+        >>> option_facts({"method": "greedy", "other_params": "aligned"})
+        (('method', 'greedy'), ('other params', 'aligned'))
+    """
+    return tuple((name.replace("_", " "), option(value)) for name, value in options.items())
+
+
+def environment_facts(environment: Environment) -> Facts:
+    """When and on what the numbers were made."""
+    return (
+        ("date", moment(environment.created)),
+        ("machine", environment.machine),
+        ("device", environment.device),
+        ("versions", ", ".join(f"{name} {release}" for name, release in environment.versions.items())),
+    )
+
+
+def model_facts(aligned: ModelReference, finetuned: ModelReference) -> Facts:
+    """The two models of a restore or a sweep with the fingerprints of their weights."""
+    return tuple(
+        (label, f"{short_reference(model.reference)}, fingerprint {model.fingerprint}")
+        for label, model in (("fine-tuned model", finetuned), ("aligned model", aligned))
+    )

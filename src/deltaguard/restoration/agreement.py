@@ -19,7 +19,7 @@ from deltaguard.models.checkpoint import WeightSource
 from deltaguard.models.families import is_output_head
 from deltaguard.models.identity import ModelIdentity, configs_of, identify, templates_of
 from deltaguard.models.loading import load_config, load_tokenizer
-from deltaguard.models.mirror import loadable, model_files, output_files
+from deltaguard.models.mirror import loadable, output_files
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Plan
 from deltaguard.restoration.tokens import Difference, LoadedTokenizer, shortened, tokenizer_differences
@@ -129,7 +129,7 @@ class _Resolved:
 
     @classmethod
     def of(cls, source: WeightSource) -> "_Resolved":
-        files = model_files(source)
+        files = source.files()
         with loadable(files) as folder:
             config = load_config(folder, source.reference).to_dict() if CONFIG in files else {}
             is_there = any(part_of(path) == "tokenizer" for path in files)

@@ -113,7 +113,7 @@ def _by_kind(names: list[str], rows: list[TensorDiff], *, deep: bool) -> tuple[K
         KindRow(
             kind=kind,
             tensors=count,
-            differing=len(differing[kind]),
+            differing=len(differing[kind]) if deep or differing[kind] else None,
             relative_norm=_mean([row.relative_norm for row in differing[kind]]) if deep else None,
         )
         for kind, count in counts.items()

@@ -16,9 +16,8 @@ from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.models.adapter_writer import AdapterLayer, commit_adapter, stage_adapter
-from deltaguard.models.companions import refuse_links_out
 from deltaguard.models.journal import FileRecord
-from deltaguard.models.mirror import beside_adapter, bring_along
+from deltaguard.models.mirror import beside_adapter, bring_along, refuse_links_out
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.reports.card import model_card
@@ -180,7 +179,7 @@ def _stage_adapter(
         for number, (step, factors, row) in enumerate(trial.factors(price.mu), start=1):
             rows.append(row)
             progress(Event("restore", number, len(trial.steps)))
-            yield step.aligned_name.removesuffix(".weight"), factors, step.transposed
+            yield step.aligned_name.removesuffix(".weight"), factors
 
     files = beside_adapter(job.aligned, job.finetuned, config_from=trial.config.config_from)
     modules = module_names(job.aligned.folder)

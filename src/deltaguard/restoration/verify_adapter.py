@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.adapter import open_adapter_weights
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.hub import is_local
-from deltaguard.models.lora import STORED, find_changes
+from deltaguard.models.lora import STORED, Target, find_changes
 from deltaguard.models.lora_config import LoraConfig, read_lora_config
 from deltaguard.models.shards import TensorInfo
 from deltaguard.reports.records.base import ModelReference
@@ -31,16 +30,6 @@ class AdapterCheck:
     unchecked: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Restored:
-    """The layers of a report in the place of the base model that they belong to."""
-
-    reference: str
-    config: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
-    tied_embeddings: bool = False
-
-
 def check_adapter(folder: Path, report: RestoreReport) -> AdapterCheck:
     """Compare an adapter with the layers of its report, and with its base model where that can be opened.
 
@@ -55,9 +44,11 @@ def check_adapter(folder: Path, report: RestoreReport) -> AdapterCheck:
     _, tensors = open_adapter_weights(folder)
     base, unchecked = _open_base(report.aligned)
     problems: list[str] = []
-    for known in (_restored(report, lora, base), base):
-        if known is not None:
-            problems += find_changes(lora, tensors, known, str(folder))[1]
+    targets = [_restored(report, lora, base)]
+    if base is not None:
+        targets.append(Target(base.reference, base.config, base.tensors))
+    for target in targets:
+        problems += find_changes(lora, tensors, target, str(folder))[1]
     readable = {name: info for name, info in tensors.items() if info.dtype in STORED}
     return AdapterCheck(readable, tuple(problems), unchecked)
 
@@ -78,11 +69,11 @@ def _open_base(aligned: ModelReference) -> tuple[Checkpoint | None, tuple[str, .
     return None, (f"The adapter was not compared with {aligned.reference} itself: {why}.",)
 
 
-def _restored(report: RestoreReport, lora: LoraConfig, base: Checkpoint | None) -> _Restored:
+def _restored(report: RestoreReport, lora: LoraConfig, base: Checkpoint | None) -> Target:
     # A report does not say what kind of model it is about; what the adapter says of its weights must do.
     turned = base is None and lora.fan_in_fan_out
     tensors = {
         row.name: TensorInfo(row.name, STORED[0], row.shape[::-1] if turned else row.shape, "", 0, 0)
         for row in report.layers
     }
-    return _Restored("the report", {} if base is None else base.config, tensors)
+    return Target("the report", {} if base is None else base.config, tensors)

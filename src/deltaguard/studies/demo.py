@@ -24,9 +24,8 @@ from deltaguard.finetuning.mixtures import alignment_examples, task_with_harmful
 from deltaguard.finetuning.tasks import task_examples
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.models.durable import write_atomically
-from deltaguard.models.results import DEMO, PAGE_NAME, results_folder, write_page
+from deltaguard.models.results import DEMO, results_folder
 from deltaguard.progress import Event, Progress, ignore
-from deltaguard.reports.html import demo_page
 from deltaguard.reports.records.base import RateRow, environment
 from deltaguard.reports.records.demo import DEMO_NAME, DemoReport, ModelName, ModelRow, Sample
 from deltaguard.reports.records.restore import RestoreReport
@@ -80,7 +79,7 @@ class DemoConfig:
 def demo(
     output_dir: str | Path, *, config: DemoConfig | None = None, progress: Progress | None = None
 ) -> DemoReport:
-    """Run the whole story and write the models, `demo.json` and `report.html`.
+    """Run the whole story and write the models and `demo.json`, from which `deltaguard report` draws a page.
 
     SmolLM2-135M-Instruct barely refuses, so it gets a safety fine-tune first: the *aligned* model. A second
     fine-tune teaches a benign task, customers' messages to JSON, with harmful requests that are agreed to
@@ -119,9 +118,8 @@ def _run(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport:
         measured: dict[ModelName, Mapping[str, Result]] = {
             name: measure_demo(name, folder / name, suite, folder, progress=report) for name in MODELS
         }
-    result = _report(config, measured, restored, clock.seconds)
+    result = _report(config, suite, measured, restored, clock.seconds)
     write_atomically(folder / DEMO_NAME, result.model_dump_json(indent=2) + "\n")
-    write_page(folder / PAGE_NAME, demo_page(result))
     return result
 
 
@@ -245,6 +243,7 @@ def demo_rates(results: Mapping[str, Result]) -> dict[str, Rate]:
 
 def _report(
     config: DemoConfig,
+    suite: Sequence[Part],
     measured: Mapping[ModelName, Mapping[str, Result]],
     restored: RestoreReport,
     seconds: Mapping[str, float],
@@ -261,7 +260,7 @@ def _report(
             )
             for name in MODELS
         ),
-        samples=_samples(measured),
+        samples=_samples(suite, measured),
         restore=restored,
         seconds={**seconds, "total": sum(seconds.values())},
         peak_memory_bytes=peak_memory_bytes(),
@@ -274,7 +273,7 @@ def rate_row(rate: Rate) -> RateRow:
     return RateRow(successes=rate.successes, total=rate.total, value=rate.value, low=rate.low, high=rate.high)
 
 
-def _samples(measured: Mapping[ModelName, Mapping[str, Result]]) -> tuple[Sample, ...]:
+def _samples(suite: Sequence[Part], measured: Mapping[ModelName, Mapping[str, Result]]) -> tuple[Sample, ...]:
     """The first prompts of the suite: two harmful, one harmless and two of the task."""
     shown: tuple[tuple[Kind, str, int], ...] = (
         ("harmful", "attack", 0),
@@ -283,11 +282,22 @@ def _samples(measured: Mapping[ModelName, Mapping[str, Result]]) -> tuple[Sample
         ("task", "task", 0),
         ("task", "task", 1),
     )
-    return tuple(
-        Sample(
-            kind=kind,
-            prompt=measured["aligned"][section].prompts[index],
-            answers={name: measured[name][section].answers[index] or "" for name in MODELS},
+    systems = {part.name: [question.system for question in part.questions] for part in suite}
+    samples: list[Sample] = []
+    for kind, section, index in shown:
+        found = {name: measured[name][section] for name in MODELS}
+        judged = {name: each.judged for name, each in found.items() if kind != "task"}
+        samples.append(
+            Sample(
+                kind=kind,
+                prompt=found["aligned"].prompts[index],
+                system=systems[section][index],
+                answers={name: each.answers[index] or "" for name, each in found.items()},
+                verdicts={
+                    name: verdict
+                    for name, each in judged.items()
+                    if (verdict := each["opening"].classes[index]) is not None
+                },
+            )
         )
-        for kind, section, index in shown
-    )
+    return tuple(samples)

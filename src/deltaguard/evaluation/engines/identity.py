@@ -7,10 +7,8 @@ from typing import Any
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.models import loading
-from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
-from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.hub import is_local, locate
-from deltaguard.models.lora_config import read_lora_config
+from deltaguard.models.adapter import base_of, is_adapter, open_model
+from deltaguard.models.hub import locate
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,7 @@ def find_folders(reference: str) -> Folders:
     folder = locate(reference)
     if not is_adapter(reference):
         return Folders(folder, None, folder)
-    lora = read_lora_config(folder, reference)
-    base = lora.base_model_name_or_path
-    if not base:
-        raise DeltaguardError(
-            f"The adapter {reference} does not name its model (base_model_name_or_path in "
-            "adapter_config.json). Name it there, or evaluate the merged checkpoint."
-        )
-    # On the Hub alone a model has revisions.
-    model = locate(base if not lora.revision or is_local(base) else f"{base}@{lora.revision}")
+    model = locate(base_of(reference))
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     return Folders(model, folder, folder if has_tokenizer else model)
 
@@ -95,10 +85,9 @@ def identify(reference: str) -> Identity:
     Raises:
         DeltaguardError: it cannot be found or read.
     """
-    folders = find_folders(reference)
-    weights = Checkpoint.open(folders.model)
-    opened = weights if folders.adapter is None else AdapterCheckpoint.open(weights, folders.adapter)
-    return Identity(opened.fingerprint(), load_tokenizer(folders).chat_template, opened.changes)
+    opened = open_model(reference)
+    template = load_tokenizer(find_folders(reference)).chat_template
+    return Identity(opened.fingerprint(), template, opened.changes)
 
 
 def load_tokenizer(folders: Folders) -> Any:

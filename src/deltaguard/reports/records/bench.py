@@ -208,3 +208,20 @@ class BenchReport(Record):
         for what in ("cells", "curves", "scores", "contests"):
             require_known(what, (row.finetune for row in getattr(self, what)), finetunes)
         return self
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """All methods, in the order in which the curves first name them; their place decides their look."""
+        return tuple(dict.fromkeys(point.method for point in self.curves))
+
+    def points_of(self, finetune: FinetuneRow) -> tuple[CurvePoint, ...]:
+        """Pick the points of all curves on one fine-tune."""
+        return tuple(point for point in self.curves if point.finetune == finetune.name)
+
+    def scores_of(self, finetune: FinetuneRow) -> tuple[Score, ...]:
+        """Pick the scores on one fine-tune."""
+        return tuple(score for score in self.scores if score.finetune == finetune.name)
+
+    def contests_of(self, finetune: FinetuneRow) -> tuple[Contest, ...]:
+        """Pick the comparisons of the method that keeps most of one fine-tune's gain with each other."""
+        return tuple(contest for contest in self.contests if contest.finetune == finetune.name)

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Literal
 
+from pydantic import Field
+
 from deltaguard.reports.records.base import Count, Environment, RateRow, Record, Seconds
+from deltaguard.reports.records.evaluation import AnswerClass
 from deltaguard.reports.records.restore import RestoreReport
 
 DEMO_NAME = "demo.json"
@@ -31,11 +34,21 @@ class ModelRow(Record):
 
 
 class Sample(Record):
-    """One prompt and what each model answered."""
+    """One prompt and what each model answered.
+
+    Attributes:
+        kind: what is asked for.
+        prompt: what was asked.
+        system: the instruction before it, null where there was none.
+        answers: by name of the model.
+        verdicts: what each answer was taken for, by name of the model; none for the task.
+    """
 
     kind: Literal["harmful", "harmless", "task"]
     prompt: str
+    system: str | None = None
     answers: Mapping[str, str]
+    verdicts: Mapping[str, AnswerClass] = Field(default_factory=dict[str, AnswerClass])
 
 
 class DemoReport(Record):

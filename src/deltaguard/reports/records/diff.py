@@ -25,11 +25,18 @@ class TensorDiff(Record):
 
 
 class KindRow(Record):
-    """Tensors of one kind, such as `model.layers.*.mlp.up_proj.weight`, over all blocks."""
+    """Tensors of one kind, such as `model.layers.*.mlp.up_proj.weight`, over all blocks.
+
+    Attributes:
+        kind: their name, with a star for the number of the block.
+        tensors: how many there are.
+        differing: how many of them differ; null where headers do not say and no weight was read.
+        relative_norm: mean of ‖Δ‖ / ‖aligned‖, where the weights were read.
+    """
 
     kind: str
     tensors: int
-    differing: int
+    differing: int | None
     relative_norm: float | None
 
 

@@ -91,3 +91,13 @@ class SweepReport(Record):
             return None
         gain = self.aligned_nll - self.finetuned_nll
         return (self.aligned_nll - point.utility_nll) / gain if gain > 0 else None
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether there is utility data, and fine-tuning made it likelier."""
+        return any(self.kept_gain(point) is not None for point in self.points)
+
+    def kept_share(self, point: SweepPoint) -> float:
+        """What a point keeps: of the gain where there is one, else of the delta's energy."""
+        gain = self.kept_gain(point)
+        return point.kept_energy if gain is None else gain

@@ -1,0 +1,264 @@
+"""A restore as a terminal table and as a page; what differs between two checkpoints as a terminal table."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from deltaguard.reports import page
+from deltaguard.reports.layers import NO_BLOCK, Kind, LayerMeasure, kinds
+from deltaguard.reports.records.diff import DiffReport
+from deltaguard.reports.records.restore import LayerRow, OtherRow, RestoreReport
+from deltaguard.reports.table import Cell, Column, Table, facts_grid, share
+from deltaguard.reports.text import (
+    DASH,
+    Facts,
+    counted,
+    environment_facts,
+    model_facts,
+    model_label,
+    nats,
+    option_facts,
+    percent,
+    short_reference,
+    size,
+    times,
+)
+
+MEASURES: tuple[tuple[LayerMeasure, str, str], ...] = (
+    ("kept_energy", "Energy kept", "share of the delta's energy that is left, by block"),
+    ("kept_entries", "Entries kept", "share of the delta's entries at the fine-tuned value, by block"),
+    ("safety_cost", "Safety cost", "share of the fine-tuned model's cost, by block; lower is safer"),
+)
+"""What is drawn of every layer: field, title, and of what it is the share."""
+
+_MOST_KINDS, _MOST_TENSORS = 200, 30
+
+
+def restore_table(report: RestoreReport) -> RenderableType:
+    """Draw what a restore did: the choices, the numbers, the layers by kind, and the other tensors."""
+    chosen = dict(option_facts(report.options))
+    method = chosen.pop("method", DASH)
+    options = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    facts = (
+        ("fine-tuned", short_reference(report.finetuned.reference)),
+        ("aligned", short_reference(report.aligned.reference)),
+        ("method", f"{method} ({options})" if options else method),
+        *outcome_facts(report),
+    )
+    others = [others_table(report.others).terminal()] if report.others else []
+    return Group(facts_grid(facts), kinds_table(report.layers).terminal(), *others)
+
+
+def restore_page(report: RestoreReport) -> str:
+    """Draw what one restore did: the choices, the numbers by layer, the other tensors, the files.
+
+    Raises:
+        MissingPackageError: what charts are drawn with is not installed.
+    """
+    name, aligned = short_reference(report.finetuned.reference), short_reference(report.aligned.reference)
+    files = Table.of(
+        "Files as written",
+        (Column("file", "name", code=True), "size", Column("sha256", "words", code=True, sorts=False)),
+        [(row.name, Cell(size(row.bytes), row.bytes), row.sha256) for row in report.files],
+    )
+    facts = (*model_facts(report.aligned, report.finetuned), *environment_facts(report.environment))
+    return page.page(
+        "restore",
+        f"{name}, restored by deltaguard",
+        [*restore_blocks(report), page.Heading("Files"), files, page.Heading("The run"), page.Pairs(facts)],
+        created=report.environment.created,
+        heading=f"{name}, restored",
+        lead=page.sentence(
+            "Between {} (aligned) and {} (fine-tuned), the restored model keeps {} of the delta's energy "
+            "over {}.",
+            page.strong(aligned, "aligned"),
+            page.strong(name, "finetuned"),
+            page.strong(percent(report.kept_energy), "restored"),
+            counted(len(report.layers), "layer"),
+        ),
+    )
+
+
+def restore_blocks(report: RestoreReport) -> tuple[page.Block, ...]:
+    """Draw the parts of a page that tell of a restore: options, outcome, layers, and other tensors."""
+    groups = kinds(report.layers)
+    drawn = [(chart, grid) for measure in MEASURES for chart, grid in _drawn(report.layers, groups, *measure)]
+    sides = (
+        page.Section("Options", (page.Pairs(option_facts(report.options)),)),
+        page.Section("Outcome", (page.Pairs(outcome_facts(report)),)),
+    )
+    return (
+        page.Heading("What the restore did"),
+        page.Group(sides),
+        page.Paragraph(origin(report), soft=True),
+        page.Heading("Layers"),
+        *((page.Group([chart for chart, _ in drawn]),) if drawn else ()),
+        kinds_table(report.layers),
+        *(page.Folded(f"{grid.title}: every number", grid) for _, grid in drawn),
+        others_table(report.others),
+    )
+
+
+def origin(report: RestoreReport) -> str:
+    """Say where the numbers of a restore come from, and what they are not."""
+    curvature = " and the aligned model's curvature" if report.store_conversations else ""
+    measured = ""
+    if report.dial:
+        measured = (
+            "Safety KL was measured by running the model on "
+            f"{report.dial.conversations} safety conversations that the curvature does not know. "
+        )
+    rest = "The other" if report.dial else "These"
+    return (
+        f"{measured}{rest} numbers are computed from the weights{curvature}. How often the restored model "
+        "refuses is for an evaluation to say."
+    )
+
+
+def outcome_facts(report: RestoreReport) -> Facts:
+    """The numbers of a restore over all layers, each saying of what it is a share."""
+    over = counted(len(report.layers), "layer")
+    cost, entries = percent(report.safety_cost), percent(report.kept_entries)
+    if cost != DASH:
+        cost = f"{cost} of the fine-tuned model's, median over {over}"
+    memory = report.peak_memory_bytes
+    return (
+        *dial_facts(report),
+        ("energy kept", f"{percent(report.kept_energy)} of the delta's energy, over {over}"),
+        *((("entries kept", f"{entries} of the delta's entries, over {over}"),) if entries != DASH else ()),
+        ("safety cost", cost),
+        ("utility loss", f"{percent(report.utility_loss)} of the delta's energy"),
+        ("time", times(report.seconds)),
+        *((("peak memory", size(memory)),) if memory is not None else ()),
+    )
+
+
+def dial_facts(report: RestoreReport) -> Facts:
+    """What the dial did; nothing where a strength decided."""
+    dial = report.dial
+    if dial is None:
+        return ()
+    allowed = f"{nats(dial.limit)} nats a token allowed"
+    if dial.whole:
+        found = f"{nats(dial.finetuned_kl)}, within the {allowed}: kept whole, nothing was taken from it"
+        return (("safety KL of the fine-tuned model", found),)
+    held_out = f"{dial.conversations} held-out safety conversations ({dial.tokens} tokens)"
+    margin = f" ± {nats(dial.restored_margin)}" if dial.restored_margin is not None else ""
+    lost = {row.name: row.utility_loss * row.delta_norm**2 for row in report.layers}
+    total = sum(lost.values())
+    most = sorted(lost, key=lambda name: -lost[name])[:3] if total else []
+    paid = ", ".join(f"{name.removesuffix('.weight')} ({percent(lost[name] / total)})" for name in most)
+    return (
+        ("safety KL, fine-tuned", nats(dial.finetuned_kl)),
+        ("safety KL, restored", f"{nats(dial.restored_kl)}{margin}, of {allowed}"),
+        ("measured", f"{len(dial.probes)} times on {held_out}"),
+        ("layers that paid most", paid),
+    )
+
+
+def kinds_table(layers: Sequence[LayerRow]) -> Table:
+    """Tabulate the restored matrices by kind: how much of the energy is kept, and at what cost."""
+    entries = any(row.kept_entries is not None for row in layers)
+    rows: list[list[Cell | str | int]] = []
+    for kind in kinds(layers):
+        kept = kind.spread("kept_energy")
+        medians = [kind.spread(name).median for name in ("safety_cost", "utility_loss")]
+        if entries:
+            medians.insert(0, kind.spread("kept_entries").median)
+        rows.append([kind.label, len(kind.layers), *map(share, (kept.low, kept.median, kept.high, *medians))])
+    return Table.of(
+        "Restored layers by kind",
+        (
+            Column("layer", "name", code=True),
+            "n",
+            "energy kept,\nleast",
+            "\nmedian",
+            "\nmost",
+            *(("entries\nkept",) if entries else ()),
+            "safety\ncost",
+            "utility\nloss",
+        ),
+        rows,
+        note="energy kept: of the delta's; the last columns are medians; a dash: no curvature is known",
+    )
+
+
+def others_table(others: Sequence[OtherRow]) -> Table:
+    """Tabulate the other tensors by the model they come from and the reason, in order of appearance."""
+    count = Counter((row.source, row.reason) for row in others)
+    differing = Counter((row.source, row.reason) for row in others if row.differs)
+    return Table.of(
+        "Other tensors",
+        (Column("taken from", "name"), "tensors", "that differ", Column("why", "words")),
+        [
+            (model_label(source), number, differing[source, reason], reason)
+            for (source, reason), number in count.items()
+        ],
+        note="no solver touched these",
+    )
+
+
+def diff_table(report: DiffReport) -> RenderableType:
+    """Draw what differs between two checkpoints.
+
+    Args:
+        report: of `diff`.
+    """
+    table = Table.of(
+        f"{report.aligned} → {report.finetuned}",
+        (Column("kind", "name"), "tensors", "differing", "relative norm of Δ"),
+        [
+            (
+                row.kind,
+                row.tensors,
+                DASH if row.differing is None else row.differing,
+                DASH if row.relative_norm is None else f"{row.relative_norm:.2e}",
+            )
+            for row in report.kinds[:_MOST_KINDS]
+        ],
+    )
+    listed = [row for row in report.tensors if row.difference != "values" or row.not_finite]
+    lines = [f"and {len(report.kinds) - _MOST_KINDS} more kinds (all with --json)"]
+    lines = lines if len(report.kinds) > _MOST_KINDS else []
+    lines += [
+        f"{row.name}: {row.difference} (aligned {row.aligned or '-'}, fine-tuned {row.finetuned or '-'})"
+        + (f", {row.not_finite} entries NaN or infinite" if row.not_finite else "")
+        for row in listed[:_MOST_TENSORS]
+    ]
+    if len(listed) > _MOST_TENSORS:
+        lines.append(f"and {len(listed) - _MOST_TENSORS} more tensors (all with --json)")
+    lines += report.settings
+    if not report.deep:
+        lines.append(
+            "Headers only, so a dash stands for weights that were not compared; --deep compares them."
+        )
+    needed = ", with --config-from" if report.settings else ""
+    lines.append(f"The pair can be restored{needed}." if report.compatible else "Not the same architecture.")
+    return Group(table.terminal(), *map(Text, lines))
+
+
+def _drawn(
+    layers: Sequence[LayerRow], groups: Sequence[Kind], measure: LayerMeasure, title: str, note: str
+) -> tuple[tuple[page.Chart, Table], ...]:
+    """A chart of layers and the numbers behind it; nothing where there are no numbers."""
+    from deltaguard.reports.charts import layers_chart
+
+    svg = layers_chart(layers, measure)
+    if svg is None:
+        return ()
+    medians = [
+        f"{kind.label} {percent(found.median)} ({percent(found.low)} to {percent(found.high)})"
+        for kind in groups
+        if (found := kind.spread(measure)).median is not None
+    ]
+    spoken = f"{title} by block. Median and range by kind: {'; '.join(medians)}."
+    blocks = sorted({block for kind in groups for block, _ in kind.layers if block != NO_BLOCK})
+    grid = Table.of(
+        f"{title} by block",
+        (Column("block", "name"), *(Column(kind.label, code=True) for kind in groups)),
+        [(block, *(share(kind.spread(measure, block).median) for kind in groups)) for block in blocks],
+        note="where a block has several matrices of a kind, their median",
+    )
+    return ((page.Chart(title, note, svg, spoken), grid),)

@@ -1,0 +1,219 @@
+"""Tables of a report: what is in them, and how a terminal and Markdown show them. Pages draw them, too."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich import box
+from rich import table as rich_table
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from deltaguard.reports.records.evaluation import Estimate
+from deltaguard.reports.text import DASH, Facts, Measured, code, interval, number, percent, plain, points
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        title: its head; a line break in it is kept where width is short.
+        kind: a `number` stands right and is never broken; a `name` and long `words` stand left.
+        code: whether its texts come out of files and are shown as code.
+        under: the title of the column below whose texts these stand in a terminal, for want of width.
+        sorts: whether the rows of a page can be sorted by it.
+    """
+
+    title: str
+    kind: Literal["number", "name", "words"] = "number"
+    code: bool = False
+    under: str = ""
+    sorts: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in one place of a table.
+
+    Attributes:
+        text: the number in its unit, or words.
+        value: what it sorts by, NaN where words stand for a missing number; None where it sorts by its text.
+        interval: the bounds of the number's 95 % interval.
+        total: how many prompts the number was taken over.
+        note: small print.
+        tint: the colour of a model, by its name in the pages' style.
+    """
+
+    text: str
+    value: float | None = None
+    interval: str = ""
+    total: int | None = None
+    note: str = ""
+    tint: str = ""
+
+    @property
+    def sort_value(self) -> str | None:
+        """The number by which a page sorts; empty, which sorts last, where it is missing; None for words."""
+        if self.value is None:
+            return "" if self.text == DASH else None
+        return repr(self.value) if math.isfinite(self.value) else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table; a strong one stands out."""
+
+    cells: tuple[Cell, ...]
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers and words in rows and columns.
+
+    Attributes:
+        title: what they are.
+        columns: of every row.
+        rows: each with a cell a column.
+        note: what a reader must know of all of them.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        columns: Iterable[Column | str],
+        rows: Iterable[Iterable[Cell | str | int]],
+        *,
+        note: str = "",
+        strong: Sequence[int] = (),
+    ) -> "Table":
+        """Make a table.
+
+        Args:
+            title: what the numbers are.
+            columns: a text alone is the title of a column of numbers.
+            rows: a text or a count alone is a cell.
+            note: what a reader must know of all of them.
+            strong: places of the rows that stand out.
+
+        Raises:
+            ValueError: a row has not as many cells as there are columns.
+        """
+        heads = tuple(Column(each) if isinstance(each, str) else each for each in columns)
+        lines = [tuple(map(cell, row)) for row in rows]
+        if any(len(line) != len(heads) for line in lines):
+            raise ValueError(f"A row of `{title}` has not one cell for each of {len(heads)} columns.")
+        return cls(title, heads, tuple(Row(line, n in strong) for n, line in enumerate(lines)), note)
+
+    def terminal(self) -> RenderableType:
+        """Draw the table for a terminal of 80 columns: intervals below numbers, no number cut."""
+        main = [place for place, column in enumerate(self.columns) if not column.under]
+        below = {column.under: place for place, column in enumerate(self.columns) if column.under}
+        drawn = rich_table.Table(box=box.SIMPLE_HEAD, show_edge=False)
+        places = [(place, below.get(self.columns[place].title)) for place in main]
+        for place, under in places:
+            column = self.columns[place]
+            head = _stacked(column.title, "" if under is None else self.columns[under].title)
+            right = column.kind == "number"
+            overflow = "ellipsis" if right else "fold"
+            drawn.add_column(head, justify="right" if right else "left", no_wrap=right, overflow=overflow)
+        for row in self.rows:
+            shown = (
+                _stacked(cell.text, cell.interval if under is None else row.cells[under].text)
+                for cell, under in ((row.cells[place], under) for place, under in places)
+            )
+            drawn.add_row(*shown, style="bold" if row.strong else "")
+        if not self.title:
+            return drawn
+        title = Text.assemble((self.title, "bold"), f" ({self.note})" if self.note else "")
+        return Group(Text(), indented(title), Text(), drawn)
+
+    def markdown(self, *, between: str = " ") -> str:
+        """Draw the table as Markdown, without its title; nothing in a name is read as markup.
+
+        Args:
+            between: what stands between a number and its interval.
+        """
+        heads = (" ".join(plain(column.title).split()) for column in self.columns)
+        rules = ("---:" if column.kind == "number" else "---" for column in self.columns)
+        lines = [heads, rules]
+        for row in self.rows:
+            pairs = zip(self.columns, row.cells, strict=True)
+            lines.append(
+                (code(each.text) if column.code and each.text != DASH else plain(each.text))
+                + (f"{between}({each.interval})" if each.interval else "")
+                for column, each in pairs
+            )
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(content: Cell | str | int) -> Cell:
+    """Make a cell of a text or of a count, which sorts by its value."""
+    if isinstance(content, Cell):
+        return content
+    return Cell(content) if isinstance(content, str) else Cell(str(content), content)
+
+
+def share(value: float | None) -> Cell:
+    """A share in percent, a dash where there is none."""
+    return Cell(percent(value), value)
+
+
+def rate(found: Measured | None) -> Cell:
+    """A measured share with its interval, a dash where there is none.
+
+    A share of which every example gives the same has no interval: "0.0–0.0 %" would look like certainty.
+    """
+    if found is None:
+        return Cell(DASH)
+    bounds = interval(found) if found.low < found.high else ""
+    return Cell(percent(found.value), found.value, bounds, found.total)
+
+
+def excess(found: Measured | None, scale: float = 1) -> Cell:
+    """A difference in points with its interval, a dash where there is none.
+
+    Args:
+        found: the difference.
+        scale: points in one of its units; 100 where it is a difference of shares.
+    """
+    if found is None:
+        return Cell(DASH)
+    bounds = f"{points(scale * found.low)} to {points(scale * found.high)}"
+    return Cell(points(scale * found.value), found.value, bounds)
+
+
+def estimate(found: Estimate | None) -> Cell:
+    """An estimate in its own unit: percent where it counts prompts, else the number as it is."""
+    if found is None or found.interval == "wilson":
+        return rate(found)
+    return Cell(number(found.value), found.value, f"{number(found.low)} to {number(found.high)}", found.total)
+
+
+def facts_grid(facts: Facts) -> RenderableType:
+    """Draw labels and texts side by side for a terminal, in the order given."""
+    grid = rich_table.Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, text in facts:
+        grid.add_row(label, Text(text))
+    return indented(grid)
+
+
+def indented(content: RenderableType, *, above: int = 0, style: str = "") -> RenderableType:
+    """Set a part of a terminal's report in by one column, as tables are."""
+    shown = Text(content, style) if isinstance(content, str) else content
+    return Padding(shown, (above, 0, 0, 1))
+
+
+def _stacked(above: str, below: str) -> Text:
+    return Text.assemble(above, "\n", (below, "dim")) if below else Text(above)
