@@ -15,7 +15,7 @@ from deltaguard.curvature.contents import (
     stored_forms,
     stored_tensors,
 )
-from deltaguard.curvature.sums import Group, Layer, Moment, Sums
+from deltaguard.curvature.sums import LayerGroup, LinearLayer, Moment, Sums
 from deltaguard.errors import DeltaguardError
 
 SIZES = st.integers(1, 12)
@@ -25,8 +25,8 @@ EXTENTS = st.builds(Extent, share=st.floats(0.01, 1), full=st.booleans())
 @st.composite
 def groups(draw):
     outputs = draw(st.lists(SIZES, min_size=1, max_size=3))
-    layers = tuple(Layer(f"a.{i}.weight", False, size) for i, size in enumerate(outputs))
-    return Group("a.0", draw(SIZES), 40, layers)
+    layers = tuple(LinearLayer(f"a.{i}.weight", False, size) for i, size in enumerate(outputs))
+    return LayerGroup("a.0", draw(SIZES), 40, layers)
 
 
 def normal(*shape, seed=0):
@@ -69,7 +69,9 @@ def test_eigenvectors_take_no_more_than_the_limit_where_one_each_fits(made, limi
 
 
 def test_the_share_is_that_of_the_bytes():
-    group = Group("a.0", 300, 40, (Layer("a.0.weight", False, 400), Layer("a.1.weight", False, 500)))
+    group = LayerGroup(
+        "a.0", 300, 40, (LinearLayer("a.0.weight", False, 400), LinearLayer("a.1.weight", False, 500))
+    )
     entries = 300**2 + 400**2 + 500**2
     assert share_within([group], entries) == 0.5
     assert share_within([group, group], entries) == 0.25
@@ -81,7 +83,7 @@ def test_the_share_is_that_of_the_bytes():
 
 
 def test_h_is_a_mean_over_all_tokens_and_g_over_those_of_responses():
-    group = Group("a.0", 4, 40, (Layer("a.0.weight", False, 3),))
+    group = LayerGroup("a.0", 4, 40, (LinearLayer("a.0.weight", False, 3),))
     found = curvature(group, Extent(1, full=True), response_tokens=8)
     torch.testing.assert_close(found.inputs.spectrum.dense(), moment(4) / 40)
     torch.testing.assert_close(found.outputs[0].spectrum.dense(), moment(3) / 8)
@@ -96,7 +98,9 @@ def test_h_is_a_mean_over_all_tokens_and_g_over_those_of_responses():
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_sum_of_no_use_names_the_layer(whole):
-    group = Group("a.0", 4, 40, (Layer("a.0.weight", False, 3), Layer("a.1.weight", False, 2)))
+    group = LayerGroup(
+        "a.0", 4, 40, (LinearLayer("a.0.weight", False, 3), LinearLayer("a.1.weight", False, 2))
+    )
     bad = moment(2)
     bad[0, 1] = torch.nan
     inputs, (first, _) = sums(group).inputs, sums(group).outputs
@@ -107,7 +111,7 @@ def test_a_sum_of_no_use_names_the_layer(whole):
 
 
 def test_a_layer_that_no_gradient_reached_is_not_taken_for_a_free_one():
-    group = Group("a.0", 4, 40, (Layer("a.0.weight", False, 3),))
+    group = LayerGroup("a.0", 4, 40, (LinearLayer("a.0.weight", False, 3),))
     sums = Sums(Moment(moment(4), 40), (torch.zeros(3, 3),))
     with pytest.raises(DeltaguardError, match=r"`a\.0` is zero: its gradients are all zero"):
         curvature(group, Extent(0.4, full=False), found=sums)
@@ -115,7 +119,9 @@ def test_a_layer_that_no_gradient_reached_is_not_taken_for_a_free_one():
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_sum_with_negative_eigenvalues_names_the_layer(whole):
-    group = Group("a.0", 4, 40, (Layer("a.0.weight", False, 3), Layer("a.1.weight", False, 2)))
+    group = LayerGroup(
+        "a.0", 4, 40, (LinearLayer("a.0.weight", False, 3), LinearLayer("a.1.weight", False, 2))
+    )
     inputs, (first, second) = sums(group).inputs, sums(group).outputs
     second[0, 1] = second[1, 0] = 3 * float(second.trace())
     with pytest.raises(DeltaguardError, match=r"`a\.1` is of no use: .* not positive semi-definite"):

@@ -32,7 +32,7 @@ from deltaguard.curvature.store_format import (
     write_manifest,
     write_store,
 )
-from deltaguard.curvature.sums import Group, Sums, input_name, merge, normalise, output_name
+from deltaguard.curvature.sums import LayerGroup, Sums, input_name, merge, normalise, output_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.hub import locate
 from deltaguard.models.identity import ModelIdentity
@@ -98,11 +98,11 @@ class CurvatureStore:
         return self.manifest.provenance
 
     @cached_property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[LayerGroup, ...]:
         """The groups, in the model's order."""
         return tuple(stored.group for stored in self.manifest.groups)
 
-    def group_of(self, tensor: str) -> Group | None:
+    def group_of(self, tensor: str) -> LayerGroup | None:
         """Find the group that a tensor of the aligned checkpoint belongs to; `None` where there is none."""
         return self._by_tensor.get(tensor)
 
@@ -298,7 +298,7 @@ class CurvatureStore:
         return {stored.group.name: stored for stored in self.manifest.groups}
 
     @cached_property
-    def _by_tensor(self) -> dict[str, Group]:
+    def _by_tensor(self) -> dict[str, LayerGroup]:
         return {layer.tensor: group for group in self.groups for layer in group.layers}
 
 
