@@ -24,7 +24,7 @@ from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.loading import empty_model, load_config, load_tokenizer, vocabulary_size
 from deltaguard.restoration.diff import diff
-from deltaguard.restoration.restore import plan_restore
+from deltaguard.restoration.dry_run import plan_restore
 from pairs import pair, save_adapter
 from targets import Kind, Target, in_file
 
