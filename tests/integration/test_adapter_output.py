@@ -57,6 +57,7 @@ def test_the_rank_is_chosen_and_what_it_loses_stands_in_the_report(tmp_path):
     given = RestoreConfig(adapter_rank=3, **ADAPTER)
     report = restore(made.aligned, made.finetuned, tmp_path / "b", store=made.store, config=given)
     assert {row.detail["adapter_rank"] for row in report.layers} == {3}
+    assert '"adapter_rank":3,' in report.model_dump_json()
     assert any(row.detail["adapter_residual"] > 0.01 for row in report.layers)
 
 
