@@ -87,7 +87,7 @@ def finetune(
         >>> pairs = [Conversation("What do bees make?", response="Honey.")]
         >>> finetune("models/smollm2", "out", pairs, config=FinetuneConfig(1e-4))  # doctest: +SKIP
     """
-    require_packages("Fine-tuning", "demo", "trl", "datasets", "accelerate")
+    require_packages("Fine-tuning", "demo", "trl", "datasets", "accelerate", "peft")
     _check_conversations(conversations)
     folder = locate(model)
     network = load_model(folder, str(model), dtype=torch.float32)

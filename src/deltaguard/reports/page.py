@@ -161,9 +161,9 @@ def page(
         created: when the report was made, ISO 8601.
         heading: of the page; the title if not given.
         lead: what it says, in a sentence or two.
-        swatches: drawings that stand before names in tables.
+        swatches: drawings that stand before names in columns of code.
     """
-    script = sort_script()
+    script = (files("deltaguard.reports") / "templates" / "sort.js").read_text(encoding="utf-8")
     return (
         environment()
         .get_template("page.html.jinja")
@@ -212,11 +212,6 @@ def environment() -> jinja2.Environment:
         templates.filters[function.__name__] = function
     templates.filters["kind"] = lambda block: type(block).__name__
     return templates
-
-
-def sort_script() -> str:
-    """Read the script that sorts tables, as it stands between its tags."""
-    return (files("deltaguard.reports") / "templates" / "sort.js").read_text(encoding="utf-8")
 
 
 def script_hash(script: str) -> str:

@@ -13,7 +13,7 @@ from deltaguard.chat.generation import generate
 from deltaguard.chat.predictions import negative_log_likelihood
 from deltaguard.chat.template import render
 from deltaguard.device import find_device
-from deltaguard.errors import DeltaguardError, listed
+from deltaguard.errors import DeltaguardError, listed, require_packages
 from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
 from deltaguard.models.adapter import open_adapter_weights
@@ -131,6 +131,7 @@ def merge_adapter(model: Any, folder: Path, reference: str) -> Any:
     Raises:
         DeltaguardError: the adapter is no plain LoRA, does not fit the model, or PEFT cannot load it.
     """
+    require_packages("Asking an adapter", "eval", "peft")
     from peft import PeftModel
 
     lora = read_lora_config(folder, reference)

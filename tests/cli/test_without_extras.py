@@ -1,5 +1,6 @@
 """What a bare installation can do: all but pictures, which say what to install."""
 
+import json
 import sys
 import tomllib
 from pathlib import Path
@@ -13,12 +14,13 @@ from pairs import pair
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAWING = ("altair", "vl_convert")
+EXTRAS = (*DRAWING, "peft", "trl", "openai", "rouge_score", "scipy", "statsmodels")
 MESSAGE = "Drawing charts needs altair, vl_convert, not installed here: `pip install 'deltaguard[reports]'`."
 
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch):
-    for name in DRAWING:
+    for name in EXTRAS:
         monkeypatch.setitem(sys.modules, name, None)
     for name in ("charts", "curves"):
         monkeypatch.delitem(sys.modules, f"deltaguard.reports.{name}", raising=False)
@@ -30,8 +32,14 @@ def words(text):
 
 def test_a_restore_writes_report_and_card_and_prints_its_tables(tmp_path, capsys):
     made, out = pair(), tmp_path / "out"
-    given = [str(made.aligned), str(made.finetuned)]
-    assert run(["restore", *given, "-o", str(out), "--store", str(made.store), "--strength", "0.5"]) == 0
+    given, store = [str(made.aligned), str(made.finetuned)], tmp_path / "store"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "\n".join(json.dumps({"prompt": f"Lock {n}?", "response": "I cannot help."}) for n in range(6))
+    )
+    made_anew = ["calibrate", given[0], "-o", str(store), "--prompts", str(prompts), "--device", "cpu"]
+    assert run(made_anew) == 0
+    assert run(["restore", *given, "-o", str(out), "--store", str(store), "--strength", "0.5"]) == 0
     assert (out / REPORT_NAME).is_file()
     assert (out / CARD_NAME).is_file()
     assert "Restored layers by kind" in capsys.readouterr().out
@@ -56,6 +64,7 @@ def test_a_sweep_is_written_and_printed_and_says_what_its_page_needs(tmp_path, c
 def test_what_charts_are_drawn_with_is_no_dependency_but_an_extra():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = {requirement.split(">")[0] for requirement in project["dependencies"]}
-    assert not needed & {"altair", "vl-convert-python", "scipy", "statsmodels", "datasets", "trl", "openai"}
+    others = {"scipy", "statsmodels", "datasets", "peft", "trl", "openai"}
+    assert not needed & {"altair", "vl-convert-python", *others}
     extra = {requirement.split(">")[0] for requirement in project["optional-dependencies"]["reports"]}
     assert extra == {"altair", "vl-convert-python"}
