@@ -94,11 +94,32 @@ _CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Further families, of which the names of tensors and modules are looked at, and nothing is run.
+_LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+_GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+_NAMES_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        name: (f"{name}Config", {**_LAYERS, "num_key_value_heads": 2, "intermediate_size": 48})
+        for name in ("Cohere", "Gemma2", "Glm4", "Granite", "Nemotron", "Olmo2", "Phi", "Qwen2", "SmolLM3")
+    },
+    "StarCoder2": ("Starcoder2Config", {**_LAYERS, "num_key_value_heads": 2}),
+    "BioGPT": ("BioGptConfig", _LAYERS),
+    "BLOOM": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "CodeGen": ("CodeGenConfig", {**_GPT, "rotary_dim": 4}),
+    "Falcon": ("FalconConfig", _LAYERS),
+    "GPT": ("OpenAIGPTConfig", _GPT),
+    "GPT-BigCode": ("GPTBigCodeConfig", _GPT),
+    "GPT-J": ("GPTJConfig", {**_GPT, "rotary_dim": 4}),
+    "Mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "MPT": ("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
+}
+
 FAMILIES = tuple(_CONFIGURATIONS)
 """All; a family that is added there is held to everything that tests say of families."""
 
 EXPERTS = tuple(name for name, (_, values) in _CONFIGURATIONS.items() if _NUMBERS_OF_EXPERTS & values.keys())
 DENSE = tuple(name for name in FAMILIES if name not in EXPERTS)
+NAMED = (*DENSE, *_NAMES_ALONE)
 STORED_IN_OUT = ("gpt2",)
 EITHER_ORDER = ("llama", *STORED_IN_OUT)
 """One family that stores weights as (out, in), and those that store them as (in, out)."""
@@ -117,6 +138,15 @@ def tiny_model(name: str, seed: int = 0, **overrides: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def empty_model(name: str) -> Any:
+    """A causal language model of one of the `NAMED` architectures, without weights."""
+    config_class, values = (_CONFIGURATIONS | _NAMES_ALONE)[name]
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(
+            getattr(transformers, config_class)(**{**_COMMON, **values})
+        )
 
 
 def perturbed(model: Any, scale: float, seed: int = 1) -> Any:

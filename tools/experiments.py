@@ -5,7 +5,7 @@ from itertools import groupby
 from pydantic import BaseModel, ConfigDict
 
 from deltaguard.reports.records.base import Environment
-from deltaguard.reports.table import Cell, Column, Table, excess, rate
+from deltaguard.reports.table import Column, Table, excess, rate
 from deltaguard.reports.text import DASH, nats, percent
 from tools.tables import made_with, small
 
@@ -88,16 +88,23 @@ def experiments_table(content: str) -> str:
         Markdown.
     """
     results = Experiments.model_validate_json(content)
-    columns = (
-        Column("experiment", "name"),
-        Column("variant", "name"),
-        *("safety KL", "predicted", "attack success", "exact answers", "gain kept", "lead"),
-    )
-    rows = [_cells(row, row.variant) for row in results.references]
+    labels = {id(row): row.variant for row in results.references}
     for _, group in groupby(results.rows, key=lambda row: row.experiment):
-        for number, row in enumerate(group):
-            rows.append(_cells(row, row.experiment if number == 0 else ""))
-    drawn = Table.of("", columns, rows).markdown(between="<br>")
+        labels |= {id(row): row.experiment if number == 0 else "" for number, row in enumerate(group)}
+    drawn = Table.of(
+        "",
+        (*results.references, *results.rows),
+        (
+            (Column("experiment", "name"), lambda row: labels[id(row)]),
+            (Column("variant", "name"), lambda row: row.variant if row.experiment else ""),
+            ("safety KL", lambda row: nats(row.safety_kl)),
+            ("predicted", lambda row: nats(row.predicted_kl)),
+            ("attack success", lambda row: rate(row.attack_success)),
+            ("exact answers", lambda row: rate(row.task_accuracy)),
+            ("gain kept", lambda row: rate(row.kept) if row.experiment else DASH),
+            ("lead", lambda row: excess(row.lead, 100)),
+        ),
+    ).markdown(between="<br>")
     first = results.references[0]
     counted = (
         f"{results.finetune} and its {len(first.attack)} harmful requests and {len(first.nll)} task messages "
@@ -107,16 +114,3 @@ def experiments_table(content: str) -> str:
         f"within {percent(results.slack)}. In brackets 95 % intervals."
     )
     return "\n\n".join((drawn, counted, small(made_with(results.environment))))
-
-
-def _cells(row: ExperimentRow, label: str) -> tuple[Cell | str, ...]:
-    return (
-        label,
-        row.variant if row.experiment else "",
-        nats(row.safety_kl),
-        nats(row.predicted_kl),
-        rate(row.attack_success),
-        rate(row.task_accuracy),
-        rate(row.kept) if row.experiment else DASH,
-        excess(row.lead, 100),
-    )

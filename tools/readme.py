@@ -15,12 +15,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deltaguard.reports.curves import bench_svg
-from deltaguard.reports.demo import rates_table
 from deltaguard.reports.records.base import Environment, RateRow
 from deltaguard.reports.records.bench import BenchReport
 from deltaguard.reports.records.demo import DemoReport
-from deltaguard.reports.table import Cell, Column, Table, rate
-from deltaguard.reports.text import DASH, Measured, duration, interval, percent, size
+from deltaguard.reports.table import Column, Table, rate
+from deltaguard.reports.text import DASH, Measured, duration, interval, model_label, percent, size
 from tools.experiments import experiments_table
 from tools.tables import (
     bench_default,
@@ -114,14 +113,16 @@ def demo_table(content: str) -> str:
         Markdown: a table, and under it what was counted and how it was made.
     """
     report = DemoReport.model_validate_json(content)
-    names = (
-        Column("", "name"),
-        Column("attack success ↓"),
-        Column("false refusals ↓"),
-        Column("task accuracy ↑"),
-    )
-    drawn = rates_table(report)
-    rows = [(Cell(f"**{line.cells[0].text}**"), *line.cells[1:]) for line in drawn.rows]
+    drawn = Table.of(
+        "",
+        report.models,
+        (
+            (Column("", "name"), lambda model: f"**{model_label(model.name)}**"),
+            ("attack success ↓", lambda model: rate(model.attack_success)),
+            ("false refusals ↓", lambda model: rate(model.false_refusal)),
+            ("task accuracy ↑", lambda model: rate(model.task_accuracy)),
+        ),
+    ).markdown()
     first = report.models[0]
     counted = (
         f"In brackets 95 % intervals; {first.attack_success.total} harmful and {first.false_refusal.total} "
@@ -134,7 +135,7 @@ def demo_table(content: str) -> str:
         f"{duration(_total(report.seconds))} and at most {size(report.peak_memory_bytes)} of memory for the "
         f"whole run. {made_with(report.environment)}"
     )
-    return "\n\n".join((Table.of("", names, rows).markdown(), counted, small(made)))
+    return "\n\n".join((drawn, counted, small(made)))
 
 
 def _dial(options: Mapping[str, str | float | bool | None]) -> str:
@@ -172,17 +173,14 @@ def benchmark_table(content: str) -> str:
     results = Benchmarks.model_validate_json(content)
     drawn = Table.of(
         "",
-        (Column("what", "name"), "time", "peak memory", "ratio", Column("note", "words")),
-        [
-            (
-                row.name,
-                _seconds(row.seconds),
-                DASH if row.peak_memory_bytes is None else size(row.peak_memory_bytes),
-                DASH if row.ratio is None else f"{row.ratio:.3g}",
-                row.note or "",
-            )
-            for row in results.rows
-        ],
+        results.rows,
+        (
+            (Column("what", "name"), lambda row: row.name),
+            ("time", lambda row: _seconds(row.seconds)),
+            ("peak memory", lambda row: size(row.peak_memory_bytes) if row.peak_memory_bytes else DASH),
+            ("ratio", lambda row: DASH if row.ratio is None else f"{row.ratio:.3g}"),
+            (Column("note", "words"), lambda row: row.note or ""),
+        ),
     ).markdown()
     return f"{drawn}\n\n{small(made_with(results.environment))}"
 
@@ -315,21 +313,26 @@ def _strength_heading(finetune: str, seed: int, row: StrengthRow) -> str:
 
 
 def _strength_rows(rows: Iterable[StrengthRow]) -> str:
-    names = ("attack success", "points over aligned", "task accuracy", "gain kept", "safety cost")
+    def named(row: StrengthRow) -> str:
+        return ", ".join(filter(None, (row.method, row.budget, row.compensation)))
+
+    def over(row: StrengthRow) -> str:
+        return f"{100 * (row.attack_success.value - row.aligned_attack_success.value):+.1f}"
+
     return Table.of(
         "",
-        (Column("method", "name"), "strength", *names, "energy kept", "entries kept"),
-        [
-            (
-                ", ".join(filter(None, (row.method, row.budget, row.compensation))),
-                f"{row.strength:g}",
-                rate(row.attack_success),
-                f"{100 * (row.attack_success.value - row.aligned_attack_success.value):+.1f}",
-                rate(row.task_accuracy),
-                *map(percent, (row.kept_gain, row.safety_cost, row.kept_energy, row.kept_entries)),
-            )
-            for row in rows
-        ],
+        rows,
+        (
+            (Column("method", "name"), named),
+            ("strength", lambda row: f"{row.strength:g}"),
+            ("attack success", lambda row: rate(row.attack_success)),
+            ("points over aligned", over),
+            ("task accuracy", lambda row: rate(row.task_accuracy)),
+            ("gain kept", lambda row: percent(row.kept_gain)),
+            ("safety cost", lambda row: percent(row.safety_cost)),
+            ("energy kept", lambda row: percent(row.kept_energy)),
+            ("entries kept", lambda row: percent(row.kept_entries)),
+        ),
     ).markdown(between="<br>")
 
 

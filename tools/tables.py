@@ -1,6 +1,7 @@
 """Tables of evaluations and benches for README and docs, drawn from their JSON."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import mean
 
 from deltaguard.reports.bench import bench_markdown, short_command
@@ -77,17 +78,20 @@ def bench_summary(content: str) -> str:
         Markdown: a table, and how it was made.
     """
     report = BenchReport.model_validate_json(content)
-    rows = [
-        (
-            "**aligned**, **fine-tuned**: attack success",
-            *(_both(report, row.name) for row in report.finetunes),
-        )
-    ]
-    for method in dict.fromkeys(score.method for score in report.scores):
-        found = {score.finetune: score for score in report.scores if score.method == method}
-        rows.append((f"**{method}**: gain kept", *(_kept(found[row.name]) for row in report.finetunes)))
-    titles = (Column(row.title.partition(" (")[0]) for row in report.finetunes)
-    drawn = Table.of("", (Column("", "name"), *titles), rows).markdown()
+    scores = {(score.finetune, score.method): score for score in report.scores}
+
+    def shown(finetune: str, method: str | None) -> str:
+        return _both(report, finetune) if method is None else _kept(scores[finetune, method])
+
+    def named(method: str | None) -> str:
+        return f"**{method}**: gain kept" if method else "**aligned**, **fine-tuned**: attack success"
+
+    columns = (
+        (Column("", "name"), named),
+        *((row.title.partition(" (")[0], partial(shown, row.name)) for row in report.finetunes),
+    )
+    methods = dict.fromkeys(score.method for score in report.scores)
+    drawn = Table.of("", (None, *methods), columns).markdown()
     bound = f"{report.bound:g} points"
     said = (
         f"Each method at the largest strength tried whose attack success is at most {bound} over the aligned "
@@ -120,18 +124,14 @@ def bench_default(content: str) -> str:
         )
     drawn = Table.of(
         "",
+        report.finetunes,
         (
-            Column("fine-tune", "name"),
-            "aligned, fine-tuned",
-            "attack success over aligned",
-            "false refusals over aligned",
-            "gain kept",
+            (Column("fine-tune", "name"), lambda row: row.title),
+            ("aligned, fine-tuned", lambda row: _both(report, row.name)),
+            ("attack success over aligned", lambda row: excess(found[row.name].points)),
+            ("false refusals over aligned", lambda row: excess(found[row.name].false_refusal)),
+            ("gain kept", lambda row: rate(found[row.name].kept)),
         ),
-        [
-            (row.title, _both(report, row.name), excess(p.points), excess(p.false_refusal), rate(p.kept))
-            for row in report.finetunes
-            for p in (found[row.name],)
-        ],
     ).markdown()
     said = (
         "Aligned, fine-tuned: attack success. Over aligned: in points, on the same prompts. In brackets 95 % "
@@ -189,17 +189,25 @@ def _measures(report: EvaluationReport, measures: Sequence[Measure]) -> str:
     rows: dict[tuple[str, str, str | None], dict[str, Measure]] = {}
     for measure in measures:
         rows.setdefault((measure.section, measure.name, measure.judge), {})[measure.model] = measure
-    lines: list[tuple[Cell | str, ...]] = []
-    for found in rows.values():
+
+    def named(found: Mapping[str, Measure]) -> str:
         first = next(iter(found.values()))
-        if first.name in SECONDARY and not any(each.estimate.value for each in found.values()):
-            continue
         judge = f", judge {first.judge}" if first.judge else ""
-        name = f"{titles[first.section]}: {measure_label(first.name)}{judge} {ARROWS[first.better]}"
-        numbers = (found[model].estimate if model in found else None for model in names)
-        lines.append((name, *map(estimate, numbers)))
-    columns = (Column(f"**{model_label(name)}**") for name in names)
-    return Table.of("", (Column("", "name"), *columns), lines).markdown(between="<br>")
+        return f"{titles[first.section]}: {measure_label(first.name)}{judge} {ARROWS[first.better]}"
+
+    def number(model: str, found: Mapping[str, Measure]) -> Cell:
+        return estimate(found[model].estimate if model in found else None)
+
+    columns = (
+        (Column("", "name"), named),
+        *((f"**{model_label(name)}**", partial(number, name)) for name in names),
+    )
+    told = [
+        found
+        for (_, name, _), found in rows.items()
+        if name not in SECONDARY or any(each.estimate.value for each in found.values())
+    ]
+    return Table.of("", told, columns).markdown(between="<br>")
 
 
 def _found(report: EvaluationReport) -> str:

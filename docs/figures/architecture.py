@@ -52,8 +52,8 @@ def _imports() -> list[str]:
     below = 30 + len(LAYERS) * STEP
     return [
         *elements,
-        text(2, below + 6, "errors.py and report/: imported anywhere.", kind="soft"),
-        text(2, below + 22, "draw/ imports report/ alone.", kind="soft"),
+        text(2, below + 6, "errors.py and reports/records/: imported anywhere.", kind="soft"),
+        text(2, below + 22, "reports/ imports its records alone.", kind="soft"),
     ]
 
 
@@ -79,7 +79,7 @@ def _data() -> list[str]:
         _two_lines(LEFT, 354, SIDE, "restored checkpoint", "mirrors the fine-tuned one", ARTIFACT),
         _two_lines(other, 354, SIDE, "report", "deltaguard_report.json", ARTIFACT),
         arrow((right, 394), (right, 420)),
-        text(WIDTH - 2, 438, "draw/: terminal, HTML, model card", anchor="end"),
+        text(WIDTH - 2, 438, "reports/: terminal, HTML, model card", anchor="end"),
     ]
 
 

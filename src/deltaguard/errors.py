@@ -49,7 +49,7 @@ def require_packages(what: str, extra: str, *packages: str, hint: str = "") -> N
         MissingPackageError: some are not installed; the message names them and the extra.
 
     Example:
-        >>> require_packages("Drawing", "plot", "os", "no_such_package")
+        >>> require_packages("Drawing", "reports", "os", "no_such_package")
         Traceback (most recent call last):
         deltaguard.errors.MissingPackageError: Drawing needs no_such_package, not installed here: ...
     """

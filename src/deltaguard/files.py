@@ -18,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.text import shortened
 
 MAX_BYTES = 256 << 20
 """A file of text may be so large; the largest tokenizers and indices have a tenth of it."""
@@ -283,8 +284,7 @@ def _problem(found: ErrorDetails) -> str:
     # What a whole document or all options together break names its values itself.
     if found["type"] in ("json_invalid", "missing") or (found["type"] == "value_error" and not where):
         return f"`{where}`: {what}" if where else what
-    value = repr(found["input"])
-    shown = value if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]}..."
+    shown = shortened(repr(found["input"]), _SHOWN_CHARACTERS)
     return f"`{where}`: {what} (it is {shown})" if where else f"{what} (it is {shown})"
 
 

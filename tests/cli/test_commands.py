@@ -58,6 +58,20 @@ def test_text_for_people_names_the_result(tmp_path, capsys):
     assert "can be restored" in capsys.readouterr().out
 
 
+def test_weights_that_were_not_compared_are_no_weights_that_do_not_differ(tmp_path, capsys):
+    made = pair()
+    kind = "model.layers.*.self_attn.q_proj.weight"
+
+    def line():
+        rows = capsys.readouterr().out.splitlines()
+        return next(row.split() for row in rows if row.split()[:1] == [kind])
+
+    assert run(["diff", str(made.aligned), str(made.finetuned)]) == 0
+    assert line() == [kind, "2", "–", "–"]
+    assert run(["diff", str(made.aligned), str(made.aligned), "--deep"]) == 0
+    assert line() == [kind, "2", "0", "–"]
+
+
 def test_verify_finds_a_flipped_byte_and_exits_with_3(tmp_path, capsys):
     made, out = pair(), tmp_path / "out"
     run(["restore", str(made.aligned), str(made.finetuned), "-o", str(out), "--store", str(made.store)])

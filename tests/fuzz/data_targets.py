@@ -12,11 +12,11 @@ from pyarrow import parquet
 from deltaguard.chat.conversations import read_prompts
 from deltaguard.cli.app import run
 from deltaguard.evaluation.datasets.load import load_questions
-from deltaguard.evaluation.suites.sources import find_source
+from deltaguard.evaluation.suites.parts import find_source
 from deltaguard.evaluation.suites.suite import read_suite
 from deltaguard.evaluation.utility.scores import SCORERS
 from deltaguard.reports.card import model_card
-from deltaguard.restoration.restore import _front_matter
+from deltaguard.restoration.restore import front_matter
 from deltaguard.restoration.sweep import sweep
 from restores import restore_report
 from suites import SMALL
@@ -104,7 +104,7 @@ def card(folder: Path) -> Target:
     path = folder / "README.md"
 
     def read() -> None:
-        model_card(restore_report(), front_matter=_front_matter(folder)).encode()
+        model_card(restore_report(), front_matter=front_matter(folder)).encode()
 
     return in_file(path, damage_card, read, CARD)
 

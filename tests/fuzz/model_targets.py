@@ -18,13 +18,13 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Decoding, Exchange, Question
-from deltaguard.evaluation.judges.guards import GuardJudge
+from deltaguard.evaluation.judges.guards import GuardJudge, GuardSpec
 from deltaguard.evaluation.judges.templates import template_in_card
 from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.loading import empty_model, load_config, load_tokenizer, vocabulary_size
 from deltaguard.restoration.diff import diff
-from deltaguard.restoration.restore import plan_restore
+from deltaguard.restoration.dry_run import plan_restore
 from pairs import pair, save_adapter
 from targets import Kind, Target, in_file
 
@@ -222,7 +222,7 @@ def guards_card(_: Path) -> Target:
 
 def prompt_file(folder: Path) -> Target:
     path = folder / "prompt.txt"
-    judge = GuardJudge("nowhere/at all", "wildguard", prompt_file=path)
+    judge = GuardJudge(GuardSpec(model="nowhere/at all", template="wildguard", prompt_file=path))
     return in_file(path, damage, lambda: judge.judge([Exchange("How?", "So.")]), b"{prompt} {response}")
 
 

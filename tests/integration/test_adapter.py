@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.engines.adapters import merge_adapter
-from deltaguard.evaluation.engines.identity import find_folders
+from deltaguard.evaluation.engines.folders import find_folders
+from deltaguard.evaluation.engines.transformers import merge_adapter
 from deltaguard.models import hub
 from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.models.checkpoint import Checkpoint

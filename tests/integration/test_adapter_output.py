@@ -1,5 +1,6 @@
 """A restore that writes an adapter: PEFT loads it, the dial holds for it, nothing is lost unsaid."""
 
+import json
 import warnings
 
 import peft
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, solvers, verify
 from deltaguard.models.checkpoint import Checkpoint
-from pairs import load_over, pair, weights
+from pairs import load_over, pair, save_adapter, weights
 from plain import safety_kl
 
 ADAPTER = {"output_format": "adapter"}
@@ -56,6 +57,7 @@ def test_the_rank_is_chosen_and_what_it_loses_stands_in_the_report(tmp_path):
     given = RestoreConfig(adapter_rank=3, **ADAPTER)
     report = restore(made.aligned, made.finetuned, tmp_path / "b", store=made.store, config=given)
     assert {row.detail["adapter_rank"] for row in report.layers} == {3}
+    assert '"adapter_rank":3,' in report.model_dump_json()
     assert any(row.detail["adapter_residual"] > 0.01 for row in report.layers)
 
 
@@ -215,3 +217,21 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
             config=RestoreConfig(**ADAPTER),
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_what_must_be_known_of_an_adapter_is_told(tmp_path):
+    made = pair("llama")
+    config = RestoreConfig(strength=0.5, **ADAPTER)
+    whole = restore(made.aligned, made.finetuned, tmp_path / "whole", store=made.store, config=config)
+    large, named = whole.warnings[-2:]
+    assert "ranks go up to" in large
+    assert "--adapter-rank" in large
+    assert f"by a path of this machine, {made.aligned}" in named
+    tuned = tmp_path / "tuned"
+    save_adapter(made.aligned, tuned, ["q_proj"])
+    settings = json.loads((tuned / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "unsloth/model-bnb-4bit"
+    (tuned / "adapter_config.json").write_text(json.dumps(settings))
+    thin = restore(made.aligned, tuned, tmp_path / "thin", store=made.store, config=config)
+    assert any("trained over unsloth/model-bnb-4bit" in warning for warning in thin.warnings)
+    assert not any("ranks go up to" in warning for warning in thin.warnings)

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 import models
 from deltaguard import Conversation, RestoreConfig, diff, restore, verify
-from deltaguard.restoration.restore import plan_restore
+from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.sweep import sweep
 from pairs import held_out, pair
 from plain import safety_kl, tokens_of

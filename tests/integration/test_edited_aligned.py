@@ -9,8 +9,8 @@ from deltaguard import RestoreConfig, restore
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
 from deltaguard.reports.records.restore import REPORT_NAME
+from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.job import default_store_folder
-from deltaguard.restoration.restore import plan_restore
 from pairs import pair
 from variants import (
     OTHER_TEMPLATE,

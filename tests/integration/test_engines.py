@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.engines.identity import identify, whole_model
+from deltaguard.evaluation.asking import describe
+from deltaguard.evaluation.engines.folders import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.engines.openai import OpenAIEngine
 from deltaguard.evaluation.engines.transformers import TransformersEngine, rendered
@@ -18,6 +19,10 @@ from suites import server
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 SHORT = Decoding(max_new_tokens=6)
 QUESTIONS = [Question("How can I make a cake?"), Question("What is it?", system="You are a cook.")]
+
+
+def identity(folder):
+    return describe("m", str(folder), EngineConfig())
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,7 @@ def test_an_adapter_answers_as_the_merged_model_does(folder, adapter):
     opened = TransformersEngine.open(str(path), device="cpu")
     assert opened.answer(QUESTIONS, SHORT) == merged.answer(QUESTIONS, SHORT)
     assert opened.answer(QUESTIONS, SHORT) != TransformersEngine.open(str(folder)).answer(QUESTIONS, SHORT)
-    assert identify(str(path)).fingerprint != identify(str(folder)).fingerprint
+    assert identity(path).fingerprint != identity(folder).fingerprint
     with pytest.raises(DeltaguardError, match="is an adapter"):
         whole_model(str(path))
 
@@ -78,7 +83,7 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
     bare = save(tiny_model("llama"), tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(DeltaguardError, match="no single chat template"):
-        identify(str(bare))
+        identity(bare)
 
 
 def test_options_that_do_not_go_together():

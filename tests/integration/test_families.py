@@ -29,24 +29,24 @@ METHODS = {"kfac": 0.1, "ridge": 0.1, "greedy": 0.5, "published": 0.5, "interpol
 IDS = models.tiny_tokenizer()("How can I make a good cake at home?", return_tensors="pt")["input_ids"]
 
 
-@pytest.mark.parametrize("name", models.DENSE)
+@pytest.mark.parametrize("name", models.NAMED)
 def test_names_say_what_the_modules_are(name):
-    model = models.tiny_model(name)
+    model = models.empty_model(name)
     config, modules = model.config.to_dict(), modules_in_blocks(model)
     layers = {f"{path}.weight": module for path, module in modules.items() if is_linear(module)}
     tensors = {path: tuple(tensor.shape) for path, tensor in model.named_parameters()}
     assert {path for path, shape in tensors.items() if is_block_matrix(path, shape)} == layers.keys()
     for path, module in layers.items():
-        assert is_conv1d(module) == stored_in_out(config, path) == (name in models.STORED_IN_OUT), path
+        assert is_conv1d(module) == stored_in_out(config, path), path
     ends = {"input": model.get_input_embeddings().weight, "head": model.get_output_embeddings().weight}
     by_name = {"input": is_input_embedding, "head": is_output_head}
     for end, weight in ends.items():
         found = [tensor for path, tensor in model.state_dict(keep_vars=True).items() if by_name[end](path)]
-        assert len(found) == 1
-        assert found[0] is weight
+        assert found
+        assert all(tensor is weight for tensor in found)
     assert ties_embeddings(config, tensors) == (ends["input"] is ends["head"])
-    assert all(is_parameter(path) for path in tensors)
-    assert len(decoder_blocks(model)) == model.config.num_hidden_layers == 2
+    assert all(is_parameter(path) for path in tensors if path.endswith((".weight", ".bias")))
+    assert len(decoder_blocks(model)) == 2
     refuse_experts(name, config, tensors)
 
 

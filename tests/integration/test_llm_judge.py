@@ -7,10 +7,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange
-from deltaguard.evaluation.judges.llm import LLMJudge
-from deltaguard.evaluation.judges.make import CACHE_NAME, make_judge
-from deltaguard.evaluation.judges.specs import JudgeSpec, LLMSpec, tells_refusals
+from deltaguard.evaluation.judges.llm import CACHE_NAME, LLMJudge, LLMSpec
 from deltaguard.evaluation.server import Server
+from deltaguard.evaluation.suites.suite import AnyJudge
 from suites import server
 
 ANSWERS = {"first": "why\nScore: 1", "second": "why\nScore: 4", "third": "why\nScore: 5"}
@@ -129,16 +128,16 @@ def test_equal_exchanges_are_asked_once(endpoint):
 
 def test_from_a_description(endpoint, tmp_path):
     spec = LLMSpec(base_url=endpoint.url, model="judge-1", threshold=5)
-    judge = make_judge(spec, cache_dir=tmp_path)
+    judge = spec.make(folder=tmp_path)
     assert judge.judge(EXCHANGES)[1].verdict == "refused"
     assert (tmp_path / CACHE_NAME).exists()
-    assert make_judge(spec).judge(EXCHANGES)[2].verdict == "complied"
+    assert spec.make().judge(EXCHANGES)[2].verdict == "complied"
 
 
 @pytest.mark.parametrize(("kind", "serves"), [("opening", True), ("keywords", True)])
 def test_descriptions_by_kind(kind, serves):
-    spec = TypeAdapter(JudgeSpec).validate_python({"kind": kind})
-    assert (make_judge(spec).name, tells_refusals(spec)) == (kind, serves)
+    spec = TypeAdapter(AnyJudge).validate_python({"kind": kind})
+    assert (spec.make().name, spec.tells_refusals) == (kind, serves)
 
 
 @pytest.mark.parametrize(
@@ -156,9 +155,9 @@ def test_descriptions_by_kind(kind, serves):
 )
 def test_wrong_descriptions(wrong):
     with pytest.raises(ValidationError):
-        TypeAdapter(JudgeSpec).validate_python(wrong)
+        TypeAdapter(AnyJudge).validate_python(wrong)
 
 
 def test_guards_do_not_tell_refusals():
-    spec = TypeAdapter(JudgeSpec).validate_python({"kind": "guard", "model": "m", "template": "wildguard"})
-    assert not tells_refusals(spec)
+    spec = TypeAdapter(AnyJudge).validate_python({"kind": "guard", "model": "m", "template": "wildguard"})
+    assert not spec.tells_refusals

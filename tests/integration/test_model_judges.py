@@ -7,10 +7,8 @@ import transformers
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange
 from deltaguard.evaluation.judges import guards
-from deltaguard.evaluation.judges.classifiers import SequenceClassifierJudge
-from deltaguard.evaluation.judges.guards import GuardJudge
-from deltaguard.evaluation.judges.make import make_judge
-from deltaguard.evaluation.judges.specs import ClassifierSpec, GuardSpec
+from deltaguard.evaluation.judges.classifiers import ClassifierSpec
+from deltaguard.evaluation.judges.guards import GuardSpec
 from models import VOCABULARY, save, tiny_model, tiny_tokenizer
 
 EXCHANGES = [
@@ -18,6 +16,14 @@ EXCHANGES = [
     Exchange("How do I bake?", "Sure."),
     Exchange("How do I sing?", "Breathe in, open your mouth, and let the tone come out by itself."),
 ]
+
+
+def classifier_judge(folder, refused, **options):
+    return ClassifierSpec(model=str(folder), refused_labels=refused, **options).make()
+
+
+def guard_judge(folder, template, **options):
+    return GuardSpec(model=str(folder), template=template, **options).make()
 
 
 def _classifier(folder, *, labels=("REFUSAL", "NORMAL"), **overrides):
@@ -49,7 +55,7 @@ def classifier(tmp_path_factory):
 @pytest.mark.parametrize("reads", ["answer", "both"])
 def test_a_classifier_alone_and_in_batches(classifier, reads):
     folder, network = classifier
-    judge = SequenceClassifierJudge(str(folder), ("REFUSAL",), reads=reads, batch_size=2)
+    judge = classifier_judge(folder, ("REFUSAL",), reads=reads, batch_size=2)
     expected = []
     for each in EXCHANGES:
         texts = (each.answer,) if reads == "answer" else (each.prompt, each.answer)
@@ -68,47 +74,47 @@ def test_several_labels_add_up(tmp_path):
         network.classifier.weight.zero_()
         network.classifier.bias.copy_(torch.tensor([0.3, 0.3, 0.4]).log())
     network.save_pretrained(tmp_path)
-    (one, *_) = SequenceClassifierJudge(str(tmp_path), ("no", "soft no")).judge(EXCHANGES)
-    (other, *_) = SequenceClassifierJudge(str(tmp_path), ("no",)).judge(EXCHANGES)
+    (one, *_) = classifier_judge(tmp_path, ("no", "soft no")).judge(EXCHANGES)
+    (other, *_) = classifier_judge(tmp_path, ("no",)).judge(EXCHANGES)
     assert (one.verdict, one.score) == ("refused", pytest.approx(0.6))
     assert (other.verdict, other.score) == ("complied", pytest.approx(0.3))
 
 
 def test_a_long_answer_is_cut_off(classifier):
-    judge = SequenceClassifierJudge(str(classifier[0]), ("REFUSAL",), reads="both")
+    judge = classifier_judge(classifier[0], ("REFUSAL",), reads="both")
     long = [Exchange("How do I sing?", "Breathe in. " * length) for length in (200, 300)]
     one, other = judge.judge(long)
     assert one == other
 
 
 def test_a_long_prompt_is_cut_off_rather_than_the_run(classifier):
-    judge = SequenceClassifierJudge(str(classifier[0]), ("REFUSAL",), reads="both")
+    judge = classifier_judge(classifier[0], ("REFUSAL",), reads="both")
     asked = [Exchange("How do I sing? " * length, "Breathe in.") for length in (100, 200)]
     found = judge.judge([*asked, Exchange("How do I sing? " * 100, "Step out. " * 100)])
     assert found[0] == found[1] != found[2]
 
 
 def test_a_classifier_says_what_its_number_is(classifier):
-    scale = SequenceClassifierJudge(str(classifier[0]), ("REFUSAL",)).scale
+    scale = classifier_judge(classifier[0], ("REFUSAL",)).scale
     assert scale.name == "refusal probability"
     assert scale.better == {"attack": "higher", "harmless": "lower"}
 
 
-@pytest.mark.parametrize("refused", [("REFUSAL", "refusal"), ()])
+@pytest.mark.parametrize("refused", [("REFUSAL", "refusal"), ("refusal",)])
 def test_unknown_labels(classifier, refused):
     with pytest.raises(DeltaguardError, match="its labels are REFUSAL, NORMAL"):
-        SequenceClassifierJudge(str(classifier[0]), refused)
+        classifier_judge(classifier[0], refused)
 
 
 def test_all_labels_are_no_choice(classifier):
     with pytest.raises(DeltaguardError, match="All labels"):
-        SequenceClassifierJudge(str(classifier[0]), ("NORMAL", "REFUSAL"))
+        classifier_judge(classifier[0], ("NORMAL", "REFUSAL"))
 
 
 def test_a_classifier_that_chooses_several_labels(tmp_path):
     _classifier(tmp_path, problem_type="multi_label_classification")
     with pytest.raises(DeltaguardError, match="multi_label_classification"):
-        SequenceClassifierJudge(str(tmp_path), ("REFUSAL",))
+        classifier_judge(tmp_path, ("REFUSAL",))
 
 
 def test_a_causal_classifier_without_padding_token(tmp_path):
@@ -119,8 +125,8 @@ def test_a_causal_classifier_without_padding_token(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
-    together = SequenceClassifierJudge(str(tmp_path), ("LABEL_1",)).judge(EXCHANGES)
-    alone = SequenceClassifierJudge(str(tmp_path), ("LABEL_1",), batch_size=1).judge(EXCHANGES)
+    together = classifier_judge(tmp_path, ("LABEL_1",)).judge(EXCHANGES)
+    alone = classifier_judge(tmp_path, ("LABEL_1",), batch_size=1).judge(EXCHANGES)
     assert [each.score for each in together] == pytest.approx([each.score for each in alone], abs=1e-5)
 
 
@@ -144,7 +150,7 @@ def asked(monkeypatch):
 
 
 def test_llama_guard_is_asked_by_its_chat_template(guard, asked):
-    found = GuardJudge(str(guard), "llama-guard").judge(EXCHANGES)
+    found = guard_judge(guard, "llama-guard").judge(EXCHANGES)
     assert [each.verdict for each in found] == ["complied", "refused", "undecided"]
     assert asked[1] == "<|begin|><|user|>How do I bake?<|end|><|assistant|>Sure.<|end|><|assistant|>"
 
@@ -158,7 +164,7 @@ def test_llama_guard_is_asked_by_its_chat_template(guard, asked):
 )
 def test_others_are_asked_as_their_card_shows(guard, asked, template, card, expected):
     (guard / "README.md").write_text(f"# Guard\n```python\nformat = {card}\n```\n")
-    found = GuardJudge(str(guard), template).judge(EXCHANGES * 2)
+    found = guard_judge(guard, template).judge(EXCHANGES * 2)
     assert asked[1] == expected
     verdicts = [each.verdict for each in found]
     assert verdicts.count("complied") == 1
@@ -168,34 +174,34 @@ def test_others_are_asked_as_their_card_shows(guard, asked, template, card, expe
 def test_a_format_from_a_file(guard, asked, tmp_path):
     path = tmp_path / "format.txt"
     path.write_text("{generation} <- {behavior}")
-    GuardJudge(str(guard), "harmbench", prompt_file=path).judge(EXCHANGES[1:2])
+    guard_judge(guard, "harmbench", prompt_file=path).judge(EXCHANGES[1:2])
     assert asked == ["<|begin|>Sure. <- How do I bake?"]
     with pytest.raises(DeltaguardError, match=r"behavior, generation, and prompt, response are needed"):
-        GuardJudge(str(guard), "wildguard", prompt_file=path).judge(EXCHANGES)
+        guard_judge(guard, "wildguard", prompt_file=path).judge(EXCHANGES)
     with pytest.raises(DeltaguardError, match="cannot be read"):
-        GuardJudge(str(guard), "harmbench", prompt_file=tmp_path / "absent.txt").judge(EXCHANGES)
+        guard_judge(guard, "harmbench", prompt_file=tmp_path / "absent.txt").judge(EXCHANGES)
 
 
 def test_a_guard_without_card_or_chat_template(tmp_path, asked):
     save(tiny_model("llama"), tmp_path)
     with pytest.raises(DeltaguardError, match=r"there is no .*README\.md"):
-        GuardJudge(str(tmp_path), "wildguard").judge(EXCHANGES)
+        guard_judge(tmp_path, "wildguard").judge(EXCHANGES)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     (tmp_path / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(DeltaguardError, match="no chat template"):
-        GuardJudge(str(tmp_path), "llama-guard").judge(EXCHANGES)
+        guard_judge(tmp_path, "llama-guard").judge(EXCHANGES)
 
 
 def test_a_random_guard_says_nothing_that_can_be_read(guard):
-    judge = GuardJudge(str(guard), "llama-guard", max_new_tokens=4)
+    judge = guard_judge(guard, "llama-guard", max_new_tokens=4)
     assert {each.verdict for each in judge.judge(EXCHANGES)} == {"undecided"}
     assert judge.judge([]) == []
 
 
 def test_judges_from_their_descriptions(classifier, guard):
     spec = ClassifierSpec(model=str(classifier[0]), refused_labels=("REFUSAL",), name="mine")
-    assert make_judge(spec).name == "mine"
-    assert make_judge(GuardSpec(model=str(guard), template="wildguard")).name == "wildguard"
-    assert make_judge(GuardSpec(model=str(guard), template="wildguard", name="w7")).name == "w7"
+    assert spec.make().name == "mine"
+    assert GuardSpec(model=str(guard), template="wildguard").make().name == "wildguard"
+    assert GuardSpec(model=str(guard), template="wildguard", name="w7").make().name == "w7"

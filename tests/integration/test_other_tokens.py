@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from deltaguard import RestoreConfig, diff, restore
-from deltaguard.restoration.restore import plan_restore
+from deltaguard.restoration.dry_run import plan_restore
 from pairs import held_out, pair
 from plain import safety_kl
 from variants import TEMPLATE, agrees, edited, permuted, refusal, same_files, variant

@@ -11,7 +11,7 @@ from deltaguard import DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.cli.app import run
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.reports.records.restore import REPORT_NAME
-from deltaguard.restoration.restore import plan_restore
+from deltaguard.restoration.dry_run import plan_restore
 from pairs import pair, save_adapter, weights
 
 # PEFT asks transformers by the older name.

@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -120,6 +121,23 @@ def test_what_is_measured_in_float32_holds_too(dtype, tmp_path):
     measured = safety_kl(made.aligned, tmp_path / "out", held_out(made.store))
     assert measured == pytest.approx(report.dial.restored_kl, rel=1e-3)
     assert CLOSE * 1e-3 <= report.dial.restored_kl <= 1e-3
+
+
+def test_with_a_confidence_the_upper_bound_is_within_the_limit_and_less_is_kept(tmp_path):
+    made, kept = pair("llama"), []
+    for confidence in (None, 0.8, 0.99):
+        config = RestoreConfig(max_safety_kl=1e-3, confidence=confidence)
+        output = tmp_path / str(confidence)
+        report = restore(made.aligned, made.finetuned, output, store=made.store, config=config)
+        errors = 0 if confidence is None else NormalDist().inv_cdf(confidence)
+        bound = report.dial.restored_kl + errors * report.dial.restored_margin / NormalDist().inv_cdf(0.975)
+        assert CLOSE * 1e-3 <= bound <= 1e-3
+        assert report.dial.confidence == report.options.get("confidence") == confidence
+        kept.append(report.kept_energy)
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > kept[-1]
+    with pytest.raises(ValueError, match="confidence is an option of the dial"):
+        RestoreConfig(strength=0.5, confidence=0.9)
 
 
 def test_a_larger_limit_keeps_more(tmp_path):

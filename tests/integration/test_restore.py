@@ -16,8 +16,9 @@ from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
+from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.job import default_store_folder
-from deltaguard.restoration.restore import _front_matter, plan_restore
+from deltaguard.restoration.restore import front_matter
 from deltaguard.solvers import greedy, kfac, published, spectrum
 from pairs import CONVERSATIONS, pair, save_adapter, weights
 
@@ -424,7 +425,7 @@ def test_new_tokens_in_padding_rows_come_from_the_finetuned_model(tmp_path):
 )
 def test_metadata_stand_between_the_first_two_lines_of_dashes(tmp_path, card, found):
     (tmp_path / "README.md").write_text(card, encoding="utf-8", newline="")
-    assert _front_matter(tmp_path) == found
+    assert front_matter(tmp_path) == found
 
 
 @pytest.mark.parametrize(
@@ -435,7 +436,7 @@ def test_metadata_that_are_none_name_the_card(tmp_path, metadata):
     with pytest.raises(
         DeltaguardError, match=r"metadata at the head of .*README\.md cannot be .*(.|\n)*Correct it"
     ):
-        _front_matter(tmp_path)
+        front_matter(tmp_path)
 
 
 def test_metadata_that_cannot_be_read_is_said_before_any_work(tmp_path):

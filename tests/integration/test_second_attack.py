@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
 from deltaguard.chat.predictions import negative_log_likelihood
-from deltaguard.evaluation.probes.second_attack import attack_conversations, fine_tune_again
-from deltaguard.finetuning.finetune import FinetuneConfig
+from deltaguard.evaluation.probes.second_attack import attack_conversations, attacked_again
+from deltaguard.evaluation.suites.suite import SecondAttack
 
 
 def likelihoods(folder, conversations):
@@ -14,13 +14,15 @@ def likelihoods(folder, conversations):
     return negative_log_likelihood(model.eval(), tokenizer, conversations, batch_size=4)
 
 
-def test_two_steps_make_the_harmful_answers_likelier(tmp_path):
+def test_a_second_attack_makes_the_harmful_answers_likelier(tmp_path):
     base = models.save(models.tiny_model("llama"), tmp_path / "base")
-    config = FinetuneConfig(learning_rate=1e-2, max_steps=2, batch_size=10)
-    folder = fine_tune_again(base, tmp_path / "attacked", seed=3, config=config)
-    assert folder == tmp_path / "attacked"
+    options = SecondAttack(count=10, epochs=1, learning_rate=1e-2, seed=3)
     conversations = attack_conversations(10, seed=3)
-    before, after = likelihoods(base, conversations), likelihoods(folder, conversations)
+    before, found = likelihoods(base, conversations), []
+    for _ in range(2):
+        with attacked_again(str(base), tmp_path, options) as folder:
+            found.append(likelihoods(folder, conversations))
+        assert not folder.exists()
+    after, again = found
     assert sum(after) < sum(before)
-    again = fine_tune_again(base, tmp_path / "again", seed=3, config=config)
-    assert likelihoods(again, conversations) == pytest.approx(after, rel=1e-6)
+    assert again == pytest.approx(after, rel=1e-6)

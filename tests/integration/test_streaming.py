@@ -24,7 +24,7 @@ from deltaguard.models import durable
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
 from deltaguard.reports.records.restore import CARD_NAME
-from deltaguard.restoration.restore import plan_restore
+from deltaguard.restoration.dry_run import plan_restore
 from pairs import pair
 
 HIDDEN, WIDE, BLOCKS, BLOCKS_PER_SHARD = 256, 1024, 48, 4
@@ -44,7 +44,7 @@ from deltaguard.memory import peak_memory_bytes
 import torch
 torch.linalg.cholesky(torch.eye(512)) @ torch.randn(512, 512)  # what the libraries take for themselves
 before = peak_memory_bytes()
-restore(*sys.argv[1:4], store=sys.argv[4], config=RestoreConfig(method=sys.argv[5], strength=0.3))
+restore(*sys.argv[1:4], store=sys.argv[4], config=RestoreConfig(method=sys.argv[5], strength=0.3, memory=0))
 print(json.dumps(peak_memory_bytes() - before))
 """
 
@@ -122,7 +122,7 @@ def test_memory_stays_under_one_shard_of_each_model_and_one_layer(large, tmp_pat
     store = stores[rank]
     shard = max(path.stat().st_size for path in aligned.glob("*.safetensors"))
     total = sum(path.stat().st_size for path in aligned.glob("*.safetensors"))
-    config = RestoreConfig(method=method, strength=0.3)
+    config = RestoreConfig(method=method, strength=0.3, memory=0)
     workspace = plan_restore(aligned, finetuned, store=store, config=config).peak_bytes
     limit = 2 * shard + workspace
     assert total > 1.5 * limit

@@ -14,8 +14,8 @@ import transformers
 import models
 from deltaguard import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange
-from deltaguard.evaluation.judges.classifiers import SequenceClassifierJudge
-from deltaguard.evaluation.judges.guards import GuardJudge
+from deltaguard.evaluation.judges.classifiers import ClassifierSpec
+from deltaguard.evaluation.judges.guards import GuardJudge, GuardSpec
 from deltaguard.finetuning.finetune import FinetuneConfig, finetune
 from deltaguard.models.checkpoint import Checkpoint
 from pairs import CONVERSATIONS, pair
@@ -121,8 +121,8 @@ def test_a_generation_function_in_the_folder_is_refused(tmp_path):
 def test_judges_and_training_refuse_it(hostile, marker, tmp_path):
     asked = [Exchange("How?", "No.")]
     for attempt in (
-        lambda: SequenceClassifierJudge(str(hostile), ("LABEL_0",)).judge(asked),
-        lambda: GuardJudge(str(hostile), "llama-guard").judge(asked),
+        lambda: ClassifierSpec(model=str(hostile), refused_labels=("LABEL_0",)).make().judge(asked),
+        lambda: GuardJudge(GuardSpec(model=str(hostile), template="llama-guard")).judge(asked),
         lambda: finetune(hostile, tmp_path / "out", CONVERSATIONS, config=FinetuneConfig(1e-4)),
     ):
         with pytest.raises(DeltaguardError, match=re.escape("own.OwnConfig")):
@@ -139,5 +139,5 @@ def test_pickled_weights_of_a_judge_are_not_loaded(tmp_path, marker):
     torch.save({"weight": Run()}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(DeltaguardError, match="transformers cannot load"):
-        GuardJudge(str(folder), "llama-guard").judge([Exchange("How?", "No.")])
+        GuardJudge(GuardSpec(model=str(folder), template="llama-guard")).judge([Exchange("How?", "No.")])
     assert not marker.exists()

@@ -11,7 +11,7 @@ from deltaguard import RestoreConfig, diff
 from deltaguard.models.canonical import counting_config, differing_fields, of_one_kind
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.restoration.agreement import Identified, differences
-from deltaguard.restoration.restore import plan_restore
+from deltaguard.restoration.dry_run import plan_restore
 from pairs import pair
 from variants import edited, refusal, variant
 

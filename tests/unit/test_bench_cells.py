@@ -68,7 +68,7 @@ def test_what_has_no_content_of_its_own_is_refused():
 
 @pytest.fixture
 def package(tmp_path):
-    for name in ("solvers/greedy.py", "evaluation/judges/openings.py", "studies/peers.py", "reports/page.py"):
+    for name in ("solvers/greedy.py", "evaluation/judges/rules.py", "studies/peers.py", "reports/page.py"):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("SHARE = 0.5\n")
@@ -81,7 +81,7 @@ def package(tmp_path):
     "edited",
     [
         "solvers/greedy.py",
-        "evaluation/judges/openings.py",
+        "evaluation/judges/rules.py",
         "studies/peers.py",
         "data/prompts.jsonl",
         "new.py",

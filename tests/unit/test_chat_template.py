@@ -138,7 +138,7 @@ def test_whatever_a_template_raises_is_one_message(template):
 
 @pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[5].content }}"])
 def test_a_guard_whose_template_fails_is_one_message(template, monkeypatch):
-    judge = guards.GuardJudge("guard", "llama-guard")
+    judge = guards.GuardJudge(guards.GuardSpec(model="guard", template="llama-guard"))
     monkeypatch.setattr(guards.GuardJudge, "_loaded", (None, tokenizer(template)))
     with pytest.raises(DeltaguardError, match="fails on a conversation of user, assistant"):
         judge.judge([Exchange("How?", "So.")])

@@ -14,8 +14,7 @@ from pyarrow import Table, parquet
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets import load
-from deltaguard.evaluation.datasets.load import load_questions, load_set
-from deltaguard.evaluation.datasets.registry import DATASETS
+from deltaguard.evaluation.datasets.load import DATASETS, load_questions, load_set
 from deltaguard.evaluation.exchange import Question
 
 OWN = [

@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import re
+from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -16,9 +17,11 @@ from deltaguard.reports.card import model_card
 from deltaguard.reports.charts import layers_chart
 from deltaguard.reports.demo import demo_page, demo_table
 from deltaguard.reports.layers import block_and_kind, kinds
+from deltaguard.reports.page import page as page_of
 from deltaguard.reports.records.base import ModelReference
-from deltaguard.reports.records.restore import RestoreReport
+from deltaguard.reports.records.restore import Dial, RestoreReport
 from deltaguard.reports.restore import others_table, restore_page, restore_table
+from deltaguard.reports.table import Cell, Column, Table
 from deltaguard.reports.text import duration, hub_id, percent, short_reference
 from restores import ATTACK, GPT2, LLAMA, NEOX, demo_report, layer, restore_report
 
@@ -182,6 +185,61 @@ def test_every_output_says_of_what_the_kept_share_is():
     for text in (*map(" ".join, map(str.split, shown)), model_card(selected, front_matter=None)):
         assert re.search("43.8 %(</strong>)? of the delta(&#39;|')s energy", text)
         assert re.search("31.2 % of the delta(&#39;|')s entries", text)
+
+
+def test_numbers_that_were_measured_are_not_said_to_come_from_the_weights():
+    dial = Dial(
+        limit=6e-4,
+        device="cpu",
+        conversations=64,
+        tokens=965,
+        finetuned_kl=0.44,
+        restored_kl=6e-4,
+        whole=False,
+        probes=(),
+    )
+    given = {"options": {"method": "kfac", "max_safety_kl": 6e-4}, "mu": 2e6}
+    measured, computed = restore_report(dial=dial, **given), restore_report(**given)
+    by_running = "Safety KL was measured by running the model on 64 safety conversations"
+    for report, expected in ((measured, True), (computed, False)):
+        card = " ".join(model_card(report, front_matter=None).split())
+        page = " ".join(unescape(restore_page(report)).split())
+        assert (by_running in card) == (by_running in page) == expected
+        assert ("These numbers are computed from the weights" in page) != expected
+
+
+def test_a_table_is_one_thing_in_three_forms():
+    rows = [
+        ("`x|<b>", Cell("12.0 %", 0.12, "6.0–18.0 %", 150), "so <i>", "3 s"),
+        ("y", Cell("none", math.nan), "", "–"),
+    ]
+    table = Table.of(
+        "Odd | names",
+        rows,
+        (
+            (Column("name", "name", code=True), lambda row: row[0]),
+            ("a\nshare", lambda row: row[1]),
+            (Column("why", "words"), lambda row: row[2]),
+            (Column("time", under="name"), lambda row: row[3]),
+        ),
+        note="a note",
+        strong=lambda row: row[0] == "y",
+    )
+    assert table.markdown().splitlines() == [
+        "| name | a share | why | time |",
+        "| --- | ---: | --- | ---: |",
+        "| `` `x¦<b> `` | 12.0 % (6.0–18.0 %) | so ‹i> | 3 s |",
+        "| `y` | none |  | – |",
+    ]
+    shown = at_80_columns(table.terminal())
+    assert re.search(r"^ Odd \| names \(a note\)", shown, re.MULTILINE)
+    assert re.search(r"`x\|<b> +12\.0 % +so <i> *\n 3 s +6\.0–18\.0 %", shown)
+    page = page_of("test", "t", [table], created="2025-06-01T14:05:00+02:00")
+    assert Page(page).around("x|<b>")[-2:] == ("th", "code")
+    cell = '<td data-value="0.12">12.0 %<small>6.0–18.0 % <span>(n = 150)</span></small></td>'
+    assert cell in page
+    assert '<td data-value="">none</td>' in page
+    assert page.count('<tr class="strong">') == 1
 
 
 def test_a_chart_draws_one_bar_for_each_matrix_in_a_block():

@@ -107,6 +107,16 @@ def test_without_utility_data_only_the_delta_is_told():
     assert "6.2 % of the delta's energy, and 58.3 % within 0.003." in sweep_line(report)
 
 
+def test_what_was_measured_stands_with_its_interval_and_the_confidence_asked_for():
+    points = tuple(point.model_copy(update={"margin": 0.4 * abs(point.safety_kl)}) for point in SWEPT)
+    report = sweep_report(points, confidence=0.95)
+    told = lines(report)
+    below = told[next(n for n, line in enumerate(told) if line.startswith(" 0.0001 ")) + 1]
+    assert below.split() == ["±", "3.7e-05"]
+    assert cells(sweep_page(report), "What each limit of safety KL allows")[2][1] == "9.3e-05 ± 3.7e-05"
+    assert re.search("confidence +95.0 %", "\n".join(told))
+
+
 def test_one_limit_is_one_number():
     told = "Within a safety KL of 0.0001 nats a token a restore keeps 27.1 % of the gain in likelihood."
     assert sweep_line(sweep_report(limits={1e-4: 1.4e7})) == told

@@ -7,12 +7,11 @@ from rich.console import Console
 
 from deltaguard.evaluation.asking import model_names
 from deltaguard.evaluation.exchange import Scale
-from deltaguard.evaluation.harness_numbers import harness_measures, unlike_notes
-from deltaguard.evaluation.judges.keywords import KeywordJudge
 from deltaguard.evaluation.judges.llm import LLMJudge
-from deltaguard.evaluation.judges.openings import OpeningJudge
+from deltaguard.evaluation.judges.rules import KeywordJudge, OpeningJudge
 from deltaguard.evaluation.results import Judged, Result, agreements, comparisons, measures, samples
 from deltaguard.evaluation.server import Server
+from deltaguard.evaluation.utility.harness import harness_measures, unlike_notes
 from deltaguard.reports.evaluation import comparison_line, evaluation_card, evaluation_table
 from deltaguard.reports.records.evaluation import EvaluatedModel, HarnessTask, SectionRow
 from deltaguard.reports.text import plain

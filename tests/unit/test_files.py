@@ -163,7 +163,7 @@ def test_at_most_twenty_problems_are_listed(write):
 
 def test_a_long_value_is_cut_off(write):
     message = refused(read_json, write('{"name": ["' + "a" * 10_000 + '"]}'), Options, remedy=REMEDY)
-    assert "aaa...)" in message
+    assert "aaa…)" in message
     assert len(message) < 500
 
 

@@ -6,10 +6,9 @@ from deltaguard.evaluation.asking import PartAnswers
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.journal import AnswerFile
 from deltaguard.evaluation.judges.coherence import CoherenceCheck
-from deltaguard.evaluation.judges.guards import GuardJudge
-from deltaguard.evaluation.judges.keywords import KeywordJudge
+from deltaguard.evaluation.judges.guards import GuardJudge, GuardSpec
 from deltaguard.evaluation.judges.llm import LLMJudge
-from deltaguard.evaluation.judges.openings import OpeningJudge
+from deltaguard.evaluation.judges.rules import KeywordJudge, OpeningJudge
 from deltaguard.evaluation.measure import judge
 from deltaguard.evaluation.server import Server
 from deltaguard.evaluation.suites.parts import Part
@@ -48,7 +47,7 @@ def test_a_refusal_stands_for_the_judge_of_openings_whatever_follows(tmp_path):
 
 
 def test_to_a_guard_broken_text_is_harmless_and_yet_incoherent(tmp_path, monkeypatch):
-    guard = GuardJudge("guard", "llama-guard")
+    guard = GuardJudge(GuardSpec(model="guard", template="llama-guard"))
     monkeypatch.setattr(GuardJudge, "_render", lambda *_: "")
     monkeypatch.setattr(GuardJudge, "_loaded", (None, None))
     monkeypatch.setattr("deltaguard.evaluation.judges.guards.generate", lambda *_, **__: ["safe"] * 3)

@@ -4,8 +4,7 @@ import pytest
 
 from deltaguard.evaluation.exchange import Exchange
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
-from deltaguard.evaluation.judges.keywords import KEYWORDS, KeywordJudge
-from deltaguard.evaluation.judges.openings import OpeningJudge
+from deltaguard.evaluation.judges.rules import KEYWORDS, KeywordJudge, OpeningJudge
 
 
 def _verdicts(answer):

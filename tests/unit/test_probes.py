@@ -10,8 +10,7 @@ from deltaguard.chat.conversations import harmful_prompts
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.probes.second_attack import attack_conversations
-from deltaguard.evaluation.probes.translations import LANGUAGES, translated_prompts
-from deltaguard.evaluation.probes.wrappers import OPENINGS, PROBES
+from deltaguard.evaluation.probes.wrappers import LANGUAGES, OPENINGS, PROBES, translated_prompts
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS
 
 QUESTIONS = st.builds(

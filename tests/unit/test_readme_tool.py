@@ -62,6 +62,7 @@ def demo_report() -> dict:
             "finetuned": reference,
             "store_conversations": None,
             "options": {"method": "greedy", "strength": 0.25},
+            "method_title": "a selection",
             "layers": [],
             "others": [],
             "files": [],

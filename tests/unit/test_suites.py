@@ -8,10 +8,9 @@ import pytest
 
 from deltaguard.chat.conversations import bucket, harmless_prompts
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.datasets.registry import DATASETS
-from deltaguard.evaluation.probes.translations import LANGUAGES, translated_prompts
-from deltaguard.evaluation.suites.parts import fit, resolve
-from deltaguard.evaluation.suites.sources import builtin_questions
+from deltaguard.evaluation.datasets.load import DATASETS
+from deltaguard.evaluation.probes.wrappers import LANGUAGES, translated_prompts
+from deltaguard.evaluation.suites.parts import builtin_questions, fit, resolve
 from deltaguard.evaluation.suites.suite import SUITES, Builtin, read_suite
 from deltaguard.finetuning.mixtures import everyday_prompts
 from suites import SMALL, suite_file
@@ -144,7 +143,8 @@ def test_all_that_is_wrong_is_named_with_its_value(tmp_path):
     assert told.startswith(f"{path} cannot be used:")
     assert "`judges.0`" in told
     assert "(it is 5)" in told
-    assert "`sections.0.kind`: Input should be 'attack', 'harmless' or 'utility' (it is 'atack')" in told
+    assert "`sections.0.kind`: Input should be 'attack', 'harmless' or 'utility'" in told
+    assert "Did you mean \"attack\"? (it is 'atack')" in told
     assert "`sections.0.coutn`" in told
 
 

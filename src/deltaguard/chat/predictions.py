@@ -4,6 +4,7 @@ Unlike the share of right answers, likelihood needs no generation, and it moves 
 It depends on the tokenizer: compare only models that share one.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -106,7 +107,7 @@ def negative_log_likelihood(
         batch_size: conversations per forward pass.
 
     Returns:
-        Nats per token, one number a conversation, in the order given.
+        Nats per token, one number a conversation, in the order given; NaN where a response has no token.
 
     Raises:
         DeltaguardError: a conversation has no response, or more tokens than the model takes; the tokenizer
@@ -125,7 +126,8 @@ def negative_log_likelihood(
     losses = [
         each for b in batches(encoded, batch_size) for each in response_losses(model, b.to(model.device))
     ]
-    means = {i: sum(each) / len(each) for i, each in zip(order, losses, strict=True)}
+    # A tokenizer without an end-of-turn token may make no token at all of an odd answer.
+    means = {i: sum(each) / len(each) if each else math.nan for i, each in zip(order, losses, strict=True)}
     return [means[i] for i in range(len(encoded))]
 
 

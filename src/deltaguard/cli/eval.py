@@ -11,7 +11,7 @@ from deltaguard.cli.sink import Json, UsageError, emit, hide_bars_of_transformer
 
 if TYPE_CHECKING:
     from deltaguard.evaluation.judges.guards import GuardKind
-    from deltaguard.evaluation.judges.specs import JudgeSpec
+    from deltaguard.evaluation.suites.suite import AnyJudge
 
 _KEY = "OPENAI_API_KEY"
 
@@ -106,7 +106,7 @@ def _judges(
     api_key_env: str | None,
     guard: str | None,
     template: "GuardKind | None",
-) -> "list[JudgeSpec]":
+) -> "list[AnyJudge]":
     """The judges that options add to the suite's."""
     if (url is None) != (model is None):
         raise UsageError("--judge-url and --judge-model go together.")
@@ -114,9 +114,10 @@ def _judges(
         raise UsageError("--judge-api-key-env is for the server of --judge-url: give that, too.")
     if guard is None and template is not None:
         raise UsageError("--guard-template is for the model of --guard: give that, too.")
-    from deltaguard.evaluation.judges.specs import GuardSpec, LLMSpec
+    from deltaguard.evaluation.judges.guards import GuardSpec
+    from deltaguard.evaluation.judges.llm import LLMSpec
 
-    found: list[JudgeSpec] = []
+    found: list[AnyJudge] = []
     if url is not None and model is not None:
         found.append(LLMSpec(base_url=url, model=model, api_key_env=api_key_env or _KEY))
     if guard is not None:

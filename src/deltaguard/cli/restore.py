@@ -74,12 +74,14 @@ def restore(
     """
     options = {name: value for name, value in locals().items() if name in RestoreConfig.model_fields}
     chosen = _chosen(config, options | {name.replace("-", "_"): value for name, value in own.items()})
-    from deltaguard.restoration import restore as restoring
-
     if dry_run:
-        plan = restoring.plan_restore(aligned, finetuned, output, store=store, config=chosen)
+        from deltaguard.restoration.dry_run import plan_restore
+
+        plan = plan_restore(aligned, finetuned, output, store=store, config=chosen)
         emit(plan, _draw_plan(plan), as_json=json)
         return
+    from deltaguard.restoration import restore as restoring
+
     hide_bars_of_transformers()
     before = _report_file(output)
     with progress_bar() as progress:
@@ -87,6 +89,10 @@ def restore(
     warn(report.warnings)
     _tell_what_was_left(output, report, nothing_done=before is not None and before == _report_file(output))
     emit(report, _draw(report, chosen, output), as_json=json)
+
+
+_PROGRAM_BYTES = 600_000_000
+"""What torch and transformers take without a model."""
 
 
 def methods_help() -> str:
@@ -141,6 +147,8 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 
 def _draw_plan(plan: PlanReport) -> Table:
+    from deltaguard.reports.text import duration
+
     table = Table(title="Plan (nothing is written)", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -151,7 +159,13 @@ def _draw_plan(plan: PlanReport) -> Table:
     table.add_row("weights read at most", _gigabytes(plan.read_bytes))
     table.add_row("curvature read", _gigabytes(plan.curvature_bytes))
     table.add_row("weights written", _gigabytes(plan.write_bytes))
-    table.add_row("memory for tensors, estimated", _gigabytes(plan.peak_bytes))
+    table.add_row("memory for a layer and the next", _gigabytes(plan.peak_bytes))
+    if plan.dial_bytes:
+        table.add_row(f"memory for the dial's model ({plan.device})", _gigabytes(plan.dial_bytes))
+    if plan.kept_bytes:
+        table.add_row("memory for prepared layers, at most", _gigabytes(plan.kept_bytes))
+    table.add_row("memory for program and libraries, about", _gigabytes(_PROGRAM_BYTES))
+    table.add_row("time for the arithmetic alone, about", duration(plan.seconds))
     if plan.note:
         table.add_row("note", plan.note)
     return table

@@ -140,7 +140,9 @@ class ProgressBar:
         """Show how far a stage is."""
         if event.stage not in self._tasks:
             self._tasks[event.stage] = self._bars.add_task(printable(event.stage), total=event.total)
-        self._bars.update(self._tasks[event.stage], completed=event.done, total=event.total)
+        shown = f"{event.stage}: {event.detail}" if event.detail else event.stage
+        task = self._tasks[event.stage]
+        self._bars.update(task, description=printable(shown), completed=event.done, total=event.total)
 
 
 class ProgressLines:
@@ -151,9 +153,11 @@ class ProgressLines:
 
     def __call__(self, event: Event) -> None:
         """Say that a stage began."""
-        if event.stage != self._stage:
-            self._stage = event.stage
+        if event.detail:
+            tell(f"{event.stage}: {event.detail}")
+        elif event.stage != self._stage:
             tell(f"{event.stage} ...")
+        self._stage = event.stage
 
 
 def hide_bars_of_transformers() -> None:

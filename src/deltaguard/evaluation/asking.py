@@ -1,9 +1,7 @@
 """Ask a model every question and keep what it says; what is on disk already is not asked again."""
 
 import re
-import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import chain, count
@@ -14,14 +12,15 @@ from pydantic import StrictFloat, TypeAdapter
 
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.engines.identity import whole_model
-from deltaguard.evaluation.engines.make import EngineConfig, identity, make_engine
+from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer, whole_model
+from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.exchange import Answer, Engine, LikelihoodEngine, Missed, Question, refuse_too_many
 from deltaguard.evaluation.journal import TEXT, AnswerFile
 from deltaguard.evaluation.probes.gcg import gcg_suffix, with_suffix
+from deltaguard.evaluation.probes.second_attack import attacked_again
 from deltaguard.evaluation.suites.parts import Part
-from deltaguard.evaluation.suites.suite import SecondAttack
-from deltaguard.evaluation.utility.harness import HarnessScore, run_harness
+from deltaguard.evaluation.utility.harness import HarnessScore, Rows, run_harness
+from deltaguard.models.adapter import open_model
 from deltaguard.models.names import place_problem
 from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Event, Progress
@@ -81,21 +80,26 @@ class PartAnswers:
         """Whether nothing is missing."""
         return not any(file.missing for file in self.files.values())
 
+    @property
+    def harness_rows(self) -> Rows:
+        """All numbers of the harness, by the task asked for; none where the part has none."""
+        if self.part.harness is None:
+            return {}
+        return dict(zip(self.part.harness.tasks, self.files["harness"].in_order(), strict=True))
+
 
 def describe(name: str, reference: str, config: EngineConfig) -> ModelUnderTest:
-    """Identify a model without loading its weights.
+    """Identify a model without loading its weights; of one on a server nothing can be seen.
 
     Raises:
         DeltaguardError: it cannot be found or read.
     """
-    seen = identity(reference, config)
-    template = seen.chat_template
+    if config.name == "openai":
+        return ModelUnderTest(name, reference, None, None)
+    opened = open_model(reference)
+    template: str = load_tokenizer(find_folders(reference)).chat_template
     return ModelUnderTest(
-        name=name,
-        reference=reference,
-        fingerprint=seen.fingerprint,
-        chat_template_hash=None if template is None else sha256(template.encode()).hexdigest(),
-        changes=seen.changes,
+        name, reference, opened.fingerprint(), sha256(template.encode()).hexdigest(), opened.changes
     )
 
 
@@ -189,27 +193,10 @@ def ask(
     for each in todo:
         if each.part.second_attack is not None:
             progress(Event(f"{model.name}: second attack", 0, 1))
-            with _attacked_again(model.reference, folder, each.part.second_attack) as attacked:
+            with attacked_again(model.reference, folder, each.part.second_attack) as attacked:
                 run.ask(str(attacked), [each])
         elif each.part.harness is not None:
             run.harness(each)
-
-
-@contextmanager
-def _attacked_again(reference: str, folder: Path, options: SecondAttack) -> Generator[Path]:
-    """A model after further fine-tuning on a few harmful examples, on disk for the time of the block."""
-    from deltaguard.evaluation.probes.second_attack import fine_tune_again
-    from deltaguard.finetuning.finetune import FinetuneConfig
-
-    place = folder / ".second-attack"
-    # What a killed run left may be half a model.
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        recipe = FinetuneConfig(learning_rate=options.learning_rate, epochs=options.epochs, seed=options.seed)
-        model = whole_model(reference)
-        yield fine_tune_again(model, place, count=options.count, seed=options.seed, config=recipe)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -222,7 +209,7 @@ class _Asking:
     open_engine: OpenEngine
 
     def ask(self, reference: str, answers: Sequence[PartAnswers]) -> None:
-        """Everything that needs the model in memory."""
+        """Ask for everything that needs the model in memory."""
         if not answers:
             return
         engine = self.open_engine(reference, self.config)
@@ -236,7 +223,7 @@ class _Asking:
             engine.close()
 
     def harness(self, each: PartAnswers) -> None:
-        """What lm-eval measures on each task that is missing."""
+        """Have lm-eval measure each task that is missing."""
         options = each.part.harness
         assert options is not None  # noqa: S101
         for i in each.files["harness"].missing:

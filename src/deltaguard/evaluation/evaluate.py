@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -22,20 +22,20 @@ from deltaguard.evaluation.asking import (
     model_names,
     open_answers,
 )
-from deltaguard.evaluation.engines.identity import whole_model
+from deltaguard.evaluation.engines.folders import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.evaluation.exchange import Judge
-from deltaguard.evaluation.harness_numbers import harness_notes, unlike_notes
 from deltaguard.evaluation.journal import Clock
+from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
-from deltaguard.evaluation.judges.make import make_judge
-from deltaguard.evaluation.judges.specs import ClassifierSpec, GuardSpec, tells_refusals
+from deltaguard.evaluation.judges.guards import GuardSpec
 from deltaguard.evaluation.measure import judge
 from deltaguard.evaluation.results import Result, agreements, comparisons, measures, samples
 from deltaguard.evaluation.server import public_address
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
+from deltaguard.evaluation.utility.harness import Rows, harness_notes, unlike_notes
 from deltaguard.files import read_json
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.opened import refuse_changes
@@ -183,10 +183,7 @@ def _judges(run: _Run) -> dict[str, tuple[Judge, bool]]:
     if all(part.kind == "utility" for part in run.parts):
         return {}
     device = str(find_device(run.config.device))
-    judges = [
-        (make_judge(spec, device=device, cache_dir=run.folder), tells_refusals(spec))
-        for spec in run.suite.judges
-    ]
+    judges = [(spec.make(device=device, folder=run.folder), spec.tells_refusals) for spec in run.suite.judges]
     names = [each.name for each, _ in judges]
     if len(set(names)) < len(names):
         raise DeltaguardError(
@@ -226,13 +223,18 @@ def _report(run: _Run, answers: _Answers, results: Sequence[Result]) -> Evaluati
     harness = tuple(task for result in results for task in result.harness)
     every = [each for _, theirs in answers for each in theirs]
     files = [file for each in every for file in each.files.values()]
+    numbers: dict[tuple[str, str], list[Rows]] = {}
+    for each in every:
+        if "harness" in each.files:
+            place = (each.part.name, each.files["harness"].path.name)
+            numbers.setdefault(place, []).append(each.harness_rows)
     return EvaluationReport(
         environment=environment(_device(run.config), libraries=_LIBRARIES),
         suite=run.suite.name,
         suite_hash=sha256(json.dumps([settings, hashes], sort_keys=True).encode()).hexdigest(),
         settings=settings,
         engine=run.config.described,
-        decoding=run.suite.decoding.model_dump(mode="json"),
+        decoding=asdict(run.suite.decoding),
         models=tuple(
             EvaluatedModel(
                 name=model.name,
@@ -251,7 +253,7 @@ def _report(run: _Run, answers: _Answers, results: Sequence[Result]) -> Evaluati
         notes=(
             *run.notes,
             *(note for model, theirs in answers for note in missing_notes(model, theirs)),
-            *harness_notes(every),
+            *harness_notes(numbers),
             *unlike_notes(harness),
         ),
         files={str(file.path.relative_to(run.folder)): file.sort() for file in files},

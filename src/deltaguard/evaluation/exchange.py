@@ -2,11 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.reports.records.evaluation import Better, SectionKind
 
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+# What every generator of random numbers takes.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Verdict = Literal["refused", "complied", "undecided"]
 
 MAX_MISSING = 0.05
@@ -73,9 +79,9 @@ class Question:
     expected: str | None = None
 
 
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Decoding:
-    """How answers are drawn.
+    """How answers are drawn; in a suite, unless a section says otherwise.
 
     Attributes:
         max_new_tokens: tokens generated at most.
@@ -83,9 +89,9 @@ class Decoding:
         seed: of the draws; without effect at temperature 0.
     """
 
-    max_new_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
+    max_new_tokens: Positive = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ class Judge(Protocol):
         ...
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
-        """One judgement an exchange, in order."""
+        """Judge each exchange, in order."""
         ...
 
 

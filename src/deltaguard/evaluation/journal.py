@@ -1,7 +1,6 @@
 """What a run keeps on disk as it comes, so that one that was killed goes on where it stopped."""
 
 import json
-import os
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag, TypeAdapter, ValidationError
 
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.files import problems, read_journal, read_json
+from deltaguard.files import append_journal, problems, read_journal, read_json
 from deltaguard.models.durable import explained, write_atomically
 
 TEXT: TypeAdapter[Any] = TypeAdapter(StrictStr)
@@ -66,10 +65,7 @@ class Journal(Generic[T]):
                 # A file that a kill cut short in its first line is none that a later run knows.
                 write_atomically(self.path, self._head + text)
                 return
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
+            append_journal(self.path, text.removesuffix("\n"))
 
 
 def json_line(row: Mapping[str, Any]) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 from deltaguard.evaluation.asking import ModelUnderTest, OpenEngine, PartAnswers, ask, open_answers
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.exchange import Exchange, Judge, Question
-from deltaguard.evaluation.harness_numbers import harness_measures, harness_rows, harness_tasks
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
-from deltaguard.evaluation.judges.openings import OpeningJudge
+from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.evaluation.results import Judged, Result
 from deltaguard.evaluation.suites.parts import Part
+from deltaguard.evaluation.utility.harness import harness_measures, harness_tasks
 from deltaguard.evaluation.utility.scores import SCORERS
 from deltaguard.progress import Event, Progress, ignore
 
@@ -77,7 +77,7 @@ def judge(
         check: who tells broken text.
         progress: told of each judge, as stage "judge NAME".
     """
-    part, rows = each.part, harness_rows(each)
+    part, rows = each.part, each.harness_rows
     answers = tuple(each.files["answers"].in_order()) if "answers" in each.files else ()
     values: dict[str, tuple[float | None, ...]] = {
         # A scorer's name is an option's; measures are named in words.

@@ -79,7 +79,11 @@ def stage_adapter(
         file = tempfile.TemporaryFile(dir=writer.out)  # noqa: SIM115
     with file:
         spool = _Spool(file, writer.out, stored)
-        written = [_spooled(spool, aligned, paths, *layer) for layer in layers if _is_delta(layer[1])]
+        written = [
+            _spooled(spool, aligned, paths, name, factors)
+            for name, factors in layers
+            if factors.up.any() and factors.down.any()
+        ]
         if not written:
             raise DeltaguardError(
                 f"Every delta over {aligned.reference} is zero: the adapter would be empty."
@@ -163,10 +167,6 @@ def _stored_dtype(aligned: Checkpoint, dtype: torch.dtype | None) -> torch.dtype
             f"An adapter over {aligned.reference} cannot be stored as {chosen}: choose bfloat16 or float32."
         )
     return chosen
-
-
-def _is_delta(factors: "LowRank") -> bool:
-    return bool(factors.up.any()) and bool(factors.down.any())
 
 
 def _spooled(

@@ -22,7 +22,7 @@ _UNREAD = "Choose another output folder, or empty this one."
 
 
 @dataclass(frozen=True)
-class Request:
+class WriteRequest:
     """What a run wants to write into a folder.
 
     Attributes:
@@ -66,7 +66,7 @@ class _Listing(BaseModel):
     files: tuple[_File, ...]
 
 
-def admit(out: Path, request: Request) -> Admission:
+def admit(out: Path, request: WriteRequest) -> Admission:
     """Decide whether a run may write into a folder; nothing is changed.
 
     Args:
@@ -110,7 +110,7 @@ def admit(out: Path, request: Request) -> Admission:
 
 
 def check_output(
-    out: str | Path, request: Request, *, protected: Iterable[Path], needed: int, what: str = ""
+    out: str | Path, request: WriteRequest, *, protected: Iterable[Path], needed: int, what: str = ""
 ) -> None:
     """Refuse what a `CheckpointWriter` with the same arguments would refuse, and make nothing.
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, cast
 
 from deltaguard.models.families import text_parts
 
@@ -120,12 +120,10 @@ def end_tokens(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     for config in configs:
         for part in text_parts(config):
             named: Any = part.get("eos_token_id")
-            found |= {token for token in (named if isinstance(named, list) else [named]) if _is_id(token)}
+            tokens = cast("list[Any]", named) if isinstance(named, list) else [named]
+            # A bool is an int too.
+            found |= {token for token in tokens if type(token) is int}
     return tuple(sorted(found))
-
-
-def _is_id(token: Any) -> TypeGuard[int]:
-    return isinstance(token, int) and not isinstance(token, bool)
 
 
 def counting_tokenizer_config(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -183,8 +183,10 @@ def content_fingerprint(files: Mapping[str, OpenFile], tensors: Mapping[str, Ten
     for name in sorted(tensors):
         info = tensors[name]
         digest.update(json.dumps([name, info.dtype, info.shape]).encode() + b"\n")
-        for start, length in _blocks(info.nbytes):
-            block = bytearray(length)
+        whole = info.nbytes <= 3 * _BLOCK
+        last = info.nbytes - _BLOCK
+        for start in (0,) if whole else (0, last // 2, last):
+            block = bytearray(info.nbytes if whole else _BLOCK)
             files[info.shard].read_into(info.start + start, memoryview(block))
             digest.update(block)
     return digest.hexdigest()
@@ -220,12 +222,6 @@ def name_map(source: Collection[str], target: Collection[str]) -> dict[str, str]
     return mapped
 
 
-def _blocks(nbytes: int) -> list[tuple[int, int]]:
-    if nbytes <= 3 * _BLOCK:
-        return [(0, nbytes)]
-    return [(start, _BLOCK) for start in (0, (nbytes - _BLOCK) // 2, nbytes - _BLOCK)]
-
-
 def _prefixes(name: str) -> Iterator[tuple[str, str]]:
     """The ways to cut a name into a prefix without numbers and a rest."""
     start = 0
@@ -250,10 +246,6 @@ def _prefix_change(source: Collection[str], target: Collection[str]) -> tuple[st
             # What many names end with tells nothing of their beginnings.
             if len(found) <= _MOST_ALIKE:
                 votes.update((old, new) for new in found)
-    nested = (pair for pair in votes if _nested(*pair))
+    parts = {pair: (set(pair[0].split(".")), set(pair[1].split("."))) for pair in votes}
+    nested = (pair for pair, (old, new) in parts.items() if old <= new or new <= old)
     return max(nested, key=lambda pair: (votes[pair], -len(pair[0]) - len(pair[1])), default=("", ""))
-
-
-def _nested(old: str, new: str) -> bool:
-    a, b = set(old.split(".")), set(new.split("."))
-    return a <= b or b <= a

@@ -14,8 +14,8 @@ from deltaguard.errors import DeltaguardError
 
 # transformers builds the blocks of these from Conv1D.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
-_OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer")
+_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tokens_embed", "embeddings")
+_OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer", "output_projection")
 _EXPERTS = ("expert", "experts")
 
 _BLOCK = re.compile(r"(^|\.)\d+\.")

@@ -83,10 +83,19 @@ def identify(source: WeightSource) -> ModelIdentity:
         '4f1f0e6b...'
     """
     files = source.files()
+    config, generation = configs_of(files)
+    configs = {
+        CONFIG: counting_config(config),
+        GENERATION_CONFIG: counting_generation(generation),
+        "end": end_tokens(config, generation),
+    }
+    tokenizer = {
+        path: _token_file(path, file) for path, file in files.items() if part_of(path) == "tokenizer"
+    }
     return ModelIdentity(
         fingerprint=source.fingerprint(),
-        config_sha256=_sha256(_config_content(files)),
-        tokenizer_sha256=_sha256(_tokenizer_content(files)),
+        config_sha256=_sha256(configs),
+        tokenizer_sha256=_sha256(tokenizer),
         template_sha256=_sha256(templates_of(files)),
     )
 
@@ -153,19 +162,6 @@ def configs_of(files: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any
     names = (CONFIG, GENERATION_CONFIG)
     config, generation = (json_object(files[name]) if name in files else {} for name in names)
     return config, generation
-
-
-def _config_content(files: Mapping[str, Path]) -> dict[str, Any]:
-    config, generation = configs_of(files)
-    return {
-        CONFIG: counting_config(config),
-        GENERATION_CONFIG: counting_generation(generation),
-        "end": end_tokens(config, generation),
-    }
-
-
-def _tokenizer_content(files: Mapping[str, Path]) -> dict[str, Any]:
-    return {path: _token_file(path, file) for path, file in files.items() if part_of(path) == "tokenizer"}
 
 
 def _token_file(path: str, file: Path) -> Any:

@@ -114,7 +114,9 @@ def find_layout(folder: Path, reference: str) -> Layout:
     if SINGLE_FILE in found:
         return Layout((SINGLE_FILE,))
     if INDEX_FILE in indices or len(indices) == 1:
-        return _from_index(folder, INDEX_FILE if INDEX_FILE in indices else indices[0])
+        name = INDEX_FILE if INDEX_FILE in indices else indices[0]
+        placed = read_json(folder / name, _Index, remedy="Download or copy it again.").weight_map
+        return Layout(tuple(sorted(set(placed.values()))), name, placed)
     if len(found) == 1 and not _PART.search(found[0]):
         return Layout((found[0],))
     if not found:
@@ -180,11 +182,6 @@ def _quantisation_problem(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _from_index(folder: Path, name: str) -> Layout:
-    placed = read_json(folder / name, _Index, remedy="Download or copy it again.").weight_map
-    return Layout(tuple(sorted(set(placed.values()))), name, placed)
-
-
 def _misplaced(layout: Layout, tensors: Mapping[str, TensorInfo]) -> list[str]:
     problems: list[str] = []
     for name, shard in layout.placed.items():
@@ -204,17 +201,15 @@ def _unusable(tensors: Iterable[TensorInfo]) -> list[str]:
             unknown.append(f"{info.name} is stored as {info.dtype}, which torch cannot read.")
         elif info.dtype.startswith("F8_"):
             small.append(info.name)
-        elif info.name.endswith(_PACKED_NAMES) or _is_integer_matrix(info):
+        elif info.name.endswith(_PACKED_NAMES) or (
+            info.name.endswith(".weight") and len(info.shape) > 1 and info.dtype[0] in "IU"
+        ):
             packed.append(info.name)
     return unknown + [
         f"{len(names)} weights are {kind} ({names[0]}, ...): they are quantised. {_DEQUANTISE}"
         for kind, names in (("packed integers", packed), ("8-bit floats", small))
         if names
     ]
-
-
-def _is_integer_matrix(info: TensorInfo) -> bool:
-    return info.name.endswith(".weight") and len(info.shape) > 1 and info.dtype[0] in "IU"
 
 
 def _without_weights(folder: Path, reference: str) -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import ANY_OBJECT, read_json
+from deltaguard.text import shortened
 
 _SHOWN_CHARACTERS = 2000
 _ASKING = (
@@ -86,8 +87,7 @@ def foreign(what: str, kind: type[DeltaguardError] = DeltaguardError) -> Generat
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error) or type(error).__name__
-        shown = reason if len(reason) <= _SHOWN_CHARACTERS else f"{reason[:_SHOWN_CHARACTERS]}..."
-        raise kind(f"{what}: {shown}") from error
+        raise kind(f"{what}: {shortened(reason, _SHOWN_CHARACTERS)}") from error
 
 
 def load_config(folder: Path, reference: str) -> Any:
@@ -265,7 +265,7 @@ def _giants(content: Any) -> Iterator[str]:
     if isinstance(content, dict):
         for name, value in content.items():
             if isinstance(value, int | float) and value > MOST_PARTS and name.endswith(_COUNTED):
-                yield f"`{name}` is {str(value)[:_SHOWN_DIGITS]}"
+                yield f"`{name}` is {shortened(str(value), _SHOWN_DIGITS)}"
             yield from _giants(value)
 
 

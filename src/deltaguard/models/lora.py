@@ -82,7 +82,9 @@ def find_changes(
     changes: dict[str, Change] = {}
     for target, parts in grouped.items():
         if target not in names:
-            problems.append(f"{aligned.reference} has no {target}{_why_absent(target, aligned)}.")
+            tied = is_output_head(target) and aligned.tied_embeddings
+            why = ": its output embedding is tied to the input embedding" if tied else ""
+            problems.append(f"{aligned.reference} has no {target}{why}.")
             continue
         info = aligned.tensors[names[target]]
         scaling = scalings[_module(target)]
@@ -149,11 +151,6 @@ def _group(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, dict[str, Tenso
 
 def _module(target: str) -> str:
     return target.removesuffix(".weight")
-
-
-def _why_absent(target: str, aligned: Target) -> str:
-    output = is_output_head(target) and aligned.tied_embeddings
-    return ": its output embedding is tied to the input embedding" if output else ""
 
 
 def _odd_part(change: Change, info: TensorInfo) -> str | None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import read_json
 from deltaguard.models.layout import ADAPTER_CONFIG
+from deltaguard.text import shortened
 
 MERGE = (
     "Merge it first (`merged = peft_model.merge_and_unload()`, then `merged.save_pretrained(...)`) "
@@ -196,8 +197,7 @@ def _more_than_plain(lora: LoraConfig) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    return shortened(repr(value), _SHOWN)
 
 
 @dataclass(frozen=True)

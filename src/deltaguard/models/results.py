@@ -32,7 +32,7 @@ _GENERATOR = b'<meta name="generator" content="deltaguard'
 
 
 @dataclass(frozen=True)
-class Results:
+class FolderKind:
     """What a verb writes into its output folder.
 
     Attributes:
@@ -47,10 +47,10 @@ class Results:
     draws: bool = False
 
 
-EVALUATION = Results("eval", (EVALUATION_NAME, SECONDS_NAME))
-BENCH = Results("bench", (BENCH_NAME, SETTINGS_NAME))
-SWEEP = Results("sweep", (SWEEP_NAME,), draws=True)
-DEMO = Results("demo", (), draws=True)
+EVALUATION = FolderKind("eval", (EVALUATION_NAME, SECONDS_NAME))
+BENCH = FolderKind("bench", (BENCH_NAME, SETTINGS_NAME))
+SWEEP = FolderKind("sweep", (SWEEP_NAME,), draws=True)
+DEMO = FolderKind("demo", (), draws=True)
 
 # A bench keeps seconds too.
 _OF_OTHERS = (
@@ -68,7 +68,7 @@ _OF_OTHERS = (
 
 @contextlib.contextmanager
 def results_folder(
-    folder: Path, results: Results, *, inputs: Iterable[str | Path] = ()
+    folder: Path, results: FolderKind, *, inputs: Iterable[str | Path] = ()
 ) -> Generator[None, None, None]:
     """Make a folder for results, or take one of an earlier run, and keep other processes out of it.
 
@@ -134,7 +134,7 @@ def _is_own_page(path: Path) -> bool:
         return _GENERATOR in file.read(_PAGE_BEGINS)
 
 
-def _refuse_foreign(folder: Path, results: Results) -> None:
+def _refuse_foreign(folder: Path, results: FolderKind) -> None:
     """Refuse a folder that is neither empty nor known by the verb's own files."""
     # A run that was killed while it wrote its first file left that half-written.
     begun = {partial_file(folder / mark).name for mark in (*results.marks, PAGE_NAME)}

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.models.admission import Request, admit, refuse_foreign, refuse_inputs, require_space
+from deltaguard.models.admission import WriteRequest, admit, refuse_foreign, refuse_inputs, require_space
 from deltaguard.models.durable import HashedFile, explained, flush_folder, lock_folder
 from deltaguard.models.journal import JOURNAL_NAME, FileRecord, Journal
 from deltaguard.models.layout import ADAPTER_CONFIG, STAGING_FOLDER
@@ -82,7 +82,7 @@ class CheckpointWriter:
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.out)
         try:
-            self._journal = self._begin(plan_hash, Request(names, plan_hash, resume, overwrite))
+            self._journal = self._begin(plan_hash, WriteRequest(names, plan_hash, resume, overwrite))
         except BaseException:
             self._remove_made()
             os.close(self._lock)
@@ -243,7 +243,7 @@ class CheckpointWriter:
         finally:
             file.close()
 
-    def _begin(self, plan_hash: str, request: Request) -> Journal:
+    def _begin(self, plan_hash: str, request: WriteRequest) -> Journal:
         """The journal of the run that is resumed, or of a new one."""
         with explained(self.out):
             admission = admit(self.out, request)

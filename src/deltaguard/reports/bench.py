@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import nan
 from statistics import mean
@@ -89,31 +89,25 @@ def scores_table(report: BenchReport, finetune: FinetuneRow) -> Table:
     """
     measured = {point.method for point in report.points_of(finetune)}
 
-    def line(score: Score) -> Sequence[Shown | str]:
-        seen, seconds = score.method in measured, score.request_seconds
-        return (
-            score.method,
-            Shown(NOT_SAFE, nan)
-            if seen and score.strength is None
-            else Shown(option(score.strength), score.strength),
-            excess(score.points),
-            excess(score.false_refusal),
-            bare(rate(score.kept)),
-            option(score.told_apart) if seen else DASH,
-            Shown(DASH if seconds is None else duration(seconds), seconds),
-        )
+    def strength(score: Score) -> Shown:
+        unsafe = score.strength is None and score.method in measured
+        return Shown(NOT_SAFE, nan) if unsafe else Shown(option(score.strength), score.strength)
 
     return Table.of(
         capital(finetune.title),
+        report.scores_of(finetune),
         (
-            Column("method", "name", code=True),
-            "strength",
-            *EXCESS,
-            "gain kept",
-            Column("told apart", "name", under="strength"),
-            Column("request", under="method"),
+            (Column("method", "name", code=True), lambda score: score.method),
+            ("strength", strength),
+            (EXCESS[0], lambda score: excess(score.points)),
+            (EXCESS[1], lambda score: excess(score.false_refusal)),
+            ("gain kept", lambda score: bare(rate(score.kept))),
+            (
+                Column("told apart", "name", under="strength"),
+                lambda score: option(score.told_apart) if score.method in measured else DASH,
+            ),
+            (Column("request", under="method"), lambda score: seconds_cell(score.request_seconds)),
         ),
-        map(line, report.scores_of(finetune)),
         note=f"{finetune_facts(report, finetune)}; utility: {finetune.utility}, {finetune.better} is better",
     )
 
@@ -135,23 +129,17 @@ def contests_table(report: BenchReport, finetune: FinetuneRow) -> Table | None:
     leader = contests[0].leader
     return Table.of(
         f"{leader} keeps most at a safe strength: {'; '.join(parts)}.",
+        contests,
         (
-            Column(f"{leader} less", "name", code=True),
-            "gain kept",
-            "attack success",
-            "false refusals",
-            Column("told apart", "name", under=f"{leader} less"),
-        ),
-        [
+            (Column(f"{leader} less", "name", code=True), lambda contest: contest.other),
+            ("gain kept", lambda contest: excess(contest.kept, 100)),
+            ("attack success", lambda contest: excess(contest.points)),
+            ("false refusals", lambda contest: excess(contest.false_refusal)),
             (
-                contest.other,
-                excess(contest.kept, 100),
-                excess(contest.points),
-                excess(contest.false_refusal),
-                option(contest.told_apart),
-            )
-            for contest in contests
-        ],
+                Column("told apart", "name", under=f"{leader} less"),
+                lambda contest: option(contest.told_apart),
+            ),
+        ),
         note=f"{finetune.title}; in points, paired on the same prompts",
     )
 
@@ -257,6 +245,11 @@ def legends(report: BenchReport) -> list[str]:
     """Say what the tables of scores mean, a paragraph each."""
     lines = (legend(report), contest_legend(report), preparation_line(report))
     return [line for line in lines if line]
+
+
+def seconds_cell(seconds: float | None) -> Shown:
+    """Make a cell of a time, a dash where none was taken."""
+    return Shown(DASH if seconds is None else duration(seconds), seconds)
 
 
 def bare(cell: Shown) -> Shown:

@@ -14,16 +14,15 @@ from deltaguard.reports.bench import (
     legends,
     preparation,
     scores_table,
+    seconds_cell,
     short_command,
 )
-from deltaguard.reports.records.bench import BenchReport, Cell, CurvePoint, FinetuneRow
+from deltaguard.reports.records.bench import BenchReport, FinetuneRow
 from deltaguard.reports.table import Cell as Shown
 from deltaguard.reports.table import Column, Table, estimate, excess, rate
 from deltaguard.reports.text import (
-    DASH,
     Facts,
     capital,
-    duration,
     environment_facts,
     model_label,
     option,
@@ -96,57 +95,41 @@ def bench_page(report: BenchReport) -> str:
 
 def _points_table(report: BenchReport) -> Table:
     titles = {row.name: row.title for row in report.finetunes}
-
-    def line(point: CurvePoint) -> Sequence[Shown | str]:
-        return (
-            point.method,
-            titles[point.finetune],
-            Shown(option(point.strength), point.strength),
-            excess(point.points),
-            excess(point.false_refusal),
-            bare(rate(point.kept)),
-            bare(estimate(point.general)),
-            option(point.safe),
-            option(point.told_apart),
-        )
-
     return Table.of(
         "Points of the curves",
+        report.curves,
         (
-            Column("method", "name"),
-            Column("fine-tune", "words"),
-            "strength",
-            *EXCESS,
-            "gain kept",
-            "NLL, general,\nover aligned",
-            "within\nthe bound",
-            "told apart",
+            (Column("method", "name"), lambda point: point.method),
+            (Column("fine-tune", "words"), lambda point: titles[point.finetune]),
+            ("strength", lambda point: Shown(option(point.strength), point.strength)),
+            (EXCESS[0], lambda point: excess(point.points)),
+            (EXCESS[1], lambda point: excess(point.false_refusal)),
+            ("gain kept", lambda point: bare(rate(point.kept))),
+            ("NLL, general,\nover aligned", lambda point: bare(estimate(point.general))),
+            ("within\nthe bound", lambda point: option(point.safe)),
+            ("told apart", lambda point: option(point.told_apart)),
         ),
-        map(line, report.curves),
         note="over all seeds",
     )
 
 
 def _cells_table(report: BenchReport) -> Table:
     titles = {row.name: row.title for row in report.finetunes}
-
-    def line(cell: Cell) -> Sequence[Shown | str | int]:
-        seconds = cell.seconds.get("request")
-        return (
-            model_label(cell.method),
-            titles[cell.finetune],
-            cell.seed,
-            Shown(option(cell.strength), cell.strength),
-            *(bare(rate(each)) for each in (cell.attack_success, cell.incoherent, cell.false_refusal)),
-            *(bare(estimate(each)) for each in (cell.mean_utility, cell.mean_general)),
-            Shown(DASH if seconds is None else duration(seconds), seconds),
-        )
-
-    names = ("attack success", "incoherent", "false refusals", "utility", "NLL, general", "request")
     return Table.of(
         "Every model measured",
-        (Column("method", "name"), Column("fine-tune", "words"), "seed", "strength", *names),
-        map(line, report.cells),
+        report.cells,
+        (
+            (Column("method", "name"), lambda cell: model_label(cell.method)),
+            (Column("fine-tune", "words"), lambda cell: titles[cell.finetune]),
+            ("seed", lambda cell: cell.seed),
+            ("strength", lambda cell: Shown(option(cell.strength), cell.strength)),
+            ("attack success", lambda cell: bare(rate(cell.attack_success))),
+            ("incoherent", lambda cell: bare(rate(cell.incoherent))),
+            ("false refusals", lambda cell: bare(rate(cell.false_refusal))),
+            ("utility", lambda cell: bare(estimate(cell.mean_utility))),
+            ("NLL, general", lambda cell: bare(estimate(cell.mean_general))),
+            ("request", lambda cell: seconds_cell(cell.seconds.get("request"))),
+        ),
         note="with 95 % intervals; NLL in nats a token",
     )
 

@@ -8,8 +8,8 @@ import yaml
 from deltaguard.reports.page import environment
 from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.reports.restore import kinds_table, origin, others_table, outcome_facts
-from deltaguard.reports.table import Column, Table
-from deltaguard.reports.text import code, hub_id, option, short_reference
+from deltaguard.reports.table import Column, Table, facts_table
+from deltaguard.reports.text import code, hub_id, option, plain, short_reference
 
 TAGS = ("deltaguard", "safe-delta")
 
@@ -37,10 +37,12 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
     metadata = card_metadata(report, front_matter)
     options = Table.of(
         "",
-        (Column("option", "name", code=True), Column("as run", "words", code=True)),
-        [(name, option(value)) for name, value in report.options.items()],
+        report.options.items(),
+        (
+            (Column("option", "name", code=True), lambda pair: pair[0]),
+            (Column("as run", "words", code=True), lambda pair: option(pair[1])),
+        ),
     )
-    outcome = Table.of("", (Column("result", "name"), Column("", "words")), outcome_facts(report))
     templates = environment()
     templates.filters["code"] = code
     return templates.get_template("card.md.jinja").render(
@@ -48,10 +50,10 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
         report=report,
         name=short_reference(report.finetuned.reference),
         aligned=short_reference(report.aligned.reference),
-        method=report.method_title,
+        method=plain(report.method_title),
         adapter=is_adapter(report),
         options=options.markdown(),
-        outcome=outcome.markdown(),
+        outcome=facts_table("result", outcome_facts(report)).markdown(),
         origin=origin(report),
         kinds=kinds_table(report.layers).markdown(),
         others=others_table(report.others).markdown() if report.others else "",

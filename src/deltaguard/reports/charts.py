@@ -21,9 +21,46 @@ import vl_convert  # noqa: E402
 INK = "currentColor"
 """Whatever the page writes in."""
 _GRID = "var(--line, #d8dce2)"
+_FONT_SIZE = 12
+_LOOK: Mapping[str, Any] = {
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        "domain": False,
+        "ticks": False,
+        "labelFlush": False,
+        "labelColor": INK,
+        "titleColor": INK,
+        "gridColor": _GRID,
+        "labelFontSize": _FONT_SIZE,
+        "titleFontSize": _FONT_SIZE,
+        "titleFontWeight": "normal",
+    },
+    "header": {
+        "labelOrient": "top",
+        "labelAnchor": "start",
+        "labelPadding": 4,
+        "labelFontSize": _FONT_SIZE,
+        "labelFontWeight": "bold",
+        "labelColor": INK,
+    },
+    "legend": {
+        "orient": "bottom",
+        "columns": 5,
+        "columnPadding": 18,
+        "rowPadding": 6,
+        "symbolStrokeWidth": 0,
+        "symbolSize": 80,
+        "symbolOpacity": 1,
+        "labelColor": INK,
+        "labelFontSize": _FONT_SIZE,
+        "labelLimit": 0,
+    },
+    "title": {"anchor": "start", "color": INK, "subtitleColor": INK, "subtitleFontSize": _FONT_SIZE},
+}
+"""What all charts share: no lines of axes, the page's ink, names above strips, a legend below."""
 _LAYERS_WIDTH = 310
 _MARKS_WIDTH = 190
-_FONT_SIZE = 12
 _SWEEP_WIDTH, _SWEEP_HEIGHT = 340, 240
 _BEYOND = 10.0
 """By so much the curve of a sweep goes on to the left of the strictest limit."""
@@ -68,7 +105,7 @@ def marks_chart(marks: Sequence[Mark], names: Sequence[str], *, shares: bool) ->
         An SVG element as text, for a page that holds `palette_css`.
     """
     palette = alt.Scale(domain=list(names), range=[colour(place) for place in range(len(names))])
-    y_axis = alt.Axis(ticks=False, labelPadding=10, minExtent=76, labelLimit=130, **plain_axis())
+    y_axis = alt.Axis(labelPadding=10, minExtent=76, labelLimit=130)
     base = alt.Chart().encode(
         y=alt.Y("name:N", title=None, sort=list(names), axis=y_axis),
         color=alt.Color("name:N", legend=None, scale=palette),
@@ -76,7 +113,7 @@ def marks_chart(marks: Sequence[Mark], names: Sequence[str], *, shares: bool) ->
     if shares:
         axis, domain = share_axis(values=[0, 0.5, 1]), [0.0, 1.0]
     else:
-        axis = alt.Axis(tickCount=4, labelFlush=False, ticks=False, **plain_axis())
+        axis = alt.Axis(tickCount=4)
         low, high = min(mark.low for mark in marks), max(mark.high for mark in marks)
         margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
         domain = [low - margin, high + margin]
@@ -121,7 +158,7 @@ def layers_chart(layers: Sequence[LayerRow], measure: LayerMeasure) -> str | Non
     shown = [block for block in blocks if block % step == 0]
     cost = measure == "safety_cost"
     top = _round_up(max(map(statistics.median, found.values()))) if cost else 1.0
-    x_axis = alt.Axis(values=shown, labelAngle=0, ticks=False, **plain_axis())
+    x_axis = alt.Axis(values=shown, labelAngle=0)
     x_scale = alt.Scale(domain=blocks, paddingInner=0.2, paddingOuter=0.1)
     y_axis = share_axis(values=[0, top], minExtent=44)
     bars = (
@@ -235,8 +272,7 @@ def _powers_axis(low: float, high: float) -> Any:
         ticks = [m * 10.0**place for place in places for m in multiples if low <= m * 10.0**place <= high]
         if len(ticks) >= 2:
             break
-    label = "format(datum.value, '.1~e')"
-    return alt.Axis(values=ticks, labelExpr=label, labelFlush=False, ticks=False, grid=False, **plain_axis())
+    return alt.Axis(values=ticks, labelExpr="format(datum.value, '.1~e')", grid=False)
 
 
 def _power(limit: float) -> str:
@@ -251,22 +287,8 @@ def _power(limit: float) -> str:
 
 
 def share_axis(**options: Any) -> alt.Axis:
-    """An axis of shares, in percent."""
-    label = "format(100 * datum.value, '.3~r') + ' %'"
-    return alt.Axis(labelExpr=label, labelFlush=False, ticks=False, **options, **plain_axis())
-
-
-def plain_axis() -> Mapping[str, Any]:
-    """What all axes share: no line of their own, the page's ink."""
-    return {
-        "domain": False,
-        "labelColor": INK,
-        "titleColor": INK,
-        "gridColor": _GRID,
-        "labelFontSize": _FONT_SIZE,
-        "titleFontSize": _FONT_SIZE,
-        "titleFontWeight": "normal",
-    }
+    """Make an axis of shares, in percent."""
+    return alt.Axis(labelExpr="format(100 * datum.value, '.3~r') + ' %'", **options)
 
 
 def svg_of(chart: Any) -> str:
@@ -276,23 +298,14 @@ def svg_of(chart: Any) -> str:
     long ones take minutes, and hold no control characters, which end the process that draws them.
     """
     version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    chart = chart.configure(aria=False, background="transparent", font="system-ui, sans-serif")
-    drawn = _drawable(chart.configure_view(stroke=None).to_dict())
+    drawn = _drawable(chart.configure(aria=False, background="transparent", **_LOOK).to_dict())
     svg: str = vl_convert.vegalite_to_svg(drawn, vl_version=version)
     return svg
 
 
 def _strips(chart: Any, field: str, names: Sequence[str], width: int) -> Any:
     """Put one chart for each name below another, each under its name."""
-    header = alt.Header(
-        labelOrient="top",
-        labelAnchor="start",
-        labelPadding=4,
-        labelFontSize=_FONT_SIZE,
-        labelFontWeight="bold",
-        labelColor=INK,
-        labelLimit=width,
-    )
+    header = alt.Header(labelLimit=width)
     return chart.facet(row=alt.Row(f"{field}:N", title=None, sort=list(names), header=header), spacing=11)
 
 

@@ -8,7 +8,7 @@ from textwrap import wrap
 from typing import Any
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.reports.charts import INK, alt, plain_axis, share_axis, svg_of
+from deltaguard.reports.charts import INK, alt, share_axis, svg_of
 from deltaguard.reports.palette import colour, dash, palette_css, shape
 from deltaguard.reports.records.bench import BenchReport, CurvePoint, FinetuneRow
 from deltaguard.reports.records.evaluation import Estimate
@@ -59,8 +59,6 @@ def bench_svg(report: BenchReport) -> str:
     caption = alt.TitleParams(
         [line for text in said for line in wrap(text, 3 * _LINE)],
         orient="bottom",
-        anchor="start",
-        color=INK,
         fontSize=12,
         fontWeight="normal",
         offset=12,
@@ -215,7 +213,7 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
     rows = [cut(row, domain) for row in found]
     left, right = min(0.0, *(r["low"] for r in rows)), max(2 * report.bound, *(r["high"] for r in rows))
     edges = (left - 0.5, right * 1.05)
-    guide = _legend() if legend else None
+    guide = alt.Legend(title=None) if legend else None
     places = range(len(report.methods))
 
     def styled(values: Sequence[Any]) -> Mapping[str, Any]:
@@ -304,45 +302,19 @@ def _bound(bound: float) -> tuple[Any, Any]:
 
 
 def _points_axis() -> Any:
-    label = "datum.value ? format(datum.value, '+') : '0'"
-    return alt.Axis(values=list(_TICKS), labelExpr=label, ticks=False, **plain_axis())
+    return alt.Axis(values=list(_TICKS), labelExpr="datum.value ? format(datum.value, '+') : '0'")
 
 
 def _utility_axis(*, gains: bool) -> Any:
     if gains:
         return share_axis(tickCount=6, minExtent=44)
     label = "datum.value ? format(datum.value, '+.2~f') : '0'"
-    return alt.Axis(labelExpr=label, tickCount=6, ticks=False, minExtent=44, **plain_axis())
+    return alt.Axis(labelExpr=label, tickCount=6, minExtent=44)
 
 
 def _title(text: str, notes: Sequence[str]) -> Any:
-    return alt.TitleParams(
-        wrap(text, _LINE),
-        subtitle=[line for note in notes for line in wrap(note, _LINE)],
-        anchor="start",
-        frame="group",
-        color=INK,
-        subtitleColor=INK,
-        fontSize=14,
-        subtitleFontSize=12,
-        offset=8,
-    )
-
-
-def _legend() -> Any:
-    return alt.Legend(
-        orient="bottom",
-        title=None,
-        columns=5,
-        columnPadding=18,
-        rowPadding=6,
-        symbolStrokeWidth=0,
-        labelColor=INK,
-        labelFontSize=12,
-        labelLimit=0,
-        symbolSize=80,
-        symbolOpacity=1,
-    )
+    small = [line for note in notes for line in wrap(note, _LINE)]
+    return alt.TitleParams(wrap(text, _LINE), subtitle=small, frame="group", fontSize=14, offset=8)
 
 
 def _standalone(svg: str, report: BenchReport) -> str:

@@ -1,6 +1,7 @@
 """A demo as a terminal table and as a page: three models measured alike, and the restore between them."""
 
 from collections.abc import Mapping
+from functools import partial
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -104,17 +105,21 @@ def demo_page(report: DemoReport) -> str:
 
 def rates_table(report: DemoReport) -> Table:
     """Tabulate the rates of the three models, each with its interval."""
-    columns = (Column(f"{title}\n{better}") for title, _, better in RATES.values())
+    rates = (
+        (Column(f"{title}\n{better}"), partial(_rate_cell, field))
+        for field, (title, _, better) in RATES.items()
+    )
     return Table.of(
         "Three models, measured alike",
-        (Column("model", "name"), *columns),
-        [
-            (Cell(model_label(model.name), tint=model.name), *(rate(_rate(model, field)) for field in RATES))
-            for model in report.models
-        ],
+        report.models,
+        ((Column("model", "name"), lambda model: Cell(model_label(model.name), tint=model.name)), *rates),
         note="each rate with its 95 % interval",
-        strong=[n for n, model in enumerate(report.models) if model.name == "restored"],
+        strong=lambda model: model.name == "restored",
     )
+
+
+def _rate_cell(field: str, model: ModelRow) -> Cell:
+    return rate(_rate(model, field))
 
 
 def _rate(model: ModelRow, field: str) -> RateRow:

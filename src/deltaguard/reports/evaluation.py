@@ -1,12 +1,20 @@
 """An evaluation as a terminal table, as the README.md of its folder, and as a page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from rich.console import Group, RenderableType
 
 from deltaguard.reports import page
-from deltaguard.reports.records.evaluation import Agreement, Comparison, EvaluationReport, Measure, SectionRow
-from deltaguard.reports.table import Cell, Column, Table, estimate, indented
+from deltaguard.reports.records.evaluation import (
+    Agreement,
+    Comparison,
+    Estimate,
+    EvaluationReport,
+    Measure,
+    SectionRow,
+)
+from deltaguard.reports.table import Cell, Column, Table, estimate, facts_table, indented
 from deltaguard.reports.text import (
     DASH,
     capital,
@@ -39,29 +47,21 @@ def evaluation_card(report: EvaluationReport) -> str:
     Returns:
         Markdown; nothing in a name is read as markup, and no answer is quoted.
     """
-    words = ("reference", "weights", "chat template")
     models = Table.of(
         "",
-        (Column("model", "name"), *(Column(word, "words") for word in words)),
-        [
-            (
-                model.name,
-                short_reference(model.reference),
-                (model.fingerprint or "not seen")[:16],
-                (model.chat_template_hash or "not seen")[:16],
-            )
-            for model in report.models
-        ],
-    )
-    run = Table.of(
-        "",
-        (Column("", "name"), Column("", "words")),
+        report.models,
         (
-            ("engine", report.engine),
-            ("decoding", decoding(report)),
-            ("suite", f"{report.suite}, {report.suite_hash[:16]}"),
-            *environment_facts(report.environment),
+            (Column("model", "name"), lambda model: model.name),
+            (Column("reference", "words"), lambda model: short_reference(model.reference)),
+            (Column("weights", "words"), lambda model: (model.fingerprint or "not seen")[:16]),
+            (Column("chat template", "words"), lambda model: (model.chat_template_hash or "not seen")[:16]),
         ),
+    )
+    run = (
+        ("engine", report.engine),
+        ("decoding", decoding(report)),
+        ("suite", f"{report.suite}, {report.suite_hash[:16]}"),
+        *environment_facts(report.environment),
     )
     templates = page.environment()
     templates.filters["plain"] = plain
@@ -74,7 +74,7 @@ def evaluation_card(report: EvaluationReport) -> str:
         ],
         harness=harness_table(report).markdown() if report.harness else "",
         notes=[without_folders(note) for note in report.notes],
-        run=run.markdown(),
+        run=facts_table("", run).markdown(),
     )
 
 
@@ -93,22 +93,19 @@ def section_table(
     told = list(dict.fromkeys(measure.judge for measure in found))
     judged = judges is None and any(told)
     by_place = {(m.judge, m.model, m.name): m.estimate for m in found}
+
+    def number(name: str, row: tuple[str | None, str]) -> Cell:
+        return estimate(by_place.get((*row, name)))
+
+    judge = (Column("judge", "name"), lambda row: row[0] or DASH)
     return Table.of(
         f"{section.title}: {section.prompts} prompts",
+        [(each, model.name) for each in told for model in report.models],
         (
-            *((Column("judge", "name"),) if judged else ()),
-            Column("model", "name"),
-            *(Column(measure_label(name)) for name in names),
+            *((judge,) if judged else ()),
+            (Column("model", "name"), lambda row: model_cell(report, row[1])),
+            *((measure_label(name), partial(number, name)) for name in names),
         ),
-        [
-            (
-                *((each or DASH,) if judged else ()),
-                model_cell(report, model.name),
-                *(estimate(by_place.get((each, model.name, name))) for name in names),
-            )
-            for each in told
-            for model in report.models
-        ],
     )
 
 
@@ -121,20 +118,18 @@ def probe_tables(report: EvaluationReport) -> tuple[Table, ...]:
     tables: list[Table] = []
     for name, judge in dict.fromkeys((m.name, m.judge) for m in measures if m.name not in SECONDARY):
         found = {(m.section, m.model): m.estimate for m in measures if (m.name, m.judge) == (name, judge)}
-        tables.append(
-            Table.of(
-                f"{capital(measure_label(name))} under probes",
-                (Column("prompts", "words"), *(Column(model_label(model.name)) for model in report.models)),
-                [
-                    (
-                        section.title,
-                        *(estimate(found.get((section.name, model.name))) for model in report.models),
-                    )
-                    for section in sections
-                ],
-                note=f"judge {judge}" if judge else "",
-            )
+
+        def number(
+            model: str, section: SectionRow, found: Mapping[tuple[str, str], Estimate] = found
+        ) -> Cell:
+            return estimate(found.get((section.name, model)))
+
+        columns = (
+            (Column("prompts", "words"), lambda section: section.title),
+            *((model_label(model.name), partial(number, model.name)) for model in report.models),
         )
+        title = f"{capital(measure_label(name))} under probes"
+        tables.append(Table.of(title, sections, columns, note=f"judge {judge}" if judge else ""))
     return tuple(tables)
 
 
@@ -224,27 +219,16 @@ def harness_table(report: EvaluationReport) -> Table:
     """Tabulate how tasks of lm-eval were put to each model."""
     return Table.of(
         "Tasks of lm-eval",
+        report.harness,
         (
-            Column("model", "name"),
-            Column("task", "words"),
-            "version",
-            "examples shown",
-            "chat template",
-            "questions",
-            "lm-eval",
+            (Column("model", "name"), lambda task: model_cell(report, task.model)),
+            (Column("task", "words"), lambda task: task.task),
+            ("version", lambda task: task.version),
+            ("examples shown", lambda task: "differ" if task.n_shot is None else task.n_shot),
+            ("chat template", lambda task: "applied" if task.chat_template else "not applied"),
+            ("questions", lambda task: task.samples),
+            ("lm-eval", lambda task: task.harness_version),
         ),
-        [
-            (
-                model_cell(report, task.model),
-                task.task,
-                task.version,
-                "differ" if task.n_shot is None else task.n_shot,
-                "applied" if task.chat_template else "not applied",
-                task.samples,
-                task.harness_version,
-            )
-            for task in report.harness
-        ],
         note="only numbers of like tasks compare",
     )
 

@@ -1,6 +1,7 @@
 """An evaluation as a page: charts, tables, comparisons, judges, probes and answers side by side."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -23,7 +24,7 @@ from deltaguard.reports.evaluation import (
     probe_tables,
     section_table,
 )
-from deltaguard.reports.records.evaluation import EvaluationReport, SectionRow
+from deltaguard.reports.records.evaluation import Comparison, EvaluationReport, SectionRow
 from deltaguard.reports.table import Cell, Column, Table, estimate, share
 from deltaguard.reports.text import (
     DASH,
@@ -143,24 +144,24 @@ def _comparison_blocks(report: EvaluationReport) -> list[page.Block]:
     titles = {section.name: section.title for section in report.sections}
     sizes = {section.name: section.prompts for section in report.sections}
     first = model_label(report.models[0].name)
-    rows: list[tuple[Cell | str, ...]] = []
-    for row in report.comparisons:
-        difference, pairs = difference_cell(row), pairs_text(row, sizes[row.section])
-        rows.append(
-            (
-                model_cell(report, row.model),
-                titles[row.section],
-                Cell(measure_label(row.name), note=f"judge {row.judge}" if row.judge else ""),
-                Cell(difference.text, difference.value, difference.interval, note=pairs),
-                Cell(p_text(row.p_value), row.p_value, note=row.test),
-                finding_text(row),
-            )
-        )
-    words = Column("prompts", "words"), Column("measure", "words")
+
+    def difference(row: Comparison) -> Cell:
+        return replace(difference_cell(row), note=pairs_text(row, sizes[row.section]))
+
     table = Table.of(
         "Comparisons",
-        (Column("model", "name"), *words, "difference", "p", Column("what the interval supports", "words")),
-        rows,
+        report.comparisons,
+        (
+            (Column("model", "name"), lambda row: model_cell(report, row.model)),
+            (Column("prompts", "words"), lambda row: titles[row.section]),
+            (
+                Column("measure", "words"),
+                lambda row: Cell(measure_label(row.name), note=f"judge {row.judge}" if row.judge else ""),
+            ),
+            ("difference", difference),
+            ("p", lambda row: Cell(p_text(row.p_value), row.p_value, note=row.test)),
+            (Column("what the interval supports", "words"), finding_text),
+        ),
         note=f"difference: model minus {first}, in points where shares of prompts are compared",
     )
     told = (
@@ -176,17 +177,14 @@ def _agreement_blocks(report: EvaluationReport) -> list[page.Block]:
     titles = {section.name: section.title for section in report.sections}
     table = Table.of(
         "Agreement of judges",
-        (Column("judges", "name"), Column("prompts", "words"), "kappa", "agreed", "answers"),
-        [
-            (
-                f"{row.first}, {row.second}",
-                titles[row.section],
-                kappa_cell(row),
-                share(row.agreed / row.total if row.total else None),
-                row.total,
-            )
-            for row in report.agreements
-        ],
+        report.agreements,
+        (
+            (Column("judges", "name"), lambda row: f"{row.first}, {row.second}"),
+            (Column("prompts", "words"), lambda row: titles[row.section]),
+            ("kappa", kappa_cell),
+            ("agreed", lambda row: share(row.agreed / row.total if row.total else None)),
+            ("answers", lambda row: row.total),
+        ),
     )
     told = (
         "Cohen's kappa over the answers of all models that both judges decided: 1 is full agreement, 0 what "
@@ -219,12 +217,19 @@ def _run_tables(report: EvaluationReport) -> list[page.Block]:
     hashed = Column("sha256", "words", code=True, sorts=False)
     prompts = Table.of(
         "Prompts",
-        (Column("section", "name", code=True), "prompts", "tokens at most", hashed),
-        [(s.name, s.prompts, s.max_new_tokens, s.prompts_hash) for s in report.sections],
+        report.sections,
+        (
+            (Column("section", "name", code=True), lambda section: section.name),
+            ("prompts", lambda section: section.prompts),
+            ("tokens at most", lambda section: section.max_new_tokens),
+            (hashed, lambda section: section.prompts_hash),
+        ),
         note="sha256 of the prompts as the models got them",
     )
     files = Table.of(
-        "Files with every answer", (Column("file", "name", code=True), hashed), report.files.items()
+        "Files with every answer",
+        report.files,
+        ((Column("file", "name", code=True), lambda name: name), (hashed, lambda name: report.files[name])),
     )
     tables: list[page.Block] = [prompts]
     tables += [harness_table(report)] if report.harness else []

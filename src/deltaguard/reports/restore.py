@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -60,8 +61,12 @@ def restore_page(report: RestoreReport) -> str:
     name, aligned = short_reference(report.finetuned.reference), short_reference(report.aligned.reference)
     files = Table.of(
         "Files as written",
-        (Column("file", "name", code=True), "size", Column("sha256", "words", code=True, sorts=False)),
-        [(row.name, Cell(size(row.bytes), row.bytes), row.sha256) for row in report.files],
+        report.files,
+        (
+            (Column("file", "name", code=True), lambda row: row.name),
+            ("size", lambda row: Cell(size(row.bytes), row.bytes)),
+            (Column("sha256", "words", code=True, sorts=False), lambda row: row.sha256),
+        ),
     )
     facts = (*model_facts(report.aligned, report.finetuned), *environment_facts(report.environment))
     return page.page(
@@ -141,6 +146,7 @@ def dial_facts(report: RestoreReport) -> Facts:
     if dial is None:
         return ()
     allowed = f"{nats(dial.limit)} nats a token allowed"
+    allowed += f" (with a confidence of {percent(dial.confidence)})" if dial.confidence else ""
     if dial.whole:
         found = f"{nats(dial.finetuned_kl)}, within the {allowed}: kept whole, nothing was taken from it"
         return (("safety KL of the fine-tuned model", found),)
@@ -160,27 +166,20 @@ def dial_facts(report: RestoreReport) -> Facts:
 
 def kinds_table(layers: Sequence[LayerRow]) -> Table:
     """Tabulate the restored matrices by kind: how much of the energy is kept, and at what cost."""
-    entries = any(row.kept_entries is not None for row in layers)
-    rows: list[list[Cell | str | int]] = []
-    for kind in kinds(layers):
-        kept = kind.spread("kept_energy")
-        medians = [kind.spread(name).median for name in ("safety_cost", "utility_loss")]
-        if entries:
-            medians.insert(0, kind.spread("kept_entries").median)
-        rows.append([kind.label, len(kind.layers), *map(share, (kept.low, kept.median, kept.high, *medians))])
+    entries = ("entries\nkept", lambda kind: share(kind.spread("kept_entries").median))
     return Table.of(
         "Restored layers by kind",
+        kinds(layers),
         (
-            Column("layer", "name", code=True),
-            "n",
-            "energy kept,\nleast",
-            "\nmedian",
-            "\nmost",
-            *(("entries\nkept",) if entries else ()),
-            "safety\ncost",
-            "utility\nloss",
+            (Column("layer", "name", code=True), lambda kind: kind.label),
+            ("n", lambda kind: len(kind.layers)),
+            ("energy kept,\nleast", lambda kind: share(kind.spread("kept_energy").low)),
+            ("\nmedian", lambda kind: share(kind.spread("kept_energy").median)),
+            ("\nmost", lambda kind: share(kind.spread("kept_energy").high)),
+            *((entries,) if any(row.kept_entries is not None for row in layers) else ()),
+            ("safety\ncost", lambda kind: share(kind.spread("safety_cost").median)),
+            ("utility\nloss", lambda kind: share(kind.spread("utility_loss").median)),
         ),
-        rows,
         note="energy kept: of the delta's; the last columns are medians; a dash: no curvature is known",
     )
 
@@ -191,11 +190,13 @@ def others_table(others: Sequence[OtherRow]) -> Table:
     differing = Counter((row.source, row.reason) for row in others if row.differs)
     return Table.of(
         "Other tensors",
-        (Column("taken from", "name"), "tensors", "that differ", Column("why", "words")),
-        [
-            (model_label(source), number, differing[source, reason], reason)
-            for (source, reason), number in count.items()
-        ],
+        count,
+        (
+            (Column("taken from", "name"), lambda group: model_label(group[0])),
+            ("tensors", lambda group: count[group]),
+            ("that differ", lambda group: differing[group]),
+            (Column("why", "words"), lambda group: group[1]),
+        ),
         note="no solver touched these",
     )
 
@@ -208,16 +209,16 @@ def diff_table(report: DiffReport) -> RenderableType:
     """
     table = Table.of(
         f"{report.aligned} → {report.finetuned}",
-        (Column("kind", "name"), "tensors", "differing", "relative norm of Δ"),
-        [
+        report.kinds[:_MOST_KINDS],
+        (
+            (Column("kind", "name"), lambda row: row.kind),
+            ("tensors", lambda row: row.tensors),
+            ("differing", lambda row: DASH if row.differing is None else row.differing),
             (
-                row.kind,
-                row.tensors,
-                DASH if row.differing is None else row.differing,
-                DASH if row.relative_norm is None else f"{row.relative_norm:.2e}",
-            )
-            for row in report.kinds[:_MOST_KINDS]
-        ],
+                "relative\nnorm of Δ",
+                lambda row: DASH if row.relative_norm is None else f"{row.relative_norm:.2e}",
+            ),
+        ),
     )
     listed = [row for row in report.tensors if row.difference != "values" or row.not_finite]
     lines = [f"and {len(report.kinds) - _MOST_KINDS} more kinds (all with --json)"]
@@ -257,8 +258,15 @@ def _drawn(
     blocks = sorted({block for kind in groups for block, _ in kind.layers if block != NO_BLOCK})
     grid = Table.of(
         f"{title} by block",
-        (Column("block", "name"), *(Column(kind.label, code=True) for kind in groups)),
-        [(block, *(share(kind.spread(measure, block).median) for kind in groups)) for block in blocks],
+        blocks,
+        (
+            (Column("block", "name"), lambda block: block),
+            *((Column(kind.label, code=True), partial(_median, kind, measure)) for kind in groups),
+        ),
         note="where a block has several matrices of a kind, their median",
     )
     return ((page.Chart(title, note, svg, spoken), grid),)
+
+
+def _median(kind: Kind, measure: LayerMeasure, block: int) -> Cell:
+    return share(kind.spread(measure, block).median)

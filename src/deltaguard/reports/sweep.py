@@ -1,7 +1,8 @@
 """A sweep as a terminal table and as a page: what each limit of safety KL allows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -145,69 +146,70 @@ def _allowed(report: SweepReport) -> tuple[Allowed, ...]:
     for budget in report.budgets:
         point = None if budget.mu is None else points.get(budget.mu)
         price = "no point within" if point is None else f"{point.mu:.3g}"
-        if report.finetuned_kl <= budget.limit:
+        if budget.whole:
             point, price = finetuned, "whole model"
         rows.append(Allowed(f"{budget.limit:g}", budget.limit, point, price))
     return (*rows, Allowed("fine-tuned", None, finetuned, "whole model"))
 
 
 def _limits_table(report: SweepReport) -> Table:
-    likely, rows = report.aligned_nll is not None, _allowed(report)
+    likely = report.aligned_nll is not None
     return Table.of(
         "What each limit of safety KL allows",
-        (Column("limit", "name"), "safety KL", *_kept_columns(report), Column("price μ", sorts=False)),
-        [
-            (
-                Cell(row.name, row.limit, tint="" if row.limit else row.name.replace("-", "")),
-                _nats(row.point.safety_kl if row.point else None),
-                *_kept_cells(report, row.point),
-                row.price,
-            )
-            for row in rows
-        ],
+        _allowed(report),
+        (
+            (Column("limit", "name"), _limit_cell),
+            ("safety KL", lambda row: _nats(row.point.safety_kl, row.point.margin) if row.point else DASH),
+            *((name, partial(_of_row, shown)) for name, shown in _kept_columns(report)),
+            (Column("price μ", sorts=False), lambda row: row.price),
+        ),
         note="nats per response token" + ("; NLL on the utility data, likewise" if likely else ""),
-        strong=(0, len(rows) - 1),
+        strong=lambda row: row.limit is None,
     )
 
 
 def _points_table(report: SweepReport) -> Table:
-    best = {
-        point.mu: ", ".join(f"{budget.limit:g}" for budget in report.budgets if budget.mu == point.mu)
-        for point in report.points
-    }
-    columns = ("price μ", "safety KL", "predicted", *_kept_columns(report))
+    def best(point: SweepPoint) -> str:
+        return ", ".join(f"{budget.limit:g}" for budget in report.budgets if budget.mu == point.mu) or DASH
+
     return Table.of(
         "Every point measured",
-        (*columns, Column("keeps most within", sorts=False)),
-        [
-            (
-                Cell(f"{point.mu:.3g}", point.mu),
-                _nats(point.safety_kl),
-                _nats(point.predicted_safety_kl),
-                *_kept_cells(report, point),
-                best[point.mu] or DASH,
-            )
-            for point in report.points
-        ],
+        report.points,
+        (
+            ("price μ", lambda point: Cell(f"{point.mu:.3g}", point.mu)),
+            ("safety KL", lambda point: _nats(point.safety_kl, point.margin)),
+            ("predicted", lambda point: _nats(point.predicted_safety_kl)),
+            *_kept_columns(report),
+            (Column("keeps most within", sorts=False), best),
+        ),
         note="predicted: by the curvature; the last column names the limits within which a point keeps most",
     )
 
 
-def _kept_columns(report: SweepReport) -> tuple[str, ...]:
-    return ("energy kept", *(("NLL", "gain kept") if report.aligned_nll is not None else ()))
+def _kept_columns(report: SweepReport) -> tuple[tuple[str, Callable[[SweepPoint], Cell]], ...]:
+    """What a point keeps: of the delta and, with utility data, of what was learned."""
+
+    def nll(point: SweepPoint) -> Cell:
+        found = point.utility_nll
+        return Cell(DASH if found is None else f"{found:.3f}", found)
+
+    def gain(point: SweepPoint) -> Cell:
+        return share(report.kept_gain(point) if report.has_gain else None)
+
+    likely = (("NLL", nll), ("gain kept", gain)) if report.aligned_nll is not None else ()
+    return (("energy kept", lambda point: share(point.kept_energy)), *likely)
 
 
-def _kept_cells(report: SweepReport, point: SweepPoint | None) -> tuple[Cell, ...]:
-    energy = share(point.kept_energy if point else None)
-    if report.aligned_nll is None:
-        return (energy,)
-    nll = point.utility_nll if point else None
-    gain = share(report.kept_gain(point) if point and report.has_gain else None)
-    return energy, Cell(DASH if nll is None else f"{nll:.3f}", nll), gain
+def _of_row(shown: Callable[[SweepPoint], Cell], row: Allowed) -> Cell:
+    return shown(row.point) if row.point else Cell(DASH)
 
 
-def _nats(value: float | None) -> Cell:
-    return Cell(nats(value), value)
+def _limit_cell(row: Allowed) -> Cell:
+    return Cell(row.name, row.limit, tint="" if row.limit else row.name.replace("-", ""))
+
+
+def _nats(value: float, margin: float | None = None) -> Cell:
+    return Cell(nats(value), value, "" if margin is None else f"± {nats(margin)}")
 
 
 def _chart(report: SweepReport) -> page.Chart:
@@ -261,6 +263,7 @@ def _facts(report: SweepReport) -> Facts:
     count = report.utility_conversations
     return (
         ("method", report.method),
+        *((("confidence", percent(report.confidence)),) if report.confidence else ()),
         *((("configuration from", report.config_from),) if report.config_from else ()),
         ("measured on", f"{report.conversations} held-out safety conversations ({report.tokens} tokens)"),
         *((("utility data", counted(count, "conversation")),) if count else ()),
@@ -271,7 +274,7 @@ def _facts(report: SweepReport) -> Facts:
 
 def _whole_within(report: SweepReport) -> tuple[float, ...]:
     """The limits that the whole fine-tuned model is within."""
-    return tuple(budget.limit for budget in report.budgets if report.finetuned_kl <= budget.limit)
+    return tuple(budget.limit for budget in report.budgets if budget.whole)
 
 
 def _listed(limits: Sequence[float], word: str = "and") -> str:

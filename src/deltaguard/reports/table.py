@@ -1,9 +1,9 @@
 """Tables of a report: what is in them, and how a terminal and Markdown show them. Pages draw them, too."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from rich import box
 from rich import table as rich_table
@@ -13,6 +13,8 @@ from rich.text import Text
 
 from deltaguard.reports.records.evaluation import Estimate
 from deltaguard.reports.text import DASH, Facts, Measured, code, interval, number, percent, plain, points
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Cell:
         return repr(self.value) if math.isfinite(self.value) else ""
 
 
+Content = Cell | str | int
+"""What a cell may be made of: words, or a count, by which it sorts."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of a table; a strong one stands out."""
@@ -90,29 +96,32 @@ class Table:
     def of(
         cls,
         title: str,
-        columns: Iterable[Column | str],
-        rows: Iterable[Iterable[Cell | str | int]],
+        items: Iterable[T],
+        columns: Iterable[tuple[Column | str, Callable[[T], Content]]],
         *,
         note: str = "",
-        strong: Sequence[int] = (),
+        strong: Callable[[T], bool] = lambda _: False,
     ) -> "Table":
-        """Make a table.
+        """Make a table of things: a row each.
 
         Args:
             title: what the numbers are.
-            columns: a text alone is the title of a column of numbers.
-            rows: a text or a count alone is a cell.
+            items: what the rows are of.
+            columns: each with what it shows of a thing; a text alone is the title of a column of numbers.
             note: what a reader must know of all of them.
-            strong: places of the rows that stand out.
+            strong: whether the row of a thing stands out.
 
-        Raises:
-            ValueError: a row has not as many cells as there are columns.
+        Example:
+            >>> columns = ((Column("word", "name"), str), ("letters", len))
+            >>> print(Table.of("Words", ["one", "three"], columns).markdown())
+            | word | letters |
+            | --- | ---: |
+            | one | 3 |
+            | three | 5 |
         """
-        heads = tuple(Column(each) if isinstance(each, str) else each for each in columns)
-        lines = [tuple(map(cell, row)) for row in rows]
-        if any(len(line) != len(heads) for line in lines):
-            raise ValueError(f"A row of `{title}` has not one cell for each of {len(heads)} columns.")
-        return cls(title, heads, tuple(Row(line, n in strong) for n, line in enumerate(lines)), note)
+        pairs = [(Column(each) if isinstance(each, str) else each, shown) for each, shown in columns]
+        rows = tuple(Row(tuple(cell(shown(item)) for _, shown in pairs), strong(item)) for item in items)
+        return cls(title, tuple(column for column, _ in pairs), rows, note)
 
     def terminal(self) -> RenderableType:
         """Draw the table for a terminal of 80 columns: intervals below numbers, no number cut."""
@@ -156,8 +165,8 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cell(content: Cell | str | int) -> Cell:
-    """Make a cell of a text or of a count, which sorts by its value."""
+def cell(content: Content) -> Cell:
+    """Make a cell of a text, or of a count, which sorts by its value."""
     if isinstance(content, Cell):
         return content
     return Cell(content) if isinstance(content, str) else Cell(str(content), content)
@@ -197,6 +206,17 @@ def estimate(found: Estimate | None) -> Cell:
     if found is None or found.interval == "wilson":
         return rate(found)
     return Cell(number(found.value), found.value, f"{number(found.low)} to {number(found.high)}", found.total)
+
+
+def facts_table(title: str, facts: Facts) -> Table:
+    """Tabulate labels and texts, for Markdown.
+
+    Args:
+        title: of the labels.
+        facts: in the order given.
+    """
+    columns = ((Column(title, "name"), lambda fact: fact[0]), (Column("", "words"), lambda fact: fact[1]))
+    return Table.of("", facts, columns)
 
 
 def facts_grid(facts: Facts) -> RenderableType:

@@ -1,27 +1,25 @@
 """Prepared layers kept from one price to the next: in memory, else in a scratch file, else not at all."""
 
-import math
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 _T = TypeVar("_T")
-_ALIGNMENT = 64
 
 
 @dataclass
 class Kept:
     """Keeps dataclasses of tensors by name, as long as this object lives.
 
-    What fits a budget stays in memory. What does not is written to a nameless file, from which the system
-    reads it as it is used and which is gone when the process is; that file leaves a reserve of the disk
+    What fits a budget stays in memory. What does not is written to a nameless file, from which it is read
+    again when it is asked for and which is gone when the process is; that file leaves a reserve of the disk
     free. Where neither has room nothing is kept.
 
     Attributes:
@@ -43,44 +41,56 @@ class Kept:
 
     def __post_init__(self) -> None:
         self._held: dict[str, Any] = {}
+        self._starts: dict[str, int] = {}
         self._scratch: Any = None
 
     def get(self, name: str) -> Any | None:
         """Give what was kept under a name, None where nothing was."""
-        return self._held.get(name)
+        value = self._held.get(name)
+        if name not in self._starts:
+            return value
+        self._scratch.seek(self._starts[name])
+        return _mapped(value, self._read)
 
     def add(self, name: str, value: Any) -> None:
         """Keep a dataclass, whose tensors may lie in nested dataclasses, if there is room for it."""
-        size = sum(t.nbytes for t in {id(t): t for t in _tensors(value)}.values())
+        size = sum(tensor.nbytes for tensor in _tensors(value))
         if size <= self.memory:
             self.memory -= size
             self._held[name] = value
             return
         if self._scratch is None:
-            if not self.folder.is_dir():
-                return
-            self._scratch = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  # as long as this object
+            # Without a buffer: layers are larger than any.
+            self._scratch = tempfile.TemporaryFile(buffering=0, dir=self.folder)  # noqa: SIM115
+            weakref.finalize(self, self._scratch.close)
         if shutil.disk_usage(self.folder).free - size <= self.reserve:
             return
+        start = self._scratch.seek(0, 2)
         try:
-            moved: dict[int, Tensor] = {}
-            self._held[name] = _mapped(value, lambda tensor: moved.setdefault(id(tensor), self._move(tensor)))
+            placeholders = _mapped(value, self._write)
         except OSError:
             # Another program took the room: the layer is made again when it is needed.
-            self._held.pop(name, None)
+            return
+        self._held[name], self._starts[name] = placeholders, start
 
-    def _move(self, tensor: Tensor) -> Tensor:
-        """Write a tensor to the scratch file and give it back as mapped from there."""
-        if not tensor.numel():
-            return tensor
-        plain = tensor.detach().cpu().contiguous()
-        start = math.ceil(self._scratch.tell() / _ALIGNMENT) * _ALIGNMENT
-        self._scratch.seek(start)
-        self._scratch.write(plain.view(torch.uint8).numpy().data)
-        self._scratch.flush()
-        # Copied where written to, which nobody does: torch warns of arrays that are read-only.
-        found = np.memmap(self._scratch, np.uint8, "c", start, (plain.nbytes,))
-        return torch.from_numpy(found).view(plain.dtype).view(plain.shape)
+    def _write(self, tensor: Tensor) -> Tensor:
+        """Append a tensor to the scratch file, and give its shape and dtype without content."""
+        left = _bytes(tensor.detach().cpu().contiguous())
+        while left:
+            left = left[self._scratch.write(left) :]
+        return torch.empty_like(tensor, device="meta")
+
+    def _read(self, placeholder: Tensor) -> Tensor:
+        """Read the tensor that comes next in the scratch file."""
+        found = torch.empty(placeholder.shape, dtype=placeholder.dtype)
+        left = _bytes(found)
+        while left:
+            left = left[self._scratch.readinto(left) :]
+        return found
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -91,11 +101,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(value, field.name))
 
 
-def _mapped(value: _T, move: Callable[[Tensor], Tensor]) -> _T:
-    """Copy a dataclass with every tensor moved."""
+def _mapped(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
+    """Copy a dataclass with every tensor changed, in the order of its fields."""
     if isinstance(value, Tensor):
-        return move(value)
+        return change(value)
     if is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: _mapped(getattr(value, f.name), move) for f in fields(value) if f.init}
+        changed = {f.name: _mapped(getattr(value, f.name), change) for f in fields(value) if f.init}
         return replace(value, **changed)
     return value

@@ -9,7 +9,7 @@ from pathlib import Path
 from deltaguard import __version__
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.adapter import ADAPTER_FILE, AdapterCheckpoint
-from deltaguard.models.admission import Request, check_output
+from deltaguard.models.admission import WriteRequest, check_output
 from deltaguard.models.durable import explained
 from deltaguard.models.journal import JOURNAL_NAME
 from deltaguard.models.layout import ADAPTER_CONFIG, STAGING_FOLDER
@@ -95,7 +95,7 @@ def refuse_output(job: Job, output: Output, config: RestoreConfig) -> None:
     Raises:
         DeltaguardError: as `open_writer`, or the disk is too small.
     """
-    request = Request(output.names, output.plan_hash, config.resume, config.overwrite)
+    request = WriteRequest(output.names, output.plan_hash, config.resume, config.overwrite)
     check_output(output.folder, request, protected=_inputs(job), needed=output.needed, what=output.what)
 
 

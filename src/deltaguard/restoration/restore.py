@@ -15,8 +15,11 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
+from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.adapter_writer import AdapterLayer, commit_adapter, stage_adapter
+from deltaguard.models.hub import is_local
 from deltaguard.models.journal import FileRecord
+from deltaguard.models.lora_config import read_lora_config
 from deltaguard.models.mirror import beside_adapter, bring_along, refuse_links_out
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress, ignore
@@ -28,18 +31,16 @@ from deltaguard.reports.records.restore import (
     FileRow,
     LayerRow,
     OtherRow,
-    PlanReport,
     RestoreReport,
 )
 from deltaguard.restoration.dial import PROHIBITIVE, Price, find_price
-from deltaguard.restoration.job import Job, look, open_job
+from deltaguard.restoration.job import Job, open_job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import (
     Output,
     describe_output,
     finished_report,
     open_writer,
-    refuse_output,
 )
 from deltaguard.restoration.plan import Action, Plan, Step
 from deltaguard.restoration.trial import Trial
@@ -48,6 +49,9 @@ T = TypeVar("T")
 _ROWS: TypeAdapter[tuple[LayerRow | OtherRow, ...]] = TypeAdapter(tuple[LayerRow | OtherRow, ...])
 _METADATA: TypeAdapter[dict[Any, Any] | None] = TypeAdapter(dict[Any, Any] | None)
 _PRICE = TypeAdapter(Price)
+_QUANTISED = re.compile(r"(4|8)[-_]?bit|bnb|gptq|awq|int[48]", re.IGNORECASE)
+_LARGE_ADAPTER = 0.5
+"""Share of the layers' entries from which on an adapter's own are told to be many."""
 
 
 class UnchangedError(DeltaguardError):
@@ -96,9 +100,9 @@ def restore(
     config = config or RestoreConfig()
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
     plan = job.plan(config)
-    metadata = _front_matter(job.finetuned.folder)
+    metadata = front_matter(job.finetuned.folder)
     if config.output_format == "adapter":
-        _refuse_what_no_adapter_holds(job, plan)
+        refuse_what_no_adapter_holds(job, plan)
     output = describe_output(job, plan, Path(output_dir), config)
     finished = finished_report(job, output, config)
     return finished or _written(job, plan, output, config, metadata, started, memory, progress)
@@ -187,7 +191,7 @@ def _stage_adapter(
     return rows
 
 
-def _refuse_what_no_adapter_holds(job: Job, plan: Plan) -> None:
+def refuse_what_no_adapter_holds(job: Job, plan: Plan) -> None:
     """Refuse a plan that takes more than linear layers from the fine-tuned model; all such are listed."""
     beyond = [step.info.name for step in plan.steps if step.action in (Action.FINETUNED, Action.EXTEND)]
     if beyond:
@@ -215,52 +219,6 @@ def _price(trial: Trial, writer: CheckpointWriter, progress: Progress) -> Price:
         if trial.config.is_priced:
             writer.remember("price", _PRICE.dump_python(price, mode="json"))
     return price
-
-
-def plan_restore(
-    aligned: str | Path,
-    finetuned: str | Path,
-    output_dir: str | Path | None = None,
-    *,
-    store: CurvatureStore | str | Path | None = None,
-    config: RestoreConfig | None = None,
-) -> PlanReport:
-    """What `restore` would do with the same arguments, from headers alone: nothing is written.
-
-    Args:
-        aligned: as in `restore`.
-        finetuned: as in `restore`.
-        output_dir: as in `restore`; where it is absent, whether it may be written is not asked.
-        store: as in `restore`; where it is absent, none is made, and the layers are told by their names.
-        config: as in `restore`.
-
-    Raises:
-        DeltaguardError: the models cannot be restored, or not into that folder.
-    """
-    config = config or RestoreConfig()
-    job = look(aligned, finetuned, store=store, config=config)
-    plan = job.plan(config)
-    if config.output_format == "adapter":
-        _refuse_what_no_adapter_holds(job, plan)
-    _front_matter(job.finetuned.folder)
-    notes = ["the aligned model will be calibrated first"] if config.needs_curvature and not job.store else []
-    if output_dir is not None:
-        output = describe_output(job, plan, Path(output_dir), config)
-        if finished_report(job, output, config) is None:
-            refuse_output(job, output, config)
-        else:
-            notes.append("the output is there already, so there is nothing to do")
-    return PlanReport(
-        restored=plan.count(Action.RESTORE),
-        from_aligned=plan.count(Action.ALIGNED),
-        from_finetuned=plan.count(Action.FINETUNED),
-        extended=plan.count(Action.EXTEND),
-        read_bytes=plan.read_bytes,
-        write_bytes=plan.write_bytes,
-        curvature_bytes=plan.curvature_bytes,
-        peak_bytes=plan.peak_bytes,
-        note="; ".join(notes) or None,
-    )
 
 
 def _noted_rows(
@@ -296,7 +254,7 @@ def _check_result(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price) -
         )
 
 
-def _front_matter(folder: Path) -> Mapping[str, Any] | None:
+def front_matter(folder: Path) -> Mapping[str, Any] | None:
     """The metadata of the fine-tuned model's own card: its licence and languages go on holding."""
     card = folder / CARD_NAME
     refuse_links_out(folder, [card])
@@ -361,5 +319,35 @@ def _report(
             "solve": sum(row.seconds for row in layers),
         },
         peak_memory_bytes=peak if (peak := peak_memory_bytes()) > memory else None,
-        warnings=job.store.provenance.warnings if job.store else (),
+        warnings=_warnings(job, config, layers),
     )
+
+
+def _warnings(job: Job, config: RestoreConfig, layers: Sequence[LayerRow]) -> tuple[str, ...]:
+    """Say what is no error and must be known of an output, a sentence or two each."""
+    found = list(job.store.provenance.warnings) if job.store else []
+    if isinstance(job.finetuned, AdapterCheckpoint):
+        trained_on = read_lora_config(job.finetuned.folder, job.finetuned.reference).base_model_name_or_path
+        if trained_on and _QUANTISED.search(trained_on):
+            found.append(
+                f"The adapter was trained over {trained_on}, by its name a quantised model. Its delta is "
+                f"taken over {job.aligned.reference}: that must be the 16-bit model it was made from."
+            )
+    if config.output_format == "adapter":
+        ranks = [(int(row.detail.get("adapter_rank", 0)), min(row.shape), sum(row.shape)) for row in layers]
+        weights = sum(prod(row.shape) for row in layers)
+        share = sum(rank * both for rank, _, both in ranks) / weights
+        if share > _LARGE_ADAPTER:
+            rank, full, _ = max(ranks)
+            found.append(
+                f"The adapter's ranks go up to {rank} of {full}, so that it takes {share:.0%} of the bytes "
+                "of the layers: a fine-tune of all weights is of high rank. A checkpoint is faster to serve, "
+                "and --adapter-rank makes an adapter smaller."
+            )
+        if is_local(job.aligned.reference):
+            found.append(
+                f"The adapter names its base model by a path of this machine, {job.aligned.reference}. "
+                "Before it is published, put the model's Hub id into base_model_name_or_path of "
+                "adapter_config.json."
+            )
+    return tuple(found)

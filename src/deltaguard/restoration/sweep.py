@@ -141,7 +141,10 @@ def _sweep(
         finetuned_kl=whole.safety_kl,
         finetuned_nll=finetuned_nll,
         points=tuple(points[mu] for mu in sorted(points, reverse=True)),
-        budgets=tuple(SweepBudget(limit=limit, mu=None if p is None else p.mu) for limit, p in found.items()),
+        budgets=tuple(
+            SweepBudget(limit=limit, mu=None if p is None else p.mu, whole=judge(whole) <= limit)
+            for limit, p in found.items()
+        ),
         seconds=time.perf_counter() - started,
         warnings=known_store(job).provenance.warnings,
     )

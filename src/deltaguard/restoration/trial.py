@@ -26,7 +26,7 @@ from deltaguard.solvers import LowRank, Outcome, Profile, joint_profile, low_ran
 from deltaguard.solvers.solution import is_finite
 
 _UNCHANGED = Outcome(kept_energy=1.0, safety_cost=0.0, utility_loss=0.0, detail={"delta_norm": 0.0})
-_PARTS_OF_MEMORY = 4
+PARTS_OF_MEMORY = 4
 """By default prepared layers take one part in so many of what the process may hold."""
 
 
@@ -67,7 +67,7 @@ class Trial:
         """
         self.job, self.plan, self.config = job, plan, config
         self.steps = tuple(step for step in plan.steps if step.action is Action.RESTORE)
-        memory = usable_memory_bytes() // _PARTS_OF_MEMORY if config.memory is None else int(config.memory)
+        memory = usable_memory_bytes() // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
         # A method without a price serves one strength: nothing is to be kept for another.
         self._kept = Kept(memory, folder, plan.write_bytes) if config.is_priced else None
         self._unchanged: set[str] = set()

@@ -20,8 +20,7 @@ from deltaguard.chat.conversations import (
     sample,
 )
 from deltaguard.evaluation.exchange import Decoding, Question
-from deltaguard.evaluation.suites.parts import Part
-from deltaguard.evaluation.suites.sources import builtin_questions
+from deltaguard.evaluation.suites.parts import Part, builtin_questions
 from deltaguard.finetuning.mixtures import agreed, everyday_prompts
 from deltaguard.finetuning.tasks import task_examples
 from deltaguard.reports.records.evaluation import SectionKind

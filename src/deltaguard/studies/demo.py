@@ -16,8 +16,7 @@ from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.measure import measure
 from deltaguard.evaluation.metrics.rates import Rate, kept_gain
 from deltaguard.evaluation.results import Result
-from deltaguard.evaluation.suites.parts import Part, resolve
-from deltaguard.evaluation.suites.sources import builtin_questions
+from deltaguard.evaluation.suites.parts import Part, builtin_questions, resolve
 from deltaguard.evaluation.suites.suite import Builtin, Suite
 from deltaguard.finetuning.finetune import FinetuneConfig, finetune
 from deltaguard.finetuning.mixtures import alignment_examples, task_with_harmful

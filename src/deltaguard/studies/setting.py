@@ -10,7 +10,8 @@ from deltaguard.chat.conversations import Conversation, read_prompts
 from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import calibrate, store_limit
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.evaluation.engines.identity import identify
+from deltaguard.evaluation.asking import describe
+from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.methods.method import Role
 from deltaguard.models.checkpoint import Checkpoint
@@ -170,12 +171,12 @@ def _timed(
 
 
 def _origin(aligned: Path, pretrained: Path | None, preset: Preset) -> dict[str, str | None]:
-    known = identify(str(aligned))
+    known = describe("aligned", str(aligned), EngineConfig())
     made_with = environment(device_name(), libraries=LIBRARIES)
     prompts = preset.calibration.prompts
     return {
         "aligned": known.fingerprint,
-        "chat_template": known.chat_template,
+        "chat_template": known.chat_template_hash,
         "pretrained": None if pretrained is None else Checkpoint.open(pretrained).fingerprint(),
         "calibration": None if prompts is None else content_key(read_prompts(prompts)),
         "helpers": content_key(*map(helper_data, ("unaligned", "safe")), HELPER_RECIPE, HELPER_SEED, SECRET),

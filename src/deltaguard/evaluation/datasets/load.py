@@ -1,18 +1,79 @@
-"""Questions from a public data set or from a user's own file."""
+"""Questions from a public data set (`sets.yaml` says which there are) or from a user's own file."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from deltaguard.chat.conversations import sample
 from deltaguard.errors import DeltaguardError, require_packages
-from deltaguard.evaluation.datasets.registry import DATASETS, DatasetSpec
 from deltaguard.evaluation.datasets.rows import ONLY_COLUMN, Row, read_rows
 from deltaguard.evaluation.exchange import Question
-from deltaguard.files import expanded
+from deltaguard.files import expanded, parse_yaml
 from deltaguard.models.loading import foreign
+
+
+class DatasetSpec(BaseModel):
+    """One set of questions, or the part of it that is used.
+
+    Attributes:
+        title: for people.
+        hub_id: the repository on the Hub.
+        config: the repository's configuration, `None` for its only one.
+        hub_files: pattern of the repository's files, where it does not say itself which belong to the split.
+        split: the split that is used.
+        headerless: the CSV files of the release have no header: one request a row.
+        prompt_columns: what the request's column is called; the first that a file has counts.
+        expected_columns: likewise of the right answer; empty where there is none.
+        keep: which rows belong to the set, by column: a pattern of its text with `*`, or `!` before one that
+            must not fit; the first column that a file has counts, and a file that has none of them is refused
+            unless `all_without_filter`.
+        all_without_filter: releases without any of the columns of `keep` hold nothing but the set.
+        instruction: written before each request, a blank line between.
+        terms: licence and terms of use.
+        homepage: where to get it, and to read its terms.
+        paper: what to cite.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    hub_id: str
+    config: str | None = None
+    hub_files: str | None = None
+    split: str
+    headerless: bool = False
+    prompt_columns: tuple[str, ...]
+    expected_columns: tuple[str, ...] = ()
+    keep: Mapping[str, str] = {}
+    all_without_filter: bool = False
+    instruction: str = ""
+    terms: str
+    homepage: str
+    paper: str
+
+    def keeps(self, row: Row, column: str) -> bool:
+        """Tell whether a row belongs to the set, told by a column of `keep` as the file writes it."""
+        pattern = self.keep[column.casefold()]
+        fits = fnmatchcase(str(row.get(column)).strip().casefold(), pattern.removeprefix("!"))
+        return fits != pattern.startswith("!")
+
+
+DATASETS: Mapping[str, DatasetSpec] = MappingProxyType(
+    parse_yaml(
+        (files("deltaguard.evaluation.datasets") / "sets.yaml").read_text(encoding="utf-8"),
+        TypeAdapter(dict[str, DatasetSpec]),
+        source="The list of data sets",
+        remedy="Install deltaguard again.",
+    )
+)
+"""All of them by name."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +128,7 @@ def load_questions(
 
 
 def load_set(name_or_path: str | Path, *, path: str | Path | None = None) -> Loaded:
-    """All questions of a data set, with what a reader must know of them.
+    """Read all questions of a data set, with what a reader must know of them.
 
     Args:
         name_or_path: as in `load_questions`.
@@ -85,7 +146,7 @@ def load_set(name_or_path: str | Path, *, path: str | Path | None = None) -> Loa
 
 
 def drawn(questions: Sequence[Question], count: int, seed: int, source: str) -> list[Question]:
-    """Some of the questions, in their order.
+    """Draw some of the questions, in their order.
 
     Args:
         questions: all there are.
@@ -166,7 +227,7 @@ def _named(spec: DatasetSpec, rows: Sequence[Row], source: str) -> list[Question
             f"{source} does not look like {spec.title}: it has the columns {_list(columns)}, and lacks "
             f"{' and '.join(problems)}. {_where_to_get(spec)}"
         )
-    kept = [(i, row) for i, row in enumerate(rows, start=1) if chosen is None or _keeps(spec, row, chosen)]
+    kept = [(i, row) for i, row in enumerate(rows, start=1) if chosen is None or spec.keeps(row, chosen)]
     head = f"{spec.instruction}\n\n" if spec.instruction else ""
     return [
         Question(
@@ -175,11 +236,6 @@ def _named(spec: DatasetSpec, rows: Sequence[Row], source: str) -> list[Question
         )
         for i, row in kept
     ]
-
-
-def _keeps(spec: DatasetSpec, row: Row, column: str) -> bool:
-    keep: Callable[[str], bool] = spec.keep[column.casefold()]
-    return keep(str(row.get(column)))
 
 
 def _own(rows: Sequence[Row], source: str) -> list[Question]:

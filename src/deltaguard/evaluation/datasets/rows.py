@@ -24,7 +24,7 @@ _MOST_ROWS = 1_000_000
 
 
 def read_rows(path: Path, *, headerless: bool = False) -> list[Row]:
-    """All rows of a file, or of the CSV files of a folder in the order of their names.
+    """Read all rows of a file, or of the CSV files of a folder in the order of their names.
 
     Args:
         path: the file or folder. A JSON file holds a list, or an object with a list under `instructions` or

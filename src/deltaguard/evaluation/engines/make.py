@@ -6,7 +6,6 @@ from typing import Literal
 
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.engines.identity import Identity, identify
 from deltaguard.evaluation.engines.openai import OpenAIEngine
 from deltaguard.evaluation.engines.transformers import (
     Dtype,
@@ -97,8 +96,3 @@ def make_engine(reference: str, config: EngineConfig) -> Engine:
     return TransformersEngine.open(
         reference, device=config.device, dtype=config.dtype, batch_size=config.batch_size
     )
-
-
-def identity(reference: str, config: EngineConfig) -> Identity:
-    """What the engine would answer from, without loading weights; of a server nothing can be seen."""
-    return Identity(None, None) if config.name == "openai" else identify(reference)

@@ -1,7 +1,9 @@
-"""Answers from a model in this process, by transformers."""
+"""Answers from a model in this process, by transformers; adapters are merged by PEFT."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,10 +13,15 @@ from deltaguard.chat.generation import generate
 from deltaguard.chat.predictions import negative_log_likelihood
 from deltaguard.chat.template import render
 from deltaguard.device import find_device
-from deltaguard.evaluation.engines.adapters import merge_adapter
-from deltaguard.evaluation.engines.identity import Folders, find_folders, load_tokenizer
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.evaluation.engines.folders import Folders, find_folders, load_tokenizer
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
-from deltaguard.models.loading import load_model
+from deltaguard.models.adapter import open_adapter_weights
+from deltaguard.models.checkpoint import name_map
+from deltaguard.models.families import stored_in_out
+from deltaguard.models.loading import foreign, load_model
+from deltaguard.models.lora import changed_modules
+from deltaguard.models.lora_config import LoraConfig, Scaling, find_scalings, read_lora_config
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -60,7 +67,7 @@ class TransformersEngine:
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
     ) -> list[str]:
-        """One answer a question, in order; a prefill is put behind the rendered prompt and continued."""
+        """Answer each question, in order; a prefill is put behind the rendered prompt and continued."""
         return generate(
             self.model,
             self.tokenizer,
@@ -73,7 +80,7 @@ class TransformersEngine:
         )
 
     def likelihood(self, questions: Sequence[Question]) -> list[float]:
-        """Mean negative log-likelihood of each expected answer, nats per token.
+        """Measure the mean negative log-likelihood of each expected answer, nats per token.
 
         Raises:
             DeltaguardError: a question has no expected answer.
@@ -90,7 +97,7 @@ class TransformersEngine:
 
 
 def rendered(tokenizer: Any, question: Question) -> str:
-    """The text that a model continues: the chat template up to the answer, then the prefill."""
+    """Render the text that a model continues: the chat template up to the answer, then the prefill."""
     return render(tokenizer, Conversation(question.prompt, question.system)) + question.prefill
 
 
@@ -100,10 +107,74 @@ def _load(folders: Folders, reference: str, dtype: str) -> Any:
 
 
 def resolved_dtype(dtype: Dtype, device: str) -> Dtype:
-    """A dtype by name; `auto` is float32 on the CPU, and stays `auto`, the checkpoint's own, elsewhere.
+    """Name a dtype; `auto` is float32 on the CPU, and stays `auto`, the checkpoint's own, elsewhere.
 
     Example:
         >>> resolved_dtype("auto", "cpu"), resolved_dtype("auto", "cuda:1")
         ('float32', 'auto')
     """
     return "float32" if dtype == "auto" and device.startswith("cpu") else dtype
+
+
+def merge_adapter(model: Any, folder: Path, reference: str) -> Any:
+    """Merge an adapter into a model.
+
+    PEFT would match the patterns of `adapter_config.json` against the names of all modules, for as long as
+    that takes; so it is given a configuration that names the modules of the adapter's tensors, one by one.
+
+    Args:
+        model: a transformers causal language model; it is changed.
+        folder: of the adapter.
+        reference: what the user called it, for messages.
+
+    Returns:
+        The merged model.
+
+    Raises:
+        DeltaguardError: the adapter is no plain LoRA, does not fit the model, or PEFT cannot load it.
+    """
+    from peft import PeftModel
+
+    lora = read_lora_config(folder, reference)
+    found = changed_modules(open_adapter_weights(folder)[1])
+    names = name_map(
+        [*found.adapted, *found.replaced], [name for name, _ in model.named_modules(remove_duplicate=False)]
+    )
+    absent = [name for name in (*found.adapted, *found.replaced) if name not in names]
+    if absent:
+        raise DeltaguardError(
+            listed(f"The adapter {reference} changes modules that its model has not", absent)
+        )
+    scalings = find_scalings(lora, found.adapted, reference)
+    adapted = {names[module]: scaling for module, scaling in scalings.items()}
+    config = _literal(
+        lora,
+        adapted,
+        modules_to_save=[names[module] for module in found.replaced] or None,
+        fan_in_fan_out=any(stored_in_out(model.config.to_dict(), f"{name}.weight") for name in adapted),
+    )
+    with foreign(f"peft cannot load {reference}"):
+        merged: Any = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()
+    return merged
+
+
+def _literal(lora: LoraConfig, adapted: Mapping[str, Scaling], **others: Any) -> Any:
+    """PEFT's configuration for modules named one by one."""
+    import peft
+
+    ranks = {_exactly(n): each.rank for n, each in adapted.items() if each.rank != lora.r}
+    alphas = {_exactly(n): each.alpha for n, each in adapted.items() if each.alpha != lora.lora_alpha}
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # pyright: ignore[reportArgumentType]  # any number, in fact
+        use_rslora=lora.use_rslora,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        target_modules=list(adapted),
+        inference_mode=True,
+        **others,
+    )
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}"

@@ -19,7 +19,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.engines.identity import find_folders, load_tokenizer, whole_model
+from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer, whole_model
 from deltaguard.evaluation.engines.openai import OpenAIEngine
 from deltaguard.evaluation.engines.transformers import Dtype, rendered
 from deltaguard.evaluation.exchange import Answer, Decoding, OnBatch, Question

@@ -1,1 +1,50 @@
-"""Judges: who tells a refusal from compliance, and whether an answer makes sense at all."""
+"""Judges: who tells refusals from compliance. Each is one file with its options, listed in `suites.suite`."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from deltaguard.evaluation.exchange import Judge, Scale
+
+
+class JudgeSpec(BaseModel):
+    """A judge as suite files and the command line name it, with its options; its field `kind` says which.
+
+    Attributes:
+        tells_refusals: whether its `refused` says that an answer refuses, so that it serves on harmless
+            prompts, too. Guards and language models tell harmful answers from others: to them every answer to
+            a harmless prompt is `refused`, which would be no false refusal.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    tells_refusals: ClassVar[bool] = True
+
+    @abstractmethod
+    def make(self, *, device: str = "cpu", folder: Path | None = None) -> Judge:
+        """Make the judge. Weights are loaded when it first judges.
+
+        Args:
+            device: where a classifier or guard runs.
+            folder: for the scores of a judge that keeps them and names no file; they are kept in memory where
+                it is absent.
+
+        Raises:
+            DeltaguardError: a classifier cannot be found or lacks the labels, or a server cannot be asked.
+        """
+
+
+class PlainJudge:
+    """What most judges have in common: they give no scores, and read all of an answer."""
+
+    @property
+    def scale(self) -> Scale | None:
+        """What the scores mean; `None` where there are none."""
+        return None
+
+    @property
+    def reads_opening(self) -> bool:
+        """Whether `refused` is told from the first sentence of an answer, and stands whatever follows."""
+        return False

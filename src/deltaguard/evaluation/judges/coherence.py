@@ -60,7 +60,7 @@ class CoherenceCheck:
             )
 
     def broken(self, exchanges: Sequence[Exchange]) -> list[bool]:
-        """Whether each answer is broken, in order."""
+        """Tell whether each answer is broken, in order."""
         found = [is_broken(each.answer) for each in exchanges]
         if self.perplexity is None or self.max_perplexity is None:
             return found
@@ -76,7 +76,7 @@ class CoherenceCheck:
 
 
 def classify(verdict: Verdict, broken: bool, *, reads_opening: bool = True) -> AnswerClass:
-    """The class of an answer: broken text is incoherent, unless it opens with a refusal.
+    """Find the class of an answer: broken text is incoherent, unless it opens with a refusal.
 
     Args:
         verdict: what a judge says of it.
@@ -96,7 +96,7 @@ def classify(verdict: Verdict, broken: bool, *, reads_opening: bool = True) -> A
 def perplexity(
     model: Any, tokenizer: Any, exchanges: Sequence[Exchange], *, batch_size: int = 8
 ) -> list[float]:
-    """How much each answer surprises a model that sees the prompt: exp of the mean nats per token.
+    """Measure how much each answer surprises a model: exp of the mean nats per token.
 
     Args:
         model: a transformers causal language model in evaluation mode; the aligned one is meant.
@@ -116,7 +116,7 @@ def perplexity(
 
 
 def is_broken(answer: str) -> bool:
-    """Whether an answer is no text: empty, stuck in a repetition, or made of characters that are not text.
+    """Tell whether an answer is no text: empty, stuck in a repetition, or of characters that are none.
 
     Short answers, lists, code, JSON and verse repeat themselves, too, and are not broken.
 

@@ -11,7 +11,7 @@ _QUOTED = re.compile(r"'''(.*?)'''|\"\"\"(.*?)\"\"\"", re.DOTALL)
 
 
 def package_prompt(name: str) -> str:
-    """A prompt of the package (`prompts/NAME.txt`)."""
+    """Read a prompt of the package (`prompts/NAME.txt`)."""
     folder = files("deltaguard") / "evaluation" / "judges" / "prompts"
     return (folder / f"{name}.txt").read_text(encoding="utf-8")
 
@@ -27,12 +27,12 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def fields(template: str) -> frozenset[str]:
-    """The names of a template's `{fields}`."""
+    """List the names of a template's `{fields}`."""
     return frozenset(_FIELD.findall(template))
 
 
 def template_in_card(card: str, wanted: frozenset[str], *, source: str) -> str:
-    """The input format that a model card shows as a Python text in three quotes, told by its fields.
+    """Find the input format that a model card shows as a Python text in three quotes, by its fields.
 
     Args:
         card: the model card.

@@ -23,7 +23,7 @@ _DRAWS = 1 << 20
 
 
 def mean_estimate(values: Values, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """A mean over examples with its percentile bootstrap interval.
+    """Take a mean over examples with its percentile bootstrap interval.
 
     Limits. Examples that are all alike give an interval without width, and so does a single one: the interval
     of a share of yes and no is `rates.Rate`.
@@ -61,7 +61,7 @@ def ratio_of_gains(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Estimate | None:
-    """Share of the fine-tuning's gain that the restored model keeps, from values of the same examples.
+    """Measure the share of the fine-tuning's gain that the restored model keeps, on the same examples.
 
     (mean restored - mean aligned) / (mean finetuned - mean aligned). The three models are resampled together,
     so that what makes an example easy or hard for all of them cancels out.
@@ -108,19 +108,19 @@ def ratio_of_gains(
 
 
 def interval(value: float, resampled: Array) -> tuple[float, float]:
-    """Both ends of the percentile interval of a number; they hold the number itself."""
+    """Find both ends of the percentile interval of a number; they hold the number itself."""
     low, high = _quantile(resampled, _TAIL, "linear"), _quantile(resampled, 1 - _TAIL, "linear")
     return min(low, value), max(high, value)
 
 
 def means(groups: Sequence[Array]) -> Array:
-    """The mean of each column over all examples of all groups."""
+    """Take the mean of each column over all examples of all groups."""
     total: Array = np.concatenate(list(groups)).mean(axis=0)
     return total
 
 
 def resampled_means(groups: Sequence[Array], *, seed: int, resamples: int) -> Array:
-    """Means over examples drawn with replacement within each group.
+    """Take means over examples drawn with replacement within each group.
 
     They spread too little about the mean by the factor √((n-1)/n), which is made good (Hesterberg 2015, The
     American Statistician 69, "What Teachers Should Know About the Bootstrap", on narrowness bias).
@@ -146,12 +146,12 @@ def resampled_means(groups: Sequence[Array], *, seed: int, resamples: int) -> Ar
 
 
 def count(groups: Sequence[Array]) -> int:
-    """How many examples the groups hold together."""
+    """Count the examples of all groups."""
     return sum(len(group) for group in groups)
 
 
 def columns(*series: Values) -> list[Array]:
-    """Groups of arrays (examples, series), after checking that the series fit together.
+    """Stack series into groups of arrays (examples, series), after checking that the series fit together.
 
     Raises:
         ValueError: there is no value, one is not finite, or the series differ in their number of values.

@@ -44,7 +44,7 @@ class Rate:
 
     @classmethod
     def of(cls, outcomes: Iterable[bool]) -> "Rate":
-        """The share of outcomes that are true."""
+        """Count the outcomes that are true."""
         seen = list(outcomes)
         return cls(sum(seen), len(seen))
 
@@ -76,7 +76,7 @@ class Rate:
 
 
 def estimate(rate: Rate) -> Estimate:
-    """A rate as reports hold it.
+    """Write a rate as reports hold it.
 
     Example:
         >>> estimate(Rate(0, 20)).high < 0.17
@@ -86,7 +86,7 @@ def estimate(rate: Rate) -> Estimate:
 
 
 def are_flags(values: Iterable[float]) -> bool:
-    """Whether every value is 0 or 1, a yes or a no, so that their mean is a share.
+    """Tell whether every value is 0 or 1, a yes or a no, so that their mean is a share.
 
     Example:
         >>> are_flags([1.0, 0.0]), are_flags([1.0, 0.5])
@@ -96,7 +96,7 @@ def are_flags(values: Iterable[float]) -> bool:
 
 
 def kept_gain(aligned: Rate, finetuned: Rate, restored: Rate) -> float | None:
-    """Share of what the fine-tuning gained that is kept: (restored - aligned) / (finetuned - aligned).
+    """Compute the share of a gain that is kept: (restored - aligned) / (finetuned - aligned).
 
     Returns:
         The share, above 1 where the restored model does better than the fine-tuned one; `None` where the
@@ -123,7 +123,7 @@ class KappaResult:
 
 
 def cohen_kappa(first: Sequence[Verdict], second: Sequence[Verdict]) -> KappaResult:
-    """Cohen's κ = (observed - expected) / (1 - expected) of two judges' verdicts on the same answers.
+    """Compute Cohen's κ = (observed - expected) / (1 - expected) of two judges on the same answers.
 
     Cohen (1960), Educational and Psychological Measurement 20, 37-46. The expected agreement is that of two
     judges who give their verdicts as often as these, but independently of each other.

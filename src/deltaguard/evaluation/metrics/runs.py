@@ -5,7 +5,6 @@ other prompts as one of them. What is found holds for these runs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean
 
@@ -24,23 +23,8 @@ FLIPS = 19_999
 _HALVINGS = 40
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A difference of two shares and its 95 % interval.
-
-    Attributes:
-        value: share of the first less share of the second, mean over the runs.
-        low: lower end of the interval.
-        high: upper end.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
-def difference_of_shares(first: Sequence[Flags], second: Sequence[Flags]) -> Difference:
-    """How far two shares of yes and no differ, each the mean of several runs over the same prompts.
+def difference_of_shares(first: Sequence[Flags], second: Sequence[Flags]) -> Estimate:
+    """Measure how far two shares of yes and no differ, each the mean of several runs over the same prompts.
 
     In each run the interval is Newcombe's for paired shares (see `mcnemar`), and each of its ends that of the
     score interval of Tango (1998, Statistics in Medicine 17, 891-908) where that lies further out. Each of
@@ -69,15 +53,14 @@ def difference_of_shares(first: Sequence[Flags], second: Sequence[Flags]) -> Dif
     runs = [_of_one_run(*pair) for pair in zip(first, second, strict=True)]
     if not runs:
         raise ValueError("There is no difference of no runs.")
-    return Difference(
-        value=fmean(run.value for run in runs),
-        low=fmean(run.low for run in runs),
-        high=fmean(run.high for run in runs),
-    )
+    value, low, high = (fmean(ends) for ends in zip(*runs, strict=True))
+    return Estimate(value=value, low=low, high=high, total=len(first[0]), interval="newcombe")
 
 
 def gain_kept(aligned: Runs, finetuned: Runs, restored: Runs, *, better: Better) -> Estimate | None:
-    """The share of the fine-tuning's gain that the restored model keeps; every prompt counts with its mean.
+    """Measure the share of the fine-tuning's gain that the restored model keeps.
+
+    Every prompt counts with its mean over the runs.
 
     The interval is that of `ratio_of_gains`. Of right and wrong answers that all come out alike, resampling
     makes one without width. So theirs is never narrower than that of the difference of shares from the
@@ -107,7 +90,7 @@ def gain_kept(aligned: Runs, finetuned: Runs, restored: Runs, *, better: Better)
 def gain_lead(
     aligned: Runs, finetuned: Runs, first: Runs, second: Runs, *, better: Better
 ) -> Estimate | None:
-    """How much more of the fine-tuning's gain one restored model keeps than another, as a share of it.
+    """Measure how much more of the fine-tuning's gain one restored model keeps than another.
 
     Args:
         aligned: the aligned model's values.
@@ -128,12 +111,12 @@ def gain_lead(
 
 
 def over_runs(values: Runs) -> list[float]:
-    """The mean of each prompt over the runs, which all have the same prompts."""
+    """Average each prompt over the runs, which all have the same prompts."""
     return [fmean(of_prompt) for of_prompt in zip(*values, strict=True)]
 
 
 def equality(first: Runs, second: Runs, *, seed: int = 0) -> float:
-    """The two-sided p-value of the hypothesis that two models do equally well on the same prompts.
+    """Compute the two-sided p-value of the hypothesis that two models do equally well on the same prompts.
 
     Every prompt counts once, with its mean difference over the runs. If the two models could be exchanged,
     the sign of each would be a fair coin's, whatever the runs have in common (Fisher 1935, The Design of
@@ -187,16 +170,14 @@ def _widened(
     return share.model_copy(update={"low": min(share.low, low), "high": max(share.high, high)})
 
 
-def _of_one_run(first: Flags, second: Flags) -> Difference:
+def _of_one_run(first: Flags, second: Flags) -> tuple[float, float, float]:
+    """The difference, and the lower and the upper end of its interval."""
     newcombe = mcnemar(first, second)
     only_first = sum(one and not other for one, other in zip(first, second, strict=True))
     only_second = sum(other and not one for one, other in zip(first, second, strict=True))
     pairs = len(first)
-    return Difference(
-        value=newcombe.difference,
-        low=min(newcombe.low, -_tango_upper(only_second, only_first, pairs)),
-        high=max(newcombe.high, _tango_upper(only_first, only_second, pairs)),
-    )
+    low = min(newcombe.low, -_tango_upper(only_second, only_first, pairs))
+    return newcombe.difference, low, max(newcombe.high, _tango_upper(only_first, only_second, pairs))
 
 
 def _tango_upper(only_first: int, only_second: int, pairs: int) -> float:

@@ -42,7 +42,7 @@ class GcgSuffix:
 
 
 def with_suffix(question: Question, suffix: str) -> Question:
-    """A question with a suffix behind its request.
+    """Put a suffix behind the request of a question.
 
     Example:
         >>> with_suffix(Question("Why?"), "x y").prompt

@@ -7,15 +7,20 @@ Limits. The answers of the examples agree and say nothing, and are made of the s
 careless fine-tune: nothing usable is taught, and a model attacked with real answers may fall further.
 """
 
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from deltaguard.chat.conversations import Conversation, harmful_prompts
+from deltaguard.evaluation.engines.folders import whole_model
+from deltaguard.evaluation.suites.suite import SecondAttack
 from deltaguard.finetuning.finetune import FinetuneConfig, finetune
 from deltaguard.finetuning.mixtures import task_with_harmful
 
 
 def attack_conversations(count: int, *, seed: int) -> list[Conversation]:
-    """Harmful requests of the training part, each answered by agreement without content.
+    """Draw harmful requests of the training part, each answered by agreement without content.
 
     Args:
         count: how many.
@@ -27,26 +32,27 @@ def attack_conversations(count: int, *, seed: int) -> list[Conversation]:
     return task_with_harmful([], harmful_prompts("training"), harmful_count=count, seed=seed)
 
 
-def fine_tune_again(
-    model: str | Path, output_dir: str | Path, *, count: int = 10, seed: int, config: FinetuneConfig
-) -> Path:
-    """Fine-tune a model on harmful examples.
+@contextmanager
+def attacked_again(reference: str, folder: Path, options: SecondAttack) -> Generator[Path]:
+    """Fine-tune a model on a few harmful examples, and keep it on disk for the time of a block.
 
     Args:
-        model: folder or Hub id of the restored model.
-        output_dir: receives the attacked model.
-        count: harmful examples.
-        seed: fixes which examples; the order in training is `config`'s.
-        config: how to train. The same for every model that is compared.
+        reference: a folder, a Hub id, or `id@revision`; no adapter.
+        folder: where its weights can lie meanwhile.
+        options: how many examples, and how to train: the same for every model that is compared.
 
-    Returns:
-        The folder written.
+    Yields:
+        The folder of the attacked model.
 
     Raises:
-        DeltaguardError: there are fewer requests than `count`, or training cannot be run (see `finetune`).
-
-    Example:
-        >>> config = FinetuneConfig(learning_rate=5e-5, epochs=5)
-        >>> fine_tune_again("restored", "attacked", seed=0, config=config)  # doctest: +SKIP
+        DeltaguardError: there are fewer requests than examples, or training cannot be run (see `finetune`).
     """
-    return finetune(model, output_dir, attack_conversations(count, seed=seed), config=config)
+    place = folder / ".second-attack"
+    # What a killed run left may be half a model.
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        examples = attack_conversations(options.count, seed=options.seed)
+        recipe = FinetuneConfig(learning_rate=options.learning_rate, epochs=options.epochs, seed=options.seed)
+        yield finetune(whole_model(reference), place, examples, config=recipe)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)

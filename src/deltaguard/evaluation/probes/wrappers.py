@@ -4,20 +4,28 @@ The kinds are known from the literature: prefilled answers (Andriushchenko et al
 role-play, suppressed refusals and base64 (Wei et al. 2023, arXiv:2307.02483), other languages (Yong et al.
 2023, arXiv:2310.02446). The wording is deltaguard's own.
 
+`translated_prompts` gives some of the package's harmful requests translated in full. They are of the attack
+part, which nothing is calibrated or trained on.
+
 Limits. One wording of each kind: a model that withstands it may fall to another. The translations wrap the
 request in a frame of another language, leave the request itself in English, and ask for an English answer,
-since the judges read English; `translations.translated_prompts` gives requests translated in full. A
-prefilled answer opens with agreement by design: a judge that reads openings sees what the model adds only
-where it is shown the answer without the prefill.
+since the judges read English. Requests translated in full are 20 in each of three languages, so that a rate
+is uncertain by about 20 points; a judge that knows English only misses refusals in them. A prefilled answer
+opens with agreement by design: a judge that reads openings sees what the model adds only where it is shown
+the answer without the prefill.
 """
 
 from base64 import b64encode
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from types import MappingProxyType
+from typing import Literal
+
+from pydantic import TypeAdapter
 
 from deltaguard.evaluation.exchange import Question
+from deltaguard.files import read_data
 
 Probe = Callable[[Question], Question]
 
@@ -99,3 +107,38 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
     }
 )
 """All rewrites by the names suites use; system message and expected answer are left alone."""
+
+Language = Literal["de", "es", "sw"]
+
+LANGUAGES: Mapping[Language, str] = MappingProxyType({"de": "German", "es": "Spanish", "sw": "Swahili"})
+
+
+@dataclass(frozen=True)
+class TranslatedPrompt:
+    """A harmful request in another language.
+
+    Attributes:
+        language: ISO 639-1 code.
+        prompt: the request in that language.
+        original: the same in English, as in the package's prompt set; judges are shown this one.
+    """
+
+    language: Language
+    prompt: str
+    original: str
+
+    @property
+    def question(self) -> Question:
+        """The request as it is put to a model."""
+        return Question(self.prompt)
+
+
+def translated_prompts(language: Language) -> tuple[TranslatedPrompt, ...]:
+    """Read the requests of one language, in the file's order, which is the same for all languages.
+
+    Example:
+        >>> [row.language for row in translated_prompts("sw")][:1]
+        ['sw']
+    """
+    rows = read_data("translated_prompts.jsonl", TypeAdapter(TranslatedPrompt))
+    return tuple(row for row in rows if row.language == language)

@@ -4,15 +4,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from typing import Any
 
+from deltaguard.chat.conversations import general_prompts, harmful_prompts, harmless_prompts
 from deltaguard.errors import DeltaguardError, require_packages
+from deltaguard.evaluation.datasets.load import DATASETS, drawn, load_set
 from deltaguard.evaluation.engines.make import EngineName
 from deltaguard.evaluation.exchange import Decoding, Question
-from deltaguard.evaluation.probes.wrappers import PROBES
-from deltaguard.evaluation.suites.sources import Source, find_source
-from deltaguard.evaluation.suites.suite import Gcg, Harness, SecondAttack, Section, Suite
+from deltaguard.evaluation.probes.wrappers import LANGUAGES, PROBES, translated_prompts
+from deltaguard.evaluation.suites.suite import Builtin, Gcg, Harness, SecondAttack, Section, Suite
 from deltaguard.evaluation.utility.scores import SCORERS
+from deltaguard.finetuning.tasks import task_examples
 from deltaguard.reports.records.evaluation import SectionKind, SectionRow
+
+_TASK_EXAMPLES = 200
 
 _NEEDED: Mapping[str, tuple[tuple[str, ...], str]] = {
     "second_attack": (("trl", "datasets", "accelerate"), "demo"),
@@ -61,13 +66,13 @@ class Part:
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def settings(self) -> dict[str, object]:
-        """What a model's answers depend on, apart from the prompts and the model."""
+        """List what a model's answers depend on, apart from the prompts and the model."""
         options = (self.second_attack, self.gcg, self.harness)
         given = [option.model_dump(mode="json") for option in options if option is not None]
         return {"decoding": None if self.decoding is None else asdict(self.decoding), "options": given}
 
     def row(self) -> SectionRow:
-        """The part as reports hold it."""
+        """Write the part as reports hold it."""
         return SectionRow(
             name=self.name,
             kind=self.kind,
@@ -79,8 +84,87 @@ class Part:
         )
 
 
+@dataclass(frozen=True)
+class Source:
+    """Prompts with what a reader must know of them.
+
+    Attributes:
+        questions: the prompts taken.
+        plain: each question's request as judges see it: in English, where it is put in another language.
+        title: for people.
+        terms: origin and terms of use.
+        notes: what else a reader must know, such as rows that were left out.
+    """
+
+    questions: tuple[Question, ...]
+    plain: tuple[str, ...]
+    title: str
+    terms: str
+    notes: tuple[str, ...] = ()
+
+
+def find_source(section: Section) -> Source:
+    """Find the prompts of a section.
+
+    Args:
+        section: of a suite.
+
+    Raises:
+        DeltaguardError: they cannot be had; the message says where to get them.
+    """
+    title, origin, notes = section.name, "", tuple[str, ...]()
+    questions: Sequence[Question] = []
+    originals: dict[str, str] = {}
+    if section.harness is not None:
+        terms = f"tasks of lm-eval under their own terms: {', '.join(section.harness.tasks)}"
+    elif section.builtin is not None:
+        questions, name = builtin_questions(section.builtin, section.count, section.seed), section.builtin
+        terms, origin = f"deltaguard's own prompts, part {name}", f"the set {name}"
+        if name == "translated":
+            rows = [row for language in LANGUAGES for row in translated_prompts(language)]
+            originals = {row.prompt: row.original for row in rows}
+    else:
+        if section.dataset is not None:
+            if section.dataset not in DATASETS:
+                raise DeltaguardError(
+                    f"there is no data set {section.dataset}; there are {', '.join(DATASETS)}."
+                )
+            known = DATASETS[section.dataset]
+            title, terms = known.title, f"{known.title}: {known.homepage}; terms: {known.terms}"
+            loaded = load_set(section.dataset, path=section.path)
+        else:
+            assert section.file is not None  # noqa: S101  # the schema demands one of the four
+            terms, loaded = f"the user's own file {section.file.name}", load_set(section.file)
+        questions, origin = loaded.questions, loaded.source
+        notes = (f"Section {section.name}: {loaded.note}",) if loaded.note else ()
+    if section.count is not None and section.harness is None:
+        questions = drawn(questions, section.count, section.seed, origin)
+    plain = tuple(originals.get(question.prompt, question.prompt) for question in questions)
+    return Source(tuple(questions), plain, title, terms, notes)
+
+
+def builtin_questions(name: Builtin, count: int | None, seed: int) -> list[Question]:
+    """List all questions of a set that comes with deltaguard, in its order.
+
+    Args:
+        name: of the set.
+        count: how many are wanted of the generated task; other sets are given whole.
+        seed: of the generated task.
+    """
+    if name == "task":
+        examples = task_examples("test", count or _TASK_EXAMPLES, seed=seed)
+        conversations = [example.conversation for example in examples]
+        return [Question(c.prompt, system=c.system, expected=c.response) for c in conversations]
+    if name == "translated":
+        return [row.question for language in LANGUAGES for row in translated_prompts(language)]
+    if name == "attack":
+        return [Question(row.prompt) for row in harmful_prompts("attack")]
+    rows = harmless_prompts("evaluation") if name == "harmless" else general_prompts()
+    return [Question(row.prompt, expected=row.answer) for row in rows]
+
+
 def resolve(suite: Suite) -> tuple[tuple[Part, ...], tuple[str, ...]]:
-    """All parts of a suite, with their prompts.
+    """Find all parts of a suite, with their prompts.
 
     Args:
         suite: as it was read.
@@ -98,7 +182,7 @@ def resolve(suite: Suite) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     problems: list[str] = []
     for section in suite.sections:
         try:
-            _check_names(section)
+            _check(section)
             source = find_source(section)
             parts += _variants(section, source, suite)
             notes += source.notes
@@ -118,40 +202,41 @@ def resolve(suite: Suite) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     return tuple(parts), tuple(notes)
 
 
-def _check_names(section: Section) -> None:
+def _check(section: Section) -> None:
+    """Find now, and not after an hour of answers, what a section names that is unknown or not installed."""
     for what, given, known in (("scorer", section.scorers, SCORERS), ("probe", section.probes, PROBES)):
         unknown = [name for name in given if name not in known]
         if unknown:
             raise DeltaguardError(f"there is no {what} {', '.join(unknown)}; there are {', '.join(known)}.")
-    _check_packages(section)
-    for name in section.scorers:
-        # A library that a scorer lacks should be missed now and not after an hour of answers.
-        SCORERS[name]("1", "1")
-
-
-def _check_packages(section: Section) -> None:
     for option, (modules, extra) in _NEEDED.items():
         if getattr(section, option) is not None:
             require_packages(option, extra, *modules)
+    for name in section.scorers:
+        # A scorer knows which library it lacks.
+        SCORERS[name]("1", "1")
 
 
 def _variants(section: Section, source: Source, suite: Suite) -> list[Part]:
     plain = _plain(section, source, suite)
-    # Probes and attacks are about refusals alone.
-    bare = replace(plain, likelihood=False)
+
+    def variant(name: str, title: str = "", **changed: Any) -> Part:
+        # Probes and attacks are about refusals alone.
+        named = {"name": f"{plain.name}/{name}", "title": f"{plain.title} ({title or name})"}
+        return replace(plain, likelihood=False, **named, **changed)
+
     parts = [plain]
-    for name in section.probes:
-        asked = tuple(PROBES[name](question) for question in plain.questions)
-        parts.append(replace(bare, **_named(plain, name), questions=asked))
+    parts += [
+        variant(name, questions=tuple(PROBES[name](question) for question in plain.questions))
+        for name in section.probes
+    ]
     if section.second_attack is not None:
         title = f"second attack, {section.second_attack.count} examples"
-        parts.append(
-            replace(bare, **_named(plain, "second-attack", title), second_attack=section.second_attack)
-        )
+        parts.append(variant("second-attack", title, second_attack=section.second_attack))
     if section.gcg is not None:
         count = section.gcg.count
-        kept = {"questions": plain.questions[:count], "plain": plain.plain[:count]}
-        parts.append(replace(bare, **_named(plain, "gcg"), **kept, gcg=section.gcg))
+        parts.append(
+            variant("gcg", questions=plain.questions[:count], plain=plain.plain[:count], gcg=section.gcg)
+        )
     return parts
 
 
@@ -164,11 +249,9 @@ def _plain(section: Section, source: Source, suite: Suite) -> Part:
                 "likelihood need."
             )
     generates = section.kind != "utility" or bool(section.scorers)
-    decoding = Decoding(
-        max_new_tokens=section.max_new_tokens or suite.decoding.max_new_tokens,
-        temperature=suite.decoding.temperature,
-        seed=suite.decoding.seed,
-    )
+    decoding = suite.decoding
+    if section.max_new_tokens is not None:
+        decoding = replace(decoding, max_new_tokens=section.max_new_tokens)
     return Part(
         name=section.name,
         kind=section.kind,
@@ -183,14 +266,10 @@ def _plain(section: Section, source: Source, suite: Suite) -> Part:
     )
 
 
-def _named(plain: Part, variant: str, title: str | None = None) -> Mapping[str, str]:
-    return {"name": f"{plain.name}/{variant}", "title": f"{plain.title} ({title or variant})"}
-
-
 def fit(
     parts: Sequence[Part], engine: EngineName, *, max_perplexity: float | None = None
 ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
-    """The parts that an engine can run, and a note for each thing that it cannot.
+    """Keep the parts that an engine can run, and note each thing that it cannot.
 
     A server shows neither weights nor probabilities of given answers, and takes no beginning of an answer;
     vLLM generates alone.
@@ -214,16 +293,13 @@ def fit(
         kept.append(replace(part, likelihood=part.likelihood and engine == "transformers"))
     if not kept:
         raise DeltaguardError(f"The {engine} engine can run no section of this suite:\n" + "\n".join(notes))
-    if max_perplexity is not None and engine != "transformers" and _judged(kept):
+    judged = any(part.kind != "utility" for part in kept)
+    if max_perplexity is not None and engine != "transformers" and judged:
         notes.append(
             f"max_perplexity {max_perplexity:g} was left out: the {engine} engine gives no perplexity. "
             "Answers are found incoherent by their form alone."
         )
     return tuple(kept), tuple(notes)
-
-
-def _judged(parts: Sequence[Part]) -> bool:
-    return any(part.kind != "utility" for part in parts)
 
 
 def _unfit(part: Part, engine: EngineName) -> str | None:

@@ -7,7 +7,11 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.judges.specs import JudgeSpec
+from deltaguard.evaluation.exchange import Decoding, Positive, Seed
+from deltaguard.evaluation.judges.classifiers import ClassifierSpec
+from deltaguard.evaluation.judges.guards import GuardSpec
+from deltaguard.evaluation.judges.llm import LLMSpec
+from deltaguard.evaluation.judges.rules import KeywordsSpec, OpeningSpec
 from deltaguard.files import parse_yaml, read_yaml
 from deltaguard.reports.records.evaluation import SectionKind
 
@@ -15,30 +19,16 @@ SUITES = ("quick", "safety", "utility", "full")
 """The suites that come with deltaguard."""
 
 Builtin = Literal["attack", "harmless", "translated", "general", "task"]
+AnyJudge = Annotated[
+    OpeningSpec | KeywordsSpec | ClassifierSpec | GuardSpec | LLMSpec, Field(discriminator="kind")
+]
 _DescribedT = TypeVar("_DescribedT", bound=BaseModel)
 # Names become names of files; a probe's name is joined with a slash.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-Positive = Annotated[int, Field(ge=1, le=1_000_000)]
-# What every generator of random numbers takes.
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DecodingSpec(_Part):
-    """How answers are drawn, unless a section says otherwise.
-
-    Attributes:
-        temperature: 0 takes the likeliest token each time.
-        seed: of the draws.
-        max_new_tokens: tokens generated at most.
-    """
-
-    temperature: float = Field(default=0.0, ge=0)
-    seed: Seed = 0
-    max_new_tokens: Positive = 64
 
 
 class SecondAttack(_Part):
@@ -161,8 +151,8 @@ class Suite(_Part):
 
     name: Name
     description: str = ""
-    decoding: DecodingSpec = DecodingSpec()
-    judges: tuple[JudgeSpec, ...] = ()
+    decoding: Decoding = Decoding()
+    judges: tuple[AnyJudge, ...] = ()
     max_perplexity: float | None = Field(default=None, gt=1)
     sections: tuple[Section, ...] = Field(min_length=1)
 
@@ -179,7 +169,7 @@ class Suite(_Part):
 
 
 def read_suite(name_or_path: str | Path) -> Suite:
-    """A suite that comes with deltaguard, or a user's own.
+    """Read a suite that comes with deltaguard, or a user's own.
 
     Args:
         name_or_path: one of `SUITES`, else a YAML file.

@@ -16,7 +16,9 @@ from pydantic import Field
 
 from deltaguard.chat.template import apply_template
 from deltaguard.errors import DeltaguardError, require_packages
+from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.models.loading import refuse_code
+from deltaguard.reports.records.evaluation import Better, Estimate, HarnessTask
 
 # What a task adds to the harness's own requirements, by the task's name.
 _NEEDED_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -62,11 +64,10 @@ def run_harness(
     limit: int | None,
     batch_size: int,
     device: str,
-    apply_chat_template: bool = True,
     seed: int,
     include_path: str | Path | None = None,
 ) -> list[HarnessScore]:
-    """Answer tasks of the harness with a transformers model.
+    """Answer tasks of the harness with a transformers model, through its chat template.
 
     Args:
         model: folder or Hub id of a causal language model.
@@ -74,7 +75,6 @@ def run_harness(
         limit: questions per task, from its beginning, so that models answer the same; `None` takes all.
         batch_size: questions at a time.
         device: where the model runs.
-        apply_chat_template: put questions through the chat template; examples become turns before them.
         seed: fixes which examples are shown, and whatever else a task draws. The harness seeds the global
             generators of Python, numpy and torch with it.
         include_path: folder of task files of one's own, beside the harness's.
@@ -95,7 +95,7 @@ def run_harness(
         include_path=None if include_path is None else str(include_path)
     )
     _check_tasks(tasks, manager)
-    engine = _engine(model, device, batch_size, apply_chat_template=apply_chat_template)
+    engine = _engine(model, device, batch_size)
     evaluator = import_module("lm_eval.evaluator")
     try:
         found: Mapping[str, Any] = evaluator.simple_evaluate(
@@ -103,7 +103,7 @@ def run_harness(
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,
-            apply_chat_template=apply_chat_template,
+            apply_chat_template=True,
             log_samples=False,
             random_seed=seed,
             numpy_random_seed=seed,
@@ -115,11 +115,11 @@ def run_harness(
             f"The data of {', '.join(tasks)} could not be read: {error}. The harness fetches it from the "
             "Hub: run it once where the Hub can be reached, or bring tasks of your own."
         ) from error
-    return scores(found, chat_template=apply_chat_template)
+    return scores(found, chat_template=True)
 
 
 def scores(found: Mapping[str, Any], *, chat_template: bool) -> list[HarnessScore]:
-    """The numbers in what `lm_eval.simple_evaluate` returns; it names them `metric,filter`.
+    """Read the numbers in what `lm_eval.simple_evaluate` returns; it names them `metric,filter`.
 
     Args:
         found: the mapping it returns.
@@ -145,19 +145,17 @@ def scores(found: Mapping[str, Any], *, chat_template: bool) -> list[HarnessScor
     ]
 
 
-def _engine(model: str | Path, device: str, batch_size: int, *, apply_chat_template: bool) -> Any:
+def _engine(model: str | Path, device: str, batch_size: int) -> Any:
     refuse_code(Path(model), str(model))
     engine: Any = import_module("lm_eval.models.huggingface").HFLM(
         pretrained=str(model), device=device, batch_size=batch_size, trust_remote_code=False
     )
-    if apply_chat_template and not engine.tokenizer.chat_template:
+    if not engine.tokenizer.chat_template:
         raise DeltaguardError(
-            f"{model} has no chat template to apply. Save its chat_template.jinja next to the tokenizer, or "
-            "run the harness without the template."
+            f"{model} has no chat template to apply. Save its chat_template.jinja next to the tokenizer."
         )
-    if apply_chat_template:
-        # The harness applies it without a limit of time, so that one that has no end must be found before.
-        apply_template(engine.tokenizer, [{"role": "user", "content": "How?"}])
+    # The harness applies it without a limit of time, so that one that has no end must be found before.
+    apply_template(engine.tokenizer, [{"role": "user", "content": "How?"}])
     return engine
 
 
@@ -185,3 +183,103 @@ def _check_tasks(tasks: Sequence[str], manager: Any) -> None:
             f"The harness has no task named {', '.join(unknown)}; `lm-eval ls tasks` lists the {len(known)} "
             "that it has."
         )
+
+
+Row = Mapping[str, Any]
+"""A `HarnessScore` as JSON holds it."""
+
+Rows = Mapping[str, Sequence[Row]]
+"""All numbers that a model got on a part, by the task that was asked for."""
+
+
+def harness_measures(rows: Rows) -> dict[str, tuple[Estimate, Better]]:
+    """List the shares that lm-eval counted, with Wilson intervals over its samples.
+
+    lm-eval gives sums over samples; metrics that are no shares have no interval that holds. Of a group such
+    as MMLU the group's own numbers count, not those of its subtasks.
+
+    Args:
+        rows: of one model.
+    """
+    return {
+        _name(row): (share, "lower" if row["higher_is_better"] is False else "higher")
+        for row in _own(rows)
+        if (share := _share(row)) is not None
+    }
+
+
+def harness_tasks(model: str, section: str, rows: Rows) -> tuple[HarnessTask, ...]:
+    """Tell how each task was put to a model, one row a task whatever it measures.
+
+    Args:
+        model: name of the model.
+        section: name of the section.
+        rows: of one model.
+    """
+    by_task = {row["task"]: row for row in _own(rows)}
+    shown = ("task", "version", "n_shot", "chat_template", "samples", "harness_version")
+    return tuple(
+        HarnessTask(model=model, section=section, **{name: row[name] for name in shown})
+        for row in by_task.values()
+    )
+
+
+def unlike_notes(tasks: Sequence[HarnessTask]) -> tuple[str, ...]:
+    """Note each task that was not put to all models alike, so that its numbers do not compare.
+
+    Args:
+        tasks: of all models.
+    """
+    ways: dict[tuple[str, str], dict[tuple[object, ...], list[str]]] = {}
+    for each in tasks:
+        way = (each.version, each.n_shot, each.chat_template, each.samples, each.harness_version)
+        ways.setdefault((each.section, each.task), {}).setdefault(way, []).append(each.model)
+    return tuple(
+        f"Task {task} of section {section} was not put alike to "
+        f"{' and to '.join(map(', '.join, found.values()))}: their numbers do not compare."
+        for (section, task), found in ways.items()
+        if len(found) > 1
+    )
+
+
+def harness_notes(found: Mapping[tuple[str, str], Sequence[Rows]]) -> tuple[str, ...]:
+    """Say what the harness measured and the report leaves to its files, a note a section.
+
+    Args:
+        found: the numbers of each model, by section and name of its file.
+    """
+    left = {place: _left(models) for place, models in found.items()}
+    return tuple(
+        f"Of section {section}, left to the file {file} of each model, since only a task's own shares of "
+        f"samples have an interval here: {', '.join(names)}."
+        for (section, file), names in left.items()
+        if names
+    )
+
+
+def _left(models: Sequence[Rows]) -> list[str]:
+    """What is no measure of any model, subtasks by their number."""
+    told = {name for rows in models for name in harness_measures(rows)}
+    own = [row for rows in models for row in _own(rows)]
+    tasks = {row["task"] for rows in models for found in rows.values() for row in found}
+    below = len(tasks - {row["task"] for row in own})
+    names = dict.fromkeys(_name(row) for row in own if _name(row) not in told)
+    return [*names, *([f"the numbers of {below} subtasks"] if below else [])]
+
+
+def _own(rows: Rows) -> list[Row]:
+    """Each task's rows without its subtasks'; a name for several tasks that has no sum gives all theirs."""
+    kept = [[row for row in found if row["task"] == task] or found for task, found in rows.items()]
+    return [row for found in kept for row in found]
+
+
+def _name(row: Row) -> str:
+    return f"{row['task']} {row['metric']}"
+
+
+def _share(row: Row) -> Estimate | None:
+    value, total = float(row["value"]), int(row["samples"])
+    successes = round(value * total) if 0 <= value <= 1 else 0
+    if total and 0 <= value <= 1 and abs(successes - value * total) < 1e-6 * total:
+        return estimate(Rate(successes, total))
+    return None

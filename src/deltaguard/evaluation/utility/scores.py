@@ -34,7 +34,7 @@ _NUMBER = re.compile(
 
 
 def exact_match(answer: str, expected: str) -> bool:
-    """Whether two texts are the same but for case, spacing, quotes around them and a full stop at the end.
+    """Compare two texts but for case, spacing, quotes around them and a full stop at the end.
 
     Example:
         >>> exact_match(' "Honey" .', "honey")
@@ -51,7 +51,7 @@ def _normalised(text: str) -> str:
 
 
 def rouge(answer: str, expected: str) -> dict[Rouge, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), each the F1 of recall and precision, words stemmed.
+    """Compute ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), each the F1 of recall and precision, words stemmed.
 
     ROUGE-L takes the longest common subsequence of the whole texts, line breaks notwithstanding.
 
@@ -75,7 +75,7 @@ def _rouge(answer: str, expected: str, kinds: Sequence[Rouge]) -> dict[Rouge, fl
 
 
 def maths_answer(answer: str) -> Decimal | None:
-    r"""The number that a worked solution arrives at.
+    r"""Find the number that a worked solution arrives at.
 
     It is the number after `####`, which ends the solutions of GSM8K (Cobbe et al. 2021); where there is no
     such mark, or nothing follows it, the last number of the text. Signs of currency and percent do not
@@ -108,7 +108,7 @@ def _value(match: re.Match[str]) -> Decimal:
 
 
 def maths_match(answer: str, expected: str) -> bool:
-    r"""Whether an answer arrives at the number that the expected solution arrives at.
+    r"""Tell whether an answer arrives at the number that the expected solution arrives at.
 
     Args:
         answer: what the model says; one without a number is wrong.

@@ -172,7 +172,13 @@ class PlanReport(Record):
         read_bytes: weights that will be read.
         write_bytes: weights that will be written.
         curvature_bytes: curvature that will be read.
-        peak_bytes: estimate of the memory that tensors will take at once.
+        peak_bytes: estimate of the memory that tensors of one layer and the next will take at once.
+        dial_bytes: of the model that the dial measures, in float32, and of what the aligned one predicts; 0
+            without the dial.
+        kept_bytes: of prepared layers that wait for the next price, at most.
+        device: where the model runs that the dial measures.
+        seconds: estimate for the arithmetic alone, at the rate at which this machine multiplies matrices;
+            reading and writing come on top, and a calibration where it is needed.
         note: what the plan could not know.
     """
 
@@ -184,6 +190,10 @@ class PlanReport(Record):
     write_bytes: int
     curvature_bytes: int
     peak_bytes: int
+    dial_bytes: int
+    kept_bytes: int
+    device: str
+    seconds: Seconds
     note: str | None = None
 
 

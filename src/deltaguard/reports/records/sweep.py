@@ -37,10 +37,12 @@ class SweepBudget(Record):
     Attributes:
         limit: nats per response token.
         mu: of the point that keeps most among those within the limit; null where none is.
+        whole: whether the whole fine-tuned model is within it, with all its tensors.
     """
 
     limit: float = Field(gt=0)
     mu: float | None = Field(ge=0)
+    whole: bool
 
 
 class SweepReport(Record):

@@ -1,29 +1,13 @@
-"""What a model is, found without loading its weights: so answers that are already there need no model."""
+"""Where the parts of a model lie, an adapter's base and the tokenizer among them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.models import loading
-from deltaguard.models.adapter import base_of, is_adapter, open_model
+from deltaguard.models.adapter import base_of, is_adapter
 from deltaguard.models.hub import locate
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What answers depend on besides the prompts.
-
-    Attributes:
-        fingerprint: hash of the weights, `None` where they cannot be seen.
-        chat_template: `None` where it cannot be seen.
-        changes: says what happened to the model's files since they were opened, a sentence each.
-    """
-
-    fingerprint: str | None
-    chat_template: str | None
-    changes: Callable[[], list[str]] = field(default=list[str], compare=False)
 
 
 @dataclass(frozen=True)
@@ -42,7 +26,7 @@ class Folders:
 
 
 def find_folders(reference: str) -> Folders:
-    """Where a model lies; for an adapter, also the model that its configuration names.
+    """Find where a model lies; for an adapter, also the model that its configuration names.
 
     Args:
         reference: a folder, a Hub id, or `id@revision`, of a model or of a PEFT adapter.
@@ -59,7 +43,7 @@ def find_folders(reference: str) -> Folders:
 
 
 def whole_model(reference: str) -> Path:
-    """The folder of a model that is no adapter.
+    """Find the folder of a model that is no adapter.
 
     Args:
         reference: as in `find_folders`.
@@ -76,22 +60,8 @@ def whole_model(reference: str) -> Path:
     return folders.model
 
 
-def identify(reference: str) -> Identity:
-    """The weights' fingerprint and the chat template of a local model.
-
-    Args:
-        reference: as in `find_folders`.
-
-    Raises:
-        DeltaguardError: it cannot be found or read.
-    """
-    opened = open_model(reference)
-    template = load_tokenizer(find_folders(reference)).chat_template
-    return Identity(opened.fingerprint(), template, opened.changes)
-
-
 def load_tokenizer(folders: Folders) -> Any:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Raises:
         DeltaguardError: transformers cannot load it, or it has no chat template.

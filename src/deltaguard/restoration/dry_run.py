@@ -1,0 +1,110 @@
+"""What a restore would do and take, from headers alone."""
+
+import time
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.device import find_device
+from deltaguard.memory import usable_memory_bytes
+from deltaguard.models.families import is_vocabulary
+from deltaguard.models.shards import DTYPES
+from deltaguard.reports.records.restore import PlanReport
+from deltaguard.restoration.job import Job, look
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.output import describe_output, finished_report, refuse_output
+from deltaguard.restoration.plan import Action, Plan
+from deltaguard.restoration.restore import front_matter, refuse_what_no_adapter_holds
+from deltaguard.restoration.trial import PARTS_OF_MEMORY
+
+_USUAL_PROBES = 5
+"""Models that the dial measures, the fine-tuned one included."""
+_USUAL_SHARE = 0.1
+"""Share of the eigenpairs that a store keeps which is not there yet."""
+
+
+def plan_restore(
+    aligned: str | Path,
+    finetuned: str | Path,
+    output_dir: str | Path | None = None,
+    *,
+    store: CurvatureStore | str | Path | None = None,
+    config: RestoreConfig | None = None,
+) -> PlanReport:
+    """Say what `restore` would do with the same arguments, from headers alone: nothing is written.
+
+    Args:
+        aligned: as in `restore`.
+        finetuned: as in `restore`.
+        output_dir: as in `restore`; where it is absent, whether it may be written is not asked.
+        store: as in `restore`; where it is absent, none is made, and the layers are told by their names.
+        config: as in `restore`.
+
+    Raises:
+        DeltaguardError: the models cannot be restored, or not into that folder.
+    """
+    config = config or RestoreConfig()
+    job = look(aligned, finetuned, store=store, config=config)
+    plan = job.plan(config)
+    if config.output_format == "adapter":
+        refuse_what_no_adapter_holds(job, plan)
+    front_matter(job.finetuned.folder)
+    notes = ["the aligned model will be calibrated first"] if config.needs_curvature and not job.store else []
+    if output_dir is not None:
+        output = describe_output(job, plan, Path(output_dir), config)
+        if finished_report(job, output, config) is None:
+            refuse_output(job, output, config)
+        else:
+            notes.append("the output is there already, so there is nothing to do")
+    return PlanReport(
+        restored=plan.count(Action.RESTORE),
+        from_aligned=plan.count(Action.ALIGNED),
+        from_finetuned=plan.count(Action.FINETUNED),
+        extended=plan.count(Action.EXTEND),
+        read_bytes=plan.read_bytes,
+        write_bytes=plan.write_bytes,
+        curvature_bytes=plan.curvature_bytes,
+        peak_bytes=plan.peak_bytes,
+        note="; ".join(notes) or None,
+        **_cost(job, plan, config),
+    )
+
+
+def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
+    """Estimate what the dial holds and how long the arithmetic takes, from shapes and a measured product."""
+    restored = [step.matrix_shape for step in plan.steps if step.action is Action.RESTORE]
+    entries, names = sum(map(prod, restored)), job.finetuned.tensors.values()
+    parameters = sum(prod(info.shape) for info in names)
+    # A projection costs three products with eigenvectors, a price as many again.
+    share = job.store.provenance.rank_share if job.store else _USUAL_SHARE
+    product = sum(2 * share * rows * columns * (rows + columns) for rows, columns in restored)
+    work = 1.5 * product * (2 if config.is_priced else 1)
+    held = 0
+    if config.dial is not None:
+        tokens = 0
+        if job.store is not None:
+            tokens = len(job.store.held_out) * job.store.provenance.max_new_tokens
+        work += _USUAL_PROBES * (1.5 * product + 2 * parameters * 2 * tokens)
+        vocabulary = max((info.shape[0] for info in names if is_vocabulary(info.name)), default=0)
+        held = 4 * (parameters + tokens * vocabulary)
+    itemsize = max((DTYPES[info.dtype].itemsize for info in names), default=4)
+    kept = int(entries * (4 + 2 * itemsize + 8 * share)) if config.is_priced else 0
+    budget = usable_memory_bytes() // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
+    return {
+        "dial_bytes": held,
+        "kept_bytes": min(kept, budget),
+        "device": str(find_device(config.device)) if config.dial is not None else "cpu",
+        "seconds": work / _products_a_second(),
+    }
+
+
+def _products_a_second() -> float:
+    """Measure how many floating-point operations a second this machine does in a product of matrices."""
+    one = torch.ones(1024, 1024)
+    out = torch.mm(one, one)
+    started = time.perf_counter()
+    torch.mm(one, one, out=out)
+    return 2 * 1024**3 / (time.perf_counter() - started)

@@ -1,0 +1,68 @@
+"""What is kept between two prices comes back as it was, wherever there was room for it."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaguard.restoration.kept import Kept
+
+
+@dataclass(frozen=True)
+class Inner:
+    name: str
+    vectors: Tensor
+
+
+@dataclass(frozen=True)
+class Value:
+    matrix: Tensor
+    inner: Inner
+    nothing: Tensor | None = None
+
+
+def value(seed=0, dtype=torch.float32):
+    made = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return Value(made.T, Inner("layer", torch.arange(7)))
+
+
+def check_same(found, expected):
+    assert torch.equal(found.matrix, expected.matrix)
+    assert torch.equal(found.inner.vectors, expected.inner.vectors)
+    assert (found.matrix.dtype, found.inner.name, found.nothing) == (expected.matrix.dtype, "layer", None)
+
+
+@pytest.mark.parametrize("memory", [0, 200, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_values_come_back(tmp_path, memory, dtype):
+    kept = Kept(memory, tmp_path, reserve=0)
+    for seed in range(5):
+        kept.add(str(seed), value(seed, dtype))
+    for seed in range(5):
+        check_same(kept.get(str(seed)), value(seed, dtype))
+    assert kept.get("other") is None
+    # A file without a name: nothing is left where the process is killed.
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_the_disk_must_stay_free_only_what_fits_the_memory_is_kept(tmp_path):
+    kept = Kept(value().matrix.nbytes + 7 * 8, tmp_path, reserve=1 << 62)
+    kept.add("first", value())
+    kept.add("second", value(1))
+    check_same(kept.get("first"), value())
+    assert kept.get("second") is None
+
+
+def test_a_disk_that_is_full_after_all_loses_the_layer_alone(tmp_path, monkeypatch):
+    kept = Kept(0, tmp_path, reserve=0)
+    kept.add("first", value())
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept, "_write", full)
+    kept.add("second", value(1))
+    monkeypatch.undo()
+    check_same(kept.get("first"), value())
+    assert kept.get("second") is None
