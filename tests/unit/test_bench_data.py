@@ -17,7 +17,7 @@ from deltaguard.studies.data import (
     training_data,
     usable_attacks,
 )
-from deltaguard.studies.defences import Candidate, Request, defences
+from deltaguard.studies.defences import DefenceInputs, DefendedModel, defences
 from deltaguard.studies.protocol import FULL, QUICK
 
 KINDS = [pytest.param(finetune, id=finetune.name) for finetune in QUICK.finetunes]
@@ -110,13 +110,13 @@ def test_every_fine_tune_leaves_prompts_for_safety_examples(name):
     for finetune in FULL.finetunes:
         data = training_data(finetune, seed=0)
         mixed: list = []
-        request = Request(
+        request = DefenceInputs(
             None,
             None,
             None,
             None,
             data,
-            lambda c, mixed=mixed: mixed.append(c) or Candidate(None, "", 0),
+            lambda c, mixed=mixed: mixed.append(c) or DefendedModel(None, "", 0),
             None,
             0,
         )

@@ -6,7 +6,7 @@ import pytest
 from deltaguard.evaluation.metrics.bootstrap import mean_estimate
 from deltaguard.evaluation.metrics.rates import Rate, estimate
 from deltaguard.reports.records.bench import Cell, FinetuneRow
-from deltaguard.studies.score import attack_over_aligned, contests, curves, groups, is_safe, scores
+from deltaguard.studies.score import attack_over_aligned, cells_by_finetune, contests, curves, is_safe, scores
 
 TASK = FinetuneRow(
     name="task",
@@ -50,7 +50,7 @@ FINETUNED = cell("finetuned", None, strings(100), (1.0, 1.0, 1.0, 1.0))
 
 
 def judged(*cells, finetune=TASK):
-    found = groups([finetune], [ALIGNED, FINETUNED, *cells])
+    found = cells_by_finetune([finetune], [ALIGNED, FINETUNED, *cells])
     points = curves(found, bound=2.0)
     return points, scores(found, points)
 
@@ -168,7 +168,7 @@ def test_false_refusals_are_compared_with_the_aligned_models():
 def test_without_a_wanted_gain_nothing_is_said_to_be_kept():
     cells = [c.model_copy(update={"finetune": "harmful"}) for c in (ALIGNED, FINETUNED)]
     method = cell("m", 0.5, strings(10), (1.0, 1.0, 1.0, 1.0), finetune="harmful")
-    found = groups([HARMFUL], [*cells, method])
+    found = cells_by_finetune([HARMFUL], [*cells, method])
     (score,) = scores(found, curves(found, bound=2.0))
     assert score.strength == 0.5
     assert score.kept is None
@@ -207,7 +207,7 @@ def compared(*cells, finetune=TASK):
         cell("aligned", None, strings(10), of_task(0)),
         cell("finetuned", None, strings(100), of_task(50)),
     )
-    found = groups([finetune], [*references, *cells])
+    found = cells_by_finetune([finetune], [*references, *cells])
     return contests(found, scores(found, curves(found, bound=2.0)))
 
 
@@ -263,7 +263,7 @@ def test_likelihoods_are_compared_question_by_question():
             ("other", 0.5, np.tile((0.6, 0.8), 20)),
         )
     ]
-    found = groups([lower], cells)
+    found = cells_by_finetune([lower], cells)
     (contest,) = contests(found, scores(found, curves(found, bound=2.0)))
     assert (contest.leader, contest.told_apart) == ("most", True)
     assert contest.kept.value == pytest.approx(0.15)

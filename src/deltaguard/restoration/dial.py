@@ -64,7 +64,7 @@ def find_price(trial: Trial, report: Progress) -> Price:
         joint = trial.profile(report, with_weights=config.output_format == "checkpoint")
         return Price(joint.mu_of_share(config.chosen_strength), None)
     judge = judge_of(config)
-    candidate = Candidate.open(trial)
+    candidate = CandidateModel.open(trial)
     whole = candidate.whole(report)
     if judge(whole) <= limit and config.output_format == "checkpoint":
         return Price(0.0, candidate.dial(limit, whole, (), whole))
@@ -101,7 +101,7 @@ def judge_of(config: RestoreConfig) -> Judge:
 
 
 def _probes(
-    candidate: "Candidate", limit: float, whole: Probe, judge: Judge, report: Progress
+    candidate: "CandidateModel", limit: float, whole: Probe, judge: Judge, report: Progress
 ) -> tuple[Probe, ...]:
     """Search, unless all of what may be kept is within the limit."""
     trial = candidate.trial
@@ -119,7 +119,7 @@ def _probes(
 
 
 @dataclass
-class Candidate:
+class CandidateModel:
     """A model in memory that takes on the weights of one price after another.
 
     Attributes:
@@ -135,7 +135,7 @@ class Candidate:
     measured: int = 0
 
     @classmethod
-    def open(cls, trial: Trial, tasks: "Sequence[Conversation]" = ()) -> "Candidate":
+    def open(cls, trial: Trial, tasks: "Sequence[Conversation]" = ()) -> "CandidateModel":
         """Load the aligned model and keep what it predicts on held-out safety conversations.
 
         In float32 whatever the checkpoint's dtype: rounding logits to half precision changes predictions by
@@ -229,7 +229,7 @@ def first_price(joint: Profile, limit: float, whole: float) -> float:
     return joint.mu_of_share(min(limit / max(whole, limit), 0.99) ** 1.5) or 1.0
 
 
-def _aligned_layers(candidate: Candidate, limit: float, judge: Judge, report: Progress) -> Probe:
+def _aligned_layers(candidate: CandidateModel, limit: float, judge: Judge, report: Progress) -> Probe:
     """Measure what is left where no probe was within the limit: the aligned layers."""
     aligned = candidate.probe(PROHIBITIVE, report)
     if judge(aligned) <= limit:

@@ -17,7 +17,7 @@ from deltaguard.progress import Progress, ignore
 from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.restore import Probe
 from deltaguard.reports.records.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
-from deltaguard.restoration.dial import Candidate, first_price, judge_of
+from deltaguard.restoration.dial import CandidateModel, first_price, judge_of
 from deltaguard.restoration.job import open_job
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, SMALLEST_MAX_SAFETY_KL, RestoreConfig
@@ -89,7 +89,7 @@ def _sweep(
 ) -> SweepReport:
     """Search for each limit, the strictest first; all that is measured on the way is on the curve."""
     job, config, judge = trial.job, trial.config, judge_of(trial.config)
-    candidate = Candidate.open(trial, tasks)
+    candidate = CandidateModel.open(trial, tasks)
     whole = candidate.whole(report)
     finetuned_nll = candidate.meter.likelihood(tasks) if tasks else None
     candidate.take_others()

@@ -1,12 +1,10 @@
 """What a bench has measured so far: one file a cell, named by a hash of everything that produced it."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import partial
 from hashlib import sha256
-from importlib.resources import files
-from inspect import getclosurevars, isfunction
+from inspect import isfunction
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,30 +18,19 @@ from deltaguard.reports.records.bench import Cell
 _REMEDY = "Remove it to measure it again."
 _NUMBERS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, FiniteFloat])
 
-_WITHOUT_EFFECT = (
-    "cli/",
-    "reports/",
-    "studies/describe.py",
-    "studies/run.py",
-    "studies/score.py",
-    "studies/search.py",
-    "evaluation/metrics/paired.py",
-    "evaluation/metrics/runs.py",
-)
-"""Sources that choose, compare or show cells and make none; every other may change what a cell holds."""
+PROTOCOL = 1
+"""Rises with every change of what a method does, how a model is made, or how an answer is judged, so that
+nothing measured before is used again. Options, recipes and prompts are in a cell's key themselves."""
 
 
 def content_key(*parts: Any) -> str:
-    """A hash of values: dataclasses, pydantic models, what JSON can hold, and functions.
-
-    A function counts with its name and with the values it was made with, whatever the code in it (see
-    `source_hash`).
+    """Hash values: dataclasses, pydantic models, what JSON can hold, and functions by their names.
 
     Returns:
         32 hexadecimal digits, the same in every run.
 
     Raises:
-        TypeError: a value is of another kind.
+        TypeError: a value is of another kind, or a function holds values of its own.
 
     Example:
         >>> content_key("a", 1) == content_key("a", 1) != content_key("a", 2)
@@ -53,31 +40,7 @@ def content_key(*parts: Any) -> str:
     return sha256(text.encode()).hexdigest()[:32]
 
 
-def source_hash(package: Path | None = None) -> str:
-    """A hash of the code and data that can change what a cell holds.
-
-    Options, recipes and prompts are in a cell's key themselves. What an option means, how an answer is judged
-    and which constants a method has stands in the code alone: after an edit of it nothing measured before is
-    used again.
-
-    Args:
-        package: the folder of the package; this one's own where absent.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-    root = Path(str(files("deltaguard"))) if package is None else package
-    return content_key([(name, sha256(path.read_bytes()).hexdigest()) for name, path in _sources(root)])
-
-
-def _sources(root: Path) -> Iterator[tuple[str, Path]]:
-    named = {path.relative_to(root).as_posix(): path for path in root.rglob("*")}
-    for name in sorted(named):
-        if named[name].suffix in {".py", ".jsonl"} and not name.startswith(_WITHOUT_EFFECT):
-            yield name, named[name]
-
-
-class Shelf:
+class CellStore:
     """The cells of one bench folder.
 
     Whatever is in it is complete: files appear by renaming. So a run that was killed goes on with the first
@@ -136,14 +99,7 @@ def _plain(value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, str | int | float | list | tuple):
         return value
-    return _recipe(value)
-
-
-def _recipe(value: Any) -> dict[str, Any]:
-    """What a function is and what it was made with; a class is its name."""
-    if isinstance(value, partial):
-        return {"function": value.func, "made with": [value.args, value.keywords]}
-    if not isfunction(value) and not isinstance(value, type):
-        raise TypeError(f"A {type(value).__name__} has no content that could be hashed.")
-    held = dict(getclosurevars(value).nonlocals) if isfunction(value) else {}
-    return {"function": f"{value.__module__}.{value.__qualname__}", "made with": held}
+    # Whatever its code: that is what `PROTOCOL` is for.
+    if isinstance(value, type) or (isfunction(value) and value.__closure__ is None):
+        return f"{value.__module__}.{value.__qualname__}"
+    raise TypeError(f"A {type(value).__name__} has no content that could be hashed.")

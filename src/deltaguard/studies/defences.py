@@ -16,7 +16,7 @@ from deltaguard.studies.mixing import SECRET, backdoor_enhanced, safe_instruct
 
 
 @dataclass(frozen=True)
-class Candidate:
+class DefendedModel:
     """A model that a defence made.
 
     Attributes:
@@ -31,7 +31,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Request:
+class DefenceInputs:
     """One fine-tune that is to be made safe.
 
     Attributes:
@@ -50,7 +50,7 @@ class Request:
     store: Callable[[Rank], Path]
     helper: Callable[[Role], Path]
     data: Sequence[Conversation]
-    retrain: Callable[[Sequence[Conversation]], Candidate]
+    retrain: Callable[[Sequence[Conversation]], DefendedModel]
     scratch: Callable[[], Path]
     seed: int
 
@@ -75,7 +75,7 @@ class Defence:
     name: str
     title: str
     ladder: tuple[float, ...]
-    make: Callable[[Request, float], Candidate]
+    make: Callable[[DefenceInputs, float], DefendedModel]
     default: float | None = None
     helpers: tuple[Role, ...] = ()
     rank: Rank | None = None
@@ -98,7 +98,7 @@ class _Restore:
         given |= {str(role): str(path) for role, path in models.items()}
         return RestoreConfig.model_validate(given)
 
-    def __call__(self, request: Request, strength: float) -> Candidate:
+    def __call__(self, request: DefenceInputs, strength: float) -> DefendedModel:
         models: dict[str, Path] = {role: request.helper(role) for role in METHODS[self.method].models}
         config, finetuned = self.config(strength, models), request.finetuned()
         store = request.store(config.rank) if config.needs_curvature else None
@@ -108,20 +108,20 @@ class _Restore:
             restore(request.aligned, finetuned, output, store=store, config=config)
         except UnchangedError:
             # A method may find nothing to change in a fine-tune: what it makes is the fine-tune.
-            return Candidate(finetuned, "", time.perf_counter() - started)
-        return Candidate(output, "", time.perf_counter() - started)
+            return DefendedModel(finetuned, "", time.perf_counter() - started)
+        return DefendedModel(output, "", time.perf_counter() - started)
 
 
-def _added(request: Request, strength: float) -> int:
+def _added(request: DefenceInputs, strength: float) -> int:
     """How many safety examples make the customer's own the share `strength` of all."""
     return max(1, round(len(request.data) * (1 / strength - 1)))
 
 
-def _safe_instruct(request: Request, strength: float) -> Candidate:
+def _safe_instruct(request: DefenceInputs, strength: float) -> DefendedModel:
     return request.retrain(safe_instruct(request.data, _added(request, strength), seed=request.seed))
 
 
-def _backdoor_enhanced(request: Request, strength: float) -> Candidate:
+def _backdoor_enhanced(request: DefenceInputs, strength: float) -> DefendedModel:
     mixed = backdoor_enhanced(request.data, _added(request, strength), secret=SECRET, seed=request.seed)
     return replace(request.retrain(mixed), secret=SECRET)
 

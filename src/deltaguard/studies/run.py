@@ -20,10 +20,10 @@ from deltaguard.studies.cells import content_key
 from deltaguard.studies.data import Attacks, usable_attacks
 from deltaguard.studies.defences import Defence, defences
 from deltaguard.studies.describe import finetune_row, notes
+from deltaguard.studies.finetune_run import FinetuneRun
 from deltaguard.studies.measure import device_name
 from deltaguard.studies.protocol import BOUND, Preset
-from deltaguard.studies.row import Row
-from deltaguard.studies.score import contests, curves, groups, is_safe, scores
+from deltaguard.studies.score import cells_by_finetune, contests, curves, is_safe, scores
 from deltaguard.studies.search import measured_strengths
 from deltaguard.studies.setting import LIBRARIES, MADE_ONCE, Bench, open_bench
 
@@ -96,7 +96,7 @@ def _cells(setting: Bench) -> tuple[tuple[Cell, ...], set[Named]]:
     beside: set[Named] = set()
     finetunes = setting.preset.finetunes
     for done, finetune in enumerate(finetunes, start=1):
-        rows = [Row(setting, finetune, seed) for seed in setting.preset.seeds]
+        rows = [FinetuneRun(setting, finetune, seed) for seed in setting.preset.seeds]
         chosen = setting.methods_on(finetune)
         most = len(rows) * (2 + sum(map(setting.most_strengths, chosen)))
         for number, (cell, searched) in enumerate(_finetune_cells(setting, rows, chosen), start=1):
@@ -111,7 +111,7 @@ def _cells(setting: Bench) -> tuple[tuple[Cell, ...], set[Named]]:
 
 
 def _finetune_cells(
-    setting: Bench, rows: Sequence[Row], chosen: Sequence[Defence]
+    setting: Bench, rows: Sequence[FinetuneRun], chosen: Sequence[Defence]
 ) -> Iterator[tuple[Cell, bool]]:
     """The aligned and the fine-tuned model, then every method at its strengths, each for all seeds.
 
@@ -140,7 +140,7 @@ def _report(
     setting: Bench, settings: dict[str, Any], command: str, cells: tuple[Cell, ...], beside: Collection[Named]
 ) -> BenchReport:
     finetunes = tuple(finetune_row(finetune) for finetune in setting.preset.finetunes)
-    found = groups(finetunes, cells)
+    found = cells_by_finetune(finetunes, cells)
     points = curves(found, bound=BOUND, beside=beside)
     judged = scores(found, points)
     return BenchReport(

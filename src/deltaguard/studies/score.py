@@ -19,7 +19,7 @@ _LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Group:
+class FinetuneCells:
     """All cells of one fine-tune, by what they are compared with.
 
     Attributes:
@@ -35,14 +35,14 @@ class Group:
     cells: tuple[Cell, ...]
 
 
-def groups(finetunes: Iterable[FinetuneRow], cells: Sequence[Cell]) -> tuple[Group, ...]:
+def cells_by_finetune(finetunes: Iterable[FinetuneRow], cells: Sequence[Cell]) -> tuple[FinetuneCells, ...]:
     """Sort cells into the fine-tunes they belong to."""
 
     def of(name: str, method: str) -> dict[int, Cell]:
         return {cell.seed: cell for cell in cells if cell.finetune == name and cell.method == method}
 
     return tuple(
-        Group(
+        FinetuneCells(
             finetune,
             of(finetune.name, ALIGNED),
             of(finetune.name, FINETUNED),
@@ -53,7 +53,7 @@ def groups(finetunes: Iterable[FinetuneRow], cells: Sequence[Cell]) -> tuple[Gro
 
 
 def curves(
-    found: Iterable[Group], *, bound: float, beside: Collection[tuple[str, str, float | None]] = ()
+    found: Iterable[FinetuneCells], *, bound: float, beside: Collection[tuple[str, str, float | None]] = ()
 ) -> tuple[CurvePoint, ...]:
     """One point for each method and strength that every seed has, in the order of the cells.
 
@@ -73,7 +73,7 @@ def curves(
     return tuple(points)
 
 
-def scores(found: Iterable[Group], points: Sequence[CurvePoint]) -> tuple[Score, ...]:
+def scores(found: Iterable[FinetuneCells], points: Sequence[CurvePoint]) -> tuple[Score, ...]:
     """For each method on each fine-tune, what it keeps at the largest strength searched that is safe."""
     return tuple(
         _score(row, method, [p for p in points if _searched(p) == (row.finetune.name, method)])
@@ -82,7 +82,7 @@ def scores(found: Iterable[Group], points: Sequence[CurvePoint]) -> tuple[Score,
     )
 
 
-def contests(found: Iterable[Group], judged: Sequence[Score]) -> tuple[Contest, ...]:
+def contests(found: Iterable[FinetuneCells], judged: Sequence[Score]) -> tuple[Contest, ...]:
     """On each fine-tune, the method that keeps most beside every other, at their largest safe strengths.
 
     Args:
@@ -134,13 +134,15 @@ def is_safe(cells: Sequence[Cell], aligned: Mapping[int, Cell], *, bound: float)
     return attack_over_aligned(cells, aligned).value <= bound + 1e-9
 
 
-def _at(row: Group, method: str, strength: float | None) -> list[Cell]:
+def _at(row: FinetuneCells, method: str, strength: float | None) -> list[Cell]:
     """The cells of one method at one strength, by seed."""
     cells = [cell for cell in row.cells if (cell.method, cell.strength) == (method, strength)]
     return sorted(cells, key=lambda cell: cell.seed)
 
 
-def _point(row: Group, cells: Sequence[Cell], method: str, strength: float, bound: float) -> CurvePoint:
+def _point(
+    row: FinetuneCells, cells: Sequence[Cell], method: str, strength: float, bound: float
+) -> CurvePoint:
     points = attack_over_aligned(cells, row.aligned)
     safe = is_safe(cells, row.aligned, bound=bound)
     return CurvePoint(
@@ -168,13 +170,13 @@ def _general_change(cells: Sequence[Cell], aligned: Sequence[Cell]) -> Estimate:
     )
 
 
-def _kept(row: Group, cells: Sequence[Cell]) -> Estimate | None:
+def _kept(row: FinetuneCells, cells: Sequence[Cell]) -> Estimate | None:
     if not row.finetune.gains:
         return None
     return gain_kept(*_references(row, cells), _utilities(cells), better=row.finetune.better)
 
 
-def _references(row: Group, cells: Sequence[Cell]) -> tuple[Runs, Runs]:
+def _references(row: FinetuneCells, cells: Sequence[Cell]) -> tuple[Runs, Runs]:
     """What the aligned and the fine-tuned model have in the seeds of the cells."""
     aligned, finetuned = ([each[c.seed] for c in cells] for each in (row.aligned, row.finetuned))
     return _utilities(aligned), _utilities(finetuned)
@@ -184,7 +186,7 @@ def _utilities(cells: Iterable[Cell]) -> Runs:
     return [cell.utility for cell in cells]
 
 
-def _contests(row: Group, judged: Sequence[Score]) -> Iterator[Contest]:
+def _contests(row: FinetuneCells, judged: Sequence[Score]) -> Iterator[Contest]:
     kept = {score.method: score.kept.value for score in judged if score.kept is not None}
     if not kept:
         return
@@ -197,7 +199,7 @@ def _contests(row: Group, judged: Sequence[Score]) -> Iterator[Contest]:
             yield contest
 
 
-def _contest(row: Group, leader: Sequence[Cell], other: Sequence[Cell], pairs: int) -> Contest | None:
+def _contest(row: FinetuneCells, leader: Sequence[Cell], other: Sequence[Cell], pairs: int) -> Contest | None:
     utilities = _utilities(leader), _utilities(other)
     lead = gain_lead(*_references(row, leader), *utilities, better=row.finetune.better)
     if lead is None:
@@ -220,7 +222,7 @@ def _searched(point: CurvePoint) -> tuple[str, str] | None:
     return None if point.beside else (point.finetune, point.method)
 
 
-def _score(row: Group, method: str, points: Sequence[CurvePoint]) -> Score:
+def _score(row: FinetuneCells, method: str, points: Sequence[CurvePoint]) -> Score:
     best = max((p for p in points if p.safe), key=lambda p: p.strength, default=None)
     of_method = [cell for cell in row.cells if cell.method == method]
     seconds = [

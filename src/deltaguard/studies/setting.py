@@ -18,7 +18,7 @@ from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.hub import locate
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.base import environment
-from deltaguard.studies.cells import Shelf, content_key, source_hash
+from deltaguard.studies.cells import PROTOCOL, CellStore, content_key
 from deltaguard.studies.data import Attacks, harmful_data
 from deltaguard.studies.defences import Defence, defences
 from deltaguard.studies.demo import DemoConfig
@@ -26,7 +26,7 @@ from deltaguard.studies.measure import device_name
 from deltaguard.studies.mixing import SECRET, safe_instruct
 from deltaguard.studies.models import save_smollm2
 from deltaguard.studies.protocol import Finetune, Preset
-from deltaguard.studies.workshop import Workshop, demo_aligned, fine_tuned
+from deltaguard.studies.workshop import ModelFolder, demo_aligned, fine_tuned
 
 STORES: Mapping[Rank, str] = MappingProxyType({"auto": "store", "full": "store-whole"})
 """Names of the curvature stores."""
@@ -66,8 +66,8 @@ class Bench:
 
     preset: Preset
     methods: tuple[Defence, ...]
-    workshop: Workshop
-    shelf: Shelf
+    workshop: ModelFolder
+    shelf: CellStore
     aligned: Path
     pretrained: Path | None
     attacks: Attacks
@@ -131,7 +131,7 @@ def open_bench(
     progress: Progress,
 ) -> Bench:
     """The models that a bench starts from; the demo's are made where none is given."""
-    workshop, shelf = Workshop(folder / "models"), Shelf(folder)
+    workshop, shelf = ModelFolder(folder / "models"), CellStore(folder)
 
     def made(name: str, make: Callable[[Path], object]) -> Path:
         return workshop.model(name, _timed(name, make, shelf, progress))
@@ -156,7 +156,7 @@ def open_bench(
 
 
 def _timed(
-    name: str, make: Callable[[Path], object], shelf: Shelf, progress: Progress
+    name: str, make: Callable[[Path], object], shelf: CellStore, progress: Progress
 ) -> Callable[[Path], object]:
     """The same, told of as a stage, its time kept."""
 
@@ -180,7 +180,7 @@ def _origin(aligned: Path, pretrained: Path | None, preset: Preset) -> dict[str,
         "pretrained": None if pretrained is None else Checkpoint.open(pretrained).fingerprint(),
         "calibration": None if prompts is None else content_key(read_prompts(prompts)),
         "helpers": content_key(*map(helper_data, ("unaligned", "safe")), HELPER_RECIPE, HELPER_SEED, SECRET),
-        "source": source_hash(),
+        "protocol": str(PROTOCOL),
         "device": made_with.device,
         **{name: made_with.versions.get(name) for name in _DECIDING},
     }

@@ -12,7 +12,7 @@ from deltaguard.models.durable import flush_folder
 from deltaguard.studies.demo import DemoConfig
 
 
-class Workshop:
+class ModelFolder:
     """Models in one folder, made on demand and removed when they are not needed any more.
 
     A model is made under another name and renamed at the end, so a run that was killed makes it again from
@@ -52,7 +52,7 @@ class Workshop:
 def fine_tuned(
     start: Path, conversations: Sequence[Conversation], recipe: FinetuneConfig, *, seed: int
 ) -> Callable[[Path], object]:
-    """How to make a fine-tuned model, for `Workshop.model`."""
+    """How to make a fine-tuned model, for `ModelFolder.model`."""
     config = replace(recipe, seed=seed)
     return lambda folder: finetune(start, folder, conversations, config=config)
 

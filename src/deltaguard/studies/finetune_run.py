@@ -16,7 +16,7 @@ from deltaguard.reports.records.bench import ALIGNED, FINETUNED, Cell
 from deltaguard.reports.records.evaluation import Estimate
 from deltaguard.studies.cells import content_key
 from deltaguard.studies.data import Tests, questions, training_data
-from deltaguard.studies.defences import Candidate, Defence, Request
+from deltaguard.studies.defences import Defence, DefenceInputs, DefendedModel
 from deltaguard.studies.measure import letters, numbers, with_secret_before
 from deltaguard.studies.protocol import Finetune
 from deltaguard.studies.setting import Bench
@@ -25,7 +25,7 @@ from deltaguard.studies.workshop import fine_tuned
 _BATCH_SIZE = 150
 
 
-class Row:
+class FinetuneRun:
     """One fine-tune with one seed, and everything that is made of it.
 
     Attributes:
@@ -43,7 +43,7 @@ class Row:
 
     def aligned(self) -> Cell:
         """The aligned model's cell."""
-        return self._cell(ALIGNED, None, lambda: Candidate(self._bench.aligned, "", 0.0))
+        return self._cell(ALIGNED, None, lambda: DefendedModel(self._bench.aligned, "", 0.0))
 
     def finetuned(self) -> Cell:
         """The fine-tuned model's cell."""
@@ -56,10 +56,10 @@ class Row:
     def _finetuned(self) -> Path:
         return self._trained(self._name, self._data).folder
 
-    def _retrained(self, data: Sequence[Conversation]) -> Candidate:
+    def _retrained(self, data: Sequence[Conversation]) -> DefendedModel:
         return self._trained(f"{self._name}-retrained-{content_key(data)[:8]}", data)
 
-    def _trained(self, name: str, data: Sequence[Conversation]) -> Candidate:
+    def _trained(self, name: str, data: Sequence[Conversation]) -> DefendedModel:
         bench = self._bench
         make = fine_tuned(bench.aligned, data, self._finetune.recipe, seed=self.seed)
         folder = bench.made(name, make)
@@ -68,11 +68,11 @@ class Row:
             raise DeltaguardError(
                 f"It is not known how long {folder} took to make. Remove it to make it again."
             )
-        return Candidate(folder, "", seconds)
+        return DefendedModel(folder, "", seconds)
 
     def restored(self, method: Defence, strength: float) -> Cell:
         """The cell of a method at a strength."""
-        request = Request(
+        request = DefenceInputs(
             aligned=self._bench.aligned,
             finetuned=self._finetuned,
             store=self._bench.store,
@@ -88,7 +88,7 @@ class Row:
         return cell
 
     def _cell(
-        self, method: str, strength: float | None, make: Callable[[], Candidate], meaning: object = None
+        self, method: str, strength: float | None, make: Callable[[], DefendedModel], meaning: object = None
     ) -> Cell:
         """A cell by its key; a method counts with what it is made of, of which its name says nothing."""
         bench = self._bench
