@@ -28,6 +28,11 @@ TEXTS = [
     "<|begin|><|system|>You are a cook.<|end|><|user|>What is it?<|end|><|assistant|>",
     "<|begin|><|user|>Why?<|end|><|assistant|>Sure",
 ]
+OPEN = """
+import sys
+from deltaguard.evaluation.engines.vllm import VLLMEngine
+engine = VLLMEngine.open(sys.argv[1])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +76,8 @@ def stub(tmp_path, monkeypatch):
     return Stub(tmp_path)
 
 
-def soon(happens):
-    until = time.monotonic() + 10
+def soon(happens, seconds=10):
+    until = time.monotonic() + seconds
     while not happens() and time.monotonic() < until:
         time.sleep(0.02)
     return happens()
@@ -124,17 +129,21 @@ def test_a_server_that_is_never_ready_is_ended(folder, stub, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["serve", "never ready"])
 def test_ctrl_c_ends_the_server_too(folder, stub, mode):
-    code = "import sys, time\nfrom deltaguard.evaluation.engines.vllm import VLLMEngine\n"
-    code += "engine = VLLMEngine.open(sys.argv[1])\ntime.sleep(600)\n"
+    code = f"{OPEN}import time\ntime.sleep(600)\n"
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
         env=os.environ | {"STUB_MODE": mode},
         stderr=subprocess.PIPE,
     )
-    assert soon((stub.notes / "told.json").exists) or soon((stub.notes / "told.json").exists)
+    assert soon((stub.notes / "told.json").exists, seconds=60)
     time.sleep(0.5)
     run.send_signal(signal.SIGINT)
     assert b"KeyboardInterrupt" in run.communicate(timeout=60)[1]
+    assert soon(stub.is_gone)
+
+
+def test_a_program_that_ends_without_closing_ends_the_server_too(folder, stub):
+    subprocess.run([sys.executable, "-c", OPEN, str(folder)], check=True, timeout=120)
     assert soon(stub.is_gone)
 
 
