@@ -1,7 +1,8 @@
 """Models and tokenizers through transformers: no code from a model's folder runs, and nothing is asked.
 
 A model that brings code of its own, or asks for more than any machine can build, is refused before
-transformers sees it.
+transformers sees it. In what follows, `folder` is the model's, and `reference` what the user called it, for
+messages.
 """
 
 from collections.abc import Generator, Iterator
@@ -93,10 +94,6 @@ def foreign(what: str, kind: type[DeltaguardError] = DeltaguardError) -> Generat
 def load_config(folder: Path, reference: str) -> Any:
     """Load a model's configuration.
 
-    Args:
-        folder: of the model.
-        reference: what the user called it, for messages.
-
     Raises:
         DeltaguardError: the folder asks for code of its own, or transformers cannot load the configuration.
     """
@@ -110,10 +107,6 @@ def load_config(folder: Path, reference: str) -> Any:
 
 def load_tokenizer(folder: Path, reference: str) -> Any:
     """Load a model's tokenizer.
-
-    Args:
-        folder: of the model.
-        reference: what the user called it, for messages.
 
     Raises:
         DeltaguardError: the folder asks for code of its own, or transformers cannot load the tokenizer.
@@ -173,10 +166,6 @@ def load_model(
 def empty_model(folder: Path, reference: str) -> Any:
     """Build the causal language model that a configuration describes, without weights.
 
-    Args:
-        folder: of the model.
-        reference: what the user called it, for messages.
-
     Raises:
         DeltaguardError: as `load_config`, or transformers cannot build the model.
     """
@@ -201,10 +190,6 @@ def module_names(folder: Path) -> tuple[str, ...]:
 
 def refuse_code(folder: Path, reference: str) -> None:
     """Refuse a model whose files name Python code for transformers to run.
-
-    Args:
-        folder: of the model.
-        reference: what the user called it, for messages.
 
     Raises:
         DeltaguardError: a configuration has an `auto_map` or names other files in its own place, or there is
@@ -238,10 +223,6 @@ def _code_in(content: Any) -> str:
 
 def refuse_giants(folder: Path, reference: str) -> None:
     """Refuse a model whose configuration asks for more layers than any model has.
-
-    Args:
-        folder: of the model.
-        reference: what the user called it, for messages.
 
     Raises:
         DeltaguardError: it does, or the configuration cannot be read.
