@@ -274,6 +274,25 @@ def test_other_models_under_the_same_names_are_refused(done, models, tmp_path):
         evaluate(two_models_swapped(models, tmp_path), done[1], suite=suite_file(tmp_path), engine=CPU)
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value", "what"),
+    [
+        ("config.json", "rope_theta", 5e5, "configuration"),
+        ("tokenizer_config.json", "bos_token", "<other>", "tokenizer"),
+    ],
+)
+def test_answers_of_a_model_that_was_edited_since_are_not_used_again(tmp_path, name, field, value, what):
+    edited, _ = two_models(tmp_path)
+    suite = suite_file(tmp_path, FEW)
+    evaluate([edited], tmp_path / "out", suite=suite, engine=CPU)
+    path = edited / name
+    content = json.loads(path.read_text())
+    content.pop("rope_parameters", None)
+    path.write_text(json.dumps({**content, field: value}))
+    with pytest.raises(DeltaguardError, match=f"{what} was"):
+        evaluate([edited], tmp_path / "out", suite=suite, engine=CPU)
+
+
 def two_models_swapped(models, folder):
     links = [folder / "aligned", folder / "finetuned"]
     for link, model in zip(links, reversed(models), strict=True):

@@ -21,6 +21,7 @@ from deltaguard.evaluation.probes.second_attack import attacked_again
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.utility.harness import HarnessScore, Rows, run_harness
 from deltaguard.models.adapter import open_model
+from deltaguard.models.identity import ModelIdentity, identify
 from deltaguard.models.names import place_problem
 from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Event, Progress
@@ -51,6 +52,7 @@ class ModelUnderTest:
         reference: as the user gave it.
         fingerprint: of the weights, `None` where they cannot be seen.
         chat_template_hash: sha256, `None` where the template cannot be seen.
+        identity: all that decides what it predicts, `None` where it is known by the fingerprint alone.
         changes: says what happened to its files since they were opened, a sentence each.
     """
 
@@ -58,6 +60,7 @@ class ModelUnderTest:
     reference: str
     fingerprint: str | None
     chat_template_hash: str | None
+    identity: ModelIdentity | None = None
     changes: Callable[[], list[str]] = field(default=list[str], compare=False)
 
 
@@ -98,8 +101,10 @@ def describe(name: str, reference: str, config: EngineConfig) -> ModelUnderTest:
         return ModelUnderTest(name, reference, None, None)
     opened = open_model(reference)
     template: str = load_tokenizer(find_folders(reference)).chat_template
+    template_hash = sha256(template.encode()).hexdigest()
+    identity = identify(opened)
     return ModelUnderTest(
-        name, reference, opened.fingerprint(), sha256(template.encode()).hexdigest(), opened.changes
+        name, reference, identity.fingerprint, template_hash, identity, changes=opened.changes
     )
 
 
@@ -139,6 +144,8 @@ def open_answers(
 def _files(folder: Path, model: ModelUnderTest, part: Part, config: EngineConfig) -> dict[str, AnswerFile]:
     made_by: dict[str, Any] = {
         "model": model.fingerprint or model.reference,
+        "configuration": model.identity and model.identity.config_sha256,
+        "tokenizer": model.identity and model.identity.tokenizer_sha256,
         "chat template": model.chat_template_hash,
         "engine": config.described,
         "prompts": part.prompts_hash,
