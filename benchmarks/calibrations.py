@@ -18,7 +18,7 @@ from deltaguard.curvature.calibrate import STORE_SHARE, CalibrateConfig, calibra
 from deltaguard.curvature.contents import Extent, share_within
 from deltaguard.curvature.observe import Observed, observe
 from deltaguard.curvature.responses import respond
-from deltaguard.curvature.sums import Group, Moment, accumulate, empty_moment, normalise
+from deltaguard.curvature.sums import LayerGroup, Moment, accumulate, empty_moment, normalise
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.progress import Event
 from deltaguard.solvers import spectrum
@@ -67,7 +67,7 @@ def inputs_alone(aligned: Path, output: Path, conversations: int) -> Mapping[str
     observed, _ = observe(model, source, min((text.ids for text in texts), key=len))
     moments = _summed(model, observed, batches(texts, config.batch_size))
     stages.end("accumulate")
-    groups = [Group(g.name, g.in_features, moments[g.name].tokens, g.layers) for g in observed]
+    groups = [LayerGroup(g.name, g.in_features, moments[g.name].tokens, g.layers) for g in observed]
     del model, observed
     limit = int(STORE_SHARE * sum(info.nbytes for info in source.tensors.values()))
     _write(output, groups, moments, limit)
@@ -130,9 +130,9 @@ def _summed(model: Any, observed: Sequence[Observed], texts: Sequence[Batch]) ->
     return sums.moments
 
 
-def _write(output: Path, groups: Sequence[Group], moments: dict[str, Moment], limit: int) -> None:
+def _write(output: Path, groups: Sequence[LayerGroup], moments: dict[str, Moment], limit: int) -> None:
     """As many eigenpairs of H as a store keeps that holds those of G as well."""
-    extent = Extent(share_within(groups, limit), whole=False)
+    extent = Extent(share_within(groups, limit), full=False)
     tensors: dict[str, Tensor] = {}
     for group in groups:
         found = spectrum(normalise(moments.pop(group.name)), extent.rank(group.in_features))

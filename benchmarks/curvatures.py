@@ -10,7 +10,7 @@ from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import STORE_SHARE
 from deltaguard.curvature.contents import GroupCurvature, group_curvature, share_within, stored_bytes
 from deltaguard.curvature.store_format import Provenance, versions, write_store
-from deltaguard.curvature.sums import Group, Layer, Moment, Sums, accumulate, empty_moment
+from deltaguard.curvature.sums import LayerGroup, LinearLayer, Moment, Sums, accumulate, empty_moment
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
 
@@ -19,12 +19,12 @@ COLUMN_SPREAD, MASSIVE_COLUMNS, MASSIVE_SCALE = 0.5, 4, 20.0
 DAMPENING = 0.01
 
 
-def groups(blocks: int) -> list[Group]:
+def groups(blocks: int) -> list[LayerGroup]:
     """The groups of layers of the first blocks."""
     return [_group(block, members) for block in range(blocks) for members in SHARED_INPUTS]
 
 
-def fabricate_store(folder: Path, aligned: Path, covered: Sequence[Group], *, rank: Rank) -> None:
+def fabricate_store(folder: Path, aligned: Path, covered: Sequence[LayerGroup], *, rank: Rank) -> None:
     """Write a store.
 
     A file holds the groups of one block: in it no tensor occurs twice, which safetensors would refuse.
@@ -38,7 +38,7 @@ def fabricate_store(folder: Path, aligned: Path, covered: Sequence[Group], *, ra
     provenance = _provenance(aligned, rank)
     made: dict[str, GroupCurvature] = {}
 
-    def content(group: Group) -> GroupCurvature:
+    def content(group: LayerGroup) -> GroupCurvature:
         kind = group.name.split(".", 3)[3]
         if kind not in made:
             made[kind] = group_curvature(
@@ -54,10 +54,10 @@ def fabricate_store(folder: Path, aligned: Path, covered: Sequence[Group], *, ra
     write_store(folder, provenance, (), covered, content, max_shard_bytes=block)
 
 
-def _group(block: int, members: tuple[str, ...]) -> Group:
+def _group(block: int, members: tuple[str, ...]) -> LayerGroup:
     prefix = f"model.layers.{block}"
-    layers = (Layer(f"{prefix}.{member}.weight", False, MATRICES[member][0]) for member in members)
-    return Group(f"{prefix}.{members[0]}", MATRICES[members[0]][1], TOKENS, tuple(layers))
+    layers = (LinearLayer(f"{prefix}.{member}.weight", False, MATRICES[member][0]) for member in members)
+    return LayerGroup(f"{prefix}.{members[0]}", MATRICES[members[0]][1], TOKENS, tuple(layers))
 
 
 def _sums(kind: str) -> Sums:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deltaguard.curvature.store import CurvatureStore
-    from deltaguard.curvature.sums import Group
+    from deltaguard.curvature.sums import LayerGroup
     from deltaguard.solvers import Spectrum
 
     _Solve = Callable[[str, Tensor, Tensor], object]
@@ -58,7 +58,7 @@ def greedy(pair: Path, store: Path, blocks: int) -> dict[str, float]:
     from deltaguard.methods.greedy import DEFAULT_STRENGTH
     from deltaguard.solvers import greedy_factored
 
-    def prepare(known: "CurvatureStore", layers: "Group") -> "_Solve":
+    def prepare(known: "CurvatureStore", layers: "LayerGroup") -> "_Solve":
         factor = known.factor(layers.name)
         return lambda _, base, tuned: greedy_factored(base, tuned, factor, strength=DEFAULT_STRENGTH)
 
@@ -69,7 +69,7 @@ def published(pair: Path, store: Path, blocks: int) -> dict[str, float]:
     """Seconds in `published` alone, with H from the store."""
     from deltaguard.solvers import published as solver
 
-    def prepare(known: "CurvatureStore", layers: "Group") -> "_Solve":
+    def prepare(known: "CurvatureStore", layers: "LayerGroup") -> "_Solve":
         hessian = known.hessian(layers.name)
         return lambda _, base, tuned: solver(base, tuned, hessian, strength=PUBLISHED_STRENGTH)
 
@@ -80,11 +80,11 @@ def kfac(pair: Path, store: Path, blocks: int) -> dict[str, float]:
     """Seconds in `closed_form` with the store's eigenpairs; and in projecting before, to find the price."""
     from deltaguard.solvers import closed_form, project
 
-    def solving(known: "CurvatureStore", layers: "Group") -> "_Solve":
+    def solving(known: "CurvatureStore", layers: "LayerGroup") -> "_Solve":
         spectra = _spectra(known, layers)
         return lambda tensor, base, tuned: closed_form(base, tuned, *spectra[tensor], mu=PRICE)
 
-    def projecting(known: "CurvatureStore", layers: "Group") -> "_Solve":
+    def projecting(known: "CurvatureStore", layers: "LayerGroup") -> "_Solve":
         spectra = _spectra(known, layers)
         return lambda tensor, aligned, finetuned: project(
             finetuned.float() - aligned.float(), *spectra[tensor]
@@ -165,14 +165,14 @@ def read_store(store: Path) -> dict[str, float]:
     return {}
 
 
-def _spectra(known: "CurvatureStore", layers: "Group") -> "Mapping[str, tuple[Spectrum, Spectrum]]":
+def _spectra(known: "CurvatureStore", layers: "LayerGroup") -> "Mapping[str, tuple[Spectrum, Spectrum]]":
     """Eigenpairs of H and of each layer's G."""
     inputs = known.input_spectrum(layers.name)
     return {layer.tensor: (inputs, known.output_spectrum(layer.tensor)) for layer in layers.layers}
 
 
 def _solver_seconds(
-    pair: Path, store: Path, blocks: int, prepare: "Callable[[CurvatureStore, Group], _Solve]"
+    pair: Path, store: Path, blocks: int, prepare: "Callable[[CurvatureStore, LayerGroup], _Solve]"
 ) -> float:
     """Seconds in what `prepare` gives for each group, called with each layer's name and its two weights."""
     from deltaguard.curvature.store import CurvatureStore
@@ -191,7 +191,7 @@ def _solver_seconds(
     return seconds
 
 
-def _groups(store: "CurvatureStore", blocks: int) -> "Iterator[Group]":
+def _groups(store: "CurvatureStore", blocks: int) -> "Iterator[LayerGroup]":
     return (group for group in store.groups if int(group.name.split(".")[2]) < blocks)
 
 

@@ -31,7 +31,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"No such row: {', '.join(unknown)}. There are {', '.join(suite.benchmarks)}.")
     console.print("inputs")
-    suite.prepare()
+    suite.prepare(names)
     missing = dict(measure(suite, names, console.print))
     targets = check(suite.rows)
     _draw(console, suite, missing, targets)

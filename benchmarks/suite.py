@@ -1,12 +1,13 @@
 """What is measured: one method a row. A row's ratio compares it with what its note names."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 from benchmarks.rows import Bench, Row, UnavailableError
 from benchmarks.smollm2 import SmolLM2
+from benchmarks.startup import Startup
 from benchmarks.synthetic import Synthetic
 
 
@@ -14,19 +15,20 @@ class Suite(Bench):
     """All rows."""
 
     @cached_property
-    def _parts(self) -> tuple[Synthetic, SmolLM2]:
-        return Synthetic(self), SmolLM2(self)
+    def _parts(self) -> tuple[Startup, Synthetic, SmolLM2]:
+        return Startup(self), Synthetic(self), SmolLM2(self)
 
     @property
     def benchmarks(self) -> Mapping[str, Callable[[], Row]]:
         """The rows that can be measured, in the order in which they need each other."""
         return {name: row for part in self._parts for name, row in part.benchmarks.items()}
 
-    def prepare(self) -> None:
-        """Make the inputs, where they are not there yet."""
+    def prepare(self, names: Collection[str]) -> None:
+        """Make the inputs of some rows, where they are not there yet."""
         self.work.mkdir(parents=True, exist_ok=True)
         for part in self._parts:
-            part.prepare()
+            if not part.benchmarks.keys().isdisjoint(names):
+                part.prepare()
 
     def environment(self) -> dict[str, Any]:
         """Versions and machine."""

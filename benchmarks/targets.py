@@ -10,6 +10,8 @@ OVERHEAD = 1.5
 KFAC_TO_GREEDY = 2.0
 STORE_SHARE = 0.25
 CALIBRATION_TO_INPUTS = 4.0
+IMPORT_SECONDS = 0.2
+HELP_SECONDS = 0.7
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,17 @@ def _calibration_memory(rows: Mapping[str, Row]) -> Target:
     return Target(name, f"{ours / 1e9:.2f} GB, {theirs / 1e9:.2f} GB", ours <= CALIBRATION_TO_INPUTS * theirs)
 
 
+def _startup(name: str, bound: float) -> Callable[[Mapping[str, Row]], Target]:
+    def target(rows: Mapping[str, Row]) -> Target:
+        seconds = rows[name].seconds
+        return Target(f"{rows[name].name} takes at most {bound:g} s", f"{seconds:.2f} s", seconds <= bound)
+
+    return target
+
+
 _TARGETS: tuple[tuple[set[str], Callable[[Mapping[str, Row]], Target]], ...] = (
+    ({"import"}, _startup("import", IMPORT_SECONDS)),
+    ({"help"}, _startup("help", HELP_SECONDS)),
     ({"solve-greedy", "solve-published"}, _solver),
     ({"interpolate", "mergekit"}, _faster_than_mergekit),
     ({"interpolate", "mergekit"}, _smaller_than_mergekit),

@@ -6,17 +6,20 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature.contents import group_curvature
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import Provenance, write_store
-from deltaguard.curvature.sums import Group, Layer, Sums, accumulate, empty_moment
+from deltaguard.curvature.sums import LayerGroup, LinearLayer, Sums, accumulate, empty_moment
 
 GROUPS = (
-    Group(
+    LayerGroup(
         "a.q",
         5,
         40,
-        (Layer("a.q.weight", transposed=False, out_features=6), Layer("a.k.weight", False, out_features=3)),
+        (
+            LinearLayer("a.q.weight", transposed=False, out_features=6),
+            LinearLayer("a.k.weight", False, out_features=3),
+        ),
     ),
-    Group("a.down", 8, 40, (Layer("a.down.weight", transposed=True, out_features=5),)),
-    Group("b.q", 5, 40, (Layer("b.q.weight", transposed=False, out_features=6),)),
+    LayerGroup("a.down", 8, 40, (LinearLayer("a.down.weight", transposed=True, out_features=5),)),
+    LayerGroup("b.q", 5, 40, (LinearLayer("b.q.weight", transposed=False, out_features=6),)),
 )
 HELD_OUT = (Conversation("How?", None, "No."), Conversation("Why?", "Be kind.", "Because."))
 

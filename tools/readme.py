@@ -21,11 +21,11 @@ from deltaguard.reports.records.demo import DemoReport
 from deltaguard.reports.table import Column, Table, rate
 from deltaguard.reports.text import DASH, Measured, duration, interval, model_label, percent, size
 from tools.experiments import experiments_table
+from tools.picture import demo_picture
 from tools.tables import (
     bench_default,
     bench_summary,
     bench_table,
-    evaluation_summary,
     evaluation_table,
     made_with,
     small,
@@ -190,7 +190,6 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "strength-table": ("strength.json", strength_table),
     "benchmark-table": ("benchmark.json", benchmark_table),
     "evaluation-table": ("evaluation.json", evaluation_table),
-    "evaluation-summary-table": ("evaluation.json", evaluation_summary),
     "bench-table": ("bench.json", bench_table),
     "dial-table": ("dial.json", bench_table),
     "dial-summary-table": ("dial.json", bench_summary),
@@ -201,8 +200,16 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
 }
 
 
-PLOTS: Mapping[str, str] = {"bench.svg": "bench.json", "dial.svg": "dial.json"}
-"""Plots of benches in the folder of results, and what they are drawn from."""
+def _bench_plot(content: str) -> str:
+    return bench_svg(BenchReport.model_validate_json(content))
+
+
+PLOTS: Mapping[str, tuple[str, Callable[[str], str]]] = {
+    "bench.svg": ("bench.json", _bench_plot),
+    "demo.svg": ("demo.json", demo_picture),
+    "dial.svg": ("dial.json", _bench_plot),
+}
+"""Pictures in the folder of results: what each is drawn from, and how."""
 
 
 def fill(page: str, results: Path) -> str:
@@ -264,10 +271,10 @@ def update(root: Path, *, check: bool) -> list[str]:
 
 def _update_plots(results: Path, *, check: bool) -> list[str]:
     stale: list[str] = []
-    for name, source in PLOTS.items():
+    for name, (source, draw) in PLOTS.items():
         if not (results / source).is_file():
             continue
-        drawn = bench_svg(BenchReport.model_validate_json((results / source).read_text(encoding="utf-8")))
+        drawn = draw((results / source).read_text(encoding="utf-8"))
         plot = results / name
         if not plot.is_file() or plot.read_text(encoding="utf-8") != drawn:
             stale.append(f"{RESULTS}/{name}")

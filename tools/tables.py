@@ -31,29 +31,6 @@ def evaluation_table(content: str) -> str:
     return "\n\n".join((_measures(report, report.measures), counted, _found(report), _made(report)))
 
 
-def evaluation_summary(content: str) -> str:
-    """The same by the first judge alone, and on plain harmful requests by all.
-
-    Args:
-        content: an `EvaluationReport` as JSON.
-
-    Returns:
-        Markdown, as `evaluation_table`; of the comparisons those of the last model.
-    """
-    report = EvaluationReport.model_validate_json(content)
-    judge = next((m.judge for m in report.measures if m.judge), None)
-    plainly = next((s.name for s in report.sections if s.kind == "attack"), None)
-    shown = [m for m in report.measures if m.judge in (None, judge) or m.section == plainly]
-    agreed = _agreement(
-        report.model_copy(update={"agreements": [a for a in report.agreements if a.section == plainly]})
-    )
-    counted = f"In brackets 95 % intervals. {agreed}"
-    last = report.models[-1].name
-    compared = [c for c in report.comparisons if c.model == last]
-    found = _found(report.model_copy(update={"comparisons": compared}))
-    return "\n\n".join((_measures(report, shown), counted, found, _made(report)))
-
-
 def bench_table(content: str) -> str:
     """The scores of a bench, and how they were made.
 

@@ -12,7 +12,6 @@ Example:
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from deltaguard.restoration.restore import restore
     from deltaguard.restoration.sweep import sweep
     from deltaguard.restoration.verify import verify
-
-__version__ = version("deltaguard")
 
 _HOME = {
     "CalibrateConfig": "curvature.calibrate",
@@ -73,6 +70,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        # What reads metadata takes longer to import than all else here.
+        from importlib.metadata import version
+
+        return version("deltaguard")
     if name not in _HOME:
         raise AttributeError(f"module 'deltaguard' has no attribute {name!r}")
     return getattr(import_module(f"deltaguard.{_HOME[name]}"), name)

@@ -175,6 +175,16 @@ def test_importing_the_package_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["restore", "--help"]])
+def test_help_needs_no_torch_and_no_pictures(arguments):
+    code = (
+        "import sys; from deltaguard.cli.app import run; code = run(sys.argv[1:]); "
+        "sys.exit(code or any(name in sys.modules for name in ('torch', 'transformers', 'altair', 'scipy')))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
 def test_the_installed_command_exits_with_the_right_code():
     command = [sys.executable, "-m", "deltaguard", "restore", "only-one"]
     assert subprocess.run(command, check=False, capture_output=True).returncode == 2

@@ -208,7 +208,7 @@ def test_by_default_a_store_takes_a_quarter_of_the_models_bytes(tmp_path):
     model, taken = (
         sum(path.stat().st_size for path in where.glob("*.safetensors")) for where in (folder, store.folder)
     )
-    assert not store.is_whole
+    assert not store.is_full
     assert 0 < store.provenance.rank_share < 1
     # Eigenvalues and headers come on top, and eigenvectors are whole.
     assert 0.2 * model < taken < 0.27 * model

@@ -65,7 +65,7 @@ def test_the_report_is_what_was_written(done):
     assert len({row.prompts_hash for row in report.sections}) == 5
     assert all(len(model.fingerprint or "") == 64 for model in report.models)
     card = (folder / "README.md").read_text()
-    assert "| opening | finetuned |" in card
+    assert "| opening | fine-tuned |" in card
     assert report.suite_hash[:16] in card
 
 

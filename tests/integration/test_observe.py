@@ -13,7 +13,7 @@ from deltaguard.chat.tokens import Encoded, batches
 from deltaguard.curvature import observe as observe_module
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.curvature.observe import Accumulator, drawn_likelihood, observe
-from deltaguard.curvature.sums import Group, take_sums
+from deltaguard.curvature.sums import LayerGroup, take_sums
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.solvers import spectrum
@@ -229,7 +229,7 @@ def test_the_sums_of_a_group_are_given_up_when_they_are_taken(tmp_path):
     (batch,) = batches([text(9, 4), text(6, 3)], 2)
     adder.add(0, batch)
     for group in observed:
-        sums = take_sums(Group(group.name, group.in_features, 15, group.layers), adder.sums)
+        sums = take_sums(LayerGroup(group.name, group.in_features, 15, group.layers), adder.sums)
         assert len(sums.outputs) == len(group.layers)
         assert sums.inputs.tokens == 15
     assert adder.sums == {}

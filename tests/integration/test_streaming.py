@@ -19,7 +19,7 @@ from deltaguard.cli.app import run
 from deltaguard.curvature.contents import GroupCurvature, group_curvature
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import write_store
-from deltaguard.curvature.sums import Group, Layer, Moment, Sums
+from deltaguard.curvature.sums import LayerGroup, LinearLayer, Moment, Sums
 from deltaguard.models import durable
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
@@ -70,11 +70,11 @@ def write_checkpoint(folder: Path, seed: int) -> Path:
 
 def write_curvature(folder: Path, aligned: Path, rank: str) -> Path:
     groups = [
-        Group(
+        LayerGroup(
             f"model.layers.{block}.{kind}",
             shape[1],
             100,
-            (Layer(f"model.layers.{block}.{kind}.weight", transposed=False, out_features=shape[0]),),
+            (LinearLayer(f"model.layers.{block}.{kind}.weight", transposed=False, out_features=shape[0]),),
         )
         for block in range(BLOCKS if rank == "auto" else BLOCKS_OF_WHOLE_STORE)
         for kind, shape in SHAPES.items()

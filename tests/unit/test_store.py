@@ -34,7 +34,7 @@ def test_what_was_written_is_read_exactly(tmp_path):
     assert store.groups == GROUPS
     assert store.provenance == provenance()
     assert store.held_out == HELD_OUT
-    assert store.is_whole
+    assert store.is_full
     for name, expected in sums(0).items():
         assert torch.equal(store.hessian(name), normalise(expected.inputs))
         factor = unpack_factor(pack(name, expected.inputs, dampening=0.02))
@@ -81,10 +81,10 @@ def test_a_store_that_happens_to_keep_everything_prices_as_the_whole_one_does(tm
             assert float(full.values[-1]) > 0
 
 
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize(("rank", "share"), [("auto", 0.1), ("auto", 0.4), ("auto", 1.0), ("full", 1.0)])
 @pytest.mark.parametrize("reached", [8, 5, 2])
-def test_no_direction_of_a_store_is_free(tmp_path, share, reached):
-    store = written(tmp_path / "store", reached=reached, rank="auto", rank_share=share)
+def test_no_direction_of_a_store_is_free(tmp_path, rank, share, reached):
+    store = written(tmp_path / "store", reached=reached, rank=rank, rank_share=share)
     for group in GROUPS:
         spectra = [store.input_spectrum(group.name), *(store.output_spectrum(x.tensor) for x in group.layers)]
         for found in spectra:
@@ -94,7 +94,7 @@ def test_no_direction_of_a_store_is_free(tmp_path, share, reached):
 
 def test_a_store_that_is_cut_off_holds_eigenpairs_and_nothing_else(tmp_path):
     store = written(tmp_path / "store", **CUT_OFF)
-    assert not store.is_whole
+    assert not store.is_full
     names = {name for shard in store.folder.glob("*.safetensors") for name in load_file(shard)}
     matrices = ("a.q.input", "a.q.output", "a.k.output", "a.down.input", "a.down.output")
     matrices += ("b.q.input", "b.q.output")
@@ -291,7 +291,7 @@ def test_a_store_cut_from_a_whole_one_is_the_one_that_calibration_would_have_wri
     assert 0 < share < 1
     cut = written(tmp_path / "whole").cut(tmp_path / "cut", limit=limit)
     expected = written(tmp_path / "expected", **CUT_OFF | {"rank_share": share})
-    assert not cut.is_whole
+    assert not cut.is_full
     for path in expected.folder.iterdir():
         assert (cut.folder / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(DeltaguardError, match="keeps the largest eigenpairs"):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from tools.tables import bench_default, bench_summary, bench_table, evaluation_summary, evaluation_table
+from tools.tables import bench_default, bench_summary, bench_table, evaluation_table
 
 import bench_reports
 import reports
@@ -143,18 +143,6 @@ def test_the_default_dial_has_a_row_a_fine_tune_and_no_other_strength():
         ]
     with pytest.raises(ValueError, match=r"measured no `kfac` at the default limit .* on task-harmful, "):
         bench_default(report.model_copy(update={"curves": tuple(others)}).model_dump_json())
-
-
-def test_the_summary_shows_the_first_judge_and_all_judges_on_the_plain_attack():
-    report = reports.evaluation_report()
-    summary = evaluation_summary(report.model_dump_json())
-    rows = [line for line in summary.splitlines() if line.startswith("|")]
-    others = [row for row in rows if "judge keywords" in row]
-    assert others
-    assert all(report.sections[0].title in row for row in others)
-    assert len(rows) < len(
-        [r for r in evaluation_table(report.model_dump_json()).splitlines() if r.startswith("|")]
-    )
 
 
 def test_findings_are_those_of_the_comparisons():

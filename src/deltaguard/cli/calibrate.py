@@ -83,7 +83,7 @@ def _draw(store: "CurvatureStore", aligned: str, output: Path) -> Table:
     table.add_row("responses that refuse", "not judged" if share is None else f"{share:.0%}")
     table.add_row("layers", str(sum(len(group.layers) for group in store.groups)))
     table.add_row("groups that share an input", str(len(store.groups)))
-    table.add_row("eigenpairs kept", "all" if store.is_whole else f"{made.rank_share:.0%}")
+    table.add_row("eigenpairs kept", "all" if store.is_full else f"{made.rank_share:.0%}")
     table.add_row("matrices in blocks without curvature", str(len(made.uncovered)))
     table.add_row("store", str(output))
     return table

@@ -22,8 +22,8 @@ from deltaguard.curvature.contents import GroupCurvature, share_within
 from deltaguard.curvature.observe import Accumulator, Observed, observe
 from deltaguard.curvature.responses import Workspace, respond
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import Provenance, Request, versions, write_store
-from deltaguard.curvature.sums import Group, Moment, input_name, take_sums
+from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
+from deltaguard.curvature.sums import LayerGroup, Moment, input_name, take_sums
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
@@ -154,7 +154,7 @@ class _Run:
 
     source: Checkpoint
     asked: _Asked
-    request: Request
+    request: CalibrationRequest
     device: torch.device
     journal: Path
     report: Progress
@@ -164,7 +164,7 @@ class _Run:
 class _Measured:
     """What is left once the model is not needed any more; sums by the names of the matrices."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[LayerGroup, ...]
     sums: dict[str, Moment]
     held_out: tuple[Conversation, ...]
     provenance: Provenance
@@ -200,13 +200,15 @@ def _split(given: Sequence[Conversation], count: int, config: CalibrateConfig) -
     return _Asked(sample(rest, count, seed=config.seed), held_out)
 
 
-def _request(source: Checkpoint, asked: _Asked, config: CalibrateConfig, device: torch.device) -> Request:
+def _request(
+    source: Checkpoint, asked: _Asked, config: CalibrateConfig, device: torch.device
+) -> CalibrationRequest:
     dtype: str = config.dtype
     if dtype == "auto":
         largest = max(source.tensors.values(), key=lambda info: info.nbytes)
         stored = str(DTYPES[largest.dtype]).removeprefix("torch.")
         dtype = "float32" if device.type == "cpu" else stored
-    return Request(
+    return CalibrationRequest(
         **identify(source).model_dump(),
         prompts_sha256=fingerprint([*asked.calibration, *asked.held_out]),
         max_length=config.max_length,
@@ -242,7 +244,9 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
             )
     observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
     sums = _accumulate(run, model, observed, texts)
-    groups = tuple(Group(g.name, g.in_features, sums[input_name(g.name)].tokens, g.layers) for g in observed)
+    groups = tuple(
+        LayerGroup(g.name, g.in_features, sums[input_name(g.name)].tokens, g.layers) for g in observed
+    )
     refusing = sum(is_refusal(conversation.response or "") for conversation in answered[:count])
     provenance = Provenance(
         **request.model_dump(),
@@ -286,7 +290,7 @@ def _write(output: Path, measured: _Measured, report: Progress) -> None:
     total = len(measured.groups)
     done = itertools.count(1)
 
-    def content(group: Group) -> GroupCurvature:
+    def content(group: LayerGroup) -> GroupCurvature:
         found = measured.provenance.decompose(group, take_sums(group, measured.sums))
         report(Event("decompose", next(done), total))
         return found

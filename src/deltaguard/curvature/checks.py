@@ -193,7 +193,7 @@ def _group_problems(stored: StoredGroup, manifest: Manifest) -> list[str]:
     if group.tokens != made.tokens:
         problems.append(f"`{group.name}` was summed over {group.tokens} tokens, the store over {made.tokens}")
     for what, number in (("damping", stored.damping), ("dampening", stored.dampening)):
-        if (number is not None) != made.extent.whole:
+        if (number is not None) != made.extent.full:
             problems.append(f"`{group.name}` has the {what} {number} in a store of rank {made.rank}")
     return problems
 

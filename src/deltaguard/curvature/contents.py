@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaguard.curvature.sums import Group, Moment, Sums, check_sum, normalise, output_name
+from deltaguard.curvature.sums import LayerGroup, Moment, Sums, check_sum, normalise, output_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.spectrum import Spectrum, spectrum
@@ -93,24 +93,24 @@ class Extent:
 
     Attributes:
         share: share of the eigenpairs of each matrix, in (0, 1]; at least one is kept.
-        whole: whether raw sums and factors are kept as well, in float32 all of it. Otherwise eigenvectors are
+        full: whether raw sums and factors are kept as well, in float32 all of it. Otherwise eigenvectors are
             kept in half precision: their entries lie in [-1, 1].
     """
 
     share: float
-    whole: bool
+    full: bool
 
     def rank(self, size: int) -> int:
         """Say how many eigenpairs of a (size, size) matrix are kept."""
-        return size if self.whole else max(1, int(self.share * size))
+        return size if self.full else max(1, int(self.share * size))
 
     @property
     def vectors_dtype(self) -> torch.dtype:
         """How eigenvectors are stored."""
-        return torch.float32 if self.whole else torch.float16
+        return torch.float32 if self.full else torch.float16
 
 
-def share_within(groups: Sequence[Group], limit: int) -> float:
+def share_within(groups: Sequence[LayerGroup], limit: int) -> float:
     """Find the share of eigenpairs with which all groups together take about `limit` bytes, at most 1."""
     entries = sum(size**2 for group in groups for _, size in group.matrices())
     return min(1.0, limit / (torch.float16.itemsize * entries))
@@ -142,7 +142,7 @@ class GroupCurvature:
 
 
 def group_curvature(
-    group: Group, sums: Sums, *, response_tokens: int, dampening: float, extent: Extent
+    group: LayerGroup, sums: Sums, *, response_tokens: int, dampening: float, extent: Extent
 ) -> GroupCurvature:
     """Decompose the sums of one group, and factorise H where everything is kept.
 
@@ -164,8 +164,8 @@ def group_curvature(
     return GroupCurvature(
         inputs=_decomposed(group.name, normalise(sums.inputs), extent),
         outputs=tuple(outputs),
-        packed=pack(group.name, sums.inputs, dampening=dampening) if extent.whole else None,
-        totals=sums.outputs if extent.whole else (),
+        packed=pack(group.name, sums.inputs, dampening=dampening) if extent.full else None,
+        totals=sums.outputs if extent.full else (),
     )
 
 
@@ -179,7 +179,7 @@ def _decomposed(name: str, matrix: Tensor, extent: Extent) -> Decomposed:
     return Decomposed(found, float(matrix.diagonal().double().mean()))
 
 
-def stored_tensors(group: Group, content: GroupCurvature, extent: Extent) -> dict[str, Tensor]:
+def stored_tensors(group: LayerGroup, content: GroupCurvature, extent: Extent) -> dict[str, Tensor]:
     """Lay out one group's tensors by their names in the store."""
     tensors: dict[str, Tensor] = {}
     for (name, _), part in zip(group.matrices(), (content.inputs, *content.outputs), strict=True):
@@ -209,13 +209,13 @@ class Form:
         return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
 
 
-def stored_forms(group: Group, extent: Extent) -> dict[str, Form]:
+def stored_forms(group: LayerGroup, extent: Extent) -> dict[str, Form]:
     """Say how each of `stored_tensors` is stored, by name."""
     forms: dict[str, Form] = {}
     for name, size in group.matrices():
         forms[f"{name}.values"] = Form(torch.float32, (extent.rank(size),))
         forms[f"{name}.vectors"] = Form(extent.vectors_dtype, (size, extent.rank(size)))
-    if extent.whole:
+    if extent.full:
         for field in PACKED_FIELDS:
             dtype = torch.int32 if field == "order" else torch.float32
             dimensions = 2 if field == "matrix" else 1
@@ -225,12 +225,12 @@ def stored_forms(group: Group, extent: Extent) -> dict[str, Form]:
     return forms
 
 
-def stored_bytes(group: Group, extent: Extent) -> int:
+def stored_bytes(group: LayerGroup, extent: Extent) -> int:
     """Count the bytes of a group."""
     return sum(form.nbytes for form in stored_forms(group, extent).values())
 
 
-def spectra_bytes(group: Group, extent: Extent) -> int:
+def spectra_bytes(group: LayerGroup, extent: Extent) -> int:
     """Count the bytes of a group's eigenvectors."""
     entries = sum(size * extent.rank(size) for _, size in group.matrices())
     return entries * extent.vectors_dtype.itemsize

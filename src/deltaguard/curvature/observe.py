@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deltaguard.chat.predictions import logits_at
 from deltaguard.chat.tokens import Batch
-from deltaguard.curvature.sums import Layer, Moment, accumulate, empty_moment, input_name, output_name
+from deltaguard.curvature.sums import LinearLayer, Moment, accumulate, empty_moment, input_name, output_name
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import WeightSource, name_map
 from deltaguard.models.families import is_conv1d, is_linear, modules_in_blocks
@@ -32,7 +32,7 @@ class Observed:
     name: str
     modules: tuple[nn.Module, ...]
     in_features: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LinearLayer, ...]
 
 
 def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[Observed], tuple[str, ...]]:
@@ -89,7 +89,7 @@ class Accumulator:
     (Martens and Grosse 2015). One forward and one backward pass a batch; nothing of them is kept.
 
     Attributes:
-        sums: by the names of the matrices (see `Group.matrices`).
+        sums: by the names of the matrices (see `LayerGroup.matrices`).
     """
 
     def __init__(self, model: Any, observed: Sequence[Observed]) -> None:
@@ -208,9 +208,9 @@ def _shared_inputs(decoder: Any, linear: Mapping[str, nn.Module], ids: Sequence[
 
 def _layers(
     source: WeightSource, names: Mapping[str, str], linear: Mapping[str, nn.Module]
-) -> dict[str, Layer]:
+) -> dict[str, LinearLayer]:
     """Find the checkpoint's tensor of every layer, and compare it value by value."""
-    layers: dict[str, Layer] = {}
+    layers: dict[str, LinearLayer] = {}
     problems: list[str] = []
     for name, module in linear.items():
         tensor = names.get(f"{name}.weight")
@@ -224,7 +224,7 @@ def _layers(
                 f"`{tensor}`, {tuple(stored.shape)}, differs from the model's `{name}.weight`, "
                 f"{tuple(weight.shape)}"
             )
-        layers[name] = Layer(tensor, is_conv1d(module), weight.numel() // _in_features(module))
+        layers[name] = LinearLayer(tensor, is_conv1d(module), weight.numel() // _in_features(module))
     if problems:
         raise DeltaguardError(
             listed(f"transformers changes weights of {source.reference} while it loads them", problems)

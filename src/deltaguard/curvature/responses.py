@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
 from deltaguard.chat.template import render
-from deltaguard.curvature.store_format import MANIFEST, Request, read_manifest, require_empty
+from deltaguard.curvature.store_format import MANIFEST, CalibrationRequest, read_manifest, require_empty
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import append_journal, read_journal, read_json
 from deltaguard.models.durable import explained, lock_folder, write_atomically
@@ -103,7 +103,7 @@ class Workspace:
         journal: the file for responses (see `respond`).
     """
 
-    def __init__(self, output: Path, request: Request) -> None:
+    def __init__(self, output: Path, request: CalibrationRequest) -> None:
         self._output = output.resolve()
         self._folder = self._output.with_name(f"{self._output.name}.partial")
         self._asked = self._folder / "request.json"
@@ -163,13 +163,13 @@ class Workspace:
         require_empty(self._output)
         return False
 
-    def _earlier_request(self) -> Request:
+    def _earlier_request(self) -> CalibrationRequest:
         remedy = _start_anew(self._folder)
         if not self._asked.is_file():
             raise DeltaguardError(f"{self._asked} is missing, so nobody knows what was asked for. {remedy}")
-        return read_json(self._asked, Request, remedy=remedy)
+        return read_json(self._asked, CalibrationRequest, remedy=remedy)
 
-    def _require_same(self, where: Path, earlier: Request) -> None:
+    def _require_same(self, where: Path, earlier: CalibrationRequest) -> None:
         differing = [
             f"{field} is {value!r} now and was {getattr(earlier, field)!r}"
             for field, value in self._request.model_dump().items()

@@ -32,7 +32,7 @@ from deltaguard.curvature.store_format import (
     write_manifest,
     write_store,
 )
-from deltaguard.curvature.sums import Group, Sums, input_name, merge, normalise, output_name
+from deltaguard.curvature.sums import LayerGroup, Sums, input_name, merge, normalise, output_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.hub import locate
 from deltaguard.models.identity import ModelIdentity
@@ -98,11 +98,11 @@ class CurvatureStore:
         return self.manifest.provenance
 
     @cached_property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[LayerGroup, ...]:
         """The groups, in the model's order."""
         return tuple(stored.group for stored in self.manifest.groups)
 
-    def group_of(self, tensor: str) -> Group | None:
+    def group_of(self, tensor: str) -> LayerGroup | None:
         """Find the group that a tensor of the aligned checkpoint belongs to; `None` where there is none."""
         return self._by_tensor.get(tensor)
 
@@ -112,7 +112,7 @@ class CurvatureStore:
         return self.manifest.held_out
 
     @property
-    def is_whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether raw sums and factors are there."""
         return self.provenance.rank == "full"
 
@@ -149,7 +149,7 @@ class CurvatureStore:
         """Read H, the mean of x xᵀ over the tokens, (in, in), float32, symmetric.
 
         Raises:
-            DeltaguardError: the store has no such group, or does not keep it whole.
+            DeltaguardError: the store has no such group, or is cut off.
         """
         return normalise(unpack_moment(self.packed(group)))
 
@@ -157,7 +157,7 @@ class CurvatureStore:
         """Read the factor of the damped H, as `solvers.factorise` gave it.
 
         Raises:
-            DeltaguardError: the store has no such group, or does not keep it whole.
+            DeltaguardError: the store has no such group, or is cut off.
         """
         return unpack_factor(self.packed(group))
 
@@ -165,11 +165,11 @@ class CurvatureStore:
         """Read the raw sum of H and its factor, in memory of its own (see `unpack_moment`, `unpack_factor`).
 
         Raises:
-            DeltaguardError: the store has no such group, or does not keep it whole.
+            DeltaguardError: the store has no such group, or is cut off.
         """
         stored = self._stored(group)
         if stored.damping is None or stored.dampening is None:
-            raise DeltaguardError(not_whole(self.folder, self.provenance.aligned))
+            raise DeltaguardError(not_full(self.folder, self.provenance.aligned))
         tensors = {field: self._read(f"{group}.{field}") for field in PACKED_FIELDS}
         return Packed(
             **tensors, tokens=stored.group.tokens, damping=stored.damping, dampening=stored.dampening
@@ -179,7 +179,7 @@ class CurvatureStore:
         """Read the raw sums of a group.
 
         Raises:
-            DeltaguardError: the store has no such group, or does not keep it whole.
+            DeltaguardError: the store has no such group, or is cut off.
         """
         moment = unpack_moment(self.packed(group))
         layers = self._stored(group).group.layers
@@ -298,11 +298,11 @@ class CurvatureStore:
         return {stored.group.name: stored for stored in self.manifest.groups}
 
     @cached_property
-    def _by_tensor(self) -> dict[str, Group]:
+    def _by_tensor(self) -> dict[str, LayerGroup]:
         return {layer.tensor: group for group in self.groups for layer in group.layers}
 
 
-def not_whole(folder: Path, aligned: str) -> str:
+def not_full(folder: Path, aligned: str) -> str:
     """Say what to do where a store that is cut off cannot serve."""
     return (
         f"The store {folder} keeps the largest eigenpairs of each layer's curvature and no more. This needs "
@@ -318,7 +318,7 @@ def _added(sums: Sequence[Sums]) -> Sums:
 
 def _check_mergeable(stores: Sequence[CurvatureStore]) -> None:
     first = stores[0]
-    problems = [f"  {not_whole(s.folder, s.provenance.aligned)}" for s in stores if not s.is_whole]
+    problems = [f"  {not_full(s.folder, s.provenance.aligned)}" for s in stores if not s.is_full]
     for store in stores[1:]:
         for name in (*ModelIdentity.model_fields, "dtype", "dampening"):
             mine, other = getattr(first.provenance, name), getattr(store.provenance, name)

@@ -22,7 +22,7 @@ from deltaguard.curvature.contents import (
     stored_bytes,
     stored_tensors,
 )
-from deltaguard.curvature.sums import Group, Sums
+from deltaguard.curvature.sums import LayerGroup, Sums
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.models.durable import explained, flush_folder, lock_folder, write_atomically
@@ -49,7 +49,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Eigenvalue = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Request(ModelIdentity):
+class CalibrationRequest(ModelIdentity):
     """What a calibration was asked for, of which model. The same request gives the same store.
 
     Attributes:
@@ -73,7 +73,7 @@ class Request(ModelIdentity):
     rank: Rank
 
 
-class Provenance(Request):
+class Provenance(CalibrationRequest):
     """Where a store comes from. A merged store names the request of its first part.
 
     Attributes:
@@ -108,9 +108,9 @@ class Provenance(Request):
     @property
     def extent(self) -> Extent:
         """How much of each group is stored."""
-        return Extent(self.rank_share, whole=self.rank == "full")
+        return Extent(self.rank_share, full=self.rank == "full")
 
-    def decompose(self, group: Group, sums: Sums) -> GroupCurvature:
+    def decompose(self, group: LayerGroup, sums: Sums) -> GroupCurvature:
         """Decompose the sums of one group as such a store keeps them (see `group_curvature`).
 
         Raises:
@@ -148,7 +148,7 @@ class StoredGroup(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    group: Group
+    group: LayerGroup
     shard: str
     tails: tuple[Eigenvalue, ...]
     means: tuple[Eigenvalue, ...]
@@ -202,8 +202,8 @@ def write_store(
     folder: Path,
     provenance: Provenance,
     held_out: Sequence[Conversation],
-    groups: Sequence[Group],
-    content: Callable[[Group], GroupCurvature],
+    groups: Sequence[LayerGroup],
+    content: Callable[[LayerGroup], GroupCurvature],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -246,7 +246,7 @@ def _stored_file(path: Path) -> StoredFile:
     return StoredFile(name=path.name, bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
-def _stored_group(group: Group, shard: str, content: GroupCurvature) -> StoredGroup:
+def _stored_group(group: LayerGroup, shard: str, content: GroupCurvature) -> StoredGroup:
     matrices = (content.inputs, *content.outputs)
     return StoredGroup(
         group=group,
@@ -258,8 +258,8 @@ def _stored_group(group: Group, shard: str, content: GroupCurvature) -> StoredGr
     )
 
 
-def _shard_plan(groups: Sequence[Group], extent: Extent, max_bytes: int) -> list[list[Group]]:
-    plan: list[list[Group]] = []
+def _shard_plan(groups: Sequence[LayerGroup], extent: Extent, max_bytes: int) -> list[list[LayerGroup]]:
+    plan: list[list[LayerGroup]] = []
     room = 0
     for group in groups:
         size = stored_bytes(group, extent)

@@ -17,7 +17,7 @@ _Size = Annotated[int, Field(gt=0, le=1 << 31)]
 
 
 @dataclass(frozen=True)
-class Layer:
+class LinearLayer:
     """One linear layer.
 
     Attributes:
@@ -37,7 +37,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Group:
+class LayerGroup:
     """Layers that see the same input, and so share one H.
 
     Attributes:
@@ -50,7 +50,7 @@ class Group:
     name: str
     in_features: _Size
     tokens: Annotated[int, Field(gt=0, le=1 << 62)]
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
+    layers: Annotated[tuple[LinearLayer, ...], Field(min_length=1)]
 
     def matrices(self) -> list[tuple[str, int]]:
         """List H and the G of each layer: what their tensors' names begin with, and their size."""
@@ -63,7 +63,7 @@ def input_name(group: str) -> str:
     return f"{group}.input"
 
 
-def output_name(layer: Layer) -> str:
+def output_name(layer: LinearLayer) -> str:
     """Name the G of a layer."""
     return f"{layer.name}.output"
 
@@ -94,8 +94,8 @@ class Sums:
     outputs: tuple[Tensor, ...]
 
 
-def take_sums(group: Group, sums: MutableMapping[str, Moment]) -> Sums:
-    """Take one group's sums out of those of all, named as in `Group.matrices`, so that memory gets free."""
+def take_sums(group: LayerGroup, sums: MutableMapping[str, Moment]) -> Sums:
+    """Take one group's sums out of those of all (see `LayerGroup.matrices`), so that memory gets free."""
     outputs = tuple(sums.pop(output_name(layer)).total for layer in group.layers)
     return Sums(sums.pop(input_name(group.name)), outputs)
 

@@ -6,11 +6,12 @@ of them to what transformers builds.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from deltaguard.errors import DeltaguardError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # transformers builds the blocks of these from Conv1D.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -144,29 +145,35 @@ def refuse_experts(reference: str, config: Mapping[str, Any], tensors: Iterable[
         )
 
 
-def modules_in_blocks(model: Any) -> dict[str, nn.Module]:
+def modules_in_blocks(model: Any) -> "dict[str, nn.Module]":
     """Find the modules of a transformers causal language model that lie within its decoder blocks.
 
     Returns:
         The modules by their names in the model.
     """
+    from torch import nn
+
     own = set(model.get_decoder().modules())
     named = {name: module for name, module in model.named_modules() if module in own}
     lists = tuple(f"{name}." for name, module in named.items() if isinstance(module, nn.ModuleList))
     return {name: module for name, module in named.items() if name.startswith(lists)}
 
 
-def decoder_blocks(model: Any) -> nn.ModuleList:
+def decoder_blocks(model: Any) -> "nn.ModuleList":
     """Find the list of decoder blocks of a transformers causal language model."""
+    from torch import nn
+
     return max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: "nn.Module") -> bool:
     """Tell whether a module multiplies by its weight, which deltaguard can restore."""
+    from torch import nn
+
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: "nn.Module") -> bool:
     """Tell whether transformers built a linear layer whose weight is stored as (in, out)."""
     from transformers.pytorch_utils import Conv1D
 

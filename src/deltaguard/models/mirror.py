@@ -13,7 +13,6 @@ from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME
 
 if TYPE_CHECKING:
     from deltaguard.models.checkpoint import WeightSource
-    from deltaguard.models.writer import CheckpointWriter
 
 _WEIGHTS = (
     ".safetensors",
@@ -131,37 +130,21 @@ def loadable(files: Mapping[str, Path]) -> Generator[Path]:
         yield Path(folder)
 
 
-def brought_along(
+def checkpoint_files(
     aligned: "WeightSource", finetuned: "WeightSource", *, config_from: ConfigFrom | None
 ) -> dict[str, Path]:
-    """Find the files that come along with a checkpoint: `output_files`, and the index."""
+    """Find the files that are copied into an output checkpoint: `output_files`, and the index."""
     files = output_files(aligned, finetuned, config_from=config_from)
     index = finetuned.index_file()
     return files if index is None else {**files, index.name: index}
 
 
-def beside_adapter(
+def adapter_files(
     aligned: "WeightSource", finetuned: "WeightSource", *, config_from: ConfigFrom | None
 ) -> dict[str, Path]:
-    """Find the files that come along with an adapter: those that describe neither a model nor an adapter."""
+    """Find the files that are copied beside an output adapter: those that describe neither it nor a model."""
     files = output_files(aligned, finetuned, config_from=config_from, adapter=True)
     return {name: file for name, file in files.items() if part_of(name) != "config"}
-
-
-def bring_along(
-    aligned: "WeightSource",
-    finetuned: "WeightSource",
-    writer: "CheckpointWriter",
-    *,
-    config_from: ConfigFrom | None = None,
-) -> None:
-    """Copy the files that `brought_along` finds into an output.
-
-    Raises:
-        DeltaguardError: a file cannot be read or its copy not written, or a link leads out of its folder.
-    """
-    for name, source in brought_along(aligned, finetuned, config_from=config_from).items():
-        writer.copy(source, name)
 
 
 def _belongs(path: Path) -> bool:

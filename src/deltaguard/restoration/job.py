@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deltaguard.curvature import Rank
-from deltaguard.curvature.store import CurvatureStore, not_whole
+from deltaguard.curvature.store import CurvatureStore, not_full
 from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.methods.method import Role
@@ -231,8 +231,8 @@ def find_store(
             f"{listed(f'{title} {aligned.reference} is', problems)}\n"
             f"Run `deltaguard calibrate {aligned.reference} -o STORE` for this model."
         )
-    if rank == "full" and not known.is_whole:
-        raise DeltaguardError(not_whole(known.folder, known.provenance.aligned))
+    if rank == "full" and not known.is_full:
+        raise DeltaguardError(not_full(known.folder, known.provenance.aligned))
     return known
 
 

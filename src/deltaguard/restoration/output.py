@@ -13,7 +13,7 @@ from deltaguard.models.admission import WriteRequest, check_output
 from deltaguard.models.durable import explained
 from deltaguard.models.journal import JOURNAL_NAME
 from deltaguard.models.layout import ADAPTER_CONFIG, STAGING_FOLDER
-from deltaguard.models.mirror import beside_adapter, brought_along
+from deltaguard.models.mirror import adapter_files, checkpoint_files
 from deltaguard.models.shards import DTYPES
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
@@ -58,11 +58,11 @@ def describe_output(job: Job, plan: Plan, folder: Path, config: RestoreConfig) -
     """
     if config.output_format == "adapter":
         weights = [ADAPTER_FILE, ADAPTER_CONFIG]
-        copied = beside_adapter(job.aligned, job.finetuned, config_from=config.config_from)
+        copied = adapter_files(job.aligned, job.finetuned, config_from=config.config_from)
         needed, what = _adapter_bytes(job, plan, config)
     else:
         weights = list(job.finetuned.shards)
-        copied = brought_along(job.aligned, job.finetuned, config_from=config.config_from)
+        copied = checkpoint_files(job.aligned, job.finetuned, config_from=config.config_from)
         headers = sum(len(job.finetuned.header(shard)) for shard in job.finetuned.shards)
         needed, what = plan.write_bytes + headers, ""
     with explained(folder):

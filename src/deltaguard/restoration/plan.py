@@ -8,7 +8,7 @@ from math import prod
 from deltaguard.curvature import Rank
 from deltaguard.curvature.contents import spectra_bytes
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.sums import Group
+from deltaguard.curvature.sums import LayerGroup
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import TensorInfo, WeightSource, name_map
 from deltaguard.models.families import (
@@ -297,7 +297,7 @@ def _with_sizes(
     )
 
 
-def _curvature_bytes(store: CurvatureStore, group: Group, rank: Rank) -> int:
+def _curvature_bytes(store: CurvatureStore, group: LayerGroup, rank: Rank) -> int:
     return 4 * group.in_features**2 if rank == "full" else spectra_bytes(group, store.provenance.extent)
 
 

@@ -20,7 +20,7 @@ from deltaguard.models.adapter_writer import AdapterLayer, commit_adapter, stage
 from deltaguard.models.hub import is_local
 from deltaguard.models.journal import FileRecord
 from deltaguard.models.lora_config import read_lora_config
-from deltaguard.models.mirror import beside_adapter, bring_along, refuse_links_out
+from deltaguard.models.mirror import adapter_files, checkpoint_files, refuse_links_out
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.reports.card import model_card
@@ -166,7 +166,9 @@ def _stage(
                 progress(Event("restore", len(rows) + len(new), len(trial.plan.steps)))
             sink.notes = _ROWS.dump_python(tuple(new), mode="json")
         rows += new
-    bring_along(job.aligned, job.finetuned, writer, config_from=config.config_from)
+    files = checkpoint_files(job.aligned, job.finetuned, config_from=config.config_from)
+    for name, source in files.items():
+        writer.copy(source, name)
     return rows
 
 
@@ -185,7 +187,7 @@ def _stage_adapter(
             progress(Event("restore", number, len(trial.steps)))
             yield step.aligned_name.removesuffix(".weight"), factors
 
-    files = beside_adapter(job.aligned, job.finetuned, config_from=trial.config.config_from)
+    files = adapter_files(job.aligned, job.finetuned, config_from=trial.config.config_from)
     modules = module_names(job.aligned.folder)
     stage_adapter(writer, job.aligned, layers(), modules=modules, companions=files)
     return rows

@@ -14,7 +14,7 @@ from deltaguard.chat.predictions import negative_log_likelihood
 from deltaguard.chat.template import render
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError, listed, require_packages
-from deltaguard.evaluation.engines.folders import Folders, find_folders, load_tokenizer
+from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer
 from deltaguard.evaluation.exchange import Decoding, OnBatch, Question
 from deltaguard.models.adapter import open_adapter_weights
 from deltaguard.models.checkpoint import name_map
@@ -61,7 +61,10 @@ class TransformersEngine:
         """
         folders = find_folders(reference)
         chosen = str(find_device(device))
-        model = _load(folders, reference, resolved_dtype(dtype, chosen))
+        kind = resolved_dtype(dtype, chosen)
+        model = load_model(folders.model, reference, dtype=None if kind == "auto" else getattr(torch, kind))
+        if folders.adapter is not None:
+            model = merge_adapter(model, folders.adapter, reference)
         return cls(model.to(torch.device(chosen)).eval(), load_tokenizer(folders), batch_size)
 
     def answer(
@@ -99,11 +102,6 @@ class TransformersEngine:
 def rendered(tokenizer: Any, question: Question) -> str:
     """Render the text that a model continues: the chat template up to the answer, then the prefill."""
     return render(tokenizer, Conversation(question.prompt, question.system)) + question.prefill
-
-
-def _load(folders: Folders, reference: str, dtype: str) -> Any:
-    model = load_model(folders.model, reference, dtype=None if dtype == "auto" else getattr(torch, dtype))
-    return model if folders.adapter is None else merge_adapter(model, folders.adapter, reference)
 
 
 def resolved_dtype(dtype: Dtype, device: str) -> Dtype:
@@ -163,19 +161,16 @@ def _literal(lora: LoraConfig, adapted: Mapping[str, Scaling], **others: Any) ->
     """PEFT's configuration for modules named one by one."""
     import peft
 
-    ranks = {_exactly(n): each.rank for n, each in adapted.items() if each.rank != lora.r}
-    alphas = {_exactly(n): each.alpha for n, each in adapted.items() if each.alpha != lora.lora_alpha}
+    # PEFT reads the names of these patterns as regular expressions.
+    exact = {name: f"^{re.escape(name)}" for name in adapted}
+    alphas = {exact[n]: each.alpha for n, each in adapted.items() if each.alpha != lora.lora_alpha}
     return peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,  # pyright: ignore[reportArgumentType]  # any number, in fact
         use_rslora=lora.use_rslora,
-        rank_pattern=ranks,
+        rank_pattern={exact[n]: each.rank for n, each in adapted.items() if each.rank != lora.r},
         alpha_pattern=alphas,
         target_modules=list(adapted),
         inference_mode=True,
         **others,
     )
-
-
-def _exactly(name: str) -> str:
-    return f"^{re.escape(name)}"

@@ -18,6 +18,7 @@ the answer without the prefill.
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from types import MappingProxyType
 from typing import Literal
@@ -93,17 +94,13 @@ def _framed(frame: str, question: Question) -> Question:
     return replace(question, prompt=frame.format(prompt=question.prompt))
 
 
-def _translation(frame: str) -> Probe:
-    return lambda question: _framed(frame, question)
-
-
 PROBES: Mapping[str, Probe] = MappingProxyType(
     {
         "prefill": prefill,
         "role-play": role_play,
         "refusal-suppression": refusal_suppression,
         "base64": base64,
-        **{f"translation-{language}": _translation(frame) for language, frame in _FRAMES.items()},
+        **{f"translation-{language}": partial(_framed, frame) for language, frame in _FRAMES.items()},
     }
 )
 """All rewrites by the names suites use; system message and expected answer are left alone."""

@@ -94,7 +94,13 @@ def run_harness(
     manager: Any = import_module("lm_eval.tasks").TaskManager(
         include_path=None if include_path is None else str(include_path)
     )
-    _check_tasks(tasks, manager)
+    known = set(manager.all_tasks)
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        raise DeltaguardError(
+            f"The harness has no task named {', '.join(unknown)}; `lm-eval ls tasks` lists the {len(known)} "
+            "that it has."
+        )
     engine = _engine(model, device, batch_size)
     evaluator = import_module("lm_eval.evaluator")
     try:
@@ -173,16 +179,6 @@ def _number(value: object) -> float | None:
 
 def _shared(values: Sequence[int]) -> int | None:
     return values[0] if len(set(values)) == 1 else None
-
-
-def _check_tasks(tasks: Sequence[str], manager: Any) -> None:
-    known = set(manager.all_tasks)
-    unknown = [task for task in tasks if task not in known]
-    if unknown:
-        raise DeltaguardError(
-            f"The harness has no task named {', '.join(unknown)}; `lm-eval ls tasks` lists the {len(known)} "
-            "that it has."
-        )
 
 
 Row = Mapping[str, Any]
