@@ -97,7 +97,7 @@ def spectrum(curvature: Tensor, rank: int | None = None) -> Spectrum:
         >>> import torch
         >>> found = spectrum(torch.diag(torch.tensor([1.0, 9.0, 4.0])), rank=1)
         >>> found.values.tolist(), round(found.tail, 2)
-        ([9.0], 2.02)
+        ([9.0], 2.03)
     """
     size = curvature.shape[0]
     kept = size if rank is None else rank
