@@ -32,7 +32,7 @@ def test_text_for_people_names_every_limit_and_the_page(tmp_path, capsys):
     for limit in ("0.0001", "0.0003", "0.0006", "0.001", "0.003"):
         assert f" {limit} " in captured.out
     assert str(tmp_path / "report.html") in captured.out.replace("\n", "")
-    assert "measure ..." in captured.err
+    assert "measure: safety KL" in captured.err
     page = (tmp_path / "report.html").read_bytes()
     assert run(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").read_bytes() == page
