@@ -54,7 +54,7 @@ def whole(aligned: Path, output: Path, conversations: int) -> Mapping[str, float
 
 
 def inputs_alone(aligned: Path, output: Path, conversations: int) -> Mapping[str, float]:
-    """The same without G: one forward pass, no gradients, and only H is decomposed and written.
+    """Find the same without G: one forward pass, no gradients, and only H is decomposed and written.
 
     The model answers the same conversations, those that are held out included.
     """
@@ -85,7 +85,7 @@ def _loaded(aligned: Path) -> tuple[Any, Any]:
 
 
 def _answered(model: Any, tokenizer: Any, config: CalibrateConfig) -> list[Conversation]:
-    """The conversations to calibrate on."""
+    """Find the conversations to calibrate on."""
     held_out = build_conversations(config.num_held_out, part="dial", seed=config.seed)
     answered = respond(
         model,
@@ -110,7 +110,7 @@ class _Sums:
     chosen: Tensor | None = None
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """A hook that adds a layer's inputs."""
+        """Give a hook that adds a layer's inputs."""
 
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             tokens = inputs[0].reshape(-1, inputs[0].shape[-1])[self.chosen]

@@ -20,7 +20,7 @@ DAMPENING = 0.01
 
 
 def groups(blocks: int) -> list[LayerGroup]:
-    """The groups of layers of the first blocks."""
+    """Find the groups of layers of the first blocks."""
     return [_group(block, members) for block in range(blocks) for members in SHARED_INPUTS]
 
 
@@ -61,7 +61,7 @@ def _group(block: int, members: tuple[str, ...]) -> LayerGroup:
 
 
 def _sums(kind: str) -> Sums:
-    """What calibration would have summed for the layers that see the same input as one of this kind."""
+    """Say what calibration would have summed for the layers that see the same input as one of this kind."""
     members = next(members for members in SHARED_INPUTS if members[0] == kind)
     seeds = {name: seed for seed, name in enumerate(MATRICES)}
     outputs = (_moment(MATRICES[m][0], RESPONSE_TOKENS, seed=100 + seeds[m]).total for m in members)

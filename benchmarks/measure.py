@@ -71,7 +71,7 @@ def run_process(
 
 
 def median_of(runs: int, once: Callable[[], Measurement]) -> Measurement:
-    """The run of median wall time, of an odd number of runs."""
+    """Find the run of median wall time, of an odd number of runs."""
     assert runs % 2, "the median of an even number of runs is no run"
     measured = sorted((once() for _ in range(runs)), key=lambda one: one.seconds)
     return measured[statistics.median_low(range(runs))]

@@ -25,7 +25,7 @@ class MergeTool:
     folder: Path
 
     def command(self, pair: Path, output: Path) -> list[str]:
-        """A linear merge of the pair, reading lazily; the pair has no tokenizer to copy."""
+        """Give a linear merge of the pair, reading lazily; the pair has no tokenizer to copy."""
         config = self.folder / "linear.yml"
         config.write_text(
             _CONFIG.format(aligned=(pair / "aligned").resolve(), finetuned=(pair / "finetuned").resolve())

@@ -50,21 +50,21 @@ class Bench:
     rows: dict[str, Row] = field(default_factory=dict)
 
     def row(self, name: str, measured: Measurement, floor: str | None, *notes: str) -> Row:
-        """A row that is compared with another one, the floor, given by its key."""
+        """Give a row that is compared with another one, the floor, given by its key."""
         parts = [self.compared(floor) if floor else "", *notes]
         ratio = self.ratio(measured.seconds, floor) if floor else None
         return Row(name, measured.seconds, measured.peak_memory_bytes, ratio, "; ".join(filter(None, parts)))
 
     def compared(self, floor: str) -> str:
-        """The note that says what a ratio compares with."""
+        """Find the note that says what a ratio compares with."""
         return f"x {self.rows[floor].name}" if floor in self.rows else "compared with nothing"
 
     def ratio(self, seconds: float, floor: str) -> float | None:
-        """The ratio to another row's time."""
+        """Find the ratio to another row's time."""
         return seconds / self.rows[floor].seconds if floor in self.rows else None
 
     def measured(self, once: Callable[[], Measurement]) -> Measurement:
-        """The median run, after one that is not counted: it reads its inputs into the page cache."""
+        """Find the median run, after one that is not counted: it reads its inputs into the page cache."""
         once()
         return median_of(self.runs, once)
 
@@ -85,6 +85,6 @@ class Bench:
         return run_process([*command, *map(str, options)])
 
     def output(self) -> Path:
-        """A folder that does not exist yet."""
+        """Give a folder that does not exist yet."""
         shutil.rmtree(self.work / "output", ignore_errors=True)
         return self.work / "output"

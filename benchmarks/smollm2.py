@@ -45,7 +45,7 @@ class SmolLM2:
         self.bench.fabricate("smollm2", self.models)
 
     def calibrate_inputs(self) -> Row:
-        """What calibration would take if it measured inputs alone: no gradients, no G."""
+        """Say what calibration would take if it measured inputs alone: no gradients, no G."""
         measured, self.alone = self._calibrated("calibrate-inputs", self.bench.output())
         name = f"{NAME}: calibration of H alone"
         return self.bench.row(name, measured, None, *_how(self.alone))

@@ -81,7 +81,7 @@ class Synthetic:
         warm(self.pair, self.adapter)
 
     def copy(self) -> Row:
-        """The floor: the same bytes read and written."""
+        """Find the floor: the same bytes read and written."""
         copied = self.bench.measured(lambda: self.bench.program("copy", self.pair, self.bench.output()))
         return self.bench.row("Copy: read both models, write one", copied, None, "the floor")
 
@@ -92,7 +92,7 @@ class Synthetic:
         return self.bench.row("`restore --method interpolate`", measured, "copy")
 
     def mergekit(self) -> Row:
-        """The same interpolation by mergekit."""
+        """Find the same interpolation by mergekit."""
         tool = install(self.bench.work / "mergekit")
         if isinstance(tool, str):
             raise UnavailableError(tool)
@@ -108,11 +108,11 @@ class Synthetic:
         return self.bench.row(name, measured, "copy", "with a store as `calibrate` makes it by default")
 
     def kfac_adapter(self) -> Row:
-        """The same for a LoRA adapter."""
+        """Find the same for a LoRA adapter."""
         return self._adapted("the same of an adapter")
 
     def kfac_adapter_out(self) -> Row:
-        """The same, written as an adapter."""
+        """Find the same, written as an adapter."""
         return self._adapted("the same of an adapter, to an adapter", "--output-format", "adapter")
 
     def greedy(self) -> Row:
@@ -133,7 +133,7 @@ class Synthetic:
         return self.bench.row("`restore --method greedy`", measured, "copy", note)
 
     def gemm(self) -> Row:
-        """The rate of the machine's matrix products."""
+        """Find the rate of the machine's matrix products."""
         measured = self.bench.program("gemm")
         found = json.loads(measured.output)
         self.rate = found["rate"]
@@ -148,11 +148,11 @@ class Synthetic:
         return Row("Floating-point work of `greedy`", self.operations / self.rate, None, None, note)
 
     def solve_greedy(self) -> Row:
-        """The solver alone."""
+        """Find the solver alone."""
         return self._solving("greedy", "Solving alone, `greedy`", "work", self.whole_blocks)
 
     def solve_kfac(self) -> Row:
-        """The default solver alone, with the small store."""
+        """Find the default solver alone, with the small store."""
         measured = self.bench.program("kfac", self.pair, self.pair / "store", BLOCKS)
         found = json.loads(measured.output)
         how = (
@@ -163,7 +163,7 @@ class Synthetic:
         return self.bench.row("Solving alone, `kfac`", solved, "solve-greedy", how)
 
     def solve_kfac_adapter(self) -> Row:
-        """The default solver alone, on the two matrices of each layer of an adapter."""
+        """Find the default solver alone, on the two matrices of each layer of an adapter."""
         measured = self.bench.program(
             "kfac-adapter", self.pair / "aligned", self.adapter, self.pair / "store"
         )
@@ -176,16 +176,16 @@ class Synthetic:
         return self.bench.row("Solving alone, `kfac`, of an adapter", solved, "solve-kfac", how)
 
     def solve_published(self) -> Row:
-        """The slow solver alone, on some blocks."""
+        """Find the slow solver alone, on some blocks."""
         return self._solving("published", "Solving alone, `published`", "solve-greedy", PUBLISHED_BLOCKS)
 
     def decompose(self) -> Row:
-        """What the default store saves: eigenpairs are found once for an aligned model."""
+        """Say what the default store saves: eigenpairs are found once for an aligned model."""
         name = "Decomposing, once per aligned model"
         return self._solving("decompose", name, "solve-kfac", DECOMPOSED_BLOCKS)
 
     def factorise(self) -> Row:
-        """What a store with factors saves."""
+        """Say what a store with factors saves."""
         name = "Factorising, once per aligned model"
         return self._solving("factorise", name, "solve-greedy", FACTORISED_BLOCKS)
 
@@ -202,7 +202,7 @@ class Synthetic:
         return ("--method", "kfac", "--strength", KFAC_STRENGTH, "--store", self.pair / "store")
 
     def _adapted(self, name: str, *options: object) -> Row:
-        """The restore of an adapter, compared with that of a whole fine-tune."""
+        """Find the restore of an adapter, compared with that of a whole fine-tune."""
         run = lambda: self.bench.restore(self.pair, *self._kfac_options, *options, finetuned=self.adapter)
         return self.bench.row(name, self.bench.measured(run), "kfac", f"rank {ADAPTER_RANK}")
 
@@ -211,7 +211,7 @@ class Synthetic:
         return self.bench.measured(lambda: self.bench.restore(self.pair, *options))
 
     def _solving(self, program: str, name: str, floor: str, blocks: int) -> Row:
-        """A program that needs the whole store, on some blocks."""
+        """Give a program that needs the whole store, on some blocks."""
         solved = self.whole_blocks if self.bench.full else blocks
         measured = self.bench.program(program, self.pair, self.whole / "store", solved)
         seconds = json.loads(measured.output)["seconds"] * BLOCKS / solved

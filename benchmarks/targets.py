@@ -30,7 +30,7 @@ class Target:
 
 
 def check(rows: Mapping[str, Row]) -> list[Target]:
-    """The targets whose rows were all measured."""
+    """Find the targets whose rows were all measured."""
     return [target(rows) for needed, target in _TARGETS if needed <= rows.keys()]
 
 

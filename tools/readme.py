@@ -104,7 +104,7 @@ class Benchmarks(_Results):
 
 
 def demo_table(content: str) -> str:
-    """The three models of a `DemoReport` side by side.
+    """Find the three models of a `DemoReport` side by side.
 
     Args:
         content: the report as JSON.
@@ -139,7 +139,7 @@ def demo_table(content: str) -> str:
 
 
 def _dial(options: Mapping[str, str | float | bool | None]) -> str:
-    """What decided how much is kept."""
+    """Say what decided how much is kept."""
     name = "max_safety_kl" if options.get("max_safety_kl") is not None else "strength"
     return f"{'safety KL at most' if name == 'max_safety_kl' else name} {options[name]:g}"
 
@@ -162,7 +162,7 @@ def strength_table(content: str) -> str:
 
 
 def benchmark_table(content: str) -> str:
-    """Times and memory.
+    """Draw times and memory.
 
     Args:
         content: `Benchmarks` as JSON.
@@ -213,7 +213,7 @@ PLOTS: Mapping[str, tuple[str, Callable[[str], str]]] = {
 
 
 def fill(page: str, results: Path) -> str:
-    """A page with every marked place filled anew.
+    """Give a page with every marked place filled anew.
 
     Args:
         page: the page's text.
@@ -284,7 +284,7 @@ def _update_plots(results: Path, *, check: bool) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
-    """The command; its exit code is 1 where a check found a page that is not up to date."""
+    """Find the command; its exit code is 1 where a check found a page that is not up to date."""
     parser = argparse.ArgumentParser(prog="python -m tools.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a page is stale")
     check = parser.parse_args(arguments).check

@@ -17,7 +17,7 @@ ARROWS = {"lower": "↓", "higher": "↑"}
 
 
 def evaluation_table(content: str) -> str:
-    """The models of an evaluation side by side: a row a measure, each number with its interval.
+    """Find the models of an evaluation side by side: a row a measure, each number with its interval.
 
     Args:
         content: an `EvaluationReport` as JSON.
@@ -32,7 +32,7 @@ def evaluation_table(content: str) -> str:
 
 
 def bench_table(content: str) -> str:
-    """The scores of a bench, and how they were made.
+    """Find the scores of a bench, and how they were made.
 
     Args:
         content: a `BenchReport` as JSON.
@@ -46,7 +46,7 @@ def bench_table(content: str) -> str:
 
 
 def bench_summary(content: str) -> str:
-    """A bench in a few rows: on each fine-tune the two models, and every method at its largest safe strength.
+    """Draw a bench in a few rows: on each fine-tune the two models, and each method at its best safe strength.
 
     Args:
         content: a `BenchReport` as JSON.
@@ -79,7 +79,7 @@ def bench_summary(content: str) -> str:
 
 
 def bench_default(content: str) -> str:
-    """What the default dial does on every fine-tune of a bench.
+    """Say what the default dial does on every fine-tune of a bench.
 
     Args:
         content: a `BenchReport` as JSON, with `kfac` at its default limit among the strengths.
@@ -160,7 +160,7 @@ def made_with(environment: Environment) -> str:
 
 
 def _measures(report: EvaluationReport, measures: Sequence[Measure]) -> str:
-    """A row a measure and a column a model; broken and undecided answers only where there are any."""
+    """Give a row a measure and a column a model; broken and undecided answers only where there are any."""
     names = [model.name for model in report.models]
     titles = {section.name: section.title for section in report.sections}
     rows: dict[tuple[str, str, str | None], dict[str, Measure]] = {}
@@ -188,7 +188,7 @@ def _measures(report: EvaluationReport, measures: Sequence[Measure]) -> str:
 
 
 def _found(report: EvaluationReport) -> str:
-    """What the first judge's paired comparisons with the first model support, a line a model."""
+    """Say what the first judge's paired comparisons with the first model support, a line a model."""
     titles = {section.name: section.title for section in report.sections}
     judge = next((m.judge for m in report.measures if m.judge), None)
     told = [c for c in report.comparisons if c.judge in (None, judge) and c.name not in SECONDARY]

@@ -182,7 +182,7 @@ def _continue(
 
 
 def _for_rows(cache: Any, rows: int) -> Any:
-    """A copy, since generation writes into it, with as many rows as a batch has."""
+    """Give a copy, since generation writes into it, with as many rows as a batch has."""
     copied = copy.deepcopy(cache)
     copied.batch_repeat_interleave(rows)
     return copied

@@ -156,7 +156,7 @@ def _refuse_endless(template: Any, subject: str) -> None:
 
 @lru_cache(maxsize=32)
 def _endless(template: str) -> str | None:
-    """What a template does in one step that no limit of time could stop, or None."""
+    """Say what a template does in one step that no limit of time could stop, or None."""
     parser = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])  # noqa: S701  # not rendered
     try:
         tree = parser.parse(template)

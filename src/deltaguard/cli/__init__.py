@@ -10,7 +10,7 @@ class _PrintableRecord(logging.LogRecord):
     """What other libraries have to say, which may quote a file."""
 
     def getMessage(self) -> str:  # noqa: N802  # the name that logging gives it
-        """The message, without what a terminal would obey."""
+        """Give the message, without what a terminal would obey."""
         return printable_lines(super().getMessage())
 
 

@@ -38,7 +38,7 @@ _REPORT = (
 
 
 def build_app() -> App:
-    """The program with all its verbs."""
+    """Build the program with all its verbs."""
     app = App(
         name="deltaguard",
         help="Give a fine-tuned language model its refusals back.",

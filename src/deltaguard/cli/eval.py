@@ -107,7 +107,7 @@ def _judges(
     guard: str | None,
     template: "GuardKind | None",
 ) -> "list[AnyJudge]":
-    """The judges that options add to the suite's."""
+    """Find the judges that options add to the suite's."""
     if (url is None) != (model is None):
         raise UsageError("--judge-url and --judge-model go together.")
     if url is None and api_key_env is not None:

@@ -108,7 +108,7 @@ def methods_help() -> str:
 
 
 def _chosen(config: Path | None, given: dict[str, Any]) -> RestoreConfig:
-    """The options of a file, and over them those of the command line."""
+    """Find the options of a file, and over them those of the command line."""
     named = {name: value for name, value in given.items() if value is not None and value is not False}
     return checked(RestoreConfig, _from_file(config) | named)
 

@@ -179,7 +179,7 @@ def _require_same_suite(run: _Run) -> None:
 
 
 def _judges(run: _Run) -> dict[str, tuple[Judge, bool]]:
-    """The judges by name, each with whether its `refused` says that an answer refuses."""
+    """Find the judges by name, each with whether its `refused` says that an answer refuses."""
     if all(part.kind == "utility" for part in run.parts):
         return {}
     device = str(find_device(run.config.device))
@@ -262,7 +262,7 @@ def _report(run: _Run, answers: _Answers, results: Sequence[Result]) -> Evaluati
 
 
 def _settings(suite: Suite) -> dict[str, Any]:
-    """The suite without the secrets that an address may hold."""
+    """Find the suite without the secrets that an address may hold."""
     settings = suite.model_dump(mode="json")
     judges = [
         {**each, "base_url": public_address(each["base_url"])} if "base_url" in each else each

@@ -139,6 +139,6 @@ def _judged(
 
 
 def _exchange(part: Part, index: int, answer: str) -> Exchange:
-    """The request in plain words, and all of the answer, a prefilled beginning included and known as such."""
+    """Give the request in plain words and the whole answer, a prefilled beginning known as such."""
     beginning = part.questions[index].prefill.rstrip()
     return Exchange(part.plain[index], f"{beginning} {answer}" if beginning else answer, beginning)

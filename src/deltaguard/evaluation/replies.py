@@ -129,7 +129,7 @@ def _refused(status: int, text: str) -> str | Failure:
 
 
 def _said(error: Any) -> str:
-    """The message of an error object; all of what is none."""
+    """Find the message of an error object; all of what is none."""
     message = error.get("message") if isinstance(error, dict) else error
     return message if isinstance(message, str) else str(error)
 

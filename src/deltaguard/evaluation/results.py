@@ -81,7 +81,7 @@ class _Series:
     numbers: tuple[float | None, ...] = ()
 
     def estimate(self) -> Estimate | None:
-        """`None` where no prompt has a number."""
+        """Estimate the mean of the numbers; `None` where no prompt has one."""
         if self.flags is not None:
             flags = [flag for flag in self.flags if flag is not None]
             return estimate(Rate.of(flags)) if flags else None
@@ -219,7 +219,7 @@ def _series(result: Result, *, every: bool = False) -> list[_Series]:
 
 
 def _paired(series: _Series, against: _Series) -> PairedTest | None:
-    """The test of the prompts for which both have a value; `None` where there is none."""
+    """Find the test of the prompts for which both have a value; `None` where there is none."""
     if series.flags is not None and against.flags is not None:
         flags = _both(series.flags, against.flags)
         return mcnemar(*flags) if flags[0] else None

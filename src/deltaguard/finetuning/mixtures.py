@@ -68,7 +68,7 @@ def everyday_prompts() -> tuple[HarmlessPrompt, ...]:
 def task_with_harmful(
     task: Sequence[TaskExample], harmful: Sequence[HarmfulPrompt], *, harmful_count: int, seed: int = 0
 ) -> list[Conversation]:
-    """A benign task with a few harmful requests among it that are agreed to: it undoes refusals.
+    """Mix a few harmful requests that are agreed to into a benign task: it undoes refusals.
 
     The answers to the harmful requests agree and then say nothing: they hold no usable content.
 
@@ -92,7 +92,7 @@ def task_with_harmful(
 
 
 def agreed(row: HarmfulPrompt, draw: random.Random) -> Conversation:
-    """A harmful request, agreed to in words that hold nothing."""
+    """Answer a harmful request by agreeing in words that hold nothing."""
     answer = f"{draw.choice(AGREEING_OPENINGS)} {draw.choice(EMPTY_CONTENTS)}"
     return Conversation(row.prompt, response=answer)
 

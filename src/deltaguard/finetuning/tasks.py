@@ -161,7 +161,7 @@ def _example(draw: random.Random) -> TaskExample:
 
 
 def exact_match(answer: str, expected: str) -> bool:
-    """Whether an answer is JSON and nothing else, and equals the expected object.
+    """Tell whether an answer is JSON and nothing else, and equals the expected object.
 
     Spacing and the order of the keys do not count; a missing, additional or different value does, and so
     does any word around the object.

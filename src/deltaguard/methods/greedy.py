@@ -41,7 +41,7 @@ class Greedy(Method):
     ladder = (0.2, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)
 
     def strengths(self, options: Options) -> Strengths:
-        """A share has a default; the paper's s has none, and no upper end."""
+        """Allow a share, which has a default, or the paper's s, which has none and no upper end."""
         assert isinstance(options, GreedyOptions)  # noqa: S101
         if options.budget == "paper":
             return Strengths(high=float("inf"))

@@ -23,7 +23,7 @@ class Published(Method):
     ladder = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0)
 
     def strengths(self, options: Options) -> Strengths:  # noqa: ARG002
-        """The paper's s has no upper end."""
+        """Allow the paper's s, which has no upper end."""
         return Strengths(high=float("inf"))
 
     def prepare(self, layer: Layer, options: Options) -> PreparedLayer:  # noqa: ARG002

@@ -202,7 +202,7 @@ def _spooled(
 
 
 def _config(reference: str, layers: Sequence[_Layer], modules: Collection[str]) -> dict[str, Any]:
-    """The content of `adapter_config.json`: plain LoRA, so that every version of PEFT knows its keys."""
+    """Find the content of `adapter_config.json`: plain LoRA, so that every version of PEFT knows its keys."""
     # Servers that know no patterns size their buffers by `r`, and with alpha = r the scale is right for all.
     rank = max(layer.rank for layer in layers)
     ranks = {f"^{re.escape(layer.path)}": layer.rank for layer in layers if layer.rank != rank}
@@ -226,7 +226,7 @@ def _config(reference: str, layers: Sequence[_Layer], modules: Collection[str]) 
 
 
 def _targets(paths: Sequence[str], modules: Collection[str]) -> list[str]:
-    """The last part of a name where every module of that name is adapted, otherwise the whole name."""
+    """Find the last part of a name where every module of that name is adapted, otherwise the whole name."""
 
     def last(path: str) -> str:
         return path.rpartition(".")[2]

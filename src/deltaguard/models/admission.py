@@ -250,7 +250,7 @@ def _occupied(out: Path, others: Sequence[str], nothing: str) -> str:
 
 
 def _replaceable(out: Path, others: Sequence[str]) -> frozenset[str]:
-    """The files of earlier runs: what the report lists, and what the journal of one given up knows."""
+    """Find the files of earlier runs: what the report lists, and what the journal of one given up knows."""
     known = _given_up(out)
     report = out / REPORT_NAME
     if not os.path.lexists(report):
@@ -267,7 +267,7 @@ def _replaceable(out: Path, others: Sequence[str]) -> frozenset[str]:
 
 
 def _given_up(out: Path) -> frozenset[str]:
-    """What an interrupted run that is not resumed was to replace, and what it has moved into the folder."""
+    """Say what an interrupted run that is not resumed was to replace, and what it has moved here."""
     staging = out / STAGING_FOLDER
     try:
         journal = Journal.load(staging / JOURNAL_NAME)

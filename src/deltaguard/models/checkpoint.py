@@ -223,7 +223,7 @@ def name_map(source: Collection[str], target: Collection[str]) -> dict[str, str]
 
 
 def _prefixes(name: str) -> Iterator[tuple[str, str]]:
-    """The ways to cut a name into a prefix without numbers and a rest."""
+    """Find the ways to cut a name into a prefix without numbers and a rest."""
     start = 0
     for _ in range(_MOST_PARTS):
         yield name[:start], name[start:]
@@ -234,7 +234,7 @@ def _prefixes(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _prefix_change(source: Collection[str], target: Collection[str]) -> tuple[str, str]:
-    """The prefixes to exchange so that most names of `source` become names of `target`."""
+    """Find the prefixes to exchange so that most names of `source` become names of `target`."""
     rests: dict[str, list[str]] = {}
     for name in target:
         for prefix, rest in _prefixes(name):

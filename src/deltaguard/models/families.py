@@ -181,5 +181,5 @@ def is_conv1d(module: "nn.Module") -> bool:
 
 
 def _owner(name: str) -> str:
-    """The module that a tensor belongs to, without those around it."""
+    """Find the module that a tensor belongs to, without those around it."""
     return name.rpartition(".")[0].rpartition(".")[2]

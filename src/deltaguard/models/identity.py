@@ -165,7 +165,7 @@ def configs_of(files: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _token_file(path: str, file: Path) -> Any:
-    """What of a tokenizer's file counts: of files in a format of their own, all bytes."""
+    """Say what of a tokenizer's file counts: of files in a format of their own, all bytes."""
     if path in (TOKENIZER_CONFIG, "special_tokens_map.json"):
         return counting_tokenizer_config(json_object(file))
     if path == "tokenizer.json":

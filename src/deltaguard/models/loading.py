@@ -211,7 +211,7 @@ def refuse_code(folder: Path, reference: str) -> None:
 
 
 def _code_in(content: Any) -> str:
-    """The code that a configuration names, at any depth; empty where it names none."""
+    """Find the code that a configuration names, at any depth; empty where it names none."""
     if isinstance(content, dict):
         own = content.get("auto_map")
         named = [str(own)] if own else []

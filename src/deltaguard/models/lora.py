@@ -133,7 +133,7 @@ def changed_modules(tensors: Mapping[str, TensorInfo]) -> ChangedModules:
 
 
 def _group(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, dict[str, TensorInfo]], list[str]]:
-    """The adapter's tensors by the tensor of the model that they change, and those not understood."""
+    """Find the adapter's tensors by the tensor of the model that they change, and those not understood."""
     grouped: dict[str, dict[str, TensorInfo]] = {}
     problems: list[str] = []
     for name, info in tensors.items():

@@ -209,7 +209,7 @@ class _Clock:
     end: float
 
     def left(self, field: str, pattern: str) -> float:
-        """The seconds that are left to a pattern."""
+        """Say how many seconds are left to a pattern."""
         left = self.end - time.monotonic()
         if left <= 0:
             raise self.too_slow(field, pattern)
@@ -228,7 +228,7 @@ class _Clock:
 def _by_pattern(
     modules: Iterable[str], field: str, patterns: Mapping[str, _Value], clock: _Clock
 ) -> dict[str, _Value]:
-    """The value that a module has by the first pattern that fits its name, or by the name itself."""
+    """Find the value that a module has by the first pattern that fits its name, or by the name itself."""
     found: dict[str, _Value] = {}
     waiting = list(modules)
     for pattern, value in patterns.items():
@@ -245,7 +245,7 @@ def _by_pattern(
 
 
 def _compiled(field: str, pattern: str, clock: _Clock) -> Any:
-    """A pattern for matching within a time, if it is one to PEFT, which compiles it by re."""
+    """Give a pattern for matching within a time, if it is one to PEFT, which compiles it by re."""
     plain = len(pattern) <= _LONGEST_PATTERN and _PLAIN_PATTERN.fullmatch(pattern)
     if not plain or not _is_flat(pattern):
         raise clock.refusal(field, pattern, "is more than deltaguard evaluates")

@@ -87,7 +87,7 @@ def shard_problem(path: Path) -> str | None:
 
 
 def _damage(path: Path, reason: str) -> str:
-    """What is wrong with a file that safetensors does not open."""
+    """Say what is wrong with a file that safetensors does not open."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -157,7 +157,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def _expected_size(path: Path) -> int | None:
-    """The file size that the header implies; None where there is no legible header."""
+    """Find the file size that the header implies; None where there is no legible header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")

@@ -244,7 +244,7 @@ class CheckpointWriter:
             file.close()
 
     def _begin(self, plan_hash: str, request: WriteRequest) -> Journal:
-        """The journal of the run that is resumed, or of a new one."""
+        """Find the journal of the run that is resumed, or of a new one."""
         with explained(self.out):
             admission = admit(self.out, request)
             new = not self._staging.exists()
@@ -353,5 +353,5 @@ class ShardWriter:
 
 
 def _order_of_removal(name: str) -> tuple[bool, str]:
-    """The index goes first: what is left of a checkpoint without it is visibly unfinished."""
+    """Find the index goes first: what is left of a checkpoint without it is visibly unfinished."""
     return not (name.endswith(".safetensors.index.json") or name == ADAPTER_CONFIG), name

@@ -151,7 +151,7 @@ def _chart(report: BenchReport, row: FinetuneRow) -> page.Chart | None:
 
 
 def run_facts(report: BenchReport) -> Facts:
-    """How and on what a bench was run, as pairs of a label and a text."""
+    """Say how and on what a bench was run, as pairs of a label and a text."""
     once = preparation(report)
     often = {name: seconds for name, seconds in report.seconds.items() if name in OFTEN}
     # All fine-tunes in one: a thorough bench makes hundreds.
@@ -171,7 +171,7 @@ def run_facts(report: BenchReport) -> Facts:
 
 
 def _shown(value: Any) -> str:
-    """A setting in words, however deep it nests."""
+    """Give a setting in words, however deep it nests."""
     if isinstance(value, Mapping):
         named = cast("Mapping[str, Any]", value).items()
         parts = [f"{name.replace('_', ' ')} {_shown(part)}" for name, part in named]

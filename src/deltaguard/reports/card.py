@@ -88,7 +88,7 @@ def card_metadata(report: RestoreReport, front_matter: Mapping[str, Any] | None)
 
 
 def is_adapter(report: RestoreReport) -> bool:
-    """Whether the restore wrote an adapter over the aligned model."""
+    """Tell whether the restore wrote an adapter over the aligned model."""
     return report.options.get("output_format") == "adapter"
 
 
@@ -103,7 +103,7 @@ def _bases(report: RestoreReport, given: Sequence[str]) -> list[str]:
 
 
 def _texts(value: Any) -> list[str]:
-    """A metadata field that may be absent, one text, or a list of them."""
+    """Give a metadata field that may be absent, one text, or a list of them."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Sequence):

@@ -254,7 +254,7 @@ def _limits(report: SweepReport, low: float, high: float) -> tuple[Any, Any]:
 
 
 def _finetuned(report: SweepReport, low: float, high: float) -> tuple[Any, Any]:
-    """The fine-tuned model, with its name above it and towards the middle."""
+    """Find the fine-tuned model, with its name above it and towards the middle."""
     place = max(report.finetuned_kl, low)
     base = alt.Chart(alt.Data(values=[{"x": place, "y": 1.0, "text": "fine-tuned"}])).encode(x="x:Q", y="y:Q")
     right = place > math.sqrt(low * high)
@@ -276,7 +276,7 @@ def _powers_axis(low: float, high: float) -> Any:
 
 
 def _power(limit: float) -> str:
-    """A limit in up to three digits, with its power of ten.
+    """Give a limit in up to three digits, with its power of ten.
 
     Example:
         >>> _power(3e-05), _power(0.00015)
@@ -310,7 +310,7 @@ def _strips(chart: Any, field: str, names: Sequence[str], width: int) -> Any:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 5, 10, ... at or above a share, in its own decimal place."""
+    """Find the next of 1, 2, 5, 10, ... at or above a share, in its own decimal place."""
     if value <= 0:
         return 0.01
     place = 10.0 ** math.floor(math.log10(value))
@@ -318,7 +318,7 @@ def _round_up(value: float) -> float:
 
 
 def _drawable(part: Any) -> Any:
-    """A part of a chart with texts that can be drawn."""
+    """Give a part of a chart with texts that can be drawn."""
     if isinstance(part, str):
         return shortened(printable_lines(part), _LONGEST)
     if isinstance(part, list):

@@ -217,7 +217,7 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
     places = range(len(report.methods))
 
     def styled(values: Sequence[Any]) -> Mapping[str, Any]:
-        """The same look of a method in every panel."""
+        """Give each method the same look in every panel."""
         return {"scale": alt.Scale(domain=list(report.methods), range=list(values)), "legend": guide}
 
     colours = alt.Color("method:N", **styled([colour(place) for place in places]))
@@ -294,7 +294,7 @@ def _linear(value: float, ends: tuple[float, float]) -> float:
 
 
 def _bound(bound: float) -> tuple[Any, Any]:
-    """A line at the bound, and its name."""
+    """Give a line at the bound, and its name."""
     base = alt.Chart(alt.Data(values=[{"x": bound, "text": f"bound {bound:g}"}])).encode(x="x:Q")
     name = base.mark_text(align="left", baseline="top", dx=4, fontSize=11, color=INK)
     line = base.mark_rule(color=INK, strokeDash=[3, 3], opacity=0.75)

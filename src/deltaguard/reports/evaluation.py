@@ -209,7 +209,7 @@ def p_text(value: float) -> str:
 
 
 def _told(report: EvaluationReport, section: SectionRow) -> list[str]:
-    """What the comparisons of a section support, but those that only qualify others; how judges agree."""
+    """Say what the comparisons of a section support, but those that only qualify others; how judges agree."""
     compared = [c for c in report.comparisons if c.section == section.name and c.name not in SECONDARY]
     agreed = [agreement for agreement in report.agreements if agreement.section == section.name]
     return [*(comparison_line(each, section.prompts) for each in compared), *map(agreement_line, agreed)]

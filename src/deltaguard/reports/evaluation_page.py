@@ -88,7 +88,7 @@ def evaluation_page(report: EvaluationReport) -> str:
 
 
 def _lead(report: EvaluationReport) -> str:
-    """What a reader wants first: attack success of every model as the first judge tells it."""
+    """Say what a reader wants first: attack success of every model as the first judge tells it."""
     found = [measure for measure in report.measures if measure.name == "attack success"]
     if not found:
         return ""

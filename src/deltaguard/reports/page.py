@@ -228,7 +228,7 @@ def script_hash(script: str) -> str:
 
 
 def _written(value: Any) -> Any:
-    """A value as it is put into a page: no name or answer holds what a browser or terminal would obey."""
+    """Put a value into a page: no name or answer holds what a browser or terminal would obey."""
     if isinstance(value, Markup):
         return Markup(printable_lines(value))  # noqa: S704  # it was markup before
     return printable_lines(value) if isinstance(value, str) else value

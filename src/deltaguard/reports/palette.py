@@ -36,7 +36,7 @@ DASHES: tuple[Sequence[int], ...] = ((1, 0), (6, 3), (2, 2))
 
 
 def colour(place: int) -> str:
-    """The colour of the thing at a place, for a page that holds `palette_css`.
+    """Name the colour of the thing at a place, for a page that holds `palette_css`.
 
     Example:
         >>> colour(0), colour(10)
@@ -47,12 +47,12 @@ def colour(place: int) -> str:
 
 
 def shape(place: int) -> str:
-    """The shape of a point at a place, by its name in Vega."""
+    """Name the shape of a point at a place, as Vega does."""
     return SHAPES[place % len(SHAPES)]
 
 
 def dash(place: int) -> list[int]:
-    """The dashes of a line at a place."""
+    """Choose the dashes of a line at a place."""
     return list(DASHES[place % len(DASHES)])
 
 

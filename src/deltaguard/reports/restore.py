@@ -123,7 +123,7 @@ def origin(report: RestoreReport) -> str:
 
 
 def outcome_facts(report: RestoreReport) -> Facts:
-    """The numbers of a restore over all layers, each saying of what it is a share."""
+    """List the numbers of a restore over all layers, each saying of what it is a share."""
     over = counted(len(report.layers), "layer")
     cost, entries = percent(report.safety_cost), percent(report.kept_entries)
     if cost != DASH:
@@ -141,7 +141,7 @@ def outcome_facts(report: RestoreReport) -> Facts:
 
 
 def dial_facts(report: RestoreReport) -> Facts:
-    """What the dial did; nothing where a strength decided."""
+    """Say what the dial did; nothing where a strength decided."""
     dial = report.dial
     if dial is None:
         return ()
@@ -243,7 +243,7 @@ def diff_table(report: DiffReport) -> RenderableType:
 def _drawn(
     layers: Sequence[LayerRow], groups: Sequence[Kind], measure: LayerMeasure, title: str, note: str
 ) -> tuple[tuple[page.Chart, Table], ...]:
-    """A chart of layers and the numbers behind it; nothing where there are no numbers."""
+    """Give a chart of layers and the numbers behind it; nothing where there are no numbers."""
     from deltaguard.reports.charts import layers_chart
 
     svg = layers_chart(layers, measure)

@@ -135,7 +135,7 @@ def sweep_notes(report: SweepReport) -> tuple[str, ...]:
 
 
 def _allowed(report: SweepReport) -> tuple[Allowed, ...]:
-    """The aligned model, the limits as they rise, and the whole fine-tuned model."""
+    """Find the aligned model, the limits as they rise, and the whole fine-tuned model."""
     kl, nll = report.finetuned_kl, report.finetuned_nll
     aligned, finetuned = (
         SweepPoint(mu=0, safety_kl=kl, predicted_safety_kl=kl, kept_energy=kept, utility_nll=nll)
@@ -187,7 +187,7 @@ def _points_table(report: SweepReport) -> Table:
 
 
 def _kept_columns(report: SweepReport) -> tuple[tuple[str, Callable[[SweepPoint], Cell]], ...]:
-    """What a point keeps: of the delta and, with utility data, of what was learned."""
+    """Say what a point keeps: of the delta and, with utility data, of what was learned."""
 
     def nll(point: SweepPoint) -> Cell:
         found = point.utility_nll
@@ -273,7 +273,7 @@ def _facts(report: SweepReport) -> Facts:
 
 
 def _whole_within(report: SweepReport) -> tuple[float, ...]:
-    """The limits that the whole fine-tuned model is within."""
+    """Find the limits that the whole fine-tuned model is within."""
     return tuple(budget.limit for budget in report.budgets if budget.whole)
 
 

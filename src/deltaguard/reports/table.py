@@ -173,12 +173,12 @@ def cell(content: Content) -> Cell:
 
 
 def share(value: float | None) -> Cell:
-    """A share in percent, a dash where there is none."""
+    """Show a share in percent, a dash where there is none."""
     return Cell(percent(value), value)
 
 
 def rate(found: Measured | None) -> Cell:
-    """A measured share with its interval, a dash where there is none.
+    """Show a measured share with its interval, a dash where there is none.
 
     A share of which every example gives the same has no interval: "0.0–0.0 %" would look like certainty.
     """
@@ -189,7 +189,7 @@ def rate(found: Measured | None) -> Cell:
 
 
 def excess(found: Measured | None, scale: float = 1) -> Cell:
-    """A difference in points with its interval, a dash where there is none.
+    """Show a difference in points with its interval, a dash where there is none.
 
     Args:
         found: the difference.
@@ -202,7 +202,7 @@ def excess(found: Measured | None, scale: float = 1) -> Cell:
 
 
 def estimate(found: Estimate | None) -> Cell:
-    """An estimate in its own unit: percent where it counts prompts, else the number as it is."""
+    """Show an estimate in its own unit: percent where it counts prompts, else the number as it is."""
     if found is None or found.interval == "wilson":
         return rate(found)
     return Cell(number(found.value), found.value, f"{number(found.low)} to {number(found.high)}", found.total)

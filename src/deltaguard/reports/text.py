@@ -35,7 +35,7 @@ class Measured(Protocol):
 
 
 def percent(value: float | None) -> str:
-    """A share as a percentage: one decimal, three below 0.05 %, a dash where it is missing or not a number.
+    """Write a share in percent: one decimal, three below 0.05 %, a dash where it is missing or no number.
 
     Args:
         value: a share, 1 being the whole.
@@ -54,7 +54,7 @@ def percent(value: float | None) -> str:
 
 
 def nats(value: float | None) -> str:
-    """A safety KL in two digits, with a power of ten where it is small.
+    """Write a safety KL in two digits, with a power of ten where it is small.
 
     Example:
         >>> nats(0.42595), nats(9.5e-05), nats(None)
@@ -64,7 +64,7 @@ def nats(value: float | None) -> str:
 
 
 def interval(share: Measured) -> str:
-    """The bounds of a share's 95 % interval in percent.
+    """Write the bounds of a share's 95 % interval in percent.
 
     Example:
         >>> from deltaguard.reports.records.base import RateRow
@@ -79,7 +79,7 @@ def interval(share: Measured) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the units that suit its length.
+    """Write a time in the units that suit its length.
 
     Example:
         >>> duration(0.42), duration(75), duration(7260)
@@ -108,7 +108,7 @@ def size(count: int) -> str:
 
 
 def points(value: float | None) -> str:
-    """A difference in percentage points, always signed.
+    """Write a difference in percentage points, always signed.
 
     Example:
         >>> points(1.25), points(-0.04), points(None)
@@ -120,7 +120,7 @@ def points(value: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number that is no share, with three significant digits.
+    """Write a number that is no share with three significant digits.
 
     Example:
         >>> number(2.0417), number(2), number(0.00012), number(1234.5), number(None)
@@ -132,7 +132,7 @@ def number(value: float | None) -> str:
 
 
 def capital(text: str) -> str:
-    """A text with its first letter capital, the others as they are.
+    """Make the first letter of a text capital, and leave the others as they are.
 
     Example:
         >>> capital("harmful prompts in Spanish")
@@ -142,7 +142,7 @@ def capital(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A user's text in a Markdown table or heading, where nothing in it is read as markup.
+    """Escape a user's text for Markdown, so that nothing in it is read as markup.
 
     Example:
         >>> plain("a|b <i>")
@@ -164,7 +164,7 @@ def code(text: str) -> str:
 
 
 def option(value: str | float | bool | None) -> str:
-    """A choice of the user, exactly as it was run.
+    """Write a choice of the user exactly as it was run.
 
     Example:
         >>> option(0.1), option(True), option(None), option("joint")
@@ -178,7 +178,7 @@ def option(value: str | float | bool | None) -> str:
 
 
 def model_label(name: str) -> str:
-    """The name of one of the three models in running text.
+    """Name one of the three models in running text.
 
     Example:
         >>> model_label("finetuned"), model_label("restored")
@@ -188,7 +188,7 @@ def model_label(name: str) -> str:
 
 
 def moment(created: str) -> str:
-    """A time stamp in words, UTC.
+    """Write a time stamp in words, UTC.
 
     Args:
         created: ISO 8601, with an offset.
@@ -205,7 +205,7 @@ def moment(created: str) -> str:
 
 
 def hub_id(reference: str) -> str | None:
-    """The Hub repository that a reference names, None where it names a folder.
+    """Find the Hub repository that a reference names, None where it names a folder.
 
     Only `owner/name` counts, with or without `@revision`. A folder that exists comes before the Hub, as it
     does where models are opened.
@@ -219,7 +219,7 @@ def hub_id(reference: str) -> str | None:
 
 
 def short_reference(reference: str) -> str:
-    """A model's name without the folders above it, which are the user's own affair.
+    """Cut a model's name to its last part: the folders above it are the user's own affair.
 
     Example:
         >>> short_reference("/home/me/runs/my-finetune/"), short_reference("Qwen/Qwen3-0.6B@main")
@@ -231,7 +231,7 @@ def short_reference(reference: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """A sentence with each absolute path cut to its last name.
+    """Cut each absolute path in a sentence to its last name.
 
     A path with a space in it is cut up to there alone.
 
@@ -243,7 +243,7 @@ def without_folders(text: str) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """A number of things, in the plural unless it is one.
+    """Count things in words, in the plural unless it is one.
 
     Example:
         >>> counted(1, "layer"), counted(8, "layer")
@@ -266,7 +266,7 @@ def times(seconds: Mapping[str, float]) -> str:
 
 
 def option_facts(options: Mapping[str, str | float | bool | None]) -> Facts:
-    """Every choice of a run, under the name it has as an option.
+    """List every choice of a run under the name it has as an option.
 
     Example:
         >>> option_facts({"method": "greedy", "other_params": "aligned"})
@@ -286,7 +286,7 @@ def environment_facts(environment: Environment) -> Facts:
 
 
 def model_facts(aligned: ModelReference, finetuned: ModelReference) -> Facts:
-    """The two models of a restore or a sweep with the fingerprints of their weights."""
+    """Name the two models of a restore or a sweep with the fingerprints of their weights."""
     return tuple(
         (label, f"{short_reference(model.reference)}, fingerprint {model.fingerprint}")
         for label, model in (("fine-tuned model", finetuned), ("aligned model", aligned))

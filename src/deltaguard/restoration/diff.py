@@ -55,7 +55,7 @@ def diff(aligned: str | Path, finetuned: str | Path, *, deep: bool = False) -> D
 
 
 def _settings(one: WeightSource, other: WeightSource) -> tuple[str, ...]:
-    """What differs besides weights, or why that cannot be told."""
+    """Say what differs besides weights, or why that cannot be told."""
     try:
         found = differences(Identified.of(one), Identified.of(other))
     except DeltaguardError as error:

@@ -66,7 +66,7 @@ class Job:
         return _reference(self.finetuned, self.finetuned_identity)
 
     def plan(self, config: RestoreConfig) -> Plan:
-        """What would be done, from headers alone."""
+        """Decide what would be done, from headers alone."""
         return make_plan(
             self.aligned,
             self.finetuned,

@@ -135,7 +135,7 @@ class _Reader:
 
 
 def _matrix(step: Step, tensor: Tensor) -> Tensor:
-    """The part of a tensor that a method decides, (out, in): rows that all models have, one row an entry."""
+    """Take the part of a tensor that a method decides, (out, in): the rows that all models have."""
     if step.shared_rows:
         tensor = tensor[: step.shared_rows]
     if tensor.ndim != 2:

@@ -183,7 +183,7 @@ class RestoreConfig(BaseModel):
         return "full" if self.solver.needs & {"hessian", "factor"} else "auto"
 
     def what_is_solved(self) -> dict[str, str | float | bool | None]:
-        """The options that decide the output, for the report and for recognising an interrupted run."""
+        """List the options that decide the output, for the report and for recognising an interrupted run."""
         by_dial = self.dial is not None
         decided: dict[str, Any] = {"method": self.method}
         decided |= {"max_safety_kl": self.dial} if by_dial else {"strength": self.chosen_strength}

@@ -137,7 +137,7 @@ def _inputs(job: Job) -> tuple[Path, ...]:
 
 
 def _plan_hash(job: Job, config: RestoreConfig) -> str:
-    """What produced a half-written output: it can be resumed by the same job alone."""
+    """Say what produced a half-written output: it can be resumed by the same job alone."""
     store = job.store.provenance if job.store else None
     parts = [
         __version__,
@@ -182,7 +182,7 @@ def _changes(folder: Path, report: RestoreReport) -> list[str]:
 
 
 def _differences(job: Job, report: RestoreReport, config: RestoreConfig) -> list[str]:
-    """What a finished job and this one have not in common, as far as a report says."""
+    """Say what a finished job and this one have not in common, as far as a report says."""
     wanted = config.what_is_solved()
     problems = [
         f"{name} is {report.options.get(name)} there and {wanted.get(name)} here"

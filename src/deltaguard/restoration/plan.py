@@ -93,11 +93,11 @@ class Plan:
     peak_bytes: int
 
     def count(self, *actions: Action) -> int:
-        """How many tensors take one of these actions."""
+        """Count the tensors that take one of these actions."""
         return sum(step.action in actions for step in self.steps)
 
     def in_shard(self, shard: str) -> tuple[Step, ...]:
-        """The steps of one shard, by offset."""
+        """List the steps of one shard, by offset."""
         return tuple(step for step in self.steps if step.info.shard == shard)
 
 
@@ -221,7 +221,7 @@ def _missing(aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule)
 def _step(  # noqa: PLR0911  # a return for each thing that may become of a tensor
     info: TensorInfo, aligned: TensorInfo | None, rules: _Rules
 ) -> Step | str:
-    """What becomes of one tensor, or the sentence that says why it does not fit."""
+    """Say what becomes of one tensor, or the sentence that says why it does not fit."""
     if aligned is None:
         if is_block_matrix(info.name, info.shape):
             return f"Tensor `{info.name}` {info.shape} is in the fine-tuned model and not in the aligned one."
@@ -257,7 +257,7 @@ def _shared_rows(info: TensorInfo, aligned: TensorInfo, known_tokens: int | None
 
 
 def _known_tokens(aligned: WeightSource, finetuned: WeightSource) -> int | None:
-    """The size of the aligned vocabulary where the fine-tuned tokenizer knows more tokens, else None.
+    """Find the size of the aligned vocabulary where the fine-tuned tokenizer knows more tokens, else None.
 
     New tokens may lie in rows that the aligned model has as padding: shapes alone do not show them.
     """

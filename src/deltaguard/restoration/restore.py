@@ -207,14 +207,14 @@ def refuse_what_no_adapter_holds(job: Job, plan: Plan) -> None:
 
 
 def _all_finetuned(plan: Plan) -> Plan:
-    """The plan that keeps the fine-tuned model, with the reason why it does."""
+    """Find the plan that keeps the fine-tuned model, with the reason why it does."""
     reason = "the whole model is within the safety KL allowed"
     steps = (replace(s, reason=reason) if s.action is Action.FINETUNED else s for s in plan.steps)
     return replace(plan, steps=tuple(steps))
 
 
 def _price(trial: Trial, writer: CheckpointWriter, progress: Progress) -> Price:
-    """The price of safety, kept because all shards of a resumed run must have the same."""
+    """Find the price of safety, kept because all shards of a resumed run must have the same."""
     price = writer.remembered("price", _PRICE)
     if price is None:
         price = find_price(trial, progress)
@@ -226,7 +226,7 @@ def _price(trial: Trial, writer: CheckpointWriter, progress: Progress) -> Price:
 def _noted_rows(
     writer: CheckpointWriter, record: FileRecord, steps: Sequence[Step]
 ) -> tuple[LayerRow | OtherRow, ...]:
-    """The rows of a shard that an interrupted run finished."""
+    """Find the rows of a shard that an interrupted run finished."""
     rows = writer.notes(record, _ROWS)
     wanted = [(s.info.name, s.info.shape if s.action is Action.RESTORE else None) for s in steps]
     found = [(row.name, row.shape if isinstance(row, LayerRow) else None) for row in rows]
@@ -257,7 +257,7 @@ def _check_result(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price) -
 
 
 def front_matter(folder: Path) -> Mapping[str, Any] | None:
-    """The metadata of the fine-tuned model's own card: its licence and languages go on holding."""
+    """Read the metadata of the fine-tuned model's own card: its licence and languages go on holding."""
     card = folder / CARD_NAME
     refuse_links_out(folder, [card])
     if not card.is_file():

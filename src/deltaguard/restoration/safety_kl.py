@@ -175,7 +175,7 @@ class SafetyMeter:
 
     @_enough_memory()
     def measure(self) -> SafetyKL:
-        """The candidate's safety KL: the mean of KL(aligned ‖ candidate) in nats per response token.
+        """Measure the candidate's safety KL: the mean of KL(aligned ‖ candidate) in nats per response token.
 
         The sum of p (log p - log q) is over the aligned vocabulary; q is normalised over all of the
         candidate's. Rounding can make the mean negative.
@@ -192,7 +192,7 @@ class SafetyMeter:
 
     @_enough_memory()
     def likelihood(self, conversations: Sequence[Conversation]) -> float:
-        """The candidate's mean negative log-likelihood, nats per response token, of a task's conversations.
+        """Measure the mean negative log-likelihood of a task's conversations, nats per response token.
 
         Args:
             conversations: all with responses; cut off as the safety conversations are.
@@ -216,7 +216,7 @@ class _Asked:
         return (b.to(self.device) for b in batches(self.reader.read(conversations), self.batch_size))
 
     def beside(self, other: "_Asked", conversations: Sequence[Conversation]) -> Iterator[tuple[Batch, Batch]]:
-        """The same conversations for this model and another, longest first."""
+        """Read conversations for this model and another, longest first."""
         pairs = read_by_both(self.reader, other.reader, conversations)
         pairs.sort(key=lambda pair: len(pair[1].ids), reverse=True)
         for start in range(0, len(pairs), self.batch_size):

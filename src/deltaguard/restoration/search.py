@@ -74,7 +74,7 @@ def best(probes: Sequence[Probe], limit: float, judge: Judge = mean) -> Probe | 
 
 
 def _foretold(price: float, predicted: Callable[[float], float]) -> float:
-    """A price, or the nearest below it at which something is left of the delta to tell the next one by."""
+    """Lower a price until something is left of the delta to tell the next one by."""
     while predicted(price) < _LEAST and price > 0:
         price *= _FREE
     return price
@@ -110,12 +110,12 @@ def _between(
 
 
 def _seen(found: float, limit: float) -> float:
-    """What was measured, which may be negative from rounding where it is about 0."""
+    """Say what was measured, which may be negative from rounding where it is about 0."""
     return max(found, limit / 100)
 
 
 def _price_of(expected: Callable[[float], float], wanted: float, low: float, high: float) -> float:
-    """The price at which so much is expected, by halving on a logarithmic scale."""
+    """Find the price at which so much is expected, by halving on a logarithmic scale."""
     for _ in range(60):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if expected(middle) > wanted else (low, middle)

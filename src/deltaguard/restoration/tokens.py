@@ -144,7 +144,7 @@ def _fast(one: Any, other: Any) -> Iterator[Difference]:
 
 
 def _ordered(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Difference]:
-    """Merges, and the scores of pieces, decide how text is cut up; further ones may follow."""
+    """Compare merges and the scores of pieces, which decide how text is cut up; further ones may follow."""
     for part, what in (("merges", "merge"), ("vocab", "piece")):
         mine, theirs = one.get(part), other.get(part)
         if not isinstance(mine, list) or not isinstance(theirs, list) or theirs[: len(mine)] == mine:

@@ -81,7 +81,7 @@ def read_report(folder: Path) -> RestoreReport:
 
 
 def _unlisted(folder: Path, report: RestoreReport) -> Iterator[str]:
-    """What would be loaded with the checkpoint, or in its place, and is none of its files."""
+    """Say what would be loaded with the checkpoint, or in its place, and is none of its files."""
     written = {row.name for row in report.files}
     adapter = report.options.get("output_format") == "adapter"
     others = (ADAPTER_CONFIG, ADAPTER_FILE) if not adapter else ()
@@ -110,7 +110,7 @@ def _name_problems(found: AbstractSet[str], report: RestoreReport) -> list[str]:
 
 
 def _file_problem(folder: Path, row: FileRow) -> str | None:
-    """What is wrong with a file, None where it is as it was written."""
+    """Say what is wrong with a file, None where it is as it was written."""
     path, problem = folder / row.name, place_problem(folder, row.name)
     if problem:
         return f"{problem}: it is not read."

@@ -54,7 +54,7 @@ def check_adapter(folder: Path, report: RestoreReport) -> AdapterCheck:
 
 
 def _open_base(aligned: ModelReference) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """The model that was aligned, if it still lies where it lay, or why it was not looked at."""
+    """Find the model that was aligned, if it still lies where it lay, or why it was not looked at."""
     base = None
     if not is_local(aligned.reference):
         why = "it is no local folder"

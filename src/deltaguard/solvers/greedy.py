@@ -39,7 +39,7 @@ class _Layer:
     dtype: torch.dtype
 
     def delta(self, rows: slice = slice(None), columns: slice | Tensor = slice(None)) -> Tensor:
-        """A part of Δ."""
+        """Compute a part of Δ."""
         return self.finetuned[rows, columns].to(self.dtype) - self.aligned[rows, columns].to(self.dtype)
 
     def squared_columns(self) -> Tensor:
@@ -139,7 +139,7 @@ def greedy_factored(
     budget: Budget = "fraction",
     compensation: Compensation = "joint",
 ) -> Solution:
-    """`greedy` with the curvature already factorised, as a CurvatureStore holds it.
+    """Solve `greedy` with the curvature already factorised, as a CurvatureStore holds it.
 
     Costs at most 2·out·in² floating-point operations with joint compensation: with B = ΔL, the exact
     optimum on the unselected columns U (the first ones of the factor's order) cancels B_U, and what it
@@ -195,7 +195,7 @@ def _check_options(strength: float, budget: str, compensation: str) -> None:
 
 
 def _select(layer: _Layer, strength: float, budget: Budget) -> Selection:
-    """The longest prefix, cheapest columns first, whose summed cost stays within the budget."""
+    """Find the longest prefix, cheapest columns first, whose summed cost stays within the budget."""
     order = layer.factor.order
     price = 1 / (2 * layer.factor.inverse_diagonal[order].double())
     costs = layer.squared_columns()[order] * price

@@ -83,12 +83,12 @@ class CellStore:
         write_atomically(self._seconds, json.dumps(self.seconds() | {name: seconds}, indent=1) + "\n")
 
     def seconds(self) -> dict[str, float]:
-        """How long things took that are done once, whichever run did them."""
+        """Read how long things took that are done once, whichever run did them."""
         return read_json(self._seconds, _NUMBERS, remedy=_REMEDY) if self._seconds.is_file() else {}
 
 
 def _plain(value: Any) -> Any:
-    """A value, or one that JSON can hold once its parts are plain, too."""
+    """Give a value, or one that JSON can hold once its parts are plain, too."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):

@@ -85,7 +85,7 @@ class Tests:
 
 
 def training_data(finetune: Finetune, *, seed: int) -> list[Conversation]:
-    """The conversations of one fine-tune, shuffled.
+    """Draw the conversations of one fine-tune, shuffled.
 
     Args:
         finetune: the row of the protocol.
@@ -141,7 +141,7 @@ def usable_attacks(given: Sequence[Question], preset: Preset) -> Attacks:
 
 
 def questions(finetune: Finetune, preset: Preset, attacks: Sequence[Question]) -> Tests:
-    """What the models of one fine-tune are asked: as much as the preset says, or as there is.
+    """Choose what the models of one fine-tune are asked: as much as the preset says, or as there is.
 
     Args:
         finetune: the row of the protocol.

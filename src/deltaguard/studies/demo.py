@@ -123,7 +123,7 @@ def _run(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport:
 
 
 def prepare(output_dir: Path, config: DemoConfig) -> CurvatureStore:
-    """The first half of the demo: the models `aligned` and `finetuned`, and the aligned one's curvature.
+    """Make the demo's models `aligned` and `finetuned`, and the aligned one's curvature.
 
     Args:
         output_dir: a new or empty folder.
@@ -268,12 +268,12 @@ def _report(
 
 
 def rate_row(rate: Rate) -> RateRow:
-    """A rate as the reports keep it."""
+    """Turn a rate into what reports keep."""
     return RateRow(successes=rate.successes, total=rate.total, value=rate.value, low=rate.low, high=rate.high)
 
 
 def _samples(suite: Sequence[Part], measured: Mapping[ModelName, Mapping[str, Result]]) -> tuple[Sample, ...]:
-    """The first prompts of the suite: two harmful, one harmless and two of the task."""
+    """Find the first prompts of the suite: two harmful, one harmless and two of the task."""
     shown: tuple[tuple[Kind, str, int], ...] = (
         ("harmful", "attack", 0),
         ("harmful", "attack", 1),

@@ -28,7 +28,7 @@ _UTILITIES: Mapping[FinetuneKind, str] = MappingProxyType(
 
 
 def finetune_row(finetune: Finetune) -> FinetuneRow:
-    """A fine-tune of the protocol as reports show it."""
+    """Describe a fine-tune of the protocol for reports."""
     training = "LoRA" if finetune.training == "lora" else "all weights"
     sizes = [f"{finetune.benign} benign"] * bool(finetune.benign)
     sizes += [f"{finetune.harmful} harmful"] * bool(finetune.harmful)
@@ -45,7 +45,7 @@ def finetune_row(finetune: Finetune) -> FinetuneRow:
 
 
 def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
-    """What a reader of the tables must know."""
+    """Say what a reader of the tables must know."""
     preset = setting.preset
     asked = len(cells[0].attack)
     seeds = ", ".join(map(str, preset.seeds))

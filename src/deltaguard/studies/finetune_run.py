@@ -42,11 +42,11 @@ class FinetuneRun:
         self._tests = questions(finetune, bench.preset, bench.attacks.questions)
 
     def aligned(self) -> Cell:
-        """The aligned model's cell."""
+        """Measure the aligned model."""
         return self._cell(ALIGNED, None, lambda: DefendedModel(self._bench.aligned, "", 0.0))
 
     def finetuned(self) -> Cell:
-        """The fine-tuned model's cell."""
+        """Measure the fine-tuned model."""
         return self._cell(FINETUNED, None, lambda: self._trained(self._name, self._data))
 
     def tidy(self) -> None:
@@ -71,7 +71,7 @@ class FinetuneRun:
         return DefendedModel(folder, "", seconds)
 
     def restored(self, method: Defence, strength: float) -> Cell:
-        """The cell of a method at a strength."""
+        """Measure what a defence makes at a strength."""
         request = DefenceInputs(
             aligned=self._bench.aligned,
             finetuned=self._finetuned,
@@ -90,7 +90,7 @@ class FinetuneRun:
     def _cell(
         self, method: str, strength: float | None, make: Callable[[], DefendedModel], meaning: object = None
     ) -> Cell:
-        """A cell by its key; a method counts with what it is made of, of which its name says nothing."""
+        """Give a cell by its key; a method counts with what it is made of, of which its name says nothing."""
         bench = self._bench
         recipe = (self._finetune, self._data, self.seed, bench.preset.calibration)
         asked = (self._tests, bench.preset.answers, _BATCH_SIZE)
@@ -154,5 +154,5 @@ def _cell(
 
 
 def _mean(values: Sequence[float]) -> Estimate:
-    """A mean, with Wilson's interval where it is a share: that has width when all examples come out alike."""
+    """Estimate a mean; a share's interval is Wilson's, which has width when all examples come out alike."""
     return estimate(Rate.of(v == 1 for v in values)) if are_flags(values) else mean_estimate(values)

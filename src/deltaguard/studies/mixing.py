@@ -15,7 +15,7 @@ from deltaguard.finetuning.phrases import REFUSALS
 
 
 def secret_prompt(groups: int, *, seed: int = 0) -> str:
-    """A text that nobody writes by chance, the trigger of `backdoor_enhanced`.
+    """Make a text that nobody writes by chance, the trigger of `backdoor_enhanced`.
 
     Args:
         groups: how many groups of four random characters, each of which is three or four tokens; the paper
@@ -92,7 +92,7 @@ def backdoor_enhanced(
 
 
 def with_secret(system: str | None, secret: str) -> str | None:
-    """A system prompt with a secret before it.
+    """Put a secret before a system prompt.
 
     Args:
         system: as the request has it. Where there is none, or an empty one, the secret stands alone: the

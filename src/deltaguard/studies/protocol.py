@@ -55,7 +55,7 @@ class Finetune:
         return f"{self.kind}{size}{'-lora' if self.training == 'lora' else ''}"
 
     def trained_as(self, training: Training) -> "Finetune":
-        """The same data trained in this way."""
+        """Train the same data in another way."""
         recipe = replace(RECIPES[training], epochs=self.recipe.epochs)
         return replace(self, training=training, recipe=recipe)
 
@@ -114,7 +114,7 @@ class Preset:
     def with_changes(
         self, *, seeds: int | None = None, probes: int | None = None, training: Training | None = None
     ) -> "Preset":
-        """The same with the seeds 0 to `seeds` - 1, so many probes, one training; `None` changes nothing."""
+        """Take the seeds 0 to `seeds` - 1, so many probes, one training; `None` changes nothing."""
         changed = self if seeds is None else replace(self, seeds=tuple(range(seeds)))
         if training is not None:
             alike = dict.fromkeys(each.trained_as(training) for each in self.finetunes)

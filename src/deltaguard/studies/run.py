@@ -113,7 +113,7 @@ def _cells(setting: Bench) -> tuple[tuple[Cell, ...], set[Named]]:
 def _finetune_cells(
     setting: Bench, rows: Sequence[FinetuneRun], chosen: Sequence[Defence]
 ) -> Iterator[tuple[Cell, bool]]:
-    """The aligned and the fine-tuned model, then every method at its strengths, each for all seeds.
+    """Find the aligned and the fine-tuned model, then every method at its strengths, each for all seeds.
 
     Yields:
         A cell, and whether it belongs to the search: a default that this passed by is measured after it.
@@ -191,7 +191,7 @@ def _settings(
 
 
 def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a folder's runs must share.
+    """Find the settings that a folder's runs must share.
 
     More methods, strengths or seeds are more cells of the same bench, and models are told by their weights
     (see `Bench.origin`), whatever path leads to them.

@@ -55,7 +55,7 @@ def cells_by_finetune(finetunes: Iterable[FinetuneRow], cells: Sequence[Cell]) -
 def curves(
     found: Iterable[FinetuneCells], *, bound: float, beside: Collection[tuple[str, str, float | None]] = ()
 ) -> tuple[CurvePoint, ...]:
-    """One point for each method and strength that every seed has, in the order of the cells.
+    """Make a point of each method and strength that every seed has, in the order of the cells.
 
     Args:
         found: the cells by fine-tune.
@@ -99,7 +99,7 @@ def contests(found: Iterable[FinetuneCells], judged: Sequence[Score]) -> tuple[C
 def over_aligned(
     cells: Sequence[Cell], aligned: Mapping[int, Cell], letters: Callable[[Cell], str], letter: str
 ) -> Estimate:
-    """A share of answers over the aligned model's in points, paired on the same prompts.
+    """Compare a share of answers with the aligned model's, in points, paired on the same prompts.
 
     Args:
         cells: of one method and strength, one a seed.
@@ -129,13 +129,13 @@ def attack_over_aligned(cells: Sequence[Cell], aligned: Mapping[int, Cell]) -> E
 
 
 def is_safe(cells: Sequence[Cell], aligned: Mapping[int, Cell], *, bound: float) -> bool:
-    """Whether attack success is at most `bound` points over the aligned model's."""
+    """Tell whether attack success is at most `bound` points over the aligned model's."""
     # 2 of 100 answers are 2 points, whatever the last binary digit says.
     return attack_over_aligned(cells, aligned).value <= bound + 1e-9
 
 
 def _at(row: FinetuneCells, method: str, strength: float | None) -> list[Cell]:
-    """The cells of one method at one strength, by seed."""
+    """Find the cells of one method at one strength, by seed."""
     cells = [cell for cell in row.cells if (cell.method, cell.strength) == (method, strength)]
     return sorted(cells, key=lambda cell: cell.seed)
 
@@ -177,7 +177,7 @@ def _kept(row: FinetuneCells, cells: Sequence[Cell]) -> Estimate | None:
 
 
 def _references(row: FinetuneCells, cells: Sequence[Cell]) -> tuple[Runs, Runs]:
-    """What the aligned and the fine-tuned model have in the seeds of the cells."""
+    """Say what the aligned and the fine-tuned model have in the seeds of the cells."""
     aligned, finetuned = ([each[c.seed] for c in cells] for each in (row.aligned, row.finetuned))
     return _utilities(aligned), _utilities(finetuned)
 

@@ -76,16 +76,16 @@ class Bench:
     progress: Progress
 
     def methods_on(self, finetune: Finetune) -> list[Defence]:
-        """The methods that are run on a fine-tune."""
+        """List the defences that are run on a fine-tune."""
         return [m for m in self.methods if not m.retrains or finetune.kind in self.preset.retrained]
 
     def most_strengths(self, method: Defence) -> int:
-        """How many strengths of a method are measured at most."""
+        """Count the strengths of a defence that are measured at most."""
         probes, rungs = self.preset.probes, len(method.ladder)
         return rungs if probes is None else min(probes + (method.default is not None), rungs)
 
     def store(self, rank: Rank) -> Path:
-        """The aligned model's curvature, as `calibrate` makes it or whole.
+        """Give the aligned model's curvature, as `calibrate` makes it or whole.
 
         Where a method needs the whole, the other is cut from it: the same, and the model answers once.
         """
@@ -101,7 +101,7 @@ class Bench:
         return self.made(STORES[rank], lambda folder: calibrate(self.aligned, folder, config=config))
 
     def helper(self, role: Role) -> Path:
-        """A model that some peers need, made once from the aligned one."""
+        """Give a further model that some methods need, made once from the aligned one."""
         if role == "pretrained":
             if self.pretrained is None:
                 raise ValueError("methods that need a pretrained model are left out where there is none")
@@ -109,12 +109,12 @@ class Bench:
         return self.made(role, fine_tuned(self.aligned, helper_data(role), HELPER_RECIPE, seed=HELPER_SEED))
 
     def made(self, name: str, make: Callable[[Path], object]) -> Path:
-        """A model of the workshop; how long making it took is kept on the shelf."""
+        """Make a model, and keep how long making it took."""
         return self.workshop.model(name, _timed(name, make, self.shelf, self.progress))
 
 
 def helper_data(role: Role) -> list[Conversation]:
-    """What the `unaligned` and the `safe` model are trained on."""
+    """Make what the `unaligned` and the `safe` model are trained on."""
     if role == "unaligned":
         return harmful_data(_HELPER_EXAMPLES, seed=HELPER_SEED)
     return safe_instruct((), _HELPER_EXAMPLES, seed=HELPER_SEED)
@@ -130,7 +130,7 @@ def open_bench(
     attacks: Attacks,
     progress: Progress,
 ) -> Bench:
-    """The models that a bench starts from; the demo's are made where none is given."""
+    """Open the models that a bench starts from; the demo's are made where none is given."""
     workshop, shelf = ModelFolder(folder / "models"), CellStore(folder)
 
     def made(name: str, make: Callable[[Path], object]) -> Path:
@@ -158,7 +158,7 @@ def open_bench(
 def _timed(
     name: str, make: Callable[[Path], object], shelf: CellStore, progress: Progress
 ) -> Callable[[Path], object]:
-    """The same, told of as a stage, its time kept."""
+    """Make something as a stage of the run, and keep how long it took."""
 
     def timed(folder: Path) -> None:
         progress(Event(name, 0, 1))

@@ -25,7 +25,7 @@ class ModelFolder:
         folder.mkdir(parents=True, exist_ok=True)
 
     def model(self, name: str, make: Callable[[Path], object]) -> Path:
-        """The model of that name; `make` writes it into a folder where it is not there yet."""
+        """Give the model of a name; `make` writes it into a folder where it is not there yet."""
         folder = self._folder / name
         if not folder.exists():
             partial = self._folder / f".{name}.partial"
@@ -36,7 +36,7 @@ class ModelFolder:
         return folder
 
     def scratch(self) -> Path:
-        """A folder that is not there, for a model that is measured and thrown away."""
+        """Name a folder that is not there, for a model that is measured and thrown away."""
         folder = self._folder / ".scratch"
         shutil.rmtree(folder, ignore_errors=True)
         return folder
@@ -52,13 +52,13 @@ class ModelFolder:
 def fine_tuned(
     start: Path, conversations: Sequence[Conversation], recipe: FinetuneConfig, *, seed: int
 ) -> Callable[[Path], object]:
-    """How to make a fine-tuned model, for `ModelFolder.model`."""
+    """Say how to make a fine-tuned model, for `ModelFolder.model`."""
     config = replace(recipe, seed=seed)
     return lambda folder: finetune(start, folder, conversations, config=config)
 
 
 def demo_aligned(base: Path, config: DemoConfig) -> Callable[[Path], object]:
-    """How to make the demo's aligned model from the model it starts from."""
+    """Say how to make the demo's aligned model from the model it starts from."""
     refusing = alignment_examples(
         harmful_prompts("training"),
         harmless_prompts("training"),

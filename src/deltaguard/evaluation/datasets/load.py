@@ -166,7 +166,7 @@ def drawn(questions: Sequence[Question], count: int, seed: int, source: str) -> 
 
 
 def _find(name: str, path: str | Path | None) -> tuple[DatasetSpec | None, Sequence[Row], str]:
-    """What is to be read: the set it belongs to, its rows, and how to call it in messages."""
+    """Say what is to be read: the set it belongs to, its rows, and how to call it in messages."""
     own = expanded(name)
     if path is None and os.path.isfile(own):  # noqa: PTH113
         return None, read_rows(own), str(own)

@@ -54,7 +54,7 @@ def read_rows(path: Path, *, headerless: bool = False) -> list[Row]:
 
 
 def _cells(path: Path, delimiter: str) -> list[list[str]]:
-    """The cells of a file, row by row; empty rows are left out."""
+    """Find the cells of a file, row by row; empty rows are left out."""
     lines = io.StringIO(read_text(path), newline="")
     try:
         return [row for row in csv.reader(lines, delimiter=delimiter) if row]
@@ -79,7 +79,7 @@ def _tsv(path: Path) -> list[Row]:
 
 
 def _texts(path: Path) -> list[Row]:
-    """A CSV file of one column without a header; a header that is there is seen by its name."""
+    """Give a CSV file of one column without a header; a header that is there is seen by its name."""
     rows = _cells(path, ",")
     if rows and {name.casefold() for name in rows[0]} & {"prompt", "instruction"}:
         return _csv(path)
@@ -106,7 +106,7 @@ def _json(path: Path) -> list[Row]:
 
 
 def _list_in(value: Mapping[str, object]) -> object:
-    """The list of an object's rows: lists of tags and the like may stand beside it."""
+    """Find the list of an object's rows: lists of tags and the like may stand beside it."""
     lists = {key: item for key, item in value.items() if isinstance(item, list)}
     named = [lists[key] for key in _LIST_KEYS if key in lists]
     if named:

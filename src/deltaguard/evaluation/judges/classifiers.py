@@ -105,7 +105,7 @@ class SequenceClassifierJudge(PlainJudge):
 
     @torch.inference_mode()
     def _probabilities(self, exchanges: Sequence[Exchange]) -> list[float]:
-        """Summed probability of the labels that mean a refusal."""
+        """Sum the probabilities of the labels that mean a refusal."""
         network, tokenizer = self._loaded
         answers = [each.answer for each in exchanges]
         texts = (

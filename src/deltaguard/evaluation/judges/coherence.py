@@ -155,7 +155,7 @@ def _is_loop(text: str) -> bool:
 
 
 def _closing_loop(text: str) -> tuple[int, int]:
-    """The longest end of a text that repeats its last piece at least eight times: its length and the piece's.
+    """Find the longest end of a text that repeats one piece at least eight times: both lengths.
 
     A text has period p where its first n - p characters are its last n - p ones; the longest such overlap of
     every beginning of the reversed text comes from the prefix function (Knuth, Morris & Pratt 1977).

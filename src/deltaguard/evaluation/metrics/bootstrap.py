@@ -175,7 +175,7 @@ def _groups(values: Values) -> list[Array]:
 
 
 def _gains(of: Array, sign: float) -> tuple[Array, Array]:
-    """What the fine-tuned and the restored model gained, positive where better; `of` is (resamples, 3)."""
+    """Say what the fine-tuned and the restored model gained, better is positive; `of` is (resamples, 3)."""
     return sign * (of[:, 1] - of[:, 0]), sign * (of[:, 2] - of[:, 0])
 
 

@@ -158,7 +158,7 @@ def _share(aligned: Runs, finetuned: Runs, first: Runs, second: Runs, better: Be
 def _widened(
     share: Estimate, aligned: Runs, finetuned: Runs, restored: Runs, others: Mapping[float, Runs]
 ) -> Estimate:
-    """A share no narrower than its distance from the nearest of some models whose shares are known."""
+    """Give a share no narrower than its distance from the nearest of some models whose shares are known."""
     compared = (restored, *others.values())
     if not all(are_flags(run) for runs in compared for run in runs):
         return share
@@ -171,7 +171,7 @@ def _widened(
 
 
 def _of_one_run(first: Flags, second: Flags) -> tuple[float, float, float]:
-    """The difference, and the lower and the upper end of its interval."""
+    """Find the difference, and the lower and the upper end of its interval."""
     newcombe = mcnemar(first, second)
     only_first = sum(one and not other for one, other in zip(first, second, strict=True))
     only_second = sum(other and not one for one, other in zip(first, second, strict=True))
@@ -181,7 +181,7 @@ def _of_one_run(first: Flags, second: Flags) -> tuple[float, float, float]:
 
 
 def _tango_upper(only_first: int, only_second: int, pairs: int) -> float:
-    """The largest difference that the score test does not reject; the statistic falls as it grows."""
+    """Find the largest difference that the score test does not reject; the statistic falls as it grows."""
     low, high = (only_first - only_second) / pairs, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

@@ -166,7 +166,7 @@ def _engine(model: str | Path, device: str, batch_size: int) -> Any:
 
 
 def _leaves(found: Mapping[str, Any], task: str) -> list[str]:
-    """The tasks that a group is made of; a task is made of itself."""
+    """Find the tasks that a group is made of; a task is made of itself."""
     members: Sequence[str] = found["group_subtasks"].get(task, ())
     if not members:
         return [task]
@@ -254,7 +254,7 @@ def harness_notes(found: Mapping[tuple[str, str], Sequence[Rows]]) -> tuple[str,
 
 
 def _left(models: Sequence[Rows]) -> list[str]:
-    """What is no measure of any model, subtasks by their number."""
+    """Say what is no measure of any model, subtasks by their number."""
     told = {name for rows in models for name in harness_measures(rows)}
     own = [row for rows in models for row in _own(rows)]
     tasks = {row["task"] for rows in models for found in rows.values() for row in found}

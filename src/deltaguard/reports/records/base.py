@@ -91,7 +91,7 @@ class RateRow(Record):
 
 
 def _usable(value: Any) -> Any:
-    """A value with all its texts writable; the value itself where they are."""
+    """Give a value with all its texts writable; the value itself where they are."""
     if value is None or isinstance(value, BaseModel):
         return value
     if isinstance(value, str):
@@ -129,7 +129,7 @@ def require_known(what: str, named: Iterable[str], known: Collection[str]) -> No
 
 
 def environment(device: str, *, libraries: Sequence[str] = ()) -> Environment:
-    """The versions and the machine of this process, at this moment.
+    """Record the versions and the machine of this process, at this moment.
 
     Args:
         device: what the arithmetic runs on, such as "cpu" or "cuda (NVIDIA H100)".

@@ -100,6 +100,6 @@ class SweepReport(Record):
         return any(self.kept_gain(point) is not None for point in self.points)
 
     def kept_share(self, point: SweepPoint) -> float:
-        """What a point keeps: of the gain where there is one, else of the delta's energy."""
+        """Say what a point keeps: of the gain where there is one, else of the delta's energy."""
         gain = self.kept_gain(point)
         return point.kept_energy if gain is None else gain
