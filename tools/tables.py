@@ -46,7 +46,7 @@ def bench_table(content: str) -> str:
 
 
 def bench_summary(content: str) -> str:
-    """Draw a bench in a few rows: on each fine-tune the two models, and each method at its best safe strength.
+    """Draw a bench in a few rows: on each fine-tune the two models, and each method at its largest safe one.
 
     Args:
         content: a `BenchReport` as JSON.

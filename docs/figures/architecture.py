@@ -6,15 +6,16 @@ PROCESS, ARTIFACT = "#2f7fd6", "#1a9e6b"
 
 LAYERS = (
     (("cli/", "one file per verb; prints"),),
-    (("bench/", "demo, methods, protocol"),),
+    (("studies/", "demo, bench, defences"),),
     (("evaluation/", "suites, judges, intervals"),),
-    (("restoration/", "plan, edit, write"), ("finetuning/", "data, training")),
-    (("budget/", "safety KL, measured"),),
-    (("calibration/", "conversations, sums"),),
-    (("curvature/", "H and G, the store"),),
-    (("checkpoints/", "read, write, adapt"), ("solvers/", "torch only")),
+    (("restoration/", "plan, trial, write"), ("finetuning/", "data, training")),
+    (("methods/", "a file a method"),),
+    (("curvature/", "calibration, the store"),),
+    (("chat/", "templates, batches, answers"),),
+    (("models/", "read, write, adapt"), ("solvers/", "torch only")),
+    (("reports/", "records, tables, pages"),),
 )
-WIDTH, HEIGHT = 740, 508
+WIDTH, HEIGHT = 740, 560
 STACK, STEP, BOX = 268, 56, 40
 LEFT, SIDE = 334, 180
 
@@ -27,9 +28,8 @@ def draw() -> str:
         [*_imports(), *_data()],
         title="How deltaguard is built",
         description=(
-            "Left: the packages from cli over bench, evaluation, restoration and finetuning, budget, "
-            "calibration and curvature down to checkpoints and solvers; a package imports only from those "
-            "below it. "
+            "Left: the rooms from cli over studies, evaluation, restoration and finetuning, methods, "
+            "curvature and chat down to models and solvers, and reports; a room imports only from those below. "
             "Right: the aligned checkpoint and the safety conversations go through calibration into the "
             "CurvatureStore; the store, the aligned and the fine-tuned checkpoint go through restoration "
             "into the restored checkpoint and its report, from which terminal, HTML and model card are "
@@ -52,8 +52,7 @@ def _imports() -> list[str]:
     below = 30 + len(LAYERS) * STEP
     return [
         *elements,
-        text(2, below + 6, "errors.py and reports/records/: imported anywhere.", kind="soft"),
-        text(2, below + 22, "reports/ imports its records alone.", kind="soft"),
+        text(2, below + 6, "errors.py, files.py, text.py: imported anywhere.", kind="soft"),
     ]
 
 
@@ -66,14 +65,14 @@ def _data() -> list[str]:
         _two_lines(other, 30, SIDE, "aligned checkpoint", "folder or Hub id", ARTIFACT),
         arrow((middle, 70), (middle, 108)),
         arrow((between, 128), (LEFT + SIDE, 128)),
-        _two_lines(LEFT, 108, SIDE, "calibration/", "once per aligned model", PROCESS),
+        _two_lines(LEFT, 108, SIDE, "curvature/", "once per aligned model", PROCESS),
         arrow((middle, 148), (middle, 186)),
         _two_lines(LEFT, 186, SIDE, "CurvatureStore", "H, G, held-out talks", ARTIFACT),
         _two_lines(other, 186, SIDE, "fine-tuned checkpoint", "or a LoRA adapter", ARTIFACT),
         arrow((middle, 226), (middle, 272)),
         arrow((other, 50), (between, 50), (between, 272)),
         arrow((right, 226), (right, 272)),
-        _two_lines(LEFT, 272, WIDTH - 2 - LEFT, "restoration/", "plan → price → solver → writer", PROCESS),
+        _two_lines(LEFT, 272, WIDTH - 2 - LEFT, "restoration/", "plan → trial → dial → writer", PROCESS),
         arrow((middle, 312), (middle, 354)),
         arrow((right, 312), (right, 354)),
         _two_lines(LEFT, 354, SIDE, "restored checkpoint", "mirrors the fine-tuned one", ARTIFACT),
