@@ -29,7 +29,7 @@ def draw() -> str:
         title="How deltaguard is built",
         description=(
             "Left: the rooms from cli over studies, evaluation, restoration and finetuning, methods, "
-            "curvature and chat down to models and solvers, and reports; a room imports only from those below. "
+            "curvature and chat down to models and solvers, and reports; a room imports from those below. "
             "Right: the aligned checkpoint and the safety conversations go through calibration into the "
             "CurvatureStore; the store, the aligned and the fine-tuned checkpoint go through restoration "
             "into the restored checkpoint and its report, from which terminal, HTML and model card are "

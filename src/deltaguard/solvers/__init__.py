@@ -20,13 +20,14 @@ from deltaguard.solvers.closed_form import (
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.greedy import greedy, greedy_factored
 from deltaguard.solvers.low_rank import LowRank, low_rank, low_rank_of_factors
-from deltaguard.solvers.profile import Profile, joint_profile, profile
+from deltaguard.solvers.profile import Directions, Profile, joint_profile, profile
 from deltaguard.solvers.published import published
 from deltaguard.solvers.solution import Outcome, Solution
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
 from deltaguard.solvers.thin import ThinProjection, project_thin
 
 __all__ = [
+    "Directions",
     "Factor",
     "LowRank",
     "Outcome",
