@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -159,6 +160,11 @@ class Directions:
 
     def profile(self) -> Profile:
         """Sort the squared delta by its prices g·h: all that a search for μ needs to know."""
+        return self._profile
+
+    @cached_property
+    def _profile(self) -> Profile:
+        # Sorting costs more than all else at a price, and serves every one.
         return profile(self.g * self.h, self.energies)
 
     def safety_cost(self, mu: float) -> float:
