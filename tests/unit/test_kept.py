@@ -66,3 +66,11 @@ def test_a_disk_that_is_full_after_all_loses_the_layer_alone(tmp_path, monkeypat
     monkeypatch.undo()
     check_same(kept.get("first"), value())
     assert kept.get("second") is None
+
+
+def test_what_lies_in_the_file_can_be_looked_at_without_reading_it(tmp_path):
+    kept = Kept(0, tmp_path, reserve=0)
+    kept.add("first", value())
+    assert kept.peek("first").matrix.is_meta
+    assert kept.peek("first").inner.name == "layer"
+    assert kept.peek("other") is None

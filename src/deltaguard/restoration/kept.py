@@ -44,6 +44,10 @@ class Kept:
         self._starts: dict[str, int] = {}
         self._scratch: Any = None
 
+    def peek(self, name: str) -> Any | None:
+        """Give what was kept under a name, with tensors that have no content if they lie in the file."""
+        return self._held.get(name)
+
     def get(self, name: str) -> Any | None:
         """Give what was kept under a name, None where nothing was."""
         value = self._held.get(name)
