@@ -73,7 +73,9 @@ class Kept:
         try:
             placeholders = _mapped(value, self._write)
         except OSError:
-            # Another program took the room: the layer is made again when it is needed.
+            # Another program took the room: the layer is made again when it is needed, and what was written
+            # of it takes none of the output's.
+            self._scratch.truncate(start)
             return
         self._held[name], self._starts[name] = placeholders, start
 
