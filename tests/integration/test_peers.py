@@ -19,7 +19,7 @@ from deltaguard.methods.method import Layer
 from deltaguard.methods.safe_merge import MERGED_SHARE
 from deltaguard.restoration.restore import UnchangedError
 from models import perturbed, save, tiny_model
-from pairs import weights
+from pairs import save_adapter, weights
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +165,21 @@ def test_adapters_and_bfloat16(tmp_path):
         torch.testing.assert_close(found[name].float(), expected, rtol=2**-7, atol=1e-5)
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_resta_adds_its_vector_to_what_fine_tuning_left_alone_too(tmp_path):
+    folders, aligned = family(), weights(family()["aligned"])
+    save_adapter(folders["aligned"], tmp_path / "finetuned", ["q_proj"])
+    found = write("resta", 0.5, tmp_path / "out", finetuned=tmp_path / "finetuned")
+    unaligned = weights(folders["unaligned"])
+    for name in (n for n in aligned if "q_proj" not in n):
+        a, u = aligned[name].double(), unaligned[name].double()
+        check_close(found[name], a + 0.5 * (a - u))
+    # Where the two adapters have no layer in common, the vector is all that changes anything.
+    save_adapter(folders["aligned"], tmp_path / "other", ["v_proj"])
+    other = {"finetuned": tmp_path / "finetuned", "unaligned": tmp_path / "other"}
+    added = write("resta", 0.5, tmp_path / "added", **other)
+    assert not torch.equal(*(each["model.layers.0.self_attn.v_proj.weight"] for each in (added, aligned)))
 
 
 def test_gpt2_is_projected_on_its_outputs(tmp_path):
