@@ -17,6 +17,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.methods import METHODS
 from deltaguard.methods.method import Layer
 from deltaguard.methods.safe_merge import MERGED_SHARE
+from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.restore import UnchangedError
 from models import perturbed, save, tiny_model
 from pairs import save_adapter, weights
@@ -242,6 +243,20 @@ def test_unfit_requests_are_refused(tmp_path):
     assert "`model.norm.weight` is in the aligned model and not in the unaligned one" in refusal(
         unaligned=missing
     )
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_plan_counts_what_is_read_of_every_model(name, tmp_path):
+    models, method = family(), METHODS[name]
+    config = RestoreConfig(method=name, strength=0.5, **{role: models[role] for role in method.models})
+    plan = plan_restore(models["aligned"], models["finetuned"], tmp_path / "out", config=config)
+    own = weights(models["aligned"])
+    restored = {n: t for n, t in own.items() if method.everywhere or in_block(n, t)}
+    assert plan.restored == len(restored)
+    read = 2 * sum(t.nbytes for t in own.values()) + len(method.models) * sum(
+        t.nbytes for t in restored.values()
+    )
+    assert plan.read_bytes == read
 
 
 def test_the_registry_is_sound():
