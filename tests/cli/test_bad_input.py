@@ -240,6 +240,10 @@ def test_a_model_that_is_nowhere(made, tmp_path, attempt):
         (["--max-safety-kl", "1e-40"], "greater than or equal to 0.000000001"),
         (["--max-safety-kl", "nan"], "should be a finite number"),
         (["--compensation", "none"], "an option of method greedy"),
+        (["--models", "x"], "models must map names to values; it is 'x'"),
+        (["--method-options", "x"], "method_options must map names to values; it is 'x'"),
+        (["--flag"], "--flag requires an argument"),
+        (["--budget"], "--budget requires an argument"),
     ],
 )
 def test_wrong_options_are_usage_errors_with_a_suggestion(made, attempt, options, said):
@@ -252,6 +256,21 @@ def test_a_config_file_with_an_unknown_option(made, tmp_path, attempt):
         made.aligned, made.finetuned, "--config", str(tmp_path / "options.yaml"), store=made.store, code=2
     )
     assert "strenght" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models:", "models must map names to values; it is None"),
+        ("method_options: 5", "method_options must map names to values; it is 5"),
+        ("method: [kfac]", "there is no method ['kfac']"),
+        ("method: {kfac: 1}", "there is no method {'kfac': 1}"),
+    ],
+)
+def test_a_config_file_with_values_of_another_kind(made, tmp_path, attempt, text, said):
+    (tmp_path / "options.yaml").write_text(text)
+    options = ["--config", str(tmp_path / "options.yaml")]
+    assert said in " ".join(attempt(made.aligned, made.finetuned, *options, store=made.store, code=2).split())
 
 
 def test_a_limit_that_rows_of_the_finetuned_model_exceed_is_not_met_by_other_parameters(

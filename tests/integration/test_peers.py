@@ -17,9 +17,10 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.methods import METHODS
 from deltaguard.methods.method import Layer
 from deltaguard.methods.safe_merge import MERGED_SHARE
+from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.restore import UnchangedError
 from models import perturbed, save, tiny_model
-from pairs import weights
+from pairs import save_adapter, weights
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +168,21 @@ def test_adapters_and_bfloat16(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_resta_adds_its_vector_to_what_fine_tuning_left_alone_too(tmp_path):
+    folders, aligned = family(), weights(family()["aligned"])
+    save_adapter(folders["aligned"], tmp_path / "finetuned", ["q_proj"])
+    found = write("resta", 0.5, tmp_path / "out", finetuned=tmp_path / "finetuned")
+    unaligned = weights(folders["unaligned"])
+    for name in (n for n in aligned if "q_proj" not in n):
+        a, u = aligned[name].double(), unaligned[name].double()
+        check_close(found[name], a + 0.5 * (a - u))
+    # Where the two adapters have no layer in common, the vector is all that changes anything.
+    save_adapter(folders["aligned"], tmp_path / "other", ["v_proj"])
+    other = {"finetuned": tmp_path / "finetuned", "unaligned": tmp_path / "other"}
+    added = write("resta", 0.5, tmp_path / "added", **other)
+    assert not torch.equal(*(each["model.layers.0.self_attn.v_proj.weight"] for each in (added, aligned)))
+
+
 def test_gpt2_is_projected_on_its_outputs(tmp_path):
     """Its matrices are stored (in, out): the subspace of V is that of V transposed."""
     every = {role: weights(folder) for role, folder in family("gpt2").items()}
@@ -227,6 +243,20 @@ def test_unfit_requests_are_refused(tmp_path):
     assert "`model.norm.weight` is in the aligned model and not in the unaligned one" in refusal(
         unaligned=missing
     )
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_plan_counts_what_is_read_of_every_model(name, tmp_path):
+    models, method = family(), METHODS[name]
+    config = RestoreConfig(method=name, strength=0.5, **{role: models[role] for role in method.models})
+    plan = plan_restore(models["aligned"], models["finetuned"], tmp_path / "out", config=config)
+    own = weights(models["aligned"])
+    restored = {n: t for n, t in own.items() if method.everywhere or in_block(n, t)}
+    assert plan.restored == len(restored)
+    read = 2 * sum(t.nbytes for t in own.values()) + len(method.models) * sum(
+        t.nbytes for t in restored.values()
+    )
+    assert plan.read_bytes == read
 
 
 def test_the_registry_is_sound():

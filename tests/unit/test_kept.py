@@ -66,3 +66,29 @@ def test_a_disk_that_is_full_after_all_loses_the_layer_alone(tmp_path, monkeypat
     monkeypatch.undo()
     check_same(kept.get("first"), value())
     assert kept.get("second") is None
+
+
+def test_what_a_full_disk_took_half_of_takes_no_room(tmp_path, monkeypatch):
+    kept, written = Kept(0, tmp_path, reserve=0), []
+    kept.add("first", value())
+    write = kept._write
+
+    def full(tensor):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(tensor)
+        return write(tensor)
+
+    size = kept._scratch.seek(0, 2)
+    monkeypatch.setattr(kept, "_write", full)
+    kept.add("second", value(1))
+    assert written
+    assert kept._scratch.seek(0, 2) == size
+
+
+def test_what_lies_in_the_file_can_be_looked_at_without_reading_it(tmp_path):
+    kept = Kept(0, tmp_path, reserve=0)
+    kept.add("first", value())
+    assert kept.peek("first").matrix.is_meta
+    assert kept.peek("first").inner.name == "layer"
+    assert kept.peek("other") is None

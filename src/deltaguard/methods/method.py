@@ -144,6 +144,7 @@ class Method(ABC):
         needs: what it must know of a layer's curvature.
         models: further models that it needs.
         everywhere: whether it decides every tensor, or the linear layers of the decoder blocks only.
+        without_delta: whether it may change a layer, too, that fine-tuning left as it was.
         options: its own options.
         ladder: strengths that a bench measures, rising; of a priced method limits of safety KL.
     """
@@ -154,6 +155,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[Quantity]] = frozenset()
     models: ClassVar[tuple[Role, ...]] = ()
     everywhere: ClassVar[bool] = False
+    without_delta: ClassVar[bool] = False
     options: ClassVar[type[Options]] = Options
     ladder: ClassVar[tuple[float, ...]] = ()
 

@@ -22,6 +22,7 @@ class Resta(Method):
     reference = "Bhardwaj et al., ACL 2024, arXiv:2402.11746; gamma is 1 - strength"
     models = ("unaligned",)
     everywhere = True
+    without_delta = True
     ladder = (-0.5, 0.0, 0.1, 0.25, 0.4, 0.5, 0.75)
 
     def strengths(self, options: Options) -> Strengths:  # noqa: ARG002
@@ -57,5 +58,5 @@ class _ShiftedLayer(PreparedLayer):
             kept_entries=None,
             safety_cost=math.nan,
             utility_loss=share(squared_norm(lost), energy),
-            detail={"delta_norm": math.sqrt(energy)},
+            detail={"delta_norm": math.sqrt(energy), "shift_norm": math.sqrt(squared_norm(lost))},
         )

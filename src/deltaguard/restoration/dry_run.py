@@ -59,15 +59,21 @@ def plan_restore(
             refuse_output(job, output, config)
         else:
             notes.append("the output is there already, so there is nothing to do")
+    further = [
+        [other.source.tensors[other.names[step.aligned_name]].nbytes for other in job.others.values()]
+        for step in plan.steps
+        if step.action is Action.RESTORE
+    ]
     return PlanReport(
         restored=plan.count(Action.RESTORE),
         from_aligned=plan.count(Action.ALIGNED),
         from_finetuned=plan.count(Action.FINETUNED),
         extended=plan.count(Action.EXTEND),
-        read_bytes=plan.read_bytes,
+        read_bytes=plan.read_bytes + sum(map(sum, further)),
         write_bytes=plan.write_bytes,
         curvature_bytes=plan.curvature_bytes,
-        peak_bytes=plan.peak_bytes,
+        # Of the further models, too, a step's tensors are read ahead.
+        peak_bytes=plan.peak_bytes + 2 * max(map(sum, further)),
         note="; ".join(notes) or None,
         **_cost(job, plan, config),
     )

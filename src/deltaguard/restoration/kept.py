@@ -44,6 +44,10 @@ class Kept:
         self._starts: dict[str, int] = {}
         self._scratch: Any = None
 
+    def peek(self, name: str) -> Any | None:
+        """Give what was kept under a name, with tensors that have no content if they lie in the file."""
+        return self._held.get(name)
+
     def get(self, name: str) -> Any | None:
         """Give what was kept under a name, None where nothing was."""
         value = self._held.get(name)
@@ -69,7 +73,9 @@ class Kept:
         try:
             placeholders = _mapped(value, self._write)
         except OSError:
-            # Another program took the room: the layer is made again when it is needed.
+            # Another program took the room: the layer is made again when it is needed, and what was written
+            # of it takes none of the output's.
+            self._scratch.truncate(start)
             return
         self._held[name], self._starts[name] = placeholders, start
 

@@ -28,7 +28,8 @@ class Inputs:
         finetuned: the fine-tuned tensor; None where no weight was asked for.
         aligned: the aligned tensor; likewise, and where the aligned model has none.
         differs: whether the two tensors differ; True where there is no aligned one.
-        layer: what the method is given, None of a step that no method decides or that has no delta.
+        layer: what the method is given, None of a step that no method decides, or that has no delta
+            where the method leaves such layers alone.
     """
 
     step: Step
@@ -98,8 +99,9 @@ class _Reader:
         finetuned = tuned.read(step.info.name)
         aligned = self.job.aligned.read(step.aligned) if step.aligned else None
         differs = aligned is None or not _same(aligned, finetuned)
-        curvature = self._curvature(step, needed=differs)
-        if not restored or not differs:
+        decided = restored and (differs or self.method.without_delta)
+        curvature = self._curvature(step, needed=decided)
+        if not decided:
             return Inputs(step, finetuned, aligned, differs, None)
         assert aligned is not None, "a tensor that is restored has an aligned counterpart"  # noqa: S101
         others: dict[Role, Tensor] = {

@@ -86,7 +86,14 @@ class RestoreConfig(BaseModel):
         if not isinstance(given, Mapping):
             return given
         name = given.get("method", cls.model_fields["method"].default)
-        if name not in METHODS:
+        of_another_kind = [
+            f"{key} must map names to values; it is {given[key]!r}."
+            for key in ("method_options", "models")
+            if not isinstance(given.get(key, {}), Mapping)
+        ]
+        if of_another_kind:
+            raise ValueError(" ".join(of_another_kind))
+        if not isinstance(name, str) or name not in METHODS:
             close = difflib.get_close_matches(str(name), METHODS, n=1)
             meant = f' Did you mean "{close[0]}"?' if close else ""
             raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}.{meant}")

@@ -69,8 +69,8 @@ class Step:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(out, in) of a linear layer's weight."""
-        rows, columns = self.info.shape
+        """(out, in) of the matrix that a method is given, see `Layer`: of a vector, a column."""
+        rows, columns = self.info.shape if len(self.info.shape) == 2 else _column(self.info.shape)
         return (columns, rows) if self.transposed else (rows, columns)
 
 
@@ -299,6 +299,10 @@ def _with_sizes(
 
 def _curvature_bytes(store: CurvatureStore, group: LayerGroup, rank: Rank) -> int:
     return 4 * group.in_features**2 if rank == "full" else spectra_bytes(group, store.provenance.extent)
+
+
+def _column(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0] if shape else 1), prod(shape[1:])
 
 
 def _entries(step: Step) -> int:

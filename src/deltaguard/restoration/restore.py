@@ -247,7 +247,9 @@ def _check_result(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price) -
             "so there is nothing to restore. Are both the same model?"
         )
     if not all_within and not any(
-        row.utility_loss > 0 if isinstance(row, LayerRow) else row.differs and row.source != "finetuned"
+        row.utility_loss > 0 or row.detail.get("shift_norm", 0) > 0
+        if isinstance(row, LayerRow)
+        else row.differs and row.source != "finetuned"
         for row in rows
     ):
         raise UnchangedError(

@@ -123,7 +123,7 @@ class Trial:
         """
         restored = [step for step in steps if step.action is Action.RESTORE]
         others = [step for step in steps if step.action is not Action.RESTORE]
-        layers, taken = self._ready(restored), read_layers(self.job, self.config.solver, others)
+        layers, taken = self._ready(restored, last=True), read_layers(self.job, self.config.solver, others)
         for step in steps:
             edited = (
                 self._restored(next(layers), price) if step.action is Action.RESTORE else _taken(next(taken))
@@ -142,7 +142,7 @@ class Trial:
         Raises:
             DeltaguardError: as `edited`.
         """
-        for ready in self._ready(self.steps, with_weights=False):
+        for ready in self._ready(self.steps, with_weights=False, last=True):
             step, started = ready.step, time.perf_counter()
             rows, columns = step.matrix_shape
             factors, outcome = LowRank(torch.zeros(0, columns), torch.zeros(rows, 0), 0.0), _UNCHANGED
@@ -150,19 +150,30 @@ class Trial:
                 factors, outcome = self._factors(step, ready.prepared, price)
             yield step, factors, _row(step, outcome, started)
 
-    def _ready(self, steps: Sequence[Step], *, with_weights: bool = True) -> Iterator[_Ready]:
-        """Give layers with all that does not depend on the price, kept from an earlier pass or made now."""
-        known = {step.info.name: self._known(step, with_weights=with_weights) for step in steps}
-        missing = [step for step in steps if known[step.info.name] is None]
+    def _ready(
+        self, steps: Sequence[Step], *, with_weights: bool = True, last: bool = False
+    ) -> Iterator[_Ready]:
+        """Give layers with all that does not depend on the price, kept from an earlier pass or made now.
+
+        One at a time: all that the scratch file holds need not fit into memory. What is made for the last
+        price is not kept for another.
+        """
+        kept = self._kept
+        known = {s.info.name for s in steps if kept is not None and self._serves(kept, s, with_weights)}
+        missing = [step for step in steps if step.info.name not in known]
         inputs = read_layers(self.job, self.config.solver, missing, with_weights=with_weights)
         for step in steps:
-            yield known.pop(step.info.name) or self._prepared(next(inputs))
+            found: _Ready | None = None
+            if kept is not None and step.info.name in known:
+                found = kept.get(step.info.name)
+            yield found or self._prepared(next(inputs), None if last else kept)
 
-    def _known(self, step: Step, *, with_weights: bool) -> _Ready | None:
-        found: _Ready | None = None if self._kept is None else self._kept.get(step.info.name)
-        return None if found is None or (with_weights and not found.with_weights) else found
+    @staticmethod
+    def _serves(kept: Kept, step: Step, with_weights: bool) -> bool:
+        found: _Ready | None = kept.peek(step.info.name)
+        return found is not None and (found.with_weights or not with_weights)
 
-    def _prepared(self, inputs: Inputs) -> _Ready:
+    def _prepared(self, inputs: Inputs, kept: Kept | None) -> _Ready:
         step, name = inputs.step, inputs.step.info.name
         if inputs.layer is None:
             self._unchanged.add(name)
@@ -171,8 +182,8 @@ class Trial:
             prepared = self.config.solver.prepare(inputs.layer, self.config.own_options)
         except ValueError as error:
             raise _named(error, step) from error
-        if self._kept is not None:
-            self._kept.add(name, _Ready(step, inputs.finetuned is not None, None, prepared))
+        if kept is not None:
+            kept.add(name, _Ready(step, inputs.finetuned is not None, None, prepared))
         return _Ready(step, inputs.finetuned is not None, inputs.finetuned, prepared)
 
     def _restored(self, ready: _Ready, price: float) -> Edited:

@@ -1,0 +1,65 @@
+"""When layers are kept and read again: no more of them is in memory than the budget and the one at work."""
+
+import pytest
+
+from deltaguard import RestoreConfig, restore
+from deltaguard.restoration.kept import Kept
+from deltaguard.restoration.trial import Trial
+from pairs import pair
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What is kept, read again and solved, in order."""
+    found = []
+
+    def watched(owner, method):
+        carried_out = getattr(owner, method)
+
+        def watching(self, first, *others):
+            found.append(method)
+            return carried_out(self, first, *others)
+
+        monkeypatch.setattr(owner, method, watching)
+
+    watched(Kept, "add")
+    watched(Kept, "get")
+    watched(Trial, "_solved")
+    return found
+
+
+def test_layers_in_the_scratch_file_are_read_one_at_a_time(tmp_path, done):
+    made = pair("llama")
+    config = RestoreConfig(strength=0.3, memory=0)
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    assert done == ["add"] * len(report.layers) + ["get", "_solved"] * len(report.layers)
+
+
+def test_nothing_is_kept_after_the_last_price(tmp_path, done):
+    made = pair("llama")
+
+    def restored(**options):
+        done.clear()
+        config = RestoreConfig(**options)
+        return restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+
+    def interrupt(event):
+        if event.stage == "restore":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        restore(
+            made.aligned,
+            made.finetuned,
+            tmp_path / "out",
+            store=made.store,
+            config=RestoreConfig(strength=0.3),
+            progress=interrupt,
+        )
+    # The price is remembered.
+    report = restored(strength=0.3, resume=True)
+    assert done == ["_solved"] * len(report.layers)
+    # The whole model is within the limit.
+    report = restored(max_safety_kl=100, overwrite=True)
+    assert report.dial.whole
+    assert done == ["_solved"] * len(report.layers)
