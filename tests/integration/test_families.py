@@ -42,7 +42,7 @@ def test_names_say_what_the_modules_are(name):
     by_name = {"input": is_input_embedding, "head": is_output_head}
     for end, weight in ends.items():
         found = [tensor for path, tensor in model.state_dict(keep_vars=True).items() if by_name[end](path)]
-        assert found
+        assert found, (end, list(by_name))
         assert all(tensor is weight for tensor in found)
     assert ties_embeddings(config, tensors) == (ends["input"] is ends["head"])
     assert all(is_parameter(path) for path in tensors if path.endswith((".weight", ".bias")))

@@ -17,7 +17,7 @@ from deltaguard.methods.method import Options, PricedLayer, PricedMethod
 from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.solvers import Solution, profile
 from deltaguard.studies.run import bench
-from pairs import pair, weights
+from pairs import pair, save_adapter, weights
 
 
 class ShrinkOptions(Options):
@@ -82,6 +82,14 @@ def test_it_restores_by_the_dial_with_and_without_room_to_keep_what_is_prepared(
     torch.testing.assert_close(restored[row.name], expected)
     assert Shrink.title in (tmp_path / "out" / CARD_NAME).read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_adapter_is_restored_to_an_adapter_from_its_weights(tmp_path):
+    made = pair("llama")
+    save_adapter(made.aligned, tmp_path / "tuned", ["q_proj"])
+    config = RestoreConfig(method="shrink", strength=0.5, output_format="adapter")
+    report = restore(made.aligned, tmp_path / "tuned", tmp_path / "out", store=made.store, config=config)
+    assert {row.name.split(".")[-2] for row in report.layers if row.delta_norm > 0} == {"q_proj"}
 
 
 def test_it_is_swept(tmp_path):

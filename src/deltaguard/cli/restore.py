@@ -100,7 +100,7 @@ def methods_help() -> str:
     lines = ["Methods:", ""]
     for method in METHODS.values():
         strength = "dial or strength" if isinstance(method, PricedMethod) else "strength"
-        lines.append(f"- `{method.name}` ({strength}): {method.title}. {method.reference}")
+        lines.append(f"- `{method.name}` ({strength}): {method.title} ({method.reference})")
         for name, field in method.options.model_fields.items():
             lines.append(f"    - `--{name.replace('_', '-')}`: {field.description}")
         lines += [f"    - `--{role}`: {ROLES[role]}" for role in method.models]

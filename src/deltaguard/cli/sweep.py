@@ -7,6 +7,8 @@ from cyclopts import Parameter
 from rich.console import Group
 
 from deltaguard.cli.sink import Json, UsageError, checked, emit, hide_bars_of_transformers, progress_bar, warn
+from deltaguard.methods import METHODS
+from deltaguard.methods.method import PricedMethod
 from deltaguard.restoration.options import ConfigFrom, OtherParams, RestoreConfig
 
 
@@ -49,9 +51,9 @@ def sweep(
     """
     options = {"method": method, "confidence": confidence, "memory": memory, "device": device}
     options |= {"other_params": other_params, "config_from": config_from}
-    config = checked(RestoreConfig, options)
-    if not config.is_priced:
+    if method in METHODS and not isinstance(METHODS[method], PricedMethod):
         raise UsageError(f"A sweep needs a method with a price to vary; {method} has none.")
+    config = checked(RestoreConfig, options)
     for limit in max_safety_kl:
         checked(RestoreConfig, options | {"max_safety_kl": limit})
     from deltaguard.cli.report import page_line

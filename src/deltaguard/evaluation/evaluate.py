@@ -187,7 +187,8 @@ def _judges(run: _Run) -> dict[str, tuple[Judge, bool]]:
     names = [each.name for each, _ in judges]
     if len(set(names)) < len(names):
         raise DeltaguardError(
-            f"Two judges have one name: {', '.join(names)}. Set `name` of one in the suite."
+            f"Two judges have one name: {', '.join(names)}. Name a rule such as `opening` once, "
+            "and give one of two other judges another `name` in the suite."
         )
     return dict(zip(names, judges, strict=True))
 

@@ -110,7 +110,11 @@ class PreparedLayer(ABC):
         """Restore the layer.
 
         Args:
-            price: the strength; for a `PricedLayer` the price of safety μ.
+            price: the strength, of which a larger one keeps more; for a `PricedLayer` the price of safety μ,
+                of which a larger one keeps less.
+
+        Returns:
+            The solution; its `detail` holds `delta_norm`, ‖Δ‖.
 
         Raises:
             ValueError: a number is out of range, or the result is not what the method promises.
@@ -144,9 +148,12 @@ class Method(ABC):
         needs: what it must know of a layer's curvature.
         models: further models that it needs.
         everywhere: whether it decides every tensor, or the linear layers of the decoder blocks only.
+        from_products: whether its layers can give `factors_at` from a delta that an adapter holds as a
+            product, without the two weights.
         without_delta: whether it may change a layer, too, that fine-tuning left as it was.
         options: its own options.
-        ladder: strengths that a bench measures, rising; of a priced method limits of safety KL.
+        ladder: the seven strengths that a bench measures, rising; of a priced method limits of safety KL.
+            Without any it restores, and is not benched.
     """
 
     name: ClassVar[str]
@@ -155,6 +162,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[Quantity]] = frozenset()
     models: ClassVar[tuple[Role, ...]] = ()
     everywhere: ClassVar[bool] = False
+    from_products: ClassVar[bool] = False
     without_delta: ClassVar[bool] = False
     options: ClassVar[type[Options]] = Options
     ladder: ClassVar[tuple[float, ...]] = ()

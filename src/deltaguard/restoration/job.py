@@ -73,7 +73,7 @@ class Job:
             store=self.store,
             other_params=config.other_params,
             rank=config.rank,
-            everywhere=config.solver.everywhere,
+            everywhere=config.chosen_method.everywhere,
         )
 
     def check_unchanged(self) -> None:
@@ -164,7 +164,7 @@ def look(
             configuration, tokenizer and chat template the output is to have.
     """
     base, tuned = open_models(aligned, finetuned)
-    everywhere = config.solver.everywhere
+    everywhere = config.chosen_method.everywhere
     plan = make_plan(base, tuned, store=None, other_params=config.other_params, everywhere=everywhere)
     one, other = Identified.of(base), Identified.of(tuned)
     require_agreement(one, other, plan, config)

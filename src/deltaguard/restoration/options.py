@@ -110,7 +110,7 @@ class RestoreConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "RestoreConfig":
-        method = self.solver
+        method = self.chosen_method
         try:
             own = self.own_options
         except ValidationError as error:
@@ -147,23 +147,23 @@ class RestoreConfig(BaseModel):
             )
 
     @property
-    def solver(self) -> Method:
+    def chosen_method(self) -> Method:
         """The method itself."""
         return find_method(self.method)
 
     @property
     def own_options(self) -> Options:
         """The method's own options, defaults included."""
-        return self.solver.options.model_validate(dict(self.method_options))
+        return self.chosen_method.options.model_validate(dict(self.method_options))
 
     @property
     def _strengths(self) -> Strengths:
-        return self.solver.strengths(self.own_options)
+        return self.chosen_method.strengths(self.own_options)
 
     @property
     def is_priced(self) -> bool:
         """Whether the method has one price of safety, μ, for all layers."""
-        return isinstance(self.solver, PricedMethod)
+        return isinstance(self.chosen_method, PricedMethod)
 
     @property
     def dial(self) -> float | None:
@@ -182,12 +182,12 @@ class RestoreConfig(BaseModel):
     @property
     def needs_curvature(self) -> bool:
         """Whether the method needs a CurvatureStore."""
-        return bool(self.solver.needs)
+        return bool(self.chosen_method.needs)
 
     @property
     def rank(self) -> Rank:
         """What a CurvatureStore must keep for the method."""
-        return "full" if self.solver.needs & {"hessian", "factor"} else "auto"
+        return "full" if self.chosen_method.needs & {"hessian", "factor"} else "auto"
 
     def what_is_solved(self) -> dict[str, str | float | bool | None]:
         """List the options that decide the output, for the report and for recognising an interrupted run."""
@@ -196,7 +196,7 @@ class RestoreConfig(BaseModel):
         decided |= {"max_safety_kl": self.dial} if by_dial else {"strength": self.chosen_strength}
         decided |= {"confidence": self.confidence} if self.confidence is not None else {}
         decided |= self.own_options.model_dump() | dict(self.models)
-        decided |= {} if self.solver.everywhere else {"other_params": self.other_params}
+        decided |= {} if self.chosen_method.everywhere else {"other_params": self.other_params}
         decided |= {"config_from": self.config_from} if self.config_from is not None else {}
         decided["output_format"] = self.output_format
         decided |= {"adapter_rank": self.adapter_rank} if self.output_format == "adapter" else {}

@@ -306,7 +306,7 @@ def _report(
         finetuned=job.finetuned_reference,
         store_conversations=job.store.provenance.conversations_sha256 if job.store else None,
         options=config.what_is_solved(),
-        method_title=config.solver.title,
+        method_title=config.chosen_method.title,
         layers=layers,
         others=tuple(row for row in rows if isinstance(row, OtherRow)),
         files=(),

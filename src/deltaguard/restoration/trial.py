@@ -100,7 +100,7 @@ class Trial:
     def others(self) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor that no method decides, as it would be written."""
         others = [step for step in self.plan.steps if step.action is not Action.RESTORE]
-        for inputs in read_layers(self.job, self.config.solver, others):
+        for inputs in read_layers(self.job, self.config.chosen_method, others):
             yield inputs.step.info.name, _taken(inputs).tensor
 
     def other_rows(self) -> Iterator[OtherRow]:
@@ -112,7 +112,7 @@ class Trial:
             if step.info.name not in touched:
                 yield OtherRow(name=step.info.name, source="aligned", reason=step.reason, differs=False)
         changed = [step for step in others if step.info.name in touched]
-        for inputs in read_layers(self.job, self.config.solver, changed):
+        for inputs in read_layers(self.job, self.config.chosen_method, changed):
             yield _taken(inputs).row
 
     def edited(self, steps: Sequence[Step], price: float) -> Iterator[Edited]:
@@ -123,7 +123,10 @@ class Trial:
         """
         restored = [step for step in steps if step.action is Action.RESTORE]
         others = [step for step in steps if step.action is not Action.RESTORE]
-        layers, taken = self._ready(restored, last=True), read_layers(self.job, self.config.solver, others)
+        layers, taken = (
+            self._ready(restored, last=True),
+            read_layers(self.job, self.config.chosen_method, others),
+        )
         for step in steps:
             edited = (
                 self._restored(next(layers), price) if step.action is Action.RESTORE else _taken(next(taken))
@@ -161,7 +164,7 @@ class Trial:
         kept = self._kept
         known = {s.info.name for s in steps if kept is not None and self._serves(kept, s, with_weights)}
         missing = [step for step in steps if step.info.name not in known]
-        inputs = read_layers(self.job, self.config.solver, missing, with_weights=with_weights)
+        inputs = read_layers(self.job, self.config.chosen_method, missing, with_weights=with_weights)
         for step in steps:
             found: _Ready | None = None
             if kept is not None and step.info.name in known:
@@ -179,7 +182,7 @@ class Trial:
             self._unchanged.add(name)
             return _Ready(step, inputs.finetuned is not None, inputs.finetuned, None)
         try:
-            prepared = self.config.solver.prepare(inputs.layer, self.config.own_options)
+            prepared = self.config.chosen_method.prepare(inputs.layer, self.config.own_options)
         except ValueError as error:
             raise _named(error, step) from error
         if kept is not None:
