@@ -28,7 +28,7 @@ from deltaguard.restoration.restore import restore
 from deltaguard.restoration.verify import verify
 from deltaguard.studies.cells import CellStore
 from deltaguard.studies.run import _require_same
-from deltaguard.studies.score import contests, curves, groups, scores
+from deltaguard.studies.score import cells_by_finetune, contests, curves, scores
 from pairs import pair
 from reports import MODELS, evaluation_report, sweep_report
 from restores import demo_report, restore_report
@@ -101,7 +101,7 @@ def cells(folder: Path) -> Target:
         return named and all(len(getattr(found, each)) == len(getattr(good, each)) for each in counts)
 
     def read() -> None:
-        found = groups(FINETUNES[:1], [*others, shelf.cell(good.key, fits, lambda: good)])
+        found = cells_by_finetune(FINETUNES[:1], [*others, shelf.cell(good.key, fits, lambda: good)])
         contests(found, scores(found, curves(found, bound=2.0)))
 
     return in_file(folder / "cells" / f"{good.key}.json", damage_json, read, good.model_dump_json().encode())
