@@ -209,7 +209,8 @@ class Trial:
         return tensor_of(step, weight, ready.finetuned, dtype), outcome
 
     def _factors(self, step: Step, prepared: PreparedLayer, price: float) -> tuple[LowRank, Outcome]:
-        rank, dtype = self.config.adapter_rank, DTYPES[step.info.dtype]
+        # An adapter is stored as the model that it belongs to.
+        rank, dtype = self.config.adapter_rank, DTYPES[self.job.aligned.tensors[step.aligned_name].dtype]
         try:
             known = prepared.factors_at(price, rank)
             if known is None:
