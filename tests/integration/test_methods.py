@@ -17,7 +17,7 @@ from deltaguard.methods.method import Options, PricedLayer, PricedMethod
 from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.solvers import Solution, profile
 from deltaguard.studies.run import bench
-from pairs import pair, weights
+from pairs import pair, save_adapter, weights
 
 
 class ShrinkOptions(Options):
@@ -82,6 +82,50 @@ def test_it_restores_by_the_dial_with_and_without_room_to_keep_what_is_prepared(
     torch.testing.assert_close(restored[row.name], expected)
     assert Shrink.title in (tmp_path / "out" / CARD_NAME).read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("chosen", [{"strength": 0.3}, {"max_safety_kl": 1e-3}])
+def test_it_restores_an_adapter_to_an_adapter(tmp_path, chosen):
+    made = pair("llama")
+    save_adapter(made.aligned, tmp_path / "finetuned", ["q_proj"])
+    for output_format in ("adapter", "checkpoint"):
+        config = RestoreConfig(method="shrink", output_format=output_format, **chosen)
+        out = tmp_path / output_format
+        report = restore(made.aligned, tmp_path / "finetuned", out, store=made.store, config=config)
+        assert 0 < report.kept_energy < 1
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+class Plain(Shrink):
+    """Needs no curvature, and selects entries in some layers alone."""
+
+    name = "plain"
+    needs = frozenset()
+
+    def prepare(self, layer, options):
+        return PlainLayer(*layer.weights, 1.0)
+
+
+class PlainLayer(ShrunkLayer):
+    def at(self, price):
+        return replace(super().at(price), kept_entries=0.5 if len(self.aligned) == 48 else None)
+
+
+def test_what_a_method_does_not_need_or_say_is_left_out(tmp_path):
+    made = pair("llama")
+    with registered(Plain()):
+        report = restore(
+            made.aligned,
+            made.finetuned,
+            tmp_path / "strength",
+            config=RestoreConfig(method="plain", strength=0.3),
+        )
+        assert report.kept_entries == 0.5
+        # The dial measures on the store's conversations, whatever the method needs.
+        dial = RestoreConfig(method="plain", max_safety_kl=1e-3)
+        assert dial.needs_curvature
+        report = restore(made.aligned, made.finetuned, tmp_path / "dial", store=made.store, config=dial)
+        assert 0.9e-3 <= report.dial.restored_kl <= 1e-3
 
 
 def test_it_is_swept(tmp_path):

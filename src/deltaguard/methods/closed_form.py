@@ -31,6 +31,7 @@ class Kfac(PricedMethod):
     title = "the closed form of Safe Delta's goal with both curvatures: each direction shrinks by its price"
     reference = "the optimum of Safe Delta's goal; curvature as in Martens and Grosse 2015, arXiv:1503.05671"
     needs = frozenset({"inputs", "outputs"})
+    of_products = True
     ladder = _LIMITS
 
     def prepare(self, layer: Layer, options: Options) -> _ProjectedLayer:  # noqa: ARG002
@@ -47,6 +48,7 @@ class Ridge(PricedMethod):
     title = "the closed form of Safe Delta's goal with the curvature of the inputs"
     reference = "the optimum of Safe Delta's goal with G = I"
     needs = frozenset({"inputs", "output_mean"})
+    of_products = True
     ladder = _LIMITS
 
     def prepare(self, layer: Layer, options: Options) -> _ProjectedLayer:  # noqa: ARG002

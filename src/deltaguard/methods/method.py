@@ -78,9 +78,10 @@ class Layer:
     """One weight as each model has it, a matrix (out, in).
 
     Attributes:
-        aligned: the aligned model's; None where an adapter is restored to an adapter, which takes no weight.
+        aligned: the aligned model's; None where a method with `of_products` restores an adapter to an
+            adapter, which takes no weight.
         finetuned: the fine-tuned model's; likewise.
-        product: the delta as B, (out, r), and A, (r, in), where an adapter holds it so.
+        product: for such a method the delta as B, (out, r), and A, (r, in), where an adapter holds it so.
         others: of the further models that the method names.
         curvature: of the layer.
     """
@@ -94,8 +95,8 @@ class Layer:
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
         """The aligned and the fine-tuned weight of a layer that has both."""
-        assert self.aligned is not None, "only the closed form restores products alone"  # noqa: S101
-        assert self.finetuned is not None, "only the closed form restores products alone"  # noqa: S101
+        assert self.aligned is not None, "a method with `of_products` asks first"  # noqa: S101
+        assert self.finetuned is not None, "a method with `of_products` asks first"  # noqa: S101
         return self.aligned, self.finetuned
 
 
@@ -144,6 +145,8 @@ class Method(ABC):
         needs: what it must know of a layer's curvature.
         models: further models that it needs.
         everywhere: whether it decides every tensor, or the linear layers of the decoder blocks only.
+        of_products: whether it restores a delta that an adapter holds as a product without the weights; its
+            layers then have `factors_at`.
         without_delta: whether it may change a layer, too, that fine-tuning left as it was.
         options: its own options.
         ladder: strengths that a bench measures, rising; of a priced method limits of safety KL.
@@ -155,6 +158,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[Quantity]] = frozenset()
     models: ClassVar[tuple[Role, ...]] = ()
     everywhere: ClassVar[bool] = False
+    of_products: ClassVar[bool] = False
     without_delta: ClassVar[bool] = False
     options: ClassVar[type[Options]] = Options
     ladder: ClassVar[tuple[float, ...]] = ()

@@ -88,7 +88,7 @@ class _Reader:
     def read(self, step: Step) -> Inputs:
         tuned, restored = self.job.finetuned, step.action is Action.RESTORE
         product = None
-        if restored and isinstance(tuned, AdapterCheckpoint) and "inputs" in self.method.needs:
+        if restored and isinstance(tuned, AdapterCheckpoint) and self.method.of_products:
             product = tuned.thin_delta(step.info.name)
             whole = product is None and step.info.name in tuned.adapted
             if not self.with_weights and not whole:

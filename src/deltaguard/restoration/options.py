@@ -181,8 +181,8 @@ class RestoreConfig(BaseModel):
 
     @property
     def needs_curvature(self) -> bool:
-        """Whether the method needs a CurvatureStore."""
-        return bool(self.solver.needs)
+        """Whether a CurvatureStore is needed: by the method, or by the dial for its conversations."""
+        return bool(self.solver.needs) or self.dial is not None
 
     @property
     def rank(self) -> Rank:
