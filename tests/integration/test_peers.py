@@ -231,7 +231,7 @@ def test_the_same_job_is_known_whatever_its_models_are_called(tmp_path, monkeypa
     first = restored(safe=models["safe"], pretrained=models["pretrained"])
     monkeypatch.chdir(models["safe"].parent)
     assert restored(safe="./safe", pretrained="pretrained") == first
-    assert restored(models={"pretrained": "pretrained", "safe": "safe"}) == first
+    assert restored(models={"pretrained": Path("pretrained"), "safe": "safe"}) == first
     with pytest.raises(DeltaguardError, match="another job"):
         restored(safe="pretrained", pretrained="safe")
 
