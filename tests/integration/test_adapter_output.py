@@ -235,3 +235,14 @@ def test_what_must_be_known_of_an_adapter_is_told(tmp_path):
     thin = restore(made.aligned, tuned, tmp_path / "thin", store=made.store, config=config)
     assert any("trained over unsloth/model-bnb-4bit" in warning for warning in thin.warnings)
     assert not any("ranks go up to" in warning for warning in thin.warnings)
+
+
+def test_factors_have_the_precision_of_the_model_that_they_belong_to(tmp_path):
+    """What the dial measures is what is written, however the fine-tuned model is stored."""
+    made, tuned = pair(), models.perturbed(models.tiny_model("llama"), 0.05)
+    finetuned = models.save(tuned, tmp_path / "tuned", dtype=torch.float16)
+    config = RestoreConfig(strength=0.3, adapter_rank=4, **ADAPTER)
+    restore(made.aligned, finetuned, tmp_path / "out", store=made.store, config=config)
+    factors = weights(tmp_path / "out").values()
+    assert {factor.dtype for factor in factors} == {torch.float32}
+    assert not any(torch.equal(factor.half().float(), factor) for factor in factors)

@@ -84,12 +84,48 @@ def test_it_restores_by_the_dial_with_and_without_room_to_keep_what_is_prepared(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_adapter_is_restored_to_an_adapter_from_its_weights(tmp_path):
+@pytest.mark.parametrize("chosen", [{"strength": 0.3}, {"max_safety_kl": 1e-3}])
+def test_it_restores_an_adapter_to_an_adapter(tmp_path, chosen):
     made = pair("llama")
-    save_adapter(made.aligned, tmp_path / "tuned", ["q_proj"])
-    config = RestoreConfig(method="shrink", strength=0.5, output_format="adapter")
-    report = restore(made.aligned, tmp_path / "tuned", tmp_path / "out", store=made.store, config=config)
-    assert {row.name.split(".")[-2] for row in report.layers if row.delta_norm > 0} == {"q_proj"}
+    save_adapter(made.aligned, tmp_path / "finetuned", ["q_proj"])
+    for output_format in ("adapter", "checkpoint"):
+        config = RestoreConfig(method="shrink", output_format=output_format, **chosen)
+        out = tmp_path / output_format
+        report = restore(made.aligned, tmp_path / "finetuned", out, store=made.store, config=config)
+        assert 0 < report.kept_energy < 1
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+class Plain(Shrink):
+    """Needs no curvature, and selects entries in some layers alone."""
+
+    name = "plain"
+    needs = frozenset()
+
+    def prepare(self, layer, options):
+        return PlainLayer(*layer.weights, 1.0)
+
+
+class PlainLayer(ShrunkLayer):
+    def at(self, price):
+        return replace(super().at(price), kept_entries=0.5 if len(self.aligned) == 48 else None)
+
+
+def test_what_a_method_does_not_need_or_say_is_left_out(tmp_path):
+    made = pair("llama")
+    with registered(Plain()):
+        report = restore(
+            made.aligned,
+            made.finetuned,
+            tmp_path / "strength",
+            config=RestoreConfig(method="plain", strength=0.3),
+        )
+        assert report.kept_entries == 0.5
+        # The dial measures on the store's conversations, whatever the method needs.
+        dial = RestoreConfig(method="plain", max_safety_kl=1e-3)
+        assert dial.needs_curvature
+        report = restore(made.aligned, made.finetuned, tmp_path / "dial", store=made.store, config=dial)
+        assert 0.9e-3 <= report.dial.restored_kl <= 1e-3
 
 
 def test_it_is_swept(tmp_path):

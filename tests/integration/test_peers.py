@@ -221,6 +221,21 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert len(seen) < 12 + len(expected)
 
 
+def test_the_same_job_is_known_whatever_its_models_are_called(tmp_path, monkeypatch):
+    models, out = family(), tmp_path / "out"
+
+    def restored(**roles):
+        config = RestoreConfig(method="safe-merge", strength=0.28, resume=True, **roles)
+        return restore(models["aligned"], models["finetuned"], out, config=config)
+
+    first = restored(safe=models["safe"], pretrained=models["pretrained"])
+    monkeypatch.chdir(models["safe"].parent)
+    assert restored(safe="./safe", pretrained="pretrained") == first
+    assert restored(models={"pretrained": Path("pretrained"), "safe": "safe"}) == first
+    with pytest.raises(DeltaguardError, match="another job"):
+        restored(safe="pretrained", pretrained="safe")
+
+
 def test_unfit_requests_are_refused(tmp_path):
     def refusal(method="resta", strength=0.5, **changed):
         with pytest.raises(DeltaguardError) as error:

@@ -3,6 +3,7 @@
 import pytest
 
 from deltaguard import RestoreConfig, restore
+from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.restoration.kept import Kept
 from deltaguard.restoration.trial import Trial
 from pairs import pair
@@ -63,3 +64,16 @@ def test_nothing_is_kept_after_the_last_price(tmp_path, done):
     report = restored(max_safety_kl=100, overwrite=True)
     assert report.dial.whole
     assert done == ["_solved"] * len(report.layers)
+
+
+def test_tensors_are_read_in_the_order_of_their_shard(tmp_path, monkeypatch):
+    """So that no more than the next one waits in memory, whatever becomes of each."""
+    made, seen = pair("llama"), []
+    read = Checkpoint.read
+    monkeypatch.setattr(
+        Checkpoint, "read", lambda self, name: (seen.append((self.reference, name)), read(self, name))[1]
+    )
+    config = RestoreConfig(method="interpolate", strength=0.5)
+    restore(made.aligned, made.finetuned, tmp_path / "out", config=config)
+    finetuned = Checkpoint.open(made.finetuned)
+    assert [name for reference, name in seen if reference == str(made.finetuned)] == list(finetuned.tensors)

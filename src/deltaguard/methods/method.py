@@ -78,9 +78,10 @@ class Layer:
     """One weight as each model has it, a matrix (out, in).
 
     Attributes:
-        aligned: the aligned model's; None where an adapter is restored to an adapter, which takes no weight.
+        aligned: the aligned model's; None where a method with `of_products` restores an adapter to an
+            adapter, which takes no weight.
         finetuned: the fine-tuned model's; likewise.
-        product: the delta as B, (out, r), and A, (r, in), where an adapter holds it so.
+        product: for such a method the delta as B, (out, r), and A, (r, in), where an adapter holds it so.
         others: of the further models that the method names.
         curvature: of the layer.
     """
@@ -94,8 +95,8 @@ class Layer:
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
         """The aligned and the fine-tuned weight of a layer that has both."""
-        assert self.aligned is not None, "only the closed form restores products alone"  # noqa: S101
-        assert self.finetuned is not None, "only the closed form restores products alone"  # noqa: S101
+        assert self.aligned is not None, "a method with `of_products` asks first"  # noqa: S101
+        assert self.finetuned is not None, "a method with `of_products` asks first"  # noqa: S101
         return self.aligned, self.finetuned
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
@@ -103,9 +104,14 @@ class RestoreConfig(BaseModel):
         unknown = [key for key in given if key not in {*known, *own, *method.models}]
         if unknown:
             raise ValueError(" ".join(_unknown(key, method, list(known)) for key in unknown))
+        # As beside them, a model may be given as a path.
+        named = {
+            role: str(model) if isinstance(model, PurePath) else model
+            for role, model in given.get("models", {}).items()
+        }
         return {key: value for key, value in given.items() if key in known} | {
             "method_options": {**given.get("method_options", {}), **own},
-            "models": {**given.get("models", {}), **models},
+            "models": {**named, **models},
         }
 
     @model_validator(mode="after")
@@ -181,8 +187,8 @@ class RestoreConfig(BaseModel):
 
     @property
     def needs_curvature(self) -> bool:
-        """Whether the method needs a CurvatureStore."""
-        return bool(self.chosen_method.needs)
+        """Whether a CurvatureStore is needed: by the method, or by the dial for its conversations."""
+        return bool(self.chosen_method.needs) or self.dial is not None
 
     @property
     def rank(self) -> Rank:

@@ -116,8 +116,10 @@ def finished_report(job: Job, output: Output, config: RestoreConfig) -> RestoreR
     if not config.resume or in_progress or not (folder / REPORT_NAME).exists():
         return None
     report = read_report(folder)
-    differences = _differences(job, report, config)
-    if output.plan_hash is not None and report.plan_hash != output.plan_hash:
+    is_same = output.plan_hash is not None and report.plan_hash == output.plan_hash
+    # The same job may name a model by another path.
+    differences = [] if is_same else _differences(job, report, config)
+    if output.plan_hash is not None and not is_same:
         differences = differences or ["its report does not say what differs"]
     problems = differences or _changes(folder, report)
     what = "another job, so there is nothing to resume" if differences else "this job and has been changed"
@@ -139,13 +141,15 @@ def _inputs(job: Job) -> tuple[Path, ...]:
 def _plan_hash(job: Job, config: RestoreConfig) -> str:
     """Say what produced a half-written output: it can be resumed by the same job alone."""
     store = job.store.provenance if job.store else None
+    # Further models count by what they hold, as the two others do.
+    solved = {name: value for name, value in config.what_is_solved().items() if name not in job.others}
     parts = [
         __version__,
         job.aligned_identity.key,
         job.finetuned_identity.key,
-        *(other.source.fingerprint() for other in job.others.values()),
+        *(f"{role} {other.source.fingerprint()}" for role, other in sorted(job.others.items())),
         store.model_dump_json() if store else "",
-        json.dumps(config.what_is_solved(), sort_keys=True),
+        json.dumps(solved, sort_keys=True),
         *(job.finetuned.header(shard).hex() for shard in job.finetuned.shards),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -299,7 +299,8 @@ def _report(
     lost = sum(row.utility_loss * norm for row, norm in zip(changed, norms, strict=True))
     kept = sum(row.kept_energy * norm for row, norm in zip(changed, norms, strict=True))
     predicted = sum(row.detail.get("predicted_safety_kl", 0.0) for row in changed)
-    selected = [row.kept_entries for row in changed if row.kept_entries is not None]
+    selected = [(row.kept_entries, n) for row, n in zip(changed, entries, strict=True)]
+    selected = [(share, n) for share, n in selected if share is not None]
     return RestoreReport(
         environment=environment(price.dial.device if price.dial else "cpu"),
         aligned=job.aligned_reference,
@@ -315,7 +316,7 @@ def _report(
         predicted_safety_kl=predicted if config.is_priced else None,
         dial=price.dial,
         kept_energy=kept / sum(norms) if changed else 1.0,
-        kept_entries=statistics.fmean(selected, entries) if selected else None,
+        kept_entries=statistics.fmean(*zip(*selected, strict=True)) if selected else None,
         utility_loss=lost / sum(norms) if changed else 0.0,
         safety_cost=statistics.median(costs) if costs else None,
         seconds={

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -121,16 +121,15 @@ class Trial:
         Raises:
             DeltaguardError: weights are not finite, or the method failed; the message names the tensor.
         """
-        restored = [step for step in steps if step.action is Action.RESTORE]
-        others = [step for step in steps if step.action is not Action.RESTORE]
-        layers, taken = (
-            self._ready(restored, last=True),
-            read_layers(self.job, self.config.chosen_method, others),
-        )
+        known = self._known(steps, with_weights=True)
+        missing = [step for step in steps if step.info.name not in known]
+        # One reader for all: with one for layers and one for others, twice as much would be read ahead.
+        inputs = read_layers(self.job, self.config.chosen_method, missing)
         for step in steps:
-            edited = (
-                self._restored(next(layers), price) if step.action is Action.RESTORE else _taken(next(taken))
-            )
+            if step.action is Action.RESTORE:
+                edited = self._restored(self._next(step, known, inputs, keep=False), price)
+            else:
+                edited = _taken(next(inputs))
             if edited.tensor.is_floating_point() and not is_finite(edited.tensor):
                 raise DeltaguardError(
                     f"Tensor `{step.info.name}` would hold NaN or infinite values in {edited.tensor.dtype}. "
@@ -161,22 +160,28 @@ class Trial:
         One at a time: all that the scratch file holds need not fit into memory. What is made for the last
         price is not kept for another.
         """
-        kept = self._kept
-        known = {s.info.name for s in steps if kept is not None and self._serves(kept, s, with_weights)}
+        known = self._known(steps, with_weights=with_weights)
         missing = [step for step in steps if step.info.name not in known]
         inputs = read_layers(self.job, self.config.chosen_method, missing, with_weights=with_weights)
         for step in steps:
-            found: _Ready | None = None
-            if kept is not None and step.info.name in known:
-                found = kept.get(step.info.name)
-            yield found or self._prepared(next(inputs), None if last else kept)
+            yield self._next(step, known, inputs, keep=not last)
 
-    @staticmethod
-    def _serves(kept: Kept, step: Step, with_weights: bool) -> bool:
-        found: _Ready | None = kept.peek(step.info.name)
-        return found is not None and (found.with_weights or not with_weights)
+    def _known(self, steps: Sequence[Step], *, with_weights: bool) -> set[str]:
+        """Name the layers that an earlier pass kept, without reading them."""
+        if self._kept is None:
+            return set()
+        found: dict[str, _Ready | None] = {s.info.name: self._kept.peek(s.info.name) for s in steps}
+        return {name for name, ready in found.items() if ready and (ready.with_weights or not with_weights)}
 
-    def _prepared(self, inputs: Inputs, kept: Kept | None) -> _Ready:
+    def _next(self, step: Step, known: Collection[str], inputs: Iterator[Inputs], *, keep: bool) -> _Ready:
+        """Give a layer that is known, or else the next one that is read."""
+        if self._kept is not None and step.info.name in known:
+            found: _Ready | None = self._kept.get(step.info.name)
+            assert found is not None, "nothing that was kept is given up"  # noqa: S101
+            return found
+        return self._prepared(next(inputs), keep=keep)
+
+    def _prepared(self, inputs: Inputs, *, keep: bool) -> _Ready:
         step, name = inputs.step, inputs.step.info.name
         if inputs.layer is None:
             self._unchanged.add(name)
@@ -185,8 +190,8 @@ class Trial:
             prepared = self.config.chosen_method.prepare(inputs.layer, self.config.own_options)
         except ValueError as error:
             raise _named(error, step) from error
-        if kept is not None:
-            kept.add(name, _Ready(step, inputs.finetuned is not None, None, prepared))
+        if keep and self._kept is not None:
+            self._kept.add(name, _Ready(step, inputs.finetuned is not None, None, prepared))
         return _Ready(step, inputs.finetuned is not None, inputs.finetuned, prepared)
 
     def _restored(self, ready: _Ready, price: float) -> Edited:
@@ -212,7 +217,8 @@ class Trial:
         return tensor_of(step, weight, ready.finetuned, dtype), outcome
 
     def _factors(self, step: Step, prepared: PreparedLayer, price: float) -> tuple[LowRank, Outcome]:
-        rank, dtype = self.config.adapter_rank, DTYPES[step.info.dtype]
+        # An adapter is stored as the model that it belongs to.
+        rank, dtype = self.config.adapter_rank, DTYPES[self.job.aligned.tensors[step.aligned_name].dtype]
         try:
             known = prepared.factors_at(price, rank)
             if known is None:

@@ -159,7 +159,7 @@ def defences() -> dict[str, Defence]:
         if not method.ladder:
             continue
         make = _Restore(method.name)
-        rank = make.config(method.ladder[0], dict.fromkeys(method.models, Path())).rank
+        config = make.config(method.ladder[0], dict.fromkeys(method.models, Path()))
         default = DEFAULT_MAX_SAFETY_KL if isinstance(method, PricedMethod) else None
         found.append(
             Defence(
@@ -169,7 +169,7 @@ def defences() -> dict[str, Defence]:
                 make=make,
                 default=default if default in method.ladder else None,
                 helpers=method.models,
-                rank=rank if method.needs else None,
+                rank=config.rank if config.needs_curvature else None,
             )
         )
         if method.name == "greedy":
