@@ -78,7 +78,7 @@ class Layer:
     """One weight as each model has it, a matrix (out, in).
 
     Attributes:
-        aligned: the aligned model's; None where a method with `of_products` restores an adapter to an
+        aligned: the aligned model's; None where a method with `from_products` restores an adapter to an
             adapter, which takes no weight.
         finetuned: the fine-tuned model's; likewise.
         product: for such a method the delta as B, (out, r), and A, (r, in), where an adapter holds it so.
@@ -95,8 +95,8 @@ class Layer:
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
         """The aligned and the fine-tuned weight of a layer that has both."""
-        assert self.aligned is not None, "a method with `of_products` asks first"  # noqa: S101
-        assert self.finetuned is not None, "a method with `of_products` asks first"  # noqa: S101
+        assert self.aligned is not None, "a method with `from_products` asks first"  # noqa: S101
+        assert self.finetuned is not None, "a method with `from_products` asks first"  # noqa: S101
         return self.aligned, self.finetuned
 
 
