@@ -4,6 +4,8 @@ import pytest
 
 from deltaguard import RestoreConfig, restore
 from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME
+from deltaguard.restoration import trial
 from deltaguard.restoration.kept import Kept
 from deltaguard.restoration.trial import Trial
 from pairs import pair
@@ -77,3 +79,19 @@ def test_tensors_are_read_in_the_order_of_their_shard(tmp_path, monkeypatch):
     restore(made.aligned, made.finetuned, tmp_path / "out", config=config)
     finetuned = Checkpoint.open(made.finetuned)
     assert [name for reference, name in seen if reference == str(made.finetuned)] == list(finetuned.tensors)
+
+
+@pytest.mark.parametrize("options", [{}, {"output_format": "adapter"}])
+def test_the_scratch_file_leaves_room_for_all_of_the_output(tmp_path, monkeypatch, options):
+    """Tokenizer and reports, and an adapter's factors, which wait on disk before they are written."""
+    made, reserves = pair("llama"), []
+    monkeypatch.setattr(trial, "_SPARE_DISK", 0, raising=False)
+    monkeypatch.setattr(Kept, "__post_init__", lambda self: reserves.append(self.reserve))
+    monkeypatch.setattr(Kept, "peek", lambda *_: None)
+    monkeypatch.setattr(Kept, "add", lambda *_: None)
+    out = tmp_path / "out"
+    config = RestoreConfig(strength=0.3, **options)
+    restore(made.aligned, made.finetuned, out, store=made.store, config=config)
+    # Those two are not counted; there is spare room for them.
+    files = {path for path in out.rglob("*") if path.name not in (REPORT_NAME, CARD_NAME)}
+    assert reserves[0] >= sum(path.stat().st_size for path in files)

@@ -1,5 +1,6 @@
 """What is kept between two prices comes back as it was, wherever there was room for it."""
 
+import tempfile
 from dataclasses import dataclass
 
 import pytest
@@ -84,6 +85,16 @@ def test_what_a_full_disk_took_half_of_takes_no_room(tmp_path, monkeypatch):
     kept.add("second", value(1))
     assert written
     assert kept._scratch.seek(0, 2) == size
+
+
+def test_where_no_file_can_be_made_nothing_is_kept(tmp_path, monkeypatch):
+    def full(**_):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    kept = Kept(0, tmp_path, reserve=0)
+    kept.add("first", value())
+    assert kept.get("first") is None
 
 
 def test_what_lies_in_the_file_can_be_looked_at_without_reading_it(tmp_path):

@@ -63,12 +63,15 @@ class Kept:
             self.memory -= size
             self._held[name] = value
             return
-        if self._scratch is None:
-            # Without a buffer: layers are larger than any.
-            self._scratch = tempfile.TemporaryFile(buffering=0, dir=self.folder)  # noqa: SIM115
-            weakref.finalize(self, self._scratch.close)
         if shutil.disk_usage(self.folder).free - size <= self.reserve:
             return
+        if self._scratch is None:
+            try:
+                # Without a buffer: layers are larger than any.
+                self._scratch = tempfile.TemporaryFile(buffering=0, dir=self.folder)  # noqa: SIM115
+            except OSError:
+                return
+            weakref.finalize(self, self._scratch.close)
         start = self._scratch.seek(0, 2)
         try:
             placeholders = _mapped(value, self._write)

@@ -121,7 +121,7 @@ def _written(
     """Write the output."""
     with open_writer(job, output, config) as writer:
         writer.require_space(output.needed, what=output.what)
-        trial = Trial(job, plan, config, writer.out)
+        trial = Trial(job, plan, config, writer.out, reserve=output.needed)
         price = _price(trial, writer, progress or ignore)
         rows = _stage(trial, price, writer, progress or ignore)
         try:

@@ -77,7 +77,8 @@ def sweep(
         inputs.append(store.folder if isinstance(store, CurvatureStore) else store)
     with results_folder(Path(output_dir), SWEEP, inputs=inputs):
         job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
-        trial = Trial(job, job.plan(config), config, Path(output_dir))
+        plan = job.plan(config)
+        trial = Trial(job, plan, config, Path(output_dir), reserve=plan.write_bytes)
         report = _sweep(trial, sorted(set(limits)), tasks, started, progress or ignore)
         job.check_unchanged()
         write_atomically(Path(output_dir) / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")

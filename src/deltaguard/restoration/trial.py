@@ -28,6 +28,8 @@ from deltaguard.solvers.solution import is_finite
 _UNCHANGED = Outcome(kept_energy=1.0, safety_cost=0.0, utility_loss=0.0, detail={"delta_norm": 0.0})
 PARTS_OF_MEMORY = 4
 """By default prepared layers take one part in so many of what the process may hold."""
+_SPARE_DISK = 64 << 20
+"""Room for what is not counted: reports, progress, and what a file system takes for itself."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,23 @@ class _Ready:
 class Trial:
     """The layers of a restore, ready for one price after another."""
 
-    def __init__(self, job: Job, plan: Plan, config: RestoreConfig, folder: Path) -> None:
+    def __init__(
+        self, job: Job, plan: Plan, config: RestoreConfig, folder: Path, *, reserve: int = 0
+    ) -> None:
         """Read nothing yet.
 
         Args:
             job: the models and the store.
             plan: what becomes of every tensor.
             config: the options.
-            folder: where a scratch file may lie; beside it the output must fit on the disk.
+            folder: where a scratch file may lie.
+            reserve: bytes of the disk that the output takes, for which the scratch file leaves room.
         """
         self.job, self.plan, self.config = job, plan, config
         self.steps = tuple(step for step in plan.steps if step.action is Action.RESTORE)
         memory = usable_memory_bytes() // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
         # A method without a price serves one strength: nothing is to be kept for another.
-        self._kept = Kept(memory, folder, plan.write_bytes) if config.is_priced else None
+        self._kept = Kept(memory, folder, reserve + _SPARE_DISK) if config.is_priced else None
         self._unchanged: set[str] = set()
 
     def profile(self, report: Progress, *, with_weights: bool = True) -> Profile:
