@@ -130,9 +130,10 @@ class RestoreConfig(BaseModel):
             raise ValueError("max_safety_kl and strength both say how much is kept: give one.")
         if self.confidence is not None and self.dial is None:
             raise ValueError("confidence is an option of the dial, max_safety_kl.")
-        if wrong := set(self.models) ^ set(method.models):
+        if set(self.models) != set(method.models):
             needed = ", ".join(f"{role} ({ROLES[role]})" for role in method.models) or "no further model"
-            raise ValueError(f"{self.method} needs {needed}; {', '.join(sorted(wrong))} does not fit that.")
+            given = ", ".join(self.models) or "none"
+            raise ValueError(f"{self.method} needs {needed}; given: {given}.")
         if method.everywhere and self.other_params != "aligned":
             raise ValueError(f"{self.method} decides every tensor, so that other_params has no meaning.")
         if self.output_format == "adapter" and (self.other_params != "aligned" or method.everywhere):

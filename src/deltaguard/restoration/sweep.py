@@ -72,7 +72,7 @@ def sweep(
     config = config or RestoreConfig()
     _check(config, limits)
     tasks = _utility(utility)
-    inputs = [aligned, finetuned]
+    inputs = [aligned, finetuned, *config.models.values()]
     if store is not None:
         inputs.append(store.folder if isinstance(store, CurvatureStore) else store)
     with results_folder(Path(output_dir), SWEEP, inputs=inputs):
