@@ -169,7 +169,7 @@ def hide_bars_of_transformers() -> None:
 
 @contextmanager
 def progress_bar() -> Generator[Progress]:
-    """Whom long-running work tells how far it is: bars on stderr that vanish at the end, or lines."""
+    """Show the progress of long-running work on stderr, as bars that vanish at the end, or as lines."""
     console = Out(stderr=True)
     if not console.is_terminal:
         yield ProgressLines()

@@ -126,7 +126,7 @@ class Decomposed:
 
 @dataclass(frozen=True)
 class GroupCurvature:
-    """Everything that a store keeps of one group.
+    """The curvature of a group of layers that share an input, as a store keeps it.
 
     Attributes:
         inputs: H.

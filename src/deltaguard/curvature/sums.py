@@ -32,7 +32,7 @@ class LinearLayer:
 
     @property
     def name(self) -> str:
-        """Its name in the aligned checkpoint."""
+        """The layer's name in the aligned checkpoint, without `.weight`."""
         return self.tensor.removesuffix(".weight")
 
 

@@ -274,7 +274,7 @@ def front_matter(folder: Path) -> Mapping[str, Any] | None:
 
 
 def _files(writer: CheckpointWriter) -> tuple[FileRow, ...]:
-    """Everything that is written but the report, in which this stands."""
+    """List every file of the output with its hash, but the report, which holds this list."""
     return tuple(
         FileRow(name=record.name, bytes=record.bytes, sha256=record.sha256)
         for name, record in sorted(writer.records.items())

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -116,17 +116,12 @@ def _sweep(
             )
         return probes[mu]
 
-    measure(0.0)
+    free = measure(0.0)
     for limit in limits:
         # Within it are the whole delta, with the other tensors where the plan takes them, or all of the
         # fine-tuned model, with its own.
-        if min(judge(probes[0.0]), judge(whole)) <= limit:
-            continue
-        if joint.predicted_kl(0) > 0:
-            start = _nearest(probes, joint, limit, judge)
-            search(measure, joint.predicted_kl, limit, start=start, judge=judge)
-        if all(judge(probe) > limit for probe in probes.values()):
-            measure(PROHIBITIVE)
+        if min(judge(free), judge(whole)) > limit:
+            _search_limit(measure, probes, joint, limit, judge)
     found = {limit: best(tuple(probes.values()), limit, judge) for limit in limits}
     return SweepReport(
         environment=environment(_device_name(config)),
@@ -149,6 +144,21 @@ def _sweep(
         seconds=time.perf_counter() - started,
         warnings=known_store(job).provenance.warnings,
     )
+
+
+def _search_limit(
+    measure: Callable[[float], Probe],
+    probes: Mapping[float, Probe],
+    joint: Profile,
+    limit: float,
+    judge: Judge,
+) -> None:
+    """Measure prices until one is close to a limit, or the aligned layers where none is within it."""
+    if joint.predicted_kl(0) > 0:
+        start = _nearest(probes, joint, limit, judge)
+        search(measure, joint.predicted_kl, limit, start=start, judge=judge)
+    if all(judge(probe) > limit for probe in probes.values()):
+        measure(PROHIBITIVE)
 
 
 def _nearest(probes: Mapping[float, Probe], joint: Profile, limit: float, judge: Judge) -> float:

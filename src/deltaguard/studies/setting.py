@@ -49,7 +49,7 @@ HELPER_RECIPE = FinetuneConfig(learning_rate=1e-4)
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything that the cells of a bench have in common.
+    """The models, stores and settings that all cells of a bench share.
 
     Attributes:
         preset: how much is run.

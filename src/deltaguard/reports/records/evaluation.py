@@ -196,7 +196,7 @@ class AnswerSample(Record):
 
 
 class EvaluationReport(Record):
-    """Everything that an evaluation found.
+    """The report of an evaluation: its models, measures, comparisons and answers.
 
     Attributes:
         schema_version: rises when a field is added or changes its meaning; others are not read.

@@ -109,7 +109,7 @@ class Dial(Record):
 
 
 class RestoreReport(Record):
-    """Everything that a restore did.
+    """The report of a restore: what it ran with, what became of each tensor, what it wrote.
 
     Attributes:
         schema_version: rises when a field changes its meaning.
