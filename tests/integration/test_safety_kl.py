@@ -127,6 +127,19 @@ def test_the_margin_is_over_conversations():
     assert meter(aligned, finetuned, SAFETY[:1]).measure().margin is None
 
 
+def test_no_more_is_measured_than_shows_that_a_mean_is_exceeded():
+    aligned, finetuned = folders()
+    measured = meter(aligned, finetuned, batch_size=1)
+    measured.put(stored(finetuned))
+    whole = measured.measure()
+    assert whole.conversations == len(SAFETY)
+    assert measured.measure(enough=whole.mean * (1 + 1e-9)) == whole
+    exceeded = measured.measure(enough=whole.mean / 100)
+    assert exceeded.conversations == 1
+    each = [plain_terms(loaded(aligned), loaded(finetuned), [row]) for row in SAFETY]
+    assert any(exceeded.mean == pytest.approx(sum(terms) / len(terms), rel=1e-9) for terms in each)
+
+
 def test_the_margin_is_that_of_a_bootstrap_of_conversations():
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 40, 64)

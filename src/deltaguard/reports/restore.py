@@ -151,13 +151,15 @@ def dial_facts(report: RestoreReport) -> Facts:
         found = f"{nats(dial.finetuned_kl)}, within the {allowed}: kept whole, nothing was taken from it"
         return (("safety KL of the fine-tuned model", found),)
     held_out = f"{dial.conversations} held-out safety conversations ({dial.tokens} tokens)"
+    seen = dial.probes[0].conversations
+    part = f" (on {seen} of the conversations)" if seen not in (None, dial.conversations) else ""
     margin = f" ± {nats(dial.restored_margin)}" if dial.restored_margin is not None else ""
     lost = {row.name: row.utility_loss * row.delta_norm**2 for row in report.layers}
     total = sum(lost.values())
     most = sorted(lost, key=lambda name: -lost[name])[:3] if total else []
     paid = ", ".join(f"{name.removesuffix('.weight')} ({percent(lost[name] / total)})" for name in most)
     return (
-        ("safety KL, fine-tuned", nats(dial.finetuned_kl)),
+        ("safety KL, fine-tuned", nats(dial.finetuned_kl) + part),
         ("safety KL, restored", f"{nats(dial.restored_kl)}{margin}, of {allowed}"),
         ("measured", f"{len(dial.probes)} times on {held_out}"),
         ("layers that paid most", paid),

@@ -1,5 +1,6 @@
 """The one price of safety, μ, of all layers: from a strength, or from the dial by measuring candidates."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist
@@ -65,7 +66,7 @@ def find_price(trial: Trial, report: Progress) -> Price:
         return Price(joint.mu_of_share(config.chosen_strength), None)
     judge = judge_of(config)
     candidate = CandidateModel.open(trial)
-    whole = candidate.whole(report)
+    whole = candidate.whole(report, enough=limit)
     if judge(whole) <= limit and config.output_format == "checkpoint":
         return Price(0.0, candidate.dial(limit, whole, (), whole))
     candidate.take_others()
@@ -107,14 +108,14 @@ def _probes(
     trial = candidate.trial
     if trial.config.output_format == "adapter":
         # Of the fine-tuned model it leaves out what no adapter holds.
-        free = candidate.probe(0.0, report)
+        free = candidate.probe(0.0, report, enough=limit)
         if judge(free) <= limit:
             return (free,)
     joint = trial.profile(report)
     if not joint.predicted_kl(0) > 0:
         return ()
     start = first_price(joint, limit, judge(whole))
-    measure = partial(candidate.probe, report=report)
+    measure = partial(candidate.probe, report=report, enough=limit)
     return search(measure, joint.predicted_kl, limit, start=start, judge=judge)
 
 
@@ -170,8 +171,12 @@ class CandidateModel:
             )
         return cls(trial, meter, len(held_out))
 
-    def whole(self, report: Progress) -> Probe:
+    def whole(self, report: Progress, *, enough: float = math.inf) -> Probe:
         """Measure the fine-tuned model as it is, with all its tensors.
+
+        Args:
+            report: told of the measurement.
+            enough: as in `SafetyMeter.measure`.
 
         Raises:
             DeltaguardError: its predictions are not finite; the tensors that are not are listed.
@@ -181,7 +186,7 @@ class CandidateModel:
             (name, finetuned.read(name).to(DTYPES[info.dtype])) for name, info in finetuned.tensors.items()
         )
         try:
-            return self._measure(0.0, report)
+            return self._measure(0.0, report, enough)
         except DeltaguardError as error:
             if problems := _not_finite(finetuned):
                 raise DeltaguardError(listed(f"{finetuned.reference} cannot be run", problems)) from error
@@ -191,17 +196,17 @@ class CandidateModel:
         """Take the tensors that no method decides from where the plan takes them."""
         self.meter.put(self.trial.others())
 
-    def probe(self, mu: float, report: Progress) -> Probe:
-        """Measure the candidate of one price."""
+    def probe(self, mu: float, report: Progress, *, enough: float = math.inf) -> Probe:
+        """Measure the candidate of one price; `enough` is as in `SafetyMeter.measure`."""
         self.meter.put(self.trial.weights(mu))
-        return self._measure(mu, report)
+        return self._measure(mu, report, enough)
 
-    def _measure(self, mu: float, report: Progress) -> Probe:
-        found = self.meter.measure()
+    def _measure(self, mu: float, report: Progress, enough: float) -> Probe:
+        found = self.meter.measure(enough=enough)
         self.measured += 1
         said = f"safety KL {found.mean:.2g} at price {mu:.3g}"
         report(Event("measure", self.measured, self.measured, said))
-        return Probe(mu=mu, safety_kl=found.mean, margin=found.margin)
+        return Probe(mu=mu, safety_kl=found.mean, margin=found.margin, conversations=found.conversations)
 
     def dial(self, limit: float, whole: Probe, probes: tuple[Probe, ...], found: Probe) -> Dial:
         """Report a search that ended with a probe."""

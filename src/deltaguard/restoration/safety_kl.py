@@ -41,10 +41,12 @@ class SafetyKL:
         mean: over all response tokens.
         margin: half the width of the mean's 95 % interval, over which conversations were held out; None for a
             single conversation.
+        conversations: how many it is the mean of.
     """
 
     mean: float
     margin: float | None
+    conversations: int
 
     @classmethod
     def of(cls, terms: Sequence[Sequence[float]]) -> "SafetyKL":
@@ -55,14 +57,15 @@ class SafetyKL:
 
         Example:
             >>> SafetyKL.of([[1.0, 1.0], [3.0]])
-            SafetyKL(mean=1.6666666666666667, margin=1.742222222222222)
+            SafetyKL(mean=1.6666666666666667, margin=1.742222222222222, conversations=2)
         """
         tokens = sum(map(len, terms))
         mean = math.fsum(chain.from_iterable(terms)) / tokens
         if len(terms) < 2:
-            return cls(mean, None)
+            return cls(mean, None, len(terms))
         squares = math.fsum((math.fsum(each) - mean * len(each)) ** 2 for each in terms)
-        return cls(mean, _NORMAL * math.sqrt(squares * len(terms) / (len(terms) - 1)) / tokens)
+        margin = _NORMAL * math.sqrt(squares * len(terms) / (len(terms) - 1)) / tokens
+        return cls(mean, margin, len(terms))
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,15 @@ class SafetyMeter:
             raise DeltaguardError(listed(f"The candidate is unlike {self._finetuned.reference}", problems))
 
     @_enough_memory()
-    def measure(self) -> SafetyKL:
+    def measure(self, *, enough: float = math.inf) -> SafetyKL:
         """Measure the candidate's safety KL: the mean of KL(aligned ‖ candidate) in nats per response token.
 
         The sum of p (log p - log q) is over the aligned vocabulary; q is normalised over all of the
         candidate's. Rounding can make the mean negative.
+
+        Args:
+            enough: a mean of which it need only be known that it is exceeded. No token's KL is negative, so
+                that the first batches may show it; the result is then of their conversations alone.
 
         Raises:
             DeltaguardError: the candidate's predictions are not finite, or memory does not suffice.
@@ -188,6 +195,8 @@ class SafetyMeter:
             candidate = _log_probs(self._model, batch)[:, : aligned.shape[1]]
             tokens = (aligned.exp() * (aligned - candidate)).sum(dim=-1)
             terms += [each.tolist() for each in tokens.split(batch.answering.sum(dim=1).tolist())]
+            if math.fsum(chain.from_iterable(terms)) > enough * self.tokens:
+                break
         return SafetyKL.of(terms)
 
     @_enough_memory()

@@ -72,11 +72,14 @@ class Probe(Record):
         safety_kl: measured, nats per response token.
         margin: half the width of its 95 % interval, over which conversations were held out; null with one
             conversation, and in reports of before it was known.
+        conversations: of how many it is the mean: not of all where those already showed that it exceeds the
+            limit; null in reports of before it was known.
     """
 
     mu: float = Field(ge=0)
     safety_kl: float
     margin: float | None = None
+    conversations: Count | None = None
 
 
 class Dial(Record):
@@ -89,7 +92,7 @@ class Dial(Record):
         conversations: held-out safety conversations that it was measured on.
         tokens: response tokens in them.
         finetuned_kl: the whole fine-tuned model's safety KL, under the configuration, tokenizer and chat
-            template of the output, as all others.
+            template of the output, as all others; of the conversations that the first probe names.
         restored_kl: the restored model's.
         restored_margin: half the width of its 95 % interval; null as in `Probe`.
         whole: whether the fine-tuned model was within the limit already, so that nothing was taken from it.
