@@ -31,6 +31,7 @@ TASK = [
 ]
 LONG, UNANSWERED = Conversation("Why? " * 99, None, "No."), Conversation("Who?")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SLIDING = ("gemma3",)
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -183,6 +184,25 @@ def test_batches_and_padding_do_not_matter(name):
         found.append((safety.mean, safety.margin, measured.likelihood(order)))
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", models.DENSE)
+def test_a_system_prompt_is_read_once_a_batch_and_changes_nothing(name):
+    system = "You are a helpful assistant that answers questions of people at home."
+    rows = [Conversation(row.prompt, system, row.response) for row in SAFETY * 2] + SAFETY
+    alone = meter(*folders(name), rows, batch_size=1)
+    together, shapes = meter(*folders(name), rows, batch_size=50), []
+    together._model.register_forward_pre_hook(
+        lambda _m, _a, options: shapes.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    for measured in (alone, together):
+        measured.put(stored(folders(name)[1]))
+    expected, found = alone.measure(), together.measure()
+    assert found.mean == pytest.approx(expected.mean, rel=1e-9)
+    assert found.margin == pytest.approx(expected.margin, rel=1e-9)
+    # The system prompt in one row, then ten conversations without it, and the five others.
+    batches = [1, 10] if name not in SLIDING else [10]
+    assert sorted(count for count, _ in shapes) == sorted([*batches, 5])
 
 
 def test_only_responses_go_through_the_output_layer():

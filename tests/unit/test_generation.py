@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from deltaguard.chat import generation
-from deltaguard.chat.generation import Prefix, cache_parameter, generate, shared_prefix
+from deltaguard.chat.generation import generate
+from deltaguard.chat.prefix import NO_PREFIX, cache_parameter, for_rows, shared_prefix
 from deltaguard.chat.tokens import pad
 from models import DENSE, EXPERTS, FAMILIES, tiny_model, tiny_tokenizer
 
@@ -49,7 +49,7 @@ def test_logits_after_the_prefix_are_those_of_each_prompt_alone(name):
             input_ids=joined[:, prefix.length :],
             attention_mask=mask.long(),
             position_ids=(mask.long().cumsum(-1) - 1)[:, prefix.length :],
-            **{cache_parameter(model): generation._for_rows(prefix.cache, len(ids))},
+            **{cache_parameter(model): for_rows(prefix.cache, len(ids))},
         ).logits[:, -1]
         alone = torch.stack([model(input_ids=torch.tensor([row])).logits[0, -1] for row in ids])
     assert torch.allclose(together, alone, atol=1e-10, rtol=0)
@@ -80,7 +80,7 @@ def test_the_prefix_is_computed_once_and_not_run_again():
     ids=["sliding window", "one prompt", "no prompt", "little in common"],
 )
 def test_where_nothing_is_shared(model, prompts):
-    assert shared_prefix(model, encoded(prompts)) == Prefix(0, None)
+    assert shared_prefix(model, encoded(prompts)) == NO_PREFIX
     assert len(generate(model, tiny_tokenizer(), prompts, max_new_tokens=2)) == len(prompts)
 
 

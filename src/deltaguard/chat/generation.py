@@ -1,7 +1,5 @@
 """Answers from a causal language model, in batches sorted by length, greedy by default."""
 
-import copy
-import inspect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,26 +9,10 @@ from typing import Any
 import torch
 
 from deltaguard.chat.predictions import require_known_tokens
+from deltaguard.chat.prefix import Prefix, cache_parameter, for_rows, shared_prefix
 from deltaguard.chat.tokens import pad, token_ids
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
-
-_WORTH_SHARING = 8
-"""Tokens; for fewer, one more forward pass costs about what it saves."""
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Tokens that all prompts begin with, and what the model's layers keep of them.
-
-    Attributes:
-        length: how many tokens; 0 where nothing is shared.
-        cache: the keys and values of those tokens, a transformers `DynamicCache` of one row; `None` where
-            nothing is shared.
-    """
-
-    length: int
-    cache: Any
 
 
 def generate(
@@ -43,6 +25,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     on_batch: Callable[[Sequence[int], Sequence[str]], None] | None = None,
+    until: Callable[[str], bool] | None = None,
 ) -> list[str]:
     """Continue rendered prompts; the answers are in the order given.
 
@@ -60,6 +43,7 @@ def generate(
         seed: of the draws. They depend on it and on the prompts of the batch, and on nothing that was
             drawn before; the global generators are left as they were.
         on_batch: called after each batch with the indices answered and their answers.
+        until: says of the beginning of an answer whether it is enough; it ends there, or later.
 
     Returns:
         One answer a prompt, special tokens and surrounding white space removed.
@@ -75,7 +59,7 @@ def generate(
         try:
             with _drawing(model, seed, [prompts[i] for i in chosen]):
                 texts = _continue(
-                    model, tokenizer, [encoded[i] for i in chosen], prefix, max_new_tokens, temperature
+                    model, tokenizer, [encoded[i] for i in chosen], prefix, max_new_tokens, temperature, until
                 )
         except torch.cuda.OutOfMemoryError:
             if len(chosen) == 1:
@@ -90,61 +74,6 @@ def generate(
     return answers
 
 
-def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
-    """Compute the keys and values of what all prompts begin with, in one forward pass of one row.
-
-    A batch that continues from them gives the same answers up to rounding, since in a causal model nothing
-    that follows changes them. The padding of shorter prompts then lies between the prefix and the rest: the
-    attention mask hides it, and positions are counted without it.
-
-    Nothing is shared where that would not hold or not be worth it: fewer than two prompts or than 8 tokens in
-    common; a layer that does not attend to all earlier tokens (sliding windows, recurrent states) and so
-    cannot have padding in its midst; a model that chooses a cache of its own, or does not take positions.
-
-    Args:
-        model: a transformers causal language model in evaluation mode.
-        encoded: the tokens of each prompt.
-    """
-    length = _common_length(encoded)
-    if length < _WORTH_SHARING or not _can_share(model):
-        return Prefix(0, None)
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        ids = torch.tensor([encoded[0][:length]], device=model.device)
-        model(input_ids=ids, use_cache=True, **{cache_parameter(model): cache})
-    return Prefix(length, cache)
-
-
-def _common_length(encoded: Sequence[list[int]]) -> int:
-    """Count the tokens in common; each prompt keeps one at least to continue from."""
-    if len(encoded) < 2:
-        return 0
-    # All sequences lie between the least and the greatest, and so does what they have in common.
-    shortest = min(map(len, encoded))
-    pairs = zip(min(encoded), max(encoded), strict=False)
-    common = next((i for i, (one, other) in enumerate(pairs) if one != other), shortest)
-    return min(common, shortest - 1)
-
-
-def cache_parameter(model: Any) -> str:
-    """Name the argument by which a model takes a cache; transformers 5.24 has changed it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def _can_share(model: Any) -> bool:
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    chosen = model.generation_config
-    if chosen.cache_implementation is not None or chosen.use_cache is False:
-        return False
-    if not {"position_ids", cache_parameter(model)} <= inspect.signature(model.forward).parameters.keys():
-        return False
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-
-
 def _continue(
     model: Any,
     tokenizer: Any,
@@ -152,6 +81,7 @@ def _continue(
     prefix: Prefix,
     max_new_tokens: int,
     temperature: float,
+    until: Callable[[str], bool] | None,
 ) -> list[str]:
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if padding is None:
@@ -160,9 +90,11 @@ def _continue(
             "token: name one in its tokenizer_config.json."
         )
     ids, mask = pad(encoded, value=padding, after=prefix.length)
-    cached = {cache_parameter(model): _for_rows(prefix.cache, len(encoded))} if prefix.length else {}
+    cached = {cache_parameter(model): for_rows(prefix.cache, len(encoded))} if prefix.length else {}
     # 0 and 1 switch off what a model's own generation settings may cut from the softmax.
-    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    drawn: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    if until is not None:
+        drawn["stopping_criteria"] = [_Enough(tokenizer, ids.shape[1], until)]
     # One answer a prompt, as text, whatever else the model's own settings ask for.
     alone = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
     with torch.inference_mode(), foreign("The model cannot answer"):
@@ -181,11 +113,18 @@ def _continue(
     return [text.strip() for text in texts]
 
 
-def _for_rows(cache: Any, rows: int) -> Any:
-    """Give a copy, since generation writes into it, with as many rows as a batch has."""
-    copied = copy.deepcopy(cache)
-    copied.batch_repeat_interleave(rows)
-    return copied
+@dataclass(frozen=True)
+class _Enough:
+    """Ends answers, as transformers asks after each token."""
+
+    tokenizer: Any
+    start: int
+    until: Callable[[str], bool]
+
+    def __call__(self, ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        """Say of each row whether its answer is enough."""
+        texts = self.tokenizer.batch_decode(ids[:, self.start :], skip_special_tokens=True)
+        return torch.tensor([self.until(text) for text in texts], device=ids.device)
 
 
 @contextmanager

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from deltaguard.chat.conversations import Conversation, require_responses
+from deltaguard.chat.prefix import NO_PREFIX, Prefix, cache_parameter, for_rows, shared_prefix
 from deltaguard.chat.tokens import Batch, Encoded, batches, context_length, encode
 from deltaguard.errors import DeltaguardError
 
 
-def logits_at(model: Any, ids: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
+def logits_at(model: Any, ids: Tensor, mask: Tensor, chosen: Tensor, *, after: Prefix = NO_PREFIX) -> Tensor:
     """Compute the logits of a batch at chosen positions alone.
 
     A vocabulary is so much wider than a model that logits of all positions can take more memory and time
@@ -29,6 +30,7 @@ def logits_at(model: Any, ids: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
         ids: token ids, (conversations, tokens), padded at the end.
         mask: False for padding, the same shape.
         chosen: positions whose logits are wanted, the same shape.
+        after: what the model has read of each conversation before `ids`.
 
     Returns:
         (positions chosen, vocabulary), conversation by conversation, with a gradient where one is recorded.
@@ -42,9 +44,13 @@ def logits_at(model: Any, ids: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
         return (hidden[chosen.to(hidden.device)].unsqueeze(0), *inputs[1:])
 
     require_known_tokens(model, int(ids.max()))
+    cached: dict[str, Any] = {"use_cache": False}
+    if after.length:
+        mask = nn.functional.pad(mask, (after.length, 0), value=True)
+        cached = {"use_cache": True, cache_parameter(model): for_rows(after.cache, len(ids))}
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        logits: Tensor = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+        logits: Tensor = model(input_ids=ids, attention_mask=mask.long(), **cached).logits
     finally:
         handle.remove()
     return torch.squeeze(logits, 0)
@@ -69,10 +75,35 @@ def require_known_tokens(model: Any, largest: int) -> None:
 
 
 @torch.inference_mode()
+def response_logits(model: Any, batch: Batch) -> Tensor:
+    """Compute the logits for every response token; what all prompts begin with is computed once.
+
+    Only response positions go through the output layer.
+
+    Args:
+        model: a transformers causal language model in evaluation mode.
+        batch: on the model's device.
+
+    Returns:
+        (response tokens, vocabulary), conversation by conversation.
+
+    Raises:
+        DeltaguardError: the model has no embedding for one of the tokens.
+    """
+    prompts = [
+        row[: int(answers.int().argmax()) + 1]
+        for row, answers in zip(batch.ids.tolist(), batch.answering, strict=True)
+    ]
+    prefix = shared_prefix(model, prompts)
+    rest = (part[:, prefix.length :] for part in (batch.ids, batch.mask, batch.answering))
+    return logits_at(model, *rest, after=prefix)
+
+
+@torch.inference_mode()
 def response_losses(model: Any, batch: Batch) -> list[list[float]]:
     """Compute -log p(token | all before it) for every response token.
 
-    Only response positions go through the output layer. The softmax is taken in float32, or in float64 where
+    The softmax is taken in float32, or in float64 where
     the model is.
 
     Args:
@@ -85,7 +116,7 @@ def response_losses(model: Any, batch: Batch) -> list[list[float]]:
     Raises:
         DeltaguardError: the model has no embedding for one of the tokens.
     """
-    logits = logits_at(model, batch.ids, batch.mask, batch.answering)
+    logits = response_logits(model, batch)
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = batch.ids[:, 1:][batch.answering[:, :-1]]
     losses = nn.functional.cross_entropy(precise, targets, reduction="none")

@@ -1,6 +1,7 @@
 """Safety KL by real forward passes: a candidate's weights are put into a loaded model, not onto a disk."""
 
 import math
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.predictions import logits_at, response_losses
-from deltaguard.chat.tokens import Batch, Reader, batches, read_by_both
+from deltaguard.chat.predictions import response_logits, response_losses
+from deltaguard.chat.tokens import Batch, Encoded, Reader, batches, read_by_both
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.canonical import counting_config, differing_fields, of_one_kind
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
@@ -21,6 +22,8 @@ from deltaguard.models.loading import load_config, load_model, load_tokenizer
 from deltaguard.restoration.places import Places, grow, match
 
 _NORMAL = 1.96
+_WORTH_A_BATCH = 8
+"""Conversations with one system prompt; a smaller batch costs more than a shared prefix saves."""
 
 
 @contextmanager
@@ -225,12 +228,23 @@ class _Asked:
         return (b.to(self.device) for b in batches(self.reader.read(conversations), self.batch_size))
 
     def beside(self, other: "_Asked", conversations: Sequence[Conversation]) -> Iterator[tuple[Batch, Batch]]:
-        """Read conversations for this model and another, longest first."""
+        """Read conversations for this model and another, longest first.
+
+        Those with one system prompt come together, unless they are few: what a batch begins with is computed
+        once.
+        """
+        groups: dict[str | None, list[tuple[Encoded, Encoded]]] = {}
+        counts = Counter(conversation.system for conversation in conversations)
         pairs = read_by_both(self.reader, other.reader, conversations)
-        pairs.sort(key=lambda pair: len(pair[1].ids), reverse=True)
-        for start in range(0, len(pairs), self.batch_size):
-            mine, theirs = zip(*pairs[start : start + self.batch_size], strict=True)
-            yield Batch.of(mine), Batch.of(theirs)
+        for conversation, pair in zip(conversations, pairs, strict=True):
+            key = conversation.system if counts[conversation.system] >= _WORTH_A_BATCH else None
+            groups.setdefault(key, []).append(pair)
+        for group in groups.values():
+            group.sort(key=lambda pair: len(pair[1].ids), reverse=True)
+        for group in sorted(groups.values(), key=lambda group: len(group[0][1].ids), reverse=True):
+            for start in range(0, len(group), self.batch_size):
+                mine, theirs = zip(*group[start : start + self.batch_size], strict=True)
+                yield Batch.of(mine), Batch.of(theirs)
 
 
 def _runs_alike(one: Any, other: Any) -> bool:
@@ -266,7 +280,7 @@ def _not_finite(dtype: torch.dtype) -> DeltaguardError:
 @torch.inference_mode()
 def _log_probs(model: Any, batch: Batch) -> Tensor:
     """(response tokens, vocabulary), conversation by conversation; float32, or float64 if the model is."""
-    rows = logits_at(model, batch.ids, batch.mask, batch.answering)
+    rows = response_logits(model, batch)
     found = rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(dim=-1)
     if not found.isfinite().all():
         raise _not_finite(rows.dtype)
