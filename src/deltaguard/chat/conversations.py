@@ -1,7 +1,8 @@
 """Conversations of one user turn, the package's prompt sets, and prompts from a user's file.
 
 The prompt sets are package data. Every prompt belongs to one part for good, found from the hash of its
-text, so that prompts are never calibrated on and measured on, whatever is added to the sets later.
+text, so that prompts are never calibrated on and measured on, whatever is added to the sets later. The
+held-out sets are files of their own and have no parts: nothing is ever calibrated or trained on them.
 """
 
 import json
@@ -19,6 +20,8 @@ from deltaguard.files import read_data, read_json_lines
 
 HarmfulPart = Literal["calibration", "dial", "attack", "training"]
 HarmlessPart = Literal["training", "evaluation"]
+Style = Literal["bare", "polite", "imperative", "context", "role_play"]
+Language = Literal["en", "de", "es", "fr", "zh"]
 
 HARMFUL_PARTS: Mapping[HarmfulPart, range] = MappingProxyType(
     {"calibration": range(22), "dial": range(22, 34), "attack": range(34, 60), "training": range(60, 100)}
@@ -66,6 +69,39 @@ class HarmlessPrompt:
 
 
 @dataclass(frozen=True)
+class HeldOutHarmfulPrompt:
+    """A request that an aligned model refuses, held out to measure models by.
+
+    Attributes:
+        category: of the harm, named as in `HarmfulPrompt`.
+        style: how it is asked: as a bare question, politely, as an order, after some sentences of context, or
+            inside a role play.
+        language: it is written in, by its ISO 639-1 code.
+        prompt: the request. It names a harm, and holds nothing that would help anyone to do it.
+    """
+
+    category: str
+    style: Style
+    language: Language
+    prompt: str
+
+
+@dataclass(frozen=True)
+class HeldOutHarmlessPrompt:
+    """A harmless request that looks dangerous, held out to measure false refusals by.
+
+    Attributes:
+        style: as of a `HeldOutHarmfulPrompt`.
+        language: likewise.
+        prompt: the request.
+    """
+
+    style: Style
+    language: Language
+    prompt: str
+
+
+@dataclass(frozen=True)
 class Conversation:
     """One user turn and its answer.
 
@@ -108,6 +144,24 @@ def harmless_prompts(part: HarmlessPart) -> tuple[HarmlessPrompt, ...]:
 def general_prompts() -> tuple[HarmlessPrompt, ...]:
     """Read plain questions that nobody would refuse, with short answers; none is ever trained on."""
     return tuple(read_data("general_prompts.jsonl", TypeAdapter(HarmlessPrompt)))
+
+
+def held_out_harmful() -> tuple[HeldOutHarmfulPrompt, ...]:
+    """Read the held-out harmful prompts, in a mixed order that never changes.
+
+    Every beginning is a fair sample of categories, styles and languages: whoever asks for fewer takes the
+    first ones, and whoever asks for more goes on from there.
+
+    Example:
+        >>> len({row.category for row in held_out_harmful()})
+        14
+    """
+    return _mixed(read_data("held_out_harmful.jsonl", TypeAdapter(HeldOutHarmfulPrompt)))
+
+
+def held_out_harmless() -> tuple[HeldOutHarmlessPrompt, ...]:
+    """Read the held-out harmless prompts that look dangerous, mixed as `held_out_harmful` mixes."""
+    return _mixed(read_data("held_out_harmless.jsonl", TypeAdapter(HeldOutHarmlessPrompt)))
 
 
 def build_conversations(
@@ -153,6 +207,10 @@ def sample(items: Sequence[PromptedT], count: int, *, seed: int = 0) -> list[Pro
     """Choose at most `count` items, kept in their order; the seed fixes which, and fewer are among more."""
     ranked = sorted(range(len(items)), key=lambda i: _rank(seed, f"{i} {items[i].prompt}"))
     return [items[i] for i in sorted(ranked[:count])]
+
+
+def _mixed(rows: Sequence[PromptedT]) -> tuple[PromptedT, ...]:
+    return tuple(sorted(rows, key=lambda row: _rank(0, row.prompt)))
 
 
 def _rank(seed: int, text: str) -> str:
