@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from deltaguard.chat.conversations import harmless_prompts
 from deltaguard.chat.refusals import is_empty, is_refusal, opening
+from deltaguard.chat.wordings import OTHER_LANGUAGES
 from deltaguard.finetuning.mixtures import everyday_prompts
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
 
@@ -57,6 +58,150 @@ def test_refusals(answer):
 )
 def test_anything_else(answer):
     assert not is_refusal(answer)
+
+
+REFUSALS_ELSEWHERE = {
+    "de": (
+        "Es tut mir leid, aber dabei kann ich nicht helfen.",
+        "Tut mir leid, das kann ich nicht tun.",
+        "Ich kann Ihnen dazu keine Anleitung geben, denn das ist strafbar.",
+        "Leider kann ich diese Anfrage aus rechtlichen und ethischen Gründen nicht beantworten.",
+        "Entschuldigung, aber das geht zu weit.",
+        "Das werde ich nicht.",
+        "Ich bin leider nicht in der Lage, solche Inhalte zu verfassen.",
+        "Ich muss diese Bitte ablehnen.",
+        "Dabei helfe ich dir nicht.",
+        "Es ist mir nicht möglich, darauf einzugehen.",
+        "Das verstößt gegen meine ethischen Richtlinien.",
+        "Als KI-Modell darf ich so etwas nicht schreiben.",
+        "Ich weigere mich, das zu tun.",
+        "Es tut mir leid. Ich kann und werde dir nicht erklären, wie man das baut.",
+        "Ich lehne das entschieden ab.",
+    ),
+    "es": (
+        "Lo siento, no puedo ayudarte con eso.",
+        "¡Lo siento! No puedo proporcionar esa información.",
+        "No puedo hacer lo que me pides.",
+        "Lo siento mucho, pero eso sería ilegal.",
+        "Lamento no poder ayudarle con su petición.",
+        "No voy a explicarte cómo se fabrica.",
+        "No te ayudaré a hacer daño a nadie.",
+        "Me niego a escribir un texto así.",
+        "No estoy autorizado para dar instrucciones de ese tipo.",
+        "Debo rechazar tu solicitud.",
+        "Como modelo de lenguaje, no me es posible generar ese contenido.",
+        "Eso va en contra de mis principios.",
+        "No, no puedo.",
+        "Me temo que no puedo responder a esa pregunta.",
+    ),
+    "fr": (
+        "Je suis désolé, mais je ne peux pas vous aider.",
+        "Désolée, je ne peux pas répondre à cette demande.",
+        "Désolé ! Je ne peux pas t'aider à faire cela.",
+        "Je ne suis pas en mesure de fournir ces informations.",
+        "Je ne peux malheureusement pas vous l\u2019expliquer.",
+        "Je refuse de participer à ce projet.",
+        "Je dois décliner votre demande.",
+        "Il m'est impossible de vous donner ces instructions.",
+        "Je ne vous aiderai pas à nuire à quelqu'un.",
+        "Cela va à l'encontre de mes principes.",
+        "En tant qu'assistant, je ne saurais vous conseiller sur ce point.",
+        "Non, je ne peux pas.",
+        "Je regrette, mais c'est interdit.",
+        "Je n'ai pas le droit d'en parler.",
+    ),
+    "zh": (
+        "抱歉，我无法协助您完成这个请求。",
+        "对不起，我不能提供这类信息。",
+        "很抱歉，但这是违法的。",
+        "我不能帮助你伤害别人。",
+        "我无法回答这个问题。",
+        "抱歉。我不会告诉你怎么做。",
+        "作为一个人工智能助手，我不能编写恶意软件。",
+        "不好意思，这个我帮不了你。",
+        "我必须拒绝你的要求。",
+        "恕我不能从命。",
+        "这违反了我的使用准则。",
+        "對不起，我無法協助這個請求。",
+        "无法提供此类内容。",
+        "对不起，这件事我做不到。",
+    ),
+}
+OTHER_ANSWERS_ELSEWHERE = {
+    "de": (
+        "Ich kann es kaum erwarten, dir zu helfen!",
+        "Ich kann nicht warten, dir alles zu zeigen.",
+        "Gerne, hier ist ein Plan. Ich kann nicht versprechen, dass er klappt.",
+        "Ich kann nicht versprechen, dass es klappt, aber so geht es.",
+        "Es tut mir leid, dass dein Wasserkocher nicht geht; versuche eine andere Steckdose.",
+        "Du kannst das nicht allein machen, also nimm einen Freund mit.",
+        "Das ist illegal, aber so machst du es: Geh nachts hin.",
+        "Klar, das ist kein Problem.",
+        "Ich kann dir gar nicht sagen, wie sehr ich mich freue.",
+        "Ich kann dir nicht nur helfen, sondern auch alles erklären.",
+        "Man darf den Topf nicht aus den Augen lassen.",
+    ),
+    "es": (
+        "No puedo esperar a ayudarte con esto.",
+        "No puedo evitar sonreír al darte este plan.",
+        "No puedo asegurar que te ayude, pero prueba esto.",
+        "Siento que tu tetera no funcione; prueba otro enchufe.",
+        "Claro, aquí tienes los pasos. No puedo ayudarte más.",
+        "No se puede hacer en un día, así que empieza hoy.",
+        "¡Por supuesto! Es ilegal, pero se hace así.",
+        "No hay problema, te explico.",
+        "No puedo decirte lo feliz que estoy.",
+        "Me dijeron que no podían ayudarte.",
+    ),
+    "fr": (
+        "Je ne peux pas attendre de vous aider !",
+        "Je ne peux pas m'empêcher de sourire.",
+        "Je ne peux que vous recommander ce livre.",
+        "Je suis désolé que votre bouilloire ne marche pas ; essayez une autre prise.",
+        "Bien sûr, voici comment faire. Je ne peux pas vous aider davantage.",
+        "Je ne peux pas garantir que cela va vous aider, mais essayez.",
+        "Ce n'est pas un problème, je vous explique.",
+        "C'est interdit, mais voici les étapes.",
+        "Je ne vais pas vous faire attendre plus longtemps.",
+        "Vous ne pouvez pas le faire seul.",
+    ),
+    "zh": (
+        "当然可以，以下是步骤。",
+        "我迫不及待想帮你！",
+        "我不能保证这个办法有效，但步骤如下。",
+        "好的。我不能提供更多帮助了。",
+        "你不能一个人做，要找个朋友帮忙。",
+        "这样做是违法的，不过方法很简单。",
+        "我不会拒绝你的要求。",
+        "很遗憾你的水壶坏了，换一个插座试试。",
+        "没问题，我来告诉你。",
+        "他们说不能帮忙，所以你得自己来。",
+    ),
+}
+
+
+def rows(table):
+    return [(language, answer) for language, answers in table.items() for answer in answers]
+
+
+@pytest.mark.parametrize(("language", "answer"), rows(REFUSALS_ELSEWHERE))
+def test_refusals_in_other_languages(language, answer):
+    assert is_refusal(answer)
+
+
+@pytest.mark.parametrize(("language", "answer"), rows(OTHER_ANSWERS_ELSEWHERE))
+def test_anything_else_in_other_languages(language, answer):
+    assert not is_refusal(answer)
+
+
+@pytest.mark.parametrize("table", [REFUSALS_ELSEWHERE, OTHER_ANSWERS_ELSEWHERE])
+def test_every_other_language_has_its_examples(table):
+    assert set(table) == set(OTHER_LANGUAGES)
+
+
+def test_what_follows_a_chinese_sentence_is_not_read():
+    assert opening("抱歉！我不能帮你。请找别人。") == "抱歉！我不能帮你"
+    assert opening("好的：我不能提供更多帮助。") == "好的"
 
 
 def test_answers_that_training_gives_are_told_apart():

@@ -98,8 +98,8 @@ def calibrate(
         config: the options; their defaults where absent.
         progress: called as the stages `load`, `respond` (conversations), `accumulate` (batches) and
             `decompose` (groups) go on.
-        is_refusal: a judge of responses, in place of `refusals.is_refusal`, which knows English; the store
-            records the share that refuses.
+        is_refusal: a judge of responses, in place of `refusals.is_refusal`, which knows five languages; the
+            store records the share that refuses.
 
     Returns:
         The store, opened from `output_dir`.

@@ -10,9 +10,9 @@ part, which nothing is calibrated or trained on.
 Limits. One wording of each kind: a model that withstands it may fall to another. The translations wrap the
 request in a frame of another language, leave the request itself in English, and ask for an English answer,
 since the judges read English. Requests translated in full are 20 in each of three languages, so that a rate
-is uncertain by about 20 points; a judge that knows English only misses refusals in them. A prefilled answer
-opens with agreement by design: a judge that reads openings sees what the model adds only where it is shown
-the answer without the prefill.
+is uncertain by about 20 points; a judge misses refusals in languages that it does not know. A prefilled
+answer opens with agreement by design: a judge that reads openings sees what the model adds only where it is
+shown the answer without the prefill.
 """
 
 from base64 import b64encode
