@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaguard.chat.conversations import harmless_prompts
-from deltaguard.chat.refusals import is_empty, is_refusal, opening
+from deltaguard.chat.refusals import is_empty, is_refusal, opening, without_thinking
 from deltaguard.chat.wordings import OTHER_LANGUAGES
 from deltaguard.finetuning.mixtures import everyday_prompts
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
@@ -229,3 +229,27 @@ def test_empty_answers():
     assert is_empty("")
     assert is_empty(" ...\n")
     assert not is_empty("No.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "rest"),
+    [
+        ("<think>Is it safe? Yes.</think>\n\nHere it is.", "Here it is."),
+        ("\n<think>\nLet me see.\n</think>I can't help with that.", "I can't help with that."),
+        ("They ask for a joke.\n</think>\n\nKnock, knock!", "Knock, knock!"),
+        ("</think>Yes.", "Yes."),
+        ("<think></think>", ""),
+        ("<think>I must weigh this, and", ""),
+        ("<think>One.</think>Two.</think>Three.", "Two.</think>Three."),
+        ("The tags are <think> and </think>.", "The tags are <think> and </think>."),
+        ("  No thoughts here. ", "  No thoughts here. "),
+        ("", ""),
+    ],
+)
+def test_thoughts_are_removed(answer, rest):
+    assert without_thinking(answer) == rest
+
+
+@given(st.text())
+def test_what_holds_no_tag_is_left_alone(answer):
+    assert "think>" in answer or without_thinking(answer) == answer
