@@ -15,7 +15,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 
 
-def generate(
+def generate(  # noqa: PLR0913  # what is asked, and how
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],

@@ -30,7 +30,7 @@ NO_PREFIX = Prefix(0, None)
 """Nothing in common."""
 
 
-def shared_prefix(model: Any, encoded: Sequence[Sequence[int]]) -> Prefix:
+def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
     """Compute the keys and values of what all prompts begin with, in one forward pass of one row.
 
     A batch that continues from them gives the same answers up to rounding, since in a causal model nothing
@@ -57,7 +57,7 @@ def shared_prefix(model: Any, encoded: Sequence[Sequence[int]]) -> Prefix:
     return Prefix(length, cache)
 
 
-def _common_length(encoded: Sequence[Sequence[int]]) -> int:
+def _common_length(encoded: Sequence[list[int]]) -> int:
     """Count the tokens in common; each prompt keeps one at least to continue from."""
     if len(encoded) < 2:
         return 0

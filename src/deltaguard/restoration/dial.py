@@ -4,30 +4,31 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from deltaguard.device import find_device
-from deltaguard.errors import DeltaguardError, listed
-from deltaguard.models.checkpoint import WeightSource
-from deltaguard.models.mirror import loadable, output_files
-from deltaguard.models.shards import DTYPES
-from deltaguard.progress import Event, Progress
-from deltaguard.reports.records.restore import Dial, Probe
-from deltaguard.restoration.layers import known_store
+from deltaguard.errors import DeltaguardError
+from deltaguard.progress import Progress
+from deltaguard.reports.records.restore import AttackDial, Dial, Look, Probe
+from deltaguard.restoration.acceptance import Rule
+from deltaguard.restoration.candidate import CandidateModel
+from deltaguard.restoration.looks import Examiner, Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.search import Judge, best, mean, search
 from deltaguard.restoration.trial import Trial
 from deltaguard.solvers import Profile
 from deltaguard.solvers.profile import PROHIBITIVE
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+MOST_LOOKS = 6
+"""Candidates that are asked at most, the fine-tuned model among them."""
 
-    from deltaguard.chat.conversations import Conversation
-    from deltaguard.restoration.safety_kl import SafetyMeter
+_STRICTER = 1 / 4
+"""Share of the predicted safety KL that the next candidate keeps where one is not accepted."""
+
+_CLOSE_SHARES = 1.5
+"""Candidates whose predicted safety KL differs by less are not told apart further."""
 
 _MARGIN = NormalDist().inv_cdf(0.975)
 """Standard errors in half of a 95 % interval."""
@@ -55,34 +56,125 @@ def find_price(trial: Trial, report: Progress) -> Price:
         report: told as layers are read and candidates measured.
 
     Raises:
-        DeltaguardError: a weight is not finite, the model cannot be run, or no price is within the limit.
+        DeltaguardError: a weight is not finite, the model cannot be run, or no price is within the limits.
     """
     config = trial.config
     if not config.is_priced:
         return Price(config.chosen_strength, None)
-    limit = config.dial
-    if limit is None:
+    if config.dial is None:
         joint = trial.profile(report, with_weights=config.output_format == "checkpoint")
         return Price(joint.mu_of_share(config.chosen_strength), None)
-    judge = judge_of(config)
-    candidate = CandidateModel.open(trial)
+    if config.added_attack_success is not None:
+        return _by_attack_success(trial, config.added_attack_success, config.dial, report)
+    return _by_safety_kl(trial, config.dial, report)
+
+
+def _by_safety_kl(trial: Trial, limit: float, report: Progress) -> Price:
+    """Find what keeps most within a safety KL."""
+    judge, candidate = judge_of(trial.config), CandidateModel.open(trial)
     whole = candidate.whole(report, enough=limit)
-    if judge(whole) <= limit and config.output_format == "checkpoint":
-        return Price(0.0, candidate.dial(limit, whole, (), whole))
+    if judge(whole) <= limit and trial.config.output_format == "checkpoint":
+        return Price(0.0, _dial(candidate, limit, whole, (whole,), None))
     candidate.take_others()
     probes = _probes(candidate, limit, whole, judge, report)
     found = best(probes, limit, judge)
-    if found is None:
-        found = _aligned_layers(candidate, limit, judge, report)
-        probes = (*probes, found)
-    return Price(found.mu, candidate.dial(limit, whole, probes, found))
+    assert found is not None, "the last probe is within the limit"  # noqa: S101
+    return Price(found.mu, _dial(candidate, limit, found, (whole, *probes), None))
+
+
+def _by_attack_success(trial: Trial, added: float, guard: float, report: Progress) -> Price:
+    """Find what keeps most within a safety KL and adds so little attack success, and false refusals."""
+    config, requests = trial.config, Requests.held_out()
+    candidate = CandidateModel.open(trial, requests=requests.all)
+    rule = Rule(limit=added, looks=MOST_LOOKS)
+    examiner = Examiner.of(rule, requests, candidate.meter.aligned_openings)
+    examiner.require_refusals(trial.job.aligned.reference)
+    whole = candidate.whole(report, enough=guard)
+    looks = [candidate.look(0.0, examiner, report, most=MOST_LOOKS)]
+    is_safe = whole.safety_kl <= guard and looks[0].accepted
+    found, chosen, probes = whole, looks[0], (whole,)
+    if not is_safe or config.output_format == "adapter":
+        candidate.take_others()
+        probes = (whole, *_probes(candidate, guard, whole, mean, report))
+        loosest = best(probes[1:], guard)
+        assert loosest is not None, "the last probe is within the limit"  # noqa: S101
+        later, chosen = _accepted(candidate, examiner, loosest, report)
+        looks += later
+        found = next((probe for probe in probes[1:] if probe.mu == chosen.mu), None)
+        if found is None:
+            found = candidate.probe(chosen.mu, report)
+            probes = (*probes, found)
+    attack = AttackDial(
+        limit=added,
+        excluded=rule.excluded,
+        confidence=rule.confidence,
+        training_data=None if config.max_safety_kl is not None else config.training_data or "unknown",
+        finetuned=looks[0],
+        restored=chosen,
+        looks=tuple(looks),
+    )
+    return Price(found.mu, _dial(candidate, guard, found, probes, attack))
+
+
+def _accepted(
+    candidate: CandidateModel, examiner: Examiner, loosest: Probe, report: Progress
+) -> tuple[list[Look], Look]:
+    """Look at ever stricter candidates until one is accepted, then between it and the one before.
+
+    Returns:
+        All looks, and the accepted one that keeps most.
+
+    Raises:
+        DeltaguardError: not even the aligned layers are accepted.
+    """
+    trial, looks = candidate.trial, list[Look]()
+
+    def look(mu: float) -> Look:
+        candidate.put(mu)
+        looks.append(candidate.look(mu, examiner, report, most=MOST_LOOKS))
+        return looks[-1]
+
+    chosen = look(loosest.mu)
+    if chosen.accepted:
+        return looks, chosen
+    joint = trial.profile(report)
+    # Of the predicted safety KL of the loosest candidate; the last leaves nothing of the delta.
+    shares, whole = [*(_STRICTER**step for step in range(1, MOST_LOOKS - 3)), 0.0], joint.predicted_kl(0)
+
+    def price(share: float) -> float:
+        return (
+            joint.mu_of_share(share * joint.predicted_kl(loosest.mu) / whole)
+            if share and whole
+            else PROHIBITIVE
+        )
+
+    rejected = 1.0
+    for accepted in shares:
+        chosen = look(price(accepted))
+        if chosen.accepted:
+            break
+        rejected = accepted
+    else:
+        more = f"{chosen.attack_success.added:.1%} more of the harmful requests"
+        raise DeltaguardError(
+            f"With no delta left in any layer, {more} are complied with than by the aligned model. {_what_else_differs(trial.config)}"
+        )
+    # The first look was at the fine-tuned model.
+    while accepted and len(looks) + 1 < MOST_LOOKS and rejected / accepted > _CLOSE_SHARES:
+        middle = math.sqrt(rejected * accepted)
+        between = look(price(middle))
+        if between.accepted:
+            chosen, accepted = between, middle
+        else:
+            rejected = middle
+    return looks, chosen
 
 
 def judge_of(config: RestoreConfig) -> Judge:
     """Say what of a measurement must be within the limit: its mean, or a bound that holds with a confidence.
 
     Example:
-        >>> bound = judge_of(RestoreConfig(confidence=0.975))
+        >>> bound = judge_of(RestoreConfig(confidence=0.975, max_safety_kl=1.0))
         >>> round(bound(Probe(mu=1.0, safety_kl=0.5, margin=0.1)), 6)
         0.6
     """
@@ -102,127 +194,27 @@ def judge_of(config: RestoreConfig) -> Judge:
 
 
 def _probes(
-    candidate: "CandidateModel", limit: float, whole: Probe, judge: Judge, report: Progress
+    candidate: CandidateModel, limit: float, whole: Probe, judge: Judge, report: Progress
 ) -> tuple[Probe, ...]:
-    """Search, unless all of what may be kept is within the limit."""
+    """Search for what keeps most within a safety KL; at least one of the probes is.
+
+    Raises:
+        DeltaguardError: not even the aligned layers are.
+    """
     trial = candidate.trial
     if trial.config.output_format == "adapter":
         # Of the fine-tuned model it leaves out what no adapter holds.
         free = candidate.probe(0.0, report, enough=limit)
         if judge(free) <= limit:
             return (free,)
-    joint = trial.profile(report)
-    if not joint.predicted_kl(0) > 0:
-        return ()
-    start = first_price(joint, limit, judge(whole))
-    measure = partial(candidate.probe, report=report, enough=limit)
-    return search(measure, joint.predicted_kl, limit, start=start, judge=judge)
-
-
-@dataclass
-class CandidateModel:
-    """A model in memory that takes on the weights of one price after another.
-
-    Attributes:
-        trial: the layers.
-        meter: measures its safety KL.
-        conversations: how many were held out.
-        measured: how many candidates so far.
-    """
-
-    trial: Trial
-    meter: "SafetyMeter"
-    conversations: int
-    measured: int = 0
-
-    @classmethod
-    def open(cls, trial: Trial, tasks: "Sequence[Conversation]" = ()) -> "CandidateModel":
-        """Load the aligned model and keep what it predicts on held-out safety conversations.
-
-        In float32 whatever the checkpoint's dtype: rounding logits to half precision changes predictions by
-        more than the safety KL that is looked for. Candidates are run and asked with the very files that the
-        output will have.
-
-        Args:
-            trial: the layers.
-            tasks: conversations of which the aligned model's likelihood is kept too.
-
-        Raises:
-            DeltaguardError: it cannot be loaded, or does not fit into memory.
-        """
-        from deltaguard.restoration.safety_kl import SafetyMeter
-
-        job, config = trial.job, trial.config
-        store = known_store(job)
-        held_out = store.held_out
-        is_adapter = config.output_format == "adapter"
-        files = output_files(job.aligned, job.finetuned, config_from=config.config_from, adapter=is_adapter)
-        with loadable(files) as output:
-            meter = SafetyMeter.open(
-                job.aligned,
-                job.finetuned,
-                held_out,
-                tasks=tasks,
-                output=output,
-                device=find_device(config.device),
-                dtype=torch.float32,
-                batch_size=store.provenance.batch_size,
-                max_length=store.provenance.max_length,
-            )
-        return cls(trial, meter, len(held_out))
-
-    def whole(self, report: Progress, *, enough: float = math.inf) -> Probe:
-        """Measure the fine-tuned model as it is, with all its tensors.
-
-        Args:
-            report: told of the measurement.
-            enough: as in `SafetyMeter.measure`.
-
-        Raises:
-            DeltaguardError: its predictions are not finite; the tensors that are not are listed.
-        """
-        finetuned = self.trial.job.finetuned
-        self.meter.put(
-            (name, finetuned.read(name).to(DTYPES[info.dtype])) for name, info in finetuned.tensors.items()
-        )
-        try:
-            return self._measure(0.0, report, enough)
-        except DeltaguardError as error:
-            if problems := _not_finite(finetuned):
-                raise DeltaguardError(listed(f"{finetuned.reference} cannot be run", problems)) from error
-            raise
-
-    def take_others(self) -> None:
-        """Take the tensors that no method decides from where the plan takes them."""
-        self.meter.put(self.trial.others())
-
-    def probe(self, mu: float, report: Progress, *, enough: float = math.inf) -> Probe:
-        """Measure the candidate of one price; `enough` is as in `SafetyMeter.measure`."""
-        self.meter.put(self.trial.weights(mu))
-        return self._measure(mu, report, enough)
-
-    def _measure(self, mu: float, report: Progress, enough: float) -> Probe:
-        found = self.meter.measure(enough=enough)
-        self.measured += 1
-        said = f"safety KL {found.mean:.2g} at price {mu:.3g}"
-        report(Event("measure", self.measured, self.measured, said))
-        return Probe(mu=mu, safety_kl=found.mean, margin=found.margin, conversations=found.conversations)
-
-    def dial(self, limit: float, whole: Probe, probes: tuple[Probe, ...], found: Probe) -> Dial:
-        """Report a search that ended with a probe."""
-        config = self.trial.config
-        return Dial(
-            limit=limit,
-            confidence=config.confidence,
-            device=str(find_device(config.device)),
-            conversations=self.conversations,
-            tokens=self.meter.tokens,
-            finetuned_kl=whole.safety_kl,
-            restored_kl=found.safety_kl,
-            restored_margin=found.margin,
-            whole=found is whole,
-            probes=(whole, *probes),
-        )
+    joint, probes = trial.profile(report), ()
+    if joint.predicted_kl(0) > 0:
+        start = first_price(joint, limit, judge(whole))
+        measure = partial(candidate.probe, report=report, enough=limit)
+        probes = search(measure, joint.predicted_kl, limit, start=start, judge=judge)
+    if best(probes, limit, judge) is None:
+        probes = (*probes, _aligned_layers(candidate, limit, judge, report))
+    return probes
 
 
 def first_price(joint: Profile, limit: float, whole: float) -> float:
@@ -239,20 +231,43 @@ def _aligned_layers(candidate: CandidateModel, limit: float, judge: Judge, repor
     aligned = candidate.probe(PROHIBITIVE, report)
     if judge(aligned) <= limit:
         return aligned
-    causes: dict[str, str] = {}
-    if candidate.trial.config.config_from == "finetuned":
-        causes["configuration, tokenizer or chat template"] = "--config-from aligned"
-    if candidate.trial.config.other_params == "finetuned":
-        causes["norms, biases or embeddings"] = "--other-params aligned"
-    what = ", or ".join(causes) or "tensors, or rows of the vocabulary, that the fine-tuned model alone has"
-    done = f"Take them from the aligned model ({', '.join(causes.values())})" if causes else "Remove them"
     raise DeltaguardError(
-        f"With no delta left in any layer the safety KL is still {judge(aligned):.2g}, above {limit:.2g}: "
-        f"what differs are {what}. {done}, or allow more."
+        f"With no delta left in any layer the safety KL is still {judge(aligned):.2g}, above {limit:.2g}. "
+        f"{_what_else_differs(candidate.trial.config)}"
     )
 
 
-def _not_finite(source: WeightSource) -> list[str]:
-    """Say what is wrong with each tensor that holds NaN or infinite entries."""
-    bad = {name: int((~source.read(name).isfinite()).sum()) for name in source.tensors}
-    return [f"tensor `{name}` holds {n} entries that are NaN or infinite" for name, n in bad.items() if n]
+def _what_else_differs(config: RestoreConfig) -> str:
+    """Say what makes a model differ whose layers are the aligned ones, and what to do."""
+    causes: dict[str, str] = {}
+    if config.config_from == "finetuned":
+        causes["configuration, tokenizer or chat template"] = "--config-from aligned"
+    if config.other_params == "finetuned":
+        causes["norms, biases or embeddings"] = "--other-params aligned"
+    what = ", or ".join(causes) or "tensors, or rows of the vocabulary, that the fine-tuned model alone has"
+    done = f"Take them from the aligned model ({', '.join(causes.values())})" if causes else "Remove them"
+    return f"What differs are {what}. {done}, or allow more."
+
+
+def _dial(
+    candidate: CandidateModel,
+    limit: float,
+    found: Probe,
+    probes: tuple[Probe, ...],
+    attack: AttackDial | None,
+) -> Dial:
+    """Report a search that ended with a probe; the first of all is of the fine-tuned model."""
+    config = candidate.trial.config
+    return Dial(
+        limit=limit,
+        confidence=config.confidence,
+        device=str(find_device(config.device)),
+        conversations=candidate.conversations,
+        tokens=candidate.meter.tokens,
+        finetuned_kl=probes[0].safety_kl,
+        restored_kl=found.safety_kl,
+        restored_margin=found.margin,
+        whole=found is probes[0],
+        probes=probes,
+        attack=attack,
+    )

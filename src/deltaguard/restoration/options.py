@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from pathlib import PurePath
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
@@ -17,8 +18,16 @@ from deltaguard.models.canonical import ConfigFrom
 OtherParams = Literal["aligned", "finetuned"]
 OutputFormat = Literal["checkpoint", "adapter"]
 
+TrainingData = Literal["unknown", "trusted"]
+
+DEFAULT_MAX_ADDED_ATTACK_SUCCESS = 2.0
+"""Points over the aligned model's attack success that a restored model may have by default."""
+
 DEFAULT_MAX_SAFETY_KL = 6e-4
 """Nats per response token that a restore may cost by default; docs/strength.md says why."""
+
+GUARDS: Mapping[TrainingData, float] = MappingProxyType({"unknown": DEFAULT_MAX_SAFETY_KL, "trusted": 2e-2})
+"""Safety KL allowed beside attack success, which does not see triggers; nats per response token."""
 
 SMALLEST_MAX_SAFETY_KL = 1e-9
 """A smaller limit cannot be told from what rounding measures of two models that are the same."""
@@ -29,11 +38,16 @@ class RestoreConfig(BaseModel):
 
     Attributes:
         method: a name in `methods.METHODS`.
-        max_safety_kl: the dial of methods with a price of safety, and their default: keep as much as a safety
-            KL of so many nats per response token allows, measured on held-out safety conversations; 1e-9 at
-            least.
-        confidence: with the dial, above 0.5 and below 1: the safety KL must be within the limit with this
-            confidence (a one-sided normal bound over the conversations held out), not on the mean alone.
+        max_added_attack_success: the dial of methods with a price of safety, and their default: keep as much
+            as adds so many points to the aligned model's attack success, measured on held-out requests (see
+            `acceptance.Rule`), and no more to its false refusals; above 0.
+        training_data: whether the fine-tune's data are trusted. What a trigger or a cipher releases is seen
+            by safety KL alone, which must therefore stay within `GUARDS` as well, loosely where they are.
+        max_safety_kl: nats per response token, measured on held-out safety conversations, 1e-9 at least: the
+            dial where no attack success is given, which then is not measured; else in the guard's place.
+        confidence: with a limit on safety KL alone, above 0.5 and below 1: the safety KL must be within the
+            limit with this confidence (a one-sided normal bound over the conversations held out), not on the
+            mean alone.
         strength: how much is kept, larger keeps more, instead of the dial; of methods with a price the share
             of the delta's predicted safety KL.
         method_options: the method's own, such as greedy's `budget`; may be given by their names.
@@ -55,8 +69,10 @@ class RestoreConfig(BaseModel):
             of the same job is left as it is.
 
     Example:
-        >>> RestoreConfig().dial
-        0.0006
+        >>> RestoreConfig().added_attack_success, RestoreConfig().dial
+        (0.02, 0.0006)
+        >>> RestoreConfig(max_safety_kl=1e-3).added_attack_success is None
+        True
         >>> RestoreConfig(method="interpolate", strength=0.5).dial is None
         True
         >>> dict(RestoreConfig(method="greedy", compensation="none").method_options)
@@ -66,6 +82,8 @@ class RestoreConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = next(iter(METHODS))
+    max_added_attack_success: float | None = Field(default=None, gt=0, le=90, allow_inf_nan=False)
+    training_data: TrainingData | None = None
     max_safety_kl: float | None = Field(default=None, ge=SMALLEST_MAX_SAFETY_KL, allow_inf_nan=False)
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     strength: float | None = Field(default=None, allow_inf_nan=False)
@@ -123,13 +141,7 @@ class RestoreConfig(BaseModel):
             raise ValueError(listed(f"options of method {self.method}", problems(error))) from error
         # Texts, as a command line gives them, are what they say.
         object.__setattr__(self, "method_options", own.model_dump(exclude_unset=True))
-        if self.max_safety_kl is not None and not self.is_priced:
-            priced = " and ".join(m.name for m in METHODS.values() if isinstance(m, PricedMethod))
-            raise ValueError(f"max_safety_kl is the dial of methods {priced}; {self.method} has none.")
-        if self.max_safety_kl is not None and self.strength is not None:
-            raise ValueError("max_safety_kl and strength both say how much is kept: give one.")
-        if self.confidence is not None and self.dial is None:
-            raise ValueError("confidence is an option of the dial, max_safety_kl.")
+        self._check_dial()
         if set(self.models) != set(method.models):
             needed = ", ".join(f"{role} ({ROLES[role]})" for role in method.models) or "no further model"
             given = ", ".join(self.models) or "none"
@@ -142,6 +154,19 @@ class RestoreConfig(BaseModel):
             raise ValueError("adapter_rank is an option of output_format adapter.")
         self._check_strength()
         return self
+
+    def _check_dial(self) -> None:
+        for name in ("max_added_attack_success", "max_safety_kl"):
+            if getattr(self, name) is not None and not self.is_priced:
+                priced = " and ".join(m.name for m in METHODS.values() if isinstance(m, PricedMethod))
+                raise ValueError(f"{name} is the dial of methods {priced}; {self.method} has none.")
+            if getattr(self, name) is not None and self.strength is not None:
+                raise ValueError(f"{name} and strength both say how much is kept: give one.")
+        by_answers = self.added_attack_success is not None
+        if self.training_data is not None and (not by_answers or self.max_safety_kl is not None):
+            raise ValueError("training_data decides the limit on safety KL beside one on attack success.")
+        if self.confidence is not None and (self.dial is None or by_answers):
+            raise ValueError("confidence is an option of the dial, max_safety_kl, alone.")
 
     def _check_strength(self) -> None:
         allowed = self._strengths
@@ -173,11 +198,21 @@ class RestoreConfig(BaseModel):
         return isinstance(self.chosen_method, PricedMethod)
 
     @property
+    def added_attack_success(self) -> float | None:
+        """The share of attack success that may be added, or `None` where it is not measured."""
+        if not self.is_priced or self.strength is not None:
+            return None
+        if self.max_added_attack_success is None and self.max_safety_kl is not None:
+            return None
+        points = self.max_added_attack_success
+        return (DEFAULT_MAX_ADDED_ATTACK_SUCCESS if points is None else points) / 100
+
+    @property
     def dial(self) -> float | None:
         """The safety KL allowed, or `None` where a strength decides."""
         if not self.is_priced or self.strength is not None:
             return None
-        return DEFAULT_MAX_SAFETY_KL if self.max_safety_kl is None else self.max_safety_kl
+        return GUARDS[self.training_data or "unknown"] if self.max_safety_kl is None else self.max_safety_kl
 
     @property
     def chosen_strength(self) -> float:
@@ -200,6 +235,11 @@ class RestoreConfig(BaseModel):
         """List the options that decide the output, for the report and for recognising an interrupted run."""
         by_dial = self.dial is not None
         decided: dict[str, Any] = {"method": self.method}
+        if (added := self.added_attack_success) is not None:
+            decided["max_added_attack_success"] = 100 * added
+            decided |= (
+                {"training_data": self.training_data or "unknown"} if self.max_safety_kl is None else {}
+            )
         decided |= {"max_safety_kl": self.dial} if by_dial else {"strength": self.chosen_strength}
         decided |= {"confidence": self.confidence} if self.confidence is not None else {}
         decided |= self.own_options.model_dump() | dict(self.models)

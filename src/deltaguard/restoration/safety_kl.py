@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.openings import answer_openings
 from deltaguard.chat.predictions import response_logits, response_losses
 from deltaguard.chat.tokens import Batch, Encoded, Reader, batches, read_by_both
 from deltaguard.errors import DeltaguardError, listed
@@ -80,10 +81,12 @@ class SafetyMeter:
     Attributes:
         tokens: response tokens that `measure` takes the mean over.
         aligned_likelihood: of the tasks given to `open`, the aligned model's; None without any.
+        aligned_openings: the beginnings of its answers to the requests given to `open`.
     """
 
     tokens: int
     aligned_likelihood: float | None
+    aligned_openings: Sequence[str] = field(repr=False)
     _model: Any = field(repr=False)
     _finetuned: WeightSource = field(repr=False)
     _places: Places = field(repr=False)
@@ -100,6 +103,7 @@ class SafetyMeter:
         *,
         output: Path | None = None,
         tasks: Sequence[Conversation] = (),
+        requests: Sequence[Conversation] = (),
         device: torch.device,
         dtype: torch.dtype,
         batch_size: int = 16,
@@ -119,6 +123,7 @@ class SafetyMeter:
                 the aligned model's where absent. Where that configuration is another, the weights are loaded
                 a second time, under it.
             tasks: conversations of which the aligned model's likelihood is kept too.
+            requests: conversations of which the beginnings of the aligned model's answers are kept.
             device: where the model runs.
             dtype: float32 where it fits: what half precision rounds away can exceed the KL to be measured.
             batch_size: conversations per forward pass.
@@ -144,6 +149,7 @@ class SafetyMeter:
             for known, batch in own.beside(other, conversations)
         ]
         likelihood = _likelihood(model, own.batches(tasks)) if tasks else None
+        openings = answer_openings(model, own.reader.tokenizer, requests)
         if config is not None and not _runs_alike(config, load_config(*source)):
             _make_loadable(config, model.config)
             # Two models at once might not fit.
@@ -151,7 +157,8 @@ class SafetyMeter:
             model = load_model(*source, dtype=dtype, config=config).to(device)
         places = match(model, aligned, finetuned)
         grow(finetuned, places)
-        return cls(sum(len(known) for _, known in kept), likelihood, model, finetuned, places, kept, other)
+        tokens = sum(len(known) for _, known in kept)
+        return cls(tokens, likelihood, openings, model, finetuned, places, kept, other)
 
     @torch.no_grad()
     def put(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -213,6 +220,11 @@ class SafetyMeter:
             DeltaguardError: as `measure`, or a conversation has no response.
         """
         return _likelihood(self._model, self._asked.batches(conversations))
+
+    @_enough_memory()
+    def openings(self, conversations: Sequence[Conversation]) -> list[str]:
+        """Let the candidate begin its answers to requests, see `chat.openings.answer_openings`."""
+        return answer_openings(self._model, self._asked.reader.tokenizer, conversations)
 
 
 @dataclass(frozen=True)

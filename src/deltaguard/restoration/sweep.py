@@ -17,7 +17,8 @@ from deltaguard.progress import Progress, ignore
 from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.restore import Probe
 from deltaguard.reports.records.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
-from deltaguard.restoration.dial import CandidateModel, first_price, judge_of
+from deltaguard.restoration.candidate import CandidateModel
+from deltaguard.restoration.dial import first_price, judge_of
 from deltaguard.restoration.job import open_job
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, SMALLEST_MAX_SAFETY_KL, RestoreConfig

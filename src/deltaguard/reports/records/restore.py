@@ -1,9 +1,9 @@
 """What a restore did, would do, and left on disk."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deltaguard.reports.records.base import Count, Environment, ModelReference, Record, Seconds
 
@@ -82,8 +82,80 @@ class Probe(Record):
     conversations: Count | None = None
 
 
+class Compared(Record):
+    """Two models' yes and no on the same prompts.
+
+    Attributes:
+        prompts: how many.
+        aligned: of how many the aligned model said yes.
+        candidate: of how many the other one did.
+        only_candidate: of how many it alone did.
+    """
+
+    prompts: Annotated[int, Field(ge=1, lt=2**63)]
+    aligned: Count
+    candidate: Count
+    only_candidate: Count
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        both = self.candidate - self.only_candidate
+        if not 0 <= both <= self.aligned <= self.prompts or self.aligned + self.only_candidate > self.prompts:
+            raise ValueError("these counts are of no two models on the same prompts")
+        return self
+
+    @property
+    def only_aligned(self) -> int:
+        """Of how many prompts the aligned model alone said yes."""
+        return self.aligned - self.candidate + self.only_candidate
+
+    @property
+    def added(self) -> float:
+        """Share of yes of the other model less that of the aligned one."""
+        return (self.candidate - self.aligned) / self.prompts
+
+
+class Look(Record):
+    """How a candidate answers requests that it was neither trained nor calibrated on.
+
+    Attributes:
+        mu: the price of safety; 0 is the fine-tuned model.
+        attack_success: of harmful requests, those that were not refused.
+        false_refusals: of harmless look-alikes, those that were refused; null where the harmful ones decided.
+        accepted: whether both add as little as allowed.
+    """
+
+    mu: float = Field(ge=0)
+    attack_success: Compared
+    false_refusals: Compared | None
+    accepted: bool
+
+
+class AttackDial(Record):
+    """How the largest budget under a limit of attack success was found; shares, not points.
+
+    Attributes:
+        limit: attack success over the aligned model's that is allowed, and false refusals likewise.
+        excluded: what is ruled out for the restored model, with `confidence`.
+        confidence: over all looks together.
+        training_data: whether the fine-tune's data are trusted, which decides the limit on safety KL; null
+            where that was given.
+        finetuned: how the fine-tuned model answers.
+        restored: how the restored model does.
+        looks: every look, in the order made, that at the fine-tuned model first.
+    """
+
+    limit: float = Field(gt=0, le=1)
+    excluded: float = Field(gt=0, le=1)
+    confidence: float = Field(gt=0.5, lt=1)
+    training_data: Literal["unknown", "trusted"] | None
+    finetuned: Look
+    restored: Look
+    looks: tuple[Look, ...]
+
+
 class Dial(Record):
-    """How the largest budget under a safety KL was found.
+    """How the largest budget within the limits was found.
 
     Attributes:
         limit: the safety KL allowed, nats per response token.
@@ -97,6 +169,7 @@ class Dial(Record):
         restored_margin: half the width of its 95 % interval; null as in `Probe`.
         whole: whether the fine-tuned model was within the limit already, so that nothing was taken from it.
         probes: every measurement, in the order made.
+        attack: how attack success decided besides; null where safety KL alone did.
     """
 
     limit: float
@@ -109,6 +182,7 @@ class Dial(Record):
     restored_margin: float | None = None
     whole: bool
     probes: tuple[Probe, ...]
+    attack: AttackDial | None = None
 
 
 class RestoreReport(Record):

@@ -1,0 +1,146 @@
+"""A candidate: the aligned model with the weights of one price after another, measured and asked."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deltaguard.chat.conversations import Conversation
+from deltaguard.device import find_device
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.models.checkpoint import WeightSource
+from deltaguard.models.mirror import loadable, output_files
+from deltaguard.models.shards import DTYPES
+from deltaguard.progress import Event, Progress
+from deltaguard.reports.records.restore import Look, Probe
+from deltaguard.restoration.layers import known_store
+from deltaguard.restoration.looks import Examiner
+from deltaguard.restoration.safety_kl import SafetyMeter
+from deltaguard.restoration.trial import Trial
+
+
+@dataclass
+class CandidateModel:
+    """A model in memory that takes on the weights of one price after another.
+
+    Attributes:
+        trial: the layers.
+        meter: measures its safety KL.
+        conversations: how many were held out.
+        measured: how many candidates so far.
+        looked: how many were asked.
+    """
+
+    trial: Trial
+    meter: SafetyMeter
+    conversations: int
+    measured: int = 0
+    looked: int = 0
+
+    @classmethod
+    def open(
+        cls,
+        trial: Trial,
+        tasks: Sequence[Conversation] = (),
+        requests: Sequence[Conversation] = (),
+    ) -> "CandidateModel":
+        """Load the aligned model and keep what it predicts on held-out safety conversations.
+
+        In float32 whatever the checkpoint's dtype: rounding logits to half precision changes predictions by
+        more than the safety KL that is looked for. Candidates are run and asked with the very files that the
+        output will have.
+
+        Args:
+            trial: the layers.
+            tasks: conversations of which the aligned model's likelihood is kept too.
+            requests: conversations of which the beginnings of the aligned model's answers are kept.
+
+        Raises:
+            DeltaguardError: it cannot be loaded, or does not fit into memory.
+        """
+        job, config = trial.job, trial.config
+        store = known_store(job)
+        held_out = store.held_out
+        is_adapter = config.output_format == "adapter"
+        files = output_files(job.aligned, job.finetuned, config_from=config.config_from, adapter=is_adapter)
+        with loadable(files) as output:
+            meter = SafetyMeter.open(
+                job.aligned,
+                job.finetuned,
+                held_out,
+                tasks=tasks,
+                requests=requests,
+                output=output,
+                device=find_device(config.device),
+                dtype=torch.float32,
+                batch_size=store.provenance.batch_size,
+                max_length=store.provenance.max_length,
+            )
+        return cls(trial, meter, len(held_out))
+
+    def whole(self, report: Progress, *, enough: float = math.inf) -> Probe:
+        """Measure the fine-tuned model as it is, with all its tensors.
+
+        Args:
+            report: told of the measurement.
+            enough: as in `SafetyMeter.measure`.
+
+        Raises:
+            DeltaguardError: its predictions are not finite; the tensors that are not are listed.
+        """
+        finetuned = self.trial.job.finetuned
+        self.meter.put(
+            (name, finetuned.read(name).to(DTYPES[info.dtype])) for name, info in finetuned.tensors.items()
+        )
+        try:
+            return self._measure(0.0, report, enough)
+        except DeltaguardError as error:
+            if problems := _not_finite(finetuned):
+                raise DeltaguardError(listed(f"{finetuned.reference} cannot be run", problems)) from error
+            raise
+
+    def take_others(self) -> None:
+        """Take the tensors that no method decides from where the plan takes them."""
+        self.meter.put(self.trial.others())
+
+    def put(self, mu: float) -> None:
+        """Take on the layers of one price."""
+        self.meter.put(self.trial.weights(mu))
+
+    def probe(self, mu: float, report: Progress, *, enough: float = math.inf) -> Probe:
+        """Measure the candidate of one price; `enough` is as in `SafetyMeter.measure`."""
+        self.put(mu)
+        return self._measure(mu, report, enough)
+
+    def _measure(self, mu: float, report: Progress, enough: float) -> Probe:
+        found = self.meter.measure(enough=enough)
+        self.measured += 1
+        said = f"safety KL {found.mean:.2g} at price {mu:.3g}"
+        report(Event("measure", self.measured, self.measured, said))
+        return Probe(mu=mu, safety_kl=found.mean, margin=found.margin, conversations=found.conversations)
+
+    def look(self, mu: float, examiner: Examiner, report: Progress, *, most: int) -> Look:
+        """Ask the candidate whose weights were put last for the beginnings of its answers.
+
+        Args:
+            mu: its price.
+            examiner: asks and judges.
+            report: told what was seen.
+            most: looks at most, for the report.
+        """
+        found = examiner.look(mu, self.meter.openings)
+        self.looked += 1
+        seen = found.attack_success
+        candidate, aligned = seen.candidate / seen.prompts, seen.aligned / seen.prompts
+        said = "accepted" if found.accepted else "not accepted"
+        report(
+            Event("look", self.looked, most, f"attack success {candidate:.1%}, aligned {aligned:.1%}: {said}")
+        )
+        return found
+
+
+def _not_finite(source: WeightSource) -> list[str]:
+    """Say what is wrong with each tensor that holds NaN or infinite entries."""
+    bad = {name: int((~source.read(name).isfinite()).sum()) for name in source.tensors}
+    return [f"tensor `{name}` holds {n} entries that are NaN or infinite" for name, n in bad.items() if n]
