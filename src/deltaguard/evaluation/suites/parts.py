@@ -153,8 +153,7 @@ def builtin_questions(name: Builtin, count: int | None, seed: int) -> list[Quest
     """
     if name == "task":
         examples = task_examples("test", count or _TASK_EXAMPLES, seed=seed)
-        conversations = [example.conversation for example in examples]
-        return [Question(c.prompt, system=c.system, expected=c.response) for c in conversations]
+        return [Question(each.prompt, each.system, expected=each.response) for each in examples]
     if name == "translated":
         return [row.question for language in LANGUAGES for row in translated_prompts(language)]
     if name == "attack":
