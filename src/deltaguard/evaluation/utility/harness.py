@@ -195,11 +195,14 @@ def harness_measures(rows: Rows) -> dict[str, tuple[Estimate, Better]]:
     Args:
         rows: of one model.
     """
-    return {
-        _name(row): (share, "lower" if row["higher_is_better"] is False else "higher")
-        for row in _own(rows)
-        if (share := _share(row)) is not None
-    }
+    found: dict[str, tuple[Estimate, Better]] = {}
+    for row in _own(rows):
+        value, total = float(row["value"]), int(row["samples"])
+        successes = round(value * total) if 0 <= value <= 1 else 0
+        if total and 0 <= value <= 1 and abs(successes - value * total) < 1e-6 * total:
+            better = "lower" if row["higher_is_better"] is False else "higher"
+            found[_name(row)] = estimate(Rate(successes, total)), better
+    return found
 
 
 def harness_tasks(model: str, section: str, rows: Rows) -> tuple[HarnessTask, ...]:
@@ -266,11 +269,3 @@ def _own(rows: Rows) -> list[Row]:
 
 def _name(row: Row) -> str:
     return f"{row['task']} {row['metric']}"
-
-
-def _share(row: Row) -> Estimate | None:
-    value, total = float(row["value"]), int(row["samples"])
-    successes = round(value * total) if 0 <= value <= 1 else 0
-    if total and 0 <= value <= 1 and abs(successes - value * total) < 1e-6 * total:
-        return estimate(Rate(successes, total))
-    return None
