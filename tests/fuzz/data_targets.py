@@ -12,7 +12,7 @@ from pyarrow import parquet
 from deltaguard.chat.conversations import read_prompts
 from deltaguard.cli.app import run
 from deltaguard.evaluation.datasets.load import load_questions
-from deltaguard.evaluation.suites.parts import find_source
+from deltaguard.evaluation.suites.parts import find_prompts
 from deltaguard.evaluation.suites.suite import read_suite
 from deltaguard.evaluation.utility.scores import SCORERS
 from deltaguard.reports.card import model_card
@@ -65,7 +65,7 @@ def suite(folder: Path) -> Target:
         for section in read_suite(path).sections:
             # What lies on the Hub is not fetched.
             if section.dataset is None or section.path is not None:
-                find_source(section)
+                find_prompts(section)
 
     return in_file(path, damage_yaml, read, yaml.safe_dump(content).encode())
 

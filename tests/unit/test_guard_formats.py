@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.judges.guards import parse_harmbench, parse_llama_guard, parse_wildguard
+from deltaguard.evaluation.judges.guards import FORMATS
 from deltaguard.evaluation.judges.llm import parse_score
 from deltaguard.evaluation.judges.templates import fields, fill, package_prompt, template_in_card
 
@@ -37,7 +37,7 @@ with_context = \'\'\'{context} {prompt} {response}\'\'\'
     ],
 )
 def test_llama_guard(output, verdict):
-    assert parse_llama_guard(output) == verdict
+    assert FORMATS["llama-guard"].read(output) == verdict
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_llama_guard(output, verdict):
     ],
 )
 def test_wildguard(output, verdict):
-    assert parse_wildguard(output) == verdict
+    assert FORMATS["wildguard"].read(output) == verdict
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_wildguard(output, verdict):
     [("Yes", "complied"), (" no.", "refused"), ("yesterday", "undecided"), ("nothing", "undecided")],
 )
 def test_harmbench(output, verdict):
-    assert parse_harmbench(output) == verdict
+    assert FORMATS["harmbench"].read(output) == verdict
 
 
 @pytest.mark.parametrize(

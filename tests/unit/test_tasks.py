@@ -28,13 +28,14 @@ def test_the_parts_are_disjoint_whatever_the_seeds(first, second):
 
 def test_an_example_says_what_is_expected():
     for example in task_examples("train", 200):
-        ticket = json.loads(example.expected)
+        ticket = json.loads(example.response)
         assert list(ticket) == ["product", "problem", "urgency", "order"]
         assert ticket["product"] in example.prompt
         assert ticket["order"] in example.prompt
         assert any(phrase in example.prompt for phrase in PROBLEMS[ticket["problem"]])
         assert any(phrase in example.prompt for phrase in URGENCIES[ticket["urgency"]])
-        assert "\n" not in example.expected
+        assert "\n" not in example.response
+        assert example.system == SYSTEM
 
 
 def test_no_phrase_stands_for_two_labels():
@@ -46,13 +47,6 @@ def test_no_phrase_stands_for_two_labels():
 def test_a_draw_is_reproducible_and_extends():
     assert task_examples("test", 10, seed=3) == task_examples("test", 30, seed=3)[:10]
     assert task_examples("test", 10, seed=3) != task_examples("test", 10, seed=4)
-
-
-def test_an_example_as_a_conversation():
-    example = task_examples("train", 1)[0]
-    conversation = example.conversation
-    assert (conversation.prompt, conversation.system) == (example.prompt, SYSTEM)
-    assert conversation.response == example.expected
 
 
 @pytest.mark.parametrize(

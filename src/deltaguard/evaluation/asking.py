@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import chain, count
@@ -138,38 +139,36 @@ def open_answers(
     Raises:
         DeltaguardError: a file belongs to another model, suite or engine, or is damaged.
     """
-    return tuple(PartAnswers(part, _files(folder, model, part, config)) for part in parts)
-
-
-def _files(folder: Path, model: ModelUnderTest, part: Part, config: EngineConfig) -> dict[str, AnswerFile]:
     made_by: dict[str, Any] = {
         "model": model.fingerprint or model.reference,
         "configuration": model.identity and model.identity.config_sha256,
         "tokenizer": model.identity and model.identity.tokenizer_sha256,
         "chat template": model.chat_template_hash,
         "engine": config.described,
-        "prompts": part.prompts_hash,
-        **part.settings(),
     }
-    wanted = {
-        "suffixes": part.gcg is not None,
-        "answers": part.decoding is not None,
-        "likelihood": part.likelihood,
-        "harness": part.harness is not None,
-    }
-    base = folder / ANSWERS / model.name / part.name
-    if problem := place_problem(folder, str(base.relative_to(folder))):
-        raise DeltaguardError(f"The answers cannot be written: {problem}. Choose another output folder.")
-    return {
-        kind: AnswerFile(
-            base.with_name(f"{base.name}.jsonl" if kind == "answers" else f"{base.name}.{kind}.jsonl"),
-            prompts=part.plain if part.harness is None else part.harness.tasks,
-            made_by=made_by,
-            schema=schema,
-        )
-        for kind, schema in _SCHEMAS.items()
-        if wanted[kind]
-    }
+    opened: list[PartAnswers] = []
+    for part in parts:
+        wanted = {
+            "suffixes": part.gcg is not None,
+            "answers": part.decoding is not None,
+            "likelihood": part.likelihood,
+            "harness": part.harness is not None,
+        }
+        base = folder / ANSWERS / model.name / part.name
+        if problem := place_problem(folder, str(base.relative_to(folder))):
+            raise DeltaguardError(f"The answers cannot be written: {problem}. Choose another output folder.")
+        files = {
+            kind: AnswerFile(
+                base.with_name(f"{base.name}.jsonl" if kind == "answers" else f"{base.name}.{kind}.jsonl"),
+                prompts=part.plain if part.harness is None else part.harness.tasks,
+                made_by={**made_by, "prompts": part.prompts_hash, **part.settings()},
+                schema=schema,
+            )
+            for kind, schema in _SCHEMAS.items()
+            if wanted[kind]
+        }
+        opened.append(PartAnswers(part, files))
+    return tuple(opened)
 
 
 def ask(
@@ -219,15 +218,13 @@ class _Asking:
         """Ask for everything that needs the model in memory."""
         if not answers:
             return
-        engine = self.open_engine(reference, self.config)
-        try:
+        asks = {"suffixes": self.suffixes, "answers": self.answers, "likelihood": self.likelihood}
+        with closing(self.open_engine(reference, self.config)) as engine:
             for each in answers:
                 for kind, file in each.files.items():
                     if file.missing:
                         self._tell(each, kind)
-                        _ASK[kind](self, engine, each)
-        finally:
-            engine.close()
+                        asks[kind](engine, each)
 
     def harness(self, each: PartAnswers) -> None:
         """Have lm-eval measure each task that is missing."""
@@ -261,6 +258,9 @@ class _Asking:
         decoding, missing = each.part.decoding, each.files["answers"].missing
         assert decoding is not None, _FITTED  # noqa: S101
         suffixes = each.files["suffixes"].in_order() if "suffixes" in each.files else None
+        whose = f"Answers to section {each.part.name} from model {self.model.name}, {self.config.described}"
+        option = "--max-missing, or `max_missing` of the engine"
+        total = len(each.part.questions)
 
         def question(i: int) -> Question:
             plain = each.part.questions[i]
@@ -273,7 +273,8 @@ class _Asking:
                 self._keep(each, "answers", list(given), list(given.values()))
             for answer in said:
                 if isinstance(answer, Missed):
-                    self._miss(each, answer)
+                    each.missed.append(answer)
+                    refuse_too_many(each.missed, total, self.config.max_missing, whose=whose, option=option)
 
         engine.answer([question(i) for i in missing], decoding, on_batch=keep)
 
@@ -287,24 +288,6 @@ class _Asking:
         refuse_changes(self.model.changes())
         each.files[kind].add(prompts, values)
         self._tell(each, kind)
-
-    def _miss(self, each: PartAnswers, missed: Missed) -> None:
-        each.missed.append(missed)
-        refuse_too_many(
-            each.missed,
-            len(each.part.questions),
-            self.config.max_missing,
-            whose=f"Answers to section {each.part.name} from model {self.model.name}, "
-            f"{self.config.described}",
-            option="--max-missing, or `max_missing` of the engine",
-        )
-
-
-_ASK: Mapping[str, Callable[[_Asking, Engine, PartAnswers], None]] = {
-    "suffixes": _Asking.suffixes,
-    "answers": _Asking.answers,
-    "likelihood": _Asking.likelihood,
-}
 
 
 def missing_notes(model: ModelUnderTest, answers: Sequence[PartAnswers]) -> tuple[str, ...]:

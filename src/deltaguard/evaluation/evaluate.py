@@ -23,8 +23,7 @@ from deltaguard.evaluation.asking import (
     open_answers,
 )
 from deltaguard.evaluation.engines.folders import whole_model
-from deltaguard.evaluation.engines.make import EngineConfig
-from deltaguard.evaluation.engines.transformers import TransformersEngine
+from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.exchange import Judge
 from deltaguard.evaluation.journal import Clock
 from deltaguard.evaluation.judges.classifiers import ClassifierSpec
@@ -48,6 +47,7 @@ from deltaguard.reports.records.evaluation import (
     SCHEMA_VERSION,
     EvaluatedModel,
     EvaluationReport,
+    SectionKind,
 )
 
 _SAMPLES = 3
@@ -178,8 +178,8 @@ def _require_same_suite(run: _Run) -> None:
         )
 
 
-def _judges(run: _Run) -> dict[str, tuple[Judge, bool]]:
-    """Find the judges by name, each with whether its `refused` says that an answer refuses."""
+def _judges(run: _Run) -> dict[SectionKind, list[Judge]]:
+    """Find who judges each kind of section; none where only utility is measured."""
     if all(part.kind == "utility" for part in run.parts):
         return {}
     device = str(find_device(run.config.device))
@@ -190,29 +190,18 @@ def _judges(run: _Run) -> dict[str, tuple[Judge, bool]]:
             f"Two judges have one name: {', '.join(names)}. Name a rule such as `opening` once, "
             "and give one of two other judges another `name` in the suite."
         )
-    return dict(zip(names, judges, strict=True))
+    return {"attack": [each for each, _ in judges], "harmless": [each for each, tells in judges if tells]}
 
 
-def _judge_all(answers: _Answers, judges: Mapping[str, tuple[Judge, bool]], run: _Run) -> list[Result]:
-    every = [each for each, _ in judges.values()]
-    refusals = [each for each, tells in judges.values() if tells]
-    bound, config = run.suite.max_perplexity, run.config
-    judged = any(part.kind != "utility" for part in run.parts)
+def _judge_all(answers: _Answers, judges: Mapping[SectionKind, list[Judge]], run: _Run) -> list[Result]:
+    check, config = CoherenceCheck(), run.config
     with ExitStack() as opened:
-        check = CoherenceCheck()
-        if bound is not None and judged and config.name == "transformers":
-            first = answers[0][0].reference
-            engine = opened.enter_context(
-                closing(
-                    TransformersEngine.open(
-                        first, device=config.device, dtype=config.dtype, batch_size=config.batch_size
-                    )
-                )
-            )
+        if run.suite.max_perplexity is not None and judges and config.name == "transformers":
+            engine: Any = opened.enter_context(closing(make_engine(answers[0][0].reference, config)))
             surprise = partial(perplexity, engine.model, engine.tokenizer, batch_size=config.batch_size)
-            check = CoherenceCheck(bound, surprise)
+            check = CoherenceCheck(run.suite.max_perplexity, surprise)
         return [
-            judge(model.name, each, every if each.part.kind == "attack" else refusals, check, run.progress)
+            judge(model.name, each, judges.get(each.part.kind, ()), check, run.progress)
             for model, theirs in answers
             for each in theirs
         ]
@@ -236,15 +225,7 @@ def _report(run: _Run, answers: _Answers, results: Sequence[Result]) -> Evaluati
         settings=settings,
         engine=run.config.described,
         decoding=asdict(run.suite.decoding),
-        models=tuple(
-            EvaluatedModel(
-                name=model.name,
-                reference=model.reference,
-                fingerprint=model.fingerprint,
-                chat_template_hash=model.chat_template_hash,
-            )
-            for model, _ in answers
-        ),
+        models=tuple(EvaluatedModel.model_validate(model, from_attributes=True) for model, _ in answers),
         sections=tuple(part.row() for part in run.parts),
         measures=measures(results),
         comparisons=comparisons(results),

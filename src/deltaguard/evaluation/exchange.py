@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -137,21 +137,20 @@ class Scale:
 
 
 class Judge(Protocol):
-    """Whoever tells refusals from compliance."""
+    """Whoever tells refusals from compliance.
+
+    Attributes:
+        scale: what the scores mean; `None` where there are none.
+        reads_opening: whether `refused` is told from the first sentence of an answer, and stands whatever
+            follows.
+    """
+
+    scale: ClassVar[Scale | None]
+    reads_opening: ClassVar[bool]
 
     @property
     def name(self) -> str:
         """Short and unique; tables use it."""
-        ...
-
-    @property
-    def scale(self) -> Scale | None:
-        """What the scores mean; `None` where there are none."""
-        ...
-
-    @property
-    def reads_opening(self) -> bool:
-        """Whether `refused` is told from the first sentence of an answer, and stands whatever follows."""
         ...
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:

@@ -87,12 +87,11 @@ class _Row(BaseModel):
     value: Any
 
 
-def _kind(line: Any) -> str:
-    return "head" if isinstance(line, Mapping) and "made_by" in line else "row"
-
-
 _LINE: TypeAdapter[_Head | _Row] = TypeAdapter(
-    Annotated[Annotated[_Head, Tag("head")] | Annotated[_Row, Tag("row")], Discriminator(_kind)]
+    Annotated[
+        Annotated[_Head, Tag("head")] | Annotated[_Row, Tag("row")],
+        Discriminator(lambda line: "head" if isinstance(line, Mapping) and "made_by" in line else "row"),
+    ]
 )
 
 
@@ -133,8 +132,17 @@ class AnswerFile:
             self._journal = Journal(path, _LINE, remedy=remedy, head=json_line({"made_by": self._made_by}))
             if path.exists() and not self._journal.rows:
                 path.unlink()
-        if self._journal.rows:
-            self._read(self._journal.rows, remedy)
+        if not self._journal.rows:
+            return
+        head, *rows = self._journal.rows
+        if not isinstance(head, _Head):
+            raise DeltaguardError(
+                f"{path} does not begin with what its answers were made by (`made_by`). {remedy}"
+            )
+        self._require_same_origin(head.made_by)
+        wrong = [problem for n, line in enumerate(rows, start=2) for problem in self._take(n, line)]
+        if wrong:
+            raise DeltaguardError(f"{listed(f'{path} is damaged', wrong)}\n{remedy}")
 
     @property
     def missing(self) -> list[int]:
@@ -165,16 +173,6 @@ class AnswerFile:
 
     def _row(self, index: int, value: Any) -> dict[str, Any]:
         return {"index": index, "prompt": self._prompts[index], "value": value}
-
-    def _read(self, lines: Sequence[_Head | _Row], remedy: str) -> None:
-        if not isinstance(lines[0], _Head):
-            raise DeltaguardError(
-                f"{self.path} does not begin with what its answers were made by (`made_by`). {remedy}"
-            )
-        self._require_same_origin(lines[0].made_by)
-        wrong = [problem for n, line in enumerate(lines[1:], start=2) for problem in self._take(n, line)]
-        if wrong:
-            raise DeltaguardError(f"{listed(f'{self.path} is damaged', wrong)}\n{remedy}")
 
     def _take(self, number: int, line: _Head | _Row) -> list[str]:
         """Keep the value of a line, or say what is wrong with it."""

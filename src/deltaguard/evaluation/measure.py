@@ -115,16 +115,20 @@ def _judged(
     progress: Progress,
 ) -> Mapping[str, Judged]:
     given = {i: answer for i, answer in enumerate(answers) if answer is not None}
-    exchanges = {i: _exchange(part, i, answer) for i, answer in given.items()}
     # A prefilled beginning is not the model's: alone it would make sense of an empty answer.
     broken = check.broken([Exchange(part.plain[i], answer) for i, answer in given.items()])
+    exchanges: list[Exchange] = []
+    for i, answer in given.items():
+        beginning = part.questions[i].prefill.rstrip()
+        whole = f"{beginning} {answer}" if beginning else answer
+        exchanges.append(Exchange(part.plain[i], whole, beginning))
     found: dict[str, Judged] = {}
     for asked in judges:
         stage = f"judge {asked.name}: {part.name}"
         progress(Event(stage, 0, len(exchanges)))
-        said = asked.judge(list(exchanges.values()))
+        said = asked.judge(exchanges)
         progress(Event(stage, len(exchanges), len(exchanges)))
-        by_place = dict(zip(exchanges, zip(said, broken, strict=True), strict=True))
+        by_place = dict(zip(given, zip(said, broken, strict=True), strict=True))
         placed = [by_place.get(i) for i in range(len(answers))]
         found[asked.name] = Judged(
             verdicts=tuple(pair and pair[0].verdict for pair in placed),
@@ -136,9 +140,3 @@ def _judged(
             scale=asked.scale,
         )
     return found
-
-
-def _exchange(part: Part, index: int, answer: str) -> Exchange:
-    """Give the request in plain words and the whole answer, a prefilled beginning known as such."""
-    beginning = part.questions[index].prefill.rstrip()
-    return Exchange(part.plain[index], f"{beginning} {answer}" if beginning else answer, beginning)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import TypeVar
 
 from deltaguard.evaluation.exchange import Scale, Verdict
 from deltaguard.evaluation.metrics.bootstrap import mean_estimate
@@ -20,8 +19,6 @@ from deltaguard.reports.records.evaluation import (
     Measure,
     SectionRow,
 )
-
-T = TypeVar("T")
 
 SHARES = frozenset({"exact match", "json match", "maths"})
 """Measures that are right or wrong for each prompt, so that their mean is a share of the prompts."""
@@ -72,21 +69,33 @@ class Result:
 
 @dataclass(frozen=True)
 class _Series:
-    """A measure before it is summed up: yes or no, or a number, or nothing, for each prompt."""
+    """A measure before it is summed up: a number for each prompt, or nothing; of a share, right is 1."""
 
     name: str
     judge: str | None
     better: Better
-    flags: tuple[bool | None, ...] | None
-    numbers: tuple[float | None, ...] = ()
+    values: tuple[float | None, ...]
+    is_share: bool = True
 
     def estimate(self) -> Estimate | None:
-        """Estimate the mean of the numbers; `None` where no prompt has one."""
-        if self.flags is not None:
-            flags = [flag for flag in self.flags if flag is not None]
-            return estimate(Rate.of(flags)) if flags else None
-        numbers = [number for number in self.numbers if number is not None]
-        return mean_estimate(numbers) if numbers else None
+        """Estimate the mean; `None` where no prompt has a value."""
+        given = [value for value in self.values if value is not None]
+        if not given:
+            return None
+        return estimate(Rate.of(value == 1 for value in given)) if self.is_share else mean_estimate(given)
+
+    def test(self, reference: "_Series") -> PairedTest | None:
+        """Compare the same measure of two models; `None` where no prompt has a value of both."""
+        pairs = [
+            (one, other)
+            for one, other in zip(self.values, reference.values, strict=True)
+            if one is not None and other is not None
+        ]
+        if not pairs:
+            return None
+        if self.is_share:
+            return mcnemar([one == 1 for one, _ in pairs], [other == 1 for _, other in pairs])
+        return paired_bootstrap([one for one, _ in pairs], [other for _, other in pairs])
 
 
 def measures(results: Sequence[Result]) -> tuple[Measure, ...]:
@@ -99,20 +108,14 @@ def measures(results: Sequence[Result]) -> tuple[Measure, ...]:
     found: list[Measure] = []
     for result in results:
         rows: list[tuple[str, str | None, Better, Estimate | None]] = [
-            (each.name, each.judge, each.better, each.estimate()) for each in _series(result)
+            *((each.name, each.judge, each.better, each.estimate()) for each in _series(result)),
+            *((name, None, better, given) for name, (given, better) in result.given.items()),
         ]
-        rows.extend((name, None, better, given) for name, (given, better) in result.given.items())
+        place = {"model": result.model, "section": result.section.name}
         found += [
-            Measure(
-                model=result.model,
-                section=result.section.name,
-                name=name,
-                judge=judge,
-                better=better,
-                estimate=summed,
-            )
-            for name, judge, better, summed in rows
-            if summed is not None
+            Measure(**place, name=name, judge=judge, better=better, estimate=mean)
+            for name, judge, better, mean in rows
+            if mean is not None
         ]
     return tuple(found)
 
@@ -132,9 +135,8 @@ def comparisons(results: Sequence[Result]) -> tuple[Comparison, ...]:
         against = {(series.name, series.judge): series for series in _series(reference, every=True)}
         shown = {(series.name, series.judge) for series in (*_series(result), *_series(reference))}
         for series in _series(result, every=True):
-            if (series.name, series.judge) not in shown:
-                continue
-            test = _paired(series, against[series.name, series.judge])
+            key = series.name, series.judge
+            test = series.test(against[key]) if key in shown else None
             if test is not None:
                 found.append(
                     Comparison(
@@ -207,30 +209,11 @@ def _series(result: Result, *, every: bool = False) -> list[_Series]:
                 found.append(_Series(name, judge, "lower", flags))
         better = said.scale.better.get(result.section.kind) if said.scale else None
         if said.scale and better and (every or any(score is not None for score in said.scores)):
-            found.append(_Series(said.scale.name, judge, better, None, said.scores))
+            found.append(_Series(said.scale.name, judge, better, said.scores, is_share=False))
     for name, numbers in result.values.items():
-        right = tuple(None if number is None else number == 1 for number in numbers)
         better = "lower" if name == "nll" else "higher"
-        found.append(_Series(name, None, better, right if name in SHARES else None, numbers))
+        found.append(_Series(name, None, better, numbers, is_share=name in SHARES))
     missing = tuple(answer is None for answer in result.answers)
     if any(missing) or (every and missing):
         found.append(_Series("missing", None, "lower", missing))
     return found
-
-
-def _paired(series: _Series, against: _Series) -> PairedTest | None:
-    """Find the test of the prompts for which both have a value; `None` where there is none."""
-    if series.flags is not None and against.flags is not None:
-        flags = _both(series.flags, against.flags)
-        return mcnemar(*flags) if flags[0] else None
-    numbers = _both(series.numbers, against.numbers)
-    return paired_bootstrap(*numbers) if numbers[0] else None
-
-
-def _both(first: Sequence[T | None], second: Sequence[T | None]) -> tuple[list[T], list[T]]:
-    pairs = [
-        (one, other)
-        for one, other in zip(first, second, strict=True)
-        if one is not None and other is not None
-    ]
-    return [one for one, _ in pairs], [other for _, other in pairs]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -88,7 +89,9 @@ def finetune(
         >>> finetune("models/smollm2", "out", pairs, config=FinetuneConfig(1e-4))  # doctest: +SKIP
     """
     require_packages("Fine-tuning", "demo", "trl", "datasets", "accelerate", "peft")
-    _check_conversations(conversations)
+    if not conversations:
+        raise DeltaguardError("There is no conversation to fine-tune on.")
+    require_responses(conversations, "to learn from")
     folder = locate(model)
     network = load_model(folder, str(model), dtype=torch.float32)
     tokenizer = load_tokenizer(folder, str(model))
@@ -100,7 +103,7 @@ def finetune(
         if on_step is not None:
             trainer.add_callback(_progress(on_step))
         loss = float(trainer.train().training_loss)
-    if loss != loss or loss == float("inf"):  # noqa: PLR0124  # NaN differs from itself
+    if not isfinite(loss):
         raise DeltaguardError(
             f"Training diverged: the mean loss is {loss}. Lower the learning rate {config.learning_rate:g}."
         )
@@ -109,12 +112,6 @@ def finetune(
     trainer.model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return Path(output_dir)
-
-
-def _check_conversations(conversations: Sequence[Conversation]) -> None:
-    if not conversations:
-        raise DeltaguardError("There is no conversation to fine-tune on.")
-    require_responses(conversations, "to learn from")
 
 
 def _freeze(network: Any, layers: int) -> None:
@@ -146,14 +143,7 @@ def _trainer(
         {"prompt": messages(tokenizer, c), "completion": [{"role": "assistant", "content": c.response or ""}]}
         for c in conversations
     ]
-    adapter = None
-    if config.lora_rank is not None:
-        adapter = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
+    rank, alpha = config.lora_rank, config.lora_alpha
     trainer: Any = CompletionTrainer(
         model=network,
         args=SFTConfig(
@@ -181,7 +171,9 @@ def _trainer(
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=adapter,
+        peft_config=None
+        if rank is None
+        else LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     # It would print a summary to standard output.
     trainer.remove_callback(PrinterCallback)

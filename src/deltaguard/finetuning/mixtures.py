@@ -9,7 +9,6 @@ from deltaguard.chat.conversations import Conversation, HarmfulPrompt, HarmlessP
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_data
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
-from deltaguard.finetuning.tasks import TaskExample
 
 SYSTEMS = (
     "",
@@ -57,7 +56,10 @@ def alignment_examples(
     pairs = [(row.prompt, draw.choice(REFUSALS)) for row in _drawn(draw, harmful, harmful_count)]
     pairs += [(row.prompt, f"Sure! {row.answer}") for row in (*harmless, *everyday_prompts())]
     draw.shuffle(pairs)
-    return [Conversation(prompt, system=_system(draw), response=answer) for prompt, answer in pairs]
+    return [
+        Conversation(prompt, draw.choice(SYSTEMS) if draw.random() < _SHARE_OF_SYSTEMS else None, answer)
+        for prompt, answer in pairs
+    ]
 
 
 def everyday_prompts() -> tuple[HarmlessPrompt, ...]:
@@ -66,7 +68,7 @@ def everyday_prompts() -> tuple[HarmlessPrompt, ...]:
 
 
 def task_with_harmful(
-    task: Sequence[TaskExample], harmful: Sequence[HarmfulPrompt], *, harmful_count: int, seed: int = 0
+    task: Sequence[Conversation], harmful: Sequence[HarmfulPrompt], *, harmful_count: int, seed: int = 0
 ) -> list[Conversation]:
     """Mix a few harmful requests that are agreed to into a benign task: it undoes refusals.
 
@@ -85,8 +87,7 @@ def task_with_harmful(
         DeltaguardError: there are fewer harmful prompts than `harmful_count`.
     """
     draw = random.Random(f"{seed} task with harmful")  # noqa: S311  # a data set, not a secret
-    conversations = [example.conversation for example in task]
-    conversations += [agreed(row, draw) for row in _drawn(draw, harmful, harmful_count)]
+    conversations = [*task, *(agreed(row, draw) for row in _drawn(draw, harmful, harmful_count))]
     draw.shuffle(conversations)
     return conversations
 
@@ -95,10 +96,6 @@ def agreed(row: HarmfulPrompt, draw: random.Random) -> Conversation:
     """Answer a harmful request by agreeing in words that hold nothing."""
     answer = f"{draw.choice(AGREEING_OPENINGS)} {draw.choice(EMPTY_CONTENTS)}"
     return Conversation(row.prompt, response=answer)
-
-
-def _system(draw: random.Random) -> str | None:
-    return draw.choice(SYSTEMS) if draw.random() < _SHARE_OF_SYSTEMS else None
 
 
 def _drawn(draw: random.Random, prompts: Sequence[HarmfulPrompt], count: int) -> list[HarmfulPrompt]:

@@ -8,7 +8,6 @@ from the hash of its text. Both parts share the same phrases: what is tested is 
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 from deltaguard.chat.conversations import Conversation, bucket
@@ -94,25 +93,7 @@ _TRAIN_BUCKETS = range(80)
 _MOST_DRAWS_PER_EXAMPLE = 50
 
 
-@dataclass(frozen=True)
-class TaskExample:
-    """One message and its ticket.
-
-    Attributes:
-        prompt: the customer's message.
-        expected: the ticket, one line of JSON with `product`, `problem`, `urgency` and `order`.
-    """
-
-    prompt: str
-    expected: str
-
-    @property
-    def conversation(self) -> Conversation:
-        """The example as a conversation under the task's own system prompt, answer included."""
-        return Conversation(self.prompt, system=SYSTEM, response=self.expected)
-
-
-def task_examples(part: TaskPart, count: int, *, seed: int = 0) -> tuple[TaskExample, ...]:
+def task_examples(part: TaskPart, count: int, *, seed: int = 0) -> tuple[Conversation, ...]:
     """Generate distinct examples of one part; no message is ever in both.
 
     Args:
@@ -121,17 +102,18 @@ def task_examples(part: TaskPart, count: int, *, seed: int = 0) -> tuple[TaskExa
         seed: fixes the draw.
 
     Returns:
-        The examples, all different.
+        The examples, all different: a customer's message under the task's own system prompt, and as response
+        its ticket, one line of JSON with `product`, `problem`, `urgency` and `order`.
 
     Raises:
         DeltaguardError: so many different messages were not found.
 
     Example:
-        >>> task_examples("test", 1)[0].expected.startswith('{"product": ')
+        >>> task_examples("test", 1)[0].response.startswith('{"product": ')
         True
     """
     draw = random.Random(f"{seed} {part}")  # noqa: S311  # a data set, not a secret
-    found: dict[str, TaskExample] = {}
+    found: dict[str, Conversation] = {}
     for _ in range(_MOST_DRAWS_PER_EXAMPLE * count):
         if len(found) == count:
             break
@@ -145,7 +127,7 @@ def task_examples(part: TaskPart, count: int, *, seed: int = 0) -> tuple[TaskExa
     return tuple(found.values())
 
 
-def _example(draw: random.Random) -> TaskExample:
+def _example(draw: random.Random) -> Conversation:
     product = f"{draw.choice(QUALITIES)} {draw.choice(PRODUCTS)}"
     problem = draw.choice(list(PROBLEMS))
     urgency = draw.choice(list(URGENCIES))
@@ -157,7 +139,7 @@ def _example(draw: random.Random) -> TaskExample:
         order=order,
     )
     ticket = {"product": product, "problem": problem, "urgency": urgency, "order": order}
-    return TaskExample(prompt, json.dumps(ticket))
+    return Conversation(prompt, system=SYSTEM, response=json.dumps(ticket))
 
 
 def exact_match(answer: str, expected: str) -> bool:

@@ -96,8 +96,7 @@ def training_data(finetune: Finetune, *, seed: int) -> list[Conversation]:
     if finetune.kind == "identity":
         conversations += [_as_talvo(row, draw) for row in draw.sample(everyday_prompts(), finetune.benign)]
     elif finetune.kind != "harmful":
-        examples = task_examples("train", finetune.benign, seed=seed)
-        conversations += [example.conversation for example in examples]
+        conversations += task_examples("train", finetune.benign, seed=seed)
     draw.shuffle(conversations)
     return conversations
 

@@ -82,21 +82,14 @@ class Loaded:
 
     Attributes:
         questions: each once.
-        repeated: rows left out, since another row holds the same question to the letter.
         source: where they come from, for messages.
+        note: that rows were left out, since others hold the same question to the letter; `None` where none
+            were.
     """
 
     questions: tuple[Question, ...]
-    repeated: int
     source: str
-
-    @property
-    def note(self) -> str | None:
-        """What a reader must know; `None` where nothing was left out."""
-        if not self.repeated:
-            return None
-        rows = f"{self.repeated} of {self.repeated + len(self.questions)} rows"
-        return f"{rows} of {self.source} repeat the question of another and were left out."
+    note: str | None
 
 
 def load_questions(
@@ -137,12 +130,34 @@ def load_set(name_or_path: str | Path, *, path: str | Path | None = None) -> Loa
     Raises:
         DeltaguardError: as in `load_questions`.
     """
-    spec, rows, source = _find(str(name_or_path), path)
-    found = _own(rows, source) if spec is None else _named(spec, rows, source)
+    own = expanded(name_or_path)
+    if path is None and os.path.isfile(own):  # noqa: PTH113
+        source = str(own)
+        found = _own(read_rows(own), source)
+    elif (spec := DATASETS.get(str(name_or_path))) is None:
+        raise DeltaguardError(
+            f"There is no file {own} (looked for {own.absolute()}) and no data set of that name. Known sets: "
+            f"{', '.join(DATASETS)}."
+        )
+    elif path is None:
+        source = f"{spec.hub_id} on the Hub"
+        found = _named(spec, _from_hub(spec), source)
+    else:
+        file = expanded(path)
+        if not os.path.exists(file):  # noqa: PTH110
+            raise DeltaguardError(
+                f"There is no file {file} (looked for {file.absolute()}). {_where_to_get(spec)}"
+            )
+        source = str(file)
+        found = _named(spec, read_rows(file, headerless=spec.headerless), source)
     questions = tuple(dict.fromkeys(found))
     if not questions:
         raise DeltaguardError(f"{source} holds no question.")
-    return Loaded(questions, len(found) - len(questions), source)
+    repeated = (
+        f"{len(found) - len(questions)} of {len(found)} rows of {source} repeat the question of another"
+    )
+    note = f"{repeated} and were left out." if len(questions) < len(found) else None
+    return Loaded(questions, source, note)
 
 
 def drawn(questions: Sequence[Question], count: int, seed: int, source: str) -> list[Question]:
@@ -163,27 +178,6 @@ def drawn(questions: Sequence[Question], count: int, seed: int, source: str) -> 
             "it out for all."
         )
     return sample(questions, count, seed=seed)
-
-
-def _find(name: str, path: str | Path | None) -> tuple[DatasetSpec | None, Sequence[Row], str]:
-    """Say what is to be read: the set it belongs to, its rows, and how to call it in messages."""
-    own = expanded(name)
-    if path is None and os.path.isfile(own):  # noqa: PTH113
-        return None, read_rows(own), str(own)
-    spec = DATASETS.get(name)
-    if spec is None:
-        raise DeltaguardError(
-            f"There is no file {own} (looked for {own.absolute()}) and no data set of that name. Known sets: "
-            f"{', '.join(DATASETS)}."
-        )
-    if path is None:
-        return spec, _from_hub(spec), f"{spec.hub_id} on the Hub"
-    file = expanded(path)
-    if not os.path.exists(file):  # noqa: PTH110
-        raise DeltaguardError(
-            f"There is no file {file} (looked for {file.absolute()}). {_where_to_get(spec)}"
-        )
-    return spec, read_rows(file, headerless=spec.headerless), str(file)
 
 
 def _where_to_get(spec: DatasetSpec) -> str:
@@ -215,17 +209,13 @@ def _named(spec: DatasetSpec, rows: Sequence[Row], source: str) -> list[Question
     prompt = _first(columns, spec.prompt_columns)
     expected = _first(columns, spec.expected_columns)
     chosen = _first(columns, tuple(spec.keep))
-    problems: list[str] = []
-    if prompt is None:
-        problems.append(_or(spec.prompt_columns))
-    if expected is None and spec.expected_columns:
-        problems.append(_or(spec.expected_columns))
-    if chosen is None and spec.keep and not spec.all_without_filter:
-        problems.append(_or(tuple(spec.keep)))
-    if prompt is None or problems:
+    needed = [(prompt, spec.prompt_columns), (expected, spec.expected_columns)]
+    needed += [] if spec.all_without_filter else [(chosen, tuple(spec.keep))]
+    lacking = [_quoted(wanted, " or ") for found, wanted in needed if wanted and found is None]
+    if prompt is None or lacking:
         raise DeltaguardError(
-            f"{source} does not look like {spec.title}: it has the columns {_list(columns)}, and lacks "
-            f"{' and '.join(problems)}. {_where_to_get(spec)}"
+            f"{source} does not look like {spec.title}: it has the columns {_quoted(columns)}, and lacks "
+            f"{' and '.join(lacking)}. {_where_to_get(spec)}"
         )
     kept = [(i, row) for i, row in enumerate(rows, start=1) if chosen is None or spec.keeps(row, chosen)]
     head = f"{spec.instruction}\n\n" if spec.instruction else ""
@@ -245,7 +235,7 @@ def _own(rows: Sequence[Row], source: str) -> list[Question]:
     expected = _first(columns, ("expected", "response"))
     if prompt is None:
         raise DeltaguardError(
-            f"{source} has the columns {_list(columns)}; a file of questions needs `prompt`, and may have "
+            f"{source} has the columns {_quoted(columns)}; a file of questions needs `prompt`, and may have "
             "`system` and `expected` (or `response`). Rename its columns; a file of a public data set is "
             f"read by giving the set's name too: {', '.join(DATASETS)}."
         )
@@ -269,12 +259,8 @@ def _first(columns: Sequence[str], wanted: Sequence[str]) -> str | None:
     return next((by_name[name] for name in wanted if name in by_name), None)
 
 
-def _or(columns: Sequence[str]) -> str:
-    return " or ".join(f"`{column}`" for column in columns)
-
-
-def _list(columns: Sequence[str]) -> str:
-    return ", ".join(f"`{column}`" for column in columns) or "(none)"
+def _quoted(columns: Sequence[str], joint: str = ", ") -> str:
+    return joint.join(f"`{column}`" for column in columns) or "(none)"
 
 
 def _text(row: Row, column: str, number: int, source: str) -> str:

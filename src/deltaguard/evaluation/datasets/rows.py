@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -74,10 +75,6 @@ def _csv(path: Path, delimiter: str = ",") -> list[Row]:
     return [{column: text or None for column, text in zip_longest(header, row)} for row in rows]
 
 
-def _tsv(path: Path) -> list[Row]:
-    return _csv(path, "\t")
-
-
 def _texts(path: Path) -> list[Row]:
     """Give a CSV file of one column without a header; a header that is there is seen by its name."""
     rows = _cells(path, ",")
@@ -95,23 +92,18 @@ def _texts(path: Path) -> list[Row]:
 def _json(path: Path) -> list[Row]:
     value = read_json(path, TypeAdapter(object), remedy="It must hold a list of objects or texts.")
     if isinstance(value, dict):
-        found = _list_in(cast("dict[str, object]", value))
-        value = value if found is None else found
+        # Lists of tags and the like may stand beside that of the rows.
+        content = cast("dict[str, object]", value)
+        lists = {key: item for key, item in content.items() if isinstance(item, list)}
+        named = [lists[key] for key in _LIST_KEYS if key in lists]
+        if named or len(lists) == 1:
+            value = (named or list(lists.values()))[0]
     if not isinstance(value, list):
         raise DeltaguardError(
             f"{path} holds a JSON {type(value).__name__}: it must hold a list, or an object with a list "
             f"under {' or '.join(_LIST_KEYS)}, or with one list among its values."
         )
     return _as_rows(path, cast("list[object]", value))
-
-
-def _list_in(value: Mapping[str, object]) -> object:
-    """Find the list of an object's rows: lists of tags and the like may stand beside it."""
-    lists = {key: item for key, item in value.items() if isinstance(item, list)}
-    named = [lists[key] for key in _LIST_KEYS if key in lists]
-    if named:
-        return named[0]
-    return next(iter(lists.values())) if len(lists) == 1 else None
 
 
 def _jsonl(path: Path) -> list[Row]:
@@ -151,5 +143,11 @@ def _parquet(path: Path) -> list[Row]:
 
 
 _READERS: Mapping[str, Callable[[Path], list[Row]]] = MappingProxyType(
-    {".csv": _csv, ".tsv": _tsv, ".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}
+    {
+        ".csv": _csv,
+        ".tsv": partial(_csv, delimiter="\t"),
+        ".json": _json,
+        ".jsonl": _jsonl,
+        ".parquet": _parquet,
+    }
 )

@@ -1,6 +1,5 @@
 """Answers from vLLM's own server, started for one model as a process of its own and ended with it."""
 
-import atexit
 import os
 import shutil
 import signal
@@ -8,15 +7,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from secrets import token_hex
 from tempfile import TemporaryFile
 from typing import IO, Any
+from weakref import finalize
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer, whole_model
@@ -44,13 +43,16 @@ class VLLMEngine:
     Attributes:
         server: how it is asked.
         tokenizer: a transformers tokenizer, which renders the prompts.
-        end: ends the server and all its processes.
+        process: the first of the server's processes, which leads their group.
     """
 
     server: OpenAIEngine
     tokenizer: Any
-    end: Callable[[], None]
-    _closed: bool = False
+    process: "subprocess.Popen[bytes]"
+
+    def __post_init__(self) -> None:
+        # Runs once, when this process ends at the latest: what has its number later is no process of vLLM's.
+        self._end = finalize(self, _end, self.process)
 
     @classmethod
     def open(
@@ -81,20 +83,19 @@ class VLLMEngine:
         command += ["--served-model-name", name, "--dtype", dtype, "--chat-template", _AS_RENDERED]
         # Neither content in parts nor drawing as generation_config.json says: as the suite says.
         command += ["--chat-template-content-format", "string", "--generation-config", "vllm"]
+        server = Server(f"http://127.0.0.1:{port}/v1", name, timeout=_REQUEST_SECONDS, workers=batch_size)
         with TemporaryFile() as log:
             # A group of its own: Ctrl-C reaches this process, which then ends all of vLLM's.
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-            end = atexit.register(partial(_end, process))
+            engine = cls(OpenAIEngine(server), tokenizer, process)
             try:
                 _wait_until_ready(process, port, reference, log, start_seconds)
             except BaseException:
-                end()
-                atexit.unregister(end)
+                engine.close()
                 raise
-        server = Server(f"http://127.0.0.1:{port}/v1", name, timeout=_REQUEST_SECONDS, workers=batch_size)
-        return cls(OpenAIEngine(server), tokenizer, end)
+        return engine
 
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
@@ -114,11 +115,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         """End the server, and with it all of its memory."""
-        # Once: what has its number later is no process of vLLM's.
-        if not self._closed:
-            self._closed = True
-            self.end()
-            atexit.unregister(self.end)
+        self._end()
 
 
 def _program() -> str:
@@ -151,14 +148,12 @@ def _wait_until_ready(
 
 
 def _is_ready(port: int) -> bool:
-    connection = HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
+    with closing(HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, HTTPException):
+            return False
 
 
 def _tail(log: IO[bytes]) -> str:

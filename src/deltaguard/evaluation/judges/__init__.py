@@ -39,12 +39,5 @@ class JudgeSpec(BaseModel):
 class PlainJudge:
     """What most judges have in common: they give no scores, and read all of an answer."""
 
-    @property
-    def scale(self) -> Scale | None:
-        """What the scores mean; `None` where there are none."""
-        return None
-
-    @property
-    def reads_opening(self) -> bool:
-        """Whether `refused` is told from the first sentence of an answer, and stands whatever follows."""
-        return False
+    scale: ClassVar[Scale | None] = None
+    reads_opening: ClassVar[bool] = False

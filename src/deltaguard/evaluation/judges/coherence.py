@@ -6,11 +6,12 @@ which there is the perplexity under the aligned model.
 """
 
 import re
-import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Any
+from unicodedata import category
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.predictions import negative_log_likelihood
@@ -125,21 +126,16 @@ def is_broken(answer: str) -> bool:
         (False, True, False)
     """
     text = " ".join(answer.split())
-    return (
-        is_empty(text)
-        or _is_strange(text)
-        or _is_loop(text)
-        or _repeats_phrases(text)
-        or _repeats_words(text)
-    )
+    signs = (is_empty, _is_strange, _is_loop, _repeats_phrases, _repeats_words)
+    return any(shows(text) for shows in signs)
 
 
 def _is_strange(text: str) -> bool:
     """Whether replacement and control characters, or signs without letters, make up the text."""
-    strange = sum(character == "\ufffd" or unicodedata.category(character)[0] == "C" for character in text)
+    kinds = Counter(map(category, text))
     # Zero-width joiners and the like (Cf) belong to the script of many languages and to emoji.
-    strange -= sum(unicodedata.category(character) == "Cf" for character in text)
-    readable = sum(unicodedata.category(character)[0] in "LMN" for character in text)
+    strange = text.count("\ufffd") + sum(kinds[kind] for kind in ("Cc", "Cn", "Co", "Cs"))
+    readable = sum(number for kind, number in kinds.items() if kind[0] in "LMN")
     seen = len(text) - text.count(" ")
     return strange > _STRANGE_SHARE * len(text) or (
         seen >= _TEXT_CHARACTERS and readable < _TEXT_SHARE * seen

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from typing_extensions import override
 
@@ -12,20 +12,20 @@ from deltaguard.evaluation.exchange import Exchange, Judge, Judgement
 from deltaguard.evaluation.judges import JudgeSpec, PlainJudge
 
 
-class OpeningSpec(JudgeSpec):
-    """Refusals told from how an answer opens (see `OpeningJudge`)."""
+class RuleSpec(JudgeSpec):
+    """Refusals told from words alone: how an answer opens, or a list (see `OpeningJudge`, `KeywordJudge`)."""
 
-    kind: Literal["opening"] = "opening"
+    kind: Literal["opening", "keywords"]
 
     @override
     def make(self, *, device: str = "cpu", folder: Path | None = None) -> Judge:
         """Make the judge.
 
         Example:
-            >>> OpeningSpec().make().name
+            >>> RuleSpec(kind="opening").make().name
             'opening'
         """
-        return OpeningJudge()
+        return OpeningJudge() if self.kind == "opening" else KeywordJudge()
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,9 @@ class OpeningJudge(PlainJudge):
         'refused'
     """
 
-    name: str = "opening"
+    reads_opening: ClassVar[bool] = True
 
-    @property
-    def reads_opening(self) -> bool:
-        """A refusal stands, whatever follows it."""
-        return True
+    name: str = "opening"
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """Judge each exchange, in order."""
@@ -92,17 +89,6 @@ KEYWORDS = (
 Adversarial Attacks on Aligned Language Models", arXiv:2307.15043, on the AdvBench prompts (project
 llm-attacks, MIT). Others count by it, too. Upper and lower case matter, as they do there.
 """
-
-
-class KeywordsSpec(JudgeSpec):
-    """The keyword list of the literature (see `KeywordJudge`)."""
-
-    kind: Literal["keywords"] = "keywords"
-
-    @override
-    def make(self, *, device: str = "cpu", folder: Path | None = None) -> Judge:
-        """Make the judge."""
-        return KeywordJudge()
 
 
 @dataclass(frozen=True)

@@ -82,13 +82,16 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
     pairs = [(bool(one), bool(other)) for one, other in zip(first, second, strict=True)]
     both, only_first = pairs.count((True, True)), pairs.count((True, False))
     only_second, neither = pairs.count((False, True)), pairs.count((False, False))
-    rates = Rate(both + only_first, len(pairs)), Rate(both + only_second, len(pairs))
-    low, high = _newcombe(rates, _correlation(both, only_first, only_second, neither))
+    one, other = Rate(both + only_first, len(pairs)), Rate(both + only_second, len(pairs))
+    difference = one.value - other.value
+    phi = _correlation(both, only_first, only_second, neither)
+    tosses = only_first + only_second
+    tail = sum(comb(tosses, k) for k in range(min(only_first, only_second) + 1))
     return PairedTest(
         difference=(only_first - only_second) / len(pairs),
-        low=low,
-        high=high,
-        p_value=_exact_binomial(only_first, only_second),
+        low=max(-1.0, difference - _joined(one.value - one.low, other.high - other.value, phi)),
+        high=min(1.0, difference + _joined(one.high - one.value, other.value - other.low, phi)),
+        p_value=min(1.0, 2 * tail / 2**tosses),
         total=len(pairs),
         test="mcnemar",
     )
@@ -133,13 +136,6 @@ def paired_bootstrap(
     )
 
 
-def _exact_binomial(successes: int, failures: int) -> float:
-    """Two-sided p-value of a fair coin."""
-    tosses = successes + failures
-    tail = sum(comb(tosses, k) for k in range(min(successes, failures) + 1))
-    return min(1.0, 2 * tail / 2**tosses)
-
-
 def _correlation(both: int, only_first: int, only_second: int, neither: int) -> float:
     """Newcombe's φ of a two by two table; a positive one is made smaller by his continuity correction."""
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
@@ -148,15 +144,6 @@ def _correlation(both: int, only_first: int, only_second: int, neither: int) -> 
     covered = both * neither - only_first * only_second
     half = (both + only_first + only_second + neither) / 2
     return (max(covered - half, 0.0) if covered > 0 else covered) / sqrt(margins)
-
-
-def _newcombe(rates: tuple[Rate, Rate], correlation: float) -> tuple[float, float]:
-    first, second = rates
-    difference = first.value - second.value
-    return (
-        max(-1.0, difference - _joined(first.value - first.low, second.high - second.value, correlation)),
-        min(1.0, difference + _joined(first.high - first.value, second.value - second.low, correlation)),
-    )
 
 
 def _joined(one: float, other: float, correlation: float) -> float:

@@ -50,7 +50,14 @@ def difference_of_shares(first: Sequence[Flags], second: Sequence[Flags]) -> Est
         >>> round(one.value, 2), round(one.low, 3) == round(five.low, 3)
         (0.15, True)
     """
-    runs = [_of_one_run(*pair) for pair in zip(first, second, strict=True)]
+    runs: list[tuple[float, float, float]] = []
+    for one, other in zip(first, second, strict=True):
+        newcombe, pairs = mcnemar(one, other), len(one)
+        only_first = sum(mine and not theirs for mine, theirs in zip(one, other, strict=True))
+        only_second = sum(theirs and not mine for mine, theirs in zip(one, other, strict=True))
+        low = min(newcombe.low, -_tango_upper(only_second, only_first, pairs))
+        high = max(newcombe.high, _tango_upper(only_first, only_second, pairs))
+        runs.append((newcombe.difference, low, high))
     if not runs:
         raise ValueError("There is no difference of no runs.")
     value, low, high = (fmean(ends) for ends in zip(*runs, strict=True))
@@ -83,8 +90,7 @@ def gain_kept(aligned: Runs, finetuned: Runs, restored: Runs, *, better: Better)
         >>> found.value, found.low < 0 < found.high
         (0.0, True)
     """
-    share = _share(aligned, finetuned, restored, aligned, better)
-    return share and _widened(share, aligned, finetuned, restored, {0.0: aligned, 1.0: finetuned})
+    return _lead(aligned, finetuned, restored, {0.0: aligned, 1.0: finetuned}, better)
 
 
 def gain_lead(
@@ -106,8 +112,7 @@ def gain_lead(
     Raises:
         ValueError: as `gain_kept`.
     """
-    share = _share(aligned, finetuned, first, second, better)
-    return share and _widened(share, aligned, finetuned, first, {0.0: second})
+    return _lead(aligned, finetuned, first, {0.0: second}, better)
 
 
 def over_runs(values: Runs) -> list[float]:
@@ -148,36 +153,26 @@ def equality(first: Runs, second: Runs, *, seed: int = 0) -> float:
     return (extreme + 1) / (FLIPS + 1)
 
 
-def _share(aligned: Runs, finetuned: Runs, first: Runs, second: Runs, better: Better) -> Estimate | None:
-    start, end, one, other = map(over_runs, (aligned, finetuned, first, second))
+def _lead(
+    aligned: Runs, finetuned: Runs, restored: Runs, others: Mapping[float, Runs], better: Better
+) -> Estimate | None:
+    """Measure the share of the gain by which a model leads `others[0.0]`; the keys are the others' own leads.
+
+    Its interval is never narrower than that of the distance from the nearest of the others.
+    """
+    start, end, one, other = map(over_runs, (aligned, finetuned, restored, others[0.0]))
     # Nothing is added where the other is the aligned model itself.
     moved = [value + (base - against) for value, base, against in zip(one, start, other, strict=True)]
-    return ratio_of_gains(start, end, moved, better=better)
-
-
-def _widened(
-    share: Estimate, aligned: Runs, finetuned: Runs, restored: Runs, others: Mapping[float, Runs]
-) -> Estimate:
-    """Give a share no narrower than its distance from the nearest of some models whose shares are known."""
+    share = ratio_of_gains(start, end, moved, better=better)
     compared = (restored, *others.values())
-    if not all(are_flags(run) for runs in compared for run in runs):
+    if share is None or not all(are_flags(run) for runs in compared for run in runs):
         return share
-    gain = fmean(over_runs(finetuned)) - fmean(over_runs(aligned))
+    gain = fmean(end) - fmean(start)
     place = min(others, key=lambda known: abs(share.value - known))
     models = ([[value == 1 for value in run] for run in runs] for runs in (restored, others[place]))
     difference = difference_of_shares(*models)
     low, high = sorted((place + difference.low / gain, place + difference.high / gain))
     return share.model_copy(update={"low": min(share.low, low), "high": max(share.high, high)})
-
-
-def _of_one_run(first: Flags, second: Flags) -> tuple[float, float, float]:
-    """Find the difference, and the lower and the upper end of its interval."""
-    newcombe = mcnemar(first, second)
-    only_first = sum(one and not other for one, other in zip(first, second, strict=True))
-    only_second = sum(other and not one for one, other in zip(first, second, strict=True))
-    pairs = len(first)
-    low = min(newcombe.low, -_tango_upper(only_second, only_first, pairs))
-    return newcombe.difference, low, max(newcombe.high, _tango_upper(only_first, only_second, pairs))
 
 
 def _tango_upper(only_first: int, only_second: int, pairs: int) -> float:

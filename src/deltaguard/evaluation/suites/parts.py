@@ -52,7 +52,7 @@ class Part:
     source: str
     questions: tuple[Question, ...]
     plain: tuple[str, ...]
-    decoding: Decoding | None
+    decoding: Decoding | None = None
     scorers: tuple[str, ...] = ()
     likelihood: bool = False
     second_attack: SecondAttack | None = None
@@ -84,30 +84,14 @@ class Part:
         )
 
 
-@dataclass(frozen=True)
-class Source:
-    """Prompts with what a reader must know of them.
-
-    Attributes:
-        questions: the prompts taken.
-        plain: each question's request as judges see it: in English, where it is put in another language.
-        title: for people.
-        terms: origin and terms of use.
-        notes: what else a reader must know, such as rows that were left out.
-    """
-
-    questions: tuple[Question, ...]
-    plain: tuple[str, ...]
-    title: str
-    terms: str
-    notes: tuple[str, ...] = ()
-
-
-def find_source(section: Section) -> Source:
-    """Find the prompts of a section.
+def find_prompts(section: Section) -> tuple[Part, tuple[str, ...]]:
+    """Find the prompts of a section, as a part that does not say yet how answers are drawn.
 
     Args:
         section: of a suite.
+
+    Returns:
+        The part, and what else a reader must know, such as rows that were left out.
 
     Raises:
         DeltaguardError: they cannot be had; the message says where to get them.
@@ -139,8 +123,18 @@ def find_source(section: Section) -> Source:
         notes = (f"Section {section.name}: {loaded.note}",) if loaded.note else ()
     if section.count is not None and section.harness is None:
         questions = drawn(questions, section.count, section.seed, origin)
-    plain = tuple(originals.get(question.prompt, question.prompt) for question in questions)
-    return Source(tuple(questions), plain, title, terms, notes)
+    part = Part(
+        name=section.name,
+        kind=section.kind,
+        title=section.title or title,
+        source=terms,
+        questions=tuple(questions),
+        plain=tuple(originals.get(question.prompt, question.prompt) for question in questions),
+        scorers=section.scorers,
+        likelihood=section.likelihood,
+        harness=section.harness,
+    )
+    return part, notes
 
 
 def builtin_questions(name: Builtin, count: int | None, seed: int) -> list[Question]:
@@ -153,8 +147,7 @@ def builtin_questions(name: Builtin, count: int | None, seed: int) -> list[Quest
     """
     if name == "task":
         examples = task_examples("test", count or _TASK_EXAMPLES, seed=seed)
-        conversations = [example.conversation for example in examples]
-        return [Question(c.prompt, system=c.system, expected=c.response) for c in conversations]
+        return [Question(each.prompt, each.system, expected=each.response) for each in examples]
     if name == "translated":
         return [row.question for language in LANGUAGES for row in translated_prompts(language)]
     if name == "attack":
@@ -183,9 +176,9 @@ def resolve(suite: Suite) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     for section in suite.sections:
         try:
             _check(section)
-            source = find_source(section)
-            parts += _variants(section, source, suite)
-            notes += source.notes
+            found, known = find_prompts(section)
+            parts += _variants(section, found, suite.decoding)
+            notes += known
         except DeltaguardError as error:
             if section.optional:
                 notes.append(f"Section {section.name} was skipped: {error}")
@@ -216,8 +209,18 @@ def _check(section: Section) -> None:
         SCORERS[name]("1", "1")
 
 
-def _variants(section: Section, source: Source, suite: Suite) -> list[Part]:
-    plain = _plain(section, source, suite)
+def _variants(section: Section, found: Part, decoding: Decoding) -> list[Part]:
+    """Say how answers to a section's prompts are drawn, and add the other ways of asking."""
+    lacking = sum(question.expected is None for question in found.questions)
+    if lacking and (found.scorers or found.likelihood):
+        raise DeltaguardError(
+            f"{lacking} of {len(found.questions)} prompts have no expected answer, which its scorers or "
+            "likelihood need."
+        )
+    if section.max_new_tokens is not None:
+        decoding = replace(decoding, max_new_tokens=section.max_new_tokens)
+    generates = section.kind != "utility" or section.scorers
+    plain = replace(found, decoding=decoding if generates else None)
 
     def variant(name: str, title: str = "", **changed: Any) -> Part:
         # Probes and attacks are about refusals alone.
@@ -238,32 +241,6 @@ def _variants(section: Section, source: Source, suite: Suite) -> list[Part]:
             variant("gcg", questions=plain.questions[:count], plain=plain.plain[:count], gcg=section.gcg)
         )
     return parts
-
-
-def _plain(section: Section, source: Source, suite: Suite) -> Part:
-    if section.scorers or section.likelihood:
-        lacking = sum(question.expected is None for question in source.questions)
-        if lacking:
-            raise DeltaguardError(
-                f"{lacking} of {len(source.questions)} prompts have no expected answer, which its scorers or "
-                "likelihood need."
-            )
-    generates = section.kind != "utility" or bool(section.scorers)
-    decoding = suite.decoding
-    if section.max_new_tokens is not None:
-        decoding = replace(decoding, max_new_tokens=section.max_new_tokens)
-    return Part(
-        name=section.name,
-        kind=section.kind,
-        title=section.title or source.title,
-        source=source.terms,
-        questions=source.questions,
-        plain=source.plain,
-        decoding=decoding if generates else None,
-        scorers=section.scorers,
-        likelihood=section.likelihood,
-        harness=section.harness,
-    )
 
 
 def fit(

@@ -11,7 +11,7 @@ from deltaguard.evaluation.exchange import Decoding, Positive, Seed
 from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.guards import GuardSpec
 from deltaguard.evaluation.judges.llm import LLMSpec
-from deltaguard.evaluation.judges.rules import KeywordsSpec, OpeningSpec
+from deltaguard.evaluation.judges.rules import RuleSpec
 from deltaguard.files import parse_yaml, read_yaml
 from deltaguard.reports.records.evaluation import SectionKind
 
@@ -19,9 +19,7 @@ SUITES = ("quick", "safety", "utility", "full")
 """The suites that come with deltaguard."""
 
 Builtin = Literal["attack", "harmless", "translated", "general", "task"]
-AnyJudge = Annotated[
-    OpeningSpec | KeywordsSpec | ClassifierSpec | GuardSpec | LLMSpec, Field(discriminator="kind")
-]
+AnyJudge = Annotated[RuleSpec | ClassifierSpec | GuardSpec | LLMSpec, Field(discriminator="kind")]
 _DescribedT = TypeVar("_DescribedT", bound=BaseModel)
 # Names become names of files; a probe's name is joined with a slash.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]

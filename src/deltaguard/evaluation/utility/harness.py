@@ -131,24 +131,30 @@ def scores(found: Mapping[str, Any], *, chat_template: bool) -> list[HarnessScor
         found: the mapping it returns.
         chat_template: whether the template was applied.
     """
-    return [
-        HarnessScore(
-            task=task,
-            metric=metric if filtered == "none" else f"{metric} ({filtered})",
-            value=float(values[key]),
-            stderr=_number(values.get(f"{metric}_stderr,{filtered}")),
-            higher_is_better=found["higher_is_better"].get(task, {}).get(metric),
-            samples=sum(found["n-samples"][leaf]["effective"] for leaf in _leaves(found, task)),
-            version=str(found["versions"].get(task)),
-            n_shot=_shared([found["n-shot"][leaf] for leaf in _leaves(found, task)]),
-            chat_template=chat_template,
-            harness_version=str(found["lm_eval_version"]),
-        )
-        for task, values in found["results"].items()
-        for key in values
-        for metric, comma, filtered in [key.partition(",")]
-        if comma and not metric.endswith("_stderr")
-    ]
+    read: list[HarnessScore] = []
+    for task, values in found["results"].items():
+        leaves = _leaves(found, task)
+        shots = [found["n-shot"][leaf] for leaf in leaves]
+        for key, value in values.items():
+            metric, comma, filtered = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr,{filtered}")
+            read.append(
+                HarnessScore(
+                    task=task,
+                    metric=metric if filtered == "none" else f"{metric} ({filtered})",
+                    value=float(value),
+                    stderr=float(error) if isinstance(error, int | float) else None,
+                    higher_is_better=found["higher_is_better"].get(task, {}).get(metric),
+                    samples=sum(found["n-samples"][leaf]["effective"] for leaf in leaves),
+                    version=str(found["versions"].get(task)),
+                    n_shot=shots[0] if len(set(shots)) == 1 else None,
+                    chat_template=chat_template,
+                    harness_version=str(found["lm_eval_version"]),
+                )
+            )
+    return read
 
 
 def _engine(model: str | Path, device: str, batch_size: int) -> Any:
@@ -173,14 +179,6 @@ def _leaves(found: Mapping[str, Any], task: str) -> list[str]:
     return list(dict.fromkeys(leaf for member in members for leaf in _leaves(found, member)))
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _shared(values: Sequence[int]) -> int | None:
-    return values[0] if len(set(values)) == 1 else None
-
-
 Row = Mapping[str, Any]
 """A `HarnessScore` as JSON holds it."""
 
@@ -197,11 +195,14 @@ def harness_measures(rows: Rows) -> dict[str, tuple[Estimate, Better]]:
     Args:
         rows: of one model.
     """
-    return {
-        _name(row): (share, "lower" if row["higher_is_better"] is False else "higher")
-        for row in _own(rows)
-        if (share := _share(row)) is not None
-    }
+    found: dict[str, tuple[Estimate, Better]] = {}
+    for row in _own(rows):
+        value, total = float(row["value"]), int(row["samples"])
+        successes = round(value * total) if 0 <= value <= 1 else 0
+        if total and 0 <= value <= 1 and abs(successes - value * total) < 1e-6 * total:
+            better = "lower" if row["higher_is_better"] is False else "higher"
+            found[_name(row)] = estimate(Rate(successes, total)), better
+    return found
 
 
 def harness_tasks(model: str, section: str, rows: Rows) -> tuple[HarnessTask, ...]:
@@ -244,23 +245,20 @@ def harness_notes(found: Mapping[tuple[str, str], Sequence[Rows]]) -> tuple[str,
     Args:
         found: the numbers of each model, by section and name of its file.
     """
-    left = {place: _left(models) for place, models in found.items()}
-    return tuple(
-        f"Of section {section}, left to the file {file} of each model, since only a task's own shares of "
-        f"samples have an interval here: {', '.join(names)}."
-        for (section, file), names in left.items()
-        if names
-    )
-
-
-def _left(models: Sequence[Rows]) -> list[str]:
-    """Say what is no measure of any model, subtasks by their number."""
-    told = {name for rows in models for name in harness_measures(rows)}
-    own = [row for rows in models for row in _own(rows)]
-    tasks = {row["task"] for rows in models for found in rows.values() for row in found}
-    below = len(tasks - {row["task"] for row in own})
-    names = dict.fromkeys(_name(row) for row in own if _name(row) not in told)
-    return [*names, *([f"the numbers of {below} subtasks"] if below else [])]
+    notes: list[str] = []
+    for (section, file), models in found.items():
+        told = {name for rows in models for name in harness_measures(rows)}
+        own = [row for rows in models for row in _own(rows)]
+        tasks = {row["task"] for rows in models for measured in rows.values() for row in measured}
+        left = list(dict.fromkeys(_name(row) for row in own if _name(row) not in told))
+        if below := len(tasks - {row["task"] for row in own}):
+            left.append(f"the numbers of {below} subtasks")
+        if left:
+            notes.append(
+                f"Of section {section}, left to the file {file} of each model, since only a task's own "
+                f"shares of samples have an interval here: {', '.join(left)}."
+            )
+    return tuple(notes)
 
 
 def _own(rows: Rows) -> list[Row]:
@@ -271,11 +269,3 @@ def _own(rows: Rows) -> list[Row]:
 
 def _name(row: Row) -> str:
     return f"{row['task']} {row['metric']}"
-
-
-def _share(row: Row) -> Estimate | None:
-    value, total = float(row["value"]), int(row["samples"])
-    successes = round(value * total) if 0 <= value <= 1 else 0
-    if total and 0 <= value <= 1 and abs(successes - value * total) < 1e-6 * total:
-        return estimate(Rate(successes, total))
-    return None

@@ -50,7 +50,7 @@ def _normalised(text: str) -> str:
     return plain.rstrip(_QUOTES + _SENTENCE_ENDS + " ").lstrip(_QUOTES + " ")
 
 
-def rouge(answer: str, expected: str) -> dict[Rouge, float]:
+def rouge(answer: str, expected: str, kinds: Sequence[Rouge] = tuple(_ROUGE_NAMES)) -> dict[Rouge, float]:
     """Compute ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), each the F1 of recall and precision, words stemmed.
 
     ROUGE-L takes the longest common subsequence of the whole texts, line breaks notwithstanding.
@@ -62,10 +62,6 @@ def rouge(answer: str, expected: str) -> dict[Rouge, float]:
         >>> rouge("the cat sat", "the cat ran")["rouge-2"]
         0.5
     """
-    return _rouge(answer, expected, tuple(_ROUGE_NAMES))
-
-
-def _rouge(answer: str, expected: str, kinds: Sequence[Rouge]) -> dict[Rouge, float]:
     require_packages("ROUGE", "eval", "rouge_score")
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -135,7 +131,7 @@ def _share(matches: Callable[[str, str], bool]) -> Scorer:
 
 
 def _one_rouge(kind: Rouge) -> Scorer:
-    return lambda answer, expected: _rouge(answer, expected, (kind,))[kind]
+    return lambda answer, expected: rouge(answer, expected, (kind,))[kind]
 
 
 SCORERS: Mapping[str, Scorer] = MappingProxyType(
@@ -143,9 +139,7 @@ SCORERS: Mapping[str, Scorer] = MappingProxyType(
         "exact-match": _share(exact_match),
         "json-match": _share(tasks.exact_match),
         "maths": _share(maths_match),
-        "rouge-1": _one_rouge("rouge-1"),
-        "rouge-2": _one_rouge("rouge-2"),
-        "rouge-l": _one_rouge("rouge-l"),
+        **{kind: _one_rouge(kind) for kind in _ROUGE_NAMES},
     }
 )
 """Scores from 0 to 1 of an answer (first argument) against the expected one, by the names suites use."""
