@@ -14,7 +14,7 @@ from deltaguard.files import read_yaml
 from deltaguard.methods import METHODS
 from deltaguard.methods.method import ROLES, PricedMethod
 from deltaguard.reports.records.restore import REPORT_NAME, PlanReport, RestoreReport
-from deltaguard.restoration.options import ConfigFrom, OtherParams, OutputFormat, RestoreConfig
+from deltaguard.restoration.options import ConfigFrom, OtherParams, OutputFormat, RestoreConfig, TrainingData
 
 
 def restore(
@@ -25,6 +25,8 @@ def restore(
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     store: str | None = None,
     method: str | None = None,
+    max_added_attack_success: float | None = None,
+    training_data: TrainingData | None = None,
     max_safety_kl: float | None = None,
     confidence: float | None = None,
     strength: float | None = None,
@@ -49,10 +51,14 @@ def restore(
         output: A new folder for the restored checkpoint.
         store: The aligned model's curvature, from `deltaguard calibrate`; if not given, made once and cached.
         method: What decides how much of each layer is kept, one of those below; `kfac` by default.
-        max_safety_kl: The dial of methods with a price: keep as much as this safety KL, measured in nats per
-            response token, allows; 0.0006 by default.
-        confidence: With the dial, such as 0.95: the safety KL must be within the limit with this confidence,
-            not on the mean alone.
+        max_added_attack_success: The dial of methods with a price: keep as much as adds so many points to the
+            aligned model's attack success, measured by asking, and to its false refusals; 2 by default.
+        training_data: `unknown` (default), or `trusted`: you know what the model was fine-tuned on, so that a
+            backdoor, which asking does not see, need not be feared; much more is kept.
+        max_safety_kl: Keep as much as this safety KL, measured in nats per response token, allows, without
+            asking; with the option above, in place of what the training data say.
+        confidence: With `--max-safety-kl` alone, such as 0.95: it must hold with this confidence, not on the
+            mean alone.
         strength: How much is kept, larger keeps more; instead of the dial, or for methods without a price.
         other_params: Where norms, biases and embeddings come from: `aligned` (default) or `finetuned`.
         config_from: Whose configuration, tokenizer and chat template the output has: `aligned` or

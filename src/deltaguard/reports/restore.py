@@ -10,7 +10,7 @@ from rich.text import Text
 from deltaguard.reports import page
 from deltaguard.reports.layers import NO_BLOCK, Kind, LayerMeasure, kinds
 from deltaguard.reports.records.diff import DiffReport
-from deltaguard.reports.records.restore import LayerRow, OtherRow, RestoreReport
+from deltaguard.reports.records.restore import AttackDial, LayerRow, OtherRow, RestoreReport
 from deltaguard.reports.table import Cell, Column, Table, facts_grid, share
 from deltaguard.reports.text import (
     DASH,
@@ -22,6 +22,7 @@ from deltaguard.reports.text import (
     nats,
     option_facts,
     percent,
+    points,
     short_reference,
     size,
     times,
@@ -145,11 +146,14 @@ def dial_facts(report: RestoreReport) -> Facts:
     dial = report.dial
     if dial is None:
         return ()
+    asked = attack_facts(dial.attack) if dial.attack else ()
     allowed = f"{nats(dial.limit)} nats a token allowed"
+    if dial.attack and dial.attack.training_data:
+        allowed += f" for {dial.attack.training_data} training data"
     allowed += f" (with a confidence of {percent(dial.confidence)})" if dial.confidence else ""
     if dial.whole:
         found = f"{nats(dial.finetuned_kl)}, within the {allowed}: kept whole, nothing was taken from it"
-        return (("safety KL of the fine-tuned model", found),)
+        return (*asked, ("safety KL of the fine-tuned model", found))
     held_out = f"{dial.conversations} held-out safety conversations ({dial.tokens} tokens)"
     seen = dial.probes[0].conversations
     part = f" (on {seen} of the conversations)" if seen not in (None, dial.conversations) else ""
@@ -159,11 +163,37 @@ def dial_facts(report: RestoreReport) -> Facts:
     most = sorted(lost, key=lambda name: -lost[name])[:3] if total else []
     paid = ", ".join(f"{name.removesuffix('.weight')} ({percent(lost[name] / total)})" for name in most)
     return (
+        *asked,
         ("safety KL, fine-tuned", nats(dial.finetuned_kl) + part),
         ("safety KL, restored", f"{nats(dial.restored_kl)}{margin}, of {allowed}"),
         ("measured", f"{len(dial.probes)} times on {held_out}"),
         ("layers that paid most", paid),
     )
+
+
+def attack_facts(attack: AttackDial) -> Facts:
+    """Say how the fine-tuned and the restored model answer, beside the aligned one."""
+    tuned, restored = attack.finetuned, attack.restored
+    rates = [("attack success", tuned.attack_success, restored.attack_success)]
+    if restored.false_refusals is not None:
+        rates.append(("false refusals", tuned.false_refusals, restored.false_refusals))
+    facts: list[tuple[str, str]] = []
+    for name, before, after in rates:
+        whole = after.prompts
+        was = "not asked"
+        if before is not None:
+            was = percent(before.candidate / before.prompts)
+            was += f" (of {before.prompts})" if before.prompts != whole else ""
+        facts.append(
+            (
+                name,
+                f"aligned {percent(after.aligned / whole)}, fine-tuned {was}, restored "
+                f"{percent(after.candidate / whole)} of {whole} held-out requests",
+            )
+        )
+    looks = counted(len(attack.looks), "candidate")
+    ruled = f"{points(100 * attack.excluded)} are ruled out at {percent(attack.confidence)} over {looks}"
+    return (*facts, ("allowed", f"{points(100 * attack.limit)} points over the aligned model; {ruled}"))
 
 
 def kinds_table(layers: Sequence[LayerRow]) -> Table:

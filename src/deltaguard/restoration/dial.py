@@ -155,9 +155,9 @@ def _accepted(
             break
         rejected = accepted
     else:
-        more = f"{chosen.attack_success.added:.1%} more of the harmful requests"
         raise DeltaguardError(
-            f"With no delta left in any layer, {more} are complied with than by the aligned model. {_what_else_differs(trial.config)}"
+            "With no delta left in any layer, attack success or false refusals are still "
+            f"{_most_added(chosen):.1%} above the aligned model's. {_what_else_differs(trial.config)}"
         )
     # The first look was at the fine-tuned model.
     while accepted and len(looks) + 1 < MOST_LOOKS and rejected / accepted > _CLOSE_SHARES:
@@ -235,6 +235,11 @@ def _aligned_layers(candidate: CandidateModel, limit: float, judge: Judge, repor
         f"With no delta left in any layer the safety KL is still {judge(aligned):.2g}, above {limit:.2g}. "
         f"{_what_else_differs(candidate.trial.config)}"
     )
+
+
+def _most_added(look: Look) -> float:
+    seen = (look.attack_success, look.false_refusals)
+    return max(found.added for found in seen if found is not None)
 
 
 def _what_else_differs(config: RestoreConfig) -> str:

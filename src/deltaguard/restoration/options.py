@@ -237,9 +237,8 @@ class RestoreConfig(BaseModel):
         decided: dict[str, Any] = {"method": self.method}
         if (added := self.added_attack_success) is not None:
             decided["max_added_attack_success"] = 100 * added
-            decided |= (
-                {"training_data": self.training_data or "unknown"} if self.max_safety_kl is None else {}
-            )
+            if self.max_safety_kl is None:
+                decided["training_data"] = self.training_data or "unknown"
         decided |= {"max_safety_kl": self.dial} if by_dial else {"strength": self.chosen_strength}
         decided |= {"confidence": self.confidence} if self.confidence is not None else {}
         decided |= self.own_options.model_dump() | dict(self.models)
