@@ -70,15 +70,6 @@ class _Sums:
     damped_before: float = 0.0
     damped_after: float = 0.0
 
-    def add(self, part: "_Sums") -> None:
-        """Add the sums over other rows."""
-        self.norm += part.norm
-        self.kept += part.kept
-        self.lost += part.lost
-        self.remaining += part.remaining
-        self.damped_before += part.damped_before
-        self.damped_after += part.damped_after
-
 
 def greedy(
     aligned: Tensor,
@@ -167,7 +158,7 @@ def greedy_factored(
     weight = torch.empty(aligned.shape, dtype=layer.dtype, device=aligned.device)
     sums = _Sums()
     for rows in row_blocks(aligned):
-        sums.add(_restore_rows(layer, rows, selection.within(rows), compensate, weight[rows]))
+        _restore_rows(layer, rows, selection.within(rows), compensate, weight[rows], sums)
     before = sums.damped_before - factor.damping * sums.norm
     after = max(sums.damped_after - factor.damping * sums.remaining, 0.0)
     return Solution(
@@ -216,9 +207,9 @@ def _select(layer: _Layer, strength: float, budget: Budget) -> Selection:
 
 
 def _restore_rows(
-    layer: _Layer, rows: slice, selection: Selection, compensate: Compensate, weight: Tensor
-) -> _Sums:
-    """Fill the rows of the restored weight; what they add to the sums."""
+    layer: _Layer, rows: slice, selection: Selection, compensate: Compensate, weight: Tensor, sums: _Sums
+) -> None:
+    """Fill the rows of the restored weight, and add them to the sums."""
     order, edge = layer.factor.order, selection.kept_from
     base, target = layer.aligned[rows].to(layer.dtype), layer.finetuned[rows].to(layer.dtype)
     delta = (target - base).index_select(1, order)
@@ -229,11 +220,9 @@ def _restore_rows(
         column = order[edge - 1]
         weight[selection.boundary_rows, column] = target[selection.boundary_rows, column]
     selected, rest = squared_norm(delta[:, edge:]), delta[:, :edge]
-    return _Sums(
-        norm=selected + squared_norm(rest),
-        kept=selected + float((unselected * rest).sum(dim=1, dtype=torch.float64).sum()),
-        lost=squared_norm(unselected - rest),
-        remaining=selected + squared_norm(unselected),
-        damped_before=before,
-        damped_after=after,
-    )
+    sums.norm += selected + squared_norm(rest)
+    sums.kept += selected + float((unselected * rest).sum(dim=1, dtype=torch.float64).sum())
+    sums.lost += squared_norm(unselected - rest)
+    sums.remaining += selected + squared_norm(unselected)
+    sums.damped_before += before
+    sums.damped_after += after
