@@ -145,7 +145,12 @@ class Workspace:
                     f"An unfinished calibration lies in {self._folder}. Resume it (`--resume`), or delete "
                     "that folder."
                 )
-            self._require_same(self._folder, self._earlier_request())
+            remedy = _start_anew(self._folder)
+            if not self._asked.is_file():
+                raise DeltaguardError(
+                    f"{self._asked} is missing, so nobody knows what was asked for. {remedy}"
+                )
+            self._require_same(self._folder, read_json(self._asked, CalibrationRequest, remedy=remedy))
         write_atomically(self._asked, self._request.model_dump_json(indent=2))
         return False
 
@@ -162,12 +167,6 @@ class Workspace:
             return True
         require_empty(self._output)
         return False
-
-    def _earlier_request(self) -> CalibrationRequest:
-        remedy = _start_anew(self._folder)
-        if not self._asked.is_file():
-            raise DeltaguardError(f"{self._asked} is missing, so nobody knows what was asked for. {remedy}")
-        return read_json(self._asked, CalibrationRequest, remedy=remedy)
 
     def _require_same(self, where: Path, earlier: CalibrationRequest) -> None:
         differing = [

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature.checks import Opened, open_files
-from deltaguard.curvature.contents import PACKED_FIELDS, Packed, share_within, unpack_factor, unpack_moment
+from deltaguard.curvature.contents import (
+    PACKED_FIELDS,
+    GroupCurvature,
+    Packed,
+    share_within,
+    unpack_factor,
+    unpack_moment,
+)
 from deltaguard.curvature.store_format import (
     MANIFEST,
     Manifest,
@@ -32,7 +39,7 @@ from deltaguard.curvature.store_format import (
     write_manifest,
     write_store,
 )
-from deltaguard.curvature.sums import LayerGroup, Sums, input_name, merge, normalise, output_name
+from deltaguard.curvature.sums import LayerGroup, Moment, Sums, input_name, merge, normalise, output_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.hub import locate
 from deltaguard.models.identity import ModelIdentity
@@ -151,7 +158,8 @@ class CurvatureStore:
         Raises:
             DeltaguardError: the store has no such group, or is cut off.
         """
-        return normalise(unpack_moment(self.packed(group)))
+        packed = self.packed(group)
+        return normalise(Moment(packed.matrix, packed.tokens))
 
     def factor(self, group: str) -> Factor:
         """Read the factor of the damped H, as `solvers.factorise` gave it.
@@ -258,18 +266,20 @@ class CurvatureStore:
                 sums, or the folder is not empty.
         """
         _check_mergeable(stores)
-        first, provenance = stores[0], _merged_provenance(stores)
+        provenance = _merged_provenance(stores)
+
+        def content(group: LayerGroup) -> GroupCurvature:
+            parts = [store.sums(group.name) for store in stores]
+            outputs = zip(*(part.outputs for part in parts), strict=True)
+            totals = tuple(torch.stack(layer).sum(dim=0) for layer in outputs)
+            return provenance.decompose(group, Sums(merge([part.inputs for part in parts]), totals))
+
+        held_out = tuple(dict.fromkeys(row for store in stores for row in store.held_out))
         groups = [
             replace(group, tokens=sum(store.groups[i].tokens for store in stores))
-            for i, group in enumerate(first.groups)
+            for i, group in enumerate(stores[0].groups)
         ]
-        write_store(
-            Path(output_dir),
-            provenance,
-            tuple(dict.fromkeys(row for store in stores for row in store.held_out)),
-            groups,
-            lambda group: provenance.decompose(group, _added([store.sums(group.name) for store in stores])),
-        )
+        write_store(Path(output_dir), provenance, held_out, groups, content)
         return CurvatureStore.from_pretrained(output_dir)
 
     def _stored(self, group: str) -> StoredGroup:
@@ -308,12 +318,6 @@ def not_full(folder: Path, aligned: str) -> str:
         f"The store {folder} keeps the largest eigenpairs of each layer's curvature and no more. This needs "
         f"the whole: make one with `deltaguard calibrate {aligned} -o STORE --rank full`."
     )
-
-
-def _added(sums: Sequence[Sums]) -> Sums:
-    outputs = zip(*(part.outputs for part in sums), strict=True)
-    totals = tuple(torch.stack(totals).sum(dim=0) for totals in outputs)
-    return Sums(merge([part.inputs for part in sums]), totals)
 
 
 def _check_mergeable(stores: Sequence[CurvatureStore]) -> None:
