@@ -205,12 +205,8 @@ def _request(
     return CalibrationRequest(
         **identify(source).model_dump(),
         prompts_sha256=fingerprint(asked),
-        max_length=config.max_length,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
         dtype=dtype,
-        dampening=config.dampening,
-        rank=config.rank,
+        **config.model_dump(include={"max_length", "max_new_tokens", "batch_size", "dampening", "rank"}),
     )
 
 

@@ -124,8 +124,7 @@ def changed_modules(tensors: Mapping[str, TensorInfo]) -> ChangedModules:
     adapted: dict[str, None] = {}
     replaced: dict[str, None] = {}
     for target, parts in _group(tensors)[0].items():
-        whole = parts.keys() == {"replaced"} and not parts["replaced"].name.endswith(_BASE_LAYER)
-        if whole:
+        if parts.keys() == {"replaced"} and not parts["replaced"].name.endswith(_BASE_LAYER):
             replaced[target.rpartition(".")[0]] = None
         else:
             adapted[_module(target)] = None
