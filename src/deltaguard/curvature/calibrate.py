@@ -20,7 +20,7 @@ from deltaguard.chat.tokens import batches, context_length, encode
 from deltaguard.curvature import Rank
 from deltaguard.curvature.contents import GroupCurvature, share_within
 from deltaguard.curvature.observe import Accumulator, observe
-from deltaguard.curvature.responses import Workspace, respond
+from deltaguard.curvature.responses import respond, workspace
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
 from deltaguard.curvature.sums import LayerGroup, Moment, input_name, take_sums
@@ -118,9 +118,9 @@ def calibrate(
     calibration, held_out = _asked(conversations, config)
     device = find_device(config.device)
     request = _request(source, [*calibration, *held_out], config, device)
-    with Workspace(Path(output_dir), request) as workspace:
-        if not workspace.begin(resume=config.resume):
-            run = _Run(source, calibration, held_out, request, device, workspace.journal, progress or ignore)
+    with workspace(Path(output_dir), request, resume=config.resume) as journal:
+        if journal is not None:
+            run = _Run(source, calibration, held_out, request, device, journal, progress or ignore)
             try:
                 measured = _measure(run, is_refusal or opens_with_refusal)
                 refuse_changes(source.changes())
@@ -131,7 +131,6 @@ def calibrate(
                     f"output gradients and batches of {request.batch_size} conversations. For the sums take "
                     "a device with more memory, such as `cpu`; for the batches, smaller ones."
                 ) from error
-            workspace.end()
     return CurvatureStore.from_pretrained(output_dir)
 
 

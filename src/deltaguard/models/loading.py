@@ -19,13 +19,8 @@ from deltaguard.text import shortened
 
 _SHOWN_CHARACTERS = 2000
 _ASKING = (
-    "config.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "adapter_config.json",
+    *("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
 # Fields that send transformers to other files than those that are looked at here.
 _REDIRECTING = ("configuration_files", "fast_tokenizer_files")

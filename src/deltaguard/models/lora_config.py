@@ -22,39 +22,17 @@ MERGE = (
 )
 # With these, PEFT changes more than aligned + scale · B A, or something else.
 _VARIANTS = (
-    "use_dora",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-    "use_bdlora",
-    "use_qalora",
-    "megatron_config",
+    *("use_dora", "use_bdlora", "use_qalora", "lora_bias"),
+    *("target_parameters", "trainable_token_indices", "alora_invocation_tokens", "layer_replication"),
+    *("arrow_config", "kasa_config", "megatron_config", "monteclora_config", "velora_config"),
 )
 # PEFT's other fields, of training or of a variant that another field asks for: they change no weight.
 _WITHOUT_EFFECT = frozenset(
     {
-        "auto_mapping",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "runtime_config",
-        "task_type",
+        *("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "peft_version"),
+        *("inference_mode", "lora_dropout", "runtime_config", "task_type"),
+        *("corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config"),
+        *("megatron_core", "qalora_group_size"),
     }
 )
 # All other initialisations (PiSSA, OLoRA, ...) change the model's own weights too.

@@ -54,15 +54,8 @@ DEMO = FolderKind("demo", (), draws=True)
 
 # A bench keeps seconds too.
 _OF_OTHERS = (
-    CONFIG_FILE,
-    ADAPTER_CONFIG,
-    "curvature.json",
-    REPORT_NAME,
-    DEMO_NAME,
-    BENCH_NAME,
-    SETTINGS_NAME,
-    EVALUATION_NAME,
-    SWEEP_NAME,
+    *(CONFIG_FILE, ADAPTER_CONFIG, "curvature.json"),
+    *(REPORT_NAME, DEMO_NAME, BENCH_NAME, SETTINGS_NAME, EVALUATION_NAME, SWEEP_NAME),
 )
 
 
