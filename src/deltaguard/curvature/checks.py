@@ -47,16 +47,11 @@ class Expected:
     problem: Callable[[Tensor], str | None]
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A store's files by name, held open, and where each of its tensors lies."""
-
-    files: Mapping[str, OpenFile]
-    tensors: Mapping[str, TensorInfo]
-
-
-def open_files(folder: Path, manifest: Manifest) -> Opened:
+def open_files(folder: Path, manifest: Manifest) -> tuple[dict[str, OpenFile], dict[str, TensorInfo]]:
     """Open the files of a store, read each once, and check all that can be known of it.
+
+    Returns:
+        The files by name, held open, and where each of the store's tensors lies.
 
     Raises:
         DeltaguardError: the manifest contradicts itself, a file is not the one that was written, or its
@@ -79,7 +74,7 @@ def open_files(folder: Path, manifest: Manifest) -> Opened:
         files[stored.name] = file
         tensors |= {info.name: info for info in infos}
     _refuse(folder, manifest, problems)
-    return Opened(files, tensors)
+    return files, tensors
 
 
 def _refuse(folder: Path, manifest: Manifest, problems: list[str]) -> None:

@@ -7,7 +7,7 @@ them, the raw sums, and the factors that `greedy` needs.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.curvature.checks import Opened, open_files
+from deltaguard.curvature.checks import open_files
 from deltaguard.curvature.contents import (
     PACKED_FIELDS,
     GroupCurvature,
@@ -43,8 +43,8 @@ from deltaguard.curvature.sums import LayerGroup, Moment, Sums, input_name, merg
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.hub import locate
 from deltaguard.models.identity import ModelIdentity
-from deltaguard.models.opened import refuse_changes
-from deltaguard.models.shards import read_tensor
+from deltaguard.models.opened import OpenFile, refuse_changes
+from deltaguard.models.shards import TensorInfo, read_tensor
 from deltaguard.solvers.factor import Factor
 from deltaguard.solvers.spectrum import Spectrum
 
@@ -68,7 +68,8 @@ class CurvatureStore:
 
     folder: Path
     manifest: Manifest
-    _opened: Opened = field(repr=False, compare=False)
+    _files: Mapping[str, OpenFile] = field(repr=False, compare=False)
+    _tensors: Mapping[str, TensorInfo] = field(repr=False, compare=False)
 
     @classmethod
     def from_pretrained(cls, reference: str | Path) -> "CurvatureStore":
@@ -93,11 +94,11 @@ class CurvatureStore:
         """
         folder = locate(reference)
         manifest = read_manifest(folder)
-        return cls(folder, manifest, open_files(folder, manifest))
+        return cls(folder, manifest, *open_files(folder, manifest))
 
     def changes(self) -> list[str]:
         """Say what happened to its files since it was opened."""
-        return [change for file in self._opened.files.values() if (change := file.change())]
+        return [change for file in self._files.values() if (change := file.change())]
 
     @property
     def provenance(self) -> Provenance:
@@ -200,7 +201,7 @@ class CurvatureStore:
             DeltaguardError: the folder exists and is not empty, or the store was changed since it was opened.
         """
         with staged_folder(Path(folder)) as staged:
-            for name, file in self._opened.files.items():
+            for name, file in self._files.items():
                 shutil.copyfile(file.path, staged / name)
                 sync(staged / name)
             refuse_changes(self.changes())
@@ -226,7 +227,7 @@ class CurvatureStore:
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=self.folder,
-            allow_patterns=[MANIFEST, *self._opened.files],
+            allow_patterns=[MANIFEST, *self._files],
             commit_message="Add a deltaguard CurvatureStore",
         )
         return commit.commit_url
@@ -283,12 +284,10 @@ class CurvatureStore:
         return CurvatureStore.from_pretrained(output_dir)
 
     def _stored(self, group: str) -> StoredGroup:
-        stored = self._by_name.get(group)
-        if stored is None:
-            raise DeltaguardError(
-                f"The store {self.folder} has no group `{group}`; it has {len(self.groups)}."
-            )
-        return stored
+        for stored in self.manifest.groups:
+            if stored.group.name == group:
+                return stored
+        raise DeltaguardError(f"The store {self.folder} has no group `{group}`; it has {len(self.groups)}.")
 
     def _stored_layer(self, tensor: str) -> tuple[StoredGroup, int]:
         group = self.group_of(tensor)
@@ -300,12 +299,8 @@ class CurvatureStore:
         return Spectrum(self._read(f"{name}.values"), self._read(f"{name}.vectors"), tail).floored()
 
     def _read(self, name: str) -> Tensor:
-        info = self._opened.tensors[name]
-        return read_tensor(self._opened.files[info.shard], info)
-
-    @cached_property
-    def _by_name(self) -> dict[str, StoredGroup]:
-        return {stored.group.name: stored for stored in self.manifest.groups}
+        info = self._tensors[name]
+        return read_tensor(self._files[info.shard], info)
 
     @cached_property
     def _by_tensor(self) -> dict[str, LayerGroup]:
