@@ -93,9 +93,9 @@ def admit(out: Path, request: WriteRequest) -> Admission:
             )
         if others and journal.replaces is None and not journal.committing and not request.overwrite:
             raise DeltaguardError(_occupied(out, others, " beside the progress of this run"))
-        admission = Admission(journal, journal.replaces)
+        replaces = journal.replaces
     elif request.overwrite:
-        admission = Admission(None, _replaceable(out, others))
+        replaces = _replaceable(out, others)
     else:
         if (staging / JOURNAL_NAME).exists() and not request.resume:
             raise DeltaguardError(
@@ -105,7 +105,8 @@ def admit(out: Path, request: WriteRequest) -> Admission:
         if others:
             nothing = " and there is nothing to resume" if request.resume else ""
             raise DeltaguardError(_occupied(out, others, nothing))
-        admission = Admission(None, None)
+        replaces = None
+    admission = Admission(journal, replaces)
     misplaced = [problem for name in sorted(admission.own) if (problem := place_problem(out, name))]
     if misplaced:
         raise DeltaguardError(

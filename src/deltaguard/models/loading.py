@@ -95,7 +95,7 @@ def load_config(folder: Path, reference: str) -> Any:
     from transformers import AutoConfig
 
     refuse_code(folder, reference)
-    refuse_giants(folder, reference)
+    _refuse_giants(folder, reference)
     with foreign(f"transformers cannot read the configuration of {reference}"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
@@ -109,7 +109,7 @@ def load_tokenizer(folder: Path, reference: str) -> Any:
     from transformers import AutoTokenizer
 
     refuse_code(folder, reference)
-    refuse_giants(folder, reference)
+    _refuse_giants(folder, reference)
     with foreign(f"transformers cannot load the tokenizer of {reference}"):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         last: int = max(tokenizer.get_vocab().values(), default=0)
@@ -144,7 +144,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     refuse_code(folder, reference)
-    refuse_giants(folder, reference)
+    _refuse_giants(folder, reference)
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     given = {} if config is None else {"config": config}
     with foreign(f"transformers cannot load {reference}"):
@@ -206,12 +206,8 @@ def refuse_code(folder: Path, reference: str) -> None:
         )
 
 
-def refuse_giants(folder: Path, reference: str) -> None:
-    """Refuse a model whose configuration asks for more layers than any model has.
-
-    Raises:
-        DeltaguardError: it does, or the configuration cannot be read.
-    """
+def _refuse_giants(folder: Path, reference: str) -> None:
+    """Refuse a model whose configuration asks for more layers than any model has."""
     path = folder / "config.json"
     if not path.is_file():
         return
