@@ -116,13 +116,8 @@ class Provenance(CalibrationRequest):
         Raises:
             DeltaguardError: the sums are of no use.
         """
-        return group_curvature(
-            group,
-            sums,
-            response_tokens=self.response_tokens,
-            dampening=self.dampening,
-            extent=self.extent,
-        )
+        extent, tokens = self.extent, self.response_tokens
+        return group_curvature(group, sums, response_tokens=tokens, dampening=self.dampening, extent=extent)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -43,7 +43,6 @@ class _Layer:
     dtype: torch.dtype
 
     def delta(self, rows: slice = slice(None), columns: slice | Tensor = slice(None)) -> Tensor:
-        """Compute a part of Δ."""
         return self.finetuned[rows, columns].to(self.dtype) - self.aligned[rows, columns].to(self.dtype)
 
 
@@ -80,23 +79,14 @@ Compensate = Callable[[Tensor, Selection], tuple[Tensor, float, float]]
 
 @dataclass
 class _Sums:
-    """Squared norms, summed over rows.
+    """Squared norms, summed over rows."""
 
-    Attributes:
-        norm: ‖Δ‖².
-        kept: ⟨Δ', Δ⟩.
-        lost: ‖Δ' - Δ‖².
-        remaining: ‖Δ'‖².
-        damped_before: tr(Δ H_damped Δᵀ).
-        damped_after: tr(Δ' H_damped Δ'ᵀ).
-    """
-
-    norm: float = 0.0
-    kept: float = 0.0
-    lost: float = 0.0
-    remaining: float = 0.0
-    damped_before: float = 0.0
-    damped_after: float = 0.0
+    norm: float = 0.0  # ‖Δ‖²
+    kept: float = 0.0  # ⟨Δ', Δ⟩
+    lost: float = 0.0  # ‖Δ' - Δ‖²
+    remaining: float = 0.0  # ‖Δ'‖²
+    damped_before: float = 0.0  # tr(Δ H_damped Δᵀ)
+    damped_after: float = 0.0  # tr(Δ' H_damped Δ'ᵀ)
 
 
 def greedy(

@@ -97,19 +97,12 @@ def low_rank_of_factors(up: Tensor, down: Tensor, *, rank: int | None, tolerance
 
 @dataclass(frozen=True)
 class _Svd:
-    """Leading singular values and vectors.
+    """Leading singular values and vectors."""
 
-    Attributes:
-        left: (out, q).
-        values: (q,), falling.
-        right: (q, in).
-        rest: what the other singular values add to the squared norm.
-    """
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-    rest: float
+    left: Tensor  # (out, q)
+    values: Tensor  # (q,), falling
+    right: Tensor  # (q, in)
+    rest: float  # what the other singular values add to the squared norm
 
     def residuals(self) -> Tensor:
         """Compute the share of the squared norm that is lost at ranks 0 to q; (q + 1,), float64."""
