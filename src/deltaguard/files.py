@@ -8,7 +8,6 @@ import difflib
 import os
 import re
 import stat
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,8 +144,7 @@ def read_json_lines(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str
     Raises:
         DeltaguardError: the file cannot be read, or lines hold something else. They are listed.
     """
-    lines = _numbered_lines(read_file(path).removeprefix(_BOM))
-    return _parsed(lines, schema, source=str(path), remedy=remedy)
+    return _parsed_lines(read_file(path).removeprefix(_BOM), schema, source=str(path), remedy=remedy)
 
 
 def read_data(name: str, schema: type[T] | TypeAdapter[T]) -> list[T]:
@@ -186,7 +184,7 @@ def read_journal(path: Path, schema: type[T] | TypeAdapter[T], *, remedy: str) -
     whole = content[: content.rfind(b"\n") + 1]
     if content and not whole:
         raise DeltaguardError(f"{path} holds the beginning of one line and no more: remove it. {remedy}")
-    found = _parsed(_numbered_lines(whole), schema, source=str(path), remedy=remedy)
+    found = _parsed_lines(whole, schema, source=str(path), remedy=remedy)
     if len(whole) < len(content):
         try:
             os.truncate(path, len(whole))
@@ -313,20 +311,15 @@ def _refuse_other_version(content: bytes, schema: Any, source: str, remedy: str)
         )
 
 
-def _numbered_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    # Not splitlines: JSON text may hold U+2028 and its kind, which end no line here.
-    return ((n, line) for n, line in enumerate(content.split(b"\n"), start=1) if line.strip())
-
-
-def _parsed(
-    lines: Iterator[tuple[int, bytes]], schema: type[T] | TypeAdapter[T], *, source: str, remedy: str
-) -> list[T]:
+def _parsed_lines(content: bytes, schema: type[T] | TypeAdapter[T], *, source: str, remedy: str) -> list[T]:
     adapter = _adapter(schema)
     found: list[T] = []
     wrong: list[str] = []
-    for number, line in lines:
+    # Not splitlines: JSON text may hold U+2028 and its kind, which end no line here.
+    for number, line in enumerate(content.split(b"\n"), start=1):
         try:
-            found.append(adapter.validate_json(line))
+            if line.strip():
+                found.append(adapter.validate_json(line))
         except ValidationError as error:
             wrong += [f"line {number}: {problem}" for problem in problems(error)]
     if wrong:

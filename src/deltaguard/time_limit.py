@@ -39,45 +39,33 @@ def run_within(seconds: float, call: Callable[[], T], *, message: str) -> T:
         >>> run_within(1.0, lambda: 6 * 7, message="Counting takes too long.")
         42
     """
-    watch = _Watch(threading.get_ident(), seconds)
+    thread, lock, ended = threading.get_ident(), threading.Lock(), threading.Event()
+
+    def watch() -> None:
+        pause = seconds
+        while not ended.wait(pause):
+            with lock:
+                if not ended.is_set():
+                    _raise_in(thread, _OutOfTimeError)
+            pause = _AGAIN
+
+    def end() -> None:
+        """Raise nothing from now on, and take back what was raised and did not arrive yet."""
+        with lock:
+            ended.set()
+            _raise_in(thread, None)
+
     # No context manager: between its call and its first line an exception would not be seen by it.
     try:
         try:
-            watch.start()
+            threading.Thread(target=watch, name="deltaguard-time-limit", daemon=True).start()
             return call()
         finally:
-            watch.end()
+            end()
     except _OutOfTimeError:
         # It may have come while the watch was being ended.
-        watch.end()
+        end()
         raise DeltaguardError(message) from None
-
-
-class _Watch:
-    """Raises `_OutOfTimeError` in a thread from a moment on, until it is ended."""
-
-    def __init__(self, thread: int, seconds: float) -> None:
-        self._thread = thread
-        self._seconds = seconds
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-
-    def start(self) -> None:
-        threading.Thread(target=self._wait, name="deltaguard-time-limit", daemon=True).start()
-
-    def end(self) -> None:
-        """Raise nothing from now on, and take back what was raised and did not arrive yet."""
-        with self._lock:
-            self._ended.set()
-            _raise_in(self._thread, None)
-
-    def _wait(self) -> None:
-        pause = self._seconds
-        while not self._ended.wait(pause):
-            with self._lock:
-                if not self._ended.is_set():
-                    _raise_in(self._thread, _OutOfTimeError)
-            pause = _AGAIN
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint, content_fingerprint
+from deltaguard.models.families import ties_embeddings
 from deltaguard.models.shards import DTYPES
 from folders import two_shards, write
 from models import DENSE, save, tiny_model
@@ -140,7 +141,8 @@ def test_every_kind_of_change_is_told(tmp_path, name, change, said):
 )
 def test_tied_embeddings(tmp_path, config, names, tied):
     write(tmp_path, {"model.safetensors": {name: torch.ones(2) for name in names}}, config)
-    assert Checkpoint.open(tmp_path).tied_embeddings is tied
+    opened = Checkpoint.open(tmp_path)
+    assert ties_embeddings(opened.config, opened.tensors) is tied
 
 
 def test_the_fingerprint_is_that_of_the_content(tmp_path):

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from deltaguard.chat.conversations import Conversation, build_conversations, fingerprint, read_prompts, sample
 from deltaguard.chat.refusals import is_refusal as opens_with_refusal
 from deltaguard.chat.template import takes_system_role
-from deltaguard.chat.tokens import Encoded, batches, context_length, encode
+from deltaguard.chat.tokens import batches, context_length, encode
 from deltaguard.curvature import Rank
 from deltaguard.curvature.contents import GroupCurvature, share_within
-from deltaguard.curvature.observe import Accumulator, Observed, observe
-from deltaguard.curvature.responses import Workspace, respond
+from deltaguard.curvature.observe import Accumulator, observe
+from deltaguard.curvature.responses import respond, workspace
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
 from deltaguard.curvature.sums import LayerGroup, Moment, input_name, take_sums
@@ -115,12 +115,12 @@ def calibrate(
     config = config or CalibrateConfig()
     source = Checkpoint.open(aligned)
     refuse_experts(source.reference, source.config, source.tensors)
-    asked = _asked(conversations, config)
+    calibration, held_out = _asked(conversations, config)
     device = find_device(config.device)
-    request = _request(source, asked, config, device)
-    with Workspace(Path(output_dir), request) as workspace:
-        if not workspace.begin(resume=config.resume):
-            run = _Run(source, asked, request, device, workspace.journal, progress or ignore)
+    request = _request(source, [*calibration, *held_out], config, device)
+    with workspace(Path(output_dir), request, resume=config.resume) as journal:
+        if journal is not None:
+            run = _Run(source, calibration, held_out, request, device, journal, progress or ignore)
             try:
                 measured = _measure(run, is_refusal or opens_with_refusal)
                 refuse_changes(source.changes())
@@ -131,7 +131,6 @@ def calibrate(
                     f"output gradients and batches of {request.batch_size} conversations. For the sums take "
                     "a device with more memory, such as `cpu`; for the batches, smaller ones."
                 ) from error
-            workspace.end()
     return CurvatureStore.from_pretrained(output_dir)
 
 
@@ -141,19 +140,12 @@ def store_limit(aligned: Checkpoint) -> int:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """Conversations to calibrate on, and others to measure on."""
-
-    calibration: Sequence[Conversation]
-    held_out: Sequence[Conversation]
-
-
-@dataclass(frozen=True)
 class _Run:
     """What a run works with from beginning to end."""
 
     source: Checkpoint
-    asked: _Asked
+    calibration: Sequence[Conversation]
+    held_out: Sequence[Conversation]
     request: CalibrationRequest
     device: torch.device
     journal: Path
@@ -170,23 +162,24 @@ class _Measured:
     provenance: Provenance
 
 
-def _asked(given: Sequence[Conversation] | None, config: CalibrateConfig) -> _Asked:
+def _asked(
+    given: Sequence[Conversation] | None, config: CalibrateConfig
+) -> tuple[Sequence[Conversation], Sequence[Conversation]]:
+    """Find conversations to calibrate on, and others to measure on."""
     if given is not None and config.prompts is not None:
         raise DeltaguardError(
             f"Conversations were given, and a prompts file too ({config.prompts}): give one."
         )
     if given is not None:
-        return _split(given, len(given), config)
-    if config.prompts is not None:
-        return _split(read_prompts(config.prompts), config.num_samples, config)
-    return _Asked(
-        build_conversations(config.num_samples, seed=config.seed),
-        build_conversations(config.num_held_out, part="dial", seed=config.seed),
-    )
-
-
-def _split(given: Sequence[Conversation], count: int, config: CalibrateConfig) -> _Asked:
-    """Hold out some of a user's prompts, and calibrate on `count` of the other conversations."""
+        count = len(given)
+    elif config.prompts is not None:
+        given, count = read_prompts(config.prompts), config.num_samples
+    else:
+        return (
+            build_conversations(config.num_samples, seed=config.seed),
+            build_conversations(config.num_held_out, part="dial", seed=config.seed),
+        )
+    # Some of a user's prompts are held out, and `count` of the other conversations calibrated on.
     prompts = list({row.prompt: row for row in given}.values())
     if len(prompts) < 2:
         raise DeltaguardError(
@@ -197,11 +190,11 @@ def _split(given: Sequence[Conversation], count: int, config: CalibrateConfig) -
     taken = {row.prompt for row in chosen}
     held_out = sample([row for row in given if row.prompt in taken], config.num_held_out, seed=config.seed)
     rest = [row for row in given if row.prompt not in taken]
-    return _Asked(sample(rest, count, seed=config.seed), held_out)
+    return sample(rest, count, seed=config.seed), held_out
 
 
 def _request(
-    source: Checkpoint, asked: _Asked, config: CalibrateConfig, device: torch.device
+    source: Checkpoint, asked: Sequence[Conversation], config: CalibrateConfig, device: torch.device
 ) -> CalibrationRequest:
     dtype: str = config.dtype
     if dtype == "auto":
@@ -210,24 +203,20 @@ def _request(
         dtype = "float32" if device.type == "cpu" else stored
     return CalibrationRequest(
         **identify(source).model_dump(),
-        prompts_sha256=fingerprint([*asked.calibration, *asked.held_out]),
-        max_length=config.max_length,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
+        prompts_sha256=fingerprint(asked),
         dtype=dtype,
-        dampening=config.dampening,
-        rank=config.rank,
+        **config.model_dump(include={"max_length", "max_new_tokens", "batch_size", "dampening", "rank"}),
     )
 
 
 def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     """Do everything that needs the model, which is gone from memory afterwards."""
-    request, count = run.request, len(run.asked.calibration)
+    request, count = run.request, len(run.calibration)
     tokenizer, model = _load(run)
     answered = respond(
         model,
         tokenizer,
-        [*run.asked.calibration, *run.asked.held_out],
+        [*run.calibration, *run.held_out],
         max_new_tokens=request.max_new_tokens,
         batch_size=request.batch_size,
         journal=run.journal,
@@ -243,7 +232,11 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
                 "responses. Allow longer conversations."
             )
     observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
-    sums = _accumulate(run, model, observed, texts)
+    accumulator, ordered = Accumulator(model, observed), batches(texts, request.batch_size)
+    for number, batch in enumerate(ordered):
+        accumulator.add(number, batch.to(run.device))
+        run.report(Event("accumulate", number + 1, len(ordered)))
+    sums = accumulator.sums
     groups = tuple(
         LayerGroup(g.name, g.in_features, sums[input_name(g.name)].tokens, g.layers) for g in observed
     )
@@ -273,16 +266,6 @@ def _load(run: _Run) -> tuple[Any, Any]:
     model = model.to(run.device).requires_grad_(requires_grad=False)
     run.report(Event("load", 1, 1))
     return tokenizer, model
-
-
-def _accumulate(
-    run: _Run, model: Any, observed: Sequence[Observed], texts: Sequence[Encoded]
-) -> dict[str, Moment]:
-    accumulator, ordered = Accumulator(model, observed), batches(texts, run.request.batch_size)
-    for number, batch in enumerate(ordered):
-        accumulator.add(number, batch.to(run.device))
-        run.report(Event("accumulate", number + 1, len(ordered)))
-    return accumulator.sums
 
 
 def _write(output: Path, measured: _Measured, report: Progress) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from deltaguard.curvature.contents import Form, stored_forms
-from deltaguard.curvature.store_format import MANIFEST, Manifest, StoredFile, StoredGroup
+from deltaguard.curvature.store_format import MANIFEST, Manifest, StoredFile
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.models.names import link_target
 from deltaguard.models.opened import OpenFile
 from deltaguard.models.shards import DTYPES, TensorInfo, parse_header, read_header, shard_problem
 from deltaguard.solvers.solution import is_finite
@@ -45,16 +47,11 @@ class Expected:
     problem: Callable[[Tensor], str | None]
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A store's files by name, held open, and where each of its tensors lies."""
-
-    files: Mapping[str, OpenFile]
-    tensors: Mapping[str, TensorInfo]
-
-
-def open_files(folder: Path, manifest: Manifest) -> Opened:
+def open_files(folder: Path, manifest: Manifest) -> tuple[dict[str, OpenFile], dict[str, TensorInfo]]:
     """Open the files of a store, read each once, and check all that can be known of it.
+
+    Returns:
+        The files by name, held open, and where each of the store's tensors lies.
 
     Raises:
         DeltaguardError: the manifest contradicts itself, a file is not the one that was written, or its
@@ -77,7 +74,7 @@ def open_files(folder: Path, manifest: Manifest) -> Opened:
         files[stored.name] = file
         tensors |= {info.name: info for info in infos}
     _refuse(folder, manifest, problems)
-    return Opened(files, tensors)
+    return files, tensors
 
 
 def _refuse(folder: Path, manifest: Manifest, problems: list[str]) -> None:
@@ -94,12 +91,10 @@ def _file_problem(folder: Path, name: str) -> str | None:
     path = folder / name
     if not path.is_file():
         return f"the file {name} is missing"
-    # Of a folder that the Hub's cache made, files are links to `blobs` beside `snapshots`.
-    real, root = path.resolve().parent, folder.resolve()
-    in_cache = root.parent.name == "snapshots" and real == root.parent.parent / "blobs"
-    if real != root and not in_cache:
-        return f"{name} is a link to {path.resolve()}, outside the store's folder"
-    return shard_problem(path)
+    target = link_target(folder, path)
+    return (
+        shard_problem(path) if target is None else f"{name} is a link to {target}, outside the store's folder"
+    )
 
 
 def _header_problems(
@@ -159,11 +154,23 @@ def manifest_problems(manifest: Manifest) -> list[str]:
         *(f"the file {name} is in no list of files" for name in sorted(shards - set(files))),
         *(f"the file {name} holds no group" for name in sorted(set(files) - shards)),
     ]
-    # Groups or layers of one name have tensors of one name too.
-    return problems or [
-        *_repeated("tensor", names),
-        *(problem for stored in manifest.groups for problem in _group_problems(stored, manifest)),
-    ]
+    if problems:
+        # Groups or layers of one name have tensors of one name too.
+        return problems
+    problems = _repeated("tensor", names)
+    for stored in manifest.groups:
+        name, matrices = stored.group.name, 1 + len(stored.group.layers)
+        for what, numbers in (("tails", stored.tails), ("means", stored.means)):
+            if len(numbers) != matrices:
+                problems.append(f"`{name}` has {len(numbers)} {what} for {matrices} matrices")
+        if stored.group.tokens != made.tokens:
+            problems.append(
+                f"`{name}` was summed over {stored.group.tokens} tokens, the store over {made.tokens}"
+            )
+        for what, number in (("damping", stored.damping), ("dampening", stored.dampening)):
+            if (number is not None) != made.extent.full:
+                problems.append(f"`{name}` has the {what} {number} in a store of rank {made.rank}")
+    return problems
 
 
 def expected_tensors(manifest: Manifest) -> dict[str, Expected]:
@@ -171,7 +178,10 @@ def expected_tensors(manifest: Manifest) -> dict[str, Expected]:
     expected: dict[str, Expected] = {}
     for stored in manifest.groups:
         numbers = zip(stored.group.matrices(), stored.tails, stored.means, strict=True)
-        values = {f"{name}.values": _Values(size, tail, mean) for (name, size), tail, mean in numbers}
+        values = {
+            f"{name}.values": partial(_values_problem, size=size, tail=tail, mean=mean)
+            for (name, size), tail, mean in numbers
+        }
         for name, form in stored_forms(stored.group, manifest.provenance.extent).items():
             problem = values.get(name) or _PROBLEMS[name.rpartition(".")[2]]
             expected[name] = Expected(stored.shard, form, problem)
@@ -184,54 +194,26 @@ def _repeated(what: str, names: Iterable[str]) -> list[str]:
     ]
 
 
-def _group_problems(stored: StoredGroup, manifest: Manifest) -> list[str]:
-    group, made = stored.group, manifest.provenance
-    problems: list[str] = []
-    for what, numbers in (("tails", stored.tails), ("means", stored.means)):
-        if len(numbers) != 1 + len(group.layers):
-            problems.append(f"`{group.name}` has {len(numbers)} {what} for {1 + len(group.layers)} matrices")
-    if group.tokens != made.tokens:
-        problems.append(f"`{group.name}` was summed over {group.tokens} tokens, the store over {made.tokens}")
-    for what, number in (("damping", stored.damping), ("dampening", stored.dampening)):
-        if (number is not None) != made.extent.full:
-            problems.append(f"`{group.name}` has the {what} {number} in a store of rank {made.rank}")
-    return problems
-
-
-@dataclass(frozen=True)
-class _Values:
-    """Checks kept eigenvalues against what stands for all of them."""
-
-    size: int
-    tail: float
-    mean: float
-
-    def __call__(self, values: Tensor) -> str | None:
-        if not is_finite(values):
-            return "holds eigenvalues that are NaN or infinite"
-        kept = values.double()
-        largest, smallest = float(kept[0]), float(kept[-1])
-        if bool((kept < 0).any()):
-            return f"holds a negative eigenvalue, {float(kept.min()):.4g}"
-        if bool((kept.diff() > 0).any()):
-            return "holds eigenvalues that do not fall"
-        if largest == 0:
-            return "holds eigenvalues that are all zero"
-        problem = self._tail_problem(smallest, largest, len(kept))
-        return problem or self._mean_problem(float(kept.sum()), largest)
-
-    def _tail_problem(self, smallest: float, largest: float, rank: int) -> str | None:
-        highest = TAIL_EXCESS * smallest + TAIL_ROUNDING * largest if rank < self.size else 0.0
-        if self.tail <= highest:
-            return None
-        others = f"the other {self.size - rank}" if rank < self.size else "others, of which there are none"
-        return f"ends at {smallest:.4g}, and the tail that stands for {others} is {self.tail:.4g}"
-
-    def _mean_problem(self, total: float, largest: float) -> str | None:
-        lowest, highest = (1 - MEAN_ROUNDING) * total / self.size, (1 + MEAN_ROUNDING) * largest
-        if lowest <= self.mean <= highest:
-            return None
-        return f"has the mean {self.mean:.4g}; these eigenvalues allow {lowest:.4g} to {highest:.4g}"
+def _values_problem(values: Tensor, *, size: int, tail: float, mean: float) -> str | None:
+    """Check kept eigenvalues against what stands for all of them."""
+    kept, rank = values.double(), len(values)
+    smallest, largest = float(kept[-1]), float(kept[0])
+    for wrong, what in (
+        (not is_finite(values), "eigenvalues that are NaN or infinite"),
+        (bool((kept < 0).any()), f"a negative eigenvalue, {float(kept.min()):.4g}"),
+        (bool((kept.diff() > 0).any()), "eigenvalues that do not fall"),
+        (largest == 0, "eigenvalues that are all zero"),
+    ):
+        if wrong:
+            return f"holds {what}"
+    highest = TAIL_EXCESS * smallest + TAIL_ROUNDING * largest if rank < size else 0.0
+    if not tail <= highest:
+        others = f"the other {size - rank}" if rank < size else "others, of which there are none"
+        return f"ends at {smallest:.4g}, and the tail that stands for {others} is {tail:.4g}"
+    lowest, highest = (1 - MEAN_ROUNDING) * float(kept.sum()) / size, (1 + MEAN_ROUNDING) * largest
+    if not lowest <= mean <= highest:
+        return f"has the mean {mean:.4g}; these eigenvalues allow {lowest:.4g} to {highest:.4g}"
+    return None
 
 
 def _vectors_problem(vectors: Tensor) -> str | None:

@@ -1,8 +1,8 @@
 """Find the linear layers of a model and which of them see the same input, and sum over what passes them."""
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -114,14 +114,18 @@ class Accumulator:
             tokens = vectors.detach().reshape(-1, vectors.shape[-1])[chosen]
             self.sums[name] = accumulate(self.sums[name], tokens)
 
-        with ExitStack() as stack:
-            stack.enter_context(_differentiable(self._model))
+        with torch.enable_grad(), ExitStack() as stack:
             for handle in self._hooks(add):
                 stack.callback(handle.remove)
             logits = logits_at(self._model, batch.ids, batch.mask, batch.answering)
             drawn_likelihood(logits, seed=number).backward()
 
     def _hooks(self, add: Callable[[str, Tensor], None]) -> Iterator[RemovableHandle]:
+        """Watch all layers, and let gradients flow from the embeddings on, though no parameter takes one."""
+
+        def differentiate(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output.requires_grad_()
+
         def inputs_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             return lambda _module, inputs: add(name, inputs[0])
 
@@ -131,25 +135,11 @@ class Accumulator:
 
             return watch
 
+        yield self._model.get_input_embeddings().register_forward_hook(differentiate)
         for group in self._observed:
             yield group.modules[0].register_forward_pre_hook(inputs_of(input_name(group.name)))
             for layer, module in zip(group.layers, group.modules, strict=True):
                 yield module.register_forward_hook(gradients_of(output_name(layer)))
-
-
-@contextmanager
-def _differentiable(model: Any) -> Generator[None]:
-    """Let gradients flow from the embeddings on, though no parameter takes one."""
-
-    def differentiate(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.requires_grad_()
-
-    handle = model.get_input_embeddings().register_forward_hook(differentiate)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        handle.remove()
 
 
 def drawn_likelihood(logits: Tensor, *, seed: int) -> Tensor:

@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -94,92 +95,78 @@ def _start_anew(folder: Path) -> str:
     return f"Delete the folder {folder} and run the same command again: it starts anew."
 
 
-class Workspace:
-    """The folder `OUTPUT.partial` beside a calibration's output: what was asked for, and responses so far.
+@contextmanager
+def workspace(output: Path, request: CalibrationRequest, *, resume: bool) -> Generator[Path | None]:
+    """Keep what was asked for and the responses so far in `OUTPUT.partial`, beside a calibration's output.
 
-    It is locked from `begin` to the end of the `with` block, so that two runs never continue the same work.
+    That folder is locked to the end of the `with` block, so that two runs never continue the same work, and
+    removed where the block ends well: the store is in place then.
 
-    Attributes:
-        journal: the file for responses (see `respond`).
+    Args:
+        output: the folder of the store.
+        request: what is asked for.
+        resume: whether an earlier run is to be continued, or its finished store accepted.
+
+    Yields:
+        The file for responses (see `respond`); None where there is nothing left to do.
+
+    Raises:
+        DeltaguardError: the output is not empty or there is unfinished work, and this is no resumption;
+            or what is there was asked for otherwise; or another process is at it.
     """
-
-    def __init__(self, output: Path, request: CalibrationRequest) -> None:
-        self._output = output.resolve()
-        self._folder = self._output.with_name(f"{self._output.name}.partial")
-        self._asked = self._folder / "request.json"
-        self._request = request
-        self._lock: int | None = None
-        self.journal = self._folder / "responses.jsonl"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-
-    def begin(self, *, resume: bool) -> bool:
-        """Start, or go on where an earlier run stopped.
-
-        Args:
-            resume: whether an earlier run is to be continued, or its finished store accepted.
-
-        Returns:
-            Whether there is nothing left to do.
-
-        Raises:
-            DeltaguardError: the output is not empty or there is unfinished work, and this is no resumption;
-                or what is there was asked for otherwise; or another process is at it.
-        """
-        if self._is_finished(resume=resume):
-            return True
-        with explained(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_folder(self._folder)
+    output = output.resolve()
+    folder = output.with_name(f"{output.name}.partial")
+    asked, journal = folder / "request.json", folder / "responses.jsonl"
+    if _is_finished(output, request, resume=resume):
+        shutil.rmtree(folder, ignore_errors=not folder.exists())
+        yield None
+        return
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+    try:
         # Another process may have finished before it gave up the lock.
-        if self._is_finished(resume=resume):
-            return True
-        if self.journal.exists():
-            if not resume:
-                raise DeltaguardError(
-                    f"An unfinished calibration lies in {self._folder}. Resume it (`--resume`), or delete "
-                    "that folder."
-                )
-            self._require_same(self._folder, self._earlier_request())
-        write_atomically(self._asked, self._request.model_dump_json(indent=2))
-        return False
+        if _is_finished(output, request, resume=resume):
+            yield None
+        else:
+            if journal.exists():
+                if not resume:
+                    raise DeltaguardError(
+                        f"An unfinished calibration lies in {folder}. Resume it (`--resume`), or delete that "
+                        "folder."
+                    )
+                remedy = _start_anew(folder)
+                if not asked.is_file():
+                    raise DeltaguardError(f"{asked} is missing, so nobody knows what was asked for. {remedy}")
+                earlier = read_json(asked, CalibrationRequest, remedy=remedy)
+                _require_same(folder, request, earlier)
+            write_atomically(asked, request.model_dump_json(indent=2))
+            yield journal
+        shutil.rmtree(folder, ignore_errors=not folder.exists())
+    finally:
+        os.close(lock)
 
-    def end(self) -> None:
-        """Remove the unfinished work, once the store is in place."""
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
 
-    def _is_finished(self, *, resume: bool) -> bool:
-        """Say whether the store is there and may be returned."""
-        if resume and (self._output / MANIFEST).exists():
-            self._require_same(self._output, read_manifest(self._output).provenance)
-            self.end()
-            return True
-        require_empty(self._output)
-        return False
+def _is_finished(output: Path, request: CalibrationRequest, *, resume: bool) -> bool:
+    """Say whether the store is there and may be returned."""
+    if resume and (output / MANIFEST).exists():
+        _require_same(output, request, read_manifest(output).provenance)
+        return True
+    require_empty(output)
+    return False
 
-    def _earlier_request(self) -> CalibrationRequest:
-        remedy = _start_anew(self._folder)
-        if not self._asked.is_file():
-            raise DeltaguardError(f"{self._asked} is missing, so nobody knows what was asked for. {remedy}")
-        return read_json(self._asked, CalibrationRequest, remedy=remedy)
 
-    def _require_same(self, where: Path, earlier: CalibrationRequest) -> None:
-        differing = [
-            f"{field} is {value!r} now and was {getattr(earlier, field)!r}"
-            for field, value in self._request.model_dump().items()
-            if getattr(earlier, field) != value
-        ]
-        if differing:
-            raise DeltaguardError(
-                listed(
-                    f"{where} belongs to another calibration, so this one cannot resume it; choose another "
-                    "output folder, or ask for the same",
-                    differing,
-                )
+def _require_same(where: Path, request: CalibrationRequest, earlier: CalibrationRequest) -> None:
+    differing = [
+        f"{field} is {value!r} now and was {getattr(earlier, field)!r}"
+        for field, value in request.model_dump().items()
+        if getattr(earlier, field) != value
+    ]
+    if differing:
+        raise DeltaguardError(
+            listed(
+                f"{where} belongs to another calibration, so this one cannot resume it; choose another "
+                "output folder, or ask for the same",
+                differing,
             )
+        )

@@ -7,7 +7,7 @@ them, the raw sums, and the factors that `greedy` needs.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -18,8 +18,15 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.curvature.checks import Opened, open_files
-from deltaguard.curvature.contents import PACKED_FIELDS, Packed, share_within, unpack_factor, unpack_moment
+from deltaguard.curvature.checks import open_files
+from deltaguard.curvature.contents import (
+    PACKED_FIELDS,
+    GroupCurvature,
+    Packed,
+    share_within,
+    unpack_factor,
+    unpack_moment,
+)
 from deltaguard.curvature.store_format import (
     MANIFEST,
     Manifest,
@@ -32,12 +39,12 @@ from deltaguard.curvature.store_format import (
     write_manifest,
     write_store,
 )
-from deltaguard.curvature.sums import LayerGroup, Sums, input_name, merge, normalise, output_name
+from deltaguard.curvature.sums import LayerGroup, Moment, Sums, input_name, merge, normalise, output_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.hub import locate
 from deltaguard.models.identity import ModelIdentity
-from deltaguard.models.opened import refuse_changes
-from deltaguard.models.shards import read_tensor
+from deltaguard.models.opened import OpenFile, refuse_changes
+from deltaguard.models.shards import TensorInfo, read_tensor
 from deltaguard.solvers.factor import Factor
 from deltaguard.solvers.spectrum import Spectrum
 
@@ -61,7 +68,8 @@ class CurvatureStore:
 
     folder: Path
     manifest: Manifest
-    _opened: Opened = field(repr=False, compare=False)
+    _files: Mapping[str, OpenFile] = field(repr=False, compare=False)
+    _tensors: Mapping[str, TensorInfo] = field(repr=False, compare=False)
 
     @classmethod
     def from_pretrained(cls, reference: str | Path) -> "CurvatureStore":
@@ -86,11 +94,11 @@ class CurvatureStore:
         """
         folder = locate(reference)
         manifest = read_manifest(folder)
-        return cls(folder, manifest, open_files(folder, manifest))
+        return cls(folder, manifest, *open_files(folder, manifest))
 
     def changes(self) -> list[str]:
         """Say what happened to its files since it was opened."""
-        return [change for file in self._opened.files.values() if (change := file.change())]
+        return [change for file in self._files.values() if (change := file.change())]
 
     @property
     def provenance(self) -> Provenance:
@@ -151,7 +159,8 @@ class CurvatureStore:
         Raises:
             DeltaguardError: the store has no such group, or is cut off.
         """
-        return normalise(unpack_moment(self.packed(group)))
+        packed = self.packed(group)
+        return normalise(Moment(packed.matrix, packed.tokens))
 
     def factor(self, group: str) -> Factor:
         """Read the factor of the damped H, as `solvers.factorise` gave it.
@@ -192,7 +201,7 @@ class CurvatureStore:
             DeltaguardError: the folder exists and is not empty, or the store was changed since it was opened.
         """
         with staged_folder(Path(folder)) as staged:
-            for name, file in self._opened.files.items():
+            for name, file in self._files.items():
                 shutil.copyfile(file.path, staged / name)
                 sync(staged / name)
             refuse_changes(self.changes())
@@ -218,7 +227,7 @@ class CurvatureStore:
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=self.folder,
-            allow_patterns=[MANIFEST, *self._opened.files],
+            allow_patterns=[MANIFEST, *self._files],
             commit_message="Add a deltaguard CurvatureStore",
         )
         return commit.commit_url
@@ -258,27 +267,27 @@ class CurvatureStore:
                 sums, or the folder is not empty.
         """
         _check_mergeable(stores)
-        first, provenance = stores[0], _merged_provenance(stores)
+        provenance = _merged_provenance(stores)
+
+        def content(group: LayerGroup) -> GroupCurvature:
+            parts = [store.sums(group.name) for store in stores]
+            outputs = zip(*(part.outputs for part in parts), strict=True)
+            totals = tuple(torch.stack(layer).sum(dim=0) for layer in outputs)
+            return provenance.decompose(group, Sums(merge([part.inputs for part in parts]), totals))
+
+        held_out = tuple(dict.fromkeys(row for store in stores for row in store.held_out))
         groups = [
             replace(group, tokens=sum(store.groups[i].tokens for store in stores))
-            for i, group in enumerate(first.groups)
+            for i, group in enumerate(stores[0].groups)
         ]
-        write_store(
-            Path(output_dir),
-            provenance,
-            tuple(dict.fromkeys(row for store in stores for row in store.held_out)),
-            groups,
-            lambda group: provenance.decompose(group, _added([store.sums(group.name) for store in stores])),
-        )
+        write_store(Path(output_dir), provenance, held_out, groups, content)
         return CurvatureStore.from_pretrained(output_dir)
 
     def _stored(self, group: str) -> StoredGroup:
-        stored = self._by_name.get(group)
-        if stored is None:
-            raise DeltaguardError(
-                f"The store {self.folder} has no group `{group}`; it has {len(self.groups)}."
-            )
-        return stored
+        for stored in self.manifest.groups:
+            if stored.group.name == group:
+                return stored
+        raise DeltaguardError(f"The store {self.folder} has no group `{group}`; it has {len(self.groups)}.")
 
     def _stored_layer(self, tensor: str) -> tuple[StoredGroup, int]:
         group = self.group_of(tensor)
@@ -290,12 +299,8 @@ class CurvatureStore:
         return Spectrum(self._read(f"{name}.values"), self._read(f"{name}.vectors"), tail).floored()
 
     def _read(self, name: str) -> Tensor:
-        info = self._opened.tensors[name]
-        return read_tensor(self._opened.files[info.shard], info)
-
-    @cached_property
-    def _by_name(self) -> dict[str, StoredGroup]:
-        return {stored.group.name: stored for stored in self.manifest.groups}
+        info = self._tensors[name]
+        return read_tensor(self._files[info.shard], info)
 
     @cached_property
     def _by_tensor(self) -> dict[str, LayerGroup]:
@@ -308,12 +313,6 @@ def not_full(folder: Path, aligned: str) -> str:
         f"The store {folder} keeps the largest eigenpairs of each layer's curvature and no more. This needs "
         f"the whole: make one with `deltaguard calibrate {aligned} -o STORE --rank full`."
     )
-
-
-def _added(sums: Sequence[Sums]) -> Sums:
-    outputs = zip(*(part.outputs for part in sums), strict=True)
-    totals = tuple(torch.stack(totals).sum(dim=0) for totals in outputs)
-    return Sums(merge([part.inputs for part in sums]), totals)
 
 
 def _check_mergeable(stores: Sequence[CurvatureStore]) -> None:

@@ -116,13 +116,8 @@ class Provenance(CalibrationRequest):
         Raises:
             DeltaguardError: the sums are of no use.
         """
-        return group_curvature(
-            group,
-            sums,
-            response_tokens=self.response_tokens,
-            dampening=self.dampening,
-            extent=self.extent,
-        )
+        extent, tokens = self.extent, self.response_tokens
+        return group_curvature(group, sums, response_tokens=tokens, dampening=self.dampening, extent=extent)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -232,18 +227,15 @@ def write_store(
                 found = content(group)
                 tensors |= stored_tensors(group, found, extent)
                 stored.append(_stored_group(group, shard, found))
-            save_tensors(tensors, staged / shard)
-            files.append(_stored_file(staged / shard))
+            path = staged / shard
+            save_tensors(tensors, path)
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256")
+            files.append(StoredFile(name=shard, bytes=path.stat().st_size, sha256=digest.hexdigest()))
         manifest = Manifest(
             provenance=provenance, held_out=tuple(held_out), files=tuple(files), groups=tuple(stored)
         )
         write_manifest(staged, manifest)
-
-
-def _stored_file(path: Path) -> StoredFile:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256")
-    return StoredFile(name=path.name, bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
 def _stored_group(group: LayerGroup, shard: str, content: GroupCurvature) -> StoredGroup:

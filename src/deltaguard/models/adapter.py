@@ -18,14 +18,7 @@ from deltaguard.models.lora import Change, Target, find_changes
 from deltaguard.models.lora_config import MERGE, read_lora_config
 from deltaguard.models.mirror import adapter_companions
 from deltaguard.models.opened import OpenFile, Snapshot
-from deltaguard.models.shards import (
-    DTYPES,
-    TensorInfo,
-    parse_header,
-    read_header,
-    read_tensor,
-    shard_problem,
-)
+from deltaguard.models.shards import DTYPES, TensorInfo, parse_header, read_header, read_tensor, shard_problem
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -88,18 +81,8 @@ class AdapterCheckpoint(WeightSource):
             raise DeltaguardError(
                 listed(f"The adapter {reference} does not fit {aligned.reference}", problems)
             )
-        return cls(
-            str(reference),
-            folder,
-            aligned.config,
-            aligned.tensors,
-            aligned.shards,
-            aligned.index_name,
-            aligned,
-            changes,
-            file,
-            others,
-        )
+        of_aligned = aligned.config, aligned.tensors, aligned.shards, aligned.index_name
+        return cls(str(reference), folder, *of_aligned, aligned, changes, file, others)
 
     @property
     def adapted(self) -> frozenset[str]:

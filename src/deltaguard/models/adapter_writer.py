@@ -161,7 +161,7 @@ def _stored_dtype(aligned: Checkpoint, dtype: torch.dtype | None) -> torch.dtype
     sizes: Counter[torch.dtype] = Counter()
     for info in aligned.tensors.values():
         sizes[DTYPES[info.dtype]] += info.nbytes
-    chosen = dtype or max(sizes, key=lambda each: sizes[each])
+    chosen = dtype or sizes.most_common(1)[0][0]
     if not chosen.is_floating_point or chosen.itemsize < 2:
         raise DeltaguardError(
             f"An adapter over {aligned.reference} cannot be stored as {chosen}: choose bfloat16 or float32."
@@ -170,13 +170,8 @@ def _stored_dtype(aligned: Checkpoint, dtype: torch.dtype | None) -> torch.dtype
 
 
 def _spooled(
-    spool: _Spool,
-    aligned: Checkpoint,
-    paths: Mapping[str, str],
-    name: str,
-    factors: "LowRank",
+    spool: _Spool, aligned: Checkpoint, paths: Mapping[str, str], name: str, factors: "LowRank"
 ) -> _Layer:
-    """Write one layer's factors to the spool."""
     shape = (factors.up.shape[0], factors.down.shape[1])
     info = aligned.tensors[f"{name}.weight"]
     transposed = stored_in_out(aligned.config, info.name)

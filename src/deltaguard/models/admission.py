@@ -83,13 +83,19 @@ def admit(out: Path, request: WriteRequest) -> Admission:
     links = [path for path in (staging, staging / "files", staging / JOURNAL_NAME) if path.is_symlink()]
     if links:
         raise DeltaguardError(f"{links[0]} is a link: remove it, or choose another output folder.")
-    journal = _resumed(staging, request.plan_hash) if request.resume else None
+    journal = Journal.load(staging / JOURNAL_NAME) if request.resume else None
     if journal is not None:
+        if request.plan_hash not in (None, journal.plan_hash):
+            raise DeltaguardError(
+                f"{staging} holds the progress of another plan ({journal.plan_hash}; this one is "
+                f"{request.plan_hash}): the models or the options differ. "
+                "Resume with the same ones, or start again with --overwrite and without --resume."
+            )
         if others and journal.replaces is None and not journal.committing and not request.overwrite:
             raise DeltaguardError(_occupied(out, others, " beside the progress of this run"))
-        admission = Admission(journal, journal.replaces)
+        replaces = journal.replaces
     elif request.overwrite:
-        admission = Admission(None, _replaceable(out, others))
+        replaces = _replaceable(out, others)
     else:
         if (staging / JOURNAL_NAME).exists() and not request.resume:
             raise DeltaguardError(
@@ -99,7 +105,8 @@ def admit(out: Path, request: WriteRequest) -> Admission:
         if others:
             nothing = " and there is nothing to resume" if request.resume else ""
             raise DeltaguardError(_occupied(out, others, nothing))
-        admission = Admission(None, None)
+        replaces = None
+    admission = Admission(journal, replaces)
     misplaced = [problem for name in sorted(admission.own) if (problem := place_problem(out, name))]
     if misplaced:
         raise DeltaguardError(
@@ -227,17 +234,6 @@ def _unlisted(out: Path, below: str, known: Collection[str], folders: Collection
             yield f"{name}/"
 
 
-def _resumed(staging: Path, plan_hash: str | None) -> Journal | None:
-    journal = Journal.load(staging / JOURNAL_NAME)
-    if journal is not None and plan_hash is not None and journal.plan_hash != plan_hash:
-        raise DeltaguardError(
-            f"{staging} holds the progress of another plan ({journal.plan_hash}; this one is "
-            f"{plan_hash}): the models or the options differ. "
-            "Resume with the same ones, or start again with --overwrite and without --resume."
-        )
-    return journal
-
-
 def _not_empty(out: Path, others: Sequence[str]) -> str:
     return f"{out} is not empty ({', '.join(others[:_SHOWN])}{', ...' if len(others) > _SHOWN else ''})"
 
@@ -251,8 +247,16 @@ def _occupied(out: Path, others: Sequence[str], nothing: str) -> str:
 
 def _replaceable(out: Path, others: Sequence[str]) -> frozenset[str]:
     """Find the files of earlier runs: what the report lists, and what the journal of one given up knows."""
-    known = _given_up(out)
-    report = out / REPORT_NAME
+    staging, report = out / STAGING_FOLDER, out / REPORT_NAME
+    try:
+        journal = Journal.load(staging / JOURNAL_NAME)
+    except DeltaguardError:
+        # Starting anew is what such an error recommends; the report alone tells the files then.
+        journal = None
+    known: frozenset[str] = frozenset()
+    if journal is not None:
+        moved = (name for name in journal.moved if not (staging / "files" / name).exists())
+        known = (journal.replaces or known).union(moved)
     if not os.path.lexists(report):
         if others and not known:
             raise DeltaguardError(
@@ -264,20 +268,6 @@ def _replaceable(out: Path, others: Sequence[str]) -> frozenset[str]:
         raise DeltaguardError(f"{report} is a link, and not a report that was written there. {_UNREAD}")
     names = (file.name for file in read_json(report, _Listing, remedy=_UNREAD).files)
     return known.union([REPORT_NAME], names)
-
-
-def _given_up(out: Path) -> frozenset[str]:
-    """Say what an interrupted run that is not resumed was to replace, and what it has moved here."""
-    staging = out / STAGING_FOLDER
-    try:
-        journal = Journal.load(staging / JOURNAL_NAME)
-    except DeltaguardError:
-        # Starting anew is what such an error recommends; the report alone tells the files then.
-        return frozenset()
-    if journal is None:
-        return frozenset()
-    moved = (name for name in journal.moved if not (staging / "files" / name).exists())
-    return (journal.replaces or frozenset()).union(moved)
 
 
 def _obstacle(out: Path, name: str, own: Collection[str]) -> str | None:

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.models.families import ties_embeddings
 from deltaguard.models.hub import is_local, locate
 from deltaguard.models.layout import ADAPTER_CONFIG, find_layout, read_config, read_layout
 from deltaguard.models.loading import refuse_code
@@ -47,11 +46,6 @@ class WeightSource(ABC):
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     shards: tuple[str, ...]
     index_name: str | None
-
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the output head is the input embedding."""
-        return ties_embeddings(self.config, self.tensors)
 
     @abstractmethod
     def read(self, name: str) -> Tensor:

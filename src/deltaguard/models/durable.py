@@ -163,24 +163,22 @@ def explained(path: Path, needed: int | None = None) -> Generator[None, None, No
     try:
         yield
     except OSError as error:
-        raise DeltaguardError(_explanation(error, path, needed)) from error
-
-
-def _explanation(error: OSError, path: Path, needed: int | None) -> str:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
-        wanted = f"{needed:,} bytes are needed for it and " if needed is not None else ""
-        return (
-            f"There is no space left for {path}: {wanted}{shutil.disk_usage(folder).free:,} are free. "
-            "Free some space and run the same command again (restore and calibrate: with --resume)."
-        )
-    if error.errno in {errno.EACCES, errno.EPERM}:
-        return (
-            f"{path} cannot be accessed: permission denied. Choose another folder or change its permissions."
-        )
-    if error.errno == errno.EROFS:
-        return f"{path} lies on a read-only file system: choose another output folder."
-    if error.errno in {errno.ENOTDIR, errno.EEXIST}:
-        file = next((parent for parent in (path, *path.parents) if parent.is_file()), error.filename)
-        return f"{path} cannot be written: {file} is a file, not a folder."
-    return f"{path} cannot be written: {error.strerror}."
+        around = (path, *path.parents)
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            free = shutil.disk_usage(next(parent for parent in around if parent.is_dir())).free
+            wanted = f"{needed:,} bytes are needed for it and " if needed is not None else ""
+            message = (
+                f"There is no space left for {path}: {wanted}{free:,} are free. "
+                "Free some space and run the same command again (restore and calibrate: with --resume)."
+            )
+        elif error.errno in {errno.EACCES, errno.EPERM}:
+            remedy = "Choose another folder or change its permissions."
+            message = f"{path} cannot be accessed: permission denied. {remedy}"
+        elif error.errno == errno.EROFS:
+            message = f"{path} lies on a read-only file system: choose another output folder."
+        elif error.errno in {errno.ENOTDIR, errno.EEXIST}:
+            file = next((parent for parent in around if parent.is_file()), error.filename)
+            message = f"{path} cannot be written: {file} is a file, not a folder."
+        else:
+            message = f"{path} cannot be written: {error.strerror}."
+        raise DeltaguardError(message) from error

@@ -17,16 +17,8 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import expanded
 
 _SMALL_FILES = (
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.py",
-    "*.md",
-    "tokenizer*",
-    "LICENSE*",
-    "NOTICE*",
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*"),
+    *("*.py", "*.md", "LICENSE*", "NOTICE*"),
 )
 # Some repositories hold a second copy of the weights, in the format of the original code.
 _SECOND_COPIES = ("consolidated*.safetensors", "*/*.safetensors")

@@ -91,7 +91,12 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
             "dict[str, Any]",
             read_json(path, _CONFIG, remedy="Copy it again from the model that was fine-tuned."),
         )
-        return config, _quantisation_problem(config)
+        for part in text_parts(config):
+            quantisation = part.get("quantization_config")
+            if quantisation:
+                method = quantisation.get("quant_method", "an unnamed method")
+                return config, f"the weights are quantised ({method}). {_DEQUANTISE}"
+        return config, None
     if (folder / ADAPTER_CONFIG).exists():
         return {}, _ADAPTER
     return {}, f"there is no {CONFIG_FILE}: copy it from the model that was fine-tuned."
@@ -159,9 +164,15 @@ def read_layout(folder: Path, layout: Layout) -> tuple[dict[str, TensorInfo], di
             tensors[info.name] = info
     if not problems and not tensors:
         problems.append(f"{' '.join(layout.shards)} holds no tensors.")
-    if not problems:
-        problems = [*_misplaced(layout, tensors), *_unusable(tensors.values())]
-    return tensors, files, problems
+    if problems:
+        return tensors, files, problems
+    index = layout.index_name
+    for name, shard in layout.placed.items():
+        if name not in tensors:
+            problems.append(f"{index} names {name}, which no shard holds.")
+        elif tensors[name].shard != shard:
+            problems.append(f"{index} places {name} in {shard}; {tensors[name].shard} holds it.")
+    return tensors, files, problems + _unusable(tensors.values())
 
 
 def _absent(path: Path, index_name: str | None) -> str:
@@ -171,25 +182,6 @@ def _absent(path: Path, index_name: str | None) -> str:
     if path.is_symlink():
         return f"{path.name} is a link to {path.readlink()}, where nothing is: download or copy it again."
     return f"{index_name} names {path.name}: no such file."
-
-
-def _quantisation_problem(config: Mapping[str, Any]) -> str | None:
-    for part in text_parts(config):
-        quantisation = part.get("quantization_config")
-        if quantisation:
-            method = quantisation.get("quant_method", "an unnamed method")
-            return f"the weights are quantised ({method}). {_DEQUANTISE}"
-    return None
-
-
-def _misplaced(layout: Layout, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    problems: list[str] = []
-    for name, shard in layout.placed.items():
-        if name not in tensors:
-            problems.append(f"{layout.index_name} names {name}, which no shard holds.")
-        elif tensors[name].shard != shard:
-            problems.append(f"{layout.index_name} places {name} in {shard}; {tensors[name].shard} holds it.")
-    return problems
 
 
 def _unusable(tensors: Iterable[TensorInfo]) -> list[str]:

@@ -19,13 +19,8 @@ from deltaguard.text import shortened
 
 _SHOWN_CHARACTERS = 2000
 _ASKING = (
-    "config.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "adapter_config.json",
+    *("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
 # Fields that send transformers to other files than those that are looked at here.
 _REDIRECTING = ("configuration_files", "fast_tokenizer_files")
@@ -100,7 +95,7 @@ def load_config(folder: Path, reference: str) -> Any:
     from transformers import AutoConfig
 
     refuse_code(folder, reference)
-    refuse_giants(folder, reference)
+    _refuse_giants(folder, reference)
     with foreign(f"transformers cannot read the configuration of {reference}"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
@@ -114,7 +109,7 @@ def load_tokenizer(folder: Path, reference: str) -> Any:
     from transformers import AutoTokenizer
 
     refuse_code(folder, reference)
-    refuse_giants(folder, reference)
+    _refuse_giants(folder, reference)
     with foreign(f"transformers cannot load the tokenizer of {reference}"):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         last: int = max(tokenizer.get_vocab().values(), default=0)
@@ -149,7 +144,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     refuse_code(folder, reference)
-    refuse_giants(folder, reference)
+    _refuse_giants(folder, reference)
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     given = {} if config is None else {"config": config}
     with foreign(f"transformers cannot load {reference}"):
@@ -200,7 +195,8 @@ def refuse_code(folder: Path, reference: str) -> None:
     for name in _ASKING:
         if (folder / name).is_file():
             content = read_json(folder / name, ANY_OBJECT, remedy="Copy it again.")
-            found += [f"{name} names {code} (`auto_map`)"] if (code := _code_in(content)) else []
+            code = [str(value) for field, value in _fields(content) if field == "auto_map" and value]
+            found += [f"{name} names {', '.join(code)} (`auto_map`)"] if code else []
             found += [f"{name} names other files (`{field}`)" for field in _REDIRECTING if field in content]
     found += [f"there is {name}" for name in _RUN_BY_NAME if (folder / name).exists()]
     if found:
@@ -210,27 +206,16 @@ def refuse_code(folder: Path, reference: str) -> None:
         )
 
 
-def _code_in(content: Any) -> str:
-    """Find the code that a configuration names, at any depth; empty where it names none."""
-    if isinstance(content, dict):
-        own = content.get("auto_map")
-        named = [str(own)] if own else []
-        return ", ".join([*named, *(code for value in content.values() if (code := _code_in(value)))])
-    if isinstance(content, list):
-        return ", ".join(code for value in content if (code := _code_in(value)))
-    return ""
-
-
-def refuse_giants(folder: Path, reference: str) -> None:
-    """Refuse a model whose configuration asks for more layers than any model has.
-
-    Raises:
-        DeltaguardError: it does, or the configuration cannot be read.
-    """
+def _refuse_giants(folder: Path, reference: str) -> None:
+    """Refuse a model whose configuration asks for more layers than any model has."""
     path = folder / "config.json"
     if not path.is_file():
         return
-    found = list(_giants(read_json(path, ANY_OBJECT, remedy="Copy it again.")))
+    found = [
+        f"`{name}` is {shortened(str(value), _SHOWN_DIGITS)}"
+        for name, value in _fields(read_json(path, ANY_OBJECT, remedy="Copy it again."))
+        if isinstance(value, int | float) and value > MOST_PARTS and name.endswith(_COUNTED)
+    ]
     if found:
         raise DeltaguardError(
             listed(f"The config.json of {reference} asks for more than {MOST_PARTS:,} parts of a kind", found)
@@ -238,16 +223,15 @@ def refuse_giants(folder: Path, reference: str) -> None:
         )
 
 
-def _giants(content: Any) -> Iterator[str]:
-    """Each count that is too large, at any depth."""
+def _fields(content: Any) -> Iterator[tuple[str, Any]]:
+    """Each field of a JSON document with its value, at any depth."""
     if isinstance(content, list):
         for value in content:
-            yield from _giants(value)
+            yield from _fields(value)
     if isinstance(content, dict):
         for name, value in content.items():
-            if isinstance(value, int | float) and value > MOST_PARTS and name.endswith(_COUNTED):
-                yield f"`{name}` is {shortened(str(value), _SHOWN_DIGITS)}"
-            yield from _giants(value)
+            yield name, value
+            yield from _fields(value)
 
 
 def vocabulary_size(folder: Path) -> int | None:

@@ -32,11 +32,6 @@ class Target:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
 
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the output head is the input embedding."""
-        return ties_embeddings(self.config, self.tensors)
-
 
 @dataclass(frozen=True)
 class Change:
@@ -79,11 +74,12 @@ def find_changes(
     grouped, problems = _group(tensors)
     names = name_map(grouped.keys(), aligned.tensors.keys())
     scalings = find_scalings(lora, [_module(target) for target in grouped if target in names], reference)
+    ties = ties_embeddings(aligned.config, aligned.tensors)
     changes: dict[str, Change] = {}
     for target, parts in grouped.items():
         if target not in names:
-            tied = is_output_head(target) and aligned.tied_embeddings
-            why = ": its output embedding is tied to the input embedding" if tied else ""
+            tied = ": its output embedding is tied to the input embedding"
+            why = tied if ties and is_output_head(target) else ""
             problems.append(f"{aligned.reference} has no {target}{why}.")
             continue
         info = aligned.tensors[names[target]]
@@ -91,7 +87,7 @@ def find_changes(
         in_out = stored_in_out(aligned.config, target)
         change = Change(parts.get("a"), parts.get("b"), scaling.factor, in_out, parts.get("replaced"))
         changes[info.name] = change
-        problem = _odd_part(change, info) or _misfit(change, info, scaling.rank, aligned)
+        problem = _odd_part(change, info) or _misfit(change, info, scaling.rank, aligned, ties=ties)
         if problem:
             problems.append(f"{target}: {problem}")
     return changes, problems
@@ -124,8 +120,7 @@ def changed_modules(tensors: Mapping[str, TensorInfo]) -> ChangedModules:
     adapted: dict[str, None] = {}
     replaced: dict[str, None] = {}
     for target, parts in _group(tensors)[0].items():
-        whole = parts.keys() == {"replaced"} and not parts["replaced"].name.endswith(_BASE_LAYER)
-        if whole:
+        if parts.keys() == {"replaced"} and not parts["replaced"].name.endswith(_BASE_LAYER):
             replaced[target.rpartition(".")[0]] = None
         else:
             adapted[_module(target)] = None
@@ -167,7 +162,7 @@ def _odd_part(change: Change, info: TensorInfo) -> str | None:
     return None
 
 
-def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Target) -> str | None:
+def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Target, *, ties: bool) -> str | None:
     """Why what the adapter holds for a tensor cannot be used, or None."""
     if (change.a is None) != (change.b is None):
         return "the adapter has only one of lora_A and lora_B."
@@ -182,6 +177,6 @@ def _misfit(change: Change, info: TensorInfo, rank: int, aligned: Target) -> str
         shape = (change.b.shape[0], change.a.shape[-1])
         if info.shape != (shape[::-1] if change.transposed else shape):
             return f"B A is {shape} (out, in); the tensor is {info.shape} in {aligned.reference}."
-    elif aligned.tied_embeddings and info.shape[:1] == tuple(sizes[:1]):
+    elif ties and info.shape[:1] == tuple(sizes[:1]):
         return "it is the input embedding, which the model shares with its output, and the adapter does not."
     return None

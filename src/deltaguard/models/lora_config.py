@@ -22,39 +22,17 @@ MERGE = (
 )
 # With these, PEFT changes more than aligned + scale · B A, or something else.
 _VARIANTS = (
-    "use_dora",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-    "use_bdlora",
-    "use_qalora",
-    "megatron_config",
+    *("use_dora", "use_bdlora", "use_qalora", "lora_bias"),
+    *("target_parameters", "trainable_token_indices", "alora_invocation_tokens", "layer_replication"),
+    *("arrow_config", "kasa_config", "megatron_config", "monteclora_config", "velora_config"),
 )
 # PEFT's other fields, of training or of a variant that another field asks for: they change no weight.
 _WITHOUT_EFFECT = frozenset(
     {
-        "auto_mapping",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "runtime_config",
-        "task_type",
+        *("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "peft_version"),
+        *("inference_mode", "lora_dropout", "runtime_config", "task_type"),
+        *("corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config"),
+        *("megatron_core", "qalora_group_size"),
     }
 )
 # All other initialisations (PiSSA, OLoRA, ...) change the model's own weights too.
@@ -166,9 +144,9 @@ def find_scalings(
         Scaling(rank=2, alpha=16.0, factor=8.0)
     """
     names = list(dict.fromkeys(modules))
-    clock = _Clock(reference, seconds, time.monotonic() + seconds)
-    ranks = _by_pattern(names, "rank_pattern", lora.rank_pattern or {}, clock)
-    alphas = _by_pattern(names, "alpha_pattern", lora.alpha_pattern or {}, clock)
+    within = reference, seconds, time.monotonic() + seconds
+    ranks = _by_pattern(names, "rank_pattern", lora.rank_pattern or {}, *within)
+    alphas = _by_pattern(names, "alpha_pattern", lora.alpha_pattern or {}, *within)
     found: dict[str, Scaling] = {}
     for name in names:
         rank, alpha = ranks.get(name, lora.r), alphas.get(name, lora.lora_alpha)
@@ -200,60 +178,49 @@ def _short(value: Any) -> str:
     return shortened(repr(value), _SHOWN)
 
 
-@dataclass(frozen=True)
-class _Clock:
-    """How long the patterns of one adapter may take together."""
-
-    reference: str
-    seconds: float
-    end: float
-
-    def left(self, field: str, pattern: str) -> float:
-        """Say how many seconds are left to a pattern."""
-        left = self.end - time.monotonic()
-        if left <= 0:
-            raise self.too_slow(field, pattern)
-        return left
-
-    def too_slow(self, field: str, pattern: str) -> DeltaguardError:
-        return self.refusal(field, pattern, f"takes more than {self.seconds:g} s")
-
-    def refusal(self, field: str, pattern: str, why: str) -> DeltaguardError:
-        return DeltaguardError(
-            f"The adapter {self.reference} cannot be used: the pattern {_short(pattern)} of `{field}` in its "
-            f"{ADAPTER_CONFIG} {why}. Write the names of the modules in its place."
-        )
-
-
 def _by_pattern(
-    modules: Iterable[str], field: str, patterns: Mapping[str, _Value], clock: _Clock
+    modules: Iterable[str],
+    field: str,
+    patterns: Mapping[str, _Value],
+    reference: str,
+    seconds: float,
+    end: float,
 ) -> dict[str, _Value]:
     """Find the value that a module has by the first pattern that fits its name, or by the name itself."""
     found: dict[str, _Value] = {}
     waiting = list(modules)
     for pattern, value in patterns.items():
-        compiled = _compiled(field, pattern, clock)
-        for name in waiting:
-            try:
-                fits = compiled.match(name, timeout=clock.left(field, pattern))
-            except TimeoutError as error:
-                raise clock.too_slow(field, pattern) from error
-            if fits:
-                found[name] = value
+        try:
+            compiled = _compiled(pattern)
+            fitting = [name for name in waiting if compiled.match(name, timeout=_seconds_until(end))]
+        except (TimeoutError, ValueError) as error:
+            why = f"takes more than {seconds:g} s" if isinstance(error, TimeoutError) else error
+            raise DeltaguardError(
+                f"The adapter {reference} cannot be used: the pattern {_short(pattern)} of `{field}` in its "
+                f"{ADAPTER_CONFIG} {why}. Write the names of the modules in its place."
+            ) from error
+        found |= dict.fromkeys(fitting, value)
         waiting = [name for name in waiting if name not in found]
     return found | {name: patterns[name] for name in waiting if name in patterns}
 
 
-def _compiled(field: str, pattern: str, clock: _Clock) -> Any:
+def _seconds_until(end: float) -> float:
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _compiled(pattern: str) -> Any:
     """Give a pattern for matching within a time, if it is one to PEFT, which compiles it by re."""
     plain = len(pattern) <= _LONGEST_PATTERN and _PLAIN_PATTERN.fullmatch(pattern)
     if not plain or not _is_flat(pattern):
-        raise clock.refusal(field, pattern, "is more than deltaguard evaluates")
+        raise ValueError("is more than deltaguard evaluates")
     whole = rf"(.*\.)?({pattern})$"
     try:
         return regex.compile(re.compile(whole).pattern, cache_pattern=False)
     except (re.error, regex.error) as error:
-        raise clock.refusal(field, pattern, f"is no regular expression ({error})") from error
+        raise ValueError(f"is no regular expression ({error})") from error
 
 
 def _is_flat(pattern: str) -> bool:

@@ -15,20 +15,8 @@ if TYPE_CHECKING:
     from deltaguard.models.checkpoint import WeightSource
 
 _WEIGHTS = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".onnx",
-    ".onnx_data",
-    ".h5",
-    ".msgpack",
-    ".npz",
-    ".tflite",
-    ".ckpt",
+    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"),
+    *(".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".tflite"),
 )
 _TRAINING_STATE = ("trainer_state.json", "training_args.json", "scheduler.json")
 _REPLACED = (REPORT_NAME, CARD_NAME)

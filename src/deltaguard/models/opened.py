@@ -5,21 +5,13 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from deltaguard.errors import DeltaguardError, listed
 
 
-@dataclass(frozen=True)
-class Signature:
-    """What tells a file from another one, and from itself once it was changed.
-
-    Attributes:
-        device: number of its file system.
-        inode: number of it there.
-        size: bytes.
-        modified: time of its last change, in nanoseconds.
-    """
+class _Signature(NamedTuple):
+    """What tells a file from another one, and from itself once it was changed."""
 
     device: int
     inode: int
@@ -28,7 +20,6 @@ class Signature:
 
     @classmethod
     def of(cls, found: os.stat_result) -> Self:
-        """Take the signature from what the operating system says of a file."""
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
@@ -59,7 +50,7 @@ class OpenFile:
         except OSError as error:
             raise DeltaguardError(f"{path} cannot be read: {error.strerror}.") from error
         weakref.finalize(self, os.close, self._descriptor)
-        self._opened = Signature.of(os.fstat(self._descriptor))
+        self._opened = _Signature.of(os.fstat(self._descriptor))
         self.size = self._opened.size
 
     def read_into(self, start: int, target: memoryview) -> None:
@@ -86,19 +77,19 @@ class OpenFile:
 
     def change(self) -> str | None:
         """Say what happened to the file since it was opened; None where nothing did."""
-        return _change(self.path, self._opened, Signature.of(os.fstat(self._descriptor)))
+        return _change(self.path, self._opened, _Signature.of(os.fstat(self._descriptor)))
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """Signatures of small files that are read, and perhaps copied, at more than one time."""
 
-    _seen: dict[Path, Signature]
+    _seen: dict[Path, _Signature]
 
     @classmethod
     def of(cls, paths: Iterable[Path]) -> Self:
         """Note what files are now; those that are absent are left out."""
-        return cls({path: Signature.of(path.stat()) for path in paths if path.is_file()})
+        return cls({path: _Signature.of(path.stat()) for path in paths if path.is_file()})
 
     def changes(self) -> list[str]:
         """Say what happened to each file since then."""
@@ -122,9 +113,9 @@ def refuse_changes(changes: Iterable[str | None]) -> None:
         )
 
 
-def _change(path: Path, before: Signature, held: Signature | None = None) -> str | None:
+def _change(path: Path, before: _Signature, held: _Signature | None = None) -> str | None:
     try:
-        now = Signature.of(path.stat())
+        now = _Signature.of(path.stat())
     except OSError as error:
         return f"{path}: {error.strerror}"
     if (now.device, now.inode) != (before.device, before.inode):

@@ -54,15 +54,8 @@ DEMO = FolderKind("demo", (), draws=True)
 
 # A bench keeps seconds too.
 _OF_OTHERS = (
-    CONFIG_FILE,
-    ADAPTER_CONFIG,
-    "curvature.json",
-    REPORT_NAME,
-    DEMO_NAME,
-    BENCH_NAME,
-    SETTINGS_NAME,
-    EVALUATION_NAME,
-    SWEEP_NAME,
+    *(CONFIG_FILE, ADAPTER_CONFIG, "curvature.json"),
+    *(REPORT_NAME, DEMO_NAME, BENCH_NAME, SETTINGS_NAME, EVALUATION_NAME, SWEEP_NAME),
 )
 
 
@@ -111,27 +104,22 @@ def write_page(path: Path, text: str) -> None:
     Raises:
         DeltaguardError: something else lies there, or the page cannot be written.
     """
-    refuse_foreign_page(path)
+    _refuse_foreign_page(path)
     write_atomically(path, text)
 
 
-def refuse_foreign_page(path: Path) -> None:
-    """Refuse to draw a page where something lies that deltaguard did not draw.
-
-    Raises:
-        DeltaguardError: something does.
-    """
+def _refuse_foreign_page(path: Path) -> None:
+    """Refuse to draw a page where something lies that deltaguard did not draw."""
     with explained(path):
-        if not os.path.lexists(path) or (path.is_file() and _is_own_page(path)):
+        if not os.path.lexists(path):
             return
+        if path.is_file():
+            with path.open("rb") as file:
+                if _GENERATOR in file.read(_PAGE_BEGINS):
+                    return
     raise DeltaguardError(
         f"{path} is no page that deltaguard drew, so it is not replaced. Move it away, or name another file."
     )
-
-
-def _is_own_page(path: Path) -> bool:
-    with path.open("rb") as file:
-        return _GENERATOR in file.read(_PAGE_BEGINS)
 
 
 def _refuse_foreign(folder: Path, results: FolderKind) -> None:
@@ -149,4 +137,4 @@ def _refuse_foreign(folder: Path, results: FolderKind) -> None:
             state = f"is neither empty nor that of an earlier `deltaguard {results.verb}`"
         raise DeltaguardError(f"The output folder {folder} {state}: it holds {shown}. Choose another one.")
     if results.draws:
-        refuse_foreign_page(folder / PAGE_NAME)
+        _refuse_foreign_page(folder / PAGE_NAME)

@@ -92,11 +92,20 @@ def _damage(path: Path, reason: str) -> str:
         size = path.stat().st_size
         with path.open("rb") as file:
             beginning = file.read(len(_LFS_POINTER))
-        expected = _expected_size(path)
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}."
     if beginning == _LFS_POINTER:
         return f"{path.name} is a Git LFS pointer of {size} bytes, not the weights: run `git lfs pull`."
+    expected = _LENGTH_BYTES + int.from_bytes(beginning[:_LENGTH_BYTES], "little")
+    if expected > size:
+        is_header = beginning[_LENGTH_BYTES:].startswith(b"{")
+        expected = expected if is_header else None
+    else:
+        try:
+            tensors = parse_header(read_header(OpenFile(path)), path.name)
+            expected = max((tensor.end for tensor in tensors), default=expected)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            expected = None
     if expected is None:
         return f"{path.name} ({size:,} bytes) is not a safetensors file: {reason}."
     if size < expected:
@@ -154,19 +163,3 @@ def read_tensor(file: OpenFile, info: TensorInfo) -> Tensor:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """View the bytes of a tensor as safetensors stores them, without a copy where possible."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _expected_size(path: Path) -> int | None:
-    """Find the file size that the header implies; None where there is no legible header."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if size >= _LENGTH_BYTES and file.read(1) == b"{" and _LENGTH_BYTES + length > size:
-            return _LENGTH_BYTES + length
-    if size < _LENGTH_BYTES or _LENGTH_BYTES + length > size:
-        return None
-    try:
-        tensors = parse_header(read_header(OpenFile(path)), path.name)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        return None
-    return max((tensor.end for tensor in tensors), default=_LENGTH_BYTES + length)

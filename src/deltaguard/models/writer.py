@@ -209,7 +209,11 @@ class CheckpointWriter:
             own = (self._journal.replaces or frozenset()) | self._journal.moved
             refuse_foreign(self.out, (name for name in self.records if self._is_staged(name)), own)
             self._journal.commit()
-            for name in sorted(own, key=_order_of_removal):
+            # The index goes first: what is left of a checkpoint without it is visibly unfinished.
+            needed = {
+                name for name in own if name.endswith(".safetensors.index.json") or name == ADAPTER_CONFIG
+            }
+            for name in (*sorted(needed), *sorted(own - needed)):
                 self._remove(name)
             for name in sorted(self.records.keys() - {last}):
                 self._move(name)
@@ -250,33 +254,32 @@ class CheckpointWriter:
             new = not self._staging.exists()
         try:
             with explained(self.out):
-                self._journal = admission.journal or self._start(plan_hash, admission.replaces)
-                self._tidy()
+                journal = admission.journal
+                if journal is None:
+                    self._staging.mkdir(parents=True, exist_ok=True)
+                    if self._files.exists():
+                        shutil.rmtree(self._files)
+                    path = self._staging / JOURNAL_NAME
+                    journal = Journal.create(path, plan_hash=plan_hash, replaces=admission.replaces)
+                    self._files.mkdir()
+                self._tidy(journal)
         except BaseException:
             if new:
                 self._remove_staging()
             raise
-        return self._journal
-
-    def _start(self, plan_hash: str, replaces: Collection[str] | None) -> Journal:
-        self._staging.mkdir(parents=True, exist_ok=True)
-        if self._files.exists():
-            shutil.rmtree(self._files)
-        journal = Journal.create(self._staging / JOURNAL_NAME, plan_hash=plan_hash, replaces=replaces)
-        self._files.mkdir()
         return journal
 
-    def _tidy(self) -> None:
+    def _tidy(self, journal: Journal) -> None:
         """Remove half-written files and links, and forget finished files that are not there any more."""
         for path in list(self._files.rglob("*")):
             if path.is_symlink() or (path.suffix == ".part" and path.is_file()):
                 path.unlink()
-        for record in list(self._journal.records.values()):
+        for record in list(journal.records.values()):
             path = self._files / record.name
-            if record.name in self._journal.moved and not path.exists():
+            if record.name in journal.moved and not path.exists():
                 path = inside(self.out, record.name)
             if path.is_symlink() or not path.is_file() or path.stat().st_size != record.bytes:
-                self._journal.begin(record.name)
+                journal.begin(record.name)
 
     def _is_staged(self, name: str) -> bool:
         return (self._files / name).exists()
@@ -350,8 +353,3 @@ class ShardWriter:
     def missing(self) -> list[TensorInfo]:
         """List the tensors that are still to come."""
         return self._expected[self._written :]
-
-
-def _order_of_removal(name: str) -> tuple[bool, str]:
-    """Find the index goes first: what is left of a checkpoint without it is visibly unfinished."""
-    return not (name.endswith(".safetensors.index.json") or name == ADAPTER_CONFIG), name

@@ -130,13 +130,7 @@ def safe_lora(aligned: Tensor, finetuned: Tensor, pretrained: Tensor, *, thresho
 
 
 def safe_merge(
-    aligned: Tensor,
-    finetuned: Tensor,
-    safe: Tensor,
-    pretrained: Tensor,
-    *,
-    threshold: float,
-    alpha: float,
+    aligned: Tensor, finetuned: Tensor, safe: Tensor, pretrained: Tensor, *, threshold: float, alpha: float
 ) -> Solution:
     """Run SafeMERGE (Djuhera et al., 2025, arXiv:2503.17239) with its linear merge.
 

@@ -62,7 +62,17 @@ def factorise(hessian: Tensor, *, dampening: float = 0.01) -> Factor:
     mean = float(hessian.diagonal().mean())
     if not mean > 0:
         raise ValueError("The curvature is zero: no safety token reached this layer.")
-    lower, used = _damped_cholesky(hessian, mean, dampening)
+    used = dampening
+    while True:
+        lower, info = torch.linalg.cholesky_ex(damped_by(hessian, used * mean))
+        if int(info) == 0:
+            break
+        if used >= MAX_DAMPENING:
+            raise ValueError(
+                f"The curvature cannot be factorised, even with dampening {used:g} (asked: {dampening:g}): "
+                "it is not positive semi-definite."
+            )
+        used = min(used * 10, MAX_DAMPENING)
     inverse_diagonal = torch.cholesky_inverse(lower).diagonal().clone()
     order = torch.argsort(inverse_diagonal, descending=True, stable=True).flip(0)
     return Factor(
@@ -72,17 +82,3 @@ def factorise(hessian: Tensor, *, dampening: float = 0.01) -> Factor:
         damping=used * mean,
         dampening=used,
     )
-
-
-def _damped_cholesky(hessian: Tensor, mean: float, dampening: float) -> tuple[Tensor, float]:
-    tried = dampening
-    while True:
-        lower, info = torch.linalg.cholesky_ex(damped_by(hessian, tried * mean))
-        if int(info) == 0:
-            return lower, tried
-        if tried >= MAX_DAMPENING:
-            raise ValueError(
-                f"The curvature cannot be factorised, even with dampening {tried:g} (asked: {dampening:g}): "
-                "it is not positive semi-definite."
-            )
-        tried = min(tried * 10, MAX_DAMPENING)

@@ -5,13 +5,13 @@ therefore a sort of `in` numbers and a cumulative sum; only one boundary column 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from deltaguard.solvers.compensation import Compensate, Compensation, Selection, compensator
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.solution import (
     Solution,
@@ -24,6 +24,10 @@ from deltaguard.solvers.solution import (
 )
 
 Budget = Literal["paper", "fraction"]
+Compensation = Literal["joint", "additive", "none"]
+
+BLOCK = 512
+"""Width of the column blocks in which the zero half of a triangular factor is skipped."""
 
 ROUNDING = 1e-12
 """Relative slack of the budget, so that a sum in another order does not lose the last entry."""
@@ -39,45 +43,50 @@ class _Layer:
     dtype: torch.dtype
 
     def delta(self, rows: slice = slice(None), columns: slice | Tensor = slice(None)) -> Tensor:
-        """Compute a part of Δ."""
         return self.finetuned[rows, columns].to(self.dtype) - self.aligned[rows, columns].to(self.dtype)
 
-    def squared_columns(self) -> Tensor:
-        """‖Δ_j‖² of each column, in float64."""
-        parts = [
-            self.delta(rows).square_().sum(dim=0, dtype=torch.float64) for rows in row_blocks(self.aligned)
-        ]
-        return torch.stack(parts).sum(dim=0)
+
+@dataclass(frozen=True)
+class Selection:
+    """The entries that take the fine-tuned value, in the factor's order of columns.
+
+    Columns from `kept_from` on are selected whole; of the column before it, the rows in `boundary_rows`.
+    """
+
+    kept_from: int
+    boundary_rows: Tensor
+
+    def within(self, rows: slice) -> "Selection":
+        """Select within a block of rows, which are counted from its first one."""
+        inside = (self.boundary_rows >= rows.start) & (self.boundary_rows < rows.stop)
+        return Selection(self.kept_from, self.boundary_rows[inside] - rows.start)
+
+    def entries(self, rows: int, columns: int) -> int:
+        """Count the entries that are selected."""
+        return rows * (columns - self.kept_from) + int(self.boundary_rows.numel())
+
+    def mask(self, delta: Tensor) -> Tensor:
+        """Write the selection as a boolean matrix like `delta`."""
+        mask = torch.zeros_like(delta, dtype=torch.bool)
+        mask[:, self.kept_from :] = True
+        if self.kept_from > 0:
+            mask[self.boundary_rows, self.kept_from - 1] = True
+        return mask
+
+
+Compensate = Callable[[Tensor, Selection], tuple[Tensor, float, float]]
 
 
 @dataclass
 class _Sums:
-    """Squared norms, summed over rows.
+    """Squared norms, summed over rows."""
 
-    Attributes:
-        norm: ‖Δ‖².
-        kept: ⟨Δ', Δ⟩.
-        lost: ‖Δ' - Δ‖².
-        remaining: ‖Δ'‖².
-        damped_before: tr(Δ H_damped Δᵀ).
-        damped_after: tr(Δ' H_damped Δ'ᵀ).
-    """
-
-    norm: float = 0.0
-    kept: float = 0.0
-    lost: float = 0.0
-    remaining: float = 0.0
-    damped_before: float = 0.0
-    damped_after: float = 0.0
-
-    def add(self, part: "_Sums") -> None:
-        """Add the sums over other rows."""
-        self.norm += part.norm
-        self.kept += part.kept
-        self.lost += part.lost
-        self.remaining += part.remaining
-        self.damped_before += part.damped_before
-        self.damped_after += part.damped_after
+    norm: float = 0.0  # ‖Δ‖²
+    kept: float = 0.0  # ⟨Δ', Δ⟩
+    lost: float = 0.0  # ‖Δ' - Δ‖²
+    remaining: float = 0.0  # ‖Δ'‖²
+    damped_before: float = 0.0  # tr(Δ H_damped Δᵀ)
+    damped_after: float = 0.0  # tr(Δ' H_damped Δ'ᵀ)
 
 
 def greedy(
@@ -167,7 +176,7 @@ def greedy_factored(
     weight = torch.empty(aligned.shape, dtype=layer.dtype, device=aligned.device)
     sums = _Sums()
     for rows in row_blocks(aligned):
-        sums.add(_restore_rows(layer, rows, selection.within(rows), compensate, weight[rows]))
+        _restore_rows(layer, rows, selection.within(rows), compensate, weight[rows], sums)
     before = sums.damped_before - factor.damping * sums.norm
     after = max(sums.damped_after - factor.damping * sums.remaining, 0.0)
     return Solution(
@@ -198,7 +207,9 @@ def _select(layer: _Layer, strength: float, budget: Budget) -> Selection:
     """Find the longest prefix, cheapest columns first, whose summed cost stays within the budget."""
     order = layer.factor.order
     price = 1 / (2 * layer.factor.inverse_diagonal[order].double())
-    costs = layer.squared_columns()[order] * price
+    squares = (layer.delta(rows).square_() for rows in row_blocks(layer.aligned))
+    norms = torch.stack([block.sum(dim=0, dtype=torch.float64) for block in squares]).sum(dim=0)
+    costs = norms[order] * price
     total = float(costs.sum())
     everything = Selection(0, torch.empty(0, dtype=torch.long, device=order.device))
     if budget == "fraction" and strength == 1:
@@ -216,9 +227,9 @@ def _select(layer: _Layer, strength: float, budget: Budget) -> Selection:
 
 
 def _restore_rows(
-    layer: _Layer, rows: slice, selection: Selection, compensate: Compensate, weight: Tensor
-) -> _Sums:
-    """Fill the rows of the restored weight; what they add to the sums."""
+    layer: _Layer, rows: slice, selection: Selection, compensate: Compensate, weight: Tensor, sums: _Sums
+) -> None:
+    """Fill the rows of the restored weight, and add them to the sums."""
     order, edge = layer.factor.order, selection.kept_from
     base, target = layer.aligned[rows].to(layer.dtype), layer.finetuned[rows].to(layer.dtype)
     delta = (target - base).index_select(1, order)
@@ -229,11 +240,78 @@ def _restore_rows(
         column = order[edge - 1]
         weight[selection.boundary_rows, column] = target[selection.boundary_rows, column]
     selected, rest = squared_norm(delta[:, edge:]), delta[:, :edge]
-    return _Sums(
-        norm=selected + squared_norm(rest),
-        kept=selected + float((unselected * rest).sum(dim=1, dtype=torch.float64).sum()),
-        lost=squared_norm(unselected - rest),
-        remaining=selected + squared_norm(unselected),
-        damped_before=before,
-        damped_after=after,
-    )
+    sums.norm += selected + squared_norm(rest)
+    sums.kept += selected + float((unselected * rest).sum(dim=1, dtype=torch.float64).sum())
+    sums.lost += squared_norm(unselected - rest)
+    sums.remaining += selected + squared_norm(unselected)
+    sums.damped_before += before
+    sums.damped_after += after
+
+
+def compensator(factor: Factor, compensation: Compensation) -> Compensate:
+    """Choose what finds some rows' restored delta in the columns before `kept_from`.
+
+    With the delta it returns the rows' tr(Δ H_damped Δᵀ) before and after.
+    """
+    if compensation == "joint":
+        return lambda delta, selection: _jointly(delta, factor.lower, selection)
+    shift = None
+    if compensation == "additive":
+        shift = torch.cholesky_inverse(factor.lower) / factor.inverse_diagonal[factor.order, None]
+    return lambda delta, selection: _separately(delta, factor.lower, selection, shift)
+
+
+def _separately(
+    delta: Tensor, lower: Tensor, selection: Selection, shift: Tensor | None
+) -> tuple[Tensor, float, float]:
+    """Let each selected entry move the unselected ones on its own, by its row of `shift`."""
+    mask = selection.mask(delta)
+    restored = delta * mask
+    if shift is not None:
+        restored = torch.where(mask, restored, restored @ shift)
+    before = squared_norm(_times_lower(delta, lower))
+    after = squared_norm(_times_lower(restored, lower))
+    return restored[:, : selection.kept_from], before, after
+
+
+def _jointly(delta: Tensor, lower: Tensor, selection: Selection) -> tuple[Tensor, float, float]:
+    """Compute -Δ_S L_SU L_UU⁻¹ on the unselected columns U, which are the first ones of the factor.
+
+    A row whose boundary entry is selected has one column fewer in U: its right-hand side takes the
+    entry's part, and a zero there keeps the triangular solve from touching it.
+    """
+    edge, rows = selection.kept_from, selection.boundary_rows
+    within = _times_lower(delta[:, edge:], lower[edge:, edge:])
+    across = delta[:, edge:] @ lower[edge:, :edge]
+    own = _times_lower(delta[:, :edge], lower[:edge, :edge])
+    after = squared_norm(within)
+    before = after + squared_norm(own.add_(across))
+    if len(rows):
+        after += squared_norm(own[rows, edge - 1])
+        across[rows] += delta[rows, edge - 1 : edge] * lower[edge - 1, :edge]
+        across[rows, edge - 1] = 0
+    unselected = _divide_by_lower(across.neg_(), lower[:edge, :edge])
+    if len(rows):
+        unselected[rows, edge - 1] = delta[rows, edge - 1]
+    return unselected, before, after
+
+
+def _times_lower(matrix: Tensor, lower: Tensor) -> Tensor:
+    """Compute `matrix @ lower`, skipping the blocks of the triangular factor that are zero."""
+    product = torch.empty_like(matrix)
+    for start in range(0, lower.shape[0], BLOCK):
+        stop = start + BLOCK
+        torch.matmul(matrix[:, start:], lower[start:, start:stop], out=product[:, start:stop])
+    return product
+
+
+def _divide_by_lower(matrix: Tensor, lower: Tensor) -> Tensor:
+    """Solve X @ lower = matrix in the place of `matrix`: mostly products, which are faster than solving."""
+    for start in reversed(range(0, lower.shape[0], BLOCK)):
+        stop = start + BLOCK
+        block = matrix[:, start:stop]
+        block.addmm_(matrix[:, stop:], lower[stop:, start:stop], alpha=-1)
+        # Transposed, both matrices lie in memory as the solver wants them.
+        diagonal = lower[start:stop, start:stop].T
+        block.copy_(torch.linalg.solve_triangular(diagonal, block.T, upper=True).T)
+    return matrix

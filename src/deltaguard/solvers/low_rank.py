@@ -97,19 +97,12 @@ def low_rank_of_factors(up: Tensor, down: Tensor, *, rank: int | None, tolerance
 
 @dataclass(frozen=True)
 class _Svd:
-    """Leading singular values and vectors.
+    """Leading singular values and vectors."""
 
-    Attributes:
-        left: (out, q).
-        values: (q,), falling.
-        right: (q, in).
-        rest: what the other singular values add to the squared norm.
-    """
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-    rest: float
+    left: Tensor  # (out, q)
+    values: Tensor  # (q,), falling
+    right: Tensor  # (q, in)
+    rest: float  # what the other singular values add to the squared norm
 
     def residuals(self) -> Tensor:
         """Compute the share of the squared norm that is lost at ranks 0 to q; (q + 1,), float64."""
@@ -125,7 +118,10 @@ def _decompose(delta: Tensor, rank: int | None, tolerance: float) -> _Svd:
     size = _FIRST_SKETCH if rank is None else rank + _OVERSAMPLING
     # A sketch of more directions costs as much as all of them.
     while size <= shorter // 2:
-        found = _sketch(delta, size)
+        left, values, right = leading_singular(delta, size, iterations=_POWER_ITERATIONS)
+        # The sketch is a projection of the delta, so what it lacks is orthogonal to it.
+        rest = squared_norm(delta) - squared_norm(values.double())
+        found = _Svd(left, values, right.T, max(rest, 0.0))
         if rank is not None or found.residuals()[size - _OVERSAMPLING] <= tolerance:
             return found
         size *= 2
@@ -136,13 +132,6 @@ def _exact(delta: Tensor) -> _Svd:
     if not is_finite(delta):
         raise ValueError(f"The product of the delta's factors is too large for {delta.dtype}.")
     return _Svd(*torch.linalg.svd(delta, full_matrices=False), rest=0.0)
-
-
-def _sketch(delta: Tensor, size: int) -> _Svd:
-    left, values, right = leading_singular(delta, size, iterations=_POWER_ITERATIONS)
-    # The sketch is a projection of the delta, so what it lacks is orthogonal to it.
-    rest = squared_norm(delta) - squared_norm(values.double())
-    return _Svd(left, values, right.T, max(rest, 0.0))
 
 
 def _cut(found: _Svd, rank: int | None, tolerance: float) -> LowRank:

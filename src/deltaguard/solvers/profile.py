@@ -216,9 +216,15 @@ def directions(
         ValueError: eigenvalues are negative or no numbers, or the eigenvectors are not orthonormal: a part of
             the delta is larger than the delta.
     """
-    for found in (inputs, outputs):
-        _check_eigenvalues(found)
     squares = core.double().square()
+    g, h = outputs.values.double(), inputs.values.double()
+    g_tail, h_tail = squares.new_tensor([outputs.tail]), squares.new_tensor([inputs.tail])
+    eigenvalues = torch.cat([h, h_tail, g, g_tail])
+    bad = eigenvalues[~((eigenvalues >= 0) & eigenvalues.isfinite())]
+    if len(bad):
+        raise ValueError(
+            f"The curvature has the eigenvalue {float(bad[0])}; all must be finite and 0 or more."
+        )
     largest = (1 + EXCESS) * math.sqrt(float(whole)) + slack
     for part in (rows.sum(), columns.sum(), squares.sum()):
         if not math.sqrt(float(part)) <= largest:
@@ -229,20 +235,9 @@ def directions(
     of_rows = (rows - squares.sum(1)).clamp_min(0)
     of_columns = (columns - squares.sum(0)).clamp_min(0)
     rest = (whole - of_rows.sum() - of_columns.sum() - squares.sum()).clamp_min(0)
-    g, h = outputs.values.double(), inputs.values.double()
-    g_tail, h_tail = squares.new_tensor([outputs.tail]), squares.new_tensor([inputs.tail])
     return Directions(
         torch.cat([squares.flatten(), of_rows, of_columns, rest.reshape(1)]),
         torch.cat([g.repeat_interleave(len(h)), g, g_tail.expand(len(h)), g_tail]),
         torch.cat([h.repeat(len(g)), h_tail.expand(len(g)), h, h_tail]),
         largest,
     )
-
-
-def _check_eigenvalues(found: Spectrum) -> None:
-    all_values = torch.cat([found.values.double(), found.values.new_tensor([found.tail]).double()])
-    bad = ~((all_values >= 0) & all_values.isfinite())
-    if bool(bad.any()):
-        raise ValueError(
-            f"The curvature has the eigenvalue {float(all_values[bad][0])}; all must be finite and 0 or more."
-        )

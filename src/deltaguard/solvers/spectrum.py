@@ -145,19 +145,16 @@ def _tail_from_determinant(matrix: Tensor, values: Tensor) -> float:
     if floor == 0:
         # The others are lost in the rounding of the largest.
         return float(torch.finfo(matrix.dtype).eps * values[0])
-    lower, floor = _cholesky(matrix, floor, _NEGATIVE * float(values[0]))
-    log_determinant = 2 * lower.diagonal().log().sum()
-    return float(((log_determinant - (values.double() + floor).log().sum()) / others).exp())
-
-
-def _cholesky(matrix: Tensor, floor: float, highest: float) -> tuple[Tensor, float]:
-    """Factorise M + floor · I, the floor raised tenfold while rounding of M makes that indefinite."""
+    highest = _NEGATIVE * float(values[0])
     while True:
         lower, info = torch.linalg.cholesky_ex(damped_by(matrix, floor, torch.float64))
         if int(info) == 0:
-            return lower, floor
+            break
+        # Rounding of M makes it indefinite.
         if floor >= highest:
             raise ValueError(
                 f"The curvature is not positive semi-definite: an eigenvalue lies below {-floor:.4g}."
             )
         floor = min(10 * floor, highest)
+    log_determinant = 2 * lower.diagonal().log().sum()
+    return float(((log_determinant - (values.double() + floor).log().sum()) / others).exp())
