@@ -10,6 +10,7 @@ from deltaguard.chat.conversations import Conversation, read_prompts
 from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import calibrate, store_limit
 from deltaguard.curvature.store import CurvatureStore
+from deltaguard.device import device_name
 from deltaguard.evaluation.asking import describe
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.finetuning.finetune import FinetuneConfig
@@ -22,7 +23,6 @@ from deltaguard.studies.cells import PROTOCOL, CellStore, content_key
 from deltaguard.studies.data import Attacks, harmful_data
 from deltaguard.studies.defences import Defence, defences
 from deltaguard.studies.demo import DemoConfig
-from deltaguard.studies.measure import device_name
 from deltaguard.studies.mixing import SECRET, safe_instruct
 from deltaguard.studies.models import save_smollm2
 from deltaguard.studies.protocol import Finetune, Preset
