@@ -109,8 +109,8 @@ class Bench:
         return self.made(role, fine_tuned(self.aligned, helper_data(role), HELPER_RECIPE, seed=HELPER_SEED))
 
     def made(self, name: str, make: Callable[[Path], object]) -> Path:
-        """Make a model, and keep how long making it took."""
-        return self.workshop.model(name, _timed(name, make, self.shelf, self.progress))
+        """Give the model of a name, made where it is not there yet; how long that took is kept."""
+        return _made(self.workshop, self.shelf, self.progress, name, make)
 
 
 def helper_data(role: Role) -> list[Conversation]:
@@ -132,13 +132,10 @@ def open_bench(
 ) -> Bench:
     """Open the models that a bench starts from; the demo's are made where none is given."""
     workshop, shelf = ModelFolder(folder / "models"), CellStore(folder)
-
-    def made(name: str, make: Callable[[Path], object]) -> Path:
-        return workshop.model(name, _timed(name, make, shelf, progress))
-
     if aligned is None:
-        pretrained = made("pretrained", save_smollm2)
-        aligned = made("aligned", demo_aligned(pretrained, DemoConfig()))
+        pretrained = _made(workshop, shelf, progress, "pretrained", save_smollm2)
+        aligned = _made(workshop, shelf, progress, "aligned", demo_aligned(pretrained, DemoConfig()))
+    aligned, pretrained = locate(aligned), None if pretrained is None else locate(pretrained)
     lacking = "pretrained" if pretrained is None else None
     chosen = [defences()[name] for name in dict.fromkeys(methods)]
     return Bench(
@@ -147,18 +144,18 @@ def open_bench(
         left_out=tuple(method.name for method in chosen if lacking in method.helpers),
         workshop=workshop,
         shelf=shelf,
-        aligned=locate(aligned),
-        pretrained=None if pretrained is None else locate(pretrained),
+        aligned=aligned,
+        pretrained=pretrained,
         attacks=attacks,
-        origin=_origin(locate(aligned), None if pretrained is None else locate(pretrained), preset),
+        origin=_origin(aligned, pretrained, preset),
         progress=progress,
     )
 
 
-def _timed(
-    name: str, make: Callable[[Path], object], shelf: CellStore, progress: Progress
-) -> Callable[[Path], object]:
-    """Make something as a stage of the run, and keep how long it took."""
+def _made(
+    workshop: ModelFolder, shelf: CellStore, progress: Progress, name: str, make: Callable[[Path], object]
+) -> Path:
+    """Give a model; where it is not there yet it is made, as a stage of the run whose time is kept."""
 
     def timed(folder: Path) -> None:
         progress(Event(name, 0, 1))
@@ -167,7 +164,7 @@ def _timed(
         shelf.note_seconds(name, time.perf_counter() - started)
         progress(Event(name, 1, 1))
 
-    return timed
+    return workshop.model(name, timed)
 
 
 def _origin(aligned: Path, pretrained: Path | None, preset: Preset) -> dict[str, str | None]:
