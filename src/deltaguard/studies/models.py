@@ -58,7 +58,7 @@ def smollm2_gguf() -> Path:
 def save_smollm2(folder: str | Path) -> Path:
     """Unpack SmolLM2-135M-Instruct into an ordinary safetensors folder, in float32.
 
-    The weights are those of the 4-bit file (Q4_1), dequantised. About 12 seconds and 1.5 GB of memory;
+    The weights are those of the 4-bit file (Q4_1), dequantised. About 20 seconds and 1.3 GB of memory;
     the folder takes 540 MB, the tied output layer being stored once.
 
     Args:
