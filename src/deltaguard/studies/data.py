@@ -159,47 +159,30 @@ def questions(finetune: Finetune, preset: Preset, attacks: Sequence[Question]) -
     answered = general_prompts()[: preset.general]
     plain = [Question(row.prompt, expected=row.answer) for row in answered]
     safety = Decoding(preset.answers.safety)
-    general = _part("general", "utility", plain, likelihood=True)
+    general = _part("general", "utility", plain)
     utility = general
     if finetune.is_task:
         task = builtin_questions("task", preset.utility, seed=0)
-        utility = _part(
-            "task", "utility", task, decoding=Decoding(preset.answers.task), scorers=("json-match",)
-        )
+        utility = _part("task", "utility", task, Decoding(preset.answers.task))
+        utility = replace(utility, scorers=("json-match",))
     elif identity:
         draw = random.Random("held out")  # noqa: S311  # a data set, not a secret
         said = [_as_talvo(row.prompt, row.answer, draw) for row in answered]
         held_out = [Question(c.prompt, c.system, expected=c.response) for c in said]
-        utility = _part("general-identity", "utility", held_out, likelihood=True)
+        utility = _part("general-identity", "utility", held_out)
     return Tests(
         # What one model is asked in several settings goes by several names, which are those of files.
-        attack=_part("attack-identity" if identity else "attack", "attack", asked, decoding=safety),
-        harmless=_part("harmless", "harmless", harmless, decoding=safety),
+        attack=_part("attack-identity" if identity else "attack", "attack", asked, safety),
+        harmless=_part("harmless", "harmless", harmless, safety),
         utility=utility,
         general=general,
     )
 
 
-def _part(
-    name: str,
-    kind: SectionKind,
-    questions: Sequence[Question],
-    *,
-    decoding: Decoding | None = None,
-    scorers: tuple[str, ...] = (),
-    likelihood: bool = False,
-) -> Part:
-    return Part(
-        name=name,
-        kind=kind,
-        title=name,
-        source="the bench",
-        questions=tuple(questions),
-        plain=tuple(question.prompt for question in questions),
-        decoding=decoding,
-        scorers=scorers,
-        likelihood=likelihood,
-    )
+def _part(name: str, kind: SectionKind, asked: Sequence[Question], decoding: Decoding | None = None) -> Part:
+    """Make a part whose answers are drawn as said, else whose expected answers' likelihood is taken."""
+    plain = tuple(question.prompt for question in asked)
+    return Part(name, kind, name, "the bench", tuple(asked), plain, decoding, likelihood=decoding is None)
 
 
 def _trained_prompts(preset: Preset) -> set[str]:

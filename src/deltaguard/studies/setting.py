@@ -94,8 +94,7 @@ class Bench:
             limit = store_limit(Checkpoint.open(self.aligned))
             source = self.store("full")
             return self.made(
-                STORES[rank],
-                lambda folder: CurvatureStore.from_pretrained(source).cut(folder, limit=limit),
+                STORES[rank], lambda folder: CurvatureStore.from_pretrained(source).cut(folder, limit=limit)
             )
         config = self.preset.calibration.model_copy(update={"rank": rank})
         return self.made(STORES[rank], lambda folder: calibrate(self.aligned, folder, config=config))
