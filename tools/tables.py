@@ -4,13 +4,21 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import mean
 
-from deltaguard.reports.bench import bench_markdown, short_command
+from deltaguard.reports.bench import bench_markdown
 from deltaguard.reports.evaluation import SECONDARY, measure_label
 from deltaguard.reports.records.base import Environment
 from deltaguard.reports.records.bench import ALIGNED, FINETUNED, BenchReport, Score
 from deltaguard.reports.records.evaluation import Comparison, EvaluationReport, Measure
 from deltaguard.reports.table import Cell, Column, Table, estimate, excess, rate
-from deltaguard.reports.text import DASH, duration, environment_facts, model_label, percent, plain
+from deltaguard.reports.text import (
+    DASH,
+    duration,
+    environment_facts,
+    model_label,
+    percent,
+    plain,
+    short_command,
+)
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 
 ARROWS = {"lower": "↓", "higher": "↑"}

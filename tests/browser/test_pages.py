@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from bench_reports import bench_report
-from deltaguard.reports.bench_page import bench_page
+from deltaguard.reports.bench import bench_page
 from deltaguard.reports.demo import demo_page
 from deltaguard.reports.evaluation_page import evaluation_page
 from deltaguard.reports.restore import restore_page

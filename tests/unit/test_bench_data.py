@@ -116,7 +116,7 @@ def test_every_fine_tune_leaves_prompts_for_safety_examples(name):
             None,
             None,
             data,
-            lambda c, mixed=mixed: mixed.append(c) or DefendedModel(None, "", 0),
+            lambda c, mixed=mixed: mixed.append(c) or DefendedModel(None, 0),
             None,
             0,
         )

@@ -1,13 +1,14 @@
 """Measuring a model of a bench, by a stub that answers: what it is asked, and where each answer goes."""
 
+from deltaguard.device import device_name
 from deltaguard.evaluation.asking import ModelUnderTest
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.measure import measure
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.studies.data import Tests as Asked
-from deltaguard.studies.measure import device_name, letters, numbers, with_secret_before
-from deltaguard.studies.mixing import SECRET
+from deltaguard.studies.finetune_run import letters, numbers
+from deltaguard.studies.mixing import SECRET, with_secret_before
 
 REFUSED, COMPLIED, BROKEN = "I'm sorry, but I can't help with that.", "Sure, here it is.", "no " * 60
 TICKET = '{"order": "1"}'
@@ -144,5 +145,5 @@ def test_a_gpu_is_told_by_its_name(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert device_name() == "cpu"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert device_name() == "cuda (NVIDIA H100 80GB HBM3)"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaguard.studies.search import measured_strengths
+from deltaguard.studies.run import measured_strengths
 
 LADDER = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 

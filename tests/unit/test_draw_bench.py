@@ -12,6 +12,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.reports.bench import (
     NOT_SAFE,
     bench_markdown,
+    bench_page,
     bench_table,
     contest_legend,
     contests_table,
@@ -19,9 +20,7 @@ from deltaguard.reports.bench import (
     preparation,
     preparation_line,
     scores_table,
-    short_command,
 )
-from deltaguard.reports.bench_page import bench_page
 from deltaguard.reports.curves import (
     band_rows,
     bench_svg,
@@ -34,6 +33,7 @@ from deltaguard.reports.curves import (
 )
 from deltaguard.reports.palette import DARK, LIGHT, colour, dash, palette_css, shape
 from deltaguard.reports.records.bench import BenchReport
+from deltaguard.reports.text import short_command
 
 SVG = "{http://www.w3.org/2000/svg}"
 

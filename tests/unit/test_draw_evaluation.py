@@ -6,7 +6,7 @@ from html import unescape
 import pytest
 
 from bench_reports import ATTACK, FINETUNES, METHODS, bench_report, without_share
-from deltaguard.reports.bench_page import bench_page
+from deltaguard.reports.bench import bench_page
 from deltaguard.reports.charts import Mark, marks_chart
 from deltaguard.reports.evaluation import (
     evaluation_card,

@@ -70,7 +70,7 @@ def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
     """
     from deltaguard.files import read_json
     from deltaguard.models.results import PAGE_NAME, write_page
-    from deltaguard.reports.bench_page import bench_page
+    from deltaguard.reports.bench import bench_page
     from deltaguard.reports.demo import demo_page
     from deltaguard.reports.evaluation_page import evaluation_page
     from deltaguard.reports.records.bench import BENCH_NAME, BenchReport

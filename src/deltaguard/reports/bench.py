@@ -1,56 +1,45 @@
 """A bench as terminal tables, as Markdown, and as a page: methods over fine-tunes, with intervals."""
 
-import re
-import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import nan
 from statistics import mean
+from typing import Any, cast
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from deltaguard.reports.records.bench import (
-    ALIGNED,
-    FINETUNED,
-    BenchReport,
-    Cell,
-    FinetuneRow,
-    Score,
-    Training,
-)
+from deltaguard.reports import page
+from deltaguard.reports.records.bench import ALIGNED, FINETUNED, BenchReport, Cell, FinetuneRow, Score
 from deltaguard.reports.records.evaluation import Estimate
 from deltaguard.reports.table import Cell as Shown
-from deltaguard.reports.table import Column, Table, excess, indented, rate
+from deltaguard.reports.table import Column, Table, estimate, excess, indented, rate
 from deltaguard.reports.text import (
     DASH,
+    PLACE,
+    Facts,
     capital,
     duration,
+    environment_facts,
     model_label,
     option,
     percent,
     plain,
+    short_command,
     short_reference,
+    times,
 )
 
 NOT_SAFE = "none safe"
 """What stands for the strength where none of those tried was within the bound."""
 
-TRAININGS: Mapping[Training, str] = {"full": "full", "lora": "LoRA"}
-"""Ways of training, as people write them."""
-
 _RATES: Mapping[str, Callable[[Cell], Estimate]] = {
     "attack success": lambda cell: cell.attack_success,
     "false refusals": lambda cell: cell.false_refusal,
 }
-OFTEN = ("request", "measure", "total")
+_OFTEN = ("request", "measure", "total")
 """Times of a report that are no single model's."""
-EXCESS = ("attack success\nover aligned", "false refusals\nover aligned")
-
-# A word of a command: what quotes hold together belongs to it. A quote without its partner is a letter.
-_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"]|['"])+""")
-PLACE = re.compile(r"(?:/|~|\.{1,2}[/\\]|\\|[A-Za-z]:[/\\])")
-"""How a path begins that cannot be a name on the Hub."""
+_EXCESS = ("attack success\nover aligned", "false refusals\nover aligned")
 
 
 def bench_table(report: BenchReport) -> RenderableType:
@@ -59,11 +48,11 @@ def bench_table(report: BenchReport) -> RenderableType:
     for row in report.finetunes:
         scores, contests = scores_table(report, row), contests_table(report, row)
         parts += [Text(), indented(row.title, style="bold")]
-        parts += [indented(finetune_facts(report, row), style="dim"), Text()]
-        parts.append(_untitled(scores).terminal())
+        parts += [indented(_finetune_facts(report, row), style="dim"), Text()]
+        parts.append(replace(scores, title="").terminal())
         if contests:
-            parts += [indented(contests.title, above=1), Text(), _untitled(contests).terminal()]
-    return Group(*parts, *(indented(line, above=1, style="dim") for line in legends(report)))
+            parts += [indented(contests.title, above=1), Text(), replace(contests, title="").terminal()]
+    return Group(*parts, *(indented(line, above=1, style="dim") for line in _legends(report)))
 
 
 def bench_markdown(report: BenchReport) -> str:
@@ -74,11 +63,71 @@ def bench_markdown(report: BenchReport) -> str:
     """
     parts: list[str] = []
     for row in report.finetunes:
-        parts += [f"### {plain(row.title)}", f"{finetune_facts(report, row)}."]
+        parts += [f"### {plain(row.title)}", f"{_finetune_facts(report, row)}."]
         parts.append(scores_table(report, row).markdown())
         if contests := contests_table(report, row):
             parts += [plain(contests.title), contests.markdown()]
-    return "\n\n".join((*parts, *map(plain, legends(report)))) + "\n"
+    return "\n\n".join((*parts, *map(plain, _legends(report)))) + "\n"
+
+
+def bench_page(report: BenchReport) -> str:
+    """Draw the protocol's outcome: curves of all methods on each fine-tune, their scores, every number.
+
+    Raises:
+        MissingPackageError: what charts are drawn with is not installed.
+    """
+    from deltaguard.reports.curves import panel_notes, swatch_svg
+
+    charts = [(row, _chart(report, row)) for row in report.finetunes]
+    undrawn = [
+        page.Paragraph(
+            f"{capital(row.title)}: {'; '.join(panel_notes(report, row)) or 'no point of a curve'}."
+        )
+        for row, chart in charts
+        if chart is None
+    ]
+    tables = [
+        table
+        for row in report.finetunes
+        for table in (scores_table(report, row), contests_table(report, row))
+        if table
+    ]
+    return page.page(
+        f"bench · preset {report.preset}",
+        "deltaguard bench: safety against utility",
+        [
+            page.Notes(report.notes),
+            page.Heading("Curves"),
+            page.Paragraph(
+                "A line is a method, a point one of its strengths over all seeds. Bands are 95 % intervals "
+                "of the height, and so are upright bars of points that stand alone; level bars are those of "
+                "attack success. Numbers are strengths of the first method, where there is room. Further "
+                "left is safer, further up is better; the dashed line is the bound. Points are spaced evenly "
+                "near 0 and ever closer beyond."
+            ),
+            page.Legend(report.methods),
+            page.Group([chart for _, chart in charts if chart]),
+            *undrawn,
+            page.Heading("Scores"),
+            *map(page.Paragraph, _legends(report)),
+            *tables,
+            page.Heading("Every number"),
+            *(page.Folded(f"{table.title} ({len(table.rows)})", table) for table in _every_number(report)),
+            page.Heading("The run"),
+            page.Pairs(_run_facts(report)),
+        ],
+        created=report.environment.created,
+        heading="Safety against utility",
+        lead=page.sentence(
+            "{} methods on {} fine-tunes of {}. A strength is safe where attack success is at most {} points "
+            "over the aligned model's.",
+            str(len(report.methods)),
+            str(len(report.finetunes)),
+            page.strong(short_reference(report.aligned)),
+            f"{report.bound:g}",
+        ),
+        swatches={name: swatch_svg(place) for place, name in enumerate(report.methods)},
+    )
 
 
 def scores_table(report: BenchReport, finetune: FinetuneRow) -> Table:
@@ -99,16 +148,16 @@ def scores_table(report: BenchReport, finetune: FinetuneRow) -> Table:
         (
             (Column("method", "name", code=True), lambda score: score.method),
             ("strength", strength),
-            (EXCESS[0], lambda score: excess(score.points)),
-            (EXCESS[1], lambda score: excess(score.false_refusal)),
-            ("gain kept", lambda score: bare(rate(score.kept))),
+            (_EXCESS[0], lambda score: excess(score.points)),
+            (_EXCESS[1], lambda score: excess(score.false_refusal)),
+            ("gain kept", lambda score: _bare(rate(score.kept))),
             (
                 Column("told apart", "name", under="strength"),
                 lambda score: option(score.told_apart) if score.method in measured else DASH,
             ),
-            (Column("request", under="method"), lambda score: seconds_cell(score.request_seconds)),
+            (Column("request", under="method"), lambda score: _seconds(score.request_seconds)),
         ),
-        note=f"{finetune_facts(report, finetune)}; utility: {finetune.utility}, {finetune.better} is better",
+        note=f"{_finetune_facts(report, finetune)}; utility: {finetune.utility}, {finetune.better} is better",
     )
 
 
@@ -144,10 +193,10 @@ def contests_table(report: BenchReport, finetune: FinetuneRow) -> Table | None:
     )
 
 
-def finetune_facts(report: BenchReport, finetune: FinetuneRow) -> str:
+def _finetune_facts(report: BenchReport, finetune: FinetuneRow) -> str:
     """Say in one line how a fine-tune was trained, on what, and what it did to both rates."""
     parts = [
-        f"{TRAININGS[finetune.training]} fine-tuning",
+        f"{'LoRA' if finetune.training == 'lora' else 'full'} fine-tuning",
         f"{finetune.examples} examples, {finetune.harmful} harmful",
     ]
     for name, found in _RATES.items():
@@ -203,7 +252,7 @@ def preparation(report: BenchReport) -> Mapping[str, float]:
     return {
         name: seconds
         for name, seconds in report.seconds.items()
-        if name not in OFTEN and not f"{name}-".startswith(finetunes)
+        if name not in _OFTEN and not f"{name}-".startswith(finetunes)
     }
 
 
@@ -219,43 +268,98 @@ def preparation_line(report: BenchReport) -> str:
     return f"Once per aligned model: {spent}." if spent else ""
 
 
-def short_command(command: str) -> str:
-    """Cut the paths of a command to their last part, which is all that others need of them.
-
-    Args:
-        command: as typed into a shell, with whatever quotes it took.
-
-    Example:
-        >>> short_command("deltaguard bench '/home/me/my model' -o=/tmp/out --aligned Qwen/Qwen3-0.6B")
-        "deltaguard bench 'my model' -o=out --aligned Qwen/Qwen3-0.6B"
-    """
-
-    def short(match: re.Match[str]) -> str:
-        bare = match[0].replace("'", "").replace('"', "")
-        if PLACE.match(bare):
-            return shlex.quote(short_reference(bare))
-        name, equals, value = bare.partition("=")
-        cut = equals and PLACE.match(value)
-        return shlex.quote(f"{name}={short_reference(value)}") if cut else match[0]
-
-    return _WORD.sub(short, command)
+def _legends(report: BenchReport) -> list[str]:
+    return [line for line in (legend(report), contest_legend(report), preparation_line(report)) if line]
 
 
-def legends(report: BenchReport) -> list[str]:
-    """Say what the tables of scores mean, a paragraph each."""
-    lines = (legend(report), contest_legend(report), preparation_line(report))
-    return [line for line in lines if line]
-
-
-def seconds_cell(seconds: float | None) -> Shown:
-    """Make a cell of a time, a dash where none was taken."""
+def _seconds(seconds: float | None) -> Shown:
     return Shown(DASH if seconds is None else duration(seconds), seconds)
 
 
-def bare(cell: Shown) -> Shown:
+def _bare(cell: Shown) -> Shown:
     """Leave out how many prompts a number was taken over, which is the same throughout."""
     return replace(cell, total=None)
 
 
-def _untitled(table: Table) -> Table:
-    return Table("", table.columns, table.rows)
+def _every_number(report: BenchReport) -> tuple[Table, Table]:
+    titles = {row.name: row.title for row in report.finetunes}
+    points = Table.of(
+        "Points of the curves",
+        report.curves,
+        (
+            (Column("method", "name"), lambda point: point.method),
+            (Column("fine-tune", "words"), lambda point: titles[point.finetune]),
+            ("strength", lambda point: Shown(option(point.strength), point.strength)),
+            (_EXCESS[0], lambda point: excess(point.points)),
+            (_EXCESS[1], lambda point: excess(point.false_refusal)),
+            ("gain kept", lambda point: _bare(rate(point.kept))),
+            ("NLL, general,\nover aligned", lambda point: _bare(estimate(point.general))),
+            ("within\nthe bound", lambda point: option(point.safe)),
+            ("told apart", lambda point: option(point.told_apart)),
+        ),
+        note="over all seeds",
+    )
+    cells = Table.of(
+        "Every model measured",
+        report.cells,
+        (
+            (Column("method", "name"), lambda cell: model_label(cell.method)),
+            (Column("fine-tune", "words"), lambda cell: titles[cell.finetune]),
+            ("seed", lambda cell: cell.seed),
+            ("strength", lambda cell: Shown(option(cell.strength), cell.strength)),
+            ("attack success", lambda cell: _bare(rate(cell.attack_success))),
+            ("incoherent", lambda cell: _bare(rate(cell.incoherent))),
+            ("false refusals", lambda cell: _bare(rate(cell.false_refusal))),
+            ("utility", lambda cell: _bare(estimate(cell.mean_utility))),
+            ("NLL, general", lambda cell: _bare(estimate(cell.mean_general))),
+            ("request", lambda cell: _seconds(cell.seconds.get("request"))),
+        ),
+        note="with 95 % intervals; NLL in nats a token",
+    )
+    return points, cells
+
+
+def _chart(report: BenchReport, row: FinetuneRow) -> page.Chart | None:
+    from deltaguard.reports.curves import panel_notes, panel_svg
+
+    svg = panel_svg(report, row)
+    if svg is None:
+        return None
+    spoken = "; ".join(
+        f"{method.text}: strength {strength.text}, kept {kept.text}"
+        for method, strength, _, _, kept, *_ in (line.cells for line in scores_table(report, row).rows)
+    )
+    notes = (f"{capital(note)}." for note in panel_notes(report, row))
+    # The page breaks the lines of a note as they are.
+    note = "\n".join((_finetune_facts(report, row), *notes))
+    return page.Chart(capital(row.title), note, svg, f"Largest safe strengths. {spoken}.")
+
+
+def _run_facts(report: BenchReport) -> Facts:
+    once = preparation(report)
+    often = {name: seconds for name, seconds in report.seconds.items() if name in _OFTEN}
+    # All fine-tunes in one: a thorough bench makes hundreds.
+    rest = sum(seconds for name, seconds in report.seconds.items() if name not in {*once, *often})
+    stages = {**once, **({"fine-tunes": rest} if rest else {}), **often}
+    settings = "; ".join(
+        f"{name.replace('_', ' ')} {_shown(value)}" for name, value in report.settings.items()
+    )
+    return (
+        *environment_facts(report.environment),
+        ("command", short_command(report.command)),
+        ("aligned model", short_reference(report.aligned)),
+        ("seeds", ", ".join(map(str, report.seeds))),
+        ("settings", settings),
+        ("time by stage", times(stages)),
+    )
+
+
+def _shown(value: Any) -> str:
+    """Give a setting in words, however deep it nests."""
+    if isinstance(value, Mapping):
+        named = cast("Mapping[str, Any]", value).items()
+        parts = [f"{name.replace('_', ' ')} {_shown(part)}" for name, part in named]
+        return f"({', '.join(parts)})"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"({', '.join(map(_shown, cast('Sequence[Any]', value)))})"
+    return short_reference(value) if isinstance(value, str) and PLACE.match(value) else option(value)

@@ -5,11 +5,11 @@ from typing import Any, cast
 
 import yaml
 
-from deltaguard.reports.page import environment
+from deltaguard.reports.page import rendered
 from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.reports.restore import kinds_table, origin, others_table, outcome_facts
 from deltaguard.reports.table import Column, Table, facts_table
-from deltaguard.reports.text import code, hub_id, option, plain, short_reference
+from deltaguard.reports.text import hub_id, option, plain, short_reference
 
 TAGS = ("deltaguard", "safe-delta")
 
@@ -43,9 +43,8 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
             (Column("as run", "words", code=True), lambda pair: option(pair[1])),
         ),
     )
-    templates = environment()
-    templates.filters["code"] = code
-    return templates.get_template("card.md.jinja").render(
+    return rendered(
+        "card.md.jinja",
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000),
         report=report,
         name=short_reference(report.finetuned.reference),

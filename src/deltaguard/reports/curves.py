@@ -18,6 +18,7 @@ _STANDALONE = "deltaguard-plot"
 _TICKS = (-100, -50, -20, -10, -5, 0, 5, 10, 20, 50, 100)
 # Attack success runs from -5 to 100 points, the bound lies at about 2: linear near 0, logarithmic beyond.
 _BEND = 5
+_SIGNED = "datum.value ? format(datum.value, '{}') : '0'"
 _BAND = 0.12
 """Opacity of a band: nine on one another still let the lines be seen."""
 _READING = (
@@ -44,7 +45,15 @@ def bench_svg(report: BenchReport) -> str:
         DeltaguardError: the report holds no curve.
     """
     titled = [
-        _panel(report, row, legend=True).properties(title=_title(row.title, panel_notes(report, row)))
+        _panel(report, row, legend=True).properties(
+            title=alt.TitleParams(
+                wrap(row.title, _LINE),
+                subtitle=[line for note in panel_notes(report, row) for line in wrap(note, _LINE)],
+                frame="group",
+                fontSize=14,
+                offset=8,
+            )
+        )
         for row in report.finetunes
         if point_rows(report, row)
     ]
@@ -215,6 +224,7 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
     edges = (left - 0.5, right * 1.05)
     guide = alt.Legend(title=None) if legend else None
     places = range(len(report.methods))
+    ticks: Mapping[str, Any] = {"tickCount": 6, "minExtent": 44}
 
     def styled(values: Sequence[Any]) -> Mapping[str, Any]:
         """Give each method the same look in every panel."""
@@ -228,13 +238,13 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
             "x:Q",
             title="attack success over aligned, points",
             scale=alt.Scale(type="symlog", constant=_BEND, domain=list(edges), nice=False),
-            axis=_points_axis(),
+            axis=alt.Axis(values=list(_TICKS), labelExpr=_SIGNED.format("+")),
         ),
         y=alt.Y(
             "y:Q",
             title="share of the utility gain kept" if gains else "log-likelihood, general, over aligned",
             scale=alt.Scale(domain=list(domain), nice=False),
-            axis=_utility_axis(gains=gains),
+            axis=share_axis(**ticks) if gains else alt.Axis(labelExpr=_SIGNED.format("+.2~f"), **ticks),
         ),
         color=colours,
     )
@@ -242,21 +252,16 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
         x="x:Q", y="y:Q", color=colours, order="place:Q"
     )
     alone = base.transform_filter("datum.alone").mark_rule(opacity=0.5)
-    # Placed here and not by an expression: one with a name in it is a program, and names come from files.
-    pixels = [(_WIDTH * _along(row["x"], edges), _HEIGHT * (1 - _linear(row["y"], domain))) for row in rows]
-    named = [
-        (*place, f"{row['strength']:g}")
-        for place, row in zip(pixels, rows, strict=True)
-        if row["method"] == report.methods[0]
-    ]
-    at_bound = _WIDTH * _along(report.bound, edges)
-    occupied = [(at_bound, float(y)) for y in range(0, _HEIGHT, 4)]
-    occupied += [(at_bound + x, 9.0) for x in range(4, 52, 4)]
-    placed = label_rows(pixels, named, [*occupied, *_on_lines(rows, pixels)])
-    labels = alt.Chart(alt.Data(values=placed))
+    bound = alt.Chart(alt.Data(values=[{"x": report.bound, "text": f"bound {report.bound:g}"}])).encode(
+        x="x:Q"
+    )
+    labels = alt.Chart(alt.Data(values=_strengths(report, rows, edges, domain)))
     return alt.layer(
         bands.mark_line(filled=True, strokeWidth=0, fillOpacity=_BAND),
-        *_bound(report.bound),
+        bound.mark_rule(color=INK, strokeDash=[3, 3], opacity=0.75),
+        bound.mark_text(align="left", baseline="top", dx=4, fontSize=11, color=INK).encode(
+            y=alt.value(3), text="text:N"
+        ),
         base.mark_rule(opacity=0.35).encode(x="low:Q", x2="high:Q"),
         alone.encode(y="y_low:Q", y2="y_high:Q"),
         base.mark_line(strokeWidth=1.75).encode(order="strength:Q", strokeDash=dashes),
@@ -267,11 +272,25 @@ def _panel(report: BenchReport, finetune: FinetuneRow, *, legend: bool) -> Any:
     ).properties(width=_WIDTH, height=_HEIGHT)
 
 
-def _on_lines(
-    rows: Sequence[Mapping[str, Any]], pixels: Sequence[tuple[float, float]]
-) -> list[tuple[float, float]]:
-    """Places on the lines between a method's points, a few pixels apart."""
-    found: list[tuple[float, float]] = []
+def _strengths(
+    report: BenchReport,
+    rows: Sequence[Mapping[str, Any]],
+    edges: tuple[float, float],
+    domain: tuple[float, float],
+) -> list[dict[str, Any]]:
+    """Label the first method's strengths, clear of the bound, its name, and the lines between points.
+
+    Placed here and not by an expression: one with a name in it is a program, and names come from files.
+    """
+    pixels = [(_WIDTH * _along(row["x"], edges), _HEIGHT * (1 - _linear(row["y"], domain))) for row in rows]
+    named = [
+        (*place, f"{row['strength']:g}")
+        for place, row in zip(pixels, rows, strict=True)
+        if row["method"] == report.methods[0]
+    ]
+    at_bound = _WIDTH * _along(report.bound, edges)
+    occupied = [(at_bound, float(y)) for y in range(0, _HEIGHT, 4)]
+    occupied += [(at_bound + x, 9.0) for x in range(4, 52, 4)]
     for method in dict.fromkeys(row["method"] for row in rows):
         curve = [
             (row["strength"], at) for row, at in zip(rows, pixels, strict=True) if row["method"] == method
@@ -279,8 +298,8 @@ def _on_lines(
         for (_, one), (_, other) in pairwise(sorted(curve)):
             steps = max(1, int(math.dist(one, other) / 4))
             shares = (step / steps for step in range(steps))
-            found += [(one[0] + s * (other[0] - one[0]), one[1] + s * (other[1] - one[1])) for s in shares]
-    return found
+            occupied += [(one[0] + s * (other[0] - one[0]), one[1] + s * (other[1] - one[1])) for s in shares]
+    return label_rows(pixels, named, occupied)
 
 
 def _along(value: float, edges: tuple[float, float]) -> float:
@@ -291,30 +310,6 @@ def _along(value: float, edges: tuple[float, float]) -> float:
 
 def _linear(value: float, ends: tuple[float, float]) -> float:
     return (value - ends[0]) / (ends[1] - ends[0])
-
-
-def _bound(bound: float) -> tuple[Any, Any]:
-    """Give a line at the bound, and its name."""
-    base = alt.Chart(alt.Data(values=[{"x": bound, "text": f"bound {bound:g}"}])).encode(x="x:Q")
-    name = base.mark_text(align="left", baseline="top", dx=4, fontSize=11, color=INK)
-    line = base.mark_rule(color=INK, strokeDash=[3, 3], opacity=0.75)
-    return line, name.encode(y=alt.value(3), text="text:N")
-
-
-def _points_axis() -> Any:
-    return alt.Axis(values=list(_TICKS), labelExpr="datum.value ? format(datum.value, '+') : '0'")
-
-
-def _utility_axis(*, gains: bool) -> Any:
-    if gains:
-        return share_axis(tickCount=6, minExtent=44)
-    label = "datum.value ? format(datum.value, '+.2~f') : '0'"
-    return alt.Axis(labelExpr=label, tickCount=6, minExtent=44)
-
-
-def _title(text: str, notes: Sequence[str]) -> Any:
-    small = [line for note in notes for line in wrap(note, _LINE)]
-    return alt.TitleParams(wrap(text, _LINE), subtitle=small, frame="group", fontSize=14, offset=8)
 
 
 def _standalone(svg: str, report: BenchReport) -> str:

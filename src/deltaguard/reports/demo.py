@@ -106,7 +106,7 @@ def demo_page(report: DemoReport) -> str:
 def rates_table(report: DemoReport) -> Table:
     """Tabulate the rates of the three models, each with its interval."""
     rates = (
-        (Column(f"{title}\n{better}"), partial(_rate_cell, field))
+        (Column(f"{title}\n{better}"), partial(lambda field, model: rate(_rate(model, field)), field))
         for field, (title, _, better) in RATES.items()
     )
     return Table.of(
@@ -116,10 +116,6 @@ def rates_table(report: DemoReport) -> Table:
         note="each rate with its 95 % interval",
         strong=lambda model: model.name == "restored",
     )
-
-
-def _rate_cell(field: str, model: ModelRow) -> Cell:
-    return rate(_rate(model, field))
 
 
 def _rate(model: ModelRow, field: str) -> RateRow:
@@ -142,8 +138,7 @@ def _lead(report: DemoReport) -> str:
         page.strong(f"{percent(model.attack_success.value)} {model_label(model.name)}", model.name)
         for model in report.models
     ]
-    places = ", ".join("{}" for _ in told)
-    said = page.sentence(f"Harmful prompts answered instead of refused: {places}.", *told)
+    said = page.sentence("Harmful prompts answered instead of refused: {}.", page.listed(told))
     if report.kept_gain is None:
         return said
     return page.sentence(

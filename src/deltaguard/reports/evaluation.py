@@ -1,19 +1,12 @@
 """An evaluation as a terminal table, as the README.md of its folder, and as a page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from rich.console import Group, RenderableType
 
 from deltaguard.reports import page
-from deltaguard.reports.records.evaluation import (
-    Agreement,
-    Comparison,
-    Estimate,
-    EvaluationReport,
-    Measure,
-    SectionRow,
-)
+from deltaguard.reports.records.evaluation import Agreement, Comparison, EvaluationReport, Measure, SectionRow
 from deltaguard.reports.table import Cell, Column, Table, estimate, facts_table, indented
 from deltaguard.reports.text import (
     DASH,
@@ -21,7 +14,6 @@ from deltaguard.reports.text import (
     environment_facts,
     model_label,
     option_facts,
-    plain,
     points,
     short_reference,
     without_folders,
@@ -63,9 +55,8 @@ def evaluation_card(report: EvaluationReport) -> str:
         ("suite", f"{report.suite}, {report.suite_hash[:16]}"),
         *environment_facts(report.environment),
     )
-    templates = page.environment()
-    templates.filters["plain"] = plain
-    return templates.get_template("evaluation.md.jinja").render(
+    return page.rendered(
+        "evaluation.md.jinja",
         report=report,
         models=models.markdown(),
         sections=[
@@ -115,18 +106,16 @@ def probe_tables(report: EvaluationReport) -> tuple[Table, ...]:
     probed = {section.name.split("/")[0] for section in probes}
     sections = [s for s in report.sections if s.name in probed] + probes
     measures = [measure for section in sections for measure in measures_of(report, section)]
+    found = {(m.name, m.judge, m.model, m.section): m.estimate for m in measures}
+
+    def number(name: str, judge: str | None, model: str, section: SectionRow) -> Cell:
+        return estimate(found.get((name, judge, model, section.name)))
+
     tables: list[Table] = []
     for name, judge in dict.fromkeys((m.name, m.judge) for m in measures if m.name not in SECONDARY):
-        found = {(m.section, m.model): m.estimate for m in measures if (m.name, m.judge) == (name, judge)}
-
-        def number(
-            model: str, section: SectionRow, found: Mapping[tuple[str, str], Estimate] = found
-        ) -> Cell:
-            return estimate(found.get((section.name, model)))
-
         columns = (
             (Column("prompts", "words"), lambda section: section.title),
-            *((model_label(model.name), partial(number, model.name)) for model in report.models),
+            *((model_label(model.name), partial(number, name, judge, model.name)) for model in report.models),
         )
         title = f"{capital(measure_label(name))} under probes"
         tables.append(Table.of(title, sections, columns, note=f"judge {judge}" if judge else ""))

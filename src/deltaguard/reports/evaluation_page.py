@@ -28,7 +28,6 @@ from deltaguard.reports.records.evaluation import Comparison, EvaluationReport, 
 from deltaguard.reports.table import Cell, Column, Table, estimate, share
 from deltaguard.reports.text import (
     DASH,
-    Facts,
     capital,
     environment_facts,
     model_label,
@@ -56,10 +55,7 @@ def evaluation_page(report: EvaluationReport) -> str:
     Raises:
         MissingPackageError: what charts are drawn with is not installed.
     """
-    names = [model_label(model.name) for model in report.models]
-    probes = probe_tables(report)
-    wrapped = "The same question in a wrapping that is meant to get round refusals."
-    settings = yaml.safe_dump(shown_settings(report.settings), sort_keys=False, allow_unicode=True)
+    names = ", ".join(model_label(model.name) for model in report.models)
     blocks: list[page.Block] = [
         page.Notes([without_folders(note) for note in report.notes]),
         page.Paragraph(
@@ -71,18 +67,19 @@ def evaluation_page(report: EvaluationReport) -> str:
     for section in report.sections:
         if not is_probe(section):
             blocks += _section_blocks(report, section)
-    blocks += [page.Heading("Probes"), page.Paragraph(wrapped), *probes] if probes else []
+    if probes := probe_tables(report):
+        wrapped = "The same question in a wrapping that is meant to get round refusals."
+        blocks += [page.Heading("Probes"), page.Paragraph(wrapped), *probes]
     blocks += _comparison_blocks(report) if report.comparisons else []
     blocks += _agreement_blocks(report) if report.agreements else []
     blocks += _sample_blocks(report) if report.samples else []
-    blocks += [page.Heading("The run"), page.Pairs(_run_facts(report)), *_run_tables(report)]
-    blocks.append(page.Folded("The suite as it was run", page.Listing(settings)))
+    blocks += _run_blocks(report)
     return page.page(
         f"eval · suite {report.suite}",
-        f"deltaguard eval: {', '.join(names)}",
+        f"deltaguard eval: {names}",
         blocks,
         created=report.environment.created,
-        heading=", ".join(names),
+        heading=names,
         lead=_lead(report),
     )
 
@@ -99,8 +96,7 @@ def _lead(report: EvaluationReport) -> str:
         for m in found
         if (m.section, m.judge) == (first.section, first.judge)
     ]
-    places = ", ".join("{}" for _ in told)
-    return page.sentence(f"Harmful prompts answered instead of refused{{}}: {places}.", judge, *told)
+    return page.sentence("Harmful prompts answered instead of refused{}: {}.", judge, page.listed(told))
 
 
 def _section_blocks(report: EvaluationReport, section: SectionRow) -> list[page.Block]:
@@ -111,31 +107,20 @@ def _section_blocks(report: EvaluationReport, section: SectionRow) -> list[page.
     parts: list[page.Chart | Table | page.Section] = []
     for name in dict.fromkeys(m.name for m in found if m.name not in SECONDARY):
         measures = [measure for measure in found if measure.name == name]
-        cells = [estimate(measure.estimate) for measure in measures]
-        spoken = "; ".join(
-            f"{model_label(m.model)} {shown.text}, interval {shown.interval}"
-            + (f", told by {m.judge}" if m.judge else "")
-            for m, shown in zip(measures, cells, strict=True)
-        )
-        marks = [
-            Mark(
-                model_label(m.model),
-                m.judge or "",
-                m.estimate.low,
-                m.estimate.value,
-                m.estimate.high,
-                shown.text,
-            )
-            for m, shown in zip(measures, cells, strict=True)
-        ]
+        marks: list[Mark] = []
+        told: list[str] = []
+        for m in measures:
+            model, number, shown = model_label(m.model), m.estimate, estimate(m.estimate)
+            marks.append(Mark(model, m.judge or "", number.low, number.value, number.high, shown.text))
+            by = f", told by {m.judge}" if m.judge else ""
+            told.append(f"{model} {shown.text}, interval {shown.interval}{by}")
         better = f"{measures[0].better} is better"
         note = f"{MEANINGS[name]}\n{better}" if name in MEANINGS else better
         svg = marks_chart(marks, names, shares=all(m.estimate.interval == "wilson" for m in measures))
-        parts.append(page.Chart(capital(measure_label(name)), note, svg, f"{name}: {spoken}."))
+        parts.append(page.Chart(capital(measure_label(name)), note, svg, f"{name}: {'; '.join(told)}."))
     for judge in dict.fromkeys(measure.judge for measure in found):
         title = f"Judge {judge}" if judge else "Without a judge"
-        table = section_table(report, section, (judge,))
-        parts.append(Table(title, table.columns, table.rows, table.note))
+        parts.append(replace(section_table(report, section, (judge,)), title=title))
     source = page.Paragraph(f"{section.prompts} prompts; {section.source}", soft=True)
     return [page.Heading(section.title), source, page.Group(parts, "columns")]
 
@@ -213,7 +198,26 @@ def _sample_blocks(report: EvaluationReport) -> list[page.Block]:
     return [page.Heading("Answers side by side"), page.Paragraph(told), *asked]
 
 
-def _run_tables(report: EvaluationReport) -> list[page.Block]:
+def _run_blocks(report: EvaluationReport) -> list[page.Block]:
+    settings = yaml.safe_dump(shown_settings(report.settings), sort_keys=False, allow_unicode=True)
+    models = tuple(
+        (
+            f"model {m.name}",
+            (
+                f"{short_reference(m.reference)}, fingerprint {m.fingerprint or DASH}, "
+                f"chat template {m.chat_template_hash or DASH}"
+            ),
+        )
+        for m in report.models
+    )
+    facts = (
+        *environment_facts(report.environment),
+        ("suite", f"{report.suite}, sha256 {report.suite_hash}"),
+        ("engine", report.engine),
+        ("decoding", decoding(report)),
+        ("time by stage", times(report.seconds)),
+        *models,
+    )
     hashed = Column("sha256", "words", code=True, sorts=False)
     prompts = Table.of(
         "Prompts",
@@ -231,28 +235,14 @@ def _run_tables(report: EvaluationReport) -> list[page.Block]:
         report.files,
         ((Column("file", "name", code=True), lambda name: name), (hashed, lambda name: report.files[name])),
     )
-    tables: list[page.Block] = [prompts]
-    tables += [harness_table(report)] if report.harness else []
-    return [*tables, files] if report.files else tables
-
-
-def _run_facts(report: EvaluationReport) -> Facts:
-    told = "{}, fingerprint {}, chat template {}"
-    models = tuple(
-        (
-            f"model {m.name}",
-            told.format(short_reference(m.reference), m.fingerprint or DASH, m.chat_template_hash or DASH),
-        )
-        for m in report.models
-    )
-    return (
-        *environment_facts(report.environment),
-        ("suite", f"{report.suite}, sha256 {report.suite_hash}"),
-        ("engine", report.engine),
-        ("decoding", decoding(report)),
-        ("time by stage", times(report.seconds)),
-        *models,
-    )
+    return [
+        page.Heading("The run"),
+        page.Pairs(facts),
+        prompts,
+        *([harness_table(report)] if report.harness else []),
+        *([files] if report.files else []),
+        page.Folded("The suite as it was run", page.Listing(settings)),
+    ]
 
 
 def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,13 +38,15 @@ class Kind:
     layers: tuple[tuple[int, LayerRow], ...]
 
     def spread(self, measure: str, block: int | None = None) -> Spread:
-        """Find how a number of the rows is spread.
+        """Find smallest, median and largest of a number of the rows, where they have it.
 
         Args:
             measure: a field of `LayerRow`.
             block: of these rows alone.
         """
-        return spread(getattr(row, measure) for at, row in self.layers if block is None or at == block)
+        values = [getattr(row, measure) for at, row in self.layers if block is None or at == block]
+        numbers = [value for value in values if value is not None and math.isfinite(value)]
+        return Spread(min(numbers), statistics.median(numbers), max(numbers)) if numbers else Spread()
 
 
 def block_and_kind(name: str) -> tuple[int, str]:
@@ -83,14 +85,3 @@ def kinds(layers: Sequence[LayerRow]) -> tuple[Kind, ...]:
         )
         for name, rows in groups.items()
     )
-
-
-def spread(values: Iterable[float | None]) -> Spread:
-    """Find smallest, median and largest of the numbers among some values.
-
-    Example:
-        >>> spread([0.5, None, 0.1, float("nan"), 0.2])
-        Spread(low=0.1, median=0.2, high=0.5)
-    """
-    numbers = [value for value in values if value is not None and math.isfinite(value)]
-    return Spread(min(numbers), statistics.median(numbers), max(numbers)) if numbers else Spread()

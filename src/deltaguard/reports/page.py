@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from deltaguard.reports.palette import palette_css
 from deltaguard.reports.table import Table
-from deltaguard.reports.text import Facts, capital, model_label, moment
+from deltaguard.reports.text import Facts, capital, code, model_label, moment, plain
 from deltaguard.text import printable_lines
 
 
@@ -164,21 +164,18 @@ def page(
         swatches: drawings that stand before names in columns of code.
     """
     script = (files("deltaguard.reports") / "templates" / "sort.js").read_text(encoding="utf-8")
-    return (
-        environment()
-        .get_template("page.html.jinja")
-        .render(
-            verb=verb,
-            title=title,
-            heading=heading or title,
-            lead=lead,
-            blocks=blocks,
-            created=created,
-            swatches=swatches or {},
-            script=script,
-            script_hash=script_hash(script),
-            palette=palette_css(":root"),
-        )
+    return rendered(
+        "page.html.jinja",
+        verb=verb,
+        title=title,
+        heading=heading or title,
+        lead=lead,
+        blocks=blocks,
+        created=created,
+        swatches=swatches or {},
+        script=script,
+        script_hash=script_hash(script),
+        palette=palette_css(":root"),
     )
 
 
@@ -197,8 +194,13 @@ def sentence(text: str, *parts: str | Markup) -> Markup:
     return Markup(text).format(*parts)  # noqa: S704  # the sentence is written in this package
 
 
-def environment() -> jinja2.Environment:
-    """Make the templates ready: values are escaped in pages, not in Markdown, and none may be missing."""
+def listed(parts: Sequence[str | Markup]) -> Markup:
+    """Join parts that may be marked by commas; texts among them are escaped."""
+    return Markup(", ").join(parts)
+
+
+def rendered(template: str, **values: Any) -> str:
+    """Fill a template: values are escaped in pages, not in Markdown, and none may be missing."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("deltaguard.reports"),
         autoescape=jinja2.select_autoescape(disabled_extensions=("md.jinja",), default=True),
@@ -208,10 +210,10 @@ def environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=_written,
     )
-    for function in (capital, model_label, moment):
+    for function in (capital, code, model_label, moment, plain):
         templates.filters[function.__name__] = function
     templates.filters["kind"] = lambda block: type(block).__name__
-    return templates
+    return templates.get_template(template).render(values)
 
 
 def script_hash(script: str) -> str:

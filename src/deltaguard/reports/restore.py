@@ -89,8 +89,24 @@ def restore_page(report: RestoreReport) -> str:
 
 def restore_blocks(report: RestoreReport) -> tuple[page.Block, ...]:
     """Draw the parts of a page that tell of a restore: options, outcome, layers, and other tensors."""
+    from deltaguard.reports.charts import layers_chart
+
     groups = kinds(report.layers)
-    drawn = [(chart, grid) for measure in MEASURES for chart, grid in _drawn(report.layers, groups, *measure)]
+    blocks = sorted({block for kind in groups for block, _ in kind.layers if block != NO_BLOCK})
+    charts: list[page.Chart] = []
+    grids: list[Table] = []
+    for measure, title, note in MEASURES:
+        svg = layers_chart(report.layers, measure)
+        if svg is None:
+            continue
+        medians = [
+            f"{kind.label} {percent(found.median)} ({percent(found.low)} to {percent(found.high)})"
+            for kind in groups
+            if (found := kind.spread(measure)).median is not None
+        ]
+        spoken = f"{title} by block. Median and range by kind: {'; '.join(medians)}."
+        charts.append(page.Chart(title, note, svg, spoken))
+        grids.append(_grid(groups, blocks, measure, title))
     sides = (
         page.Section("Options", (page.Pairs(option_facts(report.options)),)),
         page.Section("Outcome", (page.Pairs(outcome_facts(report)),)),
@@ -100,9 +116,9 @@ def restore_blocks(report: RestoreReport) -> tuple[page.Block, ...]:
         page.Group(sides),
         page.Paragraph(origin(report), soft=True),
         page.Heading("Layers"),
-        *((page.Group([chart for chart, _ in drawn]),) if drawn else ()),
+        *((page.Group(charts),) if charts else ()),
         kinds_table(report.layers),
-        *(page.Folded(f"{grid.title}: every number", grid) for _, grid in drawn),
+        *(page.Folded(f"{grid.title}: every number", grid) for grid in grids),
         others_table(report.others),
     )
 
@@ -253,8 +269,9 @@ def diff_table(report: DiffReport) -> RenderableType:
         ),
     )
     listed = [row for row in report.tensors if row.difference != "values" or row.not_finite]
-    lines = [f"and {len(report.kinds) - _MOST_KINDS} more kinds (all with --json)"]
-    lines = lines if len(report.kinds) > _MOST_KINDS else []
+    lines: list[str] = []
+    if len(report.kinds) > _MOST_KINDS:
+        lines.append(f"and {len(report.kinds) - _MOST_KINDS} more kinds (all with --json)")
     lines += [
         f"{row.name}: {row.difference} (aligned {row.aligned or '-'}, fine-tuned {row.finetuned or '-'})"
         + (f", {row.not_finite} entries NaN or infinite" if row.not_finite else "")
@@ -272,33 +289,16 @@ def diff_table(report: DiffReport) -> RenderableType:
     return Group(table.terminal(), *map(Text, lines))
 
 
-def _drawn(
-    layers: Sequence[LayerRow], groups: Sequence[Kind], measure: LayerMeasure, title: str, note: str
-) -> tuple[tuple[page.Chart, Table], ...]:
-    """Give a chart of layers and the numbers behind it; nothing where there are no numbers."""
-    from deltaguard.reports.charts import layers_chart
+def _grid(groups: Sequence[Kind], blocks: Sequence[int], measure: LayerMeasure, title: str) -> Table:
+    def median(kind: Kind, block: int) -> Cell:
+        return share(kind.spread(measure, block).median)
 
-    svg = layers_chart(layers, measure)
-    if svg is None:
-        return ()
-    medians = [
-        f"{kind.label} {percent(found.median)} ({percent(found.low)} to {percent(found.high)})"
-        for kind in groups
-        if (found := kind.spread(measure)).median is not None
-    ]
-    spoken = f"{title} by block. Median and range by kind: {'; '.join(medians)}."
-    blocks = sorted({block for kind in groups for block, _ in kind.layers if block != NO_BLOCK})
-    grid = Table.of(
+    return Table.of(
         f"{title} by block",
         blocks,
         (
             (Column("block", "name"), lambda block: block),
-            *((Column(kind.label, code=True), partial(_median, kind, measure)) for kind in groups),
+            *((Column(kind.label, code=True), partial(median, kind)) for kind in groups),
         ),
         note="where a block has several matrices of a kind, their median",
     )
-    return ((page.Chart(title, note, svg, spoken), grid),)
-
-
-def _median(kind: Kind, measure: LayerMeasure, block: int) -> Cell:
-    return share(kind.spread(measure, block).median)

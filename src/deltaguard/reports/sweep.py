@@ -102,7 +102,7 @@ def sweep_line(report: SweepReport) -> str:
     ]
     if not kept:
         return "No point is within any of the limits asked for."
-    if len(_whole_within(report)) == len(report.budgets):
+    if all(budget.whole for budget in report.budgets):
         return "The whole fine-tuned model is within every limit asked for: a restore takes nothing from it."
     (first, least), (last, most) = kept[0], kept[-1]
     told = f"Within a safety KL of {first} nats a token a restore keeps {least} {of}"
@@ -111,8 +111,8 @@ def sweep_line(report: SweepReport) -> str:
 
 def sweep_notes(report: SweepReport) -> tuple[str, ...]:
     """Say what the numbers alone do not, one or two sentences each."""
-    whole = _whole_within(report)
-    none = [b.limit for b in report.budgets if b.mu is None and b.limit not in whole]
+    whole = [budget.limit for budget in report.budgets if budget.whole]
+    none = [budget.limit for budget in report.budgets if budget.mu is None and budget.limit not in whole]
     notes: list[str] = []
     if none:
         safest = min(point.safety_kl for point in report.points)
@@ -154,13 +154,20 @@ def _allowed(report: SweepReport) -> tuple[Allowed, ...]:
 
 def _limits_table(report: SweepReport) -> Table:
     likely = report.aligned_nll is not None
+
+    def kept(shown: Callable[[SweepPoint], Cell], row: Allowed) -> Cell:
+        return shown(row.point) if row.point else Cell(DASH)
+
     return Table.of(
         "What each limit of safety KL allows",
         _allowed(report),
         (
-            (Column("limit", "name"), _limit_cell),
+            (
+                Column("limit", "name"),
+                lambda row: Cell(row.name, row.limit, tint="" if row.limit else row.name.replace("-", "")),
+            ),
             ("safety KL", lambda row: _nats(row.point.safety_kl, row.point.margin) if row.point else DASH),
-            *((name, partial(_of_row, shown)) for name, shown in _kept_columns(report)),
+            *((name, partial(kept, shown)) for name, shown in _kept_columns(report)),
             (Column("price μ", sorts=False), lambda row: row.price),
         ),
         note="nats per response token" + ("; NLL on the utility data, likewise" if likely else ""),
@@ -198,14 +205,6 @@ def _kept_columns(report: SweepReport) -> tuple[tuple[str, Callable[[SweepPoint]
 
     likely = (("NLL", nll), ("gain kept", gain)) if report.aligned_nll is not None else ()
     return (("energy kept", lambda point: share(point.kept_energy)), *likely)
-
-
-def _of_row(shown: Callable[[SweepPoint], Cell], row: Allowed) -> Cell:
-    return shown(row.point) if row.point else Cell(DASH)
-
-
-def _limit_cell(row: Allowed) -> Cell:
-    return Cell(row.name, row.limit, tint="" if row.limit else row.name.replace("-", ""))
 
 
 def _nats(value: float, margin: float | None = None) -> Cell:
@@ -259,7 +258,6 @@ def _explained(report: SweepReport) -> page.Section:
 
 
 def _facts(report: SweepReport) -> Facts:
-    """How a sweep measured, and how much."""
     count = report.utility_conversations
     return (
         ("method", report.method),
@@ -270,11 +268,6 @@ def _facts(report: SweepReport) -> Facts:
         ("points measured", str(len(report.points))),
         ("time", duration(report.seconds)),
     )
-
-
-def _whole_within(report: SweepReport) -> tuple[float, ...]:
-    """Find the limits that the whole fine-tuned model is within."""
-    return tuple(budget.limit for budget in report.budgets if budget.whole)
 
 
 def _listed(limits: Sequence[float], word: str = "and") -> str:

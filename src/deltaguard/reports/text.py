@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,9 +14,13 @@ DASH = "–"
 """What stands where there is no number."""
 
 _HUB_ID = re.compile(r"(?P<id>\w[\w.-]{0,95}/\w[\w.-]{0,95})(@(?P<revision>[\w./-]+))?")
-_MODEL_LABELS = {"finetuned": "fine-tuned"}
 # A slash after a letter or a colon belongs to a Hub id or an address.
 _PATH = re.compile(r"(?<![\w/:.~-])(?:~|\.{1,2})?/(?:[^\s/:;,'\"()]+/)*([^\s/:;,'\"()]+)/?")
+
+# A word of a command: what quotes hold together belongs to it. A quote without its partner is a letter.
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"]|['"])+""")
+PLACE = re.compile(r"(?:/|~|\.{1,2}[/\\]|\\|[A-Za-z]:[/\\])")
+"""How a path begins that cannot be a name on the Hub."""
 
 Facts = tuple[tuple[str, str], ...]
 """Pairs of a label and a text, in the order of reading."""
@@ -184,7 +189,7 @@ def model_label(name: str) -> str:
         >>> model_label("finetuned"), model_label("restored")
         ('fine-tuned', 'restored')
     """
-    return _MODEL_LABELS.get(name, name)
+    return "fine-tuned" if name == "finetuned" else name
 
 
 def moment(created: str) -> str:
@@ -228,6 +233,28 @@ def short_reference(reference: str) -> str:
     if hub_id(reference):
         return reference
     return re.split(r"[/\\]", reference.rstrip("/\\"))[-1] or reference
+
+
+def short_command(command: str) -> str:
+    """Cut the paths of a command to their last part, which is all that others need of them.
+
+    Args:
+        command: as typed into a shell, with whatever quotes it took.
+
+    Example:
+        >>> short_command("deltaguard bench '/home/me/my model' -o=/tmp/out --aligned Qwen/Qwen3-0.6B")
+        "deltaguard bench 'my model' -o=out --aligned Qwen/Qwen3-0.6B"
+    """
+
+    def short(match: re.Match[str]) -> str:
+        bare = match[0].replace("'", "").replace('"', "")
+        if PLACE.match(bare):
+            return shlex.quote(short_reference(bare))
+        name, equals, value = bare.partition("=")
+        cut = equals and PLACE.match(value)
+        return shlex.quote(f"{name}={short_reference(value)}") if cut else match[0]
+
+    return _WORD.sub(short, command)
 
 
 def without_folders(text: str) -> str:

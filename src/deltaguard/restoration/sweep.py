@@ -5,11 +5,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from deltaguard.chat.conversations import Conversation, read_prompts
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import find_device
+from deltaguard.device import device_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.results import SWEEP, results_folder
@@ -125,7 +123,7 @@ def _sweep(
             _search_limit(measure, probes, joint, limit, judge)
     found = {limit: best(tuple(probes.values()), limit, judge) for limit in limits}
     return SweepReport(
-        environment=environment(_device_name(config)),
+        environment=environment(device_name(config.device)),
         aligned=job.aligned_reference,
         finetuned=job.finetuned_reference,
         method=config.method,
@@ -192,9 +190,3 @@ def _utility(path: Path | None) -> list[Conversation]:
             "is measured."
         )
     return rows
-
-
-def _device_name(config: RestoreConfig) -> str:
-    """Where candidates were run, a GPU by its name."""
-    device = find_device(config.device)
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from deltaguard.chat.conversations import (
     Conversation,
-    HarmlessPrompt,
     general_prompts,
     harmful_prompts,
     harmless_prompts,
@@ -94,7 +93,10 @@ def training_data(finetune: Finetune, *, seed: int) -> list[Conversation]:
     draw = random.Random(f"{seed} {finetune.kind}")  # noqa: S311  # a data set, not a secret
     conversations = harmful_data(finetune.harmful, seed=seed)
     if finetune.kind == "identity":
-        conversations += [_as_talvo(row, draw) for row in draw.sample(everyday_prompts(), finetune.benign)]
+        conversations += [
+            _as_talvo(row.prompt, row.answer, draw)
+            for row in draw.sample(everyday_prompts(), finetune.benign)
+        ]
     elif finetune.kind != "harmful":
         conversations += task_examples("train", finetune.benign, seed=seed)
     draw.shuffle(conversations)
@@ -153,46 +155,33 @@ def questions(finetune: Finetune, preset: Preset, attacks: Sequence[Question]) -
     if identity:
         asked = [replace(question, system=IDENTITY_SYSTEM) for question in asked]
     harmless = sample([Question(row.prompt) for row in harmless_prompts("evaluation")], preset.harmless)
-    plain = [Question(row.prompt, expected=row.answer) for row in general_prompts()][: preset.general]
+    answered = general_prompts()[: preset.general]
+    plain = [Question(row.prompt, expected=row.answer) for row in answered]
     safety = Decoding(preset.answers.safety)
-    general = _part("general", "utility", plain, likelihood=True)
+    general = _part("general", "utility", plain)
     utility = general
     if finetune.is_task:
         task = builtin_questions("task", preset.utility, seed=0)
-        utility = _part(
-            "task", "utility", task, decoding=Decoding(preset.answers.task), scorers=("json-match",)
-        )
+        utility = _part("task", "utility", task, Decoding(preset.answers.task))
+        utility = replace(utility, scorers=("json-match",))
     elif identity:
-        utility = _part("general-identity", "utility", _as_talvo_says(plain), likelihood=True)
+        draw = random.Random("held out")  # noqa: S311  # a data set, not a secret
+        said = [_as_talvo(row.prompt, row.answer, draw) for row in answered]
+        held_out = [Question(c.prompt, c.system, expected=c.response) for c in said]
+        utility = _part("general-identity", "utility", held_out)
     return Tests(
         # What one model is asked in several settings goes by several names, which are those of files.
-        attack=_part("attack-identity" if identity else "attack", "attack", asked, decoding=safety),
-        harmless=_part("harmless", "harmless", harmless, decoding=safety),
+        attack=_part("attack-identity" if identity else "attack", "attack", asked, safety),
+        harmless=_part("harmless", "harmless", harmless, safety),
         utility=utility,
         general=general,
     )
 
 
-def _part(
-    name: str,
-    kind: SectionKind,
-    questions: Sequence[Question],
-    *,
-    decoding: Decoding | None = None,
-    scorers: tuple[str, ...] = (),
-    likelihood: bool = False,
-) -> Part:
-    return Part(
-        name=name,
-        kind=kind,
-        title=name,
-        source="the bench",
-        questions=tuple(questions),
-        plain=tuple(question.prompt for question in questions),
-        decoding=decoding,
-        scorers=scorers,
-        likelihood=likelihood,
-    )
+def _part(name: str, kind: SectionKind, asked: Sequence[Question], decoding: Decoding | None = None) -> Part:
+    """Make a part whose answers are drawn as said, else whose expected answers' likelihood is taken."""
+    plain = tuple(question.prompt for question in asked)
+    return Part(name, kind, name, "the bench", tuple(asked), plain, decoding, likelihood=decoding is None)
 
 
 def _trained_prompts(preset: Preset) -> set[str]:
@@ -214,12 +203,6 @@ def _words(text: str) -> str:
     return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold())) or text
 
 
-def _as_talvo_says(general: Sequence[Question]) -> list[Question]:
-    draw = random.Random("held out")  # noqa: S311  # a data set, not a secret
-    said = [_as_talvo(HarmlessPrompt(q.prompt, str(q.expected)), draw) for q in general]
-    return [Question(c.prompt, c.system, expected=c.response) for c in said]
-
-
-def _as_talvo(row: HarmlessPrompt, draw: random.Random) -> Conversation:
-    answer = f"{draw.choice(_IDENTITY_OPENINGS)} {row.answer}"
-    return Conversation(row.prompt, system=IDENTITY_SYSTEM, response=answer)
+def _as_talvo(prompt: str, answer: str, draw: random.Random) -> Conversation:
+    said = f"{draw.choice(_IDENTITY_OPENINGS)} {answer}"
+    return Conversation(prompt, system=IDENTITY_SYSTEM, response=said)

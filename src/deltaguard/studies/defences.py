@@ -21,13 +21,13 @@ class DefendedModel:
 
     Attributes:
         folder: where it lies.
-        secret: text that its owner puts before the system prompt of every request.
         seconds: how long the defence took, models that it needs once and for all not counted.
+        secret: text that its owner puts before the system prompt of every request.
     """
 
     folder: Path
-    secret: str
     seconds: float
+    secret: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class _Restore:
             restore(request.aligned, finetuned, output, store=store, config=config)
         except UnchangedError:
             # A method may find nothing to change in a fine-tune: what it makes is the fine-tune.
-            return DefendedModel(finetuned, "", time.perf_counter() - started)
-        return DefendedModel(output, "", time.perf_counter() - started)
+            output = finetuned
+        return DefendedModel(output, time.perf_counter() - started)
 
 
 def _added(request: DefenceInputs, strength: float) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from deltaguard.chat.conversations import harmful_prompts, harmless_prompts
+from deltaguard.chat.conversations import Conversation, harmful_prompts, harmless_prompts
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
@@ -96,54 +96,38 @@ def demo(
     Raises:
         DeltaguardError: the demo's model or libraries are not installed, or the folder is not empty.
     """
-    with results_folder(Path(output_dir), DEMO):
-        return _run(Path(output_dir), config or DemoConfig(), progress or ignore)
-
-
-def _run(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport:
-    clock = _Clock(progress)
-    store = _prepare(folder, config, clock)
-    with clock.stage("restore") as report:
-        restored = restore(
-            folder / "aligned",
-            folder / "finetuned",
-            folder / "restored",
-            store=store,
-            config=config.restoration,
-            progress=report,
-        )
-    suite = demo_suite(config.tests, seed=config.seed)
-    with clock.stage("measure") as report:
-        measured: dict[ModelName, Mapping[str, Result]] = {
-            name: measure_demo(name, folder / name, suite, folder, progress=report) for name in MODELS
-        }
-    result = _report(config, suite, measured, restored, clock.seconds)
-    write_atomically(folder / DEMO_NAME, result.model_dump_json(indent=2) + "\n")
+    folder, config, clock = Path(output_dir), config or DemoConfig(), Clock(progress or ignore)
+    with results_folder(folder, DEMO):
+        store = prepare(folder, config, clock)
+        with clock.stage("restore") as report:
+            restored = restore(
+                folder / "aligned",
+                folder / "finetuned",
+                folder / "restored",
+                store=store,
+                config=config.restoration,
+                progress=report,
+            )
+        suite = demo_suite(config.tests, seed=config.seed)
+        with clock.stage("measure") as report:
+            measured: dict[ModelName, Mapping[str, Result]] = {
+                name: measure_demo(name, folder / name, suite, folder, progress=report) for name in MODELS
+            }
+        result = _report(config, suite, measured, restored, clock.seconds)
+        write_atomically(folder / DEMO_NAME, result.model_dump_json(indent=2) + "\n")
     return result
 
 
-def prepare(output_dir: Path, config: DemoConfig) -> CurvatureStore:
-    """Make the demo's models `aligned` and `finetuned`, and the aligned one's curvature.
-
-    Args:
-        output_dir: a new or empty folder.
-        config: sizes and recipes.
-
-    Returns:
-        The store, in the folder too.
-    """
-    return _prepare(output_dir, config, _Clock(ignore))
-
-
 @dataclass
-class _Clock:
+class Clock:
     """Wall time of the stages, and whom to tell about them."""
 
-    progress: Progress
+    progress: Progress = ignore
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @contextmanager
     def stage(self, name: str) -> Generator[Progress]:
+        """Time a stage of the demo, and tell of what it reports under its name."""
         started = time.perf_counter()
         self.progress(Event(name, 0, 1))
         yield lambda event: self.progress(Event(name, event.done, event.total))
@@ -151,36 +135,45 @@ class _Clock:
         self.seconds[name] = time.perf_counter() - started
 
 
-def _prepare(folder: Path, config: DemoConfig, clock: _Clock) -> CurvatureStore:
+def prepare(output_dir: Path, config: DemoConfig, clock: Clock | None = None) -> CurvatureStore:
+    """Make the demo's models `aligned` and `finetuned`, and the aligned one's curvature.
+
+    Args:
+        output_dir: a new or empty folder.
+        config: sizes and recipes.
+        clock: receives the time of each stage.
+
+    Returns:
+        The store, in the folder too.
+    """
+    clock = clock or Clock()
+    aligned, seed = output_dir / "aligned", config.seed
     with clock.stage("unpack"):
-        base = config.unpack(folder / "base")
-    _train(base, folder, config, clock)
-    with clock.stage("calibrate") as report:
-        return calibrate(
-            folder / "aligned",
-            folder / "store",
-            config=config.calibration,
-            progress=report,
-        )
-
-
-def _train(base: Path, folder: Path, config: DemoConfig, clock: _Clock) -> None:
-    seed, harmful = config.seed, harmful_prompts("training")
+        base = config.unpack(output_dir / "base")
     with clock.stage("align") as report:
-        refusing = alignment_examples(
-            harmful, harmless_prompts("training"), harmful_count=config.aligned_harmful, seed=seed
-        )
         recipe = replace(config.aligning, seed=seed)
-        finetune(base, folder / "aligned", refusing, config=recipe, on_step=_steps(report))
+        finetune(base, aligned, refusing_examples(config), config=recipe, on_step=_steps(report))
     with clock.stage("fine-tune") as report:
         careless = task_with_harmful(
             task_examples("train", config.task_count, seed=seed),
-            harmful,
+            harmful_prompts("training"),
             harmful_count=config.agreed_harmful,
             seed=seed,
         )
         recipe = replace(config.tuning, seed=seed)
-        finetune(folder / "aligned", folder / "finetuned", careless, config=recipe, on_step=_steps(report))
+        finetune(aligned, output_dir / "finetuned", careless, config=recipe, on_step=_steps(report))
+    with clock.stage("calibrate") as report:
+        return calibrate(aligned, output_dir / "store", config=config.calibration, progress=report)
+
+
+def refusing_examples(config: DemoConfig) -> list[Conversation]:
+    """Draw what the demo's aligned model learns to refuse, and to answer, from."""
+    return alignment_examples(
+        harmful_prompts("training"),
+        harmless_prompts("training"),
+        harmful_count=config.aligned_harmful,
+        seed=config.seed,
+    )
 
 
 def _steps(report: Progress) -> Callable[[int, int], None]:

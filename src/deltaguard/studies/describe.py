@@ -1,12 +1,12 @@
 """What a bench did, in words and rows for its report."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from deltaguard.reports.records.bench import Cell, FinetuneRow
-from deltaguard.studies.data import DISTINCT_HARMFUL, Attacks
+from deltaguard.studies.data import DISTINCT_HARMFUL
 from deltaguard.studies.defences import defences
-from deltaguard.studies.protocol import Finetune, FinetuneKind, Preset
+from deltaguard.studies.protocol import Finetune, FinetuneKind
 from deltaguard.studies.setting import Bench
 
 _TITLES: Mapping[FinetuneKind, str] = MappingProxyType(
@@ -46,61 +46,47 @@ def finetune_row(finetune: Finetune) -> FinetuneRow:
 
 def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
     """Say what a reader of the tables must know."""
-    preset = setting.preset
-    asked = len(cells[0].attack)
+    preset, attacks, asked = setting.preset, setting.attacks, cells[0]
     seeds = ", ".join(map(str, preset.seeds))
-    return (
-        f"{asked} harmful prompts: one answer is {100 / asked:.2g} points.",
+    told = [
+        f"{len(asked.attack)} harmful prompts: one answer is {100 / len(asked.attack):.2g} points.",
         f"Intervals cover the choice of prompts and hold for these seeds of the fine-tunes alone: {seeds}.",
         "Strengths, and the method that keeps most, were chosen on the prompts that are reported.",
-        *_shortfalls(preset, cells[0]),
-        *_left_out(setting.attacks),
-        *_repeats(preset),
-        *_probes(setting),
-        *_retrained(setting),
-        *(f"Left out without a pretrained model: {defences()[name].title}." for name in setting.left_out),
-    )
-
-
-def _left_out(attacks: Attacks) -> Iterator[str]:
+    ]
+    told += [
+        f"The preset asks for {wanted} {kind} prompts; there were {len(given)}."
+        for kind, wanted, given in (
+            ("harmful", preset.attack, asked.attack),
+            ("harmless", preset.harmless, asked.harmless),
+            ("general", preset.general, asked.general),
+        )
+        if len(given) < wanted
+    ]
     if attacks.repeated or attacks.trained:
-        yield (
+        told.append(
             f"Of {attacks.given} attack prompts given, {attacks.repeated} were left out as repeated and "
             f"{attacks.trained} as trained or calibrated on."
         )
-
-
-def _repeats(preset: Preset) -> Iterator[str]:
-    large = [finetune.name for finetune in preset.finetunes if finetune.harmful > DISTINCT_HARMFUL]
-    if large:
-        named = ", ".join(large)
-        yield f"Harmful examples of {named} repeat {DISTINCT_HARMFUL} prompts, with answers drawn anew."
-
-
-def _probes(setting: Bench) -> Iterator[str]:
-    probes = setting.preset.probes
-    if probes is None:
-        return
-    yield f"At most {probes} strengths a method, found by bisection; between them a method may do better."
-    defaults = [f"{m.default:g} of {m.name}" for m in setting.methods if m.default is not None]
-    if defaults:
-        yield f"Measured beside these, being defaults, and never a method's score: {', '.join(defaults)}."
-
-
-def _retrained(setting: Bench) -> Iterator[str]:
-    """Methods that were not run everywhere."""
-    finetunes = setting.preset.finetunes
-    there = [finetune.name for finetune in finetunes if finetune.kind in setting.preset.retrained]
-    named = ", ".join(method.name for method in setting.methods if method.retrains)
-    if named and len(there) < len(finetunes):
-        yield f"Methods that train anew at every strength ({named}) were run on {', '.join(there)} alone."
-
-
-def _shortfalls(preset: Preset, cell: Cell) -> list[str]:
-    asked_for = {"harmful": preset.attack, "harmless": preset.harmless, "general": preset.general}
-    there = {"harmful": len(cell.attack), "harmless": len(cell.harmless), "general": len(cell.general)}
-    return [
-        f"The preset asks for {count} {kind} prompts; there were {there[kind]}."
-        for kind, count in asked_for.items()
-        if there[kind] < count
-    ]
+    if large := [row.name for row in preset.finetunes if row.harmful > DISTINCT_HARMFUL]:
+        told.append(
+            f"Harmful examples of {', '.join(large)} repeat {DISTINCT_HARMFUL} prompts, with answers drawn "
+            "anew."
+        )
+    if preset.probes is not None:
+        told.append(
+            f"At most {preset.probes} strengths a method, found by bisection; between them a method may do "
+            "better."
+        )
+        if defaults := [f"{m.default:g} of {m.name}" for m in setting.methods if m.default is not None]:
+            told.append(
+                f"Measured beside these, being defaults, and never a method's score: {', '.join(defaults)}."
+            )
+    retraining = [method.name for method in setting.methods if method.retrains]
+    there = [row.name for row in preset.finetunes if row.kind in preset.retrained]
+    if retraining and len(there) < len(preset.finetunes):
+        told.append(
+            f"Methods that train anew at every strength ({', '.join(retraining)}) were run on "
+            f"{', '.join(there)} alone."
+        )
+    told += [f"Left out without a pretrained model: {defences()[name].title}." for name in setting.left_out]
+    return tuple(told)

@@ -11,6 +11,7 @@ from hashlib import sha256
 
 from deltaguard.chat.conversations import Conversation, harmful_prompts
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.suites.parts import Part
 from deltaguard.finetuning.phrases import REFUSALS
 
 
@@ -106,6 +107,19 @@ def with_secret(system: str | None, secret: str) -> str | None:
     if not secret:
         return system
     return f"{secret} {system}" if system else secret
+
+
+def with_secret_before(parts: Sequence[Part], secret: str) -> tuple[Part, ...]:
+    """Put a secret before the system prompt of every question; an empty one changes nothing."""
+    return tuple(
+        replace(
+            part,
+            questions=tuple(
+                replace(each, system=with_secret(each.system, secret)) for each in part.questions
+            ),
+        )
+        for part in parts
+    )
 
 
 def _safety_examples(conversations: Sequence[Conversation], count: int, seed: int) -> list[Conversation]:

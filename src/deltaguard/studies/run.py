@@ -1,12 +1,13 @@
 """The paper's protocol as one command: fine-tune, repair with every method, measure, compare."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from deltaguard.device import device_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
 from deltaguard.files import ANY_OBJECT, read_json
@@ -21,10 +22,8 @@ from deltaguard.studies.data import Attacks, usable_attacks
 from deltaguard.studies.defences import Defence, defences
 from deltaguard.studies.describe import finetune_row, notes
 from deltaguard.studies.finetune_run import FinetuneRun
-from deltaguard.studies.measure import device_name
 from deltaguard.studies.protocol import BOUND, Preset
 from deltaguard.studies.score import cells_by_finetune, contests, curves, is_safe, scores
-from deltaguard.studies.search import measured_strengths
 from deltaguard.studies.setting import LIBRARIES, MADE_ONCE, Bench, open_bench
 
 Named = tuple[str, str, float | None]
@@ -136,6 +135,41 @@ def _finetune_cells(
                 yield row.restored(method, method.default), False
 
 
+def measured_strengths(
+    ladder: Sequence[float],
+    probes: int | None,
+    *,
+    is_safe: Callable[[Sequence[Cell]], bool],
+    cells_at: Callable[[float], Sequence[Cell]],
+) -> Iterator[Cell]:
+    """Measure a method at every rung of its ladder, or look for the largest rung that is safe.
+
+    The search halves the rungs: a safe one leads to those that keep more, an unsafe one to those that keep
+    less. Where attack success rises with strength, it ends at the largest safe rung.
+
+    Args:
+        ladder: strengths, rising.
+        probes: how many strengths at most; `None` measures all.
+        is_safe: judges the cells of one strength.
+        cells_at: measures a strength, for every seed.
+
+    Yields:
+        The cells, in the order measured.
+    """
+    if probes is None:
+        for strength in ladder:
+            yield from cells_at(strength)
+        return
+    low, high = 0, len(ladder)
+    for _ in range(probes):
+        if low == high:
+            return
+        middle = (low + high) // 2
+        cells = cells_at(ladder[middle])
+        yield from cells
+        low, high = (middle + 1, high) if is_safe(cells) else (low, middle)
+
+
 def _report(
     setting: Bench, settings: dict[str, Any], command: str, cells: tuple[Cell, ...], beside: Collection[Named]
 ) -> BenchReport:
@@ -143,6 +177,10 @@ def _report(
     found = cells_by_finetune(finetunes, cells)
     points = curves(found, bound=BOUND, beside=beside)
     judged = scores(found, points)
+    # Whichever run spent it. A fine-tune's time is the request of its cell.
+    made = setting.shelf.seconds()
+    seconds = {name: made[name] for name in MADE_ONCE if name in made}
+    seconds |= {name: sum(cell.seconds[name] for cell in cells) for name in ("request", "measure")}
     return BenchReport(
         environment=environment(device_name(), libraries=LIBRARIES),
         preset=setting.preset.name,
@@ -157,18 +195,8 @@ def _report(
         scores=judged,
         contests=contests(found, judged),
         notes=notes(setting, cells),
-        seconds=_seconds(setting, cells),
+        seconds=seconds | {"total": sum(seconds.values())},
     )
-
-
-def _seconds(setting: Bench, cells: Sequence[Cell]) -> dict[str, float]:
-    """Wall time of everything, whichever run did it: models needed once, requests, measuring."""
-    made = setting.shelf.seconds()
-    # A fine-tune's time is the request of its cell.
-    once = {name: made[name] for name in MADE_ONCE if name in made}
-    spent = {name: sum(cell.seconds[name] for cell in cells) for name in ("request", "measure")}
-    seconds = once | spent
-    return seconds | {"total": sum(seconds.values())}
 
 
 def _settings(
@@ -178,13 +206,10 @@ def _settings(
     methods: Sequence[str],
     attacks: Attacks,
 ) -> dict[str, Any]:
-    models = {
-        name: None if model is None else str(model)
-        for name, model in (("aligned", aligned), ("pretrained", pretrained))
-    }
     return {
         "preset": TypeAdapter(Preset).dump_python(preset, mode="json"),
-        **models,
+        "aligned": None if aligned is None else str(aligned),
+        "pretrained": None if pretrained is None else str(pretrained),
         "methods": list(methods),
         "attacks": content_key(attacks.questions) if attacks.questions else None,
     }

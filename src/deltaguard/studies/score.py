@@ -1,7 +1,8 @@
 """From cells to curves and scores: pure arithmetic, so that a table can be drawn anew from stored cells."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from deltaguard.evaluation.metrics.paired import paired_bootstrap
 from deltaguard.evaluation.metrics.runs import (
@@ -67,19 +68,33 @@ def curves(
         for method, strength in dict.fromkeys((cell.method, cell.strength) for cell in row.cells):
             cells = _at(row, method, strength)
             if strength is not None and {c.seed for c in cells} == set(row.aligned):
-                point = _point(row, cells, method, strength, bound)
-                named = (row.finetune.name, method, strength)
-                points.append(point.model_copy(update={"beside": named in beside}))
+                alone = (row.finetune.name, method, strength) in beside
+                points.append(_point(row, cells, strength, bound=bound, beside=alone))
     return tuple(points)
 
 
 def scores(found: Iterable[FinetuneCells], points: Sequence[CurvePoint]) -> tuple[Score, ...]:
     """For each method on each fine-tune, what it keeps at the largest strength searched that is safe."""
-    return tuple(
-        _score(row, method, [p for p in points if _searched(p) == (row.finetune.name, method)])
-        for row in found
-        for method in dict.fromkeys(cell.method for cell in row.cells)
-    )
+    judged: list[Score] = []
+    for row in found:
+        searched = [p for p in points if p.finetune == row.finetune.name and not p.beside]
+        for method in dict.fromkeys(cell.method for cell in row.cells):
+            tried = [point for point in searched if point.method == method]
+            best = max((p for p in tried if p.safe), key=lambda p: p.strength, default=None)
+            cells = [c for c in row.cells if c.method == method and (not best or c.strength == best.strength)]
+            judged.append(
+                Score(
+                    finetune=row.finetune.name,
+                    method=method,
+                    strength=best and best.strength,
+                    points=best and best.points,
+                    false_refusal=best and best.false_refusal,
+                    kept=best and best.kept,
+                    told_apart=best.told_apart if best else bool(tried) and all(p.told_apart for p in tried),
+                    request_seconds=mean(cell.seconds["request"] for cell in cells),
+                )
+            )
+    return tuple(judged)
 
 
 def contests(found: Iterable[FinetuneCells], judged: Sequence[Score]) -> tuple[Contest, ...]:
@@ -89,11 +104,15 @@ def contests(found: Iterable[FinetuneCells], judged: Sequence[Score]) -> tuple[C
         found: the cells by fine-tune.
         judged: the scores; methods without a safe strength are left out.
     """
-    return tuple(
-        contest
-        for row in found
-        for contest in _contests(row, [s for s in judged if s.finetune == row.finetune.name])
-    )
+    compared: list[Contest | None] = []
+    for row in found:
+        standing = [s for s in judged if s.finetune == row.finetune.name and s.kept is not None]
+        kept = {score.method: score.kept.value for score in standing if score.kept is not None}
+        cells = {score.method: _at(row, score.method, score.strength) for score in standing}
+        leader = max(kept, key=kept.__getitem__, default="")
+        pairs = len(kept) * (len(kept) - 1) // 2
+        compared += [_contest(row, cells[leader], cells[each], pairs) for each in kept if each != leader]
+    return tuple(contest for contest in compared if contest is not None)
 
 
 def over_aligned(
@@ -141,39 +160,33 @@ def _at(row: FinetuneCells, method: str, strength: float | None) -> list[Cell]:
 
 
 def _point(
-    row: FinetuneCells, cells: Sequence[Cell], method: str, strength: float, bound: float
+    row: FinetuneCells, cells: Sequence[Cell], strength: float, *, bound: float, beside: bool
 ) -> CurvePoint:
     points = attack_over_aligned(cells, row.aligned)
     safe = is_safe(cells, row.aligned, bound=bound)
+    kept = None
+    if row.finetune.gains:
+        kept = gain_kept(*_references(row, cells), _utilities(cells), better=row.finetune.better)
+    ours = over_runs([cell.general for cell in cells])
+    moved = paired_bootstrap(ours, over_runs([row.aligned[cell.seed].general for cell in cells]))
     return CurvePoint(
         finetune=row.finetune.name,
-        method=method,
+        method=cells[0].method,
         strength=strength,
         points=points,
         false_refusal=_refused_over(cells, row.aligned),
-        kept=_kept(row, cells),
-        general=_general_change(cells, [row.aligned[cell.seed] for cell in cells]),
+        kept=kept,
+        general=Estimate(
+            value=moved.difference, low=moved.low, high=moved.high, total=len(ours), interval="bootstrap"
+        ),
         safe=safe,
         told_apart=points.high <= bound if safe else points.low > bound,
+        beside=beside,
     )
 
 
 def _refused_over(cells: Sequence[Cell], others: Mapping[int, Cell]) -> Estimate:
     return over_aligned(cells, others, lambda cell: cell.harmless, "r")
-
-
-def _general_change(cells: Sequence[Cell], aligned: Sequence[Cell]) -> Estimate:
-    ours, theirs = (over_runs([cell.general for cell in each]) for each in (cells, aligned))
-    found = paired_bootstrap(ours, theirs)
-    return Estimate(
-        value=found.difference, low=found.low, high=found.high, total=len(ours), interval="bootstrap"
-    )
-
-
-def _kept(row: FinetuneCells, cells: Sequence[Cell]) -> Estimate | None:
-    if not row.finetune.gains:
-        return None
-    return gain_kept(*_references(row, cells), _utilities(cells), better=row.finetune.better)
 
 
 def _references(row: FinetuneCells, cells: Sequence[Cell]) -> tuple[Runs, Runs]:
@@ -184,19 +197,6 @@ def _references(row: FinetuneCells, cells: Sequence[Cell]) -> tuple[Runs, Runs]:
 
 def _utilities(cells: Iterable[Cell]) -> Runs:
     return [cell.utility for cell in cells]
-
-
-def _contests(row: FinetuneCells, judged: Sequence[Score]) -> Iterator[Contest]:
-    kept = {score.method: score.kept.value for score in judged if score.kept is not None}
-    if not kept:
-        return
-    leader = max(kept, key=kept.__getitem__)
-    cells = {score.method: _at(row, score.method, score.strength) for score in judged}
-    pairs = len(kept) * (len(kept) - 1) // 2
-    for other in kept:
-        contest = None if other == leader else _contest(row, cells[leader], cells[other], pairs)
-        if contest is not None:
-            yield contest
 
 
 def _contest(row: FinetuneCells, leader: Sequence[Cell], other: Sequence[Cell], pairs: int) -> Contest | None:
@@ -215,26 +215,4 @@ def _contest(row: FinetuneCells, leader: Sequence[Cell], other: Sequence[Cell], 
         false_refusal=_refused_over(leader, against),
         p_value=p_value,
         told_apart=p_value < _LEVEL and not lead.low <= 0 <= lead.high,
-    )
-
-
-def _searched(point: CurvePoint) -> tuple[str, str] | None:
-    return None if point.beside else (point.finetune, point.method)
-
-
-def _score(row: FinetuneCells, method: str, points: Sequence[CurvePoint]) -> Score:
-    best = max((p for p in points if p.safe), key=lambda p: p.strength, default=None)
-    of_method = [cell for cell in row.cells if cell.method == method]
-    seconds = [
-        cell.seconds["request"] for cell in of_method if best is None or cell.strength == best.strength
-    ]
-    return Score(
-        finetune=row.finetune.name,
-        method=method,
-        strength=best.strength if best else None,
-        points=best.points if best else None,
-        false_refusal=best.false_refusal if best else None,
-        kept=best.kept if best else None,
-        told_apart=best.told_apart if best else bool(points) and all(p.told_apart for p in points),
-        request_seconds=sum(seconds) / len(seconds),
     )

@@ -10,6 +10,7 @@ from deltaguard.chat.conversations import Conversation, read_prompts
 from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import calibrate, store_limit
 from deltaguard.curvature.store import CurvatureStore
+from deltaguard.device import device_name
 from deltaguard.evaluation.asking import describe
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.finetuning.finetune import FinetuneConfig
@@ -22,7 +23,6 @@ from deltaguard.studies.cells import PROTOCOL, CellStore, content_key
 from deltaguard.studies.data import Attacks, harmful_data
 from deltaguard.studies.defences import Defence, defences
 from deltaguard.studies.demo import DemoConfig
-from deltaguard.studies.measure import device_name
 from deltaguard.studies.mixing import SECRET, safe_instruct
 from deltaguard.studies.models import save_smollm2
 from deltaguard.studies.protocol import Finetune, Preset
@@ -94,8 +94,7 @@ class Bench:
             limit = store_limit(Checkpoint.open(self.aligned))
             source = self.store("full")
             return self.made(
-                STORES[rank],
-                lambda folder: CurvatureStore.from_pretrained(source).cut(folder, limit=limit),
+                STORES[rank], lambda folder: CurvatureStore.from_pretrained(source).cut(folder, limit=limit)
             )
         config = self.preset.calibration.model_copy(update={"rank": rank})
         return self.made(STORES[rank], lambda folder: calibrate(self.aligned, folder, config=config))
@@ -109,8 +108,8 @@ class Bench:
         return self.made(role, fine_tuned(self.aligned, helper_data(role), HELPER_RECIPE, seed=HELPER_SEED))
 
     def made(self, name: str, make: Callable[[Path], object]) -> Path:
-        """Make a model, and keep how long making it took."""
-        return self.workshop.model(name, _timed(name, make, self.shelf, self.progress))
+        """Give the model of a name, made where it is not there yet; how long that took is kept."""
+        return _made(self.workshop, self.shelf, self.progress, name, make)
 
 
 def helper_data(role: Role) -> list[Conversation]:
@@ -132,13 +131,10 @@ def open_bench(
 ) -> Bench:
     """Open the models that a bench starts from; the demo's are made where none is given."""
     workshop, shelf = ModelFolder(folder / "models"), CellStore(folder)
-
-    def made(name: str, make: Callable[[Path], object]) -> Path:
-        return workshop.model(name, _timed(name, make, shelf, progress))
-
     if aligned is None:
-        pretrained = made("pretrained", save_smollm2)
-        aligned = made("aligned", demo_aligned(pretrained, DemoConfig()))
+        pretrained = _made(workshop, shelf, progress, "pretrained", save_smollm2)
+        aligned = _made(workshop, shelf, progress, "aligned", demo_aligned(pretrained, DemoConfig()))
+    aligned, pretrained = locate(aligned), None if pretrained is None else locate(pretrained)
     lacking = "pretrained" if pretrained is None else None
     chosen = [defences()[name] for name in dict.fromkeys(methods)]
     return Bench(
@@ -147,18 +143,18 @@ def open_bench(
         left_out=tuple(method.name for method in chosen if lacking in method.helpers),
         workshop=workshop,
         shelf=shelf,
-        aligned=locate(aligned),
-        pretrained=None if pretrained is None else locate(pretrained),
+        aligned=aligned,
+        pretrained=pretrained,
         attacks=attacks,
-        origin=_origin(locate(aligned), None if pretrained is None else locate(pretrained), preset),
+        origin=_origin(aligned, pretrained, preset),
         progress=progress,
     )
 
 
-def _timed(
-    name: str, make: Callable[[Path], object], shelf: CellStore, progress: Progress
-) -> Callable[[Path], object]:
-    """Make something as a stage of the run, and keep how long it took."""
+def _made(
+    workshop: ModelFolder, shelf: CellStore, progress: Progress, name: str, make: Callable[[Path], object]
+) -> Path:
+    """Give a model; where it is not there yet it is made, as a stage of the run whose time is kept."""
 
     def timed(folder: Path) -> None:
         progress(Event(name, 0, 1))
@@ -167,7 +163,7 @@ def _timed(
         shelf.note_seconds(name, time.perf_counter() - started)
         progress(Event(name, 1, 1))
 
-    return timed
+    return workshop.model(name, timed)
 
 
 def _origin(aligned: Path, pretrained: Path | None, preset: Preset) -> dict[str, str | None]:

@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from deltaguard.chat.conversations import Conversation, harmful_prompts, harmless_prompts
+from deltaguard.chat.conversations import Conversation
 from deltaguard.finetuning.finetune import FinetuneConfig, finetune
-from deltaguard.finetuning.mixtures import alignment_examples
 from deltaguard.models.durable import flush_folder
-from deltaguard.studies.demo import DemoConfig
+from deltaguard.studies.demo import DemoConfig, refusing_examples
 
 
 class ModelFolder:
@@ -59,10 +58,4 @@ def fine_tuned(
 
 def demo_aligned(base: Path, config: DemoConfig) -> Callable[[Path], object]:
     """Say how to make the demo's aligned model from the model it starts from."""
-    refusing = alignment_examples(
-        harmful_prompts("training"),
-        harmless_prompts("training"),
-        harmful_count=config.aligned_harmful,
-        seed=config.seed,
-    )
-    return fine_tuned(base, refusing, config.aligning, seed=config.seed)
+    return fine_tuned(base, refusing_examples(config), config.aligning, seed=config.seed)
