@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -15,7 +14,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 
 
-def generate(  # noqa: PLR0913  # what is asked, and how
+def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -25,7 +24,6 @@ def generate(  # noqa: PLR0913  # what is asked, and how
     temperature: float = 0.0,
     seed: int = 0,
     on_batch: Callable[[Sequence[int], Sequence[str]], None] | None = None,
-    until: Callable[[str], bool] | None = None,
 ) -> list[str]:
     """Continue rendered prompts; the answers are in the order given.
 
@@ -43,7 +41,6 @@ def generate(  # noqa: PLR0913  # what is asked, and how
         seed: of the draws. They depend on it and on the prompts of the batch, and on nothing that was
             drawn before; the global generators are left as they were.
         on_batch: called after each batch with the indices answered and their answers.
-        until: says of the beginning of an answer whether it is enough; it ends there, or later.
 
     Returns:
         One answer a prompt, special tokens and surrounding white space removed.
@@ -59,7 +56,7 @@ def generate(  # noqa: PLR0913  # what is asked, and how
         try:
             with _drawing(model, seed, [prompts[i] for i in chosen]):
                 texts = _continue(
-                    model, tokenizer, [encoded[i] for i in chosen], prefix, max_new_tokens, temperature, until
+                    model, tokenizer, [encoded[i] for i in chosen], prefix, max_new_tokens, temperature
                 )
         except torch.cuda.OutOfMemoryError:
             if len(chosen) == 1:
@@ -74,6 +71,21 @@ def generate(  # noqa: PLR0913  # what is asked, and how
     return answers
 
 
+def padding_token(tokenizer: Any) -> int:
+    """Find the token that prompts of a batch are padded with, the end-of-sequence token where there is none.
+
+    Raises:
+        DeltaguardError: there is neither.
+    """
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if padding is None:
+        raise DeltaguardError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence "
+            "token: name one in its tokenizer_config.json."
+        )
+    return padding
+
+
 def _continue(
     model: Any,
     tokenizer: Any,
@@ -81,20 +93,12 @@ def _continue(
     prefix: Prefix,
     max_new_tokens: int,
     temperature: float,
-    until: Callable[[str], bool] | None,
 ) -> list[str]:
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if padding is None:
-        raise DeltaguardError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence "
-            "token: name one in its tokenizer_config.json."
-        )
+    padding = padding_token(tokenizer)
     ids, mask = pad(encoded, value=padding, after=prefix.length)
     cached = {cache_parameter(model): for_rows(prefix.cache, len(encoded))} if prefix.length else {}
     # 0 and 1 switch off what a model's own generation settings may cut from the softmax.
-    drawn: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    if until is not None:
-        drawn["stopping_criteria"] = [_Enough(tokenizer, ids.shape[1], until)]
+    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     # One answer a prompt, as text, whatever else the model's own settings ask for.
     alone = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
     with torch.inference_mode(), foreign("The model cannot answer"):
@@ -111,20 +115,6 @@ def _continue(
     with foreign("The model's tokenizer fails on an answer"):
         texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-@dataclass(frozen=True)
-class _Enough:
-    """Ends answers, as transformers asks after each token."""
-
-    tokenizer: Any
-    start: int
-    until: Callable[[str], bool]
-
-    def __call__(self, ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        """Say of each row whether its answer is enough."""
-        texts = self.tokenizer.batch_decode(ids[:, self.start :], skip_special_tokens=True)
-        return torch.tensor([self.until(text) for text in texts], device=ids.device)
 
 
 @contextmanager

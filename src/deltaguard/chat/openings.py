@@ -3,10 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.generation import generate
+from deltaguard.chat.generation import generate, padding_token
+from deltaguard.chat.predictions import logits_at
+from deltaguard.chat.prefix import Prefix, for_rows, keeps_all, shared_prefix
 from deltaguard.chat.refusals import opening
 from deltaguard.chat.template import render
+from deltaguard.chat.tokens import pad, token_ids
 
 OPENING_TOKENS = 24
 """Tokens of an answer that are generated at most: `refusals.is_refusal` reads one sentence."""
@@ -15,7 +20,10 @@ OPENING_TOKENS = 24
 def answer_openings(
     model: Any, tokenizer: Any, conversations: Sequence[Conversation], *, batch_size: int = 64
 ) -> list[str]:
-    """Let a model begin its answers, greedily.
+    """Let a model begin its answers with the likeliest tokens, until what they say of a refusal is decided.
+
+    A row whose first sentence has ended leaves its batch, so that most of a batch is done after a few tokens.
+    Of a model whose layers forget (sliding windows, recurrent states) all rows get `OPENING_TOKENS`.
 
     Args:
         model: a transformers causal language model in evaluation mode.
@@ -24,13 +32,20 @@ def answer_openings(
         batch_size: conversations per batch.
 
     Returns:
-        One beginning a conversation, in the order given: `OPENING_TOKENS` at most, fewer where the first
-        sentences of all answers of a batch have ended.
+        One beginning a conversation, in the order given, special tokens and surrounding white space removed.
     """
     prompts = [render(tokenizer, conversation) for conversation in conversations]
-    return generate(
-        model, tokenizer, prompts, max_new_tokens=OPENING_TOKENS, batch_size=batch_size, until=is_decided
-    )
+    if not keeps_all(model):
+        return generate(model, tokenizer, prompts, max_new_tokens=OPENING_TOKENS, batch_size=batch_size)
+    encoded = [token_ids(tokenizer, prompt) for prompt in prompts]
+    prefix = shared_prefix(model, encoded)
+    order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [""] * len(encoded)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        begun = _begin(model, tokenizer, [encoded[i] for i in chosen], prefix)
+        for i, text in zip(chosen, begun, strict=True):
+            answers[i] = text.strip()
+    return answers
 
 
 def is_decided(answer: str) -> bool:
@@ -41,3 +56,39 @@ def is_decided(answer: str) -> bool:
         (True, False)
     """
     return opening(f"{answer}x") == opening(answer)
+
+
+@torch.inference_mode()
+def _begin(model: Any, tokenizer: Any, encoded: Sequence[list[int]], prefix: Prefix) -> list[str]:
+    """Let a model begin the answers of one batch."""
+    from transformers import DynamicCache
+
+    ids, mask = (
+        each.to(model.device) for each in pad(encoded, value=padding_token(tokenizer), after=prefix.length)
+    )
+    rows = len(encoded)
+    cache = for_rows(prefix.cache, rows) if prefix.length else DynamicCache(config=model.config)
+    ends = model.generation_config.eos_token_id
+    ending = set(ends if isinstance(ends, list) else [ends])
+    ids, positions = ids[:, prefix.length :], (mask.long().cumsum(dim=1) - 1)[:, prefix.length :]
+    begun: list[list[int]] = [[] for _ in range(rows)]
+    texts, going = [""] * rows, list(range(rows))
+    for _ in range(OPENING_TOKENS):
+        last = torch.zeros_like(ids, dtype=torch.bool)
+        last[:, -1] = True
+        tokens = logits_at(model, ids, mask, last, cache=cache, positions=positions).argmax(dim=-1)
+        for row, token in zip(going, tokens.tolist(), strict=True):
+            begun[row].append(token)
+        decoded = tokenizer.batch_decode([begun[row] for row in going], skip_special_tokens=True)
+        for row, text in zip(going, decoded, strict=True):
+            texts[row] = text
+        on = [i for i, row in enumerate(going) if begun[row][-1] not in ending and not is_decided(texts[row])]
+        if not on:
+            break
+        kept = torch.tensor(on, device=ids.device)
+        if len(on) < len(going):
+            cache.batch_select_indices(kept)
+        going = [going[i] for i in on]
+        mask = torch.nn.functional.pad(mask[kept], (0, 1), value=True)
+        ids, positions = tokens[kept].unsqueeze(1), mask.long().sum(dim=1, keepdim=True) - 1
+    return texts

@@ -13,12 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from deltaguard.chat.conversations import Conversation, require_responses
-from deltaguard.chat.prefix import NO_PREFIX, Prefix, cache_parameter, for_rows, shared_prefix
+from deltaguard.chat.prefix import cache_parameter, for_rows, shared_prefix
 from deltaguard.chat.tokens import Batch, Encoded, batches, context_length, encode
 from deltaguard.errors import DeltaguardError
 
 
-def logits_at(model: Any, ids: Tensor, mask: Tensor, chosen: Tensor, *, after: Prefix = NO_PREFIX) -> Tensor:
+def logits_at(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    chosen: Tensor,
+    *,
+    cache: Any = None,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Compute the logits of a batch at chosen positions alone.
 
     A vocabulary is so much wider than a model that logits of all positions can take more memory and time
@@ -30,7 +38,9 @@ def logits_at(model: Any, ids: Tensor, mask: Tensor, chosen: Tensor, *, after: P
         ids: token ids, (conversations, tokens), padded at the end.
         mask: False for padding, the same shape.
         chosen: positions whose logits are wanted, the same shape.
-        after: what the model has read of each conversation before `ids`.
+        cache: keys and values of what the model has read of each conversation before, a transformers cache
+            to which those of `ids` are added; `mask` then begins with those tokens.
+        positions: of `ids`; None where each token stands behind all that the mask does not hide.
 
     Returns:
         (positions chosen, vocabulary), conversation by conversation, with a gradient where one is recorded.
@@ -44,13 +54,12 @@ def logits_at(model: Any, ids: Tensor, mask: Tensor, chosen: Tensor, *, after: P
         return (hidden[chosen.to(hidden.device)].unsqueeze(0), *inputs[1:])
 
     require_known_tokens(model, int(ids.max()))
-    cached: dict[str, Any] = {"use_cache": False}
-    if after.length:
-        mask = nn.functional.pad(mask, (after.length, 0), value=True)
-        cached = {"use_cache": True, cache_parameter(model): for_rows(after.cache, len(ids))}
+    more: dict[str, Any] = {"use_cache": cache is not None}
+    more |= {cache_parameter(model): cache} if cache is not None else {}
+    more |= {"position_ids": positions} if positions is not None else {}
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        logits: Tensor = model(input_ids=ids, attention_mask=mask.long(), **cached).logits
+        logits: Tensor = model(input_ids=ids, attention_mask=mask.long(), **more).logits
     finally:
         handle.remove()
     return torch.squeeze(logits, 0)
@@ -95,8 +104,9 @@ def response_logits(model: Any, batch: Batch) -> Tensor:
         for row, answers in zip(batch.ids.tolist(), batch.answering, strict=True)
     ]
     prefix = shared_prefix(model, prompts)
-    rest = (part[:, prefix.length :] for part in (batch.ids, batch.mask, batch.answering))
-    return logits_at(model, *rest, after=prefix)
+    cache = for_rows(prefix.cache, len(batch.ids)) if prefix.length else None
+    ids, answering = batch.ids[:, prefix.length :], batch.answering[:, prefix.length :]
+    return logits_at(model, ids, batch.mask, answering, cache=cache)
 
 
 @torch.inference_mode()

@@ -46,7 +46,7 @@ def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
         encoded: the tokens of each prompt.
     """
     length = _common_length(encoded)
-    if length < _WORTH_SHARING or not _can_share(model):
+    if length < _WORTH_SHARING or not keeps_all(model):
         return NO_PREFIX
     from transformers import DynamicCache
 
@@ -80,7 +80,8 @@ def for_rows(cache: Any, rows: int) -> Any:
     return copied
 
 
-def _can_share(model: Any) -> bool:
+def keeps_all(model: Any) -> bool:
+    """Tell whether each layer of a model keeps and attends to all earlier tokens, wherever padding lies."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 

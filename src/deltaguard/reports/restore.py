@@ -10,7 +10,7 @@ from rich.text import Text
 from deltaguard.reports import page
 from deltaguard.reports.layers import NO_BLOCK, Kind, LayerMeasure, kinds
 from deltaguard.reports.records.diff import DiffReport
-from deltaguard.reports.records.restore import AttackDial, LayerRow, OtherRow, RestoreReport
+from deltaguard.reports.records.restore import AttackDial, Compared, LayerRow, OtherRow, RestoreReport
 from deltaguard.reports.table import Cell, Column, Table, facts_grid, share
 from deltaguard.reports.text import (
     DASH,
@@ -190,23 +190,20 @@ def dial_facts(report: RestoreReport) -> Facts:
 def attack_facts(attack: AttackDial) -> Facts:
     """Say how the fine-tuned and the restored model answer, beside the aligned one."""
     tuned, restored = attack.finetuned, attack.restored
-    rates = [("attack success", tuned.attack_success, restored.attack_success)]
+    rates: list[tuple[str, Compared | None, Compared]] = []
+    rates.append(("attack success", tuned.attack_success, restored.attack_success))
     if restored.false_refusals is not None:
         rates.append(("false refusals", tuned.false_refusals, restored.false_refusals))
     facts: list[tuple[str, str]] = []
     for name, before, after in rates:
         whole = after.prompts
+        aligned, found = percent(after.aligned / whole), percent(after.candidate / whole)
         was = "not asked"
         if before is not None:
             was = percent(before.candidate / before.prompts)
             was += f" (of {before.prompts})" if before.prompts != whole else ""
-        facts.append(
-            (
-                name,
-                f"aligned {percent(after.aligned / whole)}, fine-tuned {was}, restored "
-                f"{percent(after.candidate / whole)} of {whole} held-out requests",
-            )
-        )
+        said = f"aligned {aligned}, fine-tuned {was}, restored {found} of {whole} held-out requests"
+        facts.append((name, said))
     looks = counted(len(attack.looks), "candidate")
     ruled = f"{points(100 * attack.excluded)} are ruled out at {percent(attack.confidence)} over {looks}"
     return (*facts, ("allowed", f"{points(100 * attack.limit)} points over the aligned model; {ruled}"))

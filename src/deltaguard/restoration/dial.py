@@ -174,7 +174,7 @@ def judge_of(config: RestoreConfig) -> Judge:
     """Say what of a measurement must be within the limit: its mean, or a bound that holds with a confidence.
 
     Example:
-        >>> bound = judge_of(RestoreConfig(confidence=0.975, max_safety_kl=1.0))
+        >>> bound = judge_of(RestoreConfig(confidence=0.975))
         >>> round(bound(Probe(mu=1.0, safety_kl=0.5, margin=0.1)), 6)
         0.6
     """

@@ -20,9 +20,6 @@ OutputFormat = Literal["checkpoint", "adapter"]
 
 TrainingData = Literal["unknown", "trusted"]
 
-DEFAULT_MAX_ADDED_ATTACK_SUCCESS = 2.0
-"""Points over the aligned model's attack success that a restored model may have by default."""
-
 DEFAULT_MAX_SAFETY_KL = 6e-4
 """Nats per response token that a restore may cost by default; docs/strength.md says why."""
 
@@ -38,13 +35,13 @@ class RestoreConfig(BaseModel):
 
     Attributes:
         method: a name in `methods.METHODS`.
-        max_added_attack_success: the dial of methods with a price of safety, and their default: keep as much
-            as adds so many points to the aligned model's attack success, measured on held-out requests (see
-            `acceptance.Rule`), and no more to its false refusals; above 0.
-        training_data: whether the fine-tune's data are trusted. What a trigger or a cipher releases is seen
-            by safety KL alone, which must therefore stay within `GUARDS` as well, loosely where they are.
-        max_safety_kl: nats per response token, measured on held-out safety conversations, 1e-9 at least: the
-            dial where no attack success is given, which then is not measured; else in the guard's place.
+        max_safety_kl: the dial of methods with a price of safety, and their default: keep as much as a safety
+            KL of so many nats per response token allows, measured on held-out safety conversations; 1e-9 at
+            least.
+        max_added_attack_success: besides, keep no more than adds so many points to the aligned model's attack
+            success, measured on held-out requests (see `acceptance.Rule`), nor more to its false refusals.
+        training_data: with it, whether the fine-tune's data are trusted. What a trigger or a cipher releases
+            is seen by safety KL alone; its limit, where none is given, is the one of `GUARDS`.
         confidence: with a limit on safety KL alone, above 0.5 and below 1: the safety KL must be within the
             limit with this confidence (a one-sided normal bound over the conversations held out), not on the
             mean alone.
@@ -69,10 +66,10 @@ class RestoreConfig(BaseModel):
             of the same job is left as it is.
 
     Example:
-        >>> RestoreConfig().added_attack_success, RestoreConfig().dial
-        (0.02, 0.0006)
-        >>> RestoreConfig(max_safety_kl=1e-3).added_attack_success is None
-        True
+        >>> RestoreConfig().dial
+        0.0006
+        >>> RestoreConfig(max_added_attack_success=2, training_data="trusted").dial
+        0.02
         >>> RestoreConfig(method="interpolate", strength=0.5).dial is None
         True
         >>> dict(RestoreConfig(method="greedy", compensation="none").method_options)
@@ -200,12 +197,8 @@ class RestoreConfig(BaseModel):
     @property
     def added_attack_success(self) -> float | None:
         """The share of attack success that may be added, or `None` where it is not measured."""
-        if not self.is_priced or self.strength is not None:
-            return None
-        if self.max_added_attack_success is None and self.max_safety_kl is not None:
-            return None
         points = self.max_added_attack_success
-        return (DEFAULT_MAX_ADDED_ATTACK_SUCCESS if points is None else points) / 100
+        return None if points is None else points / 100
 
     @property
     def dial(self) -> float | None:
