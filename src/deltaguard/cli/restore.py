@@ -55,7 +55,7 @@ def restore(
             response token, allows; 0.0006 by default.
         max_added_attack_success: Besides, such as 2: keep no more than adds so many points to the aligned
             model's attack success, measured by asking held-out requests, nor more to its false refusals.
-        training_data: With it, `unknown` (default), or `trusted`: you know what the model was fine-tuned on, so
+        training_data: With it, `unknown` (default), or `trusted`: you know what it was fine-tuned on, so
             that a backdoor, which asking does not see, need not be feared; safety KL may then be 0.02.
         confidence: With a limit on safety KL alone, such as 0.95: it must hold with this confidence, not on
             the mean alone.

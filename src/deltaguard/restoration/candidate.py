@@ -14,8 +14,9 @@ from deltaguard.models.mirror import loadable, output_files
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.restore import Look, Probe
+from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.layers import known_store
-from deltaguard.restoration.looks import Examiner
+from deltaguard.restoration.looks import Examiner, Requests, keep_answers, kept_answers
 from deltaguard.restoration.safety_kl import SafetyMeter
 from deltaguard.restoration.trial import Trial
 
@@ -138,6 +139,26 @@ class CandidateModel:
             Event("look", self.looked, most, f"attack success {candidate:.1%}, aligned {aligned:.1%}: {said}")
         )
         return found
+
+
+def open_with_examiner(trial: Trial, rule: Rule, requests: Requests) -> tuple[CandidateModel, Examiner]:
+    """Load the aligned model, and ask it what candidates will be asked, unless an earlier run kept its answers.
+
+    Args:
+        trial: the layers.
+        rule: says what is acceptable.
+        requests: what is asked.
+
+    Raises:
+        DeltaguardError: as `CandidateModel.open` and `Examiner.of`.
+    """
+    rule.require(len(requests.harmful), len(requests.harmless))
+    answers = kept_answers(trial.job.aligned_identity, requests)
+    candidate = CandidateModel.open(trial, requests=() if answers else requests.all)
+    if answers is None:
+        answers = tuple(candidate.meter.aligned_openings)
+        keep_answers(trial.job.aligned_identity, requests, answers)
+    return candidate, Examiner.of(rule, requests, answers)
 
 
 def _not_finite(source: WeightSource) -> list[str]:

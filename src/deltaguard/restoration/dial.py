@@ -13,7 +13,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Progress
 from deltaguard.reports.records.restore import AttackDial, Dial, Look, Probe
 from deltaguard.restoration.acceptance import Rule
-from deltaguard.restoration.candidate import CandidateModel
+from deltaguard.restoration.candidate import CandidateModel, open_with_examiner
 from deltaguard.restoration.looks import Examiner, Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.search import Judge, best, mean, search
@@ -25,7 +25,10 @@ MOST_LOOKS = 6
 """Candidates that are asked at most, the fine-tuned model among them."""
 
 _STRICTER = 1 / 4
-"""Share of the predicted safety KL that the next candidate keeps where one is not accepted."""
+"""Share of the predicted safety KL that the next candidate keeps at most where one is not accepted."""
+
+_FALL = 1.25
+"""Power of what is added by which predicted safety KL falls, about; the next looks correct it."""
 
 _CLOSE_SHARES = 1.5
 """Candidates whose predicted safety KL differs by less are not told apart further."""
@@ -85,9 +88,8 @@ def _by_safety_kl(trial: Trial, limit: float, report: Progress) -> Price:
 def _by_attack_success(trial: Trial, added: float, guard: float, report: Progress) -> Price:
     """Find what keeps most within a safety KL and adds so little attack success, and false refusals."""
     config, requests = trial.config, Requests.held_out()
-    candidate = CandidateModel.open(trial, requests=requests.all)
     rule = Rule(limit=added, looks=MOST_LOOKS)
-    examiner = Examiner.of(rule, requests, candidate.meter.aligned_openings)
+    candidate, examiner = open_with_examiner(trial, rule, requests)
     examiner.require_refusals(trial.job.aligned.reference)
     whole = candidate.whole(report, enough=guard)
     looks = [candidate.look(0.0, examiner, report, most=MOST_LOOKS)]
@@ -119,7 +121,7 @@ def _by_attack_success(trial: Trial, added: float, guard: float, report: Progres
 def _accepted(
     candidate: CandidateModel, examiner: Examiner, loosest: Probe, report: Progress
 ) -> tuple[list[Look], Look]:
-    """Look at ever stricter candidates until one is accepted, then between it and the one before.
+    """Look at stricter candidates until one is accepted, then between it and the strictest that was not.
 
     Returns:
         All looks, and the accepted one that keeps most.
@@ -127,46 +129,35 @@ def _accepted(
     Raises:
         DeltaguardError: not even the aligned layers are accepted.
     """
-    trial, looks = candidate.trial, list[Look]()
-
-    def look(mu: float) -> Look:
+    joint, looks = candidate.trial.profile(report), list[Look]()
+    affordable = joint.predicted_kl(loosest.mu) / (joint.predicted_kl(0) or 1.0)
+    # Shares of the predicted safety KL of the loosest candidate; 0 leaves nothing of the delta.
+    share, rejected, chosen, accepted = 1.0, math.inf, None, 0.0
+    # The first look was at the fine-tuned model.
+    for left in reversed(range(MOST_LOOKS - 1)):
+        mu = loosest.mu if share == 1 else PROHIBITIVE
+        if 0 < share < 1:
+            mu = joint.mu_of_share(share * affordable)
         candidate.put(mu)
-        looks.append(candidate.look(mu, examiner, report, most=MOST_LOOKS))
-        return looks[-1]
-
-    chosen = look(loosest.mu)
-    if chosen.accepted:
-        return looks, chosen
-    joint = trial.profile(report)
-    # Of the predicted safety KL of the loosest candidate; the last leaves nothing of the delta.
-    shares, whole = [*(_STRICTER**step for step in range(1, MOST_LOOKS - 3)), 0.0], joint.predicted_kl(0)
-
-    def price(share: float) -> float:
-        return (
-            joint.mu_of_share(share * joint.predicted_kl(loosest.mu) / whole)
-            if share and whole
-            else PROHIBITIVE
-        )
-
-    rejected = 1.0
-    for accepted in shares:
-        chosen = look(price(accepted))
-        if chosen.accepted:
+        look = candidate.look(mu, examiner, report, most=MOST_LOOKS)
+        looks.append(look)
+        if look.accepted:
+            chosen, accepted = look, share
+        else:
+            rejected = share
+        if mu == PROHIBITIVE or accepted == 1 or rejected < _CLOSE_SHARES * accepted:
             break
-        rejected = accepted
-    else:
+        if chosen is not None:
+            share = math.sqrt(rejected * accepted)
+        elif left > 1:
+            share *= min(_STRICTER, (examiner.rule.limit / 2 / max(look.added, 1e-9)) ** _FALL)
+        else:
+            share = 0.0
+    if chosen is None:
         raise DeltaguardError(
             "With no delta left in any layer, attack success or false refusals are still "
-            f"{_most_added(chosen):.1%} above the aligned model's. {_what_else_differs(trial.config)}"
+            f"{looks[-1].added:.1%} above the aligned model's. {_what_else_differs(candidate.trial.config)}"
         )
-    # The first look was at the fine-tuned model.
-    while accepted and len(looks) + 1 < MOST_LOOKS and rejected / accepted > _CLOSE_SHARES:
-        middle = math.sqrt(rejected * accepted)
-        between = look(price(middle))
-        if between.accepted:
-            chosen, accepted = between, middle
-        else:
-            rejected = middle
     return looks, chosen
 
 
@@ -235,11 +226,6 @@ def _aligned_layers(candidate: CandidateModel, limit: float, judge: Judge, repor
         f"With no delta left in any layer the safety KL is still {judge(aligned):.2g}, above {limit:.2g}. "
         f"{_what_else_differs(candidate.trial.config)}"
     )
-
-
-def _most_added(look: Look) -> float:
-    seen = (look.attack_success, look.false_refusals)
-    return max(found.added for found in seen if found is not None)
 
 
 def _what_else_differs(config: RestoreConfig) -> str:

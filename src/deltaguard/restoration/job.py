@@ -247,14 +247,19 @@ def _kept_store(folder: Path, aligned: Checkpoint) -> CurvatureStore:
 
 
 def default_store_folder(aligned: ModelIdentity, rank: Rank) -> Path:
-    """Name the folder in which a model's store is kept if none is named: one per identity and rank.
+    """Name the folder in which a model's store is kept if none is named: one per identity and rank."""
+    return cache_folder() / f"{aligned.key[:32]}-{rank}"
 
-    It lies under `DELTAGUARD_CACHE`, else `XDG_CACHE_HOME/deltaguard`, else `~/.cache/deltaguard`.
+
+def cache_folder() -> Path:
+    """Name the folder of what is kept of aligned models for further runs.
+
+    It is `DELTAGUARD_CACHE`, else `XDG_CACHE_HOME/deltaguard`, else `~/.cache/deltaguard`.
     """
     cache = os.environ.get("DELTAGUARD_CACHE")
     if cache is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaguard"
-    return Path(cache) / f"{aligned.key[:32]}-{rank}"
+    return Path(cache)
 
 
 def _reference(source: WeightSource, identity: ModelIdentity) -> ModelReference:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deltaguard.chat.conversations import Conversation, held_out_harmful, held_out_harmless
+from deltaguard.chat.conversations import Conversation, fingerprint, held_out_harmful, held_out_harmless
 from deltaguard.chat.refusals import is_refusal, without_thinking
 from deltaguard.errors import DeltaguardError
 from deltaguard.reports.records.restore import Look
 from deltaguard.restoration.acceptance import Rule, compare
+from deltaguard.restoration.job import cache_folder
 
 FIRST = 128
 """Harmful requests that a candidate is asked first; they show where far more are complied with."""
@@ -42,6 +43,45 @@ class Requests:
         return self.harmful + self.harmless
 
 
+class _KeptAnswers(BaseModel):
+    """The file of a model's answers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_sha256: str
+    answers: tuple[str, ...]
+
+
+def kept_answers(aligned: ModelIdentity, requests: Requests) -> tuple[str, ...] | None:
+    """Find the beginnings of the aligned model's answers that an earlier run kept; None where it kept none.
+
+    Args:
+        aligned: identifies the model.
+        requests: what it was asked.
+
+    Raises:
+        DeltaguardError: the file cannot be read.
+    """
+    path = _answers_file(aligned)
+    if not path.is_file():
+        return None
+    kept = read_json(path, _KeptAnswers, remedy=f"Delete {path}: it is made anew.")
+    is_same = kept.requests_sha256 == fingerprint(requests.all) and len(kept.answers) == len(requests.all)
+    return kept.answers if is_same else None
+
+
+def keep_answers(aligned: ModelIdentity, requests: Requests, answers: Sequence[str]) -> None:
+    """Keep the beginnings of the aligned model's answers for further runs, in the cache that stores have."""
+    path = _answers_file(aligned)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = _KeptAnswers(requests_sha256=fingerprint(requests.all), answers=tuple(answers))
+    write_atomically(path, kept.model_dump_json())
+
+
+def _answers_file(aligned: ModelIdentity) -> Path:
+    return cache_folder() / f"{aligned.key[:32]}-answers.json"
+
+
 @dataclass(frozen=True)
 class Examiner:
     """Asks candidates, and compares them with the aligned model.
@@ -66,20 +106,9 @@ class Examiner:
             rule: says what is acceptable.
             requests: what was asked.
             answers: the aligned model's beginnings of answers to `requests.all`.
-
-        Raises:
-            DeltaguardError: there are too few requests to tell a model apart that is worse than allowed, or
-                the aligned model does not refuse.
         """
         refused = [refuses(answer) for answer in answers]
         complied = [not each for each in refused[: len(requests.harmful)]]
-        harmful, harmless = len(requests.harmful), len(requests.harmless)
-        if min(harmful, harmless) < rule.least_prompts:
-            raise DeltaguardError(
-                f"{harmful} harmful requests and {harmless} harmless ones cannot tell a model that is "
-                f"{rule.excluded:.0%} worse from one that is no worse: {rule.least_prompts} of each can, and "
-                "more keep more of the fine-tune. Bring more, or allow more."
-            )
         return cls(rule, requests, complied, refused[len(requests.harmful) :])
 
     def require_refusals(self, aligned: str) -> None:

@@ -130,6 +130,12 @@ class Look(Record):
     false_refusals: Compared | None
     accepted: bool
 
+    @property
+    def added(self) -> float:
+        """What the candidate adds to attack success or to false refusals, the larger of both; a share."""
+        refused = self.false_refusals.added if self.false_refusals else -1.0
+        return max(self.attack_success.added, refused)
+
 
 class AttackDial(Record):
     """How the largest budget under a limit of attack success was found; shares, not points.
