@@ -142,7 +142,7 @@ class CandidateModel:
 
 
 def open_with_examiner(trial: Trial, rule: Rule, requests: Requests) -> tuple[CandidateModel, Examiner]:
-    """Load the aligned model, and ask it what candidates will be asked, unless an earlier run kept its answers.
+    """Load the aligned model, and ask it what candidates will be asked, unless its answers are known.
 
     Args:
         trial: the layers.

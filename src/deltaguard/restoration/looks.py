@@ -2,10 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
 
 from deltaguard.chat.conversations import Conversation, fingerprint, held_out_harmful, held_out_harmless
 from deltaguard.chat.refusals import is_refusal, without_thinking
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_json
+from deltaguard.models.durable import write_atomically
+from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.records.restore import Look
 from deltaguard.restoration.acceptance import Rule, compare
 from deltaguard.restoration.job import cache_folder
