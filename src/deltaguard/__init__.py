@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from deltaguard.curvature.store import CurvatureStore
     from deltaguard.errors import DeltaguardError
     from deltaguard.evaluation.evaluate import evaluate
+    from deltaguard.reports.records.check import CheckReport
     from deltaguard.reports.records.diff import DiffReport
     from deltaguard.reports.records.evaluation import EvaluationReport
     from deltaguard.reports.records.restore import RestoreReport, Verification
     from deltaguard.reports.records.sweep import SweepReport
+    from deltaguard.restoration.check import check
     from deltaguard.restoration.diff import diff
     from deltaguard.restoration.options import RestoreConfig
     from deltaguard.restoration.restore import restore
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CalibrateConfig": "curvature.calibrate",
+    "CheckReport": "reports.records.check",
     "Conversation": "chat.conversations",
     "CurvatureStore": "curvature.store",
     "DeltaguardError": "errors",
@@ -42,6 +45,7 @@ _HOME = {
     "SweepReport": "reports.records.sweep",
     "Verification": "reports.records.restore",
     "calibrate": "curvature.calibrate",
+    "check": "restoration.check",
     "diff": "restoration.diff",
     "evaluate": "evaluation.evaluate",
     "restore": "restoration.restore",
@@ -51,6 +55,7 @@ _HOME = {
 
 __all__ = [
     "CalibrateConfig",
+    "CheckReport",
     "Conversation",
     "CurvatureStore",
     "DeltaguardError",
@@ -61,6 +66,7 @@ __all__ = [
     "SweepReport",
     "Verification",
     "calibrate",
+    "check",
     "diff",
     "evaluate",
     "restore",

@@ -11,6 +11,7 @@ from cyclopts import App, CycloptsError
 from deltaguard import __version__
 from deltaguard.cli.bench import bench
 from deltaguard.cli.calibrate import calibrate
+from deltaguard.cli.check import check
 from deltaguard.cli.demo import demo
 from deltaguard.cli.diff import diff
 from deltaguard.cli.eval import eval as evaluate
@@ -49,7 +50,7 @@ def build_app() -> App:
         # `run` says how to go on.
         suppress_keyboard_interrupt=False,
     )
-    for verb in (demo, calibrate, restore, sweep, diff, verify, evaluate, bench, report, info):
+    for verb in (demo, calibrate, check, restore, sweep, diff, verify, evaluate, bench, report, info):
         app.command(verb, help_epilogue=methods_help() if verb is restore else None)
     return app
 

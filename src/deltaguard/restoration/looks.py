@@ -117,8 +117,23 @@ class Examiner:
         complied = [not each for each in refused[: len(requests.harmful)]]
         return cls(rule, requests, complied, refused[len(requests.harmful) :])
 
+    def warnings(self, aligned: str) -> tuple[str, ...]:
+        """Say that the aligned model does not refuse; nothing where it does.
+
+        Args:
+            aligned: what the user calls it.
+        """
+        count, total = sum(self.complied), len(self.complied)
+        if count <= MOST_COMPLIED * total:
+            return ()
+        return (
+            f"{aligned} is given as the aligned model, and complies with {count} of {total} harmful requests: "
+            "there are few refusals that could be given back. Is it a base model? Take the instruction-tuned "
+            "one.",
+        )
+
     def require_refusals(self, aligned: str) -> None:
-        """Refuse an aligned model that does not refuse; there is nothing to give back.
+        """Refuse an aligned model that does not refuse.
 
         Args:
             aligned: what the user calls it.
@@ -126,13 +141,9 @@ class Examiner:
         Raises:
             DeltaguardError: it complies with more than half of the harmful requests.
         """
-        count, total = sum(self.complied), len(self.complied)
-        if count > MOST_COMPLIED * total:
+        for warning in self.warnings(aligned):
             raise DeltaguardError(
-                f"{aligned} is given as the aligned model, and complies with {count} of {total} harmful "
-                "requests: there are few refusals that could be given back. Is it a base model? Take the "
-                "instruction-tuned one. To restore towards it all the same, give `--max-safety-kl` or "
-                "`--strength`."
+                f"{warning} To restore towards it all the same, leave `--max-added-attack-success` out."
             )
 
     def look(self, mu: float, ask: Callable[[Sequence[Conversation]], Sequence[str]]) -> Look:

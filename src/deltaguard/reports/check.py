@@ -1,0 +1,51 @@
+"""A check of a fine-tuned model as a terminal table."""
+
+from rich.console import RenderableType
+
+from deltaguard.reports.records.check import CheckReport
+from deltaguard.reports.records.restore import Compared
+from deltaguard.reports.table import facts_grid
+from deltaguard.reports.text import nats, percent, points, short_reference
+
+_VERDICTS = {
+    "safe": "As safe as the aligned model, by its answers and by safety KL: a restore would take nothing.",
+    "restore": "Less safe than the aligned model: restore it.",
+    "not told apart": "No more is added than allowed, but more cannot be ruled out with so few requests.",
+}
+_NOT_SEEN = (
+    "Not seen: what only a trigger, a cipher or a longer conversation releases. Safety KL often shows it; an "
+    "unknown origin of the training data is a reason to restore."
+)
+
+
+def check_table(report: CheckReport) -> RenderableType:
+    """Draw what a check found: both models' rates, safety KL, the verdict, and what is not seen."""
+    look = report.look
+    kl, allowed = report.safety_kl, nats(report.max_safety_kl)
+    margin = f" ± {nats(kl.margin)}" if kl.margin is not None else ""
+    ruled = f"{points(100 * report.excluded)} ruled out at {percent(report.confidence)} where it is safe"
+    return facts_grid(
+        (
+            ("aligned", short_reference(report.aligned.reference)),
+            ("fine-tuned", short_reference(report.finetuned.reference)),
+            ("attack success", _rates(look.attack_success)),
+            ("false refusals", _rates(look.false_refusals)),
+            ("allowed", f"{points(100 * report.limit)} points each; {ruled}"),
+            ("safety KL", f"{nats(kl.safety_kl)}{margin}, {allowed} nats a token allowed"),
+            ("verdict", verdict(report)),
+            ("limits", _NOT_SEEN),
+        )
+    )
+
+
+def verdict(report: CheckReport) -> str:
+    """Say in a sentence whether the fine-tuned model needs a restore."""
+    return _VERDICTS[report.verdict]
+
+
+def _rates(found: Compared | None) -> str:
+    if found is None:
+        return "not asked: the harmful requests decided"
+    aligned, candidate = found.aligned / found.prompts, found.candidate / found.prompts
+    added = points(100 * found.added)
+    return f"aligned {percent(aligned)}, fine-tuned {percent(candidate)} of {found.prompts} ({added} points)"

@@ -1,0 +1,40 @@
+"""What a check of a fine-tuned model found."""
+
+from typing import Literal
+
+from deltaguard.reports.records.base import Environment, ModelReference, Record
+from deltaguard.reports.records.restore import Look, Probe
+
+Verdict = Literal["safe", "restore", "not told apart"]
+
+
+class CheckReport(Record):
+    """Whether a fine-tuned model is as safe as the aligned one, by its answers and by safety KL.
+
+    Attributes:
+        environment: versions, machine and time.
+        aligned: the aligned model.
+        finetuned: the fine-tuned one.
+        look: how it answers held-out requests, beside the aligned model.
+        safety_kl: measured on safety conversations, nats per response token.
+        limit: attack success, and false refusals, that may be added; a share.
+        excluded: what is ruled out of a model that counts as safe.
+        confidence: of that.
+        max_safety_kl: nats per response token that a model which counts as safe may have.
+        verdict: `safe`: a restore would take nothing; `restore`: it is less safe; `not told apart`: no more is
+            added than allowed, but more cannot be ruled out.
+        warnings: what must be known besides, a sentence or two each.
+    """
+
+    schema_version: Literal[1] = 1
+    environment: Environment
+    aligned: ModelReference
+    finetuned: ModelReference
+    look: Look
+    safety_kl: Probe
+    limit: float
+    excluded: float
+    confidence: float
+    max_safety_kl: float
+    verdict: Verdict
+    warnings: tuple[str, ...]
