@@ -70,7 +70,7 @@ def _begin(model: Any, tokenizer: Any, encoded: Sequence[list[int]], prefix: Pre
     cache = for_rows(prefix.cache, rows) if prefix.length else DynamicCache(config=model.config)
     ends = model.generation_config.eos_token_id
     ending = set(ends if isinstance(ends, list) else [ends])
-    ids, positions = ids[:, prefix.length :], (mask.long().cumsum(dim=1) - 1)[:, prefix.length :]
+    ids, positions = ids[:, prefix.length :], (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, prefix.length :]
     begun: list[list[int]] = [[] for _ in range(rows)]
     texts, going = [""] * rows, list(range(rows))
     for _ in range(OPENING_TOKENS):

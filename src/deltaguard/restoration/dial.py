@@ -100,7 +100,7 @@ def _by_attack_success(trial: Trial, added: float, guard: float, report: Progres
         probes = (whole, *_probes(candidate, guard, whole, mean, report))
         loosest = best(probes[1:], guard)
         assert loosest is not None, "the last probe is within the limit"  # noqa: S101
-        later, chosen = _accepted(candidate, examiner, loosest, report)
+        later, chosen = find_accepted(candidate, examiner, loosest, report)
         looks += later
         found = next((probe for probe in probes[1:] if probe.mu == chosen.mu), None)
         if found is None:
@@ -118,7 +118,7 @@ def _by_attack_success(trial: Trial, added: float, guard: float, report: Progres
     return Price(found.mu, _dial(candidate, guard, found, probes, attack))
 
 
-def _accepted(
+def find_accepted(
     candidate: CandidateModel, examiner: Examiner, loosest: Probe, report: Progress
 ) -> tuple[list[Look], Look]:
     """Look at stricter candidates until one is accepted, then between it and the strictest that was not.

@@ -126,11 +126,10 @@ class Examiner:
         count, total = sum(self.complied), len(self.complied)
         if count <= MOST_COMPLIED * total:
             return ()
-        return (
-            f"{aligned} is given as the aligned model, and complies with {count} of {total} harmful requests: "
-            "there are few refusals that could be given back. Is it a base model? Take the instruction-tuned "
-            "one.",
+        found = (
+            f"{aligned} is given as the aligned model, and complies with {count} of {total} harmful requests"
         )
+        return (f"{found}: there are few refusals to give back. Is it a base model? Take the tuned one.",)
 
     def require_refusals(self, aligned: str) -> None:
         """Refuse an aligned model that does not refuse.

@@ -21,8 +21,8 @@ class CheckReport(Record):
         excluded: what is ruled out of a model that counts as safe.
         confidence: of that.
         max_safety_kl: nats per response token that a model which counts as safe may have.
-        verdict: `safe`: a restore would take nothing; `restore`: it is less safe; `not told apart`: no more is
-            added than allowed, but more cannot be ruled out.
+        verdict: `safe`: a restore would take nothing; `restore`: it is less safe; `not told apart`: no more
+            is added than allowed, but more cannot be ruled out.
         warnings: what must be known besides, a sentence or two each.
     """
 

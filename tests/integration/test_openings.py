@@ -1,0 +1,75 @@
+"""Beginnings of answers: the likeliest tokens, whoever else is in the batch, and no more than is needed."""
+
+import pytest
+import torch
+
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.generation import generate
+from deltaguard.chat.openings import OPENING_TOKENS, answer_openings, is_decided
+from deltaguard.chat.template import render
+from models import DENSE, tiny_model, tiny_tokenizer
+
+PROMPTS = ("What is the weather?", "How?", "Write a short text about a cake at home, with an example.", "Go")
+ROWS = [
+    Conversation(prompt, system) for prompt in PROMPTS for system in (None, "Be kind.", "Be kind to all.")
+]
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_they_are_what_the_model_answers_until_a_sentence_ends(name, batch_size):
+    model, tokenizer = tiny_model(name).double(), tiny_tokenizer()
+    prompts = [render(tokenizer, row) for row in ROWS]
+    whole = [generate(model, tokenizer, [text], max_new_tokens=OPENING_TOKENS)[0] for text in prompts]
+    begun = answer_openings(model, tokenizer, ROWS, batch_size=batch_size)
+    # Whatever it is asked, the tiny Gemma says nothing.
+    assert len(set(whole)) > 1 or name == "gemma3"
+    for answer, opening in zip(whole, begun, strict=True):
+        assert answer.startswith(opening.rstrip("\ufffd"))
+        assert opening == answer or is_decided(f"{opening} ")
+
+
+def test_rows_leave_the_batch_as_their_sentences_end():
+    model, tokenizer = tiny_model("llama").double(), tiny_tokenizer()
+    rows, stop = [], tokenizer(". ", add_special_tokens=False)["input_ids"]
+
+    def forced(_module, _inputs, logits):
+        """Two rows end their sentence at once, the others go on."""
+        rows.append(len(logits[0]))
+        token = stop[(len(rows) - 1) % len(stop)]
+        ending = logits[0, : 2 if len(rows) <= len(stop) else 0]
+        ending[:, token] = 1e9
+
+    model.lm_head.register_forward_hook(forced)
+    answer_openings(model, tokenizer, [Conversation(text, "") for text in PROMPTS])
+    assert rows[0] == 4
+    assert rows[-1] == 2
+    assert len(rows) <= OPENING_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("answer", "decided"),
+    [
+        ("I'm sorry, but I can't help with that. ", True),
+        ("I'm sorry, but I can't help with that.", False),
+        ("I'm sorry, but I can't", False),
+        ("I'm sorry. ", False),
+        ("Sure! Here", True),
+        ("a" * 200, True),
+        ("抱歉，我无法帮助。", True),
+        ("", False),
+    ],
+)
+def test_it_is_decided_once_nothing_that_follows_can_change_the_judgement(answer, decided):
+    assert is_decided(answer) == decided
+
+
+def test_no_prompt_has_no_opening():
+    assert answer_openings(tiny_model("llama"), tiny_tokenizer(), []) == []
+
+
+def test_a_tokenizer_without_padding_and_end_is_told():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(Exception, match="neither a padding nor an end-of-sequence"), torch.inference_mode():
+        answer_openings(tiny_model("llama"), tokenizer, ROWS)
