@@ -4,6 +4,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import deltaguard
+from deltaguard.chat.conversations import held_out_harmful, held_out_harmless
+from deltaguard.restoration.acceptance import Rule
+from deltaguard.restoration.dial import MOST_LOOKS
+from deltaguard.restoration.looks import FIRST
+from deltaguard.restoration.options import GUARDS
 
 project = "deltaguard"
 author = "The deltaguard authors"
@@ -25,6 +30,14 @@ myst_heading_anchors = 3
 myst_substitutions = {
     "default_max_safety_kl": f"{deltaguard.RestoreConfig().dial:g}",
     "default_strength": deltaguard.RestoreConfig(method="greedy").chosen_strength,
+    "first_looks": FIRST,
+    "guard_trusted": f"{GUARDS['trusted']:g}",
+    "guard_unknown": f"{GUARDS['unknown']:g}",
+    "held_out_categories": len({row.category for row in held_out_harmful()}),
+    "held_out_harmful": len(held_out_harmful()),
+    "held_out_harmless": len(held_out_harmless()),
+    "least_prompts": Rule(limit=0.02, looks=MOST_LOOKS).least_prompts,
+    "most_looks": MOST_LOOKS,
     "num_held_out": deltaguard.CalibrateConfig().num_held_out,
     "num_samples": deltaguard.CalibrateConfig().num_samples,
 }
