@@ -12,6 +12,7 @@ from deltaguard.chat.refusals import is_refusal
 from deltaguard.cli.app import run
 from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.restore import dial_facts
+from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.looks import FIRST, Requests, keep_answers, kept_answers
 from deltaguard.restoration.options import GUARDS
 from pairs import pair
@@ -123,6 +124,16 @@ def test_the_command_says_whether_a_restore_is_needed(capsys):
         assert said_of in shown
     same = ["check", str(made.aligned), str(made.aligned), "--store", str(made.store)]
     assert run(same) == 0
+
+
+def test_a_dry_run_counts_the_asking():
+    made = refusing_pair()
+    plain, asking = (
+        plan_restore(made.aligned, made.finetuned, store=made.store, config=config)
+        for config in (RestoreConfig(), TRUSTED)
+    )
+    assert asking.seconds > 2 * plain.seconds
+    assert asking.dial_bytes == plain.dial_bytes
 
 
 def test_options_that_belong_together():

@@ -14,6 +14,7 @@ from deltaguard.models.families import is_vocabulary
 from deltaguard.models.shards import DTYPES
 from deltaguard.reports.records.restore import PlanReport
 from deltaguard.restoration.job import Job, look
+from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import describe_output, finished_report, refuse_output
 from deltaguard.restoration.plan import Action, Plan
@@ -22,6 +23,8 @@ from deltaguard.restoration.trial import PARTS_OF_MEMORY
 
 _USUAL_PROBES = 5
 """Models that the dial measures, the fine-tuned one included."""
+_USUAL_LOOKS, _ASKED_TOKENS = 3, 45
+"""Models that are asked all requests where attack success is measured, and tokens of a request and its opening."""
 _USUAL_SHARE = 0.1
 """Share of the eigenpairs that a store keeps which is not there yet."""
 
@@ -94,6 +97,8 @@ def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
         if job.store is not None:
             tokens = len(job.store.held_out) * job.store.provenance.max_new_tokens
         work += _USUAL_PROBES * (1.5 * product + 2 * parameters * 2 * tokens)
+        if config.added_attack_success is not None:
+            work += _USUAL_LOOKS * 2 * parameters * _ASKED_TOKENS * len(Requests.held_out().all)
         vocabulary = max((info.shape[0] for info in names if is_vocabulary(info.name)), default=0)
         held = 4 * (parameters + tokens * vocabulary)
     itemsize = max((DTYPES[info.dtype].itemsize for info in names), default=4)
