@@ -5,6 +5,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import deltaguard
 from deltaguard.chat.conversations import held_out_harmful, held_out_harmless
+from deltaguard.chat.openings import OPENING_TOKENS
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.dial import MOST_LOOKS
 from deltaguard.restoration.looks import FIRST
@@ -38,6 +39,7 @@ myst_substitutions = {
     "held_out_harmless": len(held_out_harmless()),
     "least_prompts": Rule(limit=0.02, looks=MOST_LOOKS).least_prompts,
     "most_looks": MOST_LOOKS,
+    "opening_tokens": OPENING_TOKENS,
     "num_held_out": deltaguard.CalibrateConfig().num_held_out,
     "num_samples": deltaguard.CalibrateConfig().num_samples,
 }

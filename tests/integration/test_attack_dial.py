@@ -11,6 +11,8 @@ from deltaguard import DeltaguardError, RestoreConfig, check, restore, verify
 from deltaguard.chat.refusals import is_refusal
 from deltaguard.cli.app import run
 from deltaguard.models.identity import ModelIdentity
+from deltaguard.reports.check import verdict
+from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.reports.restore import dial_facts
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.looks import FIRST, Requests, keep_answers, kept_answers
@@ -33,7 +35,7 @@ def test_the_restored_model_refuses_as_the_aligned_one_does(output_format, tmp_p
     made, out = refusing_pair(), tmp_path / "out"
     config = TRUSTED.model_copy(update={"output_format": output_format})
     report = restore(made.aligned, made.finetuned, out, store=made.store, config=config)
-    attack, requests = report.dial.attack, Requests.held_out()
+    attack, requests = report.dial.attack, Requests.of()
     assert (attack.finetuned.attack_success.prompts, attack.finetuned.attack_success.added) == (FIRST, 1.0)
     assert attack.restored in attack.looks
     assert attack.restored.accepted
@@ -50,6 +52,11 @@ def test_the_restored_model_refuses_as_the_aligned_one_does(output_format, tmp_p
         assert again.verdict == "safe"
         answers = said(out, [row.prompt for row in requests.harmful[:25]])
         assert sum(map(is_refusal, answers)) >= 24
+    card = (out / CARD_NAME).read_text()
+    assert ("It is not a measurement of refusals" in card) == (
+        "its answers to held-out requests open" not in card
+    )
+    assert "its answers to held-out requests open" in " ".join(card.split())
     shown = dict(dial_facts(report))
     assert "fine-tuned 100.0 % (of 128)" in shown["attack success"]
     assert "of 331 held-out requests" in shown["false refusals"]
@@ -78,6 +85,16 @@ def test_a_fine_tune_that_answers_alike_is_kept_whole(tmp_path):
     assert check(made.aligned, near, store=made.store).verdict == "safe"
 
 
+def test_a_fine_tune_that_is_worse_by_safety_kl_alone_is_named_so(capsys, tmp_path):
+    made = refusing_pair()
+    loaded = AutoModelForCausalLM.from_pretrained(made.aligned)
+    far = models.save(models.perturbed(loaded, 0.15), tmp_path / "far")
+    report = check(made.aligned, far, store=made.store)
+    assert report.look.accepted
+    assert report.verdict == "restore"
+    assert verdict(report).startswith("Restore it: its safety KL is")
+
+
 def test_an_aligned_model_that_does_not_refuse_is_told(tmp_path):
     made = pair()
     with pytest.raises(DeltaguardError, match=r"complies with .* harmful requests.*base model"):
@@ -93,23 +110,53 @@ def test_answers_of_the_aligned_model_are_asked_once(cache):
     before = kept.stat().st_mtime_ns
     assert check(made.aligned, made.finetuned, store=made.store).look == first.look
     assert kept.stat().st_mtime_ns == before
-    kept.write_text(json.dumps({"requests_sha256": "0" * 64, "answers": []}))
-    assert check(made.aligned, made.finetuned, store=made.store).look == first.look
-    kept.write_text("{")
-    with pytest.raises(DeltaguardError, match=r"Delete .*answers\.json"):
-        check(made.aligned, made.finetuned, store=made.store)
+    for damaged in ("{", json.dumps({"requests_sha256": "0" * 64, "made_with": {}, "answers": []})):
+        kept.write_text(damaged)
+        assert check(made.aligned, made.finetuned, store=made.store).look == first.look
+        assert [path.name for path in cache.glob("*-answers*")] == [kept.name]
+        assert kept.read_text() != damaged
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_ends_nothing(cache):
+    made, told = refusing_pair(), []
+    cache.write_text("a file")
+    report = check(made.aligned, made.finetuned, store=made.store, progress=told.append)
+    assert report.verdict == "restore"
+    assert any("answers are not kept" in event.detail for event in told)
 
 
 def test_answers_belong_to_a_model_and_to_requests():
-    requests = Requests.held_out()
+    requests = Requests.of()
     answers = ["No."] * len(requests.all)
     identity = check(refusing_pair().aligned, refusing_pair().finetuned, store=refusing_pair().store).aligned
     other = identity.model_copy(update={"fingerprint": "0" * 64})
     mine = ModelIdentity(**other.model_dump(exclude={"reference"}))
-    assert kept_answers(mine, requests) is None
-    keep_answers(mine, requests, answers)
-    assert kept_answers(mine, requests) == tuple(answers)
-    assert kept_answers(mine, replace(requests, harmful=requests.harmful[1:])) is None
+    assert kept_answers(mine, requests, "cpu") is None
+    keep_answers(mine, requests, "cpu", answers)
+    assert kept_answers(mine, requests, "cpu") == tuple(answers)
+    assert kept_answers(mine, requests, "cuda") is None
+    assert kept_answers(mine, replace(requests, harmful=requests.harmful[1:]), "cpu") is None
+
+
+def test_own_requests_are_asked_and_too_few_are_told(tmp_path):
+    made, path = refusing_pair(), tmp_path / "prompts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"How do I do harm number {i}?"}) + "\n" for i in range(200))
+    )
+    config = TRUSTED.model_copy(update={"prompts": path})
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    assert report.dial.attack.restored.attack_success.prompts == 200
+    assert len(report.options["prompts"]) == 64
+    path.write_text('{"prompt": "How do I do harm?"}\n' * 100)
+    with pytest.raises(DeltaguardError, match=r"100 harmful requests .* cannot tell.* 138 of each can"):
+        restore(made.aligned, made.finetuned, tmp_path / "other", store=made.store, config=config)
+    with pytest.raises(ValueError, match="prompts are asked where"):
+        RestoreConfig(prompts=path)
+
+
+def test_a_check_needs_a_limit_of_attack_success():
+    with pytest.raises(DeltaguardError, match="needs a limit"):
+        check(refusing_pair().aligned, refusing_pair().finetuned, config=RestoreConfig(strength=0.5))
 
 
 def test_the_command_says_whether_a_restore_is_needed(capsys):

@@ -1,12 +1,12 @@
 """Beginnings of answers: the likeliest tokens, whoever else is in the batch, and no more than is needed."""
 
 import pytest
-import torch
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
 from deltaguard.chat.openings import OPENING_TOKENS, answer_openings, is_decided
 from deltaguard.chat.template import render
+from deltaguard.errors import DeltaguardError
 from models import DENSE, tiny_model, tiny_tokenizer
 
 PROMPTS = ("What is the weather?", "How?", "Write a short text about a cake at home, with an example.", "Go")
@@ -68,8 +68,26 @@ def test_no_prompt_has_no_opening():
     assert answer_openings(tiny_model("llama"), tiny_tokenizer(), []) == []
 
 
-def test_a_tokenizer_without_padding_and_end_is_told():
-    tokenizer = tiny_tokenizer()
+def test_padding_is_masked_whatever_token_it_is():
+    tokenizer, plain = tiny_tokenizer(), tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
-    with pytest.raises(Exception, match="neither a padding nor an end-of-sequence"), torch.inference_mode():
-        answer_openings(tiny_model("llama"), tokenizer, ROWS)
+    model = tiny_model("llama").double()
+    assert answer_openings(model, tokenizer, ROWS) == answer_openings(model, plain, ROWS)
+
+
+def test_unknown_tokens_are_told_before_the_model_sees_them():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.resize_token_embeddings(260)
+    with pytest.raises(DeltaguardError, match="do not belong together"):
+        answer_openings(model, tokenizer, ROWS)
+
+
+def test_thoughts_are_no_answer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += "{{ '<think>' if enable_thinking is not defined or enable_thinking else '' }}"
+    assert answer_openings(tiny_model("llama"), tokenizer, ROWS[:1])
+    tokenizer.chat_template += "{{ '<think>' }}"
+    with pytest.raises(DeltaguardError, match="think before it answers"):
+        answer_openings(tiny_model("llama"), tokenizer, ROWS[:1])
+    assert not is_decided("<think>The user wants harm. I refuse.")
+    assert is_decided("<think>Hm. Harm.</think>I cannot help with that. ")

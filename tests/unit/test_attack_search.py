@@ -18,12 +18,9 @@ RULE = Rule(limit=0.02, looks=MOST_LOOKS)
 class Candidate:
     """Adds attack success as its predicted safety KL, 1 / μ, says."""
 
-    def __init__(self, added):
-        self.added, self.mu, self.seen = added, None, []
-        profile = SimpleNamespace(
-            predicted_kl=lambda mu: 1 / max(mu, 1.0), mu_of_share=lambda share: 1 / share
-        )
-        self.trial = SimpleNamespace(profile=lambda _: profile, config=RestoreConfig())
+    def __init__(self, added, safety_kl):
+        self.added, self.safety_kl, self.mu, self.seen = added, safety_kl, None, []
+        self.trial = SimpleNamespace(profile=lambda _: self, config=RestoreConfig())
 
     def predicted_kl(self, mu):
         return 1 / max(mu, 1.0)
@@ -34,8 +31,12 @@ class Candidate:
     def put(self, mu):
         self.mu = mu
 
-    def look(self, mu, examiner, report, *, most):
-        assert mu == self.mu
+    def probe(self, mu, _report):
+        self.put(mu)
+        return Probe(mu=mu, safety_kl=self.safety_kl(mu))
+
+    def look(self, mu, examiner, _report, *, most):
+        assert (mu, most) == (self.mu, MOST_LOOKS)
         more = round(600 * self.added(0.0 if mu == PROHIBITIVE else 1 / mu))
         attack = Compared(prompts=600, aligned=60, candidate=60 + more, only_candidate=more)
         accepted = examiner.rule.accepts(attack)
@@ -43,15 +44,18 @@ class Candidate:
         return self.seen[-1]
 
 
-def found(added):
-    candidate = Candidate(added)
+def found(added, safety_kl=lambda mu: 0.2 / mu):
+    candidate = Candidate(added, safety_kl)
     loosest = Probe(mu=10.0, safety_kl=0.02, margin=None)
-    looks, chosen = find_accepted(candidate, SimpleNamespace(rule=RULE), loosest, lambda _: None)
-    assert looks == candidate.seen
-    assert len(looks) < MOST_LOOKS
-    assert chosen.accepted
-    assert chosen.mu == min(look.mu for look in looks if look.accepted)
-    return looks, chosen
+    seen, chosen = find_accepted(candidate, SimpleNamespace(rule=RULE), loosest, 0.02, lambda _: None)
+    assert [look for _, look in seen] == candidate.seen
+    assert all(probe.mu == look.mu for probe, look in seen)
+    assert len(seen) < MOST_LOOKS
+    assert chosen[1].accepted
+    assert chosen[0].safety_kl <= 0.02
+    held = [look.mu for probe, look in seen if look.accepted and probe.safety_kl <= 0.02]
+    assert chosen[1].mu == min(held)
+    return candidate.seen, chosen[1]
 
 
 def test_what_safety_kl_allows_is_taken_where_it_adds_nothing():
@@ -79,6 +83,11 @@ def counted(added, step):
     return Compared(prompts=600, aligned=60, candidate=60 + more, only_candidate=more)
 
 
+def test_what_exceeds_the_safety_kl_is_not_taken_however_it_answers():
+    _, chosen = found(lambda share: 0.1 if share > 0.05 else 0.0, lambda mu: 0.03 if mu < 100 else 0.01)
+    assert chosen.mu >= 100
+
+
 def test_nothing_of_the_delta_is_kept_where_any_of_it_adds_too_much():
     looks, chosen = found(lambda share: 0.3 if share else 0.0)
     assert chosen.mu == PROHIBITIVE
@@ -86,7 +95,5 @@ def test_nothing_of_the_delta_is_kept_where_any_of_it_adds_too_much():
 
 
 def test_what_differs_besides_layers_is_told():
-    with pytest.raises(
-        DeltaguardError, match=r"30\.0% above the aligned model's.*the fine-tuned model alone has"
-    ):
+    with pytest.raises(DeltaguardError, match=r"\+30\.0% attack success.*the fine-tuned model alone has"):
         found(lambda _: 0.3)

@@ -71,21 +71,6 @@ def generate(
     return answers
 
 
-def padding_token(tokenizer: Any) -> int:
-    """Find the token that prompts of a batch are padded with, the end-of-sequence token where there is none.
-
-    Raises:
-        DeltaguardError: there is neither.
-    """
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if padding is None:
-        raise DeltaguardError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence "
-            "token: name one in its tokenizer_config.json."
-        )
-    return padding
-
-
 def _continue(
     model: Any,
     tokenizer: Any,
@@ -94,7 +79,12 @@ def _continue(
     max_new_tokens: int,
     temperature: float,
 ) -> list[str]:
-    padding = padding_token(tokenizer)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if padding is None:
+        raise DeltaguardError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence "
+            "token: name one in its tokenizer_config.json."
+        )
     ids, mask = pad(encoded, value=padding, after=prefix.length)
     cached = {cache_parameter(model): for_rows(prefix.cache, len(encoded))} if prefix.length else {}
     # 0 and 1 switch off what a model's own generation settings may cut from the softmax.

@@ -6,14 +6,16 @@ from typing import Any
 import torch
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.generation import generate, padding_token
-from deltaguard.chat.predictions import logits_at
+from deltaguard.chat.generation import generate
+from deltaguard.chat.predictions import logits_at, require_known_tokens
 from deltaguard.chat.prefix import Prefix, for_rows, keeps_all, shared_prefix
-from deltaguard.chat.refusals import opening
+from deltaguard.chat.refusals import opening, without_thinking
 from deltaguard.chat.template import render
 from deltaguard.chat.tokens import pad, token_ids
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.loading import foreign
 
-OPENING_TOKENS = 24
+OPENING_TOKENS = 40
 """Tokens of an answer that are generated at most: `refusals.is_refusal` reads one sentence."""
 
 
@@ -33,16 +35,34 @@ def answer_openings(
 
     Returns:
         One beginning a conversation, in the order given, special tokens and surrounding white space removed.
+
+    Raises:
+        DeltaguardError: the chat template fails, or begins thoughts that come before an answer; the model has
+            no embedding for a token.
     """
     prompts = [render(tokenizer, conversation) for conversation in conversations]
+    if any(_thinks(prompt) for prompt in prompts):
+        raise DeltaguardError(
+            f"The chat template of {tokenizer.name_or_path!r} makes the model think before it answers, and "
+            "cannot switch that off: how it opens does not show what it answers. Use `--max-safety-kl` alone."
+        )
     if not keeps_all(model):
         return generate(model, tokenizer, prompts, max_new_tokens=OPENING_TOKENS, batch_size=batch_size)
     encoded = [token_ids(tokenizer, prompt) for prompt in prompts]
+    require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     prefix = shared_prefix(model, encoded)
     order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [""] * len(encoded)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        begun = _begin(model, tokenizer, [encoded[i] for i in chosen], prefix)
+    start, size = 0, batch_size
+    while start < len(order):
+        chosen = order[start : start + size]
+        try:
+            begun = _begin(model, tokenizer, [encoded[i] for i in chosen], prefix)
+        except torch.cuda.OutOfMemoryError:
+            if len(chosen) == 1:
+                raise
+            size = len(chosen) // 2
+            continue
+        start += len(chosen)
         for i, text in zip(chosen, begun, strict=True):
             answers[i] = text.strip()
     return answers
@@ -55,7 +75,13 @@ def is_decided(answer: str) -> bool:
         >>> is_decided("I'm sorry, but I can't help with that. "), is_decided("I'm sorry, but I can't")
         (True, False)
     """
-    return opening(f"{answer}x") == opening(answer)
+    said = without_thinking(answer)
+    return opening(f"{said}x") == opening(said)
+
+
+def _thinks(prompt: str) -> bool:
+    """Tell whether a rendered prompt ends within thoughts."""
+    return prompt.rfind("<think>") > prompt.rfind("</think>")
 
 
 @torch.inference_mode()
@@ -63,13 +89,12 @@ def _begin(model: Any, tokenizer: Any, encoded: Sequence[list[int]], prefix: Pre
     """Let a model begin the answers of one batch."""
     from transformers import DynamicCache
 
-    ids, mask = (
-        each.to(model.device) for each in pad(encoded, value=padding_token(tokenizer), after=prefix.length)
-    )
+    # What is padding is masked, and may be any token.
+    ids, mask = (each.to(model.device) for each in pad(encoded, after=prefix.length))
     rows = len(encoded)
     cache = for_rows(prefix.cache, rows) if prefix.length else DynamicCache(config=model.config)
     ends = model.generation_config.eos_token_id
-    ending = set(ends if isinstance(ends, list) else [ends])
+    ending = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
     ids, positions = ids[:, prefix.length :], (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, prefix.length :]
     begun: list[list[int]] = [[] for _ in range(rows)]
     texts, going = [""] * rows, list(range(rows))
@@ -79,7 +104,8 @@ def _begin(model: Any, tokenizer: Any, encoded: Sequence[list[int]], prefix: Pre
         tokens = logits_at(model, ids, mask, last, cache=cache, positions=positions).argmax(dim=-1)
         for row, token in zip(going, tokens.tolist(), strict=True):
             begun[row].append(token)
-        decoded = tokenizer.batch_decode([begun[row] for row in going], skip_special_tokens=True)
+        with foreign("The model's tokenizer fails on an answer"):
+            decoded = tokenizer.batch_decode([begun[row] for row in going], skip_special_tokens=True)
         for row, text in zip(going, decoded, strict=True):
             texts[row] = text
         on = [i for i, row in enumerate(going) if begun[row][-1] not in ending and not is_decided(texts[row])]

@@ -99,11 +99,9 @@ def response_logits(model: Any, batch: Batch) -> Tensor:
     Raises:
         DeltaguardError: the model has no embedding for one of the tokens.
     """
-    prompts = [
-        row[: int(answers.int().argmax()) + 1]
-        for row, answers in zip(batch.ids.tolist(), batch.answering, strict=True)
-    ]
-    prefix = shared_prefix(model, prompts)
+    require_known_tokens(model, int(batch.ids.max()))
+    ends = (batch.answering.int().argmax(dim=1) + 1).tolist()
+    prefix = shared_prefix(model, [row[:end] for row, end in zip(batch.ids.tolist(), ends, strict=True)])
     cache = for_rows(prefix.cache, len(batch.ids)) if prefix.length else None
     ids, answering = batch.ids[:, prefix.length :], batch.answering[:, prefix.length :]
     return logits_at(model, ids, batch.mask, answering, cache=cache)
@@ -113,8 +111,7 @@ def response_logits(model: Any, batch: Batch) -> Tensor:
 def response_losses(model: Any, batch: Batch) -> list[list[float]]:
     """Compute -log p(token | all before it) for every response token.
 
-    The softmax is taken in float32, or in float64 where
-    the model is.
+    The softmax is taken in float32, or in float64 where the model is.
 
     Args:
         model: a transformers causal language model in evaluation mode.

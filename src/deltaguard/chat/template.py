@@ -63,7 +63,11 @@ def apply_template(
         with foreign(f"{subject} fails on a conversation of {roles}", TemplateFailedError):
             try:
                 return tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=answer_follows
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=answer_follows,
+                    # What templates of models that may think before they answer ask for.
+                    enable_thinking=False,
                 )
             except MemoryError as error:
                 raise DeltaguardError(f"{subject} takes more memory than there is. {_REMEDY}") from error

@@ -28,6 +28,7 @@ def restore(
     max_safety_kl: float | None = None,
     max_added_attack_success: float | None = None,
     training_data: TrainingData | None = None,
+    prompts: Path | None = None,
     confidence: float | None = None,
     strength: float | None = None,
     other_params: OtherParams | None = None,
@@ -57,6 +58,7 @@ def restore(
             model's attack success, measured by asking held-out requests, nor more to its false refusals.
         training_data: With it, `unknown` (default), or `trusted`: you know what it was fine-tuned on, so
             that a backdoor, which asking does not see, need not be feared; safety KL may then be 0.02.
+        prompts: With it, JSONL with `prompt` and, optionally, `system`: harmful requests of your own to ask.
         confidence: With a limit on safety KL alone, such as 0.95: it must hold with this confidence, not on
             the mean alone.
         strength: How much is kept, larger keeps more; instead of the dial, or for methods without a price.

@@ -54,6 +54,7 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
         options=options.markdown(),
         outcome=facts_table("result", outcome_facts(report)).markdown(),
         origin=origin(report),
+        asked=report.dial is not None and report.dial.attack is not None,
         kinds=kinds_table(report.layers).markdown(),
         others=others_table(report.others).markdown() if report.others else "",
     )

@@ -133,10 +133,10 @@ def origin(report: RestoreReport) -> str:
             f"{report.dial.conversations} safety conversations that the curvature does not know. "
         )
     rest = "The other" if report.dial else "These"
-    return (
-        f"{measured}{rest} numbers are computed from the weights{curvature}. How often the restored model "
-        "refuses is for an evaluation to say."
-    )
+    refusals = "How often the restored model refuses is for an evaluation to say."
+    if report.dial and report.dial.attack:
+        refusals = "How often it refuses was told from how its answers to held-out requests open."
+    return f"{measured}{rest} numbers are computed from the weights{curvature}. {refusals}"
 
 
 def outcome_facts(report: RestoreReport) -> Facts:
@@ -171,7 +171,7 @@ def dial_facts(report: RestoreReport) -> Facts:
         found = f"{nats(dial.finetuned_kl)}, within the {allowed}: kept whole, nothing was taken from it"
         return (*asked, ("safety KL of the fine-tuned model", found))
     held_out = f"{dial.conversations} held-out safety conversations ({dial.tokens} tokens)"
-    seen = dial.probes[0].conversations
+    seen = dial.probes[0].conversations if dial.probes else None
     part = f" (on {seen} of the conversations)" if seen not in (None, dial.conversations) else ""
     margin = f" ± {nats(dial.restored_margin)}" if dial.restored_margin is not None else ""
     lost = {row.name: row.utility_loss * row.delta_norm**2 for row in report.layers}
@@ -204,7 +204,7 @@ def attack_facts(attack: AttackDial) -> Facts:
             was += f" (of {before.prompts})" if before.prompts != whole else ""
         said = f"aligned {aligned}, fine-tuned {was}, restored {found} of {whole} held-out requests"
         facts.append((name, said))
-    looks = counted(len(attack.looks), "candidate")
+    looks = f"up to {counted(attack.most_looks, 'candidate')}"
     ruled = f"{points(100 * attack.excluded)} are ruled out at {percent(attack.confidence)} over {looks}"
     return (*facts, ("allowed", f"{points(100 * attack.limit)} points over the aligned model; {ruled}"))
 

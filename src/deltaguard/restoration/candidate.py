@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.device import find_device
+from deltaguard.device import device_name, find_device
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import WeightSource
 from deltaguard.models.mirror import loadable, output_files
@@ -141,23 +141,30 @@ class CandidateModel:
         return found
 
 
-def open_with_examiner(trial: Trial, rule: Rule, requests: Requests) -> tuple[CandidateModel, Examiner]:
+def open_with_examiner(
+    trial: Trial, rule: Rule, requests: Requests, report: Progress
+) -> tuple[CandidateModel, Examiner]:
     """Load the aligned model, and ask it what candidates will be asked, unless its answers are known.
 
     Args:
         trial: the layers.
         rule: says what is acceptable.
         requests: what is asked.
+        report: told where the aligned model's answers cannot be kept for the next run.
 
     Raises:
-        DeltaguardError: as `CandidateModel.open` and `Examiner.of`.
+        DeltaguardError: there are too few requests, or as `CandidateModel.open` and `Examiner.of`.
     """
     rule.require(len(requests.harmful), len(requests.harmless))
-    answers = kept_answers(trial.job.aligned_identity, requests)
-    candidate = CandidateModel.open(trial, requests=() if answers else requests.all)
+    identity, device = trial.job.aligned_identity, device_name(trial.config.device)
+    answers = kept_answers(identity, requests, device)
+    candidate = CandidateModel.open(trial, requests=requests.all if answers is None else ())
     if answers is None:
         answers = tuple(candidate.meter.aligned_openings)
-        keep_answers(trial.job.aligned_identity, requests, answers)
+        try:
+            keep_answers(identity, requests, device, answers)
+        except DeltaguardError as error:
+            report(Event("look", 0, 1, f"the aligned model's answers are not kept: {error}"))
     return candidate, Examiner.of(rule, requests, answers)
 
 

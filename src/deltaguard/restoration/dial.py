@@ -87,9 +87,9 @@ def _by_safety_kl(trial: Trial, limit: float, report: Progress) -> Price:
 
 def _by_attack_success(trial: Trial, added: float, guard: float, report: Progress) -> Price:
     """Find what keeps most within a safety KL and adds so little attack success, and false refusals."""
-    config, requests = trial.config, Requests.held_out()
+    config, requests = trial.config, Requests.of(trial.config.prompts)
     rule = Rule(limit=added, looks=MOST_LOOKS)
-    candidate, examiner = open_with_examiner(trial, rule, requests)
+    candidate, examiner = open_with_examiner(trial, rule, requests, report)
     examiner.require_refusals(trial.job.aligned.reference)
     whole = candidate.whole(report, enough=guard)
     looks = [candidate.look(0.0, examiner, report, most=MOST_LOOKS)]
@@ -100,16 +100,14 @@ def _by_attack_success(trial: Trial, added: float, guard: float, report: Progres
         probes = (whole, *_probes(candidate, guard, whole, mean, report))
         loosest = best(probes[1:], guard)
         assert loosest is not None, "the last probe is within the limit"  # noqa: S101
-        later, chosen = find_accepted(candidate, examiner, loosest, report)
-        looks += later
-        found = next((probe for probe in probes[1:] if probe.mu == chosen.mu), None)
-        if found is None:
-            found = candidate.probe(chosen.mu, report)
-            probes = (*probes, found)
+        seen, (found, chosen) = find_accepted(candidate, examiner, loosest, guard, report)
+        looks += [look for _, look in seen]
+        probes += tuple(probe for probe, _ in seen if probe is not loosest)
     attack = AttackDial(
         limit=added,
         excluded=rule.excluded,
         confidence=rule.confidence,
+        most_looks=rule.looks,
         training_data=None if config.max_safety_kl is not None else config.training_data or "unknown",
         finetuned=looks[0],
         restored=chosen,
@@ -119,33 +117,41 @@ def _by_attack_success(trial: Trial, added: float, guard: float, report: Progres
 
 
 def find_accepted(
-    candidate: CandidateModel, examiner: Examiner, loosest: Probe, report: Progress
-) -> tuple[list[Look], Look]:
+    candidate: CandidateModel, examiner: Examiner, loosest: Probe, guard: float, report: Progress
+) -> tuple[list[tuple[Probe, Look]], tuple[Probe, Look]]:
     """Look at stricter candidates until one is accepted, then between it and the strictest that was not.
 
+    Args:
+        candidate: the model.
+        examiner: asks and judges.
+        loosest: what keeps most within `guard`.
+        guard: the safety KL allowed, nats per response token.
+        report: told as candidates are measured and asked.
+
     Returns:
-        All looks, and the accepted one that keeps most.
+        All that was measured and seen, and of what was accepted that which keeps most.
 
     Raises:
         DeltaguardError: not even the aligned layers are accepted.
     """
-    joint, looks = candidate.trial.profile(report), list[Look]()
+    joint, seen = candidate.trial.profile(report), list[tuple[Probe, Look]]()
     affordable = joint.predicted_kl(loosest.mu) / (joint.predicted_kl(0) or 1.0)
     # Shares of the predicted safety KL of the loosest candidate; 0 leaves nothing of the delta.
     share, rejected, chosen, accepted = 1.0, math.inf, None, 0.0
     # The first look was at the fine-tuned model.
     for left in reversed(range(MOST_LOOKS - 1)):
-        mu = loosest.mu if share == 1 else PROHIBITIVE
-        if 0 < share < 1:
-            mu = joint.mu_of_share(share * affordable)
-        candidate.put(mu)
-        look = candidate.look(mu, examiner, report, most=MOST_LOOKS)
-        looks.append(look)
-        if look.accepted:
-            chosen, accepted = look, share
+        if share == 1:
+            probe = loosest
+            candidate.put(probe.mu)
+        else:
+            probe = candidate.probe(joint.mu_of_share(share * affordable) if share else PROHIBITIVE, report)
+        look = candidate.look(probe.mu, examiner, report, most=MOST_LOOKS)
+        seen.append((probe, look))
+        if look.accepted and probe.safety_kl <= guard:
+            chosen, accepted = seen[-1], share
         else:
             rejected = share
-        if mu == PROHIBITIVE or accepted == 1 or rejected < _CLOSE_SHARES * accepted:
+        if probe.mu == PROHIBITIVE or accepted == 1 or rejected < _CLOSE_SHARES * accepted:
             break
         if chosen is not None:
             share = math.sqrt(rejected * accepted)
@@ -154,11 +160,12 @@ def find_accepted(
         else:
             share = 0.0
     if chosen is None:
+        worst, excluded = seen[-1][1].added, examiner.rule.excluded
         raise DeltaguardError(
-            "With no delta left in any layer, attack success or false refusals are still "
-            f"{looks[-1].added:.1%} above the aligned model's. {_what_else_differs(candidate.trial.config)}"
+            f"With no delta left in any layer {worst:+.1%} attack success or false refusals are seen, and "
+            f"{excluded:+.0%} cannot be ruled out: {_what_else_differs(candidate.trial.config)}"
         )
-    return looks, chosen
+    return seen, chosen
 
 
 def judge_of(config: RestoreConfig) -> Judge:
@@ -223,7 +230,7 @@ def _aligned_layers(candidate: CandidateModel, limit: float, judge: Judge, repor
     if judge(aligned) <= limit:
         return aligned
     raise DeltaguardError(
-        f"With no delta left in any layer the safety KL is still {judge(aligned):.2g}, above {limit:.2g}. "
+        f"With no delta left in any layer the safety KL is still {judge(aligned):.2g}, above {limit:.2g}: "
         f"{_what_else_differs(candidate.trial.config)}"
     )
 
@@ -237,7 +244,7 @@ def _what_else_differs(config: RestoreConfig) -> str:
         causes["norms, biases or embeddings"] = "--other-params aligned"
     what = ", or ".join(causes) or "tensors, or rows of the vocabulary, that the fine-tuned model alone has"
     done = f"Take them from the aligned model ({', '.join(causes.values())})" if causes else "Remove them"
-    return f"What differs are {what}. {done}, or allow more."
+    return f"what differs are {what}. {done}, or allow more."
 
 
 def _dial(

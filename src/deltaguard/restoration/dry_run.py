@@ -24,7 +24,7 @@ from deltaguard.restoration.trial import PARTS_OF_MEMORY
 _USUAL_PROBES = 5
 """Models that the dial measures, the fine-tuned one included."""
 _USUAL_LOOKS, _ASKED_TOKENS = 3, 45
-"""Models that are asked all requests where attack success is measured, and tokens of a request and its opening."""
+"""Where attack success is measured: models asked all requests, and tokens of a request with its opening."""
 _USUAL_SHARE = 0.1
 """Share of the eigenpairs that a store keeps which is not there yet."""
 
@@ -98,7 +98,7 @@ def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
             tokens = len(job.store.held_out) * job.store.provenance.max_new_tokens
         work += _USUAL_PROBES * (1.5 * product + 2 * parameters * 2 * tokens)
         if config.added_attack_success is not None:
-            work += _USUAL_LOOKS * 2 * parameters * _ASKED_TOKENS * len(Requests.held_out().all)
+            work += _USUAL_LOOKS * 2 * parameters * _ASKED_TOKENS * len(Requests.of(config.prompts).all)
         vocabulary = max((info.shape[0] for info in names if is_vocabulary(info.name)), default=0)
         held = 4 * (parameters + tokens * vocabulary)
     itemsize = max((DTYPES[info.dtype].itemsize for info in names), default=4)

@@ -1,16 +1,25 @@
 """Looking at candidates: how they answer held-out requests, beside the aligned model's own answers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict
 
-from deltaguard.chat.conversations import Conversation, fingerprint, held_out_harmful, held_out_harmless
+from deltaguard.chat.conversations import (
+    Conversation,
+    fingerprint,
+    held_out_harmful,
+    held_out_harmless,
+    read_prompts,
+)
+from deltaguard.chat.openings import OPENING_TOKENS
 from deltaguard.chat.refusals import is_refusal, without_thinking
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
-from deltaguard.models.durable import write_atomically
+from deltaguard.models.durable import explained, write_atomically
 from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.records.restore import Look
 from deltaguard.restoration.acceptance import Rule, compare
@@ -36,12 +45,19 @@ class Requests:
     harmless: tuple[Conversation, ...]
 
     @classmethod
-    def held_out(cls) -> "Requests":
-        """Take the package's, which nothing else uses."""
-        return cls(
-            tuple(Conversation(row.prompt) for row in held_out_harmful()),
-            tuple(Conversation(row.prompt) for row in held_out_harmless()),
-        )
+    def of(cls, prompts: Path | None = None) -> "Requests":
+        """Take the package's held-out requests, which nothing else uses, or harmful ones of a user.
+
+        Args:
+            prompts: the user's, see `conversations.read_prompts`; responses are left out.
+
+        Raises:
+            DeltaguardError: the file cannot be read.
+        """
+        harmful = [Conversation(row.prompt) for row in held_out_harmful()]
+        if prompts is not None:
+            harmful = [replace(row, response=None) for row in read_prompts(prompts)]
+        return cls(tuple(harmful), tuple(Conversation(row.prompt) for row in held_out_harmless()))
 
     @property
     def all(self) -> tuple[Conversation, ...]:
@@ -50,42 +66,60 @@ class Requests:
 
 
 class _KeptAnswers(BaseModel):
-    """The file of a model's answers."""
+    """The file of a model's answers; with what they were made, since the same model may answer otherwise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     requests_sha256: str
+    made_with: dict[str, str]
     answers: tuple[str, ...]
 
 
-def kept_answers(aligned: ModelIdentity, requests: Requests) -> tuple[str, ...] | None:
-    """Find the beginnings of the aligned model's answers that an earlier run kept; None where it kept none.
+def kept_answers(aligned: ModelIdentity, requests: Requests, device: str) -> tuple[str, ...] | None:
+    """Find the beginnings of the aligned model's answers that an earlier run kept.
 
     Args:
         aligned: identifies the model.
         requests: what it was asked.
+        device: where it ran.
+
+    Returns:
+        None where there are none, or they are of other requests, versions or devices, or the file is damaged:
+        the model is asked again then.
+    """
+    try:
+        kept = read_json(_answers_file(aligned), _KeptAnswers, remedy="It is made anew.")
+    except DeltaguardError:
+        return None
+    expected = (fingerprint(requests.all), _made_with(device), len(requests.all))
+    return kept.answers if (kept.requests_sha256, kept.made_with, len(kept.answers)) == expected else None
+
+
+def keep_answers(aligned: ModelIdentity, requests: Requests, device: str, answers: Sequence[str]) -> None:
+    """Keep the beginnings of the aligned model's answers for further runs, in the cache that stores have.
 
     Raises:
-        DeltaguardError: the file cannot be read.
+        DeltaguardError: the file cannot be written.
     """
     path = _answers_file(aligned)
-    if not path.is_file():
-        return None
-    kept = read_json(path, _KeptAnswers, remedy=f"Delete {path}: it is made anew.")
-    is_same = kept.requests_sha256 == fingerprint(requests.all) and len(kept.answers) == len(requests.all)
-    return kept.answers if is_same else None
-
-
-def keep_answers(aligned: ModelIdentity, requests: Requests, answers: Sequence[str]) -> None:
-    """Keep the beginnings of the aligned model's answers for further runs, in the cache that stores have."""
-    path = _answers_file(aligned)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = _KeptAnswers(requests_sha256=fingerprint(requests.all), answers=tuple(answers))
-    write_atomically(path, kept.model_dump_json())
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _KeptAnswers(
+            requests_sha256=fingerprint(requests.all), made_with=_made_with(device), answers=tuple(answers)
+        )
+        # Another run may be keeping the same at this moment.
+        own = path.with_name(f"{path.stem}-{uuid4().hex}.json")
+        write_atomically(own, kept.model_dump_json())
+        own.replace(path)
 
 
 def _answers_file(aligned: ModelIdentity) -> Path:
     return cache_folder() / f"{aligned.key[:32]}-answers.json"
+
+
+def _made_with(device: str) -> dict[str, str]:
+    versions = {name: version(name) for name in ("deltaguard", "torch", "transformers")}
+    return versions | {"device": device, "tokens": str(OPENING_TOKENS)}
 
 
 @dataclass(frozen=True)

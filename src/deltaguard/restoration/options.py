@@ -2,12 +2,13 @@
 
 import difflib
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from deltaguard.chat.conversations import fingerprint, read_prompts
 from deltaguard.curvature import Rank
 from deltaguard.errors import listed
 from deltaguard.files import problems
@@ -42,6 +43,8 @@ class RestoreConfig(BaseModel):
             success, measured on held-out requests (see `acceptance.Rule`), nor more to its false refusals.
         training_data: with it, whether the fine-tune's data are trusted. What a trigger or a cipher releases
             is seen by safety KL alone; its limit, where none is given, is the one of `GUARDS`.
+        prompts: with it, a file of harmful requests (see `conversations.read_prompts`) instead of the
+            package's.
         confidence: with a limit on safety KL alone, above 0.5 and below 1: the safety KL must be within the
             limit with this confidence (a one-sided normal bound over the conversations held out), not on the
             mean alone.
@@ -81,6 +84,7 @@ class RestoreConfig(BaseModel):
     method: str = next(iter(METHODS))
     max_added_attack_success: float | None = Field(default=None, gt=0, le=90, allow_inf_nan=False)
     training_data: TrainingData | None = None
+    prompts: Path | None = None
     max_safety_kl: float | None = Field(default=None, ge=SMALLEST_MAX_SAFETY_KL, allow_inf_nan=False)
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     strength: float | None = Field(default=None, allow_inf_nan=False)
@@ -162,6 +166,8 @@ class RestoreConfig(BaseModel):
         by_answers = self.added_attack_success is not None
         if self.training_data is not None and (not by_answers or self.max_safety_kl is not None):
             raise ValueError("training_data decides the limit on safety KL beside one on attack success.")
+        if self.prompts is not None and not by_answers:
+            raise ValueError("prompts are asked where attack success is held, max_added_attack_success.")
         if self.confidence is not None and (self.dial is None or by_answers):
             raise ValueError("confidence is an option of the dial, max_safety_kl, alone.")
 
@@ -228,10 +234,12 @@ class RestoreConfig(BaseModel):
         """List the options that decide the output, for the report and for recognising an interrupted run."""
         by_dial = self.dial is not None
         decided: dict[str, Any] = {"method": self.method}
-        if (added := self.added_attack_success) is not None:
-            decided["max_added_attack_success"] = 100 * added
+        if self.max_added_attack_success is not None:
+            decided["max_added_attack_success"] = self.max_added_attack_success
             if self.max_safety_kl is None:
                 decided["training_data"] = self.training_data or "unknown"
+            if self.prompts is not None:
+                decided["prompts"] = fingerprint(read_prompts(self.prompts))
         decided |= {"max_safety_kl": self.dial} if by_dial else {"strength": self.chosen_strength}
         decided |= {"confidence": self.confidence} if self.confidence is not None else {}
         decided |= self.own_options.model_dump() | dict(self.models)

@@ -21,8 +21,9 @@ class CheckReport(Record):
         excluded: what is ruled out of a model that counts as safe.
         confidence: of that.
         max_safety_kl: nats per response token that a model which counts as safe may have.
-        verdict: `safe`: a restore would take nothing; `restore`: it is less safe; `not told apart`: no more
-            is added than allowed, but more cannot be ruled out.
+        verdict: `safe`: a restore to a checkpoint with the same limits would keep it whole; `restore`: it
+            answers worse than allowed, or its safety KL is above its limit; `not told apart`: neither is
+            shown, and more than allowed cannot be ruled out, or the aligned model does not refuse.
         warnings: what must be known besides, a sentence or two each.
     """
 

@@ -144,6 +144,7 @@ class AttackDial(Record):
         limit: attack success over the aligned model's that is allowed, and false refusals likewise.
         excluded: what is ruled out for the restored model, with `confidence`.
         confidence: over all looks together.
+        most_looks: so many were allowed for, the one at the fine-tuned model among them.
         training_data: whether the fine-tune's data are trusted, which decides the limit on safety KL; null
             where that was given.
         finetuned: how the fine-tuned model answers.
@@ -154,6 +155,7 @@ class AttackDial(Record):
     limit: float = Field(gt=0, le=1)
     excluded: float = Field(gt=0, le=1)
     confidence: float = Field(gt=0.5, lt=1)
+    most_looks: Annotated[int, Field(ge=1, le=1000)]
     training_data: Literal["unknown", "trusted"] | None
     finetuned: Look
     restored: Look
