@@ -1,6 +1,6 @@
 """Answers from a causal language model, in batches sorted by length, greedy by default."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
@@ -50,25 +50,45 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
     prefix = shared_prefix(model, encoded)
-    start, size = 0, batch_size
+
+    def answer(chosen: Sequence[int]) -> list[str]:
+        with _drawing(model, seed, [prompts[i] for i in chosen]):
+            rows = [encoded[i] for i in chosen]
+            return _continue(model, tokenizer, rows, prefix, max_new_tokens, temperature)
+
+    for chosen, texts in fitting_batches(order, batch_size, answer):
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text
+        if on_batch is not None:
+            on_batch(chosen, texts)
+    return answers
+
+
+def fitting_batches(
+    order: Sequence[int], size: int, answer: Callable[[Sequence[int]], list[str]]
+) -> Iterator[tuple[Sequence[int], list[str]]]:
+    """Answer prompts batch by batch, by half as many where a GPU has too little memory.
+
+    Args:
+        order: numbers of prompts.
+        size: how many a batch has at first.
+        answer: answers the prompts of some numbers.
+
+    Yields:
+        The numbers of a batch, and their answers.
+    """
+    start = 0
     while start < len(order):
         chosen = order[start : start + size]
         try:
-            with _drawing(model, seed, [prompts[i] for i in chosen]):
-                texts = _continue(
-                    model, tokenizer, [encoded[i] for i in chosen], prefix, max_new_tokens, temperature
-                )
+            texts = answer(chosen)
         except torch.cuda.OutOfMemoryError:
             if len(chosen) == 1:
                 raise
             size = len(chosen) // 2
             continue
         start += len(chosen)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text
-        if on_batch is not None:
-            on_batch(chosen, texts)
-    return answers
+        yield chosen, texts
 
 
 def _continue(

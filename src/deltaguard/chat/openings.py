@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.generation import generate
+from deltaguard.chat.generation import fitting_batches, generate
 from deltaguard.chat.predictions import logits_at, require_known_tokens
 from deltaguard.chat.prefix import Prefix, for_rows, keeps_all, shared_prefix
 from deltaguard.chat.refusals import opening, without_thinking
@@ -52,18 +52,12 @@ def answer_openings(
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     prefix = shared_prefix(model, encoded)
     order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [""] * len(encoded)
-    start, size = 0, batch_size
-    while start < len(order):
-        chosen = order[start : start + size]
-        try:
-            begun = _begin(model, tokenizer, [encoded[i] for i in chosen], prefix)
-        except torch.cuda.OutOfMemoryError:
-            if len(chosen) == 1:
-                raise
-            size = len(chosen) // 2
-            continue
-        start += len(chosen)
-        for i, text in zip(chosen, begun, strict=True):
+
+    def begin(chosen: Sequence[int]) -> list[str]:
+        return _begin(model, tokenizer, [encoded[i] for i in chosen], prefix)
+
+    for chosen, texts in fitting_batches(order, batch_size, begin):
+        for i, text in zip(chosen, texts, strict=True):
             answers[i] = text.strip()
     return answers
 

@@ -111,17 +111,15 @@ class SafetyMeter:
     ) -> "SafetyMeter":
         """Load the aligned model, keep what it predicts for responses, and make it run as the output will.
 
-        Kept on the device are log-probabilities of the whole vocabulary for every response token, in float32
-        since small differences of them are what is measured: 64 conversations of 33 tokens take 0.4 GB with
-        a vocabulary of 50 000, and 2 GB with one of 250 000.
+        Kept on the device are log-probabilities of the whole vocabulary for every response token, in float32:
+        64 conversations of 33 tokens take 0.4 GB with a vocabulary of 50 000, and 2 GB with one of 250 000.
 
         Args:
             aligned: the aligned checkpoint.
             finetuned: what candidates are made like. Where its vocabulary is larger, so becomes the model's.
             conversations: held-out safety conversations, all with responses.
             output: a folder with the configuration, tokenizer and chat template that candidates will have;
-                the aligned model's where absent. Where that configuration is another, the weights are loaded
-                a second time, under it.
+                the aligned model's where absent. Under another configuration weights are loaded anew.
             tasks: conversations of which the aligned model's likelihood is kept too.
             requests: conversations of which the beginnings of the aligned model's answers are kept.
             device: where the model runs.
@@ -144,10 +142,8 @@ class SafetyMeter:
             # For messages, which must not speak of a folder that is gone.
             tokenizer.name_or_path = finetuned.reference
             other = replace(own, reader=Reader.of(tokenizer, config, max_length))
-        kept = [
-            (batch.to(device), _log_probs(model, known.to(device)))
-            for known, batch in own.beside(other, conversations)
-        ]
+        pairs = own.beside(other, conversations)
+        kept = [(batch.to(device), _log_probs(model, known.to(device))) for known, batch in pairs]
         likelihood = _likelihood(model, own.batches(tasks)) if tasks else None
         openings = answer_openings(model, own.reader.tokenizer, requests)
         if config is not None and not _runs_alike(config, load_config(*source)):
