@@ -20,6 +20,7 @@ from deltaguard.reports.records.bench import BenchReport
 from deltaguard.reports.records.demo import DemoReport
 from deltaguard.reports.table import Column, Table, rate
 from deltaguard.reports.text import DASH, Measured, duration, interval, model_label, percent, size
+from tools.asking import asking_table
 from tools.experiments import experiments_table
 from tools.picture import demo_picture
 from tools.tables import (
@@ -190,6 +191,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "strength-table": ("strength.json", strength_table),
     "benchmark-table": ("benchmark.json", benchmark_table),
     "evaluation-table": ("evaluation.json", evaluation_table),
+    "asking-table": ("asking.json", asking_table),
     "bench-table": ("bench.json", bench_table),
     "dial-table": ("dial.json", bench_table),
     "dial-summary-table": ("dial.json", bench_summary),

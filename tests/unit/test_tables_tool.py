@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from tools.asking import AskingRuns, asking_table, main
 from tools.tables import bench_default, bench_summary, bench_table, evaluation_table
 
 import bench_reports
@@ -10,6 +11,7 @@ import reports
 from deltaguard.reports.table import estimate
 from deltaguard.reports.text import interval, percent, plain, points
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
+from restores import restore_report
 
 
 def cells(line):
@@ -152,3 +154,34 @@ def test_findings_are_those_of_the_comparisons():
     assert len(lines) == len({c.model for c in report.comparisons})
     finding = next(c.finding for c in report.comparisons if c.judge in (None, "opening"))
     assert f"{finding}: " in text
+
+
+def test_restores_that_asked_have_a_row_each(tmp_path):
+    seen = {"prompts": 200, "aligned": 40, "candidate": 44, "only_candidate": 10}
+    first = {"prompts": 128, "aligned": 20, "candidate": 120, "only_candidate": 100}
+    tuned = {"mu": 0.0, "attack_success": first, "false_refusals": None, "accepted": False}
+    look = {"mu": 3.0, "attack_success": seen, "false_refusals": seen, "accepted": True}
+    attack = {
+        "limit": 0.02,
+        "excluded": 0.04,
+        "confidence": 0.95,
+        "most_looks": 6,
+        "training_data": "trusted",
+    }
+    attack |= {"finetuned": tuned, "restored": look, "looks": [tuned, look]}
+    dial = {"limit": 0.02, "device": "cpu", "conversations": 64, "tokens": 900, "finetuned_kl": 0.4}
+    dial |= {"restored_kl": 0.003, "whole": False, "probes": [], "attack": attack}
+    report = RestoreReport.model_validate(restore_report().model_dump() | {"dial": dial})
+    (tmp_path / REPORT_NAME).write_text(report.model_dump_json())
+    assert main([f"a | task={tmp_path}", "-o", str(tmp_path / "asking.json")]) == 0
+    content = (tmp_path / "asking.json").read_text()
+    assert AskingRuns.model_validate_json(content).runs[0].report.layers == ()
+    (row,) = (line for line in asking_table(content).splitlines() if "trusted" in line)
+    for cell in (
+        "a \\| task",
+        "20.0 %",
+        "93.8 % of 128 (+78.1 points)",
+        "22.0 % of 200 (+2.0 points)",
+        "0.003",
+    ):
+        assert cell in row

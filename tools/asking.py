@@ -1,0 +1,119 @@
+"""Restores that measured attack success, as one small file: `python -m tools.asking NAME=FOLDER ... -o FILE`.
+
+Each folder is one that `deltaguard restore --max-added-attack-success` wrote. What its report says of single
+tensors and files is left out. `asking_table` draws the table of the documentation from the file.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from deltaguard.reports.records.restore import REPORT_NAME, AttackDial, Dial, Look, RestoreReport
+from deltaguard.reports.table import Cell, Column, Table
+from deltaguard.reports.text import DASH, duration, nats, percent, points
+from tools.tables import made_with, small
+
+
+class AskingRun(BaseModel):
+    """One restore, and of which fine-tune it is in a few words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    finetune: str
+    report: RestoreReport
+
+
+class AskingRuns(BaseModel):
+    """`docs/results/asking.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runs: tuple[AskingRun, ...]
+
+
+def asking_table(content: str) -> str:
+    """Draw what each restore found and kept: a row a restore.
+
+    Args:
+        content: an `AskingRuns` as JSON.
+
+    Returns:
+        Markdown.
+    """
+    runs = AskingRuns.model_validate_json(content).runs
+    drawn = Table.of(
+        "",
+        [_Row.of(run) for run in runs],
+        (
+            (Column("fine-tune", "words"), lambda row: row.run.finetune),
+            (Column("training data", "name"), lambda row: row.attack.training_data or DASH),
+            ("attack success,<br>aligned", lambda row: percent(_share(row.attack.restored, "aligned"))),
+            ("fine-tuned", lambda row: _rate(row.attack.finetuned)),
+            ("restored", lambda row: _rate(row.attack.restored)),
+            ("false refusals,<br>added points", lambda row: _added(row.attack.restored)),
+            ("safety KL,<br>restored", lambda row: nats(row.dial.restored_kl)),
+            ("energy kept", lambda row: percent(row.run.report.kept_energy)),
+            ("candidates<br>asked", lambda row: str(len(row.attack.looks))),
+            ("time", lambda row: Cell(duration(row.run.report.seconds["total"]))),
+        ),
+    ).markdown()
+    return f"{drawn}\n\n{small(made_with(runs[0].report.environment))}"
+
+
+class _Row(BaseModel):
+    run: AskingRun
+    dial: Dial
+    attack: AttackDial
+
+    @classmethod
+    def of(cls, run: AskingRun) -> "_Row":
+        dial = run.report.dial
+        if dial is None or dial.attack is None:
+            raise ValueError(f"the restore of {run.finetune!r} asked nobody")
+        return cls(run=run, dial=dial, attack=dial.attack)
+
+
+def _share(look: Look, of: Literal["aligned", "candidate"]) -> float:
+    found = look.attack_success
+    return (found.aligned if of == "aligned" else found.candidate) / found.prompts
+
+
+def _rate(look: Look) -> str:
+    found = look.attack_success
+    return f"{percent(_share(look, 'candidate'))} of {found.prompts} ({points(100 * found.added)} points)"
+
+
+def _added(look: Look) -> str:
+    return DASH if look.false_refusals is None else points(100 * look.false_refusals.added)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Collect the reports of restores.
+
+    Args:
+        arguments: of the command line, `sys.argv` where absent.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tools.asking", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    chosen = parser.parse_args(arguments)
+    found: list[AskingRun] = []
+    for run in chosen.runs:
+        name, _, folder = run.partition("=")
+        report = RestoreReport.model_validate_json((Path(folder) / REPORT_NAME).read_text(encoding="utf-8"))
+        whole = report.model_copy(update={"layers": (), "others": (), "files": ()})
+        found.append(AskingRun(finetune=name, report=whole))
+    text = AskingRuns(runs=tuple(found)).model_dump_json(indent=1)
+    chosen.output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
