@@ -1,7 +1,7 @@
 """Restores that measured attack success, as one small file: `python -m tools.asking NAME=FOLDER ... -o FILE`.
 
 Each folder is one that `deltaguard restore --max-added-attack-success` wrote. What its report says of single
-tensors and files is left out. `asking_table` draws the table of the documentation from the file.
+tensors and files, and where the models lay, is left out. `asking_table` draws the table of the documentation.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deltaguard.reports.records.restore import REPORT_NAME, AttackDial, Dial, Look, RestoreReport
 from deltaguard.reports.table import Cell, Column, Table
-from deltaguard.reports.text import DASH, duration, nats, percent, points
+from deltaguard.reports.text import DASH, duration, nats, percent, points, short_reference
 from tools.tables import made_with, small
 
 
@@ -51,13 +51,13 @@ def asking_table(content: str) -> str:
         (
             (Column("fine-tune", "words"), lambda row: row.run.finetune),
             (Column("training data", "name"), lambda row: row.attack.training_data or DASH),
-            ("attack success,<br>aligned", lambda row: percent(_share(row.attack.restored, "aligned"))),
+            ("attack success,\naligned", lambda row: percent(_share(row.attack.restored, "aligned"))),
             ("fine-tuned", lambda row: _rate(row.attack.finetuned)),
             ("restored", lambda row: _rate(row.attack.restored)),
-            ("false refusals,<br>added points", lambda row: _added(row.attack.restored)),
-            ("safety KL,<br>restored", lambda row: nats(row.dial.restored_kl)),
+            ("false refusals,\nadded points", lambda row: _added(row.attack.restored)),
+            ("safety KL,\nrestored", lambda row: nats(row.dial.restored_kl)),
             ("energy kept", lambda row: percent(row.run.report.kept_energy)),
-            ("candidates<br>asked", lambda row: str(len(row.attack.looks))),
+            ("candidates\nasked", lambda row: str(len(row.attack.looks))),
             ("time", lambda row: Cell(duration(row.run.report.seconds["total"]))),
         ),
     ).markdown()
@@ -108,7 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in chosen.runs:
         name, _, folder = run.partition("=")
         report = RestoreReport.model_validate_json((Path(folder) / REPORT_NAME).read_text(encoding="utf-8"))
-        whole = report.model_copy(update={"layers": (), "others": (), "files": ()})
+        models = {
+            role: model.model_copy(update={"reference": short_reference(model.reference)})
+            for role, model in (("aligned", report.aligned), ("finetuned", report.finetuned))
+        }
+        whole = report.model_copy(update={"layers": (), "others": (), "files": (), **models})
         found.append(AskingRun(finetune=name, report=whole))
     text = AskingRuns(runs=tuple(found)).model_dump_json(indent=1)
     chosen.output.write_text(text + "\n", encoding="utf-8")
