@@ -25,10 +25,10 @@ def restore(
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     store: str | None = None,
     method: str | None = None,
-    max_safety_kl: float | None = None,
     max_added_attack_success: float | None = None,
     training_data: TrainingData | None = None,
     prompts: Path | None = None,
+    max_safety_kl: float | None = None,
     confidence: float | None = None,
     strength: float | None = None,
     other_params: OtherParams | None = None,
@@ -52,13 +52,14 @@ def restore(
         output: A new folder for the restored checkpoint.
         store: The aligned model's curvature, from `deltaguard calibrate`; if not given, made once and cached.
         method: What decides how much of each layer is kept, one of those below; `kfac` by default.
-        max_safety_kl: The dial of methods with a price: keep as much as this safety KL, measured in nats per
-            response token, allows; 0.0006 by default.
-        max_added_attack_success: Besides, such as 2: keep no more than adds so many points to the aligned
-            model's attack success, measured by asking held-out requests, nor more to its false refusals.
-        training_data: With it, `unknown` (default), or `trusted`: you know what it was fine-tuned on, so
-            that a backdoor, which asking does not see, need not be feared; safety KL may then be 0.02.
+        max_added_attack_success: The dial of methods with a price: keep as much as adds at most so many
+            points to the aligned model's attack success, measured by asking held-out requests, nor more to
+            its false refusals; 2 by default.
+        training_data: With it, `unknown` (default): safety KL, which sees what asking does not, such as a
+            backdoor, must be within 0.0006; or `trusted`: you know what it was fine-tuned on, 0.02.
         prompts: With it, JSONL with `prompt` and, optionally, `system`: harmful requests of your own to ask.
+        max_safety_kl: Instead of asking, keep as much as this safety KL, measured in nats per response token,
+            allows, such as 0.0006; or beside `--max-added-attack-success`, in place of the limits above.
         confidence: With a limit on safety KL alone, such as 0.95: it must hold with this confidence, not on
             the mean alone.
         strength: How much is kept, larger keeps more; instead of the dial, or for methods without a price.

@@ -53,13 +53,13 @@ def sweep(
     options |= {"other_params": other_params, "config_from": config_from}
     if method in METHODS and not isinstance(METHODS[method], PricedMethod):
         raise UsageError(f"A sweep needs a method with a price to vary; {method} has none.")
-    config = checked(RestoreConfig, options)
-    for limit in max_safety_kl:
-        checked(RestoreConfig, options | {"max_safety_kl": limit})
     from deltaguard.cli.report import page_line
     from deltaguard.reports.sweep import sweep_table
     from deltaguard.restoration.sweep import LIMITS
     from deltaguard.restoration.sweep import sweep as run
+
+    limits = max_safety_kl or LIMITS
+    config = [checked(RestoreConfig, options | {"max_safety_kl": limit}) for limit in limits][0]
 
     hide_bars_of_transformers()
     with progress_bar() as progress:
@@ -68,7 +68,7 @@ def sweep(
             finetuned,
             output,
             store=store,
-            limits=max_safety_kl or LIMITS,
+            limits=limits,
             utility=utility,
             config=config,
             progress=progress,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.device import device_name, find_device
+from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import WeightSource
 from deltaguard.models.mirror import loadable, output_files
@@ -156,7 +156,7 @@ def open_with_examiner(
         DeltaguardError: there are too few requests, or as `CandidateModel.open` and `Examiner.of`.
     """
     rule.require(len(requests.harmful), len(requests.harmless))
-    identity, device = trial.job.aligned_identity, device_name(trial.config.device)
+    identity, device = trial.job.aligned_identity, trial.config.device
     answers = kept_answers(identity, requests, device)
     candidate = CandidateModel.open(trial, requests=requests.all if answers is None else ())
     if answers is None:

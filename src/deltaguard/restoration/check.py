@@ -19,9 +19,6 @@ from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.trial import Trial
 
-MAX_ADDED = 2.0
-"""Points of attack success, and of false refusals, that a fine-tune may add and count as safe by default."""
-
 
 def check(
     aligned: str | Path,
@@ -41,7 +38,7 @@ def check(
         aligned: as in `restore`.
         finetuned: as in `restore`.
         store: as in `restore`.
-        config: the limits, the requests, `config_from` and the device; 2 points where it is absent.
+        config: the limits, the requests, `config_from` and the device; the default is `RestoreConfig()`.
         progress: told what was measured.
 
     Raises:
@@ -53,9 +50,12 @@ def check(
         print(report.verdict, report.look.attack_success.added)
         ```
     """
-    config = config or RestoreConfig(max_added_attack_success=MAX_ADDED)
+    config = config or RestoreConfig()
     if config.added_attack_success is None or config.dial is None:
-        raise DeltaguardError("A check needs a limit, `max_added_attack_success`, in its configuration.")
+        raise DeltaguardError(
+            "A check asks both models, so that it needs a limit of attack success: give "
+            "`max_added_attack_success`."
+        )
     # As many looks as a restore may take, so that both say the same of the fine-tuned model.
     requests, rule = Requests.of(config.prompts), Rule(limit=config.added_attack_success, looks=MOST_LOOKS)
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)

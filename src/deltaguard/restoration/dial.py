@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from deltaguard.device import find_device
+from deltaguard.device import find_device, served_dtype
 from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Progress
 from deltaguard.reports.records.restore import AttackDial, Dial, Look, Probe
@@ -109,6 +109,7 @@ def _by_attack_success(trial: Trial, added: float, guard: float, report: Progres
         confidence=rule.confidence,
         most_looks=rule.looks,
         training_data=None if config.max_safety_kl is not None else config.training_data or "unknown",
+        dtype=str(served_dtype(find_device(config.device))).removeprefix("torch."),
         finetuned=looks[0],
         restored=chosen,
         looks=tuple(looks),
@@ -172,7 +173,7 @@ def judge_of(config: RestoreConfig) -> Judge:
     """Say what of a measurement must be within the limit: its mean, or a bound that holds with a confidence.
 
     Example:
-        >>> bound = judge_of(RestoreConfig(confidence=0.975))
+        >>> bound = judge_of(RestoreConfig(max_safety_kl=1e-3, confidence=0.975))
         >>> round(bound(Probe(mu=1.0, safety_kl=0.5, margin=0.1)), 6)
         0.6
     """

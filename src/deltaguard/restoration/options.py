@@ -21,8 +21,11 @@ OutputFormat = Literal["checkpoint", "adapter"]
 
 TrainingData = Literal["unknown", "trusted"]
 
+DEFAULT_MAX_ADDED = 2.0
+"""Points of attack success, and of false refusals, over the aligned model's that a restore leaves at most."""
+
 DEFAULT_MAX_SAFETY_KL = 6e-4
-"""Nats per response token that a restore may cost by default; docs/strength.md says why."""
+"""Nats per response token that a restore may cost where safety KL alone decides; docs/strength.md says why."""
 
 GUARDS: Mapping[TrainingData, float] = MappingProxyType({"unknown": DEFAULT_MAX_SAFETY_KL, "trusted": 2e-2})
 """Safety KL allowed beside attack success, which does not see triggers; nats per response token."""
@@ -36,15 +39,17 @@ class RestoreConfig(BaseModel):
 
     Attributes:
         method: a name in `methods.METHODS`.
-        max_safety_kl: the dial of methods with a price of safety, and their default: keep as much as a safety
-            KL of so many nats per response token allows, measured on held-out safety conversations; 1e-9 at
-            least.
-        max_added_attack_success: besides, keep no more than adds so many points to the aligned model's attack
-            success, measured on held-out requests (see `acceptance.Rule`), nor more to its false refusals.
+        max_added_attack_success: the dial of methods with a price of safety: keep as much as adds at most so
+            many points to the aligned model's attack success, measured by asking held-out requests (see
+            `acceptance.Rule`), nor more to its false refusals. `DEFAULT_MAX_ADDED` where nothing else says
+            how much is kept.
         training_data: with it, whether the fine-tune's data are trusted. What a trigger or a cipher releases
             is seen by safety KL alone; its limit, where none is given, is the one of `GUARDS`.
         prompts: with it, a file of harmful requests (see `conversations.read_prompts`) instead of the
             package's.
+        max_safety_kl: instead of asking, keep as much as a safety KL of so many nats per response token
+            allows, measured on held-out safety conversations; 1e-9 at least. Together with
+            `max_added_attack_success` both hold.
         confidence: with a limit on safety KL alone, above 0.5 and below 1: the safety KL must be within the
             limit with this confidence (a one-sided normal bound over the conversations held out), not on the
             mean alone.
@@ -69,10 +74,12 @@ class RestoreConfig(BaseModel):
             of the same job is left as it is.
 
     Example:
-        >>> RestoreConfig().dial
-        0.0006
-        >>> RestoreConfig(max_added_attack_success=2, training_data="trusted").dial
+        >>> RestoreConfig().added_attack_success, RestoreConfig().dial
+        (0.02, 0.0006)
+        >>> RestoreConfig(training_data="trusted").dial
         0.02
+        >>> RestoreConfig(max_safety_kl=0.001).added_attack_success is None
+        True
         >>> RestoreConfig(method="interpolate", strength=0.5).dial is None
         True
         >>> dict(RestoreConfig(method="greedy", compensation="none").method_options)
@@ -168,8 +175,8 @@ class RestoreConfig(BaseModel):
             raise ValueError("training_data decides the limit on safety KL beside one on attack success.")
         if self.prompts is not None and not by_answers:
             raise ValueError("prompts are asked where attack success is held, max_added_attack_success.")
-        if self.confidence is not None and (self.dial is None or by_answers):
-            raise ValueError("confidence is an option of the dial, max_safety_kl, alone.")
+        if self.confidence is not None and (self.max_safety_kl is None or by_answers):
+            raise ValueError("confidence is an option of max_safety_kl, and of it alone.")
 
     def _check_strength(self) -> None:
         allowed = self._strengths
@@ -201,10 +208,17 @@ class RestoreConfig(BaseModel):
         return isinstance(self.chosen_method, PricedMethod)
 
     @property
+    def added_points(self) -> float | None:
+        """The points of attack success that may be added, or `None` where it is not measured."""
+        if self.max_added_attack_success is not None:
+            return self.max_added_attack_success
+        decided = not self.is_priced or self.strength is not None or self.max_safety_kl is not None
+        return None if decided else DEFAULT_MAX_ADDED
+
+    @property
     def added_attack_success(self) -> float | None:
-        """The share of attack success that may be added, or `None` where it is not measured."""
-        points = self.max_added_attack_success
-        return None if points is None else points / 100
+        """The same as a share."""
+        return None if self.added_points is None else self.added_points / 100
 
     @property
     def dial(self) -> float | None:
@@ -234,8 +248,8 @@ class RestoreConfig(BaseModel):
         """List the options that decide the output, for the report and for recognising an interrupted run."""
         by_dial = self.dial is not None
         decided: dict[str, Any] = {"method": self.method}
-        if self.max_added_attack_success is not None:
-            decided["max_added_attack_success"] = self.max_added_attack_success
+        if self.added_points is not None:
+            decided["max_added_attack_success"] = self.added_points
             if self.max_safety_kl is None:
                 decided["training_data"] = self.training_data or "unknown"
             if self.prompts is not None:

@@ -16,6 +16,7 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.openings import answer_openings
 from deltaguard.chat.predictions import response_logits, response_losses
 from deltaguard.chat.tokens import Batch, Encoded, Reader, batches, read_by_both
+from deltaguard.device import as_served
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.canonical import counting_config, differing_fields, of_one_kind
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
@@ -145,7 +146,8 @@ class SafetyMeter:
         pairs = own.beside(other, conversations)
         kept = [(batch.to(device), _log_probs(model, known.to(device))) for known, batch in pairs]
         likelihood = _likelihood(model, own.batches(tasks)) if tasks else None
-        openings = answer_openings(model, own.reader.tokenizer, requests)
+        with as_served(model):
+            openings = answer_openings(model, own.reader.tokenizer, requests)
         if config is not None and not _runs_alike(config, load_config(*source)):
             _make_loadable(config, model.config)
             # Two models at once might not fit.
@@ -220,7 +222,8 @@ class SafetyMeter:
     @_enough_memory()
     def openings(self, conversations: Sequence[Conversation]) -> list[str]:
         """Let the candidate begin its answers to requests, see `chat.openings.answer_openings`."""
-        return answer_openings(self._model, self._asked.reader.tokenizer, conversations)
+        with as_served(self._model):
+            return answer_openings(self._model, self._asked.reader.tokenizer, conversations)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ class AttackDial(Record):
         most_looks: so many were allowed for, the one at the fine-tuned model among them.
         training_data: whether the fine-tune's data are trusted, which decides the limit on safety KL; null
             where that was given.
+        dtype: in which models answered; null in reports of before it was known.
         finetuned: how the fine-tuned model answers.
         restored: how the restored model does.
         looks: every look, in the order made, that at the fine-tuned model first.
@@ -157,6 +158,7 @@ class AttackDial(Record):
     confidence: float = Field(gt=0.5, lt=1)
     most_looks: Annotated[int, Field(ge=1, le=1000)]
     training_data: Literal["unknown", "trusted"] | None
+    dtype: str | None = None
     finetuned: Look
     restored: Look
     looks: tuple[Look, ...]
