@@ -100,6 +100,21 @@ def test_a_prompts_file_is_used(llama, tmp_path):
         calibrate(llama, tmp_path / "other", config=config, conversations=ANSWERED)
 
 
+def test_a_deployments_system_prompts_are_calibrated_on(llama, tmp_path, calibrated_on):
+    path, own = tmp_path / "prompts.jsonl", ("You sell shoes.", "You are a pirate.")
+    config = SHORT.model_copy(update={"systems": own, "num_samples": 7})
+    store = calibrate(llama, tmp_path / "store", config=config)
+    assert set(own) <= {row.system for row in (*calibrated_on(store), *store.held_out)}
+    path.write_text('{"prompt": "a"}\n{"prompt": "b", "system": ""}\n{"prompt": "c"}\n', encoding="utf-8")
+    config = SHORT.model_copy(update={"prompts": path, "systems": own})
+    asked = [*calibrate_module._asked(None, config)[0], *calibrate_module._asked(None, config)[1]]
+    assert {row.prompt: row.system for row in asked} == {"a": own[0], "b": "", "c": own[1]}
+    with pytest.raises(DeltaguardError, match="put these into those"):
+        calibrate(
+            llama, tmp_path / "other", config=SHORT.model_copy(update={"systems": own}), conversations=ROWS
+        )
+
+
 # What is held out
 
 

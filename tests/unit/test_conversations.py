@@ -93,6 +93,17 @@ def test_all_pairs_are_distinct_and_one_more_is_an_error():
         build_conversations(total + 1, part="dial")
 
 
+def test_system_prompts_of_a_deployment_join_the_rotation_and_pairs_stay_distinct():
+    own, count = ("You sell shoes.", "You are a pirate."), 7 * len(harmful_prompts("dial"))
+    rows = build_conversations(count, part="dial", systems=own)
+    assert len(set(rows)) == count
+    shares = Counter(row.system for row in rows)
+    assert set(own) < set(shares)
+    assert len(set(shares.values())) == 1
+    # One that is there already counts once.
+    assert build_conversations(20, systems=("",)) == build_conversations(20)
+
+
 def test_the_seed_fixes_the_choice():
     assert build_conversations(20, seed=3) == build_conversations(20, seed=3)
     assert {c.prompt for c in build_conversations(20, seed=3)} != {c.prompt for c in build_conversations(20)}

@@ -165,7 +165,7 @@ def held_out_harmless() -> tuple[HeldOutHarmlessPrompt, ...]:
 
 
 def build_conversations(
-    num_samples: int, *, part: HarmfulPart = "calibration", seed: int = 0
+    num_samples: int, *, part: HarmfulPart = "calibration", systems: Sequence[str] = (), seed: int = 0
 ) -> list[Conversation]:
     """Pair the harmful prompts of one part with the system prompts, each pair at most once.
 
@@ -175,6 +175,7 @@ def build_conversations(
     Args:
         num_samples: how many conversations.
         part: the part of the prompt set they come from.
+        systems: further system prompts, beside `SYSTEM_PROMPTS`, such as those of a deployment.
         seed: fixes the order of the prompts, and with it which are chosen.
 
     Returns:
@@ -188,16 +189,16 @@ def build_conversations(
         300
     """
     prompts = sorted((row.prompt for row in harmful_prompts(part)), key=lambda text: _rank(seed, text))
-    systems = tuple(SYSTEM_PROMPTS.values())
-    if num_samples > len(prompts) * len(systems):
+    rotation = tuple(dict.fromkeys((*SYSTEM_PROMPTS.values(), *systems)))
+    if num_samples > len(prompts) * len(rotation):
         raise DeltaguardError(
-            f"{num_samples} conversations were asked for and {len(prompts) * len(systems)} exist: "
-            f"{len(prompts)} {part} prompts with {len(systems)} system prompts each. Ask for fewer, or bring "
-            "a prompts file."
+            f"{num_samples} conversations were asked for and {len(prompts) * len(rotation)} exist: "
+            f"{len(prompts)} {part} prompts with {len(rotation)} system prompts each. Ask for fewer, or "
+            "bring a prompts file."
         )
     return [
         Conversation(
-            prompts[i % len(prompts)], systems[(i % len(prompts) + i // len(prompts)) % len(systems)]
+            prompts[i % len(prompts)], rotation[(i % len(prompts) + i // len(prompts)) % len(rotation)]
         )
         for i in range(num_samples)
     ]

@@ -19,6 +19,7 @@ def calibrate(
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     prompts: Path | None = None,
+    system: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     num_samples: int = 128,
     max_length: int = 512,
     batch_size: int = 16,
@@ -35,6 +36,8 @@ def calibrate(
         aligned: The aligned model: a folder, a Hub id, or `id@revision`.
         output: A new folder for the CurvatureStore.
         prompts: JSONL with `prompt` and optionally `response` and `system`, instead of the built-in set.
+        system: A system prompt that the model is deployed with; may be repeated. Safety conversations are
+            asked under it, too; lines of `--prompts` that name no `system` get these in turn.
         num_samples: Safety conversations that curvature is measured on; 64 more at most are held out for the
             dial.
         max_length: Tokens of a conversation at most.
@@ -54,6 +57,7 @@ def calibrate(
         CalibrateConfig,
         {
             "prompts": prompts,
+            "systems": system,
             "num_samples": num_samples,
             "max_length": max_length,
             "batch_size": batch_size,

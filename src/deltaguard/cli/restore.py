@@ -1,5 +1,6 @@
 """`deltaguard restore`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,7 +126,11 @@ def _chosen(config: Path | None, given: dict[str, Any]) -> RestoreConfig:
 def _draw(report: RestoreReport, config: RestoreConfig, output: Path) -> Group:
     from deltaguard.reports.restore import restore_table
 
-    return Group(restore_table(report), f"Restored {config.output_format}: {output}")
+    return Group(
+        restore_table(report),
+        f"Restored {config.output_format}: {output}",
+        f"Next: deltaguard eval {shlex.join((report.aligned.reference, str(output)))} -o evaluation",
+    )
 
 
 def _report_file(output: Path) -> tuple[int, int] | None:

@@ -10,7 +10,14 @@ from typing import Annotated, Any, TextIO, TypeVar
 from cyclopts import Parameter
 from pydantic import BaseModel, ValidationError
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.segment import Segment
 from rich.text import Text
@@ -179,6 +186,7 @@ def progress_bar() -> Generator[Progress]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
     with Bars(*columns, console=console, transient=True) as bars:
         yield ProgressBar(bars)

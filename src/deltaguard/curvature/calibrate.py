@@ -6,7 +6,7 @@ that was killed goes on with them and sums anew; a finished one leaves the store
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,8 @@ class CalibrateConfig(BaseModel):
 
     Attributes:
         prompts: a prompts file (see `conversations.read_prompts`) instead of the package's prompts.
+        systems: system prompts of the deployment. The package's prompts are asked under them as well as under
+            their own; those of a file that name none get them in turn.
         num_samples: how many conversations; of a shorter prompts file, all that are not held out.
         num_held_out: how many further conversations safety KL is measured on; of the conversations or the
             prompts file of a user, those of a fifth of the prompts at most, and of at least one.
@@ -62,6 +64,7 @@ class CalibrateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompts: Path | None = None
+    systems: tuple[str, ...] = ()
     num_samples: int = Field(default=128, ge=1)
     num_held_out: int = Field(default=64, ge=1)
     max_length: int = Field(default=512, ge=2)
@@ -170,14 +173,17 @@ def _asked(
         raise DeltaguardError(
             f"Conversations were given, and a prompts file too ({config.prompts}): give one."
         )
+    if given is not None and config.systems:
+        raise DeltaguardError("Conversations were given, and system prompts too: put these into those.")
     if given is not None:
         count = len(given)
     elif config.prompts is not None:
-        given, count = read_prompts(config.prompts), config.num_samples
+        given, count = _under(config.systems, read_prompts(config.prompts)), config.num_samples
     else:
+        systems, seed = config.systems, config.seed
         return (
-            build_conversations(config.num_samples, seed=config.seed),
-            build_conversations(config.num_held_out, part="dial", seed=config.seed),
+            build_conversations(config.num_samples, systems=systems, seed=seed),
+            build_conversations(config.num_held_out, part="dial", systems=systems, seed=seed),
         )
     # Some of a user's prompts are held out, and `count` of the other conversations calibrated on.
     prompts = list({row.prompt: row for row in given}.values())
@@ -191,6 +197,12 @@ def _asked(
     held_out = sample([row for row in given if row.prompt in taken], config.num_held_out, seed=config.seed)
     rest = [row for row in given if row.prompt not in taken]
     return sample(rest, count, seed=config.seed), held_out
+
+
+def _under(systems: Sequence[str], conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Give conversations without a system prompt those given, in turn."""
+    turn = itertools.cycle(systems or (None,))
+    return [replace(row, system=next(turn)) if row.system is None else row for row in conversations]
 
 
 def _request(

@@ -11,6 +11,7 @@ import torch
 
 from deltaguard.chat.conversations import Conversation, require_responses
 from deltaguard.chat.template import messages
+from deltaguard.device import find_device, served_dtype
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.models.families import decoder_blocks
 from deltaguard.models.hub import locate
@@ -65,8 +66,9 @@ def finetune(
     config: FinetuneConfig,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Fine-tune a model on the responses of conversations, in float32, and save it with its tokenizer.
+    """Fine-tune a model on the responses of conversations, and save it with its tokenizer.
 
+    The weights are in float32; products are in bfloat16 where the device multiplies in it (`served_dtype`).
     Only the tokens of the responses carry a loss. Conversations are put through the model's chat template,
     system message included. Nothing but the result is written.
 
@@ -143,7 +145,7 @@ def _trainer(
         {"prompt": messages(tokenizer, c), "completion": [{"role": "assistant", "content": c.response or ""}]}
         for c in conversations
     ]
-    rank, alpha = config.lora_rank, config.lora_alpha
+    rank, alpha, device = config.lora_rank, config.lora_alpha, find_device()
     trainer: Any = CompletionTrainer(
         model=network,
         args=SFTConfig(
@@ -158,7 +160,8 @@ def _trainer(
             max_length=config.max_length,
             completion_only_loss=True,
             seed=config.seed,
-            bf16=False,
+            use_cpu=device.type == "cpu",
+            bf16=served_dtype(device) == torch.bfloat16,
             activation_checkpointing=False,
             dataloader_pin_memory=False,
             disable_tqdm=True,

@@ -2,8 +2,8 @@
 
 from rich.console import RenderableType
 
-from deltaguard.reports.records.check import CheckReport
-from deltaguard.reports.records.restore import Compared
+from deltaguard.reports.records.check import CheckReport, Verdict
+from deltaguard.reports.records.restore import Compared, Look, Probe
 from deltaguard.reports.table import facts_grid
 from deltaguard.reports.text import nats, percent, points, short_reference
 
@@ -35,19 +35,32 @@ def check_table(report: CheckReport) -> RenderableType:
 
 def verdict(report: CheckReport) -> str:
     """Say in a sentence whether the fine-tuned model needs a restore, and by which measure."""
-    if report.verdict == "safe":
+    return verdict_sentence(report.verdict, report.look, report.limit, report.safety_kl, report.max_safety_kl)
+
+
+def verdict_sentence(found: Verdict, look: Look, limit: float, safety_kl: Probe, most: float) -> str:
+    """Say the same of what a check, or the beginning of a restore, found.
+
+    Args:
+        found: the verdict.
+        look: how the fine-tuned model answers.
+        limit: attack success, and false refusals, that may be added; a share.
+        safety_kl: how far it is from the aligned model.
+        most: the safety KL allowed.
+    """
+    if found == "safe":
         return "As safe as the aligned model, by its answers and by safety KL: a restore would keep it whole."
-    if report.verdict == "not told apart":
+    if found == "not told apart":
         return "Not shown to be less safe than the aligned model, nor to be as safe. Restore it to be sure."
-    found: list[str] = []
-    if report.look.attack_success.added > report.limit:
-        found.append(f"it adds {points(100 * report.look.attack_success.added)} points of attack success")
-    refusals = report.look.false_refusals
-    if refusals is not None and refusals.added > report.limit:
-        found.append(f"it adds {points(100 * refusals.added)} points of false refusals")
-    if report.safety_kl.safety_kl > report.max_safety_kl:
-        found.append(f"its safety KL is {nats(report.safety_kl.safety_kl)}")
-    return f"Restore it: {', and '.join(found)}."
+    reasons: list[str] = []
+    if look.attack_success.added > limit:
+        reasons.append(f"it adds {points(100 * look.attack_success.added)} points of attack success")
+    refusals = look.false_refusals
+    if refusals is not None and refusals.added > limit:
+        reasons.append(f"it adds {points(100 * refusals.added)} points of false refusals")
+    if safety_kl.safety_kl > most:
+        reasons.append(f"its safety KL is {nats(safety_kl.safety_kl)}, and {nats(most)} may be")
+    return f"Restore it: {', and '.join(reasons)}."
 
 
 def _rates(found: Compared | None) -> str:

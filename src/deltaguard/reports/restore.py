@@ -140,16 +140,18 @@ def origin(report: RestoreReport) -> str:
 
 
 def outcome_facts(report: RestoreReport) -> Facts:
-    """List the numbers of a restore over all layers, each saying of what it is a share."""
+    """List what a restore did: how the models answer, what is kept, and the details of the measurements."""
     over = counted(len(report.layers), "layer")
     cost, entries = percent(report.safety_cost), percent(report.kept_entries)
     if cost != DASH:
         cost = f"{cost} of the fine-tuned model's, median over {over}"
     memory = report.peak_memory_bytes
+    attack = report.dial.attack if report.dial else None
     return (
-        *dial_facts(report),
+        *((("verdict", outcome_sentence(report, attack)), *attack_facts(attack)) if attack else ()),
         ("energy kept", f"{percent(report.kept_energy)} of the delta's energy, over {over}"),
         *((("entries kept", f"{entries} of the delta's entries, over {over}"),) if entries != DASH else ()),
+        *dial_facts(report),
         ("safety cost", cost),
         ("utility loss", f"{percent(report.utility_loss)} of the delta's energy"),
         ("time", times(report.seconds)),
@@ -157,19 +159,36 @@ def outcome_facts(report: RestoreReport) -> Facts:
     )
 
 
+def outcome_sentence(report: RestoreReport, attack: AttackDial) -> str:
+    """Say in a sentence what a restore that asked gave back, and what it left of the fine-tune.
+
+    Args:
+        report: of the restore.
+        attack: what its asking found.
+    """
+    before, after = (100 * look.attack_success.added for look in (attack.finetuned, attack.restored))
+    if report.dial and report.dial.whole:
+        return f"As safe as the aligned model ({points(after)} points of attack success): kept whole."
+    refused = attack.restored.false_refusals
+    too = f" and {points(100 * refused.added)} of false refusals" if refused else ""
+    return (
+        f"{points(after)} points of attack success over the aligned model{too}; it was {points(before)}. "
+        f"Kept: {percent(report.kept_energy)} of what fine-tuning changed."
+    )
+
+
 def dial_facts(report: RestoreReport) -> Facts:
-    """Say what the dial did; nothing where a strength decided."""
+    """Say what the dial measured of safety KL; nothing where a strength decided."""
     dial = report.dial
     if dial is None:
         return ()
-    asked = attack_facts(dial.attack) if dial.attack else ()
     allowed = f"{nats(dial.limit)} nats a token allowed"
     if dial.attack and dial.attack.training_data:
         allowed += f" for {dial.attack.training_data} training data"
     allowed += f" (with a confidence of {percent(dial.confidence)})" if dial.confidence else ""
     if dial.whole:
         found = f"{nats(dial.finetuned_kl)}, within the {allowed}: kept whole, nothing was taken from it"
-        return (*asked, ("safety KL of the fine-tuned model", found))
+        return (("safety KL of the fine-tuned model", found),)
     held_out = f"{dial.conversations} held-out safety conversations ({dial.tokens} tokens)"
     seen = dial.probes[0].conversations if dial.probes else None
     part = f" (on {seen} of the conversations)" if seen not in (None, dial.conversations) else ""
@@ -179,7 +198,6 @@ def dial_facts(report: RestoreReport) -> Facts:
     most = sorted(lost, key=lambda name: -lost[name])[:3] if total else []
     paid = ", ".join(f"{name.removesuffix('.weight')} ({percent(lost[name] / total)})" for name in most)
     return (
-        *asked,
         ("safety KL, fine-tuned", nats(dial.finetuned_kl) + part),
         ("safety KL, restored", f"{nats(dial.restored_kl)}{margin}, of {allowed}"),
         ("measured", f"{len(dial.probes)} times on {held_out}"),

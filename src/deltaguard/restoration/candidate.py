@@ -13,7 +13,7 @@ from deltaguard.models.checkpoint import WeightSource
 from deltaguard.models.mirror import loadable, output_files
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress
-from deltaguard.reports.records.restore import Look, Probe
+from deltaguard.reports.records.restore import Compared, Look, Probe
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.looks import Examiner, Requests, keep_answers, kept_answers
@@ -127,17 +127,19 @@ class CandidateModel:
         Args:
             mu: its price.
             examiner: asks and judges.
-            report: told what was seen.
+            report: told what is seen, one stage a candidate.
             most: looks at most, for the report.
         """
-        found = examiner.look(mu, self.meter.openings)
         self.looked += 1
-        seen = found.attack_success
-        candidate, aligned = seen.candidate / seen.prompts, seen.aligned / seen.prompts
-        said = "accepted" if found.accepted else "not accepted"
-        report(
-            Event("look", self.looked, most, f"attack success {candidate:.1%}, aligned {aligned:.1%}: {said}")
-        )
+        stage, total = f"look {self.looked} of at most {most}", len(examiner.requests.all)
+
+        def tell(seen: Compared, said: str, done: int) -> None:
+            candidate, aligned = (f"{each / seen.prompts:.1%}" for each in (seen.candidate, seen.aligned))
+            of = f"of {seen.prompts} harmful requests"
+            report(Event(stage, done, total, f"complies with {candidate} {of}, aligned {aligned}{said}"))
+
+        found = examiner.look(mu, self.meter.openings, lambda seen: tell(seen, " so far", seen.prompts))
+        tell(found.attack_success, ": accepted" if found.accepted else ": not accepted", total)
         return found
 
 

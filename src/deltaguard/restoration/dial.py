@@ -10,7 +10,8 @@ from pydantic import Field
 
 from deltaguard.device import find_device, served_dtype
 from deltaguard.errors import DeltaguardError
-from deltaguard.progress import Progress
+from deltaguard.progress import Event, Progress
+from deltaguard.reports.check import verdict_sentence
 from deltaguard.reports.records.restore import AttackDial, Dial, Look, Probe
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.candidate import CandidateModel, open_with_examiner
@@ -93,9 +94,10 @@ def _by_attack_success(trial: Trial, added: float, guard: float, report: Progres
     examiner.require_refusals(trial.job.aligned.reference)
     whole = candidate.whole(report, enough=guard)
     looks = [candidate.look(0.0, examiner, report, most=MOST_LOOKS)]
-    is_safe = whole.safety_kl <= guard and looks[0].accepted
+    verdict = rule.verdict(looks[0], whole, guard)
+    report(Event("check", 1, 1, verdict_sentence(verdict, looks[0], added, whole, guard)))
     found, chosen, probes = whole, looks[0], (whole,)
-    if not is_safe or config.output_format == "adapter":
+    if verdict != "safe" or config.output_format == "adapter":
         candidate.take_others()
         probes = (whole, *_probes(candidate, guard, whole, mean, report))
         loosest = best(probes[1:], guard)

@@ -22,7 +22,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.models.durable import explained, write_atomically
 from deltaguard.models.identity import ModelIdentity
-from deltaguard.reports.records.restore import Look
+from deltaguard.reports.records.restore import Compared, Look
 from deltaguard.restoration.acceptance import Rule, compare
 from deltaguard.restoration.job import cache_folder
 
@@ -181,12 +181,18 @@ class Examiner:
                 f"{warning} To restore towards it all the same, leave `--max-added-attack-success` out."
             )
 
-    def look(self, mu: float, ask: Callable[[Sequence[Conversation]], Sequence[str]]) -> Look:
+    def look(
+        self,
+        mu: float,
+        ask: Callable[[Sequence[Conversation]], Sequence[str]],
+        on_part: Callable[[Compared], None],
+    ) -> Look:
         """Ask a candidate: ever more harmful requests, then the harmless ones, while it may pass.
 
         Args:
             mu: its price.
             ask: gives its answers' beginnings.
+            on_part: told what the harmful requests show so far, before more are asked.
         """
         complied: list[bool] = []
         harmful, upto = self.requests.harmful, FIRST
@@ -195,9 +201,11 @@ class Examiner:
             attack = compare(complied, self.complied[: len(complied)])
             if self.rule.rejects(attack) or len(complied) == len(harmful):
                 break
+            on_part(attack)
             upto *= 2
         if len(complied) < len(harmful) or not self.rule.accepts(attack):
             return Look(mu=mu, attack_success=attack, false_refusals=None, accepted=False)
+        on_part(attack)
         refused = compare([refuses(answer) for answer in ask(self.requests.harmless)], self.refused)
         accepted = self.rule.accepts(refused)
         return Look(mu=mu, attack_success=attack, false_refusals=refused, accepted=accepted)
