@@ -10,13 +10,14 @@ import models
 from deltaguard import DeltaguardError, RestoreConfig, check, restore, verify
 from deltaguard.chat.refusals import is_refusal
 from deltaguard.cli.app import run
+from deltaguard.evaluation.judges import rules
 from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.check import verdict
 from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.reports.restore import dial_facts
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.looks import FIRST, Requests, keep_answers, kept_answers
-from deltaguard.restoration.options import GUARDS
+from deltaguard.restoration.options import GUARDS, WHOLE_TOKENS
 from pairs import pair
 from refusing import refusing_pair, said
 
@@ -193,3 +194,24 @@ def test_options_that_belong_together():
     with pytest.raises(ValueError, match="alone"):
         RestoreConfig(max_added_attack_success=2, confidence=0.9)
     assert RestoreConfig(max_added_attack_success=2, max_safety_kl=1e-3).dial == 1e-3
+
+
+def test_any_judge_of_an_evaluation_can_decide(capsys, monkeypatch, tmp_path):
+    made, path = refusing_pair(), tmp_path / "judge.yaml"
+    path.write_text("kind: keywords\n")
+    config = RestoreConfig(judge={"kind": "keywords"}, training_data="trusted")
+    assert config.whole_tokens == WHOLE_TOKENS
+    assert json.loads(config.what_is_solved()["judge"]) == {"kind": "keywords"}
+    # By an empty list of words nothing refuses, whatever the beginning says.
+    monkeypatch.setattr(rules, "KEYWORDS", ())
+    found = check(made.aligned, made.aligned, store=made.store, config=config)
+    assert found.look.attack_success.aligned == found.look.attack_success.prompts
+    assert "base model" in found.warnings[0]
+    tokens = ["check", str(made.aligned), str(made.aligned), "--store", str(made.store), "--device", "cpu"]
+    assert run([*tokens, "--judge", str(path), "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["look"] == found.look.model_dump()
+    path.write_text("kind: oracle\n")
+    assert run([*tokens, "--judge", str(path)]) == 1
+    assert "must describe a judge" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a judge decides where"):
+        RestoreConfig(strength=0.5, judge={"kind": "keywords"})

@@ -20,7 +20,12 @@ OPENING_TOKENS = 40
 
 
 def answer_openings(
-    model: Any, tokenizer: Any, conversations: Sequence[Conversation], *, batch_size: int = 64
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    *,
+    whole_tokens: int | None = None,
+    batch_size: int = 64,
 ) -> list[str]:
     """Let a model begin its answers with the likeliest tokens, until what they say of a refusal is decided.
 
@@ -31,6 +36,7 @@ def answer_openings(
         model: a transformers causal language model in evaluation mode.
         tokenizer: its tokenizer, with a chat template.
         conversations: their responses are left out.
+        whole_tokens: instead, so many tokens of every answer, for whoever reads on.
         batch_size: conversations per batch.
 
     Returns:
@@ -46,8 +52,9 @@ def answer_openings(
             f"The chat template of {tokenizer.name_or_path!r} makes the model think before it answers, and "
             "cannot switch that off: how it opens does not show what it answers. Use `--max-safety-kl` alone."
         )
-    if not keeps_all(model):
-        return generate(model, tokenizer, prompts, max_new_tokens=OPENING_TOKENS, batch_size=batch_size)
+    if whole_tokens is not None or not keeps_all(model):
+        tokens = whole_tokens or OPENING_TOKENS
+        return generate(model, tokenizer, prompts, max_new_tokens=tokens, batch_size=batch_size)
     encoded = [token_ids(tokenizer, prompt) for prompt in prompts]
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     prefix = shared_prefix(model, encoded)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, tell, warn
 from deltaguard.errors import listed
+from deltaguard.evaluation.suites.suite import read_judge
 from deltaguard.files import read_yaml
 from deltaguard.methods import METHODS
 from deltaguard.methods.method import ROLES, PricedMethod
@@ -29,6 +30,7 @@ def restore(
     max_added_attack_success: float | None = None,
     training_data: TrainingData | None = None,
     prompts: Path | None = None,
+    judge: Path | None = None,
     max_safety_kl: float | None = None,
     confidence: float | None = None,
     strength: float | None = None,
@@ -59,6 +61,8 @@ def restore(
         training_data: With it, `unknown` (default): safety KL, which sees what asking does not, such as a
             backdoor, must be within 0.0006; or `trusted`: you know what it was fine-tuned on, 0.02.
         prompts: With it, JSONL with `prompt` and, optionally, `system`: harmful requests of your own to ask.
+        judge: With it, a YAML file with the judge that decides, as in a suite of `deltaguard eval`, such as
+            `kind: llama-guard` and `model: FOLDER`; by default how an answer opens decides.
         max_safety_kl: Instead of asking, keep as much as this safety KL, measured in nats per response token,
             allows, such as 0.0006; or beside `--max-added-attack-success`, in place of the limits above.
         confidence: With a limit on safety KL alone, such as 0.95: it must hold with this confidence, not on
@@ -83,6 +87,7 @@ def restore(
         **own: An option, or a model, of the method's own: see below.
     """
     options = {name: value for name, value in locals().items() if name in RestoreConfig.model_fields}
+    options["judge"] = read_judge(judge) if judge else None
     chosen = _chosen(config, options | {name.replace("-", "_"): value for name, value in own.items()})
     if dry_run:
         from deltaguard.restoration.dry_run import plan_restore

@@ -16,7 +16,7 @@ from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.restore import Compared, Look, Probe
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.layers import known_store
-from deltaguard.restoration.looks import Examiner, Requests, keep_answers, kept_answers
+from deltaguard.restoration.looks import Examiner, Requests, how_asked, keep_answers, kept_answers
 from deltaguard.restoration.safety_kl import SafetyMeter
 from deltaguard.restoration.trial import Trial
 
@@ -72,6 +72,7 @@ class CandidateModel:
                 held_out,
                 tasks=tasks,
                 requests=requests,
+                whole_tokens=config.whole_tokens,
                 output=output,
                 device=find_device(config.device),
                 dtype=torch.float32,
@@ -158,16 +159,19 @@ def open_with_examiner(
         DeltaguardError: there are too few requests, or as `CandidateModel.open` and `Examiner.of`.
     """
     rule.require(len(requests.harmful), len(requests.harmless))
-    identity, device = trial.job.aligned_identity, trial.config.device
-    answers = kept_answers(identity, requests, device)
+    identity, config = trial.job.aligned_identity, trial.config
+    made_with = how_asked(config.device, config.whole_tokens)
+    answers = kept_answers(identity, requests, made_with)
     candidate = CandidateModel.open(trial, requests=requests.all if answers is None else ())
     if answers is None:
         answers = tuple(candidate.meter.aligned_openings)
         try:
-            keep_answers(identity, requests, device, answers)
+            keep_answers(identity, requests, made_with, answers)
         except DeltaguardError as error:
             report(Event("look", 0, 1, f"the aligned model's answers are not kept: {error}"))
-    return candidate, Examiner.of(rule, requests, answers)
+    judge = config.judge.make(device=str(find_device(config.device)))
+    tells_refusals = config.judge.tells_refusals
+    return candidate, Examiner.of(rule, requests, judge, answers, tells_refusals=tells_refusals)
 
 
 def _not_finite(source: WeightSource) -> list[str]:

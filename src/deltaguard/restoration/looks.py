@@ -1,6 +1,6 @@
 """Looking at candidates: how they answer held-out requests, beside the aligned model's own answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +16,11 @@ from deltaguard.chat.conversations import (
     read_prompts,
 )
 from deltaguard.chat.openings import OPENING_TOKENS
-from deltaguard.chat.refusals import is_refusal, without_thinking
+from deltaguard.chat.refusals import without_thinking
 from deltaguard.device import device_name, find_device, served_dtype
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.exchange import Exchange, Judge, Verdict
+from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.files import read_json
 from deltaguard.models.durable import explained, write_atomically
 from deltaguard.models.identity import ModelIdentity
@@ -76,13 +78,28 @@ class _KeptAnswers(BaseModel):
     answers: tuple[str, ...]
 
 
-def kept_answers(aligned: ModelIdentity, requests: Requests, device: str) -> tuple[str, ...] | None:
+def how_asked(device: str, whole_tokens: int | None) -> dict[str, str]:
+    """Say with what a model is asked, since with another it may answer otherwise.
+
+    Args:
+        device: named as in `find_device`.
+        whole_tokens: see `chat.openings.answer_openings`.
+    """
+    versions = {name: version(name) for name in ("deltaguard", "torch", "transformers")}
+    tokens = f"first sentence, {OPENING_TOKENS} at most" if whole_tokens is None else str(whole_tokens)
+    where = {"device": device_name(device), "dtype": str(served_dtype(find_device(device)))}
+    return versions | where | {"tokens": tokens}
+
+
+def kept_answers(
+    aligned: ModelIdentity, requests: Requests, made_with: Mapping[str, str]
+) -> tuple[str, ...] | None:
     """Find the beginnings of the aligned model's answers that an earlier run kept.
 
     Args:
         aligned: identifies the model.
         requests: what it was asked.
-        device: where it ran, named as in `find_device`.
+        made_with: see `how_asked`.
 
     Returns:
         None where there are none, or they are of other requests, versions or devices, or the file is damaged:
@@ -92,11 +109,13 @@ def kept_answers(aligned: ModelIdentity, requests: Requests, device: str) -> tup
         kept = read_json(_answers_file(aligned), _KeptAnswers, remedy="It is made anew.")
     except DeltaguardError:
         return None
-    expected = (fingerprint(requests.all), _made_with(device), len(requests.all))
+    expected = (fingerprint(requests.all), made_with, len(requests.all))
     return kept.answers if (kept.requests_sha256, kept.made_with, len(kept.answers)) == expected else None
 
 
-def keep_answers(aligned: ModelIdentity, requests: Requests, device: str, answers: Sequence[str]) -> None:
+def keep_answers(
+    aligned: ModelIdentity, requests: Requests, made_with: Mapping[str, str], answers: Sequence[str]
+) -> None:
     """Keep the beginnings of the aligned model's answers for further runs, in the cache that stores have.
 
     Raises:
@@ -106,7 +125,7 @@ def keep_answers(aligned: ModelIdentity, requests: Requests, device: str, answer
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _KeptAnswers(
-            requests_sha256=fingerprint(requests.all), made_with=_made_with(device), answers=tuple(answers)
+            requests_sha256=fingerprint(requests.all), made_with=dict(made_with), answers=tuple(answers)
         )
         # Another run may be keeping the same at this moment.
         own = path.with_name(f"{path.stem}-{uuid4().hex}.json")
@@ -118,12 +137,6 @@ def _answers_file(aligned: ModelIdentity) -> Path:
     return cache_folder() / f"{aligned.key[:32]}-answers.json"
 
 
-def _made_with(device: str) -> dict[str, str]:
-    versions = {name: version(name) for name in ("deltaguard", "torch", "transformers")}
-    where = {"device": device_name(device), "dtype": str(served_dtype(find_device(device)))}
-    return versions | where | {"tokens": str(OPENING_TOKENS)}
-
-
 @dataclass(frozen=True)
 class Examiner:
     """Asks candidates, and compares them with the aligned model.
@@ -131,27 +144,50 @@ class Examiner:
     Attributes:
         rule: says what is acceptable.
         requests: what is asked.
+        judge: says whether a harmful request is complied with, and, where it tells refusals from answers,
+            whether a harmless one is refused.
+        tells_refusals: whether it does; else how an answer opens says so.
         complied: of each harmful request, whether the aligned model complied.
         refused: of each harmless one, whether it refused.
     """
 
     rule: Rule
     requests: Requests
-    complied: Sequence[bool]
-    refused: Sequence[bool]
+    judge: Judge
+    tells_refusals: bool
+    complied: Sequence[bool] = ()
+    refused: Sequence[bool] = ()
 
     @classmethod
-    def of(cls, rule: Rule, requests: Requests, answers: Sequence[str]) -> "Examiner":
+    def of(
+        cls, rule: Rule, requests: Requests, judge: Judge, answers: Sequence[str], *, tells_refusals: bool
+    ) -> "Examiner":
         """Judge the aligned model's answers.
 
         Args:
             rule: says what is acceptable.
             requests: what was asked.
-            answers: the aligned model's beginnings of answers to `requests.all`.
+            judge: who judges.
+            answers: the aligned model's answers to `requests.all`, or their beginnings.
+            tells_refusals: whether the judge tells refusals from answers.
         """
-        refused = [refuses(answer) for answer in answers]
-        complied = [not each for each in refused[: len(requests.harmful)]]
-        return cls(rule, requests, complied, refused[len(requests.harmful) :])
+        own, harmful = cls(rule, requests, judge, tells_refusals), len(requests.harmful)
+        complied = own.complies(requests.harmful, answers[:harmful])
+        return replace(own, complied=complied, refused=own.refuses(requests.harmless, answers[harmful:]))
+
+    def complies(self, asked: Sequence[Conversation], answers: Sequence[str]) -> list[bool]:
+        """Tell which harmful requests are complied with; an answer that the judge cannot decide is."""
+        return [verdict != "refused" for verdict in self._verdicts(self.judge, asked, answers)]
+
+    def refuses(self, asked: Sequence[Conversation], answers: Sequence[str]) -> list[bool]:
+        """Tell which harmless requests are refused."""
+        judge = self.judge if self.tells_refusals else OpeningJudge()
+        return [verdict == "refused" for verdict in self._verdicts(judge, asked, answers)]
+
+    def _verdicts(self, judge: Judge, asked: Sequence[Conversation], answers: Sequence[str]) -> list[Verdict]:
+        # What a model thinks before it answers does not count.
+        pairs = zip(asked, map(without_thinking, answers), strict=True)
+        return [each.verdict for each in judge.judge([Exchange(row.prompt, said) for row, said in pairs])]
 
     def warnings(self, aligned: str) -> tuple[str, ...]:
         """Say that the aligned model does not refuse; nothing where it does.
@@ -197,7 +233,8 @@ class Examiner:
         complied: list[bool] = []
         harmful, upto = self.requests.harmful, FIRST
         while True:
-            complied += [not refuses(answer) for answer in ask(harmful[len(complied) : upto])]
+            part = harmful[len(complied) : upto]
+            complied += self.complies(part, ask(part))
             attack = compare(complied, self.complied[: len(complied)])
             if self.rule.rejects(attack) or len(complied) == len(harmful):
                 break
@@ -206,11 +243,7 @@ class Examiner:
         if len(complied) < len(harmful) or not self.rule.accepts(attack):
             return Look(mu=mu, attack_success=attack, false_refusals=None, accepted=False)
         on_part(attack)
-        refused = compare([refuses(answer) for answer in ask(self.requests.harmless)], self.refused)
+        harmless = self.requests.harmless
+        refused = compare(self.refuses(harmless, ask(harmless)), self.refused)
         accepted = self.rule.accepts(refused)
         return Look(mu=mu, attack_success=attack, false_refusals=refused, accepted=accepted)
-
-
-def refuses(answer: str) -> bool:
-    """Tell whether the beginning of an answer refuses; what a model thinks before it does not count."""
-    return is_refusal(without_thinking(answer))

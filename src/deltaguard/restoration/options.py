@@ -11,6 +11,8 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 from deltaguard.chat.conversations import fingerprint, read_prompts
 from deltaguard.curvature import Rank
 from deltaguard.errors import listed
+from deltaguard.evaluation.judges.rules import RuleSpec
+from deltaguard.evaluation.suites.suite import AnyJudge
 from deltaguard.files import problems
 from deltaguard.methods import METHODS, find_method
 from deltaguard.methods.method import ROLES, Method, Options, PricedMethod, Role, Strengths
@@ -30,8 +32,14 @@ DEFAULT_MAX_SAFETY_KL = 6e-4
 GUARDS: Mapping[TrainingData, float] = MappingProxyType({"unknown": DEFAULT_MAX_SAFETY_KL, "trusted": 2e-2})
 """Safety KL allowed beside attack success, which does not see triggers; nats per response token."""
 
+WHOLE_TOKENS = 64
+"""Tokens of an answer for a judge that reads more than how it opens."""
+
 SMALLEST_MAX_SAFETY_KL = 1e-9
 """A smaller limit cannot be told from what rounding measures of two models that are the same."""
+
+
+_OPENING = RuleSpec(kind="opening")
 
 
 class RestoreConfig(BaseModel):
@@ -47,6 +55,8 @@ class RestoreConfig(BaseModel):
             is seen by safety KL alone; its limit, where none is given, is the one of `GUARDS`.
         prompts: with it, a file of harmful requests (see `conversations.read_prompts`) instead of the
             package's.
+        judge: with it, who says whether a harmful request is complied with: any judge of an evaluation, as
+            suites have it. Those that do not go by how an answer opens read `WHOLE_TOKENS` of it.
         max_safety_kl: instead of asking, keep as much as a safety KL of so many nats per response token
             allows, measured on held-out safety conversations; 1e-9 at least. Together with
             `max_added_attack_success` both hold.
@@ -92,6 +102,7 @@ class RestoreConfig(BaseModel):
     max_added_attack_success: float | None = Field(default=None, gt=0, le=90, allow_inf_nan=False)
     training_data: TrainingData | None = None
     prompts: Path | None = None
+    judge: AnyJudge = _OPENING
     max_safety_kl: float | None = Field(default=None, ge=SMALLEST_MAX_SAFETY_KL, allow_inf_nan=False)
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     strength: float | None = Field(default=None, allow_inf_nan=False)
@@ -175,6 +186,8 @@ class RestoreConfig(BaseModel):
             raise ValueError("training_data decides the limit on safety KL beside one on attack success.")
         if self.prompts is not None and not by_answers:
             raise ValueError("prompts are asked where attack success is held, max_added_attack_success.")
+        if self.judge != _OPENING and not by_answers:
+            raise ValueError("a judge decides where attack success is held, max_added_attack_success.")
         if self.confidence is not None and (self.max_safety_kl is None or by_answers):
             raise ValueError("confidence is an option of max_safety_kl, and of it alone.")
 
@@ -228,6 +241,11 @@ class RestoreConfig(BaseModel):
         return GUARDS[self.training_data or "unknown"] if self.max_safety_kl is None else self.max_safety_kl
 
     @property
+    def whole_tokens(self) -> int | None:
+        """Tokens of every answer that the judge reads; `None` where the beginning says enough."""
+        return None if self.judge == _OPENING else WHOLE_TOKENS
+
+    @property
     def chosen_strength(self) -> float:
         """The strength given, else the method's default."""
         chosen = self._strengths.default if self.strength is None else self.strength
@@ -254,6 +272,8 @@ class RestoreConfig(BaseModel):
                 decided["training_data"] = self.training_data or "unknown"
             if self.prompts is not None:
                 decided["prompts"] = fingerprint(read_prompts(self.prompts))
+            if self.judge != _OPENING:
+                decided["judge"] = self.judge.model_dump_json(exclude_defaults=True)
         decided |= {"max_safety_kl": self.dial} if by_dial else {"strength": self.chosen_strength}
         decided |= {"confidence": self.confidence} if self.confidence is not None else {}
         decided |= self.own_options.model_dump() | dict(self.models)

@@ -93,6 +93,7 @@ class SafetyMeter:
     _places: Places = field(repr=False)
     _aligned: Sequence[tuple[Batch, Tensor]] = field(repr=False)
     _asked: "_Asked" = field(repr=False)
+    _whole_tokens: int | None
 
     @classmethod
     @_enough_memory()
@@ -105,6 +106,7 @@ class SafetyMeter:
         output: Path | None = None,
         tasks: Sequence[Conversation] = (),
         requests: Sequence[Conversation] = (),
+        whole_tokens: int | None = None,
         device: torch.device,
         dtype: torch.dtype,
         batch_size: int = 16,
@@ -123,6 +125,7 @@ class SafetyMeter:
                 the aligned model's where absent. Under another configuration weights are loaded anew.
             tasks: conversations of which the aligned model's likelihood is kept too.
             requests: conversations of which the beginnings of the aligned model's answers are kept.
+            whole_tokens: of answers, see `chat.openings.answer_openings`.
             device: where the model runs.
             dtype: float32 where it fits: what half precision rounds away can exceed the KL to be measured.
             batch_size: conversations per forward pass.
@@ -147,7 +150,7 @@ class SafetyMeter:
         kept = [(batch.to(device), _log_probs(model, known.to(device))) for known, batch in pairs]
         likelihood = _likelihood(model, own.batches(tasks)) if tasks else None
         with as_served(model):
-            openings = answer_openings(model, own.reader.tokenizer, requests)
+            openings = answer_openings(model, own.reader.tokenizer, requests, whole_tokens=whole_tokens)
         if config is not None and not _runs_alike(config, load_config(*source)):
             _make_loadable(config, model.config)
             # Two models at once might not fit.
@@ -156,7 +159,7 @@ class SafetyMeter:
         places = match(model, aligned, finetuned)
         grow(finetuned, places)
         tokens = sum(len(known) for _, known in kept)
-        return cls(tokens, likelihood, openings, model, finetuned, places, kept, other)
+        return cls(tokens, likelihood, openings, model, finetuned, places, kept, other, whole_tokens)
 
     @torch.no_grad()
     def put(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -223,7 +226,8 @@ class SafetyMeter:
     def openings(self, conversations: Sequence[Conversation]) -> list[str]:
         """Let the candidate begin its answers to requests, see `chat.openings.answer_openings`."""
         with as_served(self._model):
-            return answer_openings(self._model, self._asked.reader.tokenizer, conversations)
+            tokenizer = self._asked.reader.tokenizer
+            return answer_openings(self._model, tokenizer, conversations, whole_tokens=self._whole_tokens)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, model_validator
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Decoding, Positive, Seed
@@ -193,6 +193,20 @@ def read_suite(name_or_path: str | Path) -> Suite:
             "judges": tuple(_from_folder(judge, path.parent) for judge in suite.judges),
         }
     )
+
+
+def read_judge(path: Path) -> AnyJudge:
+    """Read a judge from a YAML file that describes it as a suite does, such as `kind: keywords`.
+
+    Args:
+        path: of the file; relative paths in it are looked up from its folder.
+
+    Raises:
+        DeltaguardError: it cannot be read, or describes no judge.
+    """
+    remedy = "It must describe a judge, such as `kind: llama-guard` and `model: FOLDER`."
+    judge: AnyJudge = read_yaml(path, TypeAdapter(AnyJudge), remedy=remedy)
+    return _from_folder(judge, path.parent)
 
 
 def _from_folder(described: _DescribedT, folder: Path) -> _DescribedT:
