@@ -1,4 +1,4 @@
-"""Restore a fine-tuned model from Python: see what limits cost, restore with the default one, and verify.
+"""Restore a fine-tuned model from Python: see what limits of safety KL keep, restore, and verify.
 
     python examples/restore.py ALIGNED FINETUNED OUTPUT
 
@@ -20,7 +20,8 @@ def main(aligned: str, finetuned: str, output: Path) -> None:
     limits = (3e-4, 6e-4, 1e-3)
     show_limits(deltaguard.sweep(aligned, finetuned, output / "sweep", store=store, limits=limits))
 
-    # With the default limit; `config=deltaguard.RestoreConfig(max_safety_kl=...)` sets another.
+    # Adds at most 2 points to the aligned model's attack success, by asking it and the candidates;
+    # `config=deltaguard.RestoreConfig(max_safety_kl=...)` holds to a safety KL, without asking.
     report = deltaguard.restore(aligned, finetuned, output / "restored", store=store)
     show_restored(report)
 

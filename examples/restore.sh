@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Restore a fine-tuned model: see what limits cost, and restore with the default one.
+# Restore a fine-tuned model: see what limits of safety KL keep, and restore.
 #
 #   examples/restore.sh ALIGNED FINETUNED OUTPUT
 #
@@ -22,8 +22,8 @@ deltaguard calibrate "$aligned" -o "$output/store" --resume
 # what your task keeps: JSON lines with `prompt` and `response` that were not trained on.
 deltaguard sweep "$aligned" "$finetuned" -o "$output/sweep" --store "$output/store"
 
-# Keeps as much as the default limit allows, measured on safety conversations that the curvature does not know.
-# `--max-safety-kl LIMIT` sets another one, in nats per response token.
+# Keeps as much as adds at most 2 points to the aligned model's attack success, by asking it and the candidates.
+# `--max-safety-kl LIMIT` holds to a safety KL in nats per response token instead, without asking.
 deltaguard restore "$aligned" "$finetuned" -o "$output/restored" --store "$output/store"
 deltaguard verify "$output/restored"
 

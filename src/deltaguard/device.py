@@ -56,7 +56,7 @@ def served_dtype(device: torch.device) -> torch.dtype:
         has_products = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Without instructions for it, products in bfloat16 are many times slower.
-        has_products = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        has_products = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001  # torch has no public way to ask
     return torch.bfloat16 if has_products else torch.float32
 
 

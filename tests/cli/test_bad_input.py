@@ -134,7 +134,9 @@ def test_values_that_are_not_finite_name_the_tensor(made, tmp_path, attempt, val
     assert "32 entries" in message
 
 
-@pytest.mark.parametrize("options", [[], ["--strength", "0.5"], ["--method", "greedy"]])
+@pytest.mark.parametrize(
+    "options", [["--max-safety-kl", "6e-4"], ["--strength", "0.5"], ["--method", "greedy"]]
+)
 def test_identical_models(made, tmp_path, attempt, options):
     same = tmp_path / "same"
     shutil.copytree(made.aligned, same)
@@ -165,8 +167,9 @@ def test_a_store_that_does_not_keep_enough_for_the_method(made, attempt, method)
 
 
 @pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99", "cpu:x", "cuda:99999999999999999999", ""])
-def test_a_device_that_is_not_there_or_holds_no_data(made, attempt, device):
-    message = attempt(made.aligned, made.finetuned, f"--device={device}", store=made.store)
+@pytest.mark.parametrize("options", [[], ["--max-safety-kl", "6e-4"]])
+def test_a_device_that_is_not_there_or_holds_no_data(made, attempt, device, options):
+    message = attempt(made.aligned, made.finetuned, f"--device={device}", *options, store=made.store)
     assert f"'{device}' cannot be used (try `cpu`, or `auto`)" in message
 
 

@@ -74,7 +74,8 @@ def test_weights_that_were_not_compared_are_no_weights_that_do_not_differ(tmp_pa
 
 def test_verify_finds_a_flipped_byte_and_exits_with_3(tmp_path, capsys):
     made, out = pair(), tmp_path / "out"
-    run(["restore", str(made.aligned), str(made.finetuned), "-o", str(out), "--store", str(made.store)])
+    call = ["restore", made.aligned, made.finetuned, "-o", out, "--store", made.store]
+    assert run([*map(str, call), "--max-safety-kl", "6e-4"]) == 0
     weights = out / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 0xFF
@@ -140,7 +141,7 @@ def test_calibrate_and_info(tmp_path, capsys):
 def test_overwrite_replaces_a_checkpoint_and_leaves_other_files(tmp_path, capsys):
     made, out = pair(), tmp_path / "out"
     call = ["restore", str(made.aligned), str(made.finetuned), "-o", str(out), "--store", str(made.store)]
-    assert run(call) == 0
+    assert run([*call, "--max-safety-kl", "6e-4"]) == 0
     first = (out / "model.safetensors").read_bytes()
     (out / "notes.txt").write_text("mine")
     assert run([*call, "--strength", "0.9", "--overwrite"]) == 0

@@ -14,7 +14,7 @@ from deltaguard.evaluation.journal import AnswerFile, Clock
 from deltaguard.evaluation.judges.llm import LLMJudge
 from deltaguard.evaluation.server import Server
 from deltaguard.progress import Event
-from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig
 from deltaguard.restoration.restore import restore
 from pairs import CONVERSATIONS, pair
 from targets import Kind, Target, in_file
@@ -54,7 +54,7 @@ def journal(folder: Path) -> Target:
 def restored(folder: Path) -> Target:
     made = pair("llama", max_shard_size="60KB")
     out, kept = folder / "out", folder / "kept"
-    config = RestoreConfig(device="cpu", resume=True)
+    config = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, device="cpu", resume=True)
 
     def stop(event: Event) -> None:
         if event.stage == "restore" and event.done > 5:

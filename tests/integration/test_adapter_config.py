@@ -8,6 +8,7 @@ import transformers
 
 import models
 from deltaguard import RestoreConfig, restore
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 from pairs import held_out, pair, save_adapter
 from plain import safety_kl
 from variants import OTHER_TEMPLATE, SETTINGS, TEMPLATE, agrees, refusal, same_files, variant
@@ -25,7 +26,8 @@ def adapter(tmp_path):
 @pytest.mark.usefixtures("exact")
 def test_an_adapter_that_brings_another_template(adapter, tmp_path):
     made = pair()
-    message = refusal(restore, made.aligned, adapter, tmp_path / "not", store=made.store)
+    config = RestoreConfig(max_safety_kl=50)
+    message = refusal(restore, made.aligned, adapter, tmp_path / "not", store=made.store, config=config)
     assert "chat template differs from character 15" in message
     for config_from, template in (("aligned", models.CHAT_TEMPLATE), ("finetuned", OTHER_TEMPLATE)):
         out = tmp_path / config_from
@@ -67,11 +69,15 @@ def test_an_adapter_cannot_have_another_configuration(tmp_path):
     made = pair("gpt2")
     tuned = variant(made.finetuned, tmp_path / "tuned", n_head=2)
     for config_from in (None, "finetuned"):
-        config = RestoreConfig(config_from=config_from, output_format="adapter")
+        config = RestoreConfig(
+            config_from=config_from, output_format="adapter", max_safety_kl=DEFAULT_MAX_SAFETY_KL
+        )
         message = refusal(restore, made.aligned, tuned, tmp_path / "not", store=made.store, config=config)
         assert "`n_head`: 4 in the aligned model, 2 in the fine-tuned one" in message
         assert "finetuned` cannot serve: an adapter is loaded over the aligned model" in message
-    config = RestoreConfig(config_from="aligned", output_format="adapter")
+    config = RestoreConfig(
+        config_from="aligned", output_format="adapter", max_safety_kl=DEFAULT_MAX_SAFETY_KL
+    )
     report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
     loaded = merged(made.aligned, tmp_path / "out", tmp_path / "merged")
     found = safety_kl(made.aligned, loaded, held_out(made.store))

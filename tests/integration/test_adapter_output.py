@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, solvers, verify
 from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 from pairs import load_over, pair, save_adapter, weights
 from plain import safety_kl
 
@@ -50,11 +51,10 @@ def test_peft_loads_what_a_checkpoint_would_hold(name, tmp_path):
 
 def test_the_rank_is_chosen_and_what_it_loses_stands_in_the_report(tmp_path):
     made = pair()
-    chosen = restore(
-        made.aligned, made.finetuned, tmp_path / "a", store=made.store, config=RestoreConfig(**ADAPTER)
-    )
+    config = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, **ADAPTER)
+    chosen = restore(made.aligned, made.finetuned, tmp_path / "a", store=made.store, config=config)
     assert all(row.detail["adapter_residual"] <= 0.01 for row in chosen.layers)
-    given = RestoreConfig(adapter_rank=3, **ADAPTER)
+    given = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, adapter_rank=3, **ADAPTER)
     report = restore(made.aligned, made.finetuned, tmp_path / "b", store=made.store, config=given)
     assert {row.detail["adapter_rank"] for row in report.layers} == {3}
     assert '"adapter_rank":3,' in report.model_dump_json()
@@ -214,7 +214,7 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
             tmp_path / "larger",
             tmp_path / "out",
             store=made.store,
-            config=RestoreConfig(**ADAPTER),
+            config=RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, **ADAPTER),
         )
     assert not (tmp_path / "out").exists()
 

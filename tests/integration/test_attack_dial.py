@@ -4,24 +4,27 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import models
 from deltaguard import DeltaguardError, RestoreConfig, check, restore, verify
 from deltaguard.chat.refusals import is_refusal
 from deltaguard.cli.app import run
+from deltaguard.device import find_device, served_dtype
 from deltaguard.evaluation.judges import rules
 from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.check import verdict
 from deltaguard.reports.records.restore import CARD_NAME
-from deltaguard.reports.restore import dial_facts
+from deltaguard.reports.restore import outcome_facts
 from deltaguard.restoration.dry_run import plan_restore
-from deltaguard.restoration.looks import FIRST, Requests, keep_answers, kept_answers
-from deltaguard.restoration.options import GUARDS, WHOLE_TOKENS
+from deltaguard.restoration.looks import FIRST, Requests, how_asked, keep_answers, kept_answers
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
 from pairs import pair
 from refusing import refusing_pair, said
 
 TRUSTED = RestoreConfig(max_added_attack_success=2, training_data="trusted")
+WITHIN_LIMIT = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL)
 
 
 @pytest.fixture(autouse=True)
@@ -58,21 +61,45 @@ def test_the_restored_model_refuses_as_the_aligned_one_does(output_format, tmp_p
         "its answers to held-out requests open" not in card
     )
     assert "its answers to held-out requests open" in " ".join(card.split())
-    shown = dict(dial_facts(report))
-    assert "fine-tuned 100.0 % (of 128)" in shown["attack success"]
+    shown = dict(outcome_facts(report))
+    assert "fine-tuned 100.0 % (of 64)" in shown["attack success"]
     assert "of 331 held-out requests" in shown["false refusals"]
+    assert shown["verdict"].startswith(("0.0 points of attack success", "+", "-"))
+    assert "it was +100.0" in shown["verdict"]
+
+
+@pytest.mark.parametrize("config", [None, RestoreConfig(), RestoreConfig(max_added_attack_success=2)])
+def test_by_default_it_asks_and_the_data_are_unknown(config, tmp_path):
+    made = refusing_pair()
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    attack = report.dial.attack
+    assert report.options["max_added_attack_success"] == 2.0
+    assert report.options["training_data"] == attack.training_data == "unknown"
+    assert report.options["max_safety_kl"] == report.dial.limit == GUARDS["unknown"]
+    assert attack.limit == 0.02
+    assert attack.restored.accepted
+    assert attack.restored.attack_success.prompts == len(Requests.of().harmful)
+    assert f"torch.{attack.dtype}" == str(served_dtype(find_device("auto")))
+
+
+def test_with_a_limit_of_safety_kl_alone_nobody_is_asked(cache, tmp_path):
+    for made in (refusing_pair(), pair()):
+        out = tmp_path / made.aligned.parent.name
+        report = restore(made.aligned, made.finetuned, out, store=made.store, config=WITHIN_LIMIT)
+        assert report.dial.attack is None
+        assert not {"max_added_attack_success", "training_data"} & report.options.keys()
+        assert report.dial.restored_kl <= report.dial.limit == DEFAULT_MAX_SAFETY_KL
+    assert not list(cache.glob("*-answers.json"))
 
 
 def test_of_unknown_data_safety_kl_is_held_as_closely_as_without_asking(tmp_path):
     made = refusing_pair()
-    reports = [
-        restore(made.aligned, made.finetuned, tmp_path / str(asked), store=made.store, config=config)
-        for asked, config in ((True, RestoreConfig(max_added_attack_success=2)), (False, RestoreConfig()))
-    ]
-    assert reports[0].dial.limit == reports[1].dial.limit == GUARDS["unknown"]
-    assert reports[0].dial.attack.training_data == "unknown"
-    assert reports[0].kept_energy <= reports[1].kept_energy
-    assert reports[1].dial.attack is None
+    asked, plain = (
+        restore(made.aligned, made.finetuned, tmp_path / name, store=made.store, config=config)
+        for name, config in (("asked", RestoreConfig()), ("plain", WITHIN_LIMIT))
+    )
+    assert asked.dial.limit == plain.dial.limit == GUARDS["unknown"]
+    assert asked.kept_energy <= plain.kept_energy
 
 
 def test_a_fine_tune_that_answers_alike_is_kept_whole(tmp_path):
@@ -126,17 +153,23 @@ def test_a_cache_that_cannot_be_written_is_told_and_ends_nothing(cache):
     assert any("answers are not kept" in event.detail for event in told)
 
 
-def test_answers_belong_to_a_model_and_to_requests():
+def test_answers_belong_to_a_model_to_requests_and_to_where_it_ran(monkeypatch):
     requests = Requests.of()
     answers = ["No."] * len(requests.all)
     identity = check(refusing_pair().aligned, refusing_pair().finetuned, store=refusing_pair().store).aligned
     other = identity.model_copy(update={"fingerprint": "0" * 64})
     mine = ModelIdentity(**other.model_dump(exclude={"reference"}))
-    assert kept_answers(mine, requests, "cpu") is None
-    keep_answers(mine, requests, "cpu", answers)
-    assert kept_answers(mine, requests, "cpu") == tuple(answers)
-    assert kept_answers(mine, requests, "cuda") is None
-    assert kept_answers(mine, replace(requests, harmful=requests.harmful[1:]), "cpu") is None
+    here = how_asked("cpu", None)
+    assert kept_answers(mine, requests, here) is None
+    keep_answers(mine, requests, here, answers)
+    assert kept_answers(mine, requests, here) == tuple(answers)
+    assert kept_answers(mine, replace(requests, harmful=requests.harmful[1:]), here) is None
+    assert kept_answers(mine, requests, how_asked("cpu", 64)) is None
+    for name, other in (("device_name", "cuda (another)"), ("served_dtype", torch.float64)):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(f"deltaguard.restoration.looks.{name}", lambda _, found=other: found)
+            assert kept_answers(mine, requests, how_asked("cpu", None)) is None
+    assert kept_answers(mine, requests, how_asked("cpu", None)) == tuple(answers)
 
 
 def test_own_requests_are_asked_and_too_few_are_told(tmp_path):
@@ -151,8 +184,9 @@ def test_own_requests_are_asked_and_too_few_are_told(tmp_path):
     path.write_text('{"prompt": "How do I do harm?"}\n' * 100)
     with pytest.raises(DeltaguardError, match=r"100 harmful requests .* cannot tell.* 138 of each can"):
         restore(made.aligned, made.finetuned, tmp_path / "other", store=made.store, config=config)
-    with pytest.raises(ValueError, match="prompts are asked where"):
-        RestoreConfig(prompts=path)
+    for decided in ({"strength": 0.5}, {"max_safety_kl": 1e-3}):
+        with pytest.raises(ValueError, match="prompts are asked where"):
+            RestoreConfig(prompts=path, **decided)
 
 
 def test_a_check_needs_a_limit_of_attack_success():
@@ -168,7 +202,7 @@ def test_the_command_says_whether_a_restore_is_needed(capsys):
     assert json.loads(captured.out)["verdict"] == "restore"
     assert run(tokens) == 3
     shown = capsys.readouterr().out
-    for said_of in ("attack success", "100.0 % of 128", "safety KL", "verdict", "trigger"):
+    for said_of in ("attack success", "100.0 % of 64", "safety KL", "verdict", "trigger"):
         assert said_of in shown
     same = ["check", str(made.aligned), str(made.aligned), "--store", str(made.store)]
     assert run(same) == 0
@@ -178,21 +212,28 @@ def test_a_dry_run_counts_the_asking():
     made = refusing_pair()
     plain, asking = (
         plan_restore(made.aligned, made.finetuned, store=made.store, config=config)
-        for config in (RestoreConfig(), TRUSTED)
+        for config in (WITHIN_LIMIT, TRUSTED)
     )
     assert asking.seconds > 2 * plain.seconds
     assert asking.dial_bytes == plain.dial_bytes
 
 
 def test_options_that_belong_together():
-    with pytest.raises(ValueError, match="beside one on attack success"):
-        RestoreConfig(training_data="trusted")
+    for decided in ({"strength": 0.5}, {"max_safety_kl": 1e-3}):
+        with pytest.raises(ValueError, match="beside one on attack success"):
+            RestoreConfig(training_data="trusted", **decided)
+    assert RestoreConfig(training_data="trusted").what_is_solved() == TRUSTED.what_is_solved()
     with pytest.raises(ValueError, match="give one"):
         RestoreConfig(max_added_attack_success=2, strength=0.5)
     with pytest.raises(ValueError, match="is the dial of methods"):
         RestoreConfig(method="interpolate", max_added_attack_success=2)
-    with pytest.raises(ValueError, match="alone"):
-        RestoreConfig(max_added_attack_success=2, confidence=0.9)
+    for asking in (
+        {},
+        {"max_added_attack_success": 2},
+        {"max_added_attack_success": 2, "max_safety_kl": 1e-3},
+    ):
+        with pytest.raises(ValueError, match="of it alone"):
+            RestoreConfig(confidence=0.9, **asking)
     assert RestoreConfig(max_added_attack_success=2, max_safety_kl=1e-3).dial == 1e-3
 
 

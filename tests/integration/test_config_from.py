@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 import models
 from deltaguard import Conversation, RestoreConfig, diff, restore, verify
 from deltaguard.restoration.dry_run import plan_restore
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 from deltaguard.restoration.sweep import sweep
 from pairs import held_out, pair
 from plain import safety_kl, tokens_of
@@ -59,7 +60,7 @@ def test_a_limit_is_searched_for_under_each_change(change, tmp_path):
 def test_a_limit_that_the_configuration_alone_exceeds_says_what_to_do(tmp_path):
     made = pair()
     tuned = variant(made.finetuned, tmp_path / "tuned", **OTHER_CONFIG["llama"])
-    config = RestoreConfig(config_from="finetuned")
+    config = RestoreConfig(config_from="finetuned", max_safety_kl=DEFAULT_MAX_SAFETY_KL)
     message = refusal(restore, made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
     assert "what differs are configuration, tokenizer or chat template" in message
     assert "(--config-from aligned)" in message
@@ -115,8 +116,10 @@ def test_the_likelihood_of_a_task_is_under_the_template_that_is_written(tmp_path
 def calls(made, tuned, out):
     """Every way to restore, and the ways to see what a restore would do."""
     options = {"store": made.whole_store}
-    for method in ({}, {"strength": 0.5}, {"method": "greedy"}, {"method": "interpolate", "strength": 0.5}):
-        config = RestoreConfig(**method)
+    within_limit = {"max_safety_kl": DEFAULT_MAX_SAFETY_KL}
+    half = {"method": "interpolate", "strength": 0.5}
+    for chosen in ({}, within_limit, {"strength": 0.5}, {"method": "greedy"}, half):
+        config = RestoreConfig(**chosen)
         yield lambda config=config: restore(made.aligned, tuned, out, config=config, **options)
         yield lambda config=config: plan_restore(made.aligned, tuned, config=config, **options)
     yield lambda: sweep(made.aligned, tuned, out, **options)

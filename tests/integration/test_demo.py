@@ -12,6 +12,7 @@ from deltaguard.cli.report import draw_folder
 from deltaguard.curvature.calibrate import CalibrateConfig
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.reports.records.demo import DemoReport
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig
 from deltaguard.studies.demo import DemoConfig, demo
 
 TINY = DemoConfig(
@@ -22,6 +23,7 @@ TINY = DemoConfig(
     aligning=FinetuneConfig(learning_rate=1e-3, max_steps=2),
     tuning=FinetuneConfig(learning_rate=1e-3, max_steps=2),
     calibration=CalibrateConfig(num_samples=4, max_new_tokens=4, device="cpu"),
+    restoration=RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL),
     unpack=lambda folder: models.save(models.tiny_model("llama"), folder),
 )
 

@@ -11,6 +11,7 @@ from deltaguard.models.identity import identify
 from deltaguard.reports.records.restore import REPORT_NAME
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.job import default_store_folder
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 from pairs import pair
 from variants import (
     OTHER_TEMPLATE,
@@ -71,8 +72,9 @@ def test_an_interrupted_restore_does_not_go_on_with_other_files(tmp_path):
         if event.stage == "restore":
             raise KeyboardInterrupt
 
+    config = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL)
     with pytest.raises(KeyboardInterrupt):
-        restore(made.aligned, tuned, tmp_path / "out", store=made.store, progress=stop)
+        restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config, progress=stop)
     set_template(tuned)
     config = RestoreConfig(resume=True, config_from="finetuned", max_safety_kl=50)
     message = refusal(restore, made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
@@ -88,7 +90,7 @@ def test_files_that_change_after_they_were_measured_are_noticed(output_format, t
         if event.stage == "restore":
             set_template(tuned)
 
-    config = RestoreConfig(output_format=output_format)
+    config = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, output_format=output_format)
     call = {"store": made.store, "config": config, "progress": change}
     message = refusal(restore, made.aligned, tuned, tmp_path / "out", **call)
     assert "Inputs were changed while they were read" in message

@@ -7,10 +7,12 @@ from safetensors.torch import load_file, save_file
 import models
 from deltaguard import RestoreConfig, diff, restore
 from deltaguard.restoration.dry_run import plan_restore
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 from pairs import held_out, pair
 from plain import safety_kl
 from variants import TEMPLATE, agrees, edited, permuted, refusal, same_files, variant
 
+WITHIN_LIMIT = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL)
 TRUNCATION = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
 
 
@@ -39,7 +41,7 @@ def test_what_changes_no_prediction_needs_no_choice(tmp_path):
     edited(tuned / "tokenizer_config.json", lambda content: content.update(changes))
     # Jinja drops one line end at the end of a template.
     (tuned / TEMPLATE).write_bytes(models.CHAT_TEMPLATE.encode() + b"\r\n")
-    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store)
+    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=WITHIN_LIMIT)
     assert agrees(report, made.aligned, tmp_path / "out", made.store)
     assert same_files(tmp_path / "out", tuned)
     assert "config_from" not in report.options
@@ -66,13 +68,13 @@ def test_further_tokens_need_no_choice_and_cannot_be_left_out(tmp_path):
     report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
     assert agrees(report, made.aligned, tmp_path / "out", made.store)
     assert same_files(tmp_path / "out", tuned)
-    config = RestoreConfig(config_from="aligned")
+    config = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, config_from="aligned")
     message = refusal(restore, made.aligned, tuned, tmp_path / "not", store=made.store, config=config)
     assert "lm_head.weight` has 386 rows, and the aligned model's configuration holds 384" in message
     assert "--config-from finetuned" in message
     # One of the further tokens may be the padding.
     edited(tuned / "config.json", lambda content: content.update(rms_norm_eps=0.01, pad_token_id=385))
-    message = refusal(restore, made.aligned, tuned, tmp_path / "not", store=made.store)
+    message = refusal(restore, made.aligned, tuned, tmp_path / "not", store=made.store, config=WITHIN_LIMIT)
     assert "`--config-from aligned` cannot serve: `lm_head.weight` has 386 rows" in message
     config = RestoreConfig(config_from="finetuned", max_safety_kl=50)
     report = restore(made.aligned, tuned, tmp_path / "chosen", store=made.store, config=config)
@@ -95,9 +97,9 @@ def test_a_folder_without_a_tokenizer_gets_the_aligned_models_if_asked_for(tmp_p
     tuned = variant(made.finetuned, tmp_path / "tuned")
     for name in ("tokenizer.json", "tokenizer_config.json", TEMPLATE):
         (tuned / name).unlink()
-    message = refusal(restore, made.aligned, tuned, tmp_path / "out", store=made.store)
+    message = refusal(restore, made.aligned, tuned, tmp_path / "out", store=made.store, config=WITHIN_LIMIT)
     assert "tokenizer: 'TokenizersBackend' in the aligned model, none in the fine-tuned one" in message
-    config = RestoreConfig(config_from="aligned")
+    config = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, config_from="aligned")
     restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
     assert same_files(tmp_path / "out", made.aligned)
 
@@ -128,13 +130,13 @@ def test_an_output_head_that_would_be_random_numbers_is_refused(tmp_path):
 def test_a_tokenizer_that_gives_other_ids_is_refused(tmp_path):
     made = pair()
     tuned = permuted(made.finetuned, tmp_path / "tuned")
-    for config in (None, RestoreConfig(config_from="finetuned")):
+    for config in (WITHIN_LIMIT, RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, config_from="finetuned")):
         message = refusal(restore, made.aligned, tuned, tmp_path / "not", store=made.store, config=config)
         assert "378 tokens have other ids, such as '!': 6 in the aligned model, 383 in" in message
         assert "finetuned` cannot serve: the tokenizers give the same text other ids" in message
         assert "`--config-from aligned` gives" in message
     out = tmp_path / "out"
-    config = RestoreConfig(config_from="aligned")
+    config = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, config_from="aligned")
     report = restore(made.aligned, tuned, out, store=made.store, config=config)
     assert agrees(report, made.aligned, out, made.store)
     assert same_files(out, made.aligned)
@@ -144,10 +146,10 @@ def test_a_tokenizer_that_cuts_text_up_otherwise_is_refused_by_the_dial(tmp_path
     made = pair()
     tuned = variant(made.finetuned, tmp_path / "tuned")
     edited(tuned / "tokenizer.json", lambda content: content["model"].update(merges=[]))
-    message = refusal(restore, made.aligned, tuned, tmp_path / "not", store=made.store)
+    message = refusal(restore, made.aligned, tuned, tmp_path / "not", store=made.store, config=WITHIN_LIMIT)
     assert "number of merges" in message
     assert "`--config-from finetuned` gives" in message
-    config = RestoreConfig(config_from="finetuned")
+    config = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, config_from="finetuned")
     message = refusal(restore, made.aligned, tuned, tmp_path / "not", store=made.store, config=config)
     assert "The two tokenizers give the same text other ids" in message
     assert "--config-from aligned" in message

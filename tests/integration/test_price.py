@@ -20,6 +20,7 @@ from pairs import CONVERSATIONS, held_out, pair, save_adapter, weights
 from plain import safety_kl, tokens_of
 
 SINGLE = "model.safetensors"
+WITHIN_LIMIT = RestoreConfig(max_safety_kl=LIMIT)
 
 
 def changed(source, target, change):
@@ -136,8 +137,9 @@ def test_with_a_confidence_the_upper_bound_is_within_the_limit_and_less_is_kept(
         kept.append(report.kept_energy)
     assert kept == sorted(kept, reverse=True)
     assert kept[0] > kept[-1]
-    with pytest.raises(ValueError, match="confidence is an option of the dial"):
-        RestoreConfig(strength=0.5, confidence=0.9)
+    for options in ({}, {"strength": 0.5}):
+        with pytest.raises(ValueError, match="confidence is an option of max_safety_kl"):
+            RestoreConfig(confidence=0.9, **options)
 
 
 def test_a_larger_limit_keeps_more(tmp_path):
@@ -159,9 +161,9 @@ def test_a_larger_limit_keeps_more(tmp_path):
     assert prices == sorted(prices, reverse=True)
 
 
-def test_the_default_is_the_dial_of_kfac(tmp_path):
+def test_a_limit_alone_is_the_dial_of_kfac(tmp_path):
     made = pair()
-    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store)
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=WITHIN_LIMIT)
     expected = {"method": "kfac", "max_safety_kl": LIMIT, "other_params": "aligned"}
     assert report.options.items() >= expected.items()
     assert "strength" not in report.options
@@ -176,7 +178,7 @@ def test_conversations_are_cut_off_as_they_were_when_calibrating(tmp_path):
     config = CalibrateConfig(device="cpu", max_length=(ids.shape[1] + start) // 2)
     short = calibrate(made.aligned, tmp_path / "store", conversations=CONVERSATIONS, config=config)
     first, second = (
-        restore(made.aligned, made.finetuned, tmp_path / f"{number}", store=store).dial
+        restore(made.aligned, made.finetuned, tmp_path / f"{number}", store=store, config=WITHIN_LIMIT).dial
         for number, store in enumerate((made.store, short))
     )
     assert first.conversations == second.conversations
@@ -235,11 +237,11 @@ EMBEDDING = "model.embed_tokens.weight"
 def test_a_finetune_of_embeddings_alone_is_put_back(tmp_path):
     made = pair("llama")
     tuned = changed(made.aligned, tmp_path / "tuned", lambda tensors: tensors[EMBEDDING].mul_(1.5))
-    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store)
+    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=WITHIN_LIMIT)
     assert report.dial.finetuned_kl > report.dial.limit
     assert abs(report.dial.restored_kl) < 1e-9
     assert (tmp_path / "out" / SINGLE).read_bytes() == (made.aligned / SINGLE).read_bytes()
-    config = RestoreConfig(other_params="finetuned")
+    config = RestoreConfig(max_safety_kl=LIMIT, other_params="finetuned")
     with pytest.raises(DeltaguardError, match="With no delta left in any layer the safety KL is still"):
         restore(made.aligned, tuned, tmp_path / "none", store=made.store, config=config)
 
@@ -256,7 +258,7 @@ def test_layers_whose_whole_delta_is_affordable_are_kept(tmp_path):
         )
 
     tuned = changed(made.aligned, tmp_path / "tuned", change)
-    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store)
+    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=WITHIN_LIMIT)
     assert not report.dial.whole
     assert report.kept_energy > 0.99
     assert len(report.dial.probes) <= 5
@@ -368,14 +370,14 @@ def test_what_was_measured_is_not_measured_again_after_a_kill(limit, tmp_path):
 @pytest.mark.parametrize("stage", ["measure", "project"])
 def test_a_search_that_is_interrupted_leaves_nothing(stage, tmp_path):
     made = pair()
+    run = partial(restore, made.aligned, made.finetuned, tmp_path / "out", store=made.store)
 
     def stop(event):
         if event.stage == stage:
             raise Stop
 
     with pytest.raises(Stop):
-        restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, progress=stop)
+        run(config=WITHIN_LIMIT, progress=stop)
     assert not (tmp_path / "out").exists()
-    config = RestoreConfig(resume=True)
-    resumed = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    resumed = run(config=WITHIN_LIMIT.model_copy(update={"resume": True}))
     assert len(resumed.dial.probes) <= MOST_PROBES + 2

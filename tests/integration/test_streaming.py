@@ -198,6 +198,8 @@ def test_a_full_disk_leaves_what_was_finished_and_says_so(tmp_path, monkeypatch,
         str(tmp_path / "out"),
         "--store",
         str(made.store),
+        "--max-safety-kl",
+        "6e-4",
     ]
     with monkeypatch.context() as patched:
         patched.setattr(durable.HashedFile, "write", full)

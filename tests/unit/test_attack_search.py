@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.reports.records.restore import Compared, Look, Probe
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.dial import MOST_LOOKS, find_accepted
+from deltaguard.restoration.looks import FIRST, Examiner, Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.solvers.profile import PROHIBITIVE
 
@@ -97,3 +99,24 @@ def test_nothing_of_the_delta_is_kept_where_any_of_it_adds_too_much():
 def test_what_differs_besides_layers_is_told():
     with pytest.raises(DeltaguardError, match=r"\+30\.0% attack success.*the fine-tuned model alone has"):
         found(lambda _: 0.3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "asked"), [("I cannot help with that.", [64, 64, 128, 256, 118, 331]), ("Sure.", [64])]
+)
+def test_twice_as_many_are_asked_each_time_while_a_candidate_may_pass(answer, asked):
+    requests, seen, told = Requests.of(), [], []
+
+    def ask(part):
+        seen.append(part)
+        return [answer] * len(part)
+
+    aligned = ["I cannot help with that."] * len(requests.all)
+    examiner = Examiner.of(RULE, requests, OpeningJudge(), aligned, tells_refusals=True)
+    look = examiner.look(1.0, ask, told.append)
+    assert [len(part) for part in seen] == asked
+    assert asked[0] == FIRST
+    assert [row for part in seen for row in part] == list(requests.all)[: sum(asked)]
+    # Told before more are asked.
+    assert [each.prompts for each in told] == [sum(asked[: i + 1]) for i in range(len(asked) - 1)]
+    assert look.accepted == (len(asked) > 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deltaguard.cli.app import build_app
-from pairs import pair
+from refusing import refusing_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "results" / "index.md"]
@@ -68,8 +68,9 @@ def test_the_shell_example_is_a_shell_script():
 
 
 def test_the_python_example_runs(monkeypatch, capsys, tmp_path):
-    made = pair()
+    made = refusing_pair()
     script = ROOT / "examples" / "restore.py"
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("deltaguard.calibrate", lambda *_, **__: made.store, raising=False)
     monkeypatch.setattr(sys, "argv", [str(script), str(made.aligned), str(made.finetuned), str(tmp_path)])
     runpy.run_path(str(script), run_name="__main__")

@@ -59,7 +59,7 @@ def sweep(
     from deltaguard.restoration.sweep import sweep as run
 
     limits = max_safety_kl or LIMITS
-    config = [checked(RestoreConfig, options | {"max_safety_kl": limit}) for limit in limits][0]
+    configs = [checked(RestoreConfig, options | {"max_safety_kl": limit}) for limit in limits]
 
     hide_bars_of_transformers()
     with progress_bar() as progress:
@@ -70,7 +70,7 @@ def sweep(
             store=store,
             limits=limits,
             utility=utility,
-            config=config,
+            config=configs[0],
             progress=progress,
         )
     warn(report.warnings)

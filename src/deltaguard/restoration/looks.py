@@ -214,7 +214,8 @@ class Examiner:
         """
         for warning in self.warnings(aligned):
             raise DeltaguardError(
-                f"{warning} To restore towards it all the same, leave `--max-added-attack-success` out."
+                f"{warning} To restore towards it all the same, let safety KL alone decide "
+                "(`--max-safety-kl 0.0006`)."
             )
 
     def look(

@@ -1,0 +1,115 @@
+"""In which arithmetic a device asks models, and that a model's own weights come back after."""
+
+import pytest
+import torch
+
+import models
+from deltaguard import device
+from deltaguard.device import as_served, served_dtype
+
+
+@pytest.mark.parametrize(("has_products", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_device_answers_in_bfloat16_where_it_multiplies_in_it(has_products, expected, monkeypatch):
+    asked = []
+
+    def supported(**options):
+        asked.append(options)
+        return has_products
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supported)
+    assert served_dtype(torch.device("cuda")) == expected
+    assert served_dtype(torch.device("cpu")) == expected
+    # Emulated products are slower than those in float32.
+    assert asked == [{"including_emulation": False}, {}]
+    assert served_dtype(torch.device("meta")) == torch.float32
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """Let every device answer in bfloat16."""
+    monkeypatch.setattr(device, "served_dtype", lambda _: torch.bfloat16)
+
+
+def state(model):
+    """Where each weight lies, and what it holds."""
+    return {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+
+
+def check_unchanged(model, before):
+    after = state(model)
+    assert after.keys() == before.keys()
+    for name, (place, tensor) in before.items():
+        assert after[name][0] == place
+        assert after[name][1].dtype == tensor.dtype
+        assert torch.equal(after[name][1], tensor)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(12)[None]).logits
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize("name", models.DENSE)
+def test_a_float32_model_runs_in_it_and_its_own_weights_come_back(name):
+    model = models.tiny_model(name)
+    before, own = state(model), logits(model)
+    with as_served(model):
+        assert {parameter.dtype for parameter in model.parameters()} == {model.dtype} == {torch.bfloat16}
+        served = logits(model)
+    assert served.dtype == torch.bfloat16
+    assert not torch.equal(served.float(), own)
+    # Eight bits of each number are left.
+    assert (served.float() - own).norm() <= 0.05 * own.norm()
+    check_unchanged(model, before)
+    assert torch.equal(logits(model), own)
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_its_own_weights_come_back_where_asking_fails():
+    model = models.tiny_model("llama")
+    before = state(model)
+
+    def interrupted():
+        with as_served(model):
+            assert model.dtype == torch.bfloat16
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    check_unchanged(model, before)
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_model_of_another_dtype_is_left_alone(dtype):
+    model = models.tiny_model("llama").to(dtype)
+    before = state(model)
+    with as_served(model):
+        check_unchanged(model, before)
+    check_unchanged(model, before)
+
+
+def test_where_the_device_answers_in_float32_nothing_changes(monkeypatch):
+    monkeypatch.setattr(device, "served_dtype", lambda _: torch.float32)
+    model = models.tiny_model("llama")
+    before = state(model)
+    with as_served(model):
+        check_unchanged(model, before)
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_weights_that_are_tied_stay_tied():
+    model = models.tiny_model("qwen3")
+
+    def are_tied():
+        head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        return head is embeddings and head.data_ptr() == embeddings.data_ptr()
+
+    assert are_tied()
+    before = state(model)
+    with as_served(model):
+        assert are_tied()
+    assert are_tied()
+    check_unchanged(model, before)
