@@ -1,4 +1,4 @@
-"""TamperBench's attacks, each followed by a restore: what is evaluated and tuned against is what was repaired.
+"""Attacks of TamperBench, each followed by a restore: what is evaluated and tuned against is the outcome.
 
     python examples/tamperbench/repaired.py STORE SCRIPT MODEL --attacks ATTACK [...] [options of the script]
 
