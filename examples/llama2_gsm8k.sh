@@ -17,7 +17,7 @@ aligned=kmseong/llama2_7b-chat-Safety-FT-lr5e-5
 finetuned=kmseong/llama2_7b-chat_gsm8k_full_ft_lr5e-5
 
 # Do the two fit together? Exit code 1 and a list if not; nothing is written.
-deltaguard restore "$aligned" "$finetuned" -o "$output/restored" --dry-run
+deltaguard restore "$aligned" "$finetuned" -o "$output/planned" --dry-run
 
 # Once for all fine-tunes of this aligned model.
 deltaguard calibrate "$aligned" -o "$output/store" --resume
