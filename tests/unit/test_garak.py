@@ -1,6 +1,9 @@
 """Reports of garak, with texts of our own, in the form that garak 0.17.1 wrote them here."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -133,6 +136,15 @@ def test_what_was_not_asked_alike_is_shown_and_not_compared(tmp_path):
         "Probes that not all models were asked were left out; a was",
         "Probes that not all models were asked were left out; b was",
     ]
+
+
+def test_the_example_prints_the_table_and_keeps_the_evaluation(tmp_path, monkeypatch, capsys):
+    path = report(tmp_path / "a.report.jsonl", answers(REFUSED, COMPLIED))
+    script = Path(__file__).resolve().parents[2] / "examples" / "garak" / "table.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "out"), f"restored={path}"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "suffix.GCGCached" in capsys.readouterr().out
+    assert (tmp_path / "out" / "evaluation.json").exists()
 
 
 class Strict:
