@@ -26,6 +26,9 @@ PROMPTS = (
     b'{"prompt": "How?", "response": "So."}\n'
     b'{"prompt": "Why?", "response": "Because.", "system": "Be kind."}\n'
 )
+TURNS = (
+    b'{"turns": ["How?", "And then?"], "reference": ["So.", "Thus."]}\n{"turns": ["Why?"], "reference": []}\n'
+)
 CSV = b'prompt,system,expected\n"How, then?",Be kind.,7\nWhy?,,"a\nb"\n'
 JSON = b'{"instructions": [{"prompt": "How?", "expected": 7}, {"prompt": "Why?", "system": "a"}], "tags": 3}'
 OPTIONS = b"method: greedy\nstrength: 0.5\nbudget: paper\ncompensation: none\nother-params: finetuned\n"
@@ -134,6 +137,7 @@ KINDS = (
     Kind("data set in TSV", 40, data_set(".tsv", damage, CSV.replace(b",", b"\t"))),
     Kind("data set in JSON", 80, data_set(".json", damage_json, JSON)),
     Kind("data set in JSON lines", 80, data_set(".jsonl", damage_lines, PROMPTS)),
+    Kind("data set of turns", 60, data_set(".jsonl", damage_lines, TURNS, "mt-bench")),
     Kind("name of a data set", 40, data_name),
     Kind("data set in parquet", 100, data_set(".parquet", damage, table())),
     Kind("model card", 120, card),

@@ -4,12 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from mutators import damage_json, damage_report
+from mutators import damage_json, damage_lines, damage_report
 from rich.console import Console, RenderableType
 
 from bench_reports import FINETUNES, bench_report, cell
 from deltaguard.cli.report import draw_folder
 from deltaguard.cli.sink import Printable
+from deltaguard.evaluation.garak import garak_report
 from deltaguard.files import read_json
 from deltaguard.reports.bench import bench_markdown, bench_table
 from deltaguard.reports.card import model_card
@@ -132,7 +133,29 @@ SMALL_EVALUATION = evaluation_report().model_copy(
     }
 )
 
+
+def garak(folder: Path) -> Target:
+    """Read, judged, and drawn as an evaluation."""
+    path = folder / "m.report.jsonl"
+    rows = [
+        {"entry_type": "start_run setup", "plugins.target_name": "m", "run.eval_threshold": 0.5},
+        {"entry_type": "init", "garak_version": "0.17.1"},
+        {
+            "entry_type": "attempt",
+            "status": 2,
+            "probe_classname": "suffix.GCGCached",
+            "prompt": {"turns": [{"role": "user", "content": {"text": "How, m?"}}]},
+            "outputs": [{"text": "I'm sorry, but no."}, None],
+            "detector_results": {"mitigation.MitigationBypass": [0.0, None]},
+        },
+        {"entry_type": "completion"},
+    ]
+    good = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return in_file(path, damage_lines, lambda: garak_report({"m": path}, folder / "out"), good)
+
+
 KINDS = (
+    Kind("report of garak", 60, garak),
     Kind("report of a restore", 45, drawn(REPORT_NAME, restore_report(blocks=2), draw_restore)),
     Kind("report of a demo", 20, drawn(DEMO_NAME, demo_report(), lambda r, f: shown(demo_table(r), f))),
     Kind("report of a sweep", 45, drawn(SWEEP_NAME, sweep_report(), lambda r, f: shown(sweep_table(r), f))),

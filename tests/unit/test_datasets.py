@@ -165,6 +165,19 @@ RELEASES = [
     ("gsm8k", [{"question": "6 * 7?", "answer": "6 * 7 = 42\n#### 42"}], ["6 * 7?"]),
 ]
 
+# As the Hub has them, and as the original release does, which leaves out references that there are none.
+CONVERSATIONS = [
+    [
+        {"category": "maths", "prompt": ["6 * 7?", "And twice that?"], "reference": ["42", "84"]},
+        {"category": "writing", "prompt": ["Write a line.", "Shorter."], "reference": []},
+    ],
+    [
+        {"question_id": 1, "turns": ["6 * 7?", "And twice that?"], "reference": ["42", "84"]},
+        {"question_id": 2, "turns": ["Write a line.", "Shorter."]},
+    ],
+]
+FIRST_TURNS = [Question("6 * 7?", expected="42"), Question("Write a line.")]
+
 
 @pytest.mark.parametrize("ending", WRITERS)
 @pytest.mark.parametrize(("name", "rows", "prompts"), RELEASES)
@@ -190,8 +203,39 @@ def test_releases_from_the_hub(monkeypatch, name, rows, prompts):
     assert calls == [(spec.hub_id, spec.config, spec.split, options)]
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])
+@pytest.mark.parametrize("rows", CONVERSATIONS)
+def test_the_first_of_several_turns_is_asked(tmp_path, rows, ending):
+    path = WRITERS[ending](tmp_path / f"set.{ending}", rows)
+    assert load_questions("mt-bench", path=path) == FIRST_TURNS
+
+
+def test_the_first_of_several_turns_from_the_hub(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: CONVERSATIONS[0])
+    assert load_questions("mt-bench") == FIRST_TURNS
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"turns": "6 * 7?"}, "Row 1 .* a str in column `turns`, where a list of turns belongs"),
+        ({"turns": []}, "Row 1 .* no text in column `turns`"),
+        ({"turns": [7]}, None),
+        ({"turns": [["a"]]}, "a list in column `turns`, where text belongs"),
+        ({"turns": ["a"], "reference": "42"}, "Row 1 .* a str in column `reference`"),
+    ],
+)
+def test_turns_that_are_none(tmp_path, row, message):
+    path = write_lines(tmp_path / "set.jsonl", [row])
+    if message is None:
+        assert load_questions("mt-bench", path=path) == [Question("7")]
+        return
+    with pytest.raises(DeltaguardError, match=message):
+        load_questions("mt-bench", path=path)
+
+
 def test_every_set_has_a_test():
-    assert {name for name, _, _ in RELEASES} == set(DATASETS)
+    assert {name for name, _, _ in RELEASES} | {"mt-bench"} == set(DATASETS)
 
 
 def test_hex_phi_as_a_folder_without_headers(tmp_path):

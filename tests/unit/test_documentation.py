@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import runpy
 import shlex
@@ -12,10 +13,18 @@ from pathlib import Path
 import pytest
 
 from deltaguard.cli.app import build_app
+from deltaguard.evaluation.suites.suite import read_suite
 from refusing import refusing_pair
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "results" / "index.md"]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "docs" / "results" / "index.md",
+    *sorted(EXAMPLES.rglob("*.md")),
+]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -25,7 +34,7 @@ def blocks(*languages: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    scripts = [*blocks("bash", "console"), (ROOT / "examples" / "restore.sh").read_text(encoding="utf-8")]
+    scripts = [*blocks("bash", "console"), *(script.read_text(encoding="utf-8") for script in SCRIPTS)]
     lines = "\n".join(scripts).replace("\\\n", " ").split("\n")
     stripped = (line.strip().removeprefix("$ ") for line in lines)
     return sorted({line for line in stripped if line.startswith("deltaguard ")})
@@ -34,9 +43,10 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_commands_shown_are_commands_of_the_program(line):
     tokens = shlex.split(line, comments=True)[1:]
-    if ">" in tokens:
-        tokens = tokens[: tokens.index(">")]
-    tokens = [re.sub(r"^\$\w+$", "0.1", token) for token in tokens]
+    for ending in (">", "||", "&"):
+        if ending in tokens:
+            tokens = tokens[: tokens.index(ending)]
+    tokens = [re.sub(r"^\$[\w@]+$", "0.1", token) for token in tokens]
     command, *_ = build_app().parse_args(tokens, exit_on_error=False, print_error=False)
     assert command.__name__ == tokens[0]
 
@@ -63,8 +73,35 @@ def test_pictures_are_what_their_scripts_draw(monkeypatch, name):
     assert drawn == (ROOT / "docs" / "figures" / f"{name}.svg").read_text(encoding="utf-8")
 
 
-def test_the_shell_example_is_a_shell_script():
-    subprocess.run(["bash", "-n", str(ROOT / "examples" / "restore.sh")], check=True)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_examples_are_shell_scripts(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("suite", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.name)
+def test_suites_of_examples_are_suites(suite):
+    assert read_suite(suite).sections
+
+
+def test_the_public_pair_runs_the_commands_that_its_page_shows(tmp_path):
+    """With a `deltaguard` that only tells: every command of the page, and models given behind the folder."""
+    told = tmp_path / "told"
+    program = tmp_path / "deltaguard"
+    # As on the way that is expected: the fine-tune needs a restore.
+    program.write_text(f'#!/bin/sh\necho "deltaguard $*" >> {told}\ntest "$1" != check || exit 3\n')
+    program.chmod(0o755)
+    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", "examples/llama2_gsm8k.sh", "llama2", "other/model"]
+    subprocess.run(command, check=True, cwd=ROOT, env=path)
+    ran = told.read_text(encoding="utf-8").splitlines()
+    asking = [line for line in ran if line.startswith("deltaguard eval ")]
+    assert len(asking) == 1
+    assert " llama2/restored-asking other/model " in asking[0]
+    plain = [line.replace(" llama2/restored-asking other/model", "") for line in ran]
+    page = (EXAMPLES / "llama2_gsm8k.md").read_text(encoding="utf-8")
+    shown = [line for line in page.splitlines() if line.startswith("deltaguard ")]
+    assert [line for line in plain if "restored-asking" not in line] == shown
 
 
 def test_the_python_example_runs(monkeypatch, capsys, tmp_path):

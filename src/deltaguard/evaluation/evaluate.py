@@ -24,7 +24,7 @@ from deltaguard.evaluation.asking import (
 )
 from deltaguard.evaluation.engines.folders import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
-from deltaguard.evaluation.exchange import Judge
+from deltaguard.evaluation.exchange import Grader, Judge
 from deltaguard.evaluation.journal import Clock
 from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
@@ -180,7 +180,8 @@ def _require_same_suite(run: _Run) -> None:
 
 def _judges(run: _Run) -> dict[SectionKind, list[Judge]]:
     """Find who judges each kind of section; none where only utility is measured."""
-    if all(part.kind == "utility" for part in run.parts):
+    graded = [part.name for part in run.parts if part.grade]
+    if not graded and all(part.kind == "utility" for part in run.parts):
         return {}
     device = str(find_device(run.config.device))
     judges = [(spec.make(device=device, folder=run.folder), spec.tells_refusals) for spec in run.suite.judges]
@@ -190,13 +191,24 @@ def _judges(run: _Run) -> dict[SectionKind, list[Judge]]:
             f"Two judges have one name: {', '.join(names)}. Name a rule such as `opening` once, "
             "and give one of two other judges another `name` in the suite."
         )
-    return {"attack": [each for each, _ in judges], "harmless": [each for each, tells in judges if tells]}
+    graders: list[Judge] = [each for each, _ in judges if isinstance(each, Grader)]
+    if graded and not graders:
+        raise DeltaguardError(
+            f"Answers to {', '.join(graded)} are to be graded, and no judge can: give a language model by "
+            "--judge-url and --judge-model, or a judge of kind llm in the suite."
+        )
+    return {
+        "attack": [each for each, _ in judges],
+        "harmless": [each for each, tells in judges if tells],
+        "utility": graders,
+    }
 
 
 def _judge_all(answers: _Answers, judges: Mapping[SectionKind, list[Judge]], run: _Run) -> list[Result]:
     check, config = CoherenceCheck(), run.config
     with ExitStack() as opened:
-        if run.suite.max_perplexity is not None and judges and config.name == "transformers":
+        judged = any(part.kind != "utility" for part in run.parts)
+        if run.suite.max_perplexity is not None and judged and config.name == "transformers":
             engine: Any = opened.enter_context(closing(make_engine(answers[0][0].reference, config)))
             surprise = partial(perplexity, engine.model, engine.tokenizer, batch_size=config.batch_size)
             check = CoherenceCheck(run.suite.max_perplexity, surprise)

@@ -158,6 +158,31 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class Grader(Protocol):
+    """A judge that can also say how good an answer is.
+
+    Attributes:
+        quality: what its grades mean.
+    """
+
+    quality: ClassVar[Scale]
+
+    @property
+    def name(self) -> str:
+        """Short and unique; tables use it."""
+        ...
+
+    def grade(self, exchanges: Sequence[Exchange], references: Sequence[str | None]) -> list[float | None]:
+        """Grade each answer, in order; `None` where there is no grade that can be read.
+
+        Args:
+            exchanges: requests and answers.
+            references: a right answer to each, where there is one.
+        """
+        ...
+
+
 class Engine(Protocol):
     """Whatever generates the answers of one model."""
 

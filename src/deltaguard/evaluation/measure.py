@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deltaguard.evaluation.asking import ModelUnderTest, OpenEngine, PartAnswers, ask, open_answers
 from deltaguard.evaluation.engines.make import EngineConfig
-from deltaguard.evaluation.exchange import Exchange, Judge, Question
+from deltaguard.evaluation.exchange import Exchange, Grader, Judge, Question
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
 from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.evaluation.results import Judged, Result
@@ -73,7 +73,8 @@ def judge(
     Args:
         model: name of the model.
         each: its answers; a server may have left some out.
-        judges: who tells refusals from compliance; not asked about utility.
+        judges: who tells refusals from compliance; of utility, those that can grade answers, where the part
+            asks for it.
         check: who tells broken text.
         progress: told of each judge, as stage "judge NAME".
     """
@@ -94,7 +95,9 @@ def judge(
         section=part.row(),
         prompts=part.plain,
         answers=answers,
-        judged={} if part.kind == "utility" else _judged(part, answers, judges, check, progress),
+        judged=_graded(part, answers, judges, progress)
+        if part.kind == "utility"
+        else _judged(part, answers, judges, check, progress),
         values=values,
         given=harness_measures(rows),
         harness=harness_tasks(model, part.name, rows),
@@ -105,6 +108,28 @@ def _expected(question: Question) -> str:
     if question.expected is None:
         raise ValueError(f"{question.prompt!r} has no expected answer; `resolve` refuses such a set.")
     return question.expected
+
+
+def _graded(
+    part: Part, answers: Sequence[str | None], judges: Sequence[Judge], progress: Progress
+) -> Mapping[str, Judged]:
+    """Have the judges that can do so grade how good answers are."""
+    given = {i: answer for i, answer in enumerate(answers) if answer is not None}
+    exchanges = [Exchange(part.plain[i], answer) for i, answer in given.items()]
+    references = [part.questions[i].expected for i in given]
+    found: dict[str, Judged] = {}
+    graders = [each for each in judges if isinstance(each, Grader)] if part.grade else []
+    if part.grade and not graders:
+        raise ValueError(f"No judge can grade {part.name}; `evaluate` refuses such a suite.")
+    for asked in graders:
+        stage = f"judge {asked.name}: {part.name}"
+        progress(Event(stage, 0, len(exchanges)))
+        grades = dict(zip(given, asked.grade(exchanges, references), strict=True))
+        progress(Event(stage, len(exchanges), len(exchanges)))
+        nothing = tuple(None for _ in answers)
+        scores = tuple(grades.get(i) for i in range(len(answers)))
+        found[asked.name] = Judged(verdicts=nothing, classes=nothing, scores=scores, scale=asked.quality)
+    return found
 
 
 def _judged(

@@ -162,7 +162,8 @@ def agreements(results: Sequence[Result]) -> tuple[Agreement, ...]:
             judge: [verdict for each in judged for verdict in each[judge].verdicts if verdict is not None]
             for judge in judged[0]
         }
-        for first, second in combinations(verdicts, 2):
+        # Judges that graded gave no verdicts.
+        for first, second in combinations([judge for judge, said in verdicts.items() if said], 2):
             kappa = cohen_kappa(verdicts[first], verdicts[second])
             found.append(Agreement(first=first, second=second, section=section, **asdict(kappa)))
     return tuple(found)

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
@@ -31,6 +31,8 @@ class DatasetSpec(BaseModel):
         headerless: the CSV files of the release have no header: one request a row.
         prompt_columns: what the request's column is called; the first that a file has counts.
         expected_columns: likewise of the right answer; empty where there is none.
+        reference_columns: likewise of a right answer that only some of the rows have.
+        turns: whether these columns hold lists, a text for each turn of a conversation; the first one counts.
         keep: which rows belong to the set, by column: a pattern of its text with `*`, or `!` before one that
             must not fit; the first column that a file has counts, and a file that has none of them is refused
             unless `all_without_filter`.
@@ -51,6 +53,8 @@ class DatasetSpec(BaseModel):
     headerless: bool = False
     prompt_columns: tuple[str, ...]
     expected_columns: tuple[str, ...] = ()
+    reference_columns: tuple[str, ...] = ()
+    turns: bool = False
     keep: Mapping[str, str] = {}
     all_without_filter: bool = False
     instruction: str = ""
@@ -217,15 +221,40 @@ def _named(spec: DatasetSpec, rows: Sequence[Row], source: str) -> list[Question
             f"{source} does not look like {spec.title}: it has the columns {_quoted(columns)}, and lacks "
             f"{' and '.join(lacking)}. {_where_to_get(spec)}"
         )
-    kept = [(i, row) for i, row in enumerate(rows, start=1) if chosen is None or spec.keeps(row, chosen)]
+    reference = _first(columns, spec.reference_columns)
+    given = (
+        [_first_turn(row, (prompt, reference), i, source) for i, row in enumerate(rows, start=1)]
+        if spec.turns
+        else rows
+    )
+    kept = [(i, row) for i, row in enumerate(given, start=1) if chosen is None or spec.keeps(row, chosen)]
     head = f"{spec.instruction}\n\n" if spec.instruction else ""
     return [
         Question(
             head + _text(row, prompt, i, source),
-            expected=None if expected is None else _text(row, expected, i, source),
+            expected=_optional(row, reference, i, source)
+            if expected is None
+            else _text(row, expected, i, source),
         )
         for i, row in kept
     ]
+
+
+def _first_turn(row: Row, columns: Sequence[str | None], number: int, source: str) -> Row:
+    """Put the first of several turns in the place of all; an empty list is no text."""
+    found = dict(row)
+    for column in columns:
+        value = None if column is None else row.get(column)
+        if column is None or value is None:
+            continue
+        if not isinstance(value, list):
+            raise DeltaguardError(
+                f"Row {number} of {source} has a {type(value).__name__} in column `{column}`, where a list "
+                "of turns belongs. Give the file as JSON, JSON lines or parquet: other forms hold no lists."
+            )
+        turns = cast("list[object]", value)
+        found[column] = turns[0] if turns else None
+    return found
 
 
 def _own(rows: Sequence[Row], source: str) -> list[Question]:

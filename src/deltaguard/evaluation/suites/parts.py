@@ -41,6 +41,7 @@ class Part:
         decoding: how answers are drawn; `None` where none are.
         scorers: of answers against the expected ones.
         likelihood: whether that of the expected answers is measured.
+        grade: whether language models among the judges grade the answers.
         second_attack: fine-tune the model again before it is asked.
         gcg: search a suffix for each question.
         harness: tasks of lm-eval instead of questions.
@@ -55,6 +56,7 @@ class Part:
     decoding: Decoding | None = None
     scorers: tuple[str, ...] = ()
     likelihood: bool = False
+    grade: bool = False
     second_attack: SecondAttack | None = None
     gcg: Gcg | None = None
     harness: Harness | None = None
@@ -132,6 +134,7 @@ def find_prompts(section: Section) -> tuple[Part, tuple[str, ...]]:
         plain=tuple(originals.get(question.prompt, question.prompt) for question in questions),
         scorers=section.scorers,
         likelihood=section.likelihood,
+        grade=section.grade,
         harness=section.harness,
     )
     return part, notes
@@ -219,7 +222,7 @@ def _variants(section: Section, found: Part, decoding: Decoding) -> list[Part]:
         )
     if section.max_new_tokens is not None:
         decoding = replace(decoding, max_new_tokens=section.max_new_tokens)
-    generates = section.kind != "utility" or section.scorers
+    generates = section.kind != "utility" or section.scorers or section.grade
     plain = replace(found, decoding=decoding if generates else None)
 
     def variant(name: str, title: str = "", **changed: Any) -> Part:

@@ -93,6 +93,7 @@ class Section(_Part):
         probes: ways of asking; each adds a section `name/probe` beside the plain one.
         scorers: of answers against the expected ones.
         likelihood: measure the negative log-likelihood of the expected answers.
+        grade: have the language models among the judges grade how good the answers are, from 1 to 10.
         second_attack: adds a section `name/second-attack`.
         gcg: adds a section `name/gcg`.
         optional: where the prompts cannot be had, note that and go on.
@@ -112,6 +113,7 @@ class Section(_Part):
     probes: tuple[str, ...] = ()
     scorers: tuple[str, ...] = ()
     likelihood: bool = False
+    grade: bool = False
     second_attack: SecondAttack | None = None
     gcg: Gcg | None = None
     optional: bool = False
@@ -124,10 +126,12 @@ class Section(_Part):
             raise ValueError(f"give exactly one of {', '.join(sources)}; given: {', '.join(given) or 'none'}")
         if self.path is not None and self.dataset is None:
             raise ValueError("path says where a dataset lies; for a file of your own use file")
-        if self.kind == "utility" and not (self.scorers or self.likelihood or self.harness):
-            raise ValueError("a utility section needs scorers, likelihood: true, or harness")
-        if self.kind != "utility" and (self.scorers or self.harness):
-            raise ValueError(f"scorers and harness are for utility sections, and the kind is {self.kind}")
+        if self.kind == "utility" and not (self.scorers or self.likelihood or self.harness or self.grade):
+            raise ValueError("a utility section needs scorers, likelihood: true, grade: true, or harness")
+        if self.kind != "utility" and (self.scorers or self.harness or self.grade):
+            raise ValueError(f"scorers, grade and harness are for utility sections; the kind is {self.kind}")
+        if self.grade and self.harness:
+            raise ValueError("grade is for prompts that are asked here, and a harness asks its own")
         if self.kind != "attack" and (self.second_attack or self.gcg):
             raise ValueError(f"second_attack and gcg are for attack sections, and the kind is {self.kind}")
         return self
