@@ -9,7 +9,7 @@ from deltaguard.chat.openings import OPENING_TOKENS
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.dial import MOST_LOOKS
 from deltaguard.restoration.looks import FIRST
-from deltaguard.restoration.options import GUARDS
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
 
 project = "deltaguard"
 author = "The deltaguard authors"
@@ -29,7 +29,7 @@ myst_enable_extensions = ["deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 3
 # Numbers that the program decides are never typed.
 myst_substitutions = {
-    "default_max_safety_kl": f"{deltaguard.RestoreConfig().dial:g}",
+    "default_max_safety_kl": f"{DEFAULT_MAX_SAFETY_KL:g}",
     "default_strength": deltaguard.RestoreConfig(method="greedy").chosen_strength,
     "first_looks": FIRST,
     "guard_trusted": f"{GUARDS['trusted']:g}",
@@ -40,6 +40,7 @@ myst_substitutions = {
     "least_prompts": Rule(limit=0.02, looks=MOST_LOOKS).least_prompts,
     "most_looks": MOST_LOOKS,
     "opening_tokens": OPENING_TOKENS,
+    "whole_tokens": WHOLE_TOKENS,
     "num_held_out": deltaguard.CalibrateConfig().num_held_out,
     "num_samples": deltaguard.CalibrateConfig().num_samples,
 }

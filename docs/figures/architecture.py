@@ -7,9 +7,9 @@ PROCESS, ARTIFACT = "#2f7fd6", "#1a9e6b"
 LAYERS = (
     (("cli/", "one file per verb; prints"),),
     (("studies/", "demo, bench, defences"),),
+    (("restoration/", "plan, trial, dial, write"),),
     (("evaluation/", "suites, judges, intervals"),),
-    (("restoration/", "plan, trial, write"), ("finetuning/", "data, training")),
-    (("methods/", "a file a method"),),
+    (("finetuning/", "data, training"), ("methods/", "a file each")),
     (("curvature/", "calibration, the store"),),
     (("chat/", "templates, batches, answers"),),
     (("models/", "read, write, adapt"), ("solvers/", "torch only")),
@@ -28,7 +28,7 @@ def draw() -> str:
         [*_imports(), *_data()],
         title="How deltaguard is built",
         description=(
-            "Left: the rooms from cli over studies, evaluation, restoration and finetuning, methods, "
+            "Left: the rooms from cli over studies, restoration, evaluation and finetuning, methods, "
             "curvature and chat down to models and solvers, and reports; a room imports from those below. "
             "Right: the aligned checkpoint and the safety conversations go through calibration into the "
             "CurvatureStore; the store, the aligned and the fine-tuned checkpoint go through restoration "
