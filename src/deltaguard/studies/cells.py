@@ -18,7 +18,7 @@ from deltaguard.reports.records.bench import Cell
 _REMEDY = "Remove it to measure it again."
 _NUMBERS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, FiniteFloat])
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Rises with every change of what a method does, how a model is made, or how an answer is judged, so that
 nothing measured before is used again. Options, recipes and prompts are in a cell's key themselves."""
 
