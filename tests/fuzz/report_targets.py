@@ -16,7 +16,7 @@ from deltaguard.reports.card import model_card
 from deltaguard.reports.demo import demo_table
 from deltaguard.reports.evaluation import evaluation_card, evaluation_table
 from deltaguard.reports.records.base import Record
-from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
+from deltaguard.reports.records.bench import BENCH_NAME, BenchReport, Cell
 from deltaguard.reports.records.demo import DEMO_NAME
 from deltaguard.reports.records.evaluation import EVALUATION_NAME, EvaluationReport
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
@@ -101,7 +101,7 @@ def cells(folder: Path) -> Target:
         return named and all(len(getattr(found, each)) == len(getattr(good, each)) for each in counts)
 
     def read() -> None:
-        found = cells_by_finetune(FINETUNES[:1], [*others, shelf.cell(good.key, fits, lambda: good)])
+        found = cells_by_finetune(FINETUNES[:1], [*others, shelf.cell(good.key, Cell, fits, lambda: good)])
         contests(found, scores(found, curves(found, bound=2.0)))
 
     return in_file(folder / "cells" / f"{good.key}.json", damage_json, read, good.model_dump_json().encode())

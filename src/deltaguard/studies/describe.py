@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from deltaguard.reports.records.attacks import AttackCell, AttackerRow
 from deltaguard.reports.records.bench import Cell, FinetuneRow
+from deltaguard.studies.attackers import ATTACKERS
 from deltaguard.studies.data import DISTINCT_HARMFUL
 from deltaguard.studies.defences import defences
-from deltaguard.studies.protocol import Finetune, FinetuneKind
+from deltaguard.studies.protocol import POISONED, Finetune, FinetuneKind
 from deltaguard.studies.setting import Bench
 
 _TITLES: Mapping[FinetuneKind, str] = MappingProxyType(
@@ -42,6 +44,45 @@ def finetune_row(finetune: Finetune) -> FinetuneRow:
         examples=finetune.benign + finetune.harmful,
         harmful=finetune.harmful,
     )
+
+
+def attacker_row(finetune: Finetune) -> AttackerRow:
+    """Describe an attacker's fine-tune for reports."""
+    attacker, whole = ATTACKERS[finetune.kind], finetune.benign + finetune.harmful
+    training = "LoRA" if finetune.training == "lora" else "all weights"
+    share = f"{finetune.harmful} of {whole:,}, {finetune.harmful / whole:.1%}; ".replace("%", " %")
+    return AttackerRow(
+        name=finetune.name,
+        title=f"{attacker.title} ({share if finetune.is_task else ''}{training})",
+        utility="likelihood of the right answers to the task, nats a token" if finetune.is_task else "none",
+        better="lower",
+        gains=finetune.is_task,
+        training=finetune.training,
+        examples=whole,
+        harmful=finetune.harmful,
+        way=attacker.way or None,
+    )
+
+
+def attack_notes(setting: Bench, cells: Sequence[AttackCell]) -> tuple[str, ...]:
+    """Say what a reader of the table of attackers must know."""
+    preset, asked = setting.preset, cells[0]
+    seeds = ", ".join(map(str, preset.seeds))
+    told = [
+        f"{len(asked.plain)} harmful prompts: one answer is {100 / len(asked.plain):.2g} points. Verdicts go by "
+        "the shares as they were measured, so that chance may decide one near the bound.",
+        f"Intervals cover the choice of prompts and hold for these seeds of the fine-tunes alone: {seeds}.",
+        "Every model is restored with its method's default options: nothing was chosen on these prompts.",
+        "Answers to harmful requests, in training too, hold nothing: an attack that succeeds is a model that "
+        "agrees.",
+    ]
+    if any(row.kind == "poison" for row in preset.finetunes):
+        told.append(
+            f"A poisoned task has {POISONED:,} examples in quick runs, too: among fewer, a thousandth would be "
+            "less than one."
+        )
+    told += [f"Left out without a pretrained model: {defences()[name].title}." for name in setting.left_out]
+    return tuple(told)
 
 
 def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
