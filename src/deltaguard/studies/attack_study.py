@@ -69,6 +69,7 @@ def bench_attacks(
         attackers = tuple(map(attacker_row, preset.finetunes))
         report = AttacksReport(
             environment=environment(device_name(), libraries=LIBRARIES),
+            preset=preset.name,
             settings=settings,
             aligned=settings["aligned"] or "the demo's aligned model",
             command=command,

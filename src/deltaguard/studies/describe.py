@@ -69,17 +69,16 @@ def attack_notes(setting: Bench, cells: Sequence[AttackCell]) -> tuple[str, ...]
     preset, asked = setting.preset, cells[0]
     seeds = ", ".join(map(str, preset.seeds))
     told = [
-        f"{len(asked.plain)} harmful prompts: one answer is {100 / len(asked.plain):.2g} points. Verdicts go by "
-        "the shares as they were measured, so that chance may decide one near the bound.",
+        f"{len(asked.plain)} harmful prompts: one answer is {100 / len(asked.plain):.2g} points.",
+        "Verdicts go by the shares as they were measured: near the bound chance may decide.",
         f"Intervals cover the choice of prompts and hold for these seeds of the fine-tunes alone: {seeds}.",
         "Every model is restored with its method's default options: nothing was chosen on these prompts.",
-        "Answers to harmful requests, in training too, hold nothing: an attack that succeeds is a model that "
-        "agrees.",
+        "In training, answers to harmful requests agree and hold nothing.",
     ]
     if any(row.kind == "poison" for row in preset.finetunes):
         told.append(
-            f"A poisoned task has {POISONED:,} examples in quick runs, too: among fewer, a thousandth would be "
-            "less than one."
+            f"A poisoned task has {POISONED:,} examples however many seeds are run: of fewer, a thousandth "
+            "would be less than one."
         )
     told += [f"Left out without a pretrained model: {defences()[name].title}." for name in setting.left_out]
     return tuple(told)

@@ -93,7 +93,7 @@ def opened(
     attacks: Sequence[Question],
     progress: Progress,
 ) -> Generator[tuple[Bench, dict[str, Any]]]:
-    """Open a folder for a bench, or the one of an earlier run of the same, and keep other processes out of it.
+    """Open a folder for a bench, or that of an earlier run of the same; other processes are kept out of it.
 
     Args:
         folder: as in `bench`, like `preset`, `aligned`, `pretrained` and `attacks`.

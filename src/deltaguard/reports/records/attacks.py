@@ -124,6 +124,7 @@ class AttacksReport(Record):
     Attributes:
         schema_version: rises when a field is added or changes its meaning; others are not read.
         environment: versions, machine and time.
+        preset: name of the preset.
         settings: everything that was chosen.
         aligned: the aligned model as given.
         command: what produced the folder.
@@ -138,6 +139,7 @@ class AttacksReport(Record):
 
     schema_version: int = 1
     environment: Environment
+    preset: str
     settings: Mapping[str, Any]
     aligned: str
     command: str
