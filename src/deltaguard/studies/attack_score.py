@@ -52,11 +52,10 @@ def verdict(ways: Sequence[Rates], *, bound: float) -> AttackVerdict:
 
     # 2 of 100 answers are 2 points, whatever the last binary digit says.
     allowed = bound + 1e-9
-    if all(over(rates.finetuned, rates) <= allowed for rates in ways):
-        return "no effect"
     left = [rates for rates in ways if over(rates.restored, rates) > allowed]
     if not left:
-        return "caught"
+        is_attack = any(over(rates.finetuned, rates) > allowed for rates in ways)
+        return "caught" if is_attack else "no effect"
     is_halved = all(over(rates.restored, rates) <= over(rates.finetuned, rates) / 2 + 1e-9 for rates in left)
     return "partly" if is_halved else "missed"
 
