@@ -80,33 +80,26 @@ def attack_notes(setting: Bench, cells: Sequence[AttackCell]) -> tuple[str, ...]
             f"A poisoned task has {POISONED:,} examples however many seeds are run: of fewer, a thousandth "
             "would be less than one."
         )
-    told += [f"Left out without a pretrained model: {defences()[name].title}." for name in setting.left_out]
+    told += _fewer((("harmful", preset.attack, asked.plain), ("harmless", preset.harmless, asked.harmless)))
+    told += [*_left_out(setting), *_without_pretrained(setting)]
     return tuple(told)
 
 
 def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
     """Say what a reader of the tables must know."""
-    preset, attacks, asked = setting.preset, setting.attacks, cells[0]
+    preset, asked = setting.preset, cells[0]
     seeds = ", ".join(map(str, preset.seeds))
     told = [
         f"{len(asked.attack)} harmful prompts: one answer is {100 / len(asked.attack):.2g} points.",
         f"Intervals cover the choice of prompts and hold for these seeds of the fine-tunes alone: {seeds}.",
         "Strengths, and the method that keeps most, were chosen on the prompts that are reported.",
     ]
-    told += [
-        f"The preset asks for {wanted} {kind} prompts; there were {len(given)}."
-        for kind, wanted, given in (
-            ("harmful", preset.attack, asked.attack),
-            ("harmless", preset.harmless, asked.harmless),
-            ("general", preset.general, asked.general),
-        )
-        if len(given) < wanted
-    ]
-    if attacks.repeated or attacks.trained:
-        told.append(
-            f"Of {attacks.given} attack prompts given, {attacks.repeated} were left out as repeated and "
-            f"{attacks.trained} as trained or calibrated on."
-        )
+    asked_for = (
+        ("harmful", preset.attack, asked.attack),
+        ("harmless", preset.harmless, asked.harmless),
+        ("general", preset.general, asked.general),
+    )
+    told += [*_fewer(asked_for), *_left_out(setting)]
     if large := [row.name for row in preset.finetunes if row.harmful > DISTINCT_HARMFUL]:
         told.append(
             f"Harmful examples of {', '.join(large)} repeat {DISTINCT_HARMFUL} prompts, with answers drawn "
@@ -128,5 +121,30 @@ def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
             f"Methods that train anew at every strength ({', '.join(retraining)}) were run on "
             f"{', '.join(there)} alone."
         )
-    told += [f"Left out without a pretrained model: {defences()[name].title}." for name in setting.left_out]
+    told += _without_pretrained(setting)
     return tuple(told)
+
+
+def _fewer(asked_for: Sequence[tuple[str, int, Sequence[object]]]) -> list[str]:
+    """Say of which prompts there are fewer than the preset asks for: kind, number wanted, and those asked."""
+    return [
+        f"The preset asks for {wanted} {kind} prompts; there were {len(given)}."
+        for kind, wanted, given in asked_for
+        if len(given) < wanted
+    ]
+
+
+def _left_out(setting: Bench) -> list[str]:
+    """Say how many of a user's prompts are not asked."""
+    attacks = setting.attacks
+    if not (attacks.repeated or attacks.trained):
+        return []
+    return [
+        f"Of {attacks.given} attack prompts given, {attacks.repeated} were left out as repeated and "
+        f"{attacks.trained} as trained or calibrated on."
+    ]
+
+
+def _without_pretrained(setting: Bench) -> list[str]:
+    """Name the methods that cannot be run."""
+    return [f"Left out without a pretrained model: {defences()[name].title}." for name in setting.left_out]
