@@ -139,10 +139,11 @@ def _left_out(setting: Bench) -> list[str]:
     attacks = setting.attacks
     if not (attacks.repeated or attacks.trained):
         return []
-    return [
+    told = (
         f"Of {attacks.given} attack prompts given, {attacks.repeated} were left out as repeated and "
         f"{attacks.trained} as trained or calibrated on."
-    ]
+    )
+    return [told]
 
 
 def _without_pretrained(setting: Bench) -> list[str]:
