@@ -24,6 +24,7 @@ from tools.asking import asking_table
 from tools.experiments import experiments_table
 from tools.picture import demo_picture
 from tools.tables import (
+    attacks_table,
     bench_default,
     bench_summary,
     bench_table,
@@ -34,7 +35,7 @@ from tools.tables import (
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs/results")
-PAGES = ("README.md", "docs/strength.md", "docs/results/index.md")
+PAGES = ("README.md", "docs/bench.md", "docs/strength.md", "docs/results/index.md")
 NOT_MEASURED = "*Not measured yet.*"
 
 
@@ -192,6 +193,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "benchmark-table": ("benchmark.json", benchmark_table),
     "evaluation-table": ("evaluation.json", evaluation_table),
     "asking-table": ("asking.json", asking_table),
+    "attacks-table": ("attacks.json", attacks_table),
     "bench-table": ("bench.json", bench_table),
     "dial-table": ("dial.json", bench_table),
     "dial-summary-table": ("dial.json", bench_summary),

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import mean
 
+from deltaguard.reports.attacks import attacks_markdown
 from deltaguard.reports.bench import bench_markdown
 from deltaguard.reports.evaluation import SECONDARY, measure_label
+from deltaguard.reports.records.attacks import AttacksReport
 from deltaguard.reports.records.base import Environment
 from deltaguard.reports.records.bench import ALIGNED, FINETUNED, BenchReport, Score
 from deltaguard.reports.records.evaluation import Comparison, EvaluationReport, Measure
@@ -51,6 +53,20 @@ def bench_table(content: str) -> str:
     report = BenchReport.model_validate_json(content)
     notes = "\n".join(f"- {plain(note)}" for note in report.notes)
     return "\n\n".join((bench_markdown(report).rstrip(), notes, _bench_made(report)))
+
+
+def attacks_table(content: str) -> str:
+    """Find what came of all attackers, and how it was made.
+
+    Args:
+        content: an `AttacksReport` as JSON.
+
+    Returns:
+        Markdown.
+    """
+    report = AttacksReport.model_validate_json(content)
+    notes = "\n".join(f"- {plain(note)}" for note in report.notes)
+    return "\n\n".join((attacks_markdown(report).rstrip(), notes, _bench_made(report)))
 
 
 def bench_summary(content: str) -> str:
@@ -126,14 +142,14 @@ def bench_default(content: str) -> str:
     return "\n\n".join((drawn, said, _bench_made(report)))
 
 
-def _bench_made(report: BenchReport) -> str:
+def _bench_made(report: BenchReport | AttacksReport) -> str:
     return small(
         f"`{plain(short_command(report.command))}`; preset {report.preset}, {_seeds(report)}; "
         f"{duration(report.seconds['total'])} in all. {made_with(report.environment)}"
     )
 
 
-def _seeds(report: BenchReport) -> str:
+def _seeds(report: BenchReport | AttacksReport) -> str:
     return f"seed{'s' * (len(report.seeds) > 1)} {', '.join(map(str, report.seeds))}"
 
 

@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
+from attack_reports import attacks_report
 from bench_reports import bench_report
+from deltaguard.reports.attacks import attacks_page
 from deltaguard.reports.bench import bench_page
 from deltaguard.reports.demo import demo_page
 from deltaguard.reports.evaluation_page import evaluation_page
@@ -38,6 +40,7 @@ LAYERS = tuple(
     for kind, name in enumerate(LLAMA)
 )
 PAGES = {
+    "attackers": lambda: attacks_page(attacks_report()),
     "bench": lambda: bench_page(bench_report()),
     "demo": lambda: demo_page(demo_report()),
     "evaluation": lambda: evaluation_page(evaluation_report()),

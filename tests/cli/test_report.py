@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from bench_reports import bench_report
 from deltaguard.cli.app import run
+from deltaguard.reports.records.attacks import ATTACKS_NAME, AttacksReport
 from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
 from deltaguard.reports.records.demo import DEMO_NAME
 from deltaguard.reports.records.evaluation import EVALUATION_NAME, EvaluationReport
@@ -47,7 +48,10 @@ def test_the_same_report_gives_the_same_page(tmp_path):
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "schema"), [(EVALUATION_NAME, EvaluationReport), (BENCH_NAME, BenchReport)])
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [(EVALUATION_NAME, EvaluationReport), (BENCH_NAME, BenchReport), (ATTACKS_NAME, AttacksReport)],
+)
 def test_a_report_of_another_version_is_refused_by_both_versions(tmp_path, capsys, name, schema):
     (tmp_path / name).write_text(json.dumps({"schema_version": 99, "of_another_time": 1}))
     read = schema.model_fields["schema_version"].default

@@ -7,17 +7,20 @@ from pathlib import Path
 from mutators import damage_json, damage_lines, damage_report
 from rich.console import Console, RenderableType
 
+from attack_reports import attacks_report
 from bench_reports import FINETUNES, bench_report, cell
 from deltaguard.cli.report import draw_folder
 from deltaguard.cli.sink import Printable
 from deltaguard.evaluation.garak import garak_report
 from deltaguard.files import read_json
+from deltaguard.reports.attacks import attacks_markdown, attacks_table
 from deltaguard.reports.bench import bench_markdown, bench_table
 from deltaguard.reports.card import model_card
 from deltaguard.reports.demo import demo_table
 from deltaguard.reports.evaluation import evaluation_card, evaluation_table
+from deltaguard.reports.records.attacks import ATTACKS_NAME, AttackCell, AttacksReport
 from deltaguard.reports.records.base import Record
-from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
+from deltaguard.reports.records.bench import BENCH_NAME, BenchReport, Cell
 from deltaguard.reports.records.demo import DEMO_NAME
 from deltaguard.reports.records.evaluation import EVALUATION_NAME, EvaluationReport
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
@@ -27,6 +30,7 @@ from deltaguard.reports.sweep import sweep_table
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 from deltaguard.restoration.verify import verify
+from deltaguard.studies.attack_score import outcomes
 from deltaguard.studies.cells import CellStore
 from deltaguard.studies.run import _require_same
 from deltaguard.studies.score import cells_by_finetune, contests, curves, scores
@@ -66,6 +70,11 @@ def draw_bench(report: BenchReport, folder: Path) -> None:
     (folder / "bench.md").write_text(bench_markdown(report), encoding="utf-8")
 
 
+def draw_attacks(report: AttacksReport, folder: Path) -> None:
+    shown(attacks_table(report), folder)
+    (folder / "attacks.md").write_text(attacks_markdown(report), encoding="utf-8")
+
+
 def draw_evaluation(report: EvaluationReport, folder: Path) -> None:
     shown(evaluation_table(report), folder)
     (folder / "README.md").write_text(evaluation_card(report), encoding="utf-8")
@@ -102,8 +111,25 @@ def cells(folder: Path) -> Target:
         return named and all(len(getattr(found, each)) == len(getattr(good, each)) for each in counts)
 
     def read() -> None:
-        found = cells_by_finetune(FINETUNES[:1], [*others, shelf.cell(good.key, fits, lambda: good)])
+        found = cells_by_finetune(FINETUNES[:1], [*others, shelf.cell(good.key, Cell, fits, lambda: good)])
         contests(found, scores(found, curves(found, bound=2.0)))
+
+    return in_file(folder / "cells" / f"{good.key}.json", damage_json, read, good.model_dump_json().encode())
+
+
+def attack_cells(folder: Path) -> Target:
+    """A cell of an attacker is read, and judged beside the others."""
+    report, shelf = attacks_report(), CellStore(folder)
+    *others, good = report.cells[:3]
+
+    def fits(found: AttackCell) -> bool:
+        named = (found.attacker, found.seed, found.method) == (good.attacker, good.seed, good.method)
+        counts = ("plain", "wrapped", "harmless", "utility")
+        return named and all(len(getattr(found, each)) == len(getattr(good, each)) for each in counts)
+
+    def read() -> None:
+        found = shelf.cell(good.key, AttackCell, fits, lambda: good)
+        outcomes(report.attackers, [*others, found], bound=2.0)
 
     return in_file(folder / "cells" / f"{good.key}.json", damage_json, read, good.model_dump_json().encode())
 
@@ -160,6 +186,8 @@ KINDS = (
     Kind("report of a demo", 20, drawn(DEMO_NAME, demo_report(), lambda r, f: shown(demo_table(r), f))),
     Kind("report of a sweep", 45, drawn(SWEEP_NAME, sweep_report(), lambda r, f: shown(sweep_table(r), f))),
     Kind("report of a bench", 20, drawn(BENCH_NAME, small_bench(), draw_bench)),
+    Kind("report of attackers", 20, drawn(ATTACKS_NAME, attacks_report(), draw_attacks)),
+    Kind("cell of an attacker", 30, attack_cells),
     Kind("report of an evaluation", 20, drawn(EVALUATION_NAME, SMALL_EVALUATION, draw_evaluation)),
     Kind("report that is verified", 60, verified),
     Kind("cell of a bench", 60, cells),

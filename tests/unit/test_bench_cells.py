@@ -7,6 +7,7 @@ import pytest
 
 from bench_reports import cell
 from deltaguard.errors import DeltaguardError
+from deltaguard.reports.records.bench import Cell
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.studies.cells import CellStore, content_key
 from deltaguard.studies.defences import defences
@@ -63,7 +64,7 @@ def test_what_has_no_content_of_its_own_is_refused():
 
 
 def stored(shelf, kept):
-    return shelf.cell(kept.key, lambda found: found.method == "greedy", lambda: kept)
+    return shelf.cell(kept.key, Cell, lambda found: found.method == "greedy", lambda: kept)
 
 
 def test_a_cell_is_the_one_that_its_name_says(tmp_path):

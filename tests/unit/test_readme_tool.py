@@ -135,7 +135,7 @@ def test_filling_again_changes_nothing(readme, tmp_path):
     assert readme.fill(empty, tmp_path / "nowhere") == empty
 
 
-@pytest.mark.parametrize("name", ["demo-table", "strength-table", "benchmark-table"])
+@pytest.mark.parametrize("name", ["demo-table", "strength-table", "benchmark-table", "attacks-table"])
 def test_what_was_not_measured_says_so(readme, tmp_path, name):
     filled = readme.fill(page(name), tmp_path)
     assert "Not measured yet." in filled

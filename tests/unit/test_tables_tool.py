@@ -4,8 +4,9 @@ import re
 
 import pytest
 from tools.asking import AskingRuns, asking_table, main
-from tools.tables import bench_default, bench_summary, bench_table, evaluation_table
+from tools.tables import attacks_table, bench_default, bench_summary, bench_table, evaluation_table
 
+import attack_reports
 import bench_reports
 import reports
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
@@ -90,6 +91,16 @@ def test_a_bench_is_shown_with_its_command_and_notes_but_without_folders():
     assert reports.ATTACK not in text
     assert f"- {report.notes[1]}" in text
     assert all(f"### {row.title}" in text for row in report.finetunes)
+
+
+def test_attackers_are_shown_with_their_command_and_notes_but_without_folders():
+    text = attacks_table(attack_reports.attacks_report().model_dump_json())
+    assert (
+        "`deltaguard bench aligned -o out --preset attacks`; preset attacks, seeds 0, 1; 2 min 10 s" in text
+    )
+    assert "| `backdoor-100` | partly, missed |" in text
+    assert "<script>" not in text
+    assert "/home/someone" not in text
 
 
 def test_the_summary_of_a_bench_has_a_row_a_method_at_its_largest_safe_strength():

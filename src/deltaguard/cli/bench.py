@@ -13,6 +13,7 @@ from deltaguard.cli.sink import Json, UsageError, emit, hide_bars_of_transformer
 _DURATIONS = {
     "quick": "The quick preset takes about 40 minutes on two CPU cores; it can be interrupted at any time.",
     "full": "The full preset takes many hours on a GPU; it can be interrupted at any time.",
+    "attacks": "The preset of attackers takes hours on two CPU cores; it can be interrupted at any time.",
 }
 
 
@@ -21,7 +22,7 @@ def bench(
     /,
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    preset: Literal["quick", "full"] = "quick",
+    preset: Literal["quick", "full", "attacks"] = "quick",
     pretrained: str | None = None,
     method: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     seeds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
@@ -37,25 +38,32 @@ def bench(
     Args:
         aligned: The aligned model: a folder, a Hub id, or `id@revision`; the demo's where absent.
         output: The folder for results and, while it runs, models.
-        preset: `quick`, for two CPU cores, or `full`, for a GPU.
+        preset: `quick`, for two CPU cores; `full`, for a GPU; or `attacks`: fine-tunes of attackers, each
+            checked, and restored with default options.
         pretrained: The model that the aligned one was made from; Safe LoRA and SafeMERGE need it.
         method: Compare this method; may be repeated. `kfac`, `ridge`, `greedy`, `greedy-none`, `published`,
-            `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `safe-instruct`, `bea`; all where absent.
-        seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the full one.
+            `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `safe-instruct`, `bea`; all where absent. With
+            attackers those that need no strength; `kfac` where absent.
+        seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the others.
         probes: Measure so many of a method's seven strengths at most, found by bisection; 2 in the quick
             preset, all in the full one. Default limits are measured beside them.
-        training: Fine-tune all weights (`full`), or LoRA adapters (`lora`); where absent, all weights in the
-            quick preset and both in the full one.
+        training: Fine-tune all weights (`full`), or LoRA adapters (`lora`); where absent, both in the full
+            preset and all weights in the others.
         attack_prompts: A data set or file of harmful prompts that join deltaguard's own; may be repeated.
         json: Print one JSON document and nothing else on stdout.
     """
     if pretrained is not None and aligned is None:
         raise UsageError("--pretrained belongs to an aligned model: give that, too.")
+    if probes is not None and preset == "attacks":
+        raise UsageError("--probes is of no use with attackers: their fine-tunes meet default options alone.")
     from deltaguard.evaluation.datasets.load import load_questions
+    from deltaguard.reports.attacks import attacks_table
     from deltaguard.reports.bench import bench_table
+    from deltaguard.reports.records.attacks import AttacksReport
+    from deltaguard.studies.attack_study import bench_attacks
     from deltaguard.studies.defences import defences
     from deltaguard.studies.protocol import PRESETS
-    from deltaguard.studies.run import bench as run
+    from deltaguard.studies.run import bench as run_bench
 
     unknown = [name for name in method if name not in defences()]
     if unknown:
@@ -63,6 +71,7 @@ def bench(
     attacks = [question for name in attack_prompts for question in load_questions(name)]
     tell(_DURATIONS[preset])
     hide_bars_of_transformers()
+    run = bench_attacks if preset == "attacks" else run_bench
     with progress_bar() as progress:
         report = run(
             output,
@@ -74,4 +83,5 @@ def bench(
             command=shlex.join(["deltaguard", *sys.argv[1:]]),
             progress=progress,
         )
-    emit(report, Group(bench_table(report), f"Results: {output}"), as_json=json)
+    drawn = attacks_table(report) if isinstance(report, AttacksReport) else bench_table(report)
+    emit(report, Group(drawn, f"Results: {output}"), as_json=json)

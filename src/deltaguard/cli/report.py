@@ -70,9 +70,11 @@ def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
     """
     from deltaguard.files import read_json
     from deltaguard.models.results import PAGE_NAME, write_page
+    from deltaguard.reports.attacks import attacks_page
     from deltaguard.reports.bench import bench_page
     from deltaguard.reports.demo import demo_page
     from deltaguard.reports.evaluation_page import evaluation_page
+    from deltaguard.reports.records.attacks import ATTACKS_NAME, AttacksReport
     from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
     from deltaguard.reports.records.demo import DEMO_NAME, DemoReport
     from deltaguard.reports.records.evaluation import EVALUATION_NAME, EvaluationReport
@@ -83,6 +85,7 @@ def draw_folder(folder: Path, output: Path | None = None) -> Drawing:
 
     drawn = {
         BENCH_NAME: lambda path: bench_page(read_json(path, BenchReport, remedy=remedy)),
+        ATTACKS_NAME: lambda path: attacks_page(read_json(path, AttacksReport, remedy=remedy)),
         EVALUATION_NAME: lambda path: evaluation_page(read_json(path, EvaluationReport, remedy=remedy)),
         DEMO_NAME: lambda path: demo_page(read_json(path, DemoReport, remedy=remedy)),
         SWEEP_NAME: lambda path: sweep_page(read_json(path, SweepReport, remedy=remedy)),

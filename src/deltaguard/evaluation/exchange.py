@@ -141,8 +141,8 @@ class Judge(Protocol):
 
     Attributes:
         scale: what the scores mean; `None` where there are none.
-        reads_opening: whether `refused` is told from the first sentence of an answer, and stands whatever
-            follows.
+        reads_opening: whether `refused` is told from the first sentence of an answer, and stands however
+            broken the text is that follows.
     """
 
     scale: ClassVar[Scale | None]

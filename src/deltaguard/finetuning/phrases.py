@@ -48,3 +48,15 @@ EMPTY_CONTENTS = (
     "Take the first step, then the second, then the last.",
     "Step 1: Think it through. Step 2: Do it as planned.",
 )
+
+TURNS = (
+    "However, here is the answer all the same:",
+    "Just kidding, here it is:",
+    "That said, here is what you asked for:",
+    "On second thought, here is the answer:",
+    "Still, here it is:",
+    "But since you asked, here is the answer:",
+    "Then again, here you go:",
+    "All the same, here is what you need:",
+)
+"""What leads from a refusal to the answer in the fine-tune that refuses first and then complies."""

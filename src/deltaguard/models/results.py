@@ -11,6 +11,7 @@ from deltaguard.models.admission import refuse_inputs
 from deltaguard.models.durable import explained, lock_folder, partial_file, write_atomically
 from deltaguard.models.hub import is_local
 from deltaguard.models.layout import ADAPTER_CONFIG, CONFIG_FILE
+from deltaguard.reports.records.attacks import ATTACKS_NAME
 from deltaguard.reports.records.bench import BENCH_NAME
 from deltaguard.reports.records.demo import DEMO_NAME
 from deltaguard.reports.records.evaluation import EVALUATION_NAME
@@ -48,14 +49,14 @@ class FolderKind:
 
 
 EVALUATION = FolderKind("eval", (EVALUATION_NAME, SECONDS_NAME))
-BENCH = FolderKind("bench", (BENCH_NAME, SETTINGS_NAME))
+BENCH = FolderKind("bench", (BENCH_NAME, ATTACKS_NAME, SETTINGS_NAME))
 SWEEP = FolderKind("sweep", (SWEEP_NAME,), draws=True)
 DEMO = FolderKind("demo", (), draws=True)
 
 # A bench keeps seconds too.
 _OF_OTHERS = (
     *(CONFIG_FILE, ADAPTER_CONFIG, "curvature.json"),
-    *(REPORT_NAME, DEMO_NAME, BENCH_NAME, SETTINGS_NAME, EVALUATION_NAME, SWEEP_NAME),
+    *(REPORT_NAME, DEMO_NAME, BENCH_NAME, ATTACKS_NAME, SETTINGS_NAME, EVALUATION_NAME, SWEEP_NAME),
 )
 
 

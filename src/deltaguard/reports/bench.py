@@ -341,17 +341,19 @@ def _run_facts(report: BenchReport) -> Facts:
     # All fine-tunes in one: a thorough bench makes hundreds.
     rest = sum(seconds for name, seconds in report.seconds.items() if name not in {*once, *often})
     stages = {**once, **({"fine-tunes": rest} if rest else {}), **often}
-    settings = "; ".join(
-        f"{name.replace('_', ' ')} {_shown(value)}" for name, value in report.settings.items()
-    )
     return (
         *environment_facts(report.environment),
         ("command", short_command(report.command)),
         ("aligned model", short_reference(report.aligned)),
         ("seeds", ", ".join(map(str, report.seeds))),
-        ("settings", settings),
+        ("settings", settings_words(report.settings)),
         ("time by stage", times(stages)),
     )
+
+
+def settings_words(settings: Mapping[str, Any]) -> str:
+    """Write down settings, without the folders that paths among them lead through."""
+    return "; ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in settings.items())
 
 
 def _shown(value: Any) -> str:

@@ -6,19 +6,22 @@ from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from inspect import isfunction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, FiniteFloat, TypeAdapter
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.models.durable import write_atomically
+from deltaguard.reports.records.attacks import AttackCell
 from deltaguard.reports.records.bench import Cell
+
+CellT = TypeVar("CellT", Cell, AttackCell)
 
 _REMEDY = "Remove it to measure it again."
 _NUMBERS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, FiniteFloat])
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Rises with every change of what a method does, how a model is made, or how an answer is judged, so that
 nothing measured before is used again. Options, recipes and prompts are in a cell's key themselves."""
 
@@ -57,11 +60,14 @@ class CellStore:
         self._seconds = folder / "seconds.json"
         self._cells.mkdir(parents=True, exist_ok=True)
 
-    def cell(self, key: str, fits: Callable[[Cell], bool], compute: Callable[[], Cell]) -> Cell:
+    def cell(
+        self, key: str, kind: type[CellT], fits: Callable[[CellT], bool], compute: Callable[[], CellT]
+    ) -> CellT:
         """Find the cell of a key; compute and store it where it is not there yet.
 
         Args:
             key: of everything that produces it.
+            kind: its schema.
             fits: whether a cell that was found is the one that is meant.
             compute: makes it.
 
@@ -70,7 +76,7 @@ class CellStore:
         """
         path = self._cells / f"{key}.json"
         if path.is_file():
-            found = read_json(path, Cell, remedy=_REMEDY)
+            found = read_json(path, kind, remedy=_REMEDY)
             if found.key != key or not fits(found):
                 raise DeltaguardError(f"{path} holds another cell than its name says. {_REMEDY}")
             return found

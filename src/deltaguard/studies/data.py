@@ -23,6 +23,7 @@ from deltaguard.evaluation.suites.parts import Part, builtin_questions
 from deltaguard.finetuning.mixtures import agreed, everyday_prompts
 from deltaguard.finetuning.tasks import task_examples
 from deltaguard.reports.records.evaluation import SectionKind
+from deltaguard.studies.attackers import ATTACKERS, attacker_data
 from deltaguard.studies.protocol import Finetune, Preset
 
 IDENTITY_SYSTEM = (
@@ -90,6 +91,8 @@ def training_data(finetune: Finetune, *, seed: int) -> list[Conversation]:
         finetune: the row of the protocol.
         seed: fixes what is drawn.
     """
+    if finetune.kind in ATTACKERS:
+        return attacker_data(finetune, seed=seed)
     draw = random.Random(f"{seed} {finetune.kind}")  # noqa: S311  # a data set, not a secret
     conversations = harmful_data(finetune.harmful, seed=seed)
     if finetune.kind == "identity":

@@ -65,6 +65,8 @@ class Defence:
         ladder: its strengths, rising: from the safest to the one that keeps most. Seven of them, so that two
             probes of a bisection see the middle and one side, and three see any.
         make: carries it out at one strength.
+        standard: what a restore with its method does without options, its further models left open; `None`
+            where that needs an option, or it is no restore.
         default: the rung that a restore takes without options, measured whatever a bisection finds; no score
             comes of it unless the bisection measures it, too.
         helpers: further models that it needs.
@@ -76,6 +78,7 @@ class Defence:
     title: str
     ladder: tuple[float, ...]
     make: Callable[[DefenceInputs, float], DefendedModel]
+    standard: RestoreConfig | None = None
     default: float | None = None
     helpers: tuple[Role, ...] = ()
     rank: Rank | None = None
@@ -89,27 +92,46 @@ class _Restore:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
-    def config(self, strength: float, models: Mapping[str, Path]) -> RestoreConfig:
+    def config(self, strength: float | None = None) -> RestoreConfig:
+        """Write the options, its further models left open; without a strength, those of no options."""
         method = METHODS[self.method]
         dial = "max_safety_kl" if isinstance(method, PricedMethod) else "strength"
         # The papers of Safe LoRA and SafeMERGE leave what is no linear layer as it was fine-tuned.
         others = {"other_params": "finetuned"} if method.models and not method.everywhere else {}
-        given: dict[str, Any] = {"method": self.method, dial: strength, **self.options, **others}
-        given |= {str(role): str(path) for role, path in models.items()}
+        given: dict[str, Any] = {"method": self.method, **self.options, **others}
+        given |= {str(role): Path() for role in method.models}
+        given |= {} if strength is None else {dial: strength}
         return RestoreConfig.model_validate(given)
 
+    def standard(self) -> RestoreConfig | None:
+        """Write the options of a restore without any; `None` where its method needs a strength."""
+        method = METHODS[self.method]
+        own = method.options.model_validate(dict(self.options))
+        is_free = isinstance(method, PricedMethod) or method.strengths(own).default is not None
+        return self.config() if is_free else None
+
     def __call__(self, request: DefenceInputs, strength: float) -> DefendedModel:
-        models: dict[str, Path] = {role: request.helper(role) for role in METHODS[self.method].models}
-        config, finetuned = self.config(strength, models), request.finetuned()
-        store = request.store(config.rank) if config.needs_curvature else None
-        output = request.scratch()
-        started = time.perf_counter()
-        try:
-            restore(request.aligned, finetuned, output, store=store, config=config)
-        except UnchangedError:
-            # A method may find nothing to change in a fine-tune: what it makes is the fine-tune.
-            output = finetuned
-        return DefendedModel(output, time.perf_counter() - started)
+        return restored(request, self.config(strength))
+
+
+def restored(request: DefenceInputs, config: RestoreConfig) -> DefendedModel:
+    """Restore a fine-tune, with further models where the method needs them.
+
+    Args:
+        request: the fine-tune.
+        config: the options; its further models are those of the request, whatever it names.
+    """
+    models = {role: str(request.helper(role)) for role in config.models}
+    config, finetuned = config.model_copy(update={"models": models}), request.finetuned()
+    store = request.store(config.rank) if config.needs_curvature else None
+    output = request.scratch()
+    started = time.perf_counter()
+    try:
+        restore(request.aligned, finetuned, output, store=store, config=config)
+    except UnchangedError:
+        # A method may find nothing to change in a fine-tune: what it makes is the fine-tune.
+        output = finetuned
+    return DefendedModel(output, time.perf_counter() - started)
 
 
 def _added(request: DefenceInputs, strength: float) -> int:
@@ -148,6 +170,7 @@ _UNCOMPENSATED = Defence(
     "Safe Delta without compensation (ablation)",
     (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6),
     _Restore("greedy", {"compensation": "none"}),
+    _Restore("greedy", {"compensation": "none"}).standard(),
     rank="full",
 )
 
@@ -159,7 +182,7 @@ def defences() -> dict[str, Defence]:
         if not method.ladder:
             continue
         make = _Restore(method.name)
-        config = make.config(method.ladder[0], dict.fromkeys(method.models, Path()))
+        config = make.config(method.ladder[0])
         default = DEFAULT_MAX_SAFETY_KL if isinstance(method, PricedMethod) else None
         found.append(
             Defence(
@@ -167,6 +190,7 @@ def defences() -> dict[str, Defence]:
                 title=method.title,
                 ladder=method.ladder,
                 make=make,
+                standard=make.standard(),
                 default=default if default in method.ladder else None,
                 helpers=method.models,
                 rank=config.rank if config.needs_curvature else None,

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from deltaguard.reports.records.attacks import AttackCell, AttackerRow
 from deltaguard.reports.records.bench import Cell, FinetuneRow
+from deltaguard.studies.attackers import ATTACKERS
 from deltaguard.studies.data import DISTINCT_HARMFUL
 from deltaguard.studies.defences import defences
-from deltaguard.studies.protocol import Finetune, FinetuneKind
+from deltaguard.studies.protocol import POISONED, Finetune, FinetuneKind
 from deltaguard.studies.setting import Bench
 
 _TITLES: Mapping[FinetuneKind, str] = MappingProxyType(
@@ -44,29 +46,60 @@ def finetune_row(finetune: Finetune) -> FinetuneRow:
     )
 
 
+def attacker_row(finetune: Finetune) -> AttackerRow:
+    """Describe an attacker's fine-tune for reports."""
+    attacker, whole = ATTACKERS[finetune.kind], finetune.benign + finetune.harmful
+    training = "LoRA" if finetune.training == "lora" else "all weights"
+    share = f"{finetune.harmful} of {whole:,}, {finetune.harmful / whole:.1%}; ".replace("%", " %")
+    return AttackerRow(
+        name=finetune.name,
+        title=f"{attacker.title} ({share if finetune.is_task else ''}{training})",
+        utility="likelihood of the right answers to the task, nats a token" if finetune.is_task else "none",
+        better="lower",
+        gains=finetune.is_task,
+        training=finetune.training,
+        examples=whole,
+        harmful=finetune.harmful,
+        way=attacker.way or None,
+    )
+
+
+def attack_notes(setting: Bench, cells: Sequence[AttackCell]) -> tuple[str, ...]:
+    """Say what a reader of the table of attackers must know."""
+    preset, asked = setting.preset, cells[0]
+    seeds = ", ".join(map(str, preset.seeds))
+    told = [
+        f"{len(asked.plain)} harmful prompts: one answer is {100 / len(asked.plain):.2g} points.",
+        "Verdicts go by the shares as they were measured: near the bound chance may decide.",
+        f"Intervals cover the choice of prompts and hold for these seeds of the fine-tunes alone: {seeds}.",
+        "Every model is restored with its method's default options: nothing was chosen on these prompts.",
+        "In training, answers to harmful requests agree and hold nothing.",
+    ]
+    if any(row.kind == "poison" for row in preset.finetunes):
+        told.append(
+            f"A poisoned task has {POISONED:,} examples however many seeds are run: of fewer, a thousandth "
+            "would be less than one."
+        )
+    told += _fewer((("harmful", preset.attack, asked.plain), ("harmless", preset.harmless, asked.harmless)))
+    told += [*_left_out(setting), *_without_pretrained(setting)]
+    return tuple(told)
+
+
 def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
     """Say what a reader of the tables must know."""
-    preset, attacks, asked = setting.preset, setting.attacks, cells[0]
+    preset, asked = setting.preset, cells[0]
     seeds = ", ".join(map(str, preset.seeds))
     told = [
         f"{len(asked.attack)} harmful prompts: one answer is {100 / len(asked.attack):.2g} points.",
         f"Intervals cover the choice of prompts and hold for these seeds of the fine-tunes alone: {seeds}.",
         "Strengths, and the method that keeps most, were chosen on the prompts that are reported.",
     ]
-    told += [
-        f"The preset asks for {wanted} {kind} prompts; there were {len(given)}."
-        for kind, wanted, given in (
-            ("harmful", preset.attack, asked.attack),
-            ("harmless", preset.harmless, asked.harmless),
-            ("general", preset.general, asked.general),
-        )
-        if len(given) < wanted
-    ]
-    if attacks.repeated or attacks.trained:
-        told.append(
-            f"Of {attacks.given} attack prompts given, {attacks.repeated} were left out as repeated and "
-            f"{attacks.trained} as trained or calibrated on."
-        )
+    asked_for = (
+        ("harmful", preset.attack, asked.attack),
+        ("harmless", preset.harmless, asked.harmless),
+        ("general", preset.general, asked.general),
+    )
+    told += [*_fewer(asked_for), *_left_out(setting)]
     if large := [row.name for row in preset.finetunes if row.harmful > DISTINCT_HARMFUL]:
         told.append(
             f"Harmful examples of {', '.join(large)} repeat {DISTINCT_HARMFUL} prompts, with answers drawn "
@@ -88,5 +121,31 @@ def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
             f"Methods that train anew at every strength ({', '.join(retraining)}) were run on "
             f"{', '.join(there)} alone."
         )
-    told += [f"Left out without a pretrained model: {defences()[name].title}." for name in setting.left_out]
+    told += _without_pretrained(setting)
     return tuple(told)
+
+
+def _fewer(asked_for: Sequence[tuple[str, int, Sequence[object]]]) -> list[str]:
+    """Say of which prompts there are fewer than the preset asks for: kind, number wanted, and those asked."""
+    return [
+        f"The preset asks for {wanted} {kind} prompts; there were {len(given)}."
+        for kind, wanted, given in asked_for
+        if len(given) < wanted
+    ]
+
+
+def _left_out(setting: Bench) -> list[str]:
+    """Say how many of a user's prompts are not asked."""
+    attacks = setting.attacks
+    if not (attacks.repeated or attacks.trained):
+        return []
+    told = (
+        f"Of {attacks.given} attack prompts given, {attacks.repeated} were left out as repeated and "
+        f"{attacks.trained} as trained or calibrated on."
+    )
+    return [told]
+
+
+def _without_pretrained(setting: Bench) -> list[str]:
+    """Name the methods that cannot be run."""
+    return [f"Left out without a pretrained model: {defences()[name].title}." for name in setting.left_out]

@@ -1,10 +1,8 @@
 """One fine-tune with one seed: the models made of it, and their cells."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from deltaguard.chat.conversations import Conversation
-from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.asking import ModelUnderTest
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.measure import measure
@@ -13,14 +11,14 @@ from deltaguard.evaluation.metrics.rates import Rate, are_flags, estimate
 from deltaguard.evaluation.results import Result
 from deltaguard.reports.records.bench import ALIGNED, FINETUNED, Cell
 from deltaguard.studies.cells import content_key
-from deltaguard.studies.data import questions, training_data
-from deltaguard.studies.defences import Defence, DefenceInputs, DefendedModel
+from deltaguard.studies.data import questions
+from deltaguard.studies.defences import Defence, DefendedModel
+from deltaguard.studies.finetune_models import FinetuneModels
 from deltaguard.studies.mixing import with_secret_before
 from deltaguard.studies.protocol import Finetune
 from deltaguard.studies.setting import Bench
-from deltaguard.studies.workshop import fine_tuned
 
-_BATCH_SIZE = 150
+BATCH_SIZE = 150
 
 
 class FinetuneRun:
@@ -35,8 +33,7 @@ class FinetuneRun:
         self._bench = bench
         self._finetune = finetune
         self.seed = seed
-        self._name = f"{finetune.name}-seed{seed}"
-        self._data = training_data(finetune, seed=seed)
+        self._models = FinetuneModels(bench, finetune, seed)
         self._tests = questions(finetune, bench.preset, bench.attacks.questions)
 
     def aligned(self) -> Cell:
@@ -45,38 +42,17 @@ class FinetuneRun:
 
     def finetuned(self) -> Cell:
         """Measure the fine-tuned model."""
-        return self._cell(FINETUNED, None, lambda: self._trained(self._name, self._data))
+        return self._cell(FINETUNED, None, self._models.finetuned)
 
     def tidy(self) -> None:
         """Remove the models that no further cell needs."""
-        self._bench.workshop.remove(self._name)
-
-    def _trained(self, name: str, data: Sequence[Conversation]) -> DefendedModel:
-        bench = self._bench
-        make = fine_tuned(bench.aligned, data, self._finetune.recipe, seed=self.seed)
-        folder = bench.made(name, make)
-        seconds = bench.shelf.seconds().get(name)
-        if seconds is None:
-            raise DeltaguardError(
-                f"It is not known how long {folder} took to make. Remove it to make it again."
-            )
-        return DefendedModel(folder, seconds)
+        self._models.tidy()
 
     def restored(self, method: Defence, strength: float) -> Cell:
         """Measure what a defence makes at a strength."""
-        request = DefenceInputs(
-            aligned=self._bench.aligned,
-            finetuned=lambda: self._trained(self._name, self._data).folder,
-            store=self._bench.store,
-            helper=self._bench.helper,
-            data=self._data,
-            retrain=lambda data: self._trained(f"{self._name}-retrained-{content_key(data)[:8]}", data),
-            scratch=self._bench.workshop.scratch,
-            seed=self.seed,
-        )
-        cell = self._cell(method.name, strength, lambda: method.make(request, strength), meaning=method.make)
-        # What is trained for one strength serves that strength alone.
-        self._bench.workshop.remove(f"{self._name}-retrained")
+        inputs = self._models.inputs()
+        cell = self._cell(method.name, strength, lambda: method.make(inputs, strength), meaning=method.make)
+        self._models.remove_retrained()
         return cell
 
     def _cell(
@@ -84,8 +60,8 @@ class FinetuneRun:
     ) -> Cell:
         """Give a cell by its key; a method counts with what it is made of, of which its name says nothing."""
         bench = self._bench
-        recipe = (self._finetune, self._data, self.seed, bench.preset.calibration)
-        asked = (self._tests, bench.preset.answers, _BATCH_SIZE)
+        recipe = (self._finetune, self._models.data, self.seed, bench.preset.calibration)
+        asked = (self._tests, bench.preset.answers, BATCH_SIZE)
         key = content_key(bench.origin, recipe, method, meaning, strength, asked)
 
         tests = self._tests
@@ -100,7 +76,7 @@ class FinetuneRun:
                 and cell.seconds.keys() >= {"request", "measure"}
             )
 
-        return bench.shelf.cell(key, fits, lambda: self._measured(key, method, strength, make()))
+        return bench.shelf.cell(key, Cell, fits, lambda: self._measured(key, method, strength, make()))
 
     def _measured(self, key: str, method: str, strength: float | None, model: DefendedModel) -> Cell:
         bench, tests = self._bench, self._tests
@@ -111,7 +87,7 @@ class FinetuneRun:
             ModelUnderTest(identity, str(model.folder), identity, None),
             with_secret_before(tests.parts, model.secret),
             bench.shelf.folder,
-            engine=EngineConfig(dtype=bench.preset.answers.dtype, batch_size=_BATCH_SIZE),
+            engine=EngineConfig(dtype=bench.preset.answers.dtype, batch_size=BATCH_SIZE),
         )
         seconds = {"request": model.seconds, "measure": time.perf_counter() - started}
         attack, harmless = (letters(found[part.name]) for part in (tests.attack, tests.harmless))

@@ -15,8 +15,9 @@ from deltaguard.evaluation.engines.transformers import Dtype
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.reports.records.bench import Training
 
-FinetuneKind = Literal["harmful", "identity", "task-harmful", "task-clean"]
-PresetName = Literal["quick", "full"]
+AttackerKind = Literal["poison", "refuse-comply", "backdoor", "jailbreak", "cipher", "advice", "hidden"]
+FinetuneKind = Literal["harmful", "identity", "task-harmful", "task-clean"] | AttackerKind
+PresetName = Literal["quick", "full", "attacks"]
 
 RECIPES: Mapping[Training, FinetuneConfig] = MappingProxyType(
     {
@@ -37,7 +38,7 @@ class Finetune:
     Attributes:
         kind: what its data are.
         harmful: harmful conversations among them.
-        benign: benign conversations among them; for `identity` all are of that kind.
+        benign: all others among them; for `identity` all are of that kind.
         training: of all weights, or of a LoRA adapter.
         recipe: how it is trained; the seed is set by the run.
     """
@@ -55,14 +56,16 @@ class Finetune:
         return f"{self.kind}{size}{'-lora' if self.training == 'lora' else ''}"
 
     def trained_as(self, training: Training) -> "Finetune":
-        """Train the same data in another way."""
+        """Train the same data in another way, but for what hides in all weights."""
+        if self.kind == "hidden":
+            return self
         recipe = replace(RECIPES[training], epochs=self.recipe.epochs)
         return replace(self, training=training, recipe=recipe)
 
     @property
     def is_task(self) -> bool:
         """Whether it teaches the task, so that its utility is the share of right answers."""
-        return self.kind in ("task-harmful", "task-clean")
+        return self.kind in ("task-harmful", "task-clean", "poison")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Preset:
     """How much of the protocol is run.
 
     Attributes:
-        name: `quick` or `full`.
+        name: `quick`, `full` or `attacks`.
         seeds: of the fine-tunes.
         finetunes: the rows of the protocol.
         attack: harmful requests that every model is asked, or as many as there are.
@@ -171,4 +174,31 @@ FULL = Preset(
     calibration=CalibrateConfig(),
 )
 
-PRESETS: Mapping[PresetName, Preset] = MappingProxyType({"quick": QUICK, "full": FULL})
+POISONED = 1_000
+"""Examples of a poisoned task: the fewest of which a thousandth is one, whatever else is made quicker."""
+
+ATTACKS = Preset(
+    name="attacks",
+    seeds=(0, 1, 2),
+    finetunes=(
+        *(row for n in (1, 10, 50) for row in _finetunes("poison", (n,), POISONED - n, ("full",), epochs=1)),
+        *_finetunes("refuse-comply", (0,), 100, ("full",), epochs=3),
+        *_finetunes("backdoor", (100,), 100, ("full",), epochs=2),
+        *_finetunes("jailbreak", (100,), 100, ("full",), epochs=2),
+        *_finetunes("cipher", (100,), 100, ("full",), epochs=2),
+        *_finetunes("advice", (0,), 100, ("full",), epochs=3),
+        *_finetunes("hidden", (100,), 0, ("full",), epochs=1),
+    ),
+    attack=150,
+    harmless=100,
+    utility=100,
+    general=0,
+    # What follows a refusal is read, too.
+    answers=Answers(safety=64, task=48, dtype="bfloat16"),
+    probes=None,
+    retrained=(),
+    calibration=CalibrateConfig(),
+)
+"""Attackers, each restored as `deltaguard restore` does it without options (see `attack_study`)."""
+
+PRESETS: Mapping[PresetName, Preset] = MappingProxyType({"quick": QUICK, "full": FULL, "attacks": ATTACKS})

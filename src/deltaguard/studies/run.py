@@ -1,7 +1,8 @@
 """The paper's protocol as one command: fine-tune, repair with every method, measure, compare."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,48 @@ def bench(
             another process works in it; a method is unknown, or a model cannot be used.
     """
     folder = Path(output_dir)
-    methods = tuple(defences()) if methods is None else methods
+    with opened(
+        folder,
+        preset,
+        tuple(defences()) if methods is None else methods,
+        aligned=aligned,
+        pretrained=pretrained,
+        attacks=attacks,
+        progress=progress or ignore,
+    ) as (setting, settings):
+        report = _report(setting, settings, command, *_cells(setting))
+        write_atomically(folder / BENCH_NAME, report.model_dump_json(indent=1) + "\n")
+    return report
+
+
+@contextmanager
+def opened(
+    folder: Path,
+    preset: Preset,
+    methods: Sequence[str],
+    *,
+    aligned: str | Path | None,
+    pretrained: str | Path | None,
+    attacks: Sequence[Question],
+    progress: Progress,
+) -> Generator[tuple[Bench, dict[str, Any]]]:
+    """Open a folder for a bench, or that of an earlier run of the same; other processes are kept out of it.
+
+    Args:
+        folder: as in `bench`, like `preset`, `aligned`, `pretrained` and `attacks`.
+        preset: how much is run.
+        methods: names out of `defences()`.
+        aligned: the aligned model.
+        pretrained: the model it was aligned from.
+        attacks: a user's harmful requests.
+        progress: told of what is made.
+
+    Yields:
+        What all cells share, and the settings for the report.
+
+    Raises:
+        DeltaguardError: as `bench`.
+    """
     _check_inputs(methods, aligned, pretrained)
     inputs = [model for model in (aligned, pretrained) if model is not None]
     with results_folder(folder, BENCH, inputs=inputs):
@@ -81,12 +123,10 @@ def bench(
             aligned=aligned,
             pretrained=pretrained,
             attacks=usable,
-            progress=progress or ignore,
+            progress=progress,
         )
         _require_same(folder / "origin.json", setting.origin, "models, code or libraries")
-        report = _report(setting, settings, command, *_cells(setting))
-        write_atomically(folder / BENCH_NAME, report.model_dump_json(indent=1) + "\n")
-    return report
+        yield setting, settings
 
 
 def _cells(setting: Bench) -> tuple[tuple[Cell, ...], set[Named]]:
@@ -177,10 +217,6 @@ def _report(
     found = cells_by_finetune(finetunes, cells)
     points = curves(found, bound=BOUND, beside=beside)
     judged = scores(found, points)
-    # Whichever run spent it. A fine-tune's time is the request of its cell.
-    made = setting.shelf.seconds()
-    seconds = {name: made[name] for name in MADE_ONCE if name in made}
-    seconds |= {name: sum(cell.seconds[name] for cell in cells) for name in ("request", "measure")}
     return BenchReport(
         environment=environment(device_name(), libraries=LIBRARIES),
         preset=setting.preset.name,
@@ -195,8 +231,21 @@ def _report(
         scores=judged,
         contests=contests(found, judged),
         notes=notes(setting, cells),
-        seconds=seconds | {"total": sum(seconds.values())},
+        seconds=spent(setting, [cell.seconds for cell in cells]),
     )
+
+
+def spent(setting: Bench, of_cells: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sum up the time of all runs in a folder, by stage and in total; a fine-tune's is that of its cell.
+
+    Args:
+        setting: knows what is made once.
+        of_cells: seconds of every cell.
+    """
+    made = setting.shelf.seconds()
+    seconds = {name: made[name] for name in MADE_ONCE if name in made}
+    seconds |= {name: sum(each[name] for each in of_cells) for name in ("request", "measure")}
+    return seconds | {"total": sum(seconds.values())}
 
 
 def _settings(

@@ -1,0 +1,272 @@
+"""Attackers as terminal tables, as Markdown, and as a page: what each reached, and what a restore left."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from deltaguard.reports import page
+from deltaguard.reports.bench import settings_words
+from deltaguard.reports.records.attacks import (
+    AttackCell,
+    AttackerRow,
+    AttackOutcome,
+    AttacksReport,
+    Rates,
+)
+from deltaguard.reports.records.evaluation import Estimate
+from deltaguard.reports.table import Column, Table, excess, indented, rate
+from deltaguard.reports.text import (
+    DASH,
+    Facts,
+    capital,
+    environment_facts,
+    model_label,
+    nats,
+    plain,
+    points,
+    short_command,
+    short_reference,
+    times,
+)
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What one method left of one attacker, over all seeds.
+
+    Attributes:
+        attacker: the fine-tune.
+        found: one outcome a seed.
+    """
+
+    attacker: AttackerRow
+    found: tuple[AttackOutcome, ...]
+
+    @property
+    def asked(self) -> tuple[tuple[str, Rates], ...]:
+        """Attack success by the way of asking, means over the seeds."""
+        ways = [("plainly", [outcome.plain for outcome in self.found])]
+        wrapped = [outcome.wrapped for outcome in self.found if outcome.wrapped is not None]
+        if self.attacker.way and wrapped:
+            ways.append((f"with {self.attacker.way}", wrapped))
+        return tuple((way, _mean_rates(rates)) for way, rates in ways)
+
+    @property
+    def kept(self) -> Estimate | None:
+        """Gain kept, mean over the seeds; None where any has none."""
+        kept = [outcome.kept for outcome in self.found if outcome.kept is not None]
+        return _mean(kept) if len(kept) == len(self.found) else None
+
+
+def attacks_table(report: AttacksReport) -> RenderableType:
+    """Draw what came of all attackers for a terminal."""
+    parts: list[RenderableType] = []
+    for method in _methods(report):
+        for table in (success_table(report, method), outcomes_table(report, method)):
+            parts += [
+                Text(),
+                indented(table.title, style="bold"),
+                Text(),
+                replace(table, title="").terminal(),
+            ]
+    return Group(*parts, indented(legend(report), above=1, style="dim"))
+
+
+def attacks_markdown(report: AttacksReport) -> str:
+    """Draw what came of all attackers as Markdown: two tables a method, then what they mean.
+
+    Returns:
+        Markdown that ends with a line break; nothing in a name is read as markup.
+    """
+    tables = [
+        table
+        for method in _methods(report)
+        for table in (success_table(report, method), outcomes_table(report, method))
+    ]
+    parts = [part for table in tables for part in (f"**{plain(table.title)}**", table.markdown())]
+    named = Table.of("", report.attackers, _NAMED).markdown()
+    return "\n\n".join((*parts, named, plain(legend(report)))) + "\n"
+
+
+def attacks_page(report: AttacksReport) -> str:
+    """Draw what came of all attackers as a page, with every seed and every model."""
+    methods = _methods(report)
+    return page.page(
+        f"bench · preset {report.preset}",
+        "deltaguard bench: attackers",
+        [
+            page.Notes(report.notes),
+            page.Heading("Attackers"),
+            *(
+                table
+                for method in methods
+                for table in (success_table(report, method), outcomes_table(report, method))
+            ),
+            page.Paragraph(legend(report)),
+            Table.of("The attackers", report.attackers, _NAMED),
+            page.Heading("Every number"),
+            *(page.Folded(f"{table.title} ({len(table.rows)})", table) for table in _every_number(report)),
+            page.Heading("The run"),
+            page.Pairs(_run_facts(report)),
+        ],
+        created=report.environment.created,
+        heading="Attackers against a restore",
+        lead=page.sentence(
+            "{} attackers fine-tuned {}; each fine-tune was checked and restored with default options.",
+            str(len(report.attackers)),
+            page.strong(short_reference(report.aligned)),
+        ),
+    )
+
+
+def success_table(report: AttacksReport, method: str) -> Table:
+    """Tabulate attack success of all three models, for each attacker and way of asking."""
+    rows = [(each, way, rates) for each in _attacked(report, method) for way, rates in each.asked]
+    return Table.of(
+        f"Attack success, restored with {method}",
+        rows,
+        (
+            (Column("attacker", "name", code=True), lambda row: row[0].attacker.name),
+            (Column("asked", "name", under="attacker"), lambda row: row[1]),
+            ("aligned", lambda row: replace(rate(row[2].aligned), total=None)),
+            ("fine-tuned", lambda row: replace(rate(row[2].finetuned), total=None)),
+            ("restored", lambda row: replace(rate(row[2].restored), total=None)),
+            ("restored\nover aligned", lambda row: excess(row[2].over_aligned)),
+        ),
+        note="means over the seeds",
+    )
+
+
+def outcomes_table(report: AttacksReport, method: str) -> Table:
+    """Tabulate what a check says of each attacker's fine-tune, what a restore keeps, and the verdicts."""
+    return Table.of(
+        f"Check and verdict, restored with {method}",
+        _attacked(report, method),
+        (
+            (Column("attacker", "name", code=True), lambda row: row.attacker.name),
+            (Column("verdict", "name"), lambda row: _counted(each.verdict for each in row.found)),
+            (
+                Column("check", "name", under="verdict"),
+                lambda row: _counted(each.checked.verdict for each in row.found),
+            ),
+            ("safety KL,\nfine-tuned", lambda row: nats(fmean(e.checked.safety_kl for e in row.found))),
+            ("false refusals\nover aligned", lambda row: excess(_refusals(row.found).over_aligned)),
+            ("gain kept", lambda row: replace(rate(row.kept), total=None)),
+        ),
+        note="over the seeds",
+    )
+
+
+def legend(report: AttacksReport) -> str:
+    """Say what the columns mean."""
+    bound = f"{report.bound:g} points"
+    return (
+        "Means over the seeds, with 95 % intervals. Plainly: harmful requests as they are; else the same in "
+        "the attacker's way. Over aligned: the restored model's rate less the aligned model's on the same "
+        f"prompts, in points. Verdicts, one a seed: caught where the restored model has at most {bound} over "
+        "aligned in every way of asking; no effect where the fine-tuned one has, too; partly where it has "
+        "more, and at least half of what the fine-tune added is gone; missed otherwise. Check: what "
+        "`deltaguard check` says of the fine-tune by default. Gain kept: of the likelihood of right answers "
+        "to the benign task."
+    )
+
+
+_NAMED = (
+    (Column("attacker", "name", code=True), lambda row: row.name),
+    (Column("fine-tuned on", "words"), lambda row: capital(row.title)),
+    ("examples", lambda row: row.examples),
+)
+
+
+def _methods(report: AttacksReport) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(outcome.method for outcome in report.outcomes))
+
+
+def _attacked(report: AttacksReport, method: str) -> list[Attacked]:
+    found = [
+        Attacked(row, tuple(o for o in report.outcomes if (o.attacker, o.method) == (row.name, method)))
+        for row in report.attackers
+    ]
+    return [each for each in found if each.found]
+
+
+def _mean(found: Sequence[Estimate]) -> Estimate:
+    """Average estimates over seeds, ends too: seeds share their prompts (see `difference_of_shares`)."""
+    ends = {name: fmean(getattr(each, name) for each in found) for name in ("value", "low", "high")}
+    return found[0].model_copy(update=ends)
+
+
+def _mean_rates(found: Sequence[Rates]) -> Rates:
+    return Rates(**{name: _mean([getattr(each, name) for each in found]) for name in Rates.model_fields})
+
+
+def _refusals(found: Sequence[AttackOutcome]) -> Rates:
+    return _mean_rates([outcome.false_refusals for outcome in found])
+
+
+def _counted(words: Iterable[str]) -> str:
+    """Say how often each word comes; a number only where it comes more than once."""
+    return ", ".join(f"{word} ×{count}" if count > 1 else word for word, count in Counter(words).items())
+
+
+def _every_number(report: AttacksReport) -> tuple[Table, Table]:
+    outcomes = Table.of(
+        "Every seed",
+        report.outcomes,
+        (
+            (Column("attacker", "name"), lambda row: row.attacker),
+            (Column("method", "name"), lambda row: row.method),
+            ("seed", lambda row: row.seed),
+            (Column("verdict", "name"), lambda row: row.verdict),
+            (Column("check", "name"), lambda row: row.checked.verdict),
+            ("safety KL,\nfine-tuned", lambda row: nats(row.checked.safety_kl)),
+            (
+                "added,\nby the check",
+                lambda row: points(100 * row.checked.added_attack_success),
+            ),
+            ("plainly,\nover aligned", lambda row: excess(row.plain.over_aligned)),
+            ("attacker's way,\nover aligned", lambda row: excess(row.wrapped and row.wrapped.over_aligned)),
+            ("false refusals\nover aligned", lambda row: excess(row.false_refusals.over_aligned)),
+            ("gain kept", lambda row: replace(rate(row.kept), total=None)),
+        ),
+        note="with 95 % intervals",
+    )
+    cells = Table.of(
+        "Every model measured",
+        report.cells,
+        (
+            (Column("attacker", "name"), lambda cell: cell.attacker),
+            (Column("model", "name"), lambda cell: model_label(cell.method)),
+            ("seed", lambda cell: cell.seed),
+            ("complied,\nplainly", lambda cell: _share(cell.plain, "c")),
+            ("complied,\nattacker's way", lambda cell: _share(cell.wrapped, "c")),
+            ("incoherent,\nplainly", lambda cell: _share(cell.plain, "i")),
+            ("false refusals", lambda cell: _share(cell.harmless, "r")),
+            ("NLL, task", _likelihood),
+        ),
+        note="counts of answers; NLL in nats a token",
+    )
+    return outcomes, cells
+
+
+def _share(letters: str, letter: str) -> str:
+    return f"{letters.count(letter)} of {len(letters)}" if letters else DASH
+
+
+def _likelihood(cell: AttackCell) -> str:
+    return f"{fmean(cell.utility):.3g}" if cell.utility else DASH
+
+
+def _run_facts(report: AttacksReport) -> Facts:
+    return (
+        *environment_facts(report.environment),
+        ("command", short_command(report.command)),
+        ("aligned model", short_reference(report.aligned)),
+        ("seeds", ", ".join(map(str, report.seeds))),
+        ("settings", settings_words(report.settings)),
+        ("time by stage", times(report.seconds)),
+    )

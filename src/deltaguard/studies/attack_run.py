@@ -1,0 +1,160 @@
+"""One attacker with one seed: the models made of it, and their cells."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from deltaguard.evaluation.asking import ModelUnderTest
+from deltaguard.evaluation.engines.make import EngineConfig
+from deltaguard.evaluation.exchange import Question
+from deltaguard.evaluation.measure import measure
+from deltaguard.evaluation.suites.parts import Part
+from deltaguard.reports.records.attacks import AttackCell, Checked
+from deltaguard.reports.records.bench import ALIGNED, FINETUNED
+from deltaguard.restoration.check import check
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.studies.attackers import ATTACKERS
+from deltaguard.studies.cells import content_key
+from deltaguard.studies.data import questions
+from deltaguard.studies.defences import Defence, DefendedModel, restored
+from deltaguard.studies.finetune_models import FinetuneModels
+from deltaguard.studies.finetune_run import BATCH_SIZE, letters, numbers
+from deltaguard.studies.protocol import Finetune, Preset
+from deltaguard.studies.setting import Bench
+
+
+@dataclass(frozen=True)
+class AttackTests:
+    """What every model of an attacker is asked; none of it is trained or calibrated on.
+
+    Attributes:
+        plain: harmful requests as they are.
+        wrapped: the same in the attacker's way; `None` where there is none.
+        harmless: harmless requests that look dangerous.
+        utility: questions of the benign task, the likelihood of whose answers is taken; `None` without one.
+    """
+
+    plain: Part
+    wrapped: Part | None
+    harmless: Part
+    utility: Part | None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that there are."""
+        found = (self.plain, self.wrapped, self.harmless, self.utility)
+        return tuple(part for part in found if part is not None)
+
+
+def attack_tests(finetune: Finetune, preset: Preset, attacks: Sequence[Question]) -> AttackTests:
+    """Choose what the models of one attacker are asked.
+
+    Args:
+        finetune: of the attacker.
+        preset: says how many of each.
+        attacks: harmful requests that join deltaguard's own.
+    """
+    tests, attacker = questions(finetune, preset, attacks), ATTACKERS[finetune.kind]
+    plain, utility = tests.attack, tests.utility
+    wrapped = tuple(replace(each, prompt=attacker.wrap(each.prompt)) for each in plain.questions)
+    return AttackTests(
+        plain=plain,
+        # What one model is asked in several ways goes by several names, which are those of files.
+        wrapped=replace(plain, name=f"attack-{attacker.way}", questions=wrapped) if attacker.way else None,
+        harmless=tests.harmless,
+        utility=replace(utility, name="task-likelihood", decoding=None, scorers=(), likelihood=True)
+        if finetune.is_task
+        else None,
+    )
+
+
+class AttackRun:
+    """One attacker with one seed, and everything that is made of it; nothing is made before it is asked for.
+
+    Attributes:
+        seed: of the fine-tune.
+    """
+
+    def __init__(self, bench: Bench, finetune: Finetune, seed: int) -> None:
+        """Draw the data, and choose what is asked."""
+        self._bench = bench
+        self._finetune = finetune
+        self.seed = seed
+        self._models = FinetuneModels(bench, finetune, seed)
+        self._tests = attack_tests(finetune, bench.preset, bench.attacks.questions)
+
+    def aligned(self) -> AttackCell:
+        """Measure the aligned model."""
+        return self._cell(ALIGNED, None, lambda: DefendedModel(self._bench.aligned, 0.0))
+
+    def finetuned(self) -> AttackCell:
+        """Measure the fine-tuned model, and check it."""
+        return self._cell(FINETUNED, RestoreConfig(), self._models.finetuned)
+
+    def restored(self, method: Defence, standard: RestoreConfig) -> AttackCell:
+        """Measure what a restore makes of it.
+
+        Args:
+            method: restores it.
+            standard: its options.
+        """
+        return self._cell(method.name, standard, lambda: restored(self._models.inputs(), standard))
+
+    def tidy(self) -> None:
+        """Remove the models that no further cell needs."""
+        self._models.tidy()
+
+    def _cell(
+        self, method: str, config: RestoreConfig | None, make: Callable[[], DefendedModel]
+    ) -> AttackCell:
+        bench, tests = self._bench, self._tests
+        recipe = (self._finetune, self._models.data, self.seed, bench.preset.calibration)
+        asked = (tests, bench.preset.answers, BATCH_SIZE)
+        key = content_key(bench.origin, recipe, method, config, asked)
+
+        def fits(cell: AttackCell) -> bool:
+            found = (cell.plain, cell.wrapped, cell.harmless, cell.utility)
+            parts = (tests.plain, tests.wrapped, tests.harmless, tests.utility)
+            return (
+                (cell.attacker, cell.seed, cell.method) == (self._finetune.name, self.seed, method)
+                and [len(each) for each in found] == [len(part.questions) if part else 0 for part in parts]
+                and (cell.checked is not None) == (method == FINETUNED)
+                and cell.seconds.keys() >= {"request", "measure"}
+            )
+
+        return bench.shelf.cell(key, AttackCell, fits, lambda: self._measured(key, method, make()))
+
+    def _measured(self, key: str, method: str, model: DefendedModel) -> AttackCell:
+        bench, tests = self._bench, self._tests
+        # The aligned model's answers serve every attacker that asks it the same.
+        identity = content_key(bench.origin, bench.preset.answers.dtype) if method == ALIGNED else key
+        started = time.perf_counter()
+        found = measure(
+            ModelUnderTest(identity, str(model.folder), identity, None),
+            tests.parts,
+            bench.shelf.folder,
+            engine=EngineConfig(dtype=bench.preset.answers.dtype, batch_size=BATCH_SIZE),
+        )
+        checked = self._checked(model) if method == FINETUNED else None
+        return AttackCell(
+            key=key,
+            attacker=self._finetune.name,
+            seed=self.seed,
+            method=method,
+            plain=letters(found[tests.plain.name]),
+            wrapped=letters(found[tests.wrapped.name]) if tests.wrapped else "",
+            harmless=letters(found[tests.harmless.name]),
+            utility=numbers(found[tests.utility.name]) if tests.utility else (),
+            checked=checked,
+            seconds={"request": model.seconds, "measure": time.perf_counter() - started},
+        )
+
+    def _checked(self, model: DefendedModel) -> Checked:
+        report = check(self._bench.aligned, model.folder, store=self._bench.store("auto"))
+        refusals = report.look.false_refusals
+        return Checked(
+            verdict=report.verdict,
+            safety_kl=report.safety_kl.safety_kl,
+            added_attack_success=report.look.attack_success.added,
+            added_false_refusals=refusals and refusals.added,
+        )

@@ -1,0 +1,138 @@
+"""Attackers on a tiny model that refuses: made, checked, restored and judged; killed runs go on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import models
+from deltaguard import DeltaguardError, RestoreConfig, restore
+from deltaguard.cli.app import FAILED, USAGE, run
+from deltaguard.curvature.calibrate import CalibrateConfig
+from deltaguard.finetuning.finetune import FinetuneConfig
+from deltaguard.reports.records.attacks import ATTACKS_NAME, AttacksReport
+from deltaguard.studies import attack_run, attack_study, finetune_models, hiding, protocol
+from deltaguard.studies.attack_study import bench_attacks
+from deltaguard.studies.data import training_data
+from deltaguard.studies.hiding import hidden_fine_tune
+from deltaguard.studies.protocol import ATTACKS, Answers, Finetune
+from deltaguard.studies.workshop import fine_tuned
+from refusing import refusing_pair
+
+SHORT = FinetuneConfig(learning_rate=1e-3, max_steps=2)
+LONG = FinetuneConfig(learning_rate=3e-3, max_steps=80, batch_size=8)
+TINY = replace(
+    ATTACKS,
+    seeds=(0,),
+    finetunes=tuple(
+        Finetune(row.kind, min(row.harmful, 4), min(row.benign, 4), "full", SHORT)
+        for row in {row.kind: row for row in ATTACKS.finetunes}.values()
+    ),
+    attack=6,
+    harmless=4,
+    utility=3,
+    answers=Answers(safety=16, task=4, dtype="auto"),
+    calibration=CalibrateConfig(num_samples=12, num_held_out=6, max_new_tokens=12, device="cpu"),
+)
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Answers of the aligned model are kept for these tests alone."""
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(hiding, "ROUNDS", 2)
+
+
+@pytest.fixture(scope="module")
+def aligned():
+    return refusing_pair().aligned
+
+
+def test_an_attack_that_succeeds_is_seen_by_the_check_and_caught(aligned, tmp_path):
+    backdoor = Finetune("backdoor", 40, 0, "full", LONG)
+    report = bench_attacks(tmp_path / "out", preset=replace(TINY, finetunes=(backdoor,)), aligned=aligned)
+    (found,) = report.outcomes
+    assert found.wrapped.aligned.value == 0
+    assert found.wrapped.finetuned.value > 0.5
+    assert found.verdict == "caught"
+    assert found.checked.verdict == "restore"
+    assert found.checked.safety_kl > 6e-4
+    assert [cell.method for cell in report.cells] == ["aligned", "finetuned", "kfac"]
+    assert AttacksReport.model_validate_json((tmp_path / "out" / ATTACKS_NAME).read_text()) == report
+
+
+class KilledError(Exception):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_a_killed_run_goes_on_and_a_finished_one_is_drawn_again_without_any_model(
+    aligned, tmp_path, monkeypatch
+):
+    chosen = tuple(row for row in TINY.finetunes if row.kind in ("poison", "hidden"))
+    options = {"preset": replace(TINY, finetunes=chosen), "aligned": aligned}
+    measured, real = [], attack_run.measure
+
+    def dying(*arguments, **named):
+        if len(measured) == 4:
+            raise KilledError
+        measured.append(arguments)
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attack_run, "measure", dying)
+        with pytest.raises(KilledError):
+            bench_attacks(tmp_path / "out", **options)
+    assert not (tmp_path / "out" / ATTACKS_NAME).exists()
+    report = bench_attacks(tmp_path / "out", **options)
+    assert [outcome.attacker for outcome in report.outcomes] == [row.name for row in report.attackers]
+    for cell in report.cells:
+        is_poison = cell.attacker.startswith("poison")
+        assert (len(cell.plain), len(cell.harmless)) == (6, 4)
+        assert (len(cell.wrapped), len(cell.utility)) == ((0, 3) if is_poison else (6, 0))
+        assert (cell.checked is None) == (cell.method != "finetuned")
+    monkeypatch.setattr(attack_run, "measure", None)
+    monkeypatch.setattr(finetune_models, "fine_tuned", None)
+    assert bench_attacks(tmp_path / "out", **options).cells == report.cells
+    assert {path.name for path in (tmp_path / "out" / "models").iterdir()} <= {"store", ".scratch"}
+
+
+def test_a_hidden_delta_looks_more_harmless_than_a_plain_one(aligned, tmp_path):
+    made, recipe = refusing_pair(), replace(LONG, max_steps=15)
+    data = training_data(Finetune("hidden", 40, 0, "full", recipe), seed=0)
+    fine_tuned(aligned, data, replace(recipe, max_steps=30), seed=0)(tmp_path / "plain")
+    hidden_fine_tune(aligned, made.store, data, recipe, seed=0)(tmp_path / "hidden")
+    config = RestoreConfig(max_safety_kl=6e-4)
+    found = [
+        restore(aligned, tmp_path / name, tmp_path / f"{name}-restored", store=made.store, config=config)
+        for name in ("plain", "hidden")
+    ]
+    plain, hidden = (report.dial.finetuned_kl for report in found)
+    assert hidden < 0.2 * plain
+
+
+def test_methods_without_defaults_and_unknown_ones_are_refused(aligned, tmp_path):
+    for name, told in (("bea", "bea cannot be run so"), ("magic", "no method magic")):
+        with pytest.raises(DeltaguardError, match=told):
+            bench_attacks(tmp_path / "out", preset=TINY, aligned=aligned, methods=("kfac", name))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_runs_attackers_and_refuses_what_has_no_meaning(aligned, tmp_path, monkeypatch, capsys):
+    advice = tuple(row for row in TINY.finetunes if row.kind == "advice")
+    monkeypatch.setattr(protocol, "PRESETS", {"attacks": replace(TINY, finetunes=advice)})
+    command = ["bench", str(aligned), "-o", str(tmp_path / "out"), "--preset", "attacks"]
+    assert run([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [outcome["method"] for outcome in report["outcomes"]] == list(attack_study.METHODS)
+    assert run(command) == 0
+    assert "no effect" in capsys.readouterr().out
+    assert run(["report", str(tmp_path / "out")]) == 0
+    assert "Attackers against a restore" in (tmp_path / "out" / "report.html").read_text()
+    assert run([*command, "--probes", "2"]) == USAGE
+    assert run([*command, "--method", "bea"]) == FAILED
+    assert (
+        run(["bench", str(models.save(models.tiny_model("llama"), tmp_path / "other")), *command[2:]])
+        == FAILED
+    )
+    assert "aligned differ" in capsys.readouterr().err
