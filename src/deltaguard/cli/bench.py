@@ -40,7 +40,8 @@ def bench(
         preset: `quick`, for two CPU cores, or `full`, for a GPU.
         pretrained: The model that the aligned one was made from; Safe LoRA and SafeMERGE need it.
         method: Compare this method; may be repeated. `kfac`, `ridge`, `greedy`, `greedy-none`, `published`,
-            `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `safe-instruct`, `bea`; all where absent.
+            `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `one-shot`, `safe-instruct`, `bea`; all where
+            absent.
         seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the full one.
         probes: Measure so many of a method's seven strengths at most, found by bisection; 2 in the quick
             preset, all in the full one. Default limits are measured beside them.
