@@ -189,7 +189,7 @@ def study(aligned: Path, finetuned: Path, store: Path, folder: Path) -> tuple[St
         loose, seconds = found.shrunk(LOOSER)
         ends = [(mu, row.safety_kl) for mu, row in zip((strict, loose), found.rows[-2:], strict=True)]
         found.refined(loose, seconds)
-        found.equal(*ends, found.rows[-1].safety_kl)
+        found.equal(ends[0], ends[1], found.rows[-1].safety_kl)
         found.patched(aligned, finetuned, folder)
 
     return found, rest
