@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file
+from tools.refining import Refined, Refinements
 from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation, harmful_prompts, sample
@@ -26,7 +26,7 @@ from deltaguard.device import device_name
 from deltaguard.finetuning.tasks import task_examples
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event
-from deltaguard.reports.records.base import Environment, environment
+from deltaguard.reports.records.base import environment
 from deltaguard.restoration.candidate import CandidateModel
 from deltaguard.restoration.dial import find_price
 from deltaguard.restoration.job import open_job
@@ -38,44 +38,6 @@ from deltaguard.studies.one_shot import LEARNING_RATE, one_shot
 
 LOOSER, STEPS, SHOTS = 3e-3, (10, 30), (10, 20)
 ATTACK, TASKS = 60, 32
-
-
-class Refined(BaseModel):
-    """One model.
-
-    Attributes:
-        model: what it is, in words.
-        safety_kl: on the conversations held out, nats per response token.
-        task_nll: of task answers, nats per token.
-        gain_kept: share of the fine-tune's gain in that.
-        complied: prompts of the attack part that were not refused.
-        attack: how many there are.
-        seconds: to make it, from models and store on disk; None of what was given.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    safety_kl: float
-    task_nll: float
-    gain_kept: float
-    complied: int
-    attack: int
-    seconds: float | None
-
-
-class Refinements(BaseModel):
-    """`docs/results/refine.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    environment: Environment
-    finetune: str
-    seed: int
-    learning_rate: float
-    conversations: int
-    tasks: int
-    rows: tuple[Refined, ...]
 
 
 @dataclass

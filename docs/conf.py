@@ -10,6 +10,7 @@ from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.dial import MOST_LOOKS
 from deltaguard.restoration.looks import FIRST
 from deltaguard.restoration.options import GUARDS
+from deltaguard.restoration.tuning import CONVERSATIONS
 
 project = "deltaguard"
 author = "The deltaguard authors"
@@ -42,6 +43,7 @@ myst_substitutions = {
     "opening_tokens": OPENING_TOKENS,
     "num_held_out": deltaguard.CalibrateConfig().num_held_out,
     "num_samples": deltaguard.CalibrateConfig().num_samples,
+    "refine_conversations": CONVERSATIONS,
 }
 
 # In docstrings, `name` is code.
