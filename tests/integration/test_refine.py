@@ -7,6 +7,7 @@ import torch
 
 import models
 from deltaguard import DeltaguardError, RestoreConfig, restore, verify
+from deltaguard.cli.app import run
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
@@ -218,3 +219,17 @@ def test_a_sweep_does_not_refine(tmp_path):
     made = pair()
     with pytest.raises(DeltaguardError, match="takes no refine"):
         sweep(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=refined(5))
+
+
+def test_the_command_line_refines_and_plans_it(capsys, tmp_path):
+    made, out = pair(), tmp_path / "out"
+    given = ["restore", str(made.aligned), str(made.finetuned), "--store", str(made.store), "-o", str(out)]
+    given += ["--max-safety-kl", str(LIMIT), "--refine", "2", "--device", "cpu"]
+    assert run([*given, "--dry-run"]) == 0
+    assert "memory for refining (cpu)" in capsys.readouterr().out
+    assert not out.exists()
+    assert run([*given, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)["refinement"]
+    assert (record["steps"], record["kept"]) == (2, True)
+    assert run([*given, "--output-format", "adapter"]) != 0
+    assert "which no adapter holds" in capsys.readouterr().err
