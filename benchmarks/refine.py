@@ -3,7 +3,8 @@
 Beside each other on one fine-tune: the closed form at its default and at a looser limit, that one refined,
 the closed form at about the safety KL that came out, and one-shot patching. Each is measured by its safety KL
 on the conversations held out, by the likelihood of task answers that were not trained on, and by how many
-prompts of the attack part it does not refuse. It takes a quarter of an hour on one CPU core.
+prompts of the attack part it does not refuse. Times are the processor's, which others on the machine do not
+lengthen; in all it takes about a quarter of an hour of one CPU core.
 """
 
 import argparse
@@ -78,12 +79,12 @@ class Study:
 
     def shrunk(self, limit: float) -> tuple[float, float]:
         """Measure the closed form at a limit; give its price and how long it took."""
-        started = time.perf_counter()
+        started = time.process_time()
         # What is prepared serves both.
         trial = copy.copy(self.trial)
         trial.config = trial.config.model_copy(update={"max_safety_kl": limit})
         price = find_price(trial, _quiet)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         self.put(self.trial.weights(price.mu))
         self.row(f"kfac, limit {limit:g}", seconds)
         return price.mu, seconds
@@ -95,13 +96,13 @@ class Study:
 
     def refined(self, mu: float, seconds: float) -> None:
         """Refine the closed form at a price, and measure it after each number of steps."""
-        started, seen = time.perf_counter(), dict[int, tuple[float, dict[str, Tensor]]]()
+        started, seen = time.process_time(), dict[int, tuple[float, dict[str, Tensor]]]()
         tuning = Tuning.open(self.trial, mu, _quiet)
 
         def watch(event: Event) -> None:
             print(event, flush=True)
             if event.done in STEPS:
-                seen[event.done] = time.perf_counter() - started, tuning.tensors()
+                seen[event.done] = time.process_time() - started, tuning.tensors()
 
         tuning.report = watch
         tuning.run(max(STEPS))
@@ -121,9 +122,9 @@ class Study:
     def patched(self, aligned: Path, finetuned: Path, folder: Path) -> None:
         """Measure one-shot patching."""
         for steps in SHOTS:
-            started = time.perf_counter()
+            started = time.process_time()
             chosen = one_shot(aligned, finetuned, folder / f"{steps}", steps=steps)
-            seconds = time.perf_counter() - started
+            seconds = time.process_time() - started
             print("one shot:", chosen, flush=True)
             found: dict[str, Any] = load_file(folder / f"{steps}" / "model.safetensors")
             self.candidate.meter.put(found.items())

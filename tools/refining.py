@@ -18,7 +18,7 @@ class Refined(BaseModel):
         gain_kept: share of the fine-tune's gain in that.
         complied: prompts of the attack part that were not refused.
         attack: how many there are.
-        seconds: to make it, from models and store on disk; None of what was given.
+        seconds: of processor time to make it, from models and store on disk; None of what was given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,7 +75,7 @@ def refine_table(content: str) -> str:
             ("task answers,\nnats a token", lambda row: nats(row.task_nll)),
             ("gain of\nlikelihood kept", lambda row: percent(row.gain_kept)),
             ("attack success", lambda row: f"{percent(row.complied / row.attack)} of {row.attack}"),
-            ("time", lambda row: Cell(DASH if row.seconds is None else duration(row.seconds))),
+            ("processor\ntime", lambda row: Cell(DASH if row.seconds is None else duration(row.seconds))),
         ),
     ).markdown()
     how = (
