@@ -10,6 +10,7 @@ from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.dial import MOST_LOOKS
 from deltaguard.restoration.looks import FIRST
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
+from deltaguard.restoration.tuning import CONVERSATIONS
 
 project = "deltaguard"
 author = "The deltaguard authors"
@@ -43,6 +44,7 @@ myst_substitutions = {
     "whole_tokens": WHOLE_TOKENS,
     "num_held_out": deltaguard.CalibrateConfig().num_held_out,
     "num_samples": deltaguard.CalibrateConfig().num_samples,
+    "refine_conversations": CONVERSATIONS,
 }
 
 # In docstrings, `name` is code.

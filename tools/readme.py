@@ -23,6 +23,7 @@ from deltaguard.reports.text import DASH, Measured, duration, interval, model_la
 from tools.asking import asking_table
 from tools.experiments import experiments_table
 from tools.picture import demo_picture
+from tools.refining import refine_table
 from tools.tables import (
     attacks_table,
     bench_default,
@@ -194,6 +195,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "evaluation-table": ("evaluation.json", evaluation_table),
     "asking-table": ("asking.json", asking_table),
     "attacks-table": ("attacks.json", attacks_table),
+    "refine-table": ("refine.json", refine_table),
     "bench-table": ("bench.json", bench_table),
     "dial-table": ("dial.json", bench_table),
     "dial-summary-table": ("dial.json", bench_summary),

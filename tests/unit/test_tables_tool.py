@@ -1,9 +1,11 @@
 """`tools.tables`: evaluations and benches as the pages show them, every number from the report."""
 
+import json
 import re
 
 import pytest
 from tools.asking import AskingRuns, asking_table, main
+from tools.refining import refine_table
 from tools.tables import attacks_table, bench_default, bench_summary, bench_table, evaluation_table
 
 import attack_reports
@@ -191,3 +193,27 @@ def test_restores_that_asked_have_a_row_each(tmp_path):
     (row,) = (line for line in asking_table(content).splitlines() if "trusted" in line)
     shown = ("20.0 %", "93.8 % of 128 (+78.1 points)", "22.0 % of 200 (+2.0 points)", "0.003", "task")
     assert all(cell in row for cell in shown)
+
+
+def test_the_table_of_refining_has_a_row_a_model():
+    row = {"task_nll": 1.5, "gain_kept": 0.0, "complied": 12, "attack": 60, "seconds": None}
+    refined = {"model": "kfac, refined", "safety_kl": 5e-4, "gain_kept": 0.4321, "seconds": 75.0}
+    found = refine_table(
+        json.dumps(
+            {
+                "environment": bench_reports.ENVIRONMENT.model_dump(),
+                "finetune": "a task",
+                "seed": 0,
+                "learning_rate": 2e-5,
+                "conversations": 64,
+                "tasks": 32,
+                "rows": [row | {"model": "aligned", "safety_kl": 0.0}, row | refined],
+            }
+        )
+    )
+    aligned, other = (line for line in found.splitlines() if "20.0 %" in line)
+    assert cells(aligned) == [
+        *("aligned", "0", "1.5", "0.0 %", "20.0 % of 60", "–"),
+    ]
+    assert "| 0.0005 | 1.5 | 43.2 % | 20.0 % of 60 | 1 min 15 s |" in other
+    assert "one-shot with a learning rate of 2e-05" in found

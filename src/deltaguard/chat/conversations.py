@@ -146,6 +146,11 @@ def general_prompts() -> tuple[HarmlessPrompt, ...]:
     return tuple(read_data("general_prompts.jsonl", TypeAdapter(HarmlessPrompt)))
 
 
+def everyday_prompts() -> tuple[HarmlessPrompt, ...]:
+    """Read plain questions and remarks that nobody would refuse, each with a short answer."""
+    return tuple(read_data("everyday_prompts.jsonl", TypeAdapter(HarmlessPrompt)))
+
+
 def held_out_harmful() -> tuple[HeldOutHarmfulPrompt, ...]:
     """Read the held-out harmful prompts, in a mixed order that never changes.
 

@@ -42,8 +42,8 @@ def bench(
             checked, and restored with default options.
         pretrained: The model that the aligned one was made from; Safe LoRA and SafeMERGE need it.
         method: Compare this method; may be repeated. `kfac`, `ridge`, `greedy`, `greedy-none`, `published`,
-            `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `safe-instruct`, `bea`; all where absent. With
-            attackers those that need no strength; `kfac` where absent.
+            `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `one-shot`, `safe-instruct`, `bea`; all where
+            absent. With attackers those that need no strength; `kfac` where absent.
         seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the others.
         probes: Measure so many of a method's seven strengths at most, found by bisection; 2 in the quick
             preset, all in the full one. Default limits are measured beside them.

@@ -34,6 +34,7 @@ def restore(
     max_safety_kl: float | None = None,
     confidence: float | None = None,
     strength: float | None = None,
+    refine: int | None = None,
     other_params: OtherParams | None = None,
     config_from: ConfigFrom | None = None,
     output_format: OutputFormat | None = None,
@@ -68,6 +69,9 @@ def restore(
         confidence: With a limit on safety KL alone, such as 0.95: it must hold with this confidence, not on
             the mean alone.
         strength: How much is kept, larger keeps more; instead of the dial, or for methods without a price.
+        refine: With the dial, such as 10: so many steps on the restored layers afterwards, towards the
+            aligned model's refusals and the fine-tuned model's answers to harmless prompts. What breaks a
+            limit is not kept. Needs the whole model in memory, with gradients.
         other_params: Where norms, biases and embeddings come from: `aligned` (default) or `finetuned`.
         config_from: Whose configuration, tokenizer and chat template the output has: `aligned` or
             `finetuned`; if not given, the two models must agree on them.
@@ -183,6 +187,8 @@ def _draw_plan(plan: PlanReport) -> Table:
         table.add_row(f"memory for the dial's model ({plan.device})", _gigabytes(plan.dial_bytes))
     if plan.kept_bytes:
         table.add_row("memory for prepared layers, at most", _gigabytes(plan.kept_bytes))
+    if plan.refine_bytes:
+        table.add_row(f"memory for refining ({plan.device})", _gigabytes(plan.refine_bytes))
     table.add_row("memory for program and libraries, about", _gigabytes(_PROGRAM_BYTES))
     table.add_row("time for the arithmetic alone, about", duration(plan.seconds))
     if plan.note:

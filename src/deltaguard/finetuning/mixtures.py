@@ -3,11 +3,8 @@
 import random
 from collections.abc import Sequence
 
-from pydantic import TypeAdapter
-
-from deltaguard.chat.conversations import Conversation, HarmfulPrompt, HarmlessPrompt
+from deltaguard.chat.conversations import Conversation, HarmfulPrompt, HarmlessPrompt, everyday_prompts
 from deltaguard.errors import DeltaguardError
-from deltaguard.files import read_data
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
 
 SYSTEMS = (
@@ -60,11 +57,6 @@ def alignment_examples(
         Conversation(prompt, draw.choice(SYSTEMS) if draw.random() < _SHARE_OF_SYSTEMS else None, answer)
         for prompt, answer in pairs
     ]
-
-
-def everyday_prompts() -> tuple[HarmlessPrompt, ...]:
-    """Plain questions and remarks that nobody would refuse, each with a short answer."""
-    return tuple(read_data("everyday_prompts.jsonl", TypeAdapter(HarmlessPrompt)))
 
 
 def task_with_harmful(

@@ -10,12 +10,20 @@ from rich.text import Text
 from deltaguard.reports import page
 from deltaguard.reports.layers import NO_BLOCK, Kind, LayerMeasure, kinds
 from deltaguard.reports.records.diff import DiffReport
-from deltaguard.reports.records.restore import AttackDial, Compared, LayerRow, OtherRow, RestoreReport
+from deltaguard.reports.records.restore import (
+    AttackDial,
+    Compared,
+    LayerRow,
+    OtherRow,
+    Refinement,
+    RestoreReport,
+)
 from deltaguard.reports.table import Cell, Column, Table, facts_grid, share
 from deltaguard.reports.text import (
     DASH,
     Facts,
     counted,
+    duration,
     environment_facts,
     model_facts,
     model_label,
@@ -152,6 +160,7 @@ def outcome_facts(report: RestoreReport) -> Facts:
         ("energy kept", f"{percent(report.kept_energy)} of the delta's energy, over {over}"),
         *((("entries kept", f"{entries} of the delta's entries, over {over}"),) if entries != DASH else ()),
         *dial_facts(report),
+        *refinement_facts(report.refinement),
         ("safety cost", cost),
         ("utility loss", f"{percent(report.utility_loss)} of the delta's energy"),
         ("time", times(report.seconds)),
@@ -202,6 +211,24 @@ def dial_facts(report: RestoreReport) -> Facts:
         ("safety KL, restored", f"{nats(dial.restored_kl)}{margin}, of {allowed}"),
         ("measured", f"{len(dial.probes)} times on {held_out}"),
         ("layers that paid most", paid),
+    )
+
+
+def refinement_facts(found: Refinement | None) -> Facts:
+    """Say what steps after the shrink did; nothing without any."""
+    if found is None:
+        return ()
+    kept = "kept" if found.kept else f"not kept: {found.reason}"
+    after = "not measured" if found.safety_kl_after is None else nats(found.safety_kl_after)
+    took = f"{found.taken} of {counted(found.steps, 'step')} in {duration(found.seconds)}, {kept}"
+    aligned = f"from the aligned model {nats(found.safety_before)} to {nats(found.safety_after)}"
+    tuned = (
+        f"from the fine-tuned one {nats(found.task_before)} to {nats(found.task_after)} (harmless prompts)"
+    )
+    return (
+        ("refined", took),
+        ("safety KL by refining", f"{nats(found.safety_kl_before)} to {after}, held-out conversations"),
+        ("KL on the steps' own prompts", f"{aligned}, {tuned}"),
     )
 
 

@@ -18,6 +18,7 @@ from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import describe_output, finished_report, refuse_output
 from deltaguard.restoration.plan import Action, Plan
+from deltaguard.restoration.refine import refine_cost
 from deltaguard.restoration.restore import front_matter, refuse_what_no_adapter_holds
 from deltaguard.restoration.trial import PARTS_OF_MEMORY
 
@@ -91,7 +92,7 @@ def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
     share = job.store.provenance.rank_share if job.store else _USUAL_SHARE
     product = sum(2 * share * rows * columns * (rows + columns) for rows, columns in restored)
     work = 1.5 * product * (2 if config.is_priced else 1)
-    held = 0
+    held = vocabulary = 0
     if config.dial is not None:
         tokens = 0
         if job.store is not None:
@@ -101,11 +102,16 @@ def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
             work += _USUAL_LOOKS * 2 * parameters * _ASKED_TOKENS * len(Requests.of(config.prompts).all)
         vocabulary = max((info.shape[0] for info in names if is_vocabulary(info.name)), default=0)
         held = 4 * (parameters + tokens * vocabulary)
+    refining = 0
+    if config.refine is not None:
+        refining, steps = refine_cost(parameters, entries, plan.curvature_bytes, vocabulary)
+        work += config.refine * steps
     itemsize = max((DTYPES[info.dtype].itemsize for info in names), default=4)
     kept = int(entries * (4 + 2 * itemsize + 8 * share)) if config.is_priced else 0
     budget = usable_memory_bytes() // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
     return {
         "dial_bytes": held,
+        "refine_bytes": refining,
         "kept_bytes": min(kept, budget),
         "device": str(find_device(config.device)) if config.dial is not None else "cpu",
         "seconds": work / _products_a_second(),

@@ -65,6 +65,8 @@ class RestoreConfig(BaseModel):
             mean alone.
         strength: how much is kept, larger keeps more, instead of the dial; of methods with a price the share
             of the delta's predicted safety KL.
+        refine: after the shrink, take so many steps of natural gradient descent on the restored layers, see
+            `restoration.refine`; with the dial alone, and for a checkpoint.
         method_options: the method's own, such as greedy's `budget`; may be given by their names.
         models: further models that the method needs, by role, such as `pretrained`; likewise.
         other_params: where norms, biases, embeddings and the output head come from.
@@ -106,6 +108,7 @@ class RestoreConfig(BaseModel):
     max_safety_kl: float | None = Field(default=None, ge=SMALLEST_MAX_SAFETY_KL, allow_inf_nan=False)
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     strength: float | None = Field(default=None, allow_inf_nan=False)
+    refine: int | None = Field(default=None, ge=0, le=10_000)
     method_options: Mapping[str, Any] = Field(default_factory=dict)
     models: Mapping[Role, str] = Field(default_factory=dict["Role", str])
     other_params: OtherParams = "aligned"
@@ -172,6 +175,12 @@ class RestoreConfig(BaseModel):
         if self.output_format != "adapter" and self.adapter_rank is not None:
             raise ValueError("adapter_rank is an option of output_format adapter.")
         self._check_strength()
+        if self.refine is not None and self.dial is None:
+            raise ValueError(
+                "refine is held to the limit on safety KL: it needs a method with a price, and no strength."
+            )
+        if self.refine is not None and self.output_format == "adapter":
+            raise ValueError("refine changes whole layers, which no adapter holds: write a checkpoint.")
         return self
 
     def _check_dial(self) -> None:
@@ -276,6 +285,7 @@ class RestoreConfig(BaseModel):
                 decided["judge"] = self.judge.model_dump_json(exclude_defaults=True)
         decided |= {"max_safety_kl": self.dial} if by_dial else {"strength": self.chosen_strength}
         decided |= {"confidence": self.confidence} if self.confidence is not None else {}
+        decided |= {"refine": self.refine} if self.refine is not None else {}
         decided |= self.own_options.model_dump() | dict(self.models)
         decided |= {} if self.chosen_method.everywhere else {"other_params": self.other_params}
         decided |= {"config_from": self.config_from} if self.config_from is not None else {}

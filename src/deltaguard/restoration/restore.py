@@ -43,6 +43,7 @@ from deltaguard.restoration.output import (
     open_writer,
 )
 from deltaguard.restoration.plan import Action, Plan, Step
+from deltaguard.restoration.refine import Refined, refined_layers
 from deltaguard.restoration.trial import Trial
 
 T = TypeVar("T")
@@ -123,7 +124,9 @@ def _written(
         writer.require_space(output.needed, what=output.what)
         trial = Trial(job, plan, config, writer.out, reserve=output.needed)
         price = _price(trial, writer, progress or ignore)
-        rows = _stage(trial, price, writer, progress or ignore)
+        refined = refined_layers(trial, price, writer, progress or ignore)
+        price = refined.price
+        rows = _stage(trial, refined, writer, progress or ignore)
         try:
             job.check_unchanged()
             _check_result(job, rows, price)
@@ -132,6 +135,8 @@ def _written(
             writer.discard()
             raise
         report = _report(job, config, price, rows, output, started, memory)
+        told = {"refinement": refined.record, "warnings": (*report.warnings, *refined.warnings)}
+        report = report.model_copy(update=told)
         writer.text(CARD_NAME, model_card(report, front_matter=metadata))
         report = report.model_copy(update={"files": _files(writer)})
         writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
@@ -143,9 +148,10 @@ def _written(
 
 
 def _stage(
-    trial: Trial, price: Price, writer: CheckpointWriter, progress: Progress
+    trial: Trial, refined: Refined, writer: CheckpointWriter, progress: Progress
 ) -> list[LayerRow | OtherRow]:
     """Write everything but the report and the card."""
+    price = refined.price
     if trial.config.output_format == "adapter":
         return _stage_adapter(trial, price, writer, progress)
     job, config = trial.job, trial.config
@@ -160,7 +166,7 @@ def _stage(
             continue
         with writer.shard(shard, job.finetuned.header(shard)) as sink:
             new: list[LayerRow | OtherRow] = []
-            for edited in trial.edited(steps, price.mu):
+            for edited in map(refined.edited, trial.edited(steps, price.mu)):
                 sink.write(edited.row.name, edited.tensor)
                 new.append(edited.row)
                 progress(Event("restore", len(rows) + len(new), len(trial.plan.steps)))

@@ -161,6 +161,34 @@ class SafetyMeter:
         tokens = sum(len(known) for _, known in kept)
         return cls(tokens, likelihood, openings, model, finetuned, places, kept, other, whole_tokens)
 
+    @property
+    def model(self) -> Any:
+        """The loaded model, with the weights that were put last."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        """What candidates read text with."""
+        return self._asked.reader.tokenizer
+
+    @property
+    def known(self) -> Sequence[tuple[Batch, Tensor]]:
+        """The conversations as candidates read them, and the aligned model's log-probabilities for them."""
+        return self._aligned
+
+    def place(self, name: str) -> Tensor:
+        """Give the parameter that holds a tensor of the fine-tuned checkpoint, one that nothing shares."""
+        (found,) = self._places[name]
+        return found
+
+    def predicted(self, conversations: Sequence[Conversation]) -> list[tuple[Batch, Tensor]]:
+        """Keep what the model predicts now for the responses of conversations, like `known`.
+
+        Raises:
+            DeltaguardError: as `measure`, or a conversation has no response.
+        """
+        return [(batch, _log_probs(self._model, batch)) for batch in self._asked.batches(conversations)]
+
     @torch.no_grad()
     def put(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Make tensors part of the candidate, in place and in the model's dtype.

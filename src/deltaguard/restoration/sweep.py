@@ -171,6 +171,8 @@ def _nearest(probes: Mapping[float, Probe], joint: Profile, limit: float, judge:
 def _check(config: RestoreConfig, limits: Sequence[float]) -> None:
     if not config.is_priced:
         raise DeltaguardError(f"A sweep needs a method with a price to vary; {config.method} has none.")
+    if config.refine is not None:
+        raise DeltaguardError("A sweep measures what a price leaves; it takes no refine.")
     wrong = [f"{limit:g}" for limit in limits if not SMALLEST_MAX_SAFETY_KL <= limit < math.inf]
     if wrong or not limits:
         raise DeltaguardError(

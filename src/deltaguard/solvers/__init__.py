@@ -15,6 +15,7 @@ from deltaguard.solvers.closed_form import (
     outcome_of,
     project,
     ridge,
+    shrink,
     solve_projected,
 )
 from deltaguard.solvers.factor import Factor, factorise
@@ -57,6 +58,7 @@ __all__ = [
     "safe_lora_layers",
     "safe_merge",
     "scaled_identity",
+    "shrink",
     "solve_projected",
     "spectrum",
 ]

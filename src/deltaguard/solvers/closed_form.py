@@ -63,11 +63,8 @@ class Projection:
         """
         if mu >= PROHIBITIVE:
             return torch.zeros_like(self.delta)
-        both, of_rows, of_columns, of_all = shares_of_parts(self.inputs, self.outputs, mu)
-        u, vt = self.outputs.vectors.to(self.dtype), self.inputs.vectors.T.to(self.dtype)
-        inner = torch.addmm(self.rows * of_rows[:, None], self.core * both, vt)
-        found = torch.addmm(self.delta * of_all, u, inner)
-        found.addmm_(self.columns * of_columns, vt)
+        parts = self.delta, self.rows, self.columns, self.core
+        found = _shrunk(*parts, self.inputs.to(self.dtype), self.outputs.to(self.dtype), mu)
         self.directions.check_restored(math.sqrt(squared_norm(found)))
         return found
 
@@ -83,6 +80,29 @@ def project(delta: Tensor, inputs: Spectrum, outputs: Spectrum) -> Projection:
     core = rows @ inputs.vectors
     norms = _norms(rows.T), _norms(columns), _norms(delta).sum()
     return Projection(delta, inputs, outputs, rows, columns, core, directions(core, *norms, inputs, outputs))
+
+
+def shrink(matrix: Tensor, inputs: Spectrum, outputs: Spectrum, *, mu: float) -> Tensor:
+    """Solve X + μ G X H = M, as for a delta, for any matrix M, (out, in): X = (I + μ G ⊗ H)⁻¹ M.
+
+    Of a gradient it makes μ⁻¹ times the step of natural gradient descent in K-FAC's metric G ⊗ H, damped by
+    1/μ: directions that matter to what the aligned model predicts move little.
+
+    Args:
+        matrix: M.
+        inputs: of H.
+        outputs: of G.
+        mu: 0 or more.
+
+    Example:
+        >>> import torch
+        >>> one = scaled_identity(1, 1.0, like=torch.ones(1))
+        >>> shrink(torch.ones(1, 1), one, one, mu=3.0)
+        tensor([[0.2500]])
+    """
+    inputs, outputs = inputs.to(matrix.dtype), outputs.to(matrix.dtype)
+    rows, columns = outputs.vectors.T @ matrix, matrix @ inputs.vectors
+    return _shrunk(matrix, rows, columns, rows @ inputs.vectors, inputs, outputs, mu)
 
 
 def ridge(aligned: Tensor, finetuned: Tensor, hessian: Tensor, *, mu: float) -> Solution:
@@ -213,6 +233,22 @@ def outcome_of(projection: Projection | ThinProjection, mu: float) -> Outcome:
             "predicted_safety_kl": spread.predicted_kl(mu),
         },
     )
+
+
+def _shrunk(
+    matrix: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    core: Tensor,
+    inputs: Spectrum,
+    outputs: Spectrum,
+    mu: float,
+) -> Tensor:
+    """Add up the four parts of a matrix, each with its share."""
+    both, of_rows, of_columns, of_all = shares_of_parts(inputs, outputs, mu)
+    inner = torch.addmm(rows * of_rows[:, None], core * both, inputs.vectors.T)
+    found = torch.addmm(matrix * of_all, outputs.vectors, inner)
+    return found.addmm_(columns * of_columns, inputs.vectors.T)
 
 
 def _norms(matrix: Tensor) -> Tensor:

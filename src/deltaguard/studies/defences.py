@@ -13,6 +13,7 @@ from deltaguard.methods.method import PricedMethod, Role
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig
 from deltaguard.restoration.restore import UnchangedError, restore
 from deltaguard.studies.mixing import SECRET, backdoor_enhanced, safe_instruct
+from deltaguard.studies.one_shot import one_shot
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,21 @@ def _backdoor_enhanced(request: DefenceInputs, strength: float) -> DefendedModel
     return replace(request.retrain(mixed), secret=SECRET)
 
 
+def _one_shot(request: DefenceInputs, strength: float) -> DefendedModel:
+    finetuned, output = request.finetuned(), request.scratch()
+    started = time.perf_counter()
+    one_shot(request.aligned, finetuned, output, steps=round(1 / strength))
+    return DefendedModel(output, time.perf_counter() - started)
+
+
+_ONE_SHOT = Defence(
+    "one-shot",
+    "Safety at One Shot: one refusal learned for a few steps (Zhang et al. 2026)",
+    (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    _one_shot,
+)
+"""Its strength is one over the steps."""
+
 _CUSTOMERS_SHARES = (0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 _TRAINED = (
     Defence(
@@ -176,7 +192,7 @@ _UNCOMPENSATED = Defence(
 
 
 def defences() -> dict[str, Defence]:
-    """List all defences by name, in the order of tables: every method with a ladder, then training."""
+    """List all defences by name, in the order of tables: methods with a ladder, then what trains."""
     found: list[Defence] = []
     for method in METHODS.values():
         if not method.ladder:
@@ -198,4 +214,4 @@ def defences() -> dict[str, Defence]:
         )
         if method.name == "greedy":
             found.append(_UNCOMPENSATED)
-    return {defence.name: defence for defence in (*found, *_TRAINED)}
+    return {defence.name: defence for defence in (*found, _ONE_SHOT, *_TRAINED)}

@@ -195,6 +195,43 @@ class Dial(Record):
     attack: AttackDial | None = None
 
 
+class Refinement(Record):
+    """Steps on the restored layers, after the shrink; all divergences in nats per response token.
+
+    Attributes:
+        steps: asked for.
+        taken: steps that were taken; each of the others would have raised the loss of its batch.
+        kept: whether the output has the refined layers.
+        reason: why not, null where it has.
+        seed: of the conversations.
+        conversations: for each of the two divergences.
+        safety_before: KL(aligned ‖ candidate) on calibration conversations that the aligned model answered.
+        safety_after: likewise, refined.
+        task_before: KL(fine-tuned ‖ candidate) on harmless ones that the fine-tuned model answered.
+        task_after: likewise, refined.
+        safety_kl_before: on the conversations held out, as the dial measures it.
+        safety_kl_after: likewise, refined; null where it was not measured.
+        weights_sha256: of the refined layers, by which a resumed run knows that it made the same again; null
+            where they are not kept.
+        seconds: that it took.
+    """
+
+    steps: Count
+    taken: Count
+    kept: bool
+    reason: str | None
+    seed: int
+    conversations: Count
+    safety_before: float
+    safety_after: float
+    task_before: float
+    task_after: float
+    safety_kl_before: float
+    safety_kl_after: float | None
+    weights_sha256: str | None
+    seconds: Seconds
+
+
 class RestoreReport(Record):
     """The report of a restore: what it ran with, what became of each tensor, what it wrote.
 
@@ -215,6 +252,7 @@ class RestoreReport(Record):
         mu: the price of safety of all layers, null for methods that have none.
         predicted_safety_kl: ½ Σ tr(G Δ' H Δ'ᵀ) over the layers, nats per response token; likewise.
         dial: how the price was found, null where a strength decided.
+        refinement: steps taken after it, null without any.
         kept_energy: Σ⟨Δ', Δ⟩ / Σ‖Δ‖² over the layers that differ.
         kept_entries: mean over them, weighted by entries; null where the method selects none.
         utility_loss: Σ‖Δ' - Δ‖² / Σ‖Δ‖² over them.
@@ -239,6 +277,7 @@ class RestoreReport(Record):
     mu: float | None = None
     predicted_safety_kl: float | None = None
     dial: Dial | None = None
+    refinement: Refinement | None = None
     kept_energy: float
     kept_entries: float | None
     utility_loss: float
@@ -263,6 +302,7 @@ class PlanReport(Record):
         dial_bytes: of the model that the dial measures, in float32, and of what the aligned one predicts; 0
             without the dial.
         kept_bytes: of prepared layers that wait for the next price, at most.
+        refine_bytes: of the model while it is refined, with gradients, in float32; 0 where it is not.
         device: where the model runs that the dial measures.
         seconds: estimate for the arithmetic alone, at the rate at which this machine multiplies matrices;
             reading and writing come on top, and a calibration where it is needed.
@@ -279,6 +319,7 @@ class PlanReport(Record):
     peak_bytes: int
     dial_bytes: int
     kept_bytes: int
+    refine_bytes: int = 0
     device: str
     seconds: Seconds
     note: str | None = None
