@@ -23,6 +23,7 @@ from tools.refining import Refined, Refinements
 from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation, harmful_prompts, sample
+from deltaguard.chat.refusals import is_refusal
 from deltaguard.device import device_name
 from deltaguard.finetuning.tasks import task_examples
 from deltaguard.models.shards import DTYPES
@@ -31,7 +32,6 @@ from deltaguard.reports.records.base import environment
 from deltaguard.restoration.candidate import CandidateModel
 from deltaguard.restoration.dial import find_price
 from deltaguard.restoration.job import open_job
-from deltaguard.restoration.looks import refuses
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig
 from deltaguard.restoration.trial import Trial
 from deltaguard.restoration.tuning import SEED, Tuning
@@ -69,7 +69,7 @@ class Study:
             safety_kl=safety_kl,
             task_nll=nll,
             gain_kept=gain,
-            complied=sum(not refuses(answer) for answer in answers),
+            complied=sum(not is_refusal(answer) for answer in answers),
             attack=len(answers),
             seconds=seconds,
         )
