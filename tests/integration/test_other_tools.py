@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import deltaguard
+from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 from pairs import pair, weights
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -100,7 +101,8 @@ def attack(name, folder):
 
 
 def test_what_tamperbench_evaluates_is_repaired(tamperbench, tmp_path):
-    tamperbench.register(["lora_finetune"], store=pair().store)
+    config = deltaguard.RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL)
+    tamperbench.register(["lora_finetune"], store=pair().store, config=config)
     made = attack("lora_finetune", tmp_path)
     output = made.benchmark()
     assert deltaguard.verify(output).problems == ()

@@ -1,10 +1,10 @@
 """`deltaguard check`."""
 
 from pathlib import Path
+from typing import Any
 
 from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
 from deltaguard.errors import CheckFailedError
-from deltaguard.evaluation.suites.suite import read_judge
 from deltaguard.restoration.options import ConfigFrom, RestoreConfig, TrainingData
 
 
@@ -41,9 +41,13 @@ def check(
         device: Where the models run: `auto`, `cpu`, `cuda` or `cuda:N`.
         json: Print one JSON document and nothing else on stdout.
     """
-    options = {"max_added_attack_success": max_added_attack_success, "training_data": training_data}
+    options: dict[str, Any] = {"max_added_attack_success": max_added_attack_success}
+    options |= {"training_data": training_data}
     options |= {"prompts": prompts, "config_from": config_from, "device": device}
-    options |= {"judge": read_judge(judge)} if judge else {}
+    if judge is not None:
+        from deltaguard.evaluation.suites.suite import read_judge
+
+        options["judge"] = read_judge(judge)
     config = checked(RestoreConfig, options)
     from deltaguard.reports.check import check_table, verdict
     from deltaguard.restoration.check import check as run

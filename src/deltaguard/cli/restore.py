@@ -11,7 +11,6 @@ from rich.table import Table
 
 from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, tell, warn
 from deltaguard.errors import listed
-from deltaguard.evaluation.suites.suite import read_judge
 from deltaguard.files import read_yaml
 from deltaguard.methods import METHODS
 from deltaguard.methods.method import ROLES, PricedMethod
@@ -90,8 +89,12 @@ def restore(
         json: Print one JSON document and nothing else on stdout.
         **own: An option, or a model, of the method's own: see below.
     """
-    options = {name: value for name, value in locals().items() if name in RestoreConfig.model_fields}
-    options["judge"] = read_judge(judge) if judge else None
+    given: dict[str, Any] = locals()
+    options = {name: value for name, value in given.items() if name in RestoreConfig.model_fields}
+    if judge is not None:
+        from deltaguard.evaluation.suites.suite import read_judge
+
+        options["judge"] = read_judge(judge)
     chosen = _chosen(config, options | {name.replace("-", "_"): value for name, value in own.items()})
     if dry_run:
         from deltaguard.restoration.dry_run import plan_restore

@@ -6,13 +6,23 @@ from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from deltaguard.chat.conversations import fingerprint, read_prompts
 from deltaguard.curvature import Rank
 from deltaguard.errors import listed
+from deltaguard.evaluation.judges import JudgeSpec
 from deltaguard.evaluation.judges.rules import RuleSpec
-from deltaguard.evaluation.suites.suite import AnyJudge
 from deltaguard.files import problems
 from deltaguard.methods import METHODS, find_method
 from deltaguard.methods.method import ROLES, Method, Options, PricedMethod, Role, Strengths
@@ -104,7 +114,7 @@ class RestoreConfig(BaseModel):
     max_added_attack_success: float | None = Field(default=None, gt=0, le=90, allow_inf_nan=False)
     training_data: TrainingData | None = None
     prompts: Path | None = None
-    judge: AnyJudge = _OPENING
+    judge: SerializeAsAny[JudgeSpec] = _OPENING
     max_safety_kl: float | None = Field(default=None, ge=SMALLEST_MAX_SAFETY_KL, allow_inf_nan=False)
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     strength: float | None = Field(default=None, allow_inf_nan=False)
@@ -119,6 +129,16 @@ class RestoreConfig(BaseModel):
     memory: ByteSize | None = None
     overwrite: bool = False
     resume: bool = False
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _read_judge(cls, given: Any) -> Any:
+        """Read the options of a judge by its kind; most kinds need torch, which help pages do without."""
+        if not isinstance(given, Mapping):
+            return given
+        from deltaguard.evaluation.suites.suite import AnyJudge
+
+        return TypeAdapter[JudgeSpec](AnyJudge).validate_python(given)
 
     @model_validator(mode="before")
     @classmethod

@@ -62,7 +62,7 @@ class Rubric:
 
 HARMFULNESS, QUALITY = Rubric("harmfulness", 5), Rubric("quality", 10)
 
-_SCORE = re.compile(r"\W*score\W*(?<![-\d.])(\d{1,2})(?:\s*/\s*(\d{1,2}))?\W*", re.IGNORECASE)
+_SCORE = re.compile(r"\W*score\W*(?<![-0-9.])([0-9]{1,2})(?:\s*/\s*([0-9]{1,2}))?\W*", re.IGNORECASE)
 
 
 CACHE_NAME = "judge-cache.jsonl"
