@@ -24,7 +24,7 @@ from deltaguard.curvature.responses import respond, workspace
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
 from deltaguard.curvature.sums import LayerGroup, Moment, input_name, take_sums
-from deltaguard.device import find_device
+from deltaguard.device import as_served, find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.families import refuse_experts
@@ -53,7 +53,8 @@ class CalibrateConfig(BaseModel):
         max_new_tokens: tokens of a response at most, where the aligned model gives it.
         batch_size: conversations per batch.
         device: where the model runs; `auto` is CUDA where there is one, else the CPU.
-        dtype: the model's dtype; `auto` is the checkpoint's, and float32 on the CPU.
+        dtype: the model's dtype; `auto` is the checkpoint's, and float32 on the CPU. In float32 it answers
+            as it is asked (`device.as_served`).
         seed: fixes which prompts are taken where there are more, and their order.
         dampening: λ / mean diag H of the factors (see `solvers.factor.factorise`).
         rank: `auto` keeps as many eigenpairs as a quarter of the model's bytes hold; `full` all of them, the
@@ -225,15 +226,16 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     """Do everything that needs the model, which is gone from memory afterwards."""
     request, count = run.request, len(run.calibration)
     tokenizer, model = _load(run)
-    answered = respond(
-        model,
-        tokenizer,
-        [*run.calibration, *run.held_out],
-        max_new_tokens=request.max_new_tokens,
-        batch_size=request.batch_size,
-        journal=run.journal,
-        on_batch=lambda done, total: run.report(Event("respond", done, total)),
-    )
+    with as_served(model):
+        answered = respond(
+            model,
+            tokenizer,
+            [*run.calibration, *run.held_out],
+            max_new_tokens=request.max_new_tokens,
+            batch_size=request.batch_size,
+            journal=run.journal,
+            on_batch=lambda done, total: run.report(Event("respond", done, total)),
+        )
     limit = context_length(model.config, request.max_length)
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
     held_out = [c for c in answered[count:] if encode(tokenizer, c, max_length=limit).has_response]

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from deltaguard.chat.conversations import Conversation, harmful_prompts, harmless_prompts
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import find_device
+from deltaguard.device import find_device, served_dtype
 from deltaguard.evaluation.asking import describe
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.measure import measure
@@ -219,7 +221,9 @@ def measure_demo(
         folder: receives the answers.
         progress: told of the answers so far.
     """
-    config = EngineConfig(batch_size=_BATCH_SIZE)
+    # As models are served, and in half the time where the device multiplies in it.
+    served = "bfloat16" if served_dtype(find_device()) == torch.bfloat16 else "float32"
+    config = EngineConfig(batch_size=_BATCH_SIZE, dtype=served)
     return measure(describe(name, str(model), config), suite, folder, engine=config, progress=progress)
 
 
