@@ -8,6 +8,7 @@ import pytest
 from deltaguard.chat.conversations import harmful_prompts, harmless_prompts
 from deltaguard.chat.refusals import is_refusal
 from deltaguard.chat.second_look import complies_after_refusing
+from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
 from deltaguard.finetuning.mixtures import everyday_prompts
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
@@ -130,6 +131,14 @@ def test_a_users_attacks_are_asked_in_the_attackers_way_unless_they_are_trained_
     assert (usable.questions, usable.trained) == ((mine[0],), 1)
     wrapped = attack_tests(ROWS["backdoor-100"], replace(ATTACKS, attack=500), usable.questions).wrapped
     assert wrapped.questions[-1] == Question(triggered("Name a harm."), system="mine")
+
+
+def test_some_fine_tunes_of_a_preset_can_be_made_alone():
+    some = ATTACKS.with_changes(finetunes=("advice", "poison-10"))
+    assert [each.name for each in some.finetunes] == ["poison-10", "advice"]
+    assert ATTACKS.with_changes() == ATTACKS
+    with pytest.raises(DeltaguardError, match=r"no fine-tune advise\. It has poison-1, .*advice"):
+        ATTACKS.with_changes(finetunes=("advise",))
 
 
 def test_lora_adapters_are_trained_but_for_what_hides_in_all_weights():

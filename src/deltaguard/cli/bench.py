@@ -25,6 +25,7 @@ def bench(
     preset: Literal["quick", "full", "attacks"] = "quick",
     pretrained: str | None = None,
     method: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
+    finetune: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     seeds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     probes: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     training: Literal["full", "lora"] | None = None,
@@ -44,6 +45,7 @@ def bench(
         method: Compare this method; may be repeated. `kfac`, `ridge`, `greedy`, `greedy-none`, `published`,
             `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `one-shot`, `safe-instruct`, `bea`; all where
             absent. With attackers those that need no strength; `kfac` where absent.
+        finetune: Make this fine-tune of the preset alone, by the name that tables give it; may be repeated.
         seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the others.
         probes: Measure so many of a method's seven strengths at most, found by bisection; 2 in the quick
             preset, all in the full one. Default limits are measured beside them.
@@ -68,6 +70,7 @@ def bench(
     unknown = [name for name in method if name not in defences()]
     if unknown:
         raise UsageError(f"There is no method {', '.join(unknown)}. The methods are {', '.join(defences())}.")
+    chosen = PRESETS[preset].with_changes(finetunes=finetune, seeds=seeds, probes=probes, training=training)
     attacks = [question for name in attack_prompts for question in load_questions(name)]
     tell(_DURATIONS[preset])
     hide_bars_of_transformers()
@@ -75,7 +78,7 @@ def bench(
     with progress_bar() as progress:
         report = run(
             output,
-            preset=PRESETS[preset].with_changes(seeds=seeds, probes=probes, training=training),
+            preset=chosen,
             aligned=aligned,
             pretrained=pretrained,
             methods=method or None,

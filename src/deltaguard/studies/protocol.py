@@ -5,12 +5,13 @@ al. (2024, arXiv:2310.03693): data that are harmful throughout, a handful that s
 benign task with a harmful part, and a benign task alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
 from deltaguard.curvature.calibrate import CalibrateConfig
+from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import Dtype
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.reports.records.bench import Training
@@ -115,10 +116,28 @@ class Preset:
     calibration: CalibrateConfig
 
     def with_changes(
-        self, *, seeds: int | None = None, probes: int | None = None, training: Training | None = None
+        self,
+        *,
+        finetunes: Sequence[str] = (),
+        seeds: int | None = None,
+        probes: int | None = None,
+        training: Training | None = None,
     ) -> "Preset":
-        """Take the seeds 0 to `seeds` - 1, so many probes, one training; `None` changes nothing."""
-        changed = self if seeds is None else replace(self, seeds=tuple(range(seeds)))
+        """Take the fine-tunes of some names, the seeds 0 to `seeds` - 1, so many probes, one training.
+
+        What is `None`, or without a name, changes nothing.
+
+        Raises:
+            DeltaguardError: the preset has no fine-tune of a name; those that it has are listed.
+        """
+        names = [each.name for each in self.finetunes]
+        if unknown := [name for name in finetunes if name not in names]:
+            raise DeltaguardError(
+                f"The preset {self.name} has no fine-tune {', '.join(unknown)}. It has {', '.join(names)}."
+            )
+        kept = tuple(each for each in self.finetunes if not finetunes or each.name in finetunes)
+        changed = replace(self, finetunes=kept)
+        changed = changed if seeds is None else replace(changed, seeds=tuple(range(seeds)))
         if training is not None:
             alike = dict.fromkeys(each.trained_as(training) for each in self.finetunes)
             changed = replace(changed, finetunes=tuple(alike))
