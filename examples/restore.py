@@ -50,6 +50,13 @@ def show_restored(report: deltaguard.RestoreReport) -> None:
         for probe in dial.probes:
             print(f"  price {probe.mu:.3g}: safety KL {probe.safety_kl:.2g}")
         print(f"restored: safety KL {dial.restored_kl:.2g}, at most {dial.limit:g} allowed")
+        if dial.attack is not None:  # None where safety KL alone decided
+            before, after = (
+                look.attack_success.added for look in (dial.attack.finetuned, dial.attack.restored)
+            )
+            print(
+                f"attack success over the aligned model: {100 * before:+.1f} points, now {100 * after:+.1f}"
+            )
         if dial.whole:
             print("The fine-tuned model was within the limit: nothing was taken from it.")
     print(f"{report.kept_energy:.1%} of the delta's energy kept; the layers that lost most:")
