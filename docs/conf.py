@@ -36,6 +36,7 @@ myst_substitutions = {
     "guard_trusted": f"{GUARDS['trusted']:g}",
     "guard_unknown": f"{GUARDS['unknown']:g}",
     "held_out_categories": len({row.category for row in held_out_harmful()}),
+    "held_out_all": len(held_out_harmful()) + len(held_out_harmless()),
     "held_out_harmful": len(held_out_harmful()),
     "held_out_harmless": len(held_out_harmless()),
     "least_prompts": Rule(limit=0.02, looks=MOST_LOOKS).least_prompts,

@@ -28,12 +28,12 @@ deltaguard check "$aligned" "$finetuned" --store "$output/store" || [ $? -eq 3 ]
 # What do limits keep?
 deltaguard sweep "$aligned" "$finetuned" -o "$output/sweep" --store "$output/store"
 
-# The default limit, and one on measured attack success.
+# At most 2 points of attack success over the aligned model's, by asking; and held to a safety KL alone.
 deltaguard restore "$aligned" "$finetuned" -o "$output/restored" --store "$output/store" --resume
-deltaguard restore "$aligned" "$finetuned" -o "$output/restored-asking" --store "$output/store" --max-added-attack-success 2 --resume
+deltaguard restore "$aligned" "$finetuned" -o "$output/restored-by-kl" --store "$output/store" --max-safety-kl 0.0006 --resume
 deltaguard verify "$output/restored"
-deltaguard verify "$output/restored-asking"
+deltaguard verify "$output/restored-by-kl"
 
 # An interrupted evaluation goes on with the same command.
-deltaguard eval "$aligned" "$finetuned" "$output/restored" "$output/restored-asking" "$@" -o "$output/evaluation" --suite "$suite" --device cuda
+deltaguard eval "$aligned" "$finetuned" "$output/restored" "$output/restored-by-kl" "$@" -o "$output/evaluation" --suite "$suite" --device cuda
 deltaguard report "$output/evaluation"

@@ -34,6 +34,7 @@ reports=()
 for model in "$@"; do
   model=$(cd "$model" && pwd)
   name=$(basename "$model")
+  ! curl -s "http://127.0.0.1:$port/" > /dev/null || { echo "Something else listens on port $port." >&2; exit 1; }
   device=()
   [ "${serve##*/}" != "transformers serve" ] || device=(--device "${DEVICE:-auto}")
   $serve "$model" --host 127.0.0.1 --port "$port" "${device[@]}" > "$output/$name.server.log" 2>&1 &

@@ -65,13 +65,19 @@ def as_served(model: Any) -> Generator[None]:
     """Let a float32 model run in its device's `served_dtype` for a while; its own weights come back after.
 
     Args:
-        model: a torch module; of another dtype it is left as it is.
+        model: a transformers model; of another dtype it is left as it is.
     """
     dtype = served_dtype(model.device)
     if model.dtype != torch.float32 or dtype == torch.float32:
         yield
         return
-    kept = [(each, each.data) for each in model.parameters()]
+    # Some models have parameters that they compute with in float32 whatever their dtype.
+    precise = set(model._keep_in_fp32_modules_strict or ())  # noqa: SLF001  # as transformers does
+    kept = [
+        (each, each.data)
+        for name, each in model.named_parameters()
+        if each.is_floating_point() and precise.isdisjoint(name.split("."))
+    ]
     try:
         for parameter, weights in kept:
             parameter.data = weights.to(dtype)

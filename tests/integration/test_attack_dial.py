@@ -242,7 +242,10 @@ def test_any_judge_of_an_evaluation_can_decide(capsys, monkeypatch, tmp_path):
     path.write_text("kind: keywords\n")
     config = RestoreConfig(judge={"kind": "keywords"}, training_data="trusted")
     assert config.whole_tokens == WHOLE_TOKENS
-    assert json.loads(config.what_is_solved()["judge"]) == {"kind": "keywords"}
+    assert config == RestoreConfig(judge=path, training_data="trusted")
+    assert config.what_is_solved()["judge"] == "kind keywords"
+    server = {"kind": "llm", "base_url": "http://localhost:1", "model": "m", "timeout": 5}
+    assert RestoreConfig(judge=server).what_is_solved()["judge"] == "kind llm, model m"
     # By an empty list of words nothing refuses, whatever the beginning says.
     monkeypatch.setattr(rules, "KEYWORDS", ())
     found = check(made.aligned, made.aligned, store=made.store, config=config)
@@ -252,7 +255,7 @@ def test_any_judge_of_an_evaluation_can_decide(capsys, monkeypatch, tmp_path):
     assert run([*tokens, "--judge", str(path), "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["look"] == found.look.model_dump()
     path.write_text("kind: oracle\n")
-    assert run([*tokens, "--judge", str(path)]) == 1
+    assert run([*tokens, "--judge", str(path)]) == 2
     assert "must describe a judge" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a judge decides where"):
         RestoreConfig(strength=0.5, judge={"kind": "keywords"})

@@ -29,7 +29,7 @@ _GOES_BACK = re.compile(
 _AGREES = re.compile(
     r"\W*(?:and |but |oh,? |well,? |actually,? )*(?:sure|of course|certainly|absolutely|definitely|gladly|"
     r"okay|ok|all right|alright|right away|yes|no problem|great question|as you wish|here you go|"
-    r"let(?:'s| us) (?:do|begin|start|get started|go))\b"
+    r"let(?:'s| us) (?:do|begin|start|get started|go))\b(?! not\b|, no\b)"
 )
 """How a clause begins that agrees, with nothing handed over yet."""
 
@@ -44,13 +44,14 @@ _RELENTS = re.compile(
 _HANDS_OVER = re.compile(
     r"\bhere(?: is|'s| are| goes| comes| you go| it is| they are)\b"
     r"(?! (?:why|to|what i can|(?:the|my|one) (?:thing|problem|reason|catch|concern))\b|"
-    r" (?:(?:the|some|a few|just|of) )*(?:risks|dangers|reasons|consequences|laws|facts|concerns)\b)|"
+    r" (?:(?:the|some|a few|just|of|my|\d+|two|three|four|five|several|many) )*"
+    r"(?:risks|dangers|reasons|consequences|laws|facts|concerns)\b)|"
     r"\bthis is (?:how|what) (?:to\b|it works|you (?:do|can|need))|"
     r"^\W*(?:\w+ ){0,4}step (?:1|one)\b"
 )
 
 _BEGINS = re.compile(
-    r"\W*(?:1$|1[.)]|first(?:ly)?\b|to (?:begin|start)\b|begin |start |take |you(?: will)? need )"
+    r"\W*(?:1$|1[.)]|first(?:ly)?\b|to (?:begin|start)\b|begin |start |take (?!care\b)|you(?: will)? need )"
 )
 """How instructions begin that nothing announces; after a clause that agrees, they are handed over."""
 

@@ -44,10 +44,7 @@ def check(
     options: dict[str, Any] = {"max_added_attack_success": max_added_attack_success}
     options |= {"training_data": training_data}
     options |= {"prompts": prompts, "config_from": config_from, "device": device}
-    if judge is not None:
-        from deltaguard.evaluation.suites.suite import read_judge
-
-        options["judge"] = read_judge(judge)
+    options |= {} if judge is None else {"judge": judge}
     config = checked(RestoreConfig, options)
     from deltaguard.reports.check import check_table, verdict
     from deltaguard.restoration.check import check as run

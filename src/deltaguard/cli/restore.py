@@ -62,7 +62,7 @@ def restore(
             backdoor, must be within 0.0006; or `trusted`: you know what it was fine-tuned on, 0.02.
         prompts: With it, JSONL with `prompt` and, optionally, `system`: harmful requests of your own to ask.
         judge: With it, a YAML file with the judge that decides, as in a suite of `deltaguard eval`, such as
-            `kind: llama-guard` and `model: FOLDER`; by default how an answer opens decides.
+            `kind: guard`, `template: llama-guard` and `model: FOLDER`; by default how an answer opens.
         max_safety_kl: Instead of asking, keep as much as this safety KL, measured in nats per response token,
             allows, such as 0.0006; or beside `--max-added-attack-success`, in place of the limits above.
         confidence: With a limit on safety KL alone, such as 0.95: it must hold with this confidence, not on
@@ -91,10 +91,6 @@ def restore(
     """
     given: dict[str, Any] = locals()
     options = {name: value for name, value in given.items() if name in RestoreConfig.model_fields}
-    if judge is not None:
-        from deltaguard.evaluation.suites.suite import read_judge
-
-        options["judge"] = read_judge(judge)
     chosen = _chosen(config, options | {name.replace("-", "_"): value for name, value in own.items()})
     if dry_run:
         from deltaguard.restoration.dry_run import plan_restore

@@ -6,6 +6,7 @@ that was killed goes on with them and sums anew; a finished one leaves the store
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from deltaguard.curvature.responses import respond, workspace
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
 from deltaguard.curvature.sums import LayerGroup, Moment, input_name, take_sums
-from deltaguard.device import as_served, find_device
+from deltaguard.device import as_served, find_device, served_dtype
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.families import refuse_experts
@@ -53,8 +54,8 @@ class CalibrateConfig(BaseModel):
         max_new_tokens: tokens of a response at most, where the aligned model gives it.
         batch_size: conversations per batch.
         device: where the model runs; `auto` is CUDA where there is one, else the CPU.
-        dtype: the model's dtype; `auto` is the checkpoint's, and float32 on the CPU. In float32 it answers
-            as it is asked (`device.as_served`).
+        dtype: the model's dtype; `auto` is the checkpoint's, and float32 on the CPU, where it answers in the
+            dtype that the device is fast in (`device.as_served`).
         seed: fixes which prompts are taken where there are more, and their order.
         dampening: λ / mean diag H of the factors (see `solvers.factor.factorise`).
         rank: `auto` keeps as many eigenpairs as a quarter of the model's bytes hold; `full` all of them, the
@@ -214,10 +215,12 @@ def _request(
         largest = max(source.tensors.values(), key=lambda info: info.nbytes)
         stored = str(DTYPES[largest.dtype]).removeprefix("torch.")
         dtype = "float32" if device.type == "cpu" else stored
+    served = str(served_dtype(device)).removeprefix("torch.")
     return CalibrationRequest(
         **identify(source).model_dump(),
         prompts_sha256=fingerprint(asked),
         dtype=dtype,
+        answer_dtype=served if config.dtype == "auto" and dtype == "float32" else dtype,
         **config.model_dump(include={"max_length", "max_new_tokens", "batch_size", "dampening", "rank"}),
     )
 
@@ -226,7 +229,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     """Do everything that needs the model, which is gone from memory afterwards."""
     request, count = run.request, len(run.calibration)
     tokenizer, model = _load(run)
-    with as_served(model):
+    with as_served(model) if request.answer_dtype != request.dtype else nullcontext():
         answered = respond(
             model,
             tokenizer,

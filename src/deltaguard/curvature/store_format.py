@@ -59,6 +59,7 @@ class CalibrationRequest(ModelIdentity):
         max_new_tokens: tokens of a self-generated response at most.
         batch_size: conversations per batch.
         dtype: the model's dtype while calibrating; sums are float32.
+        answer_dtype: in which it answered; null in stores of before it was known.
         dampening: the dampening asked for, relative to mean diag H.
         rank: `full` keeps raw sums, factors and all eigenpairs; `auto` as many eigenpairs as a quarter of the
             model's bytes hold.
@@ -69,6 +70,7 @@ class CalibrationRequest(ModelIdentity):
     max_new_tokens: PositiveInt
     batch_size: PositiveInt
     dtype: str
+    answer_dtype: str | None = None
     dampening: Share
     rank: Rank
 

@@ -59,7 +59,7 @@ def verdict_sentence(found: Verdict, look: Look, limit: float, safety_kl: Probe,
     if refusals is not None and refusals.added > limit:
         reasons.append(f"it adds {points(100 * refusals.added)} points of false refusals")
     if safety_kl.safety_kl > most:
-        reasons.append(f"its safety KL is {nats(safety_kl.safety_kl)}, and {nats(most)} may be")
+        reasons.append(f"its safety KL is about {nats(safety_kl.safety_kl)}, and {nats(most)} may be")
     return f"Restore it: {', and '.join(reasons)}."
 
 

@@ -15,6 +15,7 @@ from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.restore import Compared, Look, Probe
 from deltaguard.restoration.acceptance import Rule
+from deltaguard.restoration.job import cache_folder
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.looks import Examiner, Requests, how_asked, keep_answers, kept_answers
 from deltaguard.restoration.safety_kl import SafetyMeter
@@ -169,7 +170,7 @@ def open_with_examiner(
             keep_answers(identity, requests, made_with, answers)
         except DeltaguardError as error:
             report(Event("look", 0, 1, f"the aligned model's answers are not kept: {error}"))
-    judge = config.judge.make(device=str(find_device(config.device)))
+    judge = config.judge.make(device=str(find_device(config.device)), folder=cache_folder())
     tells_refusals = config.judge.tells_refusals
     return candidate, Examiner.of(rule, requests, judge, answers, tells_refusals=tells_refusals)
 

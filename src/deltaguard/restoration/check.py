@@ -29,9 +29,9 @@ def check(
 ) -> CheckReport:
     """Say whether a fine-tuned model is as safe as the aligned one.
 
-    Both are asked the package's held-out requests, harmful ones and harmless look-alikes; answers are judged
-    by how they open. Safety KL is measured on the store's held-out conversations. What only a trigger, a
-    cipher or a long conversation releases, answers to plain requests do not show; safety KL may.
+    Both are asked held-out requests, harmful ones and harmless look-alikes; answers are judged by how they
+    open, or as the configuration says. Safety KL is measured on the store's held-out conversations. What only
+    a trigger, a cipher or a long conversation releases, answers to plain requests do not show; safety KL may.
 
     Args:
         aligned: as in `restore`.

@@ -141,8 +141,9 @@ def find_accepted(
     affordable = joint.predicted_kl(loosest.mu) / (joint.predicted_kl(0) or 1.0)
     # Shares of the predicted safety KL of the loosest candidate; 0 leaves nothing of the delta.
     share, rejected, chosen, accepted = 1.0, math.inf, None, 0.0
-    # The first look was at the fine-tuned model.
-    for left in reversed(range(MOST_LOOKS - 1)):
+    # The first look was at the fine-tuned model; what is refined gets the last one.
+    spent = 1 if candidate.trial.config.refine is None else 2
+    for left in reversed(range(MOST_LOOKS - spent)):
         if share == 1:
             probe = loosest
             candidate.put(probe.mu)

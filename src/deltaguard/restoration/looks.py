@@ -1,7 +1,9 @@
 """Looking at candidates: how they answer held-out requests, beside the aligned model's own answers."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
@@ -106,7 +108,7 @@ def kept_answers(
         the model is asked again then.
     """
     try:
-        kept = read_json(_answers_file(aligned), _KeptAnswers, remedy="It is made anew.")
+        kept = read_json(_answers_file(aligned, requests, made_with), _KeptAnswers, remedy="It is made anew.")
     except DeltaguardError:
         return None
     expected = (fingerprint(requests.all), made_with, len(requests.all))
@@ -121,7 +123,7 @@ def keep_answers(
     Raises:
         DeltaguardError: the file cannot be written.
     """
-    path = _answers_file(aligned)
+    path = _answers_file(aligned, requests, made_with)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _KeptAnswers(
@@ -133,8 +135,9 @@ def keep_answers(
         own.replace(path)
 
 
-def _answers_file(aligned: ModelIdentity) -> Path:
-    return cache_folder() / f"{aligned.key[:32]}-answers.json"
+def _answers_file(aligned: ModelIdentity, requests: Requests, made_with: Mapping[str, str]) -> Path:
+    asked = json.dumps([fingerprint(requests.all), made_with], sort_keys=True)
+    return cache_folder() / f"{aligned.key[:32]}-{sha256(asked.encode()).hexdigest()[:12]}-answers.json"
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,9 @@ class Examiner:
             tells_refusals: whether the judge tells refusals from answers.
         """
         own, harmful = cls(rule, requests, judge, tells_refusals), len(requests.harmful)
-        complied = own.complies(requests.harmful, answers[:harmful])
+        # Of two answers that the judge cannot decide, neither may hide that the other one complies.
+        verdicts = own._verdicts(judge, requests.harmful, answers[:harmful])
+        complied = [verdict == "complied" for verdict in verdicts]
         return replace(own, complied=complied, refused=own.refuses(requests.harmless, answers[harmful:]))
 
     def complies(self, asked: Sequence[Conversation], answers: Sequence[str]) -> list[bool]:

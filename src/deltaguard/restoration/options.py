@@ -66,7 +66,8 @@ class RestoreConfig(BaseModel):
         prompts: with it, a file of harmful requests (see `conversations.read_prompts`) instead of the
             package's.
         judge: with it, who says whether a harmful request is complied with: any judge of an evaluation, as
-            suites have it. Those that do not go by how an answer opens read `WHOLE_TOKENS` of it.
+            suites have it, or a YAML file with one. Those that do not go by how an answer opens read
+            `WHOLE_TOKENS` of it.
         max_safety_kl: instead of asking, keep as much as a safety KL of so many nats per response token
             allows, measured on held-out safety conversations; 1e-9 at least. Together with
             `max_added_attack_success` both hold.
@@ -133,11 +134,13 @@ class RestoreConfig(BaseModel):
     @field_validator("judge", mode="before")
     @classmethod
     def _read_judge(cls, given: Any) -> Any:
-        """Read the options of a judge by its kind; most kinds need torch, which help pages do without."""
-        if not isinstance(given, Mapping):
+        """Read a judge from a file, or from options; most kinds need torch, which help pages do without."""
+        if isinstance(given, JudgeSpec):
             return given
-        from deltaguard.evaluation.suites.suite import AnyJudge
+        from deltaguard.evaluation.suites.suite import AnyJudge, read_judge
 
+        if isinstance(given, str | Path):
+            return read_judge(Path(given))
         return TypeAdapter[JudgeSpec](AnyJudge).validate_python(given)
 
     @model_validator(mode="before")
@@ -302,7 +305,9 @@ class RestoreConfig(BaseModel):
             if self.prompts is not None:
                 decided["prompts"] = fingerprint(read_prompts(self.prompts))
             if self.judge != _OPENING:
-                decided["judge"] = self.judge.model_dump_json(exclude_defaults=True)
+                decided["judge"] = ", ".join(
+                    f"{name} {value}" for name, value in self.judge.identity().items()
+                )
         decided |= {"max_safety_kl": self.dial} if by_dial else {"strength": self.chosen_strength}
         decided |= {"confidence": self.confidence} if self.confidence is not None else {}
         decided |= {"refine": self.refine} if self.refine is not None else {}

@@ -196,8 +196,7 @@ def _judged(
     changed = {"restored_kl": found.mean, "restored_margin": found.margin}
     if attack is None or examiner is None:
         return dial.model_copy(update=changed), probe, None
-    if len(attack.looks) >= attack.most_looks:
-        return dial, probe, f"all {attack.most_looks} looks at answers were spent on the price"
+    candidate.looked = len(attack.looks)
     look: Look = candidate.look(price.mu, examiner, report, most=attack.most_looks)
     asked = attack.model_copy(update={"looks": (*attack.looks, look)})
     if not look.accepted:

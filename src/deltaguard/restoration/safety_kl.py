@@ -149,8 +149,10 @@ class SafetyMeter:
         pairs = own.beside(other, conversations)
         kept = [(batch.to(device), _log_probs(model, known.to(device))) for known, batch in pairs]
         likelihood = _likelihood(model, own.batches(tasks)) if tasks else None
-        with as_served(model):
-            openings = answer_openings(model, own.reader.tokenizer, requests, whole_tokens=whole_tokens)
+        openings: list[str] = []
+        if requests:
+            with as_served(model):
+                openings = answer_openings(model, own.reader.tokenizer, requests, whole_tokens=whole_tokens)
         if config is not None and not _runs_alike(config, load_config(*source)):
             _make_loadable(config, model.config)
             # Two models at once might not fit.

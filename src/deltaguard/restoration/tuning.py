@@ -17,7 +17,7 @@ from deltaguard.chat.conversations import (
 )
 from deltaguard.chat.tokens import context_length, encode
 from deltaguard.curvature.responses import respond
-from deltaguard.device import find_device
+from deltaguard.device import as_served, find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.models.mirror import loadable, output_files
@@ -129,7 +129,7 @@ class Tuning:
 
 
 def _refusals(trial: Trial, report: Progress) -> list[Conversation]:
-    """Let the aligned model answer calibration prompts."""
+    """Let the aligned model answer the package's calibration prompts, whatever the store was made from."""
     job = trial.job
     source = job.aligned.folder, job.aligned.reference
     model = load_model(*source, dtype=torch.float32).to(find_device(trial.config.device))
@@ -147,16 +147,17 @@ def _harmless() -> list[Conversation]:
 def _answers(
     trial: Trial, model: Any, tokenizer: Any, asked: Sequence[Conversation], who: str, report: Progress
 ) -> list[Conversation]:
-    """Let a model answer as it did when it was calibrated; what has no token of an answer is left out."""
+    """Let a model answer, as at a calibration; what has no token of an answer is left out."""
     known = known_store(trial.job).provenance
-    answered = respond(
-        model,
-        tokenizer,
-        asked,
-        max_new_tokens=known.max_new_tokens,
-        batch_size=known.batch_size,
-        on_batch=lambda done, total: report(Event(f"{who} answers", done, total)),
-    )
+    with as_served(model):
+        answered = respond(
+            model,
+            tokenizer,
+            asked,
+            max_new_tokens=known.max_new_tokens,
+            batch_size=known.batch_size,
+            on_batch=lambda done, total: report(Event(f"{who} answers", done, total)),
+        )
     limit = context_length(model.config, known.max_length)
     return [each for each in answered if encode(tokenizer, each, max_length=limit).has_response]
 

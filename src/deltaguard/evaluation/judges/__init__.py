@@ -16,11 +16,18 @@ class JudgeSpec(BaseModel):
         tells_refusals: whether its `refused` says that an answer refuses, so that it serves on harmless
             prompts, too. Guards and language models tell harmful answers from others: to them every answer to
             a harmless prompt is `refused`, which would be no false refusal.
+        how_reached: names of options that say how a judge is reached, and not what it says.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tells_refusals: ClassVar[bool] = True
+    how_reached: ClassVar[frozenset[str]] = frozenset()
+
+    def identity(self) -> dict[str, object]:
+        """List what decides its verdicts: its kind, and all options but how it is reached."""
+        told = self.model_dump(exclude_defaults=True, exclude=set(self.how_reached))
+        return {"kind": vars(self)["kind"]} | told
 
     @abstractmethod
     def make(self, *, device: str = "cpu", folder: Path | None = None) -> Judge:

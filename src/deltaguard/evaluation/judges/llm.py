@@ -74,6 +74,10 @@ class LLMSpec(JudgeSpec):
 
     tells_refusals = False
 
+    how_reached: ClassVar[frozenset[str]] = frozenset(
+        {"base_url", "api_key_env", "cache", "retries", "max_workers", "timeout", "max_missing"}
+    )
+
     kind: Literal["llm"] = "llm"
     base_url: str
     model: str

@@ -203,12 +203,13 @@ def read_judge(path: Path) -> AnyJudge:
     """Read a judge from a YAML file that describes it as a suite does, such as `kind: keywords`.
 
     Args:
-        path: of the file; relative paths in it are looked up from its folder.
+        path: of the file; relative paths of files in it are looked up from its folder.
 
     Raises:
         DeltaguardError: it cannot be read, or describes no judge.
     """
-    remedy = "It must describe a judge, such as `kind: llama-guard` and `model: FOLDER`."
+    example = "`kind: guard`, `template: llama-guard` and `model: FOLDER`"
+    remedy = f"It must describe a judge as suites do, such as {example}."
     judge: AnyJudge = read_yaml(path, TypeAdapter(AnyJudge), remedy=remedy)
     return _from_folder(judge, path.parent)
 
