@@ -15,8 +15,9 @@ from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter
 
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.evaluation.exchange import Exchange, Judge, Verdict
-from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
+from deltaguard.evaluation.judges.coherence import CoherenceCheck
 from deltaguard.evaluation.judges.rules import OpeningJudge
+from deltaguard.evaluation.measure import placed
 from deltaguard.evaluation.results import Judged, Result, agreements, comparisons, measures, samples
 from deltaguard.files import read_file, read_json_lines
 from deltaguard.models.durable import write_atomically
@@ -216,15 +217,8 @@ def garak_report(
             else.
     """
     read = {name: read_garak(path) for name, path in runs.items()}
-    probes = [
-        name for name in next(iter(read.values())).probes if all(name in run.probes for run in read.values())
-    ]
-    if not probes:
-        named = [f"{name}: {', '.join(run.probes)}" for name, run in read.items()]
-        raise DeltaguardError(listed("The runs of garak have no probe in common", named))
-    like = {
-        probe: len({tuple(a.prompt for a in run.of(probe)) for run in read.values()}) == 1 for probe in probes
-    }
+    like = _probes_of_all(read)
+    probes = list(like)
     results: list[Result] = []
     for probe in probes:
         detectors = _common([each.hits for run in read.values() for each in run.of(probe)])
@@ -258,6 +252,17 @@ def garak_report(
     return report
 
 
+def _probes_of_all(read: Mapping[str, GarakRun]) -> dict[str, bool]:
+    """Find the probes that every run has, and whether each asked all models the same prompts."""
+    probes = _common([dict.fromkeys(run.probes) for run in read.values()])
+    if not probes:
+        named = [f"{name}: {', '.join(run.probes)}" for name, run in read.items()]
+        raise DeltaguardError(listed("The runs of garak have no probe in common", named))
+    return {
+        probe: len({tuple(a.prompt for a in run.of(probe)) for run in read.values()}) == 1 for probe in probes
+    }
+
+
 def _common(named: Sequence[Mapping[str, object]]) -> list[str]:
     """List the names that all have, in the order of the first."""
     return [name for name in named[0] if all(name in each for each in named)]
@@ -274,17 +279,7 @@ def _result(
     broken = CoherenceCheck().broken([*given.values()])
     judged = {f"garak {name}": _as_garak_says(name, answers) for name in detectors}
     for judge in judges:
-        said = dict(zip(given, zip(judge.judge([*given.values()]), broken, strict=True), strict=True))
-        placed = [said.get(i) for i in range(len(answers))]
-        judged[judge.name] = Judged(
-            verdicts=tuple(each and each[0].verdict for each in placed),
-            classes=tuple(
-                each and classify(each[0].verdict, each[1], reads_opening=judge.reads_opening)
-                for each in placed
-            ),
-            scores=tuple(each and each[0].score for each in placed),
-            scale=judge.scale,
-        )
+        judged[judge.name] = placed(judge, judge.judge([*given.values()]), broken, given, len(answers))
     section = SectionRow(
         name=probe,
         kind="attack",

@@ -5,12 +5,12 @@
 out is one `Result` a part.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from deltaguard.evaluation.asking import ModelUnderTest, OpenEngine, PartAnswers, ask, open_answers
 from deltaguard.evaluation.engines.make import EngineConfig
-from deltaguard.evaluation.exchange import Exchange, Grader, Judge, Question
+from deltaguard.evaluation.exchange import Exchange, Grader, Judge, Judgement, Question
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
 from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.evaluation.results import Judged, Result
@@ -153,15 +153,29 @@ def _judged(
         progress(Event(stage, 0, len(exchanges)))
         said = asked.judge(exchanges)
         progress(Event(stage, len(exchanges), len(exchanges)))
-        by_place = dict(zip(given, zip(said, broken, strict=True), strict=True))
-        placed = [by_place.get(i) for i in range(len(answers))]
-        found[asked.name] = Judged(
-            verdicts=tuple(pair and pair[0].verdict for pair in placed),
-            classes=tuple(
-                pair and classify(pair[0].verdict, pair[1], reads_opening=asked.reads_opening)
-                for pair in placed
-            ),
-            scores=tuple(pair and pair[0].score for pair in placed),
-            scale=asked.scale,
-        )
+        found[asked.name] = placed(asked, said, broken, given, len(answers))
     return found
+
+
+def placed(
+    judge: Judge, said: Sequence[Judgement], broken: Sequence[bool], given: Iterable[int], total: int
+) -> Judged:
+    """Put what a judge says of the answers that were given in the places of their questions.
+
+    Args:
+        judge: who judged.
+        said: of each answer given.
+        broken: whether that is broken text.
+        given: the places of these answers among all.
+        total: how many questions were put.
+    """
+    by_place = dict(zip(given, zip(said, broken, strict=True), strict=True))
+    pairs = [by_place.get(i) for i in range(total)]
+    return Judged(
+        verdicts=tuple(pair and pair[0].verdict for pair in pairs),
+        classes=tuple(
+            pair and classify(pair[0].verdict, pair[1], reads_opening=judge.reads_opening) for pair in pairs
+        ),
+        scores=tuple(pair and pair[0].score for pair in pairs),
+        scale=judge.scale,
+    )

@@ -51,10 +51,7 @@ def check(
     """
     config = config or RestoreConfig()
     if config.added_attack_success is None or config.dial is None:
-        raise DeltaguardError(
-            "A check asks both models, so that it needs a limit of attack success: give "
-            "`max_added_attack_success`."
-        )
+        raise DeltaguardError("A check needs a limit of attack success: give `max_added_attack_success`.")
     # As many looks as a restore may take, so that both say the same of the fine-tuned model.
     requests, rule = Requests.of(config.prompts), Rule(limit=config.added_attack_success, looks=MOST_LOOKS)
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)

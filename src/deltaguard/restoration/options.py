@@ -262,7 +262,7 @@ class RestoreConfig(BaseModel):
 
     @property
     def added_attack_success(self) -> float | None:
-        """The same as a share."""
+        """The share of attack success that may be added, or `None` where it is not measured."""
         return None if self.added_points is None else self.added_points / 100
 
     @property

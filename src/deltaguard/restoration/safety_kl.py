@@ -149,10 +149,7 @@ class SafetyMeter:
         pairs = own.beside(other, conversations)
         kept = [(batch.to(device), _log_probs(model, known.to(device))) for known, batch in pairs]
         likelihood = _likelihood(model, own.batches(tasks)) if tasks else None
-        openings: list[str] = []
-        if requests:
-            with as_served(model):
-                openings = answer_openings(model, own.reader.tokenizer, requests, whole_tokens=whole_tokens)
+        openings = _openings(model, own.reader.tokenizer, requests, whole_tokens) if requests else []
         if config is not None and not _runs_alike(config, load_config(*source)):
             _make_loadable(config, model.config)
             # Two models at once might not fit.
@@ -255,9 +252,7 @@ class SafetyMeter:
     @_enough_memory()
     def openings(self, conversations: Sequence[Conversation]) -> list[str]:
         """Let the candidate begin its answers to requests, see `chat.openings.answer_openings`."""
-        with as_served(self._model):
-            tokenizer = self._asked.reader.tokenizer
-            return answer_openings(self._model, tokenizer, conversations, whole_tokens=self._whole_tokens)
+        return _openings(self._model, self._asked.reader.tokenizer, conversations, self._whole_tokens)
 
 
 @dataclass(frozen=True)
@@ -305,6 +300,13 @@ def _make_loadable(config: Any, aligned: Any) -> None:
     # It is no row of them where it is one of the further tokens; what is padding is masked.
     text.pad_token_id = own.pad_token_id
     config.tie_word_embeddings = aligned.tie_word_embeddings
+
+
+def _openings(
+    model: Any, tokenizer: Any, conversations: Sequence[Conversation], whole_tokens: int | None
+) -> list[str]:
+    with as_served(model):
+        return answer_openings(model, tokenizer, conversations, whole_tokens=whole_tokens)
 
 
 def _likelihood(model: Any, read: Iterable[Batch]) -> float:
