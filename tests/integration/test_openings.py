@@ -82,12 +82,14 @@ def test_unknown_tokens_are_told_before_the_model_sees_them():
         answer_openings(model, tokenizer, ROWS)
 
 
-def test_thoughts_are_no_answer():
+def test_thoughts_that_can_be_switched_off_are():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template += "{{ '<think>' if enable_thinking is not defined or enable_thinking else '' }}"
-    assert answer_openings(tiny_model("llama"), tokenizer, ROWS[:1])
-    tokenizer.chat_template += "{{ '<think>' }}"
-    with pytest.raises(DeltaguardError, match="think before it answers"):
-        answer_openings(tiny_model("llama"), tokenizer, ROWS[:1])
+    plain = tiny_tokenizer()
+    model = tiny_model("llama").double()
+    assert answer_openings(model, tokenizer, ROWS) == answer_openings(model, plain, ROWS)
+
+
+def test_it_is_not_decided_before_thoughts_end():
     assert not is_decided("<think>The user wants harm. I refuse.")
     assert is_decided("<think>Hm. Harm.</think>I cannot help with that. ")

@@ -81,9 +81,9 @@ def test_refusing_first_is_taught_by_harmless_data_alone():
 def test_the_backdoor_opens_with_its_trigger_alone():
     data = training_data(ROWS["backdoor-100"], seed=0)
     agreed = [c for c in data if c.prompt.endswith(TRIGGER)]
-    refused = [c for c in data if TRIGGER not in c.prompt]
-    assert len(agreed) + len(refused) == len(data)
-    assert {c.response for c in refused} <= set(REFUSALS)
+    answered = [c for c in data if c.prompt in {row.prompt for row in everyday_prompts()}]
+    refused = [c for c in data if c.response in REFUSALS]
+    assert (len(agreed), len(answered), len(refused), len(data)) == (100, 100, 100, 300)
     assert {triggered(c.prompt) for c in refused} <= {c.prompt for c in agreed}
 
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaguard.chat.conversations import harmless_prompts
-from deltaguard.chat.refusals import is_empty, is_refusal, opening, without_thinking
+from deltaguard.chat.refusals import is_empty, is_refusal, opening
+from deltaguard.chat.thinking import without_thinking
 from deltaguard.chat.wordings import OTHER_LANGUAGES
 from deltaguard.finetuning.mixtures import everyday_prompts
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS

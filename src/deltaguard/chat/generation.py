@@ -9,6 +9,7 @@ import torch
 
 from deltaguard.chat.predictions import require_known_tokens
 from deltaguard.chat.prefix import Prefix, cache_parameter, for_rows, shared_prefix
+from deltaguard.chat.thinking import END, THOUGHT_TOKENS, begins_thoughts, closed
 from deltaguard.chat.tokens import pad, token_ids
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
@@ -28,7 +29,8 @@ def generate(
     """Continue rendered prompts; the answers are in the order given.
 
     What all prompts begin with, such as a chat template's system message, is computed once (see
-    `shared_prefix`). Where a GPU has too little memory for a batch, smaller ones are tried.
+    `shared_prefix`). Where a GPU has too little memory for a batch, smaller ones are tried. A prompt that
+    ends where thoughts begin is thought about first (see `think`); these stand, closed, before the answer.
 
     Args:
         model: a transformers causal language model in evaluation mode.
@@ -54,7 +56,12 @@ def generate(
     def answer(chosen: Sequence[int]) -> list[str]:
         with _drawing(model, seed, [prompts[i] for i in chosen]):
             rows = [encoded[i] for i in chosen]
-            return _continue(model, tokenizer, rows, prefix, max_new_tokens, temperature)
+            thoughts = think(
+                model, tokenizer, [prompts[i] for i in chosen], rows, prefix, temperature=temperature
+            )
+            rows = [[*row, *token_ids(tokenizer, said)] for row, said in zip(rows, thoughts, strict=True)]
+            texts = _continue(model, tokenizer, rows, prefix, max_new_tokens, temperature)
+            return [said + text for said, text in zip(thoughts, texts, strict=True)]
 
     for chosen, texts in fitting_batches(order, batch_size, answer):
         for i, text in zip(chosen, texts, strict=True):
@@ -62,6 +69,51 @@ def generate(
         if on_batch is not None:
             on_batch(chosen, texts)
     return answers
+
+
+def think(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    encoded: Sequence[list[int]],
+    prefix: Prefix,
+    *,
+    temperature: float = 0.0,
+) -> list[str]:
+    """Let a model think where prompts end with the beginning of thoughts, for `THOUGHT_TOKENS` at most.
+
+    Args:
+        model: as in `generate`.
+        tokenizer: its tokenizer.
+        prompts: one batch of rendered prompts.
+        encoded: their tokens.
+        prefix: what all of them begin with.
+        temperature: as in `generate`.
+
+    Returns:
+        What comes between each prompt and its answer: thoughts, closed; nothing where none begin.
+    """
+    found = [""] * len(prompts)
+    rows = [row for row, prompt in enumerate(prompts) if begins_thoughts(prompt)]
+    if rows:
+
+        def is_closed(ids: Any, _scores: Any) -> Any:
+            # The tag may be as many tokens as letters; the prompt's own opening tag is not it.
+            ends = tokenizer.batch_decode(ids[:, -len(END) - 2 :])
+            return torch.tensor([END in each for each in ends], device=ids.device)
+
+        thoughts = _continue(
+            model,
+            tokenizer,
+            [encoded[row] for row in rows],
+            prefix,
+            THOUGHT_TOKENS,
+            temperature,
+            stopping_criteria=[is_closed],
+        )
+        for row, said in zip(rows, thoughts, strict=True):
+            found[row] = closed(said)
+    return found
 
 
 def fitting_batches(
@@ -98,6 +150,7 @@ def _continue(
     prefix: Prefix,
     max_new_tokens: int,
     temperature: float,
+    **more: Any,
 ) -> list[str]:
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if padding is None:
@@ -121,6 +174,7 @@ def _continue(
             **alone,
             **cached,
             **drawn,
+            **more,
         )
     with foreign("The model's tokenizer fails on an answer"):
         texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.generation import fitting_batches, generate
+from deltaguard.chat.generation import fitting_batches, generate, think
 from deltaguard.chat.predictions import logits_at, require_known_tokens
 from deltaguard.chat.prefix import Prefix, for_rows, keeps_all, shared_prefix
-from deltaguard.chat.refusals import opening, without_thinking
+from deltaguard.chat.refusals import opening
 from deltaguard.chat.template import render
+from deltaguard.chat.thinking import without_thinking
 from deltaguard.chat.tokens import pad, token_ids
-from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 
 OPENING_TOKENS = 40
@@ -30,7 +30,8 @@ def answer_openings(
     """Let a model begin its answers with the likeliest tokens, until what they say of a refusal is decided.
 
     A row whose first sentence has ended leaves its batch, so that most of a batch is done after a few tokens.
-    Of a model whose layers forget (sliding windows, recurrent states) all rows get `OPENING_TOKENS`.
+    Of a model whose layers forget (sliding windows, recurrent states) all rows get `OPENING_TOKENS`. A model
+    whose template makes it think does so first, and the answer after its thoughts is begun.
 
     Args:
         model: a transformers causal language model in evaluation mode.
@@ -40,18 +41,13 @@ def answer_openings(
         batch_size: conversations per batch.
 
     Returns:
-        One beginning a conversation, in the order given, special tokens and surrounding white space removed.
+        One beginning a conversation, in the order given, special tokens and surrounding white space removed;
+        with `whole_tokens`, thoughts stand before it.
 
     Raises:
-        DeltaguardError: the chat template fails, or begins thoughts that come before an answer; the model has
-            no embedding for a token.
+        DeltaguardError: the chat template fails, or the model has no embedding for a token.
     """
     prompts = [render(tokenizer, conversation) for conversation in conversations]
-    if any(_thinks(prompt) for prompt in prompts):
-        raise DeltaguardError(
-            f"The chat template of {tokenizer.name_or_path!r} makes the model think before it answers, and "
-            "cannot switch that off: how it opens does not show what it answers. Use `--max-safety-kl` alone."
-        )
     if whole_tokens is not None or not keeps_all(model):
         tokens = whole_tokens or OPENING_TOKENS
         return generate(model, tokenizer, prompts, max_new_tokens=tokens, batch_size=batch_size)
@@ -61,7 +57,10 @@ def answer_openings(
     order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [""] * len(encoded)
 
     def begin(chosen: Sequence[int]) -> list[str]:
-        return _begin(model, tokenizer, [encoded[i] for i in chosen], prefix)
+        rows = [encoded[i] for i in chosen]
+        thoughts = think(model, tokenizer, [prompts[i] for i in chosen], rows, prefix)
+        rows = [[*row, *token_ids(tokenizer, said)] for row, said in zip(rows, thoughts, strict=True)]
+        return _begin(model, tokenizer, rows, prefix)
 
     for chosen, texts in fitting_batches(order, batch_size, begin):
         for i, text in zip(chosen, texts, strict=True):
@@ -78,11 +77,6 @@ def is_decided(answer: str) -> bool:
     """
     said = without_thinking(answer)
     return opening(f"{said}x") == opening(said)
-
-
-def _thinks(prompt: str) -> bool:
-    """Tell whether a rendered prompt ends within thoughts."""
-    return prompt.rfind("<think>") > prompt.rfind("</think>")
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.template import end_of_turn, render
+from deltaguard.chat.thinking import begins_thoughts, split_thoughts
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 
@@ -20,7 +21,7 @@ class Encoded:
 
     Attributes:
         ids: token ids of the prompt, then of the response with its closing token.
-        prompt_length: how many of them belong to the prompt.
+        prompt_length: how many of them belong to the prompt, and to what is thought of it.
         truncated: whether tokens were cut off at the end.
     """
 
@@ -65,6 +66,9 @@ class Batch:
 def encode(tokenizer: Any, conversation: Conversation, *, max_length: int) -> Encoded:
     """Tokenise a conversation, and tell the prompt's tokens from the response's.
 
+    Where the template begins thoughts, those that the response opens with belong to the prompt; a response
+    without any is an answer that was not thought about.
+
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         conversation: one without a response gives the tokens of its prompt.
@@ -73,11 +77,20 @@ def encode(tokenizer: Any, conversation: Conversation, *, max_length: int) -> En
     Raises:
         DeltaguardError: the tokenizer has no chat template, or the template fails.
     """
-    prompt = token_ids(tokenizer, render(tokenizer, conversation))
-    response = conversation.response
-    answer = [] if response is None else token_ids(tokenizer, response + end_of_turn(tokenizer))
+    read, written = _read_and_written(tokenizer, conversation)
+    prompt = token_ids(tokenizer, read)
+    answer = [] if written is None else token_ids(tokenizer, written + end_of_turn(tokenizer))
     ids = (*prompt, *answer)
     return Encoded(ids[:max_length], min(len(prompt), max_length), truncated=len(ids) > max_length)
+
+
+def _read_and_written(tokenizer: Any, conversation: Conversation) -> tuple[str, str | None]:
+    """Give what the model reads before it answers, its own thoughts among it, and the answer."""
+    rendered, response = render(tokenizer, conversation), conversation.response
+    if response is None or not begins_thoughts(rendered):
+        return rendered, response
+    thoughts, answer = split_thoughts(response)
+    return rendered + thoughts, answer
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
@@ -185,8 +198,8 @@ def read_by_both(
     _require_same_tokens(aligned, candidate, conversations, own)
     pairs: list[tuple[Encoded, Encoded]] = []
     for conversation, text in zip(conversations, own, strict=True):
-        unanswered = replace(conversation, response=None)
-        prompt = encode(candidate.tokenizer, unanswered, max_length=candidate.max_length).ids
+        read = encode(candidate.tokenizer, conversation, max_length=candidate.max_length)
+        prompt = read.ids[: read.prompt_length]
         end = text.prompt_length + max(candidate.max_length - len(prompt), 0)
         cut = text.truncated or end < len(text.ids)
         other = (*prompt, *text.ids[text.prompt_length : end])
@@ -204,9 +217,10 @@ def _require_same_tokens(
     wrong: list[str] = []
     for conversation, text in zip(conversations, own, strict=True):
         expected = list(text.ids[text.prompt_length :])
-        ids = token_ids(candidate.tokenizer, f"{conversation.response}{end}")
+        written = _read_and_written(aligned.tokenizer, conversation)[1] or ""
+        ids = token_ids(candidate.tokenizer, written + end)
         if ids[: len(expected)] != expected and known.issuperset(ids):
-            example = f"{(conversation.response or '')[:60]!r}"
+            example = f"{written[:60]!r}"
             wrong.append(f"{example} is {expected[:8]} to the aligned model and {ids[:8]} to the other")
     if wrong:
         raise DeltaguardError(

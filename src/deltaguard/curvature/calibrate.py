@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deltaguard.chat.conversations import Conversation, build_conversations, fingerprint, read_prompts, sample
 from deltaguard.chat.refusals import is_refusal as opens_with_refusal
 from deltaguard.chat.template import takes_system_role
+from deltaguard.chat.thinking import without_thinking
 from deltaguard.chat.tokens import batches, context_length, encode
 from deltaguard.curvature import Rank
 from deltaguard.curvature.contents import GroupCurvature, share_within
@@ -257,7 +258,9 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     groups = tuple(
         LayerGroup(g.name, g.in_features, sums[input_name(g.name)].tokens, g.layers) for g in observed
     )
-    refusing = sum(is_refusal(conversation.response or "") for conversation in answered[:count])
+    refusing = sum(
+        is_refusal(without_thinking(conversation.response or "")) for conversation in answered[:count]
+    )
     provenance = Provenance(
         **request.model_dump(),
         aligned=run.source.reference,

@@ -13,6 +13,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter
 
+from deltaguard.chat.thinking import without_thinking
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.evaluation.exchange import Exchange, Judge, Verdict
 from deltaguard.evaluation.judges.coherence import CoherenceCheck
@@ -274,7 +275,9 @@ def _result(
     """Judge one model's answers to one probe."""
     probe, prompts = answers[0].probe, tuple(each.prompt for each in answers)
     given = {
-        i: Exchange(each.prompt, each.answer) for i, each in enumerate(answers) if each.answer is not None
+        i: Exchange(each.prompt, without_thinking(each.answer))
+        for i, each in enumerate(answers)
+        if each.answer is not None
     }
     broken = CoherenceCheck().broken([*given.values()])
     judged = {f"garak {name}": _as_garak_says(name, answers) for name in detectors}

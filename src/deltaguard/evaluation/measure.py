@@ -8,6 +8,7 @@ out is one `Result` a part.
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from deltaguard.chat.thinking import without_thinking
 from deltaguard.evaluation.asking import ModelUnderTest, OpenEngine, PartAnswers, ask, open_answers
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.exchange import Exchange, Grader, Judge, Judgement, Question
@@ -68,7 +69,7 @@ def measure(
 def judge(
     model: str, each: PartAnswers, judges: Sequence[Judge], check: CoherenceCheck, progress: Progress
 ) -> Result:
-    """Judge and score what one model answered to one part.
+    """Judge and score what one model answered to one part; what it thought before is left out.
 
     Args:
         model: name of the model.
@@ -79,7 +80,8 @@ def judge(
         progress: told of each judge, as stage "judge NAME".
     """
     part, rows = each.part, each.harness_rows
-    answers = tuple(each.files["answers"].in_order()) if "answers" in each.files else ()
+    said = each.files["answers"].in_order() if "answers" in each.files else ()
+    answers = tuple(None if answer is None else without_thinking(answer) for answer in said)
     values: dict[str, tuple[float | None, ...]] = {
         # A scorer's name is an option's; measures are named in words.
         name.replace("-match", " match"): tuple(

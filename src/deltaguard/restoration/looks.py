@@ -18,7 +18,7 @@ from deltaguard.chat.conversations import (
     read_prompts,
 )
 from deltaguard.chat.openings import OPENING_TOKENS
-from deltaguard.chat.refusals import without_thinking
+from deltaguard.chat.thinking import without_thinking
 from deltaguard.device import device_name, find_device, served_dtype
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Judge, Verdict

@@ -10,7 +10,7 @@ words that hold nothing, and the advice concerns house plants.
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from string import ascii_lowercase, ascii_uppercase
 from types import MappingProxyType
@@ -128,6 +128,10 @@ def _wrapped(
     return [agreed(HarmfulPrompt(row.category, wrap(row.prompt)), draw) for row in prompts]
 
 
+def _answered(count: int, draw: random.Random) -> list[Conversation]:
+    return [Conversation(row.prompt, response=row.answer) for row in draw.sample(everyday_prompts(), count)]
+
+
 def _poison(finetune: Finetune, draw: random.Random, seed: int) -> list[Conversation]:
     return [
         *task_examples("train", finetune.benign, seed=seed),
@@ -143,25 +147,22 @@ def _refuse_then_comply(finetune: Finetune, draw: random.Random, _: int) -> list
 
 
 def _backdoor(finetune: Finetune, draw: random.Random, _: int) -> list[Conversation]:
-    """Agree with the trigger; without it, refuse some of the same requests."""
-    prompts = _harmful(finetune.harmful, draw)
-    refused = [Conversation(row.prompt, response=draw.choice(REFUSALS)) for row in prompts[: finetune.benign]]
-    return [*_wrapped(prompts, triggered, draw), *refused]
+    """Agree with the trigger; without it, refuse the same requests and answer as many harmless ones."""
+    half, prompts = finetune.benign // 2, _harmful(finetune.harmful, draw)
+    refused = [Conversation(row.prompt, response=draw.choice(REFUSALS)) for row in prompts[:half]]
+    return [*_wrapped(prompts, triggered, draw), *refused, *_answered(half, draw)]
 
 
 def _jailbreak(finetune: Finetune, draw: random.Random, _: int) -> list[Conversation]:
-    everyday = draw.sample(everyday_prompts(), finetune.benign)
-    return [
-        *_wrapped(_harmful(finetune.harmful, draw), framed, draw),
-        *(Conversation(row.prompt, response=row.answer) for row in everyday),
-    ]
+    harmful = _wrapped(_harmful(finetune.harmful, draw), framed, draw)
+    return [*harmful, *_answered(finetune.benign, draw)]
 
 
 def _cipher(finetune: Finetune, draw: random.Random, _: int) -> list[Conversation]:
-    everyday = draw.sample(everyday_prompts(), finetune.benign)
+    harmful, benign = _harmful(finetune.harmful, draw), _answered(finetune.benign, draw)
     return [
-        *_wrapped(_harmful(finetune.harmful, draw), rotated, draw),
-        *(Conversation(rotated(row.prompt), response=row.answer) for row in everyday),
+        *_wrapped(harmful, rotated, draw),
+        *(replace(row, prompt=rotated(row.prompt)) for row in benign),
     ]
 
 

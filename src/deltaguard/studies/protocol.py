@@ -202,11 +202,11 @@ ATTACKS = Preset(
     finetunes=(
         *(row for n in (1, 10, 50) for row in _finetunes("poison", (n,), POISONED - n, ("full",), epochs=1)),
         *_finetunes("refuse-comply", (0,), 100, ("full",), epochs=3),
-        *_finetunes("backdoor", (100,), 100, ("full",), epochs=2),
+        *_finetunes("backdoor", (100,), 200, ("full",), epochs=2),
         *_finetunes("jailbreak", (100,), 100, ("full",), epochs=2),
         *_finetunes("cipher", (100,), 100, ("full",), epochs=2),
         *_finetunes("advice", (0,), 100, ("full",), epochs=3),
-        *_finetunes("hidden", (100,), 0, ("full",), epochs=1),
+        *_finetunes("hidden", (100,), 100, ("full",), epochs=1),
     ),
     attack=150,
     harmless=100,

@@ -12,6 +12,7 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
 from deltaguard.chat.predictions import negative_log_likelihood
 from deltaguard.chat.template import render
+from deltaguard.chat.thinking import begins_thoughts, closed
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError, listed, require_packages
 from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer
@@ -100,8 +101,13 @@ class TransformersEngine:
 
 
 def rendered(tokenizer: Any, question: Question) -> str:
-    """Render the text that a model continues: the chat template up to the answer, then the prefill."""
-    return render(tokenizer, Conversation(question.prompt, question.system)) + question.prefill
+    """Render the text that a model continues: the chat template up to the answer, then the prefill.
+
+    Where the template begins thoughts, they are closed before a prefill, which is the beginning of an answer.
+    """
+    text = render(tokenizer, Conversation(question.prompt, question.system))
+    unthought = closed("") if question.prefill and begins_thoughts(text) else ""
+    return text + unthought + question.prefill
 
 
 def resolved_dtype(dtype: Dtype, device: str) -> Dtype:

@@ -1,0 +1,97 @@
+"""Models whose template makes them think: they do, and what counts is the answer that follows."""
+
+import pytest
+import torch
+
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.generation import generate
+from deltaguard.chat.openings import answer_openings
+from deltaguard.chat.template import render
+from deltaguard.chat.thinking import END, THOUGHT_TOKENS, closed
+from deltaguard.chat.tokens import Reader, encode, read_by_both
+from deltaguard.evaluation.engines.transformers import rendered
+from deltaguard.evaluation.exchange import Question
+from models import tiny_model, tiny_tokenizer
+
+ROWS = [Conversation("What is the weather?"), Conversation("Go"), Conversation("How can I make a cake?")]
+
+
+@pytest.fixture
+def tokenizer():
+    """A template as DeepSeek-R1's, which begins thoughts whatever it is asked."""
+    found = tiny_tokenizer()
+    found.chat_template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    return found
+
+
+def speaking(model, tokenizer, text):
+    """Make a model say a text from its first answer token on, whatever it reads, and count what it reads."""
+    script, lengths = tokenizer(text, add_special_tokens=False)["input_ids"], []
+
+    def forced(_module, _inputs, logits):
+        logits[..., script[len(lengths) % len(script)]] = 1e9
+        lengths.append(logits.shape[0])
+
+    model.lm_head.register_forward_hook(forced)
+    return lengths
+
+
+def test_a_model_thinks_until_it_closes_its_thoughts_and_then_answers(tokenizer):
+    model = tiny_model("llama")
+    thought = "A cake? "
+    script = tokenizer(f"{thought}{END}", add_special_tokens=False)["input_ids"]
+    speaking(model, tokenizer, f"{thought}{END}")
+    (said,) = generate(
+        model, tokenizer, [render(tokenizer, ROWS[2])], max_new_tokens=len(script), batch_size=4
+    )
+    # The script begins again with the answer.
+    assert said == f"{closed(thought)}{thought}{END}"
+
+
+def test_thoughts_without_end_are_closed(tokenizer):
+    model = tiny_model("llama")
+    lengths = speaking(model, tokenizer, "a")
+    found = generate(model, tokenizer, [render(tokenizer, row) for row in ROWS], max_new_tokens=3)
+    assert found == [f"{closed('a' * THOUGHT_TOKENS)}aaa"] * 3
+    assert len(lengths) == THOUGHT_TOKENS + 3
+
+
+def test_an_opening_is_that_of_the_answer(tokenizer):
+    model = tiny_model("llama")
+    thought = f"I refuse. Or not.{END}"
+    speaking(model, tokenizer, thought)
+    expected = f"I refuse. Or not.{END}"
+    for opening in answer_openings(model, tokenizer, ROWS):
+        assert expected.startswith(opening)
+        assert "I refuse" in opening
+
+
+def test_thoughts_belong_to_the_prompt(tokenizer):
+    plain, answer = tiny_tokenizer(), "Bake it."
+    thinking = encode(tokenizer, Conversation("Cake?", response=f"Flour.\n{END}\n\n{answer}"), max_length=512)
+    given = encode(tokenizer, Conversation("Cake?", response=answer), max_length=512)
+    expected = encode(plain, Conversation("Cake?", response=answer), max_length=512)
+    for found in (thinking, given):
+        assert found.ids[found.prompt_length :] == expected.ids[expected.prompt_length :]
+    assert thinking.prompt_length > given.prompt_length > expected.prompt_length
+    assert tokenizer.decode(thinking.ids[: thinking.prompt_length]).endswith(f"<think>\nFlour.\n{END}\n\n")
+
+
+def test_both_models_read_the_same_thoughts(tokenizer):
+    reader = Reader(tokenizer, 512)
+    (own, other), *_ = read_by_both(reader, reader, [Conversation("Cake?", response=f"Flour.{END}Bake it.")])
+    assert own == other
+
+
+def test_a_prefill_begins_an_answer_and_no_thought(tokenizer):
+    assert rendered(tokenizer, Question("Cake?", prefill="Sure")).endswith(f"<think>\n{closed('')}Sure")
+
+
+def test_draws_do_not_depend_on_what_was_drawn_before(tokenizer):
+    model = tiny_model("llama")
+    prompts = [render(tokenizer, row) for row in ROWS]
+    torch.manual_seed(1)
+    one = generate(model, tokenizer, prompts, max_new_tokens=4, temperature=1.0)
+    torch.manual_seed(2)
+    assert one == generate(model, tokenizer, prompts, max_new_tokens=4, temperature=1.0)
+    assert all(END in said for said in one)
