@@ -141,10 +141,13 @@ def takes_system_role(tokenizer: Any) -> bool:
 
 
 def end_of_turn(tokenizer: Any) -> str:
-    """Find what the template writes after an answer (`<|im_end|>`), else the end-of-sequence token."""
+    """Find what the template writes after an answer (`<|im_end|>`), else the end-of-sequence token.
+
+    Some write the end of the whole conversation on a further line, which no model writes itself.
+    """
     said = [*_user("?"), {"role": "assistant", "content": _MARKER}]
     _, found, tail = apply_template(tokenizer, said, answer_follows=False).rpartition(_MARKER)
-    return (tail.strip() if found else "") or tokenizer.eos_token or ""
+    return (tail.strip().partition("\n")[0] if found else "") or tokenizer.eos_token or ""
 
 
 def _user(prompt: str) -> list[dict[str, str]]:

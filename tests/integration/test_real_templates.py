@@ -1,0 +1,61 @@
+"""Chat templates as models of the field ship them: those that trl carries, by their own texts."""
+
+from pathlib import Path
+
+import pytest
+import trl
+
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.template import end_of_turn, render, takes_system_role
+from deltaguard.chat.thinking import begins_thoughts
+from deltaguard.chat.tokens import encode
+from deltaguard.errors import DeltaguardError
+from models import EOS, tiny_tokenizer
+
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+# What stands behind an answer.
+PLAIN = {
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "gemma3": "<end_of_turn>",
+    "llama3": "<|eot_id|>",
+    "llama3_1": "<|eot_id|>",  # with tools
+    "phi3": "<|end|>",  # with an end of the conversation on the next line
+    "qwen2_5": "<|im_end|>",  # with tools, and a system message of its own
+}
+SWITCHED_OFF = {"qwen3": "<|im_end|>", "glm4moe": EOS, "nemotron_3_nano": "<|im_end|>"}
+FORCED = {"deepseek_r1_distill": "<｜end▁of▁sentence｜>", "deepseekv3": "<｜end▁of▁sentence｜>"}
+ENDS = {"gemma": "<end_of_turn>", **PLAIN, **SWITCHED_OFF, **FORCED}
+PROMPT, SYSTEM, ANSWER = "How do I pick a lock?", "Be kind to all.", "Ask a locksmith."
+
+
+def tokenizer(name):
+    found = tiny_tokenizer()
+    found.chat_template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    return found
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_prompts_and_answers_are_written_as_the_template_does(name):
+    known = tokenizer(name)
+    assert end_of_turn(known) == ENDS[name]
+    assert takes_system_role(known) == (name != "gemma")
+    for system in (None, SYSTEM):
+        text = encode(known, Conversation(PROMPT, system, ANSWER), max_length=4096)
+        read, written = (
+            known.decode(part) for part in (text.ids[: text.prompt_length], text.ids[text.prompt_length :])
+        )
+        assert PROMPT in read
+        assert (SYSTEM in read) == (system is not None)
+        assert written == f"{ANSWER}{ENDS[name]}"
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_thinking_is_switched_off_where_the_template_can(name):
+    prompt = render(tokenizer(name), Conversation(PROMPT))
+    assert begins_thoughts(prompt) == (name in FORCED)
+    assert ("</think>" in prompt) == (name in SWITCHED_OFF)
+
+
+def test_a_template_that_takes_parts_alone_is_refused():
+    with pytest.raises(DeltaguardError, match="leaves out the prompt"):
+        render(tokenizer("smolvlm"), Conversation(PROMPT))
