@@ -18,7 +18,7 @@ from deltaguard.curvature.calibrate import STORE_SHARE, CalibrateConfig, calibra
 from deltaguard.curvature.contents import Extent, share_within
 from deltaguard.curvature.observe import Observed, observe
 from deltaguard.curvature.responses import respond
-from deltaguard.curvature.sums import LayerGroup, Moment, accumulate, empty_moment, normalise
+from deltaguard.curvature.sums import LayerGroup, Moment, RunningMoment, normalise
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.progress import Event
 from deltaguard.solvers import spectrum
@@ -106,28 +106,27 @@ class _Sums:
         chosen: which tokens of the batch that is run are no padding.
     """
 
-    moments: dict[str, Moment]
+    moments: dict[str, RunningMoment]
     chosen: Tensor | None = None
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """Give a hook that adds a layer's inputs."""
 
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            tokens = inputs[0].reshape(-1, inputs[0].shape[-1])[self.chosen]
-            self.moments[name] = accumulate(self.moments[name], tokens)
+            self.moments[name].add(inputs[0].reshape(-1, inputs[0].shape[-1])[self.chosen])
 
         return add
 
 
 @torch.no_grad()
 def _summed(model: Any, observed: Sequence[Observed], texts: Sequence[Batch]) -> dict[str, Moment]:
-    sums = _Sums({group.name: empty_moment(group.in_features) for group in observed})
+    sums = _Sums({group.name: RunningMoment(group.in_features) for group in observed})
     for group in observed:
         group.modules[0].register_forward_pre_hook(sums.hook(group.name))
     for batch in texts:
         sums.chosen = batch.mask.flatten()
         model.get_decoder()(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
-    return sums.moments
+    return {name: running.taken() for name, running in sums.moments.items()}
 
 
 def _write(output: Path, groups: Sequence[LayerGroup], moments: dict[str, Moment], limit: int) -> None:

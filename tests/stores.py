@@ -6,7 +6,7 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature.contents import group_curvature
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import Provenance, write_store
-from deltaguard.curvature.sums import LayerGroup, LinearLayer, Sums, accumulate, empty_moment
+from deltaguard.curvature.sums import LayerGroup, LinearLayer, RunningMoment, Sums
 
 GROUPS = (
     LayerGroup(
@@ -31,7 +31,9 @@ def sums(seed, groups=GROUPS, reached=None):
     def moment(tokens, size):
         found = torch.randn(tokens, size, generator=generator)
         found[:, reached or size :] = 0
-        return accumulate(empty_moment(size), found)
+        running = RunningMoment(size)
+        running.add(found)
+        return running.taken()
 
     return {
         group.name: Sums(

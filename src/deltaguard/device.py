@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from deltaguard.memory import usable_memory_bytes
 from deltaguard.models.loading import foreign
 
 
@@ -58,6 +59,13 @@ def served_dtype(device: torch.device) -> torch.dtype:
         # Without instructions for it, products in bfloat16 are many times slower.
         has_products = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001  # torch has no public way to ask
     return torch.bfloat16 if has_products else torch.float32
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Say how much memory a device has for the process, whatever of it is in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return usable_memory_bytes()
 
 
 @contextmanager

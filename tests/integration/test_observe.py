@@ -217,11 +217,11 @@ def test_nothing_of_a_batch_is_kept_but_its_sums(tmp_path):
     for number, batch in enumerate(batches([text(9, 4), text(6, 3)], 1)):
         adder.add(number, batch)
         assert graphs() == before
-        totals = [moment.total for moment in adder.sums.values()]
+        totals = [running.taken().total for running in adder.sums.values()]
         assert all(total.grad_fn is None and not total.requires_grad for total in totals)
         assert all(p.grad is None and not p.requires_grad for p in model.parameters())
         assert not any(registered for pair in hooks for registered in pair)
-    assert {moment.tokens for moment in adder.sums.values()} == {15}
+    assert {running.taken().tokens for running in adder.sums.values()} == {15}
 
 
 def test_the_sums_of_a_group_are_given_up_when_they_are_taken(tmp_path):
@@ -241,8 +241,8 @@ def test_a_batch_without_a_response_adds_its_inputs_and_no_gradient(name, tmp_pa
     (batch,) = batches([text(6, 6), text(4, 4)], 2)
     assert not batch.answering.any()
     adder.add(0, batch)
-    for sum_name, moment in adder.sums.items():
-        assert bool(moment.total.any()) == sum_name.endswith(".input"), sum_name
+    for sum_name, running in adder.sums.items():
+        assert bool(running.taken().total.any()) == sum_name.endswith(".input"), sum_name
 
 
 def test_the_mean_over_draws_is_the_fisher_information_of_the_output(tmp_path):
@@ -257,7 +257,7 @@ def test_the_mean_over_draws_is_the_fisher_information_of_the_output(tmp_path):
     layers = [pair for group in observed for pair in zip(group.layers, group.modules, strict=True)]
     for layer, module in layers:
         expected = fisher_information(model, module, batch)
-        found = adder.sums[f"{layer.name}.output"].total / draws
+        found = adder.sums[f"{layer.name}.output"].taken().total / draws
         assert relative_error(found, expected) < 0.1, layer.name
         assert float(found.trace()) == pytest.approx(float(expected.trace()), rel=0.06), layer.name
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaguard.curvature.contents import pack, unpack_factor, unpack_moment
-from deltaguard.curvature.sums import Moment, accumulate, check_sum, empty_moment, merge, normalise
+from deltaguard.curvature.sums import Moment, RunningMoment, check_sum, merge, normalise
 from deltaguard.errors import DeltaguardError
 from deltaguard.solvers import factorise
 
@@ -21,11 +21,11 @@ def token_batches(draw):
     return [torch.tensor(batch, dtype=torch.float32) for batch in batches]
 
 
-def summed(batches):
-    moment = empty_moment(SIZE)
+def summed(batches, size=SIZE):
+    running = RunningMoment(size)
     for batch in batches:
-        moment = accumulate(moment, batch)
-    return moment
+        running.add(batch)
+    return running.taken()
 
 
 def same(a: Moment, b: Moment) -> bool:
@@ -43,7 +43,7 @@ def test_the_sum_is_over_outer_products_of_tokens(batches):
 def test_neither_order_nor_batching_matters(batches, random):
     shuffled = list(torch.cat(batches))
     random.shuffle(shuffled)
-    assert same(summed(batches), accumulate(empty_moment(SIZE), torch.stack(shuffled)))
+    assert same(summed(batches), summed([torch.stack(shuffled)]))
 
 
 @given(token_batches(), token_batches(), token_batches())
@@ -51,20 +51,23 @@ def test_merging_is_addition(a, b, c):
     parts = [summed(a), summed(b), summed(c)]
     assert same(merge(parts), summed([*a, *b, *c]))
     assert same(merge([merge(parts[:2]), parts[2]]), merge(parts))
-    assert same(merge([empty_moment(SIZE), parts[0]]), parts[0])
+    assert same(merge([summed([]), parts[0]]), parts[0])
 
 
-def test_adding_leaves_the_earlier_sum_alone():
-    before = accumulate(empty_moment(2), torch.ones(1, 2))
-    after = accumulate(before, torch.ones(3, 2))
-    merge([before, after])
-    assert same(before, Moment(torch.ones(2, 2), 1))
-    assert same(after, Moment(torch.full((2, 2), 4.0), 4))
+def test_a_sum_of_many_panels_is_the_whole_product():
+    batches = [torch.randint(-9, 10, (tokens, 700)).float() for tokens in (3, 50)]
+    found, tokens = summed(batches, 700), torch.cat(batches)
+    assert same(found, Moment(tokens.T @ tokens, 53))
+
+
+def test_a_sum_is_exactly_symmetric_whatever_is_rounded():
+    total = summed([torch.randn(100, 300), torch.randn(7, 300)], 300).total
+    assert torch.equal(total, total.T)
 
 
 def test_half_precision_inputs_are_summed_in_float32():
     inputs = torch.full((300, 1), 100.0, dtype=torch.float16)  # the sum of squares, 3e6, has no float16
-    moment = accumulate(empty_moment(1), inputs)
+    moment = summed([inputs], 1)
     assert moment.total.dtype == torch.float32
     assert moment.total.item() == 3e6
 
@@ -91,7 +94,7 @@ def mean_outer(batches):
 
 
 def test_columns_that_no_token_reached_are_fine():
-    moment = accumulate(empty_moment(3), torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 1.0]]))
+    moment = summed([torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 1.0]])], 3)
     factor = unpack_factor(pack("layer", moment, dampening=0.01))
     assert factor.inverse_diagonal[1] == pytest.approx(1 / factor.damping)
 

@@ -27,6 +27,7 @@ def calibrate(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     rank: Rank = "auto",
     seed: int = 0,
+    memory: str | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> None:
@@ -47,6 +48,8 @@ def calibrate(
         rank: `auto` keeps as many eigenpairs as a quarter of the model's bytes hold; `full` keeps everything,
             which methods `greedy` and `published` need, and merging stores.
         seed: Which prompts are taken and held out, and their order.
+        memory: What the model and the sums over its layers may take, such as `8GB`, half of the memory by
+            default. A model that takes more is calibrated block by block, which takes a third more time.
         resume: Go on with the responses of a calibration that was interrupted.
         json: Print one JSON document and nothing else on stdout.
     """
@@ -65,6 +68,7 @@ def calibrate(
             "dtype": dtype,
             "rank": rank,
             "seed": seed,
+            "memory": memory,
             "resume": resume,
         },
     )

@@ -1,35 +1,39 @@
 """Calibrate: run the aligned model over safety conversations and keep the curvature of its layers.
 
 A run keeps the model's responses, which take most of the time, in `OUTPUT.partial` beside the output. A run
-that was killed goes on with them and sums anew; a finished one leaves the store alone.
+that was killed goes on with them and sums anew, block by block with the block it was at (see `passes`); a
+finished one leaves the store alone.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from deltaguard.chat.conversations import Conversation, build_conversations, fingerprint, read_prompts, sample
 from deltaguard.chat.refusals import is_refusal as opens_with_refusal
 from deltaguard.chat.template import takes_system_role
 from deltaguard.chat.thinking import without_thinking
-from deltaguard.chat.tokens import batches, context_length, encode
+from deltaguard.chat.tokens import Encoded, batches, context_length, encode
 from deltaguard.curvature import Rank
+from deltaguard.curvature.blocks import CutModel, UncutError
 from deltaguard.curvature.contents import GroupCurvature, share_within
 from deltaguard.curvature.observe import Accumulator, observe
+from deltaguard.curvature.passes import Passes
 from deltaguard.curvature.responses import respond, workspace
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
-from deltaguard.curvature.sums import LayerGroup, Moment, input_name, take_sums
-from deltaguard.device import as_served, find_device, served_dtype
+from deltaguard.curvature.sums import LayerGroup, take_sums
+from deltaguard.device import as_served, find_device, memory_bytes, served_dtype
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.families import refuse_experts
+from deltaguard.models.families import is_block_matrix, refuse_experts
 from deltaguard.models.identity import identify
 from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
@@ -61,6 +65,9 @@ class CalibrateConfig(BaseModel):
         dampening: λ / mean diag H of the factors (see `solvers.factor.factorise`).
         rank: `auto` keeps as many eigenpairs as a quarter of the model's bytes hold; `full` all of them, the
             raw sums, and the factors that methods `greedy` and `published` need.
+        memory: bytes, or a text such as "8GB", that the model and the sums over its layers may take. Where
+            they would take more (see `whole_bytes`), one decoder block is calibrated after another. By
+            default half of what the device has.
         resume: go on with a run that was interrupted, and return a store that is finished.
     """
 
@@ -78,6 +85,7 @@ class CalibrateConfig(BaseModel):
     seed: int = 0
     dampening: float = Field(default=0.01, gt=0, le=1)
     rank: Rank = "auto"
+    memory: ByteSize | None = None
     resume: bool = False
 
 
@@ -103,7 +111,7 @@ def calibrate(
         conversations: instead of the package's or a file's prompts.
         config: the options; their defaults where absent.
         progress: called as the stages `load`, `respond` (conversations), `accumulate` (batches) and
-            `decompose` (groups) go on.
+            `decompose` (groups) go on; block by block instead of the last two `forwards` and `backwards`.
         is_refusal: a judge of responses, in place of `refusals.is_refusal`, which knows five languages; the
             store records the share that refuses.
 
@@ -126,11 +134,19 @@ def calibrate(
     request = _request(source, [*calibration, *held_out], config, device)
     with workspace(Path(output_dir), request, resume=config.resume) as journal:
         if journal is not None:
-            run = _Run(source, calibration, held_out, request, device, journal, progress or ignore)
+            memory = memory_bytes(device) // 2 if config.memory is None else int(config.memory)
+            run = _Run(source, calibration, held_out, request, device, memory, journal, progress or ignore)
             try:
                 measured = _measure(run, is_refusal or opens_with_refusal)
+                contents = measured.layers.contents(measured.provenance)
                 refuse_changes(source.changes())
-                _write(Path(output_dir), measured, run.report)
+                write_store(
+                    Path(output_dir),
+                    measured.provenance,
+                    measured.held_out,
+                    measured.layers.groups,
+                    lambda _: next(contents),
+                )
             except torch.OutOfMemoryError as error:
                 raise DeltaguardError(
                     f"{run.device} has too little memory for the model, the sums over its layers' inputs and "
@@ -138,6 +154,19 @@ def calibrate(
                     "a device with more memory, such as `cpu`; for the batches, smaller ones."
                 ) from error
     return CurvatureStore.from_pretrained(output_dir)
+
+
+def whole_bytes(aligned: Checkpoint, dtype: torch.dtype) -> int:
+    """Estimate the bytes that calibrating a model as a whole takes: its weights, and all sums in float32.
+
+    Args:
+        aligned: the model.
+        dtype: of its weights as it is run.
+    """
+    infos = aligned.tensors.values()
+    weights = sum(math.prod(info.shape) for info in infos) * dtype.itemsize
+    matrices = [info.shape for info in infos if is_block_matrix(info.name, info.shape)]
+    return weights + torch.float32.itemsize * sum(rows**2 + columns**2 for rows, columns in matrices)
 
 
 def store_limit(aligned: Checkpoint) -> int:
@@ -154,16 +183,25 @@ class _Run:
     held_out: Sequence[Conversation]
     request: CalibrationRequest
     device: torch.device
+    memory: int
     journal: Path
     report: Progress
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """What is left once the model is not needed any more; sums by the names of the matrices."""
+class _Layers:
+    """The layers, and what gives the curvature of each group once the store is known that it is for."""
 
     groups: tuple[LayerGroup, ...]
-    sums: dict[str, Moment]
+    uncovered: tuple[str, ...]
+    contents: Callable[[Provenance], Iterator[GroupCurvature]]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is left once the model is not needed as a whole any more."""
+
+    layers: _Layers
     held_out: tuple[Conversation, ...]
     provenance: Provenance
 
@@ -227,10 +265,14 @@ def _request(
 
 
 def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
-    """Do everything that needs the model, which is gone from memory afterwards."""
+    """Let the model answer, and find the layers; what needs the sums waits in `contents`."""
     request, count = run.request, len(run.calibration)
-    tokenizer, model = _load(run)
-    with as_served(model) if request.answer_dtype != request.dtype else nullcontext():
+    in_blocks = whole_bytes(run.source, getattr(torch, request.dtype)) > run.memory
+    tokenizer = load_tokenizer(run.source.folder, run.source.reference)
+    answering = request.answer_dtype or request.dtype
+    model = _load(run, answering if in_blocks else request.dtype)
+    config = model.config
+    with as_served(model) if answering != request.dtype else nullcontext():
         answered = respond(
             model,
             tokenizer,
@@ -240,7 +282,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
             journal=run.journal,
             on_batch=lambda done, total: run.report(Event("respond", done, total)),
         )
-    limit = context_length(model.config, request.max_length)
+    limit = context_length(config, request.max_length)
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
     held_out = [c for c in answered[count:] if encode(tokenizer, c, max_length=limit).has_response]
     for what, found in (("", any(text.has_response for text in texts)), ("held-out ", bool(held_out))):
@@ -249,18 +291,13 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
                 f"No {what}conversation has a response within {limit} tokens: nothing can be learned about "
                 "responses. Allow longer conversations."
             )
-    observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
-    accumulator, ordered = Accumulator(model, observed), batches(texts, request.batch_size)
-    for number, batch in enumerate(ordered):
-        accumulator.add(number, batch.to(run.device))
-        run.report(Event("accumulate", number + 1, len(ordered)))
-    sums = accumulator.sums
-    groups = tuple(
-        LayerGroup(g.name, g.in_features, sums[input_name(g.name)].tokens, g.layers) for g in observed
-    )
-    refusing = sum(
-        is_refusal(without_thinking(conversation.response or "")) for conversation in answered[:count]
-    )
+    if in_blocks:
+        # Both would not fit.
+        del model
+        layers = _by_blocks(run, texts) or _whole(run, _load(run, request.dtype), texts)
+    else:
+        layers = _whole(run, model, texts)
+    refusing = sum(is_refusal(without_thinking(row.response or "")) for row in answered[:count])
     provenance = Provenance(
         **request.model_dump(),
         aligned=run.source.reference,
@@ -271,31 +308,58 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         truncated=sum(text.truncated for text in texts),
         system_role="template" if takes_system_role(tokenizer) else "user turn",
         refusal_share=refusing / count,
-        uncovered=uncovered,
-        rank_share=1.0 if request.rank == "full" else share_within(groups, store_limit(run.source)),
+        uncovered=layers.uncovered,
+        rank_share=1.0 if request.rank == "full" else share_within(layers.groups, store_limit(run.source)),
         versions=versions(),
     )
-    return _Measured(groups, sums, tuple(held_out), provenance)
+    return _Measured(layers, tuple(held_out), provenance)
 
 
-def _load(run: _Run) -> tuple[Any, Any]:
+def _whole(run: _Run, model: Any, texts: Sequence[Encoded]) -> _Layers:
+    """Take the sums of all layers at once; the model is not needed any more then."""
+    observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
+    accumulator, ordered = Accumulator(model, observed), batches(texts, run.request.batch_size)
+    for number, batch in enumerate(ordered):
+        accumulator.add(number, batch.to(run.device))
+        run.report(Event("accumulate", number + 1, len(ordered)))
+    sums, tokens = accumulator.sums, sum(len(text.ids) for text in texts)
+    groups = tuple(LayerGroup(g.name, g.in_features, tokens, g.layers) for g in observed)
+
+    def contents(provenance: Provenance) -> Iterator[GroupCurvature]:
+        # Each sum is given up when its turn has come.
+        for number, group in enumerate(groups):
+            found = provenance.decompose(group, take_sums(group, sums))
+            run.report(Event("decompose", number + 1, len(groups)))
+            yield found
+
+    return _Layers(groups, uncovered, contents)
+
+
+def _by_blocks(run: _Run, texts: Sequence[Encoded]) -> _Layers | None:
+    """Take the sums of one decoder block after the other; None of a model that cannot be cut into blocks."""
+    try:
+        cut = CutModel(run.source, dtype=getattr(torch, run.request.dtype), device=run.device)
+    except UncutError as error:
+        run.report(Event("load", 0, 1, f"the model cannot be taken block by block: {error}"))
+        return None
+    ordered = [batch.to(run.device) for batch in batches(texts, run.request.batch_size)]
+    passes = Passes(cut, ordered, run.journal.parent / "blocks", run.report)
+    found = passes.forwards()
+
+    def contents(provenance: Provenance) -> Iterator[GroupCurvature]:
+        passes.backwards(found, provenance)
+        return passes.contents()
+
+    return _Layers(
+        groups=tuple(group for block in found for group in block.groups),
+        uncovered=tuple(sorted(name for block in found for name in block.uncovered)),
+        contents=contents,
+    )
+
+
+def _load(run: _Run, dtype: str) -> Any:
     run.report(Event("load", 0, 1))
-    folder, name = run.source.folder, run.source.reference
-    tokenizer = load_tokenizer(folder, name)
-    model = load_model(folder, name, dtype=getattr(torch, run.request.dtype))
+    model = load_model(run.source.folder, run.source.reference, dtype=getattr(torch, dtype))
     model = model.to(run.device).requires_grad_(requires_grad=False)
     run.report(Event("load", 1, 1))
-    return tokenizer, model
-
-
-def _write(output: Path, measured: _Measured, report: Progress) -> None:
-    """Decompose group by group, each sum being given up when its turn has come."""
-    total = len(measured.groups)
-    done = itertools.count(1)
-
-    def content(group: LayerGroup) -> GroupCurvature:
-        found = measured.provenance.decompose(group, take_sums(group, measured.sums))
-        report(Event("decompose", next(done), total))
-        return found
-
-    write_store(output, measured.provenance, measured.held_out, measured.groups, content)
+    return model

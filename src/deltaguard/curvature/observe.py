@@ -1,18 +1,18 @@
 """Find the linear layers of a model and which of them see the same input, and sum over what passes them."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from deltaguard.chat.predictions import logits_at
 from deltaguard.chat.tokens import Batch
-from deltaguard.curvature.sums import LinearLayer, Moment, accumulate, empty_moment, input_name, output_name
+from deltaguard.curvature.blocks import Call, CutModel
+from deltaguard.curvature.sums import LayerGroup, LinearLayer, RunningMoment, input_name, output_name
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import WeightSource, name_map
 from deltaguard.models.families import is_conv1d, is_linear, modules_in_blocks
@@ -51,34 +51,51 @@ def observe(model: Any, source: WeightSource, ids: Sequence[int]) -> tuple[list[
         DeltaguardError: there are no such layers, or the checkpoint has no tensor of the same values for
             some, or they see something other than one row per token. All are listed.
     """
-    decoder = model.get_decoder()
+    text = torch.tensor([ids], device=next(model.parameters()).device)
+
+    def run() -> None:
+        model.get_decoder()(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False)
+
     inside = modules_in_blocks(model)
-    linear = {name: m for name, m in inside.items() if is_linear(m)}
-    groups = _shared_inputs(decoder, linear, ids)
+    groups = _shared_inputs(inside, run, len(ids))
     if not groups:
         raise DeltaguardError(
             f"{source.reference} ({type(model).__name__}) has no linear layer inside a list of decoder "
             "blocks: there is nothing to calibrate."
         )
-    weights = {
-        f"{name}.{key}"
-        for name, module in inside.items()
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim > 1
-    }
-    names = name_map(sorted(weights), source.tensors)
-    layers = _layers(source, names, {name: linear[name] for group in groups for name in group})
-    covered = {f"{name}.weight" for name in layers}
-    observed = [
-        Observed(
-            name=layers[group[0]].tensor.removesuffix(".weight"),
-            modules=tuple(linear[name] for name in group),
-            in_features=_in_features(linear[group[0]]),
-            layers=tuple(layers[name] for name in group),
-        )
-        for group in groups
+    names = name_map(sorted(_matrices(inside)), source.tensors)
+    layers = _layers(source, names, {name: inside[name] for group in groups for name in group})
+    return _observed(inside, groups, layers), _uncovered(inside, layers, names)
+
+
+def observe_block(
+    cut: CutModel, number: int, hidden: Tensor, call: Call
+) -> tuple[list[Observed], tuple[str, ...]]:
+    """Find the linear layers of one block that is loaded, like `observe`.
+
+    Args:
+        cut: the model.
+        number: of the block.
+        hidden: what goes into it, (conversations, tokens, hidden).
+        call: what it is given beside.
+
+    Raises:
+        DeltaguardError: as `observe`.
+    """
+    prefix = f"{cut.prefix}{number}."
+    inside = {f"{prefix}{name}": module for name, module in cut.blocks[number].named_modules() if name}
+    groups = _shared_inputs(inside, lambda: cut.run(number, hidden, call), hidden.shape[:-1].numel())
+    layers = {name: _layer(cut.names[f"{name}.weight"], inside[name]) for group in groups for name in group}
+    return _observed(inside, groups, layers), _uncovered(inside, layers, cut.names)
+
+
+def observed_again(cut: CutModel, groups: Sequence[LayerGroup]) -> list[Observed]:
+    """Find the modules of groups that `observe_block` has found before."""
+    modules = {tensor: cut.model.get_submodule(name.rpartition(".")[0]) for name, tensor in cut.names.items()}
+    return [
+        Observed(g.name, tuple(modules[layer.tensor] for layer in g.layers), g.in_features, g.layers)
+        for g in groups
     ]
-    return observed, tuple(sorted(names.get(name, name) for name in weights - covered))
 
 
 class Accumulator:
@@ -93,13 +110,9 @@ class Accumulator:
     """
 
     def __init__(self, model: Any, observed: Sequence[Observed]) -> None:
-        self.sums: dict[str, Moment] = {}
+        self.sums = running_sums(observed, model.device)
         self._model = model
         self._observed = observed
-        for group in observed:
-            self.sums[input_name(group.name)] = empty_moment(group.in_features, device=model.device)
-            for layer in group.layers:
-                self.sums[output_name(layer)] = empty_moment(layer.out_features, device=model.device)
 
     def add(self, number: int, batch: Batch) -> None:
         """Run a batch and add its tokens.
@@ -108,38 +121,58 @@ class Accumulator:
             number: of the batch, counted from 0; the tokens drawn depend on it and on nothing else.
             batch: on the model's device.
         """
-        chosen = batch.mask.flatten()
 
-        def add(name: str, vectors: Tensor) -> None:
-            tokens = vectors.detach().reshape(-1, vectors.shape[-1])[chosen]
-            self.sums[name] = accumulate(self.sums[name], tokens)
+        def differentiate(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            """Let gradients flow from the embeddings on, though no parameter takes one."""
+            return output.requires_grad_()
 
-        with torch.enable_grad(), ExitStack() as stack:
-            for handle in self._hooks(add):
-                stack.callback(handle.remove)
+        with torch.enable_grad(), watched(self._observed, self.sums, batch.mask), ExitStack() as stack:
+            embeddings = self._model.get_input_embeddings()
+            stack.callback(embeddings.register_forward_hook(differentiate).remove)
             logits = logits_at(self._model, batch.ids, batch.mask, batch.answering)
             drawn_likelihood(logits, seed=number).backward()
 
-    def _hooks(self, add: Callable[[str, Tensor], None]) -> Iterator[RemovableHandle]:
-        """Watch all layers, and let gradients flow from the embeddings on, though no parameter takes one."""
 
-        def differentiate(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output.requires_grad_()
+def running_sums(observed: Sequence[Observed], device: torch.device) -> dict[str, RunningMoment]:
+    """Make empty sums for what is observed, by the names of the matrices (see `LayerGroup.matrices`)."""
+    sums: dict[str, RunningMoment] = {}
+    for group in observed:
+        sums[input_name(group.name)] = RunningMoment(group.in_features, device=device)
+        for layer in group.layers:
+            sums[output_name(layer)] = RunningMoment(layer.out_features, device=device)
+    return sums
 
-        def inputs_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _module, inputs: add(name, inputs[0])
 
-        def gradients_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            def watch(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                output.register_hook(lambda gradient: add(name, gradient))
+@contextmanager
+def watched(observed: Sequence[Observed], sums: Mapping[str, RunningMoment], mask: Tensor) -> Generator[None]:
+    """Add the inputs of layers, and the gradients of their outputs, as they are run and differentiated.
 
-            return watch
+    Args:
+        observed: the layers.
+        sums: what is added to, from `running_sums`.
+        mask: False for padding, (conversations, tokens).
+    """
+    chosen = mask.flatten()
 
-        yield self._model.get_input_embeddings().register_forward_hook(differentiate)
-        for group in self._observed:
-            yield group.modules[0].register_forward_pre_hook(inputs_of(input_name(group.name)))
+    def add(name: str, vectors: Tensor) -> None:
+        sums[name].add(vectors.detach().reshape(-1, vectors.shape[-1])[chosen])
+
+    def inputs_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: add(name, inputs[0])
+
+    def gradients_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def watch(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(lambda gradient: add(name, gradient))
+
+        return watch
+
+    with ExitStack() as stack:
+        for group in observed:
+            hook = inputs_of(input_name(group.name))
+            stack.callback(group.modules[0].register_forward_pre_hook(hook).remove)
             for layer, module in zip(group.layers, group.modules, strict=True):
-                yield module.register_forward_hook(gradients_of(output_name(layer)))
+                stack.callback(module.register_forward_hook(gradients_of(output_name(layer))).remove)
+        yield
 
 
 def drawn_likelihood(logits: Tensor, *, seed: int) -> Tensor:
@@ -167,27 +200,58 @@ def _in_features(module: nn.Module) -> int:
     return cast("Tensor", module.weight).shape[0 if is_conv1d(module) else 1]
 
 
+def _matrices(inside: Mapping[str, nn.Module]) -> set[str]:
+    """Name the matrices among the parameters of modules."""
+    return {
+        f"{name}.{key}"
+        for name, module in inside.items()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1
+    }
+
+
+def _observed(
+    inside: Mapping[str, nn.Module], groups: Sequence[Sequence[str]], layers: Mapping[str, LinearLayer]
+) -> list[Observed]:
+    return [
+        Observed(
+            name=layers[group[0]].name,
+            modules=tuple(inside[name] for name in group),
+            in_features=_in_features(inside[group[0]]),
+            layers=tuple(layers[name] for name in group),
+        )
+        for group in groups
+    ]
+
+
+def _uncovered(
+    inside: Mapping[str, nn.Module], layers: Mapping[str, LinearLayer], names: Mapping[str, str]
+) -> tuple[str, ...]:
+    left = _matrices(inside) - {f"{name}.weight" for name in layers}
+    return tuple(sorted(names.get(name, name) for name in left))
+
+
 @torch.no_grad()
-def _shared_inputs(decoder: Any, linear: Mapping[str, nn.Module], ids: Sequence[int]) -> list[list[str]]:
-    """Run a text, and put layers together that received the same tensor object."""
+def _shared_inputs(inside: Mapping[str, nn.Module], run: Callable[[], object], rows: int) -> list[list[str]]:
+    """Run the linear layers among modules on some rows, and put together those that get the same tensor."""
     # The tensors are kept until the end, since the id of one that is gone may be given to another.
     seen: list[tuple[str, Tensor]] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, inputs: seen.append((name, inputs[0]))
 
-    text = torch.tensor([ids], device=next(decoder.parameters()).device)
     with ExitStack() as stack:
-        for name, module in linear.items():
-            stack.callback(module.register_forward_pre_hook(hook(name)).remove)
-        decoder(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False)
+        for name, module in inside.items():
+            if is_linear(module):
+                stack.callback(module.register_forward_pre_hook(hook(name)).remove)
+        run()
     calls = Counter(name for name, _ in seen)
     problems = [f"`{name}` is used {count} times in one pass" for name, count in calls.items() if count > 1]
     groups: dict[int, list[str]] = {}
     for name, tensor in seen:
-        rows = tensor.numel() // tensor.shape[-1]
-        if rows != len(ids):
-            problems.append(f"`{name}` sees {rows} rows for {len(ids)} tokens")
+        found = tensor.numel() // tensor.shape[-1]
+        if found != rows:
+            problems.append(f"`{name}` sees {found} rows for {rows} tokens")
         groups.setdefault(id(tensor), []).append(name)
     if problems:
         raise DeltaguardError(
@@ -214,9 +278,14 @@ def _layers(
                 f"`{tensor}`, {tuple(stored.shape)}, differs from the model's `{name}.weight`, "
                 f"{tuple(weight.shape)}"
             )
-        layers[name] = LinearLayer(tensor, is_conv1d(module), weight.numel() // _in_features(module))
+        layers[name] = _layer(tensor, module)
     if problems:
         raise DeltaguardError(
             listed(f"transformers changes weights of {source.reference} while it loads them", problems)
         )
     return layers
+
+
+def _layer(tensor: str, module: nn.Module) -> LinearLayer:
+    weight = cast("Tensor", module.weight)
+    return LinearLayer(tensor, is_conv1d(module), weight.numel() // _in_features(module))

@@ -79,7 +79,7 @@ def respond(
 
 def _read_journal(journal: Path, *, asked: range, given: Collection[int]) -> dict[int, str]:
     """Read the responses of whole batches, none to a conversation that came with its own."""
-    remedy = _start_anew(journal.parent)
+    remedy = start_anew(journal.parent)
     batches = read_journal(journal, _BATCH, remedy=remedy)
     found = {i: text for batch in batches for i, text in batch.items()}
     unasked = sorted(i for i in found if i not in asked or i in given)
@@ -91,7 +91,8 @@ def _read_journal(journal: Path, *, asked: range, given: Collection[int]) -> dic
     return found
 
 
-def _start_anew(folder: Path) -> str:
+def start_anew(folder: Path) -> str:
+    """Say how to begin again where what a run left cannot be used."""
     return f"Delete the folder {folder} and run the same command again: it starts anew."
 
 
@@ -135,7 +136,7 @@ def workspace(output: Path, request: CalibrationRequest, *, resume: bool) -> Gen
                         f"An unfinished calibration lies in {folder}. Resume it (`--resume`), or delete that "
                         "folder."
                     )
-                remedy = _start_anew(folder)
+                remedy = start_anew(folder)
                 if not asked.is_file():
                     raise DeltaguardError(f"{asked} is missing, so nobody knows what was asked for. {remedy}")
                 earlier = read_json(asked, CalibrationRequest, remedy=remedy)

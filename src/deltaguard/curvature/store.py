@@ -21,6 +21,7 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature.checks import open_files
 from deltaguard.curvature.contents import (
     PACKED_FIELDS,
+    Decomposed,
     GroupCurvature,
     Packed,
     share_within,
@@ -193,6 +194,24 @@ class CurvatureStore:
         moment = unpack_moment(self.packed(group))
         layers = self._stored(group).group.layers
         return Sums(moment, tuple(self._read(f"{output_name(layer)}.total") for layer in layers))
+
+    def content(self, group: str) -> GroupCurvature:
+        """Read all that is stored of a group, as it was given to be stored.
+
+        Raises:
+            DeltaguardError: the store has no such group.
+        """
+        stored = self._stored(group)
+        matrices = [
+            Decomposed(Spectrum(self._read(f"{name}.values"), self._read(f"{name}.vectors"), tail), mean)
+            for (name, _), tail, mean in zip(stored.group.matrices(), stored.tails, stored.means, strict=True)
+        ]
+        return GroupCurvature(
+            inputs=matrices[0],
+            outputs=tuple(matrices[1:]),
+            packed=self.packed(group) if self.is_full else None,
+            totals=self.sums(group).outputs if self.is_full else (),
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the store to a new folder.

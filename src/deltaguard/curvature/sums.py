@@ -15,6 +15,9 @@ from deltaguard.errors import DeltaguardError
 
 _Size = Annotated[int, Field(gt=0, le=1 << 31)]
 
+_PANEL = 256
+"""Rows; fewer make products slower, and more compute more than half of a sum."""
+
 
 @dataclass(frozen=True)
 class LinearLayer:
@@ -94,33 +97,53 @@ class Sums:
     outputs: tuple[Tensor, ...]
 
 
-def take_sums(group: LayerGroup, sums: MutableMapping[str, Moment]) -> Sums:
-    """Take one group's sums out of those of all (see `LayerGroup.matrices`), so that memory gets free."""
-    outputs = tuple(sums.pop(output_name(layer)).total for layer in group.layers)
-    return Sums(sums.pop(input_name(group.name)), outputs)
+class RunningMoment:
+    """A sum of x xᵀ over tokens, in place.
 
-
-def empty_moment(
-    size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Moment:
-    """Make the sum over no tokens, (size, size)."""
-    return Moment(torch.zeros(size, size, dtype=dtype, device=device), 0)
-
-
-def accumulate(moment: Moment, inputs: Tensor) -> Moment:
-    """Add a batch of tokens; the moment given is left as it was.
-
-    Args:
-        moment: what was summed so far.
-        inputs: (tokens, in), in any dtype; the products are taken in the moment's dtype.
+    Of the symmetric sum a little more than half is computed: panels of rows, each from the diagonal on.
 
     Example:
         >>> import torch
-        >>> accumulate(empty_moment(2), torch.tensor([[1.0, 2.0]])).total.tolist()
+        >>> running = RunningMoment(2)
+        >>> running.add(torch.tensor([[1.0, 2.0]]))
+        >>> running.taken().total.tolist()
         [[1.0, 2.0], [2.0, 4.0]]
     """
-    x = inputs.to(moment.total)
-    return Moment(torch.addmm(moment.total, x.T, x), moment.tokens + x.shape[0])
+
+    def __init__(
+        self, size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        """Begin with no token; the sum is (size, size)."""
+        self._total = torch.zeros(size, size, dtype=dtype, device=device)
+        self._tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add a batch of tokens.
+
+        Args:
+            inputs: (tokens, size), in any dtype; the products are taken in the sum's.
+        """
+        x = inputs.to(self._total)
+        for start in range(0, len(self._total), _PANEL):
+            rows = x[:, start : start + _PANEL]
+            self._total[start : start + _PANEL, start:].addmm_(rows.T, x[:, start:])
+        self._tokens += len(x)
+
+    def taken(self) -> Moment:
+        """Give the sum, exactly symmetric; nothing may be added to it then."""
+        total = self._total
+        for start in range(0, len(total), _PANEL):
+            end = start + _PANEL
+            diagonal = total[start:end, start:end]
+            diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
+            total[end:, start:end] = total[start:end, end:].T
+        return Moment(total, self._tokens)
+
+
+def take_sums(group: LayerGroup, sums: MutableMapping[str, RunningMoment]) -> Sums:
+    """Take one group's sums out of those of all (see `LayerGroup.matrices`), so that memory gets free."""
+    outputs = tuple(sums.pop(output_name(layer)).taken().total for layer in group.layers)
+    return Sums(sums.pop(input_name(group.name)).taken(), outputs)
 
 
 def merge(moments: Sequence[Moment]) -> Moment:

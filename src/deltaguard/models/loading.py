@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field
+from torch import nn
 
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import ANY_OBJECT, read_json
@@ -169,6 +170,42 @@ def empty_model(folder: Path, reference: str) -> Any:
     config = load_config(folder, reference)
     with foreign(f"transformers cannot build the model of {reference}"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def skeleton(folder: Path, reference: str, *, dtype: torch.dtype) -> Any:
+    """Build a causal language model whose parameters take no memory, and whose buffers hold what they should.
+
+    Buffers such as rotary frequencies are computed by the modules as they are made, and lie in no checkpoint.
+
+    Args:
+        folder: of the model; its weights are not read.
+        reference: what the user called it, for messages.
+        dtype: of the parameters.
+
+    Raises:
+        DeltaguardError: as `load_config`, or transformers cannot build the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder, reference)
+    with foreign(f"transformers cannot build the model of {reference}"), _parameters_without_memory():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+
+
+@contextmanager
+def _parameters_without_memory() -> Generator[None]:
+    """Put every parameter onto the meta device as a module takes it."""
+    register = nn.Module.register_parameter
+
+    def take(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        empty = None if param is None else nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, empty)
+
+    nn.Module.register_parameter = take
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def module_names(folder: Path) -> tuple[str, ...]:

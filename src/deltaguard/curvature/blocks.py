@@ -1,0 +1,246 @@
+"""A model cut into its decoder blocks, of which one at a time holds weights.
+
+The model's own forward pass says what each block is given beside the hidden states, such as masks and rotary
+embeddings: it is run with blocks that pass their input on. So an architecture can be cut if nothing but the
+hidden states goes from one block to the next; that is tried out, not known by name.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaguard.chat.predictions import logits_at
+from deltaguard.chat.tokens import Batch
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint, name_map
+from deltaguard.models.families import decoder_blocks, with_common_head
+from deltaguard.models.loading import foreign, skeleton
+
+_TRIED = ((3, 1, 2, 0, 3), (1, 2, 0, 0, 0)), ((True,) * 5, (True, True, False, False, False))
+"""Token ids of two rows, and their mask, on which models are tried out; any vocabulary has these tokens."""
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype)
+
+
+class UncutError(DeltaguardError):
+    """A model that cannot be cut into blocks; the message says why, as the rest of a sentence."""
+
+
+class _FoundError(Exception):
+    """Ends a trial; holds what a block put out."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is given beside the hidden states."""
+
+    positional: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+
+class CutModel:
+    """A causal language model of which the decoder blocks are loaded one at a time; all else stays loaded.
+
+    Attributes:
+        model: a transformers model; the parameters of its blocks have no content.
+        blocks: the decoder blocks.
+        prefix: of the blocks' names in the model, such as `model.layers.`.
+        names: of the model's parameters, to those of the checkpoint's tensors.
+        device: where all is run.
+    """
+
+    def __init__(self, source: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Load what is no block, and try out whether the blocks can be run one by one.
+
+        Args:
+            source: the checkpoint.
+            dtype: of the weights.
+            device: where all is run.
+
+        Raises:
+            UncutError: the model cannot be cut, or not in this dtype.
+            DeltaguardError: transformers cannot build it.
+        """
+        self._source, self._dtype, self.device = source, dtype, device
+        self.model = skeleton(source.folder, source.reference, dtype=dtype)
+        self.blocks = decoder_blocks(self.model)
+        self.prefix = next(f"{name}." for name, each in self.model.named_modules() if each is self.blocks)
+        tied = set(self.model.all_tied_weights_keys)
+        parameters = [name for name, _ in self.model.named_parameters() if name not in tied]
+        stored = {with_common_head(name): name for name in source.tensors}
+        self.names = {name: stored[found] for name, found in name_map(parameters, stored).items()}
+        _require_as_stored(self.model, self.names, source, dtype)
+        for name in parameters:
+            if not name.startswith(self.prefix):
+                self._take(name)
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self._output = self._form_of_output()
+        _require_alike(self._trial(0.0), self._trial(1.0))
+
+    @contextmanager
+    def loaded(self, number: int) -> Generator[nn.Module]:
+        """Load the weights of one block for as long as the context lasts."""
+        block = self.blocks[number]
+        names = [f"{self.prefix}{number}.{name}" for name, _ in block.named_parameters()]
+        for name in names:
+            self._take(name)
+        try:
+            yield block
+        finally:
+            for name in names:
+                self._put(name, self.model.get_parameter(name).to("meta"))
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, tuple[Call, ...]]:
+        """Compute what the first block gets, (conversations, tokens, hidden), and all else that each gets."""
+        seen: list[tuple[Tensor, Call]] = []
+
+        def forward(_: int, hidden: Tensor, *given: Any, **named: Any) -> Any:
+            seen.append((hidden, Call(given, named)))
+            return self._output(hidden)
+
+        self._decode(batch, forward)
+        return seen[0][0], tuple(call for _, call in seen)
+
+    def run(self, number: int, hidden: Tensor, call: Call) -> Tensor:
+        """Run a loaded block.
+
+        Args:
+            number: of the block.
+            hidden: (conversations, tokens, hidden).
+            call: what it is given beside, from `inputs`.
+        """
+        output = self.blocks[number](hidden, *call.positional, **call.named)
+        return output if isinstance(output, Tensor) else output[0]
+
+    def logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Compute the logits for the response tokens from what the last block puts out.
+
+        Args:
+            hidden: (conversations, tokens, hidden).
+            batch: the conversations.
+
+        Returns:
+            (response tokens, vocabulary), as `logits_at` gives them.
+        """
+        last = len(self.blocks) - 1
+
+        def forward(number: int, given: Tensor, *_: Any, **__: Any) -> Any:
+            return self._output(hidden if number == last else given)
+
+        with self._replaced(forward):
+            return logits_at(self.model, batch.ids, batch.mask, batch.answering)
+
+    def _take(self, name: str) -> None:
+        self._put(name, self._source.read(self.names[name]).to(self.device, self._dtype))
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        module, _, key = name.rpartition(".")
+        setattr(self.model.get_submodule(module), key, nn.Parameter(tensor, requires_grad=False))
+
+    @contextmanager
+    def _replaced(self, forward: Callable[..., Any]) -> Generator[None]:
+        """Let a function, which is given a block's number first, stand for the forward pass of each block."""
+        with ExitStack() as stack:
+            for number, block in enumerate(self.blocks):
+                block.forward = partial(forward, number)
+                stack.callback(delattr, block, "forward")
+            yield
+
+    @torch.no_grad()
+    def _decode(self, batch: Batch, forward: Callable[..., Any]) -> None:
+        with self._replaced(forward):
+            mask = batch.mask.long()
+            self.model.get_decoder()(input_ids=batch.ids, attention_mask=mask, use_cache=False)
+
+    def _form_of_output(self) -> Callable[[Tensor], Any]:
+        """Find what makes a block's output of hidden states, by running the first block."""
+        real = self.blocks[0].forward
+
+        def forward(_: int, *given: Any, **named: Any) -> Any:
+            raise _FoundError(real(*given, **named))
+
+        try:
+            with self.loaded(0), foreign("it cannot be run", UncutError):
+                self._decode(self._tried(), forward)
+        except UncutError as error:
+            if not isinstance(error.__cause__, _FoundError):
+                raise
+            found = error.__cause__.args[0]
+        else:
+            raise UncutError("its blocks are not run")
+        if isinstance(found, Tensor):
+            return lambda hidden: hidden
+        if isinstance(found, tuple) and isinstance(found[0], Tensor) and set(found[1:]) <= {None}:
+            return lambda hidden: (hidden, *found[1:])
+        raise UncutError("its blocks put out more than hidden states")
+
+    def _trial(self, shift: float) -> list[Call]:
+        """See what blocks are given where the first adds a number to hidden states, the others nothing."""
+        calls: list[Call] = []
+        passed: list[Tensor] = []
+
+        def forward(number: int, *given: Any, **named: Any) -> Any:
+            hidden, *others = given or (None,)
+            if number != len(calls) or not isinstance(hidden, Tensor):
+                raise UncutError("its blocks are not run one after another, on hidden states")
+            if passed and hidden is not passed[-1]:
+                raise UncutError("something happens between its blocks")
+            calls.append(Call(tuple(others), named))
+            passed.append(hidden if number else hidden + shift)
+            return self._output(passed[-1])
+
+        with foreign("it cannot be run", UncutError):
+            self._decode(self._tried(), forward)
+        if len(calls) != len(self.blocks):
+            raise UncutError(f"{len(calls)} of its {len(self.blocks)} blocks are run")
+        return calls
+
+    def _tried(self) -> Batch:
+        ids, mask = (torch.tensor(rows, device=self.device) for rows in _TRIED)
+        return Batch(ids, mask, mask)
+
+
+def _require_as_stored(model: Any, names: Mapping[str, str], source: Checkpoint, dtype: torch.dtype) -> None:
+    """Refuse where transformers would change tensors as it loads them.
+
+    Raises:
+        UncutError: a parameter is in no file, or has another shape there, or another dtype than asked for.
+    """
+    precise = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]  # noqa: SLF001  # as transformers does
+    if precise and dtype != torch.float32:
+        raise UncutError(f"it keeps {', '.join(sorted(precise))} in float32 whatever its dtype")
+    for name, parameter in model.named_parameters():
+        if name in model.all_tied_weights_keys:
+            continue
+        stored = source.tensors.get(names.get(name, ""))
+        if stored is None or stored.shape != tuple(parameter.shape):
+            raise UncutError(f"transformers makes `{name}` of other tensors as it loads them")
+
+
+def _require_alike(one: Any, other: Any) -> None:
+    """Refuse where what blocks are given beside hidden states depends on these, or can carry anything on.
+
+    Raises:
+        UncutError: it does.
+    """
+    if isinstance(one, Call):
+        _require_alike((one.positional, dict(one.named)), (other.positional, dict(other.named)))
+    elif isinstance(one, tuple | list):
+        for pair in zip(one, other, strict=True):
+            _require_alike(*pair)
+    elif isinstance(one, dict):
+        for name, value in one.items():
+            _require_alike(value, other[name])
+    elif isinstance(one, Tensor):
+        if not torch.equal(one, other):
+            raise UncutError("what its blocks are given depends on what others made")
+    elif not isinstance(one, _PLAIN):
+        raise UncutError(f"its blocks share a {type(one).__name__}")

@@ -1,0 +1,201 @@
+"""Calibration of one decoder block after another, in the memory of one.
+
+Forwards, every block is loaded once and all conversations go through it; what goes into it is kept in a file.
+Backwards, last block first, it is loaded again, each batch goes through it once more with a gradient, and its
+sums are decomposed into a store of its own before the next one's begin. These are the operations of a whole
+model in the same order, but that each block runs twice. A run that was killed repeats at most one block.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deltaguard.chat.tokens import Batch
+from deltaguard.curvature.blocks import Call, CutModel
+from deltaguard.curvature.contents import GroupCurvature
+from deltaguard.curvature.observe import (
+    drawn_likelihood,
+    observe_block,
+    observed_again,
+    running_sums,
+    watched,
+)
+from deltaguard.curvature.responses import start_anew
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import Provenance, save_tensors, write_store
+from deltaguard.curvature.sums import LayerGroup, RunningMoment, take_sums
+from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_json
+from deltaguard.models.durable import explained, write_atomically
+from deltaguard.progress import Event, Progress
+
+
+@dataclass(frozen=True)
+class BlockLayers:
+    """What one block holds.
+
+    Attributes:
+        groups: its layers, those that see the same input together.
+        uncovered: its matrices that are in no group.
+    """
+
+    groups: tuple[LayerGroup, ...]
+    uncovered: tuple[str, ...]
+
+
+_LAYERS = TypeAdapter(BlockLayers)
+
+
+class Passes:
+    """The two passes over the blocks, and the folder that keeps what is between them.
+
+    Attributes:
+        tokens: of all conversations.
+    """
+
+    def __init__(self, cut: CutModel, batches: Sequence[Batch], folder: Path, report: Progress) -> None:
+        """Go on with what the folder holds.
+
+        Args:
+            cut: the model.
+            batches: the conversations, on its device.
+            folder: is made where absent; it must belong to the same model and conversations.
+            report: told of blocks, as the stages `forwards` and `backwards`.
+        """
+        self.tokens = sum(int(batch.mask.sum()) for batch in batches)
+        self._cut, self._batches, self._folder, self._report = cut, batches, folder, report
+        self._calls: list[tuple[Call, ...]] = []
+        with explained(folder):
+            folder.mkdir(exist_ok=True)
+
+    def forwards(self) -> list[BlockLayers]:
+        """Run all conversations through block after block; find the layers of each.
+
+        Raises:
+            DeltaguardError: layers do not see each token once (see `observe`), or the disk is full.
+        """
+        count, found = len(self._cut.blocks), list[BlockLayers]()
+        first = [self._cut.inputs(batch) for batch in self._batches]
+        self._calls = [calls for _, calls in first]
+        while len(found) < count and (path := self._layers_file(len(found))).is_file():
+            found.append(read_json(path, _LAYERS, remedy=start_anew(self._folder.parent)))
+        if len(found) == count:
+            return found
+        hidden = list(self._read("input", len(found))) if found else [each for each, _ in first]
+        self._write("input", len(found), hidden)
+        for number in range(len(found), count):
+            with self._cut.loaded(number), torch.no_grad():
+                layers, uncovered = observe_block(self._cut, number, hidden[0], self._calls[0][number])
+                hidden = [
+                    self._cut.run(number, each, calls[number])
+                    for each, calls in zip(hidden, self._calls, strict=True)
+                ]
+            self._write("input", number + 1, hidden)
+            groups = tuple(LayerGroup(g.name, g.in_features, self.tokens, g.layers) for g in layers)
+            found.append(BlockLayers(groups, uncovered))
+            write_atomically(self._layers_file(number), _LAYERS.dump_json(found[-1]).decode())
+            self._report(Event("forwards", number + 1, count))
+        return found
+
+    def backwards(self, layers: Sequence[BlockLayers], provenance: Provenance) -> None:
+        """Take the sums of each block, last block first, and decompose them.
+
+        Args:
+            layers: from `forwards`.
+            provenance: of the store; each block's own says the same.
+
+        Raises:
+            DeltaguardError: the model's predictions or a sum are of no use, or the disk is full.
+        """
+        count = len(layers)
+        done = next((i for i in range(count) if self._store_folder(i).is_dir()), count)
+        if done == count and not self._file("gradient", count).is_file():
+            self._write("gradient", count, self._of_predictions())
+        for number in reversed(range(done)):
+            sums, gradients = self._sums(number, layers[number].groups)
+            # Before the store, which says that both are there.
+            self._write("gradient", number, gradients)
+            write_store(
+                self._store_folder(number),
+                provenance,
+                (),
+                layers[number].groups,
+                lambda group, sums=sums: provenance.decompose(group, take_sums(group, sums)),
+            )
+            for used in (self._file("input", number + 1), self._file("gradient", number + 1)):
+                used.unlink(missing_ok=True)
+            self._report(Event("backwards", count - number, count))
+
+    def contents(self) -> Iterator[GroupCurvature]:
+        """Read what was found for each group, in the model's order."""
+        for number in range(len(self._cut.blocks)):
+            store = CurvatureStore.from_pretrained(self._store_folder(number))
+            yield from (store.content(group.name) for group in store.groups)
+
+    def _of_predictions(self) -> list[Tensor]:
+        """Differentiate the likelihood of drawn tokens by what the last block puts out."""
+        found: list[Tensor] = []
+        for number, hidden in enumerate(self._read("input", len(self._cut.blocks))):
+            with torch.enable_grad():
+                logits = self._cut.logits(hidden.requires_grad_(), self._batches[number])
+                likelihood = drawn_likelihood(logits, seed=number)
+                found.append(torch.autograd.grad(likelihood, hidden)[0])
+        return found
+
+    def _sums(
+        self, number: int, groups: Sequence[LayerGroup]
+    ) -> tuple[dict[str, RunningMoment], list[Tensor]]:
+        """Run a block once more, with a gradient.
+
+        Returns:
+            The sums of its layers, and the gradients of the likelihood by what goes into it.
+        """
+        observed = observed_again(self._cut, groups)
+        sums, gradients = running_sums(observed, self._cut.device), list[Tensor]()
+        parts = zip(
+            self._batches,
+            self._calls,
+            self._read("input", number),
+            self._read("gradient", number + 1),
+            strict=True,
+        )
+        with self._cut.loaded(number), torch.enable_grad():
+            for batch, calls, hidden, above in parts:
+                with watched(observed, sums, batch.mask):
+                    output = self._cut.run(number, hidden.requires_grad_(), calls[number])
+                    gradients.append(torch.autograd.grad(output, hidden, above)[0])
+        return sums, gradients
+
+    def _file(self, kind: str, number: int) -> Path:
+        return self._folder / f"{kind}-{number:05}.safetensors"
+
+    def _layers_file(self, number: int) -> Path:
+        return self._folder / f"layers-{number:05}.json"
+
+    def _store_folder(self, number: int) -> Path:
+        return self._folder / f"store-{number:05}"
+
+    def _write(self, kind: str, number: int, tensors: Sequence[Tensor]) -> None:
+        """Keep a tensor for each batch; the file is complete or absent."""
+        path = self._file(kind, number)
+        unfinished = path.with_suffix(".unfinished")
+        save_tensors({str(i): each.detach().cpu().contiguous() for i, each in enumerate(tensors)}, unfinished)
+        with explained(path):
+            unfinished.replace(path)
+
+    def _read(self, kind: str, number: int) -> Iterator[Tensor]:
+        """Read the tensors of the batches, one after the other."""
+        path = self._file(kind, number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for i in range(len(self._batches)):
+                    yield file.get_tensor(str(i)).to(self._cut.device)
+        except (OSError, SafetensorError) as error:
+            raise DeltaguardError(
+                f"{path} cannot be used: {error}.\n{start_anew(self._folder.parent)}"
+            ) from error

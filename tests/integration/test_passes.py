@@ -1,0 +1,212 @@
+"""Calibrating block by block: the store of a calibration as a whole, in the memory of one block."""
+
+import pytest
+import torch
+
+import models
+from deltaguard.chat.tokens import Batch
+from deltaguard.curvature import blocks, passes
+from deltaguard.curvature.blocks import Call, CutModel, UncutError
+from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
+from pairs import ANSWERED
+
+WHOLE = CalibrateConfig(batch_size=2, rank="full")
+BLOCKS = WHOLE.model_copy(update={"memory": 0})
+
+
+def relative_error(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", models.DENSE)
+def test_the_store_is_that_of_the_whole_model(name, tmp_path):
+    folder = models.save(models.tiny_model(name), tmp_path / "model", max_shard_size="40KB")
+    stages = set()
+    one, other = (
+        calibrate(
+            folder,
+            tmp_path / f"store-{number}",
+            conversations=ANSWERED,
+            config=config,
+            progress=lambda event: stages.add(event.stage),
+        )
+        for number, config in enumerate((WHOLE, BLOCKS))
+    )
+    assert {"accumulate", "forwards", "backwards"} <= stages
+    assert one.provenance == other.provenance
+    assert one.groups == other.groups
+    assert one.held_out == other.held_out
+    for group in one.groups:
+        a, b = one.sums(group.name), other.sums(group.name)
+        for x, y in zip((a.inputs.total, *a.outputs), (b.inputs.total, *b.outputs), strict=True):
+            assert relative_error(y, x) < 1e-5, group.name
+    assert not (tmp_path / "store-1.partial").exists()
+
+
+def test_the_same_eigenpairs_are_kept(tmp_path):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+    cut = CalibrateConfig(batch_size=2)
+    one, other = (
+        calibrate(folder, tmp_path / f"store-{memory}", conversations=ANSWERED, config=config)
+        for memory, config in ((1, cut), (0, cut.model_copy(update={"memory": 0})))
+    )
+    assert one.provenance == other.provenance
+    for group in one.groups:
+        a, b = one.input_spectrum(group.name), other.input_spectrum(group.name)
+        torch.testing.assert_close(b.dense(), a.dense(), rtol=2e-3, atol=2e-3 * float(a.values[0]))
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+@pytest.mark.parametrize("stage", ["forwards", "backwards"])
+@pytest.mark.parametrize("when", [1, 2, 3])
+def test_a_killed_run_repeats_one_block_at_most(stage, when, tmp_path):
+    folder = models.save(models.tiny_model("llama", num_hidden_layers=3), tmp_path / "model")
+
+    def run(name, kill=None, *, resume=False):
+        told = []
+
+        def listen(event):
+            told.append((event.stage, event.done))
+            if kill == told[-1]:
+                raise Killed
+
+        config = BLOCKS.model_copy(update={"resume": resume})
+        try:
+            store = calibrate(folder, tmp_path / name, conversations=ANSWERED, config=config, progress=listen)
+        except Killed:
+            return told, None
+        files = {path.name: path.read_bytes() for path in store.folder.iterdir()}
+        return told, files
+
+    _, undisturbed = run("one")
+    before, nothing = run("other", kill=(stage, when))
+    assert nothing is None
+    after, files = run("other", resume=True)
+    assert files == undisturbed
+    done = [each for each in (*before, *after) if each[0] in ("forwards", "backwards")]
+    assert len(done) == len(set(done)) == 6
+
+
+def test_what_was_left_of_a_block_is_made_again(tmp_path, monkeypatch):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+    real = passes.write_store
+
+    def fails(*given):
+        raise Killed
+
+    monkeypatch.setattr(passes, "write_store", fails)
+    with pytest.raises(Killed):
+        calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=BLOCKS)
+    monkeypatch.setattr(passes, "write_store", real)
+    config = BLOCKS.model_copy(update={"resume": True})
+    found = calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=config)
+    expected = calibrate(folder, tmp_path / "expected", conversations=ANSWERED, config=BLOCKS)
+    for group in expected.groups:
+        assert torch.equal(found.sums(group.name).inputs.total, expected.sums(group.name).inputs.total)
+
+
+def test_a_damaged_file_between_the_passes_is_one_message(tmp_path):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+
+    def kill(event):
+        if event.stage == "forwards" and event.done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=BLOCKS, progress=kill)
+    (tmp_path / "store.partial" / "blocks" / "input-00002.safetensors").write_bytes(b"x")
+    config = BLOCKS.model_copy(update={"resume": True})
+    with pytest.raises(DeltaguardError, match=r"cannot be used.*\n.*Delete the folder"):
+        calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=config)
+
+
+# What is loaded
+
+
+def cut_model(tmp_path, name="llama", **changes):
+    folder = models.save(models.tiny_model(name, **changes), tmp_path / "model")
+    return CutModel(Checkpoint.open(folder), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_one_block_at_a_time_has_weights(tmp_path):
+    cut = cut_model(tmp_path)
+
+    def filled():
+        return [any(not each.is_meta for each in block.parameters()) for block in cut.blocks]
+
+    assert filled() == [False, False]
+    with cut.loaded(1):
+        assert filled() == [False, True]
+    assert filled() == [False, False]
+    assert not any(each.is_meta for each in cut.model.get_input_embeddings().parameters())
+
+
+def test_nothing_is_read_of_other_blocks(tmp_path, monkeypatch):
+    cut = cut_model(tmp_path)
+    read = []
+    real = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: (read.append(name), real(self, name))[1])
+    with cut.loaded(1):
+        pass
+    assert len(read) == 9
+    assert all(name.startswith("model.layers.1.") for name in read)
+
+
+# Models that cannot be cut
+
+
+def test_a_model_whose_blocks_share_more_than_hidden_states_is_taken_as_a_whole(tmp_path, monkeypatch):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+    layer = type(models.tiny_model("llama").model.layers[0])
+    real = layer.forward
+
+    def twice(self, hidden_states, *given, **named):
+        made = real(self, hidden_states, *given, **named)
+        return (made, made)
+
+    monkeypatch.setattr(layer, "forward", twice)
+    with pytest.raises(UncutError, match="put out more than hidden states"):
+        CutModel(Checkpoint.open(folder), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_something_between_the_blocks_is_noticed(tmp_path):
+    cut = cut_model(tmp_path)
+    cut.blocks[0].register_forward_hook(lambda _module, _inputs, output: output * 2)
+    with pytest.raises(UncutError, match="something happens between its blocks"):
+        cut._trial(0.0)
+
+
+def test_what_depends_on_the_hidden_states_is_noticed():
+    one, other = (Call((torch.full((2,), value),), {"mask": None}) for value in (0.0, 1.0))
+    blocks._require_alike(one, one)
+    with pytest.raises(UncutError, match="depends on what others made"):
+        blocks._require_alike(one, other)
+    with pytest.raises(UncutError, match="share a set"):
+        blocks._require_alike(Call((set(),), {}), Call((set(),), {}))
+
+
+def test_it_falls_back_and_says_so(tmp_path, monkeypatch):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+
+    def refuse(*_given, **_named):
+        raise UncutError("its blocks dance")
+
+    monkeypatch.setattr("deltaguard.curvature.calibrate.CutModel", refuse)
+    told = []
+    calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=BLOCKS, progress=told.append)
+    assert any("block by block: its blocks dance" in event.detail for event in told)
+    assert any(event.stage == "accumulate" for event in told)
+
+
+def test_nothing_but_hidden_states_goes_into_a_block(tmp_path):
+    cut = cut_model(tmp_path, "gemma3")
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    hidden, calls = cut.inputs(Batch(ids, mask, mask))
+    assert hidden.shape == (2, 4, 32)
+    assert len(calls) == len(cut.blocks)
