@@ -167,12 +167,22 @@ def test_the_floor_rises_where_rounding_makes_a_matrix_indefinite():
 def test_the_randomised_spectrum_is_the_exact_one_and_repeats():
     matrix = moment(0, 300, decay=3.0)
     exact, drawn = _exact(matrix, 40), _randomised(matrix, 40)
-    torch.testing.assert_close(drawn.values, exact.values, rtol=1e-6, atol=0)
-    assert drawn.tail == pytest.approx(exact.tail, rel=1e-6)
-    torch.testing.assert_close(drawn.dense(), exact.dense(), rtol=0, atol=1e-6 * float(exact.values[0]))
+    torch.testing.assert_close(drawn.values, exact.values, rtol=1e-4, atol=0)
+    assert drawn.tail == pytest.approx(exact.tail, rel=1e-4)
+    torch.testing.assert_close(drawn.dense(), exact.dense(), rtol=0, atol=1e-4 * float(exact.values[0]))
     before = torch.random.get_rng_state()
     assert torch.equal(_randomised(matrix, 40).vectors, drawn.vectors)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("decay", [1.0, 1.3, 2.5])
+def test_the_randomised_spectrum_holds_nearly_as_much_as_the_exact_one(decay):
+    values = torch.arange(1, 401, dtype=torch.float64) ** -decay
+    basis = torch.linalg.qr(normal(0, 400, 400)).Q
+    drawn = _randomised((basis * values) @ basis.T, 90)
+    assert bool((drawn.values <= values[:90] * (1 + 1e-9)).all())
+    assert float(drawn.values.sum()) > 0.985 * float(values[:90].sum())
+    torch.testing.assert_close(drawn.vectors.T @ drawn.vectors, torch.eye(90, dtype=torch.float64))
 
 
 def test_a_rank_that_does_not_fit_is_refused():
