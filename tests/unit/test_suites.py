@@ -1,6 +1,8 @@
 """Suites: what may be written in them, what is found before any model runs, and what an engine can do."""
 
+import json
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import get_args
 
@@ -9,8 +11,9 @@ import pytest
 from deltaguard.chat.conversations import bucket, harmless_prompts
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets.load import DATASETS
+from deltaguard.evaluation.exchange import FollowUp, Question
 from deltaguard.evaluation.probes.wrappers import LANGUAGES, translated_prompts
-from deltaguard.evaluation.suites.parts import builtin_questions, fit, resolve
+from deltaguard.evaluation.suites.parts import Part, builtin_questions, fit, resolve
 from deltaguard.evaluation.suites.suite import SUITES, Builtin, read_suite
 from deltaguard.finetuning.mixtures import everyday_prompts
 from suites import SMALL, suite_file
@@ -41,6 +44,18 @@ def test_they_run_offline_with_held_out_prompts(name):
         assert len(part.plain) == len(part.questions) > 0
         if part.kind == "attack":
             assert {bucket(prompt) for prompt in part.plain} <= set(range(34, 60))
+
+
+def test_a_question_is_known_by_all_that_belongs_to_it_and_by_no_more():
+    def known(**more):
+        part = Part("p", "utility", "p", "own", (Question("6 * 7?", expected="42", **more),), ("6 * 7?",))
+        return part.prompts_hash
+
+    # What folders of answers hold: of a conversation of one turn nothing but its own fields counts.
+    own = [{"expected": "42", "prefill": "", "prompt": "6 * 7?", "system": None}]
+    assert known() == sha256(json.dumps(own).encode()).hexdigest()
+    then = [FollowUp("And twice that?"), FollowUp("And twice that?", "84"), FollowUp("And half of it?")]
+    assert len({known(), *(known(follow_up=each) for each in then), known(system="")}) == 5
 
 
 def test_the_documentation_counts_the_sets_that_come_along():

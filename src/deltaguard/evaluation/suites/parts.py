@@ -63,8 +63,8 @@ class Part:
 
     @property
     def prompts_hash(self) -> str:
-        """sha256 of the questions, systems, prefills and expected answers included, in their order."""
-        content = [asdict(question) for question in self.questions]
+        """sha256 of the questions, in their order, with all that belongs to them, follow-ups included."""
+        content = [_hashed(question) for question in self.questions]
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def settings(self) -> dict[str, object]:
@@ -84,6 +84,15 @@ class Part:
             source=self.source,
             max_new_tokens=0 if self.decoding is None else self.decoding.max_new_tokens,
         )
+
+
+def _hashed(question: Question) -> dict[str, Any]:
+    """List all of a question but the other turns that it does not have.
+
+    Folders of answers know their questions by the hash, which stays as it was for questions of one turn.
+    """
+    turns = ("follow_up", "earlier")
+    return {name: value for name, value in asdict(question).items() if value is not None or name not in turns}
 
 
 def find_prompts(section: Section) -> tuple[Part, tuple[str, ...]]:
