@@ -150,11 +150,13 @@ class Exchange:
         prompt: the request in plain words, without any wrapper of an attack.
         answer: all of the answer, a prefilled beginning included.
         prefill: that beginning, which is not the model's own.
+        earlier: what was asked and answered before, in the same conversation; not itself to be judged.
     """
 
     prompt: str
     answer: str
     prefill: str = ""
+    earlier: Turn | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class Grader(Protocol):
         """Grade each answer, in order; `None` where there is no grade that can be read.
 
         Args:
-            exchanges: requests and answers.
+            exchanges: requests and answers; those with an earlier turn are graded as what follows it.
             references: a right answer to each, where there is one.
         """
         ...
