@@ -58,6 +58,29 @@ def test_a_question_is_known_by_all_that_belongs_to_it_and_by_no_more():
     assert len({known(), *(known(follow_up=each) for each in then), known(system="")}) == 5
 
 
+@pytest.mark.parametrize(("kind", "more"), [("harmless", ""), ("utility", ", grade: true")])
+def test_second_turns_are_asked_where_answers_are_graded_and_nowhere_without_a_word(tmp_path, kind, more):
+    (tmp_path / "set.jsonl").write_text('{"turns": ["Why?", "And then?"], "reference": ["So.", "Thus."]}\n')
+    section = f"{{name: talk, kind: {kind}, dataset: mt-bench, path: set.jsonl{more}}}"
+    ((part,), notes) = resolve(read_suite(suite(tmp_path, section)))
+    if more:
+        assert part.questions == (Question("Why?", expected="So.", follow_up=FollowUp("And then?", "Thus.")),)
+        assert part.follow_ups == (FollowUp("And then?", "Thus."),)
+        assert not notes
+    else:
+        assert part.questions == (Question("Why?", expected="So."),)
+        assert part.follow_ups == ()
+        (note,) = notes
+        assert note.startswith("Section talk: of each conversation the first question alone is asked")
+
+
+def test_a_part_does_not_mix_conversations_of_one_and_of_two_turns():
+    questions = (Question("Why?"), Question("How?", follow_up=FollowUp("And then?")))
+    part = Part("p", "utility", "p", "own", questions, ("Why?", "How?"))
+    with pytest.raises(ValueError, match="1 of 2 questions of p is followed by another"):
+        _ = part.follow_ups
+
+
 def test_the_documentation_counts_the_sets_that_come_along():
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \|.*?(\d+)", text.split("| `builtin` |")[1], re.MULTILINE)[:5])
