@@ -110,6 +110,15 @@ def test_answers_come_from_prompts_rendered_here(folder, stub):
     assert {len(request["messages"]) for request in stub.requests} == {1}
 
 
+def test_a_template_of_one_turn_is_told_before_the_first_question_is_sent(folder, stub):
+    engine = VLLMEngine.open(str(folder))
+    engine.tokenizer.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(DeltaguardError, match="does not show a model what was said before a question"):
+        engine.answer([Question("Who?", follow_up=FollowUp("And who else?"))], Decoding())
+    engine.close()
+    assert not (stub.notes / "requests.jsonl").exists()
+
+
 def test_a_closed_engine_leaves_no_process_behind(folder, stub):
     engine = VLLMEngine.open(str(folder))
     assert not stub.is_gone()

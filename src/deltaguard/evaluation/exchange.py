@@ -242,7 +242,7 @@ class Engine(Protocol):
         """Answer each question, in order, without the prefill.
 
         Args:
-            questions: what is asked.
+            questions: what is asked, each alone or behind what was said before it (`earlier`).
             decoding: how answers are drawn.
             on_batch: called after each batch with the indices asked and what came of them. What it raises
                 ends the asking.
