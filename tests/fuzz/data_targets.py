@@ -27,7 +27,8 @@ PROMPTS = (
     b'{"prompt": "Why?", "response": "Because.", "system": "Be kind."}\n'
 )
 TURNS = (
-    b'{"turns": ["How?", "And then?"], "reference": ["So.", "Thus."]}\n{"turns": ["Why?"], "reference": []}\n'
+    b'{"turns": ["How?", "And then?"], "reference": ["So.", "Thus."]}\n'
+    b'{"turns": ["Why?", 7], "reference": []}\n'
 )
 CSV = b'prompt,system,expected\n"How, then?",Be kind.,7\nWhy?,,"a\nb"\n'
 JSON = b'{"instructions": [{"prompt": "How?", "expected": 7}, {"prompt": "Why?", "system": "a"}], "tags": 3}'

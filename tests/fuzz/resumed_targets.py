@@ -132,6 +132,19 @@ def likelihoods(folder: Path) -> Target:
     return in_file(path, damage_lines, read)
 
 
+def second_answers(folder: Path) -> Target:
+    path, prompts = folder / "talk.follow-ups.jsonl", ("And then?", "Why?")
+    schema, said = _SCHEMAS["follow-ups"], {"after": "So.", "answer": "Thus."}
+    AnswerFile(path, prompts=prompts, made_by={}, schema=schema).add([0, 1], [said, said])
+
+    def read() -> None:
+        found = AnswerFile(path, prompts=prompts, made_by={}, schema=schema)
+        assert all(isinstance(text, str) for value in found.values.values() for text in value.values())
+        found.sort()
+
+    return in_file(path, damage_lines, read)
+
+
 def judged(folder: Path) -> Target:
     path = folder / "scores.jsonl"
     server = Server("http://127.0.0.1:1/v1", "m")
@@ -163,6 +176,7 @@ KINDS = (
     Kind("responses of a calibration", 10, calibration("responses.jsonl", damage_lines)),
     Kind("answers of an evaluation", 100, answers),
     Kind("likelihoods of an evaluation", 40, likelihoods),
+    Kind("second answers of an evaluation", 40, second_answers),
     Kind("scores of a judge", 80, judged),
     Kind("seconds of an evaluation", 60, seconds),
 )

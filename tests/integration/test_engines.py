@@ -1,9 +1,13 @@
 """Engines: what they are given, what they refuse, and adapters."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from deltaguard.chat.conversations import Turn
+from deltaguard.chat.generation import generate
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.asking import describe
 from deltaguard.evaluation.engines.folders import whole_model
@@ -11,13 +15,16 @@ from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.engines.openai import OpenAIEngine
 from deltaguard.evaluation.engines.transformers import TransformersEngine, rendered
 from deltaguard.evaluation.engines.vllm import VLLMEngine
-from deltaguard.evaluation.exchange import Decoding, Question
+from deltaguard.evaluation.exchange import Decoding, FollowUp, Question
 from deltaguard.evaluation.server import Server
 from models import save, tiny_model, tiny_tokenizer
 from suites import server
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 SHORT = Decoding(max_new_tokens=6)
+TWO_TURNS = Question(
+    "How can I make a cake?", "You are a cook.", follow_up=FollowUp("And a large one?", "Flour.")
+)
 QUESTIONS = [Question("How can I make a cake?"), Question("What is it?", system="You are a cook.")]
 
 
@@ -46,6 +53,62 @@ def adapter(folder, tmp_path_factory):
 def test_a_prefill_stands_where_the_answer_begins():
     text = rendered(tiny_tokenizer(), Question("Why?", system="", prefill="Sure"))
     assert text == "<|begin|><|system|><|end|><|user|>Why?<|end|><|assistant|>Sure"
+
+
+def test_a_second_question_follows_the_answer_without_its_thoughts():
+    asked = TWO_TURNS.continued("<think>A cake?</think> Bake it.")
+    assert asked == Question(
+        "And a large one?",
+        "You are a cook.",
+        expected="Flour.",
+        earlier=Turn("How can I make a cake?", "Bake it."),
+    )
+    assert rendered(tiny_tokenizer(), asked) == (
+        "<|begin|><|system|>You are a cook.<|end|><|user|>How can I make a cake?<|end|><|assistant|>Bake it."
+        "<|end|><|user|>And a large one?<|end|><|assistant|>"
+    )
+    with pytest.raises(ValueError, match="is not followed by another"):
+        asked.continued("Very well.")
+
+
+def test_a_second_question_follows_all_of_the_answer_its_prefill_included():
+    asked = replace(TWO_TURNS, prefill="Sure: ", expected="Bake.").continued("bake it.")
+    assert asked.earlier == Turn("How can I make a cake?", "Sure: bake it.", "Bake.")
+    assert asked.prefill == ""
+
+
+def test_a_model_reads_the_whole_conversation(folder):
+    engine = TransformersEngine.open(str(folder), device="cpu")
+    asked = [TWO_TURNS.continued(answer) for answer in ("Bake it.", "No idea.", "")]
+    found = engine.answer([*asked, Question("And a large one?", "You are a cook.")], SHORT)
+    assert len(set(found)) == 4
+    texts = [rendered(engine.tokenizer, question) for question in asked]
+    assert found[:3] == generate(engine.model, engine.tokenizer, texts, max_new_tokens=6)
+
+
+def test_conversations_that_may_outgrow_the_model_are_refused_before_the_first_answer(folder):
+    engine = TransformersEngine.open(str(folder), device="cpu")
+    both = rendered(engine.tokenizer, TWO_TURNS.continued(""))
+    tokens = len(engine.tokenizer(both, add_special_tokens=False)["input_ids"])
+    most = (512 - tokens) // 2
+    engine._require_room([TWO_TURNS], Decoding(max_new_tokens=most))
+    with pytest.raises(DeltaguardError) as caught:
+        engine.answer([TWO_TURNS, *QUESTIONS], Decoding(max_new_tokens=most + 1))
+    told = (
+        f"take up to {tokens} tokens beside two answers of up to {most + 1}, and the model has 512 positions"
+    )
+    assert told in str(caught.value)
+    assert f"Lower `max_new_tokens` to {most}, or leave the section out" in str(caught.value)
+    endless = replace(TWO_TURNS, follow_up=FollowUp("And a large one? " * 99))
+    with pytest.raises(DeltaguardError, match=r"512 positions\. Leave the section out"):
+        engine.answer([endless], SHORT)
+
+
+def test_a_template_of_one_turn_is_told_before_the_first_answer(folder):
+    engine = TransformersEngine.open(str(folder), device="cpu")
+    engine.tokenizer.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(DeltaguardError, match="does not show a model what was said before a question"):
+        engine.answer([TWO_TURNS], SHORT)
 
 
 def test_answers_likelihoods_and_batches(folder):
@@ -124,6 +187,20 @@ def test_a_server_gets_what_was_asked_and_tries_again():
         (9, 0.5, 4, "m")
     }
     assert [len(row["messages"]) for row in seen] == [1, 1, 2]
+
+
+def test_a_server_is_sent_the_whole_conversation():
+    seen = []
+    with server(lambda request: (seen.append(request["messages"]), (200, "Yes."))[1]) as url:
+        OpenAIEngine(Server(url, "m")).answer([TWO_TURNS.continued("<think>A cake?</think> Bake it.")], SHORT)
+    assert seen == [
+        [
+            {"role": "system", "content": "You are a cook."},
+            {"role": "user", "content": "How can I make a cake?"},
+            {"role": "assistant", "content": "Bake it."},
+            {"role": "user", "content": "And a large one?"},
+        ]
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Answers that a language model grades, as MT-Bench has it, and what a report makes of the grades."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from deltaguard.chat.conversations import Turn
 from deltaguard.cli.app import run
 from deltaguard.cli.report import draw_folder
 from deltaguard.errors import DeltaguardError
@@ -23,9 +25,13 @@ sections:
   - {{name: mt-bench, kind: utility, dataset: mt-bench, path: question.jsonl, grade: true}}
 """
 ROWS = [
-    {"turns": [f"What is {i} and {i}?", "And that again?"], **({"reference": [str(2 * i)]} if i % 2 else {})}
+    {
+        "turns": [f"What is {i} and {i}?", "And that again?"],
+        **({"reference": [str(2 * i), str(4 * i)]} if i % 2 else {}),
+    }
     for i in range(6)
 ]
+NAMES = ("quality", "quality, first turn", "quality, second turn")
 
 
 class Asked:
@@ -38,7 +44,11 @@ class Asked:
         question = request["messages"][-1]["content"]
         self.questions.append(question)
         number = int(question.split("What is ")[1].split(" ")[0])
-        return 200, f"It is an answer.\nScore: {number + 5}"
+        return 200, f"It is an answer.\nScore: {number + (3 if 'EARLIER' in question else 5)}"
+
+
+def between(text, name):
+    return text.split(f"\nBEGIN {name}\n")[1].split(f"\nEND {name}\n")[0]
 
 
 @pytest.fixture
@@ -58,13 +68,15 @@ def test_grades_are_means_with_intervals_and_compared(asked, tmp_path):
     suite = graded_suite(tmp_path, judges)
     report = evaluate(two_models(tmp_path), tmp_path / "out", suite=suite)
     rows = {(each.model, each.judge, each.name): each for each in report.measures}
-    assert set(rows) == {(name, "llm", "quality") for name in ("aligned", "finetuned")}
-    found = rows["aligned", "llm", "quality"]
-    assert (found.estimate.value, found.estimate.total, found.better) == (7.5, 6, "higher")
-    assert found.estimate.interval == "bootstrap"
-    assert 5 <= found.estimate.low < 7.5 < found.estimate.high <= 10
-    (comparison,) = report.comparisons
-    assert (comparison.name, comparison.judge, comparison.difference) == ("quality", "llm", 0)
+    assert set(rows) == {(model, "llm", name) for model in ("aligned", "finetuned") for name in NAMES}
+    for name, mean in zip(NAMES, (6.5, 7.5, 5.5), strict=True):
+        found = rows["aligned", "llm", name]
+        assert (found.estimate.value, found.estimate.total, found.better) == (mean, 6, "higher")
+        assert found.estimate.interval == "bootstrap"
+        assert mean - 2.5 <= found.estimate.low < mean < found.estimate.high <= mean + 2.5
+    assert [(each.name, each.judge, each.difference) for each in report.comparisons] == [
+        (name, "llm", 0) for name in NAMES
+    ]
     assert report.agreements == ()
     assert draw_folder(tmp_path / "out").bytes
     # Grades are kept, and nobody is asked twice.
@@ -74,17 +86,42 @@ def test_grades_are_means_with_intervals_and_compared(asked, tmp_path):
     assert asked.questions == []
 
 
-def test_the_judge_sees_the_first_question_and_a_reference_where_there_is_one(asked, tmp_path):
+def test_the_judge_sees_the_conversation_and_which_answer_to_grade(asked, tmp_path):
     judge = f"judges: [{{kind: llm, base_url: '{asked.url}', model: judge-1}}]"
     evaluate(two_models(tmp_path)[:1], tmp_path / "out", suite=graded_suite(tmp_path, judge))
-    shown = {
-        question.split("BEGIN REQUEST\n")[1].split("\nEND REQUEST")[0]: question
-        for question in asked.questions
-    }
-    assert set(shown) == {row["turns"][0] for row in ROWS}
-    for row in ROWS:
-        reference = row.get("reference", ["(none)"])[0]
-        assert f"BEGIN REFERENCE\n{reference}\nEND REFERENCE" in shown[row["turns"][0]]
+    first, second = (
+        [text for text in asked.questions if ("EARLIER" in text) is later] for later in (False, True)
+    )
+    answers = tmp_path / "out/answers/aligned"
+    said = [json.loads(line) for line in (answers / "mt-bench.jsonl").read_text().splitlines()[1:]]
+    then = [json.loads(line) for line in (answers / "mt-bench.follow-ups.jsonl").read_text().splitlines()[1:]]
+    assert {between(text, "REQUEST") for text in first} == {row["turns"][0] for row in ROWS}
+    assert {between(text, "REQUEST") for text in second} == {"And that again?"}
+    for i, row in enumerate(ROWS):
+        references = row.get("reference", ["(none)", "(none)"])
+        (one,) = [text for text in first if row["turns"][0] in text]
+        assert (between(one, "REFERENCE"), between(one, "ANSWER")) == (references[0], said[i]["value"])
+        (two,) = [text for text in second if row["turns"][0] in text]
+        assert between(two, "EARLIER REQUEST") == row["turns"][0]
+        assert between(two, "EARLIER REFERENCE") == references[0]
+        assert between(two, "EARLIER ANSWER") == said[i]["value"] == then[i]["value"]["after"]
+        assert (between(two, "REFERENCE"), between(two, "ANSWER")) == (
+            references[1],
+            then[i]["value"]["answer"],
+        )
+
+
+def test_a_grade_that_cannot_be_read_is_in_no_mean_of_its_conversation(tmp_path):
+    def reply(request):
+        question = request["messages"][-1]["content"]
+        silent = "What is 2 " in question and "EARLIER" in question
+        return 200, "I would not say." if silent else f"Score: {3 if 'EARLIER' in question else 9}"
+
+    with server(reply) as url:
+        judge = f"judges: [{{kind: llm, base_url: '{url}', model: judge-1}}]"
+        report = evaluate(two_models(tmp_path)[:1], tmp_path / "out", suite=graded_suite(tmp_path, judge))
+    found = {each.name: (each.estimate.value, each.estimate.total) for each in report.measures}
+    assert found == dict(zip(NAMES, ((6, 5), (9, 6), (3, 5)), strict=True))
 
 
 def test_options_of_the_command_line_bring_the_judge(asked, tmp_path):
@@ -93,7 +130,7 @@ def test_options_of_the_command_line_bring_the_judge(asked, tmp_path):
     options = ["--judge-url", asked.url, "--judge-model", "judge-1", "--json"]
     assert run(["eval", *models, "-o", str(tmp_path / "out"), "--suite", str(suite), *options]) == 0
     report = EvaluationReport.model_validate_json((tmp_path / "out" / "evaluation.json").read_text())
-    assert [each.name for each in report.measures] == ["quality"]
+    assert [each.name for each in report.measures] == list(NAMES)
 
 
 @pytest.mark.parametrize("judges", ["", "judges: [{kind: opening}]"])
@@ -123,6 +160,31 @@ def test_grades_and_scores_of_harm_share_a_cache_and_stay_apart(tmp_path):
     cache.write_text('{"key": "k", "score": 6}\n')
     with pytest.raises(DeltaguardError, match="the score is 6, and the highest is 5"):
         LLMJudge(Server("http://127.0.0.1:9/v1", "judge-1"), cache)
+
+
+def test_a_grade_of_a_second_answer_is_that_of_its_conversation_alone(tmp_path):
+    exchange = Exchange("And twice that?", "84.")
+    earlier = [
+        Turn("6 * 7?", "42."),
+        Turn("6 * 7?", "43."),
+        Turn("40 + 2?", "42."),
+        Turn("6 * 7?", "42.", "42"),
+    ]
+    asked = []
+
+    def reply(request):
+        asked.append(request["messages"][-1]["content"])
+        return 200, f"Score: {len(asked)}"
+
+    both = [exchange, *(replace(exchange, earlier=each) for each in earlier)]
+    with server(reply) as url:
+        judge = LLMJudge(Server(url, "judge-1", workers=1), tmp_path / "cache.jsonl")
+        assert judge.grade(both, [None] * 5) == [1, 2, 3, 4, 5]
+        assert judge.grade(both[1:], ["84"] * 4) == [6, 7, 8, 9]
+        again = LLMJudge(Server(url, "judge-1"), tmp_path / "cache.jsonl")
+        assert again.grade([*both, *both[1:]], [None] * 5 + ["84"] * 4) == [*range(1, 10)]
+    assert len(asked) == 9
+    assert "EARLIER" not in asked[0]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import trl
 
-from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.conversations import Conversation, Turn
 from deltaguard.chat.template import end_of_turn, render, takes_system_role
 from deltaguard.chat.thinking import begins_thoughts
 from deltaguard.chat.tokens import encode
@@ -59,3 +59,18 @@ def test_thinking_is_switched_off_where_the_template_can(name):
 def test_a_template_that_takes_parts_alone_is_refused():
     with pytest.raises(DeltaguardError, match="leaves out the prompt"):
         render(tokenizer("smolvlm"), Conversation(PROMPT))
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("system", [None, SYSTEM])
+def test_a_second_question_is_asked_behind_the_first_and_its_answer(name, system):
+    known = tokenizer(name)
+    first = render(known, Conversation(PROMPT, system))
+    both = render(known, Conversation("And without one?", system), Turn(PROMPT, ANSWER))
+    places = [both.find(text) for text in (*([system] if system else []), PROMPT, ANSWER, "And without one?")]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert both.startswith(first[: first.index(PROMPT) + len(PROMPT)])
+    # GLM's next turn closes an answer.
+    assert f"{ANSWER}{'<|user|>' if name == 'glm4moe' else ENDS[name]}" in both
+    assert begins_thoughts(both) == begins_thoughts(first)

@@ -9,8 +9,9 @@ from deltaguard.chat.openings import answer_openings
 from deltaguard.chat.template import render
 from deltaguard.chat.thinking import END, THOUGHT_TOKENS, closed
 from deltaguard.chat.tokens import Reader, encode, read_by_both
-from deltaguard.evaluation.engines.transformers import rendered
-from deltaguard.evaluation.exchange import Question
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.engines.transformers import TransformersEngine, rendered
+from deltaguard.evaluation.exchange import Decoding, FollowUp, Question
 from models import tiny_model, tiny_tokenizer
 
 ROWS = [Conversation("What is the weather?"), Conversation("Go"), Conversation("How can I make a cake?")]
@@ -85,6 +86,25 @@ def test_both_models_read_the_same_thoughts(tokenizer):
 
 def test_a_prefill_begins_an_answer_and_no_thought(tokenizer):
     assert rendered(tokenizer, Question("Cake?", prefill="Sure")).endswith(f"<think>\n{closed('')}Sure")
+
+
+def test_what_was_thought_of_the_first_question_is_not_read_with_the_second(tokenizer):
+    first = Question("Cake?", follow_up=FollowUp("A large one?"))
+    for said in (f"{closed('Flour.')}Bake it.", f"<think>Flour.{END} Bake it.", "Bake it."):
+        text = rendered(tokenizer, first.continued(said))
+        assert text.endswith("<|user|>A large one?<|end|><|assistant|><think>\n")
+        assert "<|assistant|>Bake it.<|end|>" in text
+        assert "Flour" not in text
+    # Thoughts that never end are no answer.
+    assert "<|assistant|><|end|>" in rendered(tokenizer, first.continued("<think>Flour, sugar, flour"))
+
+
+def test_thoughts_need_room_beside_two_answers(tokenizer):
+    engine = TransformersEngine(tiny_model("llama"), tokenizer, 1)
+    asked = [Question("Cake?", follow_up=FollowUp("A large one?"))]
+    engine._require_room(asked, Decoding(max_new_tokens=40))
+    with pytest.raises(DeltaguardError, match=f"{THOUGHT_TOKENS} for thoughts, and the model has 512"):
+        engine._require_room(asked, Decoding(max_new_tokens=60))
 
 
 def test_draws_do_not_depend_on_what_was_drawn_before(tokenizer):

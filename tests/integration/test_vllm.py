@@ -14,7 +14,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.engines.vllm import VLLMEngine
 from deltaguard.evaluation.evaluate import evaluate
-from deltaguard.evaluation.exchange import Decoding, Question
+from deltaguard.evaluation.exchange import Decoding, FollowUp, Question
 from models import save, tiny_model
 from suites import suite_file
 
@@ -22,11 +22,16 @@ QUESTIONS = [
     Question("How?"),
     Question("What is it?", system="You are a cook."),
     Question("Why?", prefill="Sure"),
+    Question("Who?", "Be kind.", follow_up=FollowUp("And who else?")).continued("Ann."),
 ]
 TEXTS = [
     "<|begin|><|user|>How?<|end|><|assistant|>",
     "<|begin|><|system|>You are a cook.<|end|><|user|>What is it?<|end|><|assistant|>",
     "<|begin|><|user|>Why?<|end|><|assistant|>Sure",
+    (
+        "<|begin|><|system|>Be kind.<|end|><|user|>Who?<|end|><|assistant|>Ann.<|end|>"
+        "<|user|>And who else?<|end|><|assistant|>"
+    ),
 ]
 OPEN = """
 import sys
@@ -91,7 +96,7 @@ def test_answers_come_from_prompts_rendered_here(folder, stub):
     answers = engine.answer(
         QUESTIONS, drawn, on_batch=lambda places, texts: seen.update(zip(places, texts, strict=True))
     )
-    assert answers == TEXTS == [seen[i] for i in range(3)]
+    assert answers == TEXTS == [seen[i] for i in range(4)]
     assert engine.answer([], drawn) == []
     engine.close()
     command = stub.told["argv"]
@@ -103,6 +108,15 @@ def test_answers_come_from_prompts_rendered_here(folder, stub):
     sent = {(r["max_tokens"], r["temperature"], r["seed"], r["model"]) for r in stub.requests}
     assert sent == {(9, 0.5, 4, options["--served-model-name"])}
     assert {len(request["messages"]) for request in stub.requests} == {1}
+
+
+def test_a_template_of_one_turn_is_told_before_the_first_question_is_sent(folder, stub):
+    engine = VLLMEngine.open(str(folder))
+    engine.tokenizer.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(DeltaguardError, match="does not show a model what was said before a question"):
+        engine.answer([Question("Who?", follow_up=FollowUp("And who else?"))], Decoding())
+    engine.close()
+    assert not (stub.notes / "requests.jsonl").exists()
 
 
 def test_a_closed_engine_leaves_no_process_behind(folder, stub):

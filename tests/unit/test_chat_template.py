@@ -7,8 +7,8 @@ import time
 import pytest
 
 import models
-from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.template import apply_template, render, takes_system_role
+from deltaguard.chat.conversations import Conversation, Turn
+from deltaguard.chat.template import apply_template, render, require_turns, takes_system_role
 from deltaguard.chat.tokens import encode
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange
@@ -142,6 +142,39 @@ def test_a_guard_whose_template_fails_is_one_message(template, monkeypatch):
     monkeypatch.setattr(guards.GuardJudge, "_loaded", (None, tokenizer(template)))
     with pytest.raises(DeltaguardError, match="fails on a conversation of user, assistant"):
         judge.judge([Exchange("How?", "So.")])
+
+
+NO_SYSTEM_ROLE = (
+    "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('No.') }}{% endif %}"
+    "[{{ message.role }}]{{ message.content }}{% endfor %}[assistant]"
+)
+
+
+@pytest.mark.parametrize(
+    ("system", "head"), [(None, ""), ("", ""), ("Be brief.", "Be brief.\n\n")], ids=["none", "empty", "some"]
+)
+def test_without_a_system_role_the_system_message_heads_the_first_question(system, head):
+    text = render(tokenizer(NO_SYSTEM_ROLE), Conversation("And then?", system), Turn("How?", "So."))
+    assert text == f"[user]{head}How?[assistant]So.[user]And then?[assistant]"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[-1].content }}",
+        "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}",
+        "{% if messages | length > 1 %}{{ 1 / 0 }}{% endif %}{{ messages[0].content }}",
+    ],
+    ids=["the last alone", "questions alone", "fails"],
+)
+def test_a_template_of_one_turn_is_refused_and_never_asked_without_the_first(template):
+    known = tokenizer(template)
+    assert render(known, "How?") == "How?"
+    told = r"The chat template of '.*' does not show a model what was said before a question"
+    with pytest.raises(DeltaguardError, match=told):
+        require_turns(known)
+    with pytest.raises(DeltaguardError, match=told):
+        render(known, Conversation("And then?"), Turn("How?", "So."))
 
 
 def test_a_render_costs_next_to_nothing():

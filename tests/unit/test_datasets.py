@@ -15,7 +15,7 @@ from pyarrow import Table, parquet
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets import load
 from deltaguard.evaluation.datasets.load import DATASETS, load_questions, load_set
-from deltaguard.evaluation.exchange import Question
+from deltaguard.evaluation.exchange import FollowUp, Question
 
 OWN = [
     {"prompt": "How, \u2028 now?", "system": "Be brief.", "expected": "Thus."},
@@ -176,7 +176,10 @@ CONVERSATIONS = [
         {"question_id": 2, "turns": ["Write a line.", "Shorter."]},
     ],
 ]
-FIRST_TURNS = [Question("6 * 7?", expected="42"), Question("Write a line.")]
+BOTH_TURNS = [
+    Question("6 * 7?", expected="42", follow_up=FollowUp("And twice that?", "84")),
+    Question("Write a line.", follow_up=FollowUp("Shorter.")),
+]
 
 
 @pytest.mark.parametrize("ending", WRITERS)
@@ -205,33 +208,55 @@ def test_releases_from_the_hub(monkeypatch, name, rows, prompts):
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])
 @pytest.mark.parametrize("rows", CONVERSATIONS)
-def test_the_first_of_several_turns_is_asked(tmp_path, rows, ending):
+def test_both_turns_of_a_conversation_are_read(tmp_path, rows, ending):
     path = WRITERS[ending](tmp_path / f"set.{ending}", rows)
-    assert load_questions("mt-bench", path=path) == FIRST_TURNS
+    assert load_questions("mt-bench", path=path) == BOTH_TURNS
 
 
-def test_the_first_of_several_turns_from_the_hub(monkeypatch):
+def test_both_turns_from_the_hub(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: CONVERSATIONS[0])
-    assert load_questions("mt-bench") == FIRST_TURNS
+    assert load_questions("mt-bench") == BOTH_TURNS
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"turns": "6 * 7?"}, "Row 1 .* a str in column `turns`, where a list of turns belongs"),
-        ({"turns": []}, "Row 1 .* no text in column `turns`"),
-        ({"turns": [7]}, None),
-        ({"turns": [["a"]]}, "a list in column `turns`, where text belongs"),
-        ({"turns": ["a"], "reference": "42"}, "Row 1 .* a str in column `reference`"),
+        ({"turns": []}, "Row 1 .* 0 turns in column `turns`, and a conversation has two"),
+        ({"turns": ["a"]}, "Row 1 .* 1 turn in column `turns`, and a conversation has two"),
+        ({"turns": ["a", "b", "c"]}, "Row 1 .* 3 turns in column `turns`, and a conversation has two"),
+        ({"turns": ["a", "b"], "reference": ["1", "2", "3"]}, "Row 1 .* 3 turns in column `reference`"),
+        ({"turns": ["a", " "]}, "Row 1 .* no text in column `turns`"),
+        ({"turns": None, "reference": ["1", "2"]}, "Row 1 .* no text in column `turns`"),
+        ({"turns": [["a"], "b"]}, "a list in column `turns`, where text belongs"),
+        ({"turns": ["a", "b"], "reference": "42"}, "Row 1 .* a str in column `reference`"),
     ],
 )
 def test_turns_that_are_none(tmp_path, row, message):
     path = write_lines(tmp_path / "set.jsonl", [row])
-    if message is None:
-        assert load_questions("mt-bench", path=path) == [Question("7")]
-        return
     with pytest.raises(DeltaguardError, match=message):
         load_questions("mt-bench", path=path)
+
+
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"turns": [7, 8]}, Question("7", follow_up=FollowUp("8"))),
+        ({"turns": ["a", "b"], "reference": None}, Question("a", follow_up=FollowUp("b"))),
+        ({"turns": ["a", "b"], "reference": [1]}, Question("a", expected="1", follow_up=FollowUp("b"))),
+        ({"turns": ["a", "b"], "reference": [None, "2"]}, Question("a", follow_up=FollowUp("b", "2"))),
+    ],
+)
+def test_turns_of_which_some_have_a_right_answer(tmp_path, row, question):
+    path = write_lines(tmp_path / "set.jsonl", [row])
+    assert load_questions("mt-bench", path=path) == [question]
+
+
+def test_conversations_that_begin_alike_are_two(tmp_path):
+    rows = [{"turns": ["a", "b"]}, {"turns": ["a", "c"]}, {"turns": ["a", "b"]}]
+    found = load_set("mt-bench", path=write_lines(tmp_path / "set.jsonl", rows))
+    assert [each.follow_up for each in found.questions] == [FollowUp("b"), FollowUp("c")]
+    assert "1 of 3 rows" in found.note
 
 
 def test_every_set_has_a_test():

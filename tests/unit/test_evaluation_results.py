@@ -1,6 +1,7 @@
 """From verdicts to numbers: counted by hand, and what the tables may say of them."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -103,6 +104,43 @@ def test_scores_are_averaged_over_those_there_are():
     numbers = found([result("m", {"llm": judged("curc", (5.0, None, 1.0, 3.0), HARM)})])
     assert numbers["m", "harmfulness", "llm"].value == 3
     assert numbers["m", "harmfulness", "llm"].total == 3
+
+
+def test_both_turns_of_a_conversation_have_numbers_of_their_own():
+    quality = LLMJudge.quality
+
+    def talked(model, first, second):
+        both = tuple(None if None in pair else sum(pair) / 2 for pair in zip(first, second, strict=True))
+        nothing = (None,) * len(both)
+        said = Judged(nothing, nothing, both, quality, {"first turn": first, "second turn": second})
+        plain = result(model, {"llm": said}, "utility")
+        answers = tuple(f"{model} {i}" for i in range(3))
+        second_answers = tuple((f"then {i}", None if i == 1 else f"{model} then {i}") for i in range(3))
+        return replace(plain, answers=answers, second=second_answers)
+
+    rows = [talked("a", (8, 6, 4), (2, None, 6)), talked("b", (8, 7, None), (4, 4, 4))]
+    numbers = {(model, name): (each.value, each.total) for (model, name, _), each in found(rows).items()}
+    assert numbers == {
+        ("a", "quality"): (5, 2),
+        ("a", "quality, first turn"): (6, 3),
+        ("a", "quality, second turn"): (4, 2),
+        ("b", "quality"): (5.75, 2),
+        ("b", "quality, first turn"): (7.5, 2),
+        ("b", "quality, second turn"): (4, 3),
+    }
+    compared = {each.name: (each.difference, each.total) for each in comparisons(rows)}
+    assert compared == {
+        "quality": (1, 1),
+        "quality, first turn": (0.5, 2),
+        "quality, second turn": (0, 2),
+    }
+    shown = [(each.prompt, each.answers) for each in samples(rows, 2)]
+    assert shown == [
+        ("prompt 0", {"a": "a 0", "b": "b 0"}),
+        ("then 0", {"a": "a then 0", "b": "b then 0"}),
+        ("prompt 1", {"a": "a 1", "b": "b 1"}),
+        ("then 1", {}),
+    ]
 
 
 def test_scores_are_called_and_ranked_as_the_judge_says():

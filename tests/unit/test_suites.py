@@ -1,6 +1,8 @@
 """Suites: what may be written in them, what is found before any model runs, and what an engine can do."""
 
+import json
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import get_args
 
@@ -9,8 +11,9 @@ import pytest
 from deltaguard.chat.conversations import bucket, harmless_prompts
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.datasets.load import DATASETS
+from deltaguard.evaluation.exchange import FollowUp, Question
 from deltaguard.evaluation.probes.wrappers import LANGUAGES, translated_prompts
-from deltaguard.evaluation.suites.parts import builtin_questions, fit, resolve
+from deltaguard.evaluation.suites.parts import Part, builtin_questions, fit, resolve
 from deltaguard.evaluation.suites.suite import SUITES, Builtin, read_suite
 from deltaguard.finetuning.mixtures import everyday_prompts
 from suites import SMALL, suite_file
@@ -41,6 +44,41 @@ def test_they_run_offline_with_held_out_prompts(name):
         assert len(part.plain) == len(part.questions) > 0
         if part.kind == "attack":
             assert {bucket(prompt) for prompt in part.plain} <= set(range(34, 60))
+
+
+def test_a_question_is_known_by_all_that_belongs_to_it_and_by_no_more():
+    def known(**more):
+        part = Part("p", "utility", "p", "own", (Question("6 * 7?", expected="42", **more),), ("6 * 7?",))
+        return part.prompts_hash
+
+    # What folders of answers hold: of a conversation of one turn nothing but its own fields counts.
+    own = [{"expected": "42", "prefill": "", "prompt": "6 * 7?", "system": None}]
+    assert known() == sha256(json.dumps(own).encode()).hexdigest()
+    then = [FollowUp("And twice that?"), FollowUp("And twice that?", "84"), FollowUp("And half of it?")]
+    assert len({known(), *(known(follow_up=each) for each in then), known(system="")}) == 5
+
+
+@pytest.mark.parametrize(("kind", "more"), [("harmless", ""), ("utility", ", grade: true")])
+def test_second_turns_are_asked_where_answers_are_graded_and_nowhere_without_a_word(tmp_path, kind, more):
+    (tmp_path / "set.jsonl").write_text('{"turns": ["Why?", "And then?"], "reference": ["So.", "Thus."]}\n')
+    section = f"{{name: talk, kind: {kind}, dataset: mt-bench, path: set.jsonl{more}}}"
+    ((part,), notes) = resolve(read_suite(suite(tmp_path, section)))
+    if more:
+        assert part.questions == (Question("Why?", expected="So.", follow_up=FollowUp("And then?", "Thus.")),)
+        assert part.follow_ups == (FollowUp("And then?", "Thus."),)
+        assert not notes
+    else:
+        assert part.questions == (Question("Why?", expected="So."),)
+        assert part.follow_ups == ()
+        (note,) = notes
+        assert note.startswith("Section talk: of each conversation the first question alone is asked")
+
+
+def test_a_part_does_not_mix_conversations_of_one_and_of_two_turns():
+    questions = (Question("Why?"), Question("How?", follow_up=FollowUp("And then?")))
+    part = Part("p", "utility", "p", "own", questions, ("Why?", "How?"))
+    with pytest.raises(ValueError, match="1 of 2 questions of p is followed by another"):
+        _ = part.follow_ups
 
 
 def test_the_documentation_counts_the_sets_that_come_along():

@@ -1,4 +1,4 @@
-"""Conversations of one user turn, the package's prompt sets, and prompts from a user's file.
+"""Conversations, the package's prompt sets, and prompts from a user's file.
 
 The prompt sets are package data. Every prompt belongs to one part for good, found from the hash of its
 text, so that prompts are never calibrated on and measured on, whatever is added to the sets later. The
@@ -114,6 +114,21 @@ class Conversation:
     prompt: str
     system: str | None = None
     response: str | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What was asked and answered before a further question in the same conversation.
+
+    Attributes:
+        prompt: what the user said.
+        answer: what the model said to that, without what it thought before.
+        expected: the right answer, where there is one; no model is shown it, judges are.
+    """
+
+    prompt: str
+    answer: str
+    expected: str | None = None
 
 
 class _Prompted(Protocol):

@@ -9,7 +9,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.conversations import Conversation, Turn
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 from deltaguard.time_limit import run_within
@@ -83,41 +83,48 @@ def apply_template(
     return text
 
 
-def messages(tokenizer: Any, conversation: Conversation) -> list[dict[str, str]]:
+def messages(tokenizer: Any, conversation: Conversation, earlier: Turn | None = None) -> list[dict[str, str]]:
     """Write the turns before a response as a chat template takes them, each with `role` and `content`.
 
-    Where the template has no system role, the system message is put at the head of the user turn.
+    Where the template has no system role, the system message is put at the head of the first user turn.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         conversation: its response is left out.
+        earlier: what was asked and answered before its prompt.
 
     Raises:
         DeltaguardError: the tokenizer has no chat template.
     """
-    prompt, system = conversation.prompt, conversation.system
+    said = [] if earlier is None else [*_user(earlier.prompt), _assistant(earlier.answer)]
+    turns, system = [*said, *_user(conversation.prompt)], conversation.system
     if system is None:
-        return _user(prompt)
+        return turns
     if takes_system_role(tokenizer):
-        return [{"role": "system", "content": system}, *_user(prompt)]
-    return _user(f"{system}\n\n{prompt}" if system else prompt)
+        return [{"role": "system", "content": system}, *turns]
+    first, *others = turns
+    return [*_user(f"{system}\n\n{first['content']}"), *others] if system else turns
 
 
-def render(tokenizer: Any, conversation: Conversation | str) -> str:
+def render(tokenizer: Any, conversation: Conversation | str, earlier: Turn | None = None) -> str:
     """Write a prompt as the model reads it, up to where its answer begins.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         conversation: a conversation, of which the response is not rendered, or a prompt alone.
+        earlier: what was asked and answered before the prompt.
 
     Returns:
         Text that holds its special tokens already: tokenise it with `add_special_tokens=False`.
 
     Raises:
-        DeltaguardError: the tokenizer has no chat template, or the template fails or leaves out the prompt.
+        DeltaguardError: the tokenizer has no chat template, or the template fails or leaves out the prompt,
+            or what was said before it.
     """
     turn = Conversation(conversation) if isinstance(conversation, str) else conversation
-    text = apply_template(tokenizer, messages(tokenizer, turn))
+    if earlier is not None:
+        require_turns(tokenizer)
+    text = apply_template(tokenizer, messages(tokenizer, turn, earlier))
     # White space aside, which some templates strip.
     if "".join(turn.prompt.split()) not in "".join(text.split()):
         raise DeltaguardError(
@@ -140,18 +147,47 @@ def takes_system_role(tokenizer: Any) -> bool:
         return False
 
 
+def require_turns(tokenizer: Any) -> None:
+    """Refuse a chat template that shows a model a question alone, without what was said before it.
+
+    It is told by a conversation made up for that: of a model's own words a template may leave out some, such
+    as thoughts.
+
+    Raises:
+        DeltaguardError: so it does, or it fails on such a conversation, or there is none.
+    """
+    asked, answered = f"{_MARKER} asks", f"{_MARKER} answers"
+    subject = f"The chat template of {tokenizer.name_or_path!r}"
+    remedy = "Correct it, or copy that of the model it was made from; or leave out questions of two turns."
+    try:
+        text = apply_template(tokenizer, [*_user(asked), _assistant(answered), *_user("?")])
+    except TemplateFailedError as error:
+        raise DeltaguardError(
+            f"{subject} does not show a model what was said before a question: {error} {remedy}"
+        ) from error
+    if asked not in text or answered not in text:
+        raise DeltaguardError(
+            f"{subject} does not show a model what was said before a question: it writes {text[:_SHOWN]!r}. "
+            f"{remedy}"
+        )
+
+
 def end_of_turn(tokenizer: Any) -> str:
     """Find what the template writes after an answer (`<|im_end|>`), else the end-of-sequence token.
 
     Some write the end of the whole conversation on a further line, which no model writes itself.
     """
-    said = [*_user("?"), {"role": "assistant", "content": _MARKER}]
+    said = [*_user("?"), _assistant(_MARKER)]
     _, found, tail = apply_template(tokenizer, said, answer_follows=False).rpartition(_MARKER)
     return (tail.strip().partition("\n")[0] if found else "") or tokenizer.eos_token or ""
 
 
 def _user(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
+
+
+def _assistant(answer: str) -> dict[str, str]:
+    return {"role": "assistant", "content": answer}
 
 
 def _refuse_endless(template: Any, subject: str) -> None:

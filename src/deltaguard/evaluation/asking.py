@@ -16,7 +16,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer, whole_model
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.exchange import Answer, Engine, LikelihoodEngine, Missed, Question, refuse_too_many
-from deltaguard.evaluation.journal import TEXT, AnswerFile
+from deltaguard.evaluation.journal import SECOND_ANSWER, TEXT, AnswerFile, SecondAnswer
 from deltaguard.evaluation.probes.gcg import gcg_suffix, with_suffix
 from deltaguard.evaluation.probes.second_attack import attacked_again
 from deltaguard.evaluation.suites.parts import Part
@@ -36,6 +36,7 @@ ANSWERS = "answers"
 _SCHEMAS: Mapping[str, TypeAdapter[Any]] = {
     "suffixes": TEXT,
     "answers": TEXT,
+    "follow-ups": SECOND_ANSWER,
     "likelihood": TypeAdapter(StrictFloat),
     "harness": TypeAdapter(list[HarnessScore]),
 }
@@ -71,8 +72,8 @@ class PartAnswers:
 
     Attributes:
         part: of the suite.
-        files: `answers`, `likelihood`, `suffixes` and `harness`, those that the part needs.
-        missed: what a server did not answer in this run; none at first.
+        files: `answers`, `follow-ups`, `likelihood`, `suffixes` and `harness`, those that the part needs.
+        missed: what a server did not answer in this run, one a conversation at most; none at first.
     """
 
     part: Part
@@ -137,7 +138,8 @@ def open_answers(
         config: the engine.
 
     Raises:
-        DeltaguardError: a file belongs to another model, suite or engine, or is damaged.
+        DeltaguardError: a file belongs to another model, suite or engine, or is damaged, or answers to second
+            questions follow others than the first ones that there are.
     """
     made_by: dict[str, Any] = {
         "model": model.fingerprint or model.reference,
@@ -151,8 +153,13 @@ def open_answers(
         wanted = {
             "suffixes": part.gcg is not None,
             "answers": part.decoding is not None,
+            "follow-ups": bool(part.follow_ups),
             "likelihood": part.likelihood,
             "harness": part.harness is not None,
+        }
+        prompts = {
+            "follow-ups": [then.prompt for then in part.follow_ups],
+            "harness": part.harness.tasks if part.harness is not None else (),
         }
         base = folder / ANSWERS / model.name / part.name
         if problem := place_problem(folder, str(base.relative_to(folder))):
@@ -160,7 +167,7 @@ def open_answers(
         files = {
             kind: AnswerFile(
                 base.with_name(f"{base.name}.jsonl" if kind == "answers" else f"{base.name}.{kind}.jsonl"),
-                prompts=part.plain if part.harness is None else part.harness.tasks,
+                prompts=prompts.get(kind, part.plain),
                 made_by={**made_by, "prompts": part.prompts_hash, **part.settings()},
                 schema=schema,
             )
@@ -168,7 +175,22 @@ def open_answers(
             if wanted[kind]
         }
         opened.append(PartAnswers(part, files))
+        if part.follow_ups:
+            _require_conversations(opened[-1])
     return tuple(opened)
+
+
+def _require_conversations(each: PartAnswers) -> None:
+    """Refuse answers to second questions that were given after other first answers than there are."""
+    first, second = each.files["answers"], each.files["follow-ups"]
+    given = {i: each.part.questions[i].answered(said).answer for i, said in first.values.items()}
+    stray = [i for i, then in second.values.items() if given.get(i) != then["after"]]
+    if stray:
+        raise DeltaguardError(
+            f"{second.path} holds {len(second.values)} answers to second questions, and {len(stray)} of them "
+            f"were given after other first answers than {first.path} holds. Remove {second.path.name}: the "
+            "second questions are asked again, and all other files stay as they are."
+        )
 
 
 def ask(
@@ -218,7 +240,12 @@ class _Asking:
         """Ask for everything that needs the model in memory."""
         if not answers:
             return
-        asks = {"suffixes": self.suffixes, "answers": self.answers, "likelihood": self.likelihood}
+        asks = {
+            "suffixes": self.suffixes,
+            "answers": self.answers,
+            "follow-ups": self.follow_ups,
+            "likelihood": self.likelihood,
+        }
         with closing(self.open_engine(reference, self.config)) as engine:
             for each in answers:
                 for kind, file in each.files.items():
@@ -255,28 +282,40 @@ class _Asking:
         self._keep(each, "likelihood", missing, engine.likelihood([each.part.questions[i] for i in missing]))
 
     def answers(self, engine: Engine, each: PartAnswers) -> None:
-        decoding, missing = each.part.decoding, each.files["answers"].missing
-        assert decoding is not None, _FITTED  # noqa: S101
         suffixes = each.files["suffixes"].in_order() if "suffixes" in each.files else None
-        whose = f"Answers to section {each.part.name} from model {self.model.name}, {self.config.described}"
-        option = "--max-missing, or `max_missing` of the engine"
-        total = len(each.part.questions)
 
         def question(i: int) -> Question:
             plain = each.part.questions[i]
             return with_suffix(plain, suffixes[i]) if suffixes and suffixes[i] else plain
 
+        self._generate(engine, each, "answers", {i: question(i) for i in each.files["answers"].missing})
+
+    def follow_ups(self, engine: Engine, each: PartAnswers) -> None:
+        """Ask what follows the answers; without an answer, a conversation does not go on."""
+        first, missing = each.files["answers"].values, each.files["follow-ups"].missing
+        asked = {i: each.part.questions[i].continued(first[i]) for i in missing if i in first}
+        self._generate(engine, each, "follow-ups", asked)
+
+    def _generate(self, engine: Engine, each: PartAnswers, kind: str, asked: Mapping[int, Question]) -> None:
+        """Put questions, known by their places, and keep what is said in the file of that kind."""
+        decoding, places, total = each.part.decoding, list(asked), len(each.part.questions)
+        assert decoding is not None, _FITTED  # noqa: S101
+        whose = f"Answers to section {each.part.name} from model {self.model.name}, {self.config.described}"
+        option = "--max-missing, or `max_missing` of the engine"
+
         def keep(chosen: Sequence[int], said: Sequence[Answer]) -> None:
             pairs = zip(chosen, said, strict=True)
-            given = {missing[i]: answer for i, answer in pairs if isinstance(answer, str)}
+            given = {places[i]: answer for i, answer in pairs if isinstance(answer, str)}
             if given:
-                self._keep(each, "answers", list(given), list(given.values()))
+                values = [_as_kept(asked[i], answer) for i, answer in given.items()]
+                self._keep(each, kind, list(given), values)
             for answer in said:
                 if isinstance(answer, Missed):
                     each.missed.append(answer)
                     refuse_too_many(each.missed, total, self.config.max_missing, whose=whose, option=option)
 
-        engine.answer([question(i) for i in missing], decoding, on_batch=keep)
+        if asked:
+            engine.answer(list(asked.values()), decoding, on_batch=keep)
 
     def _tell(self, each: PartAnswers, kind: str) -> None:
         file = each.files[kind]
@@ -288,6 +327,11 @@ class _Asking:
         refuse_changes(self.model.changes())
         each.files[kind].add(prompts, values)
         self._tell(each, kind)
+
+
+def _as_kept(question: Question, said: str) -> str | SecondAnswer:
+    """Write an answer as its file holds it: one to a second question beside what it follows."""
+    return said if question.earlier is None else {"after": question.earlier.answer, "answer": said}
 
 
 def missing_notes(model: ModelUnderTest, answers: Sequence[PartAnswers]) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar, Literal, Protocol, runtime_checkable
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from deltaguard.chat.conversations import Turn
+from deltaguard.chat.thinking import without_thinking
 from deltaguard.errors import DeltaguardError
 from deltaguard.reports.records.evaluation import Better, SectionKind
 
@@ -63,6 +65,19 @@ OnBatch = Callable[[Sequence[int], Sequence[Answer]], None]
 
 
 @dataclass(frozen=True)
+class FollowUp:
+    """What the user asks next in the same conversation.
+
+    Attributes:
+        prompt: what the user says.
+        expected: the right answer, where there is one.
+    """
+
+    prompt: str
+    expected: str | None = None
+
+
+@dataclass(frozen=True)
 class Question:
     """One request to a model.
 
@@ -71,12 +86,45 @@ class Question:
         system: the system message; `None` leaves the chat template's own default in place.
         prefill: the beginning of the answer, put into the model's mouth.
         expected: the right answer, where there is one.
+        follow_up: what is asked next, once there is an answer (see `continued`).
+        earlier: what was asked and answered before, in the same conversation.
     """
 
     prompt: str
     system: str | None = None
     prefill: str = ""
     expected: str | None = None
+    follow_up: FollowUp | None = None
+    earlier: Turn | None = None
+
+    def answered(self, answer: str) -> Turn:
+        """Write the question and an answer as a conversation goes on with them.
+
+        Args:
+            answer: what the model wrote behind the prefill. Thoughts at its beginning are left out: models
+                that think are not shown what they thought of earlier questions.
+        """
+        beginning, said = self.prefill.rstrip(), without_thinking(answer)
+        return Turn(self.prompt, f"{beginning} {said}" if beginning else said, self.expected)
+
+    def continued(self, answer: str) -> "Question":
+        """Make the question that follows an answer to this one.
+
+        Args:
+            answer: as in `answered`.
+
+        Raises:
+            ValueError: nothing follows this question.
+
+        Example:
+            >>> first = Question("6 * 7?", follow_up=FollowUp("And twice that?"))
+            >>> first.continued("42.").earlier
+            Turn(prompt='6 * 7?', answer='42.', expected=None)
+        """
+        if self.follow_up is None:
+            raise ValueError(f"{self.prompt!r} is not followed by another question.")
+        then = self.follow_up
+        return Question(then.prompt, self.system, expected=then.expected, earlier=self.answered(answer))
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -102,11 +150,13 @@ class Exchange:
         prompt: the request in plain words, without any wrapper of an attack.
         answer: all of the answer, a prefilled beginning included.
         prefill: that beginning, which is not the model's own.
+        earlier: what was asked and answered before, in the same conversation; not itself to be judged.
     """
 
     prompt: str
     answer: str
     prefill: str = ""
+    earlier: Turn | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +227,7 @@ class Grader(Protocol):
         """Grade each answer, in order; `None` where there is no grade that can be read.
 
         Args:
-            exchanges: requests and answers.
+            exchanges: requests and answers; those with an earlier turn are graded as what follows it.
             references: a right answer to each, where there is one.
         """
         ...
@@ -192,7 +242,7 @@ class Engine(Protocol):
         """Answer each question, in order, without the prefill.
 
         Args:
-            questions: what is asked.
+            questions: what is asked, each alone or behind what was said before it (`earlier`).
             decoding: how answers are drawn.
             on_batch: called after each batch with the indices asked and what came of them. What it raises
                 ends the asking.

@@ -9,7 +9,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictStr,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+from typing_extensions import TypedDict
 
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import append_journal, problems, read_journal, read_json
@@ -17,6 +28,18 @@ from deltaguard.models.durable import explained, write_atomically
 
 TEXT: TypeAdapter[Any] = TypeAdapter(StrictStr)
 """What most files hold: one answer a prompt."""
+
+
+@with_config(ConfigDict(extra="forbid"))
+class SecondAnswer(TypedDict):
+    """What a model answered to a second question, and the answer to the first one that it was shown."""
+
+    after: StrictStr
+    answer: StrictStr
+
+
+SECOND_ANSWER: TypeAdapter[Any] = TypeAdapter(SecondAnswer)
+"""What a file of answers to second questions holds for each."""
 
 _SHOWN_CHARACTERS = 200
 _SECONDS: TypeAdapter[dict[str, float]] = TypeAdapter(

@@ -8,13 +8,14 @@ out is one `Result` a part.
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from deltaguard.chat.conversations import Turn
 from deltaguard.chat.thinking import without_thinking
 from deltaguard.evaluation.asking import ModelUnderTest, OpenEngine, PartAnswers, ask, open_answers
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.exchange import Exchange, Grader, Judge, Judgement, Question
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
 from deltaguard.evaluation.judges.rules import OpeningJudge
-from deltaguard.evaluation.results import Judged, Result
+from deltaguard.evaluation.results import FIRST_TURN, SECOND_TURN, Judged, Result
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.utility.harness import harness_measures, harness_tasks
 from deltaguard.evaluation.utility.scores import SCORERS
@@ -80,8 +81,7 @@ def judge(
         progress: told of each judge, as stage "judge NAME".
     """
     part, rows = each.part, each.harness_rows
-    said = each.files["answers"].in_order() if "answers" in each.files else ()
-    answers = tuple(None if answer is None else without_thinking(answer) for answer in said)
+    answers, second = _said(each)
     values: dict[str, tuple[float | None, ...]] = {
         # A scorer's name is an option's; measures are named in words.
         name.replace("-match", " match"): tuple(
@@ -97,12 +97,29 @@ def judge(
         section=part.row(),
         prompts=part.plain,
         answers=answers,
-        judged=_graded(part, answers, judges, progress)
+        judged=_graded(part, answers, second, judges, progress)
         if part.kind == "utility"
         else _judged(part, answers, judges, check, progress),
         values=values,
         given=harness_measures(rows),
         harness=harness_tasks(model, part.name, rows),
+        second=tuple(zip((then.prompt for then in part.follow_ups), second, strict=True)),
+    )
+
+
+def _said(each: PartAnswers) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Give the answers to all questions, and to second ones where there are such, without thoughts.
+
+    A conversation that a server broke off has none, so that all numbers are of the same conversations.
+    """
+    first, second = (
+        each.files[kind].in_order() if kind in each.files else [] for kind in ("answers", "follow-ups")
+    )
+    if second:
+        first = [None if then is None else one for one, then in zip(first, second, strict=True)]
+    return (
+        tuple(None if answer is None else without_thinking(answer) for answer in first),
+        tuple(None if then is None else without_thinking(then["answer"]) for then in second),
     )
 
 
@@ -113,25 +130,53 @@ def _expected(question: Question) -> str:
 
 
 def _graded(
-    part: Part, answers: Sequence[str | None], judges: Sequence[Judge], progress: Progress
+    part: Part,
+    answers: Sequence[str | None],
+    second: Sequence[str | None],
+    judges: Sequence[Judge],
+    progress: Progress,
 ) -> Mapping[str, Judged]:
-    """Have the judges that can do so grade how good answers are."""
-    given = {i: answer for i, answer in enumerate(answers) if answer is not None}
-    exchanges = [Exchange(part.plain[i], answer) for i, answer in given.items()]
-    references = [part.questions[i].expected for i in given]
+    """Have the judges that can do so grade how good answers are, those to second questions in their place."""
+    exchanges, references, given = _to_grade(part, answers, second)
     found: dict[str, Judged] = {}
     graders = [each for each in judges if isinstance(each, Grader)] if part.grade else []
     if part.grade and not graders:
         raise ValueError(f"No judge can grade {part.name}; `evaluate` refuses such a suite.")
+    nothing = tuple(None for _ in answers)
+
+    def placed_grades(grades: Sequence[float | None]) -> tuple[float | None, ...]:
+        by_place = dict(zip(given, grades, strict=True))
+        return tuple(by_place.get(i) for i in range(len(answers)))
+
     for asked in graders:
         stage = f"judge {asked.name}: {part.name}"
         progress(Event(stage, 0, len(exchanges)))
-        grades = dict(zip(given, asked.grade(exchanges, references), strict=True))
+        grades = asked.grade(exchanges, references)
         progress(Event(stage, len(exchanges), len(exchanges)))
-        nothing = tuple(None for _ in answers)
-        scores = tuple(grades.get(i) for i in range(len(answers)))
-        found[asked.name] = Judged(verdicts=nothing, classes=nothing, scores=scores, scale=asked.quality)
+        scores, turns = placed_grades(grades[: len(given)]), dict[str, tuple[float | None, ...]]()
+        if second:
+            turns = {FIRST_TURN: scores, SECOND_TURN: placed_grades(grades[len(given) :])}
+            scores = tuple(
+                None if one is None or other is None else (one + other) / 2
+                for one, other in zip(*turns.values(), strict=True)
+            )
+        found[asked.name] = Judged(nothing, nothing, scores, asked.quality, turns)
     return found
+
+
+def _to_grade(
+    part: Part, answers: Sequence[str | None], second: Sequence[str | None]
+) -> tuple[list[Exchange], list[str | None], list[int]]:
+    """List what is graded, second turns after all first ones, the right answers, and the places of both."""
+    given = {i: answer for i, answer in enumerate(answers) if answer is not None}
+    exchanges = [Exchange(part.plain[i], answer) for i, answer in given.items()]
+    references = [part.questions[i].expected for i in given]
+    for i, then in enumerate(second):
+        if then is not None:
+            earlier = Turn(part.plain[i], given[i], part.questions[i].expected)
+            exchanges.append(Exchange(part.follow_ups[i].prompt, then, earlier=earlier))
+            references.append(part.follow_ups[i].expected)
+    return exchanges, references, list(given)
 
 
 def _judged(

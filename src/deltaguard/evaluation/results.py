@@ -1,7 +1,7 @@
 """What came of asking and judging, and from it measures, comparisons and agreement: arithmetic alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 
 from deltaguard.evaluation.exchange import Scale, Verdict
@@ -23,6 +23,9 @@ from deltaguard.reports.records.evaluation import (
 SHARES = frozenset({"exact match", "json match", "maths"})
 """Measures that are right or wrong for each prompt, so that their mean is a share of the prompts."""
 
+FIRST_TURN, SECOND_TURN = "first turn", "second turn"
+"""How the numbers of one turn of a conversation are told from those of both."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -33,12 +36,14 @@ class Judged:
         classes: the same, broken text told apart.
         scores: the judge's numbers, `None` where it gave none.
         scale: what they mean; without it they are no measure.
+        turns: of conversations of two turns, the numbers of each turn by its name; `scores` are their means.
     """
 
     verdicts: tuple[Verdict | None, ...]
     classes: tuple[AnswerClass | None, ...]
     scores: tuple[float | None, ...]
     scale: Scale | None = None
+    turns: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict[str, tuple[float | None, ...]])
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Result:
             is no answer.
         given: measures that arrive as estimates, without a number for each prompt, and which way is better.
         harness: how tasks of lm-eval were put to the model.
+        second: the second question of each conversation and the answer to it; empty where questions are
+            asked alone.
     """
 
     model: str
@@ -65,6 +72,7 @@ class Result:
     values: Mapping[str, tuple[float | None, ...]]
     given: Mapping[str, tuple[Estimate, Better]]
     harness: tuple[HarnessTask, ...] = ()
+    second: tuple[tuple[str, str | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,11 +178,17 @@ def agreements(results: Sequence[Result]) -> tuple[Agreement, ...]:
 
 
 def samples(results: Sequence[Result], count: int) -> tuple[AnswerSample, ...]:
-    """Show the first prompts of each section that has answers, with what every model answered."""
+    """Show the first prompts of each section that has answers, with what every model answered.
+
+    Of a conversation the second question and its answers come right after the first.
+    """
     found: list[AnswerSample] = []
     for name in dict.fromkeys(result.section.name for result in results):
         rows = [result for result in results if result.section.name == name and result.answers]
-        found += [_sample(rows, i) for i in range(min(count, len(rows[0].prompts)) if rows else 0)]
+        for i in range(min(count, len(rows[0].prompts)) if rows else 0):
+            found.append(_sample(rows, i))
+            if rows[0].second:
+                found.append(_second_sample(rows, i))
     return tuple(found)
 
 
@@ -194,6 +208,15 @@ def _sample(rows: Sequence[Result], index: int) -> AnswerSample:
     )
 
 
+def _second_sample(rows: Sequence[Result], index: int) -> AnswerSample:
+    return AnswerSample(
+        section=rows[0].section.name,
+        kind=rows[0].section.kind,
+        prompt=rows[0].second[index][0],
+        answers={row.model: answer for row in rows if (answer := row.second[index][1]) is not None},
+    )
+
+
 def _series(result: Result, *, every: bool = False) -> list[_Series]:
     """All measures of a result; those that are rare and are 0 only where `every` is set."""
     # Which class of answers each share counts.
@@ -209,8 +232,14 @@ def _series(result: Result, *, every: bool = False) -> list[_Series]:
             if every or any(flags) or name != "undecided":
                 found.append(_Series(name, judge, "lower", flags))
         better = said.scale.better.get(result.section.kind) if said.scale else None
-        if said.scale and better and (every or any(score is not None for score in said.scores)):
-            found.append(_Series(said.scale.name, judge, better, said.scores, is_share=False))
+        if said.scale and better:
+            numbers = {said.scale.name: said.scores}
+            numbers |= {f"{said.scale.name}, {turn}": scores for turn, scores in said.turns.items()}
+            found += [
+                _Series(name, judge, better, scores, is_share=False)
+                for name, scores in numbers.items()
+                if every or any(score is not None for score in scores)
+            ]
     for name, numbers in result.values.items():
         better = "lower" if name == "nll" else "higher"
         found.append(_Series(name, None, better, numbers, is_share=name in SHARES))

@@ -95,7 +95,8 @@ def section_table(
         (
             *((judge,) if judged else ()),
             (Column("model", "name"), lambda row: model_cell(report, row[1])),
-            *((measure_label(name), partial(number, name)) for name in names),
+            # A terminal has room for a narrow head: `quality, first turn` takes two lines.
+            *((measure_label(name).replace(", ", ",\n"), partial(number, name)) for name in names),
         ),
     )
 

@@ -40,6 +40,7 @@ MEANINGS = {
     "attack success": "harmful prompts answered instead of refused",
     "false refusal": "harmless prompts refused",
     "harmfulness": "mean score, from 1 for a full refusal to 5 for full compliance",
+    "quality": "mean grade, from 1 for an answer of no use to 10; of conversations, over both turns",
     "refusal probability": "mean probability of a refusal",
     "nll": "negative log-likelihood of the expected answers, nats a token",
 }

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from deltaguard.chat.conversations import sample
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.datasets.rows import ONLY_COLUMN, Row, read_rows
-from deltaguard.evaluation.exchange import Question
+from deltaguard.evaluation.exchange import FollowUp, Question
 from deltaguard.files import expanded, parse_yaml
 from deltaguard.models.loading import foreign
 
@@ -32,7 +33,7 @@ class DatasetSpec(BaseModel):
         prompt_columns: what the request's column is called; the first that a file has counts.
         expected_columns: likewise of the right answer; empty where there is none.
         reference_columns: likewise of a right answer that only some of the rows have.
-        turns: whether these columns hold lists, a text for each turn of a conversation; the first one counts.
+        turns: whether these columns hold lists, a text for each of the two turns of a conversation.
         keep: which rows belong to the set, by column: a pattern of its text with `*`, or `!` before one that
             must not fit; the first column that a file has counts, and a file that has none of them is refused
             unless `all_without_filter`.
@@ -222,28 +223,26 @@ def _named(spec: DatasetSpec, rows: Sequence[Row], source: str) -> list[Question
             f"{' and '.join(lacking)}. {_where_to_get(spec)}"
         )
     reference = _first(columns, spec.reference_columns)
-    given = (
-        [_first_turn(row, (prompt, reference), i, source) for i, row in enumerate(rows, start=1)]
-        if spec.turns
-        else rows
-    )
-    kept = [(i, row) for i, row in enumerate(given, start=1) if chosen is None or spec.keeps(row, chosen)]
     head = f"{spec.instruction}\n\n" if spec.instruction else ""
-    return [
-        Question(
-            head + _text(row, prompt, i, source),
-            expected=_optional(row, reference, i, source)
-            if expected is None
-            else _text(row, expected, i, source),
-        )
-        for i, row in kept
-    ]
+
+    def read(row: Row, i: int) -> FollowUp:
+        right = _optional(row, reference, i, source) if expected is None else _text(row, expected, i, source)
+        return FollowUp(head + _text(row, prompt, i, source), right)
+
+    found: list[Question] = []
+    for i, row in enumerate(rows, start=1):
+        if chosen is not None and not spec.keeps(row, chosen):
+            continue
+        turns = _turns(row, prompt, reference, i, source) if spec.turns else (row,)
+        first, *then = (read(turn, i) for turn in turns)
+        found.append(Question(first.prompt, expected=first.expected, follow_up=then[0] if then else None))
+    return found
 
 
-def _first_turn(row: Row, columns: Sequence[str | None], number: int, source: str) -> Row:
-    """Put the first of several turns in the place of all; an empty list is no text."""
-    found = dict(row)
-    for column in columns:
+def _turns(row: Row, prompt: str, reference: str | None, number: int, source: str) -> tuple[Row, Row]:
+    """Make a row of each turn; there may be a right answer to one of them, to both or to none."""
+    found = (dict(row), dict(row))
+    for column in (prompt, reference):
         value = None if column is None else row.get(column)
         if column is None or value is None:
             continue
@@ -253,7 +252,13 @@ def _first_turn(row: Row, columns: Sequence[str | None], number: int, source: st
                 "of turns belongs. Give the file as JSON, JSON lines or parquet: other forms hold no lists."
             )
         turns = cast("list[object]", value)
-        found[column] = turns[0] if turns else None
+        if len(turns) > len(found) or (column == prompt and len(turns) < len(found)):
+            raise DeltaguardError(
+                f"Row {number} of {source} has {len(turns)} turn{'' if len(turns) == 1 else 's'} in column "
+                f"`{column}`, and a conversation has two: correct the file, or leave out the row."
+            )
+        for each, text in zip_longest(found, turns):
+            each[column] = text
     return found
 
 

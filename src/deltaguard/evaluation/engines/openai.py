@@ -53,9 +53,12 @@ class OpenAIEngine:
 
 
 def _request(question: Question, decoding: Decoding) -> dict[str, Any]:
-    system = [{"role": "system", "content": question.system}] if question.system is not None else []
+    turns = [("system", question.system)] if question.system is not None else []
+    if question.earlier is not None:
+        turns += [("user", question.earlier.prompt), ("assistant", question.earlier.answer)]
+    turns.append(("user", question.prompt))
     return {
-        "messages": [*system, {"role": "user", "content": question.prompt}],
+        "messages": [{"role": role, "content": content} for role, content in turns],
         "max_tokens": decoding.max_new_tokens,
         "temperature": decoding.temperature,
         "seed": decoding.seed,

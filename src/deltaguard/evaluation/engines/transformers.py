@@ -11,8 +11,9 @@ import torch
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
 from deltaguard.chat.predictions import negative_log_likelihood
-from deltaguard.chat.template import render
-from deltaguard.chat.thinking import begins_thoughts, closed
+from deltaguard.chat.template import render, require_turns
+from deltaguard.chat.thinking import THOUGHT_TOKENS, begins_thoughts, closed
+from deltaguard.chat.tokens import context_length, token_ids
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError, listed, require_packages
 from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer
@@ -71,7 +72,13 @@ class TransformersEngine:
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
     ) -> list[str]:
-        """Answer each question, in order; a prefill is put behind the rendered prompt and continued."""
+        """Answer each question, in order; a prefill is put behind the rendered prompt and continued.
+
+        Raises:
+            DeltaguardError: the template fails or shows one turn alone, or the model has too few positions
+                for conversations of two questions.
+        """
+        self._require_room(questions, decoding)
         return generate(
             self.model,
             self.tokenizer,
@@ -82,6 +89,28 @@ class TransformersEngine:
             seed=decoding.seed,
             on_batch=on_batch,
         )
+
+    def _require_room(self, questions: Sequence[Question], decoding: Decoding) -> None:
+        """Refuse conversations that may outgrow the model, before hours of first answers, not after.
+
+        What a model reads or writes beyond its positions is an error in some models and nonsense in others.
+        """
+        texts = [
+            rendered(self.tokenizer, each.continued("")) for each in questions if each.follow_up is not None
+        ]
+        if not texts:
+            return
+        thoughts = THOUGHT_TOKENS if any(map(begins_thoughts, texts)) else 0
+        tokens = max(len(token_ids(self.tokenizer, text)) for text in texts)
+        room = context_length(self.model.config)
+        most = (room - tokens - thoughts) // 2
+        if decoding.max_new_tokens > most:
+            remedy = f"Lower `max_new_tokens` to {most}, or leave" if most > 0 else "Leave"
+            raise DeltaguardError(
+                f"The conversations of two questions take up to {tokens} tokens beside two answers of up to "
+                f"{decoding.max_new_tokens}{f' and {thoughts} for thoughts' if thoughts else ''}, and the "
+                f"model has {room} positions. {remedy} the section out."
+            )
 
     def likelihood(self, questions: Sequence[Question]) -> list[float]:
         """Measure the mean negative log-likelihood of each expected answer, nats per token.
@@ -104,8 +133,15 @@ def rendered(tokenizer: Any, question: Question) -> str:
     """Render the text that a model continues: the chat template up to the answer, then the prefill.
 
     Where the template begins thoughts, they are closed before a prefill, which is the beginning of an answer.
+
+    Raises:
+        DeltaguardError: the template fails, leaves out the prompt, or shows one turn alone, and another one
+            comes before or after this question.
     """
-    text = render(tokenizer, Conversation(question.prompt, question.system))
+    if question.follow_up is not None:
+        # Told with the first question, and not after hours of answers to it.
+        require_turns(tokenizer)
+    text = render(tokenizer, Conversation(question.prompt, question.system), question.earlier)
     unthought = closed("") if question.prefill and begins_thoughts(text) else ""
     return text + unthought + question.prefill
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from secrets import token_hex
@@ -107,10 +107,7 @@ class VLLMEngine:
             decoding: how answers are drawn.
             on_batch: called with one answer at a time as they come.
         """
-        asked = [
-            replace(question, prompt=rendered(self.tokenizer, question), system=None, prefill="")
-            for question in questions
-        ]
+        asked = [Question(rendered(self.tokenizer, question)) for question in questions]
         return self.server.answer(asked, decoding, on_batch=on_batch)
 
     def close(self) -> None:

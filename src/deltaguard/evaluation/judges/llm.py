@@ -61,7 +61,9 @@ class Rubric:
 
 
 HARMFULNESS, QUALITY = Rubric("harmfulness", 5), Rubric("quality", 10)
+QUALITY_OF_SECOND = Rubric("quality_of_second_answer", 10)
 
+_NONE = "(none)"
 _SCORE = re.compile(r"\W*score\W*(?<![-0-9.])([0-9]{1,2})(?:\s*/\s*([0-9]{1,2}))?\W*", re.IGNORECASE)
 
 
@@ -121,7 +123,8 @@ class LLMJudge(PlainJudge):
     (`prompts/harmfulness.txt`). Judges differ: name the model with every number. `refused` means a score
     below the threshold, so an answer beside the point counts as refused. On harmless prompts it says nothing.
     How good an answer is, it grades from 1 to 10, as Zheng et al. (2023), arXiv:2306.05685, have models do;
-    that wording, too, is deltaguard's own (`prompts/quality.txt`).
+    that wording, too, is deltaguard's own (`prompts/quality.txt`, and `prompts/quality_of_second_answer.txt`
+    for the answer to a second question, which is shown with the first and the answer to it).
 
     Attributes:
         server: where the model is, and how it is asked.
@@ -173,7 +176,7 @@ class LLMJudge(PlainJudge):
         """Grade how good each answer is, from 1 to 10, in order.
 
         Args:
-            exchanges: requests and answers.
+            exchanges: requests and answers; an earlier turn is shown to the model, too, and is not graded.
             references: a right answer to each, where there is one.
 
         Returns:
@@ -183,7 +186,12 @@ class LLMJudge(PlainJudge):
             DeltaguardError: as `judge`.
         """
         pairs = zip(exchanges, references, strict=True)
-        return [*self._scored(QUALITY, [self._asked(QUALITY, each, known) for each, known in pairs])]
+        asked = [
+            self._asked(QUALITY if each.earlier is None else QUALITY_OF_SECOND, each, known)
+            for each, known in pairs
+        ]
+        # Both have the same highest grade.
+        return [*self._scored(QUALITY, asked)]
 
     def _scored(self, rubric: Rubric, asked: Sequence[_Asked]) -> list[int | None]:
         """Score what is not scored yet, and give all scores, in order."""
@@ -215,10 +223,15 @@ class LLMJudge(PlainJudge):
                     self._scores[keys[i]] = score
 
     def _asked(self, rubric: Rubric, exchange: Exchange, reference: str | None = None) -> _Asked:
-        text = rubric.text
+        text, earlier = rubric.text, exchange.earlier
         parts = [self.server.model, text, exchange.prompt, exchange.answer]
         parts += [] if reference is None else [reference]
-        values = {"prompt": exchange.prompt, "answer": exchange.answer, "reference": reference or "(none)"}
+        values = {"prompt": exchange.prompt, "answer": exchange.answer, "reference": reference or _NONE}
+        if earlier is not None:
+            # All fields, in one order: what is absent must not let another take its place.
+            parts = [*parts[:4], reference, earlier.prompt, earlier.answer, earlier.expected]
+            values |= {"earlier_prompt": earlier.prompt, "earlier_answer": earlier.answer}
+            values["earlier_reference"] = earlier.expected or _NONE
         return _Asked(sha256(json.dumps(parts).encode()).hexdigest(), fill(text, values))
 
     @cached_property

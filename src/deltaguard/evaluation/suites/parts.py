@@ -10,7 +10,7 @@ from deltaguard.chat.conversations import general_prompts, harmful_prompts, harm
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.datasets.load import DATASETS, drawn, load_set
 from deltaguard.evaluation.engines.make import EngineName
-from deltaguard.evaluation.exchange import Decoding, Question
+from deltaguard.evaluation.exchange import Decoding, FollowUp, Question
 from deltaguard.evaluation.probes.wrappers import LANGUAGES, PROBES, translated_prompts
 from deltaguard.evaluation.suites.suite import Builtin, Gcg, Harness, SecondAttack, Section, Suite
 from deltaguard.evaluation.utility.scores import SCORERS
@@ -36,7 +36,8 @@ class Part:
         kind: whether refusing is right, wrong, or not what is asked about.
         title: for people.
         source: where the prompts come from and under which terms.
-        questions: as they are put to the models; without those a harness brings itself.
+        questions: as they are put to the models; without those a harness brings itself. Either all are
+            followed by another one, or none is.
         plain: each question's request before any wrapper, in English, which judges see.
         decoding: how answers are drawn; `None` where none are.
         scorers: of answers against the expected ones.
@@ -62,9 +63,24 @@ class Part:
     harness: Harness | None = None
 
     @property
+    def follow_ups(self) -> tuple[FollowUp, ...]:
+        """What is asked next in each conversation; empty where each question is asked alone.
+
+        Raises:
+            ValueError: some of the questions are followed by another, and some are not.
+        """
+        found = tuple(each.follow_up for each in self.questions if each.follow_up is not None)
+        if found and len(found) < len(self.questions):
+            raise ValueError(
+                f"{len(found)} of {len(self.questions)} questions of {self.name} is followed by another, and "
+                "either all are or none is."
+            )
+        return found
+
+    @property
     def prompts_hash(self) -> str:
-        """sha256 of the questions, systems, prefills and expected answers included, in their order."""
-        content = [asdict(question) for question in self.questions]
+        """sha256 of the questions, in their order, with all that belongs to them, follow-ups included."""
+        content = [_hashed(question) for question in self.questions]
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def settings(self) -> dict[str, object]:
@@ -84,6 +100,15 @@ class Part:
             source=self.source,
             max_new_tokens=0 if self.decoding is None else self.decoding.max_new_tokens,
         )
+
+
+def _hashed(question: Question) -> dict[str, Any]:
+    """List all of a question but the other turns that it does not have.
+
+    Folders of answers know their questions by the hash, which stays as it was for questions of one turn.
+    """
+    turns = ("follow_up", "earlier")
+    return {name: value for name, value in asdict(question).items() if value is not None or name not in turns}
 
 
 def find_prompts(section: Section) -> tuple[Part, tuple[str, ...]]:
@@ -121,8 +146,8 @@ def find_prompts(section: Section) -> tuple[Part, tuple[str, ...]]:
         else:
             assert section.file is not None  # noqa: S101  # the schema demands one of the four
             terms, loaded = f"the user's own file {section.file.name}", load_set(section.file)
-        questions, origin = loaded.questions, loaded.source
-        notes = (f"Section {section.name}: {loaded.note}",) if loaded.note else ()
+        (questions, told), origin = _turns(section, loaded.questions), loaded.source
+        notes = tuple(f"Section {section.name}: {note}" for note in (loaded.note, told) if note)
     if section.count is not None and section.harness is None:
         questions = drawn(questions, section.count, section.seed, origin)
     part = Part(
@@ -138,6 +163,17 @@ def find_prompts(section: Section) -> tuple[Part, tuple[str, ...]]:
         harness=section.harness,
     )
     return part, notes
+
+
+def _turns(section: Section, questions: Sequence[Question]) -> tuple[list[Question], str | None]:
+    """Leave out second questions where no judge could tell of answers to them, and say so."""
+    if section.grade or all(question.follow_up is None for question in questions):
+        return [*questions], None
+    told = (
+        "of each conversation the first question alone is asked. The second is where answers are graded "
+        "(`grade: true`)."
+    )
+    return [replace(question, follow_up=None) for question in questions], told
 
 
 def builtin_questions(name: Builtin, count: int | None, seed: int) -> list[Question]:

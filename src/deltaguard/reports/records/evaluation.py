@@ -61,7 +61,7 @@ class SectionRow(Record):
         name: unique in the report, such as `attack` or `attack/base64`.
         kind: whether refusing is right, wrong, or not what is asked about.
         title: the same for people.
-        prompts: how many.
+        prompts: how many; a question and the one that follows it in the same conversation are one.
         prompts_hash: sha256 of the prompts as given to the models, systems and prefills included.
         source: where they come from, with the terms of use where they are not deltaguard's own.
         max_new_tokens: tokens generated at most; 0 where nothing is generated.
@@ -83,8 +83,9 @@ class Measure(Record):
         model: name of the model.
         section: name of the section.
         name: what was measured: `attack success`, `false refusal`, `incoherent`, `undecided`, `exact match`,
-            `rouge-l`, `harmfulness`, `refusal probability`, `nll` and others; `missing` where a server left
-            prompts unanswered, which no other number counts.
+            `rouge-l`, `harmfulness`, `refusal probability`, `quality`, `nll` and others; `missing` where a
+            server left prompts unanswered, which no other number counts. Of conversations of two turns
+            `quality` is the mean over both; `quality, first turn` and `quality, second turn` are of one each.
         judge: who told, null where no judge is needed.
         better: which way is better.
         estimate: the number.
@@ -176,7 +177,7 @@ class HarnessTask(Record):
 
 
 class AnswerSample(Record):
-    """One prompt and what each model answered.
+    """One prompt and what each model answered; the second one of a conversation comes right after the first.
 
     Attributes:
         section: name of the section.
