@@ -1,5 +1,8 @@
 """Calibrating block by block: the store of a calibration as a whole, in the memory of one block."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -123,6 +126,36 @@ def test_a_damaged_file_between_the_passes_is_one_message(tmp_path):
     config = BLOCKS.model_copy(update={"resume": True})
     with pytest.raises(DeltaguardError, match=r"cannot be used.*\n.*Delete the folder"):
         calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=config)
+
+
+MEASURE = """
+import sys
+from deltaguard.chat.conversations import Conversation
+from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.memory import peak_memory_bytes
+peaks = []
+rows = [Conversation(f"What is {i}?", response="A number.") for i in range(6)]
+for folder in sys.argv[1:]:
+    calibrate(folder, f"{folder}-store", conversations=rows, config=CalibrateConfig(memory=0))
+    peaks.append(peak_memory_bytes())
+print(peaks[-1] - peaks[0])
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
+    """Weights and sums of a block take 19 MB; ten of them more must not be held at once."""
+    wide = {"hidden_size": 256, "intermediate_size": 1024}
+    folders = [
+        models.save(models.tiny_model("llama", num_hidden_layers=count, **wide), tmp_path / f"{count}")
+        for count in (2, 12)
+    ]
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(found.stdout) < 60e6
 
 
 # What is loaded
