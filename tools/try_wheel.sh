@@ -5,7 +5,10 @@
 #   tools/try_wheel.sh WHEEL PYTHON SBOM
 set -euo pipefail
 source=$(cd "$(dirname "$0")/.." && pwd)
-wheel=$(realpath "$1") python=$2 sbom=$(realpath -m "$3")
+mkdir -p "$(dirname "$3")"
+wheel=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+sbom=$(cd "$(dirname "$3")" && pwd)/$(basename "$3")
+python=$2
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 unset PYTHONPATH
@@ -30,7 +33,6 @@ deltaguard calibrate aligned -o store --num-samples 8 --device cpu
 deltaguard restore aligned finetuned -o restored --store store --max-safety-kl 0.001 --device cpu
 deltaguard verify restored
 
-mkdir -p "$(dirname "$sbom")"
 cyclonedx-py environment --pyproject "$source/pyproject.toml" --output-reproducible -o "$sbom" env/bin/python
 
 pip uninstall --quiet --yes deltaguard
