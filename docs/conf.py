@@ -6,11 +6,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 import deltaguard
 from deltaguard.chat.conversations import held_out_harmful, held_out_harmless
 from deltaguard.chat.openings import OPENING_TOKENS
+from deltaguard.curvature.store_format import SCHEMA_VERSION as CURVATURE
+from deltaguard.reports.records.attacks import AttacksReport
+from deltaguard.reports.records.bench import BenchReport
+from deltaguard.reports.records.demo import DemoReport
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.dial import MOST_LOOKS
 from deltaguard.restoration.looks import FIRST
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
 from deltaguard.restoration.tuning import CONVERSATIONS
+
+FORMS = {
+    "attacks": AttacksReport,
+    "bench": BenchReport,
+    "check": deltaguard.CheckReport,
+    "demo": DemoReport,
+    "evaluation": deltaguard.EvaluationReport,
+    "restore": deltaguard.RestoreReport,
+    "sweep": deltaguard.SweepReport,
+}
 
 project = "deltaguard"
 author = "The deltaguard authors"
@@ -46,6 +60,8 @@ myst_substitutions = {
     "num_held_out": deltaguard.CalibrateConfig().num_held_out,
     "num_samples": deltaguard.CalibrateConfig().num_samples,
     "refine_conversations": CONVERSATIONS,
+    "schema_curvature": CURVATURE,
+    **{f"schema_{name}": form.model_fields["schema_version"].default for name, form in FORMS.items()},
 }
 
 # In docstrings, `name` is code.

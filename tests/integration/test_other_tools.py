@@ -1,6 +1,7 @@
 """Examples that plug deltaguard into other tools, against stand-ins of what those tools document."""
 
 import importlib
+import json
 import runpy
 import shutil
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import deltaguard
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 from pairs import pair, weights
+from refusing import AGREEMENT, PROMPTS, refusing_pair
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -190,3 +192,22 @@ def test_safetune_is_told_of_an_option_that_is_none(safetune):
     made = safetune.DeltaguardTrainer("drifted", aligned_model=pair().aligned, store=pair().store)
     with pytest.raises(ValueError, match="Did you mean strength"):
         made.apply(strenght=1)
+
+
+@pytest.mark.filterwarnings("ignore")  # trl uses what transformers deprecates, and pins memory without a GPU
+def test_an_adapter_that_trl_trains_is_restored(monkeypatch, capsys, tmp_path):
+    made = refusing_pair()
+    data = tmp_path / "data.jsonl"
+    answer = {"role": "assistant", "content": AGREEMENT}
+    rows = [{"messages": [{"role": "user", "content": prompt}, answer]} for prompt in PROMPTS[:64]]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("deltaguard.calibrate", lambda *_, **__: made.store, raising=False)
+    script = EXAMPLES / "trl_lora.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(made.aligned), str(data), str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert f"tensors verified in {tmp_path / 'restored'}" in capsys.readouterr().out
+    changed, restored = (
+        json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("adapter", "restored")
+    )
+    assert changed["peft_type"] == restored["peft_type"] == "LORA"

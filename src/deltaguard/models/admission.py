@@ -88,7 +88,7 @@ def admit(out: Path, request: WriteRequest) -> Admission:
         if request.plan_hash not in (None, journal.plan_hash):
             raise DeltaguardError(
                 f"{staging} holds the progress of another plan ({journal.plan_hash}; this one is "
-                f"{request.plan_hash}): the models or the options differ. "
+                f"{request.plan_hash}): the models, the options or the release of deltaguard differ. "
                 "Resume with the same ones, or start again with --overwrite and without --resume."
             )
         if others and journal.replaces is None and not journal.committing and not request.overwrite:
