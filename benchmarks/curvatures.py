@@ -10,7 +10,7 @@ from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import STORE_SHARE
 from deltaguard.curvature.contents import GroupCurvature, group_curvature, share_within, stored_bytes
 from deltaguard.curvature.store_format import Provenance, versions, write_store
-from deltaguard.curvature.sums import LayerGroup, LinearLayer, Moment, Sums, accumulate, empty_moment
+from deltaguard.curvature.sums import LayerGroup, LinearLayer, Moment, RunningMoment, Sums
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
 
@@ -76,7 +76,9 @@ def _moment(size: int, tokens: int, *, seed: int) -> Moment:
     columns = (COLUMN_SPREAD * torch.randn(size, generator=generator)).exp()
     columns[torch.randperm(size, generator=generator)[:MASSIVE_COLUMNS]] *= MASSIVE_SCALE
     vectors = (torch.randn(tokens, size, generator=generator) * spectrum) @ mixing * columns
-    return accumulate(empty_moment(size), vectors)
+    running = RunningMoment(size)
+    running.add(vectors)
+    return running.taken()
 
 
 def _provenance(aligned: Path, rank: Rank) -> Provenance:

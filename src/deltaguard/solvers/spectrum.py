@@ -132,11 +132,10 @@ def _randomised(matrix: Tensor, rank: int) -> Spectrum:
     """Iterate on a random subspace, and solve within it: of a symmetric M one product an iteration."""
     generator = torch.Generator(matrix.device).manual_seed(0)
     shape = matrix.shape[0], rank + _OVERSAMPLING
-    images = matrix @ torch.randn(shape, generator=generator, dtype=matrix.dtype, device=matrix.device)
+    basis = torch.randn(shape, generator=generator, dtype=matrix.dtype, device=matrix.device)
     for _ in range(_POWER_ITERATIONS):
-        basis = torch.linalg.qr(images).Q
-        images = matrix @ basis
-    values, rotation = torch.linalg.eigh(basis.T @ images)
+        basis = torch.linalg.qr(matrix @ basis).Q
+    values, rotation = torch.linalg.eigh(basis.T @ (matrix @ basis))
     _refuse_negative(values)
     values, vectors = values.flip(0)[:rank].clone(), basis @ rotation.flip(1)[:, :rank]
     return Spectrum(values, vectors, _tail_from_determinant(matrix, values))
