@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
+from deltaguard.evaluation.journal import AnswerFile
+from deltaguard.reports.records.evaluation import EVALUATION_NAME
 from models import perturbed, save, tiny_model
 
 SMALL = """
@@ -138,3 +142,58 @@ def server(reply):
         listening.shutdown()
         thread.join()
         listening.server_close()
+
+
+def without_time(report):
+    """A report but for when it was made and how long that took."""
+    made = report.environment.model_copy(update={"created": ""})
+    return report.model_copy(update={"seconds": {}, "environment": made})
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+def killed_at_every_batch(run, folder, monkeypatch):
+    """Check that an evaluation that is killed at a batch and run again goes on, and gives the same report.
+
+    Args:
+        run: evaluates into a folder.
+        folder: for the runs' folders.
+        monkeypatch: of the test.
+
+    Returns:
+        How many batches there are.
+    """
+    original, calls = AnswerFile.add, []
+
+    def counted(self, indices, values):
+        calls.append(len(indices))
+        return original(self, indices, values)
+
+    monkeypatch.setattr(AnswerFile, "add", counted)
+    expected = run(folder / "whole")
+    total = len(calls)
+    for batch in range(total):
+        calls.clear()
+        added = 0
+
+        def dying(self, indices, values, *, batch=batch):
+            nonlocal added
+            if added == batch:
+                # A part of the batch is on disk, its last line cut short.
+                original(self, indices[:1], values[:1])
+                with self.path.open("r+b") as stream:
+                    stream.truncate(self.path.stat().st_size - 5)
+                raise Killed
+            added += 1
+            return original(self, indices, values)
+
+        monkeypatch.setattr(AnswerFile, "add", dying)
+        with pytest.raises(Killed):
+            run(folder / str(batch))
+        assert not (folder / str(batch) / EVALUATION_NAME).exists()
+        monkeypatch.setattr(AnswerFile, "add", counted)
+        assert without_time(run(folder / str(batch))) == without_time(expected)
+        assert len(calls) == total - batch
+    return total

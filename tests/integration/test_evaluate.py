@@ -15,7 +15,7 @@ from deltaguard.evaluation.evaluate import evaluate
 from deltaguard.evaluation.journal import AnswerFile
 from deltaguard.models.durable import lock_folder
 from deltaguard.reports.records.evaluation import EVALUATION_NAME, EvaluationReport
-from suites import SMALL, server, suite_file, two_models
+from suites import SMALL, Killed, killed_at_every_batch, server, suite_file, two_models, without_time
 
 CPU = EngineConfig(device="cpu", batch_size=3)
 FEW = """
@@ -37,12 +37,6 @@ def models(tmp_path_factory):
 def done(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("done")
     return evaluate(models, folder / "out", suite=suite_file(folder), engine=CPU), folder / "out"
-
-
-def without_time(report):
-    return report.model_copy(
-        update={"seconds": {}, "environment": report.environment.model_copy(update={"created": ""})}
-    )
 
 
 def numbers(report, **wanted):
@@ -119,47 +113,13 @@ def test_a_prefill_is_in_the_model_and_not_in_its_answer(done):
     assert sample.answers["aligned"] == prefilled[0]["value"]
 
 
-class Killed(BaseException):
-    """Nothing catches it, as nothing catches a kill."""
-
-
 def test_killed_at_every_batch_and_run_again_it_gives_the_same_report(models, tmp_path, monkeypatch):
     suite = suite_file(tmp_path, FEW)
-    original = AnswerFile.add
-    calls = []
 
-    def counted(self, indices, values):
-        calls.append(len(indices))
-        return original(self, indices, values)
+    def run(folder):
+        return evaluate(models, folder, suite=suite, engine=CPU)
 
-    monkeypatch.setattr(AnswerFile, "add", counted)
-    expected = evaluate(models, tmp_path / "whole", suite=suite, engine=CPU)
-    total = len(calls)
-    assert total == 2 * (2 + 1 + 1)
-    for batch in range(total):
-        calls.clear()
-        added = 0
-
-        def dying(self, indices, values, *, batch=batch):
-            nonlocal added
-            if added == batch:
-                # A part of the batch is on disk, its last line cut short.
-                original(self, indices[:1], values[:1])
-                with self.path.open("r+b") as stream:
-                    stream.truncate(self.path.stat().st_size - 5)
-                raise Killed
-            added += 1
-            return original(self, indices, values)
-
-        folder = tmp_path / str(batch)
-        monkeypatch.setattr(AnswerFile, "add", dying)
-        with pytest.raises(Killed):
-            evaluate(models, folder, suite=suite, engine=CPU)
-        assert not (folder / EVALUATION_NAME).exists()
-        monkeypatch.setattr(AnswerFile, "add", counted)
-        report = evaluate(models, folder, suite=suite, engine=CPU)
-        assert without_time(report) == without_time(expected)
-        assert len(calls) == total - batch
+    assert killed_at_every_batch(run, tmp_path, monkeypatch) == 2 * (2 + 1 + 1)
 
 
 def test_what_is_done_is_not_asked_again(done, models, tmp_path, monkeypatch):

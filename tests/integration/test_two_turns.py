@@ -9,13 +9,12 @@ from rich.console import Console
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.evaluate import evaluate
-from deltaguard.evaluation.journal import AnswerFile
 from deltaguard.evaluation.suites.parts import resolve
 from deltaguard.evaluation.suites.suite import read_suite
 from deltaguard.reports.evaluation import evaluation_card, evaluation_table
 from deltaguard.reports.evaluation_page import evaluation_page
-from deltaguard.reports.records.evaluation import EVALUATION_NAME, EvaluationReport
-from suites import server, suite_file, two_models
+from deltaguard.reports.records.evaluation import EvaluationReport
+from suites import killed_at_every_batch, server, suite_file, two_models
 
 CPU = EngineConfig(device="cpu", batch_size=3)
 ROWS = [{"turns": [f"What is {i} and {i}?", f"And {i} times that?"]} for i in range(7)]
@@ -54,11 +53,6 @@ def kept(out, model="m"):
     return [[json.loads(line) for line in file.read_text().splitlines()[1:]] for file in files]
 
 
-def without_time(report):
-    made = report.environment.model_copy(update={"created": ""})
-    return report.model_copy(update={"seconds": {}, "environment": made})
-
-
 def test_a_model_answers_the_second_question_with_the_first_in_view(models, judge, tmp_path):
     evaluate(models[:1], tmp_path / "out", suite=talk(tmp_path, judge), engine=CPU)
     first, second = kept(tmp_path / "out", "aligned")
@@ -76,44 +70,13 @@ def test_a_model_answers_the_second_question_with_the_first_in_view(models, judg
     ]
 
 
-class Killed(BaseException):
-    """Nothing catches it, as nothing catches a kill."""
-
-
 def test_killed_at_every_batch_and_run_again_it_gives_the_same_report(models, judge, tmp_path, monkeypatch):
-    suite, original, calls = talk(tmp_path, judge), AnswerFile.add, []
+    suite = talk(tmp_path, judge)
 
-    def counted(self, indices, values):
-        calls.append(len(indices))
-        return original(self, indices, values)
+    def run(folder):
+        return evaluate(models, folder, suite=suite, engine=CPU)
 
-    monkeypatch.setattr(AnswerFile, "add", counted)
-    expected = evaluate(models, tmp_path / "whole", suite=suite, engine=CPU)
-    total = len(calls)
-    assert total == 2 * 2 * 3
-    for batch in range(total):
-        calls.clear()
-        added = 0
-
-        def dying(self, indices, values, *, batch=batch):
-            nonlocal added
-            if added == batch:
-                # A part of the batch is on disk, its last line cut short.
-                original(self, indices[:1], values[:1])
-                with self.path.open("r+b") as stream:
-                    stream.truncate(self.path.stat().st_size - 5)
-                raise Killed
-            added += 1
-            return original(self, indices, values)
-
-        folder = tmp_path / str(batch)
-        monkeypatch.setattr(AnswerFile, "add", dying)
-        with pytest.raises(Killed):
-            evaluate(models, folder, suite=suite, engine=CPU)
-        assert not (folder / EVALUATION_NAME).exists()
-        monkeypatch.setattr(AnswerFile, "add", counted)
-        assert without_time(evaluate(models, folder, suite=suite, engine=CPU)) == without_time(expected)
-        assert len(calls) == total - batch
+    assert killed_at_every_batch(run, tmp_path, monkeypatch) == 2 * 2 * 3
 
 
 def test_second_answers_are_never_put_behind_other_first_ones(models, judge, tmp_path):

@@ -50,7 +50,7 @@ def calibrate(
         seed: Which prompts are taken and held out, and their order.
         memory: What the model and the sums over its layers may take, such as `8GB`, half of the memory by
             default. A model that takes more is calibrated block by block, which takes a third more time.
-        resume: Go on with the responses of a calibration that was interrupted.
+        resume: Go on with what a calibration that was interrupted has kept.
         json: Print one JSON document and nothing else on stdout.
     """
     from deltaguard.curvature.calibrate import CalibrateConfig

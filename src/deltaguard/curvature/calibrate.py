@@ -136,23 +136,7 @@ def calibrate(
         if journal is not None:
             memory = memory_bytes(device) // 2 if config.memory is None else int(config.memory)
             run = _Run(source, calibration, held_out, request, device, memory, journal, progress or ignore)
-            try:
-                measured = _measure(run, is_refusal or opens_with_refusal)
-                contents = measured.layers.contents(measured.provenance)
-                refuse_changes(source.changes())
-                write_store(
-                    Path(output_dir),
-                    measured.provenance,
-                    measured.held_out,
-                    measured.layers.groups,
-                    lambda _: next(contents),
-                )
-            except torch.OutOfMemoryError as error:
-                raise DeltaguardError(
-                    f"{run.device} has too little memory for the model, the sums over its layers' inputs and "
-                    f"output gradients and batches of {request.batch_size} conversations. For the sums take "
-                    "a device with more memory, such as `cpu`; for the batches, smaller ones."
-                ) from error
+            _calibrate(run, Path(output_dir), is_refusal or opens_with_refusal)
     return CurvatureStore.from_pretrained(output_dir)
 
 
@@ -262,6 +246,26 @@ def _request(
         answer_dtype=served if config.dtype == "auto" and dtype == "float32" else dtype,
         **config.model_dump(include={"max_length", "max_new_tokens", "batch_size", "dampening", "rank"}),
     )
+
+
+def _calibrate(run: _Run, output: Path, is_refusal: Callable[[str], bool]) -> None:
+    """Measure, and write the store.
+
+    Raises:
+        DeltaguardError: as `calibrate`.
+    """
+    try:
+        measured = _measure(run, is_refusal)
+        contents = measured.layers.contents(measured.provenance)
+        refuse_changes(run.source.changes())
+        groups = measured.layers.groups
+        write_store(output, measured.provenance, measured.held_out, groups, lambda _: next(contents))
+    except torch.OutOfMemoryError as error:
+        raise DeltaguardError(
+            f"{run.device} has too little memory for the model, the sums over its layers' inputs and output "
+            f"gradients and batches of {run.request.batch_size} conversations. Calibrate block by block "
+            "(`--memory 0`), or take a device with more memory, such as `cpu`; for the batches, smaller ones."
+        ) from error
 
 
 def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:

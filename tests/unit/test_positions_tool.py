@@ -1,0 +1,54 @@
+"""The table of where refusing is decided: what is lost at a limit, between strengths that were measured."""
+
+import pytest
+from tools.positions import Candidate, Positions, lost_at_limit, positions_table
+
+from deltaguard.reports.records.base import Environment
+
+HUNDRED = 200
+
+
+def complied(points):
+    """Answers of which so many of a hundred comply, among the even requests as among the odd ones."""
+    return tuple(i // 2 < 20 + points for i in range(HUNDRED))
+
+
+def found(*curve, name="all"):
+    rows = tuple(
+        Candidate(
+            seed=seed, curvature=name, strength=s, safety_kl=s, gain_kept=1 - lost, complied=complied(points)
+        )
+        for seed in (0, 1)
+        for s, (points, lost) in enumerate(curve, start=1)
+    )
+    made = Environment(created="2026-01-01T00:00:00+00:00", versions={}, machine="m", device="cpu")
+    return Positions(
+        environment=made,
+        finetune="A task",
+        aligned=complied(0),
+        finetuned={0: complied(70), 1: complied(70)},
+        tasks=4,
+        rows=rows,
+    )
+
+
+@pytest.mark.parametrize(
+    ("curve", "lost"),
+    [
+        ([(0, 0.1), (1, 0.05), (2, 0.03)], 0.03),  # the loosest one is within the limit
+        ([(0, 0.16), (4, 0.01)], 0.04),  # halfway in points is halfway in the logarithm
+        ([(2, 0.16), (4, 0.01)], 0.16),
+        ([(3, 0.1), (4, 0.05)], None),
+    ],
+)
+def test_the_loss_at_the_limit_lies_between_those_measured(curve, lost):
+    known = found(*curve)
+    expected = None if lost is None else pytest.approx(lost)
+    assert lost_at_limit(known, known.rows, 0) == expected
+    assert lost_at_limit(known, known.rows, 1) == expected
+
+
+def test_a_row_says_what_was_chosen_on_and_what_was_not():
+    table = positions_table(found((0, 0.16), (4, 0.01)).model_dump_json())
+    assert "| all | 96.0 % | 96.0 % | 84.0 % (+0.0) | 99.0 % (+4.0) |" in table
+    assert "over at every strength" in positions_table(found((3, 0.1)).model_dump_json())
