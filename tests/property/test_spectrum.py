@@ -175,6 +175,13 @@ def test_the_randomised_spectrum_is_the_exact_one_and_repeats():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_what_few_tokens_reach_has_no_negative_eigenvalue():
+    x = normal(3, 300, 20).float()
+    drawn = _randomised(x @ x.T, 60)
+    assert float(drawn.values.min()) >= 0
+    torch.testing.assert_close(drawn.values[:20], _exact(x @ x.T, 20).values)
+
+
 @pytest.mark.parametrize("decay", [1.0, 1.3, 2.5])
 def test_the_randomised_spectrum_holds_nearly_as_much_as_the_exact_one(decay):
     values = torch.arange(1, 401, dtype=torch.float64) ** -decay

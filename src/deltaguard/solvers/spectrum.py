@@ -137,7 +137,7 @@ def _randomised(matrix: Tensor, rank: int) -> Spectrum:
         basis = torch.linalg.qr(matrix @ basis).Q
     values, rotation = torch.linalg.eigh(basis.T @ (matrix @ basis))
     _refuse_negative(values)
-    values, vectors = values.flip(0)[:rank].clone(), basis @ rotation.flip(1)[:, :rank]
+    values, vectors = values.flip(0)[:rank].clamp_min(0), basis @ rotation.flip(1)[:, :rank]
     return Spectrum(values, vectors, _tail_from_determinant(matrix, values))
 
 
