@@ -1,5 +1,6 @@
 """Where models run, and in which arithmetic they are asked."""
 
+import platform
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -57,8 +58,16 @@ def served_dtype(device: torch.device) -> torch.dtype:
         has_products = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Without instructions for it, products in bfloat16 are many times slower.
-        has_products = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001  # torch has no public way to ask
+        has_products = device.type == "cpu" and _multiplies_bfloat16()
     return torch.bfloat16 if has_products else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Ask the processor, of which torch 2.9 tells in private functions alone."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        # oneDNN says yes on every processor with AVX-512, and emulates the products where it has no more.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -1,5 +1,7 @@
 """In which arithmetic a device asks models, and that a model's own weights come back after."""
 
+import platform
+
 import pytest
 import torch
 
@@ -18,11 +20,26 @@ def test_a_device_answers_in_bfloat16_where_it_multiplies_in_it(has_products, ex
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supported)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert served_dtype(torch.device("cuda")) == expected
     assert served_dtype(torch.device("cpu")) == expected
     # Emulated products are slower than those in float32.
     assert asked == [{"including_emulation": False}, {}]
     assert served_dtype(torch.device("meta")) == torch.float32
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "AMD64"])
+@pytest.mark.parametrize(
+    ("avx512_bf16", "amx", "expected"),
+    [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
+)
+def test_products_that_onednn_emulates_do_not_count(machine, avx512_bf16, amx, expected, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    # What it says of any processor with AVX-512.
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert served_dtype(torch.device("cpu")) == expected
 
 
 @pytest.fixture
