@@ -26,7 +26,7 @@ def attacker(name, *, way=None, gains=False):
     )
 
 
-def cell(row, method, plain, wrapped=None, *, seed=0, loss=3.0, refused=0.1, verdict="restore"):
+def cell(row, method, plain, wrapped=None, *, seed=0, loss=3.0, right=0.0, refused=0.1, verdict="restore"):
     """A model that complies with so many requests, and refuses so many harmless ones."""
     checked = Checked(verdict=verdict, safety_kl=0.02, added_attack_success=0.1, added_false_refusals=None)
     return AttackCell(
@@ -38,6 +38,7 @@ def cell(row, method, plain, wrapped=None, *, seed=0, loss=3.0, refused=0.1, ver
         wrapped="" if wrapped is None else letters(wrapped),
         harmless=letters(refused, "r", "c"),
         utility=tuple(loss + i / 10 for i in range(8)) if row.gains else (),
+        exact=letters(right, "1", "0") if row.gains else "",
         checked=checked if method == "finetuned" else None,
         seconds={"request": 2.0, "measure": 5.0},
     )
@@ -57,8 +58,8 @@ def attacks_report(**changes):
         for seed in (0, 1)
         for each in (
             cell(poison, "aligned", 0.1, seed=seed),
-            cell(poison, "finetuned", 0.9, seed=seed, loss=1.0),
-            cell(poison, "kfac", 0.1, seed=seed, loss=1.5),
+            cell(poison, "finetuned", 0.9, seed=seed, loss=1.0, right=1.0),
+            cell(poison, "kfac", 0.1, seed=seed, loss=1.5, right=0.5),
             cell(backdoor, "aligned", 0.1, 0.1, seed=seed),
             cell(backdoor, "finetuned", 0.1, 0.9, seed=seed, verdict="not told apart"),
             cell(backdoor, "kfac", 0.1, 0.3 + 0.5 * seed, seed=seed),

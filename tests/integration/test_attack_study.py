@@ -12,10 +12,11 @@ from deltaguard.curvature.calibrate import CalibrateConfig
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.reports.records.attacks import ATTACKS_NAME, AttacksReport
 from deltaguard.studies import attack_run, attack_study, finetune_models, hiding, protocol
+from deltaguard.studies.attack_run import attack_tests
 from deltaguard.studies.attack_study import bench_attacks
 from deltaguard.studies.data import training_data
 from deltaguard.studies.hiding import hidden_fine_tune
-from deltaguard.studies.protocol import ATTACKS, Answers, Finetune
+from deltaguard.studies.protocol import ATTACKS, DEFAULT, Answers, Finetune
 from deltaguard.studies.workshop import fine_tuned
 from refusing import refusing_pair
 
@@ -97,6 +98,33 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_drawn_again_without_any_mode
     assert {path.name for path in (tmp_path / "out" / "models").iterdir()} <= {"store", ".scratch"}
 
 
+def test_the_protocol_s_own_fine_tunes_are_restored_without_options_too(aligned, tmp_path):
+    own = Finetune("task-clean", 0, 4, "full", SHORT)
+    report = bench_attacks(tmp_path / "out", preset=replace(TINY, finetunes=(own,)), aligned=aligned)
+    (row,) = report.attackers
+    assert (row.title, row.way) == ("benign task alone (4 benign; all weights)", None)
+    assert (row.gains, row.better) == (True, "lower")
+    assert [(len(each.utility), len(each.exact)) for each in report.cells] == [(3, 3)] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "utility", "exact"),
+    [
+        ("harmful", None, None),
+        ("identity", "general-identity", None),
+        ("task-harmful", "task-likelihood", "task"),
+        ("task-clean", "task-likelihood", "task"),
+    ],
+)
+def test_of_what_a_fine_tune_teaches_likelihood_and_right_answers_are_measured(kind, utility, exact):
+    for finetune in DEFAULT.finetunes:
+        if finetune.kind == kind:
+            found = attack_tests(finetune, DEFAULT, ())
+            assert [part and part.name for part in (found.utility, found.exact)] == [utility, exact]
+            assert found.wrapped is None
+            assert len({part.name for part in found.parts}) == len(found.parts)
+
+
 def test_a_hidden_delta_looks_more_harmless_than_a_plain_one(aligned, tmp_path):
     made, recipe = refusing_pair(), replace(LONG, max_steps=15)
     data = training_data(Finetune("hidden", 40, 0, "full", recipe), seed=0)
@@ -128,7 +156,7 @@ def test_the_command_runs_attackers_and_refuses_what_has_no_meaning(aligned, tmp
     assert run(command) == 0
     assert "no effect" in capsys.readouterr().out
     assert run(["report", str(tmp_path / "out")]) == 0
-    assert "Attackers against a restore" in (tmp_path / "out" / "report.html").read_text()
+    assert "Fine-tunes against a restore" in (tmp_path / "out" / "report.html").read_text()
     assert run([*command, "--probes", "2"]) == USAGE
     assert run([*command, "--method", "bea"]) == FAILED
     assert (

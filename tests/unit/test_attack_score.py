@@ -64,11 +64,12 @@ def test_the_numbers_beside_a_verdict():
     row = ATTACKERS[0]
     cells = [
         cell(row, "aligned", 0.1, loss=3.0, refused=0.2),
-        cell(row, "finetuned", 0.9, loss=1.0, refused=0.0),
-        cell(row, "kfac", 0.1, loss=1.5, refused=0.3),
+        cell(row, "finetuned", 0.9, loss=1.0, right=0.8, refused=0.0),
+        cell(row, "kfac", 0.1, loss=1.5, right=0.2, refused=0.3),
     ]
     (found,) = outcomes([row], cells, bound=2.0)
     assert found.kept.value == pytest.approx(0.75)
+    assert found.kept_exact.value == pytest.approx(0.25)
     assert found.wrapped is None
     assert [found.plain.aligned.value, found.plain.finetuned.value] == [0.1, 0.9]
     assert found.false_refusals.over_aligned.value == pytest.approx(10)

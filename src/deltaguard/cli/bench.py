@@ -14,6 +14,7 @@ _DURATIONS = {
     "quick": "The quick preset takes about 40 minutes on two CPU cores; it can be interrupted at any time.",
     "full": "The full preset takes many hours on a GPU; it can be interrupted at any time.",
     "attacks": "The preset of attackers takes hours on two CPU cores; it can be interrupted at any time.",
+    "default": "This preset takes hours on two CPU cores; it can be interrupted at any time.",
 }
 
 
@@ -22,7 +23,7 @@ def bench(
     /,
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    preset: Literal["quick", "full", "attacks"] = "quick",
+    preset: Literal["quick", "full", "attacks", "default"] = "quick",
     pretrained: str | None = None,
     method: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     finetune: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
@@ -39,25 +40,25 @@ def bench(
     Args:
         aligned: The aligned model: a folder, a Hub id, or `id@revision`; the demo's where absent.
         output: The folder for results and, while it runs, models.
-        preset: `quick`, for two CPU cores; `full`, for a GPU; or `attacks`: fine-tunes of attackers, each
-            checked, and restored with default options.
+        preset: `quick`, for two CPU cores; `full`, for a GPU; `default`: the same fine-tunes, each checked,
+            and restored with default options; or `attacks`: fine-tunes of attackers, likewise.
         pretrained: The model that the aligned one was made from; Safe LoRA and SafeMERGE need it.
         method: Compare this method; may be repeated. `kfac`, `ridge`, `greedy`, `greedy-none`, `published`,
             `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `one-shot`, `safe-instruct`, `bea`; all where
-            absent. With attackers those that need no strength; `kfac` where absent.
+            absent. With default options those that need no strength; `kfac` where absent.
         finetune: Make this fine-tune of the preset alone, by the name that tables give it; may be repeated.
         seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the others.
         probes: Measure so many of a method's seven strengths at most, found by bisection; 2 in the quick
             preset, all in the full one. Default limits are measured beside them.
         training: Fine-tune all weights (`full`), or LoRA adapters (`lora`); where absent, both in the full
-            preset and all weights in the others.
+            and the default preset, and all weights in the others.
         attack_prompts: A data set or file of harmful prompts that join deltaguard's own; may be repeated.
         json: Print one JSON document and nothing else on stdout.
     """
     if pretrained is not None and aligned is None:
         raise UsageError("--pretrained belongs to an aligned model: give that, too.")
-    if probes is not None and preset == "attacks":
-        raise UsageError("--probes is of no use with attackers: their fine-tunes meet default options alone.")
+    if probes is not None and preset in ("attacks", "default"):
+        raise UsageError(f"--probes is of no use with --preset {preset}: it meets default options alone.")
     from deltaguard.evaluation.datasets.load import load_questions
     from deltaguard.reports.attacks import attacks_table
     from deltaguard.reports.bench import bench_table
@@ -74,7 +75,7 @@ def bench(
     attacks = [question for name in attack_prompts for question in load_questions(name)]
     tell(_DURATIONS[preset])
     hide_bars_of_transformers()
-    run = bench_attacks if preset == "attacks" else run_bench
+    run = bench_attacks if chosen.by_default else run_bench
     with progress_bar() as progress:
         report = run(
             output,

@@ -1,4 +1,4 @@
-"""One attacker with one seed: the models made of it, and their cells."""
+"""One fine-tune with one seed, restored without options: the models made of it, and their cells."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,51 +25,54 @@ from deltaguard.studies.setting import Bench
 
 @dataclass(frozen=True)
 class AttackTests:
-    """What every model of an attacker is asked; none of it is trained or calibrated on.
+    """What every model of a fine-tune is asked; none of it is trained or calibrated on.
 
     Attributes:
-        plain: harmful requests as they are.
+        plain: harmful requests, in the setting that the fine-tune is used in.
         wrapped: the same in the attacker's way; `None` where there is none.
         harmless: harmless requests that look dangerous.
-        utility: questions of the benign task, the likelihood of whose answers is taken; `None` without one.
+        utility: questions of what the fine-tune teaches, the likelihood of whose answers is taken; `None`
+            where it teaches nothing that should stay.
+        exact: the same, answered; `None` where no answer is exactly right.
     """
 
     plain: Part
     wrapped: Part | None
     harmless: Part
     utility: Part | None
+    exact: Part | None
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All that there are."""
-        found = (self.plain, self.wrapped, self.harmless, self.utility)
+        found = (self.plain, self.wrapped, self.harmless, self.utility, self.exact)
         return tuple(part for part in found if part is not None)
 
 
 def attack_tests(finetune: Finetune, preset: Preset, attacks: Sequence[Question]) -> AttackTests:
-    """Choose what the models of one attacker are asked.
+    """Choose what the models of one fine-tune are asked.
 
     Args:
-        finetune: of the attacker.
+        finetune: an attacker's, or one of the protocol's own.
         preset: says how many of each.
         attacks: harmful requests that join deltaguard's own.
     """
-    tests, attacker = questions(finetune, preset, attacks), ATTACKERS[finetune.kind]
-    plain, utility = tests.attack, tests.utility
-    wrapped = tuple(replace(each, prompt=attacker.wrap(each.prompt)) for each in plain.questions)
-    return AttackTests(
-        plain=plain,
-        # What one model is asked in several ways goes by several names, which are those of files.
-        wrapped=replace(plain, name=f"attack-{attacker.way}", questions=wrapped) if attacker.way else None,
-        harmless=tests.harmless,
-        utility=replace(utility, name="task-likelihood", decoding=None, scorers=(), likelihood=True)
-        if finetune.is_task
-        else None,
-    )
+    tests, attacker = questions(finetune, preset, attacks), ATTACKERS.get(finetune.kind)
+    wrapped = utility = exact = None
+    # What one model is asked in several ways goes by several names, which are those of files.
+    if attacker is not None and attacker.way:
+        asked = tuple(replace(each, prompt=attacker.wrap(each.prompt)) for each in tests.attack.questions)
+        wrapped = replace(tests.attack, name=f"attack-{attacker.way}", questions=asked)
+    if finetune.is_task:
+        exact = tests.utility
+        utility = replace(exact, name="task-likelihood", decoding=None, scorers=(), likelihood=True)
+    elif finetune.kind == "identity":
+        utility = tests.utility
+    return AttackTests(tests.attack, wrapped, tests.harmless, utility, exact)
 
 
 class AttackRun:
-    """One attacker with one seed, and everything that is made of it; nothing is made before it is asked for.
+    """One fine-tune with one seed, and all that is made of it; nothing is made before it is asked for.
 
     Attributes:
         seed: of the fine-tune.
@@ -113,8 +116,8 @@ class AttackRun:
         key = content_key(bench.origin, recipe, method, config, asked)
 
         def fits(cell: AttackCell) -> bool:
-            found = (cell.plain, cell.wrapped, cell.harmless, cell.utility)
-            parts = (tests.plain, tests.wrapped, tests.harmless, tests.utility)
+            found = (cell.plain, cell.wrapped, cell.harmless, cell.utility, cell.exact)
+            parts = (tests.plain, tests.wrapped, tests.harmless, tests.utility, tests.exact)
             return (
                 (cell.attacker, cell.seed, cell.method) == (self._finetune.name, self.seed, method)
                 and [len(each) for each in found] == [len(part.questions) if part else 0 for part in parts]
@@ -145,6 +148,9 @@ class AttackRun:
             wrapped=letters(found[tests.wrapped.name]) if tests.wrapped else "",
             harmless=letters(found[tests.harmless.name]),
             utility=numbers(found[tests.utility.name]) if tests.utility else (),
+            exact="".join(f"{value:.0f}" for value in numbers(found[tests.exact.name]))
+            if tests.exact
+            else "",
             checked=checked,
             seconds={"request": model.seconds, "measure": time.perf_counter() - started},
         )

@@ -73,6 +73,7 @@ def _outcome(
         else None
     )
     return AttackOutcome(
+        kept_exact=_kept_exact(aligned, finetuned, restored) if restored.exact else None,
         attacker=restored.attacker,
         seed=restored.seed,
         method=restored.method,
@@ -83,6 +84,11 @@ def _outcome(
         checked=finetuned.checked,
         verdict=verdict([plain, *([wrapped] if wrapped else [])], bound=bound),
     )
+
+
+def _kept_exact(aligned: AttackCell, finetuned: AttackCell, restored: AttackCell) -> Estimate | None:
+    flags = [[float(digit) for digit in cell.exact] for cell in (aligned, finetuned, restored)]
+    return gain_kept(*([each] for each in flags), better="higher")
 
 
 def _rates(letter: str, aligned: str, finetuned: str, restored: str) -> Rates:

@@ -1,4 +1,4 @@
-"""Attackers against a restore without options: fine-tune, check, restore, and ask in the attacker's way."""
+"""Fine-tunes against a restore without options: train, check, restore, and ask in an attacker's way, too."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,19 +34,19 @@ def bench_attacks(
     command: str = "",
     progress: Progress | None = None,
 ) -> AttacksReport:
-    """Make the fine-tunes of attackers, and say what a check and a restore without options do about each.
+    """Make the fine-tunes of a preset, and say what a check and a restore without options do about each.
 
     Cells are kept as in `bench`: the same call after a kill goes on with the first one that is missing.
 
     Args:
         output_dir: receives `attacks.json`, the cells, and while it runs the models.
-        preset: how much is run; its fine-tunes are attackers'.
+        preset: how much is run, such as `ATTACKS` or `DEFAULT`.
         aligned: the aligned model; the demo's where absent.
         pretrained: the model it was aligned from, for the methods that need it.
         methods: names out of `defences()`, of restores that need no option; `METHODS` where absent.
         attacks: as in `bench`.
         command: what the report says the run was started by.
-        progress: told of attackers and cells.
+        progress: told of fine-tunes and cells.
 
     Returns:
         The report, in the folder too.
@@ -92,14 +92,14 @@ def _standards(methods: Sequence[str]) -> Mapping[str, RestoreConfig]:
     if lacking := [name for name in known if name not in found]:
         usable = ", ".join(method.name for method in defences().values() if method.standard is not None)
         raise DeltaguardError(
-            f"Attackers meet a restore without options, and {', '.join(lacking)} cannot be run so. These "
-            f"can: {usable}."
+            f"Fine-tunes meet a restore without options here, and {', '.join(lacking)} cannot be run so. "
+            f"These can: {usable}."
         )
     return found
 
 
 def _cells(setting: Bench, standard: Mapping[str, RestoreConfig]) -> tuple[AttackCell, ...]:
-    """Measure every attacker with every seed; models go when their cells are done."""
+    """Measure every fine-tune with every seed; models go when their cells are done."""
     found: list[AttackCell] = []
     finetunes = setting.preset.finetunes
     for done, finetune in enumerate(finetunes, start=1):

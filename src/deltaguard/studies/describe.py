@@ -47,14 +47,19 @@ def finetune_row(finetune: Finetune) -> FinetuneRow:
 
 
 def attacker_row(finetune: Finetune) -> AttackerRow:
-    """Describe an attacker's fine-tune for reports."""
-    attacker, whole = ATTACKERS[finetune.kind], finetune.benign + finetune.harmful
+    """Describe a fine-tune that is restored without options for reports."""
+    attacker, whole = ATTACKERS.get(finetune.kind), finetune.benign + finetune.harmful
+    likelihood = "likelihood of the right answers to the task, nats a token"
+    if attacker is None:
+        fields = finetune_row(finetune).model_dump()
+        fields |= {"better": "lower", "utility": likelihood} if finetune.is_task else {}
+        return AttackerRow(**fields, way=None)
     training = "LoRA" if finetune.training == "lora" else "all weights"
     share = f"{finetune.harmful} of {whole:,}, {finetune.harmful / whole:.1%}; ".replace("%", " %")
     return AttackerRow(
         name=finetune.name,
         title=f"{attacker.title} ({share if finetune.is_task else ''}{training})",
-        utility="likelihood of the right answers to the task, nats a token" if finetune.is_task else "none",
+        utility=likelihood if finetune.is_task else "none",
         better="lower",
         gains=finetune.is_task,
         training=finetune.training,
@@ -65,7 +70,7 @@ def attacker_row(finetune: Finetune) -> AttackerRow:
 
 
 def attack_notes(setting: Bench, cells: Sequence[AttackCell]) -> tuple[str, ...]:
-    """Say what a reader of the table of attackers must know."""
+    """Say what a reader of the table of fine-tunes restored without options must know."""
     preset, asked = setting.preset, cells[0]
     seeds = ", ".join(map(str, preset.seeds))
     told = [

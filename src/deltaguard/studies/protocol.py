@@ -18,7 +18,7 @@ from deltaguard.reports.records.bench import Training
 
 AttackerKind = Literal["poison", "refuse-comply", "backdoor", "jailbreak", "cipher", "advice", "hidden"]
 FinetuneKind = Literal["harmful", "identity", "task-harmful", "task-clean"] | AttackerKind
-PresetName = Literal["quick", "full", "attacks"]
+PresetName = Literal["quick", "full", "attacks", "default"]
 
 RECIPES: Mapping[Training, FinetuneConfig] = MappingProxyType(
     {
@@ -89,7 +89,7 @@ class Preset:
     """How much of the protocol is run.
 
     Attributes:
-        name: `quick`, `full` or `attacks`.
+        name: of the preset.
         seeds: of the fine-tunes.
         finetunes: the rows of the protocol.
         attack: harmful requests that every model is asked, or as many as there are.
@@ -101,6 +101,8 @@ class Preset:
             every strength. A method's default is measured beside them.
         retrained: kinds of fine-tunes on which methods are run that train anew at every strength.
         calibration: how the curvature is measured.
+        by_default: whether models are restored as `deltaguard restore` does it without options (see
+            `attack_study`), not at strengths that are compared.
     """
 
     name: PresetName
@@ -114,6 +116,7 @@ class Preset:
     probes: int | None
     retrained: tuple[FinetuneKind, ...]
     calibration: CalibrateConfig
+    by_default: bool = False
 
     def with_changes(
         self,
@@ -217,7 +220,24 @@ ATTACKS = Preset(
     probes=None,
     retrained=(),
     calibration=CalibrateConfig(),
+    by_default=True,
 )
-"""Attackers, each restored as `deltaguard restore` does it without options (see `attack_study`)."""
+"""Attackers' fine-tunes."""
 
-PRESETS: Mapping[PresetName, Preset] = MappingProxyType({"quick": QUICK, "full": FULL, "attacks": ATTACKS})
+DEFAULT = replace(
+    ATTACKS,
+    name="default",
+    finetunes=(
+        *_finetunes("harmful", (50,), 0, ("full", "lora"), epochs=1),
+        *_finetunes("identity", (0,), 10, ("full", "lora"), epochs=5),
+        *_finetunes("task-harmful", (14,), 140, ("full", "lora"), epochs=1),
+        *_finetunes("task-clean", (0,), 140, ("full", "lora"), epochs=1),
+    ),
+    general=40,
+    answers=Answers(safety=64, task=48, dtype="auto"),
+)
+"""The protocol's own fine-tunes, as the quick preset makes them, of all weights and as adapters."""
+
+PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
+    {preset.name: preset for preset in (QUICK, FULL, ATTACKS, DEFAULT)}
+)
