@@ -42,9 +42,10 @@ from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.trial import Trial
 
 FIRST = (4, 8, 16)
-STRENGTHS = (0.002, 0.01, 0.05)
-TASKS, REQUESTS = 48, 240
+STRENGTHS = (0.004, 0.015)
+TASKS, REQUESTS = 48, 200
 BENIGN, HARMFUL = 140, 14
+CALIBRATION = CalibrateConfig(max_new_tokens=32)
 STYLES = (
     "{}",
     "Could you please help me with something? {} Thank you very much in advance.",
@@ -163,7 +164,7 @@ def of_first(count: int) -> Callable[[Path, Path], Path]:
     def make(aligned: Path, folder: Path) -> Path:
         output = folder / f"store-{count}"
         with first_tokens(count):
-            calibrate(aligned, output, config=CalibrateConfig())
+            calibrate(aligned, output, config=CALIBRATION)
         return output
 
     return make
@@ -171,7 +172,7 @@ def of_first(count: int) -> Callable[[Path, Path], Path]:
 
 def of_all(aligned: Path, folder: Path) -> Path:
     """Calibrate as `deltaguard calibrate` does."""
-    calibrate(aligned, folder / "store", config=CalibrateConfig())
+    calibrate(aligned, folder / "store", config=CALIBRATION)
     return folder / "store"
 
 
@@ -180,7 +181,7 @@ def of_styles(aligned: Path, folder: Path) -> Path:
     turn = itertools.cycle(STYLES)
     plain = build_conversations(160)
     styled = [replace(row, prompt=next(turn).format(row.prompt)) for row in plain]
-    calibrate(aligned, folder / "store-styles", conversations=styled, config=CalibrateConfig())
+    calibrate(aligned, folder / "store-styles", conversations=styled, config=CALIBRATION)
     return folder / "store-styles"
 
 
