@@ -31,7 +31,7 @@ _TRAINING_TEXT = (
     "Explain the steps, one after another, and give an example where there is something to be shown.",
 )
 
-_NUMBERS_OF_EXPERTS = {"num_experts", "num_local_experts"}
+_NUMBERS_OF_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts"}
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -91,6 +91,31 @@ _CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 16,
             "num_experts": 4,
             "num_experts_per_tok": 2,
+        },
+    ),
+    "olmoe": (
+        "OlmoeConfig",
+        {**_GROUPED, "intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_SMALL,
+            "num_key_value_heads": 4,
+            "initializer_range": 0.2,
+            "intermediate_size": 48,
+            "moe_intermediate_size": 16,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
         },
     ),
 }

@@ -40,7 +40,16 @@ from deltaguard.curvature.store_format import (
     write_manifest,
     write_store,
 )
-from deltaguard.curvature.sums import LayerGroup, Moment, Sums, input_name, merge, normalise, output_name
+from deltaguard.curvature.sums import (
+    LayerGroup,
+    Moment,
+    Reached,
+    Sums,
+    input_name,
+    merge,
+    normalise,
+    output_name,
+)
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.hub import locate
 from deltaguard.models.identity import ModelIdentity
@@ -186,14 +195,22 @@ class CurvatureStore:
         )
 
     def sums(self, group: str) -> Sums:
-        """Read the raw sums of a group.
+        """Read the raw sums of a group; those of an expert are shrunk already.
 
         Raises:
             DeltaguardError: the store has no such group, or is cut off.
         """
-        moment = unpack_moment(self.packed(group))
-        layers = self._stored(group).group.layers
-        return Sums(moment, tuple(self._read(f"{output_name(layer)}.total") for layer in layers))
+        moment, stored = unpack_moment(self.packed(group)), self._stored(group)
+        totals = tuple(self._read(f"{output_name(layer)}.total") for layer in stored.group.layers)
+        return Sums(moment, totals, stored.reached)
+
+    def reached(self, group: str) -> Reached | None:
+        """Say what the curvature of an expert's layers rests on; None of layers that see every token.
+
+        Raises:
+            DeltaguardError: the store has no such group.
+        """
+        return self._stored(group).reached
 
     def content(self, group: str) -> GroupCurvature:
         """Read all that is stored of a group, as it was given to be stored.
@@ -211,6 +228,7 @@ class CurvatureStore:
             outputs=tuple(matrices[1:]),
             packed=self.packed(group) if self.is_full else None,
             totals=self.sums(group).outputs if self.is_full else (),
+            reached=stored.reached,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -283,7 +301,7 @@ class CurvatureStore:
 
         Raises:
             DeltaguardError: the stores differ in model, groups, dtype or dampening, one does not keep its
-                sums, or the folder is not empty.
+                sums, they are of a mixture of experts, or the folder is not empty.
         """
         _check_mergeable(stores)
         provenance = _merged_provenance(stores)
@@ -337,6 +355,11 @@ def not_full(folder: Path, aligned: str) -> str:
 def _check_mergeable(stores: Sequence[CurvatureStore]) -> None:
     first = stores[0]
     problems = [f"  {not_full(s.folder, s.provenance.aligned)}" for s in stores if not s.is_full]
+    if any(stored.reached for stored in first.manifest.groups):
+        problems.append(
+            f"  {first.provenance.aligned} is a mixture of experts: what these saw is shrunk in a store, and "
+            "does not add up. Calibrate on all conversations at once."
+        )
     for store in stores[1:]:
         for name in (*ModelIdentity.model_fields, "dtype", "dampening"):
             mine, other = getattr(first.provenance, name), getattr(store.provenance, name)

@@ -8,16 +8,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from deltaguard.errors import DeltaguardError
-
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 # transformers builds the blocks of these from Conv1D.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tokens_embed", "embeddings")
 _OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer", "output_projection")
-_EXPERTS = ("expert", "experts")
 
 _BLOCK = re.compile(r"(^|\.)\d+\.")
 _BLOCK_MATRIX = re.compile(r"(^|\.)\d+\..+\.weight$")
@@ -124,27 +121,6 @@ def ties_embeddings(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
     return not any(map(is_output_head, tensors)) if known is None else bool(known)
 
 
-def refuse_experts(reference: str, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
-    """Refuse mixtures of experts from the headers of a checkpoint.
-
-    Args:
-        reference: what the user called the model, for the message.
-        config: the content of its `config.json`.
-        tensors: names of all its tensors.
-
-    Raises:
-        DeltaguardError: a tensor lies under a module of experts.
-    """
-    found = [name for name in tensors if any(part in _EXPERTS for part in name.split("."))]
-    if found:
-        architecture = ", ".join(config.get("architectures") or ["of unknown architecture"])
-        raise DeltaguardError(
-            f"{reference} ({architecture}) is a mixture of experts: {len(found)} expert tensors, such as "
-            f"`{found[0]}`. Each expert sees its own tokens; deltaguard neither calibrates nor restores such "
-            "layers yet."
-        )
-
-
 def modules_in_blocks(model: Any) -> "dict[str, nn.Module]":
     """Find the modules of a transformers causal language model that lie within its decoder blocks.
 
@@ -170,7 +146,20 @@ def is_linear(module: "nn.Module") -> bool:
     """Tell whether a module multiplies by its weight, which deltaguard can restore."""
     from torch import nn
 
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_router(module)
+
+
+def is_router(module: "nn.Module") -> bool:
+    """Tell whether a module chooses experts by the product with its weight, and puts out more than that."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith("Router") and weight is not None and weight.ndim == 2
+
+
+def product_of(module: "nn.Module", output: Any) -> "Tensor":
+    """Take the product with its weight out of what a linear module puts out."""
+    if not isinstance(output, tuple):
+        return output
+    return output[1] if type(module).__name__ == "Llama4Router" else output[0]
 
 
 def is_conv1d(module: "nn.Module") -> bool:

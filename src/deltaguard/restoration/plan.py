@@ -11,13 +11,13 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.sums import LayerGroup
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.models.experts import refuse_unknown_experts
 from deltaguard.models.families import (
     is_block_matrix,
     is_input_embedding,
     is_output_head,
     is_parameter,
     is_vocabulary,
-    refuse_experts,
     stored_in_out,
 )
 from deltaguard.models.loading import vocabulary_size
@@ -127,10 +127,10 @@ def make_plan(
 
     Raises:
         DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), or the
-            model has expert layers.
+            model has experts in a form that is not known.
     """
     for source in (aligned, finetuned):
-        refuse_experts(source.reference, source.config, source.tensors)
+        refuse_unknown_experts(source.reference, source.config, source.tensors)
     names = _aligned_names(aligned, finetuned)
     known_tokens = _known_tokens(aligned, finetuned)
     rules = _Rules(_layer_rule(aligned, store), other_params, known_tokens, everywhere)
