@@ -118,6 +118,30 @@ _CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            **_GROUPED,
+            "intermediate_size": 16,
+            "intermediate_size_mlp": 48,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_layers": [1],
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_GROUPED,
+            "intermediate_size": 16,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
 }
 # Further families, of which the names of tensors and modules are looked at, and nothing is run.
 _LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
@@ -141,6 +165,9 @@ _NAMES_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
 
 FAMILIES = tuple(_CONFIGURATIONS)
 """All; a family that is added there is held to everything that tests say of families."""
+
+STACKED = ("llama4", "gpt_oss")
+"""Families whose checkpoints stack the experts of a block in one tensor, as (in, out)."""
 
 EXPERTS = tuple(name for name, (_, values) in _CONFIGURATIONS.items() if _NUMBERS_OF_EXPERTS & values.keys())
 DENSE = tuple(name for name in FAMILIES if name not in EXPERTS)

@@ -36,7 +36,7 @@ from deltaguard.device import as_served, find_device, memory_bytes, served_dtype
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.experts import refuse_unknown_experts
-from deltaguard.models.families import is_block_matrix
+from deltaguard.models.families import is_block_matrix, is_stack
 from deltaguard.models.identity import identify
 from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
@@ -153,7 +153,10 @@ def whole_bytes(aligned: Checkpoint, dtype: torch.dtype) -> int:
     infos = aligned.tensors.values()
     weights = sum(math.prod(info.shape) for info in infos) * dtype.itemsize
     matrices = [info.shape for info in infos if is_block_matrix(info.name, info.shape)]
-    return weights + torch.float32.itemsize * sum(rows**2 + columns**2 for rows, columns in matrices)
+    stacks = [info.shape for info in infos if is_stack(info.name, info.shape)]
+    sums = sum(rows**2 + columns**2 for rows, columns in matrices)
+    sums += sum(experts * (rows**2 + columns**2) for experts, rows, columns in stacks)
+    return weights + torch.float32.itemsize * sums
 
 
 def store_limit(aligned: Checkpoint) -> int:

@@ -1,7 +1,7 @@
 """Watch the experts of a block: run one after the other, so that what each is given and puts out is seen.
 
 transformers multiplies all experts of a block at once, and nothing of one of them passes a module. While they
-are watched, a module of experts is run by `run_experts` instead; whether that computes the same is tried first.
+are watched, `run_experts` stands for a module of experts; whether it computes the same is tried out first.
 """
 
 from collections.abc import Callable, Generator, Mapping

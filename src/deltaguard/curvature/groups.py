@@ -120,7 +120,8 @@ def _matrices(inside: Mapping[str, nn.Module]) -> set[str]:
         f"{name}.{key}"
         for name, module in inside.items()
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim > 1
+        # Biases of experts are stacked, too.
+        if parameter.ndim > 1 and not key.endswith("bias")
     }
 
 

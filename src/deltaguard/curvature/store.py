@@ -121,7 +121,11 @@ class CurvatureStore:
         return tuple(stored.group for stored in self.manifest.groups)
 
     def group_of(self, tensor: str) -> LayerGroup | None:
-        """Find the group that a tensor of the aligned checkpoint belongs to; `None` where there is none."""
+        """Find the group of a weight of the aligned checkpoint; `None` where there is none.
+
+        Args:
+            tensor: the weight's name; of one in a stack of experts, followed by its number: `NAME.3`.
+        """
         return self._by_tensor.get(tensor)
 
     @property
@@ -330,7 +334,7 @@ class CurvatureStore:
         group = self.group_of(tensor)
         if group is None:
             raise DeltaguardError(f"The store {self.folder} has no layer `{tensor}`.")
-        return self._stored(group.name), [layer.tensor for layer in group.layers].index(tensor)
+        return self._stored(group.name), [layer.key for layer in group.layers].index(tensor)
 
     def _spectrum(self, name: str, tail: float) -> Spectrum:
         return Spectrum(self._read(f"{name}.values"), self._read(f"{name}.vectors"), tail).floored()
@@ -341,7 +345,7 @@ class CurvatureStore:
 
     @cached_property
     def _by_tensor(self) -> dict[str, LayerGroup]:
-        return {layer.tensor: group for group in self.groups for layer in group.layers}
+        return {layer.key: group for group in self.groups for layer in group.layers}
 
 
 def not_full(folder: Path, aligned: str) -> str:

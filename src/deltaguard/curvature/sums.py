@@ -36,10 +36,14 @@ class LinearLayer:
     expert: Annotated[int, Field(ge=0)] | None = None
 
     @property
+    def key(self) -> str:
+        """The name of its weight in the aligned checkpoint; in a stack, with its number."""
+        return self.tensor if self.expert is None else f"{self.tensor}.{self.expert}"
+
+    @property
     def name(self) -> str:
-        """The layer's name in the aligned checkpoint, without `.weight`; in a stack, with its number."""
-        name = self.tensor.removesuffix(".weight")
-        return name if self.expert is None else f"{name}.{self.expert}"
+        """The layer's name in the aligned checkpoint: its key, without `.weight`."""
+        return self.key.removesuffix(".weight")
 
 
 @dataclass(frozen=True)

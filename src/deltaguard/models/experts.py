@@ -24,6 +24,7 @@ Stack = Literal["gate_up_proj", "down_proj"]
 _UNDER_EXPERTS = re.compile(r"(^|\.)experts?\.")
 _ONE_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)\.weight")
 _STACKED = re.compile(r".*\.experts\.(gate_up_proj|down_proj)(_bias)?")
+_LAYER = re.compile(r"(?P<experts>.*\.experts)\.(?:(?P<one>\d+)\.\w+|\w+\.(?P<stacked>\d+))")
 _PROJECTIONS: Mapping[str, tuple[Stack, int | None]] = MappingProxyType(
     {
         **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
@@ -106,14 +107,18 @@ def is_expert(name: str) -> bool:
     return _UNDER_EXPERTS.search(name) is not None
 
 
-def is_stack(name: str, shape: tuple[int, ...]) -> bool:
-    """Tell whether a tensor of a checkpoint stacks the matrices of experts, of which each is restored.
+def expert_of(layer: str) -> str | None:
+    """Name the expert that a layer belongs to; None of a layer of none.
+
+    Args:
+        layer: its name in the curvature store.
 
     Example:
-        >>> is_stack("model.layers.0.mlp.experts.down_proj", (32, 48, 64))
-        True
+        >>> expert_of("h.0.mlp.experts.3.up_proj"), expert_of("h.0.mlp.experts.up_proj.3"), expert_of("h.0.mlp.gate")
+        ('h.0.mlp.experts.3', 'h.0.mlp.experts.3', None)
     """
-    return len(shape) == 3 and name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+    found = _LAYER.fullmatch(layer)
+    return f"{found['experts']}.{found['one'] or found['stacked']}" if found else None
 
 
 def refuse_unknown_experts(reference: str, config: Mapping[str, Any], tensors: Collection[str]) -> None:

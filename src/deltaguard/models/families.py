@@ -13,17 +13,22 @@ if TYPE_CHECKING:
 
 # transformers builds the blocks of these from Conv1D.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+# transformers stacks the experts of these as (in, out).
+_STACKED_IN_OUT = frozenset({"llama4", "llama4_text", "gpt_oss"})
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tokens_embed", "embeddings")
 _OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer", "output_projection")
 
 _BLOCK = re.compile(r"(^|\.)\d+\.")
 _BLOCK_MATRIX = re.compile(r"(^|\.)\d+\..+\.weight$")
+_STACK = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 # Attention masks that old checkpoints of GPT-2 and GPT-NeoX hold.
 _MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
 
 
 def stored_in_out(config: Mapping[str, Any], tensor: str) -> bool:
     """Tell whether a linear layer's weight is stored as (in, out), as GPT-2 does, and not as (out, in).
+
+    The weights of experts that are stacked in one tensor are told alike.
 
     Args:
         config: the content of the model's `config.json`.
@@ -36,7 +41,9 @@ def stored_in_out(config: Mapping[str, Any], tensor: str) -> bool:
         False
     """
     known = config.get("model_type")
-    return isinstance(known, str) and known in _CONV1D_MODELS and _BLOCK.search(tensor) is not None
+    if not isinstance(known, str) or _BLOCK.search(tensor) is None:
+        return False
+    return known in (_STACKED_IN_OUT if _STACK.search(tensor) else _CONV1D_MODELS)
 
 
 def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
@@ -47,6 +54,16 @@ def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
         (True, False)
     """
     return len(shape) == 2 and _BLOCK_MATRIX.search(name) is not None
+
+
+def is_stack(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor stacks the matrices of a block's experts, of which each is restored.
+
+    Example:
+        >>> is_stack("model.layers.0.mlp.experts.down_proj", (32, 48, 64))
+        True
+    """
+    return len(shape) == 3 and _STACK.search(name) is not None
 
 
 def is_in_block(name: str) -> bool:
