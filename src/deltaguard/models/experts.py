@@ -114,8 +114,8 @@ def expert_of(layer: str) -> str | None:
         layer: its name in the curvature store.
 
     Example:
-        >>> expert_of("h.0.mlp.experts.3.up_proj"), expert_of("h.0.mlp.experts.up_proj.3"), expert_of("h.0.mlp.gate")
-        ('h.0.mlp.experts.3', 'h.0.mlp.experts.3', None)
+        >>> expert_of("h.0.mlp.experts.3.up_proj"), expert_of("h.0.mlp.experts.up_proj.3")
+        ('h.0.mlp.experts.3', 'h.0.mlp.experts.3')
     """
     found = _LAYER.fullmatch(layer)
     return f"{found['experts']}.{found['one'] or found['stacked']}" if found else None
