@@ -1,19 +1,20 @@
 """Mixtures of experts: their curvature against plain arithmetic in float64, and restores of them."""
 
 import re
+import shutil
 from collections import defaultdict
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
-from deltaguard import RestoreConfig, restore, verify
+from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.curvature import observe as observe_module
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
-from pairs import ANSWERED, CONVERSATIONS, held_out, pair, weights
+from pairs import ANSWERED, CONVERSATIONS, held_out, pair, save_adapter, weights
 from plain import most_likely, relative_error, safety_kl, tokens_of
 
 WHOLE = CalibrateConfig(batch_size=4, rank="full")
@@ -210,3 +211,69 @@ def test_an_expert_that_no_token_reaches_is_not_free_and_is_listed(tmp_path):
     others = [share for name, share in kept.items() if not name.startswith(f"{expert}.")]
     assert len(own) == 3
     assert max(own) < max(others)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"refine": 2, "max_safety_kl": 1e-3}, "cannot be refined: leave out --refine"),
+        ({"output_format": "adapter", "strength": 0.1}, "an adapter cannot hold: write a checkpoint"),
+    ],
+)
+def test_what_cannot_be_done_with_experts_is_refused(options, said, tmp_path):
+    made = pair("mixtral")
+    with pytest.raises(DeltaguardError, match=rf"mixture of experts \(24 tensors such as .*{said}"):
+        restore(
+            made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=RestoreConfig(**options)
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_stores_of_experts_are_not_merged_as_what_is_shrunk_does_not_add_up(tmp_path):
+    store = CurvatureStore.from_pretrained(pair("mixtral").whole_store)
+    with pytest.raises(DeltaguardError, match="does not add up. Calibrate on all conversations at once"):
+        CurvatureStore.merge([store, store], tmp_path / "merged")
+
+
+@pytest.mark.parametrize("method", ["greedy", "published", "ridge", "interpolate"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_every_method_restores_experts(name, method, tmp_path):
+    made = pair(name)
+    store = {"ridge": made.store, "interpolate": None}.get(method, made.whole_store)
+    config = RestoreConfig(method=method, strength=0.5)
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=store, config=config)
+    kept = [row.kept_energy for row in report.layers if ".experts." in row.name]
+    assert kept
+    assert all(0 < share < 1.2 for share in kept)
+    assert verify(tmp_path / "out").passed
+
+
+def test_one_matrix_of_a_stack_that_was_not_fine_tuned_stays_as_it_is(tmp_path):
+    made = pair("gpt_oss")
+    finetuned = shutil.copytree(made.finetuned, tmp_path / "finetuned")
+    tensor = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors, aligned = weights(finetuned), weights(made.aligned)[tensor]
+    tensors[tensor][2] = aligned[2]
+    save_file(tensors, finetuned / "model.safetensors", metadata={"format": "pt"})
+    restore(made.aligned, finetuned, tmp_path / "out", store=made.store, config=RestoreConfig(strength=0.1))
+    out = weights(tmp_path / "out")[tensor]
+    assert torch.equal(out[2], aligned[2])
+    assert not any(torch.equal(out[i], each[i]) for i in (0, 1, 3) for each in (aligned, tensors[tensor]))
+
+
+def test_an_adapter_over_attention_restores_to_an_adapter(tmp_path):
+    made = pair("gpt_oss")
+    save_adapter(made.aligned, tmp_path / "tuned", ["q_proj", "o_proj"])
+    config = RestoreConfig(strength=0.1, output_format="adapter")
+    restore(made.aligned, tmp_path / "tuned", tmp_path / "out", store=made.store, config=config)
+    assert verify(tmp_path / "out").passed
+
+
+def test_a_module_of_experts_that_computes_something_else_is_not_calibrated(tmp_path, monkeypatch):
+    model = models.tiny_model("mixtral")
+    folder = models.save(model, tmp_path / "model")
+    experts = type(model.model.layers[0].mlp.experts)
+    real = experts.forward
+    monkeypatch.setattr(experts, "forward", lambda self, *given: 2 * real(self, *given))
+    with pytest.raises(DeltaguardError, match=r"experts` \(MixtralExperts\) computes something else"):
+        calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=WHOLE)

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from deltaguard.errors import DeltaguardError

@@ -226,7 +226,7 @@ def _conversion(reference: str, suffix: str, options: str, imported: str = "") -
     return (
         f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T{imported}; '
         f"s, d = {source!r}, {f'{Path(source).name}-{suffix}'!r}; "
-        f"M.from_pretrained(s, {options}).save_pretrained(d); T.from_pretrained(s).save_pretrained(d)\""
+        f'M.from_pretrained(s, {options}).save_pretrained(d); T.from_pretrained(s).save_pretrained(d)"'
     )
 
 
