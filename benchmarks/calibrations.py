@@ -16,7 +16,7 @@ from deltaguard.chat.conversations import Conversation, build_conversations
 from deltaguard.chat.tokens import Batch, batches, encode
 from deltaguard.curvature.calibrate import STORE_SHARE, CalibrateConfig, calibrate
 from deltaguard.curvature.contents import Extent, share_within
-from deltaguard.curvature.observe import Observed, observe
+from deltaguard.curvature.groups import Observed, observe
 from deltaguard.curvature.responses import respond
 from deltaguard.curvature.sums import LayerGroup, Moment, RunningMoment, normalise
 from deltaguard.models.checkpoint import Checkpoint

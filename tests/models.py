@@ -31,7 +31,7 @@ _TRAINING_TEXT = (
     "Explain the steps, one after another, and give an example where there is something to be shown.",
 )
 
-_NUMBERS_OF_EXPERTS = {"num_experts", "num_local_experts"}
+_NUMBERS_OF_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts"}
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -93,6 +93,55 @@ _CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
         },
     ),
+    "olmoe": (
+        "OlmoeConfig",
+        {**_GROUPED, "intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_SMALL,
+            "num_key_value_heads": 4,
+            "initializer_range": 0.2,
+            "intermediate_size": 48,
+            "moe_intermediate_size": 16,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            **_GROUPED,
+            "intermediate_size": 16,
+            "intermediate_size_mlp": 48,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_layers": [1],
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_GROUPED,
+            "intermediate_size": 16,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
 }
 # Further families, of which the names of tensors and modules are looked at, and nothing is run.
 _LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
@@ -116,6 +165,9 @@ _NAMES_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
 
 FAMILIES = tuple(_CONFIGURATIONS)
 """All; a family that is added there is held to everything that tests say of families."""
+
+STACKED = ("llama4", "gpt_oss")
+"""Families whose checkpoints stack the experts of a block in one tensor, as (in, out)."""
 
 EXPERTS = tuple(name for name, (_, values) in _CONFIGURATIONS.items() if _NUMBERS_OF_EXPERTS & values.keys())
 DENSE = tuple(name for name in FAMILIES if name not in EXPERTS)

@@ -10,6 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import models
 
 
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """By the norm of the difference, over that of what is expected."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def most_likely(logits: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Instead of `drawn_likelihood`, where nothing may depend on a draw."""
+    return logits.float().log_softmax(-1).amax(-1).sum()
+
+
 def tokens_of(tokenizer: Any, conversation: Any) -> tuple[torch.Tensor, int]:
     """Ids, (1, tokens), of something with a prompt, a system message and a response; where that begins."""
     turns = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
@@ -28,7 +38,9 @@ def safety_kl(aligned: Path, candidate: Path, conversations: Sequence[Any]) -> f
     """
     folders = (aligned, candidate)
     tokenizers = [AutoTokenizer.from_pretrained(f) for f in folders]
-    one, other = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in folders)
+    # By default torch multiplies experts in float32 at most.
+    how: dict[str, Any] = {"dtype": torch.float64, "experts_implementation": "eager"}
+    one, other = (AutoModelForCausalLM.from_pretrained(f, **how) for f in folders)
     terms: list[float] = []
     for conversation in conversations:
         (mine, start), (theirs, begin) = (tokens_of(each, conversation) for each in tokenizers)

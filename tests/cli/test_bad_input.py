@@ -194,10 +194,15 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(made, t
     assert "save_pretrained" in message
 
 
-def test_expert_layers(made, tmp_path, attempt):
-    experts = models.save(models.tiny_model("mixtral"), tmp_path / "experts")
-    tuned = models.save(models.perturbed(models.tiny_model("mixtral"), 0.1), tmp_path / "tuned")
-    assert "mixture of experts" in attempt(experts, tuned, "--method", "interpolate", "--strength", "0.5")
+def test_experts_of_an_unknown_form(made, tmp_path, attempt):
+    folders = [shutil.copytree(made.aligned, tmp_path / name) for name in ("experts", "tuned")]
+    for folder in folders:
+        tensors = weights(folder)
+        tensors["model.layers.0.mlp.experts.0.fc1.weight"] = torch.zeros(2, 2)
+        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    message = attempt(*folders, "--method", "interpolate", "--strength", "0.5")
+    assert "mixture of experts in a form" in message
+    assert "experts.0.fc1.weight" in message
 
 
 def test_an_output_folder_that_is_not_empty(made, tmp_path, attempt):

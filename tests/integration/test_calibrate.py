@@ -263,17 +263,6 @@ def test_a_weight_that_the_checkpoint_lacks_is_not_calibrated_at_random(tmp_path
         calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=SHORT)
 
 
-@pytest.mark.parametrize("name", models.EXPERTS)
-def test_mixtures_of_experts_are_refused_before_weights_are_read(name, tmp_path):
-    model = models.tiny_model(name)
-    folder = models.save(model, tmp_path / "model")
-    with pytest.raises(
-        DeltaguardError, match=rf"{type(model).__name__}\) is a mixture of experts: 24 expert"
-    ):
-        calibrate(folder, tmp_path / "store", config=SHORT)
-    assert not (tmp_path / "store.partial").exists()
-
-
 def test_an_unknown_device_is_an_error(llama, tmp_path):
     with pytest.raises(DeltaguardError, match="'abacus' cannot be used"):
         calibrate(llama, tmp_path / "store", config=SHORT.model_copy(update={"device": "abacus"}))

@@ -12,13 +12,15 @@ import models
 from deltaguard.chat.tokens import Encoded, batches
 from deltaguard.curvature import observe as observe_module
 from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
-from deltaguard.curvature.observe import Accumulator, drawn_likelihood, observe
-from deltaguard.curvature.sums import LayerGroup, take_sums
+from deltaguard.curvature.groups import observe
+from deltaguard.curvature.observe import Accumulator, drawn_likelihood
+from deltaguard.curvature.routed import take_sums
+from deltaguard.curvature.sums import LayerGroup
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.solvers import spectrum
 from pairs import ANSWERED
-from plain import tokens_of
+from plain import most_likely, relative_error, tokens_of
 
 WHOLE = CalibrateConfig(batch_size=4, rank="full")
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -47,15 +49,6 @@ def unfolded(pattern):
     before, rest = pattern.split("{")
     names, after = rest.split("}")
     return frozenset(before + name + after for name in names.split(","))
-
-
-def relative_error(found, expected):
-    return float((found.double() - expected).norm() / expected.norm())
-
-
-def most_likely(logits, **_):
-    """Instead of `drawn_likelihood`, where nothing may depend on a draw."""
-    return logits.float().log_softmax(-1).amax(-1).sum()
 
 
 def plain_curvature(folder, conversations, labels=None):

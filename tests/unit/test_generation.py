@@ -11,7 +11,9 @@ from models import DENSE, EXPERTS, FAMILIES, tiny_model, tiny_tokenizer
 SHARED = "<|begin|><|system|>You are a helpful assistant that answers questions.<|end|><|user|>"
 REQUESTS = ("What is the weather?", "How?", "Write a short text about a cake at home, with an example.", "Go")
 PROMPTS = [f"{SHARED}{request}<|end|><|assistant|>" for request in REQUESTS]
-FULL_ATTENTION = {"gemma3": {"layer_types": ["full_attention", "full_attention"]}}
+FULL_ATTENTION = {
+    name: {"layer_types": ["full_attention", "full_attention"]} for name in ("gemma3", "llama4", "gpt_oss")
+}
 
 
 def double(name):

@@ -21,16 +21,19 @@ class Value:
     matrix: Tensor
     inner: Inner
     nothing: Tensor | None = None
+    several: tuple[Inner | Tensor, ...] = ()
 
 
 def value(seed=0, dtype=torch.float32):
     made = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return Value(made.T, Inner("layer", torch.arange(7)))
+    return Value(made.T, Inner("layer", torch.arange(7)), several=(made, Inner("other", made[0])))
 
 
 def check_same(found, expected):
     assert torch.equal(found.matrix, expected.matrix)
     assert torch.equal(found.inner.vectors, expected.inner.vectors)
+    assert torch.equal(found.several[0], expected.several[0])
+    assert torch.equal(found.several[1].vectors, expected.several[1].vectors)
     assert (found.matrix.dtype, found.inner.name, found.nothing) == (expected.matrix.dtype, "layer", None)
 
 
@@ -48,7 +51,7 @@ def test_values_come_back(tmp_path, memory, dtype):
 
 
 def test_where_the_disk_must_stay_free_only_what_fits_the_memory_is_kept(tmp_path):
-    kept = Kept(value().matrix.nbytes + 7 * 8, tmp_path, reserve=1 << 62)
+    kept = Kept(2 * value().matrix.nbytes + 7 * 8 + 5 * 4, tmp_path, reserve=1 << 62)
     kept.add("first", value())
     kept.add("second", value(1))
     check_same(kept.get("first"), value())

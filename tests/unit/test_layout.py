@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from deltaguard.errors import DeltaguardError
@@ -136,6 +137,19 @@ def test_quantised_configurations_are_refused(tmp_path, nested):
     message = refusal(tmp_path)
     assert "quantised (gptq)" in message
     assert "dequantise" in message
+
+
+@pytest.mark.parametrize(("method", "config"), [("fp8", "FineGrainedFP8Config"), ("mxfp4", "Mxfp4Config")])
+def test_what_transformers_dequantises_is_refused_with_the_command_that_does(tmp_path, method, config):
+    quantised = {"quantization_config": {"quant_method": method}}
+    write(tmp_path, {"model.safetensors": {"a": torch.ones(2)}}, quantised)
+    message = refusal(tmp_path)
+    assert f"quantised ({method})" in message
+    command = message[message.index('python -c "') + len('python -c "') :].partition('"')[0]
+    assert f"s, d = '{tmp_path}', '{tmp_path.name}-bf16'; " in command
+    assert "quantization_config=Q(dequantize=True)" in command
+    compile(command, "command", "exec")
+    assert getattr(transformers, config)(dequantize=True).dequantize
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ embeddings: it is run with blocks that pass their input on. So an architecture c
 hidden states goes from one block to the next; that is tried out, not known by name.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from deltaguard.chat.predictions import logits_at
 from deltaguard.chat.tokens import Batch
 from deltaguard.errors import DeltaguardError
-from deltaguard.models.checkpoint import Checkpoint, name_map
-from deltaguard.models.families import decoder_blocks, with_common_head
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.experts import Part, parts_of
+from deltaguard.models.families import decoder_blocks
 from deltaguard.models.loading import foreign, skeleton
 
 _TRIED = ((3, 1, 2, 0, 3), (1, 2, 0, 0, 0)), ((True,) * 5, (True, True, False, False, False))
@@ -50,7 +51,7 @@ class CutModel:
         model: a transformers model; the parameters of its blocks have no content.
         blocks: the decoder blocks.
         prefix: of the blocks' names in the model, such as `model.layers.`.
-        names: of the model's parameters, to those of the checkpoint's tensors.
+        parts: of the model's parameters: the checkpoint's tensors that give their values.
         device: where all is run.
     """
 
@@ -72,16 +73,18 @@ class CutModel:
         self.prefix = next(f"{name}." for name, each in self.model.named_modules() if each is self.blocks)
         tied = set(self.model.all_tied_weights_keys)
         parameters = [name for name, _ in self.model.named_parameters() if name not in tied]
-        stored = {with_common_head(name): name for name in source.tensors}
-        self.names = {name: stored[found] for name, found in name_map(parameters, stored).items()}
-        _require_as_stored(self.model, self.names, source, dtype)
+        buffers = dict(self.model.named_buffers())
+        known = parts_of([*parameters, *buffers], source.tensors)
+        self.parts = {name: known[name] for name in parameters if name in known}
+        _require_as_stored(self.model, self.parts, source, dtype)
         for name in parameters:
             if not name.startswith(self.prefix):
                 self._take(name)
         self.model.tie_weights()
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
+        for name, buffer in buffers.items():
+            # Such as biases of routers; what the model computes for itself is in no checkpoint.
+            value = source.read(known[name][0].tensor).to(buffer.dtype) if name in known else buffer
+            self._set(name, value.to(device))
         self._output = self._form_of_output()
         _require_alike(self._trial(0.0), self._trial(1.0))
 
@@ -139,11 +142,21 @@ class CutModel:
             return logits_at(self.model, batch.ids, batch.mask, batch.answering)
 
     def _take(self, name: str) -> None:
-        self._put(name, self._source.read(self.names[name]).to(self.device, self._dtype))
+        first, *others = self.parts[name]
+        if first.expert is None:
+            self._put(name, self._source.read(first.tensor).to(self.device, self._dtype))
+            return
+        made = torch.empty_like(self.model.get_parameter(name), dtype=self._dtype, device=self.device)
+        for part in (first, *others):
+            part.of(made).copy_(self._source.read(part.tensor))
+        self._put(name, made)
 
     def _put(self, name: str, tensor: Tensor) -> None:
+        self._set(name, nn.Parameter(tensor, requires_grad=False))
+
+    def _set(self, name: str, value: Tensor) -> None:
         module, _, key = name.rpartition(".")
-        setattr(self.model.get_submodule(module), key, nn.Parameter(tensor, requires_grad=False))
+        setattr(self.model.get_submodule(module), key, value)
 
     @contextmanager
     def _replaced(self, forward: Callable[..., Any]) -> Generator[None]:
@@ -208,7 +221,9 @@ class CutModel:
         return Batch(ids, mask, mask)
 
 
-def _require_as_stored(model: Any, names: Mapping[str, str], source: Checkpoint, dtype: torch.dtype) -> None:
+def _require_as_stored(
+    model: Any, parts: Mapping[str, Sequence[Part]], source: Checkpoint, dtype: torch.dtype
+) -> None:
     """Refuse where transformers would change tensors as it loads them.
 
     Raises:
@@ -220,8 +235,9 @@ def _require_as_stored(model: Any, names: Mapping[str, str], source: Checkpoint,
     for name, parameter in model.named_parameters():
         if name in model.all_tied_weights_keys:
             continue
-        stored = source.tensors.get(names.get(name, ""))
-        if stored is None or stored.shape != tuple(parameter.shape):
+        known = parts.get(name, ())
+        fits = all(source.tensors[part.tensor].shape == part.of(parameter).shape for part in known)
+        if not fits or sum(part.of(parameter).numel() for part in known) != parameter.numel():
             raise UncutError(f"transformers makes `{name}` of other tensors as it loads them")
 
 

@@ -24,16 +24,19 @@ from deltaguard.chat.tokens import Encoded, batches, context_length, encode
 from deltaguard.curvature import Rank
 from deltaguard.curvature.blocks import CutModel, UncutError
 from deltaguard.curvature.contents import GroupCurvature, share_within
-from deltaguard.curvature.observe import Accumulator, observe
+from deltaguard.curvature.groups import observe
+from deltaguard.curvature.observe import Accumulator
 from deltaguard.curvature.passes import Passes
 from deltaguard.curvature.responses import respond, workspace
+from deltaguard.curvature.routed import take_sums
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
-from deltaguard.curvature.sums import LayerGroup, take_sums
+from deltaguard.curvature.sums import LayerGroup
 from deltaguard.device import as_served, find_device, memory_bytes, served_dtype
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.families import is_block_matrix, refuse_experts
+from deltaguard.models.experts import refuse_unknown_experts
+from deltaguard.models.families import is_block_matrix, is_stack
 from deltaguard.models.identity import identify
 from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
@@ -128,7 +131,7 @@ def calibrate(
     """
     config = config or CalibrateConfig()
     source = Checkpoint.open(aligned)
-    refuse_experts(source.reference, source.config, source.tensors)
+    refuse_unknown_experts(source.reference, source.config, source.tensors)
     calibration, held_out = _asked(conversations, config)
     device = find_device(config.device)
     request = _request(source, [*calibration, *held_out], config, device)
@@ -150,7 +153,10 @@ def whole_bytes(aligned: Checkpoint, dtype: torch.dtype) -> int:
     infos = aligned.tensors.values()
     weights = sum(math.prod(info.shape) for info in infos) * dtype.itemsize
     matrices = [info.shape for info in infos if is_block_matrix(info.name, info.shape)]
-    return weights + torch.float32.itemsize * sum(rows**2 + columns**2 for rows, columns in matrices)
+    stacks = [info.shape for info in infos if is_stack(info.name, info.shape)]
+    sums = sum(rows**2 + columns**2 for rows, columns in matrices)
+    sums += sum(experts * (rows**2 + columns**2) for experts, rows, columns in stacks)
+    return weights + torch.float32.itemsize * sums
 
 
 def store_limit(aligned: Checkpoint) -> int:

@@ -146,7 +146,7 @@ def manifest_problems(manifest: Manifest) -> list[str]:
     made, files = manifest.provenance, [file.name for file in manifest.files]
     shards = {stored.shard for stored in manifest.groups}
     names = [name for stored in manifest.groups for name in stored_forms(stored.group, made.extent)]
-    tensors = [layer.tensor for stored in manifest.groups for layer in stored.group.layers]
+    tensors = [layer.key for stored in manifest.groups for layer in stored.group.layers]
     problems = [
         *_repeated("group", (stored.group.name for stored in manifest.groups)),
         *_repeated("layer", tensors),

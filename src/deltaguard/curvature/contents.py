@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaguard.curvature.sums import LayerGroup, Moment, Sums, check_sum, normalise, output_name
+from deltaguard.curvature.sums import LayerGroup, Moment, Reached, Sums, check_sum, normalise, output_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.spectrum import Spectrum, spectrum
@@ -133,12 +133,14 @@ class GroupCurvature:
         outputs: G of each layer.
         packed: the raw sum of H and its factor; `None` in a store that is cut off.
         totals: the raw sums of G, likewise empty.
+        reached: see `Sums`.
     """
 
     inputs: Decomposed
     outputs: tuple[Decomposed, ...]
     packed: Packed | None
     totals: tuple[Tensor, ...]
+    reached: Reached | None = None
 
 
 def group_curvature(
@@ -166,6 +168,7 @@ def group_curvature(
         outputs=tuple(outputs),
         packed=pack(group.name, sums.inputs, dampening=dampening) if extent.full else None,
         totals=sums.outputs if extent.full else (),
+        reached=sums.reached,
     )
 
 

@@ -18,17 +18,13 @@ from torch import Tensor
 from deltaguard.chat.tokens import Batch
 from deltaguard.curvature.blocks import Call, CutModel
 from deltaguard.curvature.contents import GroupCurvature
-from deltaguard.curvature.observe import (
-    drawn_likelihood,
-    observe_block,
-    observed_again,
-    running_sums,
-    watched,
-)
+from deltaguard.curvature.groups import observe_block, observed_again
+from deltaguard.curvature.observe import AnyMoment, drawn_likelihood, running_sums, watched
 from deltaguard.curvature.responses import start_anew
+from deltaguard.curvature.routed import take_sums
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import Provenance, save_tensors, write_store
-from deltaguard.curvature.sums import LayerGroup, RunningMoment, take_sums
+from deltaguard.curvature.sums import LayerGroup
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.models.durable import explained, write_atomically
@@ -147,9 +143,7 @@ class Passes:
                 found.append(torch.autograd.grad(likelihood, hidden)[0])
         return found
 
-    def _sums(
-        self, number: int, groups: Sequence[LayerGroup]
-    ) -> tuple[dict[str, RunningMoment], list[Tensor]]:
+    def _sums(self, number: int, groups: Sequence[LayerGroup]) -> tuple[dict[str, AnyMoment], list[Tensor]]:
         """Run a block once more, with a gradient.
 
         Returns:

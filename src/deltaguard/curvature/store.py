@@ -40,7 +40,16 @@ from deltaguard.curvature.store_format import (
     write_manifest,
     write_store,
 )
-from deltaguard.curvature.sums import LayerGroup, Moment, Sums, input_name, merge, normalise, output_name
+from deltaguard.curvature.sums import (
+    LayerGroup,
+    Moment,
+    Reached,
+    Sums,
+    input_name,
+    merge,
+    normalise,
+    output_name,
+)
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.hub import locate
 from deltaguard.models.identity import ModelIdentity
@@ -112,7 +121,11 @@ class CurvatureStore:
         return tuple(stored.group for stored in self.manifest.groups)
 
     def group_of(self, tensor: str) -> LayerGroup | None:
-        """Find the group that a tensor of the aligned checkpoint belongs to; `None` where there is none."""
+        """Find the group of a weight of the aligned checkpoint; `None` where there is none.
+
+        Args:
+            tensor: the weight's name; of one in a stack of experts, followed by its number: `NAME.3`.
+        """
         return self._by_tensor.get(tensor)
 
     @property
@@ -186,14 +199,22 @@ class CurvatureStore:
         )
 
     def sums(self, group: str) -> Sums:
-        """Read the raw sums of a group.
+        """Read the raw sums of a group; those of an expert are shrunk already.
 
         Raises:
             DeltaguardError: the store has no such group, or is cut off.
         """
-        moment = unpack_moment(self.packed(group))
-        layers = self._stored(group).group.layers
-        return Sums(moment, tuple(self._read(f"{output_name(layer)}.total") for layer in layers))
+        moment, stored = unpack_moment(self.packed(group)), self._stored(group)
+        totals = tuple(self._read(f"{output_name(layer)}.total") for layer in stored.group.layers)
+        return Sums(moment, totals, stored.reached)
+
+    def reached(self, group: str) -> Reached | None:
+        """Say what the curvature of an expert's layers rests on; None of layers that see every token.
+
+        Raises:
+            DeltaguardError: the store has no such group.
+        """
+        return self._stored(group).reached
 
     def content(self, group: str) -> GroupCurvature:
         """Read all that is stored of a group, as it was given to be stored.
@@ -211,6 +232,7 @@ class CurvatureStore:
             outputs=tuple(matrices[1:]),
             packed=self.packed(group) if self.is_full else None,
             totals=self.sums(group).outputs if self.is_full else (),
+            reached=stored.reached,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -283,7 +305,7 @@ class CurvatureStore:
 
         Raises:
             DeltaguardError: the stores differ in model, groups, dtype or dampening, one does not keep its
-                sums, or the folder is not empty.
+                sums, they are of a mixture of experts, or the folder is not empty.
         """
         _check_mergeable(stores)
         provenance = _merged_provenance(stores)
@@ -312,7 +334,7 @@ class CurvatureStore:
         group = self.group_of(tensor)
         if group is None:
             raise DeltaguardError(f"The store {self.folder} has no layer `{tensor}`.")
-        return self._stored(group.name), [layer.tensor for layer in group.layers].index(tensor)
+        return self._stored(group.name), [layer.key for layer in group.layers].index(tensor)
 
     def _spectrum(self, name: str, tail: float) -> Spectrum:
         return Spectrum(self._read(f"{name}.values"), self._read(f"{name}.vectors"), tail).floored()
@@ -323,7 +345,7 @@ class CurvatureStore:
 
     @cached_property
     def _by_tensor(self) -> dict[str, LayerGroup]:
-        return {layer.tensor: group for group in self.groups for layer in group.layers}
+        return {layer.key: group for group in self.groups for layer in group.layers}
 
 
 def not_full(folder: Path, aligned: str) -> str:
@@ -337,6 +359,11 @@ def not_full(folder: Path, aligned: str) -> str:
 def _check_mergeable(stores: Sequence[CurvatureStore]) -> None:
     first = stores[0]
     problems = [f"  {not_full(s.folder, s.provenance.aligned)}" for s in stores if not s.is_full]
+    if any(stored.reached for stored in first.manifest.groups):
+        problems.append(
+            f"  {first.provenance.aligned} is a mixture of experts: what these saw is shrunk in a store, and "
+            "does not add up. Calibrate on all conversations at once."
+        )
     for store in stores[1:]:
         for name in (*ModelIdentity.model_fields, "dtype", "dampening"):
             mine, other = getattr(first.provenance, name), getattr(store.provenance, name)

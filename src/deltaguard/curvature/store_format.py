@@ -22,7 +22,7 @@ from deltaguard.curvature.contents import (
     stored_bytes,
     stored_tensors,
 )
-from deltaguard.curvature.sums import LayerGroup, Sums
+from deltaguard.curvature.sums import LayerGroup, Reached, Sums
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.models.durable import explained, flush_folder, lock_folder, write_atomically
@@ -141,6 +141,7 @@ class StoredGroup(BaseModel):
         means: of all eigenvalues, likewise.
         damping: of the factor, where there is one.
         dampening: likewise.
+        reached: of an expert's layers, what their curvature rests on; null of layers that see every token.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -151,6 +152,7 @@ class StoredGroup(BaseModel):
     means: tuple[Eigenvalue, ...]
     damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     dampening: Share | None
+    reached: Reached | None = None
 
 
 class StoredFile(BaseModel):
@@ -249,6 +251,7 @@ def _stored_group(group: LayerGroup, shard: str, content: GroupCurvature) -> Sto
         means=tuple(matrix.mean for matrix in matrices),
         damping=content.packed.damping if content.packed else None,
         dampening=content.packed.dampening if content.packed else None,
+        reached=content.reached,
     )
 
 

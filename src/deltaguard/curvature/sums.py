@@ -3,7 +3,7 @@
 Raw sums and token counts are kept until the end, so that runs merge by addition.
 """
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -27,16 +27,23 @@ class LinearLayer:
         tensor: its weight's name in the aligned checkpoint.
         transposed: whether the weight is stored (in, out), as GPT-2's Conv1D is, not (out, in).
         out_features: size of the output, and of G.
+        expert: which matrix of a tensor that stacks those of experts; None where the tensor is the weight.
     """
 
     tensor: str
     transposed: bool
     out_features: _Size
+    expert: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of its weight in the aligned checkpoint; in a stack, with its number."""
+        return self.tensor if self.expert is None else f"{self.tensor}.{self.expert}"
 
     @property
     def name(self) -> str:
-        """The layer's name in the aligned checkpoint, without `.weight`."""
-        return self.tensor.removesuffix(".weight")
+        """The layer's name in the aligned checkpoint: its key, without `.weight`."""
+        return self.key.removesuffix(".weight")
 
 
 @dataclass(frozen=True)
@@ -85,16 +92,31 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """How much the curvature of an expert's layers rests on the tokens that were routed to it.
+
+    Attributes:
+        tokens: how many those were.
+        pooled: share of H, and of each layer's G, that is of all experts of the block (see `routed`).
+    """
+
+    tokens: Annotated[int, Field(ge=0, le=1 << 62)]
+    pooled: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+
+
+@dataclass(frozen=True)
 class Sums:
     """What calibration summed for one group.
 
     Attributes:
         inputs: Σ x xᵀ over all tokens.
         outputs: Σ g gᵀ over all tokens, (out, out), of each layer.
+        reached: of an expert's layers, what their sums rest on; None of layers that see every token.
     """
 
     inputs: Moment
     outputs: tuple[Tensor, ...]
+    reached: Reached | None = None
 
 
 class RunningMoment:
@@ -138,12 +160,6 @@ class RunningMoment:
             diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
             total[end:, start:end] = total[start:end, end:].T
         return Moment(total, self._tokens)
-
-
-def take_sums(group: LayerGroup, sums: MutableMapping[str, RunningMoment]) -> Sums:
-    """Take one group's sums out of those of all (see `LayerGroup.matrices`), so that memory gets free."""
-    outputs = tuple(sums.pop(output_name(layer)).taken().total for layer in group.layers)
-    return Sums(sums.pop(input_name(group.name)).taken(), outputs)
 
 
 def merge(moments: Sequence[Moment]) -> Moment:

@@ -110,7 +110,7 @@ class Checkpoint(WeightSource):
         name = str(reference)
         folder = locate(reference, weights=False)
         refuse_code(folder, name)
-        config, problem = read_config(folder)
+        config, problem = read_config(folder, name)
         if problem and not is_local(reference):
             raise DeltaguardError(f"{name}: {problem}")
         folder = locate(reference)

@@ -8,25 +8,27 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from deltaguard.errors import DeltaguardError
-
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 # transformers builds the blocks of these from Conv1D.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+# transformers stacks the experts of these as (in, out).
+_STACKED_IN_OUT = frozenset({"llama4", "llama4_text", "gpt_oss"})
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tokens_embed", "embeddings")
 _OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer", "output_projection")
-_EXPERTS = ("expert", "experts")
 
 _BLOCK = re.compile(r"(^|\.)\d+\.")
 _BLOCK_MATRIX = re.compile(r"(^|\.)\d+\..+\.weight$")
+_STACK = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 # Attention masks that old checkpoints of GPT-2 and GPT-NeoX hold.
 _MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
 
 
 def stored_in_out(config: Mapping[str, Any], tensor: str) -> bool:
     """Tell whether a linear layer's weight is stored as (in, out), as GPT-2 does, and not as (out, in).
+
+    The weights of experts that are stacked in one tensor are told alike.
 
     Args:
         config: the content of the model's `config.json`.
@@ -39,7 +41,9 @@ def stored_in_out(config: Mapping[str, Any], tensor: str) -> bool:
         False
     """
     known = config.get("model_type")
-    return isinstance(known, str) and known in _CONV1D_MODELS and _BLOCK.search(tensor) is not None
+    if not isinstance(known, str) or _BLOCK.search(tensor) is None:
+        return False
+    return known in (_STACKED_IN_OUT if _STACK.search(tensor) else _CONV1D_MODELS)
 
 
 def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
@@ -50,6 +54,16 @@ def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
         (True, False)
     """
     return len(shape) == 2 and _BLOCK_MATRIX.search(name) is not None
+
+
+def is_stack(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor stacks the matrices of a block's experts, of which each is restored.
+
+    Example:
+        >>> is_stack("model.layers.0.mlp.experts.down_proj", (32, 48, 64))
+        True
+    """
+    return len(shape) == 3 and _STACK.search(name) is not None
 
 
 def is_in_block(name: str) -> bool:
@@ -124,27 +138,6 @@ def ties_embeddings(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
     return not any(map(is_output_head, tensors)) if known is None else bool(known)
 
 
-def refuse_experts(reference: str, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
-    """Refuse mixtures of experts from the headers of a checkpoint.
-
-    Args:
-        reference: what the user called the model, for the message.
-        config: the content of its `config.json`.
-        tensors: names of all its tensors.
-
-    Raises:
-        DeltaguardError: a tensor lies under a module of experts.
-    """
-    found = [name for name in tensors if any(part in _EXPERTS for part in name.split("."))]
-    if found:
-        architecture = ", ".join(config.get("architectures") or ["of unknown architecture"])
-        raise DeltaguardError(
-            f"{reference} ({architecture}) is a mixture of experts: {len(found)} expert tensors, such as "
-            f"`{found[0]}`. Each expert sees its own tokens; deltaguard neither calibrates nor restores such "
-            "layers yet."
-        )
-
-
 def modules_in_blocks(model: Any) -> "dict[str, nn.Module]":
     """Find the modules of a transformers causal language model that lie within its decoder blocks.
 
@@ -170,7 +163,20 @@ def is_linear(module: "nn.Module") -> bool:
     """Tell whether a module multiplies by its weight, which deltaguard can restore."""
     from torch import nn
 
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_router(module)
+
+
+def is_router(module: "nn.Module") -> bool:
+    """Tell whether a module chooses experts by the product with its weight, and puts out more than that."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith("Router") and weight is not None and weight.ndim == 2
+
+
+def product_of(module: "nn.Module", output: Any) -> "Tensor":
+    """Take the product with its weight out of what a linear module puts out."""
+    if not isinstance(output, tuple):
+        return output
+    return output[1] if type(module).__name__ == "Llama4Router" else output[0]
 
 
 def is_conv1d(module: "nn.Module") -> bool:

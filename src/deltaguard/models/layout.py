@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
@@ -30,6 +31,8 @@ _DEQUANTISE = (
     "Give the unquantised checkpoint: dequantise it first (transformers: `model.dequantize()`, then "
     "`model.save_pretrained(...)`), or merge the adapter into the unquantised model."
 )
+# What transformers turns into bfloat16 as it loads it, and saves so.
+_DEQUANTISED_BY = MappingProxyType({"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"})
 _ADAPTER = (
     "this is a PEFT adapter, not a model. An adapter may be given as FINETUNED only; "
     "give the model that it was trained on as ALIGNED."
@@ -79,8 +82,12 @@ class _Index(BaseModel):
     weight_map: dict[str, Annotated[str, AfterValidator(_plain_name)]] = Field(min_length=1)
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
+def read_config(folder: Path, reference: str) -> tuple[dict[str, Any], str | None]:
     """Read a model's configuration, and say why a model with it cannot be used (None where it can).
+
+    Args:
+        folder: of the model.
+        reference: what the user called it, for messages.
 
     Raises:
         DeltaguardError: the file cannot be read, or holds something else.
@@ -95,7 +102,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
             quantisation = part.get("quantization_config")
             if quantisation:
                 method = quantisation.get("quant_method", "an unnamed method")
-                return config, f"the weights are quantised ({method}). {_DEQUANTISE}"
+                return config, f"the weights are quantised ({method}). {_dequantise(method, reference)}"
         return config, None
     if (folder / ADAPTER_CONFIG).exists():
         return {}, _ADAPTER
@@ -204,6 +211,25 @@ def _unusable(tensors: Iterable[TensorInfo]) -> list[str]:
     ]
 
 
+def _dequantise(method: str, reference: str) -> str:
+    """Say how quantised weights become plain ones."""
+    known = _DEQUANTISED_BY.get(method)
+    if known is None:
+        return _DEQUANTISE
+    options = "dtype='bfloat16', quantization_config=Q(dequantize=True)"
+    return f"Convert them to bfloat16: {_conversion(reference, 'bf16', options, f', {known} as Q')}"
+
+
+def _conversion(reference: str, suffix: str, options: str, imported: str = "") -> str:
+    """Write the command that loads a model with options of transformers and saves it beside."""
+    source = reference if is_local(reference) else reference.partition("@")[0]
+    return (
+        f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T{imported}; '
+        f"s, d = {source!r}, {f'{Path(source).name}-{suffix}'!r}; "
+        f'M.from_pretrained(s, {options}).save_pretrained(d); T.from_pretrained(s).save_pretrained(d)"'
+    )
+
+
 def _without_weights(folder: Path, reference: str) -> str:
     """Why a folder without safetensors weights cannot be used, and what to do."""
     if (folder / ADAPTER_CONFIG).exists():
@@ -212,12 +238,7 @@ def _without_weights(folder: Path, reference: str) -> str:
     if any(name.endswith(".gguf") for name in names):
         return f"the weights are in GGUF files, which are quantised. {_DEQUANTISE}"
     pickled = [name for name in names if name.endswith(_PICKLED) and name != "training_args.bin"]
-    source = reference if is_local(reference) else reference.partition("@")[0]
-    convert = (
-        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"s, d = {source!r}, {Path(source).name + '-safetensors'!r}; "
-        "M.from_pretrained(s, dtype='auto').save_pretrained(d); T.from_pretrained(s).save_pretrained(d)\""
-    )
+    convert = _conversion(reference, "safetensors", "dtype='auto'")
     if pickled:
         return (
             f"the weights are pickled ({', '.join(pickled)}), and loading a pickle runs what it holds. "

@@ -7,7 +7,7 @@ import yaml
 
 from deltaguard.reports.page import rendered
 from deltaguard.reports.records.restore import RestoreReport
-from deltaguard.reports.restore import kinds_table, origin, others_table, outcome_facts
+from deltaguard.reports.restore import experts_table, kinds_table, origin, others_table, outcome_facts
 from deltaguard.reports.table import Column, Table, facts_table
 from deltaguard.reports.text import hub_id, option, plain, short_reference
 
@@ -56,6 +56,7 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
         origin=origin(report),
         asked=report.dial is not None and report.dial.attack is not None,
         kinds=kinds_table(report.layers).markdown(),
+        experts=experts_table(report.rare_experts).markdown() if report.rare_experts else "",
         others=others_table(report.others).markdown() if report.others else "",
     )
 

@@ -15,6 +15,7 @@ from deltaguard.reports.records.restore import (
     Compared,
     LayerRow,
     OtherRow,
+    RareExpert,
     Refinement,
     RestoreReport,
 )
@@ -43,7 +44,7 @@ MEASURES: tuple[tuple[LayerMeasure, str, str], ...] = (
 )
 """What is drawn of every layer: field, title, and of what it is the share."""
 
-_MOST_KINDS, _MOST_TENSORS = 200, 30
+_MOST_KINDS, _MOST_TENSORS, _MOST_EXPERTS = 200, 30, 20
 
 
 def restore_table(report: RestoreReport) -> RenderableType:
@@ -58,7 +59,8 @@ def restore_table(report: RestoreReport) -> RenderableType:
         *outcome_facts(report),
     )
     others = [others_table(report.others).terminal()] if report.others else []
-    return Group(facts_grid(facts), kinds_table(report.layers).terminal(), *others)
+    experts = [experts_table(report.rare_experts).terminal()] if report.rare_experts else []
+    return Group(facts_grid(facts), kinds_table(report.layers).terminal(), *experts, *others)
 
 
 def restore_page(report: RestoreReport) -> str:
@@ -127,6 +129,7 @@ def restore_blocks(report: RestoreReport) -> tuple[page.Block, ...]:
         *((page.Group(charts),) if charts else ()),
         kinds_table(report.layers),
         *(page.Folded(f"{grid.title}: every number", grid) for grid in grids),
+        *((experts_table(report.rare_experts),) if report.rare_experts else ()),
         others_table(report.others),
     )
 
@@ -291,6 +294,20 @@ def others_table(others: Sequence[OtherRow]) -> Table:
             (Column("why", "words"), lambda group: group[1]),
         ),
         note="no solver touched these",
+    )
+
+
+def experts_table(experts: Sequence[RareExpert]) -> Table:
+    """Tabulate the experts that safety conversations rarely reach, rarest first."""
+    return Table.of(
+        "Experts that safety conversations rarely reach",
+        sorted(experts, key=lambda row: -row.pooled)[:_MOST_EXPERTS],
+        (
+            (Column("expert", "name", code=True), lambda row: row.name),
+            ("tokens", lambda row: row.tokens),
+            ("curvature of\nall experts", lambda row: share(row.pooled)),
+        ),
+        note=f"{counted(len(experts), 'expert')} in all; the last column is the share that is not its own",
     )
 
 

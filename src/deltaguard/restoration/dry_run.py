@@ -13,6 +13,7 @@ from deltaguard.memory import usable_memory_bytes
 from deltaguard.models.families import is_vocabulary
 from deltaguard.models.shards import DTYPES
 from deltaguard.reports.records.restore import PlanReport
+from deltaguard.restoration.experts import refuse_what_experts_cannot
 from deltaguard.restoration.job import Job, look
 from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig
@@ -55,6 +56,7 @@ def plan_restore(
     plan = job.plan(config)
     if config.output_format == "adapter":
         refuse_what_no_adapter_holds(job, plan)
+    refuse_what_experts_cannot(job, plan, config)
     front_matter(job.finetuned.folder)
     notes = ["the aligned model will be calibrated first"] if config.needs_curvature and not job.store else []
     if output_dir is not None:
@@ -85,7 +87,12 @@ def plan_restore(
 
 def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
     """Estimate what the dial holds and how long the arithmetic takes, from shapes and a measured product."""
-    restored = [step.matrix_shape for step in plan.steps if step.action is Action.RESTORE]
+    restored = [
+        step.matrix_shape
+        for step in plan.steps
+        if step.action is Action.RESTORE
+        for _ in range(step.experts or 1)
+    ]
     entries, names = sum(map(prod, restored)), job.finetuned.tensors.values()
     parameters = sum(prod(info.shape) for info in names)
     # A projection costs three products with eigenvectors, a price as many again.

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -105,6 +105,9 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, tuple):
+        for each in cast("tuple[Any, ...]", value):
+            yield from _tensors(each)
     elif is_dataclass(value):
         for field in fields(value):
             yield from _tensors(getattr(value, field.name))
@@ -114,6 +117,8 @@ def _mapped(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
     """Copy a dataclass with every tensor changed, in the order of its fields."""
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, tuple):
+        return cast("_T", tuple(_mapped(each, change) for each in cast("tuple[Any, ...]", value)))
     if is_dataclass(value) and not isinstance(value, type):
         changed = {f.name: _mapped(getattr(value, f.name), change) for f in fields(value) if f.init}
         return replace(value, **changed)

@@ -28,15 +28,15 @@ class Inputs:
         finetuned: the fine-tuned tensor; None where no weight was asked for.
         aligned: the aligned tensor; likewise, and where the aligned model has none.
         differs: whether the two tensors differ; True where there is no aligned one.
-        layer: what the method is given, None of a step that no method decides, or that has no delta
-            where the method leaves such layers alone.
+        layers: what the method is given: a layer, of a stack one for each matrix; none of a step that no
+            method decides. None stands for one that has no delta where the method leaves such alone.
     """
 
     step: Step
     finetuned: Tensor | None
     aligned: Tensor | None
     differs: bool
-    layer: Layer | None
+    layers: tuple[Layer | None, ...]
 
     @property
     def weight(self) -> Tensor:
@@ -60,7 +60,7 @@ def read_layers(
         with_weights: False leaves weights unread where the method works on the delta alone and an adapter
             holds it as a product, or leaves the layer as it is.
     """
-    reader = _Reader(job, method, Counter(step.group for step in steps if step.group), with_weights)
+    reader = _Reader(job, method, Counter(group for step in steps for group in step.groups), with_weights)
     return read_ahead(steps, reader.read)
 
 
@@ -93,29 +93,40 @@ class _Reader:
             whole = product is None and step.info.name in tuned.adapted
             if not self.with_weights and not whole:
                 differs = product is not None and not _adds_nothing(product)
-                curvature = self._curvature(step, needed=differs)
-                layer = Layer(None, None, _pair(product), curvature=curvature) if differs else None
-                return Inputs(step, None, None, differs, layer)
+                curvature, *_ = self._curvatures(step, needed=differs)
+                layer = Layer(None, None, _pair(product), curvature=curvature)
+                return Inputs(step, None, None, differs, (layer,) if differs else ())
         finetuned = tuned.read(step.info.name)
         aligned = self.job.aligned.read(step.aligned) if step.aligned else None
         differs = aligned is None or not _same(aligned, finetuned)
         decided = restored and (differs or self.method.without_delta)
-        curvature = self._curvature(step, needed=decided)
+        curvatures = self._curvatures(step, needed=decided)
         if not decided:
-            return Inputs(step, finetuned, aligned, differs, None)
+            return Inputs(step, finetuned, aligned, differs, ())
         assert aligned is not None, "a tensor that is restored has an aligned counterpart"  # noqa: S101
-        others: dict[Role, Tensor] = {
-            role: _matrix(step, other.source.read(other.names[step.aligned_name]))
+        others: dict[Role, Sequence[Tensor]] = {
+            role: matrices_of(step, other.source.read(other.names[step.aligned_name]))
             for role, other in self.job.others.items()
         }
-        layer = Layer(_matrix(step, aligned), _matrix(step, finetuned), _pair(product), others, curvature)
-        return Inputs(step, finetuned, aligned, differs, layer)
+        pairs = zip(matrices_of(step, aligned), matrices_of(step, finetuned), curvatures, strict=True)
+        layers = tuple(
+            Layer(one, other, _pair(product), {role: each[i] for role, each in others.items()}, curvature)
+            if self.method.without_delta or not _same(one, other)
+            else None
+            for i, (one, other, curvature) in enumerate(pairs)
+        )
+        return Inputs(step, finetuned, aligned, differs, layers)
 
-    def _curvature(self, step: Step, *, needed: bool) -> Curvature:
+    def _curvatures(self, step: Step, *, needed: bool) -> list[Curvature]:
+        """Read what the method needs of each matrix of a step that has an aligned counterpart."""
+        store = self.job.store
+        if store is None or not step.groups:
+            return [Curvature()] * max(1, step.experts)
+        pairs = zip(step.groups, step.keys, strict=True)
+        return [self._curvature(store, group, key, needed=needed) for group, key in pairs]
+
+    def _curvature(self, store: CurvatureStore, group: str, key: str, *, needed: bool) -> Curvature:
         """Read what the method needs; what layers of a group share is held until the last of them."""
-        store, group = self.job.store, step.group
-        if store is None or group is None:
-            return Curvature()
         needs = self.method.needs
         if needed and group not in self._shared:
             self._shared[group] = Curvature(
@@ -131,22 +142,24 @@ class _Reader:
             return Curvature()
         return replace(
             shared,
-            outputs=store.output_spectrum(step.aligned_name) if "outputs" in needs else None,
-            output_mean=store.output_mean(step.aligned_name) if "output_mean" in needs else None,
+            outputs=store.output_spectrum(key) if "outputs" in needs else None,
+            output_mean=store.output_mean(key) if "output_mean" in needs else None,
         )
 
 
-def _matrix(step: Step, tensor: Tensor) -> Tensor:
-    """Take the part of a tensor that a method decides, (out, in): the rows that all models have."""
+def matrices_of(step: Step, tensor: Tensor) -> Sequence[Tensor]:
+    """Take what of a tensor a method decides, matrices (out, in): the rows that all models have."""
+    if step.experts:
+        return (tensor.mT if step.transposed else tensor).unbind()
     if step.shared_rows:
         tensor = tensor[: step.shared_rows]
     if tensor.ndim != 2:
-        return tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
-    return tensor.T if step.transposed else tensor
+        return (tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1),)
+    return (tensor.T if step.transposed else tensor,)
 
 
 def tensor_of(step: Step, weight: Tensor, finetuned: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Put a restored weight, (out, in), back into the form of its tensor.
+    """Put a restored weight, (out, in), or those of a stack back into the form of their tensor.
 
     Args:
         step: of the plan.
@@ -154,7 +167,7 @@ def tensor_of(step: Step, weight: Tensor, finetuned: Tensor | None, dtype: torch
         finetuned: the fine-tuned tensor, whose rows beyond the shared ones stay.
         dtype: of the output.
     """
-    turned = weight.T if step.transposed else weight
+    turned = weight.mT if step.transposed else weight
     if step.shared_rows:
         assert finetuned is not None, "read with its weights"  # noqa: S101
         found = finetuned.to(dtype, copy=True)

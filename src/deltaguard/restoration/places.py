@@ -1,14 +1,15 @@
 """Where a checkpoint's tensors go in a loaded model, and why some do not go anywhere."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.models.checkpoint import Checkpoint, WeightSource, name_map
-from deltaguard.models.families import is_in_block, is_parameter, with_common_head
+from deltaguard.models.checkpoint import Checkpoint, WeightSource
+from deltaguard.models.experts import Part, parts_of
+from deltaguard.models.families import is_in_block, is_parameter
 
 Places = Mapping[str, tuple[Tensor, ...]]
 """The fine-tuned checkpoint's names, and the model's parameters that each of them gives the values of."""
@@ -26,8 +27,8 @@ def match(model: Any, aligned: Checkpoint, finetuned: WeightSource) -> Places:
         DeltaguardError: a tensor has no place or another shape, or a parameter no tensor; all are listed.
     """
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    stored = {name if name in own else with_common_head(name): name for name in finetuned.tensors}
-    names = {stored[found]: place for found, place in name_map(list(stored), list(own)).items()}
+    parts = parts_of(list(own), finetuned.tensors)
+    names = {part.tensor: place for place, known in parts.items() for part in known}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = {place for place in own if own[place] is embedding.weight or own[place] is head.weight}
     # Where one of the two is not stored, loading ties them, whatever the aligned model does.
@@ -35,15 +36,22 @@ def match(model: Any, aligned: Checkpoint, finetuned: WeightSource) -> Places:
     if not one and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
         own = model.state_dict(keep_vars=True)
-    places = {name: (own[place],) for name, place in names.items()}
+    places = {part.tensor: (part.of(own[place]),) for place, known in parts.items() for part in known}
     if one:
         places |= {name: (embedding.weight, head.weight) for name in names if names[name] in ends}
-    if problems := list(_problems(model, finetuned, places)):
+    covered = {
+        id(own[place]) for place, known in parts.items() if _entries(known, own[place]) == own[place].numel()
+    }
+    if problems := list(_problems(model, finetuned, places, covered)):
         raise DeltaguardError(listed(f"{finetuned.reference} does not fit {aligned.reference}", problems))
     return places
 
 
-def _problems(model: Any, finetuned: WeightSource, places: Places) -> Iterator[str]:
+def _entries(parts: Sequence[Part], parameter: Tensor) -> int:
+    return sum(part.of(parameter).numel() for part in parts)
+
+
+def _problems(model: Any, finetuned: WeightSource, places: Places, covered: Collection[int]) -> Iterator[str]:
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     growing = {id(parameter) for end in ends for parameter in end.parameters()}
     for name, info in finetuned.tensors.items():
@@ -55,7 +63,7 @@ def _problems(model: Any, finetuned: WeightSource, places: Places) -> Iterator[s
             larger = id(place) in growing and info.shape[1:] == shape[1:] and info.shape > shape
             if info.shape != shape and not larger:
                 yield f"`{name}` is {info.shape}, and {shape} in the model"
-    known = {id(place) for group in places.values() for place in group}
+    known = {*covered, *(id(place) for group in places.values() for place in group)}
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:
             yield f"`{name}`, {tuple(parameter.shape)}, is in the model only"

@@ -11,13 +11,14 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.sums import LayerGroup
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import TensorInfo, WeightSource, name_map
+from deltaguard.models.experts import refuse_unknown_experts
 from deltaguard.models.families import (
     is_block_matrix,
     is_input_embedding,
     is_output_head,
     is_parameter,
+    is_stack,
     is_vocabulary,
-    refuse_experts,
     stored_in_out,
 )
 from deltaguard.models.loading import vocabulary_size
@@ -48,9 +49,10 @@ class Step:
         aligned: the tensor's name in the aligned checkpoint, None where it has none.
         shared_rows: with EXTEND, how many rows come from the aligned model; with RESTORE, how many the method
             decides, the others being fine-tuned; 0 where it decides all.
-        group: the curvature group, None without curvature.
+        group: the curvature group, None without curvature; of a stack, what its groups' names begin with.
         transposed: whether the weight is stored (in, out), as GPT-2's Conv1D does.
         reason: why, in words for the report.
+        experts: how many matrices the tensor stacks, which the method decides one by one; 0 where it is one.
     """
 
     info: TensorInfo
@@ -60,6 +62,20 @@ class Step:
     transposed: bool
     reason: str
     shared_rows: int = 0
+    experts: int = 0
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The curvature group of each matrix, none without curvature."""
+        return self._of_each(self.group) if self.group else ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What the curvature store calls each matrix."""
+        return self._of_each(self.aligned_name)
+
+    def _of_each(self, name: str) -> tuple[str, ...]:
+        return tuple(f"{name}.{expert}" for expert in range(self.experts)) if self.experts else (name,)
 
     @property
     def aligned_name(self) -> str:
@@ -69,8 +85,9 @@ class Step:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(out, in) of the matrix that a method is given, see `Layer`: of a vector, a column."""
-        rows, columns = self.info.shape if len(self.info.shape) == 2 else _column(self.info.shape)
+        """(out, in) of a matrix that a method is given, see `Layer`: of a vector, a column."""
+        shape = self.info.shape[1:] if self.experts else self.info.shape
+        rows, columns = shape if len(shape) == 2 else _column(shape)
         return (columns, rows) if self.transposed else (rows, columns)
 
 
@@ -127,10 +144,10 @@ def make_plan(
 
     Raises:
         DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), or the
-            model has expert layers.
+            model has experts in a form that is not known.
     """
     for source in (aligned, finetuned):
-        refuse_experts(source.reference, source.config, source.tensors)
+        refuse_unknown_experts(source.reference, source.config, source.tensors)
     names = _aligned_names(aligned, finetuned)
     known_tokens = _known_tokens(aligned, finetuned)
     rules = _Rules(_layer_rule(aligned, store), other_params, known_tokens, everywhere)
@@ -172,8 +189,12 @@ def _layer_rule(aligned: WeightSource, store: CurvatureStore | None) -> _LayerRu
 
     def rule(info: TensorInfo) -> tuple[str | None, bool] | None:
         transposed = stored_in_out(aligned.config, info.name)
+        stack = is_stack(info.name, info.shape)
         if store is None:
-            return (None, transposed) if is_block_matrix(info.name, info.shape) else None
+            return (None, transposed) if stack or is_block_matrix(info.name, info.shape) else None
+        if stack:
+            known = all(store.group_of(f"{info.name}.{expert}") for expert in range(info.shape[0]))
+            return (info.name, transposed) if known else None
         group = store.group_of(info.name)
         return None if group is None else (group.name, transposed)
 
@@ -229,7 +250,8 @@ def _step(  # noqa: PLR0911  # a return for each thing that may become of a tens
     restored = rules.layer(aligned)
     same = info.shape == aligned.shape
     if restored is not None and same:
-        return Step(info, Action.RESTORE, aligned.name, *restored, "restored")
+        experts = info.shape[0] if is_stack(info.name, info.shape) else 0
+        return Step(info, Action.RESTORE, aligned.name, *restored, "restored", experts=experts)
     shared = _shared_rows(info, aligned, rules.known_tokens)
     if restored is not None or (shared is None and not same):
         return (
@@ -282,7 +304,7 @@ def _with_sizes(
 ) -> Plan:
     read = sum(step.info.nbytes for step in steps)
     read += sum(aligned.tensors[step.aligned].nbytes for step in steps if step.aligned)
-    used = {step.group for step in steps if step.group}
+    used = {group for step in steps for group in step.groups}
     curvature = [_curvature_bytes(store, g, rank) for g in store.groups if g.name in used] if store else []
     entries = max(_entries(step) for step in steps if step.action is Action.RESTORE)
     largest = max(step.info.nbytes for step in steps)

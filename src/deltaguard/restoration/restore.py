@@ -34,6 +34,7 @@ from deltaguard.reports.records.restore import (
     RestoreReport,
 )
 from deltaguard.restoration.dial import PROHIBITIVE, Price, find_price
+from deltaguard.restoration.experts import rare_experts, rare_warning, refuse_what_experts_cannot
 from deltaguard.restoration.job import Job, open_job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import (
@@ -104,6 +105,7 @@ def restore(
     metadata = front_matter(job.finetuned.folder)
     if config.output_format == "adapter":
         refuse_what_no_adapter_holds(job, plan)
+    refuse_what_experts_cannot(job, plan, config)
     output = describe_output(job, plan, Path(output_dir), config)
     finished = finished_report(job, output, config)
     return finished or _written(job, plan, output, config, metadata, started, memory, progress)
@@ -331,12 +333,13 @@ def _report(
         },
         peak_memory_bytes=peak if (peak := peak_memory_bytes()) > memory else None,
         warnings=_warnings(job, config, layers),
+        rare_experts=rare_experts(job.store) if job.store else (),
     )
 
 
 def _warnings(job: Job, config: RestoreConfig, layers: Sequence[LayerRow]) -> tuple[str, ...]:
     """Say what is no error and must be known of an output, a sentence or two each."""
-    found = list(job.store.provenance.warnings) if job.store else []
+    found = [*job.store.provenance.warnings, *rare_warning(job.store)] if job.store else []
     if isinstance(job.finetuned, AdapterCheckpoint):
         trained_on = read_lora_config(job.finetuned.folder, job.finetuned.reference).base_model_name_or_path
         if trained_on and _QUANTISED.search(trained_on):

@@ -19,9 +19,10 @@ from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.restore import LayerRow, OtherRow
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.kept import Kept
-from deltaguard.restoration.layers import Inputs, read_layers, tensor_of
+from deltaguard.restoration.layers import Inputs, matrices_of, read_layers, tensor_of
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, Step
+from deltaguard.restoration.stacked import Stacked
 from deltaguard.solvers import LowRank, Outcome, Profile, joint_profile, low_rank
 from deltaguard.solvers.solution import is_finite
 
@@ -188,13 +189,19 @@ class Trial:
 
     def _prepared(self, inputs: Inputs, *, keep: bool) -> _Ready:
         step, name = inputs.step, inputs.step.info.name
-        if inputs.layer is None:
+        if not any(inputs.layers):
             self._unchanged.add(name)
             return _Ready(step, inputs.finetuned is not None, inputs.finetuned, None)
+        method, options = self.config.chosen_method, self.config.own_options
         try:
-            prepared = self.config.chosen_method.prepare(inputs.layer, self.config.own_options)
+            made = [None if layer is None else method.prepare(layer, options) for layer in inputs.layers]
         except ValueError as error:
             raise _named(error, step) from error
+        prepared = made[0]
+        if step.experts:
+            own = zip(made, matrices_of(step, inputs.weight), strict=True)
+            prepared = Stacked(tuple(matrix if each is None else each for each, matrix in own))
+        assert prepared is not None, "one of them has a delta"  # noqa: S101
         if keep and self._kept is not None:
             self._kept.add(name, _Ready(step, inputs.finetuned is not None, None, prepared))
         return _Ready(step, inputs.finetuned is not None, inputs.finetuned, prepared)

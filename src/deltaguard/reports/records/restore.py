@@ -41,6 +41,20 @@ class LayerRow(Record):
     detail: Mapping[str, int | float] = Field(default_factory=dict[str, int | float])
 
 
+class RareExpert(Record):
+    """An expert that safety conversations rarely reach: most of its curvature is of its block's experts.
+
+    Attributes:
+        name: in the aligned checkpoint.
+        tokens: of the safety conversations that were routed to it.
+        pooled: share of a curvature of its layers that is of all experts of the block, the largest.
+    """
+
+    name: str
+    tokens: Count
+    pooled: float = Field(ge=0, le=1)
+
+
 class OtherRow(Record):
     """A tensor that no solver touched, the model it was taken from, and why."""
 
@@ -261,6 +275,7 @@ class RestoreReport(Record):
         peak_memory_bytes: largest resident memory of the process; null where that is of what it did before
             the restore, so that the restore's own is not known.
         warnings: what must be known besides, a sentence or two each.
+        rare_experts: of a mixture of experts, those that safety conversations rarely reach.
     """
 
     schema_version: int = 2
@@ -285,6 +300,7 @@ class RestoreReport(Record):
     seconds: Mapping[str, Seconds]
     peak_memory_bytes: Count | None
     warnings: tuple[str, ...] = ()
+    rare_experts: tuple[RareExpert, ...] = ()
 
 
 class PlanReport(Record):
