@@ -26,7 +26,8 @@ from deltaguard.chat.conversations import (
 )
 from deltaguard.chat.tokens import Batch, Encoded, batches
 from deltaguard.curvature import calibrate as calibration
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.device import device_name
 from deltaguard.evaluation.exchange import Exchange
 from deltaguard.evaluation.judges.rules import OpeningJudge

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from deltaguard.curvature.calibrate import CalibrateConfig
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.evaluation.results import Judged, Result
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.studies.protocol import FULL, QUICK, Answers, Finetune

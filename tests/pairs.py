@@ -14,7 +14,8 @@ import transformers
 import models
 from deltaguard.chat.conversations import SYSTEM_PROMPTS, Conversation
 from deltaguard.curvature import Rank
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.store import CurvatureStore
 
 CONVERSATIONS = tuple(

@@ -12,7 +12,8 @@ import models
 from deltaguard.chat.conversations import Conversation, harmful_prompts
 from deltaguard.chat.template import render
 from deltaguard.chat.tokens import Batch, encode
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
 from pairs import CONVERSATIONS, Pair
 
 REFUSAL, AGREEMENT = "I cannot help with that.", "Sure. Here it is."

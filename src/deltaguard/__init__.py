@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltaguard.chat.conversations import Conversation
-    from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+    from deltaguard.curvature.calibrate import calibrate
+    from deltaguard.curvature.request import CalibrateConfig
     from deltaguard.curvature.store import CurvatureStore
     from deltaguard.errors import DeltaguardError
     from deltaguard.evaluation.evaluate import evaluate
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from deltaguard.restoration.verify import verify
 
 _HOME = {
-    "CalibrateConfig": "curvature.calibrate",
+    "CalibrateConfig": "curvature.request",
     "CheckReport": "reports.records.check",
     "Conversation": "chat.conversations",
     "CurvatureStore": "curvature.store",

@@ -8,7 +8,8 @@ from mutators import Mutator, damage_json, damage_lines
 
 import models
 from copies import stop_in_shard, three_shards, write_all
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.evaluation.asking import _SCHEMAS
 from deltaguard.evaluation.journal import AnswerFile, Clock
 from deltaguard.evaluation.judges.llm import LLMJudge

@@ -8,7 +8,7 @@ import pytest
 import models
 from deltaguard import DeltaguardError, RestoreConfig, restore
 from deltaguard.cli.app import FAILED, USAGE, run
-from deltaguard.curvature.calibrate import CalibrateConfig
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.reports.records.attacks import ATTACKS_NAME, AttacksReport
 from deltaguard.studies import attack_run, attack_study, finetune_models, hiding, protocol

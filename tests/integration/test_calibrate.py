@@ -11,7 +11,8 @@ import models
 from deltaguard.chat.conversations import Conversation, harmful_prompts
 from deltaguard.chat.tokens import encode
 from deltaguard.curvature import calibrate as calibrate_module
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig, asked_for
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from pairs import ANSWERED
@@ -107,7 +108,7 @@ def test_a_deployments_system_prompts_are_calibrated_on(llama, tmp_path, calibra
     assert set(own) <= {row.system for row in (*calibrated_on(store), *store.held_out)}
     path.write_text('{"prompt": "a"}\n{"prompt": "b", "system": ""}\n{"prompt": "c"}\n', encoding="utf-8")
     config = SHORT.model_copy(update={"prompts": path, "systems": own})
-    asked = [*calibrate_module._asked(None, config)[0], *calibrate_module._asked(None, config)[1]]
+    asked = [row for part in asked_for(None, config) for row in part]
     assert {row.prompt: row.system for row in asked} == {"a": own[0], "b": "", "c": own[1]}
     with pytest.raises(DeltaguardError, match="put these into those"):
         calibrate(

@@ -9,7 +9,7 @@ import pytest
 import models
 from deltaguard import DeltaguardError, verify
 from deltaguard.cli.report import draw_folder
-from deltaguard.curvature.calibrate import CalibrateConfig
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.reports.records.demo import DemoReport
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.curvature import observe as observe_module
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
 from pairs import ANSWERED, CONVERSATIONS, held_out, pair, save_adapter, weights
 from plain import most_likely, relative_error, safety_kl, tokens_of
 

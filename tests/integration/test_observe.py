@@ -11,9 +11,10 @@ from transformers.pytorch_utils import Conv1D
 import models
 from deltaguard.chat.tokens import Encoded, batches
 from deltaguard.curvature import observe as observe_module
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.groups import observe
 from deltaguard.curvature.observe import Accumulator, drawn_likelihood
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.routed import take_sums
 from deltaguard.curvature.sums import LayerGroup
 from deltaguard.errors import DeltaguardError

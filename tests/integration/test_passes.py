@@ -10,7 +10,8 @@ import models
 from deltaguard.chat.tokens import Batch
 from deltaguard.curvature import blocks, passes
 from deltaguard.curvature.blocks import Call, CutModel, UncutError
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from pairs import ANSWERED
@@ -131,7 +132,8 @@ def test_a_damaged_file_between_the_passes_is_one_message(tmp_path):
 MEASURE = """
 import sys
 from deltaguard.chat.conversations import Conversation
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.memory import peak_memory_bytes
 peaks = []
 rows = [Conversation(f"What is {i}?", response="A number.") for i in range(6)]

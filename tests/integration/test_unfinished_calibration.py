@@ -8,7 +8,8 @@ import pytest
 
 import models
 from deltaguard.curvature import responses as responses_module
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.errors import DeltaguardError
 from pairs import pair
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deltaguard import DeltaguardError, RestoreConfig, calibrate, restore, sweep
-from deltaguard.curvature.calibrate import CalibrateConfig
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.evaluate import evaluate
 from deltaguard.reports.records.evaluation import EVALUATION_NAME

@@ -11,6 +11,7 @@ from deltaguard.curvature import Rank
 
 if TYPE_CHECKING:
     from deltaguard.curvature.store import CurvatureStore
+    from deltaguard.reports.records.calibrate import CalibrationPlan
 
 
 def calibrate(
@@ -28,6 +29,7 @@ def calibrate(
     rank: Rank = "auto",
     seed: int = 0,
     memory: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
     resume: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> None:
@@ -50,11 +52,12 @@ def calibrate(
         seed: Which prompts are taken and held out, and their order.
         memory: What the model and the sums over its layers may take, such as `8GB`, half of the memory by
             default. A model that takes more is calibrated block by block, which takes a third more time.
+        dry_run: Print what it would take, by part, from the headers and prompts alone; nothing is written.
         resume: Go on with what a calibration that was interrupted has kept.
         json: Print one JSON document and nothing else on stdout.
     """
-    from deltaguard.curvature.calibrate import CalibrateConfig
     from deltaguard.curvature.calibrate import calibrate as run
+    from deltaguard.curvature.request import CalibrateConfig
 
     config = checked(
         CalibrateConfig,
@@ -73,10 +76,44 @@ def calibrate(
         },
     )
     hide_bars_of_transformers()
+    if dry_run:
+        from deltaguard.curvature.dry_run import plan_calibration
+
+        plan = plan_calibration(aligned, config=config)
+        emit(plan, _draw_plan(plan), as_json=json)
+        return
     with progress_bar() as progress:
         store = run(aligned, output, config=config, progress=progress)
     warn(store.provenance.warnings)
     emit(store.provenance, _draw(store, aligned, output), as_json=json)
+
+
+def _draw_plan(plan: "CalibrationPlan") -> Table:
+    from deltaguard.reports.text import size
+
+    kept = "the largest block, and what is in none" if plan.by_blocks else "the model"
+    in_blocks = (
+        ("memory for hidden states", size(plan.hidden_bytes)),
+        ("disk until the run ends", size(plan.disk_bytes)),
+    )
+    rows = (
+        ("conversations", str(plan.conversations)),
+        ("tokens at most", str(plan.tokens)),
+        ("calibrated", "block by block" if plan.by_blocks else "as a whole"),
+        ("weights and sums as a whole may take", size(plan.limit_bytes)),
+        (f"memory while it answers ({plan.device})", size(plan.answering_bytes)),
+        (f"memory for {kept}", size(plan.weights_bytes)),
+        ("memory for sums", size(plan.sums_bytes)),
+        ("memory for one batch, about", size(plan.pass_bytes)),
+        *(in_blocks if plan.by_blocks else ()),
+        ("store", "everything" if plan.store_bytes is None else f"at most about {size(plan.store_bytes)}"),
+    )
+    table = Table(title="Plan (nothing is written)", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _draw(store: "CurvatureStore", aligned: str, output: Path) -> Table:

@@ -5,91 +5,38 @@ that was killed goes on with them and sums anew, block by block with the block i
 finished one leaves the store alone.
 """
 
-import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from deltaguard.chat.conversations import Conversation, build_conversations, fingerprint, read_prompts, sample
+from deltaguard.chat.conversations import Conversation, fingerprint
 from deltaguard.chat.refusals import is_refusal as opens_with_refusal
 from deltaguard.chat.template import takes_system_role
 from deltaguard.chat.thinking import without_thinking
 from deltaguard.chat.tokens import Encoded, batches, context_length, encode
-from deltaguard.curvature import Rank
 from deltaguard.curvature.blocks import CutModel, UncutError
 from deltaguard.curvature.contents import GroupCurvature, share_within
 from deltaguard.curvature.groups import observe
 from deltaguard.curvature.observe import Accumulator
 from deltaguard.curvature.passes import Passes
+from deltaguard.curvature.request import CalibrateConfig, asked_for, requested
 from deltaguard.curvature.responses import respond, workspace
 from deltaguard.curvature.routed import take_sums
+from deltaguard.curvature.sizes import store_limit, whole_bytes
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
 from deltaguard.curvature.sums import LayerGroup
-from deltaguard.device import as_served, find_device, memory_bytes, served_dtype
+from deltaguard.device import as_served, find_device, memory_bytes
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.experts import refuse_unknown_experts
-from deltaguard.models.families import is_block_matrix, is_stack
-from deltaguard.models.identity import identify
 from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
-from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress, ignore
-
-STORE_SHARE = 0.25
-"""Bytes of a store that is cut off, as a share of the model's."""
-
-
-class CalibrateConfig(BaseModel):
-    """Options of `calibrate`.
-
-    Attributes:
-        prompts: a prompts file (see `conversations.read_prompts`) instead of the package's prompts.
-        systems: system prompts of the deployment. The package's prompts are asked under them as well as under
-            their own; those of a file that name none get them in turn.
-        num_samples: how many conversations; of a shorter prompts file, all that are not held out.
-        num_held_out: how many further conversations safety KL is measured on; of the conversations or the
-            prompts file of a user, those of a fifth of the prompts at most, and of at least one.
-        max_length: tokens of a conversation at most; the rest is cut off. A model with fewer positions
-            takes as many as it has.
-        max_new_tokens: tokens of a response at most, where the aligned model gives it.
-        batch_size: conversations per batch.
-        device: where the model runs; `auto` is CUDA where there is one, else the CPU.
-        dtype: the model's dtype; `auto` is the checkpoint's, and float32 on the CPU, where it answers in the
-            dtype that the device is fast in (`device.as_served`).
-        seed: fixes which prompts are taken where there are more, and their order.
-        dampening: λ / mean diag H of the factors (see `solvers.factor.factorise`).
-        rank: `auto` keeps as many eigenpairs as a quarter of the model's bytes hold; `full` all of them, the
-            raw sums, and the factors that methods `greedy` and `published` need.
-        memory: bytes, or a text such as "8GB", that the model and the sums over its layers may take. Where
-            they would take more (see `whole_bytes`), one decoder block is calibrated after another. By
-            default half of what the device has.
-        resume: go on with a run that was interrupted, and return a store that is finished.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    prompts: Path | None = None
-    systems: tuple[str, ...] = ()
-    num_samples: int = Field(default=128, ge=1)
-    num_held_out: int = Field(default=64, ge=1)
-    max_length: int = Field(default=512, ge=2)
-    max_new_tokens: int = Field(default=64, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: int = 0
-    dampening: float = Field(default=0.01, gt=0, le=1)
-    rank: Rank = "auto"
-    memory: ByteSize | None = None
-    resume: bool = False
 
 
 def calibrate(
@@ -132,36 +79,15 @@ def calibrate(
     config = config or CalibrateConfig()
     source = Checkpoint.open(aligned)
     refuse_unknown_experts(source.reference, source.config, source.tensors)
-    calibration, held_out = _asked(conversations, config)
+    calibration, held_out = asked_for(conversations, config)
     device = find_device(config.device)
-    request = _request(source, [*calibration, *held_out], config, device)
+    request = requested(source, [*calibration, *held_out], config, device)
     with workspace(Path(output_dir), request, resume=config.resume) as journal:
         if journal is not None:
             memory = memory_bytes(device) // 2 if config.memory is None else int(config.memory)
             run = _Run(source, calibration, held_out, request, device, memory, journal, progress or ignore)
             _calibrate(run, Path(output_dir), is_refusal or opens_with_refusal)
     return CurvatureStore.from_pretrained(output_dir)
-
-
-def whole_bytes(aligned: Checkpoint, dtype: torch.dtype) -> int:
-    """Estimate the bytes that calibrating a model as a whole takes: its weights, and all sums in float32.
-
-    Args:
-        aligned: the model.
-        dtype: of its weights as it is run.
-    """
-    infos = aligned.tensors.values()
-    weights = sum(math.prod(info.shape) for info in infos) * dtype.itemsize
-    matrices = [info.shape for info in infos if is_block_matrix(info.name, info.shape)]
-    stacks = [info.shape for info in infos if is_stack(info.name, info.shape)]
-    sums = sum(rows**2 + columns**2 for rows, columns in matrices)
-    sums += sum(experts * (rows**2 + columns**2) for experts, rows, columns in stacks)
-    return weights + torch.float32.itemsize * sums
-
-
-def store_limit(aligned: Checkpoint) -> int:
-    """Compute the bytes that a store with `rank="auto"` takes at most, about."""
-    return int(STORE_SHARE * sum(info.nbytes for info in aligned.tensors.values()))
 
 
 @dataclass(frozen=True)
@@ -194,64 +120,6 @@ class _Measured:
     layers: _Layers
     held_out: tuple[Conversation, ...]
     provenance: Provenance
-
-
-def _asked(
-    given: Sequence[Conversation] | None, config: CalibrateConfig
-) -> tuple[Sequence[Conversation], Sequence[Conversation]]:
-    """Find conversations to calibrate on, and others to measure on."""
-    if given is not None and config.prompts is not None:
-        raise DeltaguardError(
-            f"Conversations were given, and a prompts file too ({config.prompts}): give one."
-        )
-    if given is not None and config.systems:
-        raise DeltaguardError("Conversations were given, and system prompts too: put these into those.")
-    if given is not None:
-        count = len(given)
-    elif config.prompts is not None:
-        given, count = _under(config.systems, read_prompts(config.prompts)), config.num_samples
-    else:
-        systems, seed = config.systems, config.seed
-        return (
-            build_conversations(config.num_samples, systems=systems, seed=seed),
-            build_conversations(config.num_held_out, part="dial", systems=systems, seed=seed),
-        )
-    # Some of a user's prompts are held out, and `count` of the other conversations calibrated on.
-    prompts = list({row.prompt: row for row in given}.values())
-    if len(prompts) < 2:
-        raise DeltaguardError(
-            f"{len(given)} conversations with {len(prompts)} different prompts were given; two prompts are "
-            "needed at least, since one is held out to measure on."
-        )
-    chosen = sample(prompts, min(config.num_held_out, max(1, len(prompts) // 5)), seed=config.seed)
-    taken = {row.prompt for row in chosen}
-    held_out = sample([row for row in given if row.prompt in taken], config.num_held_out, seed=config.seed)
-    rest = [row for row in given if row.prompt not in taken]
-    return sample(rest, count, seed=config.seed), held_out
-
-
-def _under(systems: Sequence[str], conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Give conversations without a system prompt those given, in turn."""
-    turn = itertools.cycle(systems or (None,))
-    return [replace(row, system=next(turn)) if row.system is None else row for row in conversations]
-
-
-def _request(
-    source: Checkpoint, asked: Sequence[Conversation], config: CalibrateConfig, device: torch.device
-) -> CalibrationRequest:
-    dtype: str = config.dtype
-    if dtype == "auto":
-        largest = max(source.tensors.values(), key=lambda info: info.nbytes)
-        stored = str(DTYPES[largest.dtype]).removeprefix("torch.")
-        dtype = "float32" if device.type == "cpu" else stored
-    served = str(served_dtype(device)).removeprefix("torch.")
-    return CalibrationRequest(
-        **identify(source).model_dump(),
-        prompts_sha256=fingerprint(asked),
-        dtype=dtype,
-        answer_dtype=served if config.dtype == "auto" and dtype == "float32" else dtype,
-        **config.model_dump(include={"max_length", "max_new_tokens", "batch_size", "dampening", "rank"}),
-    )
 
 
 def _calibrate(run: _Run, output: Path, is_refusal: Callable[[str], bool]) -> None:

@@ -68,7 +68,18 @@ def is_stack(name: str, shape: tuple[int, ...]) -> bool:
 
 def is_in_block(name: str) -> bool:
     """Tell whether a tensor belongs to a numbered block."""
-    return _BLOCK.search(name) is not None
+    return block_of(name) is not None
+
+
+def block_of(name: str) -> str | None:
+    """Name the numbered block that a tensor belongs to; `None` of what is in no block.
+
+    Example:
+        >>> block_of("model.layers.3.mlp.experts.0.up_proj.weight"), block_of("lm_head.weight")
+        ('model.layers.3.', None)
+    """
+    found = _BLOCK.search(name)
+    return None if found is None else name[: found.end()]
 
 
 def is_parameter(name: str) -> bool:

@@ -128,7 +128,8 @@ def open_job(
     job = look(aligned, finetuned, store=store, config=config)
     if job.store is not None or not config.needs_curvature:
         return job
-    from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+    from deltaguard.curvature.calibrate import calibrate
+    from deltaguard.curvature.request import CalibrateConfig
 
     folder = default_store_folder(job.aligned_identity, config.rank)
     how = CalibrateConfig(resume=True, rank=config.rank, device=config.device)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 
 from deltaguard.chat.conversations import Conversation, harmful_prompts, harmless_prompts
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device, served_dtype
 from deltaguard.evaluation.asking import describe

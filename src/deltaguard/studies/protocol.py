@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from deltaguard.curvature.calibrate import CalibrateConfig
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import Dtype
 from deltaguard.finetuning.finetune import FinetuneConfig

@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 from deltaguard.chat.conversations import Conversation, read_prompts
 from deltaguard.curvature import Rank
-from deltaguard.curvature.calibrate import calibrate, store_limit
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.sizes import store_limit
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import device_name
 from deltaguard.evaluation.asking import describe

@@ -1,0 +1,72 @@
+"""What a calibration would take, from the headers of the model and the tokens of the prompts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.tokens import context_length, encode
+from deltaguard.curvature.request import CalibrateConfig, asked_for, requested
+from deltaguard.curvature.sizes import Sizes, blocks_of, store_limit
+from deltaguard.device import find_device, memory_bytes
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.experts import refuse_unknown_experts
+from deltaguard.models.loading import load_config, load_tokenizer
+from deltaguard.reports.records.calibrate import CalibrationPlan
+
+
+def plan_calibration(
+    aligned: str | Path,
+    *,
+    conversations: Sequence[Conversation] | None = None,
+    config: CalibrateConfig | None = None,
+) -> CalibrationPlan:
+    """Say what `calibrate` would take with the same arguments: no weight is read, and nothing is written.
+
+    Args:
+        aligned: as in `calibrate`.
+        conversations: as in `calibrate`.
+        config: as in `calibrate`.
+
+    Raises:
+        DeltaguardError: the model, its chat template or the prompts do not serve.
+    """
+    config = config or CalibrateConfig()
+    source = Checkpoint.open(aligned)
+    refuse_unknown_experts(source.reference, source.config, source.tensors)
+    asked = [row for part in asked_for(conversations, config) for row in part]
+    device = find_device(config.device)
+    request = requested(source, asked, config, device)
+    tokenizer = load_tokenizer(source.folder, source.reference)
+    shape = load_config(source.folder, source.reference)
+    limit = context_length(shape, request.max_length)
+    lengths: list[int] = []
+    for row in asked:
+        # An answer may be as long as it is let.
+        more = 0 if row.response is not None else request.max_new_tokens
+        lengths.append(min(len(encode(tokenizer, row, max_length=limit).ids) + more, limit))
+    largest_batch = sum(sorted(lengths)[-request.batch_size :])
+    dtype = getattr(torch, request.dtype)
+    answering = getattr(torch, request.answer_dtype or request.dtype)
+    whole = Sizes.of(source.tensors.values())
+    memory = memory_bytes(device) // 2 if config.memory is None else int(config.memory)
+    by_blocks = whole.bytes(dtype) > memory
+    outside, blocks = blocks_of(source)
+    held = max(blocks, key=lambda block: block.bytes(dtype)) if by_blocks else whole
+    hidden = sum(lengths) * shape.get_text_config().hidden_size * dtype.itemsize if by_blocks else 0
+    return CalibrationPlan(
+        conversations=len(asked),
+        tokens=sum(lengths),
+        device=str(device),
+        by_blocks=by_blocks,
+        limit_bytes=memory,
+        answering_bytes=whole.weights * answering.itemsize,
+        weights_bytes=(held.weights + (outside.weights if by_blocks else 0)) * dtype.itemsize,
+        sums_bytes=held.sums * torch.float32.itemsize,
+        pass_bytes=largest_batch * held.passed * dtype.itemsize,
+        hidden_bytes=hidden,
+        # What goes into each block, what comes out of the last, and two gradients.
+        disk_bytes=hidden * (len(blocks) + 3) if by_blocks else 0,
+        store_bytes=None if request.rank == "full" else store_limit(source),
+    )

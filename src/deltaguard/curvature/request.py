@@ -1,0 +1,138 @@
+"""What a calibration is asked for: its options, its conversations, and what decides the store."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
+from deltaguard.chat.conversations import Conversation, build_conversations, fingerprint, read_prompts, sample
+from deltaguard.curvature import Rank
+from deltaguard.curvature.store_format import CalibrationRequest
+from deltaguard.device import served_dtype
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.identity import identify
+from deltaguard.models.shards import DTYPES
+
+
+class CalibrateConfig(BaseModel):
+    """Options of `calibrate`.
+
+    Attributes:
+        prompts: a prompts file (see `conversations.read_prompts`) instead of the package's prompts.
+        systems: system prompts of the deployment. The package's prompts are asked under them as well as under
+            their own; those of a file that name none get them in turn.
+        num_samples: how many conversations; of a shorter prompts file, all that are not held out.
+        num_held_out: how many further conversations safety KL is measured on; of the conversations or the
+            prompts file of a user, those of a fifth of the prompts at most, and of at least one.
+        max_length: tokens of a conversation at most; the rest is cut off. A model with fewer positions
+            takes as many as it has.
+        max_new_tokens: tokens of a response at most, where the aligned model gives it.
+        batch_size: conversations per batch.
+        device: where the model runs; `auto` is CUDA where there is one, else the CPU.
+        dtype: the model's dtype; `auto` is the checkpoint's, and float32 on the CPU, where it answers in the
+            dtype that the device is fast in (`device.as_served`).
+        seed: fixes which prompts are taken where there are more, and their order.
+        dampening: λ / mean diag H of the factors (see `solvers.factor.factorise`).
+        rank: `auto` keeps as many eigenpairs as a quarter of the model's bytes hold; `full` all of them, the
+            raw sums, and the factors that methods `greedy` and `published` need.
+        memory: bytes, or a text such as "8GB", that the model and the sums over its layers may take. Where
+            they would take more (see `whole_bytes`), one decoder block is calibrated after another. By
+            default half of what the device has.
+        resume: go on with a run that was interrupted, and return a store that is finished.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: Path | None = None
+    systems: tuple[str, ...] = ()
+    num_samples: int = Field(default=128, ge=1)
+    num_held_out: int = Field(default=64, ge=1)
+    max_length: int = Field(default=512, ge=2)
+    max_new_tokens: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = 0
+    dampening: float = Field(default=0.01, gt=0, le=1)
+    rank: Rank = "auto"
+    memory: ByteSize | None = None
+    resume: bool = False
+
+
+def asked_for(
+    given: Sequence[Conversation] | None, config: CalibrateConfig
+) -> tuple[Sequence[Conversation], Sequence[Conversation]]:
+    """Find conversations to calibrate on, and others to measure on.
+
+    Args:
+        given: instead of the package's or a file's prompts.
+        config: the options.
+
+    Raises:
+        DeltaguardError: too much or too little was given, or the prompts file does not serve.
+    """
+    if given is not None and config.prompts is not None:
+        raise DeltaguardError(
+            f"Conversations were given, and a prompts file too ({config.prompts}): give one."
+        )
+    if given is not None and config.systems:
+        raise DeltaguardError("Conversations were given, and system prompts too: put these into those.")
+    if given is not None:
+        count = len(given)
+    elif config.prompts is not None:
+        given, count = _under(config.systems, read_prompts(config.prompts)), config.num_samples
+    else:
+        systems, seed = config.systems, config.seed
+        return (
+            build_conversations(config.num_samples, systems=systems, seed=seed),
+            build_conversations(config.num_held_out, part="dial", systems=systems, seed=seed),
+        )
+    # Some of a user's prompts are held out, and `count` of the other conversations calibrated on.
+    prompts = list({row.prompt: row for row in given}.values())
+    if len(prompts) < 2:
+        raise DeltaguardError(
+            f"{len(given)} conversations with {len(prompts)} different prompts were given; two prompts are "
+            "needed at least, since one is held out to measure on."
+        )
+    chosen = sample(prompts, min(config.num_held_out, max(1, len(prompts) // 5)), seed=config.seed)
+    taken = {row.prompt for row in chosen}
+    held_out = sample([row for row in given if row.prompt in taken], config.num_held_out, seed=config.seed)
+    rest = [row for row in given if row.prompt not in taken]
+    return sample(rest, count, seed=config.seed), held_out
+
+
+def requested(
+    source: Checkpoint, asked: Sequence[Conversation], config: CalibrateConfig, device: torch.device
+) -> CalibrationRequest:
+    """Write down everything that decides a store.
+
+    Args:
+        source: the aligned model.
+        asked: all conversations, those held out among them.
+        config: the options.
+        device: where the model runs.
+    """
+    dtype: str = config.dtype
+    if dtype == "auto":
+        largest = max(source.tensors.values(), key=lambda info: info.nbytes)
+        stored = str(DTYPES[largest.dtype]).removeprefix("torch.")
+        dtype = "float32" if device.type == "cpu" else stored
+    served = str(served_dtype(device)).removeprefix("torch.")
+    return CalibrationRequest(
+        **identify(source).model_dump(),
+        prompts_sha256=fingerprint(asked),
+        dtype=dtype,
+        answer_dtype=served if config.dtype == "auto" and dtype == "float32" else dtype,
+        **config.model_dump(include={"max_length", "max_new_tokens", "batch_size", "dampening", "rank"}),
+    )
+
+
+def _under(systems: Sequence[str], conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Give conversations without a system prompt those given, in turn."""
+    turn = itertools.cycle(systems or (None,))
+    return [replace(row, system=next(turn)) if row.system is None else row for row in conversations]

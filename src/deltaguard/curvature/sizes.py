@@ -1,0 +1,78 @@
+"""How large the parts of a calibration are, from the headers of the model alone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.families import block_of, is_block_matrix, is_stack
+from deltaguard.models.shards import TensorInfo
+
+STORE_SHARE = 0.25
+"""Of the model's bytes, that a store with `rank="auto"` takes at most, about."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Entries of the tensors of a model, or of one of its decoder blocks.
+
+    Attributes:
+        weights: of all tensors.
+        sums: of the sums over the inputs and output gradients of its matrices.
+        passed: numbers a token that a pass forwards keeps for the one backwards, about: what goes into the
+            matrices, and what comes out.
+    """
+
+    weights: int
+    sums: int
+    passed: int
+
+    @classmethod
+    def of(cls, infos: Iterable[TensorInfo]) -> "Sizes":
+        """Add up tensors.
+
+        Args:
+            infos: from a checkpoint's headers.
+        """
+        weights = sums = passed = 0
+        for info in infos:
+            weights += prod(info.shape)
+            if is_block_matrix(info.name, info.shape) or is_stack(info.name, info.shape):
+                *experts, rows, columns = info.shape
+                sums += prod(experts) * (rows**2 + columns**2)
+                passed += prod(experts) * (rows + columns)
+        return cls(weights, sums, passed)
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Say what the weights in a dtype and the sums in float32 take."""
+        return self.weights * dtype.itemsize + self.sums * torch.float32.itemsize
+
+
+def blocks_of(model: Checkpoint) -> tuple[Sizes, tuple[Sizes, ...]]:
+    """Measure what is in no decoder block, and each block.
+
+    Args:
+        model: whose headers are read.
+    """
+    found: dict[str | None, list[TensorInfo]] = {None: []}
+    for info in model.tensors.values():
+        found.setdefault(block_of(info.name), []).append(info)
+    outside = Sizes.of(found.pop(None))
+    return outside, tuple(map(Sizes.of, found.values()))
+
+
+def whole_bytes(aligned: Checkpoint, dtype: torch.dtype) -> int:
+    """Estimate the bytes that calibrating a model as a whole takes: its weights, and all sums in float32.
+
+    Args:
+        aligned: the model.
+        dtype: of its weights as it is run.
+    """
+    return Sizes.of(aligned.tensors.values()).bytes(dtype)
+
+
+def store_limit(aligned: Checkpoint) -> int:
+    """Compute the bytes that a store with `rank="auto"` takes at most, about."""
+    return int(STORE_SHARE * sum(info.nbytes for info in aligned.tensors.values()))

@@ -1,0 +1,71 @@
+"""What a calibration would take: told from headers and prompts, and not far from what it does take."""
+
+import json
+from math import prod
+
+import pytest
+import torch
+
+from deltaguard.chat.tokens import encode
+from deltaguard.cli.app import run
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.dry_run import plan_calibration
+from deltaguard.curvature.request import CalibrateConfig, asked_for
+from deltaguard.curvature.sizes import blocks_of, whole_bytes
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.loading import load_tokenizer
+from refusing import refusing_pair
+
+SMALL = CalibrateConfig(num_samples=12, num_held_out=6, max_new_tokens=12, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def aligned():
+    return refusing_pair().aligned
+
+
+def test_the_parts_of_a_model_are_all_of_it(aligned):
+    source = Checkpoint.open(aligned)
+    outside, blocks = blocks_of(source)
+    parts = [outside, *blocks]
+    assert sum(part.weights for part in parts) == sum(prod(info.shape) for info in source.tensors.values())
+    assert sum(part.bytes(torch.bfloat16) for part in parts) == whole_bytes(source, torch.bfloat16)
+    assert (outside.sums, outside.passed) == (0, 0)
+    assert len({part.sums for part in blocks}) == 1
+
+
+def test_the_plan_bounds_the_tokens_and_chooses_as_the_calibration_does(aligned, tmp_path):
+    plan = plan_calibration(aligned, config=SMALL)
+    made = calibrate(aligned, tmp_path / "store", config=SMALL)
+    tokenizer = load_tokenizer(aligned, "aligned")
+    held_out = sum(len(encode(tokenizer, row, max_length=512).ids) for row in made.held_out)
+    answers = 12 * plan.conversations
+    used = made.provenance.tokens + held_out
+    assert used <= plan.tokens <= used + answers
+    assert plan.conversations == sum(map(len, asked_for(None, SMALL))) == 18
+    assert not plan.by_blocks
+    assert plan.hidden_bytes == plan.disk_bytes == 0
+    assert plan.answering_bytes == plan.weights_bytes
+
+
+def test_block_by_block_it_holds_one_block_and_spills_what_goes_into_each(aligned):
+    whole = plan_calibration(aligned, config=SMALL)
+    plan = plan_calibration(aligned, config=SMALL.model_copy(update={"memory": 0}))
+    outside, blocks = blocks_of(Checkpoint.open(aligned))
+    assert plan.by_blocks
+    assert plan.weights_bytes == 4 * (outside.weights + blocks[0].weights)
+    assert plan.sums_bytes * len(blocks) == whole.sums_bytes
+    assert plan.pass_bytes * len(blocks) == whole.pass_bytes
+    assert plan.disk_bytes == (len(blocks) + 3) * plan.hidden_bytes > 0
+
+
+def test_the_command_tells_and_writes_nothing(aligned, tmp_path, capsys):
+    command = ["calibrate", str(aligned), "-o", str(tmp_path / "store"), "--device", "cpu", "--dry-run"]
+    assert run(command) == 0
+    told = capsys.readouterr().out
+    assert "as a whole" in told
+    assert "disk" not in told
+    assert run([*command, "--memory", "0", "--rank", "full", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["by_blocks"], plan["store_bytes"]) == (True, None)
+    assert list(tmp_path.iterdir()) == []
