@@ -10,12 +10,12 @@ from deltaguard.progress import Progress, ignore
 from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.check import CheckReport
 from deltaguard.restoration.acceptance import Rule
-from deltaguard.restoration.candidate import open_with_examiner
+from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.dial import MOST_LOOKS
-from deltaguard.restoration.job import open_job
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.trial import Trial
 
 
@@ -58,7 +58,7 @@ def check(
     report = progress or ignore
     with TemporaryDirectory() as scratch:
         trial = Trial(job, job.plan(config), config, Path(scratch))
-        candidate, examiner = open_with_examiner(trial, rule, requests, report)
+        candidate, examiner = Resident().examined(trial, rule, requests, report)
         safety_kl = candidate.whole(report)
         look = candidate.look(0.0, examiner, report, most=1)
     job.check_unchanged()

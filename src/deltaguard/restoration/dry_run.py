@@ -13,7 +13,8 @@ from deltaguard.memory import usable_memory_bytes
 from deltaguard.models.families import is_vocabulary
 from deltaguard.models.shards import DTYPES
 from deltaguard.reports.records.restore import PlanReport
-from deltaguard.restoration.job import Job, look
+from deltaguard.restoration.aligned import AlignedInputs
+from deltaguard.restoration.job import Job
 from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import describe_output, finished_report, refuse_output
@@ -50,8 +51,24 @@ def plan_restore(
     Raises:
         DeltaguardError: the models cannot be restored, or not into that folder.
     """
-    config = config or RestoreConfig()
-    job = look(aligned, finetuned, store=store, config=config)
+    inputs = AlignedInputs.open(aligned, store=store, config=config or RestoreConfig())
+    return plan_finetune(inputs, finetuned, output_dir)
+
+
+def plan_finetune(
+    inputs: AlignedInputs, finetuned: str | Path, output_dir: str | Path | None = None
+) -> PlanReport:
+    """Say what `Restorer.restore` would do, from headers alone.
+
+    Args:
+        inputs: the aligned model, the store and the options.
+        finetuned: as in `plan_restore`, like `output_dir`.
+        output_dir: where it is absent, whether it may be written is not asked.
+
+    Raises:
+        DeltaguardError: as `plan_restore`.
+    """
+    job, config = inputs.look(finetuned), inputs.config
     plan = job.plan(config)
     if config.output_format == "adapter":
         refuse_what_no_adapter_holds(job, plan)

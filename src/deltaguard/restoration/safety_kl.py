@@ -160,6 +160,19 @@ class SafetyMeter:
         tokens = sum(len(known) for _, known in kept)
         return cls(tokens, likelihood, openings, model, finetuned, places, kept, other, whole_tokens)
 
+    def for_another(self, aligned: Checkpoint, finetuned: WeightSource) -> "SafetyMeter":
+        """Put the aligned weights back, and take candidates of another fine-tune in this one's place.
+
+        Args:
+            aligned: the aligned checkpoint.
+            finetuned: the other one. It has the aligned model's tensors and shapes, as this one has, and its
+                candidates are run and asked with the same files.
+        """
+        other = replace(self, _finetuned=finetuned)
+        other.put((name, aligned.read(name)) for name in aligned.tensors)
+        other.tokenizer.name_or_path = finetuned.reference
+        return other
+
     @property
     def model(self) -> Any:
         """The loaded model, with the weights that were put last."""
