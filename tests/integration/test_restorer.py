@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_other_tokens import with_further_tokens
 
 import models
 from deltaguard import DeltaguardError, RestoreConfig, Restorer, restore
@@ -17,7 +16,7 @@ from deltaguard.restoration.safety_kl import SafetyMeter
 from deltaguard.restoration.tuning import Tuning
 from pairs import pair, save_adapter
 from refusing import refusing_pair
-from variants import refusal, same_files, variant
+from variants import refusal, same_files, variant, with_further_tokens
 
 CONFIG = RestoreConfig(max_safety_kl=1e-4, config_from="finetuned", device="cpu")
 
@@ -78,7 +77,7 @@ def test_a_fine_tune_that_is_run_otherwise_or_has_other_tensors_has_the_model_lo
     longer = with_further_tokens(tmp_path / "longer", "<|word|>")
     save_adapter(made.aligned, tmp_path / "adapter", ["q_proj", "down_proj"])
     tuned = [made.finetuned, other, longer, tmp_path / "adapter", made.finetuned]
-    check_as_alone(made, tuned, tmp_path)
+    check_as_alone(made, tuned, tmp_path, CONFIG.model_copy(update={"max_safety_kl": 0.02}))
     # An adapter has the aligned model's files, and so has the last one.
     assert loads[:4] == ["finetuned", "other", "longer", "adapter"]
     assert len(loads) == 4 + len(tuned)

@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import device_name
+from deltaguard.device import device_name, exact_products
 from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Progress, ignore
 from deltaguard.reports.records.base import environment
@@ -19,6 +19,7 @@ from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.trial import Trial
 
 
+@exact_products()
 def check(
     aligned: str | Path,
     finetuned: str | Path,

@@ -13,6 +13,7 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.methods.method import Curvature, Layer, Method, Role
 from deltaguard.models.adapter import AdapterCheckpoint, ThinDelta
 from deltaguard.restoration.job import Job
+from deltaguard.restoration.kept import map_tensors
 from deltaguard.restoration.plan import Action, Step
 from deltaguard.solvers.solution import is_finite
 
@@ -46,7 +47,12 @@ class Inputs:
 
 
 def read_layers(
-    job: Job, method: Method, steps: Sequence[Step], *, with_weights: bool = True
+    job: Job,
+    method: Method,
+    steps: Sequence[Step],
+    *,
+    device: torch.device,
+    with_weights: bool = True,
 ) -> Iterator[Inputs]:
     """Read what steps need, one step ahead of its use.
 
@@ -57,10 +63,11 @@ def read_layers(
         job: the models and the store.
         method: decides what is read of the curvature.
         steps: in the order wanted.
+        device: that all of a `Layer` is taken to; everything else stays on the CPU.
         with_weights: False leaves weights unread where the method works on the delta alone and an adapter
             holds it as a product, or leaves the layer as it is.
     """
-    reader = _Reader(job, method, Counter(step.group for step in steps if step.group), with_weights)
+    reader = _Reader(job, method, Counter(step.group for step in steps if step.group), device, with_weights)
     return read_ahead(steps, reader.read)
 
 
@@ -82,6 +89,7 @@ class _Reader:
     job: Job
     method: Method
     uses: Counter[str]
+    device: torch.device
     with_weights: bool
     _shared: dict[str, Curvature] = field(default_factory=dict[str, Curvature])
 
@@ -94,7 +102,7 @@ class _Reader:
             if not self.with_weights and not whole:
                 differs = product is not None and not _adds_nothing(product)
                 curvature = self._curvature(step, needed=differs)
-                layer = Layer(None, None, _pair(product), curvature=curvature) if differs else None
+                layer = Layer(None, None, self._pair(product), curvature=curvature) if differs else None
                 return Inputs(step, None, None, differs, layer)
         finetuned = tuned.read(step.info.name)
         aligned = self.job.aligned.read(step.aligned) if step.aligned else None
@@ -105,10 +113,11 @@ class _Reader:
             return Inputs(step, finetuned, aligned, differs, None)
         assert aligned is not None, "a tensor that is restored has an aligned counterpart"  # noqa: S101
         others: dict[Role, Tensor] = {
-            role: _matrix(step, other.source.read(other.names[step.aligned_name]))
+            role: self._matrix(step, other.source.read(other.names[step.aligned_name]))
             for role, other in self.job.others.items()
         }
-        layer = Layer(_matrix(step, aligned), _matrix(step, finetuned), _pair(product), others, curvature)
+        weights = self._matrix(step, aligned), self._matrix(step, finetuned)
+        layer = Layer(*weights, self._pair(product), others, curvature)
         return Inputs(step, finetuned, aligned, differs, layer)
 
     def _curvature(self, step: Step, *, needed: bool) -> Curvature:
@@ -118,31 +127,37 @@ class _Reader:
             return Curvature()
         needs = self.method.needs
         if needed and group not in self._shared:
-            self._shared[group] = Curvature(
+            found = Curvature(
                 inputs=store.input_spectrum(group) if "inputs" in needs else None,
                 hessian=store.hessian(group) if "hessian" in needs else None,
                 factor=store.factor(group) if "factor" in needs else None,
             )
+            self._shared[group] = map_tensors(found, self._taken)
         self.uses[group] -= 1
         shared = self._shared.get(group, Curvature())
         if not self.uses[group]:
             self._shared.pop(group, None)
         if not needed:
             return Curvature()
+        outputs = store.output_spectrum(step.aligned_name) if "outputs" in needs else None
         return replace(
             shared,
-            outputs=store.output_spectrum(step.aligned_name) if "outputs" in needs else None,
+            outputs=map_tensors(outputs, self._taken),
             output_mean=store.output_mean(step.aligned_name) if "output_mean" in needs else None,
         )
 
+    def _matrix(self, step: Step, tensor: Tensor) -> Tensor:
+        """Take the part of a tensor that a method decides, (out, in): the rows that all models have."""
+        tensor = self._taken(tensor[: step.shared_rows] if step.shared_rows else tensor)
+        if tensor.ndim != 2:
+            return tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+        return tensor.T if step.transposed else tensor
 
-def _matrix(step: Step, tensor: Tensor) -> Tensor:
-    """Take the part of a tensor that a method decides, (out, in): the rows that all models have."""
-    if step.shared_rows:
-        tensor = tensor[: step.shared_rows]
-    if tensor.ndim != 2:
-        return tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
-    return tensor.T if step.transposed else tensor
+    def _pair(self, product: ThinDelta | None) -> tuple[Tensor, Tensor] | None:
+        return None if product is None else (self._taken(product.up), self._taken(product.down))
+
+    def _taken(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
 
 
 def tensor_of(step: Step, weight: Tensor, finetuned: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -161,10 +176,6 @@ def tensor_of(step: Step, weight: Tensor, finetuned: Tensor | None, dtype: torch
         found[: step.shared_rows] = turned.to(dtype).reshape(found[: step.shared_rows].shape)
         return found
     return turned.to(dtype).reshape(step.info.shape).contiguous()
-
-
-def _pair(product: ThinDelta | None) -> tuple[Tensor, Tensor] | None:
-    return None if product is None else (product.up, product.down)
 
 
 def _adds_nothing(delta: ThinDelta) -> bool:

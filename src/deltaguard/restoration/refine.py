@@ -221,11 +221,12 @@ def _row(trial: Trial, step: Step, row: LayerRow, tensor: Tensor) -> LayerRow:
     """Say of a refined layer what the method says of a shrunk one."""
     job, store = trial.job, known_store(trial.job)
     aligned, finetuned, refined = (
-        each.T.float() if step.transposed else each.float()
+        (each.T if step.transposed else each).to(trial.device).float()
         for each in (job.aligned.read(step.aligned_name), job.finetuned.read(step.info.name), tensor)
     )
     assert step.group is not None, "a layer that is refined has a curvature"  # noqa: S101
-    spectra = store.input_spectrum(step.group), output_curvature(trial, step)
+    spectra = [store.input_spectrum(step.group), output_curvature(trial, step)]
+    spectra = [each.to(trial.device) for each in spectra]
     whole, kept = (project(each - aligned, *spectra).directions for each in (finetuned, refined))
     delta, left = finetuned - aligned, refined - aligned
     energy = float(whole.energies.sum())

@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 from pydantic import TypeAdapter
 
 from deltaguard.curvature.store import CurvatureStore
+from deltaguard.device import enough_memory, exact_products
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
@@ -98,6 +99,8 @@ class Restorer:
         """End; what was loaded is given up."""
         self._resident.release()
 
+    @exact_products()
+    @enough_memory("let less wait between two prices (`--memory`), or take another device (`--device cpu`)")
     def restore(
         self, finetuned: str | Path, output_dir: str | Path, *, progress: Progress | None = None
     ) -> RestoreReport:

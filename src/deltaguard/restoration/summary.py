@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from math import prod
 
+from deltaguard.device import find_device
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.hub import is_local
@@ -54,7 +55,7 @@ def summarise(
     selected = [(row.kept_entries, n) for row, n in zip(changed, entries, strict=True)]
     selected = [(share, n) for share, n in selected if share is not None]
     return RestoreReport(
-        environment=environment(price.dial.device if price.dial else "cpu"),
+        environment=environment(str(find_device(config.device))),
         aligned=job.aligned_reference,
         finetuned=job.finetuned_reference,
         store_conversations=job.store.provenance.conversations_sha256 if job.store else None,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deltaguard.chat.conversations import Conversation, read_prompts
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import device_name
+from deltaguard.device import device_name, enough_memory, exact_products
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.results import SWEEP, results_folder
@@ -29,6 +29,8 @@ LIMITS = (1e-4, 3e-4, DEFAULT_MAX_SAFETY_KL, 1e-3, 3e-3)
 """Safety KL, nats per response token."""
 
 
+@exact_products()
+@enough_memory("let less wait between two prices (`--memory`), or take another device (`--device cpu`)")
 def sweep(
     aligned: str | Path,
     finetuned: str | Path,
