@@ -81,22 +81,25 @@ def test_a_tensor_that_stays_behind_is_noticed(monkeypatch):
         torch.ones(2, 2).to(DEVICE) @ torch.ones(2)
 
 
-def test_float32_is_multiplied_in_float32_whatever_the_process_allows(monkeypatch, tmp_path):
-    products, used = torch.backends.cuda.matmul, []
-    monkeypatch.setattr(products, "fp32_precision", "tf32")
-    solve = Trial._solved
-    monkeypatch.setattr(
-        Trial, "_solved", lambda *given: (used.append(products.fp32_precision), solve(*given))[1]
-    )
-    made = pair()
-    restore(
-        made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=RestoreConfig(strength=0.5)
-    )
+@pytest.fixture
+def tf32():
+    """The precision that a process has chosen, which is put back."""
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    yield products
+    products.fp32_precision = before
+
+
+def test_float32_is_multiplied_in_float32_whatever_the_process_allows(tf32, monkeypatch, tmp_path):
+    used, solve = [], Trial._solved
+    monkeypatch.setattr(Trial, "_solved", lambda *given: (used.append(tf32.fp32_precision), solve(*given))[1])
+    made, config = pair(), RestoreConfig(strength=0.5)
+    restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
     assert set(used) == {"ieee"}
-    assert products.fp32_precision == "tf32"
+    assert tf32.fp32_precision == "tf32"
     with pytest.raises(KeyError), exact_products():
         raise KeyError
-    assert products.fp32_precision == "tf32"
+    assert tf32.fp32_precision == "tf32"
 
 
 def test_too_little_memory_of_a_device_is_one_message():

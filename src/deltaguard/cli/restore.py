@@ -84,13 +84,14 @@ def restore(
         output_format: `checkpoint` (default), or `adapter`: a PEFT LoRA adapter over the aligned model.
         adapter_rank: Rank of an adapter; if not given, for each layer the smallest that loses at most 1 % of
             its restored delta (squared norm).
-        device: Where the dial runs the model: `auto`, `cpu`, `cuda` or `cuda:N`.
-        memory: What projected layers may take between two prices, such as `8GB`; the rest waits on the disk.
-            A quarter of the machine's memory by default.
+        device: Where layers are solved and the dial runs the model: `auto`, `cpu`, `cuda` or `cuda:N`.
+        memory: What projected layers may take of the device's memory between two prices, such as `8GB`; the
+            rest waits on the disk. A quarter of it by default.
         config: A YAML or JSON file with the method and its options; the command line wins.
         dry_run: Print the plan, made from headers alone, and write nothing; what speaks against the output
             folder is said.
-        resume: Go on with a restore that was interrupted; one that is finished is left as it is.
+        resume: Go on with a restore that was interrupted; one that is finished is left as it is, and of
+            several fine-tunes the missing ones are restored.
         overwrite: Replace the files of an earlier restore, which its report in the output folder lists. All
             others stay and are named; where the new output needs the place of one, nothing is done.
         json: Print one JSON document and nothing else on stdout.
