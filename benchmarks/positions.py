@@ -37,9 +37,9 @@ from deltaguard.finetuning.tasks import task_examples
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event
 from deltaguard.reports.records.base import environment
-from deltaguard.restoration.candidate import CandidateModel
-from deltaguard.restoration.job import open_job
+from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.trial import Trial
 
 FIRST = (4, 8, 16)
@@ -114,7 +114,7 @@ def restored(
         job = open_job(aligned, finetuned, store=store, config=config)
         with TemporaryDirectory() as scratch:
             trial = Trial(job, job.plan(config), config, Path(scratch))
-            candidate = CandidateModel.open(trial, tasks, requests if not own else ())
+            candidate = Resident().candidate(trial, tasks, requests if not own else ())
             meter, whole = candidate.meter, job.finetuned
             base = meter.aligned_likelihood
             assert base is not None

@@ -29,10 +29,11 @@ from deltaguard.finetuning.tasks import task_examples
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event
 from deltaguard.reports.records.base import environment
+from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.candidate import CandidateModel
 from deltaguard.restoration.dial import find_price
-from deltaguard.restoration.job import open_job
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig
+from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.trial import Trial
 from deltaguard.restoration.tuning import SEED, Tuning
 from deltaguard.studies.one_shot import LEARNING_RATE, one_shot
@@ -83,7 +84,7 @@ class Study:
         # What is prepared serves both.
         trial = copy.copy(self.trial)
         trial.config = trial.config.model_copy(update={"max_safety_kl": limit})
-        price = find_price(trial, _quiet)
+        price = find_price(trial, Resident(), _quiet)
         seconds = time.process_time() - started
         self.put(self.trial.weights(price.mu))
         self.row(f"kfac, limit {limit:g}", seconds)
@@ -138,7 +139,7 @@ def study(aligned: Path, finetuned: Path, store: Path, folder: Path) -> tuple[St
     trial = Trial(job, job.plan(config), config, folder)
     tasks = list(task_examples("test", TASKS))
     asked = [Conversation(row.prompt) for row in sample(harmful_prompts("attack"), ATTACK)]
-    candidate = CandidateModel.open(trial, tasks, asked)
+    candidate = Resident().candidate(trial, tasks, asked)
     found = Study(trial, candidate, tasks, asked)
     meter, tuned = candidate.meter, job.finetuned
     likelihood = meter.aligned_likelihood

@@ -75,6 +75,18 @@ def permuted(source: Path, target: Path) -> Path:
     return target
 
 
+def with_further_tokens(folder: Path, word: str) -> Path:
+    """A fine-tune whose tokenizer has two more tokens, in rows of their own."""
+    model = models.perturbed(models.tiny_model("llama"), 0.05)
+    model.resize_token_embeddings(models.VOCABULARY + 2, mean_resizing=False)
+    models.save(model, folder)
+    tokenizer = models.tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    tokenizer.add_tokens([word])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def same_files(one: Path, other: Path, names: Sequence[str] = SETTINGS) -> bool:
     """Whether two folders hold the same files."""
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from deltaguard.restoration.check import check
     from deltaguard.restoration.diff import diff
     from deltaguard.restoration.options import RestoreConfig
-    from deltaguard.restoration.restore import restore
+    from deltaguard.restoration.restore import Restorer, restore
     from deltaguard.restoration.sweep import sweep
     from deltaguard.restoration.verify import verify
 
@@ -43,6 +43,7 @@ _HOME = {
     "EvaluationReport": "reports.records.evaluation",
     "RestoreConfig": "restoration.options",
     "RestoreReport": "reports.records.restore",
+    "Restorer": "restoration.restore",
     "SweepReport": "reports.records.sweep",
     "Verification": "reports.records.restore",
     "calibrate": "curvature.calibrate",
@@ -64,6 +65,7 @@ __all__ = [
     "EvaluationReport",
     "RestoreConfig",
     "RestoreReport",
+    "Restorer",
     "SweepReport",
     "Verification",
     "calibrate",

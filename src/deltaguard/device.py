@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deltaguard.errors import DeltaguardError
 from deltaguard.memory import usable_memory_bytes
 from deltaguard.models.loading import foreign
 
@@ -75,6 +76,45 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return usable_memory_bytes()
+
+
+@contextmanager
+def exact_products() -> Generator[None]:
+    """Multiply matrices in float32 for a while, whatever the process allows: not in TF32 or bfloat16.
+
+    Those keep 10 and 7 bits of 23: deltas are small against weights, and safety KL against logits. It holds
+    for the whole process; what it allowed before comes back after.
+
+    Example:
+        >>> with exact_products():
+        ...     torch.backends.cuda.matmul.fp32_precision
+        'ieee'
+    """
+    products: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [each.fp32_precision for each in products]
+    try:
+        for each in products:
+            each.fp32_precision = "ieee"
+        yield
+    finally:
+        for each, precision in zip(products, before, strict=True):
+            each.fp32_precision = precision
+
+
+@contextmanager
+def enough_memory(advice: str) -> Generator[None]:
+    """Turn a lack of memory on a GPU into one message.
+
+    Args:
+        advice: what to do, to follow a colon.
+
+    Raises:
+        DeltaguardError: in the place of `torch.OutOfMemoryError`, with what that says.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeltaguardError(f"Too little memory: {advice}. {error}") from error
 
 
 @contextmanager

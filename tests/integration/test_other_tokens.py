@@ -10,7 +10,7 @@ from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 from pairs import held_out, pair
 from plain import safety_kl
-from variants import TEMPLATE, agrees, edited, permuted, refusal, same_files, variant
+from variants import TEMPLATE, agrees, edited, permuted, refusal, same_files, variant, with_further_tokens
 
 WITHIN_LIMIT = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL)
 TRUNCATION = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
@@ -46,18 +46,6 @@ def test_what_changes_no_prediction_needs_no_choice(tmp_path):
     assert same_files(tmp_path / "out", tuned)
     assert "config_from" not in report.options
     assert diff(made.aligned, tuned).settings == ()
-
-
-def with_further_tokens(folder, word):
-    """A fine-tune whose tokenizer has two more tokens, in rows of their own."""
-    model = models.perturbed(models.tiny_model("llama"), 0.05)
-    model.resize_token_embeddings(models.VOCABULARY + 2, mean_resizing=False)
-    models.save(model, folder)
-    tokenizer = models.tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
-    tokenizer.add_tokens([word])
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.usefixtures("exact")

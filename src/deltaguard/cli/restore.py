@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import TypeAdapter
@@ -17,12 +17,15 @@ from deltaguard.methods.method import ROLES, PricedMethod
 from deltaguard.reports.records.restore import REPORT_NAME, PlanReport, RestoreReport
 from deltaguard.restoration.options import ConfigFrom, OtherParams, OutputFormat, RestoreConfig, TrainingData
 
+if TYPE_CHECKING:
+    from deltaguard.restoration.restore import Restorer
+
 
 def restore(
     aligned: str,
     finetuned: str,
     /,
-    *,
+    *others: str,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     store: str | None = None,
     method: str | None = None,
@@ -52,7 +55,11 @@ def restore(
     Args:
         aligned: The model before fine-tuning: a folder, a Hub id, or `id@revision`.
         finetuned: The model after it: the same, or a PEFT LoRA adapter folder.
-        output: A new folder for the restored checkpoint.
+        others: More fine-tunes of the aligned model, which is then opened and loaded once for all. Each is
+            restored into a folder of its own name in `--output`: that of its folder, or what follows the
+            slash of its Hub id. Where one fails the others go on, and the exit code is 1.
+        output: A new folder for the restored checkpoint; with several fine-tunes, the folder that holds one
+            for each.
         store: The aligned model's curvature, from `deltaguard calibrate`; if not given, made once and cached.
         method: What decides how much of each layer is kept, one of those below; `kfac` by default.
         max_added_attack_success: The dial of methods with a price: keep as much as adds at most so many
@@ -77,13 +84,14 @@ def restore(
         output_format: `checkpoint` (default), or `adapter`: a PEFT LoRA adapter over the aligned model.
         adapter_rank: Rank of an adapter; if not given, for each layer the smallest that loses at most 1 % of
             its restored delta (squared norm).
-        device: Where the dial runs the model: `auto`, `cpu`, `cuda` or `cuda:N`.
-        memory: What projected layers may take between two prices, such as `8GB`; the rest waits on the disk.
-            A quarter of the machine's memory by default.
+        device: Where layers are solved and the dial runs the model: `auto`, `cpu`, `cuda` or `cuda:N`.
+        memory: What projected layers may take of the device's memory between two prices, such as `8GB`; the
+            rest waits on the disk. A quarter of it by default.
         config: A YAML or JSON file with the method and its options; the command line wins.
         dry_run: Print the plan, made from headers alone, and write nothing; what speaks against the output
             folder is said.
-        resume: Go on with a restore that was interrupted; one that is finished is left as it is.
+        resume: Go on with a restore that was interrupted; one that is finished is left as it is, and of
+            several fine-tunes the missing ones are restored.
         overwrite: Replace the files of an earlier restore, which its report in the output folder lists. All
             others stay and are named; where the new output needs the place of one, nothing is done.
         json: Print one JSON document and nothing else on stdout.
@@ -92,21 +100,37 @@ def restore(
     given: dict[str, Any] = locals()
     options = {name: value for name, value in given.items() if name in RestoreConfig.model_fields}
     chosen = _chosen(config, options | {name.replace("-", "_"): value for name, value in own.items()})
+    if others:
+        from deltaguard.cli.restore_many import restore_many
+
+        restore_many(aligned, (finetuned, *others), output, store, chosen, dry_run=dry_run, as_json=json)
+        return
     if dry_run:
         from deltaguard.restoration.dry_run import plan_restore
 
         plan = plan_restore(aligned, finetuned, output, store=store, config=chosen)
         emit(plan, _draw_plan(plan), as_json=json)
         return
-    from deltaguard.restoration import restore as restoring
+    from deltaguard.restoration.restore import Restorer
 
     hide_bars_of_transformers()
+    with Restorer(aligned, store=store, config=chosen) as restorer:
+        report = restore_one(restorer, finetuned, output)
+    emit(report, _draw(report, chosen, output), as_json=json)
+
+
+def restore_one(restorer: "Restorer", finetuned: str, output: Path) -> RestoreReport:
+    """Restore a fine-tune, and tell people how it goes and what they must know.
+
+    Raises:
+        DeltaguardError: as `Restorer.restore`.
+    """
     before = _report_file(output)
     with progress_bar() as progress:
-        report = restoring.restore(aligned, finetuned, output, store=store, config=chosen, progress=progress)
+        report = restorer.restore(finetuned, output, progress=progress)
     warn(report.warnings)
     _tell_what_was_left(output, report, nothing_done=before is not None and before == _report_file(output))
-    emit(report, _draw(report, chosen, output), as_json=json)
+    return report
 
 
 _PROGRAM_BYTES = 600_000_000

@@ -4,21 +4,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import device_name
+from deltaguard.device import device_name, exact_products
 from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Progress, ignore
 from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.check import CheckReport
 from deltaguard.restoration.acceptance import Rule
-from deltaguard.restoration.candidate import open_with_examiner
+from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.dial import MOST_LOOKS
-from deltaguard.restoration.job import open_job
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.trial import Trial
 
 
+@exact_products()
 def check(
     aligned: str | Path,
     finetuned: str | Path,
@@ -58,7 +59,7 @@ def check(
     report = progress or ignore
     with TemporaryDirectory() as scratch:
         trial = Trial(job, job.plan(config), config, Path(scratch))
-        candidate, examiner = open_with_examiner(trial, rule, requests, report)
+        candidate, examiner = Resident().examined(trial, rule, requests, report)
         safety_kl = candidate.whole(report)
         look = candidate.look(0.0, examiner, report, most=1)
     job.check_unchanged()

@@ -14,9 +14,10 @@ from deltaguard.progress import Event, Progress
 from deltaguard.reports.check import verdict_sentence
 from deltaguard.reports.records.restore import AttackDial, Dial, Look, Probe
 from deltaguard.restoration.acceptance import Rule
-from deltaguard.restoration.candidate import CandidateModel, open_with_examiner
+from deltaguard.restoration.candidate import CandidateModel
 from deltaguard.restoration.looks import Examiner, Requests
 from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.search import Judge, best, mean, search
 from deltaguard.restoration.trial import Trial
 from deltaguard.solvers import Profile
@@ -52,11 +53,12 @@ class Price:
     dial: Dial | None
 
 
-def find_price(trial: Trial, report: Progress) -> Price:
+def find_price(trial: Trial, resident: Resident, report: Progress) -> Price:
     """Find the price at which the layers will be restored; of a method without one, its strength.
 
     Args:
         trial: the layers.
+        resident: the aligned model, where one is to be measured and asked.
         report: told as layers are read and candidates measured.
 
     Raises:
@@ -69,13 +71,13 @@ def find_price(trial: Trial, report: Progress) -> Price:
         joint = trial.profile(report, with_weights=config.output_format == "checkpoint")
         return Price(joint.mu_of_share(config.chosen_strength), None)
     if config.added_attack_success is not None:
-        return _by_attack_success(trial, config.added_attack_success, config.dial, report)
-    return _by_safety_kl(trial, config.dial, report)
+        return _by_attack_success(trial, resident, config.added_attack_success, config.dial, report)
+    return _by_safety_kl(trial, resident, config.dial, report)
 
 
-def _by_safety_kl(trial: Trial, limit: float, report: Progress) -> Price:
+def _by_safety_kl(trial: Trial, resident: Resident, limit: float, report: Progress) -> Price:
     """Find what keeps most within a safety KL."""
-    judge, candidate = judge_of(trial.config), CandidateModel.open(trial)
+    judge, candidate = judge_of(trial.config), resident.candidate(trial)
     whole = candidate.whole(report, enough=limit)
     if judge(whole) <= limit and trial.config.output_format == "checkpoint":
         return Price(0.0, _dial(candidate, limit, whole, (whole,), None))
@@ -86,11 +88,13 @@ def _by_safety_kl(trial: Trial, limit: float, report: Progress) -> Price:
     return Price(found.mu, _dial(candidate, limit, found, (whole, *probes), None))
 
 
-def _by_attack_success(trial: Trial, added: float, guard: float, report: Progress) -> Price:
+def _by_attack_success(
+    trial: Trial, resident: Resident, added: float, guard: float, report: Progress
+) -> Price:
     """Find what keeps most within a safety KL and adds so little attack success, and false refusals."""
     config, requests = trial.config, Requests.of(trial.config.prompts)
     rule = Rule(limit=added, looks=MOST_LOOKS)
-    candidate, examiner = open_with_examiner(trial, rule, requests, report)
+    candidate, examiner = resident.examined(trial, rule, requests, report)
     examiner.require_refusals(trial.job.aligned.reference)
     whole = candidate.whole(report, enough=guard)
     looks = [candidate.look(0.0, examiner, report, most=MOST_LOOKS)]

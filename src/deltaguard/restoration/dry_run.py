@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import find_device
-from deltaguard.memory import usable_memory_bytes
+from deltaguard.device import exact_products, find_device, memory_bytes
 from deltaguard.models.families import is_vocabulary
 from deltaguard.models.shards import DTYPES
 from deltaguard.reports.records.restore import PlanReport
+from deltaguard.restoration.aligned import AlignedInputs
 from deltaguard.restoration.experts import refuse_what_experts_cannot
-from deltaguard.restoration.job import Job, look
+from deltaguard.restoration.job import Job
 from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import describe_output, finished_report, refuse_output
@@ -51,8 +51,24 @@ def plan_restore(
     Raises:
         DeltaguardError: the models cannot be restored, or not into that folder.
     """
-    config = config or RestoreConfig()
-    job = look(aligned, finetuned, store=store, config=config)
+    inputs = AlignedInputs.open(aligned, store=store, config=config or RestoreConfig())
+    return plan_finetune(inputs, finetuned, output_dir)
+
+
+def plan_finetune(
+    inputs: AlignedInputs, finetuned: str | Path, output_dir: str | Path | None = None
+) -> PlanReport:
+    """Say what `Restorer.restore` would do, from headers alone.
+
+    Args:
+        inputs: the aligned model, the store and the options.
+        finetuned: as in `plan_restore`, like `output_dir`.
+        output_dir: where it is absent, whether it may be written is not asked.
+
+    Raises:
+        DeltaguardError: as `plan_restore`.
+    """
+    job, config = inputs.look(finetuned), inputs.config
     plan = job.plan(config)
     if config.output_format == "adapter":
         refuse_what_no_adapter_holds(job, plan)
@@ -87,6 +103,7 @@ def plan_restore(
 
 def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
     """Estimate what the dial holds and how long the arithmetic takes, from shapes and a measured product."""
+    device = find_device(config.device)
     restored = [
         step.matrix_shape
         for step in plan.steps
@@ -115,20 +132,24 @@ def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
         work += config.refine * steps
     itemsize = max((DTYPES[info.dtype].itemsize for info in names), default=4)
     kept = int(entries * (4 + 2 * itemsize + 8 * share)) if config.is_priced else 0
-    budget = usable_memory_bytes() // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
+    budget = memory_bytes(device) // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
     return {
         "dial_bytes": held,
         "refine_bytes": refining,
         "kept_bytes": min(kept, budget),
-        "device": str(find_device(config.device)) if config.dial is not None else "cpu",
-        "seconds": work / _products_a_second(),
+        "device": str(device),
+        "seconds": work / _products_a_second(device),
     }
 
 
-def _products_a_second() -> float:
-    """Measure how many floating-point operations a second this machine does in a product of matrices."""
-    one = torch.ones(1024, 1024)
+@exact_products()
+def _products_a_second(device: torch.device) -> float:
+    """Measure how many floating-point operations a second a device does in a product of matrices."""
+    one = torch.ones(1024, 1024, device=device)
     out = torch.mm(one, one)
+    # A GPU is waited for where a number is read.
+    out[0, 0].item()
     started = time.perf_counter()
     torch.mm(one, one, out=out)
+    out[0, 0].item()
     return 2 * 1024**3 / (time.perf_counter() - started)

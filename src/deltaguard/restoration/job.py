@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltaguard.curvature import Rank
@@ -11,15 +11,12 @@ from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.methods.method import Role
 from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
-from deltaguard.models.checkpoint import Checkpoint, WeightSource, name_map
-from deltaguard.models.durable import InUseError
+from deltaguard.models.checkpoint import Checkpoint, WeightSource
 from deltaguard.models.identity import ModelIdentity
 from deltaguard.models.opened import refuse_changes
-from deltaguard.progress import Progress
 from deltaguard.reports.records.base import ModelReference
-from deltaguard.restoration.agreement import Identified, require_agreement
 from deltaguard.restoration.options import RestoreConfig
-from deltaguard.restoration.plan import Action, Plan, make_plan
+from deltaguard.restoration.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,21 @@ class Job:
         refuse_changes(dict.fromkeys(changes))
 
 
+def open_finetuned(aligned: Checkpoint, finetuned: str | Path) -> WeightSource:
+    """Open a fine-tuned model, which may be an adapter over the aligned one.
+
+    Args:
+        aligned: the aligned model.
+        finetuned: a local folder, a Hub id, `id@revision`, or a PEFT LoRA adapter.
+
+    Raises:
+        DeltaguardError: it cannot be used.
+    """
+    if is_adapter(finetuned):
+        return AdapterCheckpoint.open(aligned, finetuned)
+    return Checkpoint.open(finetuned)
+
+
 def open_models(aligned: str | Path, finetuned: str | Path) -> tuple[Checkpoint, WeightSource]:
     """Open an aligned model and a fine-tuned one, which may be an adapter.
 
@@ -99,102 +111,7 @@ def open_models(aligned: str | Path, finetuned: str | Path) -> tuple[Checkpoint,
         DeltaguardError: one of them cannot be used.
     """
     base = Checkpoint.open(aligned)
-    return base, AdapterCheckpoint.open(base, finetuned) if is_adapter(finetuned) else Checkpoint.open(
-        finetuned
-    )
-
-
-def open_job(
-    aligned: str | Path,
-    finetuned: str | Path,
-    *,
-    store: CurvatureStore | str | Path | None,
-    config: RestoreConfig,
-    progress: Progress | None = None,
-) -> Job:
-    """Open the models and the store of a restore.
-
-    Args:
-        aligned: as in `open_models`.
-        finetuned: as in `open_models`.
-        store: the aligned model's curvature or where it lies. Where it is absent and the method needs it,
-            the aligned model is calibrated into `default_store_folder`, and found there the next time.
-        config: the options; a method that needs no curvature ignores the store.
-        progress: called while calibrating.
-
-    Raises:
-        DeltaguardError: one of them cannot be opened, or the calibration failed.
-    """
-    job = look(aligned, finetuned, store=store, config=config)
-    if job.store is not None or not config.needs_curvature:
-        return job
-    from deltaguard.curvature.calibrate import calibrate
-    from deltaguard.curvature.request import CalibrateConfig
-
-    folder = default_store_folder(job.aligned_identity, config.rank)
-    how = CalibrateConfig(resume=True, rank=config.rank, device=config.device)
-    try:
-        return replace(job, store=calibrate(aligned, folder, config=how, progress=progress))
-    except InUseError as error:
-        raise DeltaguardError(
-            f"Another process is calibrating {aligned} right now, into {folder}. Run this again when it "
-            "is done, or give a store with `--store`."
-        ) from error
-
-
-def look(
-    aligned: str | Path,
-    finetuned: str | Path,
-    *,
-    store: CurvatureStore | str | Path | None,
-    config: RestoreConfig,
-) -> Job:
-    """Open what there is for a restore, and refuse what cannot be restored before anything is calibrated.
-
-    Args:
-        aligned: as in `open_models`.
-        finetuned: as in `open_models`.
-        store: as in `open_job`.
-        config: the options.
-
-    Returns:
-        The job, without a store where none was named and none is in `default_store_folder`.
-
-    Raises:
-        DeltaguardError: one of them cannot be opened, they do not fit each other, or it is open which
-            configuration, tokenizer and chat template the output is to have.
-    """
-    base, tuned = open_models(aligned, finetuned)
-    everywhere = config.chosen_method.everywhere
-    plan = make_plan(base, tuned, store=None, other_params=config.other_params, everywhere=everywhere)
-    one, other = Identified.of(base), Identified.of(tuned)
-    require_agreement(one, other, plan, config)
-    known = find_store(base, one.identity, store, rank=config.rank) if config.needs_curvature else None
-    others = _open_others(base, plan, config)
-    return Job(base, tuned, known, one.identity, other.identity, others)
-
-
-def _open_others(base: Checkpoint, plan: Plan, config: RestoreConfig) -> dict[Role, Other]:
-    """Open the further models, and refuse those that lack a tensor or have it in another shape."""
-    others: dict[Role, Other] = {}
-    problems: list[str] = []
-    for role, reference in config.models.items():
-        source = open_models(base.reference, reference)[1]
-        others[role] = Other(source, name_map(list(base.tensors), list(source.tensors)))
-        for step in plan.steps:
-            if step.action is not Action.RESTORE:
-                continue
-            name, shape = step.aligned_name, base.tensors[step.aligned_name].shape
-            own = others[role].names.get(name)
-            if own is None:
-                problems.append(f"Tensor `{name}` is in the aligned model and not in the {role} one.")
-            elif (found := source.tensors[own].shape) != shape:
-                problems.append(
-                    f"Tensor `{name}` is {shape} in the aligned model and {found} in the {role} one."
-                )
-    if problems:
-        raise DeltaguardError(listed(f"{config.method} cannot use these models", problems))
-    return others
+    return base, open_finetuned(base, finetuned)
 
 
 def find_store(

@@ -23,9 +23,10 @@ class Kept:
     free. Where neither has room nothing is kept.
 
     Attributes:
-        memory: bytes that may be held in memory.
+        memory: bytes that may be held in the device's memory.
         folder: where the scratch file lies.
         reserve: bytes of the disk that must stay free.
+        device: that the tensors are on, and that those which are read again are taken to.
 
     Example:
         ```python
@@ -38,6 +39,7 @@ class Kept:
     memory: int
     folder: Path
     reserve: int
+    device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
         self._held: dict[str, Any] = {}
@@ -54,7 +56,7 @@ class Kept:
         if name not in self._starts:
             return value
         self._scratch.seek(self._starts[name])
-        return _mapped(value, self._read)
+        return map_tensors(value, self._read)
 
     def add(self, name: str, value: Any) -> None:
         """Keep a dataclass, whose tensors may lie in nested dataclasses, if there is room for it."""
@@ -74,7 +76,7 @@ class Kept:
             weakref.finalize(self, self._scratch.close)
         start = self._scratch.seek(0, 2)
         try:
-            placeholders = _mapped(value, self._write)
+            placeholders = map_tensors(value, self._write)
         except OSError:
             # Another program took the room: the layer is made again when it is needed, and what was written
             # of it takes none of the output's.
@@ -95,7 +97,7 @@ class Kept:
         left = _bytes(found)
         while left:
             left = left[self._scratch.readinto(left) :]
-        return found
+        return found.to(self.device)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -113,13 +115,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(value, field.name))
 
 
-def _mapped(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
-    """Copy a dataclass with every tensor changed, in the order of its fields."""
+def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
+    """Copy a dataclass, nested ones too, with every tensor changed, in the order of its fields."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple):
-        return cast("_T", tuple(_mapped(each, change) for each in cast("tuple[Any, ...]", value)))
+        return cast("_T", tuple(map_tensors(each, change) for each in cast("tuple[Any, ...]", value)))
     if is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: _mapped(getattr(value, f.name), change) for f in fields(value) if f.init}
+        changed = {f.name: map_tensors(getattr(value, f.name), change) for f in fields(value) if f.init}
         return replace(value, **changed)
     return value

@@ -13,6 +13,7 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.methods.method import Curvature, Layer, Method, Role
 from deltaguard.models.adapter import AdapterCheckpoint, ThinDelta
 from deltaguard.restoration.job import Job
+from deltaguard.restoration.kept import map_tensors
 from deltaguard.restoration.plan import Action, Step
 from deltaguard.solvers.solution import is_finite
 
@@ -46,7 +47,12 @@ class Inputs:
 
 
 def read_layers(
-    job: Job, method: Method, steps: Sequence[Step], *, with_weights: bool = True
+    job: Job,
+    method: Method,
+    steps: Sequence[Step],
+    *,
+    device: torch.device,
+    with_weights: bool = True,
 ) -> Iterator[Inputs]:
     """Read what steps need, one step ahead of its use.
 
@@ -57,10 +63,13 @@ def read_layers(
         job: the models and the store.
         method: decides what is read of the curvature.
         steps: in the order wanted.
+        device: that all of a `Layer` is taken to; everything else stays on the CPU.
         with_weights: False leaves weights unread where the method works on the delta alone and an adapter
             holds it as a product, or leaves the layer as it is.
     """
-    reader = _Reader(job, method, Counter(group for step in steps for group in step.groups), with_weights)
+    reader = _Reader(
+        job, method, Counter(group for step in steps for group in step.groups), device, with_weights
+    )
     return read_ahead(steps, reader.read)
 
 
@@ -82,6 +91,7 @@ class _Reader:
     job: Job
     method: Method
     uses: Counter[str]
+    device: torch.device
     with_weights: bool
     _shared: dict[str, Curvature] = field(default_factory=dict[str, Curvature])
 
@@ -94,7 +104,7 @@ class _Reader:
             if not self.with_weights and not whole:
                 differs = product is not None and not _adds_nothing(product)
                 curvature, *_ = self._curvatures(step, needed=differs)
-                layer = Layer(None, None, _pair(product), curvature=curvature)
+                layer = Layer(None, None, self._pair(product), curvature=curvature)
                 return Inputs(step, None, None, differs, (layer,) if differs else ())
         finetuned = tuned.read(step.info.name)
         aligned = self.job.aligned.read(step.aligned) if step.aligned else None
@@ -105,12 +115,14 @@ class _Reader:
             return Inputs(step, finetuned, aligned, differs, ())
         assert aligned is not None, "a tensor that is restored has an aligned counterpart"  # noqa: S101
         others: dict[Role, Sequence[Tensor]] = {
-            role: matrices_of(step, other.source.read(other.names[step.aligned_name]))
+            role: self._matrices(step, other.source.read(other.names[step.aligned_name]))
             for role, other in self.job.others.items()
         }
-        pairs = zip(matrices_of(step, aligned), matrices_of(step, finetuned), curvatures, strict=True)
+        pairs = zip(self._matrices(step, aligned), self._matrices(step, finetuned), curvatures, strict=True)
         layers = tuple(
-            Layer(one, other, _pair(product), {role: each[i] for role, each in others.items()}, curvature)
+            Layer(
+                one, other, self._pair(product), {role: each[i] for role, each in others.items()}, curvature
+            )
             if self.method.without_delta or not _same(one, other)
             else None
             for i, (one, other, curvature) in enumerate(pairs)
@@ -129,22 +141,33 @@ class _Reader:
         """Read what the method needs; what layers of a group share is held until the last of them."""
         needs = self.method.needs
         if needed and group not in self._shared:
-            self._shared[group] = Curvature(
+            found = Curvature(
                 inputs=store.input_spectrum(group) if "inputs" in needs else None,
                 hessian=store.hessian(group) if "hessian" in needs else None,
                 factor=store.factor(group) if "factor" in needs else None,
             )
+            self._shared[group] = map_tensors(found, self._taken)
         self.uses[group] -= 1
         shared = self._shared.get(group, Curvature())
         if not self.uses[group]:
             self._shared.pop(group, None)
         if not needed:
             return Curvature()
+        outputs = store.output_spectrum(key) if "outputs" in needs else None
         return replace(
             shared,
-            outputs=store.output_spectrum(key) if "outputs" in needs else None,
+            outputs=map_tensors(outputs, self._taken),
             output_mean=store.output_mean(key) if "output_mean" in needs else None,
         )
+
+    def _matrices(self, step: Step, tensor: Tensor) -> Sequence[Tensor]:
+        return matrices_of(step, self._taken(tensor))
+
+    def _pair(self, product: ThinDelta | None) -> tuple[Tensor, Tensor] | None:
+        return None if product is None else (self._taken(product.up), self._taken(product.down))
+
+    def _taken(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
 
 
 def matrices_of(step: Step, tensor: Tensor) -> Sequence[Tensor]:
@@ -174,10 +197,6 @@ def tensor_of(step: Step, weight: Tensor, finetuned: Tensor | None, dtype: torch
         found[: step.shared_rows] = turned.to(dtype).reshape(found[: step.shared_rows].shape)
         return found
     return turned.to(dtype).reshape(step.info.shape).contiguous()
-
-
-def _pair(product: ThinDelta | None) -> tuple[Tensor, Tensor] | None:
-    return None if product is None else (product.up, product.down)
 
 
 def _adds_nothing(delta: ThinDelta) -> bool:

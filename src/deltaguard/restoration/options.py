@@ -87,10 +87,11 @@ class RestoreConfig(BaseModel):
             aligned model, which holds the linear layers and nothing else.
         adapter_rank: of an adapter; None takes for each layer the smallest that loses 1 % of its restored
             delta's squared norm at most. What the rank loses is lost before the dial measures.
-        device: where the model runs that the dial measures; `auto` is CUDA where there is one.
-        memory: bytes, or a text such as "8GB", that projected layers may take between two prices; what does
-            not fit waits in a file of the output folder, or is made again. By default a quarter of the memory
-            that the process may use.
+        device: where layers are projected and solved, and the model runs that the dial measures; `auto` is
+            CUDA where there is one.
+        memory: bytes, or a text such as "8GB", that projected layers may take of the device's memory between
+            two prices; what does not fit waits in a file of the output folder, or is made again. By default a
+            quarter of a GPU's memory, or of the memory that the process may use.
         overwrite: replace the files of an earlier restore, which its report in the output folder lists; all
             others stay.
         resume: go on with a restore that was interrupted, one begun with overwrite too; the finished output

@@ -20,11 +20,11 @@ from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.restore import Dial, LayerRow, Look, Probe, Refinement
 from deltaguard.restoration.acceptance import Rule
-from deltaguard.restoration.candidate import CandidateModel, open_with_examiner
 from deltaguard.restoration.dial import Price, judge_of
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.plan import Step
+from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.trial import Edited, Trial
 from deltaguard.restoration.tuning import BATCH, CONVERSATIONS, SEED, Tuning, output_curvature
 from deltaguard.solvers import project
@@ -74,13 +74,16 @@ class Refined:
         return Edited(tensor, _row(self.trial, step, row, tensor))
 
 
-def refined_layers(trial: Trial, price: Price, writer: CheckpointWriter, report: Progress) -> Refined:
+def refined_layers(
+    trial: Trial, price: Price, writer: CheckpointWriter, resident: Resident, report: Progress
+) -> Refined:
     """Refine the layers of a restore, if that is asked for, and keep them if they hold to the limits.
 
     Args:
         trial: the layers.
         price: what they were restored at.
         writer: of the output; it remembers what came out. A resumed run takes the same steps again.
+        resident: gives up the aligned model that it holds, since two at once might not fit.
         report: told of steps and measurements.
 
     Raises:
@@ -89,9 +92,10 @@ def refined_layers(trial: Trial, price: Price, writer: CheckpointWriter, report:
     steps, dial = trial.config.refine, price.dial
     if not steps or dial is None or dial.whole:
         return Refined(trial, price)
+    resident.release()
     known = writer.remembered("refinement", _KEPT)
     if known is None:
-        refined = _refined(trial, price, dial, steps, report)
+        refined = _refined(trial, price, dial, steps, resident, report)
         if refined.record is not None and refined.price.dial is not None:
             kept = _Remembered(refined.record, refined.price.dial)
             writer.remember("refinement", _KEPT.dump_python(kept, mode="json"))
@@ -129,7 +133,9 @@ def refine_cost(parameters: int, entries: int, curvature: int, vocabulary: int) 
     return memory, 8 * parameters * 2 * BATCH * text
 
 
-def _refined(trial: Trial, price: Price, dial: Dial, steps: int, report: Progress) -> Refined:
+def _refined(
+    trial: Trial, price: Price, dial: Dial, steps: int, resident: Resident, report: Progress
+) -> Refined:
     """Take the steps, and judge what comes out."""
     started = time.perf_counter()
     tuning = Tuning.open(trial, price.mu, report).run(steps)
@@ -159,7 +165,7 @@ def _refined(trial: Trial, price: Price, dial: Dial, steps: int, report: Progres
         reason = "the loss on all conversations rose"
     probe = None
     if reason is None:
-        changed, probe, reason = _judged(trial, price, dial, tensors, report)
+        changed, probe, reason = _judged(trial, price, dial, tensors, resident, report)
     record = record.model_copy(
         update={
             "kept": reason is None,
@@ -173,7 +179,12 @@ def _refined(trial: Trial, price: Price, dial: Dial, steps: int, report: Progres
 
 
 def _judged(
-    trial: Trial, price: Price, dial: Dial, tensors: Mapping[str, Tensor], report: Progress
+    trial: Trial,
+    price: Price,
+    dial: Dial,
+    tensors: Mapping[str, Tensor],
+    resident: Resident,
+    report: Progress,
 ) -> tuple[Dial, Probe, str | None]:
     """Measure the refined layers as the dial does, and ask them where it asks.
 
@@ -182,10 +193,10 @@ def _judged(
     """
     attack, limit = dial.attack, dial.limit
     if attack is None:
-        candidate, examiner = CandidateModel.open(trial), None
+        candidate, examiner = resident.candidate(trial), None
     else:
         rule = Rule(limit=attack.limit, looks=attack.most_looks)
-        candidate, examiner = open_with_examiner(trial, rule, Requests.of(trial.config.prompts), report)
+        candidate, examiner = resident.examined(trial, rule, Requests.of(trial.config.prompts), report)
     candidate.take_others()
     candidate.meter.put(tensors.items())
     found = candidate.meter.measure()
@@ -210,11 +221,12 @@ def _row(trial: Trial, step: Step, row: LayerRow, tensor: Tensor) -> LayerRow:
     """Say of a refined layer what the method says of a shrunk one."""
     job, store = trial.job, known_store(trial.job)
     aligned, finetuned, refined = (
-        each.T.float() if step.transposed else each.float()
+        (each.T if step.transposed else each).to(trial.device).float()
         for each in (job.aligned.read(step.aligned_name), job.finetuned.read(step.info.name), tensor)
     )
     assert step.group is not None, "a layer that is refined has a curvature"  # noqa: S101
-    spectra = store.input_spectrum(step.group), output_curvature(trial, step)
+    spectra = [store.input_spectrum(step.group), output_curvature(trial, step)]
+    spectra = [each.to(trial.device) for each in spectra]
     whole, kept = (project(each - aligned, *spectra).directions for each in (finetuned, refined))
     delta, left = finetuned - aligned, refined - aligned
     energy = float(whole.energies.sum())

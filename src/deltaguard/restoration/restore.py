@@ -1,30 +1,25 @@
 """Restore a fine-tuned checkpoint: plan from headers, solve layer by layer, write shard by shard."""
 
 import re
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import TypeAdapter
 
 from deltaguard.curvature.store import CurvatureStore
+from deltaguard.device import enough_memory, exact_products
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
-from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.adapter_writer import AdapterLayer, commit_adapter, stage_adapter
-from deltaguard.models.hub import is_local
 from deltaguard.models.journal import FileRecord
-from deltaguard.models.lora_config import read_lora_config
 from deltaguard.models.mirror import adapter_files, checkpoint_files, refuse_links_out
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.reports.card import model_card
-from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.restore import (
     CARD_NAME,
     REPORT_NAME,
@@ -33,9 +28,10 @@ from deltaguard.reports.records.restore import (
     OtherRow,
     RestoreReport,
 )
-from deltaguard.restoration.dial import PROHIBITIVE, Price, find_price
-from deltaguard.restoration.experts import rare_experts, rare_warning, refuse_what_experts_cannot
-from deltaguard.restoration.job import Job, open_job
+from deltaguard.restoration.aligned import AlignedInputs
+from deltaguard.restoration.dial import Price, find_price
+from deltaguard.restoration.experts import refuse_what_experts_cannot
+from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import (
     Output,
@@ -45,19 +41,133 @@ from deltaguard.restoration.output import (
 )
 from deltaguard.restoration.plan import Action, Plan, Step
 from deltaguard.restoration.refine import Refined, refined_layers
+from deltaguard.restoration.resident import Resident
+from deltaguard.restoration.summary import summarise
 from deltaguard.restoration.trial import Trial
 
 T = TypeVar("T")
 _ROWS: TypeAdapter[tuple[LayerRow | OtherRow, ...]] = TypeAdapter(tuple[LayerRow | OtherRow, ...])
 _METADATA: TypeAdapter[dict[Any, Any] | None] = TypeAdapter(dict[Any, Any] | None)
 _PRICE = TypeAdapter(Price)
-_QUANTISED = re.compile(r"(4|8)[-_]?bit|bnb|gptq|awq|int[48]", re.IGNORECASE)
-_LARGE_ADAPTER = 0.5
-"""Share of the layers' entries from which on an adapter's own are told to be many."""
 
 
 class UnchangedError(DeltaguardError):
     """The output would be the fine-tuned model itself."""
+
+
+class Restorer:
+    """Restores one fine-tune of an aligned model after another.
+
+    The aligned model and the store are opened once. The model that the dial measures is loaded once, with
+    what the aligned model predicts and answers, and stays in memory until the block ends: it serves every
+    fine-tune that has the aligned model's tensors, and the configuration, tokenizer and chat template of the
+    one before. For any other, and with `refine`, it is loaded anew. The outputs are those of separate runs.
+
+    Args:
+        aligned: as in `restore`, like `store` and `config`.
+        store: the aligned model's curvature; calibrated for the first fine-tune where it is absent.
+        config: the options of every restore.
+
+    Raises:
+        DeltaguardError: the aligned model cannot be used.
+
+    Example:
+        ```python
+        with Restorer("Qwen/Qwen3-0.6B", store="./store") as restorer:
+            for name in ("one", "two"):
+                report = restorer.restore(f"./finetunes/{name}", f"./restored/{name}")
+                print(name, report.kept_energy)
+        ```
+    """
+
+    def __init__(
+        self,
+        aligned: str | Path,
+        *,
+        store: CurvatureStore | str | Path | None = None,
+        config: RestoreConfig | None = None,
+    ) -> None:
+        """Open the aligned model; nothing is loaded yet."""
+        self._config = config or RestoreConfig()
+        self._inputs = AlignedInputs.open(aligned, store=store, config=self._config)
+        self._resident = Resident()
+
+    def __enter__(self) -> Self:
+        """Begin; what is loaded stays in memory."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End; what was loaded is given up."""
+        self._resident.release()
+
+    @exact_products()
+    @enough_memory("let less wait between two prices (`--memory`), or take another device (`--device cpu`)")
+    def restore(
+        self, finetuned: str | Path, output_dir: str | Path, *, progress: Progress | None = None
+    ) -> RestoreReport:
+        """Restore one fine-tune; one that fails leaves the next ones as they are.
+
+        Args:
+            finetuned: as in `deltaguard.restore`, like `output_dir` and `progress`.
+            output_dir: a folder of its own for each fine-tune.
+            progress: called after each tensor.
+
+        Returns:
+            As `deltaguard.restore`; seconds are those of this fine-tune.
+
+        Raises:
+            DeltaguardError: as `deltaguard.restore`; an aligned model or store that was changed since it was
+                opened is refused.
+        """
+        started, memory, config = time.perf_counter(), peak_memory_bytes(), self._config
+        job = self._inputs.job(finetuned, progress)
+        plan = job.plan(config)
+        metadata = front_matter(job.finetuned.folder)
+        if config.output_format == "adapter":
+            refuse_what_no_adapter_holds(job, plan)
+        refuse_what_experts_cannot(job, plan, config)
+        output = describe_output(job, plan, Path(output_dir), config)
+        if (finished := finished_report(job, output, config)) is not None:
+            return finished
+        with open_writer(job, output, config) as writer:
+            writer.require_space(output.needed, what=output.what)
+            trial = Trial(job, plan, config, writer.out, reserve=output.needed)
+            return self._written(trial, output, writer, metadata, started, memory, progress or ignore)
+
+    def _written(
+        self,
+        trial: Trial,
+        output: Output,
+        writer: CheckpointWriter,
+        metadata: Mapping[str, Any] | None,
+        started: float,
+        memory: int,
+        progress: Progress,
+    ) -> RestoreReport:
+        """Find the price and write the output."""
+        job, config = trial.job, trial.config
+        price = _price(trial, self._resident, writer, progress)
+        refined = refined_layers(trial, price, writer, self._resident, progress)
+        price = refined.price
+        rows = _stage(trial, refined, writer, progress)
+        try:
+            job.check_unchanged()
+            _check_result(job, rows, price)
+        except DeltaguardError:
+            # Of no use, so there is nothing to resume.
+            writer.discard()
+            raise
+        report = summarise(job, config, price, rows, output, started, memory)
+        told = {"refinement": refined.record, "warnings": (*report.warnings, *refined.warnings)}
+        report = report.model_copy(update=told)
+        writer.text(CARD_NAME, model_card(report, front_matter=metadata))
+        report = report.model_copy(update={"files": _files(writer)})
+        writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+        if config.output_format == "adapter":
+            commit_adapter(writer)
+        else:
+            writer.commit(last=job.finetuned.index_name or job.finetuned.shards[0])
+        return report
 
 
 def restore(
@@ -74,7 +184,8 @@ def restore(
     The output is a PEFT adapter where the options say so. Otherwise it mirrors the fine-tuned checkpoint
     (for a LoRA adapter: the aligned one): the same shard files, tensors and dtypes, with every non-weight
     file of its folder. Weights are streamed: in memory are two tensors of each model and one layer's
-    workspace; while the dial measures, the model as well. The inputs are not touched.
+    workspace; with the dial, the model as well. The inputs are not touched. Many fine-tunes of one aligned
+    model take less time together, see `Restorer`.
 
     Args:
         aligned: the model before fine-tuning: a local folder, a Hub id, or `id@revision`.
@@ -98,55 +209,8 @@ def restore(
         print(report.kept_energy, report.safety_cost)
         ```
     """
-    started, memory = time.perf_counter(), peak_memory_bytes()
-    config = config or RestoreConfig()
-    job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
-    plan = job.plan(config)
-    metadata = front_matter(job.finetuned.folder)
-    if config.output_format == "adapter":
-        refuse_what_no_adapter_holds(job, plan)
-    refuse_what_experts_cannot(job, plan, config)
-    output = describe_output(job, plan, Path(output_dir), config)
-    finished = finished_report(job, output, config)
-    return finished or _written(job, plan, output, config, metadata, started, memory, progress)
-
-
-def _written(
-    job: Job,
-    plan: Plan,
-    output: Output,
-    config: RestoreConfig,
-    metadata: Mapping[str, Any] | None,
-    started: float,
-    memory: int,
-    progress: Progress | None,
-) -> RestoreReport:
-    """Write the output."""
-    with open_writer(job, output, config) as writer:
-        writer.require_space(output.needed, what=output.what)
-        trial = Trial(job, plan, config, writer.out, reserve=output.needed)
-        price = _price(trial, writer, progress or ignore)
-        refined = refined_layers(trial, price, writer, progress or ignore)
-        price = refined.price
-        rows = _stage(trial, refined, writer, progress or ignore)
-        try:
-            job.check_unchanged()
-            _check_result(job, rows, price)
-        except DeltaguardError:
-            # Of no use, so there is nothing to resume.
-            writer.discard()
-            raise
-        report = _report(job, config, price, rows, output, started, memory)
-        told = {"refinement": refined.record, "warnings": (*report.warnings, *refined.warnings)}
-        report = report.model_copy(update=told)
-        writer.text(CARD_NAME, model_card(report, front_matter=metadata))
-        report = report.model_copy(update={"files": _files(writer)})
-        writer.text(REPORT_NAME, report.model_dump_json(indent=2) + "\n")
-        if config.output_format == "adapter":
-            commit_adapter(writer)
-        else:
-            writer.commit(last=job.finetuned.index_name or job.finetuned.shards[0])
-    return report
+    with Restorer(aligned, store=store, config=config) as restorer:
+        return restorer.restore(finetuned, output_dir, progress=progress)
 
 
 def _stage(
@@ -221,11 +285,11 @@ def _all_finetuned(plan: Plan) -> Plan:
     return replace(plan, steps=tuple(steps))
 
 
-def _price(trial: Trial, writer: CheckpointWriter, progress: Progress) -> Price:
+def _price(trial: Trial, resident: Resident, writer: CheckpointWriter, progress: Progress) -> Price:
     """Find the price of safety, kept because all shards of a resumed run must have the same."""
     price = writer.remembered("price", _PRICE)
     if price is None:
-        price = find_price(trial, progress)
+        price = find_price(trial, resident, progress)
         if trial.config.is_priced:
             writer.remember("price", _PRICE.dump_python(price, mode="json"))
     return price
@@ -288,80 +352,3 @@ def _files(writer: CheckpointWriter) -> tuple[FileRow, ...]:
         for name, record in sorted(writer.records.items())
         if name != REPORT_NAME
     )
-
-
-def _report(
-    job: Job,
-    config: RestoreConfig,
-    price: Price,
-    rows: Sequence[LayerRow | OtherRow],
-    output: Output,
-    started: float,
-    memory: int,
-) -> RestoreReport:
-    layers = tuple(row for row in rows if isinstance(row, LayerRow))
-    changed = [row for row in layers if row.delta_norm > 0]
-    entries = [prod(row.shape) for row in changed]
-    norms = [row.delta_norm**2 for row in changed]
-    costs = [row.safety_cost for row in changed if row.safety_cost is not None]
-    lost = sum(row.utility_loss * norm for row, norm in zip(changed, norms, strict=True))
-    kept = sum(row.kept_energy * norm for row, norm in zip(changed, norms, strict=True))
-    predicted = sum(row.detail.get("predicted_safety_kl", 0.0) for row in changed)
-    selected = [(row.kept_entries, n) for row, n in zip(changed, entries, strict=True)]
-    selected = [(share, n) for share, n in selected if share is not None]
-    return RestoreReport(
-        environment=environment(price.dial.device if price.dial else "cpu"),
-        aligned=job.aligned_reference,
-        finetuned=job.finetuned_reference,
-        store_conversations=job.store.provenance.conversations_sha256 if job.store else None,
-        options=config.what_is_solved(),
-        method_title=config.chosen_method.title,
-        layers=layers,
-        others=tuple(row for row in rows if isinstance(row, OtherRow)),
-        files=(),
-        plan_hash=output.plan_hash,
-        mu=min(price.mu, PROHIBITIVE) if config.is_priced else None,
-        predicted_safety_kl=predicted if config.is_priced else None,
-        dial=price.dial,
-        kept_energy=kept / sum(norms) if changed else 1.0,
-        kept_entries=statistics.fmean(*zip(*selected, strict=True)) if selected else None,
-        utility_loss=lost / sum(norms) if changed else 0.0,
-        safety_cost=statistics.median(costs) if costs else None,
-        seconds={
-            "total": time.perf_counter() - started,
-            "solve": sum(row.seconds for row in layers),
-        },
-        peak_memory_bytes=peak if (peak := peak_memory_bytes()) > memory else None,
-        warnings=_warnings(job, config, layers),
-        rare_experts=rare_experts(job.store) if job.store else (),
-    )
-
-
-def _warnings(job: Job, config: RestoreConfig, layers: Sequence[LayerRow]) -> tuple[str, ...]:
-    """Say what is no error and must be known of an output, a sentence or two each."""
-    found = [*job.store.provenance.warnings, *rare_warning(job.store)] if job.store else []
-    if isinstance(job.finetuned, AdapterCheckpoint):
-        trained_on = read_lora_config(job.finetuned.folder, job.finetuned.reference).base_model_name_or_path
-        if trained_on and _QUANTISED.search(trained_on):
-            found.append(
-                f"The adapter was trained over {trained_on}, by its name a quantised model. Its delta is "
-                f"taken over {job.aligned.reference}: that must be the 16-bit model it was made from."
-            )
-    if config.output_format == "adapter":
-        ranks = [(int(row.detail.get("adapter_rank", 0)), min(row.shape), sum(row.shape)) for row in layers]
-        weights = sum(prod(row.shape) for row in layers)
-        share = sum(rank * both for rank, _, both in ranks) / weights
-        if share > _LARGE_ADAPTER:
-            rank, full, _ = max(ranks)
-            found.append(
-                f"The adapter's ranks go up to {rank} of {full}, so that it takes {share:.0%} of the bytes "
-                "of the layers: a fine-tune of all weights is of high rank. A checkpoint is faster to serve, "
-                "and --adapter-rank makes an adapter smaller."
-            )
-        if is_local(job.aligned.reference):
-            found.append(
-                f"The adapter names its base model by a path of this machine, {job.aligned.reference}. "
-                "Before it is published, put the model's Hub id into base_model_name_or_path of "
-                "adapter_config.json."
-            )
-    return tuple(found)

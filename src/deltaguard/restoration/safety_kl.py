@@ -2,8 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -16,7 +15,7 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.openings import answer_openings
 from deltaguard.chat.predictions import response_logits, response_losses
 from deltaguard.chat.tokens import Batch, Encoded, Reader, batches, read_by_both
-from deltaguard.device import as_served
+from deltaguard.device import as_served, enough_memory
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.canonical import counting_config, differing_fields, of_one_kind
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
@@ -24,18 +23,9 @@ from deltaguard.models.loading import load_config, load_model, load_tokenizer
 from deltaguard.restoration.places import Places, grow, match
 
 _NORMAL = 1.96
+_ADVICE = "take smaller batches, fewer conversations or another device"
 _WORTH_A_BATCH = 8
 """Conversations with one system prompt; a smaller batch costs more than a shared prefix saves."""
-
-
-@contextmanager
-def _enough_memory() -> Generator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DeltaguardError(
-            f"Too little memory: take smaller batches, fewer conversations or another device. {error}"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ class SafetyMeter:
     _whole_tokens: int | None
 
     @classmethod
-    @_enough_memory()
+    @enough_memory(_ADVICE)
     def open(  # noqa: PLR0913  # what is measured, on what, and how
         cls,
         aligned: Checkpoint,
@@ -160,6 +150,19 @@ class SafetyMeter:
         tokens = sum(len(known) for _, known in kept)
         return cls(tokens, likelihood, openings, model, finetuned, places, kept, other, whole_tokens)
 
+    def for_another(self, aligned: Checkpoint, finetuned: WeightSource) -> "SafetyMeter":
+        """Put the aligned weights back, and take candidates of another fine-tune in this one's place.
+
+        Args:
+            aligned: the aligned checkpoint.
+            finetuned: the other one. It has the aligned model's tensors and shapes, as this one has, and its
+                candidates are run and asked with the same files.
+        """
+        other = replace(self, _finetuned=finetuned)
+        other.put((name, aligned.read(name)) for name in aligned.tensors)
+        other.tokenizer.name_or_path = finetuned.reference
+        return other
+
     @property
     def model(self) -> Any:
         """The loaded model, with the weights that were put last."""
@@ -214,7 +217,7 @@ class SafetyMeter:
         if problems:
             raise DeltaguardError(listed(f"The candidate is unlike {self._finetuned.reference}", problems))
 
-    @_enough_memory()
+    @enough_memory(_ADVICE)
     def measure(self, *, enough: float = math.inf) -> SafetyKL:
         """Measure the candidate's safety KL: the mean of KL(aligned ‖ candidate) in nats per response token.
 
@@ -237,7 +240,7 @@ class SafetyMeter:
                 break
         return SafetyKL.of(terms)
 
-    @_enough_memory()
+    @enough_memory(_ADVICE)
     def likelihood(self, conversations: Sequence[Conversation]) -> float:
         """Measure the mean negative log-likelihood of a task's conversations, nats per response token.
 
@@ -249,7 +252,7 @@ class SafetyMeter:
         """
         return _likelihood(self._model, self._asked.batches(conversations))
 
-    @_enough_memory()
+    @enough_memory(_ADVICE)
     def openings(self, conversations: Sequence[Conversation]) -> list[str]:
         """Let the candidate begin its answers to requests, see `chat.openings.answer_openings`."""
         return _openings(self._model, self._asked.reader.tokenizer, conversations, self._whole_tokens)

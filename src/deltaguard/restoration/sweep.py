@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deltaguard.chat.conversations import Conversation, read_prompts
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import device_name
+from deltaguard.device import device_name, enough_memory, exact_products
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.results import SWEEP, results_folder
@@ -15,11 +15,11 @@ from deltaguard.progress import Progress, ignore
 from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.restore import Probe
 from deltaguard.reports.records.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
-from deltaguard.restoration.candidate import CandidateModel
+from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.dial import first_price, judge_of
-from deltaguard.restoration.job import open_job
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, SMALLEST_MAX_SAFETY_KL, RestoreConfig
+from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.search import Judge, best, search
 from deltaguard.restoration.trial import Trial
 from deltaguard.solvers import Profile
@@ -29,6 +29,8 @@ LIMITS = (1e-4, 3e-4, DEFAULT_MAX_SAFETY_KL, 1e-3, 3e-3)
 """Safety KL, nats per response token."""
 
 
+@exact_products()
+@enough_memory("let less wait between two prices (`--memory`), or take another device (`--device cpu`)")
 def sweep(
     aligned: str | Path,
     finetuned: str | Path,
@@ -89,7 +91,7 @@ def _sweep(
 ) -> SweepReport:
     """Search for each limit, the strictest first; all that is measured on the way is on the curve."""
     job, config, judge = trial.job, trial.config, judge_of(trial.config)
-    candidate = CandidateModel.open(trial, tasks)
+    candidate = Resident().candidate(trial, tasks)
     whole = candidate.whole(report)
     finetuned_nll = candidate.meter.likelihood(tasks) if tasks else None
     candidate.take_others()

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from deltaguard.device import find_device, memory_bytes
 from deltaguard.errors import DeltaguardError
-from deltaguard.memory import usable_memory_bytes
 from deltaguard.methods.method import PreparedLayer, PricedLayer
 from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.shards import DTYPES
@@ -28,7 +28,7 @@ from deltaguard.solvers.solution import is_finite
 
 _UNCHANGED = Outcome(kept_energy=1.0, safety_cost=0.0, utility_loss=0.0, detail={"delta_norm": 0.0})
 PARTS_OF_MEMORY = 4
-"""By default prepared layers take one part in so many of what the process may hold."""
+"""By default prepared layers take one part in so many of the memory of the device that they are on."""
 _SPARE_DISK = 64 << 20
 """Room for what is not counted: reports, progress, and what a file system takes for itself."""
 
@@ -62,7 +62,7 @@ class Trial:
     def __init__(
         self, job: Job, plan: Plan, config: RestoreConfig, folder: Path, *, reserve: int = 0
     ) -> None:
-        """Read nothing yet.
+        """Read nothing yet. Layers are prepared and solved on the device that the options name.
 
         Args:
             job: the models and the store.
@@ -73,9 +73,10 @@ class Trial:
         """
         self.job, self.plan, self.config = job, plan, config
         self.steps = tuple(step for step in plan.steps if step.action is Action.RESTORE)
-        memory = usable_memory_bytes() // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
+        self.device = find_device(config.device)
+        memory = memory_bytes(self.device) // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
         # A method without a price serves one strength: nothing is to be kept for another.
-        self._kept = Kept(memory, folder, reserve + _SPARE_DISK) if config.is_priced else None
+        self._kept = Kept(memory, folder, reserve + _SPARE_DISK, self.device) if config.is_priced else None
         self._unchanged: set[str] = set()
 
     def profile(self, report: Progress, *, with_weights: bool = True) -> Profile:
@@ -97,7 +98,7 @@ class Trial:
         return joint_profile(parts)
 
     def weights(self, price: float) -> Iterator[tuple[str, Tensor]]:
-        """Give every tensor that the method changes, as it would be written at a price."""
+        """Give every tensor that the method changes, as it would be written at a price, on the device."""
         steps = [step for step in self.steps if step.info.name not in self._unchanged]
         for ready in self._ready(steps):
             if ready.prepared is not None:
@@ -106,7 +107,7 @@ class Trial:
     def others(self) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor that no method decides, as it would be written."""
         others = [step for step in self.plan.steps if step.action is not Action.RESTORE]
-        for inputs in read_layers(self.job, self.config.chosen_method, others):
+        for inputs in self._read(others):
             yield inputs.step.info.name, _taken(inputs).tensor
 
     def other_rows(self) -> Iterator[OtherRow]:
@@ -118,7 +119,7 @@ class Trial:
             if step.info.name not in touched:
                 yield OtherRow(name=step.info.name, source="aligned", reason=step.reason, differs=False)
         changed = [step for step in others if step.info.name in touched]
-        for inputs in read_layers(self.job, self.config.chosen_method, changed):
+        for inputs in self._read(changed):
             yield _taken(inputs).row
 
     def edited(self, steps: Sequence[Step], price: float) -> Iterator[Edited]:
@@ -130,7 +131,7 @@ class Trial:
         known = self._known(steps, with_weights=True)
         missing = [step for step in steps if step.info.name not in known]
         # One reader for all: with one for layers and one for others, twice as much would be read ahead.
-        inputs = read_layers(self.job, self.config.chosen_method, missing)
+        inputs = self._read(missing)
         for step in steps:
             if step.action is Action.RESTORE:
                 edited = self._restored(self._next(step, known, inputs, keep=False), price)
@@ -155,7 +156,8 @@ class Trial:
             rows, columns = step.matrix_shape
             factors, outcome = LowRank(torch.zeros(0, columns), torch.zeros(rows, 0), 0.0), _UNCHANGED
             if ready.prepared is not None:
-                factors, outcome = self._factors(step, ready.prepared, price)
+                found, outcome = self._factors(step, ready.prepared, price)
+                factors = LowRank(found.down.cpu(), found.up.cpu(), found.residual)
             yield step, factors, _row(step, outcome, started)
 
     def _ready(
@@ -168,9 +170,13 @@ class Trial:
         """
         known = self._known(steps, with_weights=with_weights)
         missing = [step for step in steps if step.info.name not in known]
-        inputs = read_layers(self.job, self.config.chosen_method, missing, with_weights=with_weights)
+        inputs = self._read(missing, with_weights=with_weights)
         for step in steps:
             yield self._next(step, known, inputs, keep=not last)
+
+    def _read(self, steps: Sequence[Step], *, with_weights: bool = True) -> Iterator[Inputs]:
+        method = self.config.chosen_method
+        return read_layers(self.job, method, steps, device=self.device, with_weights=with_weights)
 
     def _known(self, steps: Sequence[Step], *, with_weights: bool) -> set[str]:
         """Name the layers that an earlier pass kept, without reading them."""
@@ -210,7 +216,7 @@ class Trial:
         step, started = ready.step, time.perf_counter()
         if ready.prepared is not None:
             tensor, outcome = self._solved(ready, ready.prepared, price)
-            return Edited(tensor, _row(step, outcome, started))
+            return Edited(tensor.cpu(), _row(step, outcome, started))
         assert ready.finetuned is not None, "layers without a delta are not kept"  # noqa: S101
         return Edited(ready.finetuned.to(DTYPES[step.info.dtype]), _row(step, _UNCHANGED, started))
 
@@ -245,8 +251,8 @@ class Trial:
         return factors, replace(outcome, detail={**outcome.detail, **numbers})
 
     def _aligned(self, step: Step) -> Tensor:
-        """Read the aligned weight, (out, in)."""
-        found = self.job.aligned.read(step.aligned_name)
+        """Read the aligned weight, (out, in), onto the device."""
+        found = self.job.aligned.read(step.aligned_name).to(self.device)
         return found.T if step.transposed else found
 
 

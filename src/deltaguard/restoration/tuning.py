@@ -81,7 +81,8 @@ class Tuning:
         task = Reference(_mixed(meter.predicted(answers)))
         safety = Reference(_mixed(meter.known))
         meter.put(trial.others())
-        weights = dict(trial.weights(mu))
+        # Not all of them beside the model on the device.
+        weights = {name: tensor.cpu() for name, tensor in trial.weights(mu)}
         lost = 0.0
         for name, tensor in weights.items():
             lost += float((tensor.double() - source.read(name).double()).square().sum())
@@ -192,8 +193,8 @@ def _layers(trial: Trial, meter: SafetyMeter, names: Collection[str]) -> list[Tu
         if step.info.name not in names or step.group is None:
             continue
         if step.group not in shared:
-            shared[step.group] = _on(store.input_spectrum(step.group), device)
-        inputs, outputs = shared[step.group], _on(output_curvature(trial, step), device)
+            shared[step.group] = store.input_spectrum(step.group).to(device)
+        inputs, outputs = shared[step.group], output_curvature(trial, step).to(device)
         found.append(
             TunedLayer(step.info.name, meter.place(step.info.name), step.transposed, inputs, outputs)
         )
@@ -207,7 +208,3 @@ def output_curvature(trial: Trial, step: Step) -> Spectrum:
         return store.output_spectrum(step.aligned_name)
     mean = store.output_mean(step.aligned_name)
     return scaled_identity(step.matrix_shape[0], mean, like=torch.empty(0))
-
-
-def _on(found: Spectrum, device: torch.device) -> Spectrum:
-    return Spectrum(found.values.to(device), found.vectors.to(device), found.tail)

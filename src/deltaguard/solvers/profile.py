@@ -32,8 +32,8 @@ class Profile:
     is of second order, about 1e-4.
 
     Attributes:
-        prices: (bins,), g·h, float64; 0 or more.
-        energies: (bins,), ‖Δ‖² in directions of that price, float64.
+        prices: (bins,), g·h, float64, on the CPU; 0 or more.
+        energies: (bins,), ‖Δ‖² in directions of that price, likewise.
     """
 
     prices: Tensor
@@ -120,8 +120,9 @@ def profile(prices: Tensor, energies: Tensor) -> Profile:
         prices > 0, (prices.log2() * _BINS_PER_OCTAVE).floor(), torch.full_like(prices, -math.inf)
     )
     _, index = torch.unique(bins, return_inverse=True)
-    summed = torch.bincount(index, energies)
-    weighted = torch.bincount(index, energies * prices)
+    # A GPU adds up in no fixed order.
+    index, weights = index.cpu(), (energies * prices).cpu()
+    summed, weighted = torch.bincount(index, energies.cpu()), torch.bincount(index, weights)
     filled = summed > 0
     return Profile(weighted[filled] / summed[filled], summed[filled])
 

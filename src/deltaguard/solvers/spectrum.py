@@ -46,9 +46,9 @@ class Spectrum:
         matrix.diagonal().add_(self.tail)
         return matrix
 
-    def to(self, dtype: torch.dtype) -> "Spectrum":
-        """Convert values and vectors to another precision."""
-        return Spectrum(self.values.to(dtype), self.vectors.to(dtype), self.tail)
+    def to(self, target: torch.dtype | torch.device) -> "Spectrum":
+        """Convert values and vectors to another precision, or take them to a device."""
+        return Spectrum(self.values.to(target), self.vectors.to(target), self.tail)
 
     def floored(self) -> "Spectrum":
         """Raise small eigenvalues to a floor, so that no direction of a delta is free, whatever the rank.

@@ -319,8 +319,8 @@ class PlanReport(Record):
             without the dial.
         kept_bytes: of prepared layers that wait for the next price, at most.
         refine_bytes: of the model while it is refined, with gradients, in float32; 0 where it is not.
-        device: where the model runs that the dial measures.
-        seconds: estimate for the arithmetic alone, at the rate at which this machine multiplies matrices;
+        device: where layers are solved, and the model runs that the dial measures.
+        seconds: estimate for the arithmetic alone, at the rate at which the device multiplies matrices;
             reading and writing come on top, and a calibration where it is needed.
         note: what the plan could not know.
     """

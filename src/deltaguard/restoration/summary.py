@@ -1,0 +1,113 @@
+"""What is told of a restore: its report, and what must be known besides."""
+
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from math import prod
+
+from deltaguard.device import find_device
+from deltaguard.memory import peak_memory_bytes
+from deltaguard.models.adapter import AdapterCheckpoint
+from deltaguard.models.hub import is_local
+from deltaguard.models.lora_config import read_lora_config
+from deltaguard.reports.records.base import environment
+from deltaguard.reports.records.restore import LayerRow, OtherRow, RestoreReport
+from deltaguard.restoration.dial import Price
+from deltaguard.restoration.experts import rare_experts, rare_warning
+from deltaguard.restoration.job import Job
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.output import Output
+from deltaguard.solvers.profile import PROHIBITIVE
+
+_QUANTISED = re.compile(r"(4|8)[-_]?bit|bnb|gptq|awq|int[48]", re.IGNORECASE)
+_LARGE_ADAPTER = 0.5
+"""Share of the layers' entries from which on an adapter's own are told to be many."""
+
+
+def summarise(
+    job: Job,
+    config: RestoreConfig,
+    price: Price,
+    rows: Sequence[LayerRow | OtherRow],
+    output: Output,
+    started: float,
+    memory: int,
+) -> RestoreReport:
+    """Say what a restore did, but for the files that it wrote.
+
+    Args:
+        job: the models and the store.
+        config: the options.
+        price: what was chosen.
+        rows: of all tensors, in the order of the checkpoint.
+        output: what was written.
+        started: by `time.perf_counter`.
+        memory: the largest resident memory of the process before, in bytes.
+    """
+    layers = tuple(row for row in rows if isinstance(row, LayerRow))
+    changed = [row for row in layers if row.delta_norm > 0]
+    entries = [prod(row.shape) for row in changed]
+    norms = [row.delta_norm**2 for row in changed]
+    costs = [row.safety_cost for row in changed if row.safety_cost is not None]
+    lost = sum(row.utility_loss * norm for row, norm in zip(changed, norms, strict=True))
+    kept = sum(row.kept_energy * norm for row, norm in zip(changed, norms, strict=True))
+    predicted = sum(row.detail.get("predicted_safety_kl", 0.0) for row in changed)
+    selected = [(row.kept_entries, n) for row, n in zip(changed, entries, strict=True)]
+    selected = [(share, n) for share, n in selected if share is not None]
+    return RestoreReport(
+        environment=environment(str(find_device(config.device))),
+        aligned=job.aligned_reference,
+        finetuned=job.finetuned_reference,
+        store_conversations=job.store.provenance.conversations_sha256 if job.store else None,
+        options=config.what_is_solved(),
+        method_title=config.chosen_method.title,
+        layers=layers,
+        others=tuple(row for row in rows if isinstance(row, OtherRow)),
+        files=(),
+        plan_hash=output.plan_hash,
+        mu=min(price.mu, PROHIBITIVE) if config.is_priced else None,
+        predicted_safety_kl=predicted if config.is_priced else None,
+        dial=price.dial,
+        kept_energy=kept / sum(norms) if changed else 1.0,
+        kept_entries=statistics.fmean(*zip(*selected, strict=True)) if selected else None,
+        utility_loss=lost / sum(norms) if changed else 0.0,
+        safety_cost=statistics.median(costs) if costs else None,
+        seconds={
+            "total": time.perf_counter() - started,
+            "solve": sum(row.seconds for row in layers),
+        },
+        peak_memory_bytes=peak if (peak := peak_memory_bytes()) > memory else None,
+        warnings=_warnings(job, config, layers),
+        rare_experts=rare_experts(job.store) if job.store else (),
+    )
+
+
+def _warnings(job: Job, config: RestoreConfig, layers: Sequence[LayerRow]) -> tuple[str, ...]:
+    """Say what is no error and must be known of an output, a sentence or two each."""
+    found = [*job.store.provenance.warnings, *rare_warning(job.store)] if job.store else []
+    if isinstance(job.finetuned, AdapterCheckpoint):
+        trained_on = read_lora_config(job.finetuned.folder, job.finetuned.reference).base_model_name_or_path
+        if trained_on and _QUANTISED.search(trained_on):
+            found.append(
+                f"The adapter was trained over {trained_on}, by its name a quantised model. Its delta is "
+                f"taken over {job.aligned.reference}: that must be the 16-bit model it was made from."
+            )
+    if config.output_format == "adapter":
+        ranks = [(int(row.detail.get("adapter_rank", 0)), min(row.shape), sum(row.shape)) for row in layers]
+        weights = sum(prod(row.shape) for row in layers)
+        share = sum(rank * both for rank, _, both in ranks) / weights
+        if share > _LARGE_ADAPTER:
+            rank, full, _ = max(ranks)
+            found.append(
+                f"The adapter's ranks go up to {rank} of {full}, so that it takes {share:.0%} of the bytes "
+                "of the layers: a fine-tune of all weights is of high rank. A checkpoint is faster to serve, "
+                "and --adapter-rank makes an adapter smaller."
+            )
+        if is_local(job.aligned.reference):
+            found.append(
+                f"The adapter names its base model by a path of this machine, {job.aligned.reference}. "
+                "Before it is published, put the model's Hub id into base_model_name_or_path of "
+                "adapter_config.json."
+            )
+    return tuple(found)
