@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 import torch
 from tools.readme import StrengthRow, Strengths
 
-from deltaguard.curvature.calibrate import CalibrateConfig, store_limit
+from deltaguard.curvature.request import CalibrateConfig
+from deltaguard.curvature.sizes import store_limit
 from deltaguard.evaluation.metrics.rates import Rate, kept_gain
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.reports.records.base import environment

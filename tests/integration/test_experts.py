@@ -232,7 +232,7 @@ def test_what_cannot_be_done_with_experts_is_refused(options, said, tmp_path):
 
 def test_stores_of_experts_are_not_merged_as_what_is_shrunk_does_not_add_up(tmp_path):
     store = CurvatureStore.from_pretrained(pair("mixtral").whole_store)
-    with pytest.raises(DeltaguardError, match="does not add up. Calibrate on all conversations at once"):
+    with pytest.raises(DeltaguardError, match=r"does not add up\. Calibrate on all conversations at once"):
         CurvatureStore.merge([store, store], tmp_path / "merged")
 
 
