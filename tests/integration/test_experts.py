@@ -231,8 +231,18 @@ def test_what_cannot_be_done_with_experts_is_refused(options, said, tmp_path):
 
 def test_stores_of_experts_are_not_merged_as_what_is_shrunk_does_not_add_up(tmp_path):
     store = CurvatureStore.from_pretrained(pair("mixtral").whole_store)
-    with pytest.raises(DeltaguardError, match="does not add up. Calibrate on all conversations at once"):
+    with pytest.raises(DeltaguardError, match=r"does not add up\. Calibrate on all conversations at once"):
         CurvatureStore.merge([store, store], tmp_path / "merged")
+
+
+@pytest.mark.parametrize("stacked", ["aligned", "finetuned"])
+def test_a_pair_of_two_forms_is_refused(stacked, tmp_path):
+    for name, seed in (("aligned", 0), ("finetuned", 1)):
+        form = "qwen3_moe-stacked" if name == stacked else "qwen3_moe"
+        save(form, tmp_path / name, models.tiny_model("qwen3_moe", seed))
+    config = RestoreConfig(method="interpolate", strength=0.5)
+    with pytest.raises(DeltaguardError, match=r"(?s)not one architecture.*mlp\.experts\."):
+        restore(tmp_path / "aligned", tmp_path / "finetuned", tmp_path / "out", config=config)
 
 
 @pytest.mark.parametrize("method", ["greedy", "published", "ridge", "interpolate"])
