@@ -236,6 +236,16 @@ def test_stores_of_experts_are_not_merged_as_what_is_shrunk_does_not_add_up(tmp_
         CurvatureStore.merge([store, store], tmp_path / "merged")
 
 
+@pytest.mark.parametrize("stacked", ["aligned", "finetuned"])
+def test_a_pair_of_two_forms_is_refused(stacked, tmp_path):
+    for name, seed in (("aligned", 0), ("finetuned", 1)):
+        form = "qwen3_moe-stacked" if name == stacked else "qwen3_moe"
+        save(form, tmp_path / name, models.tiny_model("qwen3_moe", seed))
+    config = RestoreConfig(method="interpolate", strength=0.5)
+    with pytest.raises(DeltaguardError, match=r"(?s)not one architecture.*mlp\.experts\."):
+        restore(tmp_path / "aligned", tmp_path / "finetuned", tmp_path / "out", config=config)
+
+
 @pytest.mark.parametrize("method", ["greedy", "published", "ridge", "interpolate"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_every_method_restores_experts(name, method, tmp_path):

@@ -15,7 +15,7 @@ CARD_NAME = "README.md"
 
 
 class LayerRow(Record):
-    """One restored weight matrix.
+    """One restored weight matrix, or a stack of those of experts: then shares are means, weighted by ‖Δ‖².
 
     Attributes:
         name: the tensor's name in the fine-tuned checkpoint.
