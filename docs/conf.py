@@ -8,6 +8,7 @@ from deltaguard.chat.conversations import held_out_harmful, held_out_harmless
 from deltaguard.chat.openings import OPENING_TOKENS
 from deltaguard.curvature.store_format import SCHEMA_VERSION as CURVATURE
 from deltaguard.reports.records.attacks import AttacksReport
+from deltaguard.reports.records.batch import BatchReport
 from deltaguard.reports.records.bench import BenchReport
 from deltaguard.reports.records.demo import DemoReport
 from deltaguard.restoration.acceptance import Rule
@@ -18,6 +19,7 @@ from deltaguard.restoration.tuning import CONVERSATIONS
 
 FORMS = {
     "attacks": AttacksReport,
+    "batch": BatchReport,
     "bench": BenchReport,
     "check": deltaguard.CheckReport,
     "demo": DemoReport,

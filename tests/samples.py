@@ -13,6 +13,7 @@ from deltaguard.curvature.store_format import SCHEMA_VERSION
 from deltaguard.evaluation.journal import AnswerFile
 from deltaguard.models.journal import FileRecord, Journal
 from deltaguard.reports.records.base import ModelReference
+from deltaguard.reports.records.batch import BatchReport, BatchRow
 from deltaguard.reports.records.check import CheckReport
 from deltaguard.reports.records.restore import Compared, Look, Probe
 from reports import evaluation_report, sweep_report
@@ -39,6 +40,15 @@ def check_report():
     )
 
 
+def batch_report():
+    return BatchReport(
+        rows=(
+            BatchRow(finetuned="one", output="out/one", report=restore_report()),
+            BatchRow(finetuned="two", output="out/two", error="There is no folder two."),
+        )
+    )
+
+
 def small_bench():
     """The made-up bench, of one fine-tune and one seed."""
     whole = bench_report(("greedy", "published"))
@@ -54,6 +64,7 @@ def small_bench():
 
 REPORTS = {
     "attacks": attacks_report,
+    "batch": batch_report,
     "bench": small_bench,
     "check": check_report,
     "demo": demo_report,

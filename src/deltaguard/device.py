@@ -90,7 +90,9 @@ def exact_products() -> Generator[None]:
         ...     torch.backends.cuda.matmul.fp32_precision
         'ieee'
     """
-    products: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    # Of what torch adds to its modules as it is imported, their types say nothing.
+    backends: Any = torch.backends
+    products = backends.cuda.matmul, backends.mkldnn.matmul
     before = [each.fp32_precision for each in products]
     try:
         for each in products:

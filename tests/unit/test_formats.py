@@ -15,7 +15,7 @@ from deltaguard.models.journal import Journal
 
 FORMATS = Path(__file__).resolve().parents[1] / "formats"
 # Of what the first release wrote. All others are made anew from what lies beside them.
-OPEN_FOR_GOOD = {"check": 1, "curvature": 3, "restore": 2, "sweep": 2}
+OPEN_FOR_GOOD = {"batch": 1, "check": 1, "curvature": 3, "restore": 2, "sweep": 2}
 CURRENT = {"curvature": SCHEMA_VERSION, **{n: make().schema_version for n, make in samples.REPORTS.items()}}
 
 

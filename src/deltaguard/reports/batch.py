@@ -24,10 +24,7 @@ def batch_table(batch: BatchReport) -> RenderableType:
         fine_tuned,
         ("kept", lambda row: percent(row.report.kept_energy) if row.report else DASH),
         ("added", _added),
-        (
-            "safety KL",
-            lambda row: nats(row.report.dial.restored_kl) if row.report and row.report.dial else DASH,
-        ),
+        ("safety KL", _safety_kl),
         outcome,
     )
     note = "kept: of the delta's energy; added: points of attack success"
