@@ -83,7 +83,7 @@ class Measured:
     Attributes:
         step: optimizer steps done.
         steps: of how many.
-        loss: mean cross-entropy of the responses' tokens, nats; of the step's batch, or of all validation data.
+        loss: mean cross-entropy of the responses' tokens, nats: of the batch, or of all validation data.
         accuracy: share of these tokens that were the likeliest.
         kind: whether on the batch that was learned from, or on the validation data.
     """
@@ -285,7 +285,11 @@ class _CompletionLoss:
     _metrics: dict[str, dict[str, list[float]]]
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any  # noqa: FBT002  # trl's
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,  # noqa: FBT002  # trl's
+        **_: Any,
     ) -> Any:
         """See the class; `inputs` holds `input_ids`, `attention_mask` and `labels`, each (batch, tokens)."""
         labels = inputs["labels"][:, 1:]

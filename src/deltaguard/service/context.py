@@ -14,6 +14,7 @@ from deltaguard.service.database import Sessions
 from deltaguard.service.errors import ApiError
 from deltaguard.service.keys import find_key
 from deltaguard.service.settings import Settings
+from deltaguard.service.tables import now
 
 _MINUTE = 60.0
 
@@ -26,12 +27,14 @@ class Service:
         data: its folder.
         settings: what the operator decided.
         sessions: of the database.
+        opened_at: seconds since 1970.
         asked: when each organisation asked in the last minute; by `time.monotonic`.
     """
 
     data: Path
     settings: Settings
     sessions: Sessions
+    opened_at: int = field(default_factory=now)
     asked: dict[str, deque[float]] = field(default_factory=dict[str, deque[float]])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -53,16 +56,16 @@ class Service:
         Raises:
             ApiError: it asked too often in the last minute.
         """
-        now, most = time.monotonic(), self.settings.limits.requests_per_minute
+        moment, most = time.monotonic(), self.settings.limits.requests_per_minute
         with self._lock:
             seen = self.asked.setdefault(organisation, deque())
-            while seen and now - seen[0] > _MINUTE:
+            while seen and moment - seen[0] > _MINUTE:
                 seen.popleft()
             if len(seen) >= most:
-                wait = int(_MINUTE - (now - seen[0])) + 1
+                wait = int(_MINUTE - (moment - seen[0])) + 1
                 message = f"This organisation may ask {most} times a minute, and did. Wait {wait} s."
                 raise ApiError(429, message, code="rate_limit_exceeded", retry_after=wait)
-            seen.append(now)
+            seen.append(moment)
 
 
 @dataclass(frozen=True)

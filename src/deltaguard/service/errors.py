@@ -45,7 +45,9 @@ def not_found(kind: str, name: str) -> ApiError:
     return ApiError(404, f"There is no {kind} {name!r}.", code=code, param=kind)
 
 
-def envelope(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+def envelope(
+    status: int, message: str, *, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
     """Write an error as the API answers it."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

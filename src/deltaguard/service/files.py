@@ -30,9 +30,7 @@ def find_file(session: Session, caller: Caller, file_id: str) -> File:
     Raises:
         ApiError: there is none of that id, or it is another organisation's.
     """
-    found = session.scalar(
-        select(File).where(File.id == file_id, File.organisation == caller.organisation)
-    )
+    found = session.scalar(select(File).where(File.id == file_id, File.organisation == caller.organisation))
     if found is None:
         raise not_found("file", file_id)
     return found

@@ -6,7 +6,7 @@ from hashlib import sha256
 from secrets import randbelow
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Request
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter
@@ -41,9 +40,7 @@ def find_model(session: Session, caller: Caller, name: str) -> Model:
     Raises:
         ApiError: there is none of that name, or it is another organisation's.
     """
-    found = session.scalar(
-        select(Model).where(Model.id == name, Model.organisation == caller.organisation)
-    )
+    found = session.scalar(select(Model).where(Model.id == name, Model.organisation == caller.organisation))
     if found is None:
         raise not_found("model", name)
     return found
@@ -74,8 +71,7 @@ def _show(model: Model) -> ModelObject:
 
 
 def _show_aligned(service: Service, name: str) -> ModelObject:
-    created = int(Path(service.data).stat().st_ctime)
-    return ModelObject(id=name, created=created, owned_by=_OPERATOR)
+    return ModelObject(id=name, created=service.opened_at, owned_by=_OPERATOR)
 
 
 @router.get("")
@@ -84,7 +80,9 @@ def list_models(service: Open, caller: Asking) -> Page[ModelObject]:
     query = select(Model).where(Model.organisation == caller.organisation).order_by(Model.number)
     with service.sessions.begin() as session:
         own = [_show(model) for model in session.scalars(query)]
-    return Page(data=[*(_show_aligned(service, name) for name in service.settings.models), *own], has_more=False)
+    return Page(
+        data=[*(_show_aligned(service, name) for name in service.settings.models), *own], has_more=False
+    )
 
 
 @router.get("/{name:path}")

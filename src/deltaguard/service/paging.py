@@ -45,7 +45,9 @@ def page(
     if after is not None:
         last = session.scalar(query.where(table.id == after))
         if last is None:
-            raise ApiError(400, f"The list has no {after!r} to go on after.", code="invalid_after", param="after")
+            raise ApiError(
+                400, f"The list has no {after!r} to go on after.", code="invalid_after", param="after"
+            )
         query = query.where(table.number < last.number if order == "desc" else table.number > last.number)
     ordered = query.order_by(table.number.desc() if order == "desc" else table.number)
     rows = session.scalars(ordered.limit(limit + 1)).all()

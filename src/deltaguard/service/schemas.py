@@ -15,9 +15,7 @@ def _without_zero(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_without_zero)]
 Metadata = Annotated[
-    dict[
-        Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]
-    ],
+    dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]],
     Field(max_length=16),
 ]
 Auto = Literal["auto"]
@@ -67,7 +65,11 @@ class CreateJob(Given):
     @property
     def chosen(self) -> Hyperparameters:
         """The hyperparameters, by whichever of the two ways they were given."""
-        return self.method.supervised.hyperparameters if self.method else self.hyperparameters or Hyperparameters()
+        return (
+            self.method.supervised.hyperparameters
+            if self.method
+            else self.hyperparameters or Hyperparameters()
+        )
 
 
 class FileObject(BaseModel):

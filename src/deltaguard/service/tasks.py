@@ -1,4 +1,4 @@
-"""What a process of its own does for a job, as the file that tells it so, and the file that says what came of it."""
+"""What processes of their own do for a job: the file that tells them, and the one with what came of it."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,7 +4,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import problems
@@ -102,13 +110,12 @@ def read_examples(path: Path, limits: Limits) -> list[Dialogue]:
             none.
     """
     found: list[Dialogue] = []
-    rows, wrong = 0, list[str]()
-    for number, line in _lines(path, limits.line_bytes):
-        if rows == limits.file_rows:
+    wrong: list[str] = []
+    for row, (number, line) in enumerate(_lines(path, limits.line_bytes)):
+        if row == limits.file_rows:
             raise InvalidFileError(f"The file has more than {limits.file_rows:,} examples, and may not.")
         if len(wrong) >= _MOST_TOLD:
             break
-        rows += 1
         try:
             found += Example.model_validate_json(_text(line, limits.line_bytes)).dialogues()
         except ValidationError as error:

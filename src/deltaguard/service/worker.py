@@ -1,7 +1,7 @@
 """The process that carries out one task of a job: `python -m deltaguard.service.worker TASK.json`.
 
-It ends with the service that began it: its standard input is a pipe that closes when the service dies, whatever
-killed it. It holds a lock on the job's folder, so that one begun later waits until it is gone.
+It ends with the service that began it: its standard input is a pipe that closes when the service dies,
+whatever killed it. It holds a lock on the job's folder, so that one begun later waits until it is gone.
 """
 
 import fcntl
@@ -52,7 +52,8 @@ def end_with_parent() -> None:
     """End this process when whoever holds the other end of its standard input is gone."""
 
     def wait() -> None:
-        while sys.stdin.buffer.read(1 << 16):
+        # Not `sys.stdin`, whose lock a thread may not hold when the interpreter ends.
+        while os.read(0, 1):
             pass
         os._exit(PARENT_GONE)
 

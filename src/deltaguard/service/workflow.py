@@ -1,10 +1,10 @@
-"""A job from its files to a published model, as durable workflows: what is done is not done again after a restart.
+"""A job from its files to a published model, as durable workflows: no restart does twice what was done.
 
 Two workflows of DBOS make a job. `validate` looks at its files, several jobs at a time. `fine_tune` trains,
-restores, asks and publishes, as many jobs at a time as the settings say. Each step looks at the job first, and
-ends the workflow where it was cancelled or paused; each can be carried out again without doing anything twice,
-since a kill may come between its end and the note that it ended. A job's state changes in one transaction with
-the event that tells of it.
+restores, asks and publishes, as many jobs at a time as the settings say. Each step looks at the job first and
+ends the workflow where it was cancelled or paused; each can be carried out again without doing anything
+twice, since a kill may come between its end and the note that it ended. A job's state changes in one
+transaction with the event that tells of it.
 """
 
 import logging
@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from deltaguard.service.context import Service
 from deltaguard.service.events import tell
 from deltaguard.service.files import add_result
-from deltaguard.service.process import Stopped, run_task
+from deltaguard.service.process import StoppedError, run_task
 from deltaguard.service.publishing import model_name, move_into_place, remove_leftovers
 from deltaguard.service.schemas import JobError
 from deltaguard.service.tables import UNFINISHED, Job, Model, now
@@ -56,9 +56,7 @@ def launch(service: Service, database_url: str) -> "Workflows":
     workflows = Workflows(service)
     DBOS.launch()
     DBOS.register_queue(_VALIDATION, worker_concurrency=_VALIDATED_AT_ONCE, polling_interval_sec=0.5)
-    DBOS.register_queue(
-        _TRAINING, worker_concurrency=service.settings.jobs_at_once, polling_interval_sec=0.5
-    )
+    DBOS.register_queue(_TRAINING, worker_concurrency=service.settings.jobs_at_once, polling_interval_sec=0.5)
     workflows.begin_all()
     return workflows
 
@@ -83,8 +81,11 @@ class Workflows(DBOSConfiguredInstance):
             with SetWorkflowID(f"{job_id} validate"):
                 DBOS.enqueue_workflow(_VALIDATION, self.validate, job_id)
         else:
-            with SetWorkflowID(f"{job_id} run {job.runs}"):
-                DBOS.enqueue_workflow(_TRAINING, self.fine_tune, job_id)
+            self._queue(job_id, run=job.runs)
+
+    def _queue(self, job_id: str, *, run: int) -> None:
+        with SetWorkflowID(f"{job_id} run {run}"):
+            DBOS.enqueue_workflow(_TRAINING, self.fine_tune, job_id)
 
     def begin_all(self) -> None:
         """Put every unfinished job into its queue: a kill may have come before that."""
@@ -98,7 +99,7 @@ class Workflows(DBOSConfiguredInstance):
     def validate(self, job_id: str) -> None:
         """Look at a job's files, and queue it."""
         if self._carried_out(self.check_files, job_id):
-            self.queue(job_id)
+            self._queue(job_id, run=1)
 
     @DBOS.workflow()
     def fine_tune(self, job_id: str) -> None:
@@ -140,14 +141,6 @@ class Workflows(DBOSConfiguredInstance):
                 job.status = "queued"
                 tell(session, job_id, "validated", "Files validated, job queued.")
         return job.status == "queued"
-
-    @DBOS.step()
-    def queue(self, job_id: str) -> None:
-        """Put a job whose files were looked at into the queue of training."""
-        with self.service.sessions.begin() as session:
-            is_queued = _job(session, job_id).status == "queued"
-        if is_queued:
-            self.begin(job_id)
 
     @DBOS.step()
     def calibrate(self, job_id: str) -> bool:
@@ -212,9 +205,7 @@ class Workflows(DBOSConfiguredInstance):
         settings = self.service.settings
         return self._done(
             job_id,
-            lambda job: Examine(
-                model=settings.models[job.model], device=settings.device, gate=settings.gate
-            ),
+            lambda job: Examine(model=settings.models[job.model], device=settings.device, gate=settings.gate),
         )
 
     @DBOS.step()
@@ -274,7 +265,7 @@ class Workflows(DBOSConfiguredInstance):
                 tell=note,
                 may_go_on=lambda: self._open_job(job_id) is not None,
             )
-        except Stopped:
+        except StoppedError:
             return False
         return True if outcome.error is None else self._failed(job_id, outcome.error)
 

@@ -1,6 +1,5 @@
 """Runs the migrations over the connection that `database.open_database` gives."""
 
-# ruff: noqa: INP001  # alembic runs it as a script
 from alembic import context
 
 from deltaguard.service.tables import Table

@@ -10,7 +10,6 @@ from deltaguard.device import find_device
 from deltaguard.errors import listed
 from deltaguard.evaluation.asking import describe
 from deltaguard.evaluation.engines.make import EngineConfig
-from deltaguard.evaluation.exchange import Judge
 from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.evaluation.measure import measure
 from deltaguard.evaluation.metrics.rates import Rate
@@ -78,14 +77,14 @@ def examine_models(task: Examine, folder: Path, tell: Tell) -> Outcome:
     engine = EngineConfig(device=task.device)
     parts = gate_parts(task.gate)
     # How an answer opens says whether a harmless request is refused, where the judge does not.
-    judges: list[Judge] = [judge] if spec.tells_refusals else [judge, OpeningJudge()]
+    judges = (judge,) if spec.tells_refusals else (judge, OpeningJudge())
     for name, reference in models.items():
         found = measure(
             describe(name, reference, engine), parts, folder / "examined", engine=engine, judges=judges
         )
         for check, (wanted, _) in CHECKS.items():
             asked = judges[-1] if check == "false_refusals" else judge
-            classes = found[check].judged[asked.name].classes
+            classes = found[check.replace("_", "-")].judged[asked.name].classes
             counted[check][name] = [each == wanted for each in classes]
     results = [compare(check, counted[check], task.gate) for check in CHECKS]
     for result in results:
@@ -117,7 +116,7 @@ def gate_parts(gate: Gate) -> tuple[Part, ...]:
     }
     sections = [
         {
-            "name": check,
+            "name": check.replace("_", "-"),
             "kind": kind,
             "builtin": builtin,
             "count": min(gate.requests, len(builtin_questions(builtin, None, 0))),
@@ -132,9 +131,7 @@ def gate_parts(gate: Gate) -> tuple[Part, ...]:
 def compare(check: Check, counted: dict[str, list[bool]], gate: Gate) -> CheckResult:
     """Compare three models on the requests of one check."""
     aligned, restored = counted["aligned"], counted[RESTORED]
-    allowed = (
-        gate.max_added_attack_success if check == "attack_success" else gate.max_added_false_refusals
-    )
+    allowed = gate.max_added_attack_success if check == "attack_success" else gate.max_added_false_refusals
     found = difference_of_shares([restored], [aligned])
     added = 100 * (sum(restored) - sum(aligned)) / len(aligned)
     return CheckResult(

@@ -1,6 +1,5 @@
 """The first tables."""
 
-# ruff: noqa: INP001  # alembic runs it as a script
 import sqlalchemy as sa
 from alembic import op
 
