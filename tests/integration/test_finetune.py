@@ -51,9 +51,7 @@ def loss(folder, conversation):
 
 def test_full_fine_tune(base, tmp_path):
     steps = []
-    folder = finetune(
-        base, tmp_path / "tuned", PAIRS, config=TWO_STEPS, on_step=steps.append
-    )
+    folder = finetune(base, tmp_path / "tuned", PAIRS, config=TWO_STEPS, on_step=steps.append)
     before, after = weights(base), weights(folder)
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {"model.embed_tokens.weight"}
@@ -181,9 +179,7 @@ def test_interrupted_training_goes_on_from_its_last_checkpoint(base, rank, tmp_p
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(
-            base, tmp_path / "cut", PAIRS, config=config, checkpoints=tmp_path / "kept", on_step=stop
-        )
+        finetune(base, tmp_path / "cut", PAIRS, config=config, checkpoints=tmp_path / "kept", on_step=stop)
     # As a kill in the middle of writing leaves it.
     (tmp_path / "kept" / "checkpoint-9").mkdir()
     (tmp_path / "kept" / "checkpoint-9" / "trainer_state.json").write_text('{"global_')
@@ -208,7 +204,12 @@ def test_dialogues_are_learned_from_and_validation_data_are_measured_only(base, 
     )
     config, found = FinetuneConfig(learning_rate=1e-2, epochs=8, batch_size=4), []
     finetune(
-        base, tmp_path / "tuned", [dialogue, *PAIRS], config=config, validation=[dialogue], on_step=found.append
+        base,
+        tmp_path / "tuned",
+        [dialogue, *PAIRS],
+        config=config,
+        validation=[dialogue],
+        on_step=found.append,
     )
     seen = [each for each in found if each.kind == "validation"]
     assert len(seen) == 8
