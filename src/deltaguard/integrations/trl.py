@@ -1,7 +1,7 @@
 """A restore at the end of training with trl, or with any other trainer of transformers.
 
-A callback's `on_train_end` comes before `save_model`: at that moment the output folder holds no model, or that of
-an earlier run. What is here saves the model itself, into a folder of its own, before it restores.
+A callback's `on_train_end` comes before `save_model`: at that moment the output folder holds no model, or that
+of an earlier run. What is here saves the model itself, into a folder of its own, before it restores.
 """
 
 from pathlib import Path
@@ -30,8 +30,8 @@ def restore_after(
     """Save what a trainer trained, in full or as a LoRA adapter, and restore it.
 
     Args:
-        trainer: a transformers or trl trainer, after `train()`. Its folder `finetuned` receives the model as it
-            was trained, and `restored` the restored one.
+        trainer: a transformers or trl trainer, after `train()`. Its folder `finetuned` receives the model as
+            it was trained, and `restored` the restored one.
         aligned: the model before training: a folder, a Hub id, or `id@revision`.
         store: as in `restore`.
         config: as in `restore`; by default an adapter becomes an adapter again, and the aligned model's
