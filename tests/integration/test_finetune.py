@@ -17,7 +17,7 @@ from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.measure import measure
 from deltaguard.evaluation.suites.parts import Part
-from deltaguard.finetuning.finetune import FinetuneConfig, finetune
+from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, finetune
 from deltaguard.progress import Event
 
 PAIRS = [
@@ -51,13 +51,12 @@ def loss(folder, conversation):
 
 def test_full_fine_tune(base, tmp_path):
     steps = []
-    folder = finetune(
-        base, tmp_path / "tuned", PAIRS, config=TWO_STEPS, on_step=lambda *step: steps.append(step)
-    )
+    folder = finetune(base, tmp_path / "tuned", PAIRS, config=TWO_STEPS, on_step=steps.append)
     before, after = weights(base), weights(folder)
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {"model.embed_tokens.weight"}
-    assert steps == [(1, 2), (2, 2)]
+    assert [(found.step, found.steps, found.kind) for found in steps] == [(1, 2, "train"), (2, 2, "train")]
+    assert all(found.loss > 0 and 0 <= found.accuracy <= 1 for found in steps)
     assert {path.suffix for path in folder.iterdir()} == {".json", ".jinja", ".safetensors"}
     for file in ("config.json", "generation_config.json"):
         assert json.loads((folder / file).read_text()) == json.loads((base / file).read_text())
@@ -166,3 +165,52 @@ def test_measuring_a_model_that_learned_its_answers(base, tmp_path):
     assert found["harmless"].judged["opening"].classes == ("complied",)
     assert found["task"].values == {"exact match": (1.0, 1.0)}
     assert Event("tuned: task", 2, 2) in events
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+@pytest.mark.parametrize("rank", [None, 4])
+def test_interrupted_training_goes_on_from_its_last_checkpoint(base, rank, tmp_path):
+    config = FinetuneConfig(learning_rate=1e-2, max_steps=10, batch_size=2, lora_rank=rank)
+    name = "model.safetensors" if rank is None else "adapter_model.safetensors"
+    whole = finetune(base, tmp_path / "whole", PAIRS, config=config)
+
+    def stop(found):
+        if found.step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(base, tmp_path / "cut", PAIRS, config=config, checkpoints=tmp_path / "kept", on_step=stop)
+    # As a kill in the middle of writing leaves it.
+    (tmp_path / "kept" / "checkpoint-9").mkdir()
+    (tmp_path / "kept" / "checkpoint-9" / "trainer_state.json").write_text('{"global_')
+    steps = []
+    cut = finetune(
+        base, tmp_path / "cut", PAIRS, config=config, checkpoints=tmp_path / "kept", on_step=steps.append
+    )
+    assert [found.step for found in steps] == [6, 7, 8, 9, 10]
+    one, other = load_file(whole / name), load_file(cut / name)
+    assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
+
+
+def test_dialogues_are_learned_from_and_validation_data_are_measured_only(base, tmp_path):
+    dialogue = Dialogue(
+        (
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Name a fruit."},
+            {"role": "assistant", "content": "Apple."},
+            {"role": "user", "content": "Another one?"},
+        ),
+        "Pear.",
+    )
+    config, found = FinetuneConfig(learning_rate=1e-2, epochs=8, batch_size=4), []
+    finetune(
+        base,
+        tmp_path / "tuned",
+        [dialogue, *PAIRS],
+        config=config,
+        validation=[dialogue],
+        on_step=found.append,
+    )
+    seen = [each for each in found if each.kind == "validation"]
+    assert len(seen) == 8
+    assert seen[-1].loss < 0.5 * seen[0].loss

@@ -106,6 +106,24 @@ def messages(tokenizer: Any, conversation: Conversation, earlier: Turn | None = 
     return [*_user(f"{system}\n\n{first['content']}"), *others] if system else turns
 
 
+def readable_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Write turns that may begin with a system message as the chat template takes them, as `messages` does.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        turns: each with `role` and `content`; the first may be the system's, and all that follow alternate
+            between user and assistant, beginning with the user.
+
+    Raises:
+        DeltaguardError: the tokenizer has no chat template.
+    """
+    plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    if plain[0]["role"] != "system" or takes_system_role(tokenizer):
+        return plain
+    system, first, *others = plain
+    return [*_user(f"{system['content']}\n\n{first['content']}"), *others]
+
+
 def render(tokenizer: Any, conversation: Conversation | str, earlier: Turn | None = None) -> str:
     """Write a prompt as the model reads it, up to where its answer begins.
 

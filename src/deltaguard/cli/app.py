@@ -16,8 +16,10 @@ from deltaguard.cli.demo import demo
 from deltaguard.cli.diff import diff
 from deltaguard.cli.eval import eval as evaluate
 from deltaguard.cli.info import info
+from deltaguard.cli.keys import keys
 from deltaguard.cli.report import report
 from deltaguard.cli.restore import methods_help, restore
+from deltaguard.cli.serve import serve
 from deltaguard.cli.sink import Out, UsageError, complain
 from deltaguard.cli.sweep import sweep
 from deltaguard.cli.verify import verify
@@ -50,8 +52,9 @@ def build_app() -> App:
         # `run` says how to go on.
         suppress_keyboard_interrupt=False,
     )
-    for verb in (demo, calibrate, check, restore, sweep, diff, verify, evaluate, bench, report, info):
+    for verb in (demo, calibrate, check, restore, sweep, diff, verify, evaluate, bench, serve, report, info):
         app.command(verb, help_epilogue=methods_help() if verb is restore else None)
+    app.command(keys)
     return app
 
 

@@ -1,21 +1,26 @@
 """Supervised fine-tuning of a small model, in full or as a LoRA adapter, through trl."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel
 
 from deltaguard.chat.conversations import Conversation, require_responses
-from deltaguard.chat.template import messages
+from deltaguard.chat.template import messages, readable_turns
 from deltaguard.device import find_device, served_dtype
 from deltaguard.errors import DeltaguardError, require_packages
+from deltaguard.files import read_json
 from deltaguard.models.families import decoder_blocks
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_model, load_tokenizer
+
+_CHECKPOINT_SHARE = 0.1
+"""Of all steps, from one checkpoint to the next."""
 
 
 @dataclass(frozen=True)
@@ -58,26 +63,63 @@ class FinetuneConfig:
             )
 
 
+@dataclass(frozen=True)
+class Dialogue:
+    """A conversation of any number of turns, and the answer that is learned from it.
+
+    Attributes:
+        turns: what comes before the answer, each with `role` and `content`; the first may be the system's.
+        answer: what the assistant says then.
+    """
+
+    turns: tuple[Mapping[str, str], ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What training measured at a step.
+
+    Attributes:
+        step: optimizer steps done.
+        steps: of how many.
+        loss: mean cross-entropy of the responses' tokens, nats: of the batch, or of all validation data.
+        accuracy: share of these tokens that were the likeliest.
+        kind: whether on the batch that was learned from, or on the validation data.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    kind: Literal["train", "validation"] = "train"
+
+
 def finetune(
     model: str | Path,
     output_dir: str | Path,
-    conversations: Sequence[Conversation],
+    conversations: Sequence[Conversation | Dialogue],
     *,
     config: FinetuneConfig,
-    on_step: Callable[[int, int], None] | None = None,
+    validation: Sequence[Conversation | Dialogue] = (),
+    checkpoints: Path | None = None,
+    on_step: Callable[[Measured], None] | None = None,
 ) -> Path:
     """Fine-tune a model on the responses of conversations, and save it with its tokenizer.
 
     The weights are in float32; products are in bfloat16 where the device multiplies in it (`served_dtype`).
     Only the tokens of the responses carry a loss. Conversations are put through the model's chat template,
-    system message included. Nothing but the result is written.
+    system message included. Nothing but the result, and checkpoints where they are asked for, is written.
 
     Args:
         model: folder or Hub id of the model to start from.
         output_dir: receives a safetensors model and tokenizer, or with `config.lora_rank` a PEFT adapter.
         conversations: all with responses.
         config: how to train.
-        on_step: called after each step with its number and the number of steps.
+        validation: measured after each epoch, and never learned from.
+        checkpoints: a folder that receives the state of training after each tenth of it; training that was
+            interrupted goes on from the last whole one there. It belongs to this training alone.
+        on_step: told what each step, and each look at the validation data, measured.
 
     Returns:
         The folder written.
@@ -93,7 +135,7 @@ def finetune(
     require_packages("Fine-tuning", "demo", "trl", "datasets", "accelerate", "peft")
     if not conversations:
         raise DeltaguardError("There is no conversation to fine-tune on.")
-    require_responses(conversations, "to learn from")
+    require_responses([row for row in conversations if isinstance(row, Conversation)], "to learn from")
     folder = locate(model)
     network = load_model(folder, str(model), dtype=torch.float32)
     tokenizer = load_tokenizer(folder, str(model))
@@ -101,10 +143,12 @@ def finetune(
     if config.lora_rank is None:
         _freeze(network, config.frozen_layers)
     with TemporaryDirectory() as scratch:
-        trainer = _trainer(network, tokenizer, conversations, config, Path(scratch))
+        folder = checkpoints or Path(scratch)
+        saves = checkpoints is not None
+        trainer = _trainer(network, tokenizer, conversations, config, folder, validation, saves=saves)
         if on_step is not None:
             trainer.add_callback(_progress(on_step))
-        loss = float(trainer.train().training_loss)
+        loss = float(trainer.train(resume_from_checkpoint=_last_checkpoint(folder)).training_loss)
     if not isfinite(loss):
         raise DeltaguardError(
             f"Training diverged: the mean loss is {loss}. Lower the learning rate {config.learning_rate:g}."
@@ -128,10 +172,57 @@ def _freeze(network: Any, layers: int) -> None:
         block.requires_grad_(False)
 
 
+class _TrainerState(BaseModel):
+    """What transformers writes last into a checkpoint."""
+
+    global_step: int
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Find the last checkpoint that was written to its end."""
+    whole: dict[int, Path] = {}
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            found = read_json(state, _TrainerState, remedy="Training goes on from an earlier one.")
+        except DeltaguardError:
+            continue  # A kill cut it short; the one before is kept until it is whole.
+        whole[found.global_step] = state.parent
+    return str(whole[max(whole)]) if whole else None
+
+
+def _rows(tokenizer: Any, conversations: Sequence[Conversation | Dialogue]) -> Any:
+    """Write conversations as trl reads them."""
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt": readable_turns(tokenizer, row.turns)
+                if isinstance(row, Dialogue)
+                else messages(tokenizer, row),
+                "completion": [
+                    {
+                        "role": "assistant",
+                        "content": row.answer if isinstance(row, Dialogue) else row.response or "",
+                    }
+                ],
+            }
+            for row in conversations
+        ]
+    )
+
+
 def _trainer(
-    network: Any, tokenizer: Any, conversations: Sequence[Conversation], config: FinetuneConfig, scratch: Path
+    network: Any,
+    tokenizer: Any,
+    conversations: Sequence[Conversation | Dialogue],
+    config: FinetuneConfig,
+    scratch: Path,
+    validation: Sequence[Conversation | Dialogue],
+    *,
+    saves: bool,
 ) -> Any:
-    from datasets import Dataset, disable_progress_bars
+    from datasets import disable_progress_bars
     from peft import LoraConfig
     from transformers import PrinterCallback
     from trl.trainer.sft_config import SFTConfig
@@ -141,10 +232,6 @@ def _trainer(
         """trl's trainer with a loss that costs only what the completions cost."""
 
     disable_progress_bars()
-    rows = [
-        {"prompt": messages(tokenizer, c), "completion": [{"role": "assistant", "content": c.response or ""}]}
-        for c in conversations
-    ]
     rank, alpha, device = config.lora_rank, config.lora_alpha, find_device()
     trainer: Any = CompletionTrainer(
         model=network,
@@ -165,14 +252,19 @@ def _trainer(
             activation_checkpointing=False,
             dataloader_pin_memory=False,
             disable_tqdm=True,
-            logging_strategy="no",
+            logging_strategy="steps",
+            logging_steps=1,
             logging_nan_inf_filter=False,
-            save_strategy="no",
-            eval_strategy="no",
+            save_strategy="steps" if saves else "no",
+            save_steps=_CHECKPOINT_SHARE,
+            save_total_limit=2,
+            eval_strategy="epoch" if validation else "no",
+            per_device_eval_batch_size=config.batch_size,
             report_to="none",
             trust_remote_code=False,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=_rows(tokenizer, conversations),
+        eval_dataset=_rows(tokenizer, validation) if validation else None,
         processing_class=tokenizer,
         peft_config=None
         if rank is None
@@ -190,24 +282,43 @@ class _CompletionLoss:
     vocabulary and short answers that takes as long as the rest of the model.
     """
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
+    _metrics: dict[str, dict[str, list[float]]]
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,  # noqa: FBT002  # trl's
+        **_: Any,
+    ) -> Any:
         """See the class; `inputs` holds `input_ids`, `attention_mask` and `labels`, each (batch, tokens)."""
         labels = inputs["labels"][:, 1:]
         kept = (labels != -100).any(dim=0).nonzero()[:, 0]
-        logits = model(
+        outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             logits_to_keep=kept,
             use_cache=False,
-        ).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, kept].flatten())
+        )
+        logits, targets = outputs.logits.flatten(0, 1), labels[:, kept].flatten()
+        right = (logits.detach().argmax(-1) == targets)[targets != -100].float().mean()
+        # trl's own loss keeps its measures there, and trl puts their means into its log.
+        mode = "train" if model.training else "eval"
+        self._metrics[mode]["mean_token_accuracy"].append(right.item())
+        loss = torch.nn.functional.cross_entropy(logits, targets)
+        return (loss, outputs) if return_outputs else loss
 
 
-def _progress(on_step: Callable[[int, int], None]) -> Any:
+def _progress(on_step: Callable[[Measured], None]) -> Any:
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            on_step(state.global_step, state.max_steps)
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+            at, found = (state.global_step, state.max_steps), logs or {}
+            if "loss" in found:
+                on_step(Measured(*at, found["loss"], found["mean_token_accuracy"]))
+            if "eval_loss" in found:
+                accuracy = found["eval_mean_token_accuracy"]
+                on_step(Measured(*at, found["eval_loss"], accuracy, "validation"))
 
     return Progress()

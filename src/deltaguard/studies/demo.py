@@ -21,7 +21,7 @@ from deltaguard.evaluation.metrics.rates import Rate, kept_gain
 from deltaguard.evaluation.results import Result
 from deltaguard.evaluation.suites.parts import Part, builtin_questions, resolve
 from deltaguard.evaluation.suites.suite import Builtin, Suite
-from deltaguard.finetuning.finetune import FinetuneConfig, finetune
+from deltaguard.finetuning.finetune import FinetuneConfig, Measured, finetune
 from deltaguard.finetuning.mixtures import alignment_examples, task_with_harmful
 from deltaguard.finetuning.tasks import task_examples
 from deltaguard.memory import peak_memory_bytes
@@ -179,8 +179,8 @@ def refusing_examples(config: DemoConfig) -> list[Conversation]:
     )
 
 
-def _steps(report: Progress) -> Callable[[int, int], None]:
-    return lambda done, total: report(Event("step", done, total))
+def _steps(report: Progress) -> Callable[[Measured], None]:
+    return lambda found: report(Event("step", found.step, found.steps))
 
 
 def demo_suite(count: int, *, seed: int) -> tuple[Part, ...]:

@@ -1,0 +1,111 @@
+"""`deltaguard keys`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cyclopts import App
+from pydantic import BaseModel
+from rich.table import Table as Drawn
+
+from deltaguard.cli.sink import Json, emit
+from deltaguard.errors import DeltaguardError, require_packages
+
+if TYPE_CHECKING:
+    from deltaguard.service.database import Sessions
+    from deltaguard.service.tables import Key
+
+keys = App(name="keys", help="Make, list and revoke the API keys of a fine-tuning service.")
+
+
+class NewKey(BaseModel):
+    """A key that was made."""
+
+    organisation: str
+    key: str
+
+
+class KnownKey(BaseModel):
+    """What is known of a key."""
+
+    id: str
+    organisation: str
+    ends_with: str
+    created_at: int
+    revoked_at: int | None
+
+
+class KnownKeys(BaseModel):
+    """All keys."""
+
+    keys: list[KnownKey]
+
+
+@keys.command
+def create(organisation: str, /, *, data: Path, json: Json = False) -> None:
+    """Make a key for an organisation, and show it this once.
+
+    Args:
+        organisation: Whose files, jobs and models it opens: lower-case letters, digits and hyphens.
+        data: The service's folder.
+        json: Print one JSON document and nothing else on stdout.
+    """
+    from deltaguard.service.keys import create_key
+
+    with _opened(data).begin() as session:
+        made = NewKey(organisation=organisation, key=create_key(session, organisation))
+    emit(made, made.key, as_json=json)
+
+
+@keys.command(name="list")
+def list_all(*, data: Path, json: Json = False) -> None:
+    """List all keys by their last characters.
+
+    Args:
+        data: The service's folder.
+        json: Print one JSON document and nothing else on stdout.
+    """
+    from deltaguard.service.keys import list_keys
+
+    with _opened(data).begin() as session:
+        found = KnownKeys(keys=[_known(key) for key in list_keys(session)])
+    table = Drawn("id", "organisation", "ends with", "state")
+    for key in found.keys:
+        state = "valid" if key.revoked_at is None else "revoked"
+        table.add_row(key.id, key.organisation, key.ends_with, state)
+    emit(found, table, as_json=json)
+
+
+@keys.command
+def revoke(key_id: str, /, *, data: Path, json: Json = False) -> None:
+    """Take a key back; the service does not accept it from that moment on.
+
+    Args:
+        key_id: As `deltaguard keys list` shows it.
+        data: The service's folder.
+        json: Print one JSON document and nothing else on stdout.
+    """
+    from deltaguard.service.keys import revoke_key
+
+    with _opened(data).begin() as session:
+        found = _known(revoke_key(session, key_id))
+    emit(found, f"Revoked {found.id} of {found.organisation}.", as_json=json)
+
+
+def _known(key: "Key") -> KnownKey:
+    return KnownKey(
+        id=key.id,
+        organisation=key.organisation,
+        ends_with=key.hint,
+        created_at=key.created_at,
+        revoked_at=key.revoked_at,
+    )
+
+
+def _opened(data: Path) -> "Sessions":
+    require_packages("Managing keys", "serve", "alembic", "sqlalchemy")
+    from deltaguard.service.database import database_url, open_database
+    from deltaguard.service.server import chosen_settings
+
+    if not data.is_dir():
+        raise DeltaguardError(f"There is no folder {data}: `deltaguard serve --data {data}` makes it.")
+    return open_database(database_url(data, chosen_settings(data, {}).database_url))

@@ -1,0 +1,49 @@
+"""`deltaguard serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from deltaguard.cli.sink import UsageError, tell
+from deltaguard.errors import require_packages
+
+
+def serve(
+    *,
+    data: Path,
+    model: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    host: str = "127.0.0.1",
+    port: int = 8000,
+) -> None:
+    """Serve fine-tuning with OpenAI's API: jobs are trained, restored, checked, and only then published.
+
+    The first start prints an API key, which is stored nowhere. What was under way when a service ended,
+    however it ended, goes on after the next start.
+
+    Args:
+        data: The folder with all that the service keeps; made where there is none. A `service.yaml` in it
+            says what the operator decided.
+        model: An aligned model that customers may fine-tune, as `NAME=FOLDER`; may be given several times.
+        host: Address to listen at; behind it stands whoever speaks TLS.
+        port: Port to listen at.
+    """
+    require_packages("Serving", "serve", "dbos", "fastapi", "multipart", "sqlalchemy", "trl", "uvicorn")
+    from deltaguard.service import server
+
+    models = dict(_split(each) for each in model)
+    settings = server.chosen_settings(data, models)
+
+    def on_open(first_key: str | None) -> None:
+        if first_key is not None:
+            tell(f"The first API key, shown this once: {first_key}")
+        tell(f"Serving {', '.join(settings.models)} at http://{host}:{port}/v1")
+
+    server.serve(data, settings, host=host, port=port, on_open=on_open)
+
+
+def _split(given: str) -> tuple[str, str]:
+    name, is_there, reference = given.partition("=")
+    if not is_there or not reference:
+        raise UsageError(f"--model is written NAME=FOLDER; it is {given!r}.")
+    return name, reference

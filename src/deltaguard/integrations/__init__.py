@@ -1,0 +1,1 @@
+"""The same restore where people already train."""

@@ -1,0 +1,112 @@
+"""A restore at the end of training with trl, or with any other trainer of transformers.
+
+A callback's `on_train_end` comes before `save_model`: at that moment the output folder holds no model, or that
+of an earlier run. What is here saves the model itself, into a folder of its own, before it restores.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.adapter import is_adapter
+from deltaguard.reports.records.restore import RestoreReport
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.restore import restore
+
+FINETUNED, RESTORED = "finetuned", "restored"
+"""Folders in the trainer's output folder: what was trained, and what deltaguard makes of it."""
+
+
+def restore_after(
+    trainer: Any,
+    *,
+    aligned: str | Path,
+    store: CurvatureStore | str | Path | None = None,
+    config: RestoreConfig | None = None,
+) -> RestoreReport | None:
+    """Save what a trainer trained, in full or as a LoRA adapter, and restore it.
+
+    Args:
+        trainer: a transformers or trl trainer, after `train()`. Its folder `finetuned` receives the model as
+            it was trained, and `restored` the restored one.
+        aligned: the model before training: a folder, a Hub id, or `id@revision`.
+        store: as in `restore`.
+        config: as in `restore`; by default an adapter becomes an adapter again, and the aligned model's
+            configuration and tokenizer are taken, which trainers write otherwise.
+
+    Returns:
+        The report; None on all processes of a distributed training but the first, which restores.
+
+    Raises:
+        DeltaguardError: as `restore`.
+
+    Example:
+        ```python
+        trainer = SFTTrainer(model="models/aligned", args=args, train_dataset=rows)
+        trainer.train()
+        report = restore_after(trainer, aligned="models/aligned")
+        ```
+    """
+    folder = Path(trainer.args.output_dir)
+    # All processes take part in saving where each holds a part of the model.
+    trainer.save_model(str(folder / FINETUNED))
+    if not trainer.is_world_process_zero():
+        return None
+    return _restored(folder, aligned, store, config)
+
+
+class RestoreCallback(TrainerCallback):
+    """Restores at the end of training; for trainers that somebody else makes, such as LLaMA-Factory's.
+
+    Attributes:
+        report: of the restore, once training has ended.
+
+    Example:
+        ```python
+        callback = RestoreCallback(aligned="models/aligned")
+        SFTTrainer(model="models/aligned", args=args, train_dataset=rows, callbacks=[callback]).train()
+        callback.report.kept_energy
+        ```
+    """
+
+    def __init__(
+        self,
+        *,
+        aligned: str | Path,
+        store: CurvatureStore | str | Path | None = None,
+        config: RestoreConfig | None = None,
+    ) -> None:
+        """Prepare; the arguments are those of `restore_after`."""
+        self.report: RestoreReport | None = None
+        self._aligned, self._store, self._config = aligned, store, config
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
+        """Save the model and restore it.
+
+        Raises:
+            DeltaguardError: training is distributed, or as `restore`.
+        """
+        if args.world_size > 1:
+            raise DeltaguardError(
+                f"Training ran in {args.world_size} processes, and a callback sees one process's part of the "
+                "model: call `restore_after(trainer, ...)` after `trainer.train()`."
+            )
+        folder = Path(args.output_dir)
+        given["model"].save_pretrained(folder / FINETUNED)
+        given["processing_class"].save_pretrained(folder / FINETUNED)
+        self.report = _restored(folder, self._aligned, self._store, self._config)
+
+
+def _restored(
+    folder: Path,
+    aligned: str | Path,
+    store: CurvatureStore | str | Path | None,
+    config: RestoreConfig | None,
+) -> RestoreReport:
+    if config is None:
+        kind = "adapter" if is_adapter(str(folder / FINETUNED)) else "checkpoint"
+        config = RestoreConfig(output_format=kind, config_from="aligned")
+    return restore(aligned, folder / FINETUNED, folder / RESTORED, store=store, config=config)

@@ -1,0 +1,110 @@
+"""The application: all routes, and what holds for every request."""
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import text
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deltaguard import __version__
+from deltaguard.service import chat, files, jobs, models
+from deltaguard.service.context import Service, service_of
+from deltaguard.service.errors import ApiError, answer_errors, envelope
+from deltaguard.service.inference import Inference
+from deltaguard.service.workflow import Workflows
+
+_MOST_BYTES = 4 << 20
+"""Of a request that is no upload."""
+
+_FORM_BYTES = 64 << 10
+"""What a form has around its file."""
+
+
+def make_app(service: Service, workflows: Workflows, inference: Inference) -> FastAPI:
+    """Put the application together.
+
+    Args:
+        service: the open service.
+        workflows: carry jobs out.
+        inference: answers chats.
+    """
+    app = FastAPI(
+        title="deltaguard",
+        version=__version__,
+        description="Fine-tuning with OpenAI's API; only models that pass a safety gate are published.",
+        # A page of FastAPI's loads scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service, app.state.workflows, app.state.inference = service, workflows, inference
+    answer_errors(app)
+    for module in (files, jobs, models, chat):
+        app.include_router(module.router, responses=_ERRORS)
+    app.add_api_route("/healthz", _alive, tags=["operation"])
+    app.add_api_route("/readyz", _ready, tags=["operation"])
+    app.add_middleware(_Limited, most=_MOST_BYTES, upload=service.settings.limits.file_bytes + _FORM_BYTES)
+    return app
+
+
+_ERRORS: dict[int | str, dict[str, str]] = {
+    status: {"description": what}
+    for status, what in (
+        (400, "The request is wrong."),
+        (401, "There is no key, or none that is known."),
+        (403, "The key may not do that."),
+        (404, "There is no such thing for this organisation."),
+        (413, "There is more than is taken."),
+        (422, "Not used: what is wrong with a request is told with 400."),
+        (429, "Too much was asked for; `Retry-After` says how long to wait."),
+        (503, "Try again; `Retry-After` says when."),
+    )
+}
+
+
+def _alive() -> dict[str, str]:
+    """Say that the process answers."""
+    return {"status": "ok"}
+
+
+def _ready(request: Request) -> JSONResponse:
+    """Say that the database answers as well."""
+    with service_of(request).sessions() as session:
+        session.execute(text("SELECT 1"))
+    return JSONResponse({"status": "ready"})
+
+
+class _Limited:
+    """Refuses requests that are too large: by what they announce, else while they come."""
+
+    def __init__(self, app: ASGIApp, most: int, upload: int) -> None:
+        self._app, self._most, self._upload = app, most, upload
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        most = self._upload if scope["path"] == "/v1/files" else self._most
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if int(announced) > most if announced.isdigit() else True:
+            await _too_large(most)(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise ApiError(413, _too_large_text(most), code="request_too_large")
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _too_large(most: int) -> JSONResponse:
+    content = envelope(413, _too_large_text(most), code="request_too_large")
+    # The rest is not read.
+    return JSONResponse(content, 413, headers={"Connection": "close"})
+
+
+def _too_large_text(most: int) -> str:
+    return f"The request has more than {most:,} bytes, which is the most that is taken here."

@@ -1,0 +1,112 @@
+"""What routes and workflows share, and who is asking."""
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from deltaguard.service.database import Sessions
+from deltaguard.service.errors import ApiError
+from deltaguard.service.keys import find_key
+from deltaguard.service.settings import Settings
+from deltaguard.service.tables import now
+
+_MINUTE = 60.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service that is open.
+
+    Attributes:
+        data: its folder.
+        settings: what the operator decided.
+        sessions: of the database.
+        opened_at: seconds since 1970.
+        asked: when each organisation asked in the last minute; by `time.monotonic`.
+    """
+
+    data: Path
+    settings: Settings
+    sessions: Sessions
+    opened_at: int = field(default_factory=now)
+    asked: dict[str, deque[float]] = field(default_factory=dict[str, deque[float]])
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def file(self, file_id: str) -> Path:
+        """Name the place of a file's content."""
+        return self.data / "files" / file_id
+
+    def job(self, job_id: str) -> Path:
+        """Name the folder in which a job works."""
+        return self.data / "jobs" / job_id
+
+    def published(self, job_id: str) -> Path:
+        """Name the folder of the model that a job published."""
+        return self.data / "models" / job_id
+
+    def count_request(self, organisation: str) -> None:
+        """Count a request of an organisation.
+
+        Raises:
+            ApiError: it asked too often in the last minute.
+        """
+        moment, most = time.monotonic(), self.settings.limits.requests_per_minute
+        with self._lock:
+            seen = self.asked.setdefault(organisation, deque())
+            while seen and moment - seen[0] > _MINUTE:
+                seen.popleft()
+            if len(seen) >= most:
+                wait = int(_MINUTE - (moment - seen[0])) + 1
+                message = f"This organisation may ask {most} times a minute, and did. Wait {wait} s."
+                raise ApiError(429, message, code="rate_limit_exceeded", retry_after=wait)
+            seen.append(moment)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who is asking.
+
+    Attributes:
+        organisation: whose files, jobs and models there are for them.
+        key_id: of the key they showed.
+    """
+
+    organisation: str
+    key_id: str
+
+
+def service_of(request: Request) -> Service:
+    """Find the service of the application that answers a request."""
+    return request.app.state.service
+
+
+Open = Annotated[Service, Depends(service_of)]
+_BEARER = HTTPBearer(auto_error=False, description="A key of `deltaguard keys create`.")
+
+
+def caller_of(
+    service: Open, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+) -> Caller:
+    """Find out who is asking, by their key.
+
+    Raises:
+        ApiError: there is no key, or none that is known.
+    """
+    if shown is None:
+        raise ApiError(401, "Show your key: `Authorization: Bearer dg-...`.", code="missing_api_key")
+    with service.sessions.begin() as session:
+        key = find_key(session, shown.credentials)
+        if key is None:
+            raise ApiError(401, "This key is not known, or was revoked.", code="invalid_api_key")
+        caller = Caller(key.organisation, key.id)
+    service.count_request(caller.organisation)
+    return caller
+
+
+Asking = Annotated[Caller, Depends(caller_of)]

@@ -1,0 +1,79 @@
+"""The database: SQLite in the data folder, or Postgres by URL, brought up to date when it is opened."""
+
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.orm import Session, sessionmaker
+
+from deltaguard.errors import DeltaguardError
+
+Sessions = sessionmaker[Session]
+
+_WAIT_MS = 30_000
+
+
+def new_id(kind: str) -> str:
+    """Make an id that nobody can guess, such as `file-3f…`."""
+    return f"{kind}-{token_hex(12)}"
+
+
+def database_url(data: Path, given: str | None) -> str:
+    """Find the URL of the database: the one given, else that of a SQLite file in the data folder."""
+    if given is None:
+        return f"sqlite:///{(data / 'service.sqlite').absolute()}"
+    try:
+        url = make_url(given)
+    except ArgumentError as error:
+        raise DeltaguardError(
+            "`database_url` is none: write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME."
+        ) from error
+    # The driver that DBOS brings.
+    is_plain = url.drivername in ("postgres", "postgresql")
+    return (url.set(drivername="postgresql+psycopg") if is_plain else url).render_as_string(
+        hide_password=False
+    )
+
+
+def open_database(url: str) -> Sessions:
+    """Connect, and bring the tables up to date.
+
+    Args:
+        url: as `database_url` gives it.
+    """
+    engine = create_engine(url, pool_pre_ping=True)
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_immediately)
+    _migrate(engine)
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+def _set_up_sqlite(connection: Any, _record: Any) -> None:
+    # Transactions are begun by `_begin_immediately` alone.
+    connection.isolation_level = None
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        f"busy_timeout={_WAIT_MS}",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_immediately(connection: Any) -> None:
+    # A transaction that reads first and then writes could not wait for another writer.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _migrate(engine: Engine) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")

@@ -1,0 +1,98 @@
+"""Failures as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
+
+_LOGGER = logging.getLogger(__name__)
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """A request that cannot be met, and why.
+
+    Attributes:
+        status: of HTTP.
+        message: what is wrong, and what to do.
+        code: for programs.
+        param: the field of the request that is wrong.
+        retry_after: seconds after which it may be tried again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.retry_after = retry_after
+
+
+def not_found(kind: str, name: str) -> ApiError:
+    """Say that there is nothing of that name, or that it is another organisation's: both are the same."""
+    code = "model_not_found" if kind == "model" else "not_found"
+    return ApiError(404, f"There is no {kind} {name!r}.", code=code, param=kind)
+
+
+def envelope(
+    status: int, message: str, *, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """Write an error as the API answers it."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Have an application answer every failure in that form, FastAPI's own and bugs among them."""
+
+    @app.exception_handler(ApiError)
+    def _known(_request: Request, error: ApiError) -> JSONResponse:
+        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        return _response(error.status, error.message, error.code, error.param, headers)
+
+    @app.exception_handler(RequestValidationError)
+    def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        problems = error.errors()
+        fields = [".".join(map(str, each["loc"][1:])) for each in problems]
+        told = "; ".join(
+            f"`{field}`: {each['msg']}" if field else each["msg"]
+            for field, each in zip(fields, problems, strict=True)
+        )
+        return _response(400, f"{told}.", "invalid_request", fields[0] or None)
+
+    @app.exception_handler(HTTPException)
+    def _http(_request: Request, error: HTTPException) -> JSONResponse:
+        return _response(error.status_code, f"{error.detail}.", None, None, error.headers or {})
+
+    @app.exception_handler(OperationalError)
+    def _database(_request: Request, error: OperationalError) -> JSONResponse:
+        _LOGGER.error("The database does not answer: %s", error.orig)
+        message = "The database does not answer right now. Try again."
+        return _response(503, message, "database_unavailable", None, {"Retry-After": "2"})
+
+    @app.exception_handler(Exception)
+    def _bug(request: Request, error: Exception) -> JSONResponse:
+        _LOGGER.error("A bug, on %s %s", request.method, request.url.path, exc_info=error)
+        return _response(500, "This is a bug of the service. Its operator finds it in the log.", "bug", None)
+
+
+def _response(
+    status: int,
+    message: str,
+    code: str | None,
+    param: str | None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    content = envelope(status, message, code=code, param=param)
+    return JSONResponse(content, status, headers=dict(headers or {}))

@@ -1,0 +1,157 @@
+"""Files: uploads, and what jobs write."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Form, Query, UploadFile
+from fastapi.responses import FileResponse
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from deltaguard.models.durable import explained, flush_folder
+from deltaguard.service.context import Asking, Caller, Open, Service
+from deltaguard.service.database import new_id
+from deltaguard.service.errors import ApiError, not_found
+from deltaguard.service.paging import After, page
+from deltaguard.service.schemas import Deleted, FileObject, Page
+from deltaguard.service.tables import UNFINISHED, File, Job
+from deltaguard.text import shortened, writable
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+_LONGEST_NAME = 512
+
+
+def find_file(session: Session, caller: Caller, file_id: str) -> File:
+    """Find a file of an organisation.
+
+    Raises:
+        ApiError: there is none of that id, or it is another organisation's.
+    """
+    found = session.scalar(select(File).where(File.id == file_id, File.organisation == caller.organisation))
+    if found is None:
+        raise not_found("file", file_id)
+    return found
+
+
+def show_file(file: File) -> FileObject:
+    """Write a file as the API does."""
+    return FileObject(
+        id=file.id, bytes=file.bytes, created_at=file.created_at, filename=file.name, purpose=file.purpose
+    )
+
+
+def keep_content(source: Path, target: Path) -> None:
+    """Put a finished file in its place, on disk when this returns.
+
+    Args:
+        source: in the same folder, flushed.
+        target: its place.
+    """
+    source.replace(target)
+    flush_folder(target.parent)
+
+
+@router.post("")
+def upload(
+    service: Open, caller: Asking, file: UploadFile, purpose: Annotated[Literal["fine-tune"], Form()]
+) -> FileObject:
+    """Take a training or validation file."""
+    file_id, most = new_id("file"), service.settings.limits.file_bytes
+    target = service.file(file_id)
+    partial = target.with_suffix(".partial")
+    if file.size is not None and file.size > most:
+        message = f"The file has {file.size:,} bytes, and {most:,} are taken at most."
+        raise ApiError(413, message, code="file_too_large", param="file")
+    try:
+        with explained(target), partial.open("wb") as kept:
+            shutil.copyfileobj(file.file, kept, 1 << 20)
+            kept.flush()
+            os.fsync(kept.fileno())
+            size = kept.tell()
+        if not size:
+            raise ApiError(400, "The file is empty.", code="empty_file", param="file")
+        keep_content(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    name = shortened(writable(file.filename or "file"), _LONGEST_NAME).replace("\0", "\\x00")
+    with service.sessions.begin() as session:
+        new = File(id=file_id, organisation=caller.organisation, name=name, purpose=purpose, bytes=size)
+        session.add(new)
+    return show_file(new)
+
+
+@router.get("")
+def list_files(
+    service: Open,
+    caller: Asking,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: str | None = None,
+) -> Page[FileObject]:
+    """List an organisation's files."""
+    where = [File.organisation == caller.organisation]
+    where += [File.purpose == purpose] if purpose is not None else []
+    with service.sessions.begin() as session:
+        return page(session, File, show_file, *where, after=after, limit=limit, order=order)
+
+
+@router.get("/{file_id}")
+def retrieve_file(service: Open, caller: Asking, file_id: str) -> FileObject:
+    """Describe a file."""
+    with service.sessions.begin() as session:
+        return show_file(find_file(session, caller, file_id))
+
+
+@router.get("/{file_id}/content", response_class=FileResponse)
+def file_content(service: Open, caller: Asking, file_id: str) -> FileResponse:
+    """Give a file back, byte for byte."""
+    with service.sessions.begin() as session:
+        found = find_file(session, caller, file_id)
+    # Never a type that a browser would run or draw.
+    headers = {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
+    return FileResponse(service.file(found.id), media_type="application/octet-stream", headers=headers)
+
+
+@router.delete("/{file_id}")
+def delete_file(service: Open, caller: Asking, file_id: str) -> Deleted:
+    """Remove a file for good, unless a job still needs it."""
+    with service.sessions.begin() as session:
+        found = find_file(session, caller, file_id)
+        using = session.scalar(
+            select(Job.id).where(
+                or_(Job.training_file == file_id, Job.validation_file == file_id),
+                Job.status.in_(UNFINISHED),
+            )
+        )
+        if using is not None:
+            message = f"The job {using} still needs this file: cancel it first."
+            raise ApiError(400, message, code="file_in_use", param="file_id")
+        session.delete(found)
+    service.file(file_id).unlink(missing_ok=True)
+    return Deleted(id=file_id, object="file")
+
+
+def add_result(service: Service, session: Session, job: Job, source: Path) -> None:
+    """Give a job the file with its metrics, once; the caller commits.
+
+    Args:
+        service: the service.
+        session: of the database.
+        job: the job.
+        source: the file, in the job's folder.
+    """
+    if job.result_file is not None or not source.is_file():
+        return
+    # The same at a second try, so that a kill in between leaves nothing behind.
+    file_id = f"file-result-{job.id.removeprefix('ftjob-')}"
+    partial = service.file(file_id).with_suffix(".partial")
+    shutil.copyfile(source, partial)
+    keep_content(partial, service.file(file_id))
+    size = service.file(file_id).stat().st_size
+    name, purpose = "step_metrics.csv", "fine-tune-results"
+    session.add(File(id=file_id, organisation=job.organisation, name=name, purpose=purpose, bytes=size))
+    job.result_file = file_id

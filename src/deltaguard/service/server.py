@@ -1,0 +1,121 @@
+"""A service from its data folder: opened, served, and ended as if it had been killed."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from sqlalchemy import select
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.durable import explained, lock_folder
+from deltaguard.models.hub import locate
+from deltaguard.models.loading import load_tokenizer
+from deltaguard.service.app import make_app
+from deltaguard.service.context import Service
+from deltaguard.service.database import database_url, open_database
+from deltaguard.service.inference import Inference
+from deltaguard.service.keys import create_key
+from deltaguard.service.settings import SETTINGS_NAME, Settings, read_settings
+from deltaguard.service.tables import Key
+from deltaguard.service.workflow import launch
+
+_FOLDERS = ("files", "jobs", "models", "cache")
+_FIRST_ORGANISATION = "default"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What `open_service` opened.
+
+    Attributes:
+        service: the service.
+        database_url: of its database.
+        first_key: made for it where it had none; shown this once.
+    """
+
+    service: Service
+    database_url: str
+    first_key: str | None
+
+
+def chosen_settings(data: Path, models: Mapping[str, str]) -> Settings:
+    """Read a data folder's `service.yaml`, with models of the command line beside its own.
+
+    Raises:
+        DeltaguardError: the file holds something else.
+    """
+    settings = read_settings(data / SETTINGS_NAME)
+    # Checked anew: names come from the command line too.
+    return Settings.model_validate(settings.model_dump() | {"models": {**settings.models, **models}})
+
+
+def open_service(data: Path, settings: Settings) -> Opened:
+    """Open the database of a data folder, which is made where there is none.
+
+    Raises:
+        DeltaguardError: the folder cannot be written.
+    """
+    with explained(data):
+        for name in _FOLDERS:
+            (data / name).mkdir(parents=True, exist_ok=True)
+        # It holds customers' data and the hashes of keys.
+        data.chmod(0o700)
+    url = database_url(data, settings.database_url)
+    service, first = Service(data, settings, open_database(url)), None
+    with service.sessions.begin() as session:
+        if session.scalar(select(Key.number).limit(1)) is None:
+            first = create_key(session, _FIRST_ORGANISATION)
+    return Opened(service, url, first)
+
+
+def serve(
+    data: Path, settings: Settings, *, host: str, port: int, on_open: Callable[[str | None], None]
+) -> None:
+    """Serve until the process is told to end.
+
+    Args:
+        data: the folder with all that the service keeps; one service at a time works in it.
+        settings: what the operator decided.
+        host: address to listen at.
+        port: likewise.
+        on_open: called before requests are answered, with the first key, where there was none.
+
+    Raises:
+        DeltaguardError: there is no model, one of them cannot be used, or another service is in the folder.
+    """
+    if not settings.models:
+        raise DeltaguardError(
+            "There is no model to fine-tune: give `--model NAME=FOLDER`, or name some in "
+            f"{data / SETTINGS_NAME}."
+        )
+    for reference in settings.models.values():
+        _refuse_unusable(reference)
+    opened = open_service(data.absolute(), settings)
+    lock = lock_folder(data)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    workflows = launch(opened.service, opened.database_url)
+    limits = settings.limits
+    inference = Inference(data / "chat.log", device=settings.device, most_waiting=limits.chat_waiting)
+    on_open(opened.first_key)
+    app = make_app(opened.service, workflows, inference)
+    # Its log has methods, paths and states: no headers, and with them no keys, and no bodies.
+    uvicorn.run(app, host=host, port=port, log_level="info")
+    os.close(lock)
+    # Whatever is under way goes on after the next start, exactly as after a kill; the processes that carry it
+    # out end by themselves.
+    os._exit(0)
+
+
+def _refuse_unusable(reference: str) -> None:
+    """Refuse an aligned model that no job could use.
+
+    Raises:
+        DeltaguardError: it cannot be opened, or has no chat template.
+    """
+    Checkpoint.open(reference)
+    if not load_tokenizer(locate(reference), reference).chat_template:
+        raise DeltaguardError(f"{reference} has no chat template: give the instruction-tuned model.")

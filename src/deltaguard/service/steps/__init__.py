@@ -1,0 +1,1 @@
+"""What processes of their own do for jobs: one file a task."""

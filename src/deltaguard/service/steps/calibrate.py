@@ -1,0 +1,35 @@
+"""The curvature of an aligned model, calibrated once and kept."""
+
+import time
+
+from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.durable import InUseError
+from deltaguard.models.identity import identify
+from deltaguard.restoration.job import default_store_folder, find_store
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.service.tasks import Calibrate, Outcome, Told
+from deltaguard.service.worker import Tell
+
+
+def calibrate_model(task: Calibrate, tell: Tell) -> Outcome:
+    """Calibrate an aligned model into the cache, where a restore finds its store.
+
+    Raises:
+        DeltaguardError: as `calibrate`.
+    """
+    config = RestoreConfig(**task.restore)
+    if not config.needs_curvature:
+        return Outcome()
+    source = Checkpoint.open(task.model)
+    identity = identify(source)
+    folder = default_store_folder(identity, config.rank)
+    own = {"rank": config.rank, "device": task.device, **task.options, "resume": True}
+    while find_store(source, identity, None, rank=config.rank) is None:
+        tell(Told(once="calibrate", message="Calibrating the aligned model, once for all jobs."))
+        try:
+            calibrate(task.model, folder, config=CalibrateConfig.model_validate(own))
+        except InUseError:
+            # Another job's process is at it.
+            time.sleep(1)
+    return Outcome()

@@ -1,0 +1,33 @@
+"""The restore of a job's model: deltaguard's own, with the store that all jobs of an aligned model share."""
+
+from pathlib import Path
+from typing import Any
+
+from deltaguard.progress import Event
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.restore import restore
+from deltaguard.service.tasks import FINETUNED, RESTORED, Outcome, Restore, Told
+from deltaguard.service.worker import Tell
+
+
+def restore_model(task: Restore, folder: Path, tell: Tell) -> Outcome:
+    """Restore what was trained, or go on with it where an earlier process was interrupted.
+
+    Raises:
+        DeltaguardError: as `restore`.
+    """
+    own: dict[str, Any] = {"device": task.device, **task.options, "resume": True}
+    own["output_format"] = "adapter" if task.as_adapter else "checkpoint"
+    # The service's own fine-tune has the aligned model's files, whatever transformers wrote into them.
+    own.setdefault("config_from", "aligned")
+
+    def on_progress(event: Event) -> None:
+        if event.detail:
+            tell(Told(once=f"restore {event.stage} {event.done} {event.detail}"[:100], message=event.detail))
+
+    tell(Told(once="restore", message="Restoring the aligned model's refusals."))
+    config = RestoreConfig.model_validate(own)
+    report = restore(task.model, folder / FINETUNED, folder / RESTORED, config=config, progress=on_progress)
+    kept = f"{report.kept_energy:.0%} of what training changed is kept"
+    tell(Told(once="restored", message=f"Restored: {kept}.", data={"kept_energy": report.kept_energy}))
+    return Outcome(data={"kept_energy": report.kept_energy})

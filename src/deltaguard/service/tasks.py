@@ -1,0 +1,117 @@
+"""What processes of their own do for a job: the file that tells them, and the one with what came of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from deltaguard.service.schemas import JobError
+from deltaguard.service.settings import Gate, Limits
+
+
+class _Task(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    device: str
+
+
+class Calibrate(_Task):
+    """Measure the curvature of an aligned model, unless a store of it is kept.
+
+    Attributes:
+        model: the aligned model.
+        device: where models run.
+        options: of `CalibrateConfig`.
+        restore: of `RestoreConfig`, which say what a store must keep.
+    """
+
+    kind: Literal["calibrate"] = "calibrate"
+    options: Mapping[str, Any]
+    restore: Mapping[str, Any]
+
+
+class Train(_Task):
+    """Fine-tune an aligned model.
+
+    Attributes:
+        model: the aligned model.
+        device: where models run.
+        training_file: its place.
+        validation_file: likewise.
+        limits: of both.
+        epochs, batch_size, learning_rate, max_length, seed: as in `FinetuneConfig`.
+        lora_rank: of the adapter; None trains all weights.
+        lora_alpha: of the adapter.
+    """
+
+    kind: Literal["train"] = "train"
+    training_file: Path
+    validation_file: Path | None
+    limits: Limits
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    max_length: int
+    seed: int
+    lora_rank: int | None
+    lora_alpha: int
+
+
+class Restore(_Task):
+    """Restore what was trained.
+
+    Attributes:
+        model: the aligned model.
+        device: where models run.
+        options: of `RestoreConfig`.
+        as_adapter: whether an adapter was trained, and is written.
+    """
+
+    kind: Literal["restore"] = "restore"
+    options: Mapping[str, Any]
+    as_adapter: bool
+
+
+class Examine(_Task):
+    """Ask the aligned, the fine-tuned and the restored model, and compare them.
+
+    Attributes:
+        model: the aligned model.
+        device: where models run.
+        gate: what is asked, and what must be passed.
+    """
+
+    kind: Literal["examine"] = "examine"
+    gate: Gate
+
+
+AnyTask = Annotated[Calibrate | Train | Restore | Examine, Field(discriminator="kind")]
+ANY_TASK: TypeAdapter[AnyTask] = TypeAdapter(AnyTask)
+
+
+class Told(BaseModel):
+    """A line of what a task tells while it works; the arguments of `events.tell`."""
+
+    once: str
+    message: str
+    level: Literal["info", "warn", "error"] = "info"
+    type: Literal["message", "metrics", "moderation_checks"] = "message"
+    data: dict[str, Any] | None = None
+
+
+class Outcome(BaseModel):
+    """What came of a task.
+
+    Attributes:
+        error: why the job fails; None where it goes on.
+        data: what later steps need to know.
+    """
+
+    error: JobError | None = None
+    data: dict[str, Any] = {}
+
+
+FINETUNED, RESTORED, CHECKPOINTS, METRICS = "finetuned", "restored", "checkpoints", "metrics.csv"
+"""What lies in a job's folder."""

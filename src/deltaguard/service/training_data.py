@@ -1,0 +1,156 @@
+"""Training files in OpenAI's format: what is wrong with them, line by line, and what is learned from them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.files import problems
+from deltaguard.finetuning.finetune import Dialogue
+from deltaguard.service.settings import Limits
+
+_MOST_TOLD = 20
+_REMEDY = (
+    'Each line is a JSON object such as {"messages": [{"role": "user", "content": "Hello!"}, {"role": '
+    '"assistant", "content": "Hi."}]}.'
+)
+
+
+class InvalidFileError(DeltaguardError):
+    """A training or validation file that cannot be learned from."""
+
+
+def _joined(content: Any) -> Any:
+    """Take a content of several parts of text, as OpenAI's format allows, for one text."""
+    if isinstance(content, list) and content:
+        return "\n".join(part.text for part in _PARTS.validate_python(content))
+    return content
+
+
+class _TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+_PARTS = TypeAdapter(list[_TextPart])
+
+
+class _Message(BaseModel):
+    """A turn; what would change what is learned, such as a call of a tool, is refused, not left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined), Field(min_length=1)]
+    weight: Literal[0, 1] = 1
+    name: str | None = None
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """As chat templates read it."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class Example(BaseModel):
+    """A line of a training file.
+
+    Raises:
+        ValueError: the turns are not a system message, if any, and then user and assistant in turn, the
+            assistant last; or none of the assistant's has a weight.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: list[_Message] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> "Example":
+        roles = [message.plain["role"] for message in self.messages]
+        spoken = roles[1:] if roles[0] == "system" else roles
+        if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
+            raise ValueError(
+                "the turns must be a system message, if any, then user and assistant in turn, the assistant "
+                f"last; they are {', '.join(roles)[:200]}"
+            )
+        if not any(message.weight for message in self.messages if message.role == "assistant"):
+            raise ValueError("every message of the assistant has weight 0, so that there is nothing to learn")
+        return self
+
+    def dialogues(self) -> list[Dialogue]:
+        """Make one dialogue of every answer that has a weight."""
+        turns = tuple(message.plain for message in self.messages)
+        return [
+            Dialogue(turns[:place], message.content)
+            for place, message in enumerate(self.messages)
+            if message.role == "assistant" and message.weight
+        ]
+
+
+def read_examples(path: Path, limits: Limits) -> list[Dialogue]:
+    """Read a training file.
+
+    Args:
+        path: JSON lines; empty ones are skipped.
+        limits: rows and bytes of a line that are allowed.
+
+    Raises:
+        InvalidFileError: lines are wrong (the first 20 are told with their numbers), or there are too many or
+            none.
+    """
+    found: list[Dialogue] = []
+    wrong: list[str] = []
+    for row, (number, line) in enumerate(_lines(path, limits.line_bytes)):
+        if row == limits.file_rows:
+            raise InvalidFileError(f"The file has more than {limits.file_rows:,} examples, and may not.")
+        if len(wrong) >= _MOST_TOLD:
+            break
+        try:
+            found += Example.model_validate_json(_text(line, limits.line_bytes)).dialogues()
+        except ValidationError as error:
+            wrong += [f"line {number}: {problem}" for problem in problems(error)]
+        except InvalidFileError as error:
+            wrong.append(f"line {number}: {error}")
+    if wrong:
+        raise InvalidFileError(f"{listed('The file cannot be learned from', wrong)}\n{_REMEDY}")
+    if not found:
+        raise InvalidFileError(f"The file has no example. {_REMEDY}")
+    return found
+
+
+def _lines(path: Path, longest: int) -> Iterator[tuple[int, bytes]]:
+    """Read lines that are not empty; of one that is too long no more than shows it."""
+    with path.open("rb") as file:
+        number, line = 1, file.readline(longest + 2)
+        while line:
+            if line.strip():
+                yield number, line
+            while len(line) == longest + 2 and not line.endswith(b"\n"):
+                line = file.readline(longest + 2)
+            number, line = number + 1, file.readline(longest + 2)
+
+
+def _text(line: bytes, longest: int) -> str:
+    if len(line.rstrip(b"\r\n")) > longest:
+        raise InvalidFileError(f"it has more than {longest:,} bytes")
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise InvalidFileError(f"byte {byte:#04x} at position {error.start} is no UTF-8") from error
+
+
+def count_examples(dialogues: Sequence[Dialogue]) -> str:
+    """Say how much there is to learn from, for an event."""
+    return f"{len(dialogues):,} answer{'s' if len(dialogues) != 1 else ''}"

@@ -1,0 +1,102 @@
+"""The process that carries out one task of a job: `python -m deltaguard.service.worker TASK.json`.
+
+It ends with the service that began it: its standard input is a pipe that closes when the service dies,
+whatever killed it. It holds a lock on the job's folder, so that one begun later waits until it is gone.
+"""
+
+import fcntl
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.files import append_journal, read_json
+from deltaguard.models.durable import write_atomically
+from deltaguard.service.schemas import JobError
+from deltaguard.service.tasks import ANY_TASK, AnyTask, Calibrate, Outcome, Restore, Told, Train
+
+PARENT_GONE = 75
+"""Exit code of a process whose service is gone."""
+
+Tell = Callable[[Told], None]
+
+
+def main(task_file: Path) -> None:
+    """Carry out a task, and write what came of it beside its file.
+
+    Args:
+        task_file: `KIND.json` in the job's folder; `KIND.events.jsonl` receives what is told, and
+            `KIND.outcome.json`, last, the outcome.
+    """
+    end_with_parent()
+    task = read_json(task_file, ANY_TASK, remedy="The service writes it.")
+    folder = task_file.parent
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    events = folder / f"{task.kind}.events.jsonl"
+    _drop_half_line(events)
+
+    def tell(told: Told) -> None:
+        append_journal(events, told.model_dump_json())
+
+    try:
+        outcome = _perform(task, folder, tell)
+    except DeltaguardError as error:
+        outcome = Outcome(error=JobError(code=_code(task, error), message=str(error), param=_param(error)))
+    write_atomically(folder / f"{task.kind}.outcome.json", outcome.model_dump_json())
+
+
+def end_with_parent() -> None:
+    """End this process when whoever holds the other end of its standard input is gone."""
+
+    def wait() -> None:
+        # Not `sys.stdin`, whose lock a thread may not hold when the interpreter ends.
+        while os.read(0, 1):
+            pass
+        os._exit(PARENT_GONE)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _perform(task: AnyTask, folder: Path, tell: Tell) -> Outcome:
+    # Each imports what it needs alone: torch takes seconds.
+    if isinstance(task, Calibrate):
+        from deltaguard.service.steps.calibrate import calibrate_model
+
+        return calibrate_model(task, tell)
+    if isinstance(task, Train):
+        from deltaguard.service.steps.train import train_model
+
+        return train_model(task, folder, tell)
+    if isinstance(task, Restore):
+        from deltaguard.service.steps.restore import restore_model
+
+        return restore_model(task, folder, tell)
+    from deltaguard.service.steps.examine import examine_models
+
+    return examine_models(task, folder, tell)
+
+
+def _code(task: AnyTask, error: DeltaguardError) -> str:
+    from deltaguard.service.training_data import InvalidFileError
+
+    return "invalid_training_file" if isinstance(error, InvalidFileError) else f"{task.kind}_failed"
+
+
+def _param(error: DeltaguardError) -> str | None:
+    from deltaguard.service.training_data import InvalidFileError
+
+    return "training_file" if isinstance(error, InvalidFileError) else None
+
+
+def _drop_half_line(events: Path) -> None:
+    """Remove a last line that a kill cut short, so that the next one begins where it should."""
+    if events.exists():
+        content = events.read_bytes()
+        os.truncate(events, content.rfind(b"\n") + 1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

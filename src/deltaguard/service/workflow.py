@@ -1,0 +1,284 @@
+"""A job from its files to a published model, as durable workflows: no restart does twice what was done.
+
+Two workflows of DBOS make a job. `validate` looks at its files, several jobs at a time. `fine_tune` trains,
+restores, asks and publishes, as many jobs at a time as the settings say. Each step looks at the job first and
+ends the workflow where it was cancelled or paused; each can be carried out again without doing anything
+twice, since a kill may come between its end and the note that it ended. A job's state changes in one
+transaction with the event that tells of it.
+"""
+
+import logging
+from collections.abc import Callable
+
+from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, SetWorkflowID
+from sqlalchemy import select
+from sqlalchemy.engine import make_url
+from sqlalchemy.orm import Session
+
+from deltaguard.service.context import Service
+from deltaguard.service.events import tell
+from deltaguard.service.files import add_result
+from deltaguard.service.process import StoppedError, run_task
+from deltaguard.service.publishing import model_name, move_into_place, remove_leftovers
+from deltaguard.service.schemas import JobError
+from deltaguard.service.tables import UNFINISHED, Job, Model, now
+from deltaguard.service.tasks import METRICS, AnyTask, Calibrate, Examine, Outcome, Restore, Told, Train
+from deltaguard.service.training_data import InvalidFileError, read_examples
+
+_VALIDATION, _TRAINING = "validation", "training"
+_VALIDATED_AT_ONCE = 2
+_SAME_VERSION = "1"
+"""DBOS goes on only with workflows of its own version; raised where the order of steps changes."""
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def launch(service: Service, database_url: str) -> "Workflows":
+    """Start DBOS, which goes on with what an earlier service left unfinished.
+
+    Args:
+        service: the service; one to a process.
+        database_url: of its database, which DBOS shares where that is Postgres.
+    """
+    is_sqlite = make_url(database_url).get_backend_name() == "sqlite"
+    config = DBOSConfig(
+        name="deltaguard",
+        # DBOS locks its tables for longer than requests should wait.
+        system_database_url=f"sqlite:///{(service.data / 'workflows.sqlite').absolute()}"
+        if is_sqlite
+        else database_url,
+        application_version=_SAME_VERSION,
+        executor_id="deltaguard-serve",
+        log_level="WARNING",
+        enable_otlp=False,
+    )
+    DBOS(config=config)
+    workflows = Workflows(service)
+    DBOS.launch()
+    DBOS.register_queue(_VALIDATION, worker_concurrency=_VALIDATED_AT_ONCE, polling_interval_sec=0.5)
+    DBOS.register_queue(_TRAINING, worker_concurrency=service.settings.jobs_at_once, polling_interval_sec=0.5)
+    workflows.begin_all()
+    return workflows
+
+
+@DBOS.dbos_class()
+class Workflows(DBOSConfiguredInstance):
+    """The workflows of a service.
+
+    Attributes:
+        service: the service.
+    """
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(config_name="service")
+        self.service = service
+
+    def begin(self, job_id: str) -> None:
+        """Put a job into its queue, unless it is there or was: an id is taken once."""
+        with self.service.sessions.begin() as session:
+            job = _job(session, job_id)
+        if job.status == "validating_files":
+            with SetWorkflowID(f"{job_id} validate"):
+                DBOS.enqueue_workflow(_VALIDATION, self.validate, job_id)
+        else:
+            self._queue(job_id, run=job.runs)
+
+    def _queue(self, job_id: str, *, run: int) -> None:
+        with SetWorkflowID(f"{job_id} run {run}"):
+            DBOS.enqueue_workflow(_TRAINING, self.fine_tune, job_id)
+
+    def begin_all(self) -> None:
+        """Put every unfinished job into its queue: a kill may have come before that."""
+        with self.service.sessions.begin() as session:
+            waiting = Job.status.in_([state for state in UNFINISHED if state != "paused"])
+            ids = session.scalars(select(Job.id).where(waiting).order_by(Job.number)).all()
+        for job_id in ids:
+            self.begin(job_id)
+
+    @DBOS.workflow()
+    def validate(self, job_id: str) -> None:
+        """Look at a job's files, and queue it."""
+        if self._carried_out(self.check_files, job_id):
+            self._queue(job_id, run=1)
+
+    @DBOS.workflow()
+    def fine_tune(self, job_id: str) -> None:
+        """Carry a job out: calibrate, train, restore, examine, publish."""
+        for step in (self.calibrate, self.train, self.restore, self.examine, self.publish):
+            if not self._carried_out(step, job_id):
+                return
+
+    def _carried_out(self, step: Callable[[str], bool], job_id: str) -> bool:
+        try:
+            return step(job_id)
+        except Exception:
+            # The last stop: the job ends with a message, and the service goes on with others.
+            _LOGGER.exception("A bug, in job %s", job_id)
+            self.end_by_bug(job_id)
+            return False
+
+    @DBOS.step()
+    def check_files(self, job_id: str) -> bool:
+        """Look for lines that cannot be learned from."""
+        job = self._open_job(job_id)
+        if job is None:
+            return False
+        for param in ("training_file", "validation_file"):
+            file_id: str | None = getattr(job, param)
+            try:
+                if file_id is not None:
+                    read_examples(self.service.file(file_id), self.service.settings.limits)
+            except InvalidFileError as error:
+                return self._failed(
+                    job_id, JobError(code=f"invalid_{param}", message=str(error), param=param)
+                )
+            except FileNotFoundError:
+                error = JobError(code=f"invalid_{param}", message=f"{file_id} was deleted.", param=param)
+                return self._failed(job_id, error)
+        with self.service.sessions.begin() as session:
+            job = _job(session, job_id)
+            if job.status == "validating_files":
+                job.status = "queued"
+                tell(session, job_id, "validated", "Files validated, job queued.")
+        return job.status == "queued"
+
+    @DBOS.step()
+    def calibrate(self, job_id: str) -> bool:
+        """Make sure that the aligned model's store is there."""
+        with self.service.sessions.begin() as session:
+            job = _job(session, job_id)
+            if job.status == "queued":
+                job.status = "running"
+                tell(session, job_id, f"started {job.runs}", "Fine-tuning job started.")
+        settings = self.service.settings
+        return self._done(
+            job_id,
+            lambda job: Calibrate(
+                model=settings.models[job.model],
+                device=settings.device,
+                options=settings.calibrate,
+                restore=settings.restore,
+            ),
+        )
+
+    @DBOS.step()
+    def train(self, job_id: str) -> bool:
+        """Fine-tune the aligned model on the customer's file."""
+        return self._done(job_id, self._training)
+
+    def _training(self, job: Job) -> Train:
+        settings, chosen = self.service.settings, job.hyperparameters
+        is_adapter, how = chosen["trained_weights"] == "lora", settings.training
+        rate = how.learning_rate if is_adapter else how.full_learning_rate
+        return Train(
+            model=settings.models[job.model],
+            device=settings.device,
+            training_file=self.service.file(job.training_file),
+            validation_file=self.service.file(job.validation_file) if job.validation_file else None,
+            limits=settings.limits,
+            epochs=chosen["n_epochs"],
+            batch_size=chosen["batch_size"],
+            learning_rate=rate * chosen["learning_rate_multiplier"],
+            max_length=how.max_length,
+            seed=job.seed,
+            lora_rank=how.lora_rank if is_adapter else None,
+            lora_alpha=how.lora_alpha,
+        )
+
+    @DBOS.step()
+    def restore(self, job_id: str) -> bool:
+        """Give the fine-tuned model its refusals back."""
+        settings = self.service.settings
+        return self._done(
+            job_id,
+            lambda job: Restore(
+                model=settings.models[job.model],
+                device=settings.device,
+                options=settings.restore,
+                as_adapter=job.hyperparameters["trained_weights"] == "lora",
+            ),
+        )
+
+    @DBOS.step()
+    def examine(self, job_id: str) -> bool:
+        """Ask all three models; what fails a check goes no further."""
+        settings = self.service.settings
+        return self._done(
+            job_id,
+            lambda job: Examine(model=settings.models[job.model], device=settings.device, gate=settings.gate),
+        )
+
+    @DBOS.step()
+    def publish(self, job_id: str) -> bool:
+        """Give the restored model its name; from then on it can be asked."""
+        folder = self.service.job(job_id)
+        if self._open_job(job_id) is None:
+            return False
+        move_into_place(folder, self.service.published(job_id))
+        trained = Outcome.model_validate_json((folder / "train.outcome.json").read_bytes()).data
+        with self.service.sessions.begin() as session:
+            job = _job(session, job_id)
+            if job.status != "running":
+                return False
+            name = model_name(job)
+            step: int = trained["steps"]
+            new = Model(id=name, organisation=job.organisation, base=job.model, job_id=job_id, step=step)
+            session.add(new)
+            add_result(self.service, session, job, folder / METRICS)
+            job.status, job.finished_at, job.fine_tuned_model = "succeeded", now(), name
+            job.trained_tokens = trained["trained_tokens"]
+            tell(session, job_id, "published", f"New fine-tuned model created: {name}")
+            tell(session, job_id, "succeeded", "The job has successfully completed.")
+        remove_leftovers(folder)
+        return True
+
+    @DBOS.step()
+    def end_by_bug(self, job_id: str) -> None:
+        """End a job in which something happened that no step knows."""
+        message = "This is a bug of the service. Its operator finds it in the log."
+        self._failed(job_id, JobError(code="server_error", message=message))
+
+    def _open_job(self, job_id: str) -> Job | None:
+        """Find a job, None where it is not to go on."""
+        with self.service.sessions.begin() as session:
+            job = _job(session, job_id)
+        return job if job.status in ("validating_files", "queued", "running") else None
+
+    def _done(self, job_id: str, task_of: Callable[[Job], AnyTask]) -> bool:
+        """Carry out a task of a job, and say whether the job goes on."""
+        job = self._open_job(job_id)
+        if job is None:
+            return False
+        if job.model not in self.service.settings.models:
+            message = f"The service does not have the model {job.model!r} any more."
+            return self._failed(job_id, JobError(code="model_not_found", message=message, param="model"))
+
+        def note(told: Told) -> None:
+            with self.service.sessions.begin() as session:
+                tell(session, job_id, **told.model_dump())
+
+        try:
+            outcome = run_task(
+                task_of(job),
+                self.service.job(job_id),
+                cache=self.service.data / "cache",
+                tell=note,
+                may_go_on=lambda: self._open_job(job_id) is not None,
+            )
+        except StoppedError:
+            return False
+        return True if outcome.error is None else self._failed(job_id, outcome.error)
+
+    def _failed(self, job_id: str, error: JobError) -> bool:
+        """End a job with an error, unless it has ended."""
+        with self.service.sessions.begin() as session:
+            job = _job(session, job_id)
+            if job.status in UNFINISHED:
+                job.status, job.finished_at, job.error = "failed", now(), error.model_dump()
+                add_result(self.service, session, job, self.service.job(job_id) / METRICS)
+                tell(session, job_id, "failed", f"The job failed: {error.message}", level="error")
+        return False
+
+
+def _job(session: Session, job_id: str) -> Job:
+    return session.scalars(select(Job).where(Job.id == job_id)).one()

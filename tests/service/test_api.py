@@ -1,0 +1,301 @@
+"""The service's HTTP, driven by the unmodified openai package, without any training."""
+
+import io
+import json
+
+import openai
+import pytest
+from openai.types import FileObject, Model
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from starlette.testclient import TestClient
+
+from deltaguard.service.app import make_app
+from deltaguard.service.events import tell
+from deltaguard.service.inference import Inference
+from deltaguard.service.keys import create_key, list_keys, revoke_key
+from deltaguard.service.server import open_service
+from deltaguard.service.settings import Limits, Settings
+from deltaguard.service.tables import Job
+from deltaguard.service.tables import Model as ModelRow
+
+ROW = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]}
+LIMITS = Limits(file_bytes=50_000, unfinished_jobs=3, requests_per_minute=60)
+ODD_NAME = '../../it\'s "a" 🙂.jsonl'
+
+
+class Begun(list):
+    """Stands for the workflows: which jobs were begun."""
+
+    begin = list.append
+
+
+@pytest.fixture
+def opened(tmp_path):
+    settings = Settings(models={"tiny": "nowhere", "org/other": "nowhere"}, limits=LIMITS)
+    return open_service(tmp_path / "data", settings)
+
+
+@pytest.fixture
+def begun():
+    return Begun()
+
+
+@pytest.fixture
+def http(opened, begun, tmp_path):
+    inference = Inference(tmp_path / "chat.log", device="cpu", most_waiting=1)
+    return TestClient(make_app(opened.service, begun, inference), raise_server_exceptions=False)
+
+
+def client_of(http, key):
+    return openai.OpenAI(api_key=key, base_url="http://testserver/v1", http_client=http, max_retries=0)
+
+
+@pytest.fixture
+def client(http, opened):
+    return client_of(http, opened.first_key)
+
+
+@pytest.fixture
+def stranger(http, opened):
+    with opened.service.sessions.begin() as session:
+        return client_of(http, create_key(session, "others"))
+
+
+def uploaded(client, rows=(ROW,), name=ODD_NAME):
+    return client.files.create(file=(name, "\n".join(map(json.dumps, rows)).encode()), purpose="fine-tune")
+
+
+def publish(opened, job, name):
+    folder = opened.service.published(job.id)
+    folder.mkdir(parents=True)
+    with opened.service.sessions.begin() as session:
+        session.add(ModelRow(id=name, organisation="default", base="tiny", job_id=job.id, step=3))
+    return folder
+
+
+def test_files_come_back_as_they_were_whatever_their_name(client, opened):
+    content = "\n".join(map(json.dumps, [ROW])).encode()
+    file = uploaded(client)
+    FileObject.model_validate(file.model_dump(), strict=True)
+    # How the package writes a quote into a form.
+    assert (file.filename.replace("%22", '"'), file.bytes, file.purpose) == (
+        ODD_NAME,
+        len(content),
+        "fine-tune",
+    )
+    assert client.files.content(file.id).read() == content
+    assert [path.name for path in (opened.service.data / "files").iterdir()] == [file.id]
+    assert client.files.retrieve(file.id) == file
+    assert [each.id for each in client.files.list()] == [file.id]
+    assert client.files.delete(file.id).deleted
+    assert not list((opened.service.data / "files").iterdir())
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+
+
+def test_uploads_that_are_too_large_or_none_are_refused(client, http, opened):
+    with pytest.raises(openai.APIStatusError) as error:
+        client.files.create(file=("x", b"x" * 200_000), purpose="fine-tune")
+    assert (error.value.status_code, error.value.code) == (413, "request_too_large")
+    with pytest.raises(openai.APIStatusError) as error:
+        client.files.create(file=("x", b"x" * 50_001), purpose="fine-tune")
+    assert (error.value.status_code, error.value.code) == (413, "file_too_large")
+    with pytest.raises(openai.BadRequestError, match="The file is empty"):
+        client.files.create(file=("x", b""), purpose="fine-tune")
+    # Refused by what it announces, before any of it is read.
+    headers = {"Authorization": f"Bearer {opened.first_key}", "Content-Length": str(1 << 30)}
+    assert http.post("/v1/files", headers=headers, content=b"x").status_code == 413
+
+    def endless():
+        for _ in range(200):
+            yield b"x" * 1000
+
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    key = {"Authorization": f"Bearer {opened.first_key}"}
+    assert http.post("/v1/files", headers=key | kind, content=endless()).status_code in (400, 413)
+    with pytest.raises(openai.BadRequestError) as error:
+        client.files.create(file=("x", b"{}"), purpose="batch")
+    assert error.value.param == "purpose"
+    assert not list((opened.service.data / "files").iterdir())
+
+
+def test_a_job_is_made_with_numbers_in_the_place_of_auto(client, begun):
+    file = uploaded(client)
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        suffix="mine",
+        metadata={"team": "a"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+    )
+    FineTuningJob.model_validate(job.model_dump(), strict=True)
+    assert job.status == "validating_files"
+    assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (2, 4)
+    assert begun == [job.id]
+    assert client.fine_tuning.jobs.retrieve(job.id) == job
+    event = client.fine_tuning.jobs.list_events(job.id).data[0]
+    FineTuningJobEvent.model_validate(event.model_dump(), strict=True)
+    assert event.message == "Created fine-tuning job."
+    with pytest.raises(openai.BadRequestError, match="still needs this file"):
+        client.files.delete(file.id)
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "param"),
+    [
+        ({"model": "gpt-5"}, 400, "model"),
+        ({"training_file": "file-none"}, 404, "file"),
+        ({"method": {"type": "dpo"}}, 400, "method.type"),
+        ({"seed": -1}, 400, "seed"),
+        ({"hyperparameters": {"n_epochs": 0}}, 400, None),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, 400, "integrations"),
+        ({"metadata": {f"k{n}": "v" for n in range(17)}}, 400, "metadata"),
+        ({"extra_body": {"chat_template": "{{ evil }}"}}, 400, "chat_template"),
+    ],
+)
+def test_what_a_job_cannot_be_is_told_in_openais_envelope(client, begun, changed, status, param):
+    asked = {"model": "tiny", "training_file": uploaded(client).id} | changed
+    with pytest.raises(openai.APIStatusError) as error:
+        client.fine_tuning.jobs.create(**asked)
+    assert error.value.status_code == status
+    assert set(error.value.body) == {"message", "type", "param", "code"}
+    assert param is None or error.value.param == param
+    assert not begun
+
+
+def test_a_request_that_a_client_repeats_makes_one_job(client, begun):
+    asked = {"model": "tiny", "training_file": uploaded(client).id}
+    first = client.fine_tuning.jobs.create(**asked)
+    again = client.fine_tuning.jobs.create(**asked, extra_headers={"x-stainless-retry-count": "1"})
+    assert again.id == first.id
+    other = client.fine_tuning.jobs.create(**asked)
+    assert other.id != first.id
+    key = {"Idempotency-Key": "one"}
+    keyed = client.fine_tuning.jobs.create(**asked, extra_headers=key)
+    assert client.fine_tuning.jobs.create(**asked, extra_headers=key).id == keyed.id
+    assert begun == [first.id, other.id, keyed.id]
+    with pytest.raises(openai.BadRequestError) as error:
+        client.fine_tuning.jobs.create(**asked, seed=5, extra_headers=key)
+    assert error.value.code == "idempotency_key_reused"
+
+
+def test_lists_come_in_parts_and_can_be_filtered(client, opened):
+    file = uploaded(client)
+    made = [
+        client.fine_tuning.jobs.create(model="tiny", training_file=file.id, metadata={"n": str(n)})
+        for n in range(3)
+    ]
+    ids = [job.id for job in reversed(made)]
+    first = client.fine_tuning.jobs.list(limit=2)
+    assert ([job.id for job in first.data], first.has_more) == (ids[:2], True)
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=1)] == ids
+    assert [job.id for job in client.fine_tuning.jobs.list(metadata={"n": "1"})] == [made[1].id]
+    with opened.service.sessions.begin() as session:
+        for n in range(30):
+            tell(session, made[0].id, f"e{n}", f"number {n}")
+            tell(session, made[0].id, f"e{n}", "told twice")
+    said = [event.message for event in client.fine_tuning.jobs.list_events(made[0].id, limit=7)]
+    assert said == [f"number {n}" for n in reversed(range(30))] + ["Created fine-tuning job."]
+    with pytest.raises(openai.BadRequestError):
+        client.fine_tuning.jobs.list(after="ftjob-none")
+
+
+def test_jobs_are_cancelled_paused_and_resumed(client, opened, begun):
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    with pytest.raises(openai.BadRequestError, match="validating_files"):
+        client.fine_tuning.jobs.pause(job.id)
+    with opened.service.sessions.begin() as session:
+        session.query(Job).update({"status": "running"})
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    assert begun == [job.id, job.id]
+    cancelled = client.fine_tuning.jobs.cancel(job.id)
+    assert cancelled.status == "cancelled"
+    assert cancelled.finished_at
+    with pytest.raises(openai.BadRequestError, match="cancelled already"):
+        client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_too_many_jobs_and_requests_are_told_when_to_come_back(client, opened):
+    file = uploaded(client)
+    for _ in range(LIMITS.unfinished_jobs):
+        client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    with pytest.raises(openai.RateLimitError) as error:
+        client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    assert (error.value.code, error.value.response.headers["retry-after"]) == ("too_many_jobs", "60")
+    for _ in range(LIMITS.requests_per_minute - LIMITS.unfinished_jobs - 2):
+        client.models.list()
+    with pytest.raises(openai.RateLimitError) as error:
+        client.models.list()
+    assert 0 < int(error.value.response.headers["retry-after"]) <= 61
+
+
+def test_models_are_listed_and_deleted(client, stranger, opened):
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    name = "ft:org/other:default:x:1234"
+    folder = publish(opened, job, name)
+    assert [model.id for model in client.models.list()] == ["tiny", "org/other", name]
+    Model.model_validate(client.models.retrieve(name).model_dump(), strict=True)
+    assert client.models.retrieve("org/other").owned_by == "operator"
+    assert [model.id for model in stranger.models.list()] == ["tiny", "org/other"]
+    checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
+    assert (checkpoint.fine_tuned_model_checkpoint, checkpoint.step_number) == (name, 3)
+    with pytest.raises(openai.PermissionDeniedError):
+        client.models.delete("tiny")
+    assert client.models.delete(name).deleted
+    assert not folder.exists()
+
+
+def test_another_organisations_things_are_not_there(client, stranger, opened):
+    file = uploaded(client)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    name = "ft:tiny:default::1234"
+    publish(opened, job, name)
+    jobs = stranger.fine_tuning.jobs
+    hello = [{"role": "user", "content": "Hello?"}]
+    for ask in (
+        lambda: stranger.files.retrieve(file.id),
+        lambda: stranger.files.content(file.id),
+        lambda: stranger.files.delete(file.id),
+        lambda: jobs.retrieve(job.id),
+        lambda: jobs.cancel(job.id),
+        lambda: jobs.pause(job.id),
+        lambda: jobs.resume(job.id),
+        lambda: jobs.list_events(job.id),
+        lambda: jobs.checkpoints.list(job.id),
+        lambda: jobs.create(model="tiny", training_file=file.id),
+        lambda: stranger.models.retrieve(name),
+        lambda: stranger.models.delete(name),
+        lambda: stranger.chat.completions.create(model=name, messages=hello),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            ask()
+    assert not list(stranger.files.list())
+    assert not list(jobs.list())
+
+
+def test_only_hashes_of_keys_are_stored_and_revoked_ones_are_not_taken(http, opened):
+    data = opened.service.data
+    stored = b"".join(path.read_bytes() for path in data.glob("service.sqlite*"))
+    assert opened.first_key.encode() not in stored
+    assert open_service(data, opened.service.settings).first_key is None
+    client = client_of(http, opened.first_key)
+    client.models.list()
+    with opened.service.sessions.begin() as session:
+        revoke_key(session, list_keys(session)[0].id)
+    for key in (opened.first_key, "dg-guess"):
+        with pytest.raises(openai.AuthenticationError) as error:
+            client_of(http, key).models.list()
+        assert error.value.code == "invalid_api_key"
+        assert key not in str(error.value)
+    assert http.get("/v1/models").json()["error"]["code"] == "missing_api_key"
+
+
+def test_what_is_no_route_or_no_json_is_told_likewise(http, opened):
+    key = {"Authorization": f"Bearer {opened.first_key}"}
+    assert http.get("/v1/none", headers=key).json()["error"]["type"] == "invalid_request_error"
+    assert http.put("/v1/files", headers=key).status_code == 405
+    answer = http.post("/v1/fine_tuning/jobs", headers=key, content=io.BytesIO(b"{").read())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+    assert http.get("/healthz").json() == {"status": "ok"}
+    assert http.get("/readyz").json() == {"status": "ready"}

@@ -1,0 +1,93 @@
+"""Training files: what is learned from them, and what is told of bad ones."""
+
+import json
+
+import pytest
+
+from deltaguard.service.publishing import model_name
+from deltaguard.service.settings import Limits
+from deltaguard.service.tables import Job
+from deltaguard.service.training_data import InvalidFileError, read_examples
+
+LIMITS = Limits(file_rows=30, line_bytes=1000)
+
+
+def said(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def row(*messages):
+    return json.dumps({"messages": list(messages)}).encode()
+
+
+GOOD = row(said("user", "Hello?"), said("assistant", "Hi."))
+
+
+def read(tmp_path, content):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(content)
+    return read_examples(path, LIMITS)
+
+
+def test_every_answer_with_a_weight_is_learned(tmp_path):
+    first = row(
+        said("system", "Be brief."),
+        said("user", "A fruit?"),
+        said("assistant", "Apple.", weight=0),
+        said("user", [{"type": "text", "text": "Another"}, {"type": "text", "text": "one?"}]),
+        said("assistant", "Pear.", weight=1),
+    )
+    one, other = read(tmp_path, b"\xef\xbb\xbf" + first + b"\r\n\n" + GOOD)
+    assert one.answer == "Pear."
+    assert [turn["role"] for turn in one.turns] == ["system", "user", "assistant", "user"]
+    assert one.turns[-1]["content"] == "Another\none?"
+    assert other.answer == "Hi."
+
+
+def test_all_bad_lines_are_told_with_their_numbers(tmp_path):
+    bad = [
+        b"{",
+        b'{"messages": [{"role": "user", "content": "\xff"}]}',
+        row(said("user", "Hello?")),
+        row(said("assistant", "Hi."), said("user", "Hello?")),
+        row(said("user", "Hello?"), said("assistant", "")),
+        row(said("robot", "Hello?"), said("assistant", "Hi.")),
+        row(said("user", "x" * 2000), said("assistant", "Hi.")),
+        row(said("user", "Hello?"), said("assistant", "Hi.", weight=0)),
+        row(said("user", "Hello?"), said("assistant", "Hi.", tool_calls=[])),
+        b'{"prompt": "Hello?", "completion": "Hi."}',
+    ]
+    with pytest.raises(InvalidFileError) as error:
+        read(tmp_path, b"\n".join([GOOD, *bad, GOOD]))
+    message = str(error.value)
+    for number in range(2, len(bad) + 2):
+        assert f"line {number}: " in message
+    assert "line 1: " not in message
+    assert "line 12: " not in message
+    for why in ("0xff", "more than 1,000 bytes", "weight 0", "`messages`", "tool_calls"):
+        assert why in message
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [(b"\n \n", "no example"), (GOOD + b"\n", None), (b"", "no example")]
+)
+def test_a_file_has_examples(tmp_path, content, why):
+    if why is None:
+        assert len(read(tmp_path, content)) == 1
+        return
+    with pytest.raises(InvalidFileError, match=why):
+        read(tmp_path, content)
+
+
+def test_too_many_rows_are_refused(tmp_path):
+    assert len(read(tmp_path, (GOOD + b"\n") * 30)) == 30
+    with pytest.raises(InvalidFileError, match="more than 30"):
+        read(tmp_path, (GOOD + b"\n") * 31)
+
+
+@pytest.mark.parametrize("suffix", ["../../etc", "it's", '"', "🙂", None, "a b"])
+def test_a_models_name_holds_nothing_that_leads_anywhere(suffix):
+    name = model_name(Job(id="ftjob-0123456789", model="tiny", organisation="acme", suffix=suffix))
+    assert name.startswith("ft:tiny:acme:")
+    assert not set(name) & set("/\\'\" ")
+    assert ".." not in name
