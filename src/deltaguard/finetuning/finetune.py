@@ -289,7 +289,7 @@ class _CompletionLoss:
         model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,  # noqa: FBT002  # trl's
-        **_: Any,
+        num_items_in_batch: Any = None,  # noqa: ARG002  # trl's
     ) -> Any:
         """See the class; `inputs` holds `input_ids`, `attention_mask` and `labels`, each (batch, tokens)."""
         labels = inputs["labels"][:, 1:]

@@ -1,7 +1,7 @@
 """A restore at the end of training with trl, or with any other trainer of transformers.
 
-A callback's `on_train_end` comes before `save_model`: at that moment the output folder holds no model, or that
-of an earlier run. What is here saves the model itself, into a folder of its own, before it restores.
+A callback's `on_train_end` comes before `save_model`: the output folder then holds no model, or that of an
+earlier run. What is here saves the model itself, into a folder of its own, before it restores.
 """
 
 from pathlib import Path

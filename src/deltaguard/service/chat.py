@@ -124,7 +124,7 @@ def create_chat(service: Open, caller: Asking, request: Request, asked: CreateCh
     )
     # Nothing is sent before the first piece, so that what goes wrong until then has its own status.
     first = next(found)
-    head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": asked.model}
+    head: dict[str, Any] = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": asked.model}
     pieces = chain([first], found)
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -163,7 +163,7 @@ def _stream(head: dict[str, Any], pieces: Iterator[Piece | Ended], *, usage: boo
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {JSONResponse(content).body.decode()}\n\n"
+    return f"data: {bytes(JSONResponse(content).body).decode()}\n\n"
 
 
 def _usage(ended: Ended) -> Usage:
