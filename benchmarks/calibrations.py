@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard.chat.conversations import Conversation, build_conversations
 from deltaguard.chat.tokens import Batch, batches, encode
-from deltaguard.curvature.calibrate import STORE_SHARE, CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.contents import Extent, share_within
 from deltaguard.curvature.groups import Observed, observe
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.responses import respond
+from deltaguard.curvature.sizes import STORE_SHARE
 from deltaguard.curvature.sums import LayerGroup, Moment, RunningMoment, normalise
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.progress import Event

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.layout import BLOCKS, MATRICES, SHARED_INPUTS, model_bytes
 from deltaguard.curvature import Rank
-from deltaguard.curvature.calibrate import STORE_SHARE
 from deltaguard.curvature.contents import GroupCurvature, group_curvature, share_within, stored_bytes
+from deltaguard.curvature.sizes import STORE_SHARE
 from deltaguard.curvature.store_format import Provenance, versions, write_store
 from deltaguard.curvature.sums import LayerGroup, LinearLayer, Moment, RunningMoment, Sums
 from deltaguard.models.checkpoint import Checkpoint

