@@ -195,6 +195,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "evaluation-table": ("evaluation.json", evaluation_table),
     "asking-table": ("asking.json", asking_table),
     "attacks-table": ("attacks.json", attacks_table),
+    "attacks-hidden-table": ("attacks-hidden.json", attacks_table),
     "refine-table": ("refine.json", refine_table),
     "bench-table": ("bench.json", bench_table),
     "dial-table": ("dial.json", bench_table),
