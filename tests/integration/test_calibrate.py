@@ -126,7 +126,7 @@ def prompts(rows):
 def with_seed(config, rows, wanted):
     """The configuration with a seed by which what is held out is as wanted."""
     configs = (config.model_copy(update={"seed": seed}) for seed in range(99))
-    return next(each for each in configs if wanted(calibrate_module._asked(rows, each)[1]))
+    return next(each for each in configs if wanted(asked_for(rows, each)[1]))
 
 
 @pytest.fixture
