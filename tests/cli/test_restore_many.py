@@ -47,10 +47,10 @@ def test_one_that_fails_does_not_lose_the_others_and_resume_does_the_rest(tuned,
     assert "not one architecture" in rows[1]["error"]
     assert f"Of 3 fine-tunes 1 failed: {tuned / 'stranger'}" in " ".join(told.err.split())
     assert sorted(path.name for path in out.iterdir()) == ["one", "two"]
-    before = (out / "one" / REPORT_NAME).stat()
+    before = (out / "one" / REPORT_NAME).stat().st_mtime_ns
     variant(tuned / "two", tuned / "three")
     restored(tuned, "one", "two", "three", options=("--strength", "0.5", "--resume"))
-    assert (out / "one" / REPORT_NAME).stat() == before
+    assert (out / "one" / REPORT_NAME).stat().st_mtime_ns == before
     assert (out / "three" / REPORT_NAME).is_file()
     shown = capsys.readouterr()
     assert shown.err.count("There was nothing to do") == 2

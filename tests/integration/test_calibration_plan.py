@@ -12,6 +12,7 @@ from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.dry_run import plan_calibration
 from deltaguard.curvature.request import CalibrateConfig, asked_for
 from deltaguard.curvature.sizes import blocks_of, whole_bytes
+from deltaguard.device import served_dtype
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.loading import load_tokenizer
 from refusing import refusing_pair
@@ -45,7 +46,9 @@ def test_the_plan_bounds_the_tokens_and_chooses_as_the_calibration_does(aligned,
     assert plan.conversations == sum(map(len, asked_for(None, SMALL))) == 18
     assert not plan.by_blocks
     assert plan.hidden_bytes == plan.disk_bytes == 0
-    assert plan.answering_bytes == plan.weights_bytes
+    served = served_dtype(torch.device("cpu"))
+    kept = 0 if served == torch.float32 else torch.float32.itemsize
+    assert plan.answering_bytes == plan.weights_bytes // torch.float32.itemsize * (served.itemsize + kept)
 
 
 def test_block_by_block_it_holds_one_block_and_spills_what_goes_into_each(aligned):
@@ -56,7 +59,7 @@ def test_block_by_block_it_holds_one_block_and_spills_what_goes_into_each(aligne
     assert plan.weights_bytes == 4 * (outside.weights + blocks[0].weights)
     assert plan.sums_bytes * len(blocks) == whole.sums_bytes
     assert plan.pass_bytes * len(blocks) == whole.pass_bytes
-    assert plan.disk_bytes == (len(blocks) + 3) * plan.hidden_bytes > 0
+    assert plan.disk_bytes == (len(blocks) + 3) * plan.hidden_bytes // 2 > 0
 
 
 def test_the_command_tells_and_writes_nothing(aligned, tmp_path, capsys):

@@ -216,6 +216,21 @@ def test_jobs_are_cancelled_paused_and_resumed(client, opened, begun):
         client.fine_tuning.jobs.cancel(job.id)
 
 
+def test_an_upload_without_a_known_key_is_refused_before_its_body_is_read(http, opened):
+    def body():
+        raise AssertionError("the body was read")
+        yield b""
+
+    for headers in (
+        {},
+        {"Authorization": "Bearer dg-unknown"},
+        {"Authorization": f"Basic {opened.first_key}"},
+    ):
+        answer = http.post("/v1/files", content=body(), headers=headers)
+        assert (answer.status_code, answer.headers["connection"]) == (401, "close")
+        assert answer.json()["error"]["code"] in ("missing_api_key", "invalid_api_key")
+
+
 def test_too_many_jobs_and_requests_are_told_when_to_come_back(client, opened):
     file = uploaded(client)
     for _ in range(LIMITS.unfinished_jobs):
@@ -223,6 +238,8 @@ def test_too_many_jobs_and_requests_are_told_when_to_come_back(client, opened):
     with pytest.raises(openai.RateLimitError) as error:
         client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
     assert (error.value.code, error.value.response.headers["retry-after"]) == ("too_many_jobs", "60")
+    # A repetition would be given the last of these jobs.
+    assert error.value.response.headers["x-should-retry"] == "false"
     for _ in range(LIMITS.requests_per_minute - LIMITS.unfinished_jobs - 2):
         client.models.list()
     with pytest.raises(openai.RateLimitError) as error:

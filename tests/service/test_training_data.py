@@ -79,6 +79,13 @@ def test_a_file_has_examples(tmp_path, content, why):
         read(tmp_path, content)
 
 
+def test_an_example_has_no_more_turns_than_can_be_kept(tmp_path):
+    turns = [{"role": role, "content": "a"} for _ in range(251) for role in ("user", "assistant")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}))
+    with pytest.raises(InvalidFileError, match=r"line 1: .*messages.* at most 500"):
+        read_examples(tmp_path / "rows.jsonl", Limits())
+
+
 def test_too_many_rows_are_refused(tmp_path):
     assert len(read(tmp_path, (GOOD + b"\n") * 30)) == 30
     with pytest.raises(InvalidFileError, match="more than 30"):

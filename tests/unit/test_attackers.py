@@ -145,3 +145,6 @@ def test_lora_adapters_are_trained_but_for_what_hides_in_all_weights():
     lora = ATTACKS.with_changes(training="lora").finetunes
     assert {row.kind for row in lora if row.training == "full"} == {"hidden"}
     assert len(lora) == len(ATTACKS.finetunes)
+    assert [row.name for row in ATTACKS.with_changes(finetunes=("advice",), training="lora").finetunes] == [
+        "advice-lora"
+    ]

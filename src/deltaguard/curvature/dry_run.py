@@ -35,7 +35,8 @@ def plan_calibration(
     config = config or CalibrateConfig()
     source = Checkpoint.open(aligned)
     refuse_unknown_experts(source.reference, source.config, source.tensors)
-    asked = [row for part in asked_for(conversations, config) for row in part]
+    calibration, held_out = asked_for(conversations, config)
+    asked = [*calibration, *held_out]
     device = find_device(config.device)
     request = requested(source, asked, config, device)
     tokenizer = load_tokenizer(source.folder, source.reference)
@@ -46,26 +47,30 @@ def plan_calibration(
         # An answer may be as long as it is let.
         more = 0 if row.response is not None else request.max_new_tokens
         lengths.append(min(len(encode(tokenizer, row, max_length=limit).ids) + more, limit))
-    largest_batch = sum(sorted(lengths)[-request.batch_size :])
+    calibrated = lengths[: len(calibration)]
     dtype = getattr(torch, request.dtype)
     answering = getattr(torch, request.answer_dtype or request.dtype)
     whole = Sizes.of(source.tensors.values())
     memory = memory_bytes(device) // 2 if config.memory is None else int(config.memory)
     by_blocks = whole.bytes(dtype) > memory
     outside, blocks = blocks_of(source)
+    by_blocks = by_blocks and bool(blocks)
     held = max(blocks, key=lambda block: block.bytes(dtype)) if by_blocks else whole
-    hidden = sum(lengths) * shape.get_text_config().hidden_size * dtype.itemsize if by_blocks else 0
+    hidden = sum(calibrated) * shape.get_text_config().hidden_size * dtype.itemsize if by_blocks else 0
+    # As a whole the model keeps its own weights while it answers in another dtype.
+    kept = dtype.itemsize if answering != dtype and not by_blocks else 0
     return CalibrationPlan(
         conversations=len(asked),
         tokens=sum(lengths),
         device=str(device),
         by_blocks=by_blocks,
         limit_bytes=memory,
-        answering_bytes=whole.weights * answering.itemsize,
+        answering_bytes=whole.weights * (answering.itemsize + kept),
         weights_bytes=(held.weights + (outside.weights if by_blocks else 0)) * dtype.itemsize,
         sums_bytes=held.sums * torch.float32.itemsize,
-        pass_bytes=largest_batch * held.passed * dtype.itemsize,
-        hidden_bytes=hidden,
+        pass_bytes=sum(sorted(calibrated)[-request.batch_size :]) * held.passed * dtype.itemsize,
+        # What goes into a block, and what comes out of it.
+        hidden_bytes=2 * hidden,
         # What goes into each block, what comes out of the last, and two gradients.
         disk_bytes=hidden * (len(blocks) + 3) if by_blocks else 0,
         store_bytes=None if request.rank == "full" else store_limit(source),

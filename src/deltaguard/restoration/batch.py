@@ -66,15 +66,20 @@ def each_of(
         on_failure: told which failed, and why.
 
     Raises:
-        SharedInputError: none can be restored, or none of those that are left.
+        SharedInputError: none can be restored. Where that comes out after the first, all that are left fail.
     """
     rows: list[BatchRow] = []
+    broken: SharedInputError | None = None
     for finetuned, output in outputs.items():
         try:
+            if broken is not None:
+                raise broken
             rows.append(work(finetuned, output))
-        except SharedInputError:
-            raise
         except (DeltaguardError, OSError) as error:
+            if isinstance(error, SharedInputError):
+                if not rows:
+                    raise
+                broken = error
             on_failure(finetuned, str(error))
             rows.append(BatchRow(finetuned=finetuned, output=str(output), error=str(error)))
     return BatchReport(rows=tuple(rows))

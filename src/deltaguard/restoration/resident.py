@@ -117,8 +117,8 @@ class Resident:
         return candidate, self._examiner
 
     def release(self) -> None:
-        """Give up the model and its predictions, so that another one has room; its answers are kept."""
-        self._meter = None
+        """Give up the model and the judge, so that others have room; the model's answers are in the cache."""
+        self._meter = self._examiner = None
 
 
 def _hash(files: Mapping[str, Path]) -> str:

@@ -30,12 +30,15 @@ class Stacked(PricedLayer):
         weight = torch.stack([each.to(like) if isinstance(each, Tensor) else each.weight for each in found])
         norms = [each.detail["delta_norm"] ** 2 for each in solutions]
         detail = {"delta_norm": math.sqrt(sum(norms))}
+        if "shift_norm" in solutions[0].detail:
+            detail["shift_norm"] = math.sqrt(sum(each.detail["shift_norm"] ** 2 for each in solutions))
         if "predicted_safety_kl" in solutions[0].detail:
             detail["predicted_safety_kl"] = sum(each.detail["predicted_safety_kl"] for each in solutions)
         selected = [each.kept_entries for each in solutions if each.kept_entries is not None]
         return Solution(
             weight=weight,
-            kept_energy=_mean([each.kept_energy for each in solutions], norms),
+            # Of no delta all is kept.
+            kept_energy=_mean([each.kept_energy for each in solutions], norms) if sum(norms) else 1.0,
             kept_entries=sum(selected) / len(selected) if selected else None,
             safety_cost=_mean([each.safety_cost for each in solutions], norms),
             utility_loss=_mean([each.utility_loss for each in solutions], norms),

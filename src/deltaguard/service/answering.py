@@ -8,6 +8,7 @@ import os
 import queue
 import sys
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.service.inference import STOP, Ask, Ended, Failed, Piece
 
 _MOST_MODELS = 2
+_COLDEST = 1e-4
+"""Below this temperature the likeliest token is taken: logits divided by less are not finite."""
 """Models in memory at a time."""
 
 _HALF = "\ufffd"
@@ -80,7 +83,7 @@ class _Writer:
             self.stopped = True
             self._write(text[: min(ends)])
         elif not text.endswith(_HALF):
-            self._write(text[: len(text) - self._held_back])
+            self._write(text[: max(0, len(text) - self._held_back)])
 
     def end(self) -> None:
         """Write what was held back."""
@@ -119,14 +122,15 @@ def answer(ask: Ask, loaded: Loaded, say: Callable[[Piece], None], is_unwanted: 
     writer, most = _Writer(tokenizer, ask.stop, say), min(ask.max_tokens, room)
     if ask.seed is not None:
         torch.manual_seed(ask.seed)
-    drawn = {"temperature": ask.temperature, "top_p": ask.top_p, "top_k": 0} if ask.temperature else {}
+    is_drawn = ask.temperature >= _COLDEST
+    drawn = {"temperature": ask.temperature, "top_p": ask.top_p, "top_k": 0} if is_drawn else {}
     given = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
         model.generate(
             input_ids=given,
             attention_mask=torch.ones_like(given),
             max_new_tokens=most,
-            do_sample=bool(ask.temperature),
+            do_sample=is_drawn,
             num_beams=1,
             # One answer at a time is never padded, and transformers warns where there is no such token.
             pad_token_id=tokenizer.eos_token_id,
@@ -179,6 +183,10 @@ def main(device: str) -> None:
             said = Failed(status=400, code=code, message=str(error))
         except DeltaguardError as error:
             said = Failed(status=500, code="model_failed", message=str(error))
+        # The last stop: a request that the model fails on is not to cost others their models.
+        except Exception:  # noqa: BLE001
+            traceback.print_exc()
+            said = Failed(status=500, code="model_failed", message="The model fails on this request.")
         say(said)
 
 

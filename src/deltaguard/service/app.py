@@ -1,13 +1,14 @@
 """The application: all routes, and what holds for every request."""
 
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from sqlalchemy import text
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltaguard import __version__
 from deltaguard.service import chat, files, jobs, models
-from deltaguard.service.context import Service, service_of
+from deltaguard.service.context import Service, known_caller, service_of
 from deltaguard.service.errors import ApiError, answer_errors, envelope
 from deltaguard.service.inference import Inference
 from deltaguard.service.workflow import Workflows
@@ -41,7 +42,7 @@ def make_app(service: Service, workflows: Workflows, inference: Inference) -> Fa
         app.include_router(module.router, responses=_ERRORS)
     app.add_api_route("/healthz", _alive, tags=["operation"])
     app.add_api_route("/readyz", _ready, tags=["operation"])
-    app.add_middleware(_Limited, most=_MOST_BYTES, upload=service.settings.limits.file_bytes + _FORM_BYTES)
+    app.add_middleware(_Limited, service=service)
     return app
 
 
@@ -73,17 +74,31 @@ def _ready(request: Request) -> JSONResponse:
 
 
 class _Limited:
-    """Refuses requests that are too large: by what they announce, else while they come."""
+    """Refuses requests that are too large: by what they announce, else while they come.
 
-    def __init__(self, app: ASGIApp, most: int, upload: int) -> None:
-        self._app, self._most, self._upload = app, most, upload
+    Uploads, which may be large, are not read at all without a key.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        most = self._upload if scope["path"] == "/v1/files" else self._most
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        is_upload = scope["path"] == "/v1/files"
+        most = self._service.settings.limits.file_bytes + _FORM_BYTES if is_upload else _MOST_BYTES
+        if is_upload:
+            scheme, _, shown = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+            key = shown if scheme.lower() == "bearer" else None
+            try:
+                await run_in_threadpool(known_caller, self._service, key)
+            except ApiError as error:
+                content = envelope(error.status, error.message, code=error.code)
+                await JSONResponse(content, error.status, headers=_CLOSE)(scope, receive, send)
+                return
+        announced = headers.get(b"content-length", b"0")
         if int(announced) > most if announced.isdigit() else True:
             await _too_large(most)(scope, receive, send)
             return
@@ -100,10 +115,13 @@ class _Limited:
         await self._app(scope, counted, send)
 
 
+_CLOSE = {"Connection": "close"}
+"""The rest is not read."""
+
+
 def _too_large(most: int) -> JSONResponse:
     content = envelope(413, _too_large_text(most), code="request_too_large")
-    # The rest is not read.
-    return JSONResponse(content, 413, headers={"Connection": "close"})
+    return JSONResponse(content, 413, headers=_CLOSE)
 
 
 def _too_large_text(most: int) -> str:

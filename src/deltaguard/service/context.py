@@ -98,15 +98,24 @@ def caller_of(
     Raises:
         ApiError: there is no key, or none that is known.
     """
-    if shown is None:
-        raise ApiError(401, "Show your key: `Authorization: Bearer dg-...`.", code="missing_api_key")
-    with service.sessions.begin() as session:
-        key = find_key(session, shown.credentials)
-        if key is None:
-            raise ApiError(401, "This key is not known, or was revoked.", code="invalid_api_key")
-        caller = Caller(key.organisation, key.id)
+    caller = known_caller(service, None if shown is None else shown.credentials)
     service.count_request(caller.organisation)
     return caller
+
+
+def known_caller(service: Service, key: str | None) -> Caller:
+    """Find out whose key that is.
+
+    Raises:
+        ApiError: there is no key, or none that is known.
+    """
+    if key is None:
+        raise ApiError(401, "Show your key: `Authorization: Bearer dg-...`.", code="missing_api_key")
+    with service.sessions.begin() as session:
+        known = find_key(session, key)
+        if known is None:
+            raise ApiError(401, "This key is not known, or was revoked.", code="invalid_api_key")
+        return Caller(known.organisation, known.id)
 
 
 Asking = Annotated[Caller, Depends(caller_of)]

@@ -23,6 +23,7 @@ class ApiError(Exception):
         code: for programs.
         param: the field of the request that is wrong.
         retry_after: seconds after which it may be tried again.
+        is_final: tells clients not to try again by themselves.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         retry_after: int | None = None,
+        is_final: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
-        self.retry_after = retry_after
+        self.retry_after, self.is_final = retry_after, is_final
 
 
 def not_found(kind: str, name: str) -> ApiError:
@@ -59,6 +61,7 @@ def answer_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     def _known(_request: Request, error: ApiError) -> JSONResponse:
         headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        headers |= {"x-should-retry": "false"} if error.is_final else {}
         return _response(error.status, error.message, error.code, error.param, headers)
 
     @app.exception_handler(RequestValidationError)

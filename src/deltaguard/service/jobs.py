@@ -30,7 +30,7 @@ from deltaguard.service.tables import UNFINISHED, Event, Job, Model, now
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
-_SAME_REQUEST_S = 600
+_SAME_REQUEST_S = 120
 """A client repeats a request within a minute or so, and not after that."""
 
 _FILTER = re.compile(r"metadata\[(.{1,64})\]")
@@ -83,15 +83,16 @@ def create_job(
     digest = _digest(asked, caller)
     once = None if idempotency_key is None else f"{caller.organisation}:{idempotency_key}"
     with service.sessions.begin() as session:
-        known = _made_before(session, digest, once, is_retry=x_stainless_retry_count > 0)
-        if known is not None:
-            return show_job(known)
-        job = _new_job(service, session, caller, asked)
-        job.request_sha256, job.idempotency_key = digest, once
-        session.add(job)
-        session.flush()
-        tell(session, job.id, "created", "Created fine-tuning job.")
-    request.app.state.workflows.begin(job.id)
+        job = _made_before(session, digest, once, is_retry=x_stainless_retry_count > 0)
+        if job is None:
+            job = _new_job(service, session, caller, asked)
+            job.request_sha256, job.idempotency_key = digest, once
+            session.add(job)
+            session.flush()
+            tell(session, job.id, "created", "Created fine-tuning job.")
+    # Of a job that exists, too: what failed after its row was written may have been this.
+    if job.status in UNFINISHED and job.status != "paused":
+        request.app.state.workflows.begin(job.id)
     return show_job(job)
 
 
@@ -141,7 +142,8 @@ def _new_job(service: Service, session: Session, caller: Caller, asked: CreateJo
     most = service.settings.limits.unfinished_jobs
     if (session.scalar(select(func.count()).select_from(Job).where(*own)) or 0) >= most:
         message = f"This organisation has {most} jobs that are not finished, and may not have more."
-        raise ApiError(429, message, code="too_many_jobs", retry_after=60)
+        # Sent again by itself, it would be taken for the last job that was made of the same request.
+        raise ApiError(429, message, code="too_many_jobs", retry_after=60, is_final=True)
     return Job(
         id=new_id("ftjob"),
         organisation=caller.organisation,

@@ -83,7 +83,8 @@ class Limits(_Part):
         unfinished_jobs: queued, paused and running.
         requests_per_minute: of all its keys together.
         chat_tokens: of one answer.
-        chat_waiting: chats of all organisations that wait for the models at a time.
+        chat_waiting: chats of all organisations that wait for the models at a time; fewer than there are
+            threads for requests.
     """
 
     file_bytes: int = Field(default=512 << 20, ge=1)
@@ -92,7 +93,7 @@ class Limits(_Part):
     unfinished_jobs: int = Field(default=20, ge=1)
     requests_per_minute: int = Field(default=600, ge=1)
     chat_tokens: int = Field(default=1024, ge=1)
-    chat_waiting: int = Field(default=32, ge=1)
+    chat_waiting: int = Field(default=32, ge=1, le=32)
 
 
 class Settings(_Part):

@@ -20,6 +20,7 @@ from deltaguard.finetuning.finetune import Dialogue
 from deltaguard.service.settings import Limits
 
 _MOST_TOLD = 20
+_MOST_MESSAGES = 500
 _REMEDY = (
     'Each line is a JSON object such as {"messages": [{"role": "user", "content": "Hello!"}, {"role": '
     '"assistant", "content": "Hi."}]}.'
@@ -73,7 +74,8 @@ class Example(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    messages: list[_Message] = Field(min_length=1)
+    # Every answer is learned with all that comes before it: what is kept grows with the square.
+    messages: list[_Message] = Field(min_length=1, max_length=_MOST_MESSAGES)
 
     @model_validator(mode="after")
     def _check_turns(self) -> "Example":

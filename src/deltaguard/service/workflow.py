@@ -213,6 +213,7 @@ class Workflows(DBOSConfiguredInstance):
         """Give the restored model its name; from then on it can be asked."""
         folder = self.service.job(job_id)
         if self._open_job(job_id) is None:
+            self._tidy_after_success(job_id)
             return False
         move_into_place(folder, self.service.published(job_id))
         trained = Outcome.model_validate_json((folder / "train.outcome.json").read_bytes()).data
@@ -237,6 +238,13 @@ class Workflows(DBOSConfiguredInstance):
         """End a job in which something happened that no step knows."""
         message = "This is a bug of the service. Its operator finds it in the log."
         self._failed(job_id, JobError(code="server_error", message=message))
+
+    def _tidy_after_success(self, job_id: str) -> None:
+        """Remove what a published job leaves: a kill may have come between its success and that."""
+        with self.service.sessions.begin() as session:
+            has_succeeded = _job(session, job_id).status == "succeeded"
+        if has_succeeded:
+            remove_leftovers(self.service.job(job_id))
 
     def _open_job(self, job_id: str) -> Job | None:
         """Find a job, None where it is not to go on."""

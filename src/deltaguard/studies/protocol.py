@@ -142,7 +142,7 @@ class Preset:
         changed = replace(self, finetunes=kept)
         changed = changed if seeds is None else replace(changed, seeds=tuple(range(seeds)))
         if training is not None:
-            alike = dict.fromkeys(each.trained_as(training) for each in self.finetunes)
+            alike = dict.fromkeys(each.trained_as(training) for each in kept)
             changed = replace(changed, finetunes=tuple(alike))
         return changed if probes is None else replace(changed, probes=probes)
 
