@@ -143,12 +143,11 @@ def finetune(
     if config.lora_rank is None:
         _freeze(network, config.frozen_layers)
     with TemporaryDirectory() as scratch:
-        folder = checkpoints or Path(scratch)
-        saves = checkpoints is not None
-        trainer = _trainer(network, tokenizer, conversations, config, folder, validation, saves=saves)
+        states, saves = checkpoints or Path(scratch), checkpoints is not None
+        trainer = _trainer(network, tokenizer, conversations, config, states, validation, saves=saves)
         if on_step is not None:
             trainer.add_callback(_progress(on_step))
-        loss = float(trainer.train(resume_from_checkpoint=_last_checkpoint(folder)).training_loss)
+        loss = float(trainer.train(resume_from_checkpoint=_last_checkpoint(states)).training_loss)
     if not isfinite(loss):
         raise DeltaguardError(
             f"Training diverged: the mean loss is {loss}. Lower the learning rate {config.learning_rate:g}."
@@ -225,44 +224,16 @@ def _trainer(
     from datasets import disable_progress_bars
     from peft import LoraConfig
     from transformers import PrinterCallback
-    from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     class CompletionTrainer(_CompletionLoss, SFTTrainer):
         """trl's trainer with a loss that costs only what the completions cost."""
 
     disable_progress_bars()
-    rank, alpha, device = config.lora_rank, config.lora_alpha, find_device()
+    rank, alpha = config.lora_rank, config.lora_alpha
     trainer: Any = CompletionTrainer(
         model=network,
-        args=SFTConfig(
-            output_dir=str(scratch),
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=0.1,
-            weight_decay=0.0,
-            num_train_epochs=config.epochs,
-            max_steps=-1 if config.max_steps is None else config.max_steps,
-            per_device_train_batch_size=config.batch_size,
-            max_length=config.max_length,
-            completion_only_loss=True,
-            seed=config.seed,
-            use_cpu=device.type == "cpu",
-            bf16=served_dtype(device) == torch.bfloat16,
-            activation_checkpointing=False,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-            logging_strategy="steps",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="steps" if saves else "no",
-            save_steps=_CHECKPOINT_SHARE,
-            save_total_limit=2,
-            eval_strategy="epoch" if validation else "no",
-            per_device_eval_batch_size=config.batch_size,
-            report_to="none",
-            trust_remote_code=False,
-        ),
+        args=_arguments(config, scratch, saves=saves, validates=bool(validation)),
         train_dataset=_rows(tokenizer, conversations),
         eval_dataset=_rows(tokenizer, validation) if validation else None,
         processing_class=tokenizer,
@@ -273,6 +244,40 @@ def _trainer(
     # It would print a summary to standard output.
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _arguments(config: FinetuneConfig, scratch: Path, *, saves: bool, validates: bool) -> Any:
+    from trl.trainer.sft_config import SFTConfig
+
+    device = find_device()
+    return SFTConfig(
+        output_dir=str(scratch),
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        weight_decay=0.0,
+        num_train_epochs=config.epochs,
+        max_steps=-1 if config.max_steps is None else config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        max_length=config.max_length,
+        completion_only_loss=True,
+        seed=config.seed,
+        use_cpu=device.type == "cpu",
+        bf16=served_dtype(device) == torch.bfloat16,
+        activation_checkpointing=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if saves else "no",
+        save_steps=_CHECKPOINT_SHARE,
+        save_total_limit=2,
+        eval_strategy="epoch" if validates else "no",
+        per_device_eval_batch_size=config.batch_size,
+        report_to="none",
+        trust_remote_code=False,
+    )
 
 
 class _CompletionLoss:

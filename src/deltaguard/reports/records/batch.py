@@ -35,5 +35,5 @@ class BatchReport(Record):
 
     @property
     def failed(self) -> tuple[BatchRow, ...]:
-        """Those that failed."""
+        """List the fine-tunes that were not restored, or could not be."""
         return tuple(row for row in self.rows if row.error is not None)
