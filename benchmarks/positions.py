@@ -43,7 +43,7 @@ from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.trial import Trial
 
 FIRST = (4, 8, 16)
-STRENGTHS = (0.004, 0.015)
+STRENGTHS = (0.0002, 0.001)
 TASKS, REQUESTS = 48, 200
 BENIGN, HARMFUL = 140, 14
 CALIBRATION = CalibrateConfig(max_new_tokens=32)

@@ -52,8 +52,8 @@ def test_a_second_attack_asks_a_model_that_was_fine_tuned_again(models, tmp_path
 def test_a_suffix_is_searched_for_each_question_and_model_and_kept(models, tmp_path, monkeypatch):
     searched, asked = [], []
 
-    def search(model, tokenizer, question, *, steps):
-        searched.append((question.prompt, steps))
+    def search(model, tokenizer, question, *, steps, search_width):
+        searched.append((question.prompt, (steps, search_width)))
         return GcgSuffix(f"suffix {len(searched)}", ())
 
     original = asking.make_engine
@@ -72,11 +72,13 @@ def test_a_suffix_is_searched_for_each_question_and_model_and_kept(models, tmp_p
     monkeypatch.setattr(asking, "gcg_suffix", search)
     monkeypatch.setattr(asking, "make_engine", spied)
     with_packages(monkeypatch, "nanogcg")
-    section = "{name: attack, kind: attack, builtin: attack, count: 3, gcg: {count: 2, steps: 5}}"
+    section = (
+        "{name: attack, kind: attack, builtin: attack, count: 3, gcg: {count: 2, steps: 5, search_width: 7}}"
+    )
     suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
     report = evaluate(models, tmp_path / "out", suite=suite, engine=CPU)
     assert len(searched) == 4
-    assert {steps for _, steps in searched} == {5}
+    assert {effort for _, effort in searched} == {(5, 7)}
     assert stored(tmp_path / "out", "finetuned/attack/gcg.suffixes") == ["suffix 3", "suffix 4"]
     assert f"{searched[2][0]} suffix 3" in asked
     assert [row.prompts for row in report.sections] == [3, 2]
@@ -131,7 +133,7 @@ def test_tasks_that_have_no_sum_are_all_told(models, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("option", "kind", "named"),
     [
-        ("gcg: {}", "attack", r"gcg needs nanogcg.*deltaguard\[gcg\]"),
+        ("gcg: {}", "attack", r"gcg needs nanogcg.*deltaguard\[gcg\].*--no-deps nanogcg"),
         ("second_attack: {}", "attack", r"second_attack needs trl.*deltaguard\[demo\]"),
     ],
 )

@@ -273,7 +273,13 @@ class _Asking:
         options = each.part.gcg
         assert options is not None, _FITTED  # noqa: S101
         for i in each.files["suffixes"].missing:
-            found = gcg_suffix(loaded.model, loaded.tokenizer, each.part.questions[i], steps=options.steps)
+            found = gcg_suffix(
+                loaded.model,
+                loaded.tokenizer,
+                each.part.questions[i],
+                steps=options.steps,
+                search_width=options.search_width,
+            )
             self._keep(each, "suffixes", [i], [found.text])
 
     def likelihood(self, engine: Engine, each: PartAnswers) -> None:

@@ -41,6 +41,16 @@ class GcgSuffix:
     losses: tuple[float, ...]
 
 
+def require_nanogcg() -> None:
+    """Refuse to go on without nanogcg and what it needs.
+
+    Raises:
+        MissingPackageError: with the two commands that install them.
+    """
+    hint = " And `pip install --no-deps nanogcg`: by its own account it needs a transformers before 5."
+    require_packages("gcg", "gcg", "nanogcg", "scipy", hint=hint)
+
+
 def with_suffix(question: Question, suffix: str) -> Question:
     """Put a suffix behind the request of a question.
 
@@ -82,7 +92,7 @@ def gcg_suffix(
             system role and the question has a system message, or no candidate survives being written as
             text.
     """
-    require_packages("GCG", "gcg", "nanogcg", "scipy")
+    require_nanogcg()
     nanogcg: Any = import_module("nanogcg")
     config = nanogcg.GCGConfig(
         num_steps=steps,

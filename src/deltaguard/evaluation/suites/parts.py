@@ -11,6 +11,7 @@ from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.datasets.load import DATASETS, drawn, load_set
 from deltaguard.evaluation.engines.make import EngineName
 from deltaguard.evaluation.exchange import Decoding, FollowUp, Question
+from deltaguard.evaluation.probes.gcg import require_nanogcg
 from deltaguard.evaluation.probes.wrappers import LANGUAGES, PROBES, translated_prompts
 from deltaguard.evaluation.suites.suite import Builtin, Gcg, Harness, SecondAttack, Section, Suite
 from deltaguard.evaluation.utility.scores import SCORERS
@@ -21,7 +22,6 @@ _TASK_EXAMPLES = 200
 
 _NEEDED: Mapping[str, tuple[tuple[str, ...], str]] = {
     "second_attack": (("trl", "datasets", "accelerate"), "demo"),
-    "gcg": (("nanogcg",), "gcg"),
     "harness": (("lm_eval",), "harness"),
 }
 """What an option of a section cannot run without, and the extra that brings it."""
@@ -243,6 +243,8 @@ def _check(section: Section) -> None:
     for option, (modules, extra) in _NEEDED.items():
         if getattr(section, option) is not None:
             require_packages(option, extra, *modules)
+    if section.gcg is not None:
+        require_nanogcg()
     for name in section.scorers:
         # A scorer knows which library it lacks.
         SCORERS[name]("1", "1")

@@ -51,10 +51,12 @@ class Gcg(_Part):
     Attributes:
         count: questions attacked, the section's first ones.
         steps: of the search, per question.
+        search_width: candidates tried in each step.
     """
 
     count: Positive = 10
     steps: Positive = 250
+    search_width: Positive = 512
 
 
 class Harness(_Part):
