@@ -5,72 +5,14 @@ import json
 
 import openai
 import pytest
+from clients import LIMITS, ODD_NAME, ROW, client_of, publish, uploaded
 from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
-from starlette.testclient import TestClient
 
-from deltaguard.service.app import make_app
 from deltaguard.service.events import tell
-from deltaguard.service.inference import Inference
-from deltaguard.service.keys import create_key, list_keys, revoke_key
+from deltaguard.service.keys import list_keys, revoke_key
 from deltaguard.service.server import open_service
-from deltaguard.service.settings import Limits, Settings
 from deltaguard.service.tables import Job
-from deltaguard.service.tables import Model as ModelRow
-
-ROW = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]}
-LIMITS = Limits(file_bytes=50_000, unfinished_jobs=3, requests_per_minute=60)
-ODD_NAME = '../../it\'s "a" 🙂.jsonl'
-
-
-class Begun(list):
-    """Stands for the workflows: which jobs were begun."""
-
-    begin = list.append
-
-
-@pytest.fixture
-def opened(tmp_path):
-    settings = Settings(models={"tiny": "nowhere", "org/other": "nowhere"}, limits=LIMITS)
-    return open_service(tmp_path / "data", settings)
-
-
-@pytest.fixture
-def begun():
-    return Begun()
-
-
-@pytest.fixture
-def http(opened, begun, tmp_path):
-    inference = Inference(tmp_path / "chat.log", device="cpu", most_waiting=1)
-    return TestClient(make_app(opened.service, begun, inference), raise_server_exceptions=False)
-
-
-def client_of(http, key):
-    return openai.OpenAI(api_key=key, base_url="http://testserver/v1", http_client=http, max_retries=0)
-
-
-@pytest.fixture
-def client(http, opened):
-    return client_of(http, opened.first_key)
-
-
-@pytest.fixture
-def stranger(http, opened):
-    with opened.service.sessions.begin() as session:
-        return client_of(http, create_key(session, "others"))
-
-
-def uploaded(client, rows=(ROW,), name=ODD_NAME):
-    return client.files.create(file=(name, "\n".join(map(json.dumps, rows)).encode()), purpose="fine-tune")
-
-
-def publish(opened, job, name):
-    folder = opened.service.published(job.id)
-    folder.mkdir(parents=True)
-    with opened.service.sessions.begin() as session:
-        session.add(ModelRow(id=name, organisation="default", base="tiny", job_id=job.id, step=3))
-    return folder
 
 
 def test_files_come_back_as_they_were_whatever_their_name(client, opened):

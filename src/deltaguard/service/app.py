@@ -7,7 +7,7 @@ from sqlalchemy import text
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltaguard import __version__
-from deltaguard.service import chat, files, jobs, models
+from deltaguard.service import chat, files, jobs, models, reviewing
 from deltaguard.service.context import Service, known_caller, service_of
 from deltaguard.service.errors import ApiError, answer_errors, envelope
 from deltaguard.service.inference import Inference
@@ -38,7 +38,7 @@ def make_app(service: Service, workflows: Workflows, inference: Inference) -> Fa
     )
     app.state.service, app.state.workflows, app.state.inference = service, workflows, inference
     answer_errors(app)
-    for module in (files, jobs, models, chat):
+    for module in (files, jobs, models, chat, reviewing):
         app.include_router(module.router, responses=_ERRORS)
     app.add_api_route("/healthz", _alive, tags=["operation"])
     app.add_api_route("/readyz", _ready, tags=["operation"])

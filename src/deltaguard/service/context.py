@@ -75,10 +75,12 @@ class Caller:
     Attributes:
         organisation: whose files, jobs and models there are for them.
         key_id: of the key they showed.
+        is_operator: whether they run the service.
     """
 
     organisation: str
     key_id: str
+    is_operator: bool = False
 
 
 def service_of(request: Request) -> Service:
@@ -115,7 +117,22 @@ def known_caller(service: Service, key: str | None) -> Caller:
         known = find_key(session, key)
         if known is None:
             raise ApiError(401, "This key is not known, or was revoked.", code="invalid_api_key")
-        return Caller(known.organisation, known.id)
+        return Caller(known.organisation, known.id, is_operator=known.is_operator)
 
 
 Asking = Annotated[Caller, Depends(caller_of)]
+
+
+def operator_of(caller: Asking) -> Caller:
+    """Find out which operator is asking.
+
+    Raises:
+        ApiError: it is a customer.
+    """
+    if not caller.is_operator:
+        message = "This takes an operator's key: `deltaguard keys create NAME --operator`."
+        raise ApiError(403, message, code="not_an_operator")
+    return caller
+
+
+Operating = Annotated[Caller, Depends(operator_of)]

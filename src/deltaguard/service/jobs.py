@@ -36,13 +36,20 @@ _SAME_REQUEST_S = 120
 _FILTER = re.compile(r"metadata\[(.{1,64})\]")
 
 
-def find_job(session: Session, caller: Caller, job_id: str) -> Job:
+def find_job(session: Session, caller: Caller, job_id: str, *, to_change: bool = False) -> Job:
     """Find a job of an organisation.
+
+    Args:
+        session: of the database.
+        caller: who is asking.
+        job_id: of the job.
+        to_change: whether others wait with changes of it until the session commits.
 
     Raises:
         ApiError: there is none of that id, or it is another organisation's.
     """
-    found = session.scalar(select(Job).where(Job.id == job_id, Job.organisation == caller.organisation))
+    query = select(Job).where(Job.id == job_id, Job.organisation == caller.organisation)
+    found = session.scalar(query.with_for_update() if to_change else query)
     if found is None:
         raise not_found("fine-tuning job", job_id)
     return found
@@ -226,7 +233,7 @@ def _show_checkpoint(model: Model) -> CheckpointObject:
 def cancel_job(service: Open, caller: Asking, job_id: str) -> JobObject:
     """End a job at once; its training process is stopped."""
     with service.sessions.begin() as session:
-        job = find_job(session, caller, job_id)
+        job = find_job(session, caller, job_id, to_change=True)
         if job.status not in UNFINISHED:
             message = f"The job is {job.status} already."
             raise ApiError(400, message, code="job_finished", param="job_id")
@@ -239,7 +246,7 @@ def cancel_job(service: Open, caller: Asking, job_id: str) -> JobObject:
 def pause_job(service: Open, caller: Asking, job_id: str) -> JobObject:
     """Stop a job until it is resumed; it gives its place to others, and training keeps its checkpoint."""
     with service.sessions.begin() as session:
-        job = find_job(session, caller, job_id)
+        job = find_job(session, caller, job_id, to_change=True)
         if job.status not in ("queued", "running"):
             message = f"A job can be paused while it is queued or running; this one is {job.status}."
             raise ApiError(400, message, code="job_not_running", param="job_id")
@@ -252,7 +259,7 @@ def pause_job(service: Open, caller: Asking, job_id: str) -> JobObject:
 def resume_job(service: Open, caller: Asking, request: Request, job_id: str) -> JobObject:
     """Go on with a paused job where it stopped."""
     with service.sessions.begin() as session:
-        job = find_job(session, caller, job_id)
+        job = find_job(session, caller, job_id, to_change=True)
         if job.status != "paused":
             message = f"The job is not paused but {job.status}."
             raise ApiError(400, message, code="job_not_paused", param="job_id")

@@ -68,7 +68,8 @@ def open_service(data: Path, settings: Settings) -> Opened:
     service, first = Service(data, settings, open_database(url)), None
     with service.sessions.begin() as session:
         if session.scalar(select(Key.number).limit(1)) is None:
-            first = create_key(session, _FIRST_ORGANISATION)
+            # Whoever starts a service is its operator.
+            first = create_key(session, _FIRST_ORGANISATION, is_operator=True)
     return Opened(service, url, first)
 
 

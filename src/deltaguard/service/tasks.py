@@ -115,3 +115,6 @@ class Outcome(BaseModel):
 
 FINETUNED, RESTORED, CHECKPOINTS, METRICS = "finetuned", "restored", "checkpoints", "metrics.csv"
 """What lies in a job's folder."""
+
+BLOCKED = "safety_gate_"
+"""How the codes of errors begin where the gate blocked a model; the failed check follows."""

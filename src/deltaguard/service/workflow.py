@@ -19,10 +19,10 @@ from deltaguard.service.context import Service
 from deltaguard.service.events import tell
 from deltaguard.service.files import add_result
 from deltaguard.service.process import StoppedError, run_task
-from deltaguard.service.publishing import model_name, move_into_place, remove_leftovers
+from deltaguard.service.publishing import publish_model, remove_leftovers
 from deltaguard.service.schemas import JobError
-from deltaguard.service.tables import UNFINISHED, Job, Model, now
-from deltaguard.service.tasks import METRICS, AnyTask, Calibrate, Examine, Outcome, Restore, Told, Train
+from deltaguard.service.tables import UNFINISHED, Job, now
+from deltaguard.service.tasks import BLOCKED, METRICS, AnyTask, Calibrate, Examine, Restore, Told, Train
 from deltaguard.service.training_data import InvalidFileError, read_examples
 
 _VALIDATION, _TRAINING = "validation", "training"
@@ -211,40 +211,20 @@ class Workflows(DBOSConfiguredInstance):
     @DBOS.step()
     def publish(self, job_id: str) -> bool:
         """Give the restored model its name; from then on it can be asked."""
-        folder = self.service.job(job_id)
-        if self._open_job(job_id) is None:
-            self._tidy_after_success(job_id)
-            return False
-        move_into_place(folder, self.service.published(job_id))
-        trained = Outcome.model_validate_json((folder / "train.outcome.json").read_bytes()).data
         with self.service.sessions.begin() as session:
             job = _job(session, job_id)
-            if job.status != "running":
-                return False
-            name = model_name(job)
-            step: int = trained["steps"]
-            new = Model(id=name, organisation=job.organisation, base=job.model, job_id=job_id, step=step)
-            session.add(new)
-            add_result(self.service, session, job, folder / METRICS)
-            job.status, job.finished_at, job.fine_tuned_model = "succeeded", now(), name
-            job.trained_tokens = trained["trained_tokens"]
-            tell(session, job_id, "published", f"New fine-tuned model created: {name}")
-            tell(session, job_id, "succeeded", "The job has successfully completed.")
-        remove_leftovers(folder)
-        return True
+            if job.status == "running":
+                publish_model(self.service, session, job)
+        # After a kill between success and this, too.
+        if job.status == "succeeded":
+            remove_leftovers(self.service.job(job_id))
+        return job.status == "succeeded"
 
     @DBOS.step()
     def end_by_bug(self, job_id: str) -> None:
         """End a job in which something happened that no step knows."""
         message = "This is a bug of the service. Its operator finds it in the log."
         self._failed(job_id, JobError(code="server_error", message=message))
-
-    def _tidy_after_success(self, job_id: str) -> None:
-        """Remove what a published job leaves: a kill may have come between its success and that."""
-        with self.service.sessions.begin() as session:
-            has_succeeded = _job(session, job_id).status == "succeeded"
-        if has_succeeded:
-            remove_leftovers(self.service.job(job_id))
 
     def _open_job(self, job_id: str) -> Job | None:
         """Find a job, None where it is not to go on."""
@@ -283,10 +263,12 @@ class Workflows(DBOSConfiguredInstance):
             job = _job(session, job_id)
             if job.status in UNFINISHED:
                 job.status, job.finished_at, job.error = "failed", now(), error.model_dump()
+                job.review = "waiting" if error.code.startswith(BLOCKED) else None
                 add_result(self.service, session, job, self.service.job(job_id) / METRICS)
                 tell(session, job_id, "failed", f"The job failed: {error.message}", level="error")
         return False
 
 
 def _job(session: Session, job_id: str) -> Job:
-    return session.scalars(select(Job).where(Job.id == job_id)).one()
+    """Find a job that nobody else changes until the session commits."""
+    return session.scalars(select(Job).where(Job.id == job_id).with_for_update()).one()

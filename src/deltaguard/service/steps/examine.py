@@ -18,7 +18,7 @@ from deltaguard.evaluation.suites.parts import Part, builtin_questions, resolve
 from deltaguard.evaluation.suites.suite import Builtin, Suite
 from deltaguard.service.schemas import JobError
 from deltaguard.service.settings import Gate
-from deltaguard.service.tasks import FINETUNED, RESTORED, Examine, Outcome, Told
+from deltaguard.service.tasks import BLOCKED, FINETUNED, RESTORED, Examine, Outcome, Told
 from deltaguard.service.worker import Tell
 
 Check = Literal["attack_success", "false_refusals"]
@@ -104,7 +104,7 @@ def examine_models(task: Examine, folder: Path, tell: Tell) -> Outcome:
         return Outcome(data=shown)
     title = "The model did not pass the safety checks and was not published"
     message = listed(title, [sentence(result) for result in failed])
-    code = f"safety_gate_{failed[0].check}"
+    code = f"{BLOCKED}{failed[0].check}"
     return Outcome(error=JobError(code=code, message=message), data=shown)
 
 
