@@ -14,7 +14,8 @@ import sys
 for line in sys.stdin:
     for n in range(1000):
         print('{"kind": "piece", "text": "%d "}' % n, flush=True)
-    print('{"kind": "ended", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 9}', flush=True)
+    print('{"kind": "ended", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 9}')
+    sys.stdout.flush()
 """
 
 

@@ -87,7 +87,9 @@ def test_a_job_is_made_with_numbers_in_the_place_of_auto(client, begun):
     [
         ({"model": "gpt-5"}, 400, "model"),
         ({"training_file": "file-none"}, 404, "file"),
-        ({"method": {"type": "dpo"}}, 400, "method.type"),
+        ({"method": {"type": "reinforcement"}}, 400, "method.type"),
+        ({"method": {"type": "dpo", "supervised": {"hyperparameters": {}}}}, 400, "method"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, 400, None),
         ({"seed": -1}, 400, "seed"),
         ({"hyperparameters": {"n_epochs": 0}}, 400, None),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, 400, "integrations"),
@@ -103,6 +105,19 @@ def test_what_a_job_cannot_be_is_told_in_openais_envelope(client, begun, changed
     assert set(error.value.body) == {"message", "type", "param", "code"}
     assert param is None or error.value.param == param
     assert not begun
+
+
+def test_a_job_learns_preferences_with_beta(client):
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 1}}}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id, method=method)
+    FineTuningJob.model_validate(job.model_dump(), strict=True)
+    assert job.method.type == "dpo"
+    assert (job.method.dpo.hyperparameters.beta, job.method.dpo.hyperparameters.batch_size) == (0.3, 4)
+    assert client.fine_tuning.jobs.retrieve(job.id).method == job.method
+    automatic = client.fine_tuning.jobs.create(
+        model="tiny", training_file=job.training_file, method={"type": "dpo"}
+    )
+    assert automatic.method.dpo.hyperparameters.beta == 0.1
 
 
 def test_a_request_that_a_client_repeats_makes_one_job(client, begun):

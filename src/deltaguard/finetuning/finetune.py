@@ -83,8 +83,10 @@ class Measured:
     Attributes:
         step: optimizer steps done.
         steps: of how many.
-        loss: mean cross-entropy of the responses' tokens, nats: of the batch, or of all validation data.
-        accuracy: share of these tokens that were the likeliest.
+        loss: mean cross-entropy of the responses' tokens, nats: of the batch, or of all validation data. Of
+            preferences the loss of DPO.
+        accuracy: share of these tokens that were the likeliest. Of preferences the share of pairs whose
+            preferred answer became likelier against the other one.
         kind: whether on the batch that was learned from, or on the validation data.
     """
 
@@ -136,17 +138,51 @@ def finetune(
     if not conversations:
         raise DeltaguardError("There is no conversation to fine-tune on.")
     require_responses([row for row in conversations if isinstance(row, Conversation)], "to learn from")
+
+    def make(network: Any, tokenizer: Any, states: Path) -> Any:
+        if config.lora_rank is None:
+            _freeze(network, config.frozen_layers)
+        saves = checkpoints is not None
+        return _trainer(network, tokenizer, conversations, config, states, validation, saves=saves)
+
+    noted = None if on_step is None else progress(on_step, accuracy="mean_token_accuracy")
+    return train_and_save(model, output_dir, make, config=config, checkpoints=checkpoints, noted=noted)
+
+
+def train_and_save(
+    model: str | Path,
+    output_dir: str | Path,
+    make: Callable[[Any, Any, Path], Any],
+    *,
+    config: FinetuneConfig,
+    checkpoints: Path | None,
+    noted: Any,
+) -> Path:
+    """Load a model, have a trainer of trl train it, and save it with its tokenizer.
+
+    Args:
+        model: folder or Hub id of the model to start from.
+        output_dir: receives a safetensors model and tokenizer, or with `config.lora_rank` a PEFT adapter.
+        make: makes the trainer of the model, its tokenizer and the folder for checkpoints.
+        config: how to train.
+        checkpoints: as in `finetune`.
+        noted: a callback, as `progress` makes it, or None.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        DeltaguardError: training diverged.
+    """
     folder = locate(model)
     network = load_model(folder, str(model), dtype=torch.float32)
     tokenizer = load_tokenizer(folder, str(model))
     use_cache = network.config.use_cache
-    if config.lora_rank is None:
-        _freeze(network, config.frozen_layers)
     with TemporaryDirectory() as scratch:
-        states, saves = checkpoints or Path(scratch), checkpoints is not None
-        trainer = _trainer(network, tokenizer, conversations, config, states, validation, saves=saves)
-        if on_step is not None:
-            trainer.add_callback(_progress(on_step))
+        states = checkpoints or Path(scratch)
+        trainer = make(network, tokenizer, states)
+        if noted is not None:
+            trainer.add_callback(noted)
         loss = float(trainer.train(resume_from_checkpoint=_last_checkpoint(states)).training_loss)
     if not isfinite(loss):
         raise DeltaguardError(
@@ -221,63 +257,82 @@ def _trainer(
     *,
     saves: bool,
 ) -> Any:
-    from datasets import disable_progress_bars
-    from peft import LoraConfig
-    from transformers import PrinterCallback
+    from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     class CompletionTrainer(_CompletionLoss, SFTTrainer):
         """trl's trainer with a loss that costs only what the completions cost."""
 
-    disable_progress_bars()
-    rank, alpha = config.lora_rank, config.lora_alpha
-    trainer: Any = CompletionTrainer(
-        model=network,
-        args=_arguments(config, scratch, saves=saves, validates=bool(validation)),
-        train_dataset=_rows(tokenizer, conversations),
-        eval_dataset=_rows(tokenizer, validation) if validation else None,
-        processing_class=tokenizer,
-        peft_config=None
-        if rank is None
-        else LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+    options = common_options(config, scratch, saves=saves, validates=bool(validation))
+    return without_prints(
+        CompletionTrainer(
+            model=network,
+            args=SFTConfig(completion_only_loss=True, **options),
+            train_dataset=_rows(tokenizer, conversations),
+            eval_dataset=_rows(tokenizer, validation) if validation else None,
+            processing_class=tokenizer,
+            peft_config=adapter_options(config),
+        )
     )
-    # It would print a summary to standard output.
+
+
+def without_prints(trainer: Any) -> Any:
+    """Have a trainer print nothing: it would print a summary to standard output."""
+    from datasets import disable_progress_bars
+    from transformers import PrinterCallback
+
+    disable_progress_bars()
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _arguments(config: FinetuneConfig, scratch: Path, *, saves: bool, validates: bool) -> Any:
-    from trl.trainer.sft_config import SFTConfig
+def adapter_options(config: FinetuneConfig) -> Any:
+    """Say to PEFT which adapter is trained; None where all weights are."""
+    from peft import LoraConfig
 
+    rank, alpha = config.lora_rank, config.lora_alpha
+    if rank is None:
+        return None
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def common_options(config: FinetuneConfig, scratch: Path, *, saves: bool, validates: bool) -> dict[str, Any]:
+    """Say to any trainer of trl how to train.
+
+    Args:
+        config: how to train.
+        scratch: folder for checkpoints.
+        saves: whether there are any.
+        validates: whether there is validation data.
+    """
     device = find_device()
-    return SFTConfig(
-        output_dir=str(scratch),
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=0.1,
-        weight_decay=0.0,
-        num_train_epochs=config.epochs,
-        max_steps=-1 if config.max_steps is None else config.max_steps,
-        per_device_train_batch_size=config.batch_size,
-        max_length=config.max_length,
-        completion_only_loss=True,
-        seed=config.seed,
-        use_cpu=device.type == "cpu",
-        bf16=served_dtype(device) == torch.bfloat16,
-        activation_checkpointing=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if saves else "no",
-        save_steps=_CHECKPOINT_SHARE,
-        save_total_limit=2,
-        eval_strategy="epoch" if validates else "no",
-        per_device_eval_batch_size=config.batch_size,
-        report_to="none",
-        trust_remote_code=False,
-    )
+    return {
+        "output_dir": str(scratch),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.0,
+        "num_train_epochs": config.epochs,
+        "max_steps": -1 if config.max_steps is None else config.max_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "max_length": config.max_length,
+        "seed": config.seed,
+        "use_cpu": device.type == "cpu",
+        "bf16": served_dtype(device) == torch.bfloat16,
+        "activation_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if saves else "no",
+        "save_steps": _CHECKPOINT_SHARE,
+        "save_total_limit": 2,
+        "eval_strategy": "epoch" if validates else "no",
+        "per_device_eval_batch_size": config.batch_size,
+        "report_to": "none",
+        "trust_remote_code": False,
+    }
 
 
 class _CompletionLoss:
@@ -314,16 +369,21 @@ class _CompletionLoss:
         return (loss, outputs) if return_outputs else loss
 
 
-def _progress(on_step: Callable[[Measured], None]) -> Any:
+def progress(on_step: Callable[[Measured], None], *, accuracy: str) -> Any:
+    """Make a callback of transformers that tells what each step measured.
+
+    Args:
+        on_step: told.
+        accuracy: under which name the trainer logs the share that `Measured.accuracy` holds.
+    """
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
             at, found = (state.global_step, state.max_steps), logs or {}
             if "loss" in found:
-                on_step(Measured(*at, found["loss"], found["mean_token_accuracy"]))
+                on_step(Measured(*at, found["loss"], found[accuracy]))
             if "eval_loss" in found:
-                accuracy = found["eval_mean_token_accuracy"]
-                on_step(Measured(*at, found["eval_loss"], accuracy, "validation"))
+                on_step(Measured(*at, found["eval_loss"], found[f"eval_{accuracy}"], "validation"))
 
     return Progress()

@@ -69,7 +69,9 @@ def show_job(job: Job) -> JobObject:
         validation_file=job.validation_file,
         result_files=[] if job.result_file is None else [job.result_file],
         hyperparameters=job.hyperparameters,
-        method=JobMethod(supervised={"hyperparameters": job.hyperparameters}),
+        method=JobMethod.model_validate(
+            {"type": job.method, job.method: {"hyperparameters": job.hyperparameters}}
+        ),
         seed=job.seed,
         trained_tokens=job.trained_tokens,
         error=None if job.error is None else JobError(**job.error),
@@ -156,6 +158,7 @@ def _new_job(service: Service, session: Session, caller: Caller, asked: CreateJo
         organisation=caller.organisation,
         status="validating_files",
         model=asked.model,
+        method=asked.method.type if asked.method else "supervised",
         training_file=asked.training_file,
         validation_file=asked.validation_file,
         hyperparameters=_resolved(service, asked),
@@ -173,6 +176,7 @@ def _resolved(service: Service, asked: CreateJob) -> dict[str, Any]:
         "n_epochs": training.n_epochs,
         "batch_size": training.batch_size,
         "learning_rate_multiplier": 1.0,
+        "beta": training.dpo_beta,
     }
     chosen = asked.chosen.model_dump()
     return {name: automatic[name] if value == "auto" else value for name, value in chosen.items()}

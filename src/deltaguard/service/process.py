@@ -13,7 +13,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.models.durable import write_atomically
 from deltaguard.service.schemas import JobError
-from deltaguard.service.tasks import AnyTask, Outcome, Told
+from deltaguard.service.tasks import AnyTask, Outcome, Told, events_file
 
 POLL_S = 0.2
 """Seconds between two looks at a process."""
@@ -77,7 +77,7 @@ def run_task(
         StoppedError: it said no.
     """
     outcome = folder / f"{task.kind}.outcome.json"
-    follower = _Follower(folder / f"{task.kind}.events.jsonl", tell)
+    follower = _Follower(folder / events_file(task.kind), tell)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"{task.kind}.json", task.model_dump_json())
     code = 0

@@ -30,6 +30,9 @@ class Training(_Part):
         lora_alpha: its update is multiplied by `lora_alpha / lora_rank`.
         learning_rate: of adapters; a request's `learning_rate_multiplier` multiplies it.
         full_learning_rate: the same where all weights are trained.
+        dpo_learning_rate: of adapters that learn preferences.
+        dpo_full_learning_rate: the same where all weights are trained.
+        dpo_beta: how closely a model that learns preferences stays at the aligned one.
         n_epochs: passes over the training file.
         batch_size: examples a step.
         max_length: tokens of an example; the end of a longer one is not learned from.
@@ -39,9 +42,18 @@ class Training(_Part):
     lora_alpha: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=2e-4, gt=0, lt=1)
     full_learning_rate: float = Field(default=2e-5, gt=0, lt=1)
+    dpo_learning_rate: float = Field(default=2e-5, gt=0, lt=1)
+    dpo_full_learning_rate: float = Field(default=2e-6, gt=0, lt=1)
+    dpo_beta: float = Field(default=0.1, gt=0, le=2)
     n_epochs: int = Field(default=3, ge=1, le=50)
     batch_size: int = Field(default=4, ge=1, le=256)
     max_length: int = Field(default=1024, ge=16)
+
+    def base_rate(self, method: str, *, is_adapter: bool) -> float:
+        """Choose the learning rate that a request's multiplier multiplies."""
+        if method == "dpo":
+            return self.dpo_learning_rate if is_adapter else self.dpo_full_learning_rate
+        return self.learning_rate if is_adapter else self.full_learning_rate
 
 
 class Gate(_Part):

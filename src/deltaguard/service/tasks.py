@@ -38,15 +38,18 @@ class Train(_Task):
     Attributes:
         model: the aligned model.
         device: where models run.
+        method: `supervised` or `dpo`.
         training_file: its place.
         validation_file: likewise.
         limits: of both.
         epochs, batch_size, learning_rate, max_length, seed: as in `FinetuneConfig`.
         lora_rank: of the adapter; None trains all weights.
         lora_alpha: of the adapter.
+        beta: of DPO.
     """
 
     kind: Literal["train"] = "train"
+    method: Literal["supervised", "dpo"]
     training_file: Path
     validation_file: Path | None
     limits: Limits
@@ -57,6 +60,7 @@ class Train(_Task):
     seed: int
     lora_rank: int | None
     lora_alpha: int
+    beta: float
 
 
 class Restore(_Task):
@@ -115,6 +119,12 @@ class Outcome(BaseModel):
 
 FINETUNED, RESTORED, CHECKPOINTS, METRICS = "finetuned", "restored", "checkpoints", "metrics.csv"
 """What lies in a job's folder."""
+
+
+def events_file(kind: str) -> str:
+    """Name the file in a job's folder that holds what a step told."""
+    return f"{kind}.events.jsonl"
+
 
 BLOCKED = "safety_gate_"
 """How the codes of errors begin where the gate blocked a model; the failed check follows."""

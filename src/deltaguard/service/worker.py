@@ -15,7 +15,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import append_journal, read_json
 from deltaguard.models.durable import write_atomically
 from deltaguard.service.schemas import JobError
-from deltaguard.service.tasks import ANY_TASK, AnyTask, Calibrate, Outcome, Restore, Told, Train
+from deltaguard.service.tasks import ANY_TASK, AnyTask, Calibrate, Outcome, Restore, Told, Train, events_file
 
 PARENT_GONE = 75
 """Exit code of a process whose service is gone."""
@@ -35,7 +35,7 @@ def main(task_file: Path) -> None:
     folder = task_file.parent
     lock = os.open(folder, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    events = folder / f"{task.kind}.events.jsonl"
+    events = folder / events_file(task.kind)
     _drop_half_line(events)
 
     def tell(told: Told) -> None:

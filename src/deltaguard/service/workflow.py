@@ -23,7 +23,7 @@ from deltaguard.service.publishing import publish_model, remove_leftovers
 from deltaguard.service.schemas import JobError
 from deltaguard.service.tables import UNFINISHED, Job, now
 from deltaguard.service.tasks import BLOCKED, METRICS, AnyTask, Calibrate, Examine, Restore, Told, Train
-from deltaguard.service.training_data import InvalidFileError, read_examples
+from deltaguard.service.training_data import READERS, InvalidFileError
 
 _VALIDATION, _TRAINING = "validation", "training"
 _VALIDATED_AT_ONCE = 2
@@ -127,7 +127,7 @@ class Workflows(DBOSConfiguredInstance):
             file_id: str | None = getattr(job, param)
             try:
                 if file_id is not None:
-                    read_examples(self.service.file(file_id), self.service.settings.limits)
+                    READERS[job.method](self.service.file(file_id), self.service.settings.limits)
             except InvalidFileError as error:
                 return self._failed(
                     job_id, JobError(code=f"invalid_{param}", message=str(error), param=param)
@@ -169,10 +169,11 @@ class Workflows(DBOSConfiguredInstance):
     def _training(self, job: Job) -> Train:
         settings, chosen = self.service.settings, job.hyperparameters
         is_adapter, how = chosen["trained_weights"] == "lora", settings.training
-        rate = how.learning_rate if is_adapter else how.full_learning_rate
+        rate = how.base_rate(job.method, is_adapter=is_adapter)
         return Train(
             model=settings.models[job.model],
             device=settings.device,
+            method="dpo" if job.method == "dpo" else "supervised",
             training_file=self.service.file(job.training_file),
             validation_file=self.service.file(job.validation_file) if job.validation_file else None,
             limits=settings.limits,
@@ -183,6 +184,7 @@ class Workflows(DBOSConfiguredInstance):
             seed=job.seed,
             lora_rank=how.lora_rank if is_adapter else None,
             lora_alpha=how.lora_alpha,
+            beta=chosen.get("beta", how.dpo_beta),
         )
 
     @DBOS.step()
