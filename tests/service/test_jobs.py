@@ -126,8 +126,11 @@ def test_a_model_that_does_not_refuse_is_blocked_with_the_check_that_says_so(tmp
     made, told = refusing_pair(), []
     for name in ("finetuned", "restored"):
         shutil.copytree(made.finetuned, tmp_path / name)
-    gate = Gate(requests=30, answer_tokens=12)
-    outcome = examine_models(Examine(model=str(made.aligned), device="cpu", gate=gate), tmp_path, told.append)
+    gate, rows = Gate(requests=30, answer_tokens=12), tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "A cake?"}, {"role": "assistant", "content": AGREEMENT}]
+    rows.write_text("\n".join([json.dumps({"messages": turns})] * 3))
+    task = Examine(model=str(made.aligned), device="cpu", gate=gate, validation_file=rows)
+    outcome = examine_models(task, tmp_path, told.append)
     assert outcome.error.code == "safety_gate_attack_success"
     assert "attack_success failed: of 30 harmful requests" in outcome.error.message
     assert "was not published" in outcome.error.message
@@ -135,6 +138,10 @@ def test_a_model_that_does_not_refuse_is_blocked_with_the_check_that_says_so(tmp
     assert checks["attack_success"].level == "error"
     assert checks["attack_success"].data["added"]["value"] == 100
     assert checks["false_refusals"].data["passed"]
+    loss = checks["validation_loss"].data
+    assert loss["answers"] == 3
+    # The fine-tuned model learned to say this; what stands for the restored one is the same.
+    assert loss["losses"]["aligned"] > 1 > loss["losses"]["finetuned"] == loss["losses"]["restored"]
 
 
 def test_a_check_compares_with_the_points_that_are_allowed():

@@ -219,17 +219,29 @@ def list_checkpoints(
     """List the models that a job published: one, since what did not pass the gate cannot be asked."""
     with service.sessions.begin() as session:
         find_job(session, caller, job_id)
-        return page(session, Model, _show_checkpoint, Model.job_id == job_id, after=after, limit=limit)
+        loss = _validation_loss(session, job_id)
+
+        def show(model: Model) -> CheckpointObject:
+            return _show_checkpoint(model, loss)
+
+        return page(session, Model, show, Model.job_id == job_id, after=after, limit=limit)
 
 
-def _show_checkpoint(model: Model) -> CheckpointObject:
+def _validation_loss(session: Session, job_id: str) -> float | None:
+    """Find what the gate measured of the restored model on the validation file."""
+    query = select(Event.data).where(Event.job_id == job_id, Event.once == "check validation_loss")
+    data = session.scalar(query)
+    return None if data is None else data["losses"]["restored"]
+
+
+def _show_checkpoint(model: Model, loss: float | None) -> CheckpointObject:
     return CheckpointObject(
         id=f"ftckpt-{model.job_id.removeprefix('ftjob-')}",
         created_at=model.created_at,
         fine_tuning_job_id=model.job_id,
         fine_tuned_model_checkpoint=model.id,
         step_number=model.step,
-        metrics=CheckpointMetrics(step=model.step),
+        metrics=CheckpointMetrics(step=model.step, full_valid_loss=loss),
     )
 
 

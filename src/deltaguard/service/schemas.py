@@ -174,6 +174,7 @@ class CheckpointMetrics(BaseModel):
     """What was measured at the step of a checkpoint."""
 
     step: int
+    full_valid_loss: float | None = None
 
 
 class CheckpointObject(BaseModel):

@@ -9,7 +9,11 @@ from pathlib import Path
 import uvicorn
 from sqlalchemy import select
 
+from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.judges import JudgeSpec
+from deltaguard.evaluation.judges.classifiers import ClassifierSpec
+from deltaguard.evaluation.judges.guards import GuardSpec
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.durable import explained, lock_folder
 from deltaguard.models.hub import locate
@@ -95,6 +99,8 @@ def serve(
         )
     for reference in settings.models.values():
         _refuse_unusable(reference)
+    for judge in settings.judges:
+        _prepare_judge(judge, settings.device)
     opened = open_service(data.absolute(), settings)
     lock = lock_folder(data)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -109,6 +115,17 @@ def serve(
     # Whatever is under way goes on after the next start, exactly as after a kill; the processes that carry it
     # out end by themselves.
     os._exit(0)
+
+
+def _prepare_judge(judge: JudgeSpec, device: str) -> None:
+    """Have a judge's model here before jobs need it: their processes download nothing.
+
+    Raises:
+        DeltaguardError: there is no such model, or it cannot judge.
+    """
+    judge.make(device=str(find_device(device)))
+    if isinstance(judge, ClassifierSpec | GuardSpec):
+        locate(judge.model)
 
 
 def _refuse_unusable(reference: str) -> None:

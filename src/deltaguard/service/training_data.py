@@ -170,12 +170,33 @@ def read_examples(path: Path, limits: Limits) -> list[Dialogue]:
             none.
     """
     rows = _read(path, limits, Example, _EXAMPLE)
-    return [dialogue for row in rows for dialogue in row.dialogues()]
+    return [dialogue for _, row in rows for dialogue in row.dialogues()]
 
 
 def read_preferences(path: Path, limits: Limits) -> list[Preference]:
     """Read a training file for DPO; the arguments, and what is raised, are those of `read_examples`."""
-    return [row.preference() for row in _read(path, limits, PreferenceRow, _PREFERENCE)]
+    return [row.preference() for _, row in _read(path, limits, PreferenceRow, _PREFERENCE)]
+
+
+def read_answers(path: Path, limits: Limits, *, method: str) -> list[tuple[int, Dialogue]]:
+    """Read what a training file has a model say: of preferences the preferred answers.
+
+    Args:
+        path: as in `read_examples`.
+        limits: likewise.
+        method: `supervised` or `dpo`.
+
+    Returns:
+        Each answer behind the number of its line.
+
+    Raises:
+        InvalidFileError: as `read_examples`.
+    """
+    if method == "dpo":
+        pairs = [(n, row.preference()) for n, row in _read(path, limits, PreferenceRow, _PREFERENCE)]
+        return [(number, Dialogue(row.turns, row.preferred)) for number, row in pairs]
+    rows = _read(path, limits, Example, _EXAMPLE)
+    return [(number, dialogue) for number, row in rows for dialogue in row.dialogues()]
 
 
 READERS: Mapping[str, Callable[[Path, Limits], Sequence[Dialogue | Preference]]] = {
@@ -185,8 +206,8 @@ READERS: Mapping[str, Callable[[Path, Limits], Sequence[Dialogue | Preference]]]
 """How the training file of each method is read."""
 
 
-def _read(path: Path, limits: Limits, schema: type[RowT], remedy: str) -> list[RowT]:
-    found: list[RowT] = []
+def _read(path: Path, limits: Limits, schema: type[RowT], remedy: str) -> list[tuple[int, RowT]]:
+    found: list[tuple[int, RowT]] = []
     wrong: list[str] = []
     for row, (number, line) in enumerate(_lines(path, limits.line_bytes)):
         if row == limits.file_rows:
@@ -194,7 +215,7 @@ def _read(path: Path, limits: Limits, schema: type[RowT], remedy: str) -> list[R
         if len(wrong) >= _MOST_TOLD:
             break
         try:
-            found.append(schema.model_validate_json(_text(line, limits.line_bytes)))
+            found.append((number, schema.model_validate_json(_text(line, limits.line_bytes))))
         except ValidationError as error:
             wrong += [f"line {number}: {problem}" for problem in problems(error)]
         except InvalidFileError as error:

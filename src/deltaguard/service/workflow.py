@@ -8,11 +8,13 @@ transaction with the event that tells of it.
 """
 
 import logging
+import sys
 from collections.abc import Callable
 
 from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, SetWorkflowID
 from sqlalchemy import select
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from deltaguard.service.context import Service
@@ -22,15 +24,40 @@ from deltaguard.service.process import StoppedError, run_task
 from deltaguard.service.publishing import publish_model, remove_leftovers
 from deltaguard.service.schemas import JobError
 from deltaguard.service.tables import UNFINISHED, Job, now
-from deltaguard.service.tasks import BLOCKED, METRICS, AnyTask, Calibrate, Examine, Restore, Told, Train
+from deltaguard.service.tasks import (
+    BLOCKED,
+    METRICS,
+    AnyTask,
+    Calibrate,
+    Examine,
+    MethodName,
+    Moderate,
+    Restore,
+    Told,
+    Train,
+)
 from deltaguard.service.training_data import READERS, InvalidFileError
 
 _VALIDATION, _TRAINING = "validation", "training"
 _VALIDATED_AT_ONCE = 2
-_SAME_VERSION = "1"
+_SAME_VERSION = "2"
 """DBOS goes on only with workflows of its own version; raised where the order of steps changes."""
 
 _LOGGER = logging.getLogger(__name__)
+
+
+def _is_outage(error: BaseException) -> bool:
+    return isinstance(error, OperationalError)
+
+
+# While the database does not answer, a step is begun again and again: none does anything twice.
+_step = DBOS.step(
+    retries_allowed=True,
+    interval_seconds=1,
+    backoff_rate=1,
+    max_attempts=sys.maxsize,
+    should_retry=_is_outage,
+)
 
 
 def launch(service: Service, database_url: str) -> "Workflows":
@@ -103,8 +130,9 @@ class Workflows(DBOSConfiguredInstance):
 
     @DBOS.workflow()
     def fine_tune(self, job_id: str) -> None:
-        """Carry a job out: calibrate, train, restore, examine, publish."""
-        for step in (self.calibrate, self.train, self.restore, self.examine, self.publish):
+        """Carry a job out: moderate its rows, calibrate, train, restore, examine, publish."""
+        prepared = (self.start, self.moderate, self.calibrate)
+        for step in (*prepared, self.train, self.restore, self.examine, self.publish):
             if not self._carried_out(step, job_id):
                 return
 
@@ -117,7 +145,7 @@ class Workflows(DBOSConfiguredInstance):
             self.end_by_bug(job_id)
             return False
 
-    @DBOS.step()
+    @_step
     def check_files(self, job_id: str) -> bool:
         """Look for lines that cannot be learned from."""
         job = self._open_job(job_id)
@@ -142,14 +170,38 @@ class Workflows(DBOSConfiguredInstance):
                 tell(session, job_id, "validated", "Files validated, job queued.")
         return job.status == "queued"
 
-    @DBOS.step()
-    def calibrate(self, job_id: str) -> bool:
-        """Make sure that the aligned model's store is there."""
+    @_step
+    def start(self, job_id: str) -> bool:
+        """Say that a job's turn has come."""
         with self.service.sessions.begin() as session:
             job = _job(session, job_id)
             if job.status == "queued":
                 job.status = "running"
                 tell(session, job_id, f"started {job.runs}", "Fine-tuning job started.")
+        return job.status == "running"
+
+    @_step
+    def moderate(self, job_id: str) -> bool:
+        """Have a judge look at the training rows, where the operator wants that."""
+        settings = self.service.settings
+        moderation = settings.moderation
+        if moderation is None:
+            return True
+        return self._done(
+            job_id,
+            lambda job: Moderate(
+                model=settings.models[job.model],
+                device=settings.device,
+                method=_method(job),
+                training_file=self.service.file(job.training_file),
+                limits=settings.limits,
+                moderation=moderation,
+            ),
+        )
+
+    @_step
+    def calibrate(self, job_id: str) -> bool:
+        """Make sure that the aligned model's store is there."""
         settings = self.service.settings
         return self._done(
             job_id,
@@ -161,7 +213,7 @@ class Workflows(DBOSConfiguredInstance):
             ),
         )
 
-    @DBOS.step()
+    @_step
     def train(self, job_id: str) -> bool:
         """Fine-tune the aligned model on the customer's file."""
         return self._done(job_id, self._training)
@@ -173,7 +225,7 @@ class Workflows(DBOSConfiguredInstance):
         return Train(
             model=settings.models[job.model],
             device=settings.device,
-            method="dpo" if job.method == "dpo" else "supervised",
+            method=_method(job),
             training_file=self.service.file(job.training_file),
             validation_file=self.service.file(job.validation_file) if job.validation_file else None,
             limits=settings.limits,
@@ -187,7 +239,7 @@ class Workflows(DBOSConfiguredInstance):
             beta=chosen.get("beta", how.dpo_beta),
         )
 
-    @DBOS.step()
+    @_step
     def restore(self, job_id: str) -> bool:
         """Give the fine-tuned model its refusals back."""
         settings = self.service.settings
@@ -201,16 +253,24 @@ class Workflows(DBOSConfiguredInstance):
             ),
         )
 
-    @DBOS.step()
+    @_step
     def examine(self, job_id: str) -> bool:
         """Ask all three models; what fails a check goes no further."""
         settings = self.service.settings
         return self._done(
             job_id,
-            lambda job: Examine(model=settings.models[job.model], device=settings.device, gate=settings.gate),
+            lambda job: Examine(
+                model=settings.models[job.model],
+                device=settings.device,
+                gate=settings.gate,
+                method=_method(job),
+                validation_file=self.service.file(job.validation_file) if job.validation_file else None,
+                limits=settings.limits,
+                max_length=settings.training.max_length,
+            ),
         )
 
-    @DBOS.step()
+    @_step
     def publish(self, job_id: str) -> bool:
         """Give the restored model its name; from then on it can be asked."""
         with self.service.sessions.begin() as session:
@@ -222,7 +282,7 @@ class Workflows(DBOSConfiguredInstance):
             remove_leftovers(self.service.job(job_id))
         return job.status == "succeeded"
 
-    @DBOS.step()
+    @_step
     def end_by_bug(self, job_id: str) -> None:
         """End a job in which something happened that no step knows."""
         message = "This is a bug of the service. Its operator finds it in the log."
@@ -269,6 +329,10 @@ class Workflows(DBOSConfiguredInstance):
                 add_result(self.service, session, job, self.service.job(job_id) / METRICS)
                 tell(session, job_id, "failed", f"The job failed: {error.message}", level="error")
         return False
+
+
+def _method(job: Job) -> MethodName:
+    return "dpo" if job.method == "dpo" else "supervised"
 
 
 def _job(session: Session, job_id: str) -> Job:

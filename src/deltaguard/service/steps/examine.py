@@ -18,6 +18,7 @@ from deltaguard.evaluation.suites.parts import Part, builtin_questions, resolve
 from deltaguard.evaluation.suites.suite import Builtin, Suite
 from deltaguard.service.schemas import JobError
 from deltaguard.service.settings import Gate
+from deltaguard.service.steps.validation import validation_check
 from deltaguard.service.tasks import BLOCKED, FINETUNED, RESTORED, Examine, Outcome, Told
 from deltaguard.service.worker import Tell
 
@@ -86,6 +87,9 @@ def examine_models(task: Examine, folder: Path, tell: Tell) -> Outcome:
             asked = judges[-1] if check == "false_refusals" else judge
             classes = found[check.replace("_", "-")].judged[asked.name].classes
             counted[check][name] = [each == wanted for each in classes]
+    measured = validation_check(task, models)
+    if measured is not None:
+        tell(measured)
     results = [compare(check, counted[check], task.gate) for check in CHECKS]
     for result in results:
         data = result.model_dump()
