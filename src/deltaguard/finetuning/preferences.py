@@ -9,7 +9,7 @@ import torch
 
 from deltaguard.chat.template import readable_turns
 from deltaguard.errors import DeltaguardError, require_packages
-from deltaguard.finetuning.finetune import (
+from deltaguard.finetuning.training import (
     FinetuneConfig,
     Measured,
     adapter_options,
@@ -83,25 +83,40 @@ def learn_preferences(
         raise DeltaguardError(f"frozen_layers={config.frozen_layers} does not go with preferences: give 0.")
 
     def make(network: Any, tokenizer: Any, states: Path) -> Any:
-        from trl.trainer.dpo_config import DPOConfig
-        from trl.trainer.dpo_trainer import DPOTrainer
-
         is_full = config.lora_rank is None
+        held_to = load_model(locate(model), str(model), dtype=torch.float32) if is_full else None
         options = common_options(config, states, saves=checkpoints is not None, validates=bool(validation))
-        return without_prints(
-            DPOTrainer(
-                model=network,
-                ref_model=load_model(locate(model), str(model), dtype=torch.float32) if is_full else None,
-                args=DPOConfig(beta=beta, **options),
-                train_dataset=_rows(tokenizer, preferences),
-                eval_dataset=_rows(tokenizer, validation) if validation else None,
-                processing_class=tokenizer,
-                peft_config=adapter_options(config),
-            )
+        return _trainer(
+            network, held_to, tokenizer, (preferences, validation), {"beta": beta, **options}, config
         )
 
     noted = None if on_step is None else progress(on_step, accuracy="rewards/accuracies")
     return train_and_save(model, output_dir, make, config=config, checkpoints=checkpoints, noted=noted)
+
+
+def _trainer(
+    network: Any,
+    held_to: Any,
+    tokenizer: Any,
+    rows: tuple[Sequence[Preference], Sequence[Preference]],
+    options: Mapping[str, Any],
+    config: FinetuneConfig,
+) -> Any:
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    learned, validation = rows
+    return without_prints(
+        DPOTrainer(
+            model=network,
+            ref_model=held_to,
+            args=DPOConfig(**options),
+            train_dataset=_rows(tokenizer, learned),
+            eval_dataset=_rows(tokenizer, validation) if validation else None,
+            processing_class=tokenizer,
+            peft_config=adapter_options(config),
+        )
+    )
 
 
 def _rows(tokenizer: Any, preferences: Sequence[Preference]) -> Any:
