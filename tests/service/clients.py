@@ -17,6 +17,9 @@ class Begun(list):
 
     begin = list.append
 
+    def notify(self, job_id, status):
+        """Tell nobody."""
+
 
 def client_of(http, key):
     return openai.OpenAI(api_key=key, base_url="http://testserver/v1", http_client=http, max_retries=0)

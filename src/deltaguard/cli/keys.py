@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from rich.table import Table as Drawn
 
 from deltaguard.cli.sink import Json, emit
-from deltaguard.errors import DeltaguardError, require_packages
+from deltaguard.errors import require_packages
 
 if TYPE_CHECKING:
     from deltaguard.service.database import Sessions
@@ -115,9 +115,6 @@ def _known(key: "Key") -> KnownKey:
 
 def _opened(data: Path) -> "Sessions":
     require_packages("Managing keys", "serve", "alembic", "sqlalchemy")
-    from deltaguard.service.database import database_url, open_database
-    from deltaguard.service.server import chosen_settings
+    from deltaguard.service.server import existing_service
 
-    if not data.is_dir():
-        raise DeltaguardError(f"There is no folder {data}: `deltaguard serve --data {data}` makes it.")
-    return open_database(database_url(data, chosen_settings(data, {}).database_url))
+    return existing_service(data).sessions

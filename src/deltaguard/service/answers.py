@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from deltaguard.service.database import new_id
 from deltaguard.service.errors import ApiError, envelope
-from deltaguard.service.inference import Ask, Ended, Inference, Piece
+from deltaguard.service.inference import Answering, Ask, Ended, Piece
 from deltaguard.service.models import Folders
 from deltaguard.service.schemas import Given, Text
 
@@ -83,7 +83,7 @@ def usage_of(answers: Sequence[Ended]) -> Usage:
     return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
 
-def begun(inference: Inference, ask: Ask) -> Iterator[Piece | Ended]:
+def begun(inference: Answering, ask: Ask) -> Iterator[Piece | Ended]:
     """Have a request answered, and wait for the first piece: what goes wrong until then has its own status.
 
     Raises:

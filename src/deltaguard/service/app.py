@@ -10,7 +10,7 @@ from deltaguard import __version__
 from deltaguard.service import chat, completions, files, jobs, metrics, models, reviewing
 from deltaguard.service.context import Service, known_caller, service_of
 from deltaguard.service.errors import ApiError, answer_errors, envelope
-from deltaguard.service.inference import Inference
+from deltaguard.service.inference import Answering
 from deltaguard.service.workflow import Workflows
 
 _MOST_BYTES = 4 << 20
@@ -20,7 +20,7 @@ _FORM_BYTES = 64 << 10
 """What a form has around its file."""
 
 
-def make_app(service: Service, workflows: Workflows, inference: Inference) -> FastAPI:
+def make_app(service: Service, workflows: Workflows, inference: Answering) -> FastAPI:
     """Put the application together.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from deltaguard.service.contents import Contents
 from deltaguard.service.database import Sessions
 from deltaguard.service.errors import ApiError
 from deltaguard.service.keys import find_key
@@ -27,6 +28,7 @@ class Service:
         data: its folder.
         settings: what the operator decided.
         sessions: of the database.
+        contents: of files, by their ids.
         opened_at: seconds since 1970.
         asked: when each organisation asked in the last minute; by `time.monotonic`.
     """
@@ -34,17 +36,22 @@ class Service:
     data: Path
     settings: Settings
     sessions: Sessions
+    contents: Contents
     opened_at: int = field(default_factory=now)
     asked: dict[str, deque[float]] = field(default_factory=dict[str, deque[float]])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def file(self, file_id: str) -> Path:
-        """Name the place of a file's content."""
-        return self.data / "files" / file_id
-
     def job(self, job_id: str) -> Path:
         """Name the folder in which a job works."""
         return self.data / "jobs" / job_id
+
+    def fetched(self, job_id: str, file_id: str) -> Path:
+        """Have a file's content as a file, for a job.
+
+        Raises:
+            FileNotFoundError: it was deleted.
+        """
+        return self.contents.fetch(file_id, self.job(job_id) / "files")
 
     def published(self, job_id: str) -> Path:
         """Name the folder of the model that a job published."""

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, Field, TypeAdapter
 
@@ -70,6 +70,27 @@ STOP = "stop"
 """The line that ends an answer early."""
 
 
+class Answering(Protocol):
+    """Whatever answers chats and completions."""
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait or are being answered."""
+        ...
+
+    def answer(self, ask: Ask) -> Iterator[Piece | Ended]:
+        """Have a request answered, piece by piece.
+
+        Raises:
+            ApiError: it cannot be answered.
+        """
+        ...
+
+    def forget(self, adapter: str) -> None:
+        """Let go of an adapter whose model was deleted."""
+        ...
+
+
 class Inference:
     """The process, begun when it is first needed and again after it died."""
 
@@ -116,6 +137,9 @@ class Inference:
                     return
         finally:
             is_unwanted.set()
+
+    def forget(self, adapter: str) -> None:
+        """Do nothing: the process lets go of what others push out, and nobody can ask for it any more."""
 
     def _carry_out(
         self, ask: Ask, said: "queue.SimpleQueue[Piece | Ended | Exception]", is_unwanted: threading.Event

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import override
 
 from deltaguard.service.context import Operating, Service
-from deltaguard.service.inference import Inference
+from deltaguard.service.inference import Answering
 from deltaguard.service.tables import Job
 
 router = APIRouter(tags=["operation"])
@@ -32,7 +32,7 @@ class Metrics:
         seconds: until an answer was sent whole, by method and route.
     """
 
-    def __init__(self, service: Service, inference: Inference) -> None:
+    def __init__(self, service: Service, inference: Answering) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "deltaguard_requests",
@@ -53,7 +53,7 @@ class Metrics:
 class _Queues(Collector):
     """Jobs by state and what waits, as they are when somebody looks."""
 
-    def __init__(self, service: Service, inference: Inference) -> None:
+    def __init__(self, service: Service, inference: Answering) -> None:
         self._service, self._inference = service, inference
 
     @override

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -126,9 +126,11 @@ def list_blocked(
 
 
 @router.post("/{job_id}/release")
-def release(service: Open, caller: Operating, job_id: str, asked: Decide) -> JobObject:
+def release(service: Open, caller: Operating, request: Request, job_id: str, asked: Decide) -> JobObject:
     """Publish a blocked model."""
-    return show_job(release_model(service, caller, job_id, reason=asked.reason))
+    job = release_model(service, caller, job_id, reason=asked.reason)
+    request.app.state.workflows.notify(job.id, job.status)
+    return show_job(job)
 
 
 @router.post("/{job_id}/discard")

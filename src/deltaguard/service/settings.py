@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter, field_validator
 
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.evaluation.exchange import Positive
@@ -132,11 +132,24 @@ class Moderation(_Part):
         return judge_of(self.judge)
 
 
+class Webhook(_Part):
+    """A server that is told when a job has ended.
+
+    Attributes:
+        url: receives a POST.
+        key_env: the environment variable with the secret that messages are signed with.
+    """
+
+    url: HttpUrl
+    key_env: str = "DELTAGUARD_WEBHOOK_SECRET"
+
+
 class Limits(_Part):
     """What one organisation may ask for.
 
     Attributes:
         file_bytes: of an upload.
+        all_bytes: of all its files together.
         file_rows: examples of a training file.
         line_bytes: of one example.
         unfinished_jobs: queued, paused and running.
@@ -147,6 +160,7 @@ class Limits(_Part):
     """
 
     file_bytes: int = Field(default=512 << 20, ge=1)
+    all_bytes: int = Field(default=10 << 30, ge=1)
     file_rows: int = Field(default=100_000, ge=1)
     line_bytes: int = Field(default=1 << 20, ge=1)
     unfinished_jobs: int = Field(default=20, ge=1)
@@ -161,6 +175,9 @@ class Settings(_Part):
     Attributes:
         models: aligned models by the name that customers use, each a folder or Hub id.
         database_url: of SQLAlchemy; SQLite files in the data folder where absent.
+        files_url: where contents of files are kept, such as `s3://bucket/prefix`; the data folder where
+            absent.
+        inference_url: of the API of a vLLM server that answers; a process of the service does where absent.
         jobs_at_once: how many are trained or restored at a time; the others wait.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         training: what `"auto"` stands for.
@@ -168,6 +185,7 @@ class Settings(_Part):
         restore: options of `deltaguard.RestoreConfig`, for every job.
         gate: what must be passed.
         moderation: of training rows; none where absent.
+        webhook: is told when a job has ended; none where absent.
         limits: of one organisation.
 
     Example:
@@ -177,6 +195,8 @@ class Settings(_Part):
 
     models: Mapping[str, str] = Field(default_factory=dict[str, str])
     database_url: str | None = Field(default=None, repr=False)
+    files_url: str | None = None
+    inference_url: HttpUrl | None = None
     jobs_at_once: int = Field(default=1, ge=1, le=64)
     device: str = "auto"
     training: Training = Training()
@@ -184,6 +204,7 @@ class Settings(_Part):
     restore: Mapping[str, Any] = Field(default_factory=dict[str, Any])
     gate: Gate = Gate()
     moderation: Moderation | None = None
+    webhook: Webhook | None = None
     limits: Limits = Limits()
 
     @field_validator("models")
