@@ -31,7 +31,11 @@ def serve(
         inference_url: The API of a vLLM server that answers chats, such as `http://gpu:8001/v1`. Without it,
             a process of the service does.
     """
-    require_packages("Serving", "serve", "dbos", "fastapi", "multipart", "sqlalchemy", "trl", "uvicorn")
+    require_packages(
+        "Serving",
+        "serve",
+        *("dbos", "fastapi", "fsspec", "multipart", "prometheus_client", "sqlalchemy", "trl", "uvicorn"),
+    )
     from deltaguard.service import server
 
     models = dict(_split(each) for each in model)
