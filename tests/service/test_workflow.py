@@ -28,7 +28,8 @@ class Receiver(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.received.append((dict(self.headers), body))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.received.append((headers, body))
         self.send_response(self.server.replies.pop(0) if self.server.replies else 204)
         self.send_header("Location", f"http://127.0.0.1:{self.server.server_address[1]}/elsewhere")
         self.end_headers()

@@ -136,11 +136,16 @@ class RemoteContents:
 
     def put(self, name: str, source: BinaryIO) -> int:
         """Keep a content: the store has it when this returns."""
-        with self.system.open(self._path(name), "wb") as kept:
-            size = 0
-            while part := source.read(_PART):
-                size += len(part)
-                kept.write(part)
+        size = 0
+        try:
+            with self.system.open(self._path(name), "wb") as kept:
+                while part := source.read(_PART):
+                    size += len(part)
+                    kept.write(part)
+        except BaseException:
+            # fsspec keeps what was written until then; nobody knows the name yet.
+            self.remove(name)
+            raise
         return size
 
     def parts(self, name: str) -> Iterator[bytes]:
