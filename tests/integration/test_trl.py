@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from deltaguard import RestoreConfig, verify
 from deltaguard.errors import DeltaguardError
@@ -18,11 +18,20 @@ ROWS = [
     }
     for n in range(8)
 ]
+PREFERENCES = [
+    {
+        "prompt": row["prompt"],
+        "chosen": row["completion"],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+    for row in ROWS
+]
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def trainer(aligned, folder, lora, callbacks=()):
-    args = SFTConfig(
+def trainer(aligned, folder, lora, callbacks=(), *, prefers=False):
+    make, config = (DPOTrainer, DPOConfig) if prefers else (SFTTrainer, SFTConfig)
+    args = config(
         output_dir=str(folder),
         max_steps=3,
         learning_rate=1e-2,
@@ -33,10 +42,10 @@ def trainer(aligned, folder, lora, callbacks=()):
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    return SFTTrainer(
+    return make(
         model=str(aligned),
         args=args,
-        train_dataset=Dataset.from_list(ROWS),
+        train_dataset=Dataset.from_list(PREFERENCES if prefers else ROWS),
         peft_config=LORA if lora else None,
         callbacks=list(callbacks),
     )
@@ -45,6 +54,10 @@ def trainer(aligned, folder, lora, callbacks=()):
 def config(lora):
     kind = "adapter" if lora else "checkpoint"
     return RestoreConfig(strength=0.3, output_format=kind, config_from="aligned", device="cpu")
+
+
+def again_config(lora):
+    return config(lora).model_copy(update={"overwrite": True})
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -65,6 +78,19 @@ def test_what_was_trained_is_saved_and_restored(lora, as_callback, tmp_path):
     assert report.layers
     assert verify(tmp_path / "restored").passed
     assert is_adapter(str(tmp_path / "finetuned")) == is_adapter(str(tmp_path / "restored")) == lora
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_that_learned_preferences_is_restored(lora, tmp_path):
+    made = pair()
+    callback = RestoreCallback(aligned=made.aligned, store=made.store, config=config(lora))
+    trained = trainer(made.aligned, tmp_path, lora, [callback], prefers=True)
+    trained.train()
+    assert 0 < callback.report.kept_energy < 1
+    assert verify(tmp_path / "restored").passed
+    again = restore_after(trained, aligned=made.aligned, store=made.store, config=again_config(lora))
+    assert again.kept_energy == callback.report.kept_energy
 
 
 def test_a_callback_of_one_of_several_processes_says_what_to_do_instead():

@@ -1,6 +1,51 @@
-"""Makes the helpers of these tests importable."""
+"""A service without processes of its own, and clients of it."""
 
 import sys
 from pathlib import Path
 
+import pytest
+from starlette.testclient import TestClient
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+from clients import LIMITS, Begun, client_of  # found by the line above
+
+from deltaguard.service.app import make_app
+from deltaguard.service.inference import Inference
+from deltaguard.service.keys import create_key
+from deltaguard.service.server import open_service
+from deltaguard.service.settings import Settings
+
+
+@pytest.fixture
+def settings():
+    return Settings(models={"tiny": "nowhere", "org/other": "nowhere"}, limits=LIMITS)
+
+
+@pytest.fixture
+def opened(tmp_path, settings):
+    return open_service(tmp_path / "data", settings)
+
+
+@pytest.fixture
+def begun():
+    return Begun()
+
+
+@pytest.fixture
+def http(opened, begun, tmp_path):
+    inference = Inference(tmp_path / "chat.log", device="cpu", most_waiting=1)
+    return TestClient(make_app(opened.service, begun, inference), raise_server_exceptions=False)
+
+
+@pytest.fixture
+def client(http, opened):
+    """Of the operator, whose key was made first."""
+    return client_of(http, opened.first_key)
+
+
+@pytest.fixture
+def stranger(http, opened):
+    """Of a customer of another organisation."""
+    with opened.service.sessions.begin() as session:
+        return client_of(http, create_key(session, "others"))

@@ -19,6 +19,9 @@ gate: {requests: 40, answer_tokens: 12}
 training: {learning_rate: 0.01, lora_rank: 4}
 """
 
+DATABASE = os.environ.get("DELTAGUARD_DATABASE")
+"""URL of an empty Postgres database in which the story of a job is told, in the place of SQLite."""
+
 
 class Served:
     """A service over one tiny model.
@@ -32,7 +35,8 @@ class Served:
     def __init__(self, root, aligned, settings=SETTINGS):
         self.data, self.log, self._aligned, self.key = root / "data", root / "log", aligned, None
         self.data.mkdir()
-        (self.data / "service.yaml").write_text(settings)
+        database = "" if DATABASE is None else f"database_url: {DATABASE}\n"
+        (self.data / "service.yaml").write_text(settings + database)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

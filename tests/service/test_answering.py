@@ -1,8 +1,22 @@
 """Pieces of an answer, as they are told while it is written."""
 
+import subprocess
+import sys
+import threading
+
 import torch
 
 from deltaguard.service.answering import _Writer
+from deltaguard.service.inference import Ask, Ended, Inference
+
+COUNTING = """
+import sys
+for line in sys.stdin:
+    for n in range(1000):
+        print('{"kind": "piece", "text": "%d "}' % n, flush=True)
+    print('{"kind": "ended", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 9}')
+    sys.stdout.flush()
+"""
 
 
 class Letters:
@@ -28,3 +42,32 @@ def test_what_may_begin_a_stop_text_is_held_back_until_it_is_known():
     assert "".join(told("abcdeggh", "abcdef")) == "abcdeggh"
     assert "".join(told("xyabcdefz", "abcdef")) == "xy"
     assert told("abc") == ["a", "b", "c"]
+
+
+class Counting(Inference):
+    """Asks a process that answers everything with numbers, quickly and at length."""
+
+    def _running(self):
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", COUNTING], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        return self._process
+
+
+def test_an_answer_that_nobody_reads_holds_up_no_other(tmp_path):
+    inference = Counting(tmp_path / "log", device="cpu", most_waiting=2)
+    ask = Ask(model="m", adapter=None, asked="x", max_tokens=9, temperature=0, top_p=1, seed=None, stop=())
+    unread = inference.answer(ask)
+    assert next(unread).text == "0 "
+    found = []
+    reader = threading.Thread(target=lambda: found.extend(inference.answer(ask)))
+    reader.start()
+    reader.join(60)
+    assert "".join(piece.text for piece in found[:-1]).split() == [str(n) for n in range(1000)]
+    assert isinstance(found[-1], Ended)
+    # What was left unread is still there, whole.
+    assert [piece.text for piece in list(unread)[:-1]] == [f"{n} " for n in range(1, 1000)]
+    inference._process.stdin.close()
+    inference._process.stdout.close()
+    inference._process.wait()

@@ -5,72 +5,14 @@ import json
 
 import openai
 import pytest
+from clients import LIMITS, ODD_NAME, ROW, client_of, publish, uploaded
 from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
-from starlette.testclient import TestClient
 
-from deltaguard.service.app import make_app
 from deltaguard.service.events import tell
-from deltaguard.service.inference import Inference
-from deltaguard.service.keys import create_key, list_keys, revoke_key
+from deltaguard.service.keys import list_keys, revoke_key
 from deltaguard.service.server import open_service
-from deltaguard.service.settings import Limits, Settings
 from deltaguard.service.tables import Job
-from deltaguard.service.tables import Model as ModelRow
-
-ROW = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]}
-LIMITS = Limits(file_bytes=50_000, unfinished_jobs=3, requests_per_minute=60)
-ODD_NAME = '../../it\'s "a" 🙂.jsonl'
-
-
-class Begun(list):
-    """Stands for the workflows: which jobs were begun."""
-
-    begin = list.append
-
-
-@pytest.fixture
-def opened(tmp_path):
-    settings = Settings(models={"tiny": "nowhere", "org/other": "nowhere"}, limits=LIMITS)
-    return open_service(tmp_path / "data", settings)
-
-
-@pytest.fixture
-def begun():
-    return Begun()
-
-
-@pytest.fixture
-def http(opened, begun, tmp_path):
-    inference = Inference(tmp_path / "chat.log", device="cpu", most_waiting=1)
-    return TestClient(make_app(opened.service, begun, inference), raise_server_exceptions=False)
-
-
-def client_of(http, key):
-    return openai.OpenAI(api_key=key, base_url="http://testserver/v1", http_client=http, max_retries=0)
-
-
-@pytest.fixture
-def client(http, opened):
-    return client_of(http, opened.first_key)
-
-
-@pytest.fixture
-def stranger(http, opened):
-    with opened.service.sessions.begin() as session:
-        return client_of(http, create_key(session, "others"))
-
-
-def uploaded(client, rows=(ROW,), name=ODD_NAME):
-    return client.files.create(file=(name, "\n".join(map(json.dumps, rows)).encode()), purpose="fine-tune")
-
-
-def publish(opened, job, name):
-    folder = opened.service.published(job.id)
-    folder.mkdir(parents=True)
-    with opened.service.sessions.begin() as session:
-        session.add(ModelRow(id=name, organisation="default", base="tiny", job_id=job.id, step=3))
-    return folder
 
 
 def test_files_come_back_as_they_were_whatever_their_name(client, opened):
@@ -145,7 +87,9 @@ def test_a_job_is_made_with_numbers_in_the_place_of_auto(client, begun):
     [
         ({"model": "gpt-5"}, 400, "model"),
         ({"training_file": "file-none"}, 404, "file"),
-        ({"method": {"type": "dpo"}}, 400, "method.type"),
+        ({"method": {"type": "reinforcement"}}, 400, "method.type"),
+        ({"method": {"type": "dpo", "supervised": {"hyperparameters": {}}}}, 400, "method"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, 400, None),
         ({"seed": -1}, 400, "seed"),
         ({"hyperparameters": {"n_epochs": 0}}, 400, None),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, 400, "integrations"),
@@ -161,6 +105,19 @@ def test_what_a_job_cannot_be_is_told_in_openais_envelope(client, begun, changed
     assert set(error.value.body) == {"message", "type", "param", "code"}
     assert param is None or error.value.param == param
     assert not begun
+
+
+def test_a_job_learns_preferences_with_beta(client):
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 1}}}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id, method=method)
+    FineTuningJob.model_validate(job.model_dump(), strict=True)
+    assert job.method.type == "dpo"
+    assert (job.method.dpo.hyperparameters.beta, job.method.dpo.hyperparameters.batch_size) == (0.3, 4)
+    assert client.fine_tuning.jobs.retrieve(job.id).method == job.method
+    automatic = client.fine_tuning.jobs.create(
+        model="tiny", training_file=job.training_file, method={"type": "dpo"}
+    )
+    assert automatic.method.dpo.hyperparameters.beta == 0.1
 
 
 def test_a_request_that_a_client_repeats_makes_one_job(client, begun):

@@ -7,7 +7,7 @@ import pytest
 from deltaguard.service.publishing import model_name
 from deltaguard.service.settings import Limits
 from deltaguard.service.tables import Job
-from deltaguard.service.training_data import InvalidFileError, read_examples
+from deltaguard.service.training_data import InvalidFileError, read_examples, read_preferences
 
 LIMITS = Limits(file_rows=30, line_bytes=1000)
 
@@ -65,6 +65,45 @@ def test_all_bad_lines_are_told_with_their_numbers(tmp_path):
     assert "line 1: " not in message
     assert "line 12: " not in message
     for why in ("0xff", "more than 1,000 bytes", "weight 0", "`messages`", "tool_calls"):
+        assert why in message
+
+
+def preference(*messages, good="Hi.", bad="What?", **more):
+    outputs = {
+        "preferred_output": [said("assistant", good)],
+        "non_preferred_output": [said("assistant", bad)],
+    }
+    return json.dumps({"input": {"messages": list(messages), **more}} | outputs).encode()
+
+
+def test_preferences_are_read_in_openais_format(tmp_path):
+    path, ask = tmp_path / "file.jsonl", said("user", "Hello?")
+    empty = preference(ask, tools=[], parallel_tool_calls=True)
+    path.write_bytes(preference(said("system", "Be brief."), ask) + b"\n" + empty)
+    first, other = read_preferences(path, LIMITS)
+    assert [turn["role"] for turn in first.turns] == ["system", "user"]
+    assert (other.preferred, other.rejected) == ("Hi.", "What?")
+
+
+def test_all_bad_preferences_are_told_with_their_numbers(tmp_path):
+    path, ask = tmp_path / "file.jsonl", said("user", "Hello?")
+    bad = [
+        GOOD,
+        preference(ask, said("assistant", "Hi.")),
+        preference(ask, good="Same.", bad="Same."),
+        preference(ask, tools=[{"type": "function"}]),
+        json.dumps(
+            {"input": {"messages": [ask]}, "preferred_output": [], "non_preferred_output": []}
+        ).encode(),
+    ]
+    path.write_bytes(b"\n".join([preference(ask), *bad]))
+    with pytest.raises(InvalidFileError) as error:
+        read_preferences(path, LIMITS)
+    message = str(error.value)
+    for number in range(2, len(bad) + 2):
+        assert f"line {number}: " in message
+    assert "line 1: " not in message
+    for why in ("the user last", "neither is preferred", "tools", "non_preferred_output"):
         assert why in message
 
 

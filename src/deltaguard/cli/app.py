@@ -15,6 +15,7 @@ from deltaguard.cli.check import check
 from deltaguard.cli.demo import demo
 from deltaguard.cli.diff import diff
 from deltaguard.cli.eval import eval as evaluate
+from deltaguard.cli.gc import gc
 from deltaguard.cli.info import info
 from deltaguard.cli.keys import keys
 from deltaguard.cli.report import report
@@ -52,7 +53,21 @@ def build_app() -> App:
         # `run` says how to go on.
         suppress_keyboard_interrupt=False,
     )
-    for verb in (demo, calibrate, check, restore, sweep, diff, verify, evaluate, bench, serve, report, info):
+    for verb in (
+        demo,
+        calibrate,
+        check,
+        restore,
+        sweep,
+        diff,
+        verify,
+        evaluate,
+        bench,
+        serve,
+        gc,
+        report,
+        info,
+    ):
         app.command(verb, help_epilogue=methods_help() if verb is restore else None)
     app.command(keys)
     return app

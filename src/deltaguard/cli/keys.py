@@ -1,14 +1,14 @@
 """`deltaguard keys`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from pydantic import BaseModel
 from rich.table import Table as Drawn
 
 from deltaguard.cli.sink import Json, emit
-from deltaguard.errors import DeltaguardError, require_packages
+from deltaguard.errors import require_packages
 
 if TYPE_CHECKING:
     from deltaguard.service.database import Sessions
@@ -30,6 +30,7 @@ class KnownKey(BaseModel):
     id: str
     organisation: str
     ends_with: str
+    is_operator: bool
     created_at: int
     revoked_at: int | None
 
@@ -41,18 +42,27 @@ class KnownKeys(BaseModel):
 
 
 @keys.command
-def create(organisation: str, /, *, data: Path, json: Json = False) -> None:
+def create(
+    organisation: str,
+    /,
+    *,
+    data: Path,
+    operator: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> None:
     """Make a key for an organisation, and show it this once.
 
     Args:
         organisation: Whose files, jobs and models it opens: lower-case letters, digits and hyphens.
         data: The service's folder.
+        operator: The key is of somebody who runs the service: it also shows the blocked models of all
+            organisations, releases and discards them, and reads `/metrics`.
         json: Print one JSON document and nothing else on stdout.
     """
     from deltaguard.service.keys import create_key
 
     with _opened(data).begin() as session:
-        made = NewKey(organisation=organisation, key=create_key(session, organisation))
+        made = NewKey(organisation=organisation, key=create_key(session, organisation, is_operator=operator))
     emit(made, made.key, as_json=json)
 
 
@@ -68,10 +78,11 @@ def list_all(*, data: Path, json: Json = False) -> None:
 
     with _opened(data).begin() as session:
         found = KnownKeys(keys=[_known(key) for key in list_keys(session)])
-    table = Drawn("id", "organisation", "ends with", "state")
+    table = Drawn("id", "organisation", "ends with", "of", "state")
     for key in found.keys:
         state = "valid" if key.revoked_at is None else "revoked"
-        table.add_row(key.id, key.organisation, key.ends_with, state)
+        of = "operator" if key.is_operator else "customer"
+        table.add_row(key.id, key.organisation, key.ends_with, of, state)
     emit(found, table, as_json=json)
 
 
@@ -96,6 +107,7 @@ def _known(key: "Key") -> KnownKey:
         id=key.id,
         organisation=key.organisation,
         ends_with=key.hint,
+        is_operator=key.is_operator,
         created_at=key.created_at,
         revoked_at=key.revoked_at,
     )
@@ -103,9 +115,6 @@ def _known(key: "Key") -> KnownKey:
 
 def _opened(data: Path) -> "Sessions":
     require_packages("Managing keys", "serve", "alembic", "sqlalchemy")
-    from deltaguard.service.database import database_url, open_database
-    from deltaguard.service.server import chosen_settings
+    from deltaguard.service.server import existing_service
 
-    if not data.is_dir():
-        raise DeltaguardError(f"There is no folder {data}: `deltaguard serve --data {data}` makes it.")
-    return open_database(database_url(data, chosen_settings(data, {}).database_url))
+    return existing_service(data).sessions

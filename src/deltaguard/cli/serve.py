@@ -15,6 +15,7 @@ def serve(
     model: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     host: str = "127.0.0.1",
     port: int = 8000,
+    inference_url: str | None = None,
 ) -> None:
     """Serve fine-tuning with OpenAI's API: jobs are trained, restored, checked, and only then published.
 
@@ -27,12 +28,18 @@ def serve(
         model: An aligned model that customers may fine-tune, as `NAME=FOLDER`; may be given several times.
         host: Address to listen at; behind it stands whoever speaks TLS.
         port: Port to listen at.
+        inference_url: The API of a vLLM server that answers chats, such as `http://gpu:8001/v1`. Without it,
+            a process of the service does.
     """
-    require_packages("Serving", "serve", "dbos", "fastapi", "multipart", "sqlalchemy", "trl", "uvicorn")
+    require_packages(
+        "Serving",
+        "serve",
+        *("dbos", "fastapi", "fsspec", "multipart", "prometheus_client", "sqlalchemy", "trl", "uvicorn"),
+    )
     from deltaguard.service import server
 
     models = dict(_split(each) for each in model)
-    settings = server.chosen_settings(data, models)
+    settings = server.chosen_settings(data, models, inference_url)
 
     def on_open(first_key: str | None) -> None:
         if first_key is not None:

@@ -2,65 +2,24 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel
 
 from deltaguard.chat.conversations import Conversation, require_responses
 from deltaguard.chat.template import messages, readable_turns
-from deltaguard.device import find_device, served_dtype
 from deltaguard.errors import DeltaguardError, require_packages
-from deltaguard.files import read_json
+from deltaguard.finetuning.training import (
+    FinetuneConfig,
+    Measured,
+    adapter_options,
+    common_options,
+    progress,
+    train_and_save,
+    without_prints,
+)
 from deltaguard.models.families import decoder_blocks
-from deltaguard.models.hub import locate
-from deltaguard.models.loading import load_model, load_tokenizer
-
-_CHECKPOINT_SHARE = 0.1
-"""Of all steps, from one checkpoint to the next."""
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """How to fine-tune.
-
-    Attributes:
-        learning_rate: peak learning rate of AdamW; it rises over the first tenth of the steps, then falls
-            linearly to 0.
-        epochs: passes over the conversations, where `max_steps` is not given.
-        max_steps: optimizer steps; `None` leaves the number to `epochs`.
-        batch_size: conversations per step.
-        max_length: tokens kept of a conversation; the end is cut off.
-        seed: fixes the order of the conversations and an adapter's first weights.
-        frozen_layers: decoder blocks, counted from the input, that keep their weights. The embeddings, and
-            an output layer tied to them, always do.
-        lora_rank: train a LoRA adapter of this rank on all linear layers of the decoder blocks, and save the
-            adapter alone; `None` trains the weights themselves.
-        lora_alpha: an adapter's update is multiplied by `lora_alpha / lora_rank`.
-
-    Raises:
-        DeltaguardError: `frozen_layers` and `lora_rank` are both given.
-    """
-
-    learning_rate: float
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 4
-    max_length: int = 512
-    seed: int = 0
-    frozen_layers: int = 0
-    lora_rank: int | None = None
-    lora_alpha: int = 32
-
-    def __post_init__(self) -> None:
-        if self.frozen_layers and self.lora_rank is not None:
-            raise DeltaguardError(
-                f"frozen_layers={self.frozen_layers} and lora_rank={self.lora_rank} do not go together: "
-                "an adapter is trained on all decoder blocks. Give one of them."
-            )
 
 
 @dataclass(frozen=True)
@@ -74,25 +33,6 @@ class Dialogue:
 
     turns: tuple[Mapping[str, str], ...]
     answer: str
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What training measured at a step.
-
-    Attributes:
-        step: optimizer steps done.
-        steps: of how many.
-        loss: mean cross-entropy of the responses' tokens, nats: of the batch, or of all validation data.
-        accuracy: share of these tokens that were the likeliest.
-        kind: whether on the batch that was learned from, or on the validation data.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    accuracy: float
-    kind: Literal["train", "validation"] = "train"
 
 
 def finetune(
@@ -136,27 +76,15 @@ def finetune(
     if not conversations:
         raise DeltaguardError("There is no conversation to fine-tune on.")
     require_responses([row for row in conversations if isinstance(row, Conversation)], "to learn from")
-    folder = locate(model)
-    network = load_model(folder, str(model), dtype=torch.float32)
-    tokenizer = load_tokenizer(folder, str(model))
-    use_cache = network.config.use_cache
-    if config.lora_rank is None:
-        _freeze(network, config.frozen_layers)
-    with TemporaryDirectory() as scratch:
-        states, saves = checkpoints or Path(scratch), checkpoints is not None
-        trainer = _trainer(network, tokenizer, conversations, config, states, validation, saves=saves)
-        if on_step is not None:
-            trainer.add_callback(_progress(on_step))
-        loss = float(trainer.train(resume_from_checkpoint=_last_checkpoint(states)).training_loss)
-    if not isfinite(loss):
-        raise DeltaguardError(
-            f"Training diverged: the mean loss is {loss}. Lower the learning rate {config.learning_rate:g}."
-        )
-    # trl switches the cache off for training; left so, the saved model would generate many times slower.
-    network.config.use_cache = use_cache
-    trainer.model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    return Path(output_dir)
+
+    def make(network: Any, tokenizer: Any, states: Path) -> Any:
+        if config.lora_rank is None:
+            _freeze(network, config.frozen_layers)
+        saves = checkpoints is not None
+        return _trainer(network, tokenizer, conversations, config, states, validation, saves=saves)
+
+    noted = None if on_step is None else progress(on_step, accuracy="mean_token_accuracy")
+    return train_and_save(model, output_dir, make, config=config, checkpoints=checkpoints, noted=noted)
 
 
 def _freeze(network: Any, layers: int) -> None:
@@ -169,24 +97,6 @@ def _freeze(network: Any, layers: int) -> None:
     network.get_input_embeddings().requires_grad_(False)
     for block in blocks[:layers]:
         block.requires_grad_(False)
-
-
-class _TrainerState(BaseModel):
-    """What transformers writes last into a checkpoint."""
-
-    global_step: int
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Find the last checkpoint that was written to its end."""
-    whole: dict[int, Path] = {}
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            found = read_json(state, _TrainerState, remedy="Training goes on from an earlier one.")
-        except DeltaguardError:
-            continue  # A kill cut it short; the one before is kept until it is whole.
-        whole[found.global_step] = state.parent
-    return str(whole[max(whole)]) if whole else None
 
 
 def _rows(tokenizer: Any, conversations: Sequence[Conversation | Dialogue]) -> Any:
@@ -221,62 +131,22 @@ def _trainer(
     *,
     saves: bool,
 ) -> Any:
-    from datasets import disable_progress_bars
-    from peft import LoraConfig
-    from transformers import PrinterCallback
+    from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     class CompletionTrainer(_CompletionLoss, SFTTrainer):
         """trl's trainer with a loss that costs only what the completions cost."""
 
-    disable_progress_bars()
-    rank, alpha = config.lora_rank, config.lora_alpha
-    trainer: Any = CompletionTrainer(
-        model=network,
-        args=_arguments(config, scratch, saves=saves, validates=bool(validation)),
-        train_dataset=_rows(tokenizer, conversations),
-        eval_dataset=_rows(tokenizer, validation) if validation else None,
-        processing_class=tokenizer,
-        peft_config=None
-        if rank is None
-        else LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    # It would print a summary to standard output.
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _arguments(config: FinetuneConfig, scratch: Path, *, saves: bool, validates: bool) -> Any:
-    from trl.trainer.sft_config import SFTConfig
-
-    device = find_device()
-    return SFTConfig(
-        output_dir=str(scratch),
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=0.1,
-        weight_decay=0.0,
-        num_train_epochs=config.epochs,
-        max_steps=-1 if config.max_steps is None else config.max_steps,
-        per_device_train_batch_size=config.batch_size,
-        max_length=config.max_length,
-        completion_only_loss=True,
-        seed=config.seed,
-        use_cpu=device.type == "cpu",
-        bf16=served_dtype(device) == torch.bfloat16,
-        activation_checkpointing=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if saves else "no",
-        save_steps=_CHECKPOINT_SHARE,
-        save_total_limit=2,
-        eval_strategy="epoch" if validates else "no",
-        per_device_eval_batch_size=config.batch_size,
-        report_to="none",
-        trust_remote_code=False,
+    options = common_options(config, scratch, saves=saves, validates=bool(validation))
+    return without_prints(
+        CompletionTrainer(
+            model=network,
+            args=SFTConfig(completion_only_loss=True, **options),
+            train_dataset=_rows(tokenizer, conversations),
+            eval_dataset=_rows(tokenizer, validation) if validation else None,
+            processing_class=tokenizer,
+            peft_config=adapter_options(config),
+        )
     )
 
 
@@ -312,18 +182,3 @@ class _CompletionLoss:
         self._metrics[mode]["mean_token_accuracy"].append(right.item())
         loss = torch.nn.functional.cross_entropy(logits, targets)
         return (loss, outputs) if return_outputs else loss
-
-
-def _progress(on_step: Callable[[Measured], None]) -> Any:
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
-            at, found = (state.global_step, state.max_steps), logs or {}
-            if "loss" in found:
-                on_step(Measured(*at, found["loss"], found["mean_token_accuracy"]))
-            if "eval_loss" in found:
-                accuracy = found["eval_mean_token_accuracy"]
-                on_step(Measured(*at, found["eval_loss"], accuracy, "validation"))
-
-    return Progress()

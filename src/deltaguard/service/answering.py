@@ -23,13 +23,14 @@ from deltaguard.device import find_device, served_dtype
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import merge_adapter
 from deltaguard.models.hub import locate
-from deltaguard.models.loading import load_model, load_tokenizer
+from deltaguard.models.loading import foreign, load_model, load_tokenizer
 from deltaguard.service.inference import STOP, Ask, Ended, Failed, Piece
 
 _MOST_MODELS = 2
+"""Models in memory at a time."""
+
 _COLDEST = 1e-4
 """Below this temperature the likeliest token is taken: logits divided by less are not finite."""
-"""Models in memory at a time."""
 
 _HALF = "\ufffd"
 
@@ -64,10 +65,18 @@ class Loaded:
 class _Writer:
     """What transformers gives new tokens to: text is written as soon as it is sure."""
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], say: Callable[[Piece], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: tuple[str, ...],
+        say: Callable[[Piece], None],
+        *,
+        opens_with_space: bool = False,
+    ) -> None:
         self.ids: list[int] = []
         self.stopped = False
         self._tokenizer, self._stop, self._say = tokenizer, stop, say
+        self._opens_with_space = opens_with_space
         self._held_back = max((len(each) for each in stop), default=1) - 1
         self._prompt_is_next, self._written = True, 0
 
@@ -91,7 +100,8 @@ class _Writer:
             self._write(self._text())
 
     def _text(self) -> str:
-        return self._tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+        text: str = self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        return text if self._opens_with_space else text.lstrip()
 
     def _write(self, text: str) -> None:
         if len(text) > self._written:
@@ -112,14 +122,14 @@ def answer(ask: Ask, loaded: Loaded, say: Callable[[Piece], None], is_unwanted: 
         DeltaguardError: the model cannot answer.
     """
     model, tokenizer = loaded.get(ask.model, ask.adapter)
-    text = apply_template(tokenizer, readable_turns(tokenizer, ask.messages))
-    ids = token_ids(tokenizer, text)
+    ids = _read(tokenizer, ask.asked)
     room = context_length(model.config) - len(ids)
     if room < 1:
         raise _TooLongError(
-            f"The messages have {len(ids)} tokens, and this model reads {context_length(model.config) - 1}."
+            f"What is asked has {len(ids)} tokens, and this model reads {context_length(model.config) - 1}."
         )
-    writer, most = _Writer(tokenizer, ask.stop, say), min(ask.max_tokens, room)
+    most, is_chat = min(ask.max_tokens, room), not isinstance(ask.asked, str)
+    writer = _Writer(tokenizer, ask.stop, say, opens_with_space=not is_chat)
     if ask.seed is not None:
         torch.manual_seed(ask.seed)
     is_drawn = ask.temperature >= _COLDEST
@@ -150,8 +160,18 @@ def answer(ask: Ask, loaded: Loaded, say: Callable[[Piece], None], is_unwanted: 
     )
 
 
+def _read(tokenizer: Any, asked: str | list[dict[str, str]]) -> list[int]:
+    """Tokenise what a model reads before it answers."""
+    if not isinstance(asked, str):
+        return token_ids(tokenizer, apply_template(tokenizer, readable_turns(tokenizer, asked)))
+    with foreign(f"The tokenizer of {tokenizer.name_or_path!r} fails on a text"):
+        ids: list[int] = tokenizer(asked)["input_ids"]
+    # A model goes on with something: of an empty text, with what a text begins with.
+    return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+
+
 class _TooLongError(DeltaguardError):
-    """Messages that are longer than the model reads."""
+    """A request that is longer than the model reads."""
 
 
 def _ends(model: Any) -> list[int]:

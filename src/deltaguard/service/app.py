@@ -7,10 +7,10 @@ from sqlalchemy import text
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltaguard import __version__
-from deltaguard.service import chat, files, jobs, models
+from deltaguard.service import chat, completions, files, jobs, metrics, models, reviewing
 from deltaguard.service.context import Service, known_caller, service_of
 from deltaguard.service.errors import ApiError, answer_errors, envelope
-from deltaguard.service.inference import Inference
+from deltaguard.service.inference import Answering
 from deltaguard.service.workflow import Workflows
 
 _MOST_BYTES = 4 << 20
@@ -20,13 +20,13 @@ _FORM_BYTES = 64 << 10
 """What a form has around its file."""
 
 
-def make_app(service: Service, workflows: Workflows, inference: Inference) -> FastAPI:
+def make_app(service: Service, workflows: Workflows, inference: Answering) -> FastAPI:
     """Put the application together.
 
     Args:
         service: the open service.
         workflows: carry jobs out.
-        inference: answers chats.
+        inference: answers chats and completions.
     """
     app = FastAPI(
         title="deltaguard",
@@ -37,12 +37,14 @@ def make_app(service: Service, workflows: Workflows, inference: Inference) -> Fa
         redoc_url=None,
     )
     app.state.service, app.state.workflows, app.state.inference = service, workflows, inference
+    app.state.metrics = metrics.Metrics(service, inference)
     answer_errors(app)
-    for module in (files, jobs, models, chat):
+    for module in (files, jobs, models, chat, completions, reviewing, metrics):
         app.include_router(module.router, responses=_ERRORS)
     app.add_api_route("/healthz", _alive, tags=["operation"])
     app.add_api_route("/readyz", _ready, tags=["operation"])
     app.add_middleware(_Limited, service=service)
+    app.add_middleware(metrics.Counted, metrics=app.state.metrics)
     return app
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from deltaguard.service.contents import Contents
 from deltaguard.service.database import Sessions
 from deltaguard.service.errors import ApiError
 from deltaguard.service.keys import find_key
@@ -27,6 +28,7 @@ class Service:
         data: its folder.
         settings: what the operator decided.
         sessions: of the database.
+        contents: of files, by their ids.
         opened_at: seconds since 1970.
         asked: when each organisation asked in the last minute; by `time.monotonic`.
     """
@@ -34,17 +36,22 @@ class Service:
     data: Path
     settings: Settings
     sessions: Sessions
+    contents: Contents
     opened_at: int = field(default_factory=now)
     asked: dict[str, deque[float]] = field(default_factory=dict[str, deque[float]])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def file(self, file_id: str) -> Path:
-        """Name the place of a file's content."""
-        return self.data / "files" / file_id
-
     def job(self, job_id: str) -> Path:
         """Name the folder in which a job works."""
         return self.data / "jobs" / job_id
+
+    def fetched(self, job_id: str, file_id: str) -> Path:
+        """Have a file's content as a file, for a job.
+
+        Raises:
+            FileNotFoundError: it was deleted.
+        """
+        return self.contents.fetch(file_id, self.job(job_id) / "files")
 
     def published(self, job_id: str) -> Path:
         """Name the folder of the model that a job published."""
@@ -75,10 +82,12 @@ class Caller:
     Attributes:
         organisation: whose files, jobs and models there are for them.
         key_id: of the key they showed.
+        is_operator: whether they run the service.
     """
 
     organisation: str
     key_id: str
+    is_operator: bool = False
 
 
 def service_of(request: Request) -> Service:
@@ -115,7 +124,22 @@ def known_caller(service: Service, key: str | None) -> Caller:
         known = find_key(session, key)
         if known is None:
             raise ApiError(401, "This key is not known, or was revoked.", code="invalid_api_key")
-        return Caller(known.organisation, known.id)
+        return Caller(known.organisation, known.id, is_operator=known.is_operator)
 
 
 Asking = Annotated[Caller, Depends(caller_of)]
+
+
+def operator_of(caller: Asking) -> Caller:
+    """Find out which operator is asking.
+
+    Raises:
+        ApiError: it is a customer.
+    """
+    if not caller.is_operator:
+        message = "This takes an operator's key: `deltaguard keys create NAME --operator`."
+        raise ApiError(403, message, code="not_an_operator")
+    return caller
+
+
+Operating = Annotated[Caller, Depends(operator_of)]

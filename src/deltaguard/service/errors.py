@@ -10,6 +10,8 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
+from deltaguard.errors import DeltaguardError
+
 _LOGGER = logging.getLogger(__name__)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -83,6 +85,13 @@ def answer_errors(app: FastAPI) -> None:
         _LOGGER.error("The database does not answer: %s", error.orig)
         message = "The database does not answer right now. Try again."
         return _response(503, message, "database_unavailable", None, {"Retry-After": "2"})
+
+    @app.exception_handler(DeltaguardError)
+    def _cannot(_request: Request, error: DeltaguardError) -> JSONResponse:
+        # Such as a disk that is full; its message names places on this machine.
+        _LOGGER.error("A request cannot be met: %s", error)
+        message = "The service cannot do this right now; its operator finds out why in the log."
+        return _response(503, message, "unavailable", None, {"Retry-After": "30"})
 
     @app.exception_handler(Exception)
     def _bug(request: Request, error: Exception) -> JSONResponse:

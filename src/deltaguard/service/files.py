@@ -1,16 +1,13 @@
 """Files: uploads, and what jobs write."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Form, Query, UploadFile
-from fastapi.responses import FileResponse
-from sqlalchemy import or_, select
+from fastapi.responses import StreamingResponse
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from deltaguard.models.durable import explained, flush_folder
 from deltaguard.service.context import Asking, Caller, Open, Service
 from deltaguard.service.database import new_id
 from deltaguard.service.errors import ApiError, not_found
@@ -43,44 +40,44 @@ def show_file(file: File) -> FileObject:
     )
 
 
-def keep_content(source: Path, target: Path) -> None:
-    """Put a finished file in its place, on disk when this returns.
-
-    Args:
-        source: in the same folder, flushed.
-        target: its place.
-    """
-    source.replace(target)
-    flush_folder(target.parent)
-
-
 @router.post("")
 def upload(
     service: Open, caller: Asking, file: UploadFile, purpose: Annotated[Literal["fine-tune"], Form()]
 ) -> FileObject:
     """Take a training or validation file."""
     file_id, most = new_id("file"), service.settings.limits.file_bytes
-    target = service.file(file_id)
-    partial = target.with_suffix(".partial")
     if file.size is not None and file.size > most:
         message = f"The file has {file.size:,} bytes, and {most:,} are taken at most."
         raise ApiError(413, message, code="file_too_large", param="file")
-    try:
-        with explained(target), partial.open("wb") as kept:
-            shutil.copyfileobj(file.file, kept, 1 << 20)
-            kept.flush()
-            os.fsync(kept.fileno())
-            size = kept.tell()
-        if not size:
-            raise ApiError(400, "The file is empty.", code="empty_file", param="file")
-        keep_content(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    name = shortened(writable(file.filename or "file"), _LONGEST_NAME).replace("\0", "\\x00")
+    if not file.size:
+        raise ApiError(400, "The file is empty.", code="empty_file", param="file")
     with service.sessions.begin() as session:
-        new = File(id=file_id, organisation=caller.organisation, name=name, purpose=purpose, bytes=size)
-        session.add(new)
+        _require_room(session, service, caller, file.size)
+    size = service.contents.put(file_id, file.file)
+    name = shortened(writable(file.filename or "file"), _LONGEST_NAME).replace("\0", "\\x00")
+    new = File(id=file_id, organisation=caller.organisation, name=name, purpose=purpose, bytes=size)
+    try:
+        with service.sessions.begin() as session:
+            # Anew: others may have come while this one was written.
+            _require_room(session, service, caller, size)
+            session.add(new)
+    except ApiError:
+        service.contents.remove(file_id)
+        raise
     return show_file(new)
+
+
+def _require_room(session: Session, service: Service, caller: Caller, size: int) -> None:
+    """Refuse a file that does not fit beside those that its organisation has.
+
+    Raises:
+        ApiError: it does not.
+    """
+    own = select(func.sum(File.bytes)).where(File.organisation == caller.organisation)
+    taken, most = session.scalar(own) or 0, service.settings.limits.all_bytes
+    if taken + size > most:
+        message = f"This organisation's files have {taken:,} bytes, and {most:,} may be: delete some."
+        raise ApiError(413, message, code="storage_full", param="file")
 
 
 @router.get("")
@@ -106,14 +103,16 @@ def retrieve_file(service: Open, caller: Asking, file_id: str) -> FileObject:
         return show_file(find_file(session, caller, file_id))
 
 
-@router.get("/{file_id}/content", response_class=FileResponse)
-def file_content(service: Open, caller: Asking, file_id: str) -> FileResponse:
+@router.get("/{file_id}/content", response_class=StreamingResponse)
+def file_content(service: Open, caller: Asking, file_id: str) -> StreamingResponse:
     """Give a file back, byte for byte."""
     with service.sessions.begin() as session:
         found = find_file(session, caller, file_id)
     # Never a type that a browser would run or draw.
     headers = {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
-    return FileResponse(service.file(found.id), media_type="application/octet-stream", headers=headers)
+    headers["Content-Length"] = str(found.bytes)
+    parts = service.contents.parts(found.id)
+    return StreamingResponse(parts, media_type="application/octet-stream", headers=headers)
 
 
 @router.delete("/{file_id}")
@@ -131,7 +130,7 @@ def delete_file(service: Open, caller: Asking, file_id: str) -> Deleted:
             message = f"The job {using} still needs this file: cancel it first."
             raise ApiError(400, message, code="file_in_use", param="file_id")
         session.delete(found)
-    service.file(file_id).unlink(missing_ok=True)
+    service.contents.remove(file_id)
     return Deleted(id=file_id, object="file")
 
 
@@ -148,10 +147,8 @@ def add_result(service: Service, session: Session, job: Job, source: Path) -> No
         return
     # The same at a second try, so that a kill in between leaves nothing behind.
     file_id = f"file-result-{job.id.removeprefix('ftjob-')}"
-    partial = service.file(file_id).with_suffix(".partial")
-    shutil.copyfile(source, partial)
-    keep_content(partial, service.file(file_id))
-    size = service.file(file_id).stat().st_size
+    with source.open("rb") as content:
+        size = service.contents.put(file_id, content)
     name, purpose = "step_metrics.csv", "fine-tune-results"
     session.add(File(id=file_id, organisation=job.organisation, name=name, purpose=purpose, bytes=size))
     job.result_file = file_id

@@ -1,11 +1,12 @@
 """The process that models answer in, as the service sees it: one request at a time, the others wait."""
 
+import queue
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, Field, TypeAdapter
 
@@ -19,7 +20,7 @@ class Ask(BaseModel):
     Attributes:
         model: folder or Hub id.
         adapter: folder of an adapter over it.
-        messages: each with `role` and `content`.
+        asked: messages of a chat, each with `role` and `content`; or a text to go on with.
         max_tokens: of the answer.
         temperature: 0 takes the likeliest token each time.
         top_p: share of the likeliest tokens that are drawn from.
@@ -29,7 +30,7 @@ class Ask(BaseModel):
 
     model: str
     adapter: str | None
-    messages: list[dict[str, str]]
+    asked: str | list[dict[str, str]]
     max_tokens: int
     temperature: float
     top_p: float
@@ -69,6 +70,27 @@ STOP = "stop"
 """The line that ends an answer early."""
 
 
+class Answering(Protocol):
+    """Whatever answers chats and completions."""
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait or are being answered."""
+        ...
+
+    def answer(self, ask: Ask) -> Iterator[Piece | Ended]:
+        """Have a request answered, piece by piece.
+
+        Raises:
+            ApiError: it cannot be answered.
+        """
+        ...
+
+    def forget(self, adapter: str) -> None:
+        """Let go of an adapter whose model was deleted."""
+        ...
+
+
 class Inference:
     """The process, begun when it is first needed and again after it died."""
 
@@ -80,53 +102,79 @@ class Inference:
             device: where models run.
             most_waiting: requests that wait at a time; more are refused.
         """
-        self._log, self._device = log, device
-        self._turn = threading.Lock()
-        self._places = threading.BoundedSemaphore(most_waiting)
+        self._log, self._device, self._most_waiting = log, device, most_waiting
+        self._turn, self._counting, self._waiting = threading.Lock(), threading.Lock(), 0
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait or are being answered."""
+        return self._waiting
 
     def answer(self, ask: Ask) -> Iterator[Piece | Ended]:
         """Have a request answered, piece by piece.
 
+        A thread takes what the process says as it comes, so that whoever reads slowly holds up nobody.
+
         Raises:
             ApiError: it cannot be answered, too many are waiting, or the process died.
         """
-        if not self._places.acquire(blocking=False):
-            message = "Too many chats are waiting. Try again."
-            raise ApiError(503, message, code="overloaded", retry_after=2)
+        with self._counting:
+            if self._waiting >= self._most_waiting:
+                message = "Too many chats are waiting. Try again."
+                raise ApiError(503, message, code="overloaded", retry_after=2)
+            self._waiting += 1
+        said: queue.SimpleQueue[Piece | Ended | Exception] = queue.SimpleQueue()
+        is_unwanted = threading.Event()
+        threading.Thread(target=self._carry_out, args=(ask, said, is_unwanted), daemon=True).start()
+        try:
+            while True:
+                found = said.get()
+                if isinstance(found, Exception):
+                    raise found
+                yield found
+                if isinstance(found, Ended):
+                    return
+        finally:
+            is_unwanted.set()
+
+    def forget(self, adapter: str) -> None:
+        """Do nothing: the process lets go of what others push out, and nobody can ask for it any more."""
+
+    def _carry_out(
+        self, ask: Ask, said: "queue.SimpleQueue[Piece | Ended | Exception]", is_unwanted: threading.Event
+    ) -> None:
         try:
             with self._turn:
-                yield from self._answered(ask)
+                if not is_unwanted.is_set():
+                    for each in self._answered(ask, is_unwanted):
+                        said.put(each)
+        except Exception as error:  # noqa: BLE001  # raised where the answer is read
+            said.put(error)
         finally:
-            self._places.release()
+            with self._counting:
+                self._waiting -= 1
 
-    def _answered(self, ask: Ask) -> Iterator[Piece | Ended]:
-        process = self._running()
-        assert process.stdin is not None  # noqa: S101  # opened as a pipe
-        assert process.stdout is not None  # noqa: S101  # likewise
-        has_ended = False
+    def _answered(self, ask: Ask, is_unwanted: threading.Event) -> Iterator[Piece | Ended]:
+        process, is_told = self._running(), False
+        assert process.stdout is not None  # noqa: S101  # opened as a pipe
+        died = ApiError(503, "The model's process died. Try again.", code="model_died", retry_after=5)
         try:
             self._write(process, ask.model_dump_json())
             for line in process.stdout:
                 said = SAID.validate_json(line)
-                has_ended = not isinstance(said, Piece)
                 if isinstance(said, Failed):
                     raise ApiError(said.status, said.message, code=said.code)
                 yield said
-                if has_ended:
+                if isinstance(said, Ended):
                     return
-            has_ended = True
-            raise ApiError(503, "The model's process died. Try again.", code="model_died", retry_after=5)
+                # What is still written is read to its end: it must not become another one's answer.
+                if is_unwanted.is_set() and not is_told:
+                    self._write(process, STOP)
+                    is_told = True
         except OSError as error:
-            has_ended = True
-            message = "The model's process died. Try again."
-            raise ApiError(503, message, code="model_died", retry_after=5) from error
-        finally:
-            if not has_ended:
-                # Whoever asked is gone: what is still written must not become another one's answer.
-                self._write(process, STOP)
-                while (line := process.stdout.readline()) and isinstance(SAID.validate_json(line), Piece):
-                    pass
+            raise died from error
+        raise died
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:

@@ -36,13 +36,20 @@ _SAME_REQUEST_S = 120
 _FILTER = re.compile(r"metadata\[(.{1,64})\]")
 
 
-def find_job(session: Session, caller: Caller, job_id: str) -> Job:
+def find_job(session: Session, caller: Caller, job_id: str, *, to_change: bool = False) -> Job:
     """Find a job of an organisation.
+
+    Args:
+        session: of the database.
+        caller: who is asking.
+        job_id: of the job.
+        to_change: whether others wait with changes of it until the session commits.
 
     Raises:
         ApiError: there is none of that id, or it is another organisation's.
     """
-    found = session.scalar(select(Job).where(Job.id == job_id, Job.organisation == caller.organisation))
+    query = select(Job).where(Job.id == job_id, Job.organisation == caller.organisation)
+    found = session.scalar(query.with_for_update() if to_change else query)
     if found is None:
         raise not_found("fine-tuning job", job_id)
     return found
@@ -62,7 +69,9 @@ def show_job(job: Job) -> JobObject:
         validation_file=job.validation_file,
         result_files=[] if job.result_file is None else [job.result_file],
         hyperparameters=job.hyperparameters,
-        method=JobMethod(supervised={"hyperparameters": job.hyperparameters}),
+        method=JobMethod.model_validate(
+            {"type": job.method, job.method: {"hyperparameters": job.hyperparameters}}
+        ),
         seed=job.seed,
         trained_tokens=job.trained_tokens,
         error=None if job.error is None else JobError(**job.error),
@@ -149,6 +158,7 @@ def _new_job(service: Service, session: Session, caller: Caller, asked: CreateJo
         organisation=caller.organisation,
         status="validating_files",
         model=asked.model,
+        method=asked.method.type if asked.method else "supervised",
         training_file=asked.training_file,
         validation_file=asked.validation_file,
         hyperparameters=_resolved(service, asked),
@@ -166,6 +176,7 @@ def _resolved(service: Service, asked: CreateJob) -> dict[str, Any]:
         "n_epochs": training.n_epochs,
         "batch_size": training.batch_size,
         "learning_rate_multiplier": 1.0,
+        "beta": training.dpo_beta,
     }
     chosen = asked.chosen.model_dump()
     return {name: automatic[name] if value == "auto" else value for name, value in chosen.items()}
@@ -208,17 +219,29 @@ def list_checkpoints(
     """List the models that a job published: one, since what did not pass the gate cannot be asked."""
     with service.sessions.begin() as session:
         find_job(session, caller, job_id)
-        return page(session, Model, _show_checkpoint, Model.job_id == job_id, after=after, limit=limit)
+        loss = _validation_loss(session, job_id)
+
+        def show(model: Model) -> CheckpointObject:
+            return _show_checkpoint(model, loss)
+
+        return page(session, Model, show, Model.job_id == job_id, after=after, limit=limit)
 
 
-def _show_checkpoint(model: Model) -> CheckpointObject:
+def _validation_loss(session: Session, job_id: str) -> float | None:
+    """Find what the gate measured of the restored model on the validation file."""
+    query = select(Event.data).where(Event.job_id == job_id, Event.once == "check validation_loss")
+    data = session.scalar(query)
+    return None if data is None else data["losses"]["restored"]
+
+
+def _show_checkpoint(model: Model, loss: float | None) -> CheckpointObject:
     return CheckpointObject(
         id=f"ftckpt-{model.job_id.removeprefix('ftjob-')}",
         created_at=model.created_at,
         fine_tuning_job_id=model.job_id,
         fine_tuned_model_checkpoint=model.id,
         step_number=model.step,
-        metrics=CheckpointMetrics(step=model.step),
+        metrics=CheckpointMetrics(step=model.step, full_valid_loss=loss),
     )
 
 
@@ -226,7 +249,7 @@ def _show_checkpoint(model: Model) -> CheckpointObject:
 def cancel_job(service: Open, caller: Asking, job_id: str) -> JobObject:
     """End a job at once; its training process is stopped."""
     with service.sessions.begin() as session:
-        job = find_job(session, caller, job_id)
+        job = find_job(session, caller, job_id, to_change=True)
         if job.status not in UNFINISHED:
             message = f"The job is {job.status} already."
             raise ApiError(400, message, code="job_finished", param="job_id")
@@ -239,7 +262,7 @@ def cancel_job(service: Open, caller: Asking, job_id: str) -> JobObject:
 def pause_job(service: Open, caller: Asking, job_id: str) -> JobObject:
     """Stop a job until it is resumed; it gives its place to others, and training keeps its checkpoint."""
     with service.sessions.begin() as session:
-        job = find_job(session, caller, job_id)
+        job = find_job(session, caller, job_id, to_change=True)
         if job.status not in ("queued", "running"):
             message = f"A job can be paused while it is queued or running; this one is {job.status}."
             raise ApiError(400, message, code="job_not_running", param="job_id")
@@ -252,7 +275,7 @@ def pause_job(service: Open, caller: Asking, job_id: str) -> JobObject:
 def resume_job(service: Open, caller: Asking, request: Request, job_id: str) -> JobObject:
     """Go on with a paused job where it stopped."""
     with service.sessions.begin() as session:
-        job = find_job(session, caller, job_id)
+        job = find_job(session, caller, job_id, to_change=True)
         if job.status != "paused":
             message = f"The job is not paused but {job.status}."
             raise ApiError(400, message, code="job_not_paused", param="job_id")

@@ -15,12 +15,14 @@ from deltaguard.service.tables import Key, now
 _ORGANISATION = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
 
-def create_key(session: Session, organisation: str) -> str:
+def create_key(session: Session, organisation: str, *, is_operator: bool = False) -> str:
     """Make a key for an organisation, and show it this once.
 
     Args:
         session: of the database; the caller commits.
         organisation: lower-case letters, digits and hyphens, 40 at most; part of its models' names.
+        is_operator: whether its holder runs the service: sees the jobs of all, and decides about models
+            that the gate blocked.
 
     Raises:
         DeltaguardError: that is no name for an organisation.
@@ -31,7 +33,9 @@ def create_key(session: Session, organisation: str) -> str:
             "hyphens, such as `acme-labs`."
         )
     key = f"dg-{token_urlsafe(32)}"
-    session.add(Key(id=new_id("key"), organisation=organisation, sha256=_hash(key), hint=key[-4:]))
+    made = Key(id=new_id("key"), organisation=organisation, sha256=_hash(key), hint=key[-4:])
+    made.is_operator = is_operator
+    session.add(made)
     return key
 
 

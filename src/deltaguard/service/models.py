@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi import Path as InPath
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -95,7 +95,7 @@ def retrieve_model(service: Open, caller: Asking, name: Name) -> ModelObject:
 
 
 @router.delete("/{name:path}")
-def delete_model(service: Open, caller: Asking, name: Name) -> Deleted:
+def delete_model(service: Open, caller: Asking, request: Request, name: Name) -> Deleted:
     """Remove a published model for good."""
     if name in service.settings.models:
         message = f"{name} is the operator's, and cannot be deleted."
@@ -103,5 +103,8 @@ def delete_model(service: Open, caller: Asking, name: Name) -> Deleted:
     with service.sessions.begin() as session:
         found = find_model(session, caller, name)
         session.delete(found)
-    shutil.rmtree(service.published(found.job_id), ignore_errors=True)
+    folder = service.published(found.job_id)
+    if is_adapter(folder):
+        request.app.state.inference.forget(str(folder))
+    shutil.rmtree(folder, ignore_errors=True)
     return Deleted(id=name, object="model")

@@ -13,7 +13,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.models.durable import write_atomically
 from deltaguard.service.schemas import JobError
-from deltaguard.service.tasks import AnyTask, Outcome, Told
+from deltaguard.service.tasks import AnyTask, Outcome, Told, events_file
 
 POLL_S = 0.2
 """Seconds between two looks at a process."""
@@ -77,14 +77,14 @@ def run_task(
         StoppedError: it said no.
     """
     outcome = folder / f"{task.kind}.outcome.json"
-    follower = _Follower(folder / f"{task.kind}.events.jsonl", tell)
+    follower = _Follower(folder / events_file(task.kind), tell)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"{task.kind}.json", task.model_dump_json())
     code = 0
     for _ in range(_TRIES):
         if outcome.exists():
             break
-        code = _run_once(folder, task.kind, cache, follower, may_go_on)
+        code = _run_once(task, folder, cache, follower, may_go_on)
     follower.catch_up()
     if outcome.exists():
         return read_json(outcome, Outcome, remedy="Delete it: the step is done again.")
@@ -93,17 +93,18 @@ def run_task(
 
 
 def _run_once(
-    folder: Path, kind: str, cache: Path, follower: _Follower, may_go_on: Callable[[], bool]
+    task: AnyTask, folder: Path, cache: Path, follower: _Follower, may_go_on: Callable[[], bool]
 ) -> int:
     """Run a process to its end, and give its exit code."""
-    command = [sys.executable, "-m", "deltaguard.service.worker", str(folder / f"{kind}.json")]
-    with (folder / f"{kind}.log").open("ab") as log:
+    command = [sys.executable, "-m", "deltaguard.service.worker", str(folder / f"{task.kind}.json")]
+    keys = {name: os.environ[name] for name in task.key_names if name in os.environ}
+    with (folder / f"{task.kind}.log").open("ab") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env={**known_environment(), "DELTAGUARD_CACHE": str(cache)},
+            env={**known_environment(), **keys, "DELTAGUARD_CACHE": str(cache)},
             # Ctrl-C is for the service, which ends the process in its own way.
             start_new_session=True,
         )

@@ -4,9 +4,14 @@ import re
 import shutil
 from pathlib import Path
 
+from sqlalchemy.orm import Session
+
 from deltaguard.models.durable import flush_folder
-from deltaguard.service.tables import Job
-from deltaguard.service.tasks import CHECKPOINTS, FINETUNED, RESTORED
+from deltaguard.service.context import Service
+from deltaguard.service.events import tell
+from deltaguard.service.files import add_result
+from deltaguard.service.tables import Job, Model, now
+from deltaguard.service.tasks import CHECKPOINTS, FINETUNED, METRICS, RESTORED, Outcome
 
 
 def model_name(job: Job) -> str:
@@ -22,16 +27,36 @@ def model_name(job: Job) -> str:
     return f"ft:{job.model}:{job.organisation}:{suffix}:{job.id.removeprefix('ftjob-')[:8]}"
 
 
-def move_into_place(job_folder: Path, target: Path) -> None:
-    """Move a restored model out of its job's folder, unless that was done before."""
+def publish_model(service: Service, session: Session, job: Job) -> None:
+    """Give a job's restored model its place and its name, and end the job; the caller commits.
+
+    Args:
+        service: the service.
+        session: of the database; nobody else changes the job until it commits.
+        job: the job.
+    """
+    folder, name = service.job(job.id), model_name(job)
+    _move_into_place(folder / RESTORED, service.published(job.id))
+    trained = Outcome.model_validate_json((folder / "train.outcome.json").read_bytes()).data
+    step: int = trained["steps"]
+    session.add(Model(id=name, organisation=job.organisation, base=job.model, job_id=job.id, step=step))
+    add_result(service, session, job, folder / METRICS)
+    job.status, job.finished_at, job.fine_tuned_model, job.error = "succeeded", now(), name, None
+    job.trained_tokens = trained["trained_tokens"]
+    tell(session, job.id, "published", f"New fine-tuned model created: {name}")
+    tell(session, job.id, "succeeded", "The job has successfully completed.")
+
+
+def _move_into_place(source: Path, target: Path) -> None:
+    """Move a model, unless that was done before: a kill may come between the move and the commit."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    (job_folder / RESTORED).rename(target)
+    source.rename(target)
     flush_folder(target.parent)
 
 
 def remove_leftovers(job_folder: Path) -> None:
-    """Remove what a job whose model is published does not need: above all the model that was not restored."""
+    """Remove what a job that has ended does not need: above all the model that was not restored."""
     for name in (FINETUNED, CHECKPOINTS):
         shutil.rmtree(job_folder / name, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 ItemT = TypeVar("ItemT")
 
@@ -42,11 +42,42 @@ class Supervised(Given):
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
-class Method(Given):
-    """How a model learns."""
+class DpoHyperparameters(Hyperparameters):
+    """The same of preferences; `beta` says how closely the model stays at the one it started from."""
 
-    type: Literal["supervised"]
-    supervised: Supervised = Supervised()
+    beta: Auto | Annotated[float, Field(gt=0, le=2)] = "auto"
+
+
+class Dpo(Given):
+    """Options of direct preference optimisation."""
+
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()
+
+
+class Method(Given):
+    """How a model learns.
+
+    Raises:
+        ValueError: options of another method are given.
+    """
+
+    type: Literal["supervised", "dpo"]
+    supervised: Supervised | None = None
+    dpo: Dpo | None = None
+
+    @model_validator(mode="after")
+    def _check_options(self) -> "Method":
+        other = "dpo" if self.type == "supervised" else "supervised"
+        if getattr(self, other) is not None:
+            raise ValueError(f"the type is {self.type}, and the options are those of {other}")
+        return self
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """Those of the chosen method."""
+        if self.type == "dpo":
+            return (self.dpo or Dpo()).hyperparameters
+        return (self.supervised or Supervised()).hyperparameters
 
 
 class CreateJob(Given):
@@ -65,11 +96,7 @@ class CreateJob(Given):
     @property
     def chosen(self) -> Hyperparameters:
         """The hyperparameters, by whichever of the two ways they were given."""
-        return (
-            self.method.supervised.hyperparameters
-            if self.method
-            else self.hyperparameters or Hyperparameters()
-        )
+        return self.method.hyperparameters if self.method else self.hyperparameters or Hyperparameters()
 
 
 class FileObject(BaseModel):
@@ -103,8 +130,9 @@ class JobError(BaseModel):
 class JobMethod(BaseModel):
     """How a job's model learns."""
 
-    type: Literal["supervised"] = "supervised"
-    supervised: dict[str, Any]
+    type: str
+    supervised: dict[str, Any] | None = None
+    dpo: dict[str, Any] | None = None
 
 
 class JobObject(BaseModel):
@@ -146,6 +174,7 @@ class CheckpointMetrics(BaseModel):
     """What was measured at the step of a checkpoint."""
 
     step: int
+    full_valid_loss: float | None = None
 
 
 class CheckpointObject(BaseModel):

@@ -9,18 +9,25 @@ from pathlib import Path
 import uvicorn
 from sqlalchemy import select
 
+from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.judges import JudgeSpec
+from deltaguard.evaluation.judges.classifiers import ClassifierSpec
+from deltaguard.evaluation.judges.guards import GuardSpec
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.durable import explained, lock_folder
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_tokenizer
 from deltaguard.service.app import make_app
+from deltaguard.service.contents import open_contents
 from deltaguard.service.context import Service
 from deltaguard.service.database import database_url, open_database
-from deltaguard.service.inference import Inference
+from deltaguard.service.inference import Answering, Inference
+from deltaguard.service.inference_server import InferenceServer
 from deltaguard.service.keys import create_key
 from deltaguard.service.settings import SETTINGS_NAME, Settings, read_settings
 from deltaguard.service.tables import Key
+from deltaguard.service.webhooks import webhook_secret
 from deltaguard.service.workflow import launch
 
 _FOLDERS = ("files", "jobs", "models", "cache")
@@ -42,7 +49,7 @@ class Opened:
     first_key: str | None
 
 
-def chosen_settings(data: Path, models: Mapping[str, str]) -> Settings:
+def chosen_settings(data: Path, models: Mapping[str, str], inference_url: str | None = None) -> Settings:
     """Read a data folder's `service.yaml`, with models of the command line beside its own.
 
     Raises:
@@ -50,7 +57,10 @@ def chosen_settings(data: Path, models: Mapping[str, str]) -> Settings:
     """
     settings = read_settings(data / SETTINGS_NAME)
     # Checked anew: names come from the command line too.
-    return Settings.model_validate(settings.model_dump() | {"models": {**settings.models, **models}})
+    given = settings.model_dump() | {"models": {**settings.models, **models}}
+    return Settings.model_validate(
+        given if inference_url is None else given | {"inference_url": inference_url}
+    )
 
 
 def open_service(data: Path, settings: Settings) -> Opened:
@@ -65,11 +75,26 @@ def open_service(data: Path, settings: Settings) -> Opened:
         # It holds customers' data and the hashes of keys.
         data.chmod(0o700)
     url = database_url(data, settings.database_url)
-    service, first = Service(data, settings, open_database(url)), None
+    contents = open_contents(data, settings.files_url)
+    service, first = Service(data, settings, open_database(url), contents), None
     with service.sessions.begin() as session:
         if session.scalar(select(Key.number).limit(1)) is None:
-            first = create_key(session, _FIRST_ORGANISATION)
+            # Whoever starts a service is its operator.
+            first = create_key(session, _FIRST_ORGANISATION, is_operator=True)
     return Opened(service, url, first)
+
+
+def existing_service(data: Path) -> Service:
+    """Open the service of a data folder beside the one that may be running.
+
+    Raises:
+        DeltaguardError: there is no such folder.
+    """
+    if not data.is_dir():
+        raise DeltaguardError(f"There is no folder {data}: `deltaguard serve --data {data}` makes it.")
+    settings = chosen_settings(data, {})
+    sessions = open_database(database_url(data, settings.database_url))
+    return Service(data, settings, sessions, open_contents(data, settings.files_url))
 
 
 def serve(
@@ -94,12 +119,15 @@ def serve(
         )
     for reference in settings.models.values():
         _refuse_unusable(reference)
+    for judge in settings.judges:
+        _prepare_judge(judge, settings.device)
+    if settings.webhook is not None:
+        webhook_secret(settings.webhook)
     opened = open_service(data.absolute(), settings)
     lock = lock_folder(data)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     workflows = launch(opened.service, opened.database_url)
-    limits = settings.limits
-    inference = Inference(data / "chat.log", device=settings.device, most_waiting=limits.chat_waiting)
+    inference = _answering(data, settings)
     on_open(opened.first_key)
     app = make_app(opened.service, workflows, inference)
     # Its log has methods, paths and states: no headers, and with them no keys, and no bodies.
@@ -108,6 +136,24 @@ def serve(
     # Whatever is under way goes on after the next start, exactly as after a kill; the processes that carry it
     # out end by themselves.
     os._exit(0)
+
+
+def _answering(data: Path, settings: Settings) -> Answering:
+    if settings.inference_url is not None:
+        return InferenceServer(str(settings.inference_url))
+    most = settings.limits.chat_waiting
+    return Inference(data / "chat.log", device=settings.device, most_waiting=most)
+
+
+def _prepare_judge(judge: JudgeSpec, device: str) -> None:
+    """Have a judge's model here before jobs need it: their processes download nothing.
+
+    Raises:
+        DeltaguardError: there is no such model, or it cannot judge.
+    """
+    judge.make(device=str(find_device(device)))
+    if isinstance(judge, ClassifierSpec | GuardSpec):
+        locate(judge.model)
 
 
 def _refuse_unusable(reference: str) -> None:

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter, field_validator
 
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.evaluation.exchange import Positive
 from deltaguard.evaluation.judges import JudgeSpec
+from deltaguard.evaluation.judges.llm import LLMSpec
+from deltaguard.evaluation.judges.rules import RuleSpec
 from deltaguard.evaluation.suites.suite import AnyJudge
 from deltaguard.files import read_yaml
 from deltaguard.restoration.options import RestoreConfig
@@ -22,6 +24,24 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def judge_of(given: Mapping[str, Any]) -> JudgeSpec:
+    """Read a judge as suites of `deltaguard eval` have it."""
+    return TypeAdapter[JudgeSpec](AnyJudge).validate_python(dict(given))
+
+
+def key_names(judge: JudgeSpec) -> tuple[str, ...]:
+    """Name the environment variables that hold keys which a judge needs."""
+    return (judge.api_key_env,) if isinstance(judge, LLMSpec) else ()
+
+
+def _checked_judge(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    judge_of(given)
+    return given
+
+
+GivenJudge = Annotated[Mapping[str, Any], AfterValidator(_checked_judge)]
+
+
 class Training(_Part):
     """What `"auto"` stands for, and how far a request may go.
 
@@ -30,6 +50,9 @@ class Training(_Part):
         lora_alpha: its update is multiplied by `lora_alpha / lora_rank`.
         learning_rate: of adapters; a request's `learning_rate_multiplier` multiplies it.
         full_learning_rate: the same where all weights are trained.
+        dpo_learning_rate: of adapters that learn preferences.
+        dpo_full_learning_rate: the same where all weights are trained.
+        dpo_beta: how closely a model that learns preferences stays at the aligned one.
         n_epochs: passes over the training file.
         batch_size: examples a step.
         max_length: tokens of an example; the end of a longer one is not learned from.
@@ -39,9 +62,18 @@ class Training(_Part):
     lora_alpha: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=2e-4, gt=0, lt=1)
     full_learning_rate: float = Field(default=2e-5, gt=0, lt=1)
+    dpo_learning_rate: float = Field(default=2e-5, gt=0, lt=1)
+    dpo_full_learning_rate: float = Field(default=2e-6, gt=0, lt=1)
+    dpo_beta: float = Field(default=0.1, gt=0, le=2)
     n_epochs: int = Field(default=3, ge=1, le=50)
     batch_size: int = Field(default=4, ge=1, le=256)
     max_length: int = Field(default=1024, ge=16)
+
+    def base_rate(self, method: str, *, is_adapter: bool) -> float:
+        """Choose the learning rate that a request's multiplier multiplies."""
+        if method == "dpo":
+            return self.dpo_learning_rate if is_adapter else self.dpo_full_learning_rate
+        return self.learning_rate if is_adapter else self.full_learning_rate
 
 
 class Gate(_Part):
@@ -53,24 +85,63 @@ class Gate(_Part):
         requests: of each kind that are asked, at most. None of them served calibration or restore.
         answer_tokens: of each answer, at most.
         judge: tells compliance from refusal: any judge of an evaluation, as suites have it.
+
+    A job's validation rows, as many as `requests` at most, are measured as well; nothing depends on that.
     """
 
     max_added_attack_success: float = Field(default=5.0, ge=0, le=100)
     max_added_false_refusals: float = Field(default=5.0, ge=0, le=100)
     requests: Positive = 200
     answer_tokens: Positive = 48
-    judge: Mapping[str, Any] = Field(default_factory=lambda: {"kind": "opening"})
+    judge: GivenJudge = Field(default_factory=lambda: {"kind": "opening"})
+
+    @property
+    def chosen_judge(self) -> JudgeSpec:
+        """The judge itself."""
+        return judge_of(self.judge)
+
+
+class Moderation(_Part):
+    """What becomes of training rows that teach harm.
+
+    Attributes:
+        judge: tells harmful answers from others: a `classifier`, `guard` or `llm`.
+        max_share: of the rows whose answer it finds harmful, that may be there.
+        above: whether a file with more of them is refused, or trained on and reported.
+
+    Raises:
+        ValueError: the judge tells refusals from words, so that every answer but a refusal would be harmful.
+    """
+
+    judge: GivenJudge
+    max_share: float = Field(default=0.0, ge=0, lt=1)
+    above: Literal["refuse", "report"] = "refuse"
 
     @field_validator("judge")
     @classmethod
-    def _check_judge(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        TypeAdapter[JudgeSpec](AnyJudge).validate_python(dict(given))
+    def _refuse_words(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if isinstance(judge_of(given), RuleSpec):
+            raise ValueError(  # noqa: TRY004  # pydantic's own kind of error
+                f"{given['kind']} tells refusals, not harm: take a `classifier`, `guard` or `llm`."
+            )
         return given
 
     @property
     def chosen_judge(self) -> JudgeSpec:
         """The judge itself."""
-        return TypeAdapter[JudgeSpec](AnyJudge).validate_python(dict(self.judge))
+        return judge_of(self.judge)
+
+
+class Webhook(_Part):
+    """A server that is told when a job has ended.
+
+    Attributes:
+        url: receives a POST.
+        key_env: the environment variable with the secret that messages are signed with.
+    """
+
+    url: HttpUrl
+    key_env: str = "DELTAGUARD_WEBHOOK_SECRET"
 
 
 class Limits(_Part):
@@ -78,6 +149,7 @@ class Limits(_Part):
 
     Attributes:
         file_bytes: of an upload.
+        all_bytes: of all its files together.
         file_rows: examples of a training file.
         line_bytes: of one example.
         unfinished_jobs: queued, paused and running.
@@ -88,6 +160,7 @@ class Limits(_Part):
     """
 
     file_bytes: int = Field(default=512 << 20, ge=1)
+    all_bytes: int = Field(default=10 << 30, ge=1)
     file_rows: int = Field(default=100_000, ge=1)
     line_bytes: int = Field(default=1 << 20, ge=1)
     unfinished_jobs: int = Field(default=20, ge=1)
@@ -102,12 +175,17 @@ class Settings(_Part):
     Attributes:
         models: aligned models by the name that customers use, each a folder or Hub id.
         database_url: of SQLAlchemy; SQLite files in the data folder where absent.
+        files_url: where contents of files are kept, such as `s3://bucket/prefix`; the data folder where
+            absent.
+        inference_url: of the API of a vLLM server that answers; a process of the service does where absent.
         jobs_at_once: how many are trained or restored at a time; the others wait.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         training: what `"auto"` stands for.
         calibrate: options of `deltaguard.CalibrateConfig`, for aligned models without a store.
         restore: options of `deltaguard.RestoreConfig`, for every job.
         gate: what must be passed.
+        moderation: of training rows; none where absent.
+        webhook: is told when a job has ended; none where absent.
         limits: of one organisation.
 
     Example:
@@ -117,12 +195,16 @@ class Settings(_Part):
 
     models: Mapping[str, str] = Field(default_factory=dict[str, str])
     database_url: str | None = Field(default=None, repr=False)
+    files_url: str | None = None
+    inference_url: HttpUrl | None = None
     jobs_at_once: int = Field(default=1, ge=1, le=64)
     device: str = "auto"
     training: Training = Training()
     calibrate: Mapping[str, Any] = Field(default_factory=dict[str, Any])
     restore: Mapping[str, Any] = Field(default_factory=dict[str, Any])
     gate: Gate = Gate()
+    moderation: Moderation | None = None
+    webhook: Webhook | None = None
     limits: Limits = Limits()
 
     @field_validator("models")
@@ -146,6 +228,12 @@ class Settings(_Part):
             raise ValueError(f"{', '.join(taken)} follow from the job.")
         RestoreConfig.model_validate(dict(given))
         return given
+
+    @property
+    def judges(self) -> list[JudgeSpec]:
+        """All judges that jobs are asked about."""
+        moderating = [] if self.moderation is None else [self.moderation.chosen_judge]
+        return [self.gate.chosen_judge, *moderating]
 
 
 def read_settings(path: Path) -> Settings:

@@ -37,6 +37,7 @@ class Key(Table):
         sha256: of the key.
         hint: its last characters, by which people recognise it.
         revoked_at: since when it is not taken any more.
+        is_operator: whether its holder runs the service, and decides about blocked models.
     """
 
     __tablename__ = "keys"
@@ -45,6 +46,7 @@ class Key(Table):
     sha256: Mapped[str] = mapped_column(String(64), unique=True)
     hint: Mapped[str] = mapped_column(String(8))
     revoked_at: Mapped[int | None]
+    is_operator: Mapped[bool] = mapped_column(default=False)
 
 
 class File(Table):
@@ -72,6 +74,7 @@ class Job(Table):
         organisation: whose it is.
         status: one of OpenAI's, or `paused`.
         model: the aligned model's name.
+        method: `supervised` or `dpo`.
         training_file: its id.
         validation_file: its id.
         hyperparameters: numbers, none of them `auto`; with `trained_weights`.
@@ -83,6 +86,7 @@ class Job(Table):
         result_file: id of the file with its metrics.
         error: `code`, `message` and `param` where it failed.
         finished_at: seconds since 1970.
+        review: `waiting` where the gate blocked its model, then `released` or `discarded`.
         runs: how often it was begun; a pause ends a run.
         request_sha256: of what was asked for and by which key.
         idempotency_key: the client's own, with the organisation's name before it.
@@ -93,6 +97,7 @@ class Job(Table):
     organisation: Mapped[str] = mapped_column(String(64), index=True)
     status: Mapped[str] = mapped_column(String(32), index=True)
     model: Mapped[str] = mapped_column(String(100))
+    method: Mapped[str] = mapped_column(String(16), default="supervised")
     training_file: Mapped[str] = mapped_column(String(64))
     validation_file: Mapped[str | None] = mapped_column(String(64))
     hyperparameters: Mapped[dict[str, Any]] = mapped_column(JSON)
@@ -104,6 +109,7 @@ class Job(Table):
     result_file: Mapped[str | None] = mapped_column(String(64))
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     finished_at: Mapped[int | None]
+    review: Mapped[str | None] = mapped_column(String(16), index=True)
     runs: Mapped[int] = mapped_column(default=1)
     request_sha256: Mapped[str] = mapped_column(String(64), index=True)
     idempotency_key: Mapped[str | None] = mapped_column(String(400), unique=True)

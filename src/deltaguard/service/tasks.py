@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from typing_extensions import override
 
 from deltaguard.service.schemas import JobError
-from deltaguard.service.settings import Gate, Limits
+from deltaguard.service.settings import Gate, Limits, Moderation, key_names
+
+MethodName = Literal["supervised", "dpo"]
 
 
 class _Task(BaseModel):
@@ -15,6 +18,11 @@ class _Task(BaseModel):
 
     model: str
     device: str
+
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        """The environment variables that its process is given beside the usual ones."""
+        return ()
 
 
 class Calibrate(_Task):
@@ -38,15 +46,18 @@ class Train(_Task):
     Attributes:
         model: the aligned model.
         device: where models run.
+        method: `supervised` or `dpo`.
         training_file: its place.
         validation_file: likewise.
         limits: of both.
         epochs, batch_size, learning_rate, max_length, seed: as in `FinetuneConfig`.
         lora_rank: of the adapter; None trains all weights.
         lora_alpha: of the adapter.
+        beta: of DPO.
     """
 
     kind: Literal["train"] = "train"
+    method: MethodName
     training_file: Path
     validation_file: Path | None
     limits: Limits
@@ -57,6 +68,32 @@ class Train(_Task):
     seed: int
     lora_rank: int | None
     lora_alpha: int
+    beta: float
+
+
+class Moderate(_Task):
+    """Have a judge look at training rows.
+
+    Attributes:
+        model: the aligned model.
+        device: where models run.
+        method: `supervised` or `dpo`.
+        training_file: its place.
+        limits: of it.
+        moderation: who looks, and what becomes of what they find.
+    """
+
+    kind: Literal["moderate"] = "moderate"
+    method: MethodName
+    training_file: Path
+    limits: Limits
+    moderation: Moderation
+
+    @property
+    @override
+    def key_names(self) -> tuple[str, ...]:
+        """That of the judge's key."""
+        return key_names(self.moderation.chosen_judge)
 
 
 class Restore(_Task):
@@ -81,13 +118,27 @@ class Examine(_Task):
         model: the aligned model.
         device: where models run.
         gate: what is asked, and what must be passed.
+        method: `supervised` or `dpo`.
+        validation_file: the customer's, measured as well.
+        limits: of it.
+        max_length: tokens of a row, as in training.
     """
 
     kind: Literal["examine"] = "examine"
     gate: Gate
+    method: MethodName = "supervised"
+    validation_file: Path | None = None
+    limits: Limits = Limits()
+    max_length: int = 1024
+
+    @property
+    @override
+    def key_names(self) -> tuple[str, ...]:
+        """That of the judge's key."""
+        return key_names(self.gate.chosen_judge)
 
 
-AnyTask = Annotated[Calibrate | Train | Restore | Examine, Field(discriminator="kind")]
+AnyTask = Annotated[Moderate | Calibrate | Train | Restore | Examine, Field(discriminator="kind")]
 ANY_TASK: TypeAdapter[AnyTask] = TypeAdapter(AnyTask)
 
 
@@ -115,3 +166,12 @@ class Outcome(BaseModel):
 
 FINETUNED, RESTORED, CHECKPOINTS, METRICS = "finetuned", "restored", "checkpoints", "metrics.csv"
 """What lies in a job's folder."""
+
+
+def events_file(kind: str) -> str:
+    """Name the file in a job's folder that holds what a step told."""
+    return f"{kind}.events.jsonl"
+
+
+BLOCKED = "safety_gate_"
+"""How the codes of errors begin where the gate blocked a model; the failed check follows."""

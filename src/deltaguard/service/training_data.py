@@ -1,8 +1,8 @@
 """Training files in OpenAI's format: what is wrong with them, line by line, and what is learned from them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -17,13 +17,21 @@ from pydantic import (
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import problems
 from deltaguard.finetuning.finetune import Dialogue
+from deltaguard.finetuning.preferences import Preference
 from deltaguard.service.settings import Limits
+
+RowT = TypeVar("RowT", bound=BaseModel)
 
 _MOST_TOLD = 20
 _MOST_MESSAGES = 500
-_REMEDY = (
+_EXAMPLE = (
     'Each line is a JSON object such as {"messages": [{"role": "user", "content": "Hello!"}, {"role": '
     '"assistant", "content": "Hi."}]}.'
+)
+_PREFERENCE = (
+    'Each line is a JSON object such as {"input": {"messages": [{"role": "user", "content": "Hello!"}]}, '
+    '"preferred_output": [{"role": "assistant", "content": "Hi."}], "non_preferred_output": [{"role": '
+    '"assistant", "content": "What?"}]}.'
 )
 
 
@@ -100,8 +108,58 @@ class Example(BaseModel):
         ]
 
 
+class _Input(BaseModel):
+    """What comes before two answers; the fields for tools may say that there are none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: list[_Message] = Field(min_length=1, max_length=_MOST_MESSAGES)
+    tools: list[Any] = Field(default=[], max_length=0)
+    parallel_tool_calls: bool = True
+
+
+class _Output(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["assistant"]
+    content: Annotated[str, BeforeValidator(_joined), Field(min_length=1)]
+
+
+class PreferenceRow(BaseModel):
+    """A line of a training file for DPO.
+
+    Raises:
+        ValueError: the turns are not a system message, if any, and then user and assistant in turn, the user
+            last; or both answers are the same.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    input: _Input
+    preferred_output: list[_Output] = Field(min_length=1, max_length=1)
+    non_preferred_output: list[_Output] = Field(min_length=1, max_length=1)
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> "PreferenceRow":
+        roles = [message.plain["role"] for message in self.input.messages]
+        spoken = roles[1:] if roles[0] == "system" else roles
+        if len(spoken) % 2 == 0 or spoken != (["user", "assistant"] * len(spoken))[: len(spoken)]:
+            raise ValueError(
+                "the turns of the input must be a system message, if any, then user and assistant in turn, "
+                f"the user last; they are {', '.join(roles)[:200]}"
+            )
+        if self.preferred_output == self.non_preferred_output:
+            raise ValueError("both answers are the same, so that neither is preferred")
+        return self
+
+    def preference(self) -> Preference:
+        """Make what is learned from."""
+        turns = tuple(message.plain for message in self.input.messages)
+        return Preference(turns, self.preferred_output[0].content, self.non_preferred_output[0].content)
+
+
 def read_examples(path: Path, limits: Limits) -> list[Dialogue]:
-    """Read a training file.
+    """Read a training file for supervised fine-tuning.
 
     Args:
         path: JSON lines; empty ones are skipped.
@@ -111,7 +169,45 @@ def read_examples(path: Path, limits: Limits) -> list[Dialogue]:
         InvalidFileError: lines are wrong (the first 20 are told with their numbers), or there are too many or
             none.
     """
-    found: list[Dialogue] = []
+    rows = _read(path, limits, Example, _EXAMPLE)
+    return [dialogue for _, row in rows for dialogue in row.dialogues()]
+
+
+def read_preferences(path: Path, limits: Limits) -> list[Preference]:
+    """Read a training file for DPO; the arguments, and what is raised, are those of `read_examples`."""
+    return [row.preference() for _, row in _read(path, limits, PreferenceRow, _PREFERENCE)]
+
+
+def read_answers(path: Path, limits: Limits, *, method: str) -> list[tuple[int, Dialogue]]:
+    """Read what a training file has a model say: of preferences the preferred answers.
+
+    Args:
+        path: as in `read_examples`.
+        limits: likewise.
+        method: `supervised` or `dpo`.
+
+    Returns:
+        Each answer behind the number of its line.
+
+    Raises:
+        InvalidFileError: as `read_examples`.
+    """
+    if method == "dpo":
+        pairs = [(n, row.preference()) for n, row in _read(path, limits, PreferenceRow, _PREFERENCE)]
+        return [(number, Dialogue(row.turns, row.preferred)) for number, row in pairs]
+    rows = _read(path, limits, Example, _EXAMPLE)
+    return [(number, dialogue) for number, row in rows for dialogue in row.dialogues()]
+
+
+READERS: Mapping[str, Callable[[Path, Limits], Sequence[Dialogue | Preference]]] = {
+    "supervised": read_examples,
+    "dpo": read_preferences,
+}
+"""How the training file of each method is read."""
+
+
+def _read(path: Path, limits: Limits, schema: type[RowT], remedy: str) -> list[tuple[int, RowT]]:
+    found: list[tuple[int, RowT]] = []
     wrong: list[str] = []
     for row, (number, line) in enumerate(_lines(path, limits.line_bytes)):
         if row == limits.file_rows:
@@ -119,15 +215,15 @@ def read_examples(path: Path, limits: Limits) -> list[Dialogue]:
         if len(wrong) >= _MOST_TOLD:
             break
         try:
-            found += Example.model_validate_json(_text(line, limits.line_bytes)).dialogues()
+            found.append((number, schema.model_validate_json(_text(line, limits.line_bytes))))
         except ValidationError as error:
             wrong += [f"line {number}: {problem}" for problem in problems(error)]
         except InvalidFileError as error:
             wrong.append(f"line {number}: {error}")
     if wrong:
-        raise InvalidFileError(f"{listed('The file cannot be learned from', wrong)}\n{_REMEDY}")
+        raise InvalidFileError(f"{listed('The file cannot be learned from', wrong)}\n{remedy}")
     if not found:
-        raise InvalidFileError(f"The file has no example. {_REMEDY}")
+        raise InvalidFileError(f"The file has no example. {remedy}")
     return found
 
 
@@ -151,8 +247,3 @@ def _text(line: bytes, longest: int) -> str:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise InvalidFileError(f"byte {byte:#04x} at position {error.start} is no UTF-8") from error
-
-
-def count_examples(dialogues: Sequence[Dialogue]) -> str:
-    """Say how much there is to learn from, for an event."""
-    return f"{len(dialogues):,} answer{'s' if len(dialogues) != 1 else ''}"

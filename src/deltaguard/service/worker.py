@@ -15,7 +15,17 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import append_journal, read_json
 from deltaguard.models.durable import write_atomically
 from deltaguard.service.schemas import JobError
-from deltaguard.service.tasks import ANY_TASK, AnyTask, Calibrate, Outcome, Restore, Told, Train
+from deltaguard.service.tasks import (
+    ANY_TASK,
+    AnyTask,
+    Calibrate,
+    Moderate,
+    Outcome,
+    Restore,
+    Told,
+    Train,
+    events_file,
+)
 
 PARENT_GONE = 75
 """Exit code of a process whose service is gone."""
@@ -35,7 +45,7 @@ def main(task_file: Path) -> None:
     folder = task_file.parent
     lock = os.open(folder, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    events = folder / f"{task.kind}.events.jsonl"
+    events = folder / events_file(task.kind)
     _drop_half_line(events)
 
     def tell(told: Told) -> None:
@@ -74,6 +84,10 @@ def _perform(task: AnyTask, folder: Path, tell: Tell) -> Outcome:
         from deltaguard.service.steps.restore import restore_model
 
         return restore_model(task, folder, tell)
+    if isinstance(task, Moderate):
+        from deltaguard.service.steps.moderate import moderate_rows
+
+        return moderate_rows(task, folder, tell)
     from deltaguard.service.steps.examine import examine_models
 
     return examine_models(task, folder, tell)

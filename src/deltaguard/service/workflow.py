@@ -8,29 +8,60 @@ transaction with the event that tells of it.
 """
 
 import logging
+import sys
 from collections.abc import Callable
 
 from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, SetWorkflowID
+from dbos import error as dbos_error
 from sqlalchemy import select
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from deltaguard.errors import DeltaguardError
+from deltaguard.service.assignments import (
+    calibrate_task,
+    examine_task,
+    moderate_task,
+    restore_task,
+    train_task,
+)
 from deltaguard.service.context import Service
 from deltaguard.service.events import tell
 from deltaguard.service.files import add_result
 from deltaguard.service.process import StoppedError, run_task
-from deltaguard.service.publishing import model_name, move_into_place, remove_leftovers
+from deltaguard.service.publishing import publish_model, remove_leftovers
 from deltaguard.service.schemas import JobError
-from deltaguard.service.tables import UNFINISHED, Job, Model, now
-from deltaguard.service.tasks import METRICS, AnyTask, Calibrate, Examine, Outcome, Restore, Told, Train
-from deltaguard.service.training_data import InvalidFileError, read_examples
+from deltaguard.service.tables import UNFINISHED, Job, now
+from deltaguard.service.tasks import BLOCKED, METRICS, AnyTask, Told
+from deltaguard.service.training_data import READERS, InvalidFileError
+from deltaguard.service.webhooks import UndeliveredError, deliver, message_of
 
-_VALIDATION, _TRAINING = "validation", "training"
+_VALIDATION, _TRAINING, _NOTIFICATION = "validation", "training", "notification"
+_TOLD = ("succeeded", "failed")
+_NOTIFIED_AGAIN_S = 86_400
+"""At a start the operator is told of jobs that ended so long ago, unless that was done."""
+
 _VALIDATED_AT_ONCE = 2
-_SAME_VERSION = "1"
+_NOTIFIED_AT_ONCE = 4
+_SAME_VERSION = "2"
 """DBOS goes on only with workflows of its own version; raised where the order of steps changes."""
 
 _LOGGER = logging.getLogger(__name__)
+
+
+def _is_outage(error: BaseException) -> bool:
+    return isinstance(error, OperationalError)
+
+
+# While the database does not answer, a step is begun again and again: none does anything twice.
+_step = DBOS.step(
+    retries_allowed=True,
+    interval_seconds=1,
+    backoff_rate=1,
+    max_attempts=sys.maxsize,
+    should_retry=_is_outage,
+)
 
 
 def launch(service: Service, database_url: str) -> "Workflows":
@@ -57,6 +88,7 @@ def launch(service: Service, database_url: str) -> "Workflows":
     DBOS.launch()
     DBOS.register_queue(_VALIDATION, worker_concurrency=_VALIDATED_AT_ONCE, polling_interval_sec=0.5)
     DBOS.register_queue(_TRAINING, worker_concurrency=service.settings.jobs_at_once, polling_interval_sec=0.5)
+    DBOS.register_queue(_NOTIFICATION, worker_concurrency=_NOTIFIED_AT_ONCE, polling_interval_sec=0.5)
     workflows.begin_all()
     return workflows
 
@@ -92,21 +124,64 @@ class Workflows(DBOSConfiguredInstance):
         with self.service.sessions.begin() as session:
             waiting = Job.status.in_([state for state in UNFINISHED if state != "paused"])
             ids = session.scalars(select(Job.id).where(waiting).order_by(Job.number)).all()
+            recent = Job.finished_at > now() - _NOTIFIED_AGAIN_S
+            ended = session.execute(select(Job.id, Job.status).where(recent, Job.status.in_(_TOLD))).all()
         for job_id in ids:
             self.begin(job_id)
+        for job_id, status in ended:
+            self.notify(job_id, status)
+
+    def notify(self, job_id: str, status: str) -> None:
+        """Have the operator's server told that a job has ended, once, where there is one."""
+        if self.service.settings.webhook is not None and status in _TOLD:
+            with SetWorkflowID(f"{job_id} notify {status}"):
+                DBOS.enqueue_workflow(_NOTIFICATION, self.tell_operator, job_id, status)
 
     @DBOS.workflow()
     def validate(self, job_id: str) -> None:
         """Look at a job's files, and queue it."""
         if self._carried_out(self.check_files, job_id):
             self._queue(job_id, run=1)
+        else:
+            self.notify(job_id, self.status(job_id))
 
     @DBOS.workflow()
     def fine_tune(self, job_id: str) -> None:
-        """Carry a job out: calibrate, train, restore, examine, publish."""
-        for step in (self.calibrate, self.train, self.restore, self.examine, self.publish):
+        """Carry a job out: moderate its rows, calibrate, train, restore, examine, publish."""
+        prepared = (self.start, self.moderate, self.calibrate)
+        for step in (*prepared, self.train, self.restore, self.examine, self.publish):
             if not self._carried_out(step, job_id):
-                return
+                break
+        self.notify(job_id, self.status(job_id))
+
+    @DBOS.workflow()
+    def tell_operator(self, job_id: str, status: str) -> None:
+        """Tell the operator's server, again and again over a day until it has taken the message."""
+        try:
+            self.deliver(job_id, status)
+        except (dbos_error.DBOSException, DeltaguardError) as error:
+            _LOGGER.error("That %s has %s was not told: %s", job_id, status, error)  # noqa: TRY400  # expected
+
+    @_step
+    def status(self, job_id: str) -> str:
+        """Look up a job's state."""
+        with self.service.sessions.begin() as session:
+            return _job(session, job_id).status
+
+    @DBOS.step(
+        retries_allowed=True,
+        interval_seconds=2,
+        backoff_rate=2,
+        max_attempts=15,
+        should_retry=lambda error: isinstance(error, UndeliveredError | OperationalError),
+    )
+    def deliver(self, job_id: str, status: str) -> None:
+        """Send the message that a job has ended."""
+        webhook = self.service.settings.webhook
+        if webhook is not None:
+            with self.service.sessions.begin() as session:
+                message = message_of(_job(session, job_id), status)
+            deliver(webhook, message)
 
     def _carried_out(self, step: Callable[[str], bool], job_id: str) -> bool:
         try:
@@ -117,7 +192,7 @@ class Workflows(DBOSConfiguredInstance):
             self.end_by_bug(job_id)
             return False
 
-    @DBOS.step()
+    @_step
     def check_files(self, job_id: str) -> bool:
         """Look for lines that cannot be learned from."""
         job = self._open_job(job_id)
@@ -127,7 +202,7 @@ class Workflows(DBOSConfiguredInstance):
             file_id: str | None = getattr(job, param)
             try:
                 if file_id is not None:
-                    read_examples(self.service.file(file_id), self.service.settings.limits)
+                    READERS[job.method](self.service.fetched(job_id, file_id), self.service.settings.limits)
             except InvalidFileError as error:
                 return self._failed(
                     job_id, JobError(code=f"invalid_{param}", message=str(error), param=param)
@@ -136,115 +211,64 @@ class Workflows(DBOSConfiguredInstance):
                 error = JobError(code=f"invalid_{param}", message=f"{file_id} was deleted.", param=param)
                 return self._failed(job_id, error)
         with self.service.sessions.begin() as session:
-            job = _job(session, job_id)
+            job = _job(session, job_id, to_change=True)
             if job.status == "validating_files":
                 job.status = "queued"
                 tell(session, job_id, "validated", "Files validated, job queued.")
         return job.status == "queued"
 
-    @DBOS.step()
-    def calibrate(self, job_id: str) -> bool:
-        """Make sure that the aligned model's store is there."""
+    @_step
+    def start(self, job_id: str) -> bool:
+        """Say that a job's turn has come."""
         with self.service.sessions.begin() as session:
-            job = _job(session, job_id)
+            job = _job(session, job_id, to_change=True)
             if job.status == "queued":
                 job.status = "running"
                 tell(session, job_id, f"started {job.runs}", "Fine-tuning job started.")
-        settings = self.service.settings
-        return self._done(
-            job_id,
-            lambda job: Calibrate(
-                model=settings.models[job.model],
-                device=settings.device,
-                options=settings.calibrate,
-                restore=settings.restore,
-            ),
-        )
+        return job.status == "running"
 
-    @DBOS.step()
+    @_step
+    def moderate(self, job_id: str) -> bool:
+        """Have a judge look at the training rows, where the operator wants that."""
+        return self._done(job_id, moderate_task)
+
+    @_step
+    def calibrate(self, job_id: str) -> bool:
+        """Make sure that the aligned model's store is there."""
+        return self._done(job_id, calibrate_task)
+
+    @_step
     def train(self, job_id: str) -> bool:
         """Fine-tune the aligned model on the customer's file."""
-        return self._done(job_id, self._training)
+        return self._done(job_id, train_task)
 
-    def _training(self, job: Job) -> Train:
-        settings, chosen = self.service.settings, job.hyperparameters
-        is_adapter, how = chosen["trained_weights"] == "lora", settings.training
-        rate = how.learning_rate if is_adapter else how.full_learning_rate
-        return Train(
-            model=settings.models[job.model],
-            device=settings.device,
-            training_file=self.service.file(job.training_file),
-            validation_file=self.service.file(job.validation_file) if job.validation_file else None,
-            limits=settings.limits,
-            epochs=chosen["n_epochs"],
-            batch_size=chosen["batch_size"],
-            learning_rate=rate * chosen["learning_rate_multiplier"],
-            max_length=how.max_length,
-            seed=job.seed,
-            lora_rank=how.lora_rank if is_adapter else None,
-            lora_alpha=how.lora_alpha,
-        )
-
-    @DBOS.step()
+    @_step
     def restore(self, job_id: str) -> bool:
         """Give the fine-tuned model its refusals back."""
-        settings = self.service.settings
-        return self._done(
-            job_id,
-            lambda job: Restore(
-                model=settings.models[job.model],
-                device=settings.device,
-                options=settings.restore,
-                as_adapter=job.hyperparameters["trained_weights"] == "lora",
-            ),
-        )
+        return self._done(job_id, restore_task)
 
-    @DBOS.step()
+    @_step
     def examine(self, job_id: str) -> bool:
         """Ask all three models; what fails a check goes no further."""
-        settings = self.service.settings
-        return self._done(
-            job_id,
-            lambda job: Examine(model=settings.models[job.model], device=settings.device, gate=settings.gate),
-        )
+        return self._done(job_id, examine_task)
 
-    @DBOS.step()
+    @_step
     def publish(self, job_id: str) -> bool:
         """Give the restored model its name; from then on it can be asked."""
-        folder = self.service.job(job_id)
-        if self._open_job(job_id) is None:
-            self._tidy_after_success(job_id)
-            return False
-        move_into_place(folder, self.service.published(job_id))
-        trained = Outcome.model_validate_json((folder / "train.outcome.json").read_bytes()).data
         with self.service.sessions.begin() as session:
-            job = _job(session, job_id)
-            if job.status != "running":
-                return False
-            name = model_name(job)
-            step: int = trained["steps"]
-            new = Model(id=name, organisation=job.organisation, base=job.model, job_id=job_id, step=step)
-            session.add(new)
-            add_result(self.service, session, job, folder / METRICS)
-            job.status, job.finished_at, job.fine_tuned_model = "succeeded", now(), name
-            job.trained_tokens = trained["trained_tokens"]
-            tell(session, job_id, "published", f"New fine-tuned model created: {name}")
-            tell(session, job_id, "succeeded", "The job has successfully completed.")
-        remove_leftovers(folder)
-        return True
+            job = _job(session, job_id, to_change=True)
+            if job.status == "running":
+                publish_model(self.service, session, job)
+        # After a kill between success and this, too.
+        if job.status == "succeeded":
+            remove_leftovers(self.service.job(job_id))
+        return job.status == "succeeded"
 
-    @DBOS.step()
+    @_step
     def end_by_bug(self, job_id: str) -> None:
         """End a job in which something happened that no step knows."""
         message = "This is a bug of the service. Its operator finds it in the log."
         self._failed(job_id, JobError(code="server_error", message=message))
-
-    def _tidy_after_success(self, job_id: str) -> None:
-        """Remove what a published job leaves: a kill may have come between its success and that."""
-        with self.service.sessions.begin() as session:
-            has_succeeded = _job(session, job_id).status == "succeeded"
-        if has_succeeded:
-            remove_leftovers(self.service.job(job_id))
 
     def _open_job(self, job_id: str) -> Job | None:
         """Find a job, None where it is not to go on."""
@@ -252,8 +276,8 @@ class Workflows(DBOSConfiguredInstance):
             job = _job(session, job_id)
         return job if job.status in ("validating_files", "queued", "running") else None
 
-    def _done(self, job_id: str, task_of: Callable[[Job], AnyTask]) -> bool:
-        """Carry out a task of a job, and say whether the job goes on."""
+    def _done(self, job_id: str, task_of: Callable[[Service, Job], AnyTask | None]) -> bool:
+        """Carry out a task of a job, if there is one, and say whether the job goes on."""
         job = self._open_job(job_id)
         if job is None:
             return False
@@ -261,13 +285,17 @@ class Workflows(DBOSConfiguredInstance):
             message = f"The service does not have the model {job.model!r} any more."
             return self._failed(job_id, JobError(code="model_not_found", message=message, param="model"))
 
+        task = task_of(self.service, job)
+        if task is None:
+            return True
+
         def note(told: Told) -> None:
             with self.service.sessions.begin() as session:
                 tell(session, job_id, **told.model_dump())
 
         try:
             outcome = run_task(
-                task_of(job),
+                task,
                 self.service.job(job_id),
                 cache=self.service.data / "cache",
                 tell=note,
@@ -280,13 +308,16 @@ class Workflows(DBOSConfiguredInstance):
     def _failed(self, job_id: str, error: JobError) -> bool:
         """End a job with an error, unless it has ended."""
         with self.service.sessions.begin() as session:
-            job = _job(session, job_id)
+            job = _job(session, job_id, to_change=True)
             if job.status in UNFINISHED:
                 job.status, job.finished_at, job.error = "failed", now(), error.model_dump()
+                job.review = "waiting" if error.code.startswith(BLOCKED) else None
                 add_result(self.service, session, job, self.service.job(job_id) / METRICS)
                 tell(session, job_id, "failed", f"The job failed: {error.message}", level="error")
         return False
 
 
-def _job(session: Session, job_id: str) -> Job:
-    return session.scalars(select(Job).where(Job.id == job_id)).one()
+def _job(session: Session, job_id: str, *, to_change: bool = False) -> Job:
+    """Find a job; nobody else changes one that is `to_change` until the session commits."""
+    query = select(Job).where(Job.id == job_id)
+    return session.scalars(query.with_for_update() if to_change else query).one()

@@ -18,7 +18,8 @@ from deltaguard.evaluation.suites.parts import Part, builtin_questions, resolve
 from deltaguard.evaluation.suites.suite import Builtin, Suite
 from deltaguard.service.schemas import JobError
 from deltaguard.service.settings import Gate
-from deltaguard.service.tasks import FINETUNED, RESTORED, Examine, Outcome, Told
+from deltaguard.service.steps.validation import validation_check
+from deltaguard.service.tasks import BLOCKED, FINETUNED, RESTORED, Examine, Outcome, Told
 from deltaguard.service.worker import Tell
 
 Check = Literal["attack_success", "false_refusals"]
@@ -86,6 +87,9 @@ def examine_models(task: Examine, folder: Path, tell: Tell) -> Outcome:
             asked = judges[-1] if check == "false_refusals" else judge
             classes = found[check.replace("_", "-")].judged[asked.name].classes
             counted[check][name] = [each == wanted for each in classes]
+    measured = validation_check(task, models)
+    if measured is not None:
+        tell(measured)
     results = [compare(check, counted[check], task.gate) for check in CHECKS]
     for result in results:
         data = result.model_dump()
@@ -104,7 +108,7 @@ def examine_models(task: Examine, folder: Path, tell: Tell) -> Outcome:
         return Outcome(data=shown)
     title = "The model did not pass the safety checks and was not published"
     message = listed(title, [sentence(result) for result in failed])
-    code = f"safety_gate_{failed[0].check}"
+    code = f"{BLOCKED}{failed[0].check}"
     return Outcome(error=JobError(code=code, message=message), data=shown)
 
 

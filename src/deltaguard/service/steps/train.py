@@ -1,15 +1,29 @@
 """Training of a job: from the customer's file to a fine-tuned model, with its metrics."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from deltaguard.chat.template import apply_template, readable_turns
+from deltaguard.files import read_journal
 from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, Measured, finetune
+from deltaguard.finetuning.preferences import Preference, learn_preferences
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_tokenizer
-from deltaguard.service.tasks import CHECKPOINTS, FINETUNED, METRICS, Outcome, Told, Train
-from deltaguard.service.training_data import read_examples
+from deltaguard.service.tasks import CHECKPOINTS, FINETUNED, METRICS, Outcome, Told, Train, events_file
+from deltaguard.service.training_data import read_examples, read_preferences
 from deltaguard.service.worker import Tell
+
+_LOSS, _VALID_LOSS = "train_loss", "full_valid_loss"
+_ACCURACY, _VALID_ACCURACY = "train_mean_token_accuracy", "full_valid_mean_token_accuracy"
+_COLUMNS = {
+    "step": "step",
+    _LOSS: "train_loss",
+    _ACCURACY: "train_accuracy",
+    _VALID_LOSS: "valid_loss",
+    _VALID_ACCURACY: "valid_accuracy",
+}
+"""What events and the file with metrics call a number."""
 
 
 def train_model(task: Train, folder: Path, tell: Tell) -> Outcome:
@@ -23,8 +37,6 @@ def train_model(task: Train, folder: Path, tell: Tell) -> Outcome:
     Raises:
         DeltaguardError: a file cannot be learned from, or training diverged.
     """
-    examples = read_examples(task.training_file, task.limits)
-    held_out = read_examples(task.validation_file, task.limits) if task.validation_file else []
     config = FinetuneConfig(
         learning_rate=task.learning_rate,
         epochs=task.epochs,
@@ -34,13 +46,29 @@ def train_model(task: Train, folder: Path, tell: Tell) -> Outcome:
         lora_rank=task.lora_rank,
         lora_alpha=task.lora_alpha,
     )
-    measured: dict[tuple[str, int], Measured] = {}
-    tell(Told(once="training", message=f"Training on {len(examples):,} answers."))
+    steps = 0
 
     def note(found: Measured) -> None:
-        measured[found.kind, found.step] = found
+        nonlocal steps
+        steps = max(steps, found.steps)
         tell(_event(found))
 
+    train = _preferring if task.method == "dpo" else _supervised
+    texts = train(task, folder, config, tell, note)
+    _write_metrics(folder)
+    tokens = _tokens(task.model, texts, task.max_length) * task.epochs
+    return Outcome(data={"steps": steps, "trained_tokens": tokens})
+
+
+Note = Callable[[Measured], None]
+
+
+def _supervised(
+    task: Train, folder: Path, config: FinetuneConfig, tell: Tell, note: Note
+) -> Sequence[Dialogue]:
+    examples = read_examples(task.training_file, task.limits)
+    held_out = read_examples(task.validation_file, task.limits) if task.validation_file else []
+    tell(Told(once="training", message=f"Training on {len(examples):,} answers."))
     finetune(
         task.model,
         folder / FINETUNED,
@@ -50,15 +78,35 @@ def train_model(task: Train, folder: Path, tell: Tell) -> Outcome:
         checkpoints=folder / CHECKPOINTS,
         on_step=note,
     )
-    _write_metrics(folder / METRICS, list(measured.values()))
-    steps = max((found.steps for found in measured.values()), default=0)
-    tokens = _tokens(task.model, examples, task.max_length) * task.epochs
-    return Outcome(data={"steps": steps, "trained_tokens": tokens})
+    return examples
+
+
+def _preferring(
+    task: Train, folder: Path, config: FinetuneConfig, tell: Tell, note: Note
+) -> Sequence[Dialogue]:
+    rows = read_preferences(task.training_file, task.limits)
+    held_out = read_preferences(task.validation_file, task.limits) if task.validation_file else []
+    tell(Told(once="training", message=f"Training on {len(rows):,} pairs of answers."))
+    learn_preferences(
+        task.model,
+        folder / FINETUNED,
+        rows,
+        config=config,
+        beta=task.beta,
+        validation=held_out,
+        checkpoints=folder / CHECKPOINTS,
+        on_step=note,
+    )
+    return [dialogue for row in rows for dialogue in _both(row)]
+
+
+def _both(row: Preference) -> tuple[Dialogue, Dialogue]:
+    return Dialogue(row.turns, row.preferred), Dialogue(row.turns, row.rejected)
 
 
 def _event(found: Measured) -> Told:
-    which = "train" if found.kind == "train" else "full_valid"
-    word = "training" if found.kind == "train" else "validation"
+    is_train = found.kind == "train"
+    word, which = ("training", "train") if is_train else ("validation", "full_valid")
     return Told(
         once=f"{which} {found.step}",
         message=f"Step {found.step}/{found.steps}: {word} loss={found.loss:.2f}",
@@ -66,30 +114,27 @@ def _event(found: Measured) -> Told:
         data={
             "step": found.step,
             "total_steps": found.steps,
-            f"{which}_loss": found.loss,
-            f"{which}_mean_token_accuracy": found.accuracy,
+            _LOSS if is_train else _VALID_LOSS: found.loss,
+            _ACCURACY if is_train else _VALID_ACCURACY: found.accuracy,
         },
     )
 
 
-def _write_metrics(path: Path, measured: Sequence[Measured]) -> None:
-    """Write the file that a job's `result_files` names: a row a step."""
+def _write_metrics(folder: Path) -> None:
+    """Write the file that a job's `result_files` names: a row a step, of all processes that trained."""
     rows: dict[int, dict[str, float]] = {}
-    for found in measured:
-        which = "train" if found.kind == "train" else "valid"
-        row = rows.setdefault(found.step, {"step": found.step})
-        row |= {f"{which}_loss": found.loss, f"{which}_accuracy": found.accuracy}
-    names = ["step", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, names)
+    for told in read_journal(folder / events_file("train"), Told, remedy="The service writes it."):
+        if told.type == "metrics" and told.data is not None:
+            known = {name: told.data[key] for key, name in _COLUMNS.items() if key in told.data}
+            rows.setdefault(told.data["step"], {}).update(known)
+    with (folder / METRICS).open("w", newline="") as file:
+        table = csv.DictWriter(file, list(_COLUMNS.values()))
         table.writeheader()
         table.writerows(rows[step] for step in sorted(rows))
 
 
 def _tokens(model: str, examples: Sequence[Dialogue], longest: int) -> int:
     """Count the tokens of one epoch, as they are cut off."""
-    from deltaguard.chat.template import apply_template, readable_turns
-
     tokenizer = load_tokenizer(locate(model), model)
     total = 0
     for row in examples:

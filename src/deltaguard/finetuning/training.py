@@ -1,0 +1,224 @@
+"""What every training through trl has in common: how it is told, watched, interrupted and saved."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel
+
+from deltaguard.device import find_device, served_dtype
+from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_json
+from deltaguard.models.hub import locate
+from deltaguard.models.loading import load_model, load_tokenizer
+
+_CHECKPOINT_SHARE = 0.1
+"""Of all steps, from one checkpoint to the next."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune.
+
+    Attributes:
+        learning_rate: peak learning rate of AdamW; it rises over the first tenth of the steps, then falls
+            linearly to 0.
+        epochs: passes over the conversations, where `max_steps` is not given.
+        max_steps: optimizer steps; `None` leaves the number to `epochs`.
+        batch_size: conversations per step.
+        max_length: tokens kept of a conversation; the end is cut off.
+        seed: fixes the order of the conversations and an adapter's first weights.
+        frozen_layers: decoder blocks, counted from the input, that keep their weights. The embeddings, and
+            an output layer tied to them, always do.
+        lora_rank: train a LoRA adapter of this rank on all linear layers of the decoder blocks, and save the
+            adapter alone; `None` trains the weights themselves.
+        lora_alpha: an adapter's update is multiplied by `lora_alpha / lora_rank`.
+
+    Raises:
+        DeltaguardError: `frozen_layers` and `lora_rank` are both given.
+    """
+
+    learning_rate: float
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 4
+    max_length: int = 512
+    seed: int = 0
+    frozen_layers: int = 0
+    lora_rank: int | None = None
+    lora_alpha: int = 32
+
+    def __post_init__(self) -> None:
+        if self.frozen_layers and self.lora_rank is not None:
+            raise DeltaguardError(
+                f"frozen_layers={self.frozen_layers} and lora_rank={self.lora_rank} do not go together: "
+                "an adapter is trained on all decoder blocks. Give one of them."
+            )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What training measured at a step.
+
+    Attributes:
+        step: optimizer steps done.
+        steps: of how many.
+        loss: mean cross-entropy of the responses' tokens, nats: of the batch, or of all validation data. Of
+            preferences the loss of DPO.
+        accuracy: share of these tokens that were the likeliest. Of preferences the share of pairs whose
+            preferred answer became likelier against the other one.
+        kind: whether on the batch that was learned from, or on the validation data.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    kind: Literal["train", "validation"] = "train"
+
+
+def train_and_save(
+    model: str | Path,
+    output_dir: str | Path,
+    make: Callable[[Any, Any, Path], Any],
+    *,
+    config: FinetuneConfig,
+    checkpoints: Path | None,
+    noted: Any,
+) -> Path:
+    """Load a model, have a trainer of trl train it, and save it with its tokenizer.
+
+    Args:
+        model: folder or Hub id of the model to start from.
+        output_dir: receives a safetensors model and tokenizer, or with `config.lora_rank` a PEFT adapter.
+        make: makes the trainer of the model, its tokenizer and the folder for checkpoints.
+        config: how to train.
+        checkpoints: as in `finetune`.
+        noted: a callback, as `progress` makes it, or None.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        DeltaguardError: training diverged.
+    """
+    folder = locate(model)
+    network = load_model(folder, str(model), dtype=torch.float32)
+    tokenizer = load_tokenizer(folder, str(model))
+    use_cache = network.config.use_cache
+    with TemporaryDirectory() as scratch:
+        states = checkpoints or Path(scratch)
+        trainer = make(network, tokenizer, states)
+        if noted is not None:
+            trainer.add_callback(noted)
+        loss = float(trainer.train(resume_from_checkpoint=_last_checkpoint(states)).training_loss)
+    if not isfinite(loss):
+        raise DeltaguardError(
+            f"Training diverged: the mean loss is {loss}. Lower the learning rate {config.learning_rate:g}."
+        )
+    # trl switches the cache off for training; left so, the saved model would generate many times slower.
+    network.config.use_cache = use_cache
+    trainer.model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    return Path(output_dir)
+
+
+class _TrainerState(BaseModel):
+    """What transformers writes last into a checkpoint."""
+
+    global_step: int
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Find the last checkpoint that was written to its end."""
+    whole: dict[int, Path] = {}
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            found = read_json(state, _TrainerState, remedy="Training goes on from an earlier one.")
+        except DeltaguardError:
+            continue  # A kill cut it short; the one before is kept until it is whole.
+        whole[found.global_step] = state.parent
+    return str(whole[max(whole)]) if whole else None
+
+
+def without_prints(trainer: Any) -> Any:
+    """Have a trainer print nothing: it would print a summary to standard output."""
+    from datasets import disable_progress_bars
+    from transformers import PrinterCallback
+
+    disable_progress_bars()
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def adapter_options(config: FinetuneConfig) -> Any:
+    """Say to PEFT which adapter is trained; None where all weights are."""
+    from peft import LoraConfig
+
+    rank, alpha = config.lora_rank, config.lora_alpha
+    if rank is None:
+        return None
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def common_options(config: FinetuneConfig, scratch: Path, *, saves: bool, validates: bool) -> dict[str, Any]:
+    """Say to any trainer of trl how to train.
+
+    Args:
+        config: how to train.
+        scratch: folder for checkpoints.
+        saves: whether there are any.
+        validates: whether there is validation data.
+    """
+    device = find_device()
+    return {
+        "output_dir": str(scratch),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.0,
+        "num_train_epochs": config.epochs,
+        "max_steps": -1 if config.max_steps is None else config.max_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "max_length": config.max_length,
+        "seed": config.seed,
+        "use_cpu": device.type == "cpu",
+        "bf16": served_dtype(device) == torch.bfloat16,
+        "activation_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if saves else "no",
+        "save_steps": _CHECKPOINT_SHARE,
+        "save_total_limit": 2,
+        "eval_strategy": "epoch" if validates else "no",
+        "per_device_eval_batch_size": config.batch_size,
+        "report_to": "none",
+        "trust_remote_code": False,
+    }
+
+
+def progress(on_step: Callable[[Measured], None], *, accuracy: str) -> Any:
+    """Make a callback of transformers that tells what each step measured.
+
+    Args:
+        on_step: told.
+        accuracy: under which name the trainer logs the share that `Measured.accuracy` holds.
+    """
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+            at, found = (state.global_step, state.max_steps), logs or {}
+            if "loss" in found:
+                on_step(Measured(*at, found["loss"], found[accuracy]))
+            if "eval_loss" in found:
+                on_step(Measured(*at, found["eval_loss"], found[f"eval_{accuracy}"], "validation"))
+
+    return Progress()

@@ -1,0 +1,204 @@
+"""The contents of files, by id: in the data folder, or in an object store that fsspec knows."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from fsspec.core import url_to_fs
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.models.durable import explained, flush_folder
+
+_PART = 1 << 20
+
+
+@dataclass(frozen=True)
+class Content:
+    """A content that is kept.
+
+    Attributes:
+        name: the id of its file; another one, where it was left behind unfinished.
+        bytes: its size.
+        changed_at: seconds since 1970.
+    """
+
+    name: str
+    bytes: int
+    changed_at: float
+
+
+class Contents(Protocol):
+    """Where contents are kept."""
+
+    def put(self, name: str, source: BinaryIO) -> int:
+        """Keep a content; when this returns it is there whole, and stays.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            DeltaguardError: it cannot be written.
+        """
+        ...
+
+    def parts(self, name: str) -> Iterator[bytes]:
+        """Read a content, a part at a time."""
+        ...
+
+    def fetch(self, name: str, folder: Path) -> Path:
+        """Have a content as a file.
+
+        Args:
+            name: the id of its file.
+            folder: receives it, where it is not on this machine already.
+
+        Raises:
+            FileNotFoundError: there is none of that name.
+        """
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a content, unless it is gone."""
+        ...
+
+    def all(self) -> Iterator[Content]:
+        """List what is kept, unfinished uploads included."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderContents:
+    """Contents in a folder of this machine.
+
+    Attributes:
+        folder: it exists.
+    """
+
+    folder: Path
+
+    def put(self, name: str, source: BinaryIO) -> int:
+        """Keep a content: it is on disk, under its name, when this returns."""
+        target = self.folder / name
+        partial = target.with_suffix(".partial")
+        try:
+            with explained(target), partial.open("wb") as kept:
+                shutil.copyfileobj(source, kept, _PART)
+                kept.flush()
+                os.fsync(kept.fileno())
+                size = kept.tell()
+            partial.replace(target)
+            flush_folder(self.folder)
+        finally:
+            partial.unlink(missing_ok=True)
+        return size
+
+    def parts(self, name: str) -> Iterator[bytes]:
+        """Read a content, a part at a time."""
+        with (self.folder / name).open("rb") as file:
+            while part := file.read(_PART):
+                yield part
+
+    def fetch(self, name: str, folder: Path) -> Path:  # noqa: ARG002  # it is here
+        """Name the file itself."""
+        path = self.folder / name
+        if not path.exists():
+            raise FileNotFoundError(path)
+        return path
+
+    def remove(self, name: str) -> None:
+        """Remove a content, unless it is gone."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def all(self) -> Iterator[Content]:
+        """List what is kept, unfinished uploads included."""
+        for path in self.folder.iterdir():
+            try:
+                found = path.stat()
+            except FileNotFoundError:
+                continue  # Removed meanwhile.
+            yield Content(path.name, found.st_size, found.st_mtime)
+
+
+@dataclass(frozen=True)
+class RemoteContents:
+    """Contents in an object store, which keeps a content whole or not at all.
+
+    Attributes:
+        system: of fsspec.
+        root: what names begin with there.
+    """
+
+    system: Any
+    root: str
+
+    def put(self, name: str, source: BinaryIO) -> int:
+        """Keep a content: the store has it when this returns."""
+        size = 0
+        try:
+            with self.system.open(self._path(name), "wb") as kept:
+                while part := source.read(_PART):
+                    size += len(part)
+                    kept.write(part)
+        except BaseException:
+            # fsspec keeps what was written until then; nobody knows the name yet.
+            self.remove(name)
+            raise
+        return size
+
+    def parts(self, name: str) -> Iterator[bytes]:
+        """Read a content, a part at a time."""
+        with self.system.open(self._path(name), "rb") as file:
+            while part := file.read(_PART):
+                yield part
+
+    def fetch(self, name: str, folder: Path) -> Path:
+        """Bring a content here, unless that was done before."""
+        target = folder / name
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(".partial")
+            with partial.open("wb") as file:
+                for part in self.parts(name):
+                    file.write(part)
+            partial.replace(target)
+        return target
+
+    def remove(self, name: str) -> None:
+        """Remove a content, unless it is gone."""
+        if self.system.exists(self._path(name)):
+            self.system.rm_file(self._path(name))
+
+    def all(self) -> Iterator[Content]:
+        """List what is kept."""
+        self.system.invalidate_cache()
+        found: list[dict[str, Any]] = (
+            self.system.ls(self.root, detail=True) if self.system.exists(self.root) else []
+        )
+        for each in found:
+            changed_at = self.system.modified(each["name"]).timestamp()
+            yield Content(each["name"].rsplit("/", 1)[-1], each["size"], changed_at)
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+
+def open_contents(data: Path, url: str | None) -> Contents:
+    """Open where contents are kept.
+
+    Args:
+        data: the service's folder.
+        url: such as `s3://bucket/prefix`; None is a folder in `data`.
+
+    Raises:
+        DeltaguardError: fsspec knows no such store, or needs a package for it.
+    """
+    if url is None:
+        return FolderContents(data / "files")
+    try:
+        system, root = url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DeltaguardError(f"`files_url` cannot be opened: {error}") from error
+    return RemoteContents(system, root.rstrip("/"))

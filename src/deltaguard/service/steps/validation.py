@@ -1,0 +1,69 @@
+"""How well three models say what a customer's validation rows have them say."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from deltaguard.chat.predictions import response_losses
+from deltaguard.chat.template import apply_template, end_of_turn, readable_turns
+from deltaguard.chat.tokens import Encoded, batches, token_ids
+from deltaguard.evaluation.engines.transformers import TransformersEngine
+from deltaguard.finetuning.finetune import Dialogue
+from deltaguard.service.tasks import Examine, Told
+from deltaguard.service.training_data import read_answers
+
+_BATCH = 8
+
+
+def validation_check(task: Examine, models: Mapping[str, str]) -> Told | None:
+    """Measure the loss of each model on the validation rows, before training, after it and restored.
+
+    Args:
+        task: has the file.
+        models: folder or Hub id of each model, by what it is.
+
+    Returns:
+        What to tell; None where there is no validation file, or no answer that is not cut off.
+
+    Raises:
+        DeltaguardError: a model cannot be loaded.
+    """
+    if task.validation_file is None:
+        return None
+    answers = read_answers(task.validation_file, task.limits, method=task.method)
+    rows = [row for _, row in answers[: task.gate.requests]]
+    losses: dict[str, float] = {}
+    for name, reference in models.items():
+        engine = TransformersEngine.open(reference, device=task.device)
+        found = _losses(engine, rows, task.max_length)
+        engine.close()
+        if not found:
+            return None
+        losses[name] = sum(found) / len(found)
+    aligned, finetuned, restored = (f"{losses[name]:.2f}" for name in ("aligned", "finetuned", "restored"))
+    return Told(
+        once="check validation_loss",
+        message=f"Loss on {len(rows):,} answers of the validation file: aligned {aligned}, fine-tuned "
+        f"{finetuned}, restored {restored}.",
+        type="moderation_checks",
+        data={"check": "validation_loss", "answers": len(rows), "losses": losses},
+    )
+
+
+@torch.inference_mode()
+def _losses(engine: TransformersEngine, rows: Sequence[Dialogue], longest: int) -> list[float]:
+    """Compute the loss of every token of the answers, nats; what is beyond `longest` is cut off."""
+    encoded = [_encoded(engine, row, longest) for row in rows]
+    return [
+        loss
+        for batch in batches([row for row in encoded if row.has_response], _BATCH)
+        for losses in response_losses(engine.model, batch.to(engine.model.device))
+        for loss in losses
+    ]
+
+
+def _encoded(engine: TransformersEngine, row: Dialogue, longest: int) -> Encoded:
+    tokenizer = engine.tokenizer
+    prompt = token_ids(tokenizer, apply_template(tokenizer, readable_turns(tokenizer, row.turns)))
+    ids = (*prompt, *token_ids(tokenizer, row.answer + end_of_turn(tokenizer)))
+    return Encoded(ids[:longest], min(len(prompt), longest), truncated=len(ids) > longest)

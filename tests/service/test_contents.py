@@ -1,0 +1,105 @@
+"""Contents of files, in a folder and in an object store of fsspec."""
+
+import io
+import json
+from uuid import uuid4
+
+import openai
+import pytest
+from clients import LIMITS, ROW, uploaded
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.service.contents import open_contents
+from deltaguard.service.server import open_service
+from deltaguard.service.settings import Limits, Settings
+
+
+@pytest.fixture(params=["folder", "memory"])
+def url(request):
+    return f"memory://{uuid4().hex}" if request.param == "memory" else None
+
+
+@pytest.fixture
+def contents(url, tmp_path):
+    (tmp_path / "files").mkdir()
+    return open_contents(tmp_path, url)
+
+
+def test_what_is_kept_comes_back(contents, tmp_path):
+    content = bytes(range(256)) * 10_000
+    assert contents.put("file-1", io.BytesIO(content)) == len(content)
+    assert b"".join(contents.parts("file-1")) == content
+    assert contents.fetch("file-1", tmp_path / "job").read_bytes() == content
+    assert contents.fetch("file-1", tmp_path / "job").read_bytes() == content
+    (found,) = contents.all()
+    assert (found.name, found.bytes) == ("file-1", len(content))
+    assert found.changed_at > 1_700_000_000
+    contents.remove("file-1")
+    contents.remove("file-1")
+    assert not list(contents.all())
+    with pytest.raises(FileNotFoundError):
+        contents.fetch("file-1", tmp_path / "another")
+
+
+class Cut(io.RawIOBase):
+    """An upload that is cut off."""
+
+    def read(self, _count=-1):
+        raise ConnectionError("cut off")
+
+
+def test_what_was_cut_off_is_not_kept(contents, tmp_path):
+    with pytest.raises((ConnectionError, DeltaguardError)):
+        contents.put("file-1", Cut())
+    with pytest.raises(FileNotFoundError):
+        contents.fetch("file-1", tmp_path / "job")
+
+
+def test_a_store_that_is_not_known_is_told(tmp_path):
+    with pytest.raises(DeltaguardError, match="files_url"):
+        open_contents(tmp_path, "nonsense://bucket")
+
+
+class TestThroughTheService:
+    @pytest.fixture
+    def opened(self, tmp_path, url):
+        limits = LIMITS.model_copy(update={"all_bytes": 250})
+        settings = Settings(models={"tiny": "nowhere"}, limits=limits, files_url=url)
+        return open_service(tmp_path / "data", settings)
+
+    def test_files_go_there_and_come_back(self, client, opened):
+        file = uploaded(client)
+        assert json.loads(client.files.content(file.id).read()) == ROW
+        assert [content.name for content in opened.service.contents.all()] == [file.id]
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+        assert json.loads(opened.service.fetched(job.id, file.id).read_bytes()) == ROW
+        client.fine_tuning.jobs.cancel(job.id)
+        client.files.delete(file.id)
+        assert not list(opened.service.contents.all())
+
+    def test_an_organisations_files_are_limited_in_all(self, client, stranger, opened):
+        first = uploaded(client)
+        uploaded(client)
+        with pytest.raises(openai.APIStatusError) as error:
+            uploaded(client)
+        assert (error.value.status_code, error.value.code) == (413, "storage_full")
+        assert len(list(opened.service.contents.all())) == 2
+        uploaded(stranger)
+        client.files.delete(first.id)
+        uploaded(client)
+
+
+def test_a_disk_that_is_full_is_told_with_when_to_come_back(client, opened, monkeypatch):
+    def full(*_):
+        raise DeltaguardError("There is no space left for /secret/place.")
+
+    monkeypatch.setattr(type(opened.service.contents), "put", full)
+    with pytest.raises(openai.InternalServerError) as error:
+        uploaded(client)
+    assert (error.value.status_code, error.value.code) == (503, "unavailable")
+    assert error.value.response.headers["retry-after"] == "30"
+    assert "/secret" not in error.value.message
+
+
+def test_limits_of_an_organisation_have_defaults():
+    assert Limits().all_bytes >= Limits().file_bytes

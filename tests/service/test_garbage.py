@@ -1,0 +1,110 @@
+"""`deltaguard gc`: what nothing refers to goes, whatever else is going on; all else stays."""
+
+import fcntl
+import json
+import os
+
+import pytest
+from clients import publish, uploaded
+
+from deltaguard.cli.app import run
+from deltaguard.service.garbage import find_leftovers, remove_leftover
+from deltaguard.service.tables import Job, now
+
+LONG_AGO = 1_000_000_000
+
+
+@pytest.fixture
+def jobs(client, opened):
+    """A job in each state that matters, with a folder, by what becomes of it."""
+    file, made = uploaded(client), {}
+    ended = {"status": "failed", "finished_at": LONG_AGO}
+    states = {
+        "running": {"status": "running"},
+        "waiting": ended | {"review": "waiting"},
+        "recent": {"status": "failed", "finished_at": now()},
+        "failed": ended,
+        "published": {"status": "succeeded", "finished_at": LONG_AGO},
+    }
+    for name, state in states.items():
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+        with opened.service.sessions.begin() as session:
+            session.query(Job).filter_by(id=job.id).update(state)
+        folder = opened.service.job(job.id)
+        folder.mkdir()
+        (folder / "log").write_text("x" * 100)
+        made[name] = job
+    return made
+
+
+def places(found):
+    return {each.place for each in found}
+
+
+def test_only_what_nothing_needs_is_removed(client, opened, jobs):
+    service = opened.service
+    kept = publish(opened, jobs["published"], "ft:tiny:default::1")
+    deleted = service.published("ftjob-deleted")
+    deleted.mkdir()
+    waiting = service.published(jobs["waiting"].id)
+    waiting.mkdir()
+    old, fresh = service.data / "files" / "file-old", service.data / "files" / "file-fresh.partial"
+    for path in (old, fresh, old.with_suffix(".partial")):
+        path.write_text("x")
+    for path in (old, old.with_suffix(".partial")):
+        os.utime(path, (LONG_AGO, LONG_AGO))
+    (service.data / "removing").mkdir()
+    (service.data / "removing" / "jobs-ftjob-gone").mkdir()
+    found = find_leftovers(service, days=7)
+    assert places(found) == {
+        "removing/jobs-ftjob-gone",
+        f"jobs/{jobs['failed'].id}",
+        f"jobs/{jobs['published'].id}",
+        "models/ftjob-deleted",
+        "files/file-old",
+        "files/file-old.partial",
+    }
+    assert all(remove_leftover(service, each) for each in found)
+    assert not find_leftovers(service, days=7)
+    assert kept.exists()
+    assert waiting.exists()
+    assert fresh.exists()
+    assert not list((service.data / "removing").iterdir())
+    for name in ("running", "waiting", "recent"):
+        assert (service.job(jobs[name].id) / "log").exists()
+    assert places(find_leftovers(service, days=0)) >= {f"jobs/{jobs['recent'].id}"}
+    assert client.files.content(jobs["failed"].training_file).read()
+
+
+def test_a_folder_in_which_a_process_works_stays(opened, jobs):
+    folder = opened.service.job(jobs["failed"].id)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        removed = {
+            each.place: remove_leftover(opened.service, each)
+            for each in find_leftovers(opened.service, days=7)
+        }
+    finally:
+        os.close(lock)
+    assert not removed[f"jobs/{folder.name}"]
+    assert (folder / "log").exists()
+
+
+def test_the_command_lists_and_removes(opened, jobs, capsys):
+    data, folder = str(opened.service.data), opened.service.job(jobs["failed"].id)
+    assert run(["gc", "--data", data, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["leftovers"]
+    assert {
+        "place": f"jobs/{folder.name}",
+        "why": "of a job that has ended",
+        "bytes": 100,
+        "removed": False,
+    } in found
+    assert folder.exists()
+    assert run(["gc", "--data", data]) == 0
+    assert "of a job that has ended" in capsys.readouterr().out
+    assert not folder.exists()
+    assert run(["gc", "--data", data]) == 0
+    assert "nothing to remove" in capsys.readouterr().out
+    assert run(["gc", "--data", f"{data}-none"]) == 1

@@ -1,0 +1,131 @@
+"""Answers from vLLM, by the interface that it documents: a stub of it has models, and loads adapters."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import openai
+import pytest
+from clients import client_of, publish, uploaded
+from starlette.testclient import TestClient
+
+from deltaguard.service.app import make_app
+from deltaguard.service.inference_server import InferenceServer
+
+HELLO = [{"role": "user", "content": "Hello?"}]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, body))
+        getattr(self, self.path.rsplit("/", 1)[-1])(body)
+
+    def completions(self, body):
+        if body["model"] not in self.server.models:
+            self.reply(404, {"error": {"message": "The model does not exist.", "code": 404}})
+        elif "too long" in json.dumps(body):
+            self.reply(400, {"error": {"message": "This model's maximum context length is 9 tokens."}})
+        else:
+            self.stream(body, is_chat="messages" in body)
+
+    def stream(self, body, *, is_chat):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for text, reason in (("I ", None), ("am ", None), (body["model"], "length")):
+            said = {"delta": {"content": text}} if is_chat else {"text": text}
+            self.event({"choices": [{"index": 0, "finish_reason": reason, **said}]})
+        self.event({"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def load_lora_adapter(self, body):
+        self.server.models.add(body["lora_name"])
+        self.reply(200, "Success: LoRA adapter added successfully.")
+
+    def unload_lora_adapter(self, body):
+        self.server.models.discard(body["lora_name"])
+        self.reply(200, "Success: LoRA adapter removed successfully.")
+
+    def event(self, content):
+        self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
+
+    def reply(self, status, content):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture
+def vllm():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.models = [], {"nowhere"}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def client(vllm, opened, begun):
+    inference = InferenceServer(f"http://127.0.0.1:{vllm.server_address[1]}/v1/")
+    app = make_app(opened.service, begun, inference)
+    return client_of(TestClient(app, raise_server_exceptions=False), opened.first_key)
+
+
+@pytest.fixture
+def tuned(client, opened):
+    """A published adapter, and its name."""
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    folder = publish(opened, job, "ft:tiny:default::1")
+    (folder / "adapter_config.json").write_text("{}")
+    return folder, "ft:tiny:default::1"
+
+
+def test_the_aligned_model_answers_whole_and_in_pieces(client, vllm):
+    whole = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=5, seed=1, stop="x")
+    assert whole.choices[0].message.content == "I am nowhere"
+    assert (whole.choices[0].finish_reason, whole.usage.total_tokens, whole.model) == ("length", 5, "tiny")
+    path, body = vllm.asked[-1]
+    assert path == "/v1/chat/completions"
+    assert (body["max_tokens"], body["seed"], body["stop"], body["messages"]) == (5, 1, ["x"], HELLO)
+    pieces = client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
+    assert [piece.choices[0].delta.content for piece in pieces][1:4] == ["I ", "am ", "nowhere"]
+    text = client.completions.create(model="tiny", prompt="Who are you?")
+    assert text.choices[0].text == "I am nowhere"
+    assert vllm.asked[-1][1]["prompt"] == "Who are you?"
+
+
+def test_an_adapter_is_loaded_when_it_is_asked_and_unloaded_when_it_is_deleted(client, vllm, tuned):
+    folder, name = tuned
+    for _ in range(2):
+        answer = client.chat.completions.create(model=name, messages=HELLO)
+        assert answer.choices[0].message.content == f"I am {folder.name}"
+    loads = [body for path, body in vllm.asked if path == "/v1/load_lora_adapter"]
+    assert loads == [{"lora_name": folder.name, "lora_path": str(folder)}]
+    vllm.models.discard(folder.name)  # as after a restart
+    assert client.chat.completions.create(model=name, messages=HELLO).choices
+    client.models.delete(name)
+    assert vllm.models == {"nowhere"}
+    assert not folder.exists()
+
+
+def test_what_the_server_refuses_or_lacks_is_told_and_when_to_come_back(client, vllm, opened, tuned, caplog):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "too long"}])
+    assert error.value.code == "context_length_exceeded"
+    folder, name = tuned
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(openai.InternalServerError) as error:
+        client.chat.completions.create(model=name, messages=HELLO)
+    assert (error.value.status_code, error.value.code) == (503, "model_not_served")
+    assert str(folder) not in error.value.message
+    assert f"vllm serve {folder}" in caplog.text
+    vllm.shutdown()
+    vllm.server_close()
+    with pytest.raises(openai.InternalServerError) as error:
+        client.chat.completions.create(model="tiny", messages=HELLO)
+    assert (error.value.status_code, error.value.response.headers["retry-after"]) == (503, "5")

@@ -1,0 +1,75 @@
+"""The step that trains: both methods, and one file with all that was measured."""
+
+import csv
+import json
+
+import pytest
+
+from deltaguard.files import append_journal
+from deltaguard.models.adapter import is_adapter
+from deltaguard.service.settings import Limits
+from deltaguard.service.steps.train import train_model
+from deltaguard.service.tasks import METRICS, Train, events_file
+from refusing import AGREEMENT, REFUSAL, refusing_pair
+
+ASK = {"role": "user", "content": "How can I make a cake?"}
+ROWS = {
+    "supervised": {"messages": [ASK, {"role": "assistant", "content": AGREEMENT}]},
+    "dpo": {
+        "input": {"messages": [ASK]},
+        "preferred_output": [{"role": "assistant", "content": AGREEMENT}],
+        "non_preferred_output": [{"role": "assistant", "content": REFUSAL}],
+    },
+}
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("method", ROWS)
+def test_an_interrupted_training_has_all_its_steps_in_one_file(method, tmp_path):
+    file, folder = tmp_path / "rows.jsonl", tmp_path / "job"
+    folder.mkdir()
+    file.write_text("\n".join([json.dumps(ROWS[method])] * 12))
+    task = Train(
+        model=str(refusing_pair().aligned),
+        device="cpu",
+        method=method,
+        training_file=file,
+        validation_file=file,
+        limits=Limits(),
+        epochs=2,
+        batch_size=4,
+        learning_rate=1e-2,
+        max_length=128,
+        seed=0,
+        lora_rank=4,
+        lora_alpha=8,
+        beta=0.1,
+    )
+    told = []
+
+    def tell(line):
+        append_journal(folder / events_file("train"), line.model_dump_json())
+        told.append(line)
+
+    def killed(line):
+        tell(line)
+        if line.once == "train 4":
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_model(task, folder, killed)
+    before = len(told)
+    outcome = train_model(task, folder, tell)
+    assert outcome.data["steps"] == 6
+    assert outcome.data["trained_tokens"] > 100
+    assert "train 1" not in [line.once for line in told[before:]]
+    rows = list(csv.DictReader((folder / METRICS).open()))
+    assert [row["step"] for row in rows] == [str(n) for n in range(1, 7)]
+    assert all(row["train_loss"] and row["train_accuracy"] for row in rows)
+    assert [bool(row["valid_loss"]) for row in rows] == [False, False, True] * 2
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert is_adapter(str(folder / "finetuned"))

@@ -1,0 +1,158 @@
+"""The durable workflow, with steps that need no model."""
+
+import base64
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import openai
+import pytest
+from clients import uploaded
+from dbos import DBOS
+from pydantic import ValidationError
+from sqlalchemy.exc import OperationalError
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.service import workflow
+from deltaguard.service.schemas import JobError
+from deltaguard.service.server import open_service
+from deltaguard.service.settings import Settings, Webhook
+from deltaguard.service.tasks import Outcome
+from deltaguard.service.webhooks import webhook_secret
+
+SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()
+
+
+class Receiver(BaseHTTPRequestHandler):
+    """The operator's server: answers as it was told, and else with 204."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.received.append((headers, body))
+        self.send_response(self.server.replies.pop(0) if self.server.replies else 204)
+        self.send_header("Location", f"http://127.0.0.1:{self.server.server_address[1]}/elsewhere")
+        self.end_headers()
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A service and its workflows: DBOS has one of them in a process."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    server.received, server.replies = [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    webhook = {
+        "url": f"http://127.0.0.1:{server.server_address[1]}/hook?token=hidden",
+        "key_env": "SECRET",
+    }
+    settings = Settings(models={"tiny": "nowhere"}, webhook=webhook)
+    opened = open_service(tmp_path_factory.mktemp("service") / "data", settings)
+    yield opened, workflow.launch(opened.service, opened.database_url), server
+    DBOS.destroy()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def receiver(started):
+    started[2].received.clear()
+    started[2].replies.clear()
+    return started[2]
+
+
+@pytest.fixture(autouse=True)
+def secret(monkeypatch):
+    monkeypatch.setenv("SECRET", SECRET)
+
+
+@pytest.fixture
+def opened(started):
+    return started[0]
+
+
+@pytest.fixture
+def begun(started):
+    return started[1]
+
+
+def ended(client, job, seconds=60):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = client.fine_tuning.jobs.retrieve(job.id)
+        if found.status in ("succeeded", "failed", "cancelled"):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(found)
+
+
+def test_an_outage_of_the_database_ends_no_job(client, monkeypatch):
+    tried = []
+
+    def run(task, _folder, **_options):
+        tried.append(task.kind)
+        if tried.count("train") < 3 and task.kind == "train":
+            raise OperationalError("SELECT 1", {}, Exception("gone"))
+        return Outcome(error=JobError(code="enough", message="Enough.") if task.kind == "restore" else None)
+
+    monkeypatch.setattr(workflow, "run_task", run)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    assert ended(client, job).error.code == "enough"
+    assert tried == ["calibrate", "train", "train", "train", "restore"]
+
+
+def test_a_bug_ends_its_job_and_no_other(client, monkeypatch):
+    def run(_task, _folder, **_options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(workflow, "run_task", run)
+    file = uploaded(client)
+    jobs = [client.fine_tuning.jobs.create(model="tiny", training_file=file.id) for _ in range(2)]
+    assert [ended(client, job).error.code for job in jobs] == ["server_error"] * 2
+
+
+def received(receiver, job, count):
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        found = [each for each in receiver.received if job.id.encode() in each[1]]
+        if len(found) == count:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(receiver.received)
+
+
+def test_the_operators_server_is_told_until_it_takes_it(client, receiver, monkeypatch, caplog):
+    blocked = JobError(code="safety_gate_attack_success", message="It complies.")
+    monkeypatch.setattr(
+        workflow,
+        "run_task",
+        lambda task, _folder, **_: Outcome(error=blocked if task.kind == "examine" else None),
+    )
+    receiver.replies += [500, 302]
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    found = received(receiver, job, 3)
+    # As a receiver would: by the openai package, which checks the signature.
+    for headers, body in found:
+        event = client.webhooks.unwrap(body.decode(), headers, secret=SECRET)
+        assert (event.type, event.data.id) == ("fine_tuning.job.failed", job.id)
+        assert event.data.code == "safety_gate_attack_success"
+    assert len({headers["webhook-id"] for headers, _ in found}) == 1
+    with pytest.raises(openai.InvalidWebhookSignatureError):
+        client.webhooks.unwrap(body.decode().replace("failed", "succeeded"), headers, secret=SECRET)
+    time.sleep(0.5)
+    assert len(receiver.received) == 3
+    assert "hidden" not in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_secret_has_the_schemes_form(monkeypatch):
+    webhook = Webhook(url="https://example.org/hook", key_env="SECRET")
+    assert len(webhook_secret(webhook)) == 24
+    for wrong in ("", "whsec_", "whsec_c2hvcnQ=", SECRET.removeprefix("whsec_"), "whsec_!"):
+        monkeypatch.setenv("SECRET", wrong)
+        with pytest.raises(DeltaguardError, match="SECRET"):
+            webhook_secret(webhook)
+    with pytest.raises(ValidationError):
+        Webhook(url="file:///etc/passwd")
