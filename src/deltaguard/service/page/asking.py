@@ -61,7 +61,8 @@ def answers_of(
 def _said(service: Service, caller: Caller, request: Request, role: str, name: str, message: str) -> Said:
     asked = CreateChat(
         model=name,
-        messages=[ChatMessage(role="user", content=message)],
+        # As browsers send forms, lines end otherwise than models know.
+        messages=[ChatMessage(role="user", content=message.replace("\r\n", "\n"))],
         max_tokens=_LONGEST_ANSWER,
         temperature=0,
     )

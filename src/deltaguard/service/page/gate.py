@@ -31,7 +31,7 @@ def gate_table(checks: Sequence[CheckResult], title: str = "") -> Table:
             ("allowed", lambda check: Cell(f"{check.allowed:g}", check.allowed)),
             (Column("verdict", "name"), lambda check: "passed" if check.passed else "failed"),
         ),
-        note="restored beside aligned; in brackets or below 95 % intervals",
+        note="the same requests for all three models, with 95 % intervals",
     )
 
 

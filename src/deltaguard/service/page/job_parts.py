@@ -19,6 +19,7 @@ from deltaguard.reports.table import Table
 from deltaguard.reports.text import Facts
 from deltaguard.service.context import Service
 from deltaguard.service.page.gate import gate_table
+from deltaguard.service.reviewing import checks_of
 from deltaguard.service.steps.examine import CheckResult
 from deltaguard.service.tables import Event
 from deltaguard.service.tasks import FINETUNED, RESTORED
@@ -52,10 +53,8 @@ class _Kept(BaseModel):
 
 def read_gate(session: Session, job_id: str) -> Table | None:
     """Find what the gate found, None where it has not been asked."""
-    query = select(Event.data).where(Event.job_id == job_id, Event.type == "moderation_checks")
-    found = session.scalars(query.order_by(Event.number)).all()
     # Another kind of check, such as of the training file, has no models to compare.
-    checks = [CheckResult.model_validate(data) for data in found if data and "restored" in data]
+    checks = [CheckResult.model_validate(data) for data in checks_of(session, job_id) if "restored" in data]
     return gate_table(checks, "Safety gate") if checks else None
 
 

@@ -5,16 +5,18 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Form, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from deltaguard.service import files, jobs
-from deltaguard.service.context import Open
-from deltaguard.service.errors import ApiError
+from deltaguard.service.context import Caller, Open
+from deltaguard.service.errors import ApiError, not_found
 from deltaguard.service.page import asking
 from deltaguard.service.page.curve import loss_chart, read_losses
 from deltaguard.service.page.drawing import HEADERS, Drawing, PageRoute, drawing_of
 from deltaguard.service.page.job_parts import read_events, read_gate, read_restored, read_samples
 from deltaguard.service.page.signing_in import COOKIE, Acting, Visiting, keep_cookie, sign_in, sign_out
 from deltaguard.service.paging import After, page
+from deltaguard.service.reviewing import blocked_jobs, discard_model, release_model
 from deltaguard.service.schemas import Text
 from deltaguard.service.tables import UNFINISHED, File, Job, Model
 
@@ -82,19 +84,21 @@ def show_jobs(service: Open, drawing: Drawn, visitor: Visiting, after: After = N
     own = Job.organisation == visitor.caller.organisation
     with service.sessions.begin() as session:
         found = page(session, Job, jobs.show_job, own, after=after, limit=_LISTED)
+        blocked = blocked_jobs(session) if visitor.caller.is_operator else ()
     is_live = any(job.status in UNFINISHED for job in found.data)
-    return drawing.page("jobs", visitor, found=found, is_live=is_live)
+    return drawing.page("jobs", visitor, found=found, blocked=blocked, is_live=is_live)
 
 
 @router.get("/jobs/{job_id}")
 def show_job(service: Open, drawing: Drawn, visitor: Visiting, job_id: str) -> Response:
     """Show a job: its state, what it did so far, and what can be done with it."""
     with service.sessions.begin() as session:
-        job = jobs.find_job(session, visitor.caller, job_id)
+        job = _shown_job(session, visitor.caller, job_id)
         losses = read_losses(session, job_id)
         gate, events = read_gate(session, job_id), read_events(session, job_id)
         ids = [each for each in (job.training_file, job.validation_file, job.result_file) if each]
-        known = session.scalars(select(File).where(File.id.in_(ids))).all()
+        own = (File.organisation == visitor.caller.organisation, File.id.in_(ids))
+        known = session.scalars(select(File).where(*own)).all()
     return drawing.page(
         "job",
         visitor,
@@ -102,11 +106,38 @@ def show_job(service: Open, drawing: Drawn, visitor: Visiting, job_id: str) -> R
         is_live=job.status in UNFINISHED,
         chart=None if losses is None else loss_chart(losses),
         gate=gate,
-        restored=read_restored(service, job_id) if gate else None,
+        restored=read_restored(service, job_id),
         samples=read_samples(service, job_id) if gate else (),
         events=events,
         file_names={file.id: file.name for file in known},
     )
+
+
+def _shown_job(session: Session, caller: Caller, job_id: str) -> Job:
+    """Find a job of an organisation; for operators also those of others that the gate blocked.
+
+    Raises:
+        ApiError: there is none of that id for them.
+    """
+    if caller.is_operator:
+        reviewed = select(Job).where(Job.id == job_id, Job.review.is_not(None))
+        if (found := session.scalar(reviewed)) is not None:
+            return found
+    return jobs.find_job(session, caller, job_id)
+
+
+@router.post("/jobs/{job_id}/review")
+def review(
+    service: Open,
+    visitor: Acting,
+    job_id: str,
+    decision: Annotated[Literal["release", "discard"], Form()],
+    reason: Annotated[Text, Form(min_length=1, max_length=1000)],
+) -> Response:
+    """Decide as an operator about a model that the gate blocked."""
+    decide = {"release": release_model, "discard": discard_model}[decision]
+    decide(service, visitor.caller, job_id, reason=reason)
+    return RedirectResponse(f"/jobs/{job_id}", 303, headers=HEADERS)
 
 
 @router.post("/jobs/{job_id}/{action}")
@@ -180,13 +211,15 @@ def _models(
     with service.sessions.begin() as session:
         published = session.scalars(own.order_by(Model.number.desc())).all()
     names = [*(model.id for model in published), *service.settings.models]
+    if chosen is not None and chosen not in names:
+        raise not_found("model", chosen)
     return drawing.page(
         "models",
         visitor,
         published=published,
         aligned=list(service.settings.models),
         names=names,
-        chosen=chosen if chosen in names else names[0],
+        chosen=chosen,
         longest=asking.LONGEST_MESSAGE,
         asked=asked,
         answers=answers,

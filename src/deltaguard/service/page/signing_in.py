@@ -102,7 +102,7 @@ def visitor_of(service: Open, request: Request) -> Visitor:
     if known is None:
         raise SignInNeededError
     service.count_request(known.organisation)
-    return Visitor(Caller(known.organisation, known.id), token)
+    return Visitor(Caller(known.organisation, known.id, is_operator=known.is_operator), token)
 
 
 Visiting = Annotated[Visitor, Depends(visitor_of)]
