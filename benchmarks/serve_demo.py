@@ -57,7 +57,8 @@ def run(folder: Path) -> ServeDemo:
             `make demo` left none, the aligned model.
 
     Raises:
-        DeltaguardError: the folder holds something, the service does not start or does not end by itself.
+        DeltaguardError: the folder holds something, the service does not start or does not end by itself, or
+            the published model does not answer.
     """
     if folder.exists() and any(folder.iterdir()):
         raise DeltaguardError(f"{folder} holds something: remove it, or choose another folder with `-o`.")
@@ -74,12 +75,13 @@ def run(folder: Path) -> ServeDemo:
         _say(f"Serving at {url}; a job with {ROWS} rows, {HARMFUL_ROWS} of them harmful:")
         own = {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": key}
         # What it says is for the reader; what came of the job is asked anew.
-        subprocess.run(
-            [sys.executable, str(EXAMPLE), _MODEL, str(rows)], env={**os.environ, **own}, check=False
-        )
+        command = [sys.executable, str(EXAMPLE), _MODEL, str(rows)]
+        ended = subprocess.run(command, env={**os.environ, **own}, check=False)
         client = openai.OpenAI(base_url=own["OPENAI_BASE_URL"], api_key=key)
         job = next(iter(client.fine_tuning.jobs.list()))
         data_of = [event.data for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+    if ended.returncode and job.status == "succeeded":
+        raise DeltaguardError(f"The model was published, and {EXAMPLE.name} failed: see above.")
     known = [found for found in data_of if isinstance(found, dict)]
     seconds = {"align": sum(clock.seconds.values()), "total": time.perf_counter() - started}
     return _outcome(job, known, seconds)

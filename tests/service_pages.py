@@ -20,7 +20,7 @@ class Answers:
 
     def answer(self, ask):
         whose = "The restored model" if ask.adapter or "models" in ask.model else "The aligned model"
-        yield Piece(text=f"{whose} was asked: {ask.messages[-1]['content']}")
+        yield Piece(text=f"{whose} was asked: {ask.asked[-1]['content']}")
         yield Ended(finish_reason="stop", prompt_tokens=1, completion_tokens=1)
 
 
