@@ -148,7 +148,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
 
 def _outcome(job: FineTuningJob, told: list[dict[str, object]], seconds: Mapping[str, float]) -> ServeDemo:
     kept = [found["kept_energy"] for found in told if "kept_energy" in found]
-    checks = [CheckResult.model_validate(found) for found in told if "check" in found]
+    checks = [CheckResult.model_validate(found) for found in told if "restored" in found]
     took = (job.finished_at or job.created_at) - job.created_at
     return ServeDemo.model_validate(
         {

@@ -35,7 +35,8 @@ def main(model: str, data: str) -> None:
             if event.id not in told:
                 told.add(event.id)
                 print(event.message, flush=True)
-                checks += [event.data] if event.type == "moderation_checks" else []
+                compared = event.type == "moderation_checks" and "restored" in event.data
+                checks += [event.data] if compared else []
         time.sleep(0 if is_over else 1)
     show_checks(checks)
     if job.fine_tuned_model is None:

@@ -1,14 +1,19 @@
 """A job with all that its page shows, made without training, and models that answer without weights."""
 
+import io
 import json
 
+from fastapi import UploadFile
+
 from deltaguard.reports.records.restore import REPORT_NAME
+from deltaguard.service.context import Caller
 from deltaguard.service.database import new_id
 from deltaguard.service.events import tell
+from deltaguard.service.files import upload
 from deltaguard.service.inference import Ended, Piece
 from deltaguard.service.settings import Gate
 from deltaguard.service.steps.examine import compare
-from deltaguard.service.tables import File, Job, Model
+from deltaguard.service.tables import Job, Model
 from restores import restore_report
 
 SCRIPT = "<script>document.title = 'foreign'</script>"
@@ -25,13 +30,8 @@ class Answers:
 
 
 def add_file(opened, organisation, name="rows.jsonl", content=b"{}\n"):
-    file = File(
-        id=new_id("file"), organisation=organisation, name=name, purpose="fine-tune", bytes=len(content)
-    )
-    opened.service.file(file.id).write_bytes(content)
-    with opened.service.sessions.begin() as session:
-        session.add(file)
-    return file
+    file = UploadFile(io.BytesIO(content), size=len(content), filename=name)
+    return upload(opened.service, Caller(organisation, "key-0"), file, "fine-tune")
 
 
 def add_job(opened, organisation="default", *, status="succeeded", **fields):

@@ -1,5 +1,6 @@
 """Pages as answers: templates filled, what went wrong told in words, and what a browser may do with them."""
 
+import re
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from functools import cached_property
@@ -17,7 +18,7 @@ from deltaguard.reports.page import templates
 from deltaguard.reports.palette import palette_css
 from deltaguard.reports.text import size
 from deltaguard.service.errors import ApiError
-from deltaguard.service.page.signing_in import SignInNeededError, Visitor
+from deltaguard.service.page.signing_in import THEN, SignInNeededError, Visitor
 
 _PACKAGE = "deltaguard.service.page"
 _POLICY = (
@@ -85,7 +86,9 @@ class PageRoute(APIRoute):
             try:
                 return await answer(request)
             except SignInNeededError:
-                return RedirectResponse(f"/sign-in?then={quote(request.url.path)}", 303, headers=HEADERS)
+                is_page = request.method == "GET" and re.search(THEN, request.url.path)
+                then = request.url.path if is_page else "/"
+                return RedirectResponse(f"/sign-in?then={quote(then)}", 303, headers=HEADERS)
             except ApiError as error:
                 after = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
                 return _problem(request, error.status, error.message, after)

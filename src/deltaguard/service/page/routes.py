@@ -14,7 +14,7 @@ from deltaguard.service.page import asking
 from deltaguard.service.page.curve import loss_chart, read_losses
 from deltaguard.service.page.drawing import HEADERS, Drawing, PageRoute, drawing_of
 from deltaguard.service.page.job_parts import read_events, read_gate, read_restored, read_samples
-from deltaguard.service.page.signing_in import COOKIE, Acting, Visiting, keep_cookie, sign_in, sign_out
+from deltaguard.service.page.signing_in import COOKIE, THEN, Acting, Visiting, keep_cookie, sign_in, sign_out
 from deltaguard.service.paging import After, page
 from deltaguard.service.reviewing import blocked_jobs, discard_model, release_model
 from deltaguard.service.schemas import Text
@@ -23,11 +23,9 @@ from deltaguard.service.tables import UNFINISHED, File, Job, Model
 router = APIRouter(route_class=PageRoute, include_in_schema=False, default_response_class=HTMLResponse)
 
 _LISTED = 50
-_THEN = r"/(jobs|files|models)?(/[\w-]*)?"
-"""Pages to which a sign-in leads; never another site's."""
 
 Drawn = Annotated[Drawing, Depends(drawing_of)]
-Then = Annotated[str, Query(pattern=f"^{_THEN}$")]
+Then = Annotated[str, Query(pattern=THEN)]
 
 
 @router.get("/static/page.css")
@@ -54,7 +52,7 @@ def take_key(
     drawing: Drawn,
     request: Request,
     key: Annotated[str, Form(max_length=200)],
-    then: Annotated[str, Form(pattern=f"^{_THEN}$")] = "/",
+    then: Annotated[str, Form(pattern=THEN)] = "/",
 ) -> Response:
     """Sign somebody in who shows a key."""
     # There is no token yet that a form of another site could lack.

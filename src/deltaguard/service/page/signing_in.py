@@ -21,6 +21,8 @@ from deltaguard.service.keys import find_key
 from deltaguard.service.tables import Key, SignIn, now
 
 COOKIE = "deltaguard"
+THEN = r"^/((jobs|files|models)(/[\w-]*)?)?$"
+"""Pages to which a sign-in leads; never another site's, as `//name` would be."""
 
 _LIFE_S = 12 * 3600
 
