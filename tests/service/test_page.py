@@ -10,7 +10,7 @@ from deltaguard.service.app import make_app
 from deltaguard.service.events import tell
 from deltaguard.service.keys import create_key, list_keys, revoke_key
 from deltaguard.service.page.curve import loss_chart, read_losses
-from deltaguard.service.tables import Job
+from deltaguard.service.tables import Job, SignIn
 from service_pages import SCRIPT, STEPS, Answers, add_file, add_job
 
 OTHER_SITE = {"Sec-Fetch-Site": "cross-site"}
@@ -98,6 +98,20 @@ def test_a_sign_in_ends_with_its_key_and_when_it_is_signed_out(app, opened, oper
     assert (late.status_code, str(late.url)) == (200, "http://testserver/sign-in?then=/")
 
 
+def test_a_sign_in_is_over_after_its_time_and_over_tls_kept_to_it(app, opened):
+    safe = TestClient(app, base_url="https://testserver")
+    answer = safe.post("/sign-in", data={"key": opened.first_key})
+    assert answer.url.path == "/"
+    assert "; Secure" in answer.history[0].headers["set-cookie"]
+    with opened.service.sessions.begin() as session:
+        session.query(SignIn).update({"expires_at": SignIn.created_at})
+    assert safe.get("/").url.path == "/sign-in"
+    safe.post("/sign-in", data={"key": opened.first_key})
+    with opened.service.sessions.begin() as session:
+        # What is over is not kept.
+        assert session.query(SignIn).count() == 1
+
+
 def test_every_page_says_what_a_browser_may_do(operator, opened):
     job = add_job(opened)
     for path in ("/", f"/jobs/{job.id}", "/files", "/models", "/sign-in", "/jobs/none", "/static/page.js"):
@@ -174,6 +188,7 @@ def test_a_job_under_way_is_live_and_its_buttons_work(opened, operator, begun):
     here = f"/jobs/{job.id}"
     text = operator.get(here).text
     assert 'data-live="3"' in text
+    assert 'data-live="3"' in operator.get("/").text
     assert '<noscript><meta http-equiv="refresh"' in text
     assert press(operator, f"{here}/pause", here).url.path == here
     assert state(opened, job) == "paused"

@@ -23,6 +23,8 @@ from deltaguard.service.tables import UNFINISHED, File, Job, Model
 router = APIRouter(route_class=PageRoute, include_in_schema=False, default_response_class=HTMLResponse)
 
 _LISTED = 50
+_LIVE_S, _QUIET_S = 3, 20
+"""Seconds between two looks of a page at what changed: of jobs under way, and of a list without any."""
 
 Drawn = Annotated[Drawing, Depends(drawing_of)]
 Then = Annotated[str, Query(pattern=THEN)]
@@ -83,8 +85,8 @@ def show_jobs(service: Open, drawing: Drawn, visitor: Visiting, after: After = N
     with service.sessions.begin() as session:
         found = page(session, Job, jobs.show_job, own, after=after, limit=_LISTED)
         blocked = blocked_jobs(session) if visitor.caller.is_operator else ()
-    is_live = any(job.status in UNFINISHED for job in found.data)
-    return drawing.page("jobs", visitor, found=found, blocked=blocked, is_live=is_live)
+    live = _LIVE_S if any(job.status in UNFINISHED for job in found.data) else _QUIET_S
+    return drawing.page("jobs", visitor, found=found, blocked=blocked, live=live)
 
 
 @router.get("/jobs/{job_id}")
@@ -101,7 +103,7 @@ def show_job(service: Open, drawing: Drawn, visitor: Visiting, job_id: str) -> R
         "job",
         visitor,
         job=job,
-        is_live=job.status in UNFINISHED,
+        live=_LIVE_S if job.status in UNFINISHED else None,
         chart=None if losses is None else loss_chart(losses),
         gate=gate,
         restored=read_restored(service, job_id),
