@@ -21,7 +21,9 @@ STEPS = 54
 
 
 class Answers:
-    """Stands for the process that models answer in; says which adapter was asked what."""
+    """Stands for the process that models answer in: says which model was asked what."""
+
+    waiting = 0
 
     def answer(self, ask):
         whose = "The restored model" if ask.adapter or "models" in ask.model else "The aligned model"
