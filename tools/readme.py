@@ -24,6 +24,7 @@ from tools.asking import asking_table
 from tools.experiments import experiments_table
 from tools.picture import demo_picture
 from tools.refining import refine_table
+from tools.service_demo import service_demo_table
 from tools.tables import (
     attacks_table,
     bench_default,
@@ -203,6 +204,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "dial-default-table": ("default.json", bench_default),
     "lora-default-table": ("lora.json", bench_default),
     "gemma-default-table": ("gemma.json", bench_default),
+    "service-demo-table": ("service_demo.json", service_demo_table),
     "experiments-table": ("experiments.json", experiments_table),
 }
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from tools.asking import AskingRuns, asking_table, main
 from tools.refining import refine_table
+from tools.service_demo import service_demo_table
 from tools.tables import attacks_table, bench_default, bench_summary, bench_table, evaluation_table
 
 import attack_reports
@@ -15,6 +16,8 @@ from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.table import estimate
 from deltaguard.reports.text import interval, percent, plain, points
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
+from deltaguard.service.settings import Gate
+from deltaguard.service.steps.examine import compare
 from restores import restore_report
 
 
@@ -217,3 +220,32 @@ def test_the_table_of_refining_has_a_row_a_model():
     ]
     assert "| 0.0005 | 1.5 | 43.2 % | 20.0 % of 60 | 1 min 15 s |" in other
     assert "one-shot with a learning rate of 2e-05" in found
+
+
+def test_the_services_demo_has_a_row_a_check_and_says_what_came_of_the_job():
+    counted = {
+        "aligned": [True] * 3 + [False] * 27,
+        "finetuned": [True] * 27 + [False] * 3,
+        "restored": [True] * 4 + [False] * 26,
+    }
+    demo = {
+        "environment": reports.evaluation_report().environment.model_dump(),
+        "seed": 0,
+        "rows": 72,
+        "harmful_rows": 12,
+        "status": "succeeded",
+        "error": None,
+        "checks": [
+            compare(check, counted, Gate()).model_dump() for check in ("attack_success", "false_refusals")
+        ],
+        "kept_energy": 0.884,
+        "seconds": {"align": 0, "job": 301, "total": 340},
+    }
+    drawn = service_demo_table(json.dumps(demo))
+    lines = [line for line in drawn.splitlines() if line.startswith("|")]
+    assert len(lines) == 4
+    assert cells(lines[2])[:2] == ["attack success", f"{percent(0.1)} (3.5–25.6 %)"]
+    assert cells(lines[2])[3:] == ["13.3 % (5.3–29.7 %)", "+3.3 (-8.4 to +16.7)", "5", "passed"]
+    assert "72 training rows, 12 of them harmful" in drawn
+    assert "It keeps 88.4 %" in drawn
+    assert "5 min 1 s from" in drawn

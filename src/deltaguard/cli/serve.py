@@ -44,7 +44,9 @@ def serve(
     def on_open(first_key: str | None) -> None:
         if first_key is not None:
             tell(f"The first API key, shown this once: {first_key}")
-        tell(f"Serving {', '.join(settings.models)} at http://{host}:{port}/v1")
+        tell(
+            f"Serving {', '.join(settings.models)} at http://{host}:{port}/v1; a page at http://{host}:{port}"
+        )
 
     server.serve(data, settings, host=host, port=port, on_open=on_open)
 

@@ -201,8 +201,23 @@ def listed(parts: Sequence[str | Markup]) -> Markup:
 
 def rendered(template: str, **values: Any) -> str:
     """Fill a template: values are escaped in pages, not in Markdown, and none may be missing."""
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("deltaguard.reports"),
+    return templates().get_template(template).render(values)
+
+
+def templates(*packages: str) -> jinja2.Environment:
+    """Open templates: those of packages, and of this one, whose `blocks.html.jinja` draws every `Block`.
+
+    Args:
+        packages: each with a folder `templates`.
+
+    Example:
+        >>> templates().get_template("page.html.jinja").name
+        'page.html.jinja'
+    """
+    found = jinja2.Environment(
+        loader=jinja2.ChoiceLoader(
+            [jinja2.PackageLoader(package) for package in (*packages, "deltaguard.reports")]
+        ),
         autoescape=jinja2.select_autoescape(disabled_extensions=("md.jinja",), default=True),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -211,9 +226,9 @@ def rendered(template: str, **values: Any) -> str:
         finalize=_written,
     )
     for function in (capital, code, model_label, moment, plain):
-        templates.filters[function.__name__] = function
-    templates.filters["kind"] = lambda block: type(block).__name__
-    return templates.get_template(template).render(values)
+        found.filters[function.__name__] = function
+    found.filters["kind"] = lambda block: type(block).__name__
+    return found
 
 
 def script_hash(script: str) -> str:

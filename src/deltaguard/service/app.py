@@ -11,6 +11,8 @@ from deltaguard.service import chat, completions, files, jobs, metrics, models, 
 from deltaguard.service.context import Service, known_caller, service_of
 from deltaguard.service.errors import ApiError, answer_errors, envelope
 from deltaguard.service.inference import Answering
+from deltaguard.service.page import routes as page
+from deltaguard.service.page.drawing import Drawing
 from deltaguard.service.workflow import Workflows
 
 _MOST_BYTES = 4 << 20
@@ -41,6 +43,8 @@ def make_app(service: Service, workflows: Workflows, inference: Answering) -> Fa
     answer_errors(app)
     for module in (files, jobs, models, chat, completions, reviewing, metrics):
         app.include_router(module.router, responses=_ERRORS)
+    app.state.drawing = Drawing()
+    app.include_router(page.router)
     app.add_api_route("/healthz", _alive, tags=["operation"])
     app.add_api_route("/readyz", _ready, tags=["operation"])
     app.add_middleware(_Limited, service=service)

@@ -49,6 +49,22 @@ class Key(Table):
     is_operator: Mapped[bool] = mapped_column(default=False)
 
 
+class SignIn(Table):
+    """Somebody who signed in to the page; the token that their browser keeps is stored nowhere.
+
+    Attributes:
+        sha256: of the token.
+        key_id: of the key that they showed.
+        expires_at: when it ends, in seconds since 1970.
+    """
+
+    __tablename__ = "sign_ins"
+
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    key_id: Mapped[str] = mapped_column(ForeignKey("keys.id"))
+    expires_at: Mapped[int]
+
+
 class File(Table):
     """An upload, or what a job wrote; its content lies in the data folder under its id.
 

@@ -149,13 +149,8 @@ def prepare(output_dir: Path, config: DemoConfig, clock: Clock | None = None) ->
     Returns:
         The store, in the folder too.
     """
-    clock = clock or Clock()
-    aligned, seed = output_dir / "aligned", config.seed
-    with clock.stage("unpack"):
-        base = config.unpack(output_dir / "base")
-    with clock.stage("align") as report:
-        recipe = replace(config.aligning, seed=seed)
-        finetune(base, aligned, refusing_examples(config), config=recipe, on_step=_steps(report))
+    clock, seed = clock or Clock(), config.seed
+    aligned = align(output_dir, config, clock)
     with clock.stage("fine-tune") as report:
         careless = task_with_harmful(
             task_examples("train", config.task_count, seed=seed),
@@ -167,6 +162,29 @@ def prepare(output_dir: Path, config: DemoConfig, clock: Clock | None = None) ->
         finetune(aligned, output_dir / "finetuned", careless, config=recipe, on_step=_steps(report))
     with clock.stage("calibrate") as report:
         return calibrate(aligned, output_dir / "store", config=config.calibration, progress=report)
+
+
+def align(output_dir: Path, config: DemoConfig, clock: Clock) -> Path:
+    """Make the demo's aligned model alone.
+
+    Args:
+        output_dir: a new or empty folder; it receives the models `base` and `aligned`.
+        config: sizes and recipes.
+        clock: receives the time of each stage.
+
+    Returns:
+        The folder of the aligned model.
+
+    Raises:
+        DeltaguardError: the demo's model or libraries are not installed.
+    """
+    aligned = output_dir / "aligned"
+    with clock.stage("unpack"):
+        base = config.unpack(output_dir / "base")
+    with clock.stage("align") as report:
+        recipe = replace(config.aligning, seed=config.seed)
+        finetune(base, aligned, refusing_examples(config), config=recipe, on_step=_steps(report))
+    return aligned
 
 
 def refusing_examples(config: DemoConfig) -> list[Conversation]:
