@@ -27,6 +27,7 @@ from tools.refining import refine_table
 from tools.tables import (
     attacks_table,
     bench_default,
+    bench_presets,
     bench_summary,
     bench_table,
     evaluation_table,
@@ -203,6 +204,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "dial-default-table": ("default.json", bench_default),
     "lora-default-table": ("lora.json", bench_default),
     "gemma-default-table": ("gemma.json", bench_default),
+    "presets-table": ("gemma.json", bench_presets),
     "experiments-table": ("experiments.json", experiments_table),
 }
 

@@ -6,11 +6,19 @@ import re
 import pytest
 from tools.asking import AskingRuns, asking_table, main
 from tools.refining import refine_table
-from tools.tables import attacks_table, bench_default, bench_summary, bench_table, evaluation_table
+from tools.tables import (
+    attacks_table,
+    bench_default,
+    bench_presets,
+    bench_summary,
+    bench_table,
+    evaluation_table,
+)
 
 import attack_reports
 import bench_reports
 import reports
+from deltaguard.cli.presets import PRESETS, read_options
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.table import estimate
 from deltaguard.reports.text import interval, percent, plain, points
@@ -217,3 +225,17 @@ def test_the_table_of_refining_has_a_row_a_model():
     ]
     assert "| 0.0005 | 1.5 | 43.2 % | 20.0 % of 60 | 1 min 15 s |" in other
     assert "one-shot with a learning rate of 2e-05" in found
+
+
+def test_the_table_of_presets_has_a_row_a_preset_for_fine_tunes_measured_at_every_limit():
+    report = bench_reports.bench_report()
+    limits = {name: read_options(name)["max_safety_kl"] for name in PRESETS}
+    measured = {"method": "kfac", "finetune": report.finetunes[0].name}
+    curves = tuple(
+        report.curves[0].model_copy(update={**measured, "strength": limit}) for limit in limits.values()
+    )
+    report = report.model_copy(update={"curves": curves})
+    lines = [line for line in bench_presets(report.model_dump_json()).splitlines() if line.startswith("|")]
+    assert [cells(line)[1:3] for line in lines[2:]] == [[n, f"{limit:g}"] for n, limit in limits.items()]
+    with pytest.raises(ValueError, match="no fine-tune at all of"):
+        bench_presets(report.model_copy(update={"curves": ()}).model_dump_json())
