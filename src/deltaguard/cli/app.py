@@ -17,6 +17,7 @@ from deltaguard.cli.diff import diff
 from deltaguard.cli.eval import eval as evaluate
 from deltaguard.cli.info import info
 from deltaguard.cli.keys import keys
+from deltaguard.cli.push import push
 from deltaguard.cli.report import report
 from deltaguard.cli.restore import restore, restore_help
 from deltaguard.cli.serve import serve
@@ -52,7 +53,21 @@ def build_app() -> App:
         # `run` says how to go on.
         suppress_keyboard_interrupt=False,
     )
-    for verb in (demo, calibrate, check, restore, sweep, diff, verify, evaluate, bench, serve, report, info):
+    for verb in (
+        demo,
+        calibrate,
+        check,
+        restore,
+        sweep,
+        diff,
+        verify,
+        evaluate,
+        bench,
+        serve,
+        report,
+        push,
+        info,
+    ):
         app.command(verb, help_epilogue=restore_help() if verb is restore else None)
     app.command(keys)
     # Those of bash and fish are found where they are put; what zsh needs besides is printed.

@@ -12,6 +12,7 @@ from deltaguard.cli.presets import Preset, presets_help, read_options
 from deltaguard.cli.sink import (
     Json,
     Reference,
+    UsageError,
     checked,
     emit,
     hide_bars_of_transformers,
@@ -52,6 +53,7 @@ def restore(
     device: str | None = None,
     memory: str | None = None,
     config: Preset | Path | None = None,
+    push: str | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     resume: Annotated[bool, Parameter(negative="")] = False,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
@@ -97,6 +99,8 @@ def restore(
             rest waits on the disk. A quarter of it by default.
         config: A preset by its name, `careful` or `balanced` (below), or a YAML or JSON file with the method
             and its options; the command line wins.
+        push: Afterwards upload the folder to this repository of the Hub, `owner/name`, made if absent; for a
+            private one, or for several fine-tunes, there is `deltaguard push`.
         dry_run: Print the plan, made from headers alone, and write nothing; what speaks against the output
             folder is said.
         resume: Go on with a restore that was interrupted; one that is finished is left as it is, and of
@@ -109,6 +113,8 @@ def restore(
     given: dict[str, Any] = locals()
     options = {name: value for name, value in given.items() if name in RestoreConfig.model_fields}
     chosen = _chosen(config, options | {name.replace("-", "_"): value for name, value in own.items()})
+    if push is not None:
+        _check_push(push, several=bool(others), dry_run=dry_run)
     if others:
         from deltaguard.cli.restore_many import restore_many
 
@@ -127,6 +133,10 @@ def restore(
     with Restorer(aligned, store=store, config=chosen) as restorer:
         report = restore_one(restorer, finetuned, output)
     emit(report, _draw(report, chosen, output), as_json=json)
+    if push is not None:
+        from deltaguard.restoration.push import push as upload
+
+        tell(f"Pushed: {upload(output, push).commit}")
 
 
 def restore_one(restorer: "Restorer", finetuned: Reference, output: Path) -> RestoreReport:
@@ -157,6 +167,16 @@ def restore_help() -> str:
             lines.append(f"    - `--{name.replace('_', '-')}`: {field.description}")
         lines += [f"    - `--{role}`: {ROLES[role]}" for role in method.models]
     return "\n".join(lines)
+
+
+def _check_push(repository: str, *, several: bool, dry_run: bool) -> None:
+    """Refuse a push that cannot be, before the work."""
+    if several or dry_run:
+        reason = "a dry run writes nothing" if dry_run else "several fine-tunes have as many outputs"
+        raise UsageError(f"--push uploads one restored model, and {reason}.")
+    from deltaguard.restoration.push import require_login
+
+    require_login(repository)
 
 
 def _chosen(config: Preset | Path | None, given: dict[str, Any]) -> RestoreConfig:

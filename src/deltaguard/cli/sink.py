@@ -31,7 +31,7 @@ from deltaguard.text import printable, printable_lines
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
 Reference = str | Path
-"""A model or store, by a Hub id or a folder. It comes as text; the second type has shells complete folders."""
+"""A model or store, by Hub id or folder. It comes as text; the second type has shells complete folders."""
 
 Json = Annotated[
     bool, Parameter(name="--json", negative="", help="Print one JSON document and nothing else on stdout.")
