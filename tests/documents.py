@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -12,7 +13,7 @@ PAGES = (
     ROOT / "docs" / "results" / "index.md",
     *sorted(EXAMPLES.rglob("*.md")),
 )
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Typed:
 def blocks(page: Path, *languages: str) -> list[str]:
     """The code of a page in these languages, in order."""
     found = FENCE.findall(page.read_text(encoding="utf-8"))
-    return [code for language, code in found if language in languages]
+    return [dedent(code) for _, language, code in found if language in languages]
 
 
 def typed(page: Path) -> list[Typed]:

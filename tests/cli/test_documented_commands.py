@@ -138,11 +138,10 @@ class Reader:
     def code(self, line: Typed) -> int:
         """Run a line, or take what it wrote on an earlier page."""
         tokens = self.tokens(line.text)
-        written = self.folder(line.page) / tokens[tokens.index("-o") + 1] if "-o" in tokens else None
+        writes = "-o" in tokens and "--dry-run" not in tokens
+        written = self.folder(line.page) / tokens[tokens.index("-o") + 1] if writes else None
         earlier = self.done.get(line.text)
         if earlier is None:
-            if written is not None and written.exists() and "--resume" not in tokens:
-                shutil.rmtree(written)
             self.done[line.text] = run(tokens), written
         elif written is not None and earlier[1] is not None and earlier[1].exists():
             shutil.copytree(earlier[1], written, dirs_exist_ok=True)
