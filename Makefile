@@ -65,6 +65,7 @@ try-lowest:
 	  hypothesis pytest pytest-xdist scipy sphinx statsmodels trl
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist loadfile -p no:anyio \
 	  -W default::DeprecationWarning --ignore tests/cli/test_bench_command.py \
+	  --ignore tests/cli/test_documented_commands.py \
 	  tests/cli tests/golden tests/property tests/unit
 
 format: $(INSTALLED)

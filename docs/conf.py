@@ -6,6 +6,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import deltaguard
 from deltaguard.chat.conversations import held_out_harmful, held_out_harmless
 from deltaguard.chat.openings import OPENING_TOKENS
+from deltaguard.cli.presets import PRESETS, read_options
 from deltaguard.curvature.store_format import SCHEMA_VERSION as CURVATURE
 from deltaguard.reports.records.attacks import AttacksReport
 from deltaguard.reports.records.batch import BatchReport
@@ -46,6 +47,7 @@ myst_enable_extensions = ["deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 3
 # Numbers that the program decides are never typed.
 myst_substitutions = {
+    **{f"{name}_safety_kl": f"{read_options(name)['max_safety_kl']:g}" for name in PRESETS},
     "default_max_safety_kl": f"{DEFAULT_MAX_SAFETY_KL:g}",
     "default_strength": deltaguard.RestoreConfig(method="greedy").chosen_strength,
     "first_looks": FIRST,
@@ -66,6 +68,8 @@ myst_substitutions = {
     **{f"schema_{name}": form.model_fields["schema_version"].default for name, form in FORMS.items()},
 }
 
+# It is in no extra of deltaguard: whoever trains with it has it.
+autodoc_mock_imports = ["axolotl"]
 # In docstrings, `name` is code.
 default_role = "literal"
 autodoc_member_order = "bysource"

@@ -28,6 +28,7 @@ from tools.service_demo import service_demo_table
 from tools.tables import (
     attacks_table,
     bench_default,
+    bench_presets,
     bench_summary,
     bench_table,
     evaluation_table,
@@ -205,6 +206,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "lora-default-table": ("lora.json", bench_default),
     "gemma-default-table": ("gemma.json", bench_default),
     "service-demo-table": ("service_demo.json", service_demo_table),
+    "presets-table": ("gemma.json", bench_presets),
     "experiments-table": ("experiments.json", experiments_table),
 }
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import mean
 
+from deltaguard.cli.presets import PRESETS, read_options
 from deltaguard.reports.attacks import attacks_markdown
 from deltaguard.reports.bench import bench_markdown
 from deltaguard.reports.evaluation import SECONDARY, measure_label
@@ -139,6 +140,47 @@ def bench_default(content: str) -> str:
         "intervals. A dash where there is no gain to keep, or one too small for a share with a bounded "
         "interval."
     )
+    return "\n\n".join((drawn, said, _bench_made(report)))
+
+
+def bench_presets(content: str) -> str:
+    """Say what the presets' limits on safety KL do on the fine-tunes that were measured at all of them.
+
+    Args:
+        content: a `BenchReport` as JSON, with `kfac` at every preset's limit on some fine-tune.
+
+    Returns:
+        Markdown: a table, and how it was made.
+
+    Raises:
+        ValueError: no fine-tune was measured at all of them.
+    """
+    report = BenchReport.model_validate_json(content)
+    limits = {name: float(read_options(name)["max_safety_kl"]) for name in PRESETS}
+    found = {(p.finetune, p.strength): p for p in report.curves if p.method == "kfac"}
+    rows = [
+        (row.title, name, limit, found[row.name, limit])
+        for row in report.finetunes
+        if all((row.name, limit) in found for limit in limits.values())
+        for name, limit in limits.items()
+    ]
+    if not rows:
+        raise ValueError(
+            f"`{report.command}` has no fine-tune at all of {', '.join(map(str, limits.values()))}."
+        )
+    drawn = Table.of(
+        "",
+        rows,
+        (
+            (Column("fine-tune", "name"), lambda row: row[0]),
+            (Column("limit of", "name"), lambda row: row[1]),
+            ("safety KL", lambda row: f"{row[2]:g}"),
+            ("attack success over aligned", lambda row: excess(row[3].points)),
+            ("false refusals over aligned", lambda row: excess(row[3].false_refusal)),
+            ("gain kept", lambda row: rate(row[3].kept)),
+        ),
+    ).markdown()
+    said = "Held to the limit on safety KL alone, without asking; in brackets 95 % intervals."
     return "\n\n".join((drawn, said, _bench_made(report)))
 
 

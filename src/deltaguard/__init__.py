@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from deltaguard.reports.records.check import CheckReport
     from deltaguard.reports.records.diff import DiffReport
     from deltaguard.reports.records.evaluation import EvaluationReport
+    from deltaguard.reports.records.push import PushReport
     from deltaguard.reports.records.restore import RestoreReport, Verification
     from deltaguard.reports.records.sweep import SweepReport
     from deltaguard.restoration.check import check
     from deltaguard.restoration.diff import diff
     from deltaguard.restoration.options import RestoreConfig
+    from deltaguard.restoration.push import push
     from deltaguard.restoration.restore import Restorer, restore
     from deltaguard.restoration.sweep import sweep
     from deltaguard.restoration.verify import verify
@@ -41,6 +43,7 @@ _HOME = {
     "DeltaguardError": "errors",
     "DiffReport": "reports.records.diff",
     "EvaluationReport": "reports.records.evaluation",
+    "PushReport": "reports.records.push",
     "RestoreConfig": "restoration.options",
     "RestoreReport": "reports.records.restore",
     "Restorer": "restoration.restore",
@@ -50,6 +53,7 @@ _HOME = {
     "check": "restoration.check",
     "diff": "restoration.diff",
     "evaluate": "evaluation.evaluate",
+    "push": "restoration.push",
     "restore": "restoration.restore",
     "sweep": "restoration.sweep",
     "verify": "restoration.verify",
@@ -63,6 +67,7 @@ __all__ = [
     "DeltaguardError",
     "DiffReport",
     "EvaluationReport",
+    "PushReport",
     "RestoreConfig",
     "RestoreReport",
     "Restorer",
@@ -72,6 +77,7 @@ __all__ = [
     "check",
     "diff",
     "evaluate",
+    "push",
     "restore",
     "sweep",
     "verify",

@@ -8,36 +8,21 @@ import runpy
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from deltaguard.cli.app import build_app
 from deltaguard.evaluation.suites.suite import read_suite
+from documents import EXAMPLES, PAGES, ROOT, blocks, lines_of, typed
 from refusing import refusing_pair
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
-PAGES = [
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "docs" / "results" / "index.md",
-    *sorted(EXAMPLES.rglob("*.md")),
-]
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def blocks(*languages: str) -> list[str]:
-    found = [block for page in PAGES for block in FENCE.findall(page.read_text(encoding="utf-8"))]
-    return [code for language, code in found if language in languages]
 
 
 def commands() -> list[str]:
-    scripts = [*blocks("bash", "console"), *(script.read_text(encoding="utf-8") for script in SCRIPTS)]
-    lines = "\n".join(scripts).replace("\\\n", " ").split("\n")
-    stripped = (line.strip().removeprefix("$ ") for line in lines)
-    return sorted({line for line in stripped if line.startswith("deltaguard ")})
+    shown = [line.text for page in PAGES for line in typed(page)]
+    scripts = [line for script in SCRIPTS for line in lines_of(script.read_text(encoding="utf-8"))]
+    return sorted({line for line in (*shown, *scripts) if line.startswith("deltaguard ")})
 
 
 @pytest.mark.parametrize("line", commands())
@@ -54,8 +39,9 @@ def test_commands_shown_are_commands_of_the_program(line):
 
 
 def test_code_shown_is_python():
-    assert blocks("python")
-    for code in blocks("python"):
+    shown = [code for page in PAGES for code in blocks(page, "python")]
+    assert shown
+    for code in shown:
         assert ast.parse(code).body
 
 

@@ -88,3 +88,14 @@ def test_the_lowest_releases_are_the_lower_bounds():
     assert lowest.keys() == bounds.keys()
     for name, bound in bounds.items():
         assert re.fullmatch(re.escape(bound) + r"(\.0)*", lowest[name])
+
+
+def test_the_maintainers_loop_asks_for_every_action_that_the_workflows_use():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / ".github").rglob("*.yml"))
+    used = {line for line in re.findall(r"uses: ([^\n]+)", text) if not line.startswith("./")}
+    page = (ROOT / "docs" / "releasing.md").read_text(encoding="utf-8")
+    asked = re.search(r"grep -rhoE 'uses: ([^']+)'", page)
+    assert asked
+    assert used
+    assert all(re.fullmatch(asked[1], line) for line in used)
+    assert f"pin {['no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven'][len(used)]} actions" in page

@@ -7,11 +7,19 @@ import pytest
 from tools.asking import AskingRuns, asking_table, main
 from tools.refining import refine_table
 from tools.service_demo import service_demo_table
-from tools.tables import attacks_table, bench_default, bench_summary, bench_table, evaluation_table
+from tools.tables import (
+    attacks_table,
+    bench_default,
+    bench_presets,
+    bench_summary,
+    bench_table,
+    evaluation_table,
+)
 
 import attack_reports
 import bench_reports
 import reports
+from deltaguard.cli.presets import PRESETS, read_options
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.table import estimate
 from deltaguard.reports.text import interval, percent, plain, points
@@ -249,3 +257,17 @@ def test_the_services_demo_has_a_row_a_check_and_says_what_came_of_the_job():
     assert "72 training rows, 12 of them harmful" in drawn
     assert "It keeps 88.4 %" in drawn
     assert "5 min 1 s from" in drawn
+
+
+def test_the_table_of_presets_has_a_row_a_preset_for_fine_tunes_measured_at_every_limit():
+    report = bench_reports.bench_report()
+    limits = {name: read_options(name)["max_safety_kl"] for name in PRESETS}
+    measured = {"method": "kfac", "finetune": report.finetunes[0].name}
+    curves = tuple(
+        report.curves[0].model_copy(update={**measured, "strength": limit}) for limit in limits.values()
+    )
+    report = report.model_copy(update={"curves": curves})
+    lines = [line for line in bench_presets(report.model_dump_json()).splitlines() if line.startswith("|")]
+    assert [cells(line)[1:3] for line in lines[2:]] == [[n, f"{limit:g}"] for n, limit in limits.items()]
+    with pytest.raises(ValueError, match="no fine-tune at all of"):
+        bench_presets(report.model_copy(update={"curves": ()}).model_dump_json())

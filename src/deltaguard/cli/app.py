@@ -18,8 +18,9 @@ from deltaguard.cli.eval import eval as evaluate
 from deltaguard.cli.gc import gc
 from deltaguard.cli.info import info
 from deltaguard.cli.keys import keys
+from deltaguard.cli.push import push
 from deltaguard.cli.report import report
-from deltaguard.cli.restore import methods_help, restore
+from deltaguard.cli.restore import restore, restore_help
 from deltaguard.cli.serve import serve
 from deltaguard.cli.sink import Out, UsageError, complain
 from deltaguard.cli.sweep import sweep
@@ -66,10 +67,15 @@ def build_app() -> App:
         serve,
         gc,
         report,
+        push,
         info,
     ):
-        app.command(verb, help_epilogue=methods_help() if verb is restore else None)
+        app.command(verb, help_epilogue=restore_help() if verb is restore else None)
     app.command(keys)
+    # Those of bash and fish are found where they are put; what zsh needs besides is printed.
+    app.register_install_completion_command(
+        add_to_startup=False, help="Have the shell complete verbs, options, names and folders."
+    )
     return app
 
 

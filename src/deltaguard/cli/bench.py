@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 from cyclopts import Parameter, validators
 from rich.console import Group
 
-from deltaguard.cli.sink import Json, UsageError, emit, hide_bars_of_transformers, progress_bar, tell
+from deltaguard.cli.sink import (
+    Json,
+    Reference,
+    UsageError,
+    emit,
+    hide_bars_of_transformers,
+    progress_bar,
+    tell,
+)
 
 _DURATIONS = {
     "quick": "The quick preset takes about 40 minutes on two CPU cores; it can be interrupted at any time.",
@@ -19,12 +27,12 @@ _DURATIONS = {
 
 
 def bench(
-    aligned: str | None = None,
+    aligned: Reference | None = None,
     /,
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     preset: Literal["quick", "full", "attacks", "default"] = "quick",
-    pretrained: str | None = None,
+    pretrained: Reference | None = None,
     method: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     finetune: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     seeds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,

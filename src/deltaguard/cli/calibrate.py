@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
+from deltaguard.cli.sink import Json, Reference, checked, emit, hide_bars_of_transformers, progress_bar, warn
 from deltaguard.curvature import Rank
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    aligned: str,
+    aligned: Reference,
     /,
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
@@ -116,7 +116,7 @@ def _draw_plan(plan: "CalibrationPlan") -> Table:
     return table
 
 
-def _draw(store: "CurvatureStore", aligned: str, output: Path) -> Table:
+def _draw(store: "CurvatureStore", aligned: Reference, output: Path) -> Table:
     made = store.provenance
     table = Table(title=f"Curvature of {aligned}", show_header=False, title_justify="left")
     table.add_column(style="bold")

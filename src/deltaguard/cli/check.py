@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, warn
+from deltaguard.cli.sink import Json, Reference, checked, emit, hide_bars_of_transformers, progress_bar, warn
 from deltaguard.errors import CheckFailedError
 from deltaguard.restoration.options import ConfigFrom, RestoreConfig, TrainingData
 
 
 def check(
-    aligned: str,
-    finetuned: str,
+    aligned: Reference,
+    finetuned: Reference,
     /,
     *,
-    store: str | None = None,
+    store: Reference | None = None,
     max_added_attack_success: float = 2.0,
     training_data: TrainingData = "unknown",
     prompts: Path | None = None,

@@ -4,12 +4,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from deltaguard.cli.sink import Json, emit
+from deltaguard.cli.sink import Json, Reference, emit
 
 
 def diff(
-    aligned: str,
-    finetuned: str,
+    aligned: Reference,
+    finetuned: Reference,
     /,
     *,
     deep: Annotated[bool, Parameter(negative="")] = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Group
 
-from deltaguard.cli.sink import Json, UsageError, emit, hide_bars_of_transformers, progress_bar
+from deltaguard.cli.sink import Json, Reference, UsageError, emit, hide_bars_of_transformers, progress_bar
 
 if TYPE_CHECKING:
     from deltaguard.evaluation.judges.guards import GuardKind
@@ -17,9 +17,9 @@ _KEY = "OPENAI_API_KEY"
 
 
 def eval(  # noqa: A001 - the verb of the command line
-    model: str,
+    model: Reference,
     /,
-    *others: str,
+    *others: Reference,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     suite: str = "quick",
     engine: Literal["transformers", "vllm", "openai"] = "transformers",

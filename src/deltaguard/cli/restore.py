@@ -5,13 +5,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from pydantic import TypeAdapter
 from rich.console import Group
 from rich.table import Table
 
-from deltaguard.cli.sink import Json, checked, emit, hide_bars_of_transformers, progress_bar, tell, warn
+from deltaguard.cli.presets import Preset, presets_help, read_options
+from deltaguard.cli.sink import (
+    Json,
+    Reference,
+    UsageError,
+    checked,
+    emit,
+    hide_bars_of_transformers,
+    progress_bar,
+    tell,
+    warn,
+)
 from deltaguard.errors import listed
-from deltaguard.files import read_yaml
 from deltaguard.methods import METHODS
 from deltaguard.methods.method import ROLES, PricedMethod
 from deltaguard.reports.records.restore import REPORT_NAME, PlanReport, RestoreReport
@@ -22,12 +31,12 @@ if TYPE_CHECKING:
 
 
 def restore(
-    aligned: str,
-    finetuned: str,
+    aligned: Reference,
+    finetuned: Reference,
     /,
-    *others: str,
+    *others: Reference,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    store: str | None = None,
+    store: Reference | None = None,
     method: str | None = None,
     max_added_attack_success: float | None = None,
     training_data: TrainingData | None = None,
@@ -43,7 +52,8 @@ def restore(
     adapter_rank: int | None = None,
     device: str | None = None,
     memory: str | None = None,
-    config: Path | None = None,
+    config: Preset | Path | None = None,
+    push: str | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     resume: Annotated[bool, Parameter(negative="")] = False,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
@@ -87,7 +97,10 @@ def restore(
         device: Where layers are solved and the dial runs the model: `auto`, `cpu`, `cuda` or `cuda:N`.
         memory: What projected layers may take of the device's memory between two prices, such as `8GB`; the
             rest waits on the disk. A quarter of it by default.
-        config: A YAML or JSON file with the method and its options; the command line wins.
+        config: A preset by its name, `careful` or `balanced` (below), or a YAML or JSON file with the method
+            and its options; the command line wins.
+        push: Afterwards upload the folder to this repository of the Hub, `owner/name`, made if absent; for a
+            private one, or for several fine-tunes, there is `deltaguard push`.
         dry_run: Print the plan, made from headers alone, and write nothing; what speaks against the output
             folder is said.
         resume: Go on with a restore that was interrupted; one that is finished is left as it is, and of
@@ -100,10 +113,13 @@ def restore(
     given: dict[str, Any] = locals()
     options = {name: value for name, value in given.items() if name in RestoreConfig.model_fields}
     chosen = _chosen(config, options | {name.replace("-", "_"): value for name, value in own.items()})
+    if push is not None:
+        _check_push(push, several=bool(others), dry_run=dry_run)
     if others:
         from deltaguard.cli.restore_many import restore_many
 
-        restore_many(aligned, (finetuned, *others), output, store, chosen, dry_run=dry_run, as_json=json)
+        finetunes = [str(each) for each in (finetuned, *others)]
+        restore_many(aligned, finetunes, output, store, chosen, dry_run=dry_run, as_json=json)
         return
     if dry_run:
         from deltaguard.restoration.dry_run import plan_restore
@@ -117,9 +133,13 @@ def restore(
     with Restorer(aligned, store=store, config=chosen) as restorer:
         report = restore_one(restorer, finetuned, output)
     emit(report, _draw(report, chosen, output), as_json=json)
+    if push is not None:
+        from deltaguard.restoration.push import push as upload
+
+        tell(f"Pushed: {upload(output, push).commit}")
 
 
-def restore_one(restorer: "Restorer", finetuned: str, output: Path) -> RestoreReport:
+def restore_one(restorer: "Restorer", finetuned: Reference, output: Path) -> RestoreReport:
     """Restore a fine-tune, and tell people how it goes and what they must know.
 
     Raises:
@@ -137,9 +157,9 @@ _PROGRAM_BYTES = 600_000_000
 """What torch and transformers take without a model."""
 
 
-def methods_help() -> str:
-    """List all methods with their options, for the end of a help page."""
-    lines = ["Methods:", ""]
+def restore_help() -> str:
+    """List presets, and all methods with their options, for the end of a help page."""
+    lines = [presets_help(), "", "Methods:", ""]
     for method in METHODS.values():
         strength = "dial or strength" if isinstance(method, PricedMethod) else "strength"
         lines.append(f"- `{method.name}` ({strength}): {method.title} ({method.reference})")
@@ -149,10 +169,20 @@ def methods_help() -> str:
     return "\n".join(lines)
 
 
-def _chosen(config: Path | None, given: dict[str, Any]) -> RestoreConfig:
-    """Find the options of a file, and over them those of the command line."""
+def _check_push(repository: str, *, several: bool, dry_run: bool) -> None:
+    """Refuse a push that cannot be, before the work."""
+    if several or dry_run:
+        reason = "a dry run writes nothing" if dry_run else "several fine-tunes have as many outputs"
+        raise UsageError(f"--push uploads one restored model, and {reason}.")
+    from deltaguard.restoration.push import require_login
+
+    require_login(repository)
+
+
+def _chosen(config: Preset | Path | None, given: dict[str, Any]) -> RestoreConfig:
+    """Find the options of a preset or file, and over them those of the command line."""
     named = {name: value for name, value in given.items() if value is not None and value is not False}
-    return checked(RestoreConfig, _from_file(config) | named)
+    return checked(RestoreConfig, (read_options(config) if config else {}) | named)
 
 
 def _draw(report: RestoreReport, config: RestoreConfig, output: Path) -> Group:
@@ -182,14 +212,6 @@ def _tell_what_was_left(output: Path, report: RestoreReport, *, nothing_done: bo
     names = unlisted(output, [file.name for file in report.files])
     if names:
         tell(listed(f"Left in place in {output}, as no restore wrote it", names))
-
-
-def _from_file(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    remedy = "It must map options to values, such as `method: kfac`."
-    options = read_yaml(path, TypeAdapter(dict[str, Any]), remedy=remedy)
-    return {name.replace("-", "_"): value for name, value in options.items()}
 
 
 def _draw_plan(plan: PlanReport) -> Table:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deltaguard.cli.restore import restore_one
-from deltaguard.cli.sink import complain, emit, hide_bars_of_transformers, tell
+from deltaguard.cli.sink import Reference, complain, emit, hide_bars_of_transformers, tell
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.reports.batch import batch_table
 from deltaguard.reports.records.batch import BatchReport, BatchRow
@@ -16,10 +16,10 @@ from deltaguard.restoration.restore import Restorer
 
 
 def restore_many(
-    aligned: str,
+    aligned: Reference,
     finetuned: Sequence[str],
     folder: Path,
-    store: str | None,
+    store: Reference | None,
     config: RestoreConfig,
     *,
     dry_run: bool,

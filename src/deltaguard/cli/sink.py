@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar
 
 from cyclopts import Parameter
@@ -28,6 +29,9 @@ from deltaguard.progress import Event, Progress
 from deltaguard.text import printable, printable_lines
 
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
+
+Reference = str | Path
+"""A model or store, by Hub id or folder. It comes as text; the second type has shells complete folders."""
 
 Json = Annotated[
     bool, Parameter(name="--json", negative="", help="Print one JSON document and nothing else on stdout.")

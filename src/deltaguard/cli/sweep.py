@@ -6,19 +6,28 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Group
 
-from deltaguard.cli.sink import Json, UsageError, checked, emit, hide_bars_of_transformers, progress_bar, warn
+from deltaguard.cli.sink import (
+    Json,
+    Reference,
+    UsageError,
+    checked,
+    emit,
+    hide_bars_of_transformers,
+    progress_bar,
+    warn,
+)
 from deltaguard.methods import METHODS
 from deltaguard.methods.method import PricedMethod
 from deltaguard.restoration.options import ConfigFrom, OtherParams, RestoreConfig
 
 
 def sweep(
-    aligned: str,
-    finetuned: str,
+    aligned: Reference,
+    finetuned: Reference,
     /,
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    store: str | None = None,
+    store: Reference | None = None,
     max_safety_kl: Annotated[tuple[float, ...], Parameter(negative="", show_default=False)] = (),
     utility: Path | None = None,
     method: str = RestoreConfig().method,

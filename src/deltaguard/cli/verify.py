@@ -1,10 +1,10 @@
 """`deltaguard verify`."""
 
-from deltaguard.cli.sink import Json, emit
+from deltaguard.cli.sink import Json, Reference, emit
 from deltaguard.errors import CheckFailedError
 
 
-def verify(output: str, /, *, json: Json = False) -> None:
+def verify(output: Reference, /, *, json: Json = False) -> None:
     """Check a restored checkpoint: index, shards, finite weights, and hashes against its report.
 
     Args:

@@ -106,6 +106,11 @@ class CurvatureStore:
         manifest = read_manifest(folder)
         return cls(folder, manifest, *open_files(folder, manifest))
 
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """All its files, the manifest first."""
+        return (MANIFEST, *self._files)
+
     def changes(self) -> list[str]:
         """Say what happened to its files since it was opened."""
         return [change for file in self._files.values() if (change := file.change())]
@@ -268,7 +273,7 @@ class CurvatureStore:
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=self.folder,
-            allow_patterns=[MANIFEST, *self._files],
+            allow_patterns=list(self.file_names),
             commit_message="Add a deltaguard CurvatureStore",
         )
         return commit.commit_url

@@ -100,13 +100,25 @@ class RestoreCallback(TrainerCallback):
         self.report = _restored(folder, self._aligned, self._store, self._config)
 
 
+def default_options(finetuned: Path) -> dict[str, str]:
+    """Choose what a restore at the end of a training does where nobody says.
+
+    Args:
+        finetuned: what was trained.
+
+    Returns:
+        Options of `RestoreConfig`: an adapter becomes an adapter again, and the output is run as the aligned
+        model is.
+    """
+    kind = "adapter" if is_adapter(str(finetuned)) else "checkpoint"
+    return {"output_format": kind, "config_from": "aligned"}
+
+
 def _restored(
     folder: Path,
     aligned: str | Path,
     store: CurvatureStore | str | Path | None,
     config: RestoreConfig | None,
 ) -> RestoreReport:
-    if config is None:
-        kind = "adapter" if is_adapter(str(folder / FINETUNED)) else "checkpoint"
-        config = RestoreConfig(output_format=kind, config_from="aligned")
+    config = config or RestoreConfig.model_validate(default_options(folder / FINETUNED))
     return restore(aligned, folder / FINETUNED, folder / RESTORED, store=store, config=config)

@@ -1,0 +1,62 @@
+"""Options of `restore` from a file, or by the name of a preset that comes with deltaguard."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import TypeAdapter
+
+from deltaguard.errors import DeltaguardError
+from deltaguard.files import read_yaml
+
+Preset = Literal["careful", "balanced"]
+"""A set of options with a name, the closest to the aligned model first. A file called so is `./careful`."""
+
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+
+
+def read_options(given: Preset | Path) -> dict[str, Any]:
+    """Read options of a restore by a preset's name, or from a YAML or JSON file.
+
+    Args:
+        given: a name, or the path of a file.
+
+    Returns:
+        Values by the names that options have in Python.
+
+    Raises:
+        DeltaguardError: there is neither a preset nor a file of that name, or the file maps no options.
+
+    Example:
+        >>> read_options("careful")["max_safety_kl"]
+        0.0003
+    """
+    shipped = Path(str(files("deltaguard"))) / "data" / "presets"
+    path = given if isinstance(given, Path) else shipped / f"{given}.yaml"
+    if not os.path.exists(path):  # noqa: PTH110  # pathlib raises for a name that no file can have
+        close = difflib.get_close_matches(str(given), PRESETS, n=1)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        raise DeltaguardError(f"There is no file {given}, and the presets are {', '.join(PRESETS)}.{meant}")
+    remedy = "It must map options to values, such as `method: kfac`."
+    options = read_yaml(path, TypeAdapter(dict[str, Any]), remedy=remedy)
+    return {name.replace("-", "_"): value for name, value in options.items()}
+
+
+def presets_help() -> str:
+    """List all presets with what they set, for the end of a help page."""
+    lines = ["Presets of `--config`:", ""]
+    lines += [f"- `{name}`: {as_options(read_options(name))}" for name in PRESETS]
+    return "\n".join(lines)
+
+
+def as_options(values: Mapping[str, Any]) -> str:
+    """Write options as a command line has them.
+
+    Example:
+        >>> as_options({"method": "kfac", "max_safety_kl": 0.0003})
+        '`--method kfac` `--max-safety-kl 0.0003`'
+    """
+    return " ".join(f"`--{name.replace('_', '-')} {value}`" for name, value in values.items())

@@ -1,0 +1,108 @@
+"""A restore at the end of Axolotl's training, by two entries in its configuration.
+
+Axolotl calls a plugin's `post_train_unload` once the model is saved and its memory is free again.
+
+Example:
+    ```yaml
+    plugins:
+      - deltaguard.integrations.axolotl.RestorePlugin
+    deltaguard:
+      store: ./store
+      options:
+        training_data: trusted
+    ```
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import BasePlugin  # pyright: ignore[reportMissingImports]  # not of any extra
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from deltaguard.integrations.trl import default_options
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.restore import restore
+
+if TYPE_CHECKING:
+    from deltaguard.reports.records.restore import RestoreReport
+
+_LOG = logging.getLogger(__name__)
+
+
+class RestoreSettings(BaseModel):
+    """What stands under `deltaguard` in Axolotl's configuration, checked before the training.
+
+    Attributes:
+        aligned: the model before training, a folder, a Hub id, or `id@revision`; where absent `base_model`,
+            at `revision_of_model` if that is given. To be named where `base_model` is a quantised copy.
+        store: the aligned model's curvature, as in `restore`; made once and cached where absent.
+        output: the folder of the restored model; where absent that of `output_dir`, with `-restored` behind
+            its name.
+        options: those of `RestoreConfig` by their names. By default an adapter becomes an adapter again, and
+            the aligned model's configuration and tokenizer are taken, which trainers write otherwise.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    aligned: str | None = None
+    store: str | None = None
+    output: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+    @field_validator("options")
+    @classmethod
+    def _are_options(cls, given: dict[str, Any]) -> dict[str, Any]:
+        RestoreConfig.model_validate(given)
+        return given
+
+
+class RestoreArgs(BaseModel):
+    """The field that the plugin adds to Axolotl's configuration."""
+
+    deltaguard: RestoreSettings = Field(default_factory=RestoreSettings)
+
+
+class RestorePlugin(BasePlugin):  # pyright: ignore[reportUntypedBaseClass]
+    """Restores what Axolotl trained, in full or as a LoRA adapter, into a folder beside it.
+
+    Attributes:
+        report: of the restore, once training has ended; None on all processes but the first.
+    """
+
+    def __init__(self) -> None:
+        """Prepare; the configuration comes later."""
+        super().__init__()
+        self.report: RestoreReport | None = None
+
+    def get_input_args(self) -> str:
+        """Name the class of the configuration's further field."""
+        return f"{__name__}.{RestoreArgs.__name__}"
+
+    def post_train_unload(self, cfg: Mapping[str, Any]) -> None:
+        """Restore what lies in `output_dir`.
+
+        Args:
+            cfg: Axolotl's configuration.
+
+        Raises:
+            DeltaguardError: as `restore`; what was trained is left as it is.
+        """
+        if os.environ.get("RANK", "0") != "0":
+            return
+        settings = RestoreSettings.model_validate(cfg.get("deltaguard") or {})
+        finetuned = Path(cfg["output_dir"])
+        output = Path(settings.output or f"{finetuned}-restored")
+        config = RestoreConfig.model_validate(default_options(finetuned) | settings.options)
+        aligned = settings.aligned or _base_model(cfg)
+        self.report = restore(aligned, finetuned, output, store=settings.store, config=config)
+        for warning in self.report.warnings:
+            _LOG.warning("%s", warning)
+        _LOG.info("Restored: %s, %.0f %% of the delta's energy kept", output, 100 * self.report.kept_energy)
+
+
+def _base_model(cfg: Mapping[str, Any]) -> str:
+    revision = cfg.get("revision_of_model")
+    return f"{cfg['base_model']}@{revision}" if revision else str(cfg["base_model"])

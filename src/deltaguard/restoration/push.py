@@ -1,0 +1,106 @@
+"""Publishing a restored model with its card and report, or a CurvatureStore, on the Hugging Face Hub."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2, as the release has it
+)
+from huggingface_hub.utils import validate_repo_id
+
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import MANIFEST
+from deltaguard.errors import CheckFailedError, DeltaguardError, listed
+from deltaguard.methods.method import ROLES
+from deltaguard.reports.records.push import PushReport
+from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
+from deltaguard.reports.text import short_reference
+from deltaguard.restoration.verify import read_report, verify
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> PushReport:
+    """Upload a restored model with its card and report, or a store, to a model repository of the Hub.
+
+    A model is verified first, and uploaded are the files that its report lists, in one commit. In the report
+    that goes with them, models are named without the folders above them.
+
+    Args:
+        folder: what `restore` or `calibrate` wrote.
+        repo_id: `owner/name`; made if absent.
+        private: whether a repository made here is private.
+        token: a token with write access; the one logged in with where absent.
+
+    Returns:
+        What was uploaded where.
+
+    Raises:
+        CheckFailedError: the model is not what its report says; nothing is uploaded.
+        DeltaguardError: the folder holds neither, or the Hub refuses or cannot be reached.
+
+    Example:
+        ```python
+        deltaguard.push("restored", "me/my-model-restored", private=True).commit
+        ```
+    """
+    place = Path(folder)
+    if (place / MANIFEST).is_file():
+        store = CurvatureStore.from_pretrained(place)
+        with explained(f"{place} was not pushed to {repo_id}, and can be again"):
+            commit = store.push_to_hub(repo_id, private=private, token=token)
+        return PushReport(folder=str(place), repository=repo_id, commit=commit, files=store.file_names)
+    report = read_report(place)
+    if problems := verify(place).problems:
+        raise CheckFailedError(listed(f"{place} is not what its report says, and was not pushed", problems))
+    content = without_folders(report).model_dump_json(indent=2) + "\n"
+    files = [CommitOperationAdd(row.name, place / row.name) for row in report.files]
+    files.append(CommitOperationAdd(REPORT_NAME, content.encode()))
+    with explained(f"{place} was not pushed to {repo_id}, and can be again"):
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.create_commit(repo_id, files, commit_message="Add a model restored by deltaguard")
+    names = tuple(file.path_in_repo for file in files)
+    return PushReport(folder=str(place), repository=repo_id, commit=commit.commit_url, files=names)
+
+
+def require_login(repo_id: str) -> None:
+    """Refuse a name that no repository can have, and whoever is not logged in, before hours of work.
+
+    Raises:
+        DeltaguardError: one of them, or the Hub cannot be reached.
+    """
+    with explained(f"Nothing can be pushed to {repo_id}"):
+        validate_repo_id(repo_id)
+        HfApi().whoami()
+
+
+@contextmanager
+def explained(what: str) -> Generator[None, None, None]:
+    """Tell what the Hub has against an upload as a known failure.
+
+    Args:
+        what: came of it, as the beginning of the message.
+    """
+    try:
+        yield
+    except HFValidationError as error:
+        raise DeltaguardError(f"{what}: {error}") from error
+    except (HTTPError, OSError) as error:
+        raise DeltaguardError(
+            f"{what}: {error}\nIs there a network, and a token that may write (`hf auth login`)?"
+        ) from error
+
+
+def without_folders(report: RestoreReport) -> RestoreReport:
+    """Name the models of a report without the folders above them, which are the user's own affair."""
+    named = {
+        role: model.model_copy(update={"reference": short_reference(model.reference)})
+        for role, model in (("aligned", report.aligned), ("finetuned", report.finetuned))
+    }
+    options = {
+        name: short_reference(value) if name in ROLES and isinstance(value, str) else value
+        for name, value in report.options.items()
+    }
+    return report.model_copy(update={**named, "options": options})

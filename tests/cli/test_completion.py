@@ -1,0 +1,61 @@
+"""What a shell is told of the program's verbs, options, names and folders."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from deltaguard.cli.app import build_app, run
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+
+_ASK = '. "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _deltaguard; printf "%s\\n" "${COMPREPLY[@]}"'
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("completion") / "deltaguard"
+    assert run(["--install-completion", "--shell", "bash", "--output", str(path)]) == 0
+    return path
+
+
+def completed(script, folder, *words):
+    command = ["bash", "-c", _ASK, str(script), "deltaguard", *words]
+    found = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return set(found.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["re"], {"restore", "report"}),
+        (["restore", "--max-s"], {"--max-safety-kl"}),
+        (["restore", "--training-data", ""], {"unknown", "trusted"}),
+        (["restore", "--config", "ca"], {"careful"}),
+        (["restore", "my-"], {"my-model"}),
+        (["restore", "my-model", "my-"], {"my-model"}),
+        (["check", "one", "other", "--store", "my-"], {"my-model"}),
+        (["keys", ""], {"create", "list", "revoke"}),
+    ],
+)
+def test_bash_completes_what_the_program_takes(script, tmp_path, words, expected):
+    (tmp_path / "my-model").mkdir()
+    assert completed(script, tmp_path, *words) == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_gets_a_script_that_names_every_verb(tmp_path, capsys, shell):
+    output = tmp_path / "script"
+    assert run(["--install-completion", "--shell", shell, "--output", str(output)]) == 0
+    assert str(output) in capsys.readouterr().out
+    written = output.read_text(encoding="utf-8")
+    verbs = [name for name in build_app() if not name.startswith("-")]
+    assert verbs
+    assert all(verb in written for verb in verbs)
+
+
+def test_no_file_of_the_user_is_edited(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(["--install-completion", "--shell", "bash"]) == 0
+    found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert found == [".local/share/bash-completion/completions/deltaguard"]

@@ -1,0 +1,55 @@
+"""Sets of options with a name."""
+
+import pytest
+
+from deltaguard import RestoreConfig
+from deltaguard.cli.app import run
+from deltaguard.cli.presets import PRESETS, as_options, read_options
+from deltaguard.errors import DeltaguardError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_holds_options_of_a_restore_and_is_shown_in_the_help(name, capsys):
+    options = read_options(name)
+    assert RestoreConfig(**options).added_points == options["max_added_attack_success"]
+    assert run(["restore", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{name}: {as_options(options).replace('`', '')}" in shown
+
+
+def test_balanced_is_what_a_restore_does_without_options():
+    given, plain = RestoreConfig(**read_options("balanced")), RestoreConfig()
+    decides = ("method", "added_points", "dial", "other_params", "refine", "confidence", "judge")
+    assert [getattr(given, name) for name in decides] == [getattr(plain, name) for name in decides]
+
+
+def test_careful_stays_closer_to_the_aligned_model_than_balanced():
+    careful, balanced = (RestoreConfig(**read_options(name)) for name in PRESETS)
+    assert careful.dial < balanced.dial
+    assert careful.added_points == balanced.added_points
+
+
+def test_the_command_line_wins_over_a_preset(monkeypatch):
+    asked = []
+
+    def stop(*_, config, **__):
+        asked.append(config)
+        raise DeltaguardError("far enough")
+
+    monkeypatch.setattr("deltaguard.restoration.restore.Restorer", stop)
+    call = ["restore", "a", "b", "-o", "c", "--config", "careful", "--max-added-attack-success", "9"]
+    assert run(call) == 1
+    assert (asked[0].added_points, asked[0].dial) == (9, read_options("careful")["max_safety_kl"])
+
+
+def test_a_file_called_like_a_preset_is_given_with_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "careful").write_text("strenth: 0.5\n")
+    assert run(["restore", "a", "b", "-o", "c", "--config", "./careful"]) == 2
+    assert "Did you mean strength?" in capsys.readouterr().err
+
+
+def test_a_name_that_is_neither_preset_nor_file_lists_the_presets(capsys):
+    assert run(["restore", "a", "b", "-o", "c", "--config", "balancd"]) == 1
+    told = capsys.readouterr().err
+    assert "There is no file balancd, and the presets are careful, balanced. Did you mean balanced?" in told

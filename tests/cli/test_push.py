@@ -1,0 +1,91 @@
+"""Restored models and stores on the Hub, which is played."""
+
+import json
+
+import pytest
+
+from deltaguard import DeltaguardError, push
+from deltaguard.cli.app import run
+from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
+from hub import COMMIT, played_hub
+from pairs import pair
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    return played_hub(monkeypatch)
+
+
+def restored(folder, *options):
+    made = pair()
+    call = ["restore", made.aligned, made.finetuned, "-o", folder, "--store", made.store, "--strength", 0.5]
+    return run([*map(str, call), *options])
+
+
+def test_a_restore_is_pushed_with_card_and_report_and_without_the_users_folders(hub, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert restored(out, "--push", "me/model") == 0
+    (out / "notes.txt").write_text("mine")
+    assert f"Pushed: {COMMIT}" in " ".join(capsys.readouterr().err.split())
+    assert hub.made == [("me/model", False)]
+    assert {CARD_NAME, REPORT_NAME, "model.safetensors"} <= hub.files.keys()
+    report = RestoreReport.model_validate_json(hub.files[REPORT_NAME])
+    assert (report.aligned.reference, report.finetuned.reference) == ("aligned", "finetuned")
+    assert str(pair().aligned.parent) not in hub.files[REPORT_NAME].decode()
+    assert hub.files.keys() == {row.name for row in report.files} | {REPORT_NAME}
+    assert run(["push", str(out), "me/other", "--private", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["commit"] == COMMIT
+    assert hub.made[1:] == [("me/other", True)]
+    assert "notes.txt" not in hub.files
+
+
+def test_what_was_pushed_is_verified_where_it_is_fetched(hub, tmp_path):
+    assert restored(tmp_path / "out", "--push", "me/model") == 0
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    for name, content in hub.files.items():
+        (fetched / name).write_bytes(content)
+    assert run(["verify", str(fetched)]) == 0
+
+
+def test_a_model_that_is_not_what_its_report_says_is_not_pushed(hub, tmp_path, capsys):
+    assert restored(tmp_path / "out") == 0
+    (tmp_path / "out" / CARD_NAME).write_text("another one")
+    capsys.readouterr()
+    assert run(["push", str(tmp_path / "out"), "me/model"]) == 3
+    assert CARD_NAME in capsys.readouterr().err
+    assert not hub.made
+
+
+def test_a_store_is_pushed_and_taken_from_the_hub(hub, tmp_path, monkeypatch):
+    pushed = push(pair().store, "me/store")
+    assert set(pushed.files) == {path.name for path in pair().store.iterdir()} == hub.files.keys()
+    fetched = tmp_path / "snapshot"
+    fetched.mkdir()
+    for name, content in hub.files.items():
+        (fetched / name).write_bytes(content)
+    monkeypatch.setattr("deltaguard.models.hub.snapshot_download", lambda *_, **__: str(fetched))
+    made = pair()
+    call = ["restore", made.aligned, made.finetuned, "-o", tmp_path / "out", "--store", "me/store"]
+    assert run([*map(str, call), "--strength", "0.5"]) == 0
+
+
+@pytest.mark.parametrize("repository", ["me/model", "no/such/name"])
+def test_who_cannot_push_is_told_before_the_work(hub, tmp_path, capsys, repository):
+    hub.logged_in = False
+    assert restored(tmp_path / "out", "--push", repository) == 1
+    assert f"Nothing can be pushed to {repository}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [(["--dry-run"], "writes nothing"), ([str(pair().aligned)], "as many outputs")]
+)
+def test_what_cannot_be_pushed_is_refused(hub, tmp_path, capsys, options, reason):
+    assert restored(tmp_path / "out", "--push", "me/model", *options) == 2
+    assert reason in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_of_neither_kind_is_named(hub, tmp_path):
+    with pytest.raises(DeltaguardError, match="was not written by `deltaguard restore`"):
+        push(tmp_path, "me/model")
