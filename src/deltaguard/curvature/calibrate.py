@@ -30,7 +30,7 @@ from deltaguard.curvature.sizes import store_limit, whole_bytes
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
 from deltaguard.curvature.sums import LayerGroup
-from deltaguard.device import as_served, find_device, memory_bytes
+from deltaguard.device import as_served, exact_products, find_device, memory_bytes
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.experts import refuse_unknown_experts
@@ -39,6 +39,7 @@ from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Event, Progress, ignore
 
 
+@exact_products()
 def calibrate(
     aligned: str | Path,
     output_dir: str | Path,
