@@ -133,7 +133,8 @@ def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
         refining, steps = refine_cost(parameters, entries, plan.curvature_bytes, vocabulary)
         work += config.refine * steps
     itemsize = max((DTYPES[info.dtype].itemsize for info in names), default=4)
-    kept = int(entries * (4 + 2 * itemsize + 8 * share)) if config.is_priced else 0
+    # Both weights, what is in one of the bases, and the curvature.
+    kept = int(entries * (2 * itemsize + 8 * share)) + plan.curvature_bytes if config.is_priced else 0
     budget = memory_bytes(device) // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
     return {
         "dial_bytes": held,
