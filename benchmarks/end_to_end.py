@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tools.end_to_end import EndToEnd, Part
 
@@ -38,12 +39,14 @@ class Run:
         conversations: that the curvature is measured on.
         work: where the models lie, and all else for a while.
         parts: what was measured.
+        made: what the store says of itself.
     """
 
     shape: Shape
     conversations: int
     work: Path
     parts: list[Part] = field(default_factory=list[Part])
+    made: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def measure(self) -> None:
         """Calibrate, restore at a price, and restore with the dial; beside each what cannot be avoided."""
@@ -55,10 +58,11 @@ class Run:
         answered = ("calibrate-from", pair / "aligned", store, self.conversations, self._held_out)
         found = _program(*answered)
         stages: dict[str, float] = json.loads(found.output)["stages"]
+        self.made = json.loads((store / "curvature.json").read_text(encoding="utf-8"))["provenance"]
         self._add("calibrate", found, operations=self._calibration() / gemm, stages=stages)
         copied = _program("copy", pair, out)
         self._add("copy: read both models, write one", copied)
-        floor = self._restoring(store) / gemm + copied.seconds + _program("read", store).seconds
+        floor = self._restoring() / gemm + copied.seconds + _program("read", store).seconds
         shutil.rmtree(out)
         restored = self._restore(store, out, ("--strength", STRENGTH))
         self._add("restore at a strength", restored, operations=floor)
@@ -94,11 +98,6 @@ class Run:
     def _held_out(self) -> int:
         return max(1, self.conversations // HELD_OUT_SHARE)
 
-    @property
-    def _tokens(self) -> int:
-        made = json.loads((self.work / "store" / "curvature.json").read_text(encoding="utf-8"))
-        return made["provenance"]["tokens"]
-
     def _make(self) -> None:
         if not self._pair.exists():
             unfinished = self._pair.with_name(f"{self._pair.name}.partial")
@@ -109,7 +108,7 @@ class Run:
     def _calibration(self) -> float:
         """Count the operations of a calibration without the answers: forwards, and backwards with sums."""
         weights = sum(rows * columns for rows, columns in self.shape.matrices.values())
-        return 2 * self.shape.blocks * weights * self._tokens + sum(self._backwards())
+        return 2 * self.shape.blocks * weights * self.made["tokens"] + sum(self._backwards())
 
     def _backwards(self) -> tuple[float, float]:
         """Count the operations of the pass backwards: with tokens, and without.
@@ -119,16 +118,14 @@ class Run:
         determinant.
         """
         matrices = self.shape.matrices.values()
-        tokens = self._tokens * sum(4 * r * c + r**2 + c**2 for r, c in matrices)
-        made = json.loads((self.work / "store" / "curvature.json").read_text(encoding="utf-8"))["provenance"]
+        tokens = self.made["tokens"] * sum(4 * r * c + r**2 + c**2 for r, c in matrices)
         sizes = [size for shape in matrices for size in shape]
-        others = sum(12 * made["rank_share"] * size**3 + size**3 / 3 for size in sizes)
+        others = sum(12 * self.made["rank_share"] * size**3 + size**3 / 3 for size in sizes)
         return self.shape.blocks * tokens, self.shape.blocks * others
 
-    def _restoring(self, store: Path) -> float:
-        made = json.loads((store / "curvature.json").read_text(encoding="utf-8"))["provenance"]
+    def _restoring(self) -> float:
         matrices = self.shape.matrices.values()
-        return self.shape.blocks * sum(kfac_operations(shape, made["rank_share"]) for shape in matrices)
+        return self.shape.blocks * sum(kfac_operations(shape, self.made["rank_share"]) for shape in matrices)
 
     def _restore(self, store: Path, out: Path, options: Sequence[str]) -> Measurement:
         models = [self._pair / "aligned", self._pair / "finetuned"]

@@ -71,11 +71,8 @@ def test_more_conversations_are_counted_from_fewer(tmp_path):
     from benchmarks.layout import Shape
     from tools.end_to_end import EndToEnd, end_to_end_table
 
-    store = tmp_path / "store"
-    store.mkdir()
-    (store / "curvature.json").write_text(json.dumps({"provenance": {"tokens": 2000, "rank_share": 0.1}}))
     stages = {"load": 3.0, "respond": 10.0, "forwards": 5.0, "backwards": 40.0}
-    run = Run(Shape(64, 128, 2, 4, 4), 16, tmp_path, [])
+    run = Run(Shape(64, 128, 2, 4, 4), 16, tmp_path, made={"tokens": 2000, "rank_share": 0.1})
     result = EndToEnd(
         environment=ENVIRONMENT,
         size="7B",
