@@ -75,19 +75,19 @@ class Run:
     def at(self, conversations: int) -> dict[str, float]:
         """Say what the stages of the calibration would take with another number of conversations.
 
-        Answers and the pass forwards are in proportion to it. Of the pass backwards the products with tokens
-        are; what they are of it is counted, and the others, which decompose, stay.
+        Answers and passes are in proportion to it. Block by block the pass backwards decomposes as well:
+        which part of it is products with tokens is counted, and the other stays.
 
         Args:
             conversations: to calibrate on; those held out in proportion.
         """
         ratio = conversations / self.conversations
         stages = dict(self.parts[0].stages)
-        for name in ("respond", "forwards"):
-            stages[name] = stages.get(name, 0.0) * ratio
         with_tokens, others = self._backwards()
-        share = with_tokens / (with_tokens + others)
-        stages["backwards"] = stages.get("backwards", 0.0) * (1 - share + share * ratio)
+        share = {"respond": 1.0, "accumulate": 1.0, "forwards": 1.0}
+        share["backwards"] = with_tokens / (with_tokens + others)
+        for name in stages.keys() & share.keys():
+            stages[name] *= 1 - share[name] + share[name] * ratio
         return stages
 
     @property

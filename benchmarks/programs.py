@@ -90,7 +90,9 @@ def published(pair: Path, store: Path, blocks: int) -> dict[str, float]:
 
 def kfac(pair: Path, store: Path, blocks: int) -> dict[str, float]:
     """Seconds in `closed_form` with the store's eigenpairs; and in projecting before, to find the price."""
-    from deltaguard.solvers import closed_form, project
+    import torch
+
+    from deltaguard.solvers import Difference, closed_form, project
 
     def solving(known: "CurvatureStore", layers: "LayerGroup") -> "_Solve":
         spectra = _spectra(known, layers)
@@ -99,7 +101,7 @@ def kfac(pair: Path, store: Path, blocks: int) -> dict[str, float]:
     def projecting(known: "CurvatureStore", layers: "LayerGroup") -> "_Solve":
         spectra = _spectra(known, layers)
         return lambda tensor, aligned, finetuned: project(
-            finetuned.float() - aligned.float(), *spectra[tensor]
+            Difference(aligned, finetuned, torch.float32), *spectra[tensor]
         ).directions.profile()
 
     return {
