@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-KILLS = int(os.environ.get("DELTAGUARD_KILLS", "4"))
+KILLS = int(os.environ.get("DELTAGUARD_KILLS", "2"))
 """Of each; `make soak` has 100."""
 
 
