@@ -23,10 +23,11 @@ serve-demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-# The fuzz tests with more inputs than `make test` has time for: an hour or two.
+# The fuzz tests with more inputs, and more runs killed at random, than `make test` has time for: an hour or two.
 soak: $(INSTALLED)
 	DELTAGUARD_FUZZ=100000 $(BIN)/python -m pytest tests/fuzz
 	DELTAGUARD_CALLS=10000 $(BIN)/python -m pytest tests/service/test_schema.py
+	DELTAGUARD_KILLS=100 $(BIN)/python -m pytest tests/integration/test_killed_runs.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,11 +3,12 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ByteSize
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +25,8 @@ from deltaguard.curvature.sums import LayerGroup, Moment, RunningMoment, normali
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.progress import Event
 from deltaguard.solvers import spectrum
+
+ANSWER = "I'm sorry, but I can't help with that: it could hurt people. I'm glad to help with something else."
 
 
 @dataclass
@@ -48,10 +51,23 @@ class Stages:
         self(Event(stage, 1, 1))
 
 
-def whole(aligned: Path, output: Path, conversations: int) -> Mapping[str, float]:
-    """Calibrate on the CPU, into a new folder."""
+def whole(
+    aligned: Path, output: Path, conversations: int, held_out: int | None = None
+) -> Mapping[str, float]:
+    """Calibrate on the CPU, into a new folder; another number than by default may be held out."""
+    stages, config = Stages(), _config(conversations)
+    if held_out is not None:
+        config = config.model_copy(update={"num_held_out": held_out})
+    calibrate(aligned, output, config=config, progress=stages)
+    return stages.seconds
+
+
+def by_blocks(aligned: Path, output: Path, conversations: int) -> Mapping[str, float]:
+    """Calibrate one block after the other on the CPU, on conversations with answers, into a new folder."""
     stages = Stages()
-    calibrate(aligned, output, config=_config(conversations), progress=stages)
+    rows = [replace(row, response=ANSWER) for row in build_conversations(conversations + 1)]
+    config = CalibrateConfig(device="cpu", memory=ByteSize(0), num_held_out=1)
+    calibrate(aligned, output, conversations=rows, config=config, progress=stages)
     return stages.seconds
 
 

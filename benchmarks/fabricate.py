@@ -15,34 +15,41 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.curvatures import fabricate_store, groups
-from benchmarks.layout import ADAPTER_RANK, BLOCKS, CONFIG, MATRICES, SHARDS, shapes, shard_of
+from benchmarks.layout import ADAPTER_RANK, TINY_LLAMA, Shape
 from deltaguard.studies.models import save_smollm2
 
 WEIGHT_SCALE, DELTA_SCALE = 0.02, 0.001
 
 
 def fabricate_pair(folder: Path) -> None:
-    """`aligned` and `finetuned`, bfloat16 in four shards with an index, without tokenizer, and `store`.
+    """Make the 1.1B pair of models (see `fabricate_models`), and `store`.
 
     The store is one as `calibrate` makes them by default: the largest eigenpairs, in a quarter of the bytes
     of the model.
     """
-    index = {name: f"model-{number:05}-of-{SHARDS:05}.safetensors" for name, number in shard_of().items()}
+    fabricate_models(folder, TINY_LLAMA)
+    fabricate_store(folder / "store", folder / "aligned", TINY_LLAMA, groups(TINY_LLAMA), rank="auto")
+
+
+def fabricate_models(folder: Path, shape: Shape) -> None:
+    """Write `aligned` and `finetuned`, bfloat16 in shards with an index, without tokenizer."""
+    count = shape.shards
+    index = {name: f"model-{number:05}-of-{count:05}.safetensors" for name, number in shape.shard_of.items()}
+    shapes = shape.tensors
     generator = torch.Generator().manual_seed(0)
     for kind in ("aligned", "finetuned"):
         (folder / kind).mkdir(parents=True)
-        (folder / kind / "config.json").write_text(json.dumps(CONFIG, indent=2))
+        (folder / kind / "config.json").write_text(json.dumps(shape.config, indent=2))
         (folder / kind / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": index}, indent=2)
         )
     for shard in dict.fromkeys(index.values()):
         names = [name for name in index if index[name] == shard]
-        aligned = {name: WEIGHT_SCALE * torch.randn(shapes()[name], generator=generator) for name in names}
+        aligned = {name: WEIGHT_SCALE * torch.randn(shapes[name], generator=generator) for name in names}
         _save(aligned, folder / "aligned" / shard)
         for tensor in aligned.values():
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=DELTA_SCALE)
         _save(aligned, folder / "finetuned" / shard)
-    fabricate_store(folder / "store", folder / "aligned", groups(BLOCKS), rank="auto")
 
 
 def fabricate_whole(folder: Path, pair: str, blocks: str) -> None:
@@ -51,9 +58,10 @@ def fabricate_whole(folder: Path, pair: str, blocks: str) -> None:
     The second is there to measure what a run takes that solves next to nothing.
     """
     aligned = Path(pair) / "aligned"
-    fabricate_store(folder / "store", aligned, groups(int(blocks)), rank="full")
-    alone = [group for group in groups(1) if group.name.endswith("o_proj")]
-    fabricate_store(folder / "one-layer", aligned, alone, rank="full")
+    covered = groups(TINY_LLAMA, int(blocks))
+    fabricate_store(folder / "store", aligned, TINY_LLAMA, covered, rank="full")
+    alone = [group for group in covered[:4] if group.name.endswith("o_proj")]
+    fabricate_store(folder / "one-layer", aligned, TINY_LLAMA, alone, rank="full")
 
 
 def fabricate_adapter(folder: Path) -> None:
@@ -62,12 +70,12 @@ def fabricate_adapter(folder: Path) -> None:
 
     target = folder / "finetuned"
     target.mkdir(parents=True)
-    modules = sorted({kind.rsplit(".", 1)[1] for kind in MATRICES})
+    modules = sorted({kind.rsplit(".", 1)[1] for kind in TINY_LLAMA.matrices})
     LoraConfig(r=ADAPTER_RANK, lora_alpha=ADAPTER_RANK, target_modules=modules).save_pretrained(str(target))
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
-    for block in range(BLOCKS):
-        for kind, (out, columns) in MATRICES.items():
+    for block in range(TINY_LLAMA.blocks):
+        for kind, (out, columns) in TINY_LLAMA.matrices.items():
             prefix = f"base_model.model.model.layers.{block}.{kind}"
             up = DELTA_SCALE * torch.randn(out, ADAPTER_RANK, generator=generator)
             tensors[f"{prefix}.lora_B.weight"] = up / ADAPTER_RANK**0.5

@@ -8,12 +8,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from benchmarks.layout import Shape
     from deltaguard.curvature.store import CurvatureStore
     from deltaguard.curvature.sums import LayerGroup
     from deltaguard.solvers import Spectrum
@@ -40,6 +42,16 @@ def copy(pair: Path, output: Path) -> dict[str, float]:
             while count := source.readinto(buffer):
                 target.write(memoryview(buffer)[:count])
             os.fsync(target.fileno())
+    return {}
+
+
+def read(folder: Path) -> dict[str, float]:
+    """Read all files of a folder."""
+    buffer = bytearray(_CHUNK)
+    for path in sorted(folder.iterdir()):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
     return {}
 
 
@@ -78,7 +90,9 @@ def published(pair: Path, store: Path, blocks: int) -> dict[str, float]:
 
 def kfac(pair: Path, store: Path, blocks: int) -> dict[str, float]:
     """Seconds in `closed_form` with the store's eigenpairs; and in projecting before, to find the price."""
-    from deltaguard.solvers import closed_form, project
+    import torch
+
+    from deltaguard.solvers import Difference, closed_form, project
 
     def solving(known: "CurvatureStore", layers: "LayerGroup") -> "_Solve":
         spectra = _spectra(known, layers)
@@ -87,7 +101,7 @@ def kfac(pair: Path, store: Path, blocks: int) -> dict[str, float]:
     def projecting(known: "CurvatureStore", layers: "LayerGroup") -> "_Solve":
         spectra = _spectra(known, layers)
         return lambda tensor, aligned, finetuned: project(
-            finetuned.float() - aligned.float(), *spectra[tensor]
+            Difference(aligned, finetuned, torch.float32), *spectra[tensor]
         ).directions.profile()
 
     return {
@@ -195,6 +209,12 @@ def _groups(store: "CurvatureStore", blocks: int) -> "Iterator[LayerGroup]":
     return (group for group in store.groups if int(group.name.split(".")[2]) < blocks)
 
 
+def _shape(text: str) -> "Shape":
+    from benchmarks.layout import Shape
+
+    return Shape(**json.loads(text))
+
+
 def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
@@ -208,11 +228,47 @@ def environment() -> dict[str, object]:
     return read("cpu").model_dump()
 
 
-def calibrate(aligned: Path, output: Path, conversations: int) -> dict[str, object]:
+def imports() -> dict[str, float]:
+    """Import what calibrating and restoring need, and do nothing."""
+    for name in ("curvature.calibrate", "restoration.restore"):
+        import_module(f"deltaguard.{name}")
+    import_module("transformers.models.llama.modeling_llama")
+    return {}
+
+
+def models(folder: Path, shape: "Shape") -> dict[str, float]:
+    """Make a random pair of models with a tokenizer."""
+    from benchmarks.fabricate import fabricate_models
+    from benchmarks.tokenizer import save_tokenizer
+
+    fabricate_models(folder, shape)
+    for kind in ("aligned", "finetuned"):
+        save_tokenizer(folder / kind, shape.vocabulary)
+    return {}
+
+
+def store(folder: Path, shape: "Shape") -> dict[str, float]:
+    """Make a random store of a pair's aligned model."""
+    from benchmarks.curvatures import fabricate_store, groups
+
+    fabricate_store(folder / "store", folder / "aligned", shape, groups(shape), rank="auto")
+    return {}
+
+
+def calibrate_blocks(aligned: Path, output: Path, conversations: int) -> dict[str, object]:
+    """Seconds of the stages of a calibration block by block, on answers that are given."""
+    from benchmarks.calibrations import by_blocks
+
+    return {"stages": by_blocks(aligned, output, conversations)}
+
+
+def calibrate(
+    aligned: Path, output: Path, conversations: int, held_out: int | None = None
+) -> dict[str, object]:
     """Seconds of the stages of a calibration."""
     from benchmarks.calibrations import whole
 
-    return {"stages": whole(aligned, output, conversations)}
+    return {"stages": whole(aligned, output, conversations, held_out)}
 
 
 def calibrate_inputs(aligned: Path, output: Path, conversations: int) -> dict[str, object]:
@@ -224,6 +280,7 @@ def calibrate_inputs(aligned: Path, output: Path, conversations: int) -> dict[st
 
 PROGRAMS: Mapping[str, Callable[..., Mapping[str, object]]] = {
     "copy": lambda pair, output: copy(Path(pair), Path(output)),
+    "read": lambda folder: read(Path(folder)),
     "gemm": gemm,
     "greedy": lambda pair, store, blocks: greedy(Path(pair), Path(store), int(blocks)),
     "published": lambda pair, store, blocks: published(Path(pair), Path(store), int(blocks)),
@@ -235,6 +292,15 @@ PROGRAMS: Mapping[str, Callable[..., Mapping[str, object]]] = {
     "calibrate": lambda model, output, number: calibrate(Path(model), Path(output), int(number)),
     "calibrate-inputs": lambda model, output, number: calibrate_inputs(
         Path(model), Path(output), int(number)
+    ),
+    "imports": imports,
+    "models": lambda folder, shape: models(Path(folder), _shape(shape)),
+    "store": lambda folder, shape: store(Path(folder), _shape(shape)),
+    "calibrate-blocks": lambda model, output, number: calibrate_blocks(
+        Path(model), Path(output), int(number)
+    ),
+    "calibrate-from": lambda model, output, number, held_out: calibrate(
+        Path(model), Path(output), int(number), int(held_out)
     ),
     "environment": environment,
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.layout import ADAPTER_RANK, BLOCKS, WHOLE_BLOCKS, greedy_operations
+from benchmarks.layout import ADAPTER_RANK, TINY_LLAMA, WHOLE_BLOCKS, greedy_operations, kfac_operations
 from benchmarks.measure import Measurement, run_process, warm
 from benchmarks.merge_tool import install
 from benchmarks.rows import Bench, Row, UnavailableError
@@ -14,6 +14,7 @@ from benchmarks.rows import Bench, Row, UnavailableError
 PUBLISHED_BLOCKS = 2
 FACTORISED_BLOCKS = 2
 DECOMPOSED_BLOCKS = 2
+BLOCKS = TINY_LLAMA.blocks
 KFAC_STRENGTH = 0.01
 
 
@@ -58,11 +59,13 @@ class Synthetic:
             "copy": self.copy,
             "interpolate": self.interpolate,
             "mergekit": self.mergekit,
+            "gemm": self.gemm,
+            "read-store": self.read_store,
+            "floor": self.floor,
             "kfac": self.kfac,
             "kfac-adapter": self.kfac_adapter,
             "kfac-adapter-out": self.kfac_adapter_out,
             "greedy": self.greedy,
-            "gemm": self.gemm,
             "work": self.floating_point_work,
             "solve-greedy": self.solve_greedy,
             "solve-kfac": self.solve_kfac,
@@ -105,7 +108,7 @@ class Synthetic:
         """Restore with the default method and store, and a strength: the model is not run."""
         measured = self.bench.measured(lambda: self.bench.restore(self.pair, *self._kfac_options))
         name = f"`restore --method kfac --strength {KFAC_STRENGTH}`"
-        return self.bench.row(name, measured, "copy", "with a store as `calibrate` makes it by default")
+        return self.bench.row(name, measured, "floor", "with a store as `calibrate` makes it by default")
 
     def kfac_adapter(self) -> Row:
         """Find the same for a LoRA adapter."""
@@ -139,6 +142,28 @@ class Synthetic:
         self.rate = found["rate"]
         note = f"float32, 4096 x 4096; {found['rate'] / 1e9:.0f} billion operations per second"
         return Row("Matrix product", found["seconds"], None, None, note)
+
+    def read_store(self) -> Row:
+        """Find how long the bytes of the default store take to read."""
+        measured = self.bench.measured(lambda: self.bench.program("read", self.pair / "store"))
+        return self.bench.row("Reading the default store", measured, None)
+
+    def floor(self) -> Row:
+        """Find what no way of restoring with `kfac` can avoid: its bytes, and its products at their rate."""
+        needed = {"copy", "read-store"}
+        if self.rate is None or not needed <= self.bench.rows.keys():
+            raise UnavailableError("it needs the rows `copy`, `read-store` and `gemm`")
+        made = json.loads((self.pair / "store" / "curvature.json").read_text())["provenance"]
+        operations = BLOCKS * sum(
+            kfac_operations(shape, made["rank_share"]) for shape in TINY_LLAMA.matrices.values()
+        )
+        read = [self.bench.rows[name].seconds for name in ("copy", "read-store")]
+        products = operations / self.rate
+        note = (
+            f"{read[0]:.1f} s to copy, {read[1]:.1f} s to read the store, {products:.1f} s for "
+            f"{operations / 1e12:.2f} trillion operations, counted from shapes, at the rate of products"
+        )
+        return Row("The floor of `restore --method kfac`", sum(read) + products, None, None, note)
 
     def floating_point_work(self) -> Row:
         """How long the operations of `greedy` would take at the rate of matrix products."""

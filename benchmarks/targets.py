@@ -7,6 +7,8 @@ from benchmarks.rows import Row
 
 SPEED_UP = 10.0
 OVERHEAD = 1.5
+KFAC_TO_FLOOR = 1.3
+INTERPOLATE_TO_COPY = 1.5
 KFAC_TO_GREEDY = 2.0
 STORE_SHARE = 0.25
 CALIBRATION_TO_INPUTS = 4.0
@@ -62,6 +64,15 @@ def _overhead(rows: Mapping[str, Row]) -> Target:
     return Target(name, f"{rows['greedy'].seconds:.1f} s, {ratio:.2f} times {bound:.1f} s", ratio <= OVERHEAD)
 
 
+def _floor(row: str, floor: str, most: float) -> Callable[[Mapping[str, Row]], Target]:
+    def target(rows: Mapping[str, Row]) -> Target:
+        ratio = rows[row].seconds / rows[floor].seconds
+        name = f"{rows[row].name} takes at most {most:g} times its floor"
+        return Target(name, f"{rows[row].seconds:.1f} s, {ratio:.2f} times", ratio <= most)
+
+    return target
+
+
 def _kfac(rows: Mapping[str, Row]) -> Target:
     ratio = rows["solve-kfac"].seconds / rows["solve-greedy"].seconds
     name = f"`kfac` solves in at most {KFAC_TO_GREEDY:g} times the time of `greedy`"
@@ -103,6 +114,8 @@ _TARGETS: tuple[tuple[set[str], Callable[[Mapping[str, Row]], Target]], ...] = (
     ({"interpolate", "mergekit"}, _faster_than_mergekit),
     ({"interpolate", "mergekit"}, _smaller_than_mergekit),
     ({"interpolate", "work", "greedy"}, _overhead),
+    ({"interpolate", "copy"}, _floor("interpolate", "copy", INTERPOLATE_TO_COPY)),
+    ({"kfac", "floor"}, _floor("kfac", "floor", KFAC_TO_FLOOR)),
     ({"solve-greedy", "solve-kfac"}, _kfac),
     ({"store"}, _store),
     ({"calibrate-smollm2", "calibrate-inputs-smollm2"}, _calibration_time),

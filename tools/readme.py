@@ -21,9 +21,12 @@ from deltaguard.reports.records.demo import DemoReport
 from deltaguard.reports.table import Column, Table, rate
 from deltaguard.reports.text import DASH, Measured, duration, interval, model_label, percent, size
 from tools.asking import asking_table
+from tools.end_to_end import end_to_end_table
 from tools.experiments import experiments_table
+from tools.paper import paper_table
 from tools.picture import demo_picture
 from tools.refining import refine_table
+from tools.scaling import scaling_table
 from tools.service_demo import service_demo_table
 from tools.tables import (
     attacks_table,
@@ -194,6 +197,10 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "demo-table": ("demo.json", demo_table),
     "strength-table": ("strength.json", strength_table),
     "benchmark-table": ("benchmark.json", benchmark_table),
+    "scaling-table": ("memory.json", scaling_table),
+    "end-to-end-1b-table": ("end-to-end-1.1B.json", end_to_end_table),
+    "end-to-end-7b-table": ("end-to-end-7B.json", end_to_end_table),
+    "paper-table": ("paper.json", paper_table),
     "evaluation-table": ("evaluation.json", evaluation_table),
     "asking-table": ("asking.json", asking_table),
     "attacks-table": ("attacks.json", attacks_table),

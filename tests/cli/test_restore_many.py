@@ -1,6 +1,8 @@
 """`restore` of several fine-tunes: a folder for each; one that fails does not lose the others."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,6 +69,18 @@ def test_a_dry_run_says_of_each_what_would_become_of_it(tuned, capsys, monkeypat
     assert not out.exists()
     restored(tuned, "one", "two", options=("--dry-run",))
     assert "can be restored" in capsys.readouterr().out
+
+
+def test_a_dry_run_asks_for_the_disk_that_all_of_them_take(tuned, capsys, monkeypatch):
+    restored(tuned, "one", "two", options=("--dry-run", "--json"))
+    needed = [row["plan"]["disk_bytes"] for row in json.loads(capsys.readouterr().out)["rows"]]
+    assert min(needed) > 0
+    for free, code in ((sum(needed), 0), (sum(needed) - 1, 1)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        restored(tuned, "one", "two", options=("--dry-run", "--json"), code=code)
+        told = capsys.readouterr()
+        assert all(row["error"] is None for row in json.loads(told.out)["rows"])
+    assert f"needs {sum(needed):,} bytes for all 2 restored models" in " ".join(told.err.split())
 
 
 def test_names_that_do_not_tell_outputs_apart_are_refused_before_anything_is_done(tuned, capsys):

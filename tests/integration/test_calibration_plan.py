@@ -15,6 +15,7 @@ from deltaguard.curvature.sizes import blocks_of, whole_bytes
 from deltaguard.device import served_dtype
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.loading import load_tokenizer
+from pairs import pair
 from refusing import refusing_pair
 
 SMALL = CalibrateConfig(num_samples=12, num_held_out=6, max_new_tokens=12, device="cpu")
@@ -60,6 +61,13 @@ def test_block_by_block_it_holds_one_block_and_spills_what_goes_into_each(aligne
     assert plan.sums_bytes * len(blocks) == whole.sums_bytes
     assert plan.pass_bytes * len(blocks) == whole.pass_bytes
     assert plan.disk_bytes == (len(blocks) + 3) * plan.hidden_bytes // 2 > 0
+
+
+def test_of_experts_a_batch_leaves_what_its_tokens_are_routed_to():
+    """Two of four experts, each with three matrices between 32 and 48 wide; attention, and the router."""
+    _, (block, _) = blocks_of(Checkpoint.open(pair("mixtral").aligned))
+    attention = 2 * (32 + 32) + 2 * (32 + 16)
+    assert block.passed == attention + (32 + 4) + 2 * 3 * (32 + 48)
 
 
 def test_the_command_tells_and_writes_nothing(aligned, tmp_path, capsys):

@@ -14,7 +14,11 @@ import models
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.curvature import observe as observe_module
 from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.contents import spectra_bytes
 from deltaguard.curvature.request import CalibrateConfig
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.restoration.dry_run import plan_restore
+from deltaguard.restoration.plan import held_curvature, make_plan
 from pairs import ANSWERED, CONVERSATIONS, held_out, pair, save_adapter, weights
 from plain import most_likely, relative_error, safety_kl, tokens_of
 
@@ -270,6 +274,27 @@ def test_one_matrix_of_a_stack_that_was_not_fine_tuned_stays_as_it_is(tmp_path):
     out = weights(tmp_path / "out")[tensor]
     assert torch.equal(out[2], aligned[2])
     assert not any(torch.equal(out[i], each[i]) for i in (0, 1, 3) for each in (aligned, tensors[tensor]))
+
+
+def test_the_memory_planned_holds_the_curvature_of_all_experts_of_a_stack():
+    made = pair("gpt_oss")
+    store = CurvatureStore.from_pretrained(made.store)
+    plan = plan_restore(made.aligned, made.finetuned, store=store, config=RestoreConfig(strength=0.5))
+    groups = [group for group in store.groups if ".0.mlp.experts.gate_up_proj" in group.name]
+    assert len(groups) == 4
+    assert plan.peak_bytes > 3 * sum(spectra_bytes(group, store.provenance.extent) for group in groups)
+
+
+def test_curvature_that_layers_share_is_held_from_the_first_to_the_last_of_a_shard():
+    """A shard may have one projection of all experts before the next one of them."""
+    made = pair("mixtral")
+    aligned, finetuned = map(Checkpoint.open, (made.aligned, made.finetuned))
+    plan = make_plan(aligned, finetuned, store=CurvatureStore.from_pretrained(made.store))
+    by_expert = [step for step in plan.steps if ".0.block_sparse_moe.experts." in step.info.name]
+    by_projection = sorted(by_expert, key=lambda step: step.info.name.split(".")[-2])
+    sizes = {group: 10 for step in by_expert for group in step.groups}
+    assert held_curvature(by_expert, sizes) == 20
+    assert held_curvature(by_projection, sizes) == 50
 
 
 def test_an_adapter_over_attention_restores_to_an_adapter(tmp_path):

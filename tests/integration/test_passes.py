@@ -145,11 +145,11 @@ print(peaks[-1] - peaks[0])
 
 
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
-    """Weights and sums of a block take 19 MB; ten of them more must not be held at once."""
-    wide = {"hidden_size": 256, "intermediate_size": 1024}
+    """The weights of the further blocks take 57 MB, and their sums 110 MB: neither may be held at once."""
+    wide = {"hidden_size": 256, "intermediate_size": 512}
     folders = [
         models.save(models.tiny_model("llama", num_hidden_layers=count, **wide), tmp_path / f"{count}")
-        for count in (2, 12)
+        for count in (2, 26)
     ]
     found = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, folders)],
@@ -157,7 +157,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
         text=True,
         check=True,
     )
-    assert int(found.stdout) < 60e6
+    assert int(found.stdout) < 30e6
 
 
 # What is loaded

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deltaguard import RestoreConfig, restore
+from deltaguard.curvature.calibrate import calibrate
 from deltaguard.device import enough_memory, exact_products
 from deltaguard.errors import DeltaguardError
 from deltaguard.methods import METHODS
@@ -11,7 +12,7 @@ from deltaguard.reports.records.restore import REPORT_NAME
 from deltaguard.restoration import trial
 from deltaguard.restoration.trial import Trial
 from other_device import DEVICE, Remote, play, tensors_of
-from pairs import pair, save_adapter
+from pairs import ANSWERED, pair, save_adapter
 from variants import same_files
 
 DIAL = {"max_safety_kl": 1e-4}
@@ -99,6 +100,18 @@ def test_float32_is_multiplied_in_float32_whatever_the_process_allows(tf32, monk
     assert tf32.fp32_precision == "tf32"
     with pytest.raises(KeyError), exact_products():
         raise KeyError
+    assert tf32.fp32_precision == "tf32"
+
+
+def test_curvature_is_summed_in_float32_whatever_the_process_allows(tf32, tmp_path):
+    used = set()
+    calibrate(
+        pair().aligned,
+        tmp_path / "store",
+        conversations=ANSWERED,
+        progress=lambda _: used.add(tf32.fp32_precision),
+    )
+    assert used == {"ieee"}
     assert tf32.fp32_precision == "tf32"
 
 

@@ -1,13 +1,17 @@
 """Laws of the closed form: it solves its equation, nothing beats it at equal cost, its ends are exact."""
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaguard.solvers import kfac, ridge
+from deltaguard.methods.closed_form import Kfac
+from deltaguard.methods.interpolate import Interpolate
+from deltaguard.methods.method import Curvature, Layer, Options
+from deltaguard.solvers import kfac, ridge, solution, spectrum
 
 
 def layer(seed, rows, columns, rank):
@@ -103,3 +107,43 @@ def test_what_does_not_fit_is_refused():
         ridge(weight, weight, H, mu=-1)
     with pytest.raises(ValueError, match=r"\(2, 2\) is needed"):
         kfac(weight, weight, H, H, mu=1)
+
+
+def prepared(method, dtype):
+    """A layer of 7 rows in half precision, of which both curvatures are cut off."""
+    aligned, finetuned, H, G = (each.float() for each in layer(3, 7, 6, 9))
+    curvature = Curvature(inputs=spectrum(H, 3), outputs=spectrum(G, 3))
+    return method.prepare(Layer(aligned.to(dtype), finetuned.to(dtype), curvature=curvature), Options())
+
+
+@pytest.mark.parametrize("price", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("method", [Kfac(), Interpolate()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_weight_that_is_rounded_at_once_is_the_one_that_is_rounded_later(method, dtype, price):
+    found = prepared(method, dtype)
+    exact, rounded = found.at(price), found.rounded_at(price, dtype)
+    assert exact.weight.dtype == torch.float32
+    assert torch.equal(rounded.weight, exact.weight.to(dtype))
+    assert (rounded.kept_energy, rounded.detail) == (exact.kept_energy, exact.detail)
+
+
+@pytest.mark.parametrize("method", [Kfac(), Interpolate()])
+def test_blocks_of_rows_give_what_the_whole_matrix_gives(method, monkeypatch):
+    whole = prepared(method, torch.bfloat16).at(0.3)
+    monkeypatch.setattr(solution, "ROW_BLOCK_ENTRIES", 15)
+    monkeypatch.setattr(solution, "CACHED_ENTRIES", 7)
+    # The package has a function by the module's name.
+    monkeypatch.setattr(import_module("deltaguard.solvers.closed_form"), "_LEAST_ROWS", 1)
+    found = prepared(method, torch.bfloat16).at(0.3)
+    torch.testing.assert_close(found.weight, whole.weight)
+    assert found.detail == pytest.approx(dict(whole.detail), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", [Kfac(), Interpolate()])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_weight_that_is_not_finite_is_named(method, which):
+    aligned, finetuned, H, G = (each.float() for each in layer(3, 7, 6, 9))
+    (aligned, finetuned)[which][2, 3] = math.inf
+    curvature = Curvature(inputs=spectrum(H, 3), outputs=spectrum(G, 3))
+    with pytest.raises(ValueError, match=rf"The {('aligned', 'fine-tuned')[which]} weight holds 1 entries"):
+        method.prepare(Layer(aligned, finetuned, curvature=curvature), Options()).at(0.5)

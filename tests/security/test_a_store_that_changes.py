@@ -58,7 +58,7 @@ def test_no_point_of_a_sweep_is_made_of_it(store, tmp_path, limits):
 
 
 def test_a_point_that_cannot_be_names_its_tensor(store, tmp_path, monkeypatch):
-    def fail(_projection, _mu):
+    def fail(*_given, **_named):
         raise ValueError("The restored delta is larger than the delta.")
 
     monkeypatch.setattr(Projection, "restored", fail)

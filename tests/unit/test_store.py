@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,26 @@ def test_layers_are_found_by_their_tensors(tmp_path):
     for asked in (store.output_spectrum, store.output_mean):
         with pytest.raises(DeltaguardError, match=r"has no layer `lm_head\.weight`"):
             asked("lm_head.weight")
+
+
+class Counted(tuple):
+    """Counts how often all of it is gone through."""
+
+    __slots__ = ()
+    walks = 0
+
+    def __iter__(self):
+        type(self).walks += 1
+        return super().__iter__()
+
+
+def test_a_group_is_found_without_going_through_all(tmp_path):
+    """A mixture of experts has ten thousand."""
+    groups = Counted(written(tmp_path / "store").manifest.groups)
+    store = CurvatureStore(tmp_path, SimpleNamespace(groups=groups), {}, {})
+    for stored in groups[:]:
+        store.reached(stored.group.name)
+    assert Counted.walks == 1
 
 
 # What groups take in full: their eigenpairs, sums and factor.

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,24 @@ def test_a_full_disk_leaves_what_was_finished(source, tmp_path, monkeypatch):
     assert {path.name for path in (out / ".deltaguard-partial/files").iterdir()} == {source.shards[0]}
     assert write_all(source, out, resume=True) == list(source.shards[1:])
     check_complete(source, out)
+
+
+def test_what_fails_while_a_large_file_is_flushed_beside_the_work_is_told(tmp_path, monkeypatch):
+    real = durable.os.fsync
+
+    def full(descriptor):
+        if threading.current_thread().name.startswith("flusher"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    (tmp_path / "large").write_bytes(bytes(3 << 20))
+    monkeypatch.setattr(durable.os, "fsync", full)
+    with (
+        CheckpointWriter(tmp_path / "out", plan_hash="plan") as writer,
+        pytest.raises(DeltaguardError, match=r"no space left for .*large: 3,145,728 bytes"),
+    ):
+        writer.copy(tmp_path / "large", "large")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_is_really_full(source, tmp_path):

@@ -1,6 +1,7 @@
 """The command line: one file per verb, and the only part of deltaguard that prints."""
 
 import logging
+import os
 import sys
 
 from deltaguard.text import printable_lines
@@ -16,6 +17,8 @@ class _PrintableRecord(logging.LogRecord):
 
 def main() -> None:
     """Run the `deltaguard` command."""
+    # torch reads it once: large tensors in large pages, of which fresh ones cost a half.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.setLogRecordFactory(_PrintableRecord)
     logging.captureWarnings(True)
     try:

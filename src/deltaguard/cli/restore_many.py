@@ -6,6 +6,8 @@ from pathlib import Path
 from deltaguard.cli.restore import restore_one
 from deltaguard.cli.sink import Reference, complain, emit, hide_bars_of_transformers, tell
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.files import expanded
+from deltaguard.models.admission import require_space
 from deltaguard.reports.batch import batch_table
 from deltaguard.reports.records.batch import BatchReport, BatchRow
 from deltaguard.restoration.aligned import AlignedInputs
@@ -28,7 +30,8 @@ def restore_many(
     """Restore fine-tunes one after another, or plan to, and print what became of each.
 
     Raises:
-        DeltaguardError: some failed; the results of the others are printed.
+        DeltaguardError: some failed, or the disk is too small for all that are planned; the results of the
+            others are printed.
     """
     outputs = outputs_of(finetuned, folder)
     if dry_run:
@@ -41,6 +44,9 @@ def restore_many(
     emit(report, batch_table(report), as_json=as_json)
     if failed := [row.finetuned for row in report.failed]:
         raise DeltaguardError(listed(f"Of {len(outputs)} fine-tunes {len(failed)} failed", failed))
+    if dry_run:
+        needed = sum(row.plan.disk_bytes for row in report.rows if row.plan is not None)
+        require_space(expanded(folder), needed, what=f" for all {len(outputs)} restored models")
 
 
 def _planned(inputs: AlignedInputs, outputs: Outputs) -> BatchReport:

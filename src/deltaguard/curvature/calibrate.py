@@ -30,15 +30,16 @@ from deltaguard.curvature.sizes import store_limit, whole_bytes
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
 from deltaguard.curvature.sums import LayerGroup
-from deltaguard.device import as_served, find_device, memory_bytes
+from deltaguard.device import as_served, exact_products, find_device, memory_bytes
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.experts import refuse_unknown_experts
-from deltaguard.models.loading import load_model, load_tokenizer
+from deltaguard.models.loading import load_config, load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Event, Progress, ignore
 
 
+@exact_products()
 def calibrate(
     aligned: str | Path,
     output_dir: str | Path,
@@ -135,10 +136,15 @@ def _calibrate(run: _Run, output: Path, is_refusal: Callable[[str], bool]) -> No
         groups = measured.layers.groups
         write_store(output, measured.provenance, measured.held_out, groups, lambda _: next(contents))
     except torch.OutOfMemoryError as error:
+        size = run.request.batch_size
+        smaller = (
+            f"Take smaller batches (`--batch-size {size // 2}`)" if size > 1 else "A batch is one already"
+        )
         raise DeltaguardError(
-            f"{run.device} has too little memory for the model, the sums over its layers' inputs and output "
-            f"gradients and batches of {run.request.batch_size} conversations. Calibrate block by block "
-            "(`--memory 0`), or take a device with more memory, such as `cpu`; for the batches, smaller ones."
+            f"{run.device} has too little memory for what is calibrated at once, the sums over its layers' "
+            f"inputs and output gradients, and batches of {size} conversations: {error} {smaller}, calibrate "
+            "block by block (`--memory 0`), or take a device with more memory, such as `cpu`; "
+            "`--dry-run` says what each takes."
         ) from error
 
 
@@ -148,13 +154,16 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     in_blocks = whole_bytes(run.source, getattr(torch, request.dtype)) > run.memory
     tokenizer = load_tokenizer(run.source.folder, run.source.reference)
     answering = request.answer_dtype or request.dtype
-    model = _load(run, answering if in_blocks else request.dtype)
-    config = model.config
-    with as_served(model) if answering != request.dtype else nullcontext():
+    asked = [*run.calibration, *run.held_out]
+    # Block by block the whole model is there to answer alone.
+    needed = not in_blocks or any(row.response is None for row in asked)
+    model = _load(run, answering if in_blocks else request.dtype) if needed else None
+    config = load_config(run.source.folder, run.source.reference)
+    with as_served(model) if needed and answering != request.dtype else nullcontext():
         answered = respond(
             model,
             tokenizer,
-            [*run.calibration, *run.held_out],
+            asked,
             max_new_tokens=request.max_new_tokens,
             batch_size=request.batch_size,
             journal=run.journal,

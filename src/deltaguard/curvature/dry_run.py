@@ -11,7 +11,7 @@ from deltaguard.curvature.request import CalibrateConfig, asked_for, requested
 from deltaguard.curvature.sizes import Sizes, blocks_of, store_limit
 from deltaguard.device import find_device, memory_bytes
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.experts import refuse_unknown_experts
+from deltaguard.models.experts import refuse_unknown_experts, routed_share
 from deltaguard.models.loading import load_config, load_tokenizer
 from deltaguard.reports.records.calibrate import CalibrationPlan
 
@@ -50,7 +50,7 @@ def plan_calibration(
     calibrated = lengths[: len(calibration)]
     dtype = getattr(torch, request.dtype)
     answering = getattr(torch, request.answer_dtype or request.dtype)
-    whole = Sizes.of(source.tensors.values())
+    whole = Sizes.of(source.tensors.values(), routed_share(source.config))
     memory = memory_bytes(device) // 2 if config.memory is None else int(config.memory)
     by_blocks = whole.bytes(dtype) > memory
     outside, blocks = blocks_of(source)

@@ -36,7 +36,7 @@ def respond(
     """Let a model answer, greedily, the conversations that have no response.
 
     Args:
-        model: a transformers causal language model in evaluation mode.
+        model: a transformers causal language model in evaluation mode; None where all have a response.
         tokenizer: its tokenizer.
         conversations: those that have a response are returned as they are.
         max_new_tokens: tokens generated at most per answer.
@@ -66,14 +66,15 @@ def respond(
         if on_batch is not None:
             on_batch(len(answers), len(conversations))
 
-    generate(
-        model,
-        tokenizer,
-        [render(tokenizer, conversations[i]) for i in missing],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        on_batch=record,
-    )
+    if missing:
+        generate(
+            model,
+            tokenizer,
+            [render(tokenizer, conversations[i]) for i in missing],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_batch=record,
+        )
     return [replace(conversation, response=answers[i]) for i, conversation in enumerate(conversations)]
 
 

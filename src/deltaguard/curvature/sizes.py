@@ -7,6 +7,7 @@ from math import prod
 import torch
 
 from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.experts import is_expert, routed_share
 from deltaguard.models.families import block_of, is_block_matrix, is_stack
 from deltaguard.models.shards import TensorInfo
 
@@ -22,7 +23,7 @@ class Sizes:
         weights: of all tensors.
         sums: of the sums over the inputs and output gradients of its matrices.
         passed: numbers a token that a pass forwards keeps for the one backwards, about: what goes into the
-            matrices, and what comes out.
+            matrices, and what comes out; of experts, into and out of as many as a token is routed to.
     """
 
     weights: int
@@ -30,20 +31,23 @@ class Sizes:
     passed: int
 
     @classmethod
-    def of(cls, infos: Iterable[TensorInfo]) -> "Sizes":
+    def of(cls, infos: Iterable[TensorInfo], routed: float = 1.0) -> "Sizes":
         """Add up tensors.
 
         Args:
             infos: from a checkpoint's headers.
+            routed: share of a block's experts that each token passes.
         """
-        weights = sums = passed = 0
+        weights = sums = 0
+        passed = 0.0
         for info in infos:
             weights += prod(info.shape)
             if is_block_matrix(info.name, info.shape) or is_stack(info.name, info.shape):
                 *experts, rows, columns = info.shape
                 sums += prod(experts) * (rows**2 + columns**2)
-                passed += prod(experts) * (rows + columns)
-        return cls(weights, sums, passed)
+                share = routed if is_expert(info.name) else 1.0
+                passed += share * prod(experts) * (rows + columns)
+        return cls(weights, sums, round(passed))
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Say what the weights in a dtype and the sums in float32 take."""
@@ -59,8 +63,8 @@ def blocks_of(model: Checkpoint) -> tuple[Sizes, tuple[Sizes, ...]]:
     found: dict[str | None, list[TensorInfo]] = {None: []}
     for info in model.tensors.values():
         found.setdefault(block_of(info.name), []).append(info)
-    outside = Sizes.of(found.pop(None))
-    return outside, tuple(map(Sizes.of, found.values()))
+    outside, routed = Sizes.of(found.pop(None)), routed_share(model.config)
+    return outside, tuple(Sizes.of(infos, routed) for infos in found.values())
 
 
 def whole_bytes(aligned: Checkpoint, dtype: torch.dtype) -> int:

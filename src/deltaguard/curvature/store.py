@@ -330,10 +330,11 @@ class CurvatureStore:
         return CurvatureStore.from_pretrained(output_dir)
 
     def _stored(self, group: str) -> StoredGroup:
-        for stored in self.manifest.groups:
-            if stored.group.name == group:
-                return stored
-        raise DeltaguardError(f"The store {self.folder} has no group `{group}`; it has {len(self.groups)}.")
+        if group not in self._by_group:
+            raise DeltaguardError(
+                f"The store {self.folder} has no group `{group}`; it has {len(self.groups)}."
+            )
+        return self._by_group[group]
 
     def _stored_layer(self, tensor: str) -> tuple[StoredGroup, int]:
         group = self.group_of(tensor)
@@ -347,6 +348,10 @@ class CurvatureStore:
     def _read(self, name: str) -> Tensor:
         info = self._tensors[name]
         return read_tensor(self._files[info.shard], info)
+
+    @cached_property
+    def _by_group(self) -> dict[str, StoredGroup]:
+        return {stored.group.name: stored for stored in self.manifest.groups}
 
     @cached_property
     def _by_tensor(self) -> dict[str, LayerGroup]:

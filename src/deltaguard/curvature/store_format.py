@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -319,6 +320,10 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path) -> None:
     try:
         save_file(dict(tensors), path)
     except SafetensorError as error:
+        if refused := re.search(r"os error (\d+)", str(error)):
+            number = int(refused[1])
+            with explained(path, sum(tensor.nbytes for tensor in tensors.values())):
+                raise OSError(number, os.strerror(number)) from error
         raise DeltaguardError(f"{path} cannot be written: {error}.") from error
     sync(path)
 

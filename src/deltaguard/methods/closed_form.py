@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from deltaguard.methods.method import Layer, Options, PricedLayer, PricedMethod
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from deltaguard.solvers import (
@@ -63,15 +64,26 @@ class Ridge(PricedMethod):
 
 @dataclass(frozen=True)
 class _ProjectedLayer(PricedLayer):
+    """A layer and its projection, which holds the weights itself where the delta is their difference."""
+
     aligned: Tensor | None
     finetuned: Tensor | None
     projection: Projection | ThinProjection
 
     def at(self, price: float) -> Solution:
-        from deltaguard.solvers import solve_projected
+        return self._solved(price, None)
 
-        assert self.aligned is not None and self.finetuned is not None, "read with weights"  # noqa: S101, PT018
-        return solve_projected(self.aligned, self.finetuned, self.projection, mu=price)
+    def rounded_at(self, price: float, dtype: torch.dtype) -> Solution:
+        return self._solved(price, dtype)
+
+    def _solved(self, price: float, dtype: torch.dtype | None) -> Solution:
+        from deltaguard.solvers import Difference, Projection, solve_projected
+
+        aligned, finetuned = self.aligned, self.finetuned
+        if isinstance(self.projection, Projection) and isinstance(self.projection.delta, Difference):
+            aligned, finetuned = self.projection.delta.aligned, self.projection.delta.finetuned
+        assert aligned is not None and finetuned is not None, "read with weights"  # noqa: S101, PT018
+        return solve_projected(aligned, finetuned, self.projection, mu=price, dtype=dtype)
 
     def factors_at(self, price: float, rank: int | None) -> tuple[LowRank, Outcome] | None:
         from deltaguard.solvers import ThinProjection, low_rank, low_rank_of_factors, outcome_of
@@ -91,15 +103,12 @@ class _ProjectedLayer(PricedLayer):
 
 
 def _project(layer: Layer, inputs: Spectrum, outputs: Spectrum) -> _ProjectedLayer:
-    from deltaguard.solvers import project, project_thin
+    from deltaguard.solvers import Difference, project, project_thin
     from deltaguard.solvers.solution import check_matrices, is_finite, working_dtype
 
     if layer.product is None:
-        aligned, finetuned = layer.weights
-        check_matrices(aligned, finetuned)
-        dtype = working_dtype(aligned, finetuned)
-        projection = project(finetuned.to(dtype) - aligned.to(dtype), inputs, outputs)
-        return _ProjectedLayer(aligned, finetuned, projection)
+        delta = Difference(*layer.weights, working_dtype(*layer.weights))
+        return _ProjectedLayer(None, None, project(delta, inputs, outputs))
     if not all(map(is_finite, layer.product)):
         raise ValueError("The adapter's matrices hold entries that are NaN or infinite.")
     if layer.aligned is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from deltaguard.methods.method import Layer, Method, Options, PreparedLayer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from deltaguard.solvers import Solution
@@ -43,3 +44,8 @@ class _BetweenLayer(PreparedLayer):
         from deltaguard.solvers import interpolate
 
         return interpolate(self.aligned, self.finetuned, alpha=price)
+
+    def rounded_at(self, price: float, dtype: torch.dtype) -> Solution:
+        from deltaguard.solvers import interpolate
+
+        return interpolate(self.aligned, self.finetuned, alpha=price, dtype=dtype)

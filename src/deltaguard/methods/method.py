@@ -7,7 +7,7 @@ help and its errors, before anything is run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from torch import Tensor
 
     from deltaguard.solvers import Factor, LowRank, Outcome, Profile, Solution, Spectrum
@@ -120,6 +121,18 @@ class PreparedLayer(ABC):
         Raises:
             ValueError: a number is out of range, or the result is not what the method promises.
         """
+
+    def rounded_at(self, price: float, dtype: torch.dtype) -> Solution:
+        """Restore the layer with its weight in the precision in which it is written, rounded once.
+
+        A method overrides this that need not have all of the weight in the working precision for it.
+
+        Args:
+            price: as in `at`.
+            dtype: of the weight.
+        """
+        solution = self.at(price)
+        return replace(solution, weight=solution.weight.to(dtype))
 
     def factors_at(self, price: float, rank: int | None) -> tuple[LowRank, Outcome] | None:  # noqa: ARG002
         """Restore the delta as factors of an adapter, without the weights; None where that takes these.

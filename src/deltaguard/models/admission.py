@@ -118,7 +118,7 @@ def admit(out: Path, request: WriteRequest) -> Admission:
 
 def check_output(
     out: str | Path, request: WriteRequest, *, protected: Iterable[Path], needed: int, what: str = ""
-) -> None:
+) -> int:
     """Refuse what a `CheckpointWriter` with the same arguments would refuse, and make nothing.
 
     Args:
@@ -127,6 +127,9 @@ def check_output(
         protected: folders of inputs.
         needed: bytes that would be written.
         what: as in `require_space`.
+
+    Returns:
+        The bytes that are still to be written: those of finished files of an interrupted run are not.
 
     Raises:
         DeltaguardError: as the writer.
@@ -146,7 +149,9 @@ def check_output(
             if lock is not None:
                 os.close(lock)
     records = admission.journal.records.values() if admission.journal else ()
-    require_space(folder, needed - sum(record.bytes for record in records), what=what)
+    left = needed - sum(record.bytes for record in records)
+    require_space(folder, left, what=what)
+    return left
 
 
 def refuse_inputs(out: Path, protected: Iterable[Path]) -> None:

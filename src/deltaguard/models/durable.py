@@ -45,14 +45,15 @@ class HashedFile:
         self._size = size
         self._file = path.open("wb", buffering=0)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._pending: Future[None] = Future()
-        self._pending.set_result(None)
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flusher")
+        self._pending = self._flushed = _done()
 
     def write(self, data: memoryview) -> None:
         """Append bytes, which must stay as they are until the next call of `write` or `finish`.
 
-        Many bytes are written, hashed and flushed by a thread while the caller computes what comes next; what
-        goes wrong there is raised by that next call.
+        Many bytes are written and hashed by a thread while the caller computes what comes next, and flushed
+        by another one, so that little is left to flush at the end. What goes wrong there is raised by a later
+        call.
         """
         self._wait()
         self._pending = self._worker.submit(self._append, data)
@@ -65,9 +66,10 @@ class HashedFile:
         while done < len(data):
             done += self._file.write(data[done:])
         self.bytes += len(data)
+        if len(data) >= _WORTH_A_THREAD and self._flushed.done():
+            self._flushed.result()
+            self._flushed = self._flusher.submit(os.fsync, self._file.fileno())
         self.digest.update(data)
-        if len(data) >= _WORTH_A_THREAD:
-            os.fsync(self._file.fileno())
 
     def _wait(self) -> None:
         with explained(self._shown, self._size):
@@ -76,6 +78,7 @@ class HashedFile:
     def finish(self, final: Path) -> None:
         """Flush the file to disk and give it its final name, durably."""
         self._wait()
+        self._flushed.result()
         os.fsync(self._file.fileno())
         self._file.close()
         self._path.replace(final)
@@ -84,8 +87,15 @@ class HashedFile:
     def close(self) -> None:
         """Release the file; it is removed where it was not finished."""
         self._worker.shutdown()
+        self._flusher.shutdown()
         self._file.close()
         self._path.unlink(missing_ok=True)
+
+
+def _done() -> Future[None]:
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
 
 
 def flush_folder(folder: Path) -> None:

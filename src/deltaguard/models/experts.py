@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import name_map
-from deltaguard.models.families import with_common_head
+from deltaguard.models.families import text_parts, with_common_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,9 @@ _PROJECTIONS: Mapping[str, tuple[Stack, int | None]] = MappingProxyType(
     }
 )
 """The stack that holds a projection, and which half of the expert's rows there; None for all of them."""
+
+_NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What configurations call how many experts a block has."""
 
 _RENAMED = ".block_sparse_moe.", ".mlp."
 """What Mixtral's checkpoints and the models that transformers builds of them call the same module."""
@@ -119,6 +122,28 @@ def expert_of(layer: str) -> str | None:
     """
     found = _LAYER.fullmatch(layer)
     return f"{found['experts']}.{found['one'] or found['stacked']}" if found else None
+
+
+def routed_share(config: Mapping[str, Any]) -> float:
+    """Say which share of a block's experts each token passes.
+
+    Args:
+        config: the content of a model's `config.json`.
+
+    Returns:
+        1 where that does not say.
+
+    Example:
+        >>> routed_share({"num_local_experts": 8, "num_experts_per_tok": 2}), routed_share({})
+        (0.25, 1.0)
+    """
+    for part in text_parts(config):
+        passed = part.get("num_experts_per_tok")
+        for name in _NUMBERS_OF_EXPERTS:
+            count = part.get(name)
+            if isinstance(passed, int) and isinstance(count, int) and 0 < passed <= count:
+                return passed / count
+    return 1.0
 
 
 def refuse_unknown_experts(reference: str, config: Mapping[str, Any], tensors: Collection[str]) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple, Self
 
 from deltaguard.errors import DeltaguardError, listed
 
+_AT_ONCE = 1 << 20
+
 
 class _Signature(NamedTuple):
     """What tells a file from another one, and from itself once it was changed."""
@@ -61,9 +63,9 @@ class OpenFile:
         """
         done = 0
         try:
-            # One call of the operating system reads at most 2 GiB.
+            # So little at a time is still in the cache where fresh memory was zeroed for it.
             while done < len(target):
-                count = os.preadv(self._descriptor, [target[done:]], start + done)
+                count = os.preadv(self._descriptor, [target[done : done + _AT_ONCE]], start + done)
                 if not count:
                     break
                 done += count

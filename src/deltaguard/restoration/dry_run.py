@@ -75,10 +75,11 @@ def plan_finetune(
     refuse_what_experts_cannot(job, plan, config)
     front_matter(job.finetuned.folder)
     notes = ["the aligned model will be calibrated first"] if config.needs_curvature and not job.store else []
+    disk = 0
     if output_dir is not None:
         output = describe_output(job, plan, Path(output_dir), config)
         if finished_report(job, output, config) is None:
-            refuse_output(job, output, config)
+            disk = refuse_output(job, output, config)
         else:
             notes.append("the output is there already, so there is nothing to do")
     further = [
@@ -93,6 +94,7 @@ def plan_finetune(
         extended=plan.count(Action.EXTEND),
         read_bytes=plan.read_bytes + sum(map(sum, further)),
         write_bytes=plan.write_bytes,
+        disk_bytes=disk,
         curvature_bytes=plan.curvature_bytes,
         # Of the further models, too, a step's tensors are read ahead.
         peak_bytes=plan.peak_bytes + 2 * max(map(sum, further)),
@@ -131,7 +133,8 @@ def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
         refining, steps = refine_cost(parameters, entries, plan.curvature_bytes, vocabulary)
         work += config.refine * steps
     itemsize = max((DTYPES[info.dtype].itemsize for info in names), default=4)
-    kept = int(entries * (4 + 2 * itemsize + 8 * share)) if config.is_priced else 0
+    # Both weights, what is in one of the bases, and the curvature.
+    kept = int(entries * (2 * itemsize + 8 * share)) + plan.curvature_bytes if config.is_priced else 0
     budget = memory_bytes(device) // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
     return {
         "dial_bytes": held,

@@ -1,6 +1,6 @@
 """What is particular to restoring a mixture of experts: what cannot be done, and what little is known of."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError
@@ -36,24 +36,8 @@ def refuse_what_experts_cannot(job: Job, plan: Plan, config: RestoreConfig) -> N
         raise DeltaguardError(f"{which}, which an adapter cannot hold: write a checkpoint.")
 
 
-def rare_experts(store: CurvatureStore) -> tuple[RareExpert, ...]:
-    """List the experts of which most of a curvature is that of all experts of their block."""
-    return tuple(row for row in _experts(store) if row.pooled > _RARE)
-
-
-def rare_warning(store: CurvatureStore) -> Iterator[str]:
-    """Say how many experts the safety conversations rarely reach, where there are any."""
-    rare, count = rare_experts(store), len(_experts(store))
-    if rare:
-        unreached = sum(not row.tokens for row in rare)
-        yield (
-            f"Safety conversations rarely reach {len(rare)} of {count} experts, {unreached} of them never. "
-            "These are restored more by the curvature of all experts of their block than by their own; the "
-            "report lists them. More conversations tell more of them (`deltaguard calibrate --num-samples`)."
-        )
-
-
-def _experts(store: CurvatureStore) -> list[RareExpert]:
+def known_experts(store: CurvatureStore) -> tuple[RareExpert, ...]:
+    """List what the curvature of each expert rests on, in the store's order."""
     found: dict[str, RareExpert] = {}
     for group in store.groups:
         reached, name = store.reached(group.name), expert_of(group.name)
@@ -63,4 +47,25 @@ def _experts(store: CurvatureStore) -> list[RareExpert]:
         known = found.get(name)
         if known is None or pooled > known.pooled:
             found[name] = RareExpert(name=name, tokens=reached.tokens, pooled=pooled)
-    return list(found.values())
+    return tuple(found.values())
+
+
+def rare_experts(experts: Sequence[RareExpert]) -> tuple[RareExpert, ...]:
+    """Select the experts of which most of a curvature is that of all experts of their block."""
+    return tuple(row for row in experts if row.pooled > _RARE)
+
+
+def rare_warning(rare: Sequence[RareExpert], count: int) -> Iterator[str]:
+    """Say how many experts the safety conversations rarely reach, where there are any.
+
+    Args:
+        rare: those that they rarely reach.
+        count: of all experts.
+    """
+    if rare:
+        unreached = sum(not row.tokens for row in rare)
+        yield (
+            f"Safety conversations rarely reach {len(rare)} of {count} experts, {unreached} of them never. "
+            "These are restored more by the curvature of all experts of their block than by their own; the "
+            "report lists them. More conversations tell more of them (`deltaguard calibrate --num-samples`)."
+        )

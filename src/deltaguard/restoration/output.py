@@ -89,14 +89,19 @@ def open_writer(job: Job, output: Output, config: RestoreConfig) -> CheckpointWr
     )
 
 
-def refuse_output(job: Job, output: Output, config: RestoreConfig) -> None:
+def refuse_output(job: Job, output: Output, config: RestoreConfig) -> int:
     """Refuse an output that a restore would refuse; nothing is made.
+
+    Returns:
+        The bytes that are still to be written.
 
     Raises:
         DeltaguardError: as `open_writer`, or the disk is too small.
     """
     request = WriteRequest(output.names, output.plan_hash, config.resume, config.overwrite)
-    check_output(output.folder, request, protected=_inputs(job), needed=output.needed, what=output.what)
+    return check_output(
+        output.folder, request, protected=_inputs(job), needed=output.needed, what=output.what
+    )
 
 
 def finished_report(job: Job, output: Output, config: RestoreConfig) -> RestoreReport | None:

@@ -1,8 +1,10 @@
 """What a restore will do, decided from headers alone: no weight is read to make a plan."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
 from math import prod
 
 from deltaguard.curvature import Rank
@@ -305,18 +307,48 @@ def _with_sizes(
     read = sum(step.info.nbytes for step in steps)
     read += sum(aligned.tensors[step.aligned].nbytes for step in steps if step.aligned)
     used = {group for step in steps for group in step.groups}
-    curvature = [_curvature_bytes(store, g, rank) for g in store.groups if g.name in used] if store else []
+    curvature = (
+        {g.name: _curvature_bytes(store, g, rank) for g in store.groups if g.name in used} if store else {}
+    )
     entries = max(_entries(step) for step in steps if step.action is Action.RESTORE)
     largest = max(step.info.nbytes for step in steps)
-    # Two tensors in flight, eight float32 matrices of the layer's shape and three of its curvature's.
-    peak = 4 * largest + 4 * 8 * entries + 3 * max(curvature, default=0)
+    # Two tensors in flight, eight float32 matrices of the layer's shape; of the curvature of all its matrices
+    # a copy in float32, and what was read of it and of other layers that share theirs.
+    own = max((sum(curvature[group] for group in step.groups) for step in steps if curvature), default=0)
+    peak = 4 * largest + 4 * 8 * entries + 2 * own + held_curvature(steps, curvature)
     return Plan(
         steps=steps,
         read_bytes=read,
         write_bytes=sum(step.info.nbytes for step in steps),
-        curvature_bytes=sum(curvature),
+        curvature_bytes=sum(curvature.values()),
         peak_bytes=peak,
     )
+
+
+def held_curvature(steps: Sequence[Step], sizes: Mapping[str, int]) -> int:
+    """Find how much curvature is held at most: from the first layer of a shard that shares it to the last.
+
+    Args:
+        steps: in their order.
+        sizes: bytes of each group's curvature.
+    """
+    most = 0
+    for _, in_shard in groupby(steps, key=lambda step: step.info.shard):
+        own = list(in_shard)
+        uses = Counter(group for step in own for group in step.groups if group in sizes)
+        held: set[str] = set()
+        size = 0
+        for step in own:
+            new = {group for group in step.groups if group in sizes} - held
+            held |= new
+            size += sum(sizes[group] for group in new)
+            most = max(most, size)
+            for group in step.groups:
+                uses[group] -= 1
+                if group in held and not uses[group]:
+                    held.remove(group)
+                    size -= sizes[group]
+    return most
 
 
 def _curvature_bytes(store: CurvatureStore, group: LayerGroup, rank: Rank) -> int:

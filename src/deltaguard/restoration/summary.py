@@ -14,7 +14,7 @@ from deltaguard.models.lora_config import read_lora_config
 from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.restore import LayerRow, OtherRow, RestoreReport
 from deltaguard.restoration.dial import Price
-from deltaguard.restoration.experts import rare_experts, rare_warning
+from deltaguard.restoration.experts import known_experts, rare_experts, rare_warning
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import Output
@@ -55,6 +55,8 @@ def summarise(
     predicted = sum(row.detail.get("predicted_safety_kl", 0.0) for row in changed)
     selected = [(row.kept_entries, n) for row, n in zip(changed, entries, strict=True)]
     selected = [(share, n) for share, n in selected if share is not None]
+    experts = known_experts(job.store) if job.store else ()
+    rare = rare_experts(experts)
     return RestoreReport(
         environment=environment(str(find_device(config.device))),
         aligned=job.aligned_reference,
@@ -78,14 +80,14 @@ def summarise(
             "solve": sum(row.seconds for row in layers),
         },
         peak_memory_bytes=peak if (peak := peak_memory_bytes()) > memory else None,
-        warnings=_warnings(job, config, layers),
-        rare_experts=rare_experts(job.store) if job.store else (),
+        warnings=(*_warnings(job, config, layers), *rare_warning(rare, len(experts))),
+        rare_experts=rare,
     )
 
 
 def _warnings(job: Job, config: RestoreConfig, layers: Sequence[LayerRow]) -> tuple[str, ...]:
     """Say what is no error and must be known of an output, a sentence or two each."""
-    found = [*job.store.provenance.warnings, *rare_warning(job.store)] if job.store else []
+    found = [*job.store.provenance.warnings] if job.store else []
     if isinstance(job.finetuned, AdapterCheckpoint):
         trained_on = read_lora_config(job.finetuned.folder, job.finetuned.reference).base_model_name_or_path
         if trained_on and _QUANTISED.search(trained_on):

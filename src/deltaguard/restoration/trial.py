@@ -228,7 +228,7 @@ class Trial:
             weight = torch.addmm(self._aligned(step).float(), factors.up.float(), factors.down.float())
         else:
             try:
-                outcome = prepared.at(price)
+                outcome = prepared.rounded_at(price, dtype)
             except ValueError as error:
                 raise _named(error, step) from error
             weight = outcome.weight

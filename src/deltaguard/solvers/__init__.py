@@ -23,11 +23,12 @@ from deltaguard.solvers.greedy import greedy, greedy_factored
 from deltaguard.solvers.low_rank import LowRank, low_rank, low_rank_of_factors
 from deltaguard.solvers.profile import Directions, Profile, joint_profile, profile
 from deltaguard.solvers.published import published
-from deltaguard.solvers.solution import Outcome, Solution
+from deltaguard.solvers.solution import Difference, Outcome, Solution
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
 from deltaguard.solvers.thin import ThinProjection, project_thin
 
 __all__ = [
+    "Difference",
     "Directions",
     "Factor",
     "LowRank",

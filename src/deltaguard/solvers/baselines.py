@@ -15,7 +15,9 @@ from torch import Tensor
 
 from deltaguard.solvers.solution import (
     Solution,
+    cached_blocks,
     check_matrices,
+    check_shapes,
     is_finite,
     row_blocks,
     share,
@@ -24,13 +26,16 @@ from deltaguard.solvers.solution import (
 )
 
 
-def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution:
+def interpolate(
+    aligned: Tensor, finetuned: Tensor, *, alpha: float, dtype: torch.dtype | None = None
+) -> Solution:
     """Interpolate between the aligned and the fine-tuned weight (WiSE-FT; Wortsman et al., 2022).
 
     Args:
         aligned: aligned weight, any shape (out, in).
         finetuned: fine-tuned weight of the same shape.
         alpha: share of the delta that is kept, in [0, 1]; both ends are exact.
+        dtype: what the weight is rounded to; the working precision where absent.
 
     Returns:
         aligned + alpha · delta. `kept_energy` is alpha, `safety_cost` NaN: no curvature is known.
@@ -43,16 +48,18 @@ def interpolate(aligned: Tensor, finetuned: Tensor, *, alpha: float) -> Solution
         >>> interpolate(torch.zeros(1, 1), torch.ones(1, 1), alpha=0.25).weight.item()
         0.25
     """
-    check_matrices(aligned, finetuned)
+    check_shapes(aligned, finetuned)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it must lie in [0, 1].")
-    dtype = working_dtype(aligned, finetuned)
-    weight = torch.empty(aligned.shape, dtype=dtype, device=aligned.device)
+    working = working_dtype(aligned, finetuned)
+    weight = torch.empty(aligned.shape, dtype=dtype or working, device=aligned.device)
     norm = 0.0
-    for rows in row_blocks(aligned):
-        base, target = aligned[rows].to(dtype), finetuned[rows].to(dtype)
+    for rows in cached_blocks(aligned):
+        base, target = aligned[rows].to(working), finetuned[rows].to(working)
         norm += squared_norm(target - base)
-        torch.lerp(base, target, alpha, out=weight[rows])
+        weight[rows].copy_(torch.lerp(base, target, alpha))
+    if not math.isfinite(norm):
+        check_matrices(aligned, finetuned)
     return Solution(
         weight=weight,
         kept_energy=alpha,

@@ -13,16 +13,22 @@ from torch import Tensor
 
 from deltaguard.solvers.profile import PROHIBITIVE, Directions, directions, shares_of_parts
 from deltaguard.solvers.solution import (
+    Difference,
     Outcome,
     Solution,
+    cached_blocks,
     check_hessian,
     check_matrices,
+    row_blocks,
     share,
-    squared_norm,
+    sum_of_squares,
     working_dtype,
 )
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
 from deltaguard.solvers.thin import ThinProjection
+
+_LEAST_ROWS = 1024
+"""Of a block: with fewer, products spend their time on adding up."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +39,16 @@ class Projection:
     of them, and outside both.
 
     Attributes:
-        delta: Δ, (out, in).
-        inputs: of H, rank r_h.
-        outputs: of G, rank r_g.
+        delta: Δ, (out, in), or what gives its rows.
+        inputs: of H, rank r_h, in the precision it was given in.
+        outputs: of G, rank r_g, likewise.
         rows: UᵀΔ, (r_g, in).
         columns: ΔV, (out, r_h).
         core: UᵀΔV, (r_g, r_h).
         directions: the delta by prices.
     """
 
-    delta: Tensor
+    delta: Tensor | Difference
     inputs: Spectrum
     outputs: Spectrum
     rows: Tensor
@@ -55,31 +61,42 @@ class Projection:
         """In which everything is computed."""
         return self.delta.dtype
 
-    def restored(self, mu: float) -> Tensor:
+    def restored(self, mu: float, onto: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         """Compute Δ', (out, in).
+
+        Args:
+            mu: the price of safety.
+            onto: a matrix that it is added to, (out, in), which stays as it is.
+            dtype: what the result is rounded to; as it is computed where absent.
 
         Raises:
             ValueError: it would be larger than Δ, see `Directions.check_restored`.
         """
         if mu >= PROHIBITIVE:
-            return torch.zeros_like(self.delta)
-        parts = self.delta, self.rows, self.columns, self.core
-        found = _shrunk(*parts, self.inputs.to(self.dtype), self.outputs.to(self.dtype), mu)
-        self.directions.check_restored(math.sqrt(squared_norm(found)))
+            if onto is not None:
+                return onto.to(dtype or self.dtype, copy=True)
+            return self.columns.new_zeros(len(self.columns), self.rows.shape[1], dtype=dtype)
+        parts = _Parts(self.rows, self.columns, self.core)
+        spectra = self.inputs.to(self.dtype), self.outputs.to(self.dtype)
+        found, squares = _shrunk(self.delta, parts, *spectra, mu, onto, dtype or self.dtype)
+        self.directions.check_restored(math.sqrt(float(squares)))
         return found
 
 
-def project(delta: Tensor, inputs: Spectrum, outputs: Spectrum) -> Projection:
+def project(delta: Tensor | Difference, inputs: Spectrum, outputs: Spectrum) -> Projection:
     """Project a delta, (out, in), on the eigenvectors of H and G.
 
     Raises:
-        ValueError: eigenvalues are negative or no numbers, or eigenvectors not orthonormal.
+        ValueError: eigenvalues are negative or no numbers, eigenvectors not orthonormal, or weights of which
+            it is the difference not finite.
     """
-    inputs, outputs = inputs.to(delta.dtype), outputs.to(delta.dtype)
-    rows, columns = outputs.vectors.T @ delta, delta @ inputs.vectors
-    core = rows @ inputs.vectors
-    norms = _norms(rows.T), _norms(columns), _norms(delta).sum()
-    return Projection(delta, inputs, outputs, rows, columns, core, directions(core, *norms, inputs, outputs))
+    own = inputs.to(delta.dtype), outputs.to(delta.dtype)
+    parts, squares = _parts(delta, *own)
+    if isinstance(delta, Difference) and not bool(squares.isfinite()):
+        check_matrices(delta.aligned, delta.finetuned)
+    norms = _norms(parts.rows.T), _norms(parts.columns), squares
+    found = directions(parts.core, *norms, *own)
+    return Projection(delta, inputs, outputs, parts.rows, parts.columns, parts.core, found)
 
 
 def shrink(matrix: Tensor, inputs: Spectrum, outputs: Spectrum, *, mu: float) -> Tensor:
@@ -101,8 +118,8 @@ def shrink(matrix: Tensor, inputs: Spectrum, outputs: Spectrum, *, mu: float) ->
         tensor([[0.2500]])
     """
     inputs, outputs = inputs.to(matrix.dtype), outputs.to(matrix.dtype)
-    rows, columns = outputs.vectors.T @ matrix, matrix @ inputs.vectors
-    return _shrunk(matrix, rows, columns, rows @ inputs.vectors, inputs, outputs, mu)
+    parts, _ = _parts(matrix, inputs, outputs)
+    return _shrunk(matrix, parts, inputs, outputs, mu, None, matrix.dtype)[0]
 
 
 def ridge(aligned: Tensor, finetuned: Tensor, hessian: Tensor, *, mu: float) -> Solution:
@@ -185,13 +202,17 @@ def closed_form(
         ValueError: `mu` is negative or NaN, or the spectra are none: negative eigenvalues, eigenvectors that
             are not orthonormal, or a result that is larger than the delta.
     """
-    dtype = working_dtype(aligned, finetuned, inputs.values)
-    base, target = aligned.to(dtype), finetuned.to(dtype)
-    return solve_projected(base, target, project(target - base, inputs, outputs), mu=mu)
+    delta = Difference(aligned, finetuned, working_dtype(aligned, finetuned, inputs.values))
+    return solve_projected(aligned, finetuned, project(delta, inputs, outputs), mu=mu)
 
 
 def solve_projected(
-    aligned: Tensor, finetuned: Tensor, projection: Projection | ThinProjection, *, mu: float
+    aligned: Tensor,
+    finetuned: Tensor,
+    projection: Projection | ThinProjection,
+    *,
+    mu: float,
+    dtype: torch.dtype | None = None,
 ) -> Solution:
     """Solve `closed_form` for a delta that is projected already.
 
@@ -200,17 +221,18 @@ def solve_projected(
         finetuned: the fine-tuned weight.
         projection: of the delta, finetuned - aligned.
         mu: price of the safety loss.
+        dtype: what the weight is rounded to; the working precision where absent.
 
     Raises:
         ValueError: `mu` is negative or NaN, or the result would be larger than the delta.
     """
     outcome = outcome_of(projection, mu)
     if mu == 0:
-        weight = finetuned.to(projection.dtype, copy=True)
+        weight = finetuned.to(dtype or projection.dtype, copy=True)
     elif mu >= PROHIBITIVE:
-        weight = aligned.to(projection.dtype, copy=True)
+        weight = aligned.to(dtype or projection.dtype, copy=True)
     else:
-        weight = projection.restored(mu).add_(aligned.to(projection.dtype))
+        weight = projection.restored(mu, aligned, dtype=dtype)
     return Solution(weight=weight, **vars(outcome))
 
 
@@ -235,20 +257,70 @@ def outcome_of(projection: Projection | ThinProjection, mu: float) -> Outcome:
     )
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """UᵀΔ, ΔV and UᵀΔV, see `Projection`."""
+
+    rows: Tensor
+    columns: Tensor
+    core: Tensor
+
+
+def _parts(delta: Tensor | Difference, inputs: Spectrum, outputs: Spectrum) -> tuple[_Parts, Tensor]:
+    """Project a delta, and square its norm."""
+    u, v = outputs.vectors, inputs.vectors
+    rows, columns = v.new_zeros(u.shape[1], len(v)), v.new_empty(len(u), v.shape[1])
+    squares = v.new_zeros((), dtype=torch.float64)
+    blocks = list(row_blocks(delta if isinstance(delta, Tensor) else delta.aligned, least=_LEAST_ROWS))
+    space = v.new_empty(min(blocks[0].stop, len(u)), len(v))
+    for block in blocks:
+        part = _rows_of(delta, block, space)
+        rows.addmm_(u[block].T, part)
+        torch.mm(part, v, out=columns[block])
+        squares += sum_of_squares(part)
+    return _Parts(rows, columns, rows @ v), squares
+
+
 def _shrunk(
-    matrix: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    core: Tensor,
+    delta: Tensor | Difference,
+    parts: _Parts,
     inputs: Spectrum,
     outputs: Spectrum,
     mu: float,
-) -> Tensor:
-    """Add up the four parts of a matrix, each with its share."""
+    onto: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Add up the four parts of a delta, each with its share, and what they are put onto.
+
+    Returns:
+        The sum, rounded to `dtype`; and the squared norm of the parts alone.
+    """
     both, of_rows, of_columns, of_all = shares_of_parts(inputs, outputs, mu)
-    inner = torch.addmm(rows * of_rows[:, None], core * both, inputs.vectors.T)
-    found = torch.addmm(matrix * of_all, outputs.vectors, inner)
-    return found.addmm_(columns * of_columns, inputs.vectors.T)
+    vt = inputs.vectors.T
+    inner = torch.addmm(parts.rows * of_rows[:, None], parts.core * both, vt)
+    columns = parts.columns * of_columns
+    found = columns.new_empty(len(columns), vt.shape[1], dtype=dtype)
+    squares = columns.new_zeros((), dtype=torch.float64)
+    blocks = list(row_blocks(found, least=_LEAST_ROWS))
+    space = columns.new_empty(min(blocks[0].stop, len(found)), found.shape[1])
+    for block in blocks:
+        part = _rows_of(delta, block, space).mul_(of_all)
+        part.addmm_(outputs.vectors[block], inner).addmm_(columns[block], vt)
+        squares += sum_of_squares(part)
+        for piece in cached_blocks(part):
+            if onto is not None:
+                part[piece].add_(onto[block][piece].to(delta.dtype))
+            found[block][piece].copy_(part[piece])
+    return found, squares
+
+
+def _rows_of(delta: Tensor | Difference, rows: slice, space: Tensor) -> Tensor:
+    """Compute rows of a delta, or copy them, into memory that is used again for the next ones."""
+    if isinstance(delta, Difference):
+        target = space[: len(delta.aligned[rows])]
+        delta.into(target, rows)
+        return target
+    return space[: len(delta[rows])].copy_(delta[rows])
 
 
 def _norms(matrix: Tensor) -> Tensor:

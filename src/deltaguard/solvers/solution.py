@@ -10,6 +10,9 @@ from torch import Tensor
 ROW_BLOCK_ENTRIES = 1 << 22
 """Entries of a block of rows: few enough for memory that the process keeps between blocks."""
 
+CACHED_ENTRIES = 1 << 18
+"""So few stay in a core's cache from one operation to the next."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -49,17 +52,59 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def check_matrices(aligned: Tensor, finetuned: Tensor) -> None:
-    """Refuse weights of different shapes, or a delta that is not finite.
+@dataclass(frozen=True)
+class Difference:
+    """A delta, finetuned - aligned, of which rows are computed when they are needed.
+
+    Whole, it would take twice the memory of both weights in half precision, and fresh memory costs more than
+    the subtraction.
+
+    Attributes:
+        aligned: aligned weight, (out, in).
+        finetuned: fine-tuned weight, likewise.
+        dtype: the precision of the delta.
+    """
+
+    aligned: Tensor
+    finetuned: Tensor
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        """Refuse weights of different shapes."""
+        check_shapes(self.aligned, self.finetuned)
+
+    def into(self, target: Tensor, rows: slice) -> None:
+        """Compute rows of the delta.
+
+        Args:
+            target: takes them, (rows, in), in `dtype`.
+            rows: which.
+        """
+        aligned, finetuned = self.aligned[rows], self.finetuned[rows]
+        for part in cached_blocks(target):
+            target[part].copy_(finetuned[part]).sub_(aligned[part].to(self.dtype))
+
+
+def check_shapes(aligned: Tensor, finetuned: Tensor) -> None:
+    """Refuse weights that are not two matrices of one shape.
 
     Raises:
-        ValueError: the shapes differ, a weight is not a matrix, or an entry is NaN or infinite.
+        ValueError: they are not.
     """
     if aligned.ndim != 2 or aligned.shape != finetuned.shape:
         raise ValueError(
             f"The aligned weight is {tuple(aligned.shape)} and the fine-tuned one {tuple(finetuned.shape)}: "
             "two matrices of the same shape are needed."
         )
+
+
+def check_matrices(aligned: Tensor, finetuned: Tensor) -> None:
+    """Refuse weights of different shapes, or a delta that is not finite.
+
+    Raises:
+        ValueError: the shapes differ, a weight is not a matrix, or an entry is NaN or infinite.
+    """
+    check_shapes(aligned, finetuned)
     for name, weight in (("aligned", aligned), ("fine-tuned", finetuned)):
         if not is_finite(weight):
             bad = int(weight.numel() - weight.isfinite().sum())
@@ -83,13 +128,27 @@ def is_finite(matrix: Tensor) -> bool:
     return not matrix.numel() or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(matrix))
 
 
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
+def row_blocks(matrix: Tensor, *, least: int = 1) -> Iterator[slice]:
     """Cut a matrix into blocks of rows.
 
     Work that treats rows alike is done block by block: fresh memory for temporaries of a whole matrix costs
-    more than the arithmetic on it.
+    more than the arithmetic on it. A GPU keeps its memory and likes large matrices: there one block is all.
+
+    Args:
+        matrix: (rows, columns).
+        least: rows of a block, whatever size that makes.
     """
-    rows = max(1, ROW_BLOCK_ENTRIES // max(1, matrix.shape[1]))
+    return _blocks(matrix, ROW_BLOCK_ENTRIES, least)
+
+
+def cached_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Cut a matrix as `row_blocks`, so small that several operations on a block find it in the cache."""
+    return _blocks(matrix, CACHED_ENTRIES, 1)
+
+
+def _blocks(matrix: Tensor, entries: int, least: int) -> Iterator[slice]:
+    count = max(1, matrix.shape[0])
+    rows = count if matrix.is_cuda else max(least, entries // max(1, matrix.shape[1]))
     return (slice(start, start + rows) for start in range(0, matrix.shape[0], rows))
 
 
@@ -126,4 +185,9 @@ def share(part: float, whole: float) -> float:
 
 def squared_norm(matrix: Tensor) -> float:
     """Square the Frobenius norm; rows are added in float64, since a long float32 sum loses digits."""
-    return float(torch.linalg.vector_norm(matrix, dim=-1).double().square().sum())
+    return float(sum_of_squares(matrix))
+
+
+def sum_of_squares(matrix: Tensor) -> Tensor:
+    """Square the Frobenius norm as `squared_norm` does, on the device: reading a number waits for it."""
+    return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum()

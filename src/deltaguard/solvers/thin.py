@@ -59,8 +59,13 @@ class ThinProjection:
         """In which everything is computed."""
         return self.up.dtype
 
-    def restored(self, mu: float) -> Tensor:
+    def restored(self, mu: float, onto: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         """Compute Δ', (out, in).
+
+        Args:
+            mu: the price of safety.
+            onto: a matrix that it is added to, (out, in), which stays as it is.
+            dtype: what the result is rounded to; as it is computed where absent.
 
         Raises:
             ValueError: it would be larger than Δ, see `Directions.check_restored`.
@@ -68,7 +73,7 @@ class ThinProjection:
         factors = self.factors(mu)
         found = self._dense(mu) if factors is None else factors.up @ factors.down
         self.directions.check_restored(math.sqrt(squared_norm(found)))
-        return found
+        return (found if onto is None else found.add_(onto.to(self.dtype))).to(dtype or self.dtype)
 
     def factors(self, mu: float) -> LowRank | None:
         """Compute Δ' as a product, None where that would be no thinner than the matrix itself.

@@ -313,6 +313,7 @@ class PlanReport(Record):
         extended: tensors of both: shared vocabulary rows and those that only the fine-tuned model has.
         read_bytes: weights that will be read.
         write_bytes: weights that will be written.
+        disk_bytes: that the output folder still needs; 0 where none was named, or its output is there.
         curvature_bytes: curvature that will be read.
         peak_bytes: estimate of the memory that tensors of one layer and the next will take at once.
         dial_bytes: of the model that the dial measures, in float32, and of what the aligned one predicts; 0
@@ -331,6 +332,7 @@ class PlanReport(Record):
     extended: int
     read_bytes: int
     write_bytes: int
+    disk_bytes: int = 0
     curvature_bytes: int
     peak_bytes: int
     dial_bytes: int

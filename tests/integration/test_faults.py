@@ -1,0 +1,100 @@
+"""What goes wrong outside during a calibration block by block: one message, and a run that can be resumed."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import models
+from deltaguard.curvature import store_format
+from deltaguard.curvature.blocks import CutModel
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
+from deltaguard.errors import DeltaguardError
+from pairs import ANSWERED
+
+CONFIG = CalibrateConfig(memory=0, batch_size=2, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    return models.save(
+        models.tiny_model("llama", num_hidden_layers=3), tmp_path_factory.mktemp("a") / "model"
+    )
+
+
+def run(aligned, out, *, at=None, do=None, resume=False):
+    """Calibrate, and do something once a stage is so far; the bytes of the store."""
+
+    def listen(event):
+        if (event.stage, event.done) == at:
+            do()
+
+    config = CONFIG.model_copy(update={"resume": resume})
+    store = calibrate(aligned, out, conversations=ANSWERED, config=config, progress=listen)
+    return {path.name: path.read_bytes() for path in store.folder.iterdir()}
+
+
+@pytest.mark.parametrize("at", [("forwards", 1), ("forwards", 3), ("backwards", 1), ("backwards", 2)])
+def test_a_spill_folder_that_vanishes_is_one_message_and_the_run_begins_anew(at, aligned, tmp_path):
+    spilled = tmp_path / "store.partial" / "blocks"
+    with pytest.raises(DeltaguardError, match=r"cannot be (written|used).*No such file") as caught:
+        run(aligned, tmp_path / "store", at=at, do=lambda: shutil.rmtree(spilled))
+    assert str(spilled) in str(caught.value)
+    assert not (tmp_path / "store").exists()
+    assert run(aligned, tmp_path / "store", resume=True) == run(aligned, tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("writes", [1, 4, 6])
+def test_a_full_disk_loses_nothing(writes, aligned, tmp_path, monkeypatch):
+    real, left = store_format.save_file, [writes]
+
+    def full(tensors, path):
+        left[0] -= 1
+        if left[0] < 0:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        real(tensors, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store_format, "save_file", full)
+        with pytest.raises(
+            DeltaguardError, match=r"There is no space left for .* bytes are needed .*--resume"
+        ):
+            run(aligned, tmp_path / "store")
+    assert run(aligned, tmp_path / "store", resume=True) == run(aligned, tmp_path / "undisturbed")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")  # noqa: PTH110
+def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path):
+    (tmp_path / "x").symlink_to("/dev/full")
+    with pytest.raises(DeltaguardError, match=r"There is no space left for .*x: 4,000 bytes are needed"):
+        store_format.save_tensors({"a": torch.zeros(1000)}, tmp_path / "x")
+
+
+def test_too_little_memory_of_a_device_is_told_with_numbers_and_can_be_resumed(
+    aligned, tmp_path, monkeypatch
+):
+    real, left = CutModel.run, [4]
+
+    def scarce(cut, number, hidden, call):
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+        return real(cut, number, hidden, call)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CutModel, "run", scarce)
+        said = r"batches of 2 conversations: Tried to allocate 2\.00 GiB\. Take smaller .*--batch-size 1"
+        with pytest.raises(DeltaguardError, match=said):
+            run(aligned, tmp_path / "store")
+    assert run(aligned, tmp_path / "store", resume=True) == run(aligned, tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("at", [("forwards", 2), ("backwards", 2)])
+def test_a_source_that_changes_makes_no_store(at, aligned, tmp_path):
+    model = shutil.copytree(aligned, tmp_path / "model")
+    with pytest.raises(DeltaguardError, match=r"model\.safetensors was written to"):
+        run(model, tmp_path / "store", at=at, do=lambda: os.utime(model / "model.safetensors", (1, 1)))
+    assert not (tmp_path / "store").exists()
