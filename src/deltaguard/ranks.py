@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from deltaguard.errors import DeltaguardError
 
@@ -91,25 +92,26 @@ class Ranks:
         """Say how many of the processes share the memory of this one's device."""
         return 1 if device.type == "cuda" else self.here
 
-    def shares(self, costs: Sequence[float]) -> list[int]:
-        """Split work over the ranks: each piece, in turn, goes to the one with the least so far.
-
-        So the pieces can also be collected in their order with little waiting.
+    def shares(self, costs: Sequence[float], *, in_turn: bool = False) -> list[int]:
+        """Split work over the ranks: piece after piece goes to the one with the least so far.
 
         Args:
             costs: of each piece.
+            in_turn: whether pieces are handed out in their order, so that they can be collected in it with
+                little waiting; otherwise the largest first, which is more even.
 
         Returns:
             The rank of each piece.
 
         Example:
-            >>> Ranks(size=2).shares([4.0, 1.0, 2.0, 3.0])
-            [0, 1, 1, 1]
+            >>> Ranks(size=2).shares([1.0, 2.0, 4.0]), Ranks(size=2).shares([1.0, 2.0, 4.0], in_turn=True)
+            ([1, 1, 0], [0, 1, 0])
         """
-        loads, owners = [0.0] * self.size, list[int]()
-        for cost in costs:
-            owners.append(min(range(self.size), key=lambda rank: loads[rank] + cost))
-            loads[owners[-1]] += cost
+        loads, owners = [0.0] * self.size, [0] * len(costs)
+        order = range(len(costs))
+        for piece in order if in_turn else sorted(order, key=lambda piece: -costs[piece]):
+            owners[piece] = loads.index(min(loads))
+            loads[owners[piece]] += costs[piece]
         return owners
 
     def from_first(self, value: Any = None) -> Any:
@@ -204,7 +206,7 @@ def joined() -> Generator[Ranks]:
         DeltaguardError: the others cannot be reached.
     """
     try:
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise DeltaguardError(f"The processes of this run cannot reach each other: {error}") from error

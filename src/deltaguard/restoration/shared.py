@@ -118,7 +118,7 @@ def open_trial(
 def owners_of(plan: Plan, ranks: Ranks) -> Mapping[str, int]:
     """Say which rank restores each layer of a plan, by its tensor's name: balanced by their arithmetic."""
     steps = [step for step in plan.steps if step.action is Action.RESTORE]
-    owners = ranks.shares([_cost(step) for step in steps])
+    owners = ranks.shares([_cost(step) for step in steps], in_turn=True)
     return {step.info.name: owner for step, owner in zip(steps, owners, strict=True)}
 
 
