@@ -73,7 +73,7 @@ def _process(rank, count, port, tokens, folder, dies):
         _die_at(*dies[1:])
     from deltaguard.cli.app import run as carry_out
 
-    code = carry_out(tokens)
+    code = carry_out(tokens, shared=True)
     # Without what a test's own process would do at its end.
     os._exit(code)
 

@@ -14,15 +14,19 @@ class _PrintableRecord(logging.LogRecord):
         return printable_lines(super().getMessage())
 
 
-def main() -> None:
-    """Run the `deltaguard` command."""
+def main(*, shared: bool = False) -> None:
+    """Run the `deltaguard` command.
+
+    Args:
+        shared: whether it shares its work with the processes that torchrun started beside it.
+    """
     logging.setLogRecordFactory(_PrintableRecord)
     logging.captureWarnings(True)
     try:
         # Importing takes long enough to be interrupted.
         from deltaguard.cli.app import run
 
-        code = run(sys.argv[1:])
+        code = run(sys.argv[1:], shared=shared)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         code = 130

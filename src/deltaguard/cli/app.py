@@ -77,11 +77,12 @@ class _End:
     trace: str = ""
 
 
-def run(tokens: Sequence[str]) -> int:
-    """Carry out one command line, or this process' part of it where torchrun started several.
+def run(tokens: Sequence[str], *, shared: bool = False) -> int:
+    """Carry out one command line.
 
     Args:
         tokens: the arguments, without the program's name.
+        shared: whether to do this process' part of it, where torchrun started several.
 
     Returns:
         The exit code: 0 done, 1 known failure, 2 usage, 3 finished but a check failed, 70 a bug of
@@ -91,7 +92,7 @@ def run(tokens: Sequence[str]) -> int:
         # What the encoding cannot hold is shown as text, not as a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if processes() > 1:
+    if shared and processes() > 1:
         return _run_shared(tokens)
     end = _carry_out(tokens)
     _say(end)
