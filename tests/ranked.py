@@ -12,7 +12,15 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["transformers", "deltaguard.cli.app", "deltaguard.restoration.restore", "ranked"]
+    [
+        "deltaguard.cli.app",
+        "deltaguard.curvature.calibrate",
+        "deltaguard.restoration.restore",
+        "ranked",
+        "transformers.models.gpt2.modeling_gpt2",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    ]
 )
 _SECONDS = 100
 """After which a test fails that would wait for ever."""

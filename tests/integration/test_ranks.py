@@ -180,22 +180,30 @@ def test_the_store_is_that_of_one_process(name, count, memory, tmp_path):
     assert not (tmp_path / "many.partial").exists()
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A folder with `model`, `prompts.jsonl`, and the store that two processes made block by block."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    models.save(models.tiny_model("llama"), folder / "model")
+    asked = prompts(folder)
+    tokens = calibrate_tokens(folder / "model", folder / "store", asked, "--memory", "0")
+    ended = ranked.run(2, tokens, folder / "said")
+    assert ended.codes == [0, 0], ended.err
+    return folder
+
+
 @pytest.mark.parametrize(
     "dies", [(1, "wait", 2), (0, "wait", 3), (1, "add_up", 4), (0, "receive", 9)], ids=str
 )
-def test_a_killed_calibration_goes_on(dies, tmp_path):
-    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
-    asked = prompts(tmp_path)
-    tokens = calibrate_tokens(folder, tmp_path / "out", asked, "--memory", "0")
+def test_a_killed_calibration_goes_on(dies, undisturbed, tmp_path):
+    asked = undisturbed / "prompts.jsonl"
+    tokens = calibrate_tokens(undisturbed / "model", tmp_path / "out", asked, "--memory", "0")
     ended = ranked.run(2, tokens, tmp_path / "said", dies=dies)
     assert sorted(ended.codes) == [-9, 1]
     assert not (tmp_path / "out").exists()
-    one = calibrate_tokens(folder, tmp_path / "one", asked, "--memory", "0")
-    ended = ranked.run(2, one, tmp_path / "said")
-    assert ended.codes == [0, 0], ended.err
     ended = ranked.run(2, [*tokens, "--resume"], tmp_path / "said")
     assert ended.codes == [0, 0], ended.err
-    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    assert contents(tmp_path / "out") == contents(undisturbed / "store")
 
 
 def test_another_number_of_processes_goes_on_with_answers_and_blocks(tmp_path):
