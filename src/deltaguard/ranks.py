@@ -233,9 +233,11 @@ def _noticing_losses() -> Generator[None]:
     """
     try:
         yield
-    # That of gloo is no more specific.
+    except torch.OutOfMemoryError:
+        raise
+    # What gloo raises is no more specific.
     except RuntimeError as error:
         raise LostRankError(
             "Another process of this run has ended, so that this one cannot go on. Run the same command "
-            "again with `--resume`."
+            "again with `--resume`. (DELTAGUARD_DEBUG=1 shows what was noticed.)"
         ) from error
