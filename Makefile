@@ -17,9 +17,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-# The fuzz test with more inputs than `make test` has time for: an hour or two.
+# The fuzz test with more inputs, and several processes killed more often, than `make test` has time for: an hour or two.
 soak: $(INSTALLED)
 	DELTAGUARD_FUZZ=100000 $(BIN)/python -m pytest tests/fuzz
+	DELTAGUARD_KILLS=100 $(BIN)/python -m pytest tests/integration/test_ranks.py -k random
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

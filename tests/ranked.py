@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from dataclasses import dataclass
+from functools import partial, partialmethod
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -42,7 +43,7 @@ def run(count, tokens, folder, *, dies=None):
         count: how many.
         tokens: the command line.
         folder: where their output goes.
-        dies: (rank, method of `Ranks`, number): that rank is killed when it calls the method that often.
+        dies: (rank, methods of `Ranks`, number): that rank is killed when it has called them that often.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -78,7 +79,7 @@ def _process(rank, count, port, tokens, folder, dies):
     for stream, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(folder, f"{kind}-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     if dies is not None and dies[0] == rank:
-        _die_at(*dies[1:])
+        _die_at(dies[1].split(), dies[2])
     from deltaguard.cli.app import run as carry_out
 
     code = carry_out(tokens, shared=True)
@@ -86,15 +87,16 @@ def _process(rank, count, port, tokens, folder, dies):
     os._exit(code)
 
 
-def _die_at(method, number):
+def _die_at(methods, number):
     from deltaguard.ranks import Ranks
 
-    real, calls = getattr(Ranks, method), []
+    calls = []
 
-    def counted(self, *given, **named):
-        calls.append(method)
+    def counted(real, self, *given, **named):
+        calls.append(real)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, *given, **named)
 
-    setattr(Ranks, method, counted)
+    for method in methods:
+        setattr(Ranks, method, partialmethod(partial(counted, getattr(Ranks, method))))

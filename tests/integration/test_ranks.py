@@ -1,6 +1,8 @@
 """One command in several processes: the output of one process, one message, and what a kill leaves."""
 
 import json
+import os
+import random
 import subprocess
 import sys
 
@@ -224,6 +226,33 @@ def test_another_number_of_processes_goes_on_with_answers_and_blocks(tmp_path):
     assert ended.codes == [0] * 3, ended.err
     alone(calibrate_tokens(folder, tmp_path / "one", asked, "--memory", "0"))
     require_equal(tmp_path / "out", tmp_path / "one")
+
+
+ALL = "from_first from_all wait add_up send receive"
+KILLS = int(os.environ.get("DELTAGUARD_KILLS", "2"))
+"""How often at random; `make soak` asks for more."""
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+@pytest.mark.parametrize("verb", ["calibrate", "restore"])
+def test_killed_at_random_it_goes_on(verb, number, llama, undisturbed, tmp_path):
+    draw = random.Random(f"{verb} {number}")
+    out = tmp_path / "out"
+    if verb == "calibrate":
+        tokens = calibrate_tokens(undisturbed / "model", out, undisturbed / "prompts.jsonl", "--memory", "0")
+        expected = undisturbed / "store"
+    else:
+        options = ["--strength", "0.3", "--store", llama.store]
+        tokens, expected = restore_tokens(llama, out, *options), tmp_path / "expected"
+        alone(restore_tokens(llama, expected, *options))
+    for resume in ([], ["--resume"]):
+        dies = draw.randrange(2), ALL, draw.randrange(1, 40)
+        ended = ranked.run(2, [*tokens, *resume], tmp_path / "said", dies=dies)
+        assert sorted(ended.codes) in ([-9, 1], [0, 0], [-9, 0]), (dies, ended.err)
+        assert "bug" not in "".join(ended.err)
+    ended = ranked.run(2, [*tokens, "--resume"], tmp_path / "said")
+    assert ended.codes == [0, 0], ended.err
+    assert contents(out) == contents(expected)
 
 
 # What ranks are
