@@ -28,6 +28,7 @@ soak: $(INSTALLED)
 	DELTAGUARD_FUZZ=100000 $(BIN)/python -m pytest tests/fuzz
 	DELTAGUARD_CALLS=10000 $(BIN)/python -m pytest tests/service/test_schema.py
 	DELTAGUARD_KILLS=100 $(BIN)/python -m pytest tests/integration/test_killed_runs.py
+	DELTAGUARD_KILLS=100 $(BIN)/python -m pytest tests/integration/test_ranks.py -k random
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

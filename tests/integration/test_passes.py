@@ -123,7 +123,7 @@ def test_a_damaged_file_between_the_passes_is_one_message(tmp_path):
 
     with pytest.raises(Killed):
         calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=BLOCKS, progress=kill)
-    (tmp_path / "store.partial" / "blocks" / "input-00002.safetensors").write_bytes(b"x")
+    (tmp_path / "store.partial" / "blocks" / "input-00002-00000.safetensors").write_bytes(b"x")
     config = BLOCKS.model_copy(update={"resume": True})
     with pytest.raises(DeltaguardError, match=r"cannot be used.*\n.*Delete the folder"):
         calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=config)

@@ -15,7 +15,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 
 
-def generate(
+def generate(  # noqa: PLR0913  # what is asked, how, and which part of it
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -25,6 +25,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     on_batch: Callable[[Sequence[int], Sequence[str]], None] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> list[str]:
     """Continue rendered prompts; the answers are in the order given.
 
@@ -43,6 +44,8 @@ def generate(
         seed: of the draws. They depend on it and on the prompts of the batch, and on nothing that was
             drawn before; the global generators are left as they were.
         on_batch: called after each batch with the indices answered and their answers.
+        part: which of how many: the first part is the first batch, and each that comes so many later. What
+            is in other parts is not answered.
 
     Returns:
         One answer a prompt, special tokens and surrounding white space removed.
@@ -50,6 +53,7 @@ def generate(
     encoded = [token_ids(tokenizer, text) for text in prompts]
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    order = [i for place, i in enumerate(order) if place // batch_size % part[1] == part[0]]
     answers = [""] * len(prompts)
     prefix = shared_prefix(model, encoded)
 

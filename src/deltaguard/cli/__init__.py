@@ -15,8 +15,12 @@ class _PrintableRecord(logging.LogRecord):
         return printable_lines(super().getMessage())
 
 
-def main() -> None:
-    """Run the `deltaguard` command."""
+def main(*, shared: bool = False) -> None:
+    """Run the `deltaguard` command.
+
+    Args:
+        shared: whether it shares its work with the processes that torchrun started beside it.
+    """
     # torch reads it once: large tensors in large pages, of which fresh ones cost a half.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.setLogRecordFactory(_PrintableRecord)
@@ -25,7 +29,7 @@ def main() -> None:
         # Importing takes long enough to be interrupted.
         from deltaguard.cli.app import run
 
-        code = run(sys.argv[1:])
+        code = run(sys.argv[1:], shared=shared)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         code = 130

@@ -58,6 +58,7 @@ def calibrate(
     """
     from deltaguard.curvature.calibrate import calibrate as run
     from deltaguard.curvature.request import CalibrateConfig
+    from deltaguard.ranks import Ranks
 
     config = checked(
         CalibrateConfig,
@@ -83,7 +84,7 @@ def calibrate(
         emit(plan, _draw_plan(plan), as_json=json)
         return
     with progress_bar() as progress:
-        store = run(aligned, output, config=config, progress=progress)
+        store = run(aligned, output, config=config, progress=progress, ranks=Ranks.current())
     warn(store.provenance.warnings)
     emit(store.provenance, _draw(store, aligned, output), as_json=json)
 

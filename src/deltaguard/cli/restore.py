@@ -127,10 +127,11 @@ def restore(
         plan = plan_restore(aligned, finetuned, output, store=store, config=chosen)
         emit(plan, _draw_plan(plan), as_json=json)
         return
+    from deltaguard.ranks import Ranks
     from deltaguard.restoration.restore import Restorer
 
     hide_bars_of_transformers()
-    with Restorer(aligned, store=store, config=chosen) as restorer:
+    with Restorer(aligned, store=store, config=chosen, ranks=Ranks.current()) as restorer:
         report = restore_one(restorer, finetuned, output)
     emit(report, _draw(report, chosen, output), as_json=json)
     if push is not None:

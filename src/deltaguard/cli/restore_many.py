@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deltaguard.cli.restore import restore_one
-from deltaguard.cli.sink import Reference, complain, emit, hide_bars_of_transformers, tell
+from deltaguard.cli.sink import Reference, UsageError, complain, emit, hide_bars_of_transformers, tell
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import expanded
 from deltaguard.models.admission import require_space
+from deltaguard.ranks import Ranks
 from deltaguard.reports.batch import batch_table
 from deltaguard.reports.records.batch import BatchReport, BatchRow
 from deltaguard.restoration.aligned import AlignedInputs
@@ -32,12 +33,15 @@ def restore_many(
     Raises:
         DeltaguardError: some failed, or the disk is too small for all that are planned; the results of the
             others are printed.
+        UsageError: several processes were started.
     """
     outputs = outputs_of(finetuned, folder)
     if dry_run:
         inputs = AlignedInputs.open(aligned, store=store, config=config)
         report = _planned(inputs, outputs)
     else:
+        if Ranks.current().size > 1:
+            raise UsageError("Several processes share one restore: start a run for each fine-tune.")
         hide_bars_of_transformers()
         with Restorer(aligned, store=store, config=config) as restorer:
             report = _restored(restorer, outputs)

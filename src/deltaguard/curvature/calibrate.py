@@ -24,8 +24,8 @@ from deltaguard.curvature.groups import observe
 from deltaguard.curvature.observe import Accumulator
 from deltaguard.curvature.passes import Passes
 from deltaguard.curvature.request import CalibrateConfig, asked_for, requested
-from deltaguard.curvature.responses import respond, workspace
-from deltaguard.curvature.routed import take_sums
+from deltaguard.curvature.responses import respond, shared_workspace
+from deltaguard.curvature.shared import decomposed
 from deltaguard.curvature.sizes import store_limit, whole_bytes
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
@@ -37,6 +37,7 @@ from deltaguard.models.experts import refuse_unknown_experts
 from deltaguard.models.loading import load_config, load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Event, Progress, ignore
+from deltaguard.ranks import Ranks
 
 
 @exact_products()
@@ -48,6 +49,7 @@ def calibrate(
     config: CalibrateConfig | None = None,
     progress: Progress | None = None,
     is_refusal: Callable[[str], bool] | None = None,
+    ranks: Ranks | None = None,
 ) -> CurvatureStore:
     """Measure the curvature of an aligned model on safety conversations, and decompose it.
 
@@ -65,6 +67,8 @@ def calibrate(
             `decompose` (groups) go on; block by block instead of the last two `forwards` and `backwards`.
         is_refusal: a judge of responses, in place of `refusals.is_refusal`, which knows five languages; the
             store records the share that refuses.
+        ranks: the processes that share the work, all of which call this with the same arguments; by default
+            this one alone. Sums over conversations are added up in another order then.
 
     Returns:
         The store, opened from `output_dir`.
@@ -82,11 +86,14 @@ def calibrate(
     refuse_unknown_experts(source.reference, source.config, source.tensors)
     calibration, held_out = asked_for(conversations, config)
     device = find_device(config.device)
+    ranks = (ranks or Ranks()).on(device)
     request = requested(source, [*calibration, *held_out], config, device)
-    with workspace(Path(output_dir), request, resume=config.resume) as journal:
+    with shared_workspace(Path(output_dir), request, ranks, resume=config.resume) as journal:
         if journal is not None:
-            memory = memory_bytes(device) // 2 if config.memory is None else int(config.memory)
-            run = _Run(source, calibration, held_out, request, device, memory, journal, progress or ignore)
+            half = memory_bytes(device) // 2 // ranks.sharing(device)
+            memory = half if config.memory is None else int(config.memory)
+            report = progress or ignore
+            run = _Run(source, calibration, held_out, request, device, memory, journal, report, ranks)
             _calibrate(run, Path(output_dir), is_refusal or opens_with_refusal)
     return CurvatureStore.from_pretrained(output_dir)
 
@@ -103,6 +110,7 @@ class _Run:
     memory: int
     journal: Path
     report: Progress
+    ranks: Ranks
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,8 @@ def _calibrate(run: _Run, output: Path, is_refusal: Callable[[str], bool]) -> No
         contents = measured.layers.contents(measured.provenance)
         refuse_changes(run.source.changes())
         groups = measured.layers.groups
-        write_store(output, measured.provenance, measured.held_out, groups, lambda _: next(contents))
+        if run.ranks.leads:
+            write_store(output, measured.provenance, measured.held_out, groups, lambda _: next(contents))
     except torch.OutOfMemoryError as error:
         size = run.request.batch_size
         smaller = (
@@ -151,7 +160,7 @@ def _calibrate(run: _Run, output: Path, is_refusal: Callable[[str], bool]) -> No
 def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     """Let the model answer, and find the layers; what needs the sums waits in `contents`."""
     request, count = run.request, len(run.calibration)
-    in_blocks = whole_bytes(run.source, getattr(torch, request.dtype)) > run.memory
+    in_blocks = run.ranks.from_first(whole_bytes(run.source, getattr(torch, request.dtype)) > run.memory)
     tokenizer = load_tokenizer(run.source.folder, run.source.reference)
     answering = request.answer_dtype or request.dtype
     asked = [*run.calibration, *run.held_out]
@@ -168,6 +177,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
             batch_size=request.batch_size,
             journal=run.journal,
             on_batch=lambda done, total: run.report(Event("respond", done, total)),
+            ranks=run.ranks,
         )
     limit = context_length(config, request.max_length)
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
@@ -206,18 +216,15 @@ def _whole(run: _Run, model: Any, texts: Sequence[Encoded]) -> _Layers:
     """Take the sums of all layers at once; the model is not needed any more then."""
     observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
     accumulator, ordered = Accumulator(model, observed), batches(texts, run.request.batch_size)
-    for number, batch in enumerate(ordered):
-        accumulator.add(number, batch.to(run.device))
+    for number in range(run.ranks.rank, len(ordered), run.ranks.size):
+        accumulator.add(number, ordered[number].to(run.device))
         run.report(Event("accumulate", number + 1, len(ordered)))
     sums, tokens = accumulator.sums, sum(len(text.ids) for text in texts)
     groups = tuple(LayerGroup(g.name, g.in_features, tokens, g.layers) for g in observed)
 
     def contents(provenance: Provenance) -> Iterator[GroupCurvature]:
         # Each sum is given up when its turn has come.
-        for number, group in enumerate(groups):
-            found = provenance.decompose(group, take_sums(group, sums))
-            run.report(Event("decompose", number + 1, len(groups)))
-            yield found
+        return _told(decomposed(groups, sums, provenance, run.ranks), len(groups), run.report)
 
     return _Layers(groups, uncovered, contents)
 
@@ -230,7 +237,7 @@ def _by_blocks(run: _Run, texts: Sequence[Encoded]) -> _Layers | None:
         run.report(Event("load", 0, 1, f"the model cannot be taken block by block: {error}"))
         return None
     ordered = [batch.to(run.device) for batch in batches(texts, run.request.batch_size)]
-    passes = Passes(cut, ordered, run.journal.parent / "blocks", run.report)
+    passes = Passes(cut, ordered, run.journal.parent / "blocks", run.report, run.ranks)
     found = passes.forwards()
 
     def contents(provenance: Provenance) -> Iterator[GroupCurvature]:
@@ -242,6 +249,13 @@ def _by_blocks(run: _Run, texts: Sequence[Encoded]) -> _Layers | None:
         uncovered=tuple(sorted(name for block in found for name in block.uncovered)),
         contents=contents,
     )
+
+
+def _told(contents: Iterator[GroupCurvature], total: int, report: Progress) -> Iterator[GroupCurvature]:
+    """Tell of each group that is decomposed."""
+    for number, found in enumerate(contents, start=1):
+        report(Event("decompose", number, total))
+        yield found
 
 
 def _load(run: _Run, dtype: str) -> Any:

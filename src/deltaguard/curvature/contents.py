@@ -10,7 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaguard.curvature.sums import LayerGroup, Moment, Reached, Sums, check_sum, normalise, output_name
+from deltaguard.curvature.sums import (
+    LayerGroup,
+    LinearLayer,
+    Moment,
+    Reached,
+    Sums,
+    check_sum,
+    normalise,
+    output_name,
+)
 from deltaguard.errors import DeltaguardError
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.spectrum import Spectrum, spectrum
@@ -158,18 +167,38 @@ def group_curvature(
     Raises:
         DeltaguardError: a sum is not finite, zero or not positive semi-definite, or H cannot be factorised.
     """
-    check_sum(group.name, sums.inputs.total, "inputs")
-    outputs: list[Decomposed] = []
-    for layer, total in zip(group.layers, sums.outputs, strict=True):
-        check_sum(layer.name, total, "gradients")
-        outputs.append(_decomposed(layer.name, total / response_tokens, extent))
-    return GroupCurvature(
-        inputs=_decomposed(group.name, normalise(sums.inputs), extent),
-        outputs=tuple(outputs),
-        packed=pack(group.name, sums.inputs, dampening=dampening) if extent.full else None,
-        totals=sums.outputs if extent.full else (),
-        reached=sums.reached,
-    )
+    inputs, packed = decompose_inputs(group, sums.inputs, dampening=dampening, extent=extent)
+    outputs = [
+        decompose_outputs(layer, total, response_tokens=response_tokens, extent=extent)
+        for layer, total in zip(group.layers, sums.outputs, strict=True)
+    ]
+    totals = sums.outputs if extent.full else ()
+    return GroupCurvature(inputs, tuple(outputs), packed, totals, sums.reached)
+
+
+def decompose_inputs(
+    group: LayerGroup, moment: Moment, *, dampening: float, extent: Extent
+) -> tuple[Decomposed, Packed | None]:
+    """Decompose the sum over a group's inputs, and factorise it where everything is kept.
+
+    Raises:
+        DeltaguardError: as `group_curvature`.
+    """
+    check_sum(group.name, moment.total, "inputs")
+    packed = pack(group.name, moment, dampening=dampening) if extent.full else None
+    return _decomposed(group.name, normalise(moment), extent), packed
+
+
+def decompose_outputs(
+    layer: LinearLayer, total: Tensor, *, response_tokens: int, extent: Extent
+) -> Decomposed:
+    """Decompose the sum over the gradients of a layer's output.
+
+    Raises:
+        DeltaguardError: as `group_curvature`.
+    """
+    check_sum(layer.name, total, "gradients")
+    return _decomposed(layer.name, total / response_tokens, extent)
 
 
 def _decomposed(name: str, matrix: Tensor, extent: Extent) -> Decomposed:

@@ -13,15 +13,13 @@ from deltaguard.chat.predictions import logits_at
 from deltaguard.chat.tokens import Batch
 from deltaguard.curvature.experts import Matrix, Watch, watched_experts
 from deltaguard.curvature.groups import Observed
-from deltaguard.curvature.routed import Pool, RoutedMoment
+from deltaguard.curvature.routed import AnyMoment, Pool, RoutedMoment
 from deltaguard.curvature.sums import RunningMoment, input_name, output_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.families import product_of
 
 if TYPE_CHECKING:
     from deltaguard.models.experts import Stack
-
-AnyMoment = RunningMoment | RoutedMoment
 
 
 class Accumulator:

@@ -4,6 +4,9 @@ Forwards, every block is loaded once and all conversations go through it; what g
 Backwards, last block first, it is loaded again, each batch goes through it once more with a gradient, and its
 sums are decomposed into a store of its own before the next one's begin. These are the operations of a whole
 model in the same order, but that each block runs twice. A run that was killed repeats at most one block.
+
+Several processes share the batches. Each batch has a file of its own, so that another number of processes
+can go on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,9 +22,10 @@ from deltaguard.chat.tokens import Batch
 from deltaguard.curvature.blocks import Call, CutModel
 from deltaguard.curvature.contents import GroupCurvature
 from deltaguard.curvature.groups import observe_block, observed_again
-from deltaguard.curvature.observe import AnyMoment, drawn_likelihood, running_sums, watched
+from deltaguard.curvature.observe import drawn_likelihood, running_sums, watched
 from deltaguard.curvature.responses import start_anew
-from deltaguard.curvature.routed import take_sums
+from deltaguard.curvature.routed import AnyMoment
+from deltaguard.curvature.shared import decomposed
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import Provenance, save_tensors, write_store
 from deltaguard.curvature.sums import LayerGroup
@@ -29,6 +33,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.models.durable import explained, write_atomically
 from deltaguard.progress import Event, Progress
+from deltaguard.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class Passes:
         tokens: of all conversations.
     """
 
-    def __init__(self, cut: CutModel, batches: Sequence[Batch], folder: Path, report: Progress) -> None:
+    def __init__(
+        self, cut: CutModel, batches: Sequence[Batch], folder: Path, report: Progress, ranks: Ranks
+    ) -> None:
         """Go on with what the folder holds.
 
         Args:
@@ -62,9 +69,11 @@ class Passes:
             batches: the conversations, on its device.
             folder: is made where absent; it must belong to the same model and conversations.
             report: told of blocks, as the stages `forwards` and `backwards`.
+            ranks: the processes that share the batches.
         """
         self.tokens = sum(int(batch.mask.sum()) for batch in batches)
         self._cut, self._batches, self._folder, self._report = cut, batches, folder, report
+        self._ranks, self._own = ranks, range(ranks.rank, len(batches), ranks.size)
         self._calls: list[tuple[Call, ...]] = []
         with explained(folder):
             folder.mkdir(exist_ok=True)
@@ -75,26 +84,27 @@ class Passes:
         Raises:
             DeltaguardError: layers do not see each token once (see `observe`), or the disk is full.
         """
-        count, found = len(self._cut.blocks), list[BlockLayers]()
-        first = [self._cut.inputs(batch) for batch in self._batches]
+        count = len(self._cut.blocks)
+        first = [self._cut.inputs(self._batches[i]) for i in self._own]
         self._calls = [calls for _, calls in first]
-        while len(found) < count and (path := self._layers_file(len(found))).is_file():
-            found.append(read_json(path, _LAYERS, remedy=start_anew(self._folder.parent)))
+        found: list[BlockLayers] = self._ranks.from_first(self._found() if self._ranks.leads else None)
         if len(found) == count:
             return found
         hidden = list(self._read("input", len(found))) if found else [each for each, _ in first]
         self._write("input", len(found), hidden)
         for number in range(len(found), count):
             with self._cut.loaded(number), torch.no_grad():
-                layers, uncovered = observe_block(self._cut, number, hidden[0], self._calls[0][number])
+                layers = self._observed(number, hidden) if self._ranks.leads else None
                 hidden = [
                     self._cut.run(number, each, calls[number])
                     for each, calls in zip(hidden, self._calls, strict=True)
                 ]
             self._write("input", number + 1, hidden)
-            groups = tuple(LayerGroup(g.name, g.in_features, self.tokens, g.layers) for g in layers)
-            found.append(BlockLayers(groups, uncovered))
-            write_atomically(self._layers_file(number), _LAYERS.dump_json(found[-1]).decode())
+            found.append(self._ranks.from_first(layers))
+            # Before the layers, which say that all inputs are there.
+            self._ranks.wait()
+            if self._ranks.leads:
+                write_atomically(self._layers_file(number), _LAYERS.dump_json(found[-1]).decode())
             self._report(Event("forwards", number + 1, count))
         return found
 
@@ -108,22 +118,22 @@ class Passes:
         Raises:
             DeltaguardError: the model's predictions or a sum are of no use, or the disk is full.
         """
-        count = len(layers)
-        done = next((i for i in range(count) if self._store_folder(i).is_dir()), count)
-        if done == count and not self._file("gradient", count).is_file():
+        count, ranks = len(layers), self._ranks
+        done = ranks.from_first(next((i for i in range(count) if self._store_folder(i).is_dir()), count))
+        if done == count and not all(path.is_file() for path in self._files("gradient", count)):
             self._write("gradient", count, self._of_predictions())
         for number in reversed(range(done)):
             sums, gradients = self._sums(number, layers[number].groups)
-            # Before the store, which says that both are there.
+            # Before the store, which says that all of both are there.
             self._write("gradient", number, gradients)
-            write_store(
-                self._store_folder(number),
-                provenance,
-                (),
-                layers[number].groups,
-                lambda group, sums=sums: provenance.decompose(group, take_sums(group, sums)),
-            )
-            for used in (self._file("input", number + 1), self._file("gradient", number + 1)):
+            ranks.wait()
+            groups = layers[number].groups
+            contents = decomposed(groups, sums, provenance, ranks)
+            if ranks.leads:
+                folder = self._store_folder(number)
+                write_store(folder, provenance, (), groups, lambda _, contents=contents: next(contents))
+            ranks.wait()
+            for used in (*self._files("input", number + 1), *self._files("gradient", number + 1)):
                 used.unlink(missing_ok=True)
             self._report(Event("backwards", count - number, count))
 
@@ -133,10 +143,24 @@ class Passes:
             store = CurvatureStore.from_pretrained(self._store_folder(number))
             yield from (store.content(group.name) for group in store.groups)
 
+    def _found(self) -> list[BlockLayers]:
+        """Read the layers of the blocks that have been run forwards."""
+        found: list[BlockLayers] = []
+        while (path := self._layers_file(len(found))).is_file():
+            found.append(read_json(path, _LAYERS, remedy=start_anew(self._folder.parent)))
+        return found
+
+    def _observed(self, number: int, hidden: Sequence[Tensor]) -> BlockLayers:
+        """Find the layers of a block that is loaded."""
+        layers, uncovered = observe_block(self._cut, number, hidden[0], self._calls[0][number])
+        groups = tuple(LayerGroup(g.name, g.in_features, self.tokens, g.layers) for g in layers)
+        return BlockLayers(groups, uncovered)
+
     def _of_predictions(self) -> list[Tensor]:
         """Differentiate the likelihood of drawn tokens by what the last block puts out."""
         found: list[Tensor] = []
-        for number, hidden in enumerate(self._read("input", len(self._cut.blocks))):
+        inputs = self._read("input", len(self._cut.blocks))
+        for number, hidden in zip(self._own, inputs, strict=True):
             with torch.enable_grad():
                 logits = self._cut.logits(hidden.requires_grad_(), self._batches[number])
                 likelihood = drawn_likelihood(logits, seed=number)
@@ -152,7 +176,7 @@ class Passes:
         observed = observed_again(self._cut, groups)
         sums, gradients = running_sums(observed, self._cut.device), list[Tensor]()
         parts = zip(
-            self._batches,
+            [self._batches[i] for i in self._own],
             self._calls,
             self._read("input", number),
             self._read("gradient", number + 1),
@@ -165,8 +189,9 @@ class Passes:
                     gradients.append(torch.autograd.grad(output, hidden, above)[0])
         return sums, gradients
 
-    def _file(self, kind: str, number: int) -> Path:
-        return self._folder / f"{kind}-{number:05}.safetensors"
+    def _files(self, kind: str, number: int) -> list[Path]:
+        """Name what is kept at a block, a file for each batch of this rank."""
+        return [self._folder / f"{kind}-{number:05}-{batch:05}.safetensors" for batch in self._own]
 
     def _layers_file(self, number: int) -> Path:
         return self._folder / f"layers-{number:05}.json"
@@ -175,21 +200,20 @@ class Passes:
         return self._folder / f"store-{number:05}"
 
     def _write(self, kind: str, number: int, tensors: Sequence[Tensor]) -> None:
-        """Keep a tensor for each batch; the file is complete or absent."""
-        path = self._file(kind, number)
-        unfinished = path.with_suffix(".unfinished")
-        save_tensors({str(i): each.detach().cpu().contiguous() for i, each in enumerate(tensors)}, unfinished)
-        with explained(path):
-            unfinished.replace(path)
+        """Keep a tensor for each batch; a file is complete or absent."""
+        for path, tensor in zip(self._files(kind, number), tensors, strict=True):
+            unfinished = path.with_suffix(".unfinished")
+            save_tensors({kind: tensor.detach().cpu().contiguous()}, unfinished)
+            with explained(path):
+                unfinished.replace(path)
 
     def _read(self, kind: str, number: int) -> Iterator[Tensor]:
         """Read the tensors of the batches, one after the other."""
-        path = self._file(kind, number)
-        try:
-            with safe_open(path, framework="pt") as file:
-                for i in range(len(self._batches)):
-                    yield file.get_tensor(str(i)).to(self._cut.device)
-        except (OSError, SafetensorError) as error:
-            raise DeltaguardError(
-                f"{path} cannot be used: {error}.\n{start_anew(self._folder.parent)}"
-            ) from error
+        for path in self._files(kind, number):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    yield file.get_tensor(kind).to(self._cut.device)
+            except (OSError, SafetensorError) as error:
+                raise DeltaguardError(
+                    f"{path} cannot be used: {error}.\n{start_anew(self._folder.parent)}"
+                ) from error

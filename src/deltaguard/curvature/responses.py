@@ -18,6 +18,7 @@ from deltaguard.curvature.store_format import MANIFEST, CalibrationRequest, read
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import append_journal, read_journal, read_json
 from deltaguard.models.durable import explained, lock_folder, write_atomically
+from deltaguard.ranks import Ranks
 
 _BATCH: TypeAdapter[dict[int, str]] = TypeAdapter(dict[int, str])
 """A line of the journal: responses by the numbers of their conversations."""
@@ -32,6 +33,7 @@ def respond(
     batch_size: int,
     journal: Path | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Conversation]:
     """Let a model answer, greedily, the conversations that have no response.
 
@@ -43,7 +45,9 @@ def respond(
         batch_size: conversations per batch.
         journal: JSON lines, one a batch; what it already holds is not generated again. It must belong to
             the same conversations.
-        on_batch: called with the number of responses there are and the number of conversations.
+        on_batch: called with the number of responses there are, about, and the number of conversations.
+        ranks: the processes that share the batches, all of which call this; each has a journal of its own
+            beside that of the first. By default this one alone.
 
     Returns:
         The conversations, all with responses, in the order given.
@@ -52,10 +56,14 @@ def respond(
         DeltaguardError: the journal holds something else than responses to these conversations, or cannot be
             written.
     """
+    ranks = ranks or Ranks()
     answers = {i: c.response for i, c in enumerate(conversations) if c.response is not None}
     if journal is not None:
-        answers |= _read_journal(journal, asked=range(len(conversations)), given=answers)
-    missing = [i for i in range(len(conversations)) if i not in answers]
+        # Before any of them writes to its own.
+        answers |= ranks.from_first(_read_journals(journal, conversations, answers) if ranks.leads else None)
+        own = f"{journal.stem}-{ranks.rank}{journal.suffix}"
+        journal = journal if ranks.leads else journal.with_name(own)
+    missing, known = [i for i in range(len(conversations)) if i not in answers], len(answers)
 
     def record(chosen: Sequence[int], texts: Sequence[str]) -> None:
         batch = {missing[i]: text for i, text in zip(chosen, texts, strict=True)}
@@ -64,7 +72,9 @@ def respond(
             with explained(journal):
                 append_journal(journal, json.dumps(batch))
         if on_batch is not None:
-            on_batch(len(answers), len(conversations))
+            # The others are about as far.
+            done = known + ranks.size * (len(answers) - known)
+            on_batch(min(done, len(conversations)), len(conversations))
 
     if missing:
         generate(
@@ -74,8 +84,26 @@ def respond(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             on_batch=record,
+            part=(ranks.rank, ranks.size),
         )
+    for found in ranks.from_all(answers):
+        answers |= found
     return [replace(conversation, response=answers[i]) for i, conversation in enumerate(conversations)]
+
+
+def _journals(first: Path) -> list[Path]:
+    """Find the journals that the processes of a run, which may have been several, left."""
+    others = sorted(first.parent.glob(f"{first.stem}-*{first.suffix}"))
+    return [first, *others] if first.exists() else others
+
+
+def _read_journals(
+    first: Path, conversations: Sequence[Conversation], given: Collection[int]
+) -> dict[int, str]:
+    asked, found = range(len(conversations)), dict[int, str]()
+    for journal in _journals(first):
+        found |= _read_journal(journal, asked=asked, given=given)
+    return found
 
 
 def _read_journal(journal: Path, *, asked: range, given: Collection[int]) -> dict[int, str]:
@@ -131,7 +159,7 @@ def workspace(output: Path, request: CalibrationRequest, *, resume: bool) -> Gen
         if _is_finished(output, request, resume=resume):
             yield None
         else:
-            if journal.exists():
+            if _journals(journal):
                 if not resume:
                     raise DeltaguardError(
                         f"An unfinished calibration lies in {folder}. Resume it (`--resume`), or delete that "
@@ -147,6 +175,19 @@ def workspace(output: Path, request: CalibrationRequest, *, resume: bool) -> Gen
         shutil.rmtree(folder, ignore_errors=not folder.exists())
     finally:
         os.close(lock)
+
+
+@contextmanager
+def shared_workspace(
+    output: Path, request: CalibrationRequest, ranks: Ranks, *, resume: bool
+) -> Generator[Path | None]:
+    """Keep a `workspace` for several processes, of which the first holds it; all leave it together."""
+    if ranks.leads:
+        with workspace(output, request, resume=resume) as journal:
+            yield ranks.from_first(journal)
+    else:
+        yield ranks.from_first()
+    ranks.wait()
 
 
 def _is_finished(output: Path, request: CalibrationRequest, *, resume: bool) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deltaguard.curvature.sums import (
     LayerGroup,
+    LinearLayer,
     Moment,
     Reached,
     RunningMoment,
@@ -19,6 +20,7 @@ from deltaguard.curvature.sums import (
     input_name,
     output_name,
 )
+from deltaguard.ranks import Ranks
 
 
 class Pool:
@@ -26,16 +28,21 @@ class Pool:
 
     Attributes:
         experts: how many there are.
+        size: of a vector.
     """
 
     def __init__(self, size: int, experts: int, device: torch.device | str = "cpu") -> None:
         """Begin with no token."""
-        self.experts = experts
+        self.experts, self.size = experts, size
         self._running = RunningMoment(size, device=device)
 
     def add(self, vectors: Tensor) -> None:
         """Add tokens, (tokens, size); each counts once for every expert that it is routed to."""
         self._running.add(vectors)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Add what all ranks summed, on all."""
+        self._running.add_up(ranks)
 
     @cached_property
     def moment(self) -> Moment:
@@ -89,6 +96,25 @@ class RoutedMoment:
             vectors, self._kept = torch.cat(self._kept), []
         self._running.add(vectors)
 
+    def add_up(self, ranks: Ranks, owner: int) -> None:
+        """Add what all ranks summed, on the owner, after the pool; the others' is of no use then.
+
+        Like a single process, it keeps the tokens while they are fewer than the sum has rows.
+        """
+        size = self.pool.size
+        self.tokens = sum(ranks.from_all(self.tokens))
+        if self.tokens > size:
+            if self._running is None:
+                self._running = RunningMoment(size, device=self.pool.moment.total.device)
+                for vectors in self._kept:
+                    self._running.add(vectors)
+            self._running.add_up(ranks, owner)
+        elif ranks.rank != owner:
+            ranks.send(owner, None, self._kept)
+        else:
+            parts = [self._kept if each == owner else ranks.receive(each)[1] for each in range(ranks.size)]
+            self._kept = [vectors.to(self.pool.moment.total.device) for part in parts for vectors in part]
+
     def total(self, size: int) -> Tensor:
         """Compute the sum, (size, size); nothing may be added to it then."""
         if self._running is not None:
@@ -98,13 +124,16 @@ class RoutedMoment:
         return vectors.T @ vectors
 
 
-def take_sums(group: LayerGroup, sums: MutableMapping[str, RunningMoment | RoutedMoment]) -> Sums:
+AnyMoment = RunningMoment | RoutedMoment
+
+
+def take_sums(group: LayerGroup, sums: MutableMapping[str, AnyMoment]) -> Sums:
     """Take one group's sums out of those of all (see `LayerGroup.matrices`), so that memory gets free."""
     inputs = sums.pop(input_name(group.name))
     outputs = [sums.pop(output_name(layer)) for layer in group.layers]
     if isinstance(inputs, RoutedMoment):
         return shrunk_sums(group, inputs, [each for each in outputs if isinstance(each, RoutedMoment)])
-    totals = (each.taken().total for each in outputs if isinstance(each, RunningMoment))
+    totals = (output_sum(layer, each)[0] for layer, each in zip(group.layers, outputs, strict=True))
     return Sums(inputs.taken(), tuple(totals))
 
 
@@ -126,17 +155,32 @@ def shrunk_sums(group: LayerGroup, inputs: RoutedMoment, outputs: Sequence[Route
     Returns:
         The sums, in the scale of a layer that sees every token.
     """
-    pool, share = inputs.pool, inputs.pool.share(inputs.tokens)
+    moment, share = input_sum(group, inputs)
+    found = [output_sum(layer, routed) for layer, routed in zip(group.layers, outputs, strict=True)]
+    shares = (share, *(each for _, each in found))
+    return Sums(moment, tuple(total for total, _ in found), Reached(inputs.tokens, shares))
+
+
+def input_sum(group: LayerGroup, moment: AnyMoment) -> tuple[Moment, float]:
+    """Take the sum over a group's inputs; nothing may be added to it then.
+
+    Returns:
+        The sum, of an expert in the scale of a layer that sees every token; and the share of it that is the
+        pool's, see `shrunk_sums`.
+    """
+    if isinstance(moment, RunningMoment):
+        return moment.taken(), 0.0
+    pool, share = moment.pool, moment.pool.share(moment.tokens)
     mean = pool.moment.total * (share / pool.moment.tokens)
-    if inputs.tokens:
-        mean += inputs.total(group.in_features) * ((1 - share) / inputs.tokens)
-    totals: list[Tensor] = []
-    shares = [share]
-    for layer, routed in zip(group.layers, outputs, strict=True):
-        share = routed.pool.share(routed.tokens)
-        usual = routed.pool.moment.total / routed.pool.experts
-        totals.append(usual.lerp(routed.total(layer.out_features), 1 - share))
-        shares.append(share)
-    return Sums(
-        Moment(mean * group.tokens, group.tokens), tuple(totals), Reached(inputs.tokens, tuple(shares))
-    )
+    if moment.tokens:
+        mean += moment.total(group.in_features) * ((1 - share) / moment.tokens)
+    return Moment(mean * group.tokens, group.tokens), share
+
+
+def output_sum(layer: LinearLayer, moment: AnyMoment) -> tuple[Tensor, float]:
+    """Take the sum over the gradients of a layer's output, like `input_sum`."""
+    if isinstance(moment, RunningMoment):
+        return moment.taken().total, 0.0
+    share = moment.pool.share(moment.tokens)
+    usual = moment.pool.moment.total / moment.pool.experts
+    return usual.lerp(moment.total(layer.out_features), 1 - share), share

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from deltaguard.errors import DeltaguardError
+from deltaguard.ranks import Ranks
 
 _Size = Annotated[int, Field(gt=0, le=1 << 31)]
 
@@ -150,6 +151,11 @@ class RunningMoment:
             rows = x[:, start : start + _PANEL]
             self._total[start : start + _PANEL, start:].addmm_(rows.T, x[:, start:])
         self._tokens += len(x)
+
+    def add_up(self, ranks: Ranks, owner: int | None = None) -> None:
+        """Add what all ranks summed: on the owner, and the others' sum is of no use then; or on all."""
+        ranks.add_up(self._total, owner)
+        self._tokens = sum(ranks.from_all(self._tokens))
 
     def taken(self) -> Moment:
         """Give the sum, exactly symmetric; nothing may be added to it then."""

@@ -13,6 +13,7 @@ from deltaguard.models.checkpoint import Checkpoint, name_map
 from deltaguard.models.durable import InUseError
 from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Progress
+from deltaguard.ranks import Ranks
 from deltaguard.restoration.agreement import Identified, require_agreement
 from deltaguard.restoration.job import Job, Other, default_store_folder, find_store, open_finetuned
 from deltaguard.restoration.options import RestoreConfig
@@ -87,7 +88,7 @@ class AlignedInputs:
         others = self._others(plan)
         return Job(base, tuned, self._opened, identity, other.identity, others)
 
-    def job(self, finetuned: str | Path, progress: Progress | None = None) -> Job:
+    def job(self, finetuned: str | Path, progress: Progress | None = None, ranks: Ranks | None = None) -> Job:
         """Open a fine-tune. Where there is no store and the method needs one, calibrate the aligned model.
 
         The store is made in `default_store_folder`, and found there the next time.
@@ -95,12 +96,18 @@ class AlignedInputs:
         Args:
             finetuned: as in `look`.
             progress: called while calibrating.
+            ranks: the processes that share the work; by default this one alone.
 
         Raises:
             SharedInputError: as `look`, or the calibration failed.
             DeltaguardError: as `look`.
         """
-        job, config = self.look(finetuned), self.config
+        job, config, ranks = self.look(finetuned), self.config, ranks or Ranks()
+        if len(set(ranks.from_all(job.store is None))) > 1:
+            raise SharedInputError(
+                f"Some of the {ranks.size} processes find a store of {self.aligned.reference} in the cache, "
+                "and others none: give one that all can read, with `--store`."
+            )
         if job.store is not None or not config.needs_curvature:
             return job
         from deltaguard.curvature.calibrate import calibrate
@@ -111,7 +118,7 @@ class AlignedInputs:
         how = CalibrateConfig(resume=True, rank=config.rank, device=config.device)
         try:
             with _shared():
-                self._opened = calibrate(aligned, folder, config=how, progress=progress)
+                self._opened = calibrate(aligned, folder, config=how, progress=progress, ranks=ranks)
         except InUseError as error:
             raise SharedInputError(
                 f"Another process is calibrating {aligned} right now, into {folder}. Run this again when it "

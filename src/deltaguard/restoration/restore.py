@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 from pydantic import TypeAdapter
 
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import enough_memory, exact_products
+from deltaguard.device import enough_memory, exact_products, find_device
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
@@ -19,6 +19,7 @@ from deltaguard.models.journal import FileRecord
 from deltaguard.models.mirror import adapter_files, checkpoint_files, refuse_links_out
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress, ignore
+from deltaguard.ranks import Ranks
 from deltaguard.reports.card import model_card
 from deltaguard.reports.records.restore import (
     CARD_NAME,
@@ -42,6 +43,7 @@ from deltaguard.restoration.output import (
 from deltaguard.restoration.plan import Action, Plan, Step
 from deltaguard.restoration.refine import Refined, refined_layers
 from deltaguard.restoration.resident import Resident
+from deltaguard.restoration.shared import open_trial, own_trial, serve
 from deltaguard.restoration.summary import summarise
 from deltaguard.restoration.trial import Trial
 
@@ -67,6 +69,7 @@ class Restorer:
         aligned: as in `restore`, like `store` and `config`.
         store: the aligned model's curvature; calibrated for the first fine-tune where it is absent.
         config: the options of every restore.
+        ranks: the processes that share the work, all of which do the same; by default this one alone.
 
     Raises:
         DeltaguardError: the aligned model cannot be used.
@@ -86,9 +89,11 @@ class Restorer:
         *,
         store: CurvatureStore | str | Path | None = None,
         config: RestoreConfig | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Open the aligned model; nothing is loaded yet."""
         self._config = config or RestoreConfig()
+        self._ranks = ranks.on(find_device(self._config.device)) if ranks else Ranks()
         self._inputs = AlignedInputs.open(aligned, store=store, config=self._config)
         self._resident = Resident()
 
@@ -120,19 +125,29 @@ class Restorer:
                 opened is refused.
         """
         started, memory, config = time.perf_counter(), peak_memory_bytes(), self._config
-        job = self._inputs.job(finetuned, progress)
+        ranks = self._ranks
+        job = self._inputs.job(finetuned, progress, ranks)
         plan = job.plan(config)
         metadata = front_matter(job.finetuned.folder)
         if config.output_format == "adapter":
             refuse_what_no_adapter_holds(job, plan)
         refuse_what_experts_cannot(job, plan, config)
         output = describe_output(job, plan, Path(output_dir), config)
-        if (finished := finished_report(job, output, config)) is not None:
+        finished = finished_report(job, output, config) if ranks.leads else None
+        if (finished := ranks.from_first(finished)) is not None:
             return finished
+        if not ranks.leads:
+            # Rank 0 has made the folder before it asks for anything.
+            folder = output.folder.expanduser().absolute()
+            serve(own_trial(job, plan, config, folder, ranks=ranks, reserve=output.needed), ranks)
+            return ranks.from_first()
         with open_writer(job, output, config) as writer:
             writer.require_space(output.needed, what=output.what)
-            trial = Trial(job, plan, config, writer.out, reserve=output.needed)
-            return self._written(trial, output, writer, metadata, started, memory, progress or ignore)
+            trial = open_trial(job, plan, config, writer.out, ranks=ranks, reserve=output.needed)
+            report = self._written(trial, output, writer, metadata, started, memory, progress or ignore)
+        # Nothing more is asked.
+        ranks.from_first(None)
+        return ranks.from_first(report)
 
     def _written(
         self,
@@ -149,7 +164,7 @@ class Restorer:
         price = _price(trial, self._resident, writer, progress)
         refined = refined_layers(trial, price, writer, self._resident, progress)
         price = refined.price
-        rows = _stage(trial, refined, writer, progress)
+        rows = _stage(trial, refined, writer, self._ranks, progress)
         try:
             job.check_unchanged()
             _check_result(job, rows, price)
@@ -178,6 +193,7 @@ def restore(
     store: CurvatureStore | str | Path | None = None,
     config: RestoreConfig | None = None,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> RestoreReport:
     """Write a checkpoint that keeps what fine-tuning taught and refuses like the aligned model.
 
@@ -195,6 +211,7 @@ def restore(
         store: the aligned model's curvature; calibrated first where it is absent and the method needs it.
         config: method, strength and the other choices; the default is `RestoreConfig()`.
         progress: called after each tensor.
+        ranks: the processes that share the work, all of which call this; by default this one alone.
 
     Returns:
         The report, which the output folder also holds as `deltaguard_report.json`.
@@ -209,12 +226,12 @@ def restore(
         print(report.kept_energy, report.safety_cost)
         ```
     """
-    with Restorer(aligned, store=store, config=config) as restorer:
+    with Restorer(aligned, store=store, config=config, ranks=ranks) as restorer:
         return restorer.restore(finetuned, output_dir, progress=progress)
 
 
 def _stage(
-    trial: Trial, refined: Refined, writer: CheckpointWriter, progress: Progress
+    trial: Trial, refined: Refined, writer: CheckpointWriter, ranks: Ranks, progress: Progress
 ) -> list[LayerRow | OtherRow]:
     """Write everything but the report and the card."""
     price = refined.price
@@ -223,7 +240,7 @@ def _stage(
     job, config = trial.job, trial.config
     if price.dial is not None and price.dial.whole:
         kept = _all_finetuned(job.plan(config.model_copy(update={"other_params": "finetuned"})))
-        trial = Trial(job, kept, config, writer.out)
+        trial = open_trial(job, kept, config, writer.out, ranks=ranks)
     rows: list[LayerRow | OtherRow] = []
     for shard in job.finetuned.shards:
         steps, finished = trial.plan.in_shard(shard), writer.finished(shard)

@@ -89,13 +89,17 @@ class Trial:
         Raises:
             DeltaguardError: a weight is not finite, or the curvature is damaged.
         """
-        parts: list[Profile] = []
+        return joint_profile(self.profiles(report, with_weights=with_weights).values())
+
+    def profiles(self, report: Progress, *, with_weights: bool = True) -> dict[str, Profile]:
+        """Say so of each layer that has a delta, by its tensor's name, as `profile` does of all."""
+        parts: dict[str, Profile] = {}
         for number, ready in enumerate(self._ready(self.steps, with_weights=with_weights), start=1):
             if ready.prepared is not None:
                 assert isinstance(ready.prepared, PricedLayer), "only methods with a price search"  # noqa: S101
-                parts.append(ready.prepared.profile())
+                parts[ready.step.info.name] = ready.prepared.profile()
             report(Event("project", number, len(self.steps)))
-        return joint_profile(parts)
+        return parts
 
     def weights(self, price: float) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor that the method changes, as it would be written at a price, on the device."""

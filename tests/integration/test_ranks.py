@@ -1,0 +1,286 @@
+"""One command in several processes: the output of one process, one message, and what a kill leaves."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import models
+import ranked
+from deltaguard.cli.app import run
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.ranks import Ranks
+from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME
+from pairs import ANSWERED, pair
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """Checkpoints of four shards."""
+    return pair("llama", max_shard_size="40KB")
+
+
+def restore_tokens(found, out, *options):
+    return ["restore", found.aligned, found.finetuned, "-o", out, "--device", "cpu", *options]
+
+
+def alone(tokens):
+    assert run([str(token) for token in tokens]) == 0
+
+
+def contents(folder):
+    """Every file but those that say when it was made and how long it took."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.name: path.read_bytes() for path in files if path.name not in (CARD_NAME, REPORT_NAME)}
+
+
+def rows(folder):
+    """What the report says of each tensor."""
+    report = json.loads((folder / REPORT_NAME).read_text())
+    return [row | {"seconds": 0} for row in (*report["layers"], *report["others"])]
+
+
+# Restoring
+
+RESTORES = {
+    "a strength": (2, ["--strength", "0.3"]),
+    "the dial": (4, ["--max-safety-kl", "0.01"]),
+    "the whole is safe": (2, ["--max-safety-kl", "100"]),
+    "an adapter": (3, ["--strength", "0.3", "--output-format", "adapter", "--adapter-rank", "4"]),
+    "no price": (2, ["--method", "interpolate", "--strength", "0.5"]),
+}
+
+
+@pytest.mark.parametrize("what", RESTORES)
+def test_the_output_is_that_of_one_process(what, llama, tmp_path):
+    count, options = RESTORES[what]
+    options = [*options, "--store", llama.store]
+    alone(restore_tokens(llama, tmp_path / "one", *options))
+    ended = ranked.run(count, restore_tokens(llama, tmp_path / "many", *options, "--json"), tmp_path / "said")
+    assert ended.codes == [0] * count, ended.err
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    assert rows(tmp_path / "many") == rows(tmp_path / "one")
+    assert json.loads(ended.out[0])["kept_energy"] > 0
+    assert "restore ..." in ended.err[0]
+    assert not any((*ended.out[1:], *ended.err[1:]))
+
+
+DEATHS = {
+    "a helper as it sends": (1, "send", 6),
+    "the first as it receives": (0, "receive", 5),
+    "a helper before anything": (1, "from_first", 2),
+}
+
+
+@pytest.mark.parametrize("what", DEATHS)
+def test_after_a_kill_any_number_of_processes_goes_on(what, llama, tmp_path):
+    options = ["--strength", "0.3", "--store", llama.store]
+    alone(restore_tokens(llama, tmp_path / "undisturbed", *options))
+    out = tmp_path / "out"
+    ended = ranked.run(2, restore_tokens(llama, out, *options), tmp_path / "said", dies=DEATHS[what])
+    killed = DEATHS[what][0]
+    assert ended.codes[killed] == -9
+    assert ended.codes[1 - killed] == 1
+    said = [line for text in ended.err for line in text.splitlines() if line.startswith("Error")]
+    # Nobody is left to say whether the helper has spoken where the first is gone; torchrun says who died.
+    assert len(said) == 1 - (killed == 0)
+    assert all("Another process of this run has ended" in line for line in said)
+    assert not (out / "model.safetensors.index.json").exists()
+    if what != "a helper before anything":
+        assert list((out / ".deltaguard-partial" / "files").glob("*.safetensors"))
+    ended = ranked.run(3, restore_tokens(llama, out, *options, "--resume"), tmp_path / "said")
+    assert ended.codes == [0] * 3, ended.err
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_a_failure_is_one_message(llama, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    options = ["--strength", "0.3", "--store", llama.store]
+    ended = ranked.run(3, restore_tokens(llama, tmp_path / "out", *options), tmp_path / "said")
+    assert ended.codes == [1] * 3
+    assert "is not empty (mine.txt)" in ended.err[0]
+    assert not any((*ended.out, *ended.err[1:]))
+    ended = ranked.run(2, restore_tokens(llama, tmp_path / "other", "--strength", "2"), tmp_path / "said")
+    assert ended.codes == [2, 2]
+    assert "".join(ended.err).count("Error:") == 1
+    ended = ranked.run(2, ["diff", llama.aligned, llama.finetuned], tmp_path / "said")
+    assert ended.codes == [2, 2]
+    assert "`deltaguard diff` runs in one process, and 2 were started" in " ".join(ended.err[0].split())
+    assert not ended.err[1]
+
+
+def test_torchrun_starts_it(llama, tmp_path):
+    options = ["--strength", "0.3", "--store", llama.store]
+    alone(restore_tokens(llama, tmp_path / "one", *options))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    tokens = restore_tokens(llama, tmp_path / "many", *options, "--json")
+    ended = subprocess.run(
+        [*torchrun, "-m", "deltaguard", *map(str, tokens)], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["kept_energy"] > 0
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+# Calibrating
+
+
+def prompts(tmp_path, *, answered=True):
+    """A prompts file of several batches."""
+    lines = [
+        {"prompt": row.prompt, "system": row.system} | ({"response": row.response} if answered else {})
+        for row in ANSWERED
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def calibrate_tokens(folder, out, asked, *options):
+    wanted = ["--prompts", asked, "--batch-size", "1", "--device", "cpu", "--rank", "full"]
+    return ["calibrate", folder, "-o", out, *wanted, *options]
+
+
+def relative_error(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+def require_equal(found, expected):
+    """Two stores are the same but for the order in which numbers were added up."""
+    one, other = (CurvatureStore.from_pretrained(each) for each in (found, expected))
+    assert one.provenance == other.provenance
+    assert one.held_out == other.held_out
+    assert one.groups == other.groups
+    for group in one.groups:
+        a, b = one.sums(group.name), other.sums(group.name)
+        assert a.reached == b.reached or a.reached.tokens == b.reached.tokens
+        for x, y in zip((a.inputs.total, *a.outputs), (b.inputs.total, *b.outputs), strict=True):
+            assert relative_error(x, y) < 1e-5, group.name
+        spectra = [store.input_spectrum(group.name).values for store in (one, other)]
+        torch.testing.assert_close(*spectra, rtol=1e-4, atol=1e-4 * float(spectra[0][0]))
+
+
+@pytest.mark.parametrize("memory", ["8GB", "0"])
+@pytest.mark.parametrize(("name", "count"), [("llama", 2), ("gpt2", 4), ("qwen3_moe", 3)])
+def test_the_store_is_that_of_one_process(name, count, memory, tmp_path):
+    folder = models.save(models.tiny_model(name), tmp_path / "model")
+    asked = prompts(tmp_path, answered=False)
+    options = ["--memory", memory]
+    alone(calibrate_tokens(folder, tmp_path / "one", asked, *options))
+    tokens = calibrate_tokens(folder, tmp_path / "many", asked, *options, "--json")
+    ended = ranked.run(count, tokens, tmp_path / "said")
+    assert ended.codes == [0] * count, ended.err
+    require_equal(tmp_path / "many", tmp_path / "one")
+    assert json.loads(ended.out[0])["conversations"] == 4
+    assert ("backwards ..." in ended.err[0]) == (memory == "0")
+    assert not any((*ended.out[1:], *ended.err[1:]))
+    assert not (tmp_path / "many.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A folder with `model`, `prompts.jsonl`, and the store that two processes made block by block."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    models.save(models.tiny_model("llama"), folder / "model")
+    asked = prompts(folder)
+    tokens = calibrate_tokens(folder / "model", folder / "store", asked, "--memory", "0")
+    ended = ranked.run(2, tokens, folder / "said")
+    assert ended.codes == [0, 0], ended.err
+    return folder
+
+
+@pytest.mark.parametrize(
+    "dies", [(1, "wait", 2), (0, "wait", 3), (1, "add_up", 4), (0, "receive", 9)], ids=str
+)
+def test_a_killed_calibration_goes_on(dies, undisturbed, tmp_path):
+    asked = undisturbed / "prompts.jsonl"
+    tokens = calibrate_tokens(undisturbed / "model", tmp_path / "out", asked, "--memory", "0")
+    ended = ranked.run(2, tokens, tmp_path / "said", dies=dies)
+    assert sorted(ended.codes) == [-9, 1]
+    assert not (tmp_path / "out").exists()
+    ended = ranked.run(2, [*tokens, "--resume"], tmp_path / "said")
+    assert ended.codes == [0, 0], ended.err
+    assert contents(tmp_path / "out") == contents(undisturbed / "store")
+
+
+def test_another_number_of_processes_goes_on_with_answers_and_blocks(tmp_path):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+    asked = prompts(tmp_path, answered=False)
+    tokens = calibrate_tokens(folder, tmp_path / "out", asked, "--memory", "0")
+    ended = ranked.run(2, tokens, tmp_path / "said", dies=(0, "receive", 9))
+    assert sorted(ended.codes) == [-9, 1]
+    left = tmp_path / "out.partial"
+    answers = [path.read_text() for path in sorted(left.glob("responses*.jsonl"))]
+    assert len(answers) == 2
+    # Without `--resume` nobody may take what others were asked.
+    assert ranked.run(3, tokens, tmp_path / "said").codes == [1] * 3
+    (left / "responses.jsonl").unlink()
+    assert ranked.run(3, tokens, tmp_path / "said").codes == [1] * 3
+    (left / "responses.jsonl").write_text(answers[1])
+    ended = ranked.run(3, [*tokens, "--resume"], tmp_path / "said")
+    assert ended.codes == [0] * 3, ended.err
+    alone(calibrate_tokens(folder, tmp_path / "one", asked, "--memory", "0"))
+    require_equal(tmp_path / "out", tmp_path / "one")
+
+
+ALL = "from_first from_all wait add_up send receive"
+KILLS = int(os.environ.get("DELTAGUARD_KILLS", "2"))
+"""How often at random; `make soak` asks for more."""
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+@pytest.mark.parametrize("verb", ["calibrate", "restore"])
+def test_killed_at_random_it_goes_on(verb, number, llama, undisturbed, tmp_path):
+    draw = random.Random(f"{verb} {number}")
+    out = tmp_path / "out"
+    if verb == "calibrate":
+        tokens = calibrate_tokens(undisturbed / "model", out, undisturbed / "prompts.jsonl", "--memory", "0")
+        expected = undisturbed / "store"
+    else:
+        options = ["--strength", "0.3", "--store", llama.store]
+        tokens, expected = restore_tokens(llama, out, *options), tmp_path / "expected"
+        alone(restore_tokens(llama, expected, *options))
+    for resume in ([], ["--resume"]):
+        dies = draw.randrange(2), ALL, draw.randrange(1, 40)
+        ended = ranked.run(2, [*tokens, *resume], tmp_path / "said", dies=dies)
+        assert sorted(ended.codes) in ([-9, 1], [0, 0], [-9, 0]), (dies, ended.err)
+        assert "bug" not in "".join(ended.err)
+    ended = ranked.run(2, [*tokens, "--resume"], tmp_path / "said")
+    assert ended.codes == [0, 0], ended.err
+    assert contents(out) == contents(expected)
+
+
+# What ranks are
+
+
+def test_work_is_split_evenly():
+    costs = [float(1 + i % 7) ** 3 for i in range(50)]
+    for in_turn, slack in ((False, 1.01), (True, 1.15)):
+        owners = Ranks(size=4).shares(costs, in_turn=in_turn)
+        loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in range(4)]
+        assert max(loads) < slack * sum(costs) / 4
+    assert Ranks(size=3).shares([1.0]) == [0]
+
+
+@pytest.mark.parametrize(("device", "refused"), [("cuda", False), ("cuda:1", False), ("cuda:0", True)])
+def test_every_process_needs_a_gpu_of_its_own(device, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    groups = []
+    monkeypatch.setattr("torch.distributed.new_group", lambda **given: groups.append(given) or "group")
+    second = Ranks(rank=1, size=2, here=2, local=1)
+    if refused:
+        with pytest.raises(Exception, match="Give each a GPU of its own"):
+            second.on(torch.device(device))
+    else:
+        assert second.on(torch.device(device))._sums == "group"
+        assert groups[0]["backend"] == "nccl"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(Exception, match="2 processes run on this machine, which has 1 GPUs"):
+        second.on(torch.device(device))
+    assert Ranks().on(torch.device(device)) == Ranks()
+    assert (second.sharing(torch.device("cpu")), second.sharing(torch.device("cuda"))) == (2, 1)
