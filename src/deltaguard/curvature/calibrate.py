@@ -8,6 +8,7 @@ finished one leaves the store alone.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from deltaguard.curvature.passes import Passes
 from deltaguard.curvature.request import CalibrateConfig, asked_for, requested
 from deltaguard.curvature.responses import respond, workspace
 from deltaguard.curvature.routed import take_sums
-from deltaguard.curvature.sizes import store_limit, whole_bytes
+from deltaguard.curvature.sizes import blocks_of, rows_within, store_limit, whole_bytes
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
 from deltaguard.curvature.sums import LayerGroup
@@ -34,7 +35,7 @@ from deltaguard.device import as_served, find_device, memory_bytes
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.experts import refuse_unknown_experts
-from deltaguard.models.loading import load_model, load_tokenizer
+from deltaguard.models.loading import load_config, load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Event, Progress, ignore
 
@@ -147,19 +148,13 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     request, count = run.request, len(run.calibration)
     in_blocks = whole_bytes(run.source, getattr(torch, request.dtype)) > run.memory
     tokenizer = load_tokenizer(run.source.folder, run.source.reference)
-    answering = request.answer_dtype or request.dtype
-    model = _load(run, answering if in_blocks else request.dtype)
-    config = model.config
-    with as_served(model) if answering != request.dtype else nullcontext():
-        answered = respond(
-            model,
-            tokenizer,
-            [*run.calibration, *run.held_out],
-            max_new_tokens=request.max_new_tokens,
-            batch_size=request.batch_size,
-            journal=run.journal,
-            on_batch=lambda done, total: run.report(Event("respond", done, total)),
-        )
+    answered = _answered_by_blocks(run, tokenizer) if in_blocks else None
+    model = None
+    if answered is None:
+        model = _load(run, (request.answer_dtype or request.dtype) if in_blocks else request.dtype)
+        with as_served(model) if request.answer_dtype not in (None, request.dtype) else nullcontext():
+            answered = _answered(run, model, tokenizer, request.batch_size)
+    config = load_config(run.source.folder, run.source.reference)
     limit = context_length(config, request.max_length)
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
     held_out = [c for c in answered[count:] if encode(tokenizer, c, max_length=limit).has_response]
@@ -191,6 +186,39 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         versions=versions(),
     )
     return _Measured(layers, tuple(held_out), provenance)
+
+
+def _answered(run: _Run, model: Any, tokenizer: Any, batch_size: int) -> list[Conversation]:
+    """Let a model answer the conversations that have no response."""
+    return respond(
+        model,
+        tokenizer,
+        [*run.calibration, *run.held_out],
+        max_new_tokens=run.request.max_new_tokens,
+        batch_size=batch_size,
+        journal=run.journal,
+        on_batch=lambda done, total: run.report(Event("respond", done, total)),
+    )
+
+
+def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:
+    """Let the model answer in a pass over its blocks for each token; None where it fits or cannot be cut."""
+    dtype = getattr(torch, run.request.answer_dtype or run.request.dtype)
+    size = sum(prod(info.shape) for info in run.source.tensors.values()) * dtype.itemsize
+    if size <= run.memory:
+        return None
+    try:
+        cut = CutModel(run.source, dtype=dtype, device=run.device)
+    except UncutError as error:
+        run.report(Event("load", 0, 1, f"the model cannot answer block by block: {error}"))
+        return None
+    run.report(Event("respond", 0, 1, f"the model takes {size / 1e9:.1f} GB: it answers block by block"))
+    tokens = run.request.max_length + run.request.max_new_tokens
+    held, blocks = blocks_of(run.source)
+    room = run.memory - (held.weights + max(block.weights for block in blocks)) * dtype.itemsize
+    rows = rows_within(cut.model.config, room, tokens=tokens, dtype=dtype)
+    with cut.streaming() as model:
+        return _answered(run, model, tokenizer, rows)
 
 
 def _whole(run: _Run, model: Any, texts: Sequence[Encoded]) -> _Layers:
