@@ -114,7 +114,7 @@ def restored(
         job = open_job(aligned, finetuned, store=store, config=config)
         with TemporaryDirectory() as scratch:
             trial = Trial(job, job.plan(config), config, Path(scratch))
-            candidate = Resident().candidate(trial, tasks, requests if not own else ())
+            candidate = Resident().loaded(trial, tasks, requests if not own else ())
             meter, whole = candidate.meter, job.finetuned
             base = meter.aligned_likelihood
             assert base is not None

@@ -139,7 +139,7 @@ def study(aligned: Path, finetuned: Path, store: Path, folder: Path) -> tuple[St
     trial = Trial(job, job.plan(config), config, folder)
     tasks = list(task_examples("test", TASKS))
     asked = [Conversation(row.prompt) for row in sample(harmful_prompts("attack"), ATTACK)]
-    candidate = Resident().candidate(trial, tasks, asked)
+    candidate = Resident().loaded(trial, tasks, asked)
     found = Study(trial, candidate, tasks, asked)
     meter, tuned = candidate.meter, job.finetuned
     likelihood = meter.aligned_likelihood

@@ -35,7 +35,8 @@ def play(monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         if args and args[0] == DEVICE:
             return to(self, copy=True, dtype=self.dtype).as_subclass(Remote)
-        return to(self, *args, **options)
+        found = to(self, *args, **options)
+        return found.as_subclass(torch.Tensor) if args and args[0] == torch.device("cpu") else found
 
     monkeypatch.setattr(torch.Tensor, "to", taken)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: cpu(self).as_subclass(torch.Tensor))

@@ -34,6 +34,26 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+def test_block_by_block_it_finds_the_same(tmp_path, monkeypatch):
+    made = refusing_pair()
+    monkeypatch.setattr("deltaguard.restoration.streamed.rows_within", lambda *_, **__: 64)
+    one, other = (
+        restore(
+            made.aligned,
+            made.finetuned,
+            tmp_path / f"{memory}",
+            store=made.store,
+            config=TRUSTED.model_copy(update={"memory": memory}),
+        )
+        for memory in (1 << 32, 0)
+    )
+    assert (one.dial.by_blocks, other.dial.by_blocks) == (False, True)
+    assert [look.accepted for look in other.dial.attack.looks] == [
+        look.accepted for look in one.dial.attack.looks
+    ]
+    assert other.mu == pytest.approx(one.mu, rel=1e-3)
+
+
 @pytest.mark.parametrize("output_format", ["checkpoint", "adapter"])
 def test_the_restored_model_refuses_as_the_aligned_one_does(output_format, tmp_path):
     made, out = refusing_pair(), tmp_path / "out"

@@ -58,6 +58,7 @@ def test_block_by_block_it_holds_one_block_and_spills_what_goes_into_each(aligne
     outside, blocks = blocks_of(Checkpoint.open(aligned))
     assert plan.by_blocks
     assert plan.weights_bytes == 4 * (outside.weights + blocks[0].weights)
+    assert plan.answering_bytes == served_dtype(torch.device("cpu")).itemsize * plan.weights_bytes // 4
     assert plan.sums_bytes * len(blocks) == whole.sums_bytes
     assert plan.pass_bytes * len(blocks) == whole.pass_bytes
     assert plan.disk_bytes == (len(blocks) + 3) * plan.hidden_bytes // 2 > 0

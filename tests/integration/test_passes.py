@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,20 @@ def test_the_same_eigenpairs_are_kept(tmp_path):
     for group in one.groups:
         a, b = one.input_spectrum(group.name), other.input_spectrum(group.name)
         torch.testing.assert_close(b.dense(), a.dense(), rtol=2e-3, atol=2e-3 * float(a.values[0]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mixtral"])
+def test_the_conversations_are_answered_block_by_block_too(name, tmp_path):
+    folder = models.save(models.tiny_model(name), tmp_path / "model")
+    asked = [replace(row, response=None) for row in ANSWERED]
+    config, told = WHOLE.model_copy(update={"max_new_tokens": 7, "device": "cpu"}), []
+    one, other = (
+        calibrate(folder, tmp_path / f"{number}", conversations=asked, config=each, progress=told.append)
+        for number, each in enumerate((config, config.model_copy(update={"memory": 0})))
+    )
+    assert one.provenance.conversations_sha256 == other.provenance.conversations_sha256
+    assert one.held_out == other.held_out
+    assert any("it answers block by block" in event.detail for event in told)
 
 
 class Killed(BaseException):

@@ -37,11 +37,20 @@ class Delta:
             low, high = (middle, high) if self.predicted(middle) > wanted else (low, middle)
         return high
 
-    def search(self, curve):
+    def search(self, curve, at_once=1):
         """All probes of a curve, of how prices really are."""
-        return search(
-            lambda mu: Probe(mu=mu, safety_kl=curve(mu)), self.predicted, self.limit, start=self.start
-        )
+        return search(each(curve), self.predicted, self.limit, start=self.start, at_once=at_once)
+
+
+def each(curve, passes=None):
+    """What measures the prices of a curve, and counts how often it was asked."""
+
+    def measure(prices):
+        if passes is not None:
+            passes.append(len(prices))
+        return [Probe(mu=mu, safety_kl=curve(mu)) for mu in prices]
+
+    return measure
 
 
 def bent(delta, power, by_price=1.0, by_kl=1.0):
@@ -70,20 +79,23 @@ def curves(draw):
     return delta, found
 
 
-@given(curves())
-def test_a_price_within_the_limit_is_found_if_there_is_one(made):
+AT_ONCE = st.sampled_from([1, 2, 4])
+
+
+@given(curves(), AT_ONCE)
+def test_a_price_within_the_limit_is_found_if_there_is_one(made, at_once):
     delta, curve = made
     assume(curve(1e9 * delta.start) <= delta.limit)
-    found = best(delta.search(curve), delta.limit)
+    found = best(delta.search(curve, at_once), delta.limit)
     assert found is not None
     assert found.safety_kl == curve(found.mu) <= delta.limit
 
 
-@given(curves(), st.floats(0, 0.3), SEEDS)
-def test_noise_does_not_lead_beyond_the_limit(made, size, seed):
+@given(curves(), st.floats(0, 0.3), SEEDS, AT_ONCE)
+def test_noise_does_not_lead_beyond_the_limit(made, size, seed, at_once):
     delta, curve = made
     assume((1 + size) * curve(1e9 * delta.start) <= delta.limit)
-    found = best(delta.search(noisy(curve, size, seed)), delta.limit)
+    found = best(delta.search(noisy(curve, size, seed), at_once), delta.limit)
     assert found is not None
     assert found.safety_kl <= delta.limit
 
@@ -112,10 +124,10 @@ def test_the_search_ends_where_nothing_is_to_be_gained(made):
     assert is_an_end(probes[-1]) or len(probes) == MOST_PROBES
 
 
-@given(curves())
-def test_the_best_is_the_lowest_price_within_the_limit(made):
+@given(curves(), AT_ONCE)
+def test_the_best_is_the_lowest_price_within_the_limit(made, at_once):
     delta, curve = made
-    probes = delta.search(curve)
+    probes = delta.search(curve, at_once)
     found = best(probes, delta.limit)
     within = [probe.mu for probe in probes if probe.safety_kl <= delta.limit]
     assert (found is None) == (not within)
@@ -123,27 +135,47 @@ def test_the_best_is_the_lowest_price_within_the_limit(made):
         assert found.mu == min(within)
 
 
+@given(curves())
+def test_prices_that_are_measured_at_once_lie_between_those_known_before(made):
+    delta, curve = made
+    low, high, told = 0.0, math.inf, []
+
+    def measure(prices):
+        nonlocal low, high
+        assert len(prices) == len(set(prices)) <= 4
+        assert all(low < mu < high for mu in prices)
+        told.append(found := each(curve)(prices))
+        high = min([high, *(p.mu for p in found if p.safety_kl <= delta.limit)])
+        low = max([low, *(p.mu for p in found if p.safety_kl > delta.limit)])
+        return found
+
+    search(measure, delta.predicted, delta.limit, start=delta.start, at_once=4)
+    assert 1 <= len(told) <= MOST_PROBES
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
 @pytest.mark.parametrize("start", [1e-30, 1.0, 1e28, 1e30, 1e60])
 @pytest.mark.parametrize("limit", [1e-9, 1e-3, 1e3])
 @pytest.mark.parametrize("floor", [-1e-10, 0.0, 1e-10, 1e-6])
-def test_a_price_of_which_nothing_is_left_to_tell_from_ends_nothing(start, limit, floor):
+def test_a_price_of_which_nothing_is_left_to_tell_from_ends_nothing(start, limit, floor, at_once):
     """As with a limit that is a tiny share of what the whole delta costs."""
 
     def predicted(mu):
         return 0.0 if mu >= 1e30 else 1e3 / (1 + 1e12 * mu) ** 2
 
-    probes = search(lambda mu: Probe(mu=mu, safety_kl=floor + predicted(mu)), predicted, limit, start=start)
-    assert 1 <= len(probes) <= MOST_PROBES
+    curve = each(lambda mu: floor + predicted(mu))
+    probes = search(curve, predicted, limit, start=start, at_once=at_once)
+    assert 1 <= len(probes) <= MOST_PROBES * at_once
     assert len({probe.mu for probe in probes}) == len(probes)
 
 
 def test_a_delta_that_costs_less_than_numbers_can_tell():
-    probes = search(lambda mu: Probe(mu=mu, safety_kl=1.0), lambda _: 1e-290, 0.5, start=1.0)
+    probes = search(each(lambda _: 1.0), lambda _: 1e-290, 0.5, start=1.0)
     assert best(probes, 0.5) is None
 
 
 def test_without_a_price_within_the_limit_none_is_found():
-    probes = search(lambda mu: Probe(mu=mu, safety_kl=2.0), lambda mu: 1 / (1 + mu), 1.0, start=1.0)
+    probes = search(each(lambda _: 2.0), lambda mu: 1 / (1 + mu), 1.0, start=1.0)
     assert len(probes) == MOST_PROBES
     assert probes[-1].mu >= 1e9
     assert best(probes, 1.0) is None
@@ -156,6 +188,33 @@ def test_a_delta_that_costs_nothing_is_kept(rounded):
     probes = delta.search(lambda _: rounded)
     assert len(probes) <= 3
     assert delta.predicted(probes[-1].mu) > 0.99 * delta.predicted(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "curve", "most", "mean"),
+    [
+        ("as predicted", lambda d: bent(d, 1), 1, 1),
+        ("a thousand times higher", lambda d: bent(d, 1, by_kl=1e3), 2, 2),
+        ("a thousand times lower", lambda d: bent(d, 1, by_kl=1e-3), 3, 2.5),
+        ("falling at a thousandth of the price", lambda d: bent(d, 1, by_price=1e3), 7, 4),
+        ("steeper", lambda d: bent(d, 2, by_kl=10), 4, 2.5),
+        ("flatter", lambda d: bent(d, 0.5, by_kl=10), 6, 4),
+        ("flatter and far off", lambda d: bent(d, 0.4, by_price=1e-3), 8, 5.5),
+        ("noisy", lambda d: noisy(bent(d, 1.2, by_kl=3), 0.05, 0), 3, 2.2),
+    ],
+)
+def test_fewer_passes_suffice_where_each_measures_four(kind, curve, most, mean):
+    counts = []
+    for seed in range(40):
+        delta, passes = Delta(seed), []
+        measure = each(curve(delta), passes)
+        probes = search(measure, delta.predicted, delta.limit, start=delta.start, at_once=4)
+        found = best(probes, delta.limit)
+        counts.append(len(passes))
+        whole = delta.predicted(found.mu) > 0.99 * delta.predicted(0)
+        assert found.safety_kl >= CLOSE * delta.limit or whole, (kind, seed)
+    assert max(counts) <= most
+    assert sum(counts) / len(counts) <= mean
 
 
 @pytest.mark.parametrize(

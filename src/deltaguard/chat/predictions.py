@@ -123,7 +123,16 @@ def response_losses(model: Any, batch: Batch) -> list[list[float]]:
     Raises:
         DeltaguardError: the model has no embedding for one of the tokens.
     """
-    logits = response_logits(model, batch)
+    return losses_of(response_logits(model, batch), batch)
+
+
+def losses_of(logits: Tensor, batch: Batch) -> list[list[float]]:
+    """Compute -log p(token | all before it) for every response token from its logits, as `response_losses`.
+
+    Args:
+        logits: (response tokens, vocabulary), as `response_logits` gives them.
+        batch: the conversations.
+    """
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = batch.ids[:, 1:][batch.answering[:, :-1]]
     losses = nn.functional.cross_entropy(precise, targets, reduction="none")

@@ -1,6 +1,7 @@
 """`deltaguard restore`."""
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,8 +96,9 @@ def restore(
         adapter_rank: Rank of an adapter; if not given, for each layer the smallest that loses at most 1 % of
             its restored delta (squared norm).
         device: Where layers are solved and the dial runs the model: `auto`, `cpu`, `cuda` or `cuda:N`.
-        memory: What projected layers may take of the device's memory between two prices, such as `8GB`; the
-            rest waits on the disk. A quarter of it by default.
+        memory: What the model that the dial measures may take of the device's memory, such as `8GB`; a larger
+            one is measured block by block. And what projected layers may take between two prices, of which
+            the rest waits on the disk. Half of it by default, and a quarter.
         config: A preset by its name, `careful` or `balanced` (below), or a YAML or JSON file with the method
             and its options; the command line wins.
         push: Afterwards upload the folder to this repository of the Hub, `owner/name`, made if absent; for a
@@ -229,8 +231,8 @@ def _draw_plan(plan: PlanReport) -> Table:
     table.add_row("curvature read", _gigabytes(plan.curvature_bytes))
     table.add_row("weights written", _gigabytes(plan.write_bytes))
     table.add_row("memory for a layer and the next", _gigabytes(plan.peak_bytes))
-    if plan.dial_bytes:
-        table.add_row(f"memory for the dial's model ({plan.device})", _gigabytes(plan.dial_bytes))
+    for name, value in _dial_rows(plan):
+        table.add_row(name, value)
     if plan.kept_bytes:
         table.add_row("memory for prepared layers, at most", _gigabytes(plan.kept_bytes))
     if plan.refine_bytes:
@@ -240,6 +242,22 @@ def _draw_plan(plan: PlanReport) -> Table:
     if plan.note:
         table.add_row("note", plan.note)
     return table
+
+
+def _dial_rows(plan: PlanReport) -> Iterator[tuple[str, str]]:
+    """Say how the dial would measure, and what of memory that takes, by part."""
+    dial = plan.dial
+    if dial is None:
+        return
+    way = f"block by block, prices a pass: {dial.at_once}" if dial.by_blocks else "as a whole"
+    yield "the dial's model is measured", way
+    yield "as a whole it may take", _gigabytes(dial.limit_bytes)
+    if dial.by_blocks:
+        yield "memory for what is in no block", _gigabytes(dial.ends_bytes)
+        yield "memory for the largest block", _gigabytes(dial.block_bytes)
+        yield "memory for hidden states", _gigabytes(dial.hidden_bytes)
+        yield "memory for a block's weights at each price", _gigabytes(dial.weights_bytes)
+    yield f"memory for the dial ({plan.device})", _gigabytes(plan.dial_bytes)
 
 
 def _gigabytes(count: int) -> str:

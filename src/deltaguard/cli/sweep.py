@@ -54,8 +54,9 @@ def sweep(
         config_from: Whose configuration, tokenizer and chat template candidates have: `aligned` or
             `finetuned`; if not given, the two models must agree on them.
         device: Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`.
-        memory: What projected layers may take between two prices, such as `8GB`; a quarter of the machine's
-            memory by default.
+        memory: What the model that is measured may take of the device's memory, such as `8GB`, before it is
+            measured block by block; and projected layers between two prices. Half of it by default, and a
+            quarter.
         json: Print one JSON document and nothing else on stdout.
     """
     options = {"method": method, "confidence": confidence, "memory": memory, "device": device}

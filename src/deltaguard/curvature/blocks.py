@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deltaguard.chat.predictions import logits_at
 from deltaguard.chat.tokens import Batch
 from deltaguard.errors import DeltaguardError
-from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.checkpoint import WeightSource
 from deltaguard.models.experts import Part, parts_of
 from deltaguard.models.families import decoder_blocks
 from deltaguard.models.loading import foreign, skeleton
@@ -26,6 +26,10 @@ _TRIED = ((3, 1, 2, 0, 3), (1, 2, 0, 0, 0)), ((True,) * 5, (True, True, False, F
 """Token ids of two rows, and their mask, on which models are tried out; any vocabulary has these tokens."""
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
+
+
+Read = Callable[[str], Tensor]
+"""What gives a tensor of a checkpoint by its name."""
 
 
 class UncutError(DeltaguardError):
@@ -52,54 +56,115 @@ class CutModel:
         blocks: the decoder blocks.
         prefix: of the blocks' names in the model, such as `model.layers.`.
         parts: of the model's parameters: the checkpoint's tensors that give their values.
+        source: the checkpoint.
+        dtype: of the weights as they are run.
         device: where all is run.
     """
 
-    def __init__(self, source: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, source: WeightSource, *, dtype: torch.dtype, device: torch.device, model: Any = None
+    ) -> None:
         """Load what is no block, and try out whether the blocks can be run one by one.
 
         Args:
-            source: the checkpoint.
-            dtype: of the weights.
+            source: the weights.
+            dtype: of the weights as they are run.
             device: where all is run.
+            model: a `skeleton` that the weights belong to; that of the source's own configuration where it is
+                absent.
 
         Raises:
             UncutError: the model cannot be cut, or not in this dtype.
             DeltaguardError: transformers cannot build it.
         """
-        self._source, self._dtype, self.device = source, dtype, device
-        self.model = skeleton(source.folder, source.reference, dtype=dtype)
+        self.source, self.dtype, self.device = source, dtype, device
+        self.model = skeleton(source.folder, source.reference, dtype=dtype) if model is None else model
         self.blocks = decoder_blocks(self.model)
         self.prefix = next(f"{name}." for name, each in self.model.named_modules() if each is self.blocks)
+        # Some models compute with these in float32 whatever their dtype.
+        self._precise = set(self.model._keep_in_fp32_modules_strict or ())  # noqa: SLF001  # as transformers does
         tied = set(self.model.all_tied_weights_keys)
         parameters = [name for name, _ in self.model.named_parameters() if name not in tied]
         buffers = dict(self.model.named_buffers())
         known = parts_of([*parameters, *buffers], source.tensors)
         self.parts = {name: known[name] for name in parameters if name in known}
+        # Such as biases of routers; what the model computes for itself is in no checkpoint.
+        self._stored = {name: known[name][0].tensor for name in buffers if name in known}
         _require_as_stored(self.model, self.parts, source, dtype)
-        for name in parameters:
-            if not name.startswith(self.prefix):
-                self._take(name)
-        self.model.tie_weights()
+        self.take_ends(source.read)
         for name, buffer in buffers.items():
-            # Such as biases of routers; what the model computes for itself is in no checkpoint.
-            value = source.read(known[name][0].tensor).to(buffer.dtype) if name in known else buffer
-            self._set(name, value.to(device))
+            self._set(name, buffer.to(device))
+            if name in self._stored:
+                self._take_buffer(name, source.read)
         self._output = self._form_of_output()
         _require_alike(self._trial(0.0), self._trial(1.0))
 
+    def take_ends(self, read: Read) -> None:
+        """Load what is in no block: embeddings, norms and the output head.
+
+        Args:
+            read: gives the source's tensors, or others in their place.
+        """
+        for name in self.parts:
+            if not name.startswith(self.prefix):
+                self._take(name, read)
+        self.model.tie_weights()
+        for name in self._stored:
+            if not name.startswith(self.prefix):
+                self._take_buffer(name, read)
+
     @contextmanager
-    def loaded(self, number: int) -> Generator[nn.Module]:
-        """Load the weights of one block for as long as the context lasts."""
-        block = self.blocks[number]
-        names = [f"{self.prefix}{number}.{name}" for name, _ in block.named_parameters()]
+    def loaded(self, number: int, read: Read | None = None) -> Generator[nn.Module]:
+        """Load the weights of one block for as long as the context lasts.
+
+        Args:
+            number: of the block.
+            read: gives tensors in the place of the source's.
+        """
+        prefix, read = f"{self.prefix}{number}.", read or self.source.read
+        for name in self._stored:
+            if name.startswith(prefix):
+                self._take_buffer(name, read)
+        names = [name for name in self.parts if name.startswith(prefix)]
         for name in names:
-            self._take(name)
+            self._take(name, read)
         try:
-            yield block
+            yield self.blocks[number]
         finally:
             for name in names:
                 self._put(name, self.model.get_parameter(name).to("meta"))
+
+    def tensors_of(self, number: int | None) -> tuple[str, ...]:
+        """Name the checkpoint's tensors that a block is loaded from; of None, those that are in no block."""
+        prefix = self.prefix if number is None else f"{self.prefix}{number}."
+        parts = [part.tensor for name, own in self.parts.items() for part in own if _in(name, prefix, number)]
+        return (*parts, *(tensor for name, tensor in self._stored.items() if _in(name, prefix, number)))
+
+    @contextmanager
+    def streaming(
+        self, read_of: Callable[[int], Read] | None = None, *, dtype: torch.dtype | None = None
+    ) -> Generator[Any]:
+        """Let the model run as a whole for a while, each block loaded for its turn and no longer.
+
+        Args:
+            read_of: gives, for a block, what gives tensors in the place of the source's.
+            dtype: of the weights of blocks meanwhile.
+
+        Yields:
+            The model; each of its forward passes reads the weights of all blocks.
+        """
+        real = [block.forward for block in self.blocks]
+
+        def forward(number: int, *given: Any, **named: Any) -> Any:
+            with self.loaded(number, read_of and read_of(number)):
+                return real[number](*given, **named)
+
+        own, self.dtype = self.dtype, dtype or self.dtype
+        try:
+            with self._replaced(forward):
+                yield self.model
+        finally:
+            self.dtype = own
 
     def inputs(self, batch: Batch) -> tuple[Tensor, tuple[Call, ...]]:
         """Compute what the first block gets, (conversations, tokens, hidden), and all else that each gets."""
@@ -141,15 +206,22 @@ class CutModel:
         with self._replaced(forward):
             return logits_at(self.model, batch.ids, batch.mask, batch.answering)
 
-    def _take(self, name: str) -> None:
+    def _take(self, name: str, read: Read) -> None:
         first, *others = self.parts[name]
+        dtype = self.dtype
+        if not self._precise.isdisjoint(name.split(".")):
+            dtype = torch.promote_types(dtype, torch.float32)
         if first.expert is None:
-            self._put(name, self._source.read(first.tensor).to(self.device, self._dtype))
+            self._put(name, read(first.tensor).to(self.device, dtype))
             return
-        made = torch.empty_like(self.model.get_parameter(name), dtype=self._dtype, device=self.device)
+        made = torch.empty_like(self.model.get_parameter(name), dtype=dtype, device=self.device)
         for part in (first, *others):
-            part.of(made).copy_(self._source.read(part.tensor))
+            part.of(made).copy_(read(part.tensor))
         self._put(name, made)
+
+    def _take_buffer(self, name: str, read: Read) -> None:
+        buffer = self.model.get_buffer(name)
+        self._set(name, read(self._stored[name]).to(self.device, buffer.dtype))
 
     def _put(self, name: str, tensor: Tensor) -> None:
         self._set(name, nn.Parameter(tensor, requires_grad=False))
@@ -221,8 +293,12 @@ class CutModel:
         return Batch(ids, mask, mask)
 
 
+def _in(name: str, prefix: str, number: int | None) -> bool:
+    return name.startswith(prefix) != (number is None)
+
+
 def _require_as_stored(
-    model: Any, parts: Mapping[str, Sequence[Part]], source: Checkpoint, dtype: torch.dtype
+    model: Any, parts: Mapping[str, Sequence[Part]], source: WeightSource, dtype: torch.dtype
 ) -> None:
     """Refuse where transformers would change tensors as it loads them.
 

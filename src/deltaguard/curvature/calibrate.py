@@ -8,6 +8,7 @@ finished one leaves the store alone.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from deltaguard.curvature.passes import Passes
 from deltaguard.curvature.request import CalibrateConfig, asked_for, requested
 from deltaguard.curvature.responses import respond, shared_workspace
 from deltaguard.curvature.shared import decomposed
-from deltaguard.curvature.sizes import store_limit, whole_bytes
+from deltaguard.curvature.sizes import blocks_of, rows_within, store_limit, whole_bytes
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
 from deltaguard.curvature.sums import LayerGroup
@@ -162,23 +163,13 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     request, count = run.request, len(run.calibration)
     in_blocks = run.ranks.from_first(whole_bytes(run.source, getattr(torch, request.dtype)) > run.memory)
     tokenizer = load_tokenizer(run.source.folder, run.source.reference)
-    answering = request.answer_dtype or request.dtype
-    asked = [*run.calibration, *run.held_out]
-    # Block by block the whole model is there to answer alone.
-    needed = not in_blocks or any(row.response is None for row in asked)
-    model = _load(run, answering if in_blocks else request.dtype) if needed else None
+    answered = _answered_by_blocks(run, tokenizer) if in_blocks else None
+    model = None
+    if answered is None:
+        model = _load(run, (request.answer_dtype or request.dtype) if in_blocks else request.dtype)
+        with as_served(model) if request.answer_dtype not in (None, request.dtype) else nullcontext():
+            answered = _answered(run, model, tokenizer, request.batch_size)
     config = load_config(run.source.folder, run.source.reference)
-    with as_served(model) if needed and answering != request.dtype else nullcontext():
-        answered = respond(
-            model,
-            tokenizer,
-            asked,
-            max_new_tokens=request.max_new_tokens,
-            batch_size=request.batch_size,
-            journal=run.journal,
-            on_batch=lambda done, total: run.report(Event("respond", done, total)),
-            ranks=run.ranks,
-        )
     limit = context_length(config, request.max_length)
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
     held_out = [c for c in answered[count:] if encode(tokenizer, c, max_length=limit).has_response]
@@ -210,6 +201,44 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         versions=versions(),
     )
     return _Measured(layers, tuple(held_out), provenance)
+
+
+def _answered(run: _Run, model: Any, tokenizer: Any, batch_size: int) -> list[Conversation]:
+    """Let a model answer the conversations that have no response, together with the other processes."""
+    return respond(
+        model,
+        tokenizer,
+        [*run.calibration, *run.held_out],
+        max_new_tokens=run.request.max_new_tokens,
+        batch_size=batch_size,
+        journal=run.journal,
+        on_batch=lambda done, total: run.report(Event("respond", done, total)),
+        ranks=run.ranks,
+    )
+
+
+def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:
+    """Let the model answer in a pass over its blocks for each token; None where it fits or cannot be cut."""
+    dtype = getattr(torch, run.request.answer_dtype or run.request.dtype)
+    size = sum(prod(info.shape) for info in run.source.tensors.values()) * dtype.itemsize
+    asked = [*run.calibration, *run.held_out]
+    if all(row.response is not None for row in asked):
+        return asked
+    if run.ranks.from_first(size <= run.memory):
+        return None
+    try:
+        cut = CutModel(run.source, dtype=dtype, device=run.device)
+    except UncutError as error:
+        run.report(Event("load", 0, 1, f"the model cannot answer block by block: {error}"))
+        return None
+    run.report(Event("respond", 0, 1, f"the model takes {size / 1e9:.1f} GB: it answers block by block"))
+    tokens = run.request.max_length + run.request.max_new_tokens
+    held, blocks = blocks_of(run.source)
+    room = run.memory - (held.weights + max(block.weights for block in blocks)) * dtype.itemsize
+    # The processes share batches, which have to be the same ones for all.
+    rows = run.ranks.from_first(rows_within(cut.model.config, room, tokens=tokens, dtype=dtype))
+    with cut.streaming() as model:
+        return _answered(run, model, tokenizer, rows)
 
 
 def _whole(run: _Run, model: Any, texts: Sequence[Encoded]) -> _Layers:

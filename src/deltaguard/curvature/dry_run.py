@@ -59,13 +59,16 @@ def plan_calibration(
     hidden = sum(calibrated) * shape.get_text_config().hidden_size * dtype.itemsize if by_blocks else 0
     # As a whole the model keeps its own weights while it answers in another dtype.
     kept = dtype.itemsize if answering != dtype and not by_blocks else 0
+    loaded = whole.weights
+    if by_blocks and whole.weights * answering.itemsize > memory:
+        loaded = outside.weights + max(block.weights for block in blocks)
     return CalibrationPlan(
         conversations=len(asked),
         tokens=sum(lengths),
         device=str(device),
         by_blocks=by_blocks,
         limit_bytes=memory,
-        answering_bytes=whole.weights * (answering.itemsize + kept),
+        answering_bytes=loaded * (answering.itemsize + kept),
         weights_bytes=(held.weights + (outside.weights if by_blocks else 0)) * dtype.itemsize,
         sums_bytes=held.sums * torch.float32.itemsize,
         pass_bytes=sum(sorted(calibrated)[-request.batch_size :]) * held.passed * dtype.itemsize,

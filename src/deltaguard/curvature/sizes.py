@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -13,6 +14,12 @@ from deltaguard.models.shards import TensorInfo
 
 STORE_SHARE = 0.25
 """Of the model's bytes, that a store with `rank="auto"` takes at most, about."""
+
+MOST_ROWS = 512
+"""Rows that a pass over the blocks continues at most."""
+
+_WITHIN_BLOCK = 16
+"""Numbers a token that a block computes at once, as a multiple of its hidden size, about."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +87,23 @@ def whole_bytes(aligned: Checkpoint, dtype: torch.dtype) -> int:
 def store_limit(aligned: Checkpoint) -> int:
     """Compute the bytes that a store with `rank="auto"` takes at most, about."""
     return int(STORE_SHARE * sum(info.nbytes for info in aligned.tensors.values()))
+
+
+def rows_within(config: Any, memory: int, *, tokens: int, dtype: torch.dtype) -> int:
+    """Say how many rows of tokens a model may continue at once, which a pass over its blocks serves.
+
+    Args:
+        config: the model's configuration, of transformers.
+        memory: bytes that keys and values, and what goes through a block, may take.
+        tokens: of a row.
+        dtype: that they are in.
+
+    Returns:
+        From 1 to `MOST_ROWS`, about.
+    """
+    text = config.get_text_config()
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    kept *= getattr(text, "head_dim", None) or hidden // heads
+    numbers = 2 * text.num_hidden_layers * kept + _WITHIN_BLOCK * hidden
+    return max(1, min(MOST_ROWS, memory // (tokens * numbers * dtype.itemsize)))

@@ -172,24 +172,28 @@ def empty_model(folder: Path, reference: str) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def skeleton(folder: Path, reference: str, *, dtype: torch.dtype) -> Any:
+def skeleton(folder: Path, reference: str, *, dtype: torch.dtype, config: Any = None) -> Any:
     """Build a causal language model whose parameters take no memory, and whose buffers hold what they should.
 
     Buffers such as rotary frequencies are computed by the modules as they are made, and lie in no checkpoint.
 
     Args:
-        folder: of the model; its weights are not read.
+        folder: of the model; its weights are not read, its generation settings are.
         reference: what the user called it, for messages.
         dtype: of the parameters.
+        config: a transformers configuration in the place of the folder's own.
 
     Raises:
         DeltaguardError: as `load_config`, or transformers cannot build the model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    config = load_config(folder, reference)
+    config = load_config(folder, reference) if config is None else config
     with foreign(f"transformers cannot build the model of {reference}"), _parameters_without_memory():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
 
 
 @contextmanager

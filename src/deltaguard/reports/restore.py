@@ -215,7 +215,7 @@ def dial_facts(report: RestoreReport) -> Facts:
     return (
         ("safety KL, fine-tuned", nats(dial.finetuned_kl) + part),
         ("safety KL, restored", f"{nats(dial.restored_kl)}{margin}, of {allowed}"),
-        ("measured", f"{len(dial.probes)} times on {held_out}"),
+        ("measured", f"{len(dial.probes)} times on {held_out}{', block by block' if dial.by_blocks else ''}"),
         ("layers that paid most", paid),
     )
 

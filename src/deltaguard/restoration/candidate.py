@@ -1,33 +1,45 @@
 """A candidate: the aligned model with the weights of one price after another, measured and asked."""
 
 import math
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from deltaguard.chat.conversations import Conversation
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import WeightSource
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.restore import Compared, Look, Probe
+from deltaguard.restoration.divergence import SafetyKL
 from deltaguard.restoration.looks import Examiner
 from deltaguard.restoration.safety_kl import SafetyMeter
 from deltaguard.restoration.trial import Trial
 
 
 @dataclass
-class CandidateModel:
-    """A model in memory that takes on the weights of one price after another.
+class Candidate(ABC):
+    """The aligned model with the weights of one price after another, however much of it is in memory.
 
     Attributes:
         trial: the layers.
-        meter: measures its safety KL.
         conversations: how many were held out.
+        tokens: response tokens in them, that safety KL is the mean over.
+        at_once: how many prices are measured in the time of one, about.
+        by_blocks: whether one decoder block at a time is in memory.
+        aligned_likelihood: the aligned model's, of tasks that were asked for; None without any.
+        aligned_openings: the beginnings of its answers to requests that were.
         measured: how many candidates so far.
         looked: how many were asked.
     """
 
     trial: Trial
-    meter: SafetyMeter
     conversations: int
+    tokens: int
+    at_once: int = 1
+    by_blocks: bool = False
+    aligned_likelihood: float | None = None
+    aligned_openings: Sequence[str] = ()
     measured: int = 0
     looked: int = 0
 
@@ -41,36 +53,34 @@ class CandidateModel:
         Raises:
             DeltaguardError: its predictions are not finite; the tensors that are not are listed.
         """
-        finetuned = self.trial.job.finetuned
-        self.meter.put(
-            (name, finetuned.read(name).to(DTYPES[info.dtype])) for name, info in finetuned.tensors.items()
-        )
         try:
-            return self._measure(0.0, report, enough)
+            found = self._measure_whole(report, enough)
         except DeltaguardError as error:
+            finetuned = self.trial.job.finetuned
             if problems := _not_finite(finetuned):
                 raise DeltaguardError(listed(f"{finetuned.reference} cannot be run", problems)) from error
             raise
-
-    def take_others(self) -> None:
-        """Take the tensors that no method decides from where the plan takes them."""
-        self.meter.put(self.trial.others())
-
-    def put(self, mu: float) -> None:
-        """Take on the layers of one price."""
-        self.meter.put(self.trial.weights(mu))
+        return self._told(0.0, found, report)
 
     def probe(self, mu: float, report: Progress, *, enough: float = math.inf) -> Probe:
         """Measure the candidate of one price; `enough` is as in `SafetyMeter.measure`."""
-        self.put(mu)
-        return self._measure(mu, report, enough)
+        (found,) = self.probes([mu], report, enough=enough)
+        return found
 
-    def _measure(self, mu: float, report: Progress, enough: float) -> Probe:
-        found = self.meter.measure(enough=enough)
-        self.measured += 1
-        said = f"safety KL {found.mean:.2g} at price {mu:.3g}"
-        report(Event("measure", self.measured, self.measured, said))
-        return Probe(mu=mu, safety_kl=found.mean, margin=found.margin, conversations=found.conversations)
+    def probes(self, prices: Sequence[float], report: Progress, *, enough: float = math.inf) -> list[Probe]:
+        """Measure the candidates of several prices; the weights of the last stay put.
+
+        Args:
+            prices: any number; `at_once` of them take about the time of one.
+            report: told of each.
+            enough: as in `SafetyMeter.measure`.
+        """
+        found: list[Probe] = []
+        for start in range(0, len(prices), self.at_once):
+            part = prices[start : start + self.at_once]
+            measured = self._measure(part, report, enough)
+            found += [self._told(mu, each, report) for mu, each in zip(part, measured, strict=True)]
+        return found
 
     def look(self, mu: float, examiner: Examiner, report: Progress, *, most: int) -> Look:
         """Ask the candidate whose weights were put last for the beginnings of its answers.
@@ -89,9 +99,90 @@ class CandidateModel:
             of = f"of {seen.prompts} harmful requests"
             report(Event(stage, done, total, f"complies with {candidate} {of}, aligned {aligned}{said}"))
 
-        found = examiner.look(mu, self.meter.openings, lambda seen: tell(seen, " so far", seen.prompts))
+        found = examiner.look(mu, self.openings, lambda seen: tell(seen, " so far", seen.prompts))
         tell(found.attack_success, ": accepted" if found.accepted else ": not accepted", total)
         return found
+
+    @abstractmethod
+    def take_others(self) -> None:
+        """Take the tensors that no method decides from where the plan takes them."""
+
+    @abstractmethod
+    def put(self, mu: float) -> None:
+        """Take on the layers of one price."""
+
+    @abstractmethod
+    def likelihood(self, tasks: Sequence[Conversation]) -> float:
+        """Measure the likelihood of tasks with the weights put last, see `SafetyMeter.likelihood`."""
+
+    @abstractmethod
+    def openings(self, requests: Sequence[Conversation]) -> list[str]:
+        """Let the candidate whose weights were put last begin its answers, see `chat.openings`."""
+
+    @abstractmethod
+    def _measure_whole(self, report: Progress, enough: float) -> SafetyKL:
+        """Take on all tensors of the fine-tuned model, and measure it."""
+
+    @abstractmethod
+    def _measure(self, prices: Sequence[float], report: Progress, enough: float) -> list[SafetyKL]:
+        """Take on the layers of `at_once` prices at most, and measure each."""
+
+    def _told(self, mu: float, found: SafetyKL, report: Progress) -> Probe:
+        self.measured += 1
+        said = f"safety KL {found.mean:.2g} at price {mu:.3g}"
+        report(Event("measure", self.measured, self.measured, said))
+        return Probe(mu=mu, safety_kl=found.mean, margin=found.margin, conversations=found.conversations)
+
+
+@dataclass
+class CandidateModel(Candidate):
+    """A model in memory that takes on the weights of one price after another.
+
+    Attributes:
+        meter: holds it, and measures its safety KL.
+    """
+
+    meter: SafetyMeter = field(kw_only=True)
+
+    @classmethod
+    def of(cls, trial: Trial, meter: SafetyMeter, conversations: int) -> "CandidateModel":
+        """Take the model of a meter.
+
+        Args:
+            trial: the layers.
+            meter: holds the aligned model.
+            conversations: how many were held out.
+        """
+        known = {"aligned_likelihood": meter.aligned_likelihood, "aligned_openings": meter.aligned_openings}
+        return cls(trial, conversations, meter.tokens, meter=meter, **known)
+
+    def take_others(self) -> None:
+        """Take the tensors that no method decides from where the plan takes them."""
+        self.meter.put(self.trial.others())
+
+    def put(self, mu: float) -> None:
+        """Take on the layers of one price."""
+        self.meter.put(self.trial.weights(mu))
+
+    def likelihood(self, tasks: Sequence[Conversation]) -> float:
+        """Measure the likelihood of tasks, see `SafetyMeter.likelihood`."""
+        return self.meter.likelihood(tasks)
+
+    def openings(self, requests: Sequence[Conversation]) -> list[str]:
+        """Let the candidate begin its answers, see `chat.openings`."""
+        return self.meter.openings(requests)
+
+    def _measure_whole(self, report: Progress, enough: float) -> SafetyKL:  # noqa: ARG002
+        finetuned = self.trial.job.finetuned
+        self.meter.put(
+            (name, finetuned.read(name).to(DTYPES[info.dtype])) for name, info in finetuned.tensors.items()
+        )
+        return self.meter.measure(enough=enough)
+
+    def _measure(self, prices: Sequence[float], report: Progress, enough: float) -> list[SafetyKL]:  # noqa: ARG002
+        (mu,) = prices
+        self.put(mu)
+        return [self.meter.measure(enough=enough)]
 
 
 def _not_finite(source: WeightSource) -> list[str]:

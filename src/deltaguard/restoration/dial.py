@@ -14,7 +14,7 @@ from deltaguard.progress import Event, Progress
 from deltaguard.reports.check import verdict_sentence
 from deltaguard.reports.records.restore import AttackDial, Dial, Look, Probe
 from deltaguard.restoration.acceptance import Rule
-from deltaguard.restoration.candidate import CandidateModel
+from deltaguard.restoration.candidate import Candidate
 from deltaguard.restoration.looks import Examiner, Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.resident import Resident
@@ -77,7 +77,7 @@ def find_price(trial: Trial, resident: Resident, report: Progress) -> Price:
 
 def _by_safety_kl(trial: Trial, resident: Resident, limit: float, report: Progress) -> Price:
     """Find what keeps most within a safety KL."""
-    judge, candidate = judge_of(trial.config), resident.candidate(trial)
+    judge, candidate = judge_of(trial.config), resident.candidate(trial, report=report)
     whole = candidate.whole(report, enough=limit)
     if judge(whole) <= limit and trial.config.output_format == "checkpoint":
         return Price(0.0, _dial(candidate, limit, whole, (whole,), None))
@@ -124,7 +124,7 @@ def _by_attack_success(
 
 
 def find_accepted(
-    candidate: CandidateModel, examiner: Examiner, loosest: Probe, guard: float, report: Progress
+    candidate: Candidate, examiner: Examiner, loosest: Probe, guard: float, report: Progress
 ) -> tuple[list[tuple[Probe, Look]], tuple[Probe, Look]]:
     """Look at stricter candidates until one is accepted, then between it and the strictest that was not.
 
@@ -200,7 +200,7 @@ def judge_of(config: RestoreConfig) -> Judge:
 
 
 def _probes(
-    candidate: CandidateModel, limit: float, whole: Probe, judge: Judge, report: Progress
+    candidate: Candidate, limit: float, whole: Probe, judge: Judge, report: Progress
 ) -> tuple[Probe, ...]:
     """Search for what keeps most within a safety KL; at least one of the probes is.
 
@@ -216,8 +216,10 @@ def _probes(
     joint, probes = trial.profile(report), ()
     if joint.predicted_kl(0) > 0:
         start = first_price(joint, limit, judge(whole))
-        measure = partial(candidate.probe, report=report, enough=limit)
-        probes = search(measure, joint.predicted_kl, limit, start=start, judge=judge)
+        measure = partial(candidate.probes, report=report, enough=limit)
+        probes = search(
+            measure, joint.predicted_kl, limit, start=start, at_once=candidate.at_once, judge=judge
+        )
     if best(probes, limit, judge) is None:
         probes = (*probes, _aligned_layers(candidate, limit, judge, report))
     return probes
@@ -232,7 +234,7 @@ def first_price(joint: Profile, limit: float, whole: float) -> float:
     return joint.mu_of_share(min(limit / max(whole, limit), 0.99) ** 1.5) or 1.0
 
 
-def _aligned_layers(candidate: CandidateModel, limit: float, judge: Judge, report: Progress) -> Probe:
+def _aligned_layers(candidate: Candidate, limit: float, judge: Judge, report: Progress) -> Probe:
     """Measure what is left where no probe was within the limit: the aligned layers."""
     aligned = candidate.probe(PROHIBITIVE, report)
     if judge(aligned) <= limit:
@@ -256,7 +258,7 @@ def _what_else_differs(config: RestoreConfig) -> str:
 
 
 def _dial(
-    candidate: CandidateModel,
+    candidate: Candidate,
     limit: float,
     found: Probe,
     probes: tuple[Probe, ...],
@@ -268,8 +270,9 @@ def _dial(
         limit=limit,
         confidence=config.confidence,
         device=str(find_device(config.device)),
+        by_blocks=candidate.by_blocks,
         conversations=candidate.conversations,
-        tokens=candidate.meter.tokens,
+        tokens=candidate.tokens,
         finetuned_kl=probes[0].safety_kl,
         restored_kl=found.safety_kl,
         restored_margin=found.margin,

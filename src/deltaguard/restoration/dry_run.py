@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import exact_products, find_device, memory_bytes
+from deltaguard.device import exact_products, find_device
 from deltaguard.models.families import is_vocabulary
 from deltaguard.models.shards import DTYPES
-from deltaguard.reports.records.restore import PlanReport
+from deltaguard.reports.records.restore import DialPlan, PlanReport
 from deltaguard.restoration.aligned import AlignedInputs
 from deltaguard.restoration.experts import refuse_what_experts_cannot
+from deltaguard.restoration.footprint import Footprint, held_out_tokens
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig
@@ -21,7 +22,7 @@ from deltaguard.restoration.output import describe_output, finished_report, refu
 from deltaguard.restoration.plan import Action, Plan
 from deltaguard.restoration.refine import refine_cost
 from deltaguard.restoration.restore import front_matter, refuse_what_no_adapter_holds
-from deltaguard.restoration.trial import PARTS_OF_MEMORY
+from deltaguard.restoration.trial import kept_budget
 
 _USUAL_PROBES = 5
 """Models that the dial measures, the fine-tuned one included."""
@@ -118,31 +119,42 @@ def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
     share = job.store.provenance.rank_share if job.store else _USUAL_SHARE
     product = sum(2 * share * rows * columns * (rows + columns) for rows, columns in restored)
     work = 1.5 * product * (2 if config.is_priced else 1)
-    held = vocabulary = 0
+    found = Footprint.of(job, plan, config)
     if config.dial is not None:
-        tokens = 0
-        if job.store is not None:
-            tokens = len(job.store.held_out) * job.store.provenance.max_new_tokens
-        work += _USUAL_PROBES * (1.5 * product + 2 * parameters * 2 * tokens)
+        _, answered = held_out_tokens(job)
+        work += _USUAL_PROBES * (1.5 * product + 2 * parameters * 2 * answered)
         if config.added_attack_success is not None:
             work += _USUAL_LOOKS * 2 * parameters * _ASKED_TOKENS * len(Requests.of(config.prompts).all)
-        vocabulary = max((info.shape[0] for info in names if is_vocabulary(info.name)), default=0)
-        held = 4 * (parameters + tokens * vocabulary)
     refining = 0
     if config.refine is not None:
+        vocabulary = max((info.shape[0] for info in names if is_vocabulary(info.name)), default=0)
         refining, steps = refine_cost(parameters, entries, plan.curvature_bytes, vocabulary)
         work += config.refine * steps
     itemsize = max((DTYPES[info.dtype].itemsize for info in names), default=4)
     # Both weights, what is in one of the bases, and the curvature.
     kept = int(entries * (2 * itemsize + 8 * share)) + plan.curvature_bytes if config.is_priced else 0
-    budget = memory_bytes(device) // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
     return {
-        "dial_bytes": held,
+        "dial": None if config.dial is None else _dial(found),
+        "dial_bytes": 0 if config.dial is None else found.taken,
         "refine_bytes": refining,
-        "kept_bytes": min(kept, budget),
+        "kept_bytes": min(kept, kept_budget(found, config, device)),
         "device": str(device),
         "seconds": work / _products_a_second(device),
     }
+
+
+def _dial(found: Footprint) -> DialPlan:
+    if not found.by_blocks:
+        return DialPlan(by_blocks=False, limit_bytes=found.limit, at_once=1)
+    return DialPlan(
+        by_blocks=True,
+        limit_bytes=found.limit,
+        at_once=found.at_once,
+        ends_bytes=found.ends,
+        block_bytes=found.block,
+        hidden_bytes=(1 + found.at_once) * found.reference,
+        weights_bytes=found.at_once * (found.candidate - found.reference),
+    )
 
 
 @exact_products()

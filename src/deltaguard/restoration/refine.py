@@ -20,6 +20,7 @@ from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.restore import Dial, LayerRow, Look, Probe, Refinement
 from deltaguard.restoration.acceptance import Rule
+from deltaguard.restoration.candidate import CandidateModel
 from deltaguard.restoration.dial import Price, judge_of
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.looks import Requests
@@ -193,10 +194,11 @@ def _judged(
     """
     attack, limit = dial.attack, dial.limit
     if attack is None:
-        candidate, examiner = resident.candidate(trial), None
+        candidate, examiner = resident.loaded(trial), None
     else:
         rule = Rule(limit=attack.limit, looks=attack.most_looks)
         candidate, examiner = resident.examined(trial, rule, Requests.of(trial.config.prompts), report)
+    assert isinstance(candidate, CandidateModel), "what is refined is in memory as a whole"  # noqa: S101
     candidate.take_others()
     candidate.meter.put(tensors.items())
     found = candidate.meter.measure()

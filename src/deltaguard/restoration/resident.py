@@ -8,18 +8,20 @@ from pathlib import Path
 import torch
 
 from deltaguard.chat.conversations import Conversation
+from deltaguard.curvature.blocks import UncutError
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_file
 from deltaguard.models.canonical import part_of
 from deltaguard.models.mirror import loadable, output_files
-from deltaguard.progress import Event, Progress
+from deltaguard.progress import Event, Progress, ignore
 from deltaguard.restoration.acceptance import Rule
-from deltaguard.restoration.candidate import CandidateModel
+from deltaguard.restoration.candidate import Candidate, CandidateModel
 from deltaguard.restoration.job import Job, cache_folder
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.looks import Examiner, Requests, how_asked, keep_answers, kept_answers
 from deltaguard.restoration.safety_kl import SafetyMeter
+from deltaguard.restoration.streamed import StreamedCandidate
 from deltaguard.restoration.trial import Trial
 
 
@@ -38,6 +40,47 @@ class Resident:
     _examiner: Examiner | None = None
 
     def candidate(
+        self,
+        trial: Trial,
+        tasks: Sequence[Conversation] = (),
+        requests: Sequence[Conversation] = (),
+        *,
+        report: Progress = ignore,
+    ) -> Candidate:
+        """Give a candidate that fits into memory: the model as a whole, or one block after another.
+
+        Args:
+            trial: the layers.
+            tasks: conversations of which the aligned model's likelihood is wanted too.
+            requests: conversations of which the beginnings of the aligned model's answers are.
+            report: told which of them it is.
+
+        Raises:
+            DeltaguardError: it cannot be loaded, or does not fit into memory.
+        """
+        if trial.footprint.by_blocks:
+            try:
+                return self._streamed(trial, tasks, requests, report)
+            except UncutError as error:
+                report(Event("measure", 0, 1, f"the model cannot be taken block by block: {error}"))
+        return self.loaded(trial, tasks, requests)
+
+    def _streamed(
+        self,
+        trial: Trial,
+        tasks: Sequence[Conversation],
+        requests: Sequence[Conversation],
+        report: Progress,
+    ) -> StreamedCandidate:
+        # What was loaded for another is of no use beside it.
+        self._meter = None
+        found = trial.footprint
+        said = f"the model takes {found.whole / 1e9:.1f} GB as a whole, more than {found.limit / 1e9:.1f} GB"
+        report(Event("measure", 0, 1, f"{said}: block by block, prices a pass: {found.at_once}"))
+        with loadable(_files(trial)) as output:
+            return StreamedCandidate.open(trial, output, tasks, requests)
+
+    def loaded(
         self, trial: Trial, tasks: Sequence[Conversation] = (), requests: Sequence[Conversation] = ()
     ) -> CandidateModel:
         """Load the aligned model, or take the one kept, with its predictions on held-out conversations.
@@ -54,9 +97,7 @@ class Resident:
         Raises:
             DeltaguardError: it cannot be loaded, or does not fit into memory.
         """
-        job, config = trial.job, trial.config
-        is_adapter = config.output_format == "adapter"
-        files = output_files(job.aligned, job.finetuned, config_from=config.config_from, adapter=is_adapter)
+        job, config, files = trial.job, trial.config, _files(trial)
         store, run_as, serves_others = known_store(job), _hash(files), _has_the_same_tensors(job)
         # What fails half-way is not kept.
         meter, self._meter = self._meter, None
@@ -81,18 +122,18 @@ class Resident:
                 )
         if serves_others:
             self._meter, self._run_as = meter, run_as
-        return CandidateModel(trial, meter, len(store.held_out))
+        return CandidateModel.of(trial, meter, len(store.held_out))
 
     def examined(
         self, trial: Trial, rule: Rule, requests: Requests, report: Progress
-    ) -> tuple[CandidateModel, Examiner]:
+    ) -> tuple[Candidate, Examiner]:
         """Give a candidate, and ask the aligned model what it will be asked, unless the answers are known.
 
         Args:
             trial: the layers.
             rule: says what is acceptable.
             requests: what is asked.
-            report: told where the aligned model's answers cannot be kept for the next run.
+            report: told how the model is taken, and where its answers cannot be kept for the next run.
 
         Raises:
             DeltaguardError: there are too few requests, or as `candidate` and `Examiner.of`.
@@ -100,13 +141,13 @@ class Resident:
         rule.require(len(requests.harmful), len(requests.harmless))
         known = self._examiner
         if known is not None and (known.rule, known.requests) == (rule, requests):
-            return self.candidate(trial), known
+            return self.candidate(trial, report=report), known
         identity, config = trial.job.aligned_identity, trial.config
         made_with = how_asked(config.device, config.whole_tokens)
         answers = kept_answers(identity, requests, made_with)
-        candidate = self.candidate(trial, requests=requests.all if answers is None else ())
+        candidate = self.candidate(trial, (), requests.all if answers is None else (), report=report)
         if answers is None:
-            answers = tuple(candidate.meter.aligned_openings)
+            answers = tuple(candidate.aligned_openings)
             try:
                 keep_answers(identity, requests, made_with, answers)
             except DeltaguardError as error:
@@ -119,6 +160,13 @@ class Resident:
     def release(self) -> None:
         """Give up the model and the judge, so that others have room; the model's answers are in the cache."""
         self._meter = self._examiner = None
+
+
+def _files(trial: Trial) -> dict[str, Path]:
+    """Find the files that candidates are run with, which are those of the output."""
+    job, config = trial.job, trial.config
+    is_adapter = config.output_format == "adapter"
+    return output_files(job.aligned, job.finetuned, config_from=config.config_from, adapter=is_adapter)
 
 
 def _hash(files: Mapping[str, Path]) -> str:

@@ -63,7 +63,8 @@ class Restorer:
     The aligned model and the store are opened once. The model that the dial measures is loaded once, with
     what the aligned model predicts and answers, and stays in memory until the block ends: it serves every
     fine-tune that has the aligned model's tensors, and the configuration, tokenizer and chat template of the
-    one before. For any other, and with `refine`, it is loaded anew. The outputs are those of separate runs.
+    one before. For any other, and with `refine`, it is loaded anew; where it does not fit into memory, each
+    fine-tune has its blocks read anew. The outputs are those of separate runs.
 
     Args:
         aligned: as in `restore`, like `store` and `config`.
@@ -200,8 +201,8 @@ def restore(
     The output is a PEFT adapter where the options say so. Otherwise it mirrors the fine-tuned checkpoint
     (for a LoRA adapter: the aligned one): the same shard files, tensors and dtypes, with every non-weight
     file of its folder. Weights are streamed: in memory are two tensors of each model and one layer's
-    workspace; with the dial, the model as well. The inputs are not touched. Many fine-tunes of one aligned
-    model take less time together, see `Restorer`.
+    workspace; with the dial, the model as well, or a block of it at a time where it does not fit. The inputs
+    are not touched. Many fine-tunes of one aligned model take less time together, see `Restorer`.
 
     Args:
         aligned: the model before fine-tuning: a local folder, a Hub id, or `id@revision`.

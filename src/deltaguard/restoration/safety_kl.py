@@ -1,10 +1,8 @@
 """Safety KL by real forward passes: a candidate's weights are put into a loaded model, not onto a disk."""
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +12,16 @@ from torch import Tensor
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.openings import answer_openings
 from deltaguard.chat.predictions import response_logits, response_losses
-from deltaguard.chat.tokens import Batch, Encoded, Reader, batches, read_by_both
+from deltaguard.chat.tokens import Batch, Reader
 from deltaguard.device import as_served, enough_memory
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.canonical import counting_config, differing_fields, of_one_kind
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
 from deltaguard.models.loading import load_config, load_model, load_tokenizer
+from deltaguard.restoration.divergence import Asked, SafetyKL, log_probs, mean_loss
 from deltaguard.restoration.places import Places, grow, match
 
-_NORMAL = 1.96
 _ADVICE = "take smaller batches, fewer conversations or another device"
-_WORTH_A_BATCH = 8
-"""Conversations with one system prompt; a smaller batch costs more than a shared prefix saves."""
-
-
-@dataclass(frozen=True)
-class SafetyKL:
-    """A candidate's safety KL, in nats per response token.
-
-    Attributes:
-        mean: over all response tokens.
-        margin: half the width of the mean's 95 % interval, over which conversations were held out; None for a
-            single conversation.
-        conversations: how many it is the mean of.
-    """
-
-    mean: float
-    margin: float | None
-    conversations: int
-
-    @classmethod
-    def of(cls, terms: Sequence[Sequence[float]]) -> "SafetyKL":
-        """From the tokens of each conversation, of which no conversation is without.
-
-        The interval is the normal one of a ratio of sums: tokens of one conversation are not independent,
-        conversations are (Cochran, Sampling Techniques, 1977, section 6.4).
-
-        Example:
-            >>> SafetyKL.of([[1.0, 1.0], [3.0]])
-            SafetyKL(mean=1.6666666666666667, margin=1.742222222222222, conversations=2)
-        """
-        tokens = sum(map(len, terms))
-        mean = math.fsum(chain.from_iterable(terms)) / tokens
-        if len(terms) < 2:
-            return cls(mean, None, len(terms))
-        squares = math.fsum((math.fsum(each) - mean * len(each)) ** 2 for each in terms)
-        margin = _NORMAL * math.sqrt(squares * len(terms) / (len(terms) - 1)) / tokens
-        return cls(mean, margin, len(terms))
 
 
 @dataclass(frozen=True)
@@ -82,7 +43,7 @@ class SafetyMeter:
     _finetuned: WeightSource = field(repr=False)
     _places: Places = field(repr=False)
     _aligned: Sequence[tuple[Batch, Tensor]] = field(repr=False)
-    _asked: "_Asked" = field(repr=False)
+    _asked: "Asked" = field(repr=False)
     _whole_tokens: int | None
 
     @classmethod
@@ -128,7 +89,7 @@ class SafetyMeter:
         """
         source = aligned.folder, aligned.reference
         model = load_model(*source, dtype=dtype).to(device)
-        own = _Asked(Reader.of(load_tokenizer(*source), model.config, max_length), batch_size, device)
+        own = Asked(Reader.of(load_tokenizer(*source), model.config, max_length), batch_size, device)
         other, config = own, None
         if output is not None:
             config = load_config(output, finetuned.reference)
@@ -231,14 +192,8 @@ class SafetyMeter:
         Raises:
             DeltaguardError: the candidate's predictions are not finite, or memory does not suffice.
         """
-        terms: list[list[float]] = []
-        for batch, aligned in self._aligned:
-            candidate = _log_probs(self._model, batch)[:, : aligned.shape[1]]
-            tokens = (aligned.exp() * (aligned - candidate)).sum(dim=-1)
-            terms += [each.tolist() for each in tokens.split(batch.answering.sum(dim=1).tolist())]
-            if math.fsum(chain.from_iterable(terms)) > enough * self.tokens:
-                break
-        return SafetyKL.of(terms)
+        predicted = ((batch, aligned, _log_probs(self._model, batch)) for batch, aligned in self._aligned)
+        return SafetyKL.between(predicted, self.tokens, enough=enough)
 
     @enough_memory(_ADVICE)
     def likelihood(self, conversations: Sequence[Conversation]) -> float:
@@ -256,38 +211,6 @@ class SafetyMeter:
     def openings(self, conversations: Sequence[Conversation]) -> list[str]:
         """Let the candidate begin its answers to requests, see `chat.openings.answer_openings`."""
         return _openings(self._model, self._asked.reader.tokenizer, conversations, self._whole_tokens)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """How conversations are put to a model."""
-
-    reader: Reader
-    batch_size: int
-    device: torch.device
-
-    def batches(self, conversations: Sequence[Conversation]) -> Iterator[Batch]:
-        """On the device, all with a response."""
-        return (b.to(self.device) for b in batches(self.reader.read(conversations), self.batch_size))
-
-    def beside(self, other: "_Asked", conversations: Sequence[Conversation]) -> Iterator[tuple[Batch, Batch]]:
-        """Read conversations for this model and another, longest first.
-
-        Those with one system prompt come together, unless they are few: what a batch begins with is computed
-        once.
-        """
-        groups: dict[str | None, list[tuple[Encoded, Encoded]]] = {}
-        counts = Counter(conversation.system for conversation in conversations)
-        pairs = read_by_both(self.reader, other.reader, conversations)
-        for conversation, pair in zip(conversations, pairs, strict=True):
-            key = conversation.system if counts[conversation.system] >= _WORTH_A_BATCH else None
-            groups.setdefault(key, []).append(pair)
-        for group in groups.values():
-            group.sort(key=lambda pair: len(pair[1].ids), reverse=True)
-        for group in sorted(groups.values(), key=lambda group: len(group[0][1].ids), reverse=True):
-            for start in range(0, len(group), self.batch_size):
-                mine, theirs = zip(*group[start : start + self.batch_size], strict=True)
-                yield Batch.of(mine), Batch.of(theirs)
 
 
 def _runs_alike(one: Any, other: Any) -> bool:
@@ -313,25 +236,11 @@ def _openings(
 
 
 def _likelihood(model: Any, read: Iterable[Batch]) -> float:
-    terms = [loss for batch in read for losses in response_losses(model, batch) for loss in losses]
-    mean = math.fsum(terms) / len(terms)
-    if not math.isfinite(mean):
-        raise _not_finite(model.dtype)
-    return mean
-
-
-def _not_finite(dtype: torch.dtype) -> DeltaguardError:
-    return DeltaguardError(
-        f"The model predicts NaN or infinite values in {dtype}: some of its weights are not finite "
-        "(`deltaguard diff ALIGNED FINETUNED --deep` counts them), or something overflows as it runs."
-    )
+    losses = (loss for batch in read for each in response_losses(model, batch) for loss in each)
+    return mean_loss(losses, model.dtype)
 
 
 @torch.inference_mode()
 def _log_probs(model: Any, batch: Batch) -> Tensor:
-    """(response tokens, vocabulary), conversation by conversation; float32, or float64 if the model is."""
-    rows = response_logits(model, batch)
-    found = rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(dim=-1)
-    if not found.isfinite().all():
-        raise _not_finite(rows.dtype)
-    return found
+    """(response tokens, vocabulary), conversation by conversation."""
+    return log_probs(response_logits(model, batch))

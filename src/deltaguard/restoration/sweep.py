@@ -91,9 +91,9 @@ def _sweep(
 ) -> SweepReport:
     """Search for each limit, the strictest first; all that is measured on the way is on the curve."""
     job, config, judge = trial.job, trial.config, judge_of(trial.config)
-    candidate = Resident().candidate(trial, tasks)
+    candidate = Resident().candidate(trial, tasks, report=report)
     whole = candidate.whole(report)
-    finetuned_nll = candidate.meter.likelihood(tasks) if tasks else None
+    finetuned_nll = candidate.likelihood(tasks) if tasks else None
     candidate.take_others()
     joint = trial.profile(report)
     if not joint.energy > 0:
@@ -104,25 +104,29 @@ def _sweep(
     points: dict[float, SweepPoint] = {}
     probes: dict[float, Probe] = {}
 
-    def measure(mu: float) -> Probe:
-        if mu not in probes:
-            probes[mu] = candidate.probe(mu, report)
+    # Asked about a task, the weights of one candidate at a time must be put.
+    at_once = 1 if tasks else candidate.at_once
+
+    def measure(prices: Sequence[float]) -> list[Probe]:
+        new = [mu for mu in prices if mu not in probes]
+        for mu, probe in zip(new, candidate.probes(new, report), strict=True):
+            probes[mu] = probe
             points[mu] = SweepPoint(
                 mu=mu,
-                safety_kl=probes[mu].safety_kl,
-                margin=probes[mu].margin,
+                safety_kl=probe.safety_kl,
+                margin=probe.margin,
                 predicted_safety_kl=joint.predicted_kl(mu),
                 kept_energy=joint.kept(mu) / joint.energy,
-                utility_nll=candidate.meter.likelihood(tasks) if tasks else None,
+                utility_nll=candidate.likelihood(tasks) if tasks else None,
             )
-        return probes[mu]
+        return [probes[mu] for mu in prices]
 
-    free = measure(0.0)
+    (free,) = measure([0.0])
     for limit in limits:
         # Within it are the whole delta, with the other tensors where the plan takes them, or all of the
         # fine-tuned model, with its own.
         if min(judge(free), judge(whole)) > limit:
-            _search_limit(measure, probes, joint, limit, judge)
+            _search_limit(measure, probes, joint, limit, at_once, judge)
     found = {limit: best(tuple(probes.values()), limit, judge) for limit in limits}
     return SweepReport(
         environment=environment(device_name(config.device)),
@@ -132,9 +136,9 @@ def _sweep(
         confidence=config.confidence,
         config_from=config.config_from,
         conversations=candidate.conversations,
-        tokens=candidate.meter.tokens,
+        tokens=candidate.tokens,
         utility_conversations=len(tasks),
-        aligned_nll=candidate.meter.aligned_likelihood,
+        aligned_nll=candidate.aligned_likelihood,
         finetuned_kl=whole.safety_kl,
         finetuned_nll=finetuned_nll,
         points=tuple(points[mu] for mu in sorted(points, reverse=True)),
@@ -148,18 +152,19 @@ def _sweep(
 
 
 def _search_limit(
-    measure: Callable[[float], Probe],
+    measure: Callable[[Sequence[float]], Sequence[Probe]],
     probes: Mapping[float, Probe],
     joint: Profile,
     limit: float,
+    at_once: int,
     judge: Judge,
 ) -> None:
     """Measure prices until one is close to a limit, or the aligned layers where none is within it."""
     if joint.predicted_kl(0) > 0:
         start = _nearest(probes, joint, limit, judge)
-        search(measure, joint.predicted_kl, limit, start=start, judge=judge)
+        search(measure, joint.predicted_kl, limit, start=start, at_once=at_once, judge=judge)
     if all(judge(probe) > limit for probe in probes.values()):
-        measure(PROHIBITIVE)
+        measure([PROHIBITIVE])
 
 
 def _nearest(probes: Mapping[float, Probe], joint: Profile, limit: float, judge: Judge) -> float:

@@ -17,6 +17,7 @@ from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.restore import LayerRow, OtherRow
+from deltaguard.restoration.footprint import Footprint
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.kept import Kept
 from deltaguard.restoration.layers import Inputs, matrices_of, read_layers, tensor_of
@@ -27,7 +28,7 @@ from deltaguard.solvers import LowRank, Outcome, Profile, joint_profile, low_ran
 from deltaguard.solvers.solution import is_finite
 
 _UNCHANGED = Outcome(kept_energy=1.0, safety_cost=0.0, utility_loss=0.0, detail={"delta_norm": 0.0})
-PARTS_OF_MEMORY = 4
+_PARTS_OF_MEMORY = 4
 """By default prepared layers take one part in so many of the memory of the device that they are on."""
 _SPARE_DISK = 64 << 20
 """Room for what is not counted: reports, progress, and what a file system takes for itself."""
@@ -56,6 +57,18 @@ class _Ready:
     prepared: PreparedLayer | None
 
 
+def kept_budget(found: Footprint, config: RestoreConfig, device: torch.device) -> int:
+    """Say how many bytes of prepared layers may wait for the next price in the memory of a device.
+
+    Args:
+        found: of the dial, which comes first where it is measured block by block.
+        config: the options.
+        device: that the layers are on.
+    """
+    memory = memory_bytes(device) // _PARTS_OF_MEMORY if config.memory is None else int(config.memory)
+    return min(memory, found.left) if config.dial is not None and found.by_blocks else memory
+
+
 class Trial:
     """The layers of a restore, ready for one price after another."""
 
@@ -74,10 +87,20 @@ class Trial:
         self.job, self.plan, self.config = job, plan, config
         self.steps = tuple(step for step in plan.steps if step.action is Action.RESTORE)
         self.device = find_device(config.device)
-        memory = memory_bytes(self.device) // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
+        self.footprint = Footprint.of(job, plan, config)
+        memory = kept_budget(self.footprint, config, self.device)
         # A method without a price serves one strength: nothing is to be kept for another.
-        self._kept = Kept(memory, folder, reserve + _SPARE_DISK, self.device) if config.is_priced else None
+        self._folder, self._reserve = folder, reserve + _SPARE_DISK
+        self._kept = self.scratch(memory) if config.is_priced else None
         self._unchanged: set[str] = set()
+
+    def scratch(self, memory: int) -> Kept:
+        """Keep tensors of the device in some bytes of its memory, else in a file beside the output.
+
+        Args:
+            memory: bytes.
+        """
+        return Kept(memory, self._folder, self._reserve, self.device)
 
     def profile(self, report: Progress, *, with_weights: bool = True) -> Profile:
         """Say how the deltas of all layers together are spread over prices.
@@ -107,6 +130,28 @@ class Trial:
         for ready in self._ready(steps):
             if ready.prepared is not None:
                 yield ready.step.info.name, self._solved(ready, ready.prepared, price)[0]
+
+    def at_prices(self, steps: Sequence[Step], prices: Sequence[float]) -> Iterator[tuple[str, list[Tensor]]]:
+        """Give tensors as they would be written at each of several prices, on the device.
+
+        Each is read and prepared once for all prices, and kept for the next ones where there is room.
+
+        Args:
+            steps: in the order wanted.
+            prices: of the tensors that a method decides; of all others the same tensor is given for each.
+        """
+        known = self._known(steps, with_weights=True)
+        inputs = self._read([step for step in steps if step.info.name not in known])
+        for step in steps:
+            if step.action is not Action.RESTORE:
+                yield step.info.name, [_taken(next(inputs)).tensor] * len(prices)
+                continue
+            ready = self._next(step, known, inputs, keep=True)
+            if ready.prepared is None:
+                yield step.info.name, [self._restored(ready, 0.0).tensor] * len(prices)
+            else:
+                prepared = ready.prepared
+                yield step.info.name, [self._solved(ready, prepared, price)[0] for price in prices]
 
     def others(self) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor that no method decides, as it would be written."""

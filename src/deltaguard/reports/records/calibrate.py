@@ -12,7 +12,8 @@ class CalibrationPlan(Record):
         device: where the model runs.
         by_blocks: whether one decoder block is calibrated after the other.
         limit_bytes: what weights and sums may take before that.
-        answering_bytes: of the model while it answers.
+        answering_bytes: of the model while it answers, or of what of it is in memory then where it answers
+            block by block; without keys and values.
         weights_bytes: of what is in memory while it is differentiated: the model, or what is in no block and
             the largest block.
         sums_bytes: of the sums over its layers, or over those of the largest block.

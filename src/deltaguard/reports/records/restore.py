@@ -185,6 +185,7 @@ class Dial(Record):
         limit: the safety KL allowed, nats per response token.
         confidence: with which the restored model's safety KL is within it; null where its mean is.
         device: where the model ran.
+        by_blocks: whether one decoder block of it at a time was in memory.
         conversations: held-out safety conversations that it was measured on.
         tokens: response tokens in them.
         finetuned_kl: the whole fine-tuned model's safety KL, under the configuration, tokenizer and chat
@@ -199,6 +200,7 @@ class Dial(Record):
     limit: float
     confidence: float | None = None
     device: str
+    by_blocks: bool = False
     conversations: Count
     tokens: Count
     finetuned_kl: float
@@ -303,6 +305,28 @@ class RestoreReport(Record):
     rare_experts: tuple[RareExpert, ...] = ()
 
 
+class DialPlan(Record):
+    """How the dial would measure candidates, and what of memory that takes; all bytes are about.
+
+    Attributes:
+        by_blocks: whether one decoder block is measured after another, and not the model as a whole.
+        limit_bytes: what the model may take as a whole, with what the aligned one predicts.
+        at_once: prices that a pass measures.
+        ends_bytes: block by block, of what is in no block, of both models in float32; else 0, as the others.
+        block_bytes: of the largest block in float32.
+        hidden_bytes: of the hidden states of held-out conversations, the aligned model's and each price's.
+        weights_bytes: of a block's weights at each price, as they would be written.
+    """
+
+    by_blocks: bool
+    limit_bytes: int
+    at_once: int
+    ends_bytes: int = 0
+    block_bytes: int = 0
+    hidden_bytes: int = 0
+    weights_bytes: int = 0
+
+
 class PlanReport(Record):
     """What a restore would do, from headers alone.
 
@@ -316,8 +340,9 @@ class PlanReport(Record):
         disk_bytes: that the output folder still needs; 0 where none was named, or its output is there.
         curvature_bytes: curvature that will be read.
         peak_bytes: estimate of the memory that tensors of one layer and the next will take at once.
-        dial_bytes: of the model that the dial measures, in float32, and of what the aligned one predicts; 0
-            without the dial.
+        dial: how the dial would measure; null without it.
+        dial_bytes: of all that the dial takes: the model in float32 and what the aligned one predicts, or
+            block by block the parts that `dial` names, and a layer and the next; 0 without the dial.
         kept_bytes: of prepared layers that wait for the next price, at most.
         refine_bytes: of the model while it is refined, with gradients, in float32; 0 where it is not.
         device: where layers are solved, and the model runs that the dial measures.
@@ -335,6 +360,7 @@ class PlanReport(Record):
     disk_bytes: int = 0
     curvature_bytes: int
     peak_bytes: int
+    dial: DialPlan | None = None
     dial_bytes: int
     kept_bytes: int
     refine_bytes: int = 0

@@ -1,0 +1,105 @@
+"""Conversations sent through several models at once, one decoder block after another."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deltaguard.chat.predictions import losses_of
+from deltaguard.chat.tokens import Batch
+from deltaguard.curvature.blocks import CutModel, Read
+from deltaguard.restoration.divergence import log_probs, mean_loss
+
+Reads = Sequence[Read]
+"""What gives the tensors of a block, of each model that a pass carries."""
+
+Blocks = Iterable[Reads]
+"""Of all blocks."""
+
+
+@torch.no_grad()
+def last_hidden(cut: CutModel, batches: Sequence[Batch], blocks: Blocks) -> list[list[Tensor]]:
+    """Let conversations go through several models at once, block by block.
+
+    Args:
+        cut: a model that all of them are like, with what they have in no block.
+        batches: the conversations, on its device.
+        blocks: the weights of their blocks.
+
+    Returns:
+        What the last block puts out, (conversations, tokens, hidden), for each model and batch.
+    """
+    first = [cut.inputs(batch) for batch in batches]
+    hidden: list[list[Tensor]] = []
+    for number, reads in enumerate(blocks):
+        hidden = hidden or [[each for each, _ in first] for _ in reads]
+        for own, read in zip(hidden, reads, strict=True):
+            with cut.loaded(number, read):
+                for i, (_, calls) in enumerate(first):
+                    own[i] = cut.run(number, own[i], calls[number])
+    return hidden
+
+
+@dataclass(frozen=True)
+class AlignedPredictions:
+    """What the aligned model predicts for the responses of conversations.
+
+    Attributes:
+        batches: the conversations as candidates read them.
+    """
+
+    batches: Sequence[Batch]
+    _cut: CutModel = field(repr=False)
+    _read: Sequence[Batch] = field(repr=False)
+    _hidden: Sequence[Tensor] = field(repr=False)
+
+    @classmethod
+    def of(cls, cut: CutModel, pairs: Sequence[tuple[Batch, Batch]]) -> "AlignedPredictions":
+        """Let conversations go through the aligned model.
+
+        Args:
+            cut: the model.
+            pairs: batches as it reads them, and as candidates do.
+        """
+        read, others = [known for known, _ in pairs], [other for _, other in pairs]
+        (hidden,) = last_hidden(cut, read, own_blocks(cut))
+        return cls(others, cut, read, hidden)
+
+    @property
+    def tokens(self) -> int:
+        """Count the response tokens."""
+        return sum(int(batch.answering.sum()) for batch in self.batches)
+
+    def log_probs(self) -> Iterator[Tensor]:
+        """Compute its log-probabilities, (response tokens, vocabulary), batch by batch."""
+        for batch, hidden in zip(self._read, self._hidden, strict=True):
+            yield log_probs(self._cut.logits(hidden, batch))
+
+
+def own_blocks(cut: CutModel) -> Iterator[Reads]:
+    """Give a model's own blocks, for a pass that carries it alone."""
+    return ([cut.source.read] for _ in cut.blocks)
+
+
+def likelihood(cut: CutModel, batches: Iterable[Batch], blocks: Blocks) -> float:
+    """Measure the mean negative log-likelihood of responses, nats a token, block by block.
+
+    Args:
+        cut: the model, with what is in no block.
+        batches: the conversations.
+        blocks: the weights of its blocks.
+
+    Raises:
+        DeltaguardError: the predictions are not finite.
+    """
+    asked = list(batches)
+    (hidden,) = last_hidden(cut, asked, blocks)
+    with torch.no_grad():
+        losses = [
+            loss
+            for states, batch in zip(hidden, asked, strict=True)
+            for each in losses_of(cut.logits(states, batch), batch)
+            for loss in each
+        ]
+    return mean_loss(losses, cut.dtype)
