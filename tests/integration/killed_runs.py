@@ -25,8 +25,8 @@ from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 from pairs import ANSWERED
 
-MOST_STEPS = 40
-"""So many durable steps a run does at most before it is killed; runs that do fewer come to their end."""
+MOST_STEPS = 120
+"""A run is killed after fewer durable steps than these, which are more than it takes: some end well."""
 
 
 def ran(work, step):
