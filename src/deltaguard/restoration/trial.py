@@ -28,7 +28,7 @@ from deltaguard.solvers import LowRank, Outcome, Profile, joint_profile, low_ran
 from deltaguard.solvers.solution import is_finite
 
 _UNCHANGED = Outcome(kept_energy=1.0, safety_cost=0.0, utility_loss=0.0, detail={"delta_norm": 0.0})
-_PARTS_OF_MEMORY = 4
+PARTS_OF_MEMORY = 4
 """By default prepared layers take one part in so many of the memory of the device that they are on."""
 _SPARE_DISK = 64 << 20
 """Room for what is not counted: reports, progress, and what a file system takes for itself."""
@@ -65,7 +65,7 @@ def kept_budget(found: Footprint, config: RestoreConfig, device: torch.device) -
         config: the options.
         device: that the layers are on.
     """
-    memory = memory_bytes(device) // _PARTS_OF_MEMORY if config.memory is None else int(config.memory)
+    memory = memory_bytes(device) // PARTS_OF_MEMORY if config.memory is None else int(config.memory)
     return min(memory, found.left) if config.dial is not None and found.by_blocks else memory
 
 
