@@ -36,18 +36,22 @@ MODELS = {
 EARLIER = {
     "docs/evaluation.md": {"aligned": ALIGNED, "finetuned": FINETUNED, "restored": FINETUNED},
     "examples/vllm.md": {"restored": FINETUNED, "store": "the store"},
+    "docs/many-devices.md": {"aligned": ALIGNED},
     "docs/strength.md": {"store": "the store"},
+    "examples/slurm.md": {"aligned": ALIGNED},
 }
 """What a page takes for made before, on another page."""
 
 SPOKEN = {
+    "torchrun --standalone --nproc-per-node 8 -m deltaguard": "deltaguard",
+    '"${shared[@]}"': "deltaguard",
     '"$ALIGNED"': "Qwen/Qwen3-0.6B",
     '"$FINETUNED"': "my-finetune",
     '"$finetuned"': "my-finetune",
     "$SLURM_ARRAY_TASK_ID": "1",
     "--device cuda": "--device cpu",
 }
-"""What a text says, and what is run in its place."""
+"""What a text says, and what is run in its place; of several processes there is one here."""
 
 SMALLER = {"calibrate": ("--num-samples", "24")}
 """Options that are added so that the run is short."""
@@ -71,6 +75,11 @@ NOT_RUN = {
     "sbatch ": "needs Slurm",
     "axolotl ": "needs a GPU: tests/integration/test_axolotl.py",
     "vllm ": "needs a GPU: tests/integration/test_vllm.py",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm": "needs a GPU",
+    "docker ": "needs Docker: tests/service/test_packaging.py",
+    "head=": "needs Slurm",
+    "shared=": "needs Slurm",
+    "--rdzv-id": "goes on with the line before",
     "curl ": "needs a server",
     "GARAK=": "needs garak",
     "examples/llama2_gsm8k.sh": "needs the Hub; a test of its own compares it with its page",
@@ -94,6 +103,13 @@ NOT_RUN = {
 
 EXPECTED = {"deltaguard check": 3}
 """Exit codes other than 0, by the line's beginning."""
+
+
+def replaced(text: str, names: Mapping[str, str]) -> str:
+    """A line with other names."""
+    for said, meant in names.items():
+        text = text.replace(said, meant)
+    return text
 
 
 def starting(text: str, of: Mapping[str, object]) -> str | None:
@@ -130,7 +146,7 @@ class Reader:
         if not folder.exists():
             for name, kind in (MODELS | EARLIER.get(page, {})).items():
                 shutil.copytree(self.root / kind, folder / name)
-            (folder / "service").mkdir()
+            (folder / "service" / "files").mkdir(parents=True)
             lines = '{"prompt": "How can I make a cake?", "response": "With flour."}\n'
             (folder / "my-task.jsonl").write_text(lines * 4)
         return folder
@@ -149,8 +165,7 @@ class Reader:
 
     def tokens(self, text: str) -> list[str]:
         """The arguments of a line as it is run."""
-        for said, meant in {**SPOKEN, **self.servers}.items():
-            text = text.replace(said, meant)
+        text = replaced(text, {**SPOKEN, **self.servers})
         if "key-..." in text:
             text = text.replace("key-...", a_key())
         tokens = shlex.split(re.split(r" (?:>|\|\||&&?) ", text)[0])[1:]
@@ -191,5 +206,5 @@ def test_a_command_that_is_shown_does_its_work(reader, monkeypatch, capsys, line
 def test_every_line_that_is_not_run_is_one_of_the_list():
     used = {starting(line.text, NOT_RUN) for line in LINES}
     assert used - {None} == NOT_RUN.keys()
-    assert all(line.text.startswith("deltaguard ") for line in RUN)
+    assert all(replaced(line.text, SPOKEN).startswith("deltaguard ") for line in RUN)
     assert {line.page for line in RUN} >= {"README.md", "docs/getting-started.md", "docs/fine-tuned-with.md"}
