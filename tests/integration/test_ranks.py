@@ -49,6 +49,7 @@ def rows(folder):
 RESTORES = {
     "a strength": (2, ["--strength", "0.3"]),
     "the dial": (4, ["--max-safety-kl", "0.01"]),
+    "the dial block by block": (3, ["--max-safety-kl", "0.01", "--memory", "0"]),
     "the whole is safe": (2, ["--max-safety-kl", "100"]),
     "an adapter": (3, ["--strength", "0.3", "--output-format", "adapter", "--adapter-rank", "4"]),
     "no price": (2, ["--method", "interpolate", "--strength", "0.5"]),
