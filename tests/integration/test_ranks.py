@@ -49,6 +49,7 @@ def rows(folder):
 RESTORES = {
     "a strength": (2, ["--strength", "0.3"]),
     "the dial": (4, ["--max-safety-kl", "0.01"]),
+    "the dial block by block": (3, ["--max-safety-kl", "0.01", "--memory", "0"]),
     "the whole is safe": (2, ["--max-safety-kl", "100"]),
     "an adapter": (3, ["--strength", "0.3", "--output-format", "adapter", "--adapter-rank", "4"]),
     "no price": (2, ["--method", "interpolate", "--strength", "0.5"]),
@@ -165,8 +166,10 @@ def require_equal(found, expected):
         torch.testing.assert_close(*spectra, rtol=1e-4, atol=1e-4 * float(spectra[0][0]))
 
 
-@pytest.mark.parametrize("memory", ["8GB", "0"])
-@pytest.mark.parametrize(("name", "count"), [("llama", 2), ("gpt2", 4), ("qwen3_moe", 3)])
+@pytest.mark.parametrize(
+    ("name", "count", "memory"),
+    [("llama", 2, "8GB"), ("llama", 2, "0"), ("gpt2", 4, "0"), ("qwen3_moe", 3, "8GB")],
+)
 def test_the_store_is_that_of_one_process(name, count, memory, tmp_path):
     folder = models.save(models.tiny_model(name), tmp_path / "model")
     asked = prompts(tmp_path, answered=False)

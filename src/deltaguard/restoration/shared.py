@@ -4,23 +4,24 @@ Rank 0 restores as if it were alone, with a `SharedTrial`. Whenever that is aske
 others what, and collects what they send, in the order of the plan. They do nothing but answer (`serve`).
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ByteSize
 from torch import Tensor
 
-from deltaguard.device import find_device, memory_bytes
+from deltaguard.device import find_device
 from deltaguard.progress import Progress, ignore
 from deltaguard.ranks import Ranks
 from deltaguard.reports.records.restore import LayerRow
+from deltaguard.restoration.footprint import Footprint
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, Step
-from deltaguard.restoration.trial import PARTS_OF_MEMORY, Edited, Trial
+from deltaguard.restoration.trial import Edited, Trial, kept_budget
 from deltaguard.solvers import LowRank, Profile
 
 _MOVED = 256
@@ -36,19 +37,20 @@ class _Ask:
 
     Attributes:
         what: the method of `Trial` that is called for each rank's own layers.
-        price: its argument.
+        prices: its argument, one but for `at_prices`.
         with_weights: likewise.
-        names: of the tensors that are wanted; all where it is empty.
+        names: of the tensors that are wanted, in their order; all where it is empty.
     """
 
-    what: Literal["profiles", "weights", "edited", "factors"]
-    price: float = 0.0
+    what: Literal["profiles", "weights", "at_prices", "edited", "factors"]
+    prices: tuple[float, ...] = ()
     with_weights: bool = True
-    names: frozenset[str] = frozenset()
+    names: tuple[str, ...] = ()
 
     def steps(self, trial: Trial) -> list[Step]:
         """List the steps of a trial that are asked for."""
-        return [step for step in trial.steps if not self.names or step.info.name in self.names]
+        own = {step.info.name: step for step in trial.steps}
+        return [own[name] for name in self.names or own if name in own]
 
 
 class SharedTrial(Trial):
@@ -74,15 +76,26 @@ class SharedTrial(Trial):
 
     def weights(self, price: float) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor that the method changes, as `Trial.weights`; others' are on the CPU."""
-        for step, message, tensors in self._collected(_Ask("weights", price)):
+        for step, message, tensors in self._collected(_Ask("weights", (price,))):
             if message is not None:
                 yield step.info.name, tensors[0]
+
+    def at_prices(self, steps: Sequence[Step], prices: Sequence[float]) -> Iterator[tuple[str, list[Tensor]]]:
+        """Give tensors at each of several prices, as `Trial.at_prices`; others' are on the CPU."""
+        names = tuple(step.info.name for step in steps if step.action is Action.RESTORE)
+        solved = self._collected(_Ask("at_prices", tuple(prices), names=names))
+        others = super().at_prices([step for step in steps if step.action is not Action.RESTORE], prices)
+        for step in steps:
+            if step.action is Action.RESTORE:
+                yield step.info.name, list(next(solved)[2])
+            else:
+                yield next(others)
 
     def edited(self, steps: Sequence[Step], price: float) -> Iterator[Edited]:
         """Carry out steps, in their order, as `Trial.edited`; what no method decides is read here."""
         layers = [step for step in steps if step.action is Action.RESTORE]
-        names = frozenset(step.info.name for step in layers)
-        solved = self._collected(_Ask("edited", price, names=names))
+        names = tuple(step.info.name for step in layers)
+        solved = self._collected(_Ask("edited", (price,), names=names))
         others = super().edited([step for step in steps if step.action is not Action.RESTORE], price)
         for step in steps:
             if step.action is Action.RESTORE:
@@ -93,17 +106,25 @@ class SharedTrial(Trial):
 
     def factors(self, price: float) -> Iterator[tuple[Step, LowRank, LayerRow]]:
         """Give the restored delta of every layer as factors of an adapter, as `Trial.factors`."""
-        for step, (residual, row), (down, up) in self._collected(_Ask("factors", price)):
+        for step, (residual, row), (down, up) in self._collected(_Ask("factors", (price,))):
             yield step, LowRank(down, up, residual), row
 
     def _collected(self, ask: _Ask) -> Iterator[tuple[Step, Any, Sequence[Tensor]]]:
         """Ask all ranks, and give the layers in the order of the plan."""
         self._ranks.from_first(ask)
-        own = _answers(self._own, ask)
-        for step in ask.steps(self):
-            owner = self._owners[step.info.name]
-            message, tensors = next(own) if owner == self._ranks.rank else self._ranks.receive(owner)
-            yield step, message, tensors
+        own, left = _answers(self._own, ask), deque(ask.steps(self))
+        try:
+            while left:
+                step = left.popleft()
+                owner = self._owners[step.info.name]
+                message, tensors = next(own) if owner == self._ranks.rank else self._ranks.receive(owner)
+                yield step, message, tensors
+        except GeneratorExit:
+            # Nobody wants the rest, and the others send all that was asked for.
+            for step in left:
+                if (owner := self._owners[step.info.name]) != self._ranks.rank:
+                    self._ranks.receive(owner)
+            raise
 
 
 def open_trial(
@@ -129,10 +150,10 @@ def own_trial(
     owners = owners_of(plan, ranks)
     own = tuple(step for step in plan.steps if owners.get(step.info.name) == ranks.rank)
     device = find_device(config.device)
+    memory = kept_budget(Footprint.of(job, plan, config), config, device)
     if config.memory is None:
-        memory = ByteSize(memory_bytes(device) // PARTS_OF_MEMORY // ranks.sharing(device))
-        config = config.model_copy(update={"memory": memory})
-    return Trial(job, replace(plan, steps=own), config, folder, reserve=reserve)
+        memory //= ranks.sharing(device)
+    return Trial(job, replace(plan, steps=own), config, folder, reserve=reserve, memory=memory)
 
 
 def serve(trial: Trial, ranks: Ranks) -> None:
@@ -169,14 +190,18 @@ def _cost(step: Step) -> float:
 def _answers(trial: Trial, ask: _Ask) -> Iterator[_Answer]:
     """Answer for one layer of this rank after the other."""
     steps = ask.steps(trial)
+    if ask.what == "at_prices":
+        yield from trial.at_prices(steps, ask.prices)
+        return
+    (price,) = ask.prices
     if ask.what == "edited":
-        for edited in trial.edited(steps, ask.price):
+        for edited in trial.edited(steps, price):
             yield edited.row, (edited.tensor,)
     elif ask.what == "factors":
-        for _, found, row in trial.factors(ask.price):
+        for _, found, row in trial.factors(price):
             yield (found.residual, row), (found.down, found.up)
     else:
-        changed = trial.weights(ask.price)
+        changed = trial.weights(price)
         found = next(changed, None)
         for step in steps:
             if found is None or found[0] != step.info.name:

@@ -73,7 +73,14 @@ class Trial:
     """The layers of a restore, ready for one price after another."""
 
     def __init__(
-        self, job: Job, plan: Plan, config: RestoreConfig, folder: Path, *, reserve: int = 0
+        self,
+        job: Job,
+        plan: Plan,
+        config: RestoreConfig,
+        folder: Path,
+        *,
+        reserve: int = 0,
+        memory: int | None = None,
     ) -> None:
         """Read nothing yet. Layers are prepared and solved on the device that the options name.
 
@@ -83,12 +90,14 @@ class Trial:
             config: the options.
             folder: where a scratch file may lie.
             reserve: bytes of the disk that the output takes, for which the scratch file leaves room.
+            memory: bytes that prepared layers may take; by default `kept_budget`.
         """
         self.job, self.plan, self.config = job, plan, config
         self.steps = tuple(step for step in plan.steps if step.action is Action.RESTORE)
         self.device = find_device(config.device)
         self.footprint = Footprint.of(job, plan, config)
-        memory = kept_budget(self.footprint, config, self.device)
+        if memory is None:
+            memory = kept_budget(self.footprint, config, self.device)
         # A method without a price serves one strength: nothing is to be kept for another.
         self._folder, self._reserve = folder, reserve + _SPARE_DISK
         self._kept = self.scratch(memory) if config.is_priced else None
