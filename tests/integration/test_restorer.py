@@ -83,6 +83,13 @@ def test_a_fine_tune_that_is_run_otherwise_or_has_other_tensors_has_the_model_lo
     assert len(loads) == 4 + len(tuned)
 
 
+def test_so_it_is_block_by_block(tmp_path, loads):
+    made = pair()
+    other = models.save(models.perturbed(models.tiny_model("llama"), 0.02, seed=7), tmp_path / "other")
+    check_as_alone(made, [other, made.finetuned], tmp_path, CONFIG.model_copy(update={"memory": 0}))
+    assert loads == []
+
+
 def test_so_it_is_when_it_is_written_as_an_adapter(tmp_path):
     made = pair()
     config = CONFIG.model_copy(update={"output_format": "adapter", "config_from": "aligned"})
