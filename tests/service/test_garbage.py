@@ -108,3 +108,11 @@ def test_the_command_lists_and_removes(opened, jobs, capsys):
     assert run(["gc", "--data", data]) == 0
     assert "nothing to remove" in capsys.readouterr().out
     assert run(["gc", "--data", f"{data}-none"]) == 1
+
+
+def test_a_folder_that_nothing_was_uploaded_to_holds_no_garbage(tmp_path, capsys):
+    data = str(tmp_path / "service")
+    assert run(["keys", "create", "acme", "--data", data]) == 0
+    capsys.readouterr()
+    assert run(["gc", "--data", data]) == 0
+    assert "nothing to remove" in capsys.readouterr().out

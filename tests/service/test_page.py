@@ -223,6 +223,16 @@ def test_an_operator_alone_decides_about_a_blocked_model(opened, operator, custo
     assert add_job(opened, "acme").id not in operator.get("/").text
 
 
+def test_a_model_that_an_operator_releases_is_published_and_told_of(app, opened, operator, monkeypatch):
+    told = []
+    monkeypatch.setattr(app.state.workflows, "notify", lambda *job: told.append(job), raising=False)
+    job = add_job(opened, "acme", status="failed", review="waiting")
+    here = f"/jobs/{job.id}"
+    press(operator, f"{here}/review", here, decision="release", reason="The judge is wrong here.")
+    assert state(opened, job) == "succeeded"
+    assert told == [(job.id, "succeeded")]
+
+
 def test_models_answer_side_by_side(opened, operator):
     job = add_job(opened)
     chosen = operator.get("/models", params={"name": job.fine_tuned_model}).text

@@ -114,7 +114,8 @@ class FolderContents:
 
     def all(self) -> Iterator[Content]:
         """List what is kept, unfinished uploads included."""
-        for path in self.folder.iterdir():
+        # Before the first upload there is no folder.
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
             try:
                 found = path.stat()
             except FileNotFoundError:

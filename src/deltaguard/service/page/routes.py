@@ -7,7 +7,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from deltaguard.service import files, jobs
+from deltaguard.service import files, jobs, reviewing
 from deltaguard.service.context import Caller, Open
 from deltaguard.service.errors import ApiError, not_found
 from deltaguard.service.page import asking
@@ -16,7 +16,7 @@ from deltaguard.service.page.drawing import HEADERS, Drawing, PageRoute, drawing
 from deltaguard.service.page.job_parts import read_events, read_gate, read_restored, read_samples
 from deltaguard.service.page.signing_in import COOKIE, THEN, Acting, Visiting, keep_cookie, sign_in, sign_out
 from deltaguard.service.paging import After, page
-from deltaguard.service.reviewing import blocked_jobs, discard_model, release_model
+from deltaguard.service.reviewing import Decide, blocked_jobs
 from deltaguard.service.schemas import Text
 from deltaguard.service.tables import UNFINISHED, File, Job, Model
 
@@ -130,13 +130,16 @@ def _shown_job(session: Session, caller: Caller, job_id: str) -> Job:
 def review(
     service: Open,
     visitor: Acting,
+    request: Request,
     job_id: str,
     decision: Annotated[Literal["release", "discard"], Form()],
     reason: Annotated[Text, Form(min_length=1, max_length=1000)],
 ) -> Response:
-    """Decide as an operator about a model that the gate blocked."""
-    decide = {"release": release_model, "discard": discard_model}[decision]
-    decide(service, visitor.caller, job_id, reason=reason)
+    """Decide as an operator about a model that the gate blocked, as the API does it."""
+    if decision == "release":
+        reviewing.release(service, visitor.caller, request, job_id, Decide(reason=reason))
+    else:
+        reviewing.discard(service, visitor.caller, job_id, Decide(reason=reason))
     return RedirectResponse(f"/jobs/{job_id}", 303, headers=HEADERS)
 
 
