@@ -153,8 +153,14 @@ class CandidateModel(Candidate):
             meter: holds the aligned model.
             conversations: how many were held out.
         """
-        known = {"aligned_likelihood": meter.aligned_likelihood, "aligned_openings": meter.aligned_openings}
-        return cls(trial, conversations, meter.tokens, meter=meter, **known)
+        return cls(
+            trial,
+            conversations,
+            meter.tokens,
+            aligned_likelihood=meter.aligned_likelihood,
+            aligned_openings=meter.aligned_openings,
+            meter=meter,
+        )
 
     def take_others(self) -> None:
         """Take the tensors that no method decides from where the plan takes them."""
