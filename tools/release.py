@@ -1,8 +1,9 @@
-"""The version and the date of a release, in the three files that say them.
+"""The version and the date of a release, in the three files that say them, and the repository's address.
 
 `python -m tools.release prepare 0.2.0` writes them, and what stands under Unreleased becomes the section of
 that version; for a version that has one already, only the date is renewed. `python -m tools.release notes`
-prints that section, or exits with 1 where the files do not agree.
+prints that section, or exits with 1 where the files do not agree or the README is none for PyPI.
+`python -m tools.release address https://github.com/OWNER/NAME` writes the address, once.
 """
 
 import argparse
@@ -13,10 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CHANGELOG, CITATION, PROJECT = "CHANGELOG.md", "CITATION.cff", "pyproject.toml"
+CHANGELOG, CITATION, PROJECT, README = "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "README.md"
 
 _UNRELEASED = re.compile(r"^## Unreleased\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _SECTION = re.compile(r"^## (\d\S*) - (\S+)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_RELATIVE = re.compile(r"(!?)(\[[^\]]*\])\((?!https?://|#)([^)\s]+)\)")
+_NOTHING_YET = " Nothing has been released yet."
+_FROM_CLONE = "from a clone"
 _PLACES = {
     PROJECT: {"version": re.compile(r'(?m)^version = "(.*)"$')},
     CITATION: {
@@ -48,7 +52,7 @@ def prepare(root: Path, version: str, date: str) -> None:
         if unreleased is None or not unreleased[1].strip():
             raise ValueError(f"{CHANGELOG} has nothing under Unreleased")
         changes = changes.replace("## Unreleased\n", f"## Unreleased\n\n## {version} - {date}\n", 1)
-    written = {CHANGELOG: changes}
+    written = {CHANGELOG: changes.replace(_NOTHING_YET, "")}
     for name, places in _PLACES.items():
         text = (root / name).read_text(encoding="utf-8")
         for what, place in places.items():
@@ -59,11 +63,42 @@ def prepare(root: Path, version: str, date: str) -> None:
         (root / name).write_text(text, encoding="utf-8")
 
 
+def address(root: Path, repository: str) -> None:
+    """Write the repository's address into project, citation and README, whose links PyPI shows as well.
+
+    Args:
+        root: the repository.
+        repository: such as `https://github.com/OWNER/NAME`.
+
+    Raises:
+        ValueError: that is no address, or one has been written before.
+    """
+    if not re.fullmatch(r"https://[^/\s]+(/[^/\s]+)+", repository):
+        raise ValueError(f"{repository} is no address such as https://github.com/OWNER/NAME")
+    project, citation = ((root / name).read_text(encoding="utf-8") for name in (PROJECT, CITATION))
+    if "repository-code:" in citation:
+        raise ValueError(f"{CITATION} has a repository already: change it by hand")
+    urls = f'[project.urls]\nRepository = "{repository}"\nChangelog = "{repository}/blob/main/{CHANGELOG}"\n'
+    readme = (root / README).read_text(encoding="utf-8")
+    written = {
+        PROJECT: project.replace("[project.urls]\n", urls, 1),
+        CITATION: citation.replace("license:", f'repository-code: "{repository}"\nlicense:', 1),
+        # A picture as it is, and not the page about it.
+        README: _RELATIVE.sub(
+            lambda link: f"{link[1]}{link[2]}({repository}/{'raw' if link[1] else 'blob'}/main/{link[3]})",
+            readme,
+        ),
+    }
+    for name, text in written.items():
+        (root / name).write_text(text, encoding="utf-8")
+
+
 def notes(root: Path) -> str:
     """Find what is new in the version that the files agree on.
 
     Raises:
-        ValueError: they do not agree, or changes stand under Unreleased.
+        ValueError: they do not agree, changes stand under Unreleased, or the README, which PyPI shows for
+            ever, has links that lead nowhere there, or installs from a clone.
     """
     changes = (root / CHANGELOG).read_text(encoding="utf-8")
     newest, unreleased = _SECTION.search(changes), _UNRELEASED.search(changes)
@@ -80,6 +115,16 @@ def notes(root: Path) -> str:
     ]
     if unreleased and unreleased[1].strip():
         problems.append(f"{CHANGELOG} has changes under Unreleased that would be part of {newest[1]}")
+    readme = (root / README).read_text(encoding="utf-8")
+    if links := _RELATIVE.findall(readme):
+        problems.append(
+            f"{README} has {len(links)} links that lead nowhere on PyPI: run "
+            "`python -m tools.release address REPOSITORY`"
+        )
+    if _FROM_CLONE in readme:
+        problems.append(
+            f"{README} installs {_FROM_CLONE}: PyPI shows it, so it says `pip install deltaguard`"
+        )
     if problems:
         raise ValueError("\n".join(problems))
     return newest[3].strip() + "\n"
@@ -98,10 +143,13 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("prepare").add_argument("version")
     verbs.add_parser("notes")
+    verbs.add_parser("address").add_argument("repository")
     given = parser.parse_args(arguments)
     try:
         if given.verb == "prepare":
             prepare(root, given.version, datetime.now(UTC).date().isoformat())
+        elif given.verb == "address":
+            address(root, given.repository)
         else:
             print(notes(root), end="")
     except ValueError as error:

@@ -111,8 +111,17 @@ def test_the_command_lists_and_removes(opened, jobs, capsys):
 
 
 def test_a_folder_that_nothing_was_uploaded_to_holds_no_garbage(tmp_path, capsys):
+    (tmp_path / "service").mkdir()
     data = str(tmp_path / "service")
+    assert run(["gc", "--data", data]) == 1
+    assert "has no key" in capsys.readouterr().err
     assert run(["keys", "create", "acme", "--data", data]) == 0
     capsys.readouterr()
     assert run(["gc", "--data", data]) == 0
     assert "nothing to remove" in capsys.readouterr().out
+
+
+def test_what_somebody_else_keeps_there_is_no_garbage(opened):
+    folder = opened.service.data / "models" / "aligned"
+    folder.mkdir(parents=True)
+    assert "models/aligned" not in places(find_leftovers(opened.service, days=0))

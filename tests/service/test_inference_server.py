@@ -10,6 +10,7 @@ from clients import client_of, publish, uploaded
 from starlette.testclient import TestClient
 
 from deltaguard.service.app import make_app
+from deltaguard.service.errors import ApiError
 from deltaguard.service.inference_server import InferenceServer
 
 HELLO = [{"role": "user", "content": "Hello?"}]
@@ -34,6 +35,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         for text, reason in (("I ", None), ("am ", None), (body["model"], "length")):
+            if reason and "die" in json.dumps(body):
+                return
             said = {"delta": {"content": text}} if is_chat else {"text": text}
             self.event({"choices": [{"index": 0, "finish_reason": reason, **said}]})
         self.event({"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}})
@@ -71,7 +74,7 @@ def vllm():
 
 @pytest.fixture
 def client(vllm, opened, begun):
-    inference = InferenceServer(f"http://127.0.0.1:{vllm.server_address[1]}/v1/")
+    inference = InferenceServer(f"http://127.0.0.1:{vllm.server_address[1]}/v1/", most_waiting=2)
     app = make_app(opened.service, begun, inference)
     return client_of(TestClient(app, raise_server_exceptions=False), opened.first_key)
 
@@ -129,3 +132,15 @@ def test_what_the_server_refuses_or_lacks_is_told_and_when_to_come_back(client, 
     with pytest.raises(openai.InternalServerError) as error:
         client.chat.completions.create(model="tiny", messages=HELLO)
     assert (error.value.status_code, error.value.response.headers["retry-after"]) == (503, "5")
+
+
+def test_a_server_that_dies_in_the_midst_of_an_answer_has_not_answered(client):
+    with pytest.raises(openai.InternalServerError, match="died while it answered"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "die"}])
+
+
+def test_more_than_threads_are_there_for_are_refused():
+    inference = InferenceServer("http://127.0.0.1:9/v1", most_waiting=0)
+    with pytest.raises(ApiError, match="Too many") as refused:
+        next(inference.answer(None))
+    assert refused.value.status == 503

@@ -293,7 +293,12 @@ def test_a_long_curve_is_thinned_and_keeps_its_end(opened):
         for step in range(100, 1001):
             data = {"step": step, "total_steps": 1000, "train_loss": 1 / step}
             tell(session, job.id, f"train {step}", "m", type="metrics", data=data)
+        for kind in ("train", "full_valid"):
+            # As one that has diverged is told.
+            data = {"step": 500, "total_steps": 1000, f"{kind}_loss": None}
+            tell(session, job.id, f"{kind} 500 again", "m", type="metrics", data=data)
         found = read_losses(session, job.id)
+    assert not found.valid
     steps = [step for step, _ in found.train]
     assert len(steps) <= 300
     assert steps == sorted(steps)

@@ -1,6 +1,7 @@
 """The durable workflow, with steps that need no model."""
 
 import base64
+import errno
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +18,7 @@ from deltaguard.service import workflow
 from deltaguard.service.schemas import JobError
 from deltaguard.service.server import open_service
 from deltaguard.service.settings import Settings, Webhook
-from deltaguard.service.tasks import Outcome
+from deltaguard.service.tasks import METRICS, Outcome
 from deltaguard.service.webhooks import webhook_secret
 
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()
@@ -111,6 +112,21 @@ def test_a_bug_ends_its_job_and_no_other(client, monkeypatch):
     file = uploaded(client)
     jobs = [client.fine_tuning.jobs.create(model="tiny", training_file=file.id) for _ in range(2)]
     assert [ended(client, job).error.code for job in jobs] == ["server_error"] * 2
+
+
+def test_a_job_ends_though_its_metrics_cannot_be_kept(client, opened, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run(_task, folder, **_options):
+        (folder / METRICS).write_text("step\n")
+        raise RuntimeError("a bug")
+
+    file = uploaded(client)
+    monkeypatch.setattr(workflow, "run_task", run)
+    monkeypatch.setattr(type(opened.service.contents), "put", full)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    assert ended(client, job).error.code == "server_error"
 
 
 def received(receiver, job, count):

@@ -11,6 +11,7 @@ FILES = {
     "CHANGELOG.md": "# Log\n\n## Unreleased\n\n### Added\n\n- A verb.\n\n## 0.1.0 - 2026-01-01\n\n- All.\n",
     "CITATION.cff": "cff-version: 1.2.0\nversion: 0.1.0\ndate-released: 2026-01-01\nyear: 2025\n",
     "pyproject.toml": '[project]\nversion = "0.1.0"\ntarget-version = "py311"\n',
+    "README.md": "# It\n\n`pip install it`. [Limits](https://it.example/limits), [below](#below).\n",
 }
 
 
@@ -41,6 +42,7 @@ def test_a_release_is_prepared_and_told(release, root, capsys):
         ),
         "CITATION.cff": "cff-version: 1.2.0\nversion: 0.2.0\ndate-released: 2026-02-03\nyear: 2025\n",
         "pyproject.toml": FILES["pyproject.toml"].replace("0.1.0", "0.2.0"),
+        "README.md": FILES["README.md"],
     }
     assert release.main(["notes"], root=root) == 0
     assert capsys.readouterr().out == "### Added\n\n- A verb.\n"
@@ -66,12 +68,46 @@ def test_a_later_day_renews_the_date_alone(release, root):
         ("CHANGELOG.md", "### Added", "- Another.", "changes under Unreleased"),
         ("CHANGELOG.md", "## 0.1.0 - 2026-01-01", "", "no section of a release"),
         ("CITATION.cff", "version: 0.1.0", "", "0 places for the version"),
+        ("README.md", "https://it.example/limits", "docs/limits.md", "1 links that lead nowhere on PyPI"),
+        ("README.md", "`pip install it`", "`pip install .` from a clone", "installs from a clone"),
     ],
 )
 def test_what_is_not_ready_is_no_release(release, root, capsys, name, old, new, said):
     (root / name).write_text(FILES[name].replace(old, new))
     assert release.main(["notes"], root=root) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_first_release_does_not_say_that_there_was_none(release, root):
+    (root / "CHANGELOG.md").write_text(
+        f"All changes. Nothing has been released yet.\n\n{FILES['CHANGELOG.md']}"
+    )
+    release.prepare(root, "0.2.0", "2026-02-03")
+    assert (root / "CHANGELOG.md").read_text().startswith("All changes.\n")
+
+
+def test_the_address_makes_links_whole(release, root, capsys):
+    (root / "README.md").write_text("![It](docs/it.svg) [Limits](docs/limits.md), [below](#below)\n")
+    (root / "pyproject.toml").write_text(
+        FILES["pyproject.toml"] + '[project.urls]\nPaper = "https://p.example"\n'
+    )
+    (root / "CITATION.cff").write_text(FILES["CITATION.cff"] + "license: Apache-2.0\n")
+    where = "https://github.com/acme/it"
+    assert release.main(["address", where], root=root) == 0
+    found = texts(root)
+    assert found["README.md"] == (
+        f"![It]({where}/raw/main/docs/it.svg) [Limits]({where}/blob/main/docs/limits.md), [below](#below)\n"
+    )
+    urls = tomllib.loads(found["pyproject.toml"])["project"]["urls"]
+    assert urls == {
+        "Repository": where,
+        "Changelog": f"{where}/blob/main/CHANGELOG.md",
+        "Paper": "https://p.example",
+    }
+    assert f'repository-code: "{where}"\n' in found["CITATION.cff"]
+    assert release.main(["address", where], root=root) == 1
+    assert "already" in capsys.readouterr().err
+    assert release.main(["address", "acme/it"], root=root) == 1
 
 
 @pytest.mark.parametrize("version", ["v0.2.0", "0.2"])

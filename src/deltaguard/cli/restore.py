@@ -133,13 +133,16 @@ def restore(
     from deltaguard.restoration.restore import Restorer
 
     hide_bars_of_transformers()
-    with Restorer(aligned, store=store, config=chosen, ranks=Ranks.current()) as restorer:
+    ranks = Ranks.current()
+    with Restorer(aligned, store=store, config=chosen, ranks=ranks) as restorer:
         report = restore_one(restorer, finetuned, output)
     emit(report, _draw(report, chosen, output), as_json=json)
-    if push is not None:
+    if push is not None and ranks.leads:
         from deltaguard.restoration.push import push as upload
 
         tell(f"Pushed: {upload(output, push).commit}")
+    # Where one process ends, torchrun may end the others.
+    ranks.wait()
 
 
 def restore_one(restorer: "Restorer", finetuned: Reference, output: Path) -> RestoreReport:

@@ -60,7 +60,9 @@ def plan_calibration(
     # As a whole the model keeps its own weights while it answers in another dtype.
     kept = dtype.itemsize if answering != dtype and not by_blocks else 0
     loaded = whole.weights
-    if by_blocks and whole.weights * answering.itemsize > memory:
+    if by_blocks and all(row.response is not None for row in asked):
+        loaded = 0
+    elif by_blocks and whole.weights * answering.itemsize > memory:
         loaded = outside.weights + max(block.weights for block in blocks)
     return CalibrationPlan(
         conversations=len(asked),

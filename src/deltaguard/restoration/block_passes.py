@@ -31,13 +31,17 @@ def last_hidden(cut: CutModel, batches: Sequence[Batch], blocks: Blocks) -> list
         What the last block puts out, (conversations, tokens, hidden), for each model and batch.
     """
     first = [cut.inputs(batch) for batch in batches]
+    calls = [each for _, each in first]
     hidden: list[list[Tensor]] = []
     for number, reads in enumerate(blocks):
-        hidden = hidden or [[each for each, _ in first] for _ in reads]
+        if not hidden:
+            hidden = [[each for each, _ in first] for _ in reads]
+            # They take as much memory as what a block puts out.
+            first.clear()
         for own, read in zip(hidden, reads, strict=True):
             with cut.loaded(number, read):
-                for i, (_, calls) in enumerate(first):
-                    own[i] = cut.run(number, own[i], calls[number])
+                for i, call in enumerate(calls):
+                    own[i] = cut.run(number, own[i], call[number])
     return hidden
 
 

@@ -16,6 +16,7 @@ from deltaguard.service.errors import ApiError
 from deltaguard.service.keys import find_key
 from deltaguard.service.settings import Settings
 from deltaguard.service.tables import now
+from deltaguard.service.tasks import FILES
 
 _MINUTE = 60.0
 
@@ -51,7 +52,7 @@ class Service:
         Raises:
             FileNotFoundError: it was deleted.
         """
-        return self.contents.fetch(file_id, self.job(job_id) / "files")
+        return self.contents.fetch(file_id, self.job(job_id) / FILES)
 
     def published(self, job_id: str) -> Path:
         """Name the folder of the model that a job published."""

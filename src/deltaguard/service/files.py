@@ -14,6 +14,7 @@ from deltaguard.service.errors import ApiError, not_found
 from deltaguard.service.paging import After, page
 from deltaguard.service.schemas import Deleted, FileObject, Page
 from deltaguard.service.tables import UNFINISHED, File, Job
+from deltaguard.service.tasks import FILES
 from deltaguard.text import shortened, writable
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -120,17 +121,17 @@ def delete_file(service: Open, caller: Asking, file_id: str) -> Deleted:
     """Remove a file for good, unless a job still needs it."""
     with service.sessions.begin() as session:
         found = find_file(session, caller, file_id)
-        using = session.scalar(
-            select(Job.id).where(
-                or_(Job.training_file == file_id, Job.validation_file == file_id),
-                Job.status.in_(UNFINISHED),
-            )
-        )
+        of_file = select(Job.id).where(or_(Job.training_file == file_id, Job.validation_file == file_id))
+        using = session.scalar(of_file.where(Job.status.in_(UNFINISHED)))
+        ended = session.scalars(of_file).all()
         if using is not None:
             message = f"The job {using} still needs this file: cancel it first."
             raise ApiError(400, message, code="file_in_use", param="file_id")
         session.delete(found)
     service.contents.remove(file_id)
+    # Where contents are kept elsewhere, jobs that have ended still have theirs.
+    for job_id in ended:
+        (service.job(job_id) / FILES / file_id).unlink(missing_ok=True)
     return Deleted(id=file_id, object="file")
 
 

@@ -3,15 +3,17 @@
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import select
 
+from deltaguard.errors import DeltaguardError
 from deltaguard.models.durable import InUseError, flush_folder, lock_folder
+from deltaguard.service.contents import Content
 from deltaguard.service.context import Service
-from deltaguard.service.tables import UNFINISHED, File, Job, Model
+from deltaguard.service.tables import UNFINISHED, File, Job, Key, Model
 
 REMOVING = "removing"
 """The folder in which what is being removed lies: nothing half removed stands where something whole did."""
@@ -46,8 +48,20 @@ def find_leftovers(service: Service, *, days: int) -> list[Leftover]:
     Args:
         service: the service, which may be running.
         days: for so long the folder of a job that has ended is kept, with its logs.
+
+    Raises:
+        DeltaguardError: the database has no key. It is another one than that of the service which works in
+            this folder, and to it everything would be garbage.
     """
+    # Before the database is read: what is made meanwhile is not among them.
+    jobs_there, models_there = _made_by_jobs(service.data / "jobs"), _made_by_jobs(service.data / "models")
+    contents = list(service.contents.all())
     with service.sessions.begin() as session:
+        if session.scalar(select(Key.number).limit(1)) is None:
+            raise DeltaguardError(
+                f"The database of {service.data} has no key, so no service has worked with it: "
+                "nothing is removed. Name the service's folder, and in its service.yaml its database."
+            )
         files = set(session.scalars(select(File.id)))
         models = set(session.scalars(select(Model.job_id)))
         jobs = {job.id: job for job in session.scalars(select(Job))}
@@ -55,19 +69,26 @@ def find_leftovers(service: Service, *, days: int) -> list[Leftover]:
     before = time.time() - days * _DAY_S
     recent = {name for name, job in jobs.items() if (job.finished_at or 0) > before}
     return [
-        *_folders(service.data / REMOVING, set(), "was being removed"),
-        *_folders(service.data / "jobs", needed | recent, "of a job that has ended"),
-        *_folders(service.data / "models", needed | models, "of a model that was deleted"),
-        *_contents(service, files),
+        *_folders(_inside(service.data / REMOVING), set(), "was being removed"),
+        *_folders(jobs_there, needed | recent, "of a job that has ended"),
+        *_folders(models_there, needed | models, "of a model that was deleted"),
+        *_contents(contents, files),
     ]
 
 
-def _folders(folder: Path, kept: set[str], why: str) -> Iterator[Leftover]:
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
+def _inside(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _made_by_jobs(folder: Path) -> list[Path]:
+    """List what jobs put into a folder; what else somebody keeps there is no concern of ours."""
+    return [path for path in _inside(folder) if path.name.startswith("ftjob-")]
+
+
+def _folders(found: Sequence[Path], kept: set[str], why: str) -> Iterator[Leftover]:
+    for path in found:
         if path.name not in kept:
-            yield Leftover(f"{folder.name}/{path.name}", why, _size(path))
+            yield Leftover(f"{path.parent.name}/{path.name}", why, _size(path))
 
 
 def _size(folder: Path) -> int:
@@ -80,10 +101,11 @@ def _size(folder: Path) -> int:
     return found
 
 
-def _contents(service: Service, kept: set[str]) -> Iterator[Leftover]:
+def _contents(found: Sequence[Content], kept: set[str]) -> Iterator[Leftover]:
     before = time.time() - _GRACE_S
-    for content in service.contents.all():
-        if content.name not in kept and content.changed_at < before:
+    for content in found:
+        ours = content.name.startswith("file-")
+        if ours and content.name not in kept and content.changed_at < before:
             why = "of an upload that did not end" if "." in content.name else "of a file that was deleted"
             yield Leftover(f"files/{content.name}", why, content.bytes)
 

@@ -38,13 +38,15 @@ class _RefusedError(Exception):
 class InferenceServer:
     """The server, as `Inference` is a process."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, most_waiting: int) -> None:
         """Prepare.
 
         Args:
             url: of its API, such as `http://127.0.0.1:8001/v1`.
+            most_waiting: requests that are being answered at a time; more are refused, so that threads are
+                left for all others.
         """
-        self._url = url.rstrip("/")
+        self._url, self._most_waiting = url.rstrip("/"), most_waiting
         self._counting, self._waiting = threading.Lock(), 0
 
     @property
@@ -56,9 +58,13 @@ class InferenceServer:
         """Have a request answered, piece by piece.
 
         Raises:
-            ApiError: the request is refused, or the server does not answer or does not have the model.
+            ApiError: the request is refused, too many are being answered, or the server does not answer or
+                does not have the model.
         """
         with self._counting:
+            if self._waiting >= self._most_waiting:
+                message = "Too many chats are waiting. Try again."
+                raise ApiError(503, message, code="overloaded", retry_after=2)
             self._waiting += 1
         try:
             yield from self._answered(ask)
@@ -139,7 +145,7 @@ def _body(ask: Ask) -> dict[str, Any]:
 
 def _pieces(reply: Any) -> Iterator[Piece | Ended]:
     """Read a stream of server-sent events."""
-    reason, usage = "stop", {"prompt_tokens": 0, "completion_tokens": 0}
+    reason, usage = None, {"prompt_tokens": 0, "completion_tokens": 0}
     for line in reply:
         if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
             continue
@@ -152,6 +158,10 @@ def _pieces(reply: Any) -> Iterator[Piece | Ended]:
             if text:
                 yield Piece(text=text)
             reason = choice.get("finish_reason") or reason
+    if reason is None:
+        # A server that dies ends its stream as one that is done does.
+        message = "The model died while it answered. Try again."
+        raise ApiError(503, message, code="model_died", retry_after=5)
     yield Ended(
         finish_reason="length" if reason == "length" else "stop",
         prompt_tokens=usage["prompt_tokens"],

@@ -11,7 +11,7 @@ from deltaguard.service.context import Service
 from deltaguard.service.events import tell
 from deltaguard.service.files import add_result
 from deltaguard.service.tables import Job, Model, now
-from deltaguard.service.tasks import CHECKPOINTS, FINETUNED, METRICS, RESTORED, Outcome
+from deltaguard.service.tasks import CHECKPOINTS, FILES, FINETUNED, METRICS, RESTORED, Outcome
 
 
 def model_name(job: Job) -> str:
@@ -56,7 +56,15 @@ def _move_into_place(source: Path, target: Path) -> None:
     flush_folder(target.parent)
 
 
+def remove_discarded(service: Service, job_id: str) -> None:
+    """Remove every model of a job whose model an operator discarded."""
+    remove_leftovers(service.job(job_id))
+    # There, too, where a release had moved it before its commit failed.
+    for folder in (service.job(job_id) / RESTORED, service.published(job_id)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_leftovers(job_folder: Path) -> None:
-    """Remove what a job that has ended does not need: above all the model that was not restored."""
-    for name in (FINETUNED, CHECKPOINTS):
+    """Remove what a job that has ended does not need: the model that was not restored, and its data."""
+    for name in (FINETUNED, CHECKPOINTS, FILES):
         shutil.rmtree(job_folder / name, ignore_errors=True)

@@ -3,7 +3,6 @@
 A decision is an event of the job, with who decided and why; the customer sees it as well.
 """
 
-import shutil
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -17,10 +16,9 @@ from deltaguard.service.errors import ApiError, not_found
 from deltaguard.service.events import tell
 from deltaguard.service.jobs import show_job
 from deltaguard.service.paging import After, Limit, page
-from deltaguard.service.publishing import publish_model, remove_leftovers
+from deltaguard.service.publishing import publish_model, remove_discarded, remove_leftovers
 from deltaguard.service.schemas import Given, JobObject, Page, Text
 from deltaguard.service.tables import Event, Job
-from deltaguard.service.tasks import RESTORED
 
 router = APIRouter(prefix="/v1/operator/blocked", tags=["operation"])
 
@@ -85,8 +83,7 @@ def discard_model(service: Service, caller: Caller, job_id: str, *, reason: str)
     """
     with service.sessions.begin() as session:
         job = _decided(session, caller, job_id, "discarded", reason)
-    remove_leftovers(service.job(job_id))
-    shutil.rmtree(service.job(job_id) / RESTORED, ignore_errors=True)
+    remove_discarded(service, job_id)
     return job
 
 

@@ -123,25 +123,34 @@ def serve(
         _prepare_judge(judge, settings.device)
     if settings.webhook is not None:
         webhook_secret(settings.webhook)
-    opened = open_service(data.absolute(), settings)
+    with explained(data):
+        data.mkdir(parents=True, exist_ok=True)
+    # Before the database is touched: another service may be working with it.
     lock = lock_folder(data)
+    opened = open_service(data.absolute(), settings)
+    # At once: it is not shown again.
+    on_open(opened.first_key)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     workflows = launch(opened.service, opened.database_url)
     inference = _answering(data, settings)
-    on_open(opened.first_key)
     app = make_app(opened.service, workflows, inference)
     # Its log has methods, paths and states: no headers, and with them no keys, and no bodies.
-    uvicorn.run(app, host=host, port=port, log_level="info")
+    code = 0
+    try:
+        uvicorn.run(app, host=host, port=port, log_level="info")
+    except SystemExit as end:
+        # The port is taken, say; it has been told.
+        code = end.code if isinstance(end.code, int) else 1
     os.close(lock)
     # Whatever is under way goes on after the next start, exactly as after a kill; the processes that carry it
     # out end by themselves.
-    os._exit(0)
+    os._exit(code)
 
 
 def _answering(data: Path, settings: Settings) -> Answering:
-    if settings.inference_url is not None:
-        return InferenceServer(str(settings.inference_url))
     most = settings.limits.chat_waiting
+    if settings.inference_url is not None:
+        return InferenceServer(str(settings.inference_url), most_waiting=most)
     return Inference(data / "chat.log", device=settings.device, most_waiting=most)
 
 

@@ -9,6 +9,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 UNFINISHED = ("validating_files", "queued", "running", "paused")
 """States of a job that will change."""
 
+DECISIONS = ("released", "discarded")
+"""What an operator decides about a model that the gate blocked."""
+
 
 def now() -> int:
     """Tell the time as the API does, in whole seconds since 1970."""

@@ -165,6 +165,7 @@ class Outcome(BaseModel):
 
 
 FINETUNED, RESTORED, CHECKPOINTS, METRICS = "finetuned", "restored", "checkpoints", "metrics.csv"
+FILES = "files"
 """What lies in a job's folder."""
 
 

@@ -30,9 +30,9 @@ from deltaguard.service.context import Service
 from deltaguard.service.events import tell
 from deltaguard.service.files import add_result
 from deltaguard.service.process import StoppedError, run_task
-from deltaguard.service.publishing import publish_model, remove_leftovers
+from deltaguard.service.publishing import publish_model, remove_discarded, remove_leftovers
 from deltaguard.service.schemas import JobError
-from deltaguard.service.tables import UNFINISHED, Job, now
+from deltaguard.service.tables import DECISIONS, UNFINISHED, Job, now
 from deltaguard.service.tasks import BLOCKED, METRICS, AnyTask, Told
 from deltaguard.service.training_data import READERS, InvalidFileError
 from deltaguard.service.webhooks import UndeliveredError, deliver, message_of
@@ -126,6 +126,13 @@ class Workflows(DBOSConfiguredInstance):
             ids = session.scalars(select(Job.id).where(waiting).order_by(Job.number)).all()
             recent = Job.finished_at > now() - _NOTIFIED_AGAIN_S
             ended = session.execute(select(Job.id, Job.status).where(recent, Job.status.in_(_TOLD))).all()
+            decided = session.execute(select(Job.id, Job.review).where(Job.review.in_(DECISIONS))).all()
+        for job_id, decision in decided:
+            # A kill may have come between the decision and this.
+            if decision == "discarded":
+                remove_discarded(self.service, job_id)
+            else:
+                remove_leftovers(self.service.job(job_id))
         for job_id in ids:
             self.begin(job_id)
         for job_id, status in ended:
@@ -156,7 +163,7 @@ class Workflows(DBOSConfiguredInstance):
 
     @DBOS.workflow()
     def tell_operator(self, job_id: str, status: str) -> None:
-        """Tell the operator's server, again and again over a day until it has taken the message."""
+        """Tell the operator's server, again and again over four hours until it has taken the message."""
         try:
             self.deliver(job_id, status)
         except (dbos_error.DBOSException, DeltaguardError) as error:
@@ -180,8 +187,10 @@ class Workflows(DBOSConfiguredInstance):
         webhook = self.service.settings.webhook
         if webhook is not None:
             with self.service.sessions.begin() as session:
-                message = message_of(_job(session, job_id), status)
-            deliver(webhook, message)
+                job = _job(session, job_id)
+            # Not where an operator has released it since: that is told by itself.
+            if job.status == status:
+                deliver(webhook, message_of(job, status))
 
     def _carried_out(self, step: Callable[[str], bool], job_id: str) -> bool:
         try:
@@ -312,9 +321,17 @@ class Workflows(DBOSConfiguredInstance):
             if job.status in UNFINISHED:
                 job.status, job.finished_at, job.error = "failed", now(), error.model_dump()
                 job.review = "waiting" if error.code.startswith(BLOCKED) else None
-                add_result(self.service, session, job, self.service.job(job_id) / METRICS)
+                self._keep_metrics(session, job)
                 tell(session, job_id, "failed", f"The job failed: {error.message}", level="error")
         return False
+
+    def _keep_metrics(self, session: Session, job: Job) -> None:
+        """Give a job that failed its metrics, where they can be kept."""
+        try:
+            add_result(self.service, session, job, self.service.job(job.id) / METRICS)
+        except Exception:
+            # Of a full disk, or of any store of objects: the job has to end all the same.
+            _LOGGER.exception("The metrics of %s are not kept", job.id)
 
 
 def _job(session: Session, job_id: str, *, to_change: bool = False) -> Job:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -54,9 +55,15 @@ def read_losses(session: Session, job_id: str) -> Losses | None:
         return None
     return Losses(
         steps=rows[-1]["total_steps"],
-        train=[(row["step"], row["train_loss"]) for row in rows if math.isfinite(row["train_loss"])],
-        valid=[(row["step"], row["full_valid_loss"]) for row in valid if row is not None],
+        train=_numbers(rows, "train_loss"),
+        valid=_numbers(valid, "full_valid_loss"),
     )
+
+
+def _numbers(rows: Sequence[dict[str, Any] | None], name: str) -> Points:
+    """Take the losses that are numbers: one that has diverged is told as None."""
+    found = [(row["step"], row[name]) for row in rows if row is not None]
+    return [(step, loss) for step, loss in found if loss is not None and math.isfinite(loss)]
 
 
 def loss_chart(losses: Losses) -> Chart:
