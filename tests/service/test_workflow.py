@@ -104,7 +104,7 @@ def test_an_outage_of_the_database_ends_no_job(client, monkeypatch):
     assert tried == ["calibrate", "train", "train", "train", "restore"]
 
 
-def test_a_bug_ends_its_job_and_no_other(client, monkeypatch):
+def test_a_bug_ends_its_job_and_no_other(client, receiver, monkeypatch):
     def run(_task, _folder, **_options):
         raise RuntimeError("a bug")
 
@@ -112,9 +112,11 @@ def test_a_bug_ends_its_job_and_no_other(client, monkeypatch):
     file = uploaded(client)
     jobs = [client.fine_tuning.jobs.create(model="tiny", training_file=file.id) for _ in range(2)]
     assert [ended(client, job).error.code for job in jobs] == ["server_error"] * 2
+    for job in jobs:
+        received(receiver, job, 1)
 
 
-def test_a_job_ends_though_its_metrics_cannot_be_kept(client, opened, monkeypatch):
+def test_a_job_ends_though_its_metrics_cannot_be_kept(client, opened, receiver, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -127,6 +129,7 @@ def test_a_job_ends_though_its_metrics_cannot_be_kept(client, opened, monkeypatc
     monkeypatch.setattr(type(opened.service.contents), "put", full)
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
     assert ended(client, job).error.code == "server_error"
+    received(receiver, job, 1)
 
 
 def received(receiver, job, count):
