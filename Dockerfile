@@ -1,14 +1,15 @@
-# The fine-tuning service. On a CPU:     docker build -t deltaguard .
-# On GPUs of NVIDIA, with CUDA 12.8:     docker build -t deltaguard --build-arg TORCH=cu128 .
+# The fine-tuning service: docker build -t deltaguard .
+# As it is, torch brings the libraries of CUDA, and runs on a CPU as well; without them the image is a fraction of
+# the size: --build-arg TORCH_INDEX=ADDRESS, the one that pytorch.org names for builds for CPUs.
 FROM python:3.12-slim-bookworm
 
-# Which build of torch: `cpu`, or one of CUDA, whose libraries come with it; the host needs the driver alone.
-ARG TORCH=cpu
+# Where another build of torch comes from than the default one, for CPUs or another CUDA; the host needs the driver alone.
+ARG TORCH_INDEX=
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 HF_HOME=/data/hub
 
 # Before the sources: a change of them does not fetch torch again.
-RUN pip install --index-url "https://download.pytorch.org/whl/${TORCH}" "torch>=2.9"
+RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch>=2.9"
 
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./

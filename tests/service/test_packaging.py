@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_container_runs_without_rights_and_says_how_it_is():
     lines = (ROOT / "Dockerfile").read_text()
-    assert re.search(r"^ARG TORCH=cpu$", lines, re.MULTILINE)
+    assert re.search(r"^ARG TORCH_INDEX=$", lines, re.MULTILINE)
+    assert re.search(
+        r'^RUN pip install \$\{TORCH_INDEX:\+--index-url "\$TORCH_INDEX"\} "torch', lines, re.MULTILINE
+    )
     user, entry = lines.index("\nUSER deltaguard"), lines.index("\nENTRYPOINT")
     assert user < entry
     assert "\nUSER root" not in lines

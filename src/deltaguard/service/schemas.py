@@ -43,7 +43,7 @@ class Supervised(Given):
 
 
 class DpoHyperparameters(Hyperparameters):
-    """The same of preferences; `beta` says how closely the model stays at the one it started from."""
+    """Numbers of learning preferences; `beta` says how closely the model stays at the one it started from."""
 
     beta: Auto | Annotated[float, Field(gt=0, le=2)] = "auto"
 
@@ -74,7 +74,7 @@ class Method(Given):
 
     @property
     def hyperparameters(self) -> Hyperparameters:
-        """Those of the chosen method."""
+        """Give the hyperparameters of the chosen method."""
         if self.type == "dpo":
             return (self.dpo or Dpo()).hyperparameters
         return (self.supervised or Supervised()).hyperparameters

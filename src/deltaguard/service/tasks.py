@@ -21,7 +21,7 @@ class _Task(BaseModel):
 
     @property
     def key_names(self) -> tuple[str, ...]:
-        """The environment variables that its process is given beside the usual ones."""
+        """Name the environment variables that its process is given beside the usual ones."""
         return ()
 
 
@@ -92,7 +92,7 @@ class Moderate(_Task):
     @property
     @override
     def key_names(self) -> tuple[str, ...]:
-        """That of the judge's key."""
+        """Name the environment variable of the judge's key, where it needs one."""
         return key_names(self.moderation.chosen_judge)
 
 
@@ -134,7 +134,7 @@ class Examine(_Task):
     @property
     @override
     def key_names(self) -> tuple[str, ...]:
-        """That of the judge's key."""
+        """Name the environment variable of the judge's key, where it needs one."""
         return key_names(self.gate.chosen_judge)
 
 
