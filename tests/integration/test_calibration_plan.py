@@ -15,7 +15,8 @@ from deltaguard.curvature.sizes import blocks_of, whole_bytes
 from deltaguard.device import served_dtype
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.loading import load_tokenizer
-from pairs import pair
+from deltaguard.ranks import Ranks
+from pairs import CONVERSATIONS, pair
 from refusing import refusing_pair
 
 SMALL = CalibrateConfig(num_samples=12, num_held_out=6, max_new_tokens=12, device="cpu")
@@ -62,6 +63,17 @@ def test_block_by_block_it_holds_one_block_and_spills_what_goes_into_each(aligne
     assert plan.sums_bytes * len(blocks) == whole.sums_bytes
     assert plan.pass_bytes * len(blocks) == whole.pass_bytes
     assert plan.disk_bytes == (len(blocks) + 3) * plan.hidden_bytes // 2 > 0
+
+
+def test_processes_of_one_machine_share_its_memory(aligned):
+    alone = plan_calibration(aligned, config=SMALL)
+    shared = plan_calibration(aligned, config=SMALL, ranks=Ranks(rank=1, size=4, here=4, local=1))
+    assert shared.limit_bytes == alone.limit_bytes // 4
+
+
+def test_with_all_answers_given_no_model_is_loaded_to_answer_block_by_block(aligned):
+    config = SMALL.model_copy(update={"memory": 0})
+    assert plan_calibration(aligned, config=config, conversations=CONVERSATIONS).answering_bytes == 0
 
 
 def test_of_experts_a_batch_leaves_what_its_tokens_are_routed_to():

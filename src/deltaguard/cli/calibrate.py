@@ -80,7 +80,7 @@ def calibrate(
     if dry_run:
         from deltaguard.curvature.dry_run import plan_calibration
 
-        plan = plan_calibration(aligned, config=config)
+        plan = plan_calibration(aligned, config=config, ranks=Ranks.current())
         emit(plan, _draw_plan(plan), as_json=json)
         return
     with progress_bar() as progress:

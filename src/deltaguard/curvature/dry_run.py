@@ -9,10 +9,12 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.tokens import context_length, encode
 from deltaguard.curvature.request import CalibrateConfig, asked_for, requested
 from deltaguard.curvature.sizes import Sizes, blocks_of, store_limit
+from deltaguard.curvature.store_format import CalibrationRequest
 from deltaguard.device import find_device, memory_bytes
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.experts import refuse_unknown_experts, routed_share
 from deltaguard.models.loading import load_config, load_tokenizer
+from deltaguard.ranks import Ranks
 from deltaguard.reports.records.calibrate import CalibrationPlan
 
 
@@ -21,6 +23,7 @@ def plan_calibration(
     *,
     conversations: Sequence[Conversation] | None = None,
     config: CalibrateConfig | None = None,
+    ranks: Ranks | None = None,
 ) -> CalibrationPlan:
     """Say what `calibrate` would take with the same arguments: no weight is read, and nothing is written.
 
@@ -28,6 +31,7 @@ def plan_calibration(
         aligned: as in `calibrate`.
         conversations: as in `calibrate`.
         config: as in `calibrate`.
+        ranks: as in `calibrate`; each process takes what is said.
 
     Raises:
         DeltaguardError: the model, its chat template or the prompts do not serve.
@@ -39,19 +43,14 @@ def plan_calibration(
     asked = [*calibration, *held_out]
     device = find_device(config.device)
     request = requested(source, asked, config, device)
-    tokenizer = load_tokenizer(source.folder, source.reference)
     shape = load_config(source.folder, source.reference)
-    limit = context_length(shape, request.max_length)
-    lengths: list[int] = []
-    for row in asked:
-        # An answer may be as long as it is let.
-        more = 0 if row.response is not None else request.max_new_tokens
-        lengths.append(min(len(encode(tokenizer, row, max_length=limit).ids) + more, limit))
+    lengths = _lengths(asked, source, request, context_length(shape, request.max_length))
     calibrated = lengths[: len(calibration)]
     dtype = getattr(torch, request.dtype)
     answering = getattr(torch, request.answer_dtype or request.dtype)
     whole = Sizes.of(source.tensors.values(), routed_share(source.config))
-    memory = memory_bytes(device) // 2 if config.memory is None else int(config.memory)
+    half = memory_bytes(device) // 2 // (ranks or Ranks()).sharing(device)
+    memory = half if config.memory is None else int(config.memory)
     by_blocks = whole.bytes(dtype) > memory
     outside, blocks = blocks_of(source)
     by_blocks = by_blocks and bool(blocks)
@@ -80,3 +79,15 @@ def plan_calibration(
         disk_bytes=hidden * (len(blocks) + 3) if by_blocks else 0,
         store_bytes=None if request.rank == "full" else store_limit(source),
     )
+
+
+def _lengths(
+    asked: Sequence[Conversation], source: Checkpoint, request: CalibrationRequest, limit: int
+) -> list[int]:
+    """Count the tokens of each conversation; an answer that is missing may be as long as it is let."""
+    tokenizer = load_tokenizer(source.folder, source.reference)
+    lengths: list[int] = []
+    for row in asked:
+        more = 0 if row.response is not None else request.max_new_tokens
+        lengths.append(min(len(encode(tokenizer, row, max_length=limit).ids) + more, limit))
+    return lengths

@@ -61,8 +61,7 @@ def respond(
     if journal is not None:
         # Before any of them writes to its own.
         answers |= ranks.from_first(_read_journals(journal, conversations, answers) if ranks.leads else None)
-        own = f"{journal.stem}-{ranks.rank}{journal.suffix}"
-        journal = journal if ranks.leads else journal.with_name(own)
+        journal = _journal_of(ranks.rank, journal)
     missing, known = [i for i in range(len(conversations)) if i not in answers], len(answers)
 
     def record(chosen: Sequence[int], texts: Sequence[str]) -> None:
@@ -89,6 +88,10 @@ def respond(
     for found in ranks.from_all(answers):
         answers |= found
     return [replace(conversation, response=answers[i]) for i, conversation in enumerate(conversations)]
+
+
+def _journal_of(rank: int, first: Path) -> Path:
+    return first if rank == 0 else first.with_name(f"{first.stem}-{rank}{first.suffix}")
 
 
 def _journals(first: Path) -> list[Path]:

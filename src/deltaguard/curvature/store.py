@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -36,7 +35,6 @@ from deltaguard.curvature.store_format import (
     read_manifest,
     staged_folder,
     sync,
-    versions,
     write_manifest,
     write_store,
 )
@@ -313,7 +311,7 @@ class CurvatureStore:
                 sums, they are of a mixture of experts, or the folder is not empty.
         """
         _check_mergeable(stores)
-        provenance = _merged_provenance(stores)
+        provenance = Provenance.merged([store.provenance for store in stores])
 
         def content(group: LayerGroup) -> GroupCurvature:
             parts = [store.sums(group.name) for store in stores]
@@ -385,23 +383,3 @@ def _check_mergeable(stores: Sequence[CurvatureStore]) -> None:
         raise DeltaguardError(
             "These stores cannot be merged; calibrate one aligned model in one way:\n" + "\n".join(problems)
         )
-
-
-def _merged_provenance(stores: Sequence[CurvatureStore]) -> Provenance:
-    parts = [store.provenance for store in stores]
-    judged = [p.refusal_share * p.conversations for p in parts if p.refusal_share is not None]
-    conversations = sum(p.conversations for p in parts)
-    return parts[0].model_copy(
-        update={
-            **{
-                name: sha256("".join(getattr(part, name) for part in parts).encode()).hexdigest()
-                for name in ("prompts_sha256", "conversations_sha256")
-            },
-            "conversations": conversations,
-            "tokens": sum(p.tokens for p in parts),
-            "response_tokens": sum(p.response_tokens for p in parts),
-            "truncated": sum(p.truncated for p in parts),
-            "refusal_share": sum(judged) / conversations if len(judged) == len(parts) else None,
-            "versions": versions(),
-        }
-    )

@@ -108,6 +108,27 @@ class Provenance(CalibrationRequest):
     uncovered: tuple[str, ...]
     versions: Mapping[str, str]
 
+    @staticmethod
+    def merged(parts: Sequence["Provenance"]) -> "Provenance":
+        """Say where the store comes from that several are merged into (see `CurvatureStore.merge`)."""
+        judged = [part.refusal_share * part.conversations for part in parts if part.refusal_share is not None]
+        conversations = sum(part.conversations for part in parts)
+
+        def together(name: str) -> str:
+            return hashlib.sha256("".join(getattr(part, name) for part in parts).encode()).hexdigest()
+
+        return parts[0].model_copy(
+            update={
+                **{name: together(name) for name in ("prompts_sha256", "conversations_sha256")},
+                "conversations": conversations,
+                "tokens": sum(part.tokens for part in parts),
+                "response_tokens": sum(part.response_tokens for part in parts),
+                "truncated": sum(part.truncated for part in parts),
+                "refusal_share": sum(judged) / conversations if len(judged) == len(parts) else None,
+                "versions": versions(),
+            }
+        )
+
     @property
     def extent(self) -> Extent:
         """How much of each group is stored."""
