@@ -57,7 +57,7 @@ def test_a_damaged_report_says_nothing_about_the_folder(out, content, capsys):
 
 def test_a_folder_without_a_report_and_no_folder_at_all(tmp_path, capsys):
     assert "holds no" in verified(tmp_path, capsys, 1)
-    assert "holds no" in verified(tmp_path / "nowhere", capsys, 1)
+    assert "There is no folder" in verified(tmp_path / "nowhere", capsys, 1)
 
 
 @pytest.mark.parametrize("name", ["../secret", "link/secret", "SECRET", "a\0b", "", "x" * 5000, "../" * 900])

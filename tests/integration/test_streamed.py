@@ -11,6 +11,7 @@ import torch
 
 import models
 from deltaguard import DeltaguardError, RestoreConfig, restore
+from deltaguard.chat.tokens import Reader
 from deltaguard.cli.app import run
 from deltaguard.curvature.blocks import CutModel, UncutError
 from deltaguard.curvature.calibrate import calibrate
@@ -22,10 +23,13 @@ from deltaguard.curvature.store_format import write_store
 from deltaguard.curvature.sums import LayerGroup, LinearLayer, Moment, Sums
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
+from deltaguard.models.loading import load_tokenizer
 from deltaguard.models.mirror import loadable
 from deltaguard.progress import ignore
 from deltaguard.reports.restore import dial_facts
 from deltaguard.restoration.aligned import open_job
+from deltaguard.restoration.block_passes import likelihood, own_blocks
+from deltaguard.restoration.divergence import Asked
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.footprint import MOST_AT_ONCE, Footprint
 from deltaguard.restoration.kept import Kept
@@ -101,6 +105,23 @@ def test_so_they_are_where_the_output_has_more_tokens_or_is_run_otherwise(other_
 @pytest.mark.usefixtures("exact")
 def test_so_they_are_in_half_precision_and_in_shards(tmp_path):
     check_same(trial_of(pair("llama", dtype=torch.bfloat16, max_shard_size="40KB"), tmp_path))
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_task_that_is_longer_than_what_is_held_out_goes_in_several_passes():
+    source, device = Checkpoint.open(pair("llama").aligned), torch.device("cpu")
+    cut = CutModel(source, dtype=torch.float64, device=device)
+    tokenizer = load_tokenizer(source.folder, source.reference)
+    asked = Asked(Reader.of(tokenizer, cut.model.config, 512), 1, device)
+
+    def measure(most):
+        passes = []
+        blocks = lambda: passes.append(most) or own_blocks(cut)
+        return likelihood(cut, asked.batches(ANSWERED), blocks, most=most), len(passes)
+
+    (whole, one), (parts, several) = measure(10**6), measure(1)
+    assert (one, several) == (1, len(ANSWERED))
+    assert parts == pytest.approx(whole, rel=1e-12)
 
 
 def test_as_soon_as_a_mean_is_exceeded_no_more_is_compared(tmp_path):

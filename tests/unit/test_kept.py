@@ -1,7 +1,9 @@
 """What is kept between two prices comes back as it was, wherever there was room for it."""
 
+import shutil
 import tempfile
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +90,18 @@ def test_what_a_full_disk_took_half_of_takes_no_room(tmp_path, monkeypatch):
     kept.add("second", value(1))
     assert written
     assert kept._scratch.seek(0, 2) == size
+
+
+def test_room_that_somebody_else_took_meanwhile_is_given_back(tmp_path, monkeypatch):
+    kept = Kept(0, tmp_path, reserve=1000)
+    kept.add("first", value())
+    size, free = kept._scratch.seek(0, 2), [10**6, 1000]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free.pop(0)))
+    kept.add("second", value(1))
+    assert not free
+    assert kept._scratch.seek(0, 2) == size
+    assert kept.get("second") is None
+    check_same(kept.get("first"), value())
 
 
 def test_where_no_file_can_be_made_nothing_is_kept(tmp_path, monkeypatch):

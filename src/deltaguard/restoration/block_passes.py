@@ -1,6 +1,6 @@
 """Conversations sent through several models at once, one decoder block after another."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -75,6 +75,11 @@ class AlignedPredictions:
         """Count the response tokens."""
         return sum(int(batch.answering.sum()) for batch in self.batches)
 
+    @property
+    def places(self) -> int:
+        """Count all tokens, padding included: what goes through a block at once."""
+        return sum(batch.ids.numel() for batch in self._read)
+
     def log_probs(self) -> Iterator[Tensor]:
         """Compute its log-probabilities, (response tokens, vocabulary), batch by batch."""
         for batch, hidden in zip(self._read, self._hidden, strict=True):
@@ -86,24 +91,38 @@ def own_blocks(cut: CutModel) -> Iterator[Reads]:
     return ([cut.source.read] for _ in cut.blocks)
 
 
-def likelihood(cut: CutModel, batches: Iterable[Batch], blocks: Blocks) -> float:
+def likelihood(cut: CutModel, batches: Iterable[Batch], blocks: Callable[[], Blocks], *, most: int) -> float:
     """Measure the mean negative log-likelihood of responses, nats a token, block by block.
 
     Args:
         cut: the model, with what is in no block.
         batches: the conversations.
-        blocks: the weights of its blocks.
+        blocks: gives the weights of its blocks, for each pass.
+        most: tokens, padding included, that a pass carries, but at least one batch.
 
     Raises:
         DeltaguardError: the predictions are not finite.
     """
-    asked = list(batches)
-    (hidden,) = last_hidden(cut, asked, blocks)
-    with torch.no_grad():
-        losses = [
-            loss
-            for states, batch in zip(hidden, asked, strict=True)
-            for each in losses_of(cut.logits(states, batch), batch)
-            for loss in each
-        ]
+    losses: list[float] = []
+    for asked in _passes(batches, most):
+        (hidden,) = last_hidden(cut, asked, blocks())
+        with torch.no_grad():
+            losses += [
+                loss
+                for states, batch in zip(hidden, asked, strict=True)
+                for each in losses_of(cut.logits(states, batch), batch)
+                for loss in each
+            ]
     return mean_loss(losses, cut.dtype)
+
+
+def _passes(batches: Iterable[Batch], most: int) -> Iterator[list[Batch]]:
+    """Say which batches go through the blocks together."""
+    chosen: list[Batch] = []
+    for batch in batches:
+        if chosen and sum(each.ids.numel() for each in (*chosen, batch)) > most:
+            yield chosen
+            chosen = []
+        chosen.append(batch)
+    if chosen:
+        yield chosen

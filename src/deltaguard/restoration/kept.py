@@ -75,11 +75,14 @@ class Kept:
                 return
             weakref.finalize(self, self._scratch.close)
         start = self._scratch.seek(0, 2)
+        # Another program, or another process of this run, may take the room meanwhile: the layer is made
+        # again when it is needed, and what was written of it takes none of the output's.
         try:
             placeholders = map_tensors(value, self._write)
         except OSError:
-            # Another program took the room: the layer is made again when it is needed, and what was written
-            # of it takes none of the output's.
+            self._scratch.truncate(start)
+            return
+        if shutil.disk_usage(self.folder).free <= self.reserve:
             self._scratch.truncate(start)
             return
         self._held[name], self._starts[name] = placeholders, start

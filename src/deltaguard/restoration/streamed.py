@@ -7,6 +7,7 @@ puts out; what it predicts is computed from that, batch by batch.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from deltaguard.restoration.kept import Kept
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.places import match
 from deltaguard.restoration.plan import Action
-from deltaguard.restoration.trial import Trial
+from deltaguard.restoration.trial import Trial, kept_budget
 
 _ADVICE = "take smaller batches, fewer conversations or another device"
 
@@ -100,7 +101,10 @@ class StreamedCandidate(Candidate):
         pairs = [(one.to(device), two.to(device)) for one, two in own.beside(other, store.held_out)]
         cut = _cut_candidate(trial, output, config, dtype)
         known = AlignedPredictions.of(aligned, pairs)
-        nll = likelihood(aligned, own.batches(tasks), own_blocks(aligned)) if tasks else None
+        nll = None
+        if tasks:
+            batches, blocks = own.batches(tasks), partial(own_blocks, aligned)
+            nll = likelihood(aligned, batches, blocks, most=known.places)
         # As with a model in memory: what an answer is drawn with is the aligned model's.
         cut.model.generation_config = aligned.model.generation_config
         begun = _openings(aligned, own.reader.tokenizer, requests, trial) if requests else []
@@ -115,7 +119,7 @@ class StreamedCandidate(Candidate):
             cut=cut,
             known=known,
             asked=other,
-            _put=lambda: own_blocks(cut),
+            _put=partial(own_blocks, cut),
             _read_of=lambda _: job.finetuned.read,
         )
 
@@ -131,8 +135,8 @@ class StreamedCandidate(Candidate):
 
     @enough_memory(_ADVICE)
     def likelihood(self, tasks: Sequence[Conversation]) -> float:
-        """Measure the likelihood of tasks, see `SafetyMeter.likelihood`, in a pass of its own."""
-        return likelihood(self.cut, self.asked.batches(tasks), self._put())
+        """Measure the likelihood of tasks, see `SafetyMeter.likelihood`, in passes as large as the others."""
+        return likelihood(self.cut, self.asked.batches(tasks), self._put, most=self.known.places)
 
     @enough_memory(_ADVICE)
     def openings(self, requests: Sequence[Conversation]) -> list[str]:
@@ -224,7 +228,9 @@ def _openings(
     """Let a model begin its answers, each block read for each token of a batch."""
     dtype = served_dtype(cut.device) if cut.dtype == torch.float32 else cut.dtype
     found, tokens = trial.footprint, trial.config.whole_tokens
-    room = found.limit - found.ends - found.block
+    held = found.ends + found.block + found.layers + found.reference
+    # Layers that were projected before may wait beside it.
+    room = found.limit - held - kept_budget(found, trial.config, cut.device)
     size = rows_within(cut.model.config, room, tokens=_TOKENS + (tokens or 0), dtype=dtype)
     with as_served(cut.model), cut.streaming(read_of, dtype=dtype) as model:
         return answer_openings(model, tokenizer, requests, whole_tokens=tokens, batch_size=size)

@@ -70,6 +70,8 @@ def read_report(folder: Path) -> RestoreReport:
         DeltaguardError: there is none, or it is damaged or of another version.
     """
     path = folder / REPORT_NAME
+    if not folder.is_dir():
+        raise DeltaguardError(f"There is no folder {folder}.")
     if not path.is_file():
         raise DeltaguardError(
             f"{folder} holds no {REPORT_NAME}: it was not written by `deltaguard restore`, or the restore "
