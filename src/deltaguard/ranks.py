@@ -6,7 +6,8 @@ GPUs over nccl.
 """
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -26,6 +27,9 @@ _PATIENCE = timedelta(days=7)
 
 _FAILED = "deltaguard/failed"
 """The key under which the rank that failed first is noted."""
+
+_DONE = "deltaguard/done"
+"""The key under which pieces of work are counted."""
 
 
 class LostRankError(DeltaguardError):
@@ -61,7 +65,9 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         here, local = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
-        return cls(dist.get_rank(), dist.get_world_size(), here, local)
+        # Where processes that were joined note what all must know, torch says in a private function alone.
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
+        return cls(dist.get_rank(), dist.get_world_size(), here, local, store)
 
     @property
     def leads(self) -> bool:
@@ -172,6 +178,22 @@ class Ranks:
                 if each.numel():
                     dist.send(_bytes(each.detach().cpu().contiguous()), dst=to)
 
+    def send_ahead(self, to: int, messages: Iterable[tuple[Any, Sequence[Tensor]]]) -> None:
+        """Send messages to a rank that receives them all; while one is sent, the next is made.
+
+        Args:
+            to: the rank.
+            messages: each with its tensors, as in `send`.
+        """
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="send") as sender:
+            sent: Future[None] | None = None
+            for message, tensors in messages:
+                if sent is not None:
+                    sent.result()
+                sent = sender.submit(self.send, to, message, tensors)
+            if sent is not None:
+                sent.result()
+
     def receive(self, sender: int) -> tuple[Any, list[Tensor]]:
         """Receive the next message of a rank, and its tensors, on the CPU."""
         told: list[Any] = [None, None]
@@ -183,6 +205,21 @@ class Ranks:
                 if each.numel():
                     dist.recv(_bytes(each), src=sender)
         return message, tensors
+
+    def count(self, pieces: int) -> int:
+        """Count pieces of work that this rank has done, and say how many all have; waits for none of them.
+
+        Work that needs nothing of the others is done between calls of this: so it ends where they have.
+
+        Raises:
+            LostRankError: another process of the run has failed.
+        """
+        if self._store is None:
+            return pieces
+        with _noticing_losses():
+            if self._store.check([_FAILED]):
+                raise _lost()
+            return self._store.add(_DONE, pieces)
 
     def fails_first(self) -> bool:
         """Note that this process fails, and tell whether it is the first: the one that says why."""
@@ -210,7 +247,7 @@ def joined() -> Generator[Ranks]:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise DeltaguardError(f"The processes of this run cannot reach each other: {error}") from error
-    ranks = replace(Ranks.current(), _store=store)
+    ranks = Ranks.current()
     if ranks.local < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local)
     try:
@@ -237,7 +274,11 @@ def _noticing_losses() -> Generator[None]:
         raise
     # What gloo raises is no more specific.
     except RuntimeError as error:
-        raise LostRankError(
-            "Another process of this run has ended, so that this one cannot go on. Run the same command "
-            "again with `--resume`. (DELTAGUARD_DEBUG=1 shows what was noticed.)"
-        ) from error
+        raise _lost() from error
+
+
+def _lost() -> LostRankError:
+    return LostRankError(
+        "Another process of this run has ended, so that this one cannot go on. Run the same command "
+        "again with `--resume`. (DELTAGUARD_DEBUG=1 shows what was noticed.)"
+    )

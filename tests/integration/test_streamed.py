@@ -1,7 +1,9 @@
 """Measuring candidates block by block: the numbers of the whole model, in the memory of a block."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -312,6 +314,29 @@ def test_where_there_is_no_room_for_a_candidate_its_blocks_are_made_for_each_tok
 
 
 # Memory
+
+
+def test_what_is_no_longer_used_leaves_the_memory_at_once(tmp_path):
+    trial = trial_of(pair(), tmp_path)
+    streamed(trial, dtype=torch.float32)
+    gc.collect()
+    gc.disable()
+    try:
+        candidate = streamed(trial, dtype=torch.float32)
+        candidate.whole(ignore)
+        candidate.openings(ANSWERED)
+        candidate.take_others()
+        candidate.probe(1e3, ignore)
+        candidate.openings(ANSWERED)
+        candidate.likelihood(ANSWERED)
+        held = [
+            weakref.ref(each) for each in (candidate, candidate.cut, candidate.cut.model, candidate.known)
+        ]
+        del candidate
+        assert [each() for each in held] == [None] * 4
+    finally:
+        gc.enable()
+
 
 MEASURE = """
 import sys

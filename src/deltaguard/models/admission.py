@@ -93,6 +93,7 @@ def admit(out: Path, request: WriteRequest) -> Admission:
             )
         if others and journal.replaces is None and not journal.committing and not request.overwrite:
             raise DeltaguardError(_occupied(out, others, " beside the progress of this run"))
+        journal.take_over()
         replaces = journal.replaces
     elif request.overwrite:
         replaces = _replaceable(out, others)

@@ -139,8 +139,13 @@ def partial_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def lock_folder(folder: Path) -> int:
+def lock_folder(folder: Path, *, shared: bool = False, shown: Path | None = None) -> int:
     """Keep other processes from working in a folder.
+
+    Args:
+        folder: the folder.
+        shared: whether others may hold such a lock too; one that is not shared excludes them all.
+        shown: what the message calls the folder; by default what it is.
 
     Returns:
         A descriptor; the lock ends when it is closed, and so with the process.
@@ -150,11 +155,11 @@ def lock_folder(folder: Path) -> int:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
         raise InUseError(
-            f"Another process is working in {folder}. Wait for it, or choose another output folder."
+            f"Another process is working in {shown or folder}. Wait for it, or choose another output folder."
         ) from error
     return descriptor
 

@@ -24,6 +24,9 @@ from deltaguard.models.names import name_problem
 JOURNAL_NAME = "journal.jsonl"
 """The file in the staging folder that holds the journal."""
 
+_BESIDE = "journal-{number}.jsonl"
+"""Where another process of the same run records what it has finished."""
+
 _START_ANEW = (
     "Start anew with --overwrite and without --resume: what was staged is given up, and other files stay."
 )
@@ -92,7 +95,9 @@ class Journal:
     """Progress of one run as JSON lines, each on disk before the method that adds it returns.
 
     The first line says what run it is and what it may replace; the others record a finished file, a file that
-    is being written anew, something found out, or the beginning of the commit.
+    is being written anew, something found out, or the beginning of the commit. Where several processes write
+    files of a run, each of the others keeps a journal of its own beside this one: appending to one file from
+    several machines spoils it. The next run takes over what they hold.
 
     Attributes:
         plan_hash: identifies what the run writes.
@@ -111,13 +116,30 @@ class Journal:
         self.committing = False
         self._path = path
         self._remembered: dict[str, Any] = {}
+        self._beside: dict[str, FileRecord] = {}
+        self._is_on_disk = True
 
     @classmethod
     def create(cls, path: Path, *, plan_hash: str, replaces: Collection[str] | None) -> "Journal":
         """Begin a journal, in the place of any that is there and that is lost only when this one is whole."""
+        for other in _journals_beside(path):
+            other.unlink()
         known = None if replaces is None else tuple(sorted(replaces))
         write_atomically(path, _Event(plan_hash=plan_hash, replaces=known).line() + "\n")
         return cls(path, plan_hash=plan_hash, replaces=replaces)
+
+    @classmethod
+    def beside(cls, folder: Path, number: int, *, plan_hash: str) -> "Journal":
+        """Begin the journal of a process that writes files for another; on disk with the first of them.
+
+        Args:
+            folder: where the other's journal lies.
+            number: of the process, not 0.
+            plan_hash: that of the other's journal.
+        """
+        journal = cls(folder / _BESIDE.format(number=number), plan_hash=plan_hash, replaces=None)
+        journal._is_on_disk = False
+        return journal
 
     @classmethod
     def load(cls, path: Path) -> "Journal | None":
@@ -146,6 +168,36 @@ class Journal:
         for event in events[1:]:
             journal._apply(event)
         return journal
+
+    def take_over(self) -> None:
+        """Know of the files that other processes of the interrupted run finished; nothing is changed on disk.
+
+        Raises:
+            DeltaguardError: a journal of theirs is damaged, or that of another run.
+        """
+        if self.committing:
+            # All that others wrote was recorded here before.
+            return
+        for path in _journals_beside(self._path):
+            other = Journal.load(path)
+            if other is not None and other.plan_hash != self.plan_hash:
+                wrong = [f"it is of the plan {other.plan_hash}, and {self._path.name} of {self.plan_hash}"]
+                raise other.refusal("it is no progress of this run", wrong)
+            self._beside |= other.records if other is not None else {}
+        self.records |= self._beside
+
+    def settle(self) -> None:
+        """Record here what was taken over, and remove the journals of other processes."""
+        for record in self._beside.values():
+            self.finish(record)
+        self._beside = {}
+        for path in _journals_beside(self._path):
+            path.unlink()
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other process of the run has recorded a finished file."""
+        return not _journals_beside(self._path)
 
     @property
     def has_found_out(self) -> bool:
@@ -201,6 +253,9 @@ class Journal:
         return found
 
     def _append(self, event: _Event) -> None:
+        if not self._is_on_disk:
+            write_atomically(self._path, _Event(plan_hash=self.plan_hash, replaces=None).line() + "\n")
+            self._is_on_disk = True
         append_journal(self._path, event.line())
         self._apply(event)
 
@@ -214,3 +269,8 @@ class Journal:
         elif event.committing:
             self.committing = True
             self.moved |= self.records.keys()
+
+
+def _journals_beside(path: Path) -> list[Path]:
+    """Find the journals of other processes of a run."""
+    return sorted(path.parent.glob(_BESIDE.format(number="*")))

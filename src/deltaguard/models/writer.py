@@ -3,36 +3,32 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Collection, Generator, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.admission import WriteRequest, admit, refuse_foreign, refuse_inputs, require_space
-from deltaguard.models.durable import HashedFile, explained, flush_folder, lock_folder
+from deltaguard.models.durable import explained, flush_folder, lock_folder
 from deltaguard.models.journal import JOURNAL_NAME, FileRecord, Journal
-from deltaguard.models.layout import ADAPTER_CONFIG, STAGING_FOLDER
-from deltaguard.models.names import inside, name_problem
-from deltaguard.models.opened import OpenFile
-from deltaguard.models.shards import DTYPES, TensorInfo, parse_header, tensor_bytes
+from deltaguard.models.layout import ADAPTER_CONFIG
+from deltaguard.models.names import inside
+from deltaguard.models.staging import StagedFiles
 from deltaguard.reports.records.restore import REPORT_NAME
-
-_CHUNK = 8 << 20
 
 T = TypeVar("T")
 
 
-class CheckpointWriter:
+class CheckpointWriter(StagedFiles):
     """Writes a checkpoint folder so that it either loads completely or is visibly unfinished.
 
-    Files are staged in `OUT/.deltaguard-partial`, on the same file system: each is written under a temporary
-    name, flushed to disk, renamed and recorded with its sha256. `commit` moves them into OUT, the index (or
-    the only weight file) last. A run that fails or is killed leaves its finished files staged, and the next
-    one with `resume=True` goes on from there. Where nothing was finished, nothing is left behind.
+    Files are staged; `commit` moves them into OUT, the index (or the only weight file) last. A run that fails
+    or is killed leaves its finished files staged, and the next one with `resume=True` goes on from there.
+    Where nothing was finished, nothing is left behind. Other processes may write files of the same output
+    (`StagedFiles.beside`), which this one then adopts.
 
     Example:
         >>> with CheckpointWriter("out", plan_hash=plan, resume=True) as writer:  # doctest: +SKIP
@@ -73,8 +69,6 @@ class CheckpointWriter:
                 written, or holds the progress of another plan; or another process is writing to it.
         """
         self.out = Path(out).expanduser().absolute()
-        self._staging = self.out / STAGING_FOLDER
-        self._files = self._staging / "files"
         self._committed = False
         refuse_inputs(self.out, protected)
         with explained(self.out):
@@ -94,18 +88,10 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._committed and not self.records and not self._journal.has_found_out:
+        journal = self._journal
+        if not self._committed and not self.records and not journal.has_found_out and journal.is_alone:
             self._give_up()
         os.close(self._lock)
-
-    @property
-    def records(self) -> Mapping[str, FileRecord]:
-        """The finished files by name, those of an interrupted run included."""
-        return MappingProxyType(self._journal.records)
-
-    def finished(self, name: str) -> FileRecord | None:
-        """Look up a file that this run, or the one it resumes, has completed; None where neither has."""
-        return self._journal.records.get(name)
 
     def remembered(self, name: str, schema: TypeAdapter[T]) -> T | None:
         """Look up what this run, or the one it resumes, remembered under a name; None where neither has.
@@ -136,58 +122,21 @@ class CheckpointWriter:
         """Refuse to start where the disk is too small for `total` bytes, less those of finished files."""
         require_space(self.out, total - sum(record.bytes for record in self.records.values()), what=what)
 
-    @contextlib.contextmanager
-    def shard(self, name: str, header: bytes) -> Generator["ShardWriter"]:
-        """Write one safetensors file, tensor by tensor.
-
-        Args:
-            name: the file's name.
-            header: its header with the 8-byte length; the tensors must follow in its order.
-
-        Yields:
-            What the tensors are given to. If the block ends with an exception, the half-written file is
-            removed; otherwise it is finished and recorded with `notes`.
+    def adopt(self, record: FileRecord) -> None:
+        """Take over a file that another process has finished.
 
         Raises:
-            DeltaguardError: the file cannot be written.
-            ValueError: the block ended before the last tensor of the header was written.
+            DeltaguardError: it is not there as that process said.
         """
-        expected = parse_header(header, name)
-        with self._staged(name, expected[-1].end if expected else len(header)) as file:
-            file.write(memoryview(header))
-            shard = ShardWriter(file, expected)
-            yield shard
-            if missing := shard.missing():
-                raise ValueError(f"The shard ends before {missing[0]}.")
-            file.notes = shard.notes
-
-    def copy(self, source: Path, name: str, *, notes: Any = None) -> FileRecord:
-        """Copy a file byte for byte; a symbolic link is followed.
-
-        Args:
-            source: the file.
-            name: its name in the output folder; it may lie in a subfolder.
-            notes: kept in the record.
-        """
-        opened = OpenFile(source)
-        size = opened.size
-        # Two buffers, because one is still being hashed while the other is filled.
-        buffers = [memoryview(bytearray(min(size, _CHUNK))) for _ in range(2)]
-        with self._staged(name, size) as file:
-            for number, start in enumerate(range(0, size, _CHUNK)):
-                chunk = buffers[number % 2][: min(_CHUNK, size - start)]
-                opened.read_into(start, chunk)
-                file.write(chunk)
-            file.notes = notes
-        return self.records[name]
-
-    def text(self, name: str, content: str, *, notes: Any = None) -> FileRecord:
-        """Write a text file in UTF-8; the arguments are those of `copy`."""
-        data = content.encode()
-        with self._staged(name, len(data)) as file:
-            file.write(memoryview(data))
-            file.notes = notes
-        return self.records[name]
+        path = self._files / record.name
+        with explained(self.out / record.name):
+            found = path.stat().st_size
+            if found != record.bytes:
+                raise DeltaguardError(
+                    f"{path} has {found:,} bytes, and the process that wrote it said {record.bytes:,}. Do "
+                    "all see the same file system? Run the same command again with `--resume`."
+                )
+            self._journal.finish(record)
 
     def commit(self, last: str) -> None:
         """Move every finished file into the output folder and remove the staging folder.
@@ -228,30 +177,13 @@ class CheckpointWriter:
         self._journal.records.clear()
         self._give_up()
 
-    @contextlib.contextmanager
-    def _staged(self, name: str, size: int) -> Generator[HashedFile]:
-        """One file that is recorded if the block ends well, and removed otherwise."""
-        problem = name_problem(name)
-        if problem:
-            raise DeltaguardError(f"{problem}.")
-        final = self._files / name
-        with explained(self.out / name, size):
-            self._journal.begin(name)
-            final.parent.mkdir(parents=True, exist_ok=True)
-            file = HashedFile(final.with_name(final.name + ".part"), self.out / name, size)
-        try:
-            yield file
-            with explained(self.out / name, size):
-                file.finish(final)
-                self._journal.finish(FileRecord(name, file.bytes, file.digest.hexdigest(), file.notes))
-        finally:
-            file.close()
-
     def _begin(self, plan_hash: str, request: WriteRequest) -> Journal:
         """Find the journal of the run that is resumed, or of a new one."""
         with explained(self.out):
             admission = admit(self.out, request)
             new = not self._staging.exists()
+            # A process that wrote beside a run that is gone may still be at work.
+            lock = lock_folder(self._files, shown=self.out) if self._files.is_dir() else None
         try:
             with explained(self.out):
                 journal = admission.journal
@@ -262,11 +194,15 @@ class CheckpointWriter:
                     path = self._staging / JOURNAL_NAME
                     journal = Journal.create(path, plan_hash=plan_hash, replaces=admission.replaces)
                     self._files.mkdir()
+                journal.settle()
                 self._tidy(journal)
         except BaseException:
             if new:
                 self._remove_staging()
             raise
+        finally:
+            if lock is not None:
+                os.close(lock)
         return journal
 
     def _tidy(self, journal: Journal) -> None:
@@ -316,40 +252,3 @@ class CheckpointWriter:
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-class ShardWriter:
-    """Takes the tensors of one shard, in the order of its header.
-
-    Attributes:
-        notes: kept in the shard's record; anything that JSON can hold.
-    """
-
-    def __init__(self, file: HashedFile, expected: list[TensorInfo]) -> None:
-        self.notes: Any = None
-        self._file = file
-        self._expected = expected
-        self._written = 0
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor.
-
-        Args:
-            name: its name, which must be the next of the header.
-            tensor: with the dtype and shape that the header says, on any device. It must not be modified
-                before the next call or the end of the block: it is hashed while the next one is prepared.
-
-        Raises:
-            DeltaguardError: the file cannot be written.
-            ValueError: the header has another tensor at this place.
-        """
-        info = next(iter(self.missing()), None)
-        given = (name, tensor.dtype, tuple(tensor.shape))
-        if info is None or given != (info.name, DTYPES[info.dtype], info.shape):
-            raise ValueError(f"{given} was given to the writer where the header of the shard has {info}.")
-        self._file.write(tensor_bytes(tensor))
-        self._written += 1
-
-    def missing(self) -> list[TensorInfo]:
-        """List the tensors that are still to come."""
-        return self._expected[self._written :]

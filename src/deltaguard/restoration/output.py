@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from deltaguard.models.journal import JOURNAL_NAME
 from deltaguard.models.layout import ADAPTER_CONFIG, STAGING_FOLDER
 from deltaguard.models.mirror import adapter_files, checkpoint_files
 from deltaguard.models.shards import DTYPES
+from deltaguard.models.staging import StagedFiles
 from deltaguard.models.writer import CheckpointWriter
+from deltaguard.ranks import Ranks
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
@@ -87,6 +90,17 @@ def open_writer(job: Job, output: Output, config: RestoreConfig) -> CheckpointWr
         overwrite=config.overwrite,
         protected=_inputs(job),
     )
+
+
+def write_beside(output: Output, ranks: Ranks) -> AbstractContextManager[StagedFiles]:
+    """Write files of an output whose writer is open in rank 0; the arguments are those of `serve`.
+
+    Raises:
+        DeltaguardError: the output folder cannot be written to.
+    """
+    assert output.plan_hash is not None, "a job that is carried out has its curvature"  # noqa: S101
+    out = output.folder.expanduser().absolute()
+    return StagedFiles.beside(out, number=ranks.rank, plan_hash=output.plan_hash)
 
 
 def refuse_output(job: Job, output: Output, config: RestoreConfig) -> int:

@@ -3,7 +3,6 @@
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -15,7 +14,6 @@ from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.models.adapter_writer import AdapterLayer, commit_adapter, stage_adapter
-from deltaguard.models.journal import FileRecord
 from deltaguard.models.mirror import adapter_files, checkpoint_files, refuse_links_out
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress, ignore
@@ -40,15 +38,15 @@ from deltaguard.restoration.output import (
     finished_report,
     open_writer,
 )
-from deltaguard.restoration.plan import Action, Plan, Step
+from deltaguard.restoration.plan import Action, Plan
 from deltaguard.restoration.refine import Refined, refined_layers
 from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.shared import open_trial, own_trial, serve
 from deltaguard.restoration.summary import summarise
 from deltaguard.restoration.trial import Trial
+from deltaguard.restoration.writing import write_files
 
 T = TypeVar("T")
-_ROWS: TypeAdapter[tuple[LayerRow | OtherRow, ...]] = TypeAdapter(tuple[LayerRow | OtherRow, ...])
 _METADATA: TypeAdapter[dict[Any, Any] | None] = TypeAdapter(dict[Any, Any] | None)
 _PRICE = TypeAdapter(Price)
 
@@ -140,7 +138,8 @@ class Restorer:
         if not ranks.leads:
             # Rank 0 has made the folder before it asks for anything.
             folder = output.folder.expanduser().absolute()
-            serve(own_trial(job, plan, config, folder, ranks=ranks, reserve=output.needed), ranks)
+            trial = own_trial(job, plan, config, folder, ranks=ranks, reserve=output.needed)
+            serve(trial, ranks, plan, output)
             return ranks.from_first()
         with open_writer(job, output, config) as writer:
             writer.require_space(output.needed, what=output.what)
@@ -239,23 +238,15 @@ def _stage(
     if trial.config.output_format == "adapter":
         return _stage_adapter(trial, price, writer, progress)
     job, config = trial.job, trial.config
-    if price.dial is not None and price.dial.whole:
-        kept = _all_finetuned(job.plan(config.model_copy(update={"other_params": "finetuned"})))
-        trial = open_trial(job, kept, config, writer.out, ranks=ranks)
-    rows: list[LayerRow | OtherRow] = []
-    for shard in job.finetuned.shards:
-        steps, finished = trial.plan.in_shard(shard), writer.finished(shard)
-        if finished is not None:
-            rows += _noted_rows(writer, finished, steps)
-            continue
-        with writer.shard(shard, job.finetuned.header(shard)) as sink:
-            new: list[LayerRow | OtherRow] = []
-            for edited in map(refined.edited, trial.edited(steps, price.mu)):
-                sink.write(edited.row.name, edited.tensor)
-                new.append(edited.row)
-                progress(Event("restore", len(rows) + len(new), len(trial.plan.steps)))
-            sink.notes = _ROWS.dump_python(tuple(new), mode="json")
-        rows += new
+    rows = write_files(
+        trial,
+        price.mu,
+        writer,
+        ranks,
+        progress,
+        whole=price.dial is not None and price.dial.whole,
+        change=refined.edited if refined.tensors else None,
+    )
     files = checkpoint_files(job.aligned, job.finetuned, config_from=config.config_from)
     for name, source in files.items():
         writer.copy(source, name)
@@ -296,13 +287,6 @@ def refuse_what_no_adapter_holds(job: Job, plan: Plan) -> None:
         )
 
 
-def _all_finetuned(plan: Plan) -> Plan:
-    """Find the plan that keeps the fine-tuned model, with the reason why it does."""
-    reason = "the whole model is within the safety KL allowed"
-    steps = (replace(s, reason=reason) if s.action is Action.FINETUNED else s for s in plan.steps)
-    return replace(plan, steps=tuple(steps))
-
-
 def _price(trial: Trial, resident: Resident, writer: CheckpointWriter, progress: Progress) -> Price:
     """Find the price of safety, kept because all shards of a resumed run must have the same."""
     price = writer.remembered("price", _PRICE)
@@ -311,21 +295,6 @@ def _price(trial: Trial, resident: Resident, writer: CheckpointWriter, progress:
         if trial.config.is_priced:
             writer.remember("price", _PRICE.dump_python(price, mode="json"))
     return price
-
-
-def _noted_rows(
-    writer: CheckpointWriter, record: FileRecord, steps: Sequence[Step]
-) -> tuple[LayerRow | OtherRow, ...]:
-    """Find the rows of a shard that an interrupted run finished."""
-    rows = writer.notes(record, _ROWS)
-    wanted = [(s.info.name, s.info.shape if s.action is Action.RESTORE else None) for s in steps]
-    found = [(row.name, row.shape if isinstance(row, LayerRow) else None) for row in rows]
-    if found != wanted:
-        raise writer.damaged(
-            f"what was noted about {record.name}",
-            [f"it is about {len(found)} tensors, which are not the {len(wanted)} of that shard"],
-        )
-    return rows
 
 
 def _check_result(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price) -> None:

@@ -1,12 +1,11 @@
 """A trial of which every process of a run prepares and solves a part of the layers.
 
 Rank 0 restores as if it were alone, with a `SharedTrial`. Whenever that is asked for layers, it tells the
-others what, and collects what they send, in the order of the plan. They do nothing but answer (`serve`).
+others what, and collects what they send. They do nothing but answer (`serve`), and write their part of the
+files in the end (`writing`).
 """
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +19,11 @@ from deltaguard.reports.records.restore import LayerRow
 from deltaguard.restoration.footprint import Footprint
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.output import Output, write_beside
 from deltaguard.restoration.plan import Action, Plan, Step
-from deltaguard.restoration.trial import Edited, Trial, kept_budget
+from deltaguard.restoration.trial import Trial, kept_budget
+from deltaguard.restoration.writing import Writing, cost, help_writing, solving_owners
 from deltaguard.solvers import LowRank, Profile
-
-_MOVED = 256
-"""Multiplications an entry that take as long as reading, sending and writing it, about."""
 
 _Answer = tuple[Any, Sequence[Tensor]]
 """What is told of one layer, and its tensors; None, and none, of a layer that the method leaves alone."""
@@ -42,7 +40,7 @@ class _Ask:
         names: of the tensors that are wanted, in their order; all where it is empty.
     """
 
-    what: Literal["profiles", "weights", "at_prices", "edited", "factors"]
+    what: Literal["profiles", "weights", "at_prices", "factors"]
     prices: tuple[float, ...] = ()
     with_weights: bool = True
     names: tuple[str, ...] = ()
@@ -64,8 +62,13 @@ class SharedTrial(Trial):
     ) -> None:
         """Read nothing yet; the arguments are those of `Trial`, and the ranks."""
         super().__init__(job, plan, config, folder, reserve=reserve)
-        self._ranks, self._owners = ranks, owners_of(plan, ranks)
+        self._ranks, self._owners = ranks, solving_owners(job, plan, config, ranks)
         self._own = own_trial(job, plan, config, folder, ranks=ranks, reserve=reserve)
+
+    @property
+    def own(self) -> Trial:
+        """The trial of rank 0's layers."""
+        return self._own
 
     def profiles(self, report: Progress, *, with_weights: bool = True) -> dict[str, Profile]:
         """Say of each layer how its delta is spread, as `Trial.profiles`; told of this rank's layers."""
@@ -75,8 +78,8 @@ class SharedTrial(Trial):
         return {step.info.name: found[step.info.name] for step in self.steps if step.info.name in found}
 
     def weights(self, price: float) -> Iterator[tuple[str, Tensor]]:
-        """Give every tensor that the method changes, as `Trial.weights`; others' are on the CPU."""
-        for step, message, tensors in self._collected(_Ask("weights", (price,))):
+        """Give every tensor that the method changes, as `Trial.weights`, in any order; others' on the CPU."""
+        for step, message, tensors in self._collected(_Ask("weights", (price,)), self._side_by_side()):
             if message is not None:
                 yield step.info.name, tensors[0]
 
@@ -91,40 +94,34 @@ class SharedTrial(Trial):
             else:
                 yield next(others)
 
-    def edited(self, steps: Sequence[Step], price: float) -> Iterator[Edited]:
-        """Carry out steps, in their order, as `Trial.edited`; what no method decides is read here."""
-        layers = [step for step in steps if step.action is Action.RESTORE]
-        names = tuple(step.info.name for step in layers)
-        solved = self._collected(_Ask("edited", (price,), names=names))
-        others = super().edited([step for step in steps if step.action is not Action.RESTORE], price)
-        for step in steps:
-            if step.action is Action.RESTORE:
-                _, row, tensors = next(solved)
-                yield Edited(tensors[0], row)
-            else:
-                yield next(others)
-
     def factors(self, price: float) -> Iterator[tuple[Step, LowRank, LayerRow]]:
         """Give the restored delta of every layer as factors of an adapter, as `Trial.factors`."""
         for step, (residual, row), (down, up) in self._collected(_Ask("factors", (price,))):
             yield step, LowRank(down, up, residual), row
 
-    def _collected(self, ask: _Ask) -> Iterator[tuple[Step, Any, Sequence[Tensor]]]:
-        """Ask all ranks, and give the layers in the order of the plan."""
+    def _collected(
+        self, ask: _Ask, steps: Sequence[Step] | None = None
+    ) -> Iterator[tuple[Step, Any, Sequence[Tensor]]]:
+        """Ask all ranks, and give the layers in the order of the plan, or another one.
+
+        Whoever wants no more before the last has failed: the others, which send all, end with this rank.
+        """
         self._ranks.from_first(ask)
-        own, left = _answers(self._own, ask), deque(ask.steps(self))
-        try:
-            while left:
-                step = left.popleft()
-                owner = self._owners[step.info.name]
-                message, tensors = next(own) if owner == self._ranks.rank else self._ranks.receive(owner)
-                yield step, message, tensors
-        except GeneratorExit:
-            # Nobody wants the rest, and the others send all that was asked for.
-            for step in left:
-                if (owner := self._owners[step.info.name]) != self._ranks.rank:
-                    self._ranks.receive(owner)
-            raise
+        own = _answers(self._own, ask)
+        for step in ask.steps(self) if steps is None else steps:
+            owner = self._owners[step.info.name]
+            message, tensors = next(own) if owner == self._ranks.rank else self._ranks.receive(owner)
+            yield step, message, tensors
+
+    def _side_by_side(self) -> list[Step]:
+        """Order the layers so that all ranks are at work at once, whoever has which of them."""
+        loads = dict.fromkeys(range(self._ranks.size), 0.0)
+        ready: list[tuple[float, Step]] = []
+        for step in self.steps:
+            owner = self._owners[step.info.name]
+            loads[owner] += cost(step)
+            ready.append((loads[owner], step))
+        return [step for _, step in sorted(ready, key=lambda each: each[0])]
 
 
 def open_trial(
@@ -136,18 +133,11 @@ def open_trial(
     return SharedTrial(job, plan, config, folder, ranks=ranks, reserve=reserve)
 
 
-def owners_of(plan: Plan, ranks: Ranks) -> Mapping[str, int]:
-    """Say which rank restores each layer of a plan, by its tensor's name: balanced by their arithmetic."""
-    steps = [step for step in plan.steps if step.action is Action.RESTORE]
-    owners = ranks.shares([_cost(step) for step in steps], in_turn=True)
-    return {step.info.name: owner for step, owner in zip(steps, owners, strict=True)}
-
-
 def own_trial(
     job: Job, plan: Plan, config: RestoreConfig, folder: Path, *, ranks: Ranks, reserve: int = 0
 ) -> Trial:
     """Make the trial of the layers that this rank restores; the arguments are those of `SharedTrial`."""
-    owners = owners_of(plan, ranks)
+    owners = solving_owners(job, plan, config, ranks)
     own = tuple(step for step in plan.steps if owners.get(step.info.name) == ranks.rank)
     device = find_device(config.device)
     memory = kept_budget(Footprint.of(job, plan, config), config, device)
@@ -156,35 +146,27 @@ def own_trial(
     return Trial(job, replace(plan, steps=own), config, folder, reserve=reserve, memory=memory)
 
 
-def serve(trial: Trial, ranks: Ranks) -> None:
+def serve(trial: Trial, ranks: Ranks, plan: Plan, output: Output) -> None:
     """Answer rank 0 until it has nothing more to ask.
-
-    While one layer is sent, the next is solved.
 
     Args:
         trial: of this rank's layers, see `own_trial`.
         ranks: all processes.
+        plan: of the restore.
+        output: of which this rank writes some files.
 
     Raises:
-        DeltaguardError: as the methods of `Trial`, or another process has ended.
+        DeltaguardError: as the methods of `Trial`, a file cannot be written, or another process has ended.
     """
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="send") as sender:
-        while (ask := ranks.from_first(None)) is not None:
-            if ask.what == "profiles":
-                ranks.from_all(trial.profiles(ignore, with_weights=ask.with_weights))
-                continue
-            sent: Future[None] | None = None
-            for message, tensors in _answers(trial, ask):
-                if sent is not None:
-                    sent.result()
-                sent = sender.submit(ranks.send, 0, message, tensors)
-            if sent is not None:
-                sent.result()
-
-
-def _cost(step: Step) -> float:
-    rows, columns = step.matrix_shape
-    return max(1, step.experts) * rows * columns * (rows + columns + _MOVED)
+    while (ask := ranks.from_first(None)) is not None:
+        if isinstance(ask, Writing):
+            # Rank 0 has made the folder before it asks for this.
+            with write_beside(output, ranks) as files:
+                help_writing(ask, plan, trial, files, ranks)
+        elif ask.what == "profiles":
+            ranks.from_all(trial.profiles(ignore, with_weights=ask.with_weights))
+        else:
+            ranks.send_ahead(0, _answers(trial, ask))
 
 
 def _answers(trial: Trial, ask: _Ask) -> Iterator[_Answer]:
@@ -194,10 +176,7 @@ def _answers(trial: Trial, ask: _Ask) -> Iterator[_Answer]:
         yield from trial.at_prices(steps, ask.prices)
         return
     (price,) = ask.prices
-    if ask.what == "edited":
-        for edited in trial.edited(steps, price):
-            yield edited.row, (edited.tensor,)
-    elif ask.what == "factors":
+    if ask.what == "factors":
         for _, found, row in trial.factors(price):
             yield (found.residual, row), (found.down, found.up)
     else:

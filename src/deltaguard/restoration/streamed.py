@@ -39,7 +39,7 @@ from deltaguard.restoration.divergence import Asked, SafetyKL, log_probs
 from deltaguard.restoration.kept import Kept
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.places import match
-from deltaguard.restoration.plan import Action
+from deltaguard.restoration.plan import Action, Step
 from deltaguard.restoration.trial import Trial, kept_budget
 
 _ADVICE = "take smaller batches, fewer conversations or another device"
@@ -125,13 +125,14 @@ class StreamedCandidate(Candidate):
 
     def take_others(self) -> None:
         """Take the tensors that no method decides from where the plan takes them."""
-        made = self.trial.at_prices(self._steps(self.cut.tensors_of(None)), [0.0])
+        made = self.trial.at_prices(_steps(self.trial, self.cut.tensors_of(None)), [0.0])
         self.cut.take_ends({name: tensor for name, (tensor,) in made}.__getitem__)
 
     def put(self, mu: float) -> None:
         """Take on the layers of one price, as its blocks are needed."""
-        self._put = lambda: self.blocks_at([mu])
-        self._read_of = _KeptBlocks(self, mu).read_of
+        # Nothing that a candidate holds may hold the candidate: it would stay in memory after its use.
+        self._put = partial(_blocks_at, self.trial, self.cut, [mu])
+        self._read_of = _KeptBlocks(self.trial, self.cut, mu).read_of
 
     @enough_memory(_ADVICE)
     def likelihood(self, tasks: Sequence[Conversation]) -> float:
@@ -144,16 +145,16 @@ class StreamedCandidate(Candidate):
         return _openings(self.cut, self.asked.reader.tokenizer, requests, self.trial, self._read_of)
 
     def _measure_whole(self, report: Progress, enough: float) -> SafetyKL:
-        read = _as_stored(self.trial.job.finetuned)
-        self.cut.take_ends(read)
-        self._put = lambda: ([read] for _ in self.cut.blocks)
+        read, cut = _as_stored(self.trial.job.finetuned), self.cut
+        cut.take_ends(read)
+        self._put = lambda: ([read] for _ in cut.blocks)
         self._read_of = lambda _: read
         (found,) = self._pass(self._put(), report, enough)
         return found
 
     def _measure(self, prices: Sequence[float], report: Progress, enough: float) -> list[SafetyKL]:
         self.put(prices[-1])
-        return self._pass(self.blocks_at(prices), report, enough)
+        return self._pass(_blocks_at(self.trial, self.cut, prices), report, enough)
 
     @enough_memory(_ADVICE)
     @torch.no_grad()
@@ -175,19 +176,23 @@ class StreamedCandidate(Candidate):
             found.append(SafetyKL.between(predicted, self.tokens, enough=enough))
         return found
 
-    def blocks_at(self, prices: Sequence[float], numbers: Iterable[int] | None = None) -> Iterator[Reads]:
-        """Make the weights of several prices, one block after another; of all blocks, or of some."""
-        chosen = range(len(self.cut.blocks)) if numbers is None else numbers
-        names = [self.cut.tensors_of(number) for number in chosen]
-        # One reader for all blocks, so that the next one is read while this one is run.
-        made = self.trial.at_prices(self._steps([name for own in names for name in own]), prices)
-        for own in names:
-            block = dict(islice(made, len(own)))
-            yield [_taker(block, i) for i in range(len(prices))]
 
-    def _steps(self, names: Sequence[str]) -> list[Any]:
-        steps = {step.info.name: step for step in self.trial.plan.steps}
-        return [steps[name] for name in names]
+def _blocks_at(
+    trial: Trial, cut: CutModel, prices: Sequence[float], numbers: Iterable[int] | None = None
+) -> Iterator[Reads]:
+    """Make the weights of several prices, one block after another; of all blocks, or of some."""
+    chosen = range(len(cut.blocks)) if numbers is None else numbers
+    names = [cut.tensors_of(number) for number in chosen]
+    # One reader for all blocks, so that the next one is read while this one is run.
+    made = trial.at_prices(_steps(trial, [name for own in names for name in own]), prices)
+    for own in names:
+        block = dict(islice(made, len(own)))
+        yield [_taker(block, i) for i in range(len(prices))]
+
+
+def _steps(trial: Trial, names: Sequence[str]) -> list[Step]:
+    steps = {step.info.name: step for step in trial.plan.steps}
+    return [steps[name] for name in names]
 
 
 @dataclass(frozen=True)
@@ -198,8 +203,8 @@ class _Block:
 class _KeptBlocks:
     """The blocks of one candidate, which every token of an answer needs; made once where there is room."""
 
-    def __init__(self, candidate: StreamedCandidate, mu: float) -> None:
-        self._candidate, self._mu, self._kept = candidate, mu, None
+    def __init__(self, trial: Trial, cut: CutModel, mu: float) -> None:
+        self._trial, self._cut, self._mu, self._kept = trial, cut, mu, None
 
     def read_of(self, number: int) -> Read:
         """Give what gives the tensors of a block."""
@@ -207,14 +212,14 @@ class _KeptBlocks:
             self._kept = self._made()
         found: _Block | None = self._kept.get(str(number))
         if found is None:
-            ((read,),) = self._candidate.blocks_at([self._mu], [number])
+            ((read,),) = _blocks_at(self._trial, self._cut, [self._mu], [number])
             return read
-        return dict(zip(self._candidate.cut.tensors_of(number), found.tensors, strict=True)).__getitem__
+        return dict(zip(self._cut.tensors_of(number), found.tensors, strict=True)).__getitem__
 
     def _made(self) -> Kept:
-        kept, cut = self._candidate.trial.scratch(0), self._candidate.cut
-        for number, (read,) in enumerate(self._candidate.blocks_at([self._mu])):
-            kept.add(str(number), _Block(tuple(map(read, cut.tensors_of(number)))))
+        kept = self._trial.scratch(0)
+        for number, (read,) in enumerate(_blocks_at(self._trial, self._cut, [self._mu])):
+            kept.add(str(number), _Block(tuple(map(read, self._cut.tensors_of(number)))))
         return kept
 
 

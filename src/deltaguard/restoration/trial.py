@@ -103,6 +103,11 @@ class Trial:
         self._kept = self.scratch(memory) if config.is_priced else None
         self._unchanged: set[str] = set()
 
+    @property
+    def own(self) -> "Trial":
+        """The trial of the layers that this process prepares; itself, where it works alone."""
+        return self
+
     def scratch(self, memory: int) -> Kept:
         """Keep tensors of the device in some bytes of its memory, else in a file beside the output.
 

@@ -82,7 +82,9 @@ class Tuning:
         safety = Reference(_mixed(meter.known))
         meter.put(trial.others())
         # Not all of them beside the model on the device.
-        weights = {name: tensor.cpu() for name, tensor in trial.weights(mu)}
+        found = {name: tensor.cpu() for name, tensor in trial.weights(mu)}
+        # In one order, whichever process sent which first: sums of floats depend on it.
+        weights = {step.info.name: found[step.info.name] for step in trial.steps if step.info.name in found}
         lost = 0.0
         for name, tensor in weights.items():
             lost += float((tensor.double() - source.read(name).double()).square().sum())
