@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from functools import partial, partialmethod
 from pathlib import Path
@@ -36,7 +37,7 @@ class Ended:
     err: list[str]
 
 
-def run(count, tokens, folder, *, dies=None):
+def run(count, tokens, folder, *, dies=None, fails=None, slow=None):
     """Run a command in several processes.
 
     Args:
@@ -44,6 +45,8 @@ def run(count, tokens, folder, *, dies=None):
         tokens: the command line.
         folder: where their output goes.
         dies: (rank, methods of `Ranks`, number): that rank is killed when it has called them that often.
+        fails: (rank, number): writing its tensor of that number fails; it is killed if it receives then.
+        slow: a rank that takes a while to write each tensor.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -51,7 +54,7 @@ def run(count, tokens, folder, *, dies=None):
     folder.mkdir(exist_ok=True)
     tokens = [str(token) for token in tokens]
     processes = [
-        _CONTEXT.Process(target=_process, args=(rank, count, port, tokens, folder, dies))
+        _CONTEXT.Process(target=_process, args=(rank, count, port, tokens, folder, dies, fails, slow))
         for rank in range(count)
     ]
     for process in processes:
@@ -67,7 +70,7 @@ def run(count, tokens, folder, *, dies=None):
     return Ended([process.exitcode for process in processes], *texts)
 
 
-def _process(rank, count, port, tokens, folder, dies):
+def _process(rank, count, port, tokens, folder, dies, fails, slow):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -80,6 +83,10 @@ def _process(rank, count, port, tokens, folder, dies):
         os.dup2(os.open(Path(folder, f"{kind}-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     if dies is not None and dies[0] == rank:
         _die_at(dies[1].split(), dies[2])
+    if fails is not None and fails[0] == rank:
+        _fail_at(fails[1])
+    if slow == rank:
+        _take_a_while()
     from deltaguard.cli.app import run as carry_out
 
     code = carry_out(tokens, shared=True)
@@ -100,3 +107,30 @@ def _die_at(methods, number):
 
     for method in methods:
         setattr(Ranks, method, partialmethod(partial(counted, getattr(Ranks, method))))
+
+
+def _fail_at(number):
+    from deltaguard.models.staging import ShardWriter
+
+    written, write = [], ShardWriter.write
+
+    def failing(self, name, tensor):
+        written.append(name)
+        if len(written) == number:
+            _die_at(["receive"], 1)
+            raise OSError("the disk is broken")
+        write(self, name, tensor)
+
+    ShardWriter.write = failing
+
+
+def _take_a_while():
+    from deltaguard.models.staging import ShardWriter
+
+    write = ShardWriter.write
+
+    def slowly(self, name, tensor):
+        time.sleep(0.3)
+        write(self, name, tensor)
+
+    ShardWriter.write = slowly

