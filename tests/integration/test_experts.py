@@ -138,7 +138,6 @@ def shrunk(sums, tensor):
 @pytest.mark.parametrize("name", FORMS)
 def test_curvature_is_that_of_an_independent_computation(name, memory, tmp_path, monkeypatch):
     monkeypatch.setattr(observe_module, "drawn_likelihood", most_likely)
-    monkeypatch.setattr("deltaguard.curvature.passes.drawn_likelihood", most_likely)
     folder = save(name, tmp_path / "model")
     told = []
     config = WHOLE.model_copy(update={"memory": memory})

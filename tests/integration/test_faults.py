@@ -79,7 +79,7 @@ def test_too_little_memory_of_a_device_is_told_with_numbers_and_can_be_resumed(
 
     with monkeypatch.context() as patched:
         patched.setattr(CutModel, "run", scarce)
-        said = r"batches of 2 conversations: Tried to allocate 2\.00 GiB\. Take smaller .*--batch-size 1"
+        said = r"cpu has too little memory .* a single conversation: Tried to allocate 2\.00 GiB\. Calibrate"
         with pytest.raises(DeltaguardError, match=said):
             run(aligned, tmp_path / "store")
     assert run(aligned, tmp_path / "store", resume=True) == run(aligned, tmp_path / "undisturbed")

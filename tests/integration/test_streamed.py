@@ -18,6 +18,7 @@ from deltaguard.cli.app import run
 from deltaguard.curvature.blocks import CutModel, UncutError
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.contents import group_curvature
+from deltaguard.curvature.fitting import Fitting
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.sizes import MOST_ROWS, rows_within
 from deltaguard.curvature.store import CurvatureStore
@@ -119,7 +120,8 @@ def test_a_task_that_is_longer_than_what_is_held_out_goes_in_several_passes():
     def measure(most):
         passes = []
         blocks = lambda: passes.append(most) or own_blocks(cut)
-        return likelihood(cut, asked.batches(ANSWERED), blocks, most=most), len(passes)
+        found = likelihood(cut, asked.batches(ANSWERED), blocks, Fitting(), most=most)
+        return found, len(passes)
 
     (whole, one), (parts, several) = measure(10**6), measure(1)
     assert (one, several) == (1, len(ANSWERED))

@@ -62,6 +62,10 @@ class Batch:
         """Move the batch to a device."""
         return Batch(self.ids.to(device), self.mask.to(device), self.answering.to(device))
 
+    def part(self, rows: slice) -> "Batch":
+        """Take some of the conversations, padded as they are."""
+        return Batch(self.ids[rows], self.mask[rows], self.answering[rows])
+
 
 def encode(tokenizer: Any, conversation: Conversation, *, max_length: int) -> Encoded:
     """Tokenise a conversation, and tell the prompt's tokens from the response's.

@@ -293,6 +293,36 @@ class CutModel:
         return Batch(ids, mask, mask)
 
 
+class Parts:
+    """What batches, or parts of them, go through blocks with; computed where it is not known."""
+
+    def __init__(self, cut: CutModel, batches: Sequence[Batch]) -> None:
+        """Compute nothing yet.
+
+        Args:
+            cut: the model.
+            batches: on its device.
+        """
+        self._cut, self._batches = cut, batches
+        self._calls: dict[int, dict[tuple[int, int], tuple[Call, ...]]] = {}
+
+    def first(self, i: int, rows: slice) -> Tensor:
+        """Compute what the first block gets of some conversations of a batch: (these, tokens, hidden)."""
+        hidden, calls = self._cut.inputs(self._batches[i].part(rows))
+        known = self._calls.setdefault(i, {})
+        # Of what was too large for the memory nothing is needed any more.
+        for start, stop in [each for each in known if each[0] < rows.stop and rows.start < each[1]]:
+            del known[start, stop]
+        known[rows.start, rows.stop] = calls
+        return hidden
+
+    def calls(self, i: int, rows: slice) -> tuple[Call, ...]:
+        """Say what each block is given beside the hidden states of some conversations of a batch."""
+        if (rows.start, rows.stop) not in self._calls.get(i, {}):
+            self.first(i, rows)
+        return self._calls[i][rows.start, rows.stop]
+
+
 def _in(name: str, prefix: str, number: int | None) -> bool:
     return name.startswith(prefix) != (number is None)
 

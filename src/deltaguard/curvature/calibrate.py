@@ -146,15 +146,11 @@ def _calibrate(run: _Run, output: Path, is_refusal: Callable[[str], bool]) -> No
         if run.ranks.leads:
             write_store(output, measured.provenance, measured.held_out, groups, lambda _: next(contents))
     except torch.OutOfMemoryError as error:
-        size = run.request.batch_size
-        smaller = (
-            f"Take smaller batches (`--batch-size {size // 2}`)" if size > 1 else "A batch is one already"
-        )
         raise DeltaguardError(
             f"{run.device} has too little memory for what is calibrated at once, the sums over its layers' "
-            f"inputs and output gradients, and batches of {size} conversations: {error} {smaller}, calibrate "
-            "block by block (`--memory 0`), or take a device with more memory, such as `cpu`; "
-            "`--dry-run` says what each takes."
+            f"inputs and output gradients, and a single conversation: {error} Calibrate block by block "
+            "(`--memory 0`), take shorter conversations (`--max-length`), or a device with more memory, such "
+            "as `cpu`; `--dry-run` says what each takes."
         ) from error
 
 
@@ -244,9 +240,10 @@ def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:
 def _whole(run: _Run, model: Any, texts: Sequence[Encoded]) -> _Layers:
     """Take the sums of all layers at once; the model is not needed any more then."""
     observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
-    accumulator, ordered = Accumulator(model, observed), batches(texts, run.request.batch_size)
+    size = run.request.batch_size
+    accumulator, ordered = Accumulator(model, observed, run.report), batches(texts, size)
     for number in range(run.ranks.rank, len(ordered), run.ranks.size):
-        accumulator.add(number, ordered[number].to(run.device))
+        accumulator.add(number * size, ordered[number].to(run.device))
         run.report(Event("accumulate", number + 1, len(ordered)))
     sums, tokens = accumulator.sums, sum(len(text.ids) for text in texts)
     groups = tuple(LayerGroup(g.name, g.in_features, tokens, g.layers) for g in observed)

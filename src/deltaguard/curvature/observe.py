@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from deltaguard.chat.predictions import logits_at
 from deltaguard.chat.tokens import Batch
 from deltaguard.curvature.experts import Matrix, Watch, watched_experts
+from deltaguard.curvature.fitting import Due, Fitting
 from deltaguard.curvature.groups import Observed
 from deltaguard.curvature.routed import AnyMoment, Pool, RoutedMoment
 from deltaguard.curvature.sums import RunningMoment, input_name, output_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.families import product_of
+from deltaguard.progress import Progress, ignore
 
 if TYPE_CHECKING:
     from deltaguard.models.experts import Stack
@@ -33,28 +35,40 @@ class Accumulator:
         sums: by the names of the matrices (see `LayerGroup.matrices`).
     """
 
-    def __init__(self, model: Any, observed: Sequence[Observed]) -> None:
+    def __init__(self, model: Any, observed: Sequence[Observed], report: Progress = ignore) -> None:
+        """Begin with no token; `report` is told where memory does not suffice for whole batches."""
         self.sums = running_sums(observed, model.device)
         self._model = model
         self._observed = observed
+        self._fitting = Fitting(report)
 
-    def add(self, number: int, batch: Batch) -> None:
-        """Run a batch and add its tokens.
+    def add(self, first: int, batch: Batch) -> None:
+        """Run a batch and add its tokens; where the device has too little memory, in parts.
 
         Args:
-            number: of the batch, counted from 0; the tokens drawn depend on it and on nothing else.
+            first: number of the batch's first conversation among all.
             batch: on the model's device.
+
+        Raises:
+            torch.OutOfMemoryError: memory does not suffice for a single conversation.
         """
+        added: dict[str, int] = {}
+        self._fitting.run(
+            len(batch.ids),
+            lambda rows: self._add(first + rows.start, batch.part(rows), Due(batch.mask, rows, added)),
+        )
+
+    def _add(self, first: int, batch: Batch, due: Due) -> None:
 
         def differentiate(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             """Let gradients flow from the embeddings on, though no parameter takes one."""
             return output.requires_grad_()
 
-        with torch.enable_grad(), watched(self._observed, self.sums, batch.mask), ExitStack() as stack:
+        with torch.enable_grad(), watched(self._observed, self.sums, due), ExitStack() as stack:
             embeddings = self._model.get_input_embeddings()
             stack.callback(embeddings.register_forward_hook(differentiate).remove)
             logits = logits_at(self._model, batch.ids, batch.mask, batch.answering)
-            drawn_likelihood(logits, seed=number).backward()
+            batch_likelihood(logits, batch, first).backward()
 
 
 def running_sums(observed: Sequence[Observed], device: torch.device) -> dict[str, AnyMoment]:
@@ -77,18 +91,18 @@ def running_sums(observed: Sequence[Observed], device: torch.device) -> dict[str
 
 
 @contextmanager
-def watched(observed: Sequence[Observed], sums: Mapping[str, AnyMoment], mask: Tensor) -> Generator[None]:
+def watched(observed: Sequence[Observed], sums: Mapping[str, AnyMoment], due: Due) -> Generator[None]:
     """Add the inputs of layers, and the gradients of their outputs, as they are run and differentiated.
 
     Args:
         observed: the layers.
         sums: what is added to, from `running_sums`.
-        mask: False for padding, (conversations, tokens).
+        due: the tokens that are run, and which of them are to be added.
     """
-    chosen = mask.flatten()
 
     def add(name: str, vectors: Tensor) -> None:
-        sums[name].add(vectors.detach().reshape(-1, vectors.shape[-1])[chosen])
+        sums[name].add(vectors.detach().reshape(-1, vectors.shape[-1])[due.chosen(name)])
+        due.note(name)
 
     def inputs_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, inputs: add(name, inputs[0])
@@ -107,13 +121,11 @@ def watched(observed: Sequence[Observed], sums: Mapping[str, AnyMoment], mask: T
             stack.callback(group.modules[0].register_forward_pre_hook(hook).remove)
             for layer, module in zip(group.layers, group.modules, strict=True):
                 stack.callback(module.register_forward_hook(gradients_of(output_name(layer))).remove)
-        stack.enter_context(watched_experts(_watches(observed, sums, chosen)))
+        stack.enter_context(watched_experts(_watches(observed, sums, due)))
         yield
 
 
-def _watches(
-    observed: Sequence[Observed], sums: Mapping[str, AnyMoment], chosen: Tensor
-) -> dict[nn.Module, Watch]:
+def _watches(observed: Sequence[Observed], sums: Mapping[str, AnyMoment], due: Due) -> dict[nn.Module, Watch]:
     """Say for each module of experts what adds what is seen of one of them."""
     known: dict[nn.Module, dict[Matrix, Observed]] = {}
     for group in observed:
@@ -121,17 +133,39 @@ def _watches(
             known.setdefault(group.modules[0], {})[group.matrix] = group
 
     def watch(groups: Mapping[Matrix, Observed], matrix: Matrix, tokens: Tensor, *vectors: Tensor) -> None:
-        (inputs, outputs), group, counted = vectors, groups[matrix], chosen[tokens]
-        sums[input_name(group.name)].add(inputs.detach()[counted])
+        (inputs, outputs), group = vectors, groups[matrix]
 
-        def add(gradient: Tensor) -> None:
+        def add(name: str, found: Tensor) -> None:
+            sums[name].add(found[due.chosen(name)[tokens]])
+            due.note(name)
+
+        def differentiated(gradient: Tensor) -> None:
             sizes = [layer.out_features for layer in group.layers]
-            for layer, part in zip(group.layers, gradient[counted].split(sizes, dim=1), strict=True):
-                sums[output_name(layer)].add(part)
+            for layer, part in zip(group.layers, gradient.split(sizes, dim=1), strict=True):
+                add(output_name(layer), part)
 
-        outputs.register_hook(add)
+        add(input_name(group.name), inputs.detach())
+        outputs.register_hook(differentiated)
 
     return {module: partial(watch, groups) for module, groups in known.items()}
+
+
+def batch_likelihood(logits: Tensor, batch: Batch, first: int) -> Tensor:
+    """Sum the log-probability of a token drawn at each response position of a batch.
+
+    What is drawn for a conversation depends on its number and on nothing else, however batches are made.
+
+    Args:
+        logits: (response tokens, vocabulary), conversation by conversation.
+        batch: the conversations.
+        first: number of the first of them.
+
+    Raises:
+        DeltaguardError: as `drawn_likelihood`.
+    """
+    own = logits.split(batch.answering.sum(dim=1).tolist())
+    drawn = [drawn_likelihood(each, seed=first + row) for row, each in enumerate(own)]
+    return torch.stack(drawn).sum()
 
 
 def drawn_likelihood(logits: Tensor, *, seed: int) -> Tensor:

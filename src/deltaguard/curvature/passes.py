@@ -11,6 +11,7 @@ can go on.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deltaguard.chat.tokens import Batch
-from deltaguard.curvature.blocks import Call, CutModel
+from deltaguard.curvature.blocks import CutModel, Parts
 from deltaguard.curvature.contents import GroupCurvature
+from deltaguard.curvature.fitting import Due, Fitting
 from deltaguard.curvature.groups import observe_block, observed_again
-from deltaguard.curvature.observe import drawn_likelihood, running_sums, watched
+from deltaguard.curvature.observe import batch_likelihood, running_sums, watched
 from deltaguard.curvature.responses import start_anew
 from deltaguard.curvature.routed import AnyMoment
 from deltaguard.curvature.shared import decomposed
@@ -74,7 +76,8 @@ class Passes:
         self.tokens = sum(int(batch.mask.sum()) for batch in batches)
         self._cut, self._batches, self._folder, self._report = cut, batches, folder, report
         self._ranks, self._own = ranks, range(ranks.rank, len(batches), ranks.size)
-        self._calls: list[tuple[Call, ...]] = []
+        self._fitting = Fitting(report)
+        self._parts = Parts(cut, self._batches)
         with explained(folder):
             folder.mkdir(exist_ok=True)
 
@@ -85,20 +88,15 @@ class Passes:
             DeltaguardError: layers do not see each token once (see `observe`), or the disk is full.
         """
         count = len(self._cut.blocks)
-        first = [self._cut.inputs(self._batches[i]) for i in self._own]
-        self._calls = [calls for _, calls in first]
         found: list[BlockLayers] = self._ranks.from_first(self._found() if self._ranks.leads else None)
         if len(found) == count:
             return found
-        hidden = list(self._read("input", len(found))) if found else [each for each, _ in first]
+        hidden = list(self._read("input", len(found))) if found else list(map(self._embedded, self._own))
         self._write("input", len(found), hidden)
         for number in range(len(found), count):
             with self._cut.loaded(number), torch.no_grad():
                 layers = self._observed(number, hidden) if self._ranks.leads else None
-                hidden = [
-                    self._cut.run(number, each, calls[number])
-                    for each, calls in zip(hidden, self._calls, strict=True)
-                ]
+                hidden = [self._through(number, i, each) for i, each in zip(self._own, hidden, strict=True)]
             self._write("input", number + 1, hidden)
             found.append(self._ranks.from_first(layers))
             # Before the layers, which say that all inputs are there.
@@ -152,20 +150,41 @@ class Passes:
 
     def _observed(self, number: int, hidden: Sequence[Tensor]) -> BlockLayers:
         """Find the layers of a block that is loaded."""
-        layers, uncovered = observe_block(self._cut, number, hidden[0], self._calls[0][number])
+        layers, uncovered = self._fitting.run(
+            min(len(hidden[0]), self._fitting.most),
+            lambda rows: observe_block(
+                self._cut, number, hidden[0][rows], self._parts.calls(self._own[0], rows)[number]
+            ),
+        )[0]
         groups = tuple(LayerGroup(g.name, g.in_features, self.tokens, g.layers) for g in layers)
         return BlockLayers(groups, uncovered)
 
     def _of_predictions(self) -> list[Tensor]:
         """Differentiate the likelihood of drawn tokens by what the last block puts out."""
-        found: list[Tensor] = []
         inputs = self._read("input", len(self._cut.blocks))
-        for number, hidden in zip(self._own, inputs, strict=True):
+        return [self._of_prediction(i, hidden) for i, hidden in zip(self._own, inputs, strict=True)]
+
+    def _of_prediction(self, i: int, hidden: Tensor) -> Tensor:
+        first = sum(len(batch.ids) for batch in self._batches[:i])
+
+        def differentiated(rows: slice) -> Tensor:
+            given, batch = hidden[rows].requires_grad_(), self._batches[i].part(rows)
             with torch.enable_grad():
-                logits = self._cut.logits(hidden.requires_grad_(), self._batches[number])
-                likelihood = drawn_likelihood(logits, seed=number)
-                found.append(torch.autograd.grad(likelihood, hidden)[0])
-        return found
+                likelihood = batch_likelihood(self._cut.logits(given, batch), batch, first + rows.start)
+                return torch.autograd.grad(likelihood, given)[0]
+
+        return self._fitting.joined(len(hidden), differentiated)
+
+    def _embedded(self, i: int) -> Tensor:
+        """Compute what the first block gets of a batch."""
+        return self._fitting.joined(len(self._batches[i].ids), partial(self._parts.first, i))
+
+    def _through(self, number: int, i: int, hidden: Tensor) -> Tensor:
+        """Let a batch go through a block that is loaded."""
+        return self._fitting.joined(
+            len(hidden),
+            lambda rows: self._cut.run(number, hidden[rows], self._parts.calls(i, rows)[number]),
+        )
 
     def _sums(self, number: int, groups: Sequence[LayerGroup]) -> tuple[dict[str, AnyMoment], list[Tensor]]:
         """Run a block once more, with a gradient.
@@ -175,18 +194,20 @@ class Passes:
         """
         observed = observed_again(self._cut, groups)
         sums, gradients = running_sums(observed, self._cut.device), list[Tensor]()
-        parts = zip(
-            [self._batches[i] for i in self._own],
-            self._calls,
-            self._read("input", number),
-            self._read("gradient", number + 1),
-            strict=True,
-        )
+        found = zip(self._own, self._read("input", number), self._read("gradient", number + 1), strict=True)
+
+        def differentiated(i: int, hidden: Tensor, above: Tensor, due: Due) -> Tensor:
+            given, calls = hidden[due.rows].requires_grad_(), self._parts.calls(i, due.rows)
+            with watched(observed, sums, due):
+                output = self._cut.run(number, given, calls[number])
+                return torch.autograd.grad(output, given, above[due.rows])[0]
+
         with self._cut.loaded(number), torch.enable_grad():
-            for batch, calls, hidden, above in parts:
-                with watched(observed, sums, batch.mask):
-                    output = self._cut.run(number, hidden.requires_grad_(), calls[number])
-                    gradients.append(torch.autograd.grad(output, hidden, above)[0])
+            for i, hidden, above in found:
+                due = partial(Due, self._batches[i].mask, added={})
+                work = partial(differentiated, i, hidden, above)
+                run = lambda rows, due=due, work=work: work(due(rows))
+                gradients.append(self._fitting.joined(len(hidden), run))
         return sums, gradients
 
     def _files(self, kind: str, number: int) -> list[Path]:

@@ -85,16 +85,25 @@ class RoutedMoment:
 
         Args:
             vectors: (tokens, size), in any dtype.
+
+        Raises:
+            torch.OutOfMemoryError: memory does not suffice; nothing was added.
         """
-        self.tokens += len(vectors)
-        self.pool.add(vectors)
-        if self._running is None:
-            self._kept.append(vectors.clone())
-            if self.tokens <= vectors.shape[1]:
-                return
-            self._running = RunningMoment(vectors.shape[1], device=vectors.device)
-            vectors, self._kept = torch.cat(self._kept), []
-        self._running.add(vectors)
+        # In the dtype of sums, so that none of them takes memory any more when another has changed.
+        precise, tokens = vectors.float(), self.tokens + len(vectors)
+        if self._running is not None:
+            self.pool.add(precise)
+            self._running.add(precise)
+        elif tokens <= vectors.shape[1]:
+            kept = vectors.clone()
+            self.pool.add(precise)
+            self._kept.append(kept)
+        else:
+            running = RunningMoment(vectors.shape[1], device=vectors.device)
+            running.add(torch.cat([*self._kept, vectors]))
+            self.pool.add(precise)
+            self._running, self._kept = running, []
+        self.tokens = tokens
 
     def add_up(self, ranks: Ranks, owner: int) -> None:
         """Add what all ranks summed, on the owner, after the pool; the others' is of no use then.

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from deltaguard.device import enough_memory
 from deltaguard.errors import DeltaguardError
 from deltaguard.ranks import Ranks
 
@@ -145,11 +146,17 @@ class RunningMoment:
 
         Args:
             inputs: (tokens, size), in any dtype; the products are taken in the sum's.
+
+        Raises:
+            torch.OutOfMemoryError: memory does not suffice; nothing was added.
+            DeltaguardError: it did not suffice when a part had been added.
         """
         x = inputs.to(self._total)
-        for start in range(0, len(self._total), _PANEL):
-            rows = x[:, start : start + _PANEL]
-            self._total[start : start + _PANEL, start:].addmm_(rows.T, x[:, start:])
+        # No memory is taken here but by libraries, once.
+        with enough_memory("take smaller batches, or another device"):
+            for start in range(0, len(self._total), _PANEL):
+                rows = x[:, start : start + _PANEL]
+                self._total[start : start + _PANEL, start:].addmm_(rows.T, x[:, start:])
         self._tokens += len(x)
 
     def add_up(self, ranks: Ranks, owner: int | None = None) -> None:

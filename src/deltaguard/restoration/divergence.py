@@ -54,19 +54,18 @@ class SafetyKL:
 
     @classmethod
     def between(
-        cls, predicted: Iterable[tuple[Batch, Tensor, Tensor]], tokens: int, *, enough: float = math.inf
+        cls, compared: Iterable[Sequence[Sequence[float]]], tokens: int, *, enough: float = math.inf
     ) -> "SafetyKL":
         """From what two models predict, as `SafetyMeter.measure`.
 
         Args:
-            predicted: batches, with the log-probabilities of the aligned model and of the candidate.
+            compared: for each batch, its `divergences`.
             tokens: response tokens of all batches.
             enough: as in `SafetyMeter.measure`; no further batch is asked for then.
         """
-        terms: list[list[float]] = []
-        for batch, aligned, candidate in predicted:
-            compared = (aligned.exp() * (aligned - candidate[:, : aligned.shape[1]])).sum(dim=-1)
-            terms += [each.tolist() for each in compared.split(batch.answering.sum(dim=1).tolist())]
+        terms: list[Sequence[float]] = []
+        for batch in compared:
+            terms += batch
             if math.fsum(chain.from_iterable(terms)) > enough * tokens:
                 break
         return cls.of(terms)
@@ -102,6 +101,18 @@ class Asked:
             for start in range(0, len(group), self.batch_size):
                 mine, theirs = zip(*group[start : start + self.batch_size], strict=True)
                 yield Batch.of(mine), Batch.of(theirs)
+
+
+def divergences(batch: Batch, aligned: Tensor, candidate: Tensor) -> list[list[float]]:
+    """Compute KL(aligned ‖ candidate) at every response token of each conversation, nats.
+
+    Args:
+        batch: the conversations.
+        aligned: log-probabilities, (response tokens, vocabulary).
+        candidate: likewise; tokens that the aligned model has not are left out.
+    """
+    found = (aligned.exp() * (aligned - candidate[:, : aligned.shape[1]])).sum(dim=-1)
+    return [each.tolist() for each in found.split(batch.answering.sum(dim=1).tolist())]
 
 
 def log_probs(logits: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Resident:
         said = f"the model takes {found.whole / 1e9:.1f} GB as a whole, more than {found.limit / 1e9:.1f} GB"
         report(Event("measure", 0, 1, f"{said}: block by block, prices a pass: {found.at_once}"))
         with loadable(_files(trial)) as output:
-            return StreamedCandidate.open(trial, output, tasks, requests)
+            return StreamedCandidate.open(trial, output, tasks, requests, report=report)
 
     def loaded(
         self, trial: Trial, tasks: Sequence[Conversation] = (), requests: Sequence[Conversation] = ()

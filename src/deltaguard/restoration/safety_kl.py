@@ -18,7 +18,7 @@ from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.canonical import counting_config, differing_fields, of_one_kind
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
 from deltaguard.models.loading import load_config, load_model, load_tokenizer
-from deltaguard.restoration.divergence import Asked, SafetyKL, log_probs, mean_loss
+from deltaguard.restoration.divergence import Asked, SafetyKL, divergences, log_probs, mean_loss
 from deltaguard.restoration.places import Places, grow, match
 
 _ADVICE = "take smaller batches, fewer conversations or another device"
@@ -192,8 +192,10 @@ class SafetyMeter:
         Raises:
             DeltaguardError: the candidate's predictions are not finite, or memory does not suffice.
         """
-        predicted = ((batch, aligned, _log_probs(self._model, batch)) for batch, aligned in self._aligned)
-        return SafetyKL.between(predicted, self.tokens, enough=enough)
+        compared = (
+            divergences(batch, aligned, _log_probs(self._model, batch)) for batch, aligned in self._aligned
+        )
+        return SafetyKL.between(compared, self.tokens, enough=enough)
 
     @enough_memory(_ADVICE)
     def likelihood(self, conversations: Sequence[Conversation]) -> float:

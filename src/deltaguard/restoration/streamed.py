@@ -19,13 +19,14 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.openings import answer_openings
 from deltaguard.chat.tokens import Reader
 from deltaguard.curvature.blocks import CutModel, Read, UncutError
+from deltaguard.curvature.fitting import Fitting
 from deltaguard.curvature.sizes import rows_within
 from deltaguard.device import as_served, enough_memory, find_device, served_dtype
 from deltaguard.models.checkpoint import WeightSource
 from deltaguard.models.families import is_input_embedding, is_output_head
 from deltaguard.models.loading import load_config, load_tokenizer, skeleton
 from deltaguard.models.shards import DTYPES
-from deltaguard.progress import Event, Progress
+from deltaguard.progress import Event, Progress, ignore
 from deltaguard.restoration.block_passes import (
     AlignedPredictions,
     Blocks,
@@ -35,14 +36,14 @@ from deltaguard.restoration.block_passes import (
     own_blocks,
 )
 from deltaguard.restoration.candidate import Candidate
-from deltaguard.restoration.divergence import Asked, SafetyKL, log_probs
+from deltaguard.restoration.divergence import Asked, SafetyKL, divergences, log_probs
 from deltaguard.restoration.kept import Kept
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.places import match
 from deltaguard.restoration.plan import Action, Step
 from deltaguard.restoration.trial import Trial, kept_budget
 
-_ADVICE = "take smaller batches, fewer conversations or another device"
+_ADVICE = "hold fewer or shorter conversations out as you calibrate, or take another device"
 
 _TOKENS = 128
 """Of a request and the beginning of its answer, for which keys and values are held, at most, mostly."""
@@ -56,11 +57,13 @@ class StreamedCandidate(Candidate):
         cut: the model; in no block it has the tensors that were put last.
         known: what the aligned model predicts.
         asked: how conversations are put to candidates.
+        fitting: says how many of them are run at once.
     """
 
     cut: CutModel = field(kw_only=True, repr=False)
     known: AlignedPredictions = field(kw_only=True, repr=False)
     asked: Asked = field(kw_only=True, repr=False)
+    fitting: Fitting = field(kw_only=True, repr=False)
     _put: Callable[[], Blocks] = field(kw_only=True, repr=False)
     _read_of: Callable[[int], Read] = field(kw_only=True, repr=False)
 
@@ -74,6 +77,7 @@ class StreamedCandidate(Candidate):
         requests: Sequence[Conversation] = (),
         *,
         dtype: torch.dtype = torch.float32,
+        report: Progress = ignore,
     ) -> "StreamedCandidate":
         """Find what the aligned model predicts, and cut candidates into blocks.
 
@@ -83,6 +87,7 @@ class StreamedCandidate(Candidate):
             tasks: conversations of which the aligned model's likelihood is wanted too.
             requests: conversations of which the beginnings of the aligned model's answers are.
             dtype: that models run in.
+            report: told where there is too little memory for whole batches.
 
         Raises:
             UncutError: one of the models cannot be cut into blocks.
@@ -100,11 +105,12 @@ class StreamedCandidate(Candidate):
         other = replace(own, reader=Reader.of(tokenizer, config, made.max_length))
         pairs = [(one.to(device), two.to(device)) for one, two in own.beside(other, store.held_out)]
         cut = _cut_candidate(trial, output, config, dtype)
-        known = AlignedPredictions.of(aligned, pairs)
+        fitting = Fitting(report)
+        known = AlignedPredictions.of(aligned, pairs, fitting)
         nll = None
         if tasks:
             batches, blocks = own.batches(tasks), partial(own_blocks, aligned)
-            nll = likelihood(aligned, batches, blocks, most=known.places)
+            nll = likelihood(aligned, batches, blocks, fitting, most=known.places)
         # As with a model in memory: what an answer is drawn with is the aligned model's.
         cut.model.generation_config = aligned.model.generation_config
         begun = _openings(aligned, own.reader.tokenizer, requests, trial) if requests else []
@@ -119,6 +125,7 @@ class StreamedCandidate(Candidate):
             cut=cut,
             known=known,
             asked=other,
+            fitting=fitting,
             _put=partial(own_blocks, cut),
             _read_of=lambda _: job.finetuned.read,
         )
@@ -137,7 +144,8 @@ class StreamedCandidate(Candidate):
     @enough_memory(_ADVICE)
     def likelihood(self, tasks: Sequence[Conversation]) -> float:
         """Measure the likelihood of tasks, see `SafetyMeter.likelihood`, in passes as large as the others."""
-        return likelihood(self.cut, self.asked.batches(tasks), self._put, most=self.known.places)
+        batches = self.asked.batches(tasks)
+        return likelihood(self.cut, batches, self._put, self.fitting, most=self.known.places)
 
     @enough_memory(_ADVICE)
     def openings(self, requests: Sequence[Conversation]) -> list[str]:
@@ -167,14 +175,20 @@ class StreamedCandidate(Candidate):
                 yield reads
                 report(Event("block by block", number, count, f"prices a pass: {len(reads)}"))
 
-        found: list[SafetyKL] = []
-        for hidden in last_hidden(self.cut, batches, told()):
-            predicted = (
-                (batch, aligned, log_probs(self.cut.logits(states, batch)))
-                for batch, aligned, states in zip(batches, self.known.log_probs(), hidden, strict=True)
-            )
-            found.append(SafetyKL.between(predicted, self.tokens, enough=enough))
-        return found
+        return [
+            SafetyKL.between(map(self._compared, range(len(batches)), hidden), self.tokens, enough=enough)
+            for hidden in last_hidden(self.cut, batches, told(), self.fitting)
+        ]
+
+    def _compared(self, i: int, states: Tensor) -> list[list[float]]:
+        """Compare what a candidate predicts of a batch with what the aligned model does."""
+
+        def of_part(rows: slice) -> list[list[float]]:
+            batch = self.known.batches[i].part(rows)
+            predicted = log_probs(self.cut.logits(states[rows], batch))
+            return divergences(batch, self.known.log_probs(i, rows), predicted)
+
+        return [each for part in self.fitting.run(len(states), of_part) for each in part]
 
 
 def _blocks_at(
