@@ -130,7 +130,7 @@ def _take_a_while():
     write = ShardWriter.write
 
     def slowly(self, name, tensor):
-        time.sleep(0.3)
+        time.sleep(1)
         write(self, name, tensor)
 
     ShardWriter.write = slowly

@@ -21,8 +21,8 @@ from pairs import ANSWERED, pair, save_adapter
 
 @pytest.fixture(scope="module")
 def llama():
-    """Checkpoints of four shards."""
-    return pair("llama", max_shard_size="40KB")
+    """Checkpoints of several shards, of which every process gets some that hold layers."""
+    return pair("llama", max_shard_size="20KB")
 
 
 def restore_tokens(found, out, *options):
@@ -128,7 +128,7 @@ def test_every_process_writes_files_and_those_of_all_are_taken_over(llama, tmp_p
     found = finished_by(out)
     shards = sorted(path.name for path in llama.finetuned.glob("*.safetensors"))
     assert sorted(name for names in found.values() for name in names) == shards
-    assert [len(found[name]) for name in ("journal.jsonl", "journal-1.jsonl")] == [2, 2]
+    assert all(found[name] for name in ("journal.jsonl", "journal-1.jsonl"))
     staged = {path.name: path.stat().st_ino for path in (out / ".deltaguard-partial" / "files").iterdir()}
     ended = ranked.run(3, restore_tokens(llama, out, *options, "--resume"), tmp_path / "said")
     assert ended.codes == [0] * 3, ended.err
@@ -138,8 +138,8 @@ def test_every_process_writes_files_and_those_of_all_are_taken_over(llama, tmp_p
 
 
 DEATHS = {
-    "a helper as it writes": (1, "count", 25),
-    "the first as it writes": (0, "count", 20),
+    "a helper as it writes": (1, "count", 5),
+    "the first as it writes": (0, "count", 8),
     "a helper before anything": (1, "from_first", 2),
 }
 
@@ -158,7 +158,7 @@ def test_after_a_kill_any_number_of_processes_goes_on(what, llama, tmp_path):
     assert len(said) == 1 - (killed == 0)
     assert all("Another process of this run has ended" in line for line in said)
     assert not (out / "model.safetensors.index.json").exists()
-    if what != "a helper before anything":
+    if what == "a helper as it writes":
         assert any(finished_by(out).values())
     ended = ranked.run(3, restore_tokens(llama, out, *options, "--resume"), tmp_path / "said")
     assert ended.codes == [0] * 3, ended.err
@@ -178,7 +178,7 @@ def test_where_processes_work_at_one_file_a_kill_ends_them_all(dies, tmp_path):
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
 def test_where_the_first_fails_the_others_end_at_once(shards, tmp_path):
     made, out = pair("llama", max_shard_size=shards), tmp_path / "out"
     options = ["--strength", "0.3", "--store", made.store]
