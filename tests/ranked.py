@@ -37,7 +37,7 @@ class Ended:
     err: list[str]
 
 
-def run(count, tokens, folder, *, dies=None, fails=None, slow=None):
+def run(count, tokens, folder, *, dies=None, fails=None, slow=None, at_once=None):
     """Run a command in several processes.
 
     Args:
@@ -47,6 +47,7 @@ def run(count, tokens, folder, *, dies=None, fails=None, slow=None):
         dies: (rank, methods of `Ranks`, number): that rank is killed when it has called them that often.
         fails: (rank, number): writing its tensor of that number fails; it is killed if it receives then.
         slow: a rank that takes a while to write each tensor.
+        at_once: how many prices a pass block by block carries, whatever memory there is.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -54,7 +55,9 @@ def run(count, tokens, folder, *, dies=None, fails=None, slow=None):
     folder.mkdir(exist_ok=True)
     tokens = [str(token) for token in tokens]
     processes = [
-        _CONTEXT.Process(target=_process, args=(rank, count, port, tokens, folder, dies, fails, slow))
+        _CONTEXT.Process(
+            target=_process, args=(rank, count, port, tokens, folder, dies, fails, slow, at_once)
+        )
         for rank in range(count)
     ]
     for process in processes:
@@ -70,7 +73,7 @@ def run(count, tokens, folder, *, dies=None, fails=None, slow=None):
     return Ended([process.exitcode for process in processes], *texts)
 
 
-def _process(rank, count, port, tokens, folder, dies, fails, slow):
+def _process(rank, count, port, tokens, folder, dies, fails, slow, at_once):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -87,6 +90,10 @@ def _process(rank, count, port, tokens, folder, dies, fails, slow):
         _fail_at(fails[1])
     if slow == rank:
         _take_a_while()
+    if at_once is not None:
+        from deltaguard.restoration.footprint import Footprint
+
+        Footprint.at_once = at_once
     from deltaguard.cli.app import run as carry_out
 
     code = carry_out(tokens, shared=True)

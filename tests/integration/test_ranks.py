@@ -16,6 +16,7 @@ from deltaguard.cli.app import run
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.ranks import Ranks
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME
+from deltaguard.restoration.footprint import Footprint
 from pairs import ANSWERED, pair, save_adapter
 
 
@@ -47,14 +48,10 @@ def rows(folder):
 
 # Restoring
 
-TWO_PRICES = "850KB"
-"""Room for two candidates block by block, and not for the model as a whole."""
-
 RESTORES = {
     "a strength": (2, ["--strength", "0.3"]),
     "the dial": (4, ["--max-safety-kl", "0.01"]),
     "the dial block by block": (3, ["--max-safety-kl", "0.01", "--memory", "0"]),
-    "several prices a pass": (3, ["--max-safety-kl", "0.01", "--memory", TWO_PRICES]),
     "the whole is safe": (2, ["--max-safety-kl", "100"]),
     "an adapter": (3, ["--strength", "0.3", "--output-format", "adapter", "--adapter-rank", "4"]),
     "no price": (2, ["--method", "interpolate", "--strength", "0.5"]),
@@ -73,8 +70,23 @@ def test_the_output_is_that_of_one_process(what, llama, tmp_path):
     assert rows(tmp_path / "many") == rows(tmp_path / "one")
     assert json.loads(ended.out[0])["kept_energy"] > 0
     assert "restore ..." in ended.err[0]
-    assert ("prices a pass: 2" in ended.err[0]) == (what == "several prices a pass")
     assert not any((*ended.out[1:], *ended.err[1:]))
+
+
+def test_several_prices_a_pass_are_measured_as_by_one_process(llama, tmp_path, monkeypatch):
+    options = ["--max-safety-kl", "0.01", "--memory", "0", "--store", llama.store]
+    with monkeypatch.context() as patched:
+        patched.setattr(Footprint, "at_once", 3)
+        alone(restore_tokens(llama, tmp_path / "one", *options))
+    tokens = restore_tokens(llama, tmp_path / "many", *options)
+    ended = ranked.run(3, tokens, tmp_path / "said", at_once=3)
+    assert ended.codes == [0] * 3, ended.err
+    assert "block by block: prices a pass: 3" in ended.err[0]
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    assert rows(tmp_path / "many") == rows(tmp_path / "one")
+    one, many = (json.loads((tmp_path / each / REPORT_NAME).read_text())["dial"] for each in ("one", "many"))
+    assert one["by_blocks"]
+    assert one == many
 
 
 SHAPES = {
