@@ -53,11 +53,9 @@ def run(count, tokens, folder, *, dies=None, fails=None, slow=None, at_once=None
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
-    tokens = [str(token) for token in tokens]
+    tokens, changed = [str(token) for token in tokens], (dies, fails, slow, at_once)
     processes = [
-        _CONTEXT.Process(
-            target=_process, args=(rank, count, port, tokens, folder, dies, fails, slow, at_once)
-        )
+        _CONTEXT.Process(target=_process, args=(rank, count, port, tokens, folder, changed))
         for rank in range(count)
     ]
     for process in processes:
@@ -73,7 +71,7 @@ def run(count, tokens, folder, *, dies=None, fails=None, slow=None, at_once=None
     return Ended([process.exitcode for process in processes], *texts)
 
 
-def _process(rank, count, port, tokens, folder, dies, fails, slow, at_once):
+def _process(rank, count, port, tokens, folder, changed):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -84,6 +82,16 @@ def _process(rank, count, port, tokens, folder, dies, fails, slow, at_once):
     }
     for stream, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(folder, f"{kind}-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    _change(rank, *changed)
+    from deltaguard.cli.app import run as carry_out
+
+    code = carry_out(tokens, shared=True)
+    # Without what a test's own process would do at its end.
+    os._exit(code)
+
+
+def _change(rank, dies, fails, slow, at_once):
+    """Make of a process what a test wants, see `run`."""
     if dies is not None and dies[0] == rank:
         _die_at(dies[1].split(), dies[2])
     if fails is not None and fails[0] == rank:
@@ -94,11 +102,6 @@ def _process(rank, count, port, tokens, folder, dies, fails, slow, at_once):
         from deltaguard.restoration.footprint import Footprint
 
         Footprint.at_once = at_once
-    from deltaguard.cli.app import run as carry_out
-
-    code = carry_out(tokens, shared=True)
-    # Without what a test's own process would do at its end.
-    os._exit(code)
 
 
 def _die_at(methods, number):
