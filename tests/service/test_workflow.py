@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.service import workflow
+from deltaguard.service.executors.local import LocalExecutor
 from deltaguard.service.schemas import JobError
 from deltaguard.service.server import open_service
 from deltaguard.service.settings import Settings, Webhook
@@ -51,7 +52,7 @@ def started(tmp_path_factory):
     }
     settings = Settings(models={"tiny": "nowhere"}, webhook=webhook)
     opened = open_service(tmp_path_factory.mktemp("service") / "data", settings)
-    yield opened, workflow.launch(opened.service, opened.database_url), server
+    yield opened, workflow.launch(opened.service, opened.database_url, LocalExecutor()), server
     DBOS.destroy()
     server.shutdown()
     server.server_close()
