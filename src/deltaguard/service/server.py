@@ -79,7 +79,7 @@ def open_service(data: Path, settings: Settings) -> Opened:
     """Open the database of a data folder, which is made where there is none.
 
     Raises:
-        DeltaguardError: the folder cannot be written.
+        DeltaguardError: the folder cannot be written, or its database is of a later release.
     """
     with explained(data):
         for name in _FOLDERS:
@@ -88,7 +88,7 @@ def open_service(data: Path, settings: Settings) -> Opened:
         data.chmod(0o700)
     url = database_url(data, settings.database_url)
     contents = open_contents(data, settings.files_url)
-    service, first = Service(data, settings, open_database(url), contents), None
+    service, first = Service(data, settings, open_database(url, may_migrate=True), contents), None
     with service.sessions.begin() as session:
         if session.scalar(select(Key.number).limit(1)) is None:
             # Whoever starts a service is its operator.
@@ -100,12 +100,12 @@ def existing_service(data: Path) -> Service:
     """Open the service of a data folder beside the one that may be running.
 
     Raises:
-        DeltaguardError: there is no such folder.
+        DeltaguardError: there is no such folder, or its database is of another release.
     """
     if not data.is_dir():
         raise DeltaguardError(f"There is no folder {data}: `deltaguard serve --data {data}` makes it.")
     settings = chosen_settings(data, {})
-    sessions = open_database(database_url(data, settings.database_url))
+    sessions = open_database(database_url(data, settings.database_url), may_migrate=False)
     return Service(data, settings, sessions, open_contents(data, settings.files_url))
 
 

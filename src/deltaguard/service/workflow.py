@@ -40,7 +40,7 @@ from deltaguard.service.training_data import READERS, InvalidFileError
 from deltaguard.service.webhooks import UndeliveredError, deliver, message_of
 
 _VALIDATION, _TRAINING, _NOTIFICATION = "validation", "training", "notification"
-_TOLD = ("succeeded", "failed")
+_TOLD = ("succeeded", "failed", "cancelled")
 _NOTIFIED_AGAIN_S = 86_400
 """At a start the operator is told of jobs that ended so long ago, unless that was done."""
 
