@@ -86,14 +86,14 @@ def _migrate(engine: Engine, *, may_migrate: bool) -> None:
         found = MigrationContext.configure(connection).get_current_revision()
         if found is not None and found not in known:
             raise DeltaguardError(
-                f"The service's database is of a later release: its tables are of {found}, and this one knows "
-                f"them up to {known[0]}. Install that release."
+                f"The service's database is of a later release: its tables are of {found}, and this one "
+                f"knows them up to {known[0]}. Install that release."
             )
         if found not in (None, known[0]) and not may_migrate:
             raise DeltaguardError(
-                f"The service's database is of an earlier release: its tables are of {found}, and this one works "
-                f"with {known[0]}. Only `deltaguard serve` brings it up to date, when it starts: start the "
-                "service with this release first, or use the release that it runs with."
+                f"The service's database is of an earlier release: its tables are of {found}, and this one "
+                f"works with {known[0]}. Only `deltaguard serve` brings it up to date, when it starts: start "
+                "the service with this release first, or use the release that it runs with."
             )
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
