@@ -25,7 +25,7 @@ from deltaguard.service.contents import open_contents
 from deltaguard.service.context import Service
 from deltaguard.service.database import database_url, open_database
 from deltaguard.service.executors.executor import Executor
-from deltaguard.service.executors.local import LocalExecutor
+from deltaguard.service.executors.local import LocalExecutor, visible_gpus
 from deltaguard.service.executors.reach import check_reach
 from deltaguard.service.inference import Answering, Inference
 from deltaguard.service.inference_server import InferenceServer
@@ -174,7 +174,7 @@ def _executor(data: Path, settings: Settings) -> Executor:
         DeltaguardError: there is no cluster, or its workers do not see the data folder.
     """
     if settings.executor == "local":
-        return LocalExecutor()
+        return LocalExecutor(visible_gpus(settings.device))
     from deltaguard.service.executors.ray import RayExecutor, connect
 
     executor = RayExecutor(connect(settings.ray), gpus=settings.gpus_of_a_process)

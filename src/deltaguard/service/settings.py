@@ -200,7 +200,8 @@ class Settings(_Part):
         files_url: where contents of files are kept, such as `s3://bucket/prefix`; the data folder where
             absent.
         inference_url: of the API of a vLLM server that answers; a process of the service does where absent.
-        jobs_at_once: how many are trained or restored at a time; the others wait.
+        jobs_at_once: how many are trained or restored at a time; the others wait. By default one for each GPU
+            of this machine that `device` allows, and one without any, or with Ray.
         device: `auto`, `cpu`, `cuda` or `cuda:N`; with Ray, `cpu` or `cuda`.
         executor: what runs the processes of jobs: this machine (`local`), or a Ray cluster (`ray`).
         ray: the cluster.
@@ -221,7 +222,7 @@ class Settings(_Part):
     database_url: str | None = Field(default=None, repr=False)
     files_url: str | None = None
     inference_url: HttpUrl | None = None
-    jobs_at_once: int = Field(default=1, ge=1, le=64)
+    jobs_at_once: int | None = Field(default=None, ge=1, le=64)
     device: str = "auto"
     executor: ExecutorName = "local"
     ray: Ray = Ray()

@@ -90,7 +90,8 @@ def launch(service: Service, database_url: str, executor: Executor) -> "Workflow
     workflows = Workflows(service, executor)
     DBOS.launch()
     DBOS.register_queue(_VALIDATION, worker_concurrency=_VALIDATED_AT_ONCE, polling_interval_sec=0.5)
-    DBOS.register_queue(_TRAINING, worker_concurrency=service.settings.jobs_at_once, polling_interval_sec=0.5)
+    at_once = service.settings.jobs_at_once or executor.places
+    DBOS.register_queue(_TRAINING, worker_concurrency=at_once, polling_interval_sec=0.5)
     DBOS.register_queue(_NOTIFICATION, worker_concurrency=_NOTIFIED_AT_ONCE, polling_interval_sec=0.5)
     workflows.begin_all()
     return workflows

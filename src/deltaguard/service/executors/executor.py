@@ -61,6 +61,11 @@ class Running(Protocol):
 class Executor(Protocol):
     """Whatever runs the processes of jobs."""
 
+    @property
+    def places(self) -> int:
+        """How many jobs are under way at a time, where the operator does not say."""
+        ...
+
     def begin(self, step: Step, attempt: int) -> Running:
         """Begin a process, unless one of that step and attempt goes on: then that one is watched.
 

@@ -76,6 +76,11 @@ class RayExecutor:
     def __init__(self, client: "JobSubmissionClient", *, gpus: float) -> None:
         self.client, self.gpus = client, gpus
 
+    @property
+    def places(self) -> int:
+        """How many jobs are under way at a time: one, since what the cluster can take is not asked."""
+        return 1
+
     def begin(self, step: Step, attempt: int) -> "RayJob":
         """Begin a process, unless one of that step and attempt goes on, or went on.
 
