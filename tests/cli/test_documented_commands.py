@@ -76,6 +76,7 @@ NOT_RUN = {
     "axolotl ": "needs a GPU: tests/integration/test_axolotl.py",
     "vllm ": "needs a GPU: tests/integration/test_vllm.py",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm": "needs a GPU",
+    "ray start": "goes on until it is stopped: tests/service/test_ray.py starts a cluster of its own",
     "docker ": "needs Docker: tests/service/test_packaging.py",
     "head=": "needs Slurm",
     "shared=": "needs Slurm",

@@ -15,6 +15,8 @@ from sqlalchemy.exc import OperationalError
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.service import workflow
+from deltaguard.service.executors.local import LocalExecutor
+from deltaguard.service.process import StoppedError
 from deltaguard.service.schemas import JobError
 from deltaguard.service.server import open_service
 from deltaguard.service.settings import Settings, Webhook
@@ -51,7 +53,7 @@ def started(tmp_path_factory):
     }
     settings = Settings(models={"tiny": "nowhere"}, webhook=webhook)
     opened = open_service(tmp_path_factory.mktemp("service") / "data", settings)
-    yield opened, workflow.launch(opened.service, opened.database_url), server
+    yield opened, workflow.launch(opened.service, opened.database_url, LocalExecutor()), server
     DBOS.destroy()
     server.shutdown()
     server.server_close()
@@ -164,6 +166,35 @@ def test_the_operators_server_is_told_until_it_takes_it(client, receiver, monkey
     assert len(receiver.received) == 3
     assert "hidden" not in caplog.text
     assert SECRET not in caplog.text
+
+
+def test_the_operators_server_is_told_once_of_a_cancelled_job_whether_it_ran_or_was_paused(
+    client, receiver, monkeypatch
+):
+    working = threading.Event()
+
+    def run(_task, _folder, *, may_go_on, **_options):
+        working.set()
+        while may_go_on():
+            time.sleep(0.05)
+        raise StoppedError("The job is not to go on.")
+
+    monkeypatch.setattr(workflow, "run_task", run)
+    jobs, file = client.fine_tuning.jobs, uploaded(client)
+    running = jobs.create(model="tiny", training_file=file.id)
+    assert working.wait(60)
+    paused = jobs.create(model="tiny", training_file=file.id)
+    until = time.monotonic() + 60
+    while jobs.retrieve(paused.id).status != "queued" and time.monotonic() < until:
+        time.sleep(0.1)
+    jobs.pause(paused.id)
+    for job in (running, paused):
+        jobs.cancel(job.id)
+        ((headers, body),) = received(receiver, job, 1)
+        event = client.webhooks.unwrap(body.decode(), headers, secret=SECRET)
+        assert (event.type, event.data.id) == ("fine_tuning.job.cancelled", job.id)
+    time.sleep(1)
+    assert len(receiver.received) == 2
 
 
 def test_a_secret_has_the_schemes_form(monkeypatch):

@@ -1,7 +1,7 @@
 """`deltaguard serve`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -16,6 +16,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     inference_url: str | None = None,
+    executor: Literal["local", "ray"] | None = None,
 ) -> None:
     """Serve fine-tuning with OpenAI's API: jobs are trained, restored, checked, and only then published.
 
@@ -30,6 +31,8 @@ def serve(
         port: Port to listen at.
         inference_url: The API of a vLLM server that answers chats, such as `http://gpu:8001/v1`. Without it,
             a process of the service does.
+        executor: What runs the processes of jobs: this machine, or the Ray cluster that service.yaml or
+            RAY_ADDRESS names. `local`, unless service.yaml says `ray`.
     """
     require_packages(
         "Serving",
@@ -39,7 +42,7 @@ def serve(
     from deltaguard.service import server
 
     models = dict(_split(each) for each in model)
-    settings = server.chosen_settings(data, models, inference_url)
+    settings = server.chosen_settings(data, models, inference_url=inference_url, executor=executor)
 
     def on_open(first_key: str | None) -> None:
         if first_key is not None:

@@ -1,4 +1,4 @@
-"""The database: SQLite in the data folder, or Postgres by URL, brought up to date when it is opened."""
+"""The database: SQLite in the data folder, or Postgres by URL, brought up to date when a service starts."""
 
 from pathlib import Path
 from secrets import token_hex
@@ -6,6 +6,8 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -40,17 +42,22 @@ def database_url(data: Path, given: str | None) -> str:
     )
 
 
-def open_database(url: str) -> Sessions:
-    """Connect, and bring the tables up to date.
+def open_database(url: str, *, may_migrate: bool) -> Sessions:
+    """Connect, and make the tables where there are none.
 
     Args:
         url: as `database_url` gives it.
+        may_migrate: whether tables of an earlier release are brought up to date. The service that works in
+            the folder does that alone, when it starts: one of an earlier release would not know them.
+
+    Raises:
+        DeltaguardError: the tables are of a later release, or of an earlier one and may not be changed.
     """
     engine = create_engine(url, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_immediately)
-    _migrate(engine)
+    _migrate(engine, may_migrate=may_migrate)
     return sessionmaker(engine, expire_on_commit=False)
 
 
@@ -71,9 +78,22 @@ def _begin_immediately(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _migrate(engine: Engine) -> None:
+def _migrate(engine: Engine, *, may_migrate: bool) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    known = [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()]
     with engine.begin() as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+        if found is not None and found not in known:
+            raise DeltaguardError(
+                f"The service's database is of a later release: its tables are of {found}, and this one "
+                f"knows them up to {known[0]}. Install that release."
+            )
+        if found not in (None, known[0]) and not may_migrate:
+            raise DeltaguardError(
+                f"The service's database is of an earlier release: its tables are of {found}, and this one "
+                f"works with {known[0]}. Only `deltaguard serve` brings it up to date, when it starts: start "
+                "the service with this release first, or use the release that it runs with."
+            )
         config.attributes["connection"] = connection
         command.upgrade(config, "head")

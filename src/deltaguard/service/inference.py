@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import BaseModel, Field, TypeAdapter
 
 from deltaguard.service.errors import ApiError
-from deltaguard.service.process import end_process, known_environment
+from deltaguard.service.executors.local import end_process, known_environment
 
 
 class Ask(BaseModel):

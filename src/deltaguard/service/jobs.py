@@ -246,7 +246,7 @@ def _show_checkpoint(model: Model, loss: float | None) -> CheckpointObject:
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(service: Open, caller: Asking, job_id: str) -> JobObject:
+def cancel_job(service: Open, caller: Asking, request: Request, job_id: str) -> JobObject:
     """End a job at once; its training process is stopped."""
     with service.sessions.begin() as session:
         job = find_job(session, caller, job_id, to_change=True)
@@ -255,7 +255,9 @@ def cancel_job(service: Open, caller: Asking, job_id: str) -> JobObject:
             raise ApiError(400, message, code="job_finished", param="job_id")
         job.status, job.finished_at = "cancelled", now()
         tell(session, job.id, "cancelled", "The job was cancelled.")
-        return show_job(job)
+    # Here, too: of one that was paused, no workflow is left that would do it.
+    request.app.state.workflows.notify(job.id, job.status)
+    return show_job(job)
 
 
 @router.post("/{job_id}/pause")

@@ -1,17 +1,15 @@
 """Tasks in processes of their own: begun, watched, stopped, and begun again where one died."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.models.durable import write_atomically
+from deltaguard.service.executors.executor import Ended, Executor, Running, Step
 from deltaguard.service.schemas import JobError
 from deltaguard.service.tasks import AnyTask, Outcome, Told, events_file
 
@@ -19,12 +17,8 @@ POLL_S = 0.2
 """Seconds between two looks at a process."""
 
 _TRIES = 3
-_GRACE_S = 10
-_TAIL = 2000
-_PASSED_ON = (
-    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH"),
-    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "HF_HOME"),
-)
+_SEEN_WITHIN_S = 60
+"""Storage that machines share may show a file so much later than its process ended."""
 
 
 class StoppedError(DeltaguardError):
@@ -59,7 +53,13 @@ class _Follower:
 
 
 def run_task(
-    task: AnyTask, folder: Path, *, cache: Path, tell: Callable[[Told], None], may_go_on: Callable[[], bool]
+    task: AnyTask,
+    folder: Path,
+    *,
+    executor: Executor,
+    cache: Path,
+    tell: Callable[[Told], None],
+    may_go_on: Callable[[], bool],
 ) -> Outcome:
     """Carry out a task in a process of its own, unless that was done before.
 
@@ -69,6 +69,7 @@ def run_task(
     Args:
         task: what is to be done.
         folder: of the job; made if absent.
+        executor: runs the process.
         cache: what is kept of aligned models for all jobs.
         tell: told what the process tells; what was told before a restart is told again.
         may_go_on: asked several times a second; the process is stopped when it says no.
@@ -79,62 +80,39 @@ def run_task(
     outcome = folder / f"{task.kind}.outcome.json"
     follower = _Follower(folder / events_file(task.kind), tell)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{task.kind}.json", task.model_dump_json())
-    code = 0
-    for _ in range(_TRIES):
-        if outcome.exists():
+    step = Step(task.kind, folder, cache, task.key_names)
+    write_atomically(step.task_file, task.model_dump_json())
+    deaths: list[str] = []
+    for attempt in count(1):
+        if outcome.exists() or len(deaths) == _TRIES:
             break
-        code = _run_once(task, folder, cache, follower, may_go_on)
+        ended = _watched(executor.begin(step, attempt), follower, may_go_on)
+        if ended.way == "died" or (ended.way == "done" and not _appears(outcome)):
+            deaths.append(ended.how)
     follower.catch_up()
     if outcome.exists():
         return read_json(outcome, Outcome, remedy="Delete it: the step is done again.")
-    message = f"The process of step {task.kind} died {_TRIES} times, last with {_named(code)}."
+    message = f"The process of step {task.kind} died {_TRIES} times, last with {deaths[-1]}."
     return Outcome(error=JobError(code="server_error", message=message))
 
 
-def _run_once(
-    task: AnyTask, folder: Path, cache: Path, follower: _Follower, may_go_on: Callable[[], bool]
-) -> int:
-    """Run a process to its end, and give its exit code."""
-    command = [sys.executable, "-m", "deltaguard.service.worker", str(folder / f"{task.kind}.json")]
-    keys = {name: os.environ[name] for name in task.key_names if name in os.environ}
-    with (folder / f"{task.kind}.log").open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env={**known_environment(), **keys, "DELTAGUARD_CACHE": str(cache)},
-            # Ctrl-C is for the service, which ends the process in its own way.
-            start_new_session=True,
-        )
+def _watched(running: Running, follower: _Follower, may_go_on: Callable[[], bool]) -> Ended:
+    """Watch a process to its end."""
     try:
-        while process.poll() is None:
+        while may_go_on():
+            if (ended := running.look()) is not None:
+                return ended
             follower.catch_up()
-            if not may_go_on():
-                raise StoppedError("The job is not to go on.")
             time.sleep(POLL_S)
+        running.stop()
     finally:
-        end_process(process)
-    return process.returncode
+        running.leave()
+    raise StoppedError("The job is not to go on.")
 
 
-def known_environment() -> dict[str, str]:
-    """Choose what a process learns of the service's environment; whatever secrets it holds stay there."""
-    known = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    return known | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def end_process(process: subprocess.Popen[bytes]) -> None:
-    """End a process that reads from a pipe; one that does not end by itself is killed."""
-    assert process.stdin is not None  # noqa: S101  # opened as a pipe
-    process.stdin.close()
-    try:
-        process.wait(_GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _named(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+def _appears(file: Path) -> bool:
+    """Wait for a file that was written, and say whether it can be seen here."""
+    until = time.monotonic() + _SEEN_WITHIN_S
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(POLL_S)
+    return file.exists()

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from pydantic import ValidationError
 from sqlalchemy import select
 
 from deltaguard.device import find_device
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
 from deltaguard.evaluation.judges import JudgeSpec
 from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.guards import GuardSpec
+from deltaguard.files import problems
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.durable import explained, lock_folder
 from deltaguard.models.hub import locate
@@ -22,6 +24,9 @@ from deltaguard.service.app import make_app
 from deltaguard.service.contents import open_contents
 from deltaguard.service.context import Service
 from deltaguard.service.database import database_url, open_database
+from deltaguard.service.executors.executor import Executor
+from deltaguard.service.executors.local import LocalExecutor, visible_gpus
+from deltaguard.service.executors.reach import check_reach
 from deltaguard.service.inference import Answering, Inference
 from deltaguard.service.inference_server import InferenceServer
 from deltaguard.service.keys import create_key
@@ -49,25 +54,32 @@ class Opened:
     first_key: str | None
 
 
-def chosen_settings(data: Path, models: Mapping[str, str], inference_url: str | None = None) -> Settings:
-    """Read a data folder's `service.yaml`, with models of the command line beside its own.
+def chosen_settings(data: Path, models: Mapping[str, str], **chosen: str | None) -> Settings:
+    """Read a data folder's `service.yaml`, with what the command line says.
+
+    Args:
+        data: the folder.
+        models: beside those of the file.
+        chosen: other settings in the place of the file's, unless they are None.
 
     Raises:
-        DeltaguardError: the file holds something else.
+        DeltaguardError: they are something else than settings, or do not go together.
     """
     settings = read_settings(data / SETTINGS_NAME)
     # Checked anew: names come from the command line too.
     given = settings.model_dump() | {"models": {**settings.models, **models}}
-    return Settings.model_validate(
-        given if inference_url is None else given | {"inference_url": inference_url}
-    )
+    given |= {name: value for name, value in chosen.items() if value is not None}
+    try:
+        return Settings.model_validate(given)
+    except ValidationError as error:
+        raise DeltaguardError(listed("The service cannot be run so", problems(error))) from error
 
 
 def open_service(data: Path, settings: Settings) -> Opened:
     """Open the database of a data folder, which is made where there is none.
 
     Raises:
-        DeltaguardError: the folder cannot be written.
+        DeltaguardError: the folder cannot be written, or its database is of a later release.
     """
     with explained(data):
         for name in _FOLDERS:
@@ -76,7 +88,7 @@ def open_service(data: Path, settings: Settings) -> Opened:
         data.chmod(0o700)
     url = database_url(data, settings.database_url)
     contents = open_contents(data, settings.files_url)
-    service, first = Service(data, settings, open_database(url), contents), None
+    service, first = Service(data, settings, open_database(url, may_migrate=True), contents), None
     with service.sessions.begin() as session:
         if session.scalar(select(Key.number).limit(1)) is None:
             # Whoever starts a service is its operator.
@@ -88,12 +100,12 @@ def existing_service(data: Path) -> Service:
     """Open the service of a data folder beside the one that may be running.
 
     Raises:
-        DeltaguardError: there is no such folder.
+        DeltaguardError: there is no such folder, or its database is of another release.
     """
     if not data.is_dir():
         raise DeltaguardError(f"There is no folder {data}: `deltaguard serve --data {data}` makes it.")
     settings = chosen_settings(data, {})
-    sessions = open_database(database_url(data, settings.database_url))
+    sessions = open_database(database_url(data, settings.database_url), may_migrate=False)
     return Service(data, settings, sessions, open_contents(data, settings.files_url))
 
 
@@ -110,7 +122,8 @@ def serve(
         on_open: called before requests are answered, with the first key, where there was none.
 
     Raises:
-        DeltaguardError: there is no model, one of them cannot be used, or another service is in the folder.
+        DeltaguardError: there is no model, one of them cannot be used, another service is in the folder, or
+            jobs cannot run on the Ray cluster that they are to run on.
     """
     if not settings.models:
         raise DeltaguardError(
@@ -120,7 +133,7 @@ def serve(
     for reference in settings.models.values():
         _refuse_unusable(reference)
     for judge in settings.judges:
-        _prepare_judge(judge, settings.device)
+        _prepare_judge(judge, settings.own_device)
     if settings.webhook is not None:
         webhook_secret(settings.webhook)
     with explained(data):
@@ -131,7 +144,7 @@ def serve(
     # At once: it is not shown again.
     on_open(opened.first_key)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    workflows = launch(opened.service, opened.database_url)
+    workflows = launch(opened.service, opened.database_url, _executor(data.absolute(), settings))
     inference = _answering(data, settings)
     app = make_app(opened.service, workflows, inference)
     # Its log has methods, paths and states: no headers, and with them no keys, and no bodies.
@@ -151,7 +164,22 @@ def _answering(data: Path, settings: Settings) -> Answering:
     most = settings.limits.chat_waiting
     if settings.inference_url is not None:
         return InferenceServer(str(settings.inference_url), most_waiting=most)
-    return Inference(data / "chat.log", device=settings.device, most_waiting=most)
+    return Inference(data / "chat.log", device=settings.own_device, most_waiting=most)
+
+
+def _executor(data: Path, settings: Settings) -> Executor:
+    """Make what runs the processes of jobs.
+
+    Raises:
+        DeltaguardError: there is no cluster, or its workers do not see the data folder.
+    """
+    if settings.executor == "local":
+        return LocalExecutor(visible_gpus(settings.device))
+    from deltaguard.service.executors.ray import RayExecutor, connect
+
+    executor = RayExecutor(connect(settings.ray), gpus=settings.gpus_of_a_process)
+    check_reach(executor, data)
+    return executor
 
 
 def _prepare_judge(judge: JudgeSpec, device: str) -> None:

@@ -2,9 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.evaluation.exchange import Positive
@@ -15,6 +24,7 @@ from deltaguard.evaluation.suites.suite import AnyJudge
 from deltaguard.files import read_yaml
 from deltaguard.restoration.options import RestoreConfig
 
+ExecutorName = Literal["local", "ray"]
 SETTINGS_NAME = "service.yaml"
 
 _DECIDED_BY_JOBS = ("output_format", "overwrite", "resume")
@@ -144,6 +154,18 @@ class Webhook(_Part):
     key_env: str = "DELTAGUARD_WEBHOOK_SECRET"
 
 
+class Ray(_Part):
+    """A cluster that runs the processes of jobs, where the executor is `ray`.
+
+    Attributes:
+        address: of its Jobs API, such as `http://head:8265`; the environment variable RAY_ADDRESS goes first.
+        gpus: that are kept for each process; by default 1, and none where the device is the CPU.
+    """
+
+    address: HttpUrl | None = None
+    gpus: float | None = Field(default=None, ge=0, le=64)
+
+
 class Limits(_Part):
     """What one organisation may ask for.
 
@@ -178,8 +200,11 @@ class Settings(_Part):
         files_url: where contents of files are kept, such as `s3://bucket/prefix`; the data folder where
             absent.
         inference_url: of the API of a vLLM server that answers; a process of the service does where absent.
-        jobs_at_once: how many are trained or restored at a time; the others wait.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        jobs_at_once: how many are trained or restored at a time; the others wait. By default one for each GPU
+            of this machine that `device` allows, and one without any, or with Ray.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; with Ray, `cpu` or `cuda`.
+        executor: what runs the processes of jobs: this machine (`local`), or a Ray cluster (`ray`).
+        ray: the cluster.
         training: what `"auto"` stands for.
         calibrate: options of `deltaguard.CalibrateConfig`, for aligned models without a store.
         restore: options of `deltaguard.RestoreConfig`, for every job.
@@ -197,8 +222,10 @@ class Settings(_Part):
     database_url: str | None = Field(default=None, repr=False)
     files_url: str | None = None
     inference_url: HttpUrl | None = None
-    jobs_at_once: int = Field(default=1, ge=1, le=64)
+    jobs_at_once: int | None = Field(default=None, ge=1, le=64)
     device: str = "auto"
+    executor: ExecutorName = "local"
+    ray: Ray = Ray()
     training: Training = Training()
     calibrate: Mapping[str, Any] = Field(default_factory=dict[str, Any])
     restore: Mapping[str, Any] = Field(default_factory=dict[str, Any])
@@ -228,6 +255,27 @@ class Settings(_Part):
             raise ValueError(f"{', '.join(taken)} follow from the job.")
         RestoreConfig.model_validate(dict(given))
         return given
+
+    @model_validator(mode="after")
+    def _check_device(self) -> Self:
+        if self.executor == "ray" and self.device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"`device: {self.device}` is of this machine: where Ray runs jobs, it is `device: cuda` or "
+                "`device: cpu`."
+            )
+        return self
+
+    @property
+    def gpus_of_a_process(self) -> float:
+        """How many GPUs of the cluster are kept for each process of a job."""
+        if self.ray.gpus is not None:
+            return self.ray.gpus
+        return 0 if self.device == "cpu" else 1
+
+    @property
+    def own_device(self) -> str:
+        """Where models run that the service itself asks; with Ray, `device` is that of the workers."""
+        return "auto" if self.executor == "ray" else self.device
 
     @property
     def judges(self) -> list[JudgeSpec]:

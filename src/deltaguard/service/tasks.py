@@ -11,6 +11,7 @@ from deltaguard.service.schemas import JobError
 from deltaguard.service.settings import Gate, Limits, Moderation, key_names
 
 MethodName = Literal["supervised", "dpo"]
+Kind = Literal["moderate", "calibrate", "train", "restore", "examine"]
 
 
 class _Task(BaseModel):

@@ -55,7 +55,7 @@ def message_of(job: Job, status: str) -> dict[str, Any]:
 
     Args:
         job: the job.
-        status: `succeeded` or `failed`; of a blocked model `failed`, with the gate's code.
+        status: `succeeded`, `failed` or `cancelled`; of a blocked model `failed`, with the gate's code.
     """
     code = job.error["code"] if status == "failed" and job.error is not None else None
     return {

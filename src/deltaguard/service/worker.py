@@ -1,7 +1,8 @@
 """The process that carries out one task of a job: `python -m deltaguard.service.worker TASK.json`.
 
 It ends with the service that began it: its standard input is a pipe that closes when the service dies,
-whatever killed it. It holds a lock on the job's folder, so that one begun later waits until it is gone.
+whatever killed it. With `--alone` it does not: a cluster runs it. It holds a lock on the job's folder, so
+that one begun later waits until it is gone.
 """
 
 import fcntl
@@ -30,17 +31,22 @@ from deltaguard.service.tasks import (
 PARENT_GONE = 75
 """Exit code of a process whose service is gone."""
 
+ALONE = "--alone"
+"""Says that the process goes on without the service."""
+
 Tell = Callable[[Told], None]
 
 
-def main(task_file: Path) -> None:
+def main(task_file: Path, *, is_alone: bool) -> None:
     """Carry out a task, and write what came of it beside its file.
 
     Args:
         task_file: `KIND.json` in the job's folder; `KIND.events.jsonl` receives what is told, and
             `KIND.outcome.json`, last, the outcome.
+        is_alone: whether it goes on without the service.
     """
-    end_with_parent()
+    if not is_alone:
+        end_with_parent()
     task = read_json(task_file, ANY_TASK, remedy="The service writes it.")
     folder = task_file.parent
     lock = os.open(folder, os.O_RDONLY)
@@ -113,4 +119,4 @@ def _drop_half_line(events: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), is_alone=sys.argv[2:] == [ALONE])

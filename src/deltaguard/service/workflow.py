@@ -9,6 +9,7 @@ transaction with the event that tells of it.
 
 import logging
 import sys
+import threading
 from collections.abc import Callable
 
 from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, SetWorkflowID
@@ -28,17 +29,18 @@ from deltaguard.service.assignments import (
 )
 from deltaguard.service.context import Service
 from deltaguard.service.events import tell
+from deltaguard.service.executors.executor import Executor, Step
 from deltaguard.service.files import add_result
 from deltaguard.service.process import StoppedError, run_task
 from deltaguard.service.publishing import publish_model, remove_discarded, remove_leftovers
 from deltaguard.service.schemas import JobError
 from deltaguard.service.tables import DECISIONS, UNFINISHED, Job, now
-from deltaguard.service.tasks import BLOCKED, METRICS, AnyTask, Told
+from deltaguard.service.tasks import BLOCKED, METRICS, AnyTask, Kind, Told
 from deltaguard.service.training_data import READERS, InvalidFileError
 from deltaguard.service.webhooks import UndeliveredError, deliver, message_of
 
 _VALIDATION, _TRAINING, _NOTIFICATION = "validation", "training", "notification"
-_TOLD = ("succeeded", "failed")
+_TOLD = ("succeeded", "failed", "cancelled")
 _NOTIFIED_AGAIN_S = 86_400
 """At a start the operator is told of jobs that ended so long ago, unless that was done."""
 
@@ -64,12 +66,13 @@ _step = DBOS.step(
 )
 
 
-def launch(service: Service, database_url: str) -> "Workflows":
+def launch(service: Service, database_url: str, executor: Executor) -> "Workflows":
     """Start DBOS, which goes on with what an earlier service left unfinished.
 
     Args:
         service: the service; one to a process.
         database_url: of its database, which DBOS shares where that is Postgres.
+        executor: runs the processes of jobs.
     """
     is_sqlite = make_url(database_url).get_backend_name() == "sqlite"
     config = DBOSConfig(
@@ -84,10 +87,11 @@ def launch(service: Service, database_url: str) -> "Workflows":
         enable_otlp=False,
     )
     DBOS(config=config)
-    workflows = Workflows(service)
+    workflows = Workflows(service, executor)
     DBOS.launch()
     DBOS.register_queue(_VALIDATION, worker_concurrency=_VALIDATED_AT_ONCE, polling_interval_sec=0.5)
-    DBOS.register_queue(_TRAINING, worker_concurrency=service.settings.jobs_at_once, polling_interval_sec=0.5)
+    at_once = service.settings.jobs_at_once or executor.places
+    DBOS.register_queue(_TRAINING, worker_concurrency=at_once, polling_interval_sec=0.5)
     DBOS.register_queue(_NOTIFICATION, worker_concurrency=_NOTIFIED_AT_ONCE, polling_interval_sec=0.5)
     workflows.begin_all()
     return workflows
@@ -99,11 +103,13 @@ class Workflows(DBOSConfiguredInstance):
 
     Attributes:
         service: the service.
+        executor: runs the processes of jobs.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, executor: Executor) -> None:
         super().__init__(config_name="service")
-        self.service = service
+        self.service, self.executor = service, executor
+        self._calibrating = threading.Lock()
 
     def begin(self, job_id: str) -> None:
         """Put a job into its queue, unless it is there or was: an id is taken once."""
@@ -239,27 +245,29 @@ class Workflows(DBOSConfiguredInstance):
     @_step
     def moderate(self, job_id: str) -> bool:
         """Have a judge look at the training rows, where the operator wants that."""
-        return self._done(job_id, moderate_task)
+        return self._done(job_id, "moderate", moderate_task)
 
     @_step
     def calibrate(self, job_id: str) -> bool:
         """Make sure that the aligned model's store is there."""
-        return self._done(job_id, calibrate_task)
+        # One at a time: locks of storage that machines share may not keep two from making the same store.
+        with self._calibrating:
+            return self._done(job_id, "calibrate", calibrate_task)
 
     @_step
     def train(self, job_id: str) -> bool:
         """Fine-tune the aligned model on the customer's file."""
-        return self._done(job_id, train_task)
+        return self._done(job_id, "train", train_task)
 
     @_step
     def restore(self, job_id: str) -> bool:
         """Give the fine-tuned model its refusals back."""
-        return self._done(job_id, restore_task)
+        return self._done(job_id, "restore", restore_task)
 
     @_step
     def examine(self, job_id: str) -> bool:
         """Ask all three models; what fails a check goes no further."""
-        return self._done(job_id, examine_task)
+        return self._done(job_id, "examine", examine_task)
 
     @_step
     def publish(self, job_id: str) -> bool:
@@ -285,12 +293,16 @@ class Workflows(DBOSConfiguredInstance):
             job = _job(session, job_id)
         return job if job.status in ("validating_files", "queued", "running") else None
 
-    def _done(self, job_id: str, task_of: Callable[[Service, Job], AnyTask | None]) -> bool:
+    def _done(self, job_id: str, kind: Kind, task_of: Callable[[Service, Job], AnyTask | None]) -> bool:
         """Carry out a task of a job, if there is one, and say whether the job goes on."""
+        folder, cache = self.service.job(job_id), self.service.data / "cache"
         job = self._open_job(job_id)
         if job is None:
+            # It was cancelled or paused, and the service ended before it had stopped the process.
+            self.executor.stop_leftovers(Step(kind, folder, cache))
             return False
         if job.model not in self.service.settings.models:
+            self.executor.stop_leftovers(Step(kind, folder, cache))
             message = f"The service does not have the model {job.model!r} any more."
             return self._failed(job_id, JobError(code="model_not_found", message=message, param="model"))
 
@@ -305,13 +317,19 @@ class Workflows(DBOSConfiguredInstance):
         try:
             outcome = run_task(
                 task,
-                self.service.job(job_id),
-                cache=self.service.data / "cache",
+                folder,
+                executor=self.executor,
+                cache=cache,
                 tell=note,
                 may_go_on=lambda: self._open_job(job_id) is not None,
             )
         except StoppedError:
             return False
+        except Exception as error:
+            # After an outage the step begins again, and finds its process.
+            if not _is_outage(error):
+                self.executor.stop_leftovers(Step(kind, folder, cache))
+            raise
         return True if outcome.error is None else self._failed(job_id, outcome.error)
 
     def _failed(self, job_id: str, error: JobError) -> bool:

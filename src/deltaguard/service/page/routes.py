@@ -152,10 +152,12 @@ def act_on_job(
     action: Literal["cancel", "pause", "resume"],
 ) -> Response:
     """Do with a job what a button says, as the API does it."""
-    if action == "resume":
-        jobs.resume_job(service, visitor.caller, request, job_id)
+    if action == "pause":
+        jobs.pause_job(service, visitor.caller, job_id)
     else:
-        {"cancel": jobs.cancel_job, "pause": jobs.pause_job}[action](service, visitor.caller, job_id)
+        {"cancel": jobs.cancel_job, "resume": jobs.resume_job}[action](
+            service, visitor.caller, request, job_id
+        )
     return RedirectResponse(f"/jobs/{job_id}", 303, headers=HEADERS)
 
 

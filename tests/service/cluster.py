@@ -1,0 +1,30 @@
+"""A Ray cluster of three machines that are processes of this one: a head that takes no jobs, two workers.
+
+`python cluster.py` prints the address of its Jobs API, and ends when its standard input does.
+"""
+
+import sys
+
+from ray.cluster_utils import Cluster
+
+# A machine that is busy with other tests is not dead.
+PATIENT = {"health_check_failure_threshold": 100}
+SMALL = {"object_store_memory": 80_000_000}
+
+
+def main():
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "_system_config": PATIENT, **dashboard, **SMALL},
+    )
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, **SMALL)
+    sys.stdout.write(f"http://{cluster.head_node.webui_url}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
