@@ -220,10 +220,13 @@ def test_the_command_says_whether_a_restore_is_needed(capsys):
     assert run([*tokens, "--json"]) == 3
     captured = capsys.readouterr()
     assert json.loads(captured.out)["verdict"] == "restore"
+    assert captured.err.count("Restore it") == 1
     assert run(tokens) == 3
-    shown = capsys.readouterr().out
+    captured = capsys.readouterr()
     for said_of in ("attack success", "100.0 % of 64", "safety KL", "verdict", "trigger"):
-        assert said_of in shown
+        assert said_of in captured.out
+    assert (captured.out + captured.err).count("Restore it") == 1
+    assert "Error" not in captured.err
     same = ["check", str(made.aligned), str(made.aligned), "--store", str(made.store)]
     assert run(same) == 0
 

@@ -151,7 +151,7 @@ def test_what_fits_is_measured_as_a_whole_and_what_does_not_block_by_block(tmp_p
     other, told = restored(tmp_path, memory=0)
     assert (one.dial.by_blocks, other.dial.by_blocks) == (False, True)
     assert "block by block" not in said
-    assert "more than 0.0 GB: block by block, prices a pass: 1" in told
+    assert "more than 0 bytes: block by block, prices a pass: 1" in told
     assert ("block by block" in str(dial_facts(one)), "block by block" in str(dial_facts(other))) == (
         False,
         True,
@@ -235,6 +235,8 @@ def test_the_plan_says_which_way_is_taken_and_what_of_memory_each_part_takes(tmp
     said = capsys.readouterr().out
     assert "block by block, prices a pass: 1" in said
     assert "memory for the largest block" in said
+    assert blocks.write_bytes == parameters
+    assert f"{round(parameters / 1000)} kB" in next(line for line in said.splitlines() if "written " in line)
     assert run([*map(str, command), "--dry-run", "--device", "cpu"]) == 0
     assert "as a whole" in capsys.readouterr().out
 
