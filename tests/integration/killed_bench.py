@@ -40,6 +40,8 @@ def ran(aligned, out, step):
 
 def main():
     """Kill runs in one folder ever later, until one comes to its end; print how many were killed."""
+    # A kill, unlike a power cut, loses nothing that was written.
+    os.fsync = lambda descriptor: None
     aligned, work, most = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     assert ran(aligned, work / "whole", sys.maxsize)
     step, kills = 1, 0
