@@ -14,14 +14,14 @@ from deltaguard.studies import cells, defences, finetune_run, workshop
 from deltaguard.studies.run import bench
 
 
-@pytest.fixture(scope="module")
-def aligned(tmp_path_factory):
-    return models.save(models.tiny_model("llama"), tmp_path_factory.mktemp("aligned") / "model")
-
-
 OPTIONS = {"preset": TINY, "methods": ("greedy", "resta", "bea"), "command": "test"}
 KILLS = int(os.environ.get("DELTAGUARD_KILLS", "8"))
 """By the system, about so often at most; `make soak` asks for more."""
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    return models.save(models.tiny_model("llama"), tmp_path_factory.mktemp("aligned") / "model")
 
 
 @pytest.fixture(scope="module")
