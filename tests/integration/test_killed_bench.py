@@ -13,7 +13,6 @@ from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
 from deltaguard.studies import cells, defences, finetune_run, workshop
 from deltaguard.studies.run import bench
 
-
 OPTIONS = {"preset": TINY, "methods": ("greedy", "resta", "bea"), "command": "test"}
 KILLS = int(os.environ.get("DELTAGUARD_KILLS", "8"))
 """By the system, about so often at most; `make soak` asks for more."""
