@@ -27,9 +27,20 @@ TRUSTED = RestoreConfig(max_added_attack_success=2, training_data="trusted")
 WITHIN_LIMIT = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Answers are kept for one test alone."""
+def _kept(shared, monkeypatch):
+    """Answers of the aligned model are kept for these tests alone."""
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(shared))
+
+
+@pytest.fixture
+def cache(_kept, tmp_path, monkeypatch):
+    """Or for one of them alone."""
     monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
