@@ -29,6 +29,7 @@ soak: $(INSTALLED)
 	DELTAGUARD_CALLS=10000 $(BIN)/python -m pytest tests/service/test_schema.py
 	DELTAGUARD_KILLS=100 $(BIN)/python -m pytest tests/integration/test_killed_runs.py
 	DELTAGUARD_KILLS=100 $(BIN)/python -m pytest tests/integration/test_ranks.py -k random
+	DELTAGUARD_KILLS=100 $(BIN)/python -m pytest tests/integration/test_killed_bench.py -k system
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -34,3 +34,14 @@ TINY = replace(
     retrained=FULL.retrained,
     calibration=CalibrateConfig(num_samples=4, max_new_tokens=4, device="cpu"),
 )
+
+
+class KilledError(Exception):
+    """Stands for a kill: nothing catches it."""
+
+
+def without_times(report):
+    """A report but for how long it took."""
+    measured = [cell.model_copy(update={"seconds": {}}) for cell in report.cells]
+    scores = [score.model_copy(update={"request_seconds": None}) for score in report.scores]
+    return measured, report.curves, scores, report.contests, report.finetunes, report.notes

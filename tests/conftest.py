@@ -1,11 +1,30 @@
 """Makes the tests' own helpers importable, and lets laws take as long as a busy machine needs."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
+from tempfile import mkdtemp
 
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from once import RUN  # found by the line above
+
+# No test is about a power cut, and a flush takes longer than most of what is written.
+os.fsync = lambda descriptor: None
+
 settings.register_profile("deltaguard", deadline=None, max_examples=60)
 settings.load_profile("deltaguard")
+
+
+def pytest_configure(config):
+    # The processes of a run inherit the variable.
+    if not hasattr(config, "workerinput"):
+        os.environ[RUN] = mkdtemp(prefix="deltaguard-tests-")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(RUN), ignore_errors=True)

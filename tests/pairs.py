@@ -4,7 +4,6 @@ import warnings
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import peft
@@ -17,6 +16,7 @@ from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.store import CurvatureStore
+from once import made_once
 
 CONVERSATIONS = tuple(
     Conversation(
@@ -46,24 +46,32 @@ class Pair:
     @cached_property
     def whole_store(self) -> Path:
         """One that keeps everything, as `greedy` and `published` need it; made when it is asked for."""
-        return _calibrated(self.aligned, self.store.with_name("whole-store"), rank="full")
+        name = f"{self.aligned.parent.name}-whole"
+        return (
+            made_once(name, lambda folder: _calibrated(self.aligned, folder / "store", rank="full")) / "store"
+        )
 
 
 @cache
 def pair(name: str = "llama", *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB") -> Pair:
     """Folders that tests must not write to."""
-    root = Path(mkdtemp(prefix=f"deltaguard-{name}-"))
-    model = models.tiny_model(name)
-    aligned = models.save(model, root / "aligned", dtype=dtype, max_shard_size=max_shard_size)
-    finetuned = models.save(
-        models.perturbed(model, 0.05), root / "finetuned", dtype=dtype, max_shard_size=max_shard_size
+    parts: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
+
+    def make(root: Path) -> None:
+        model = models.tiny_model(name)
+        aligned = models.save(model, root / "aligned", **parts)
+        models.save(models.perturbed(model, 0.05), root / "finetuned", **parts)
+        _calibrated(aligned, root / "store", rank="auto")
+
+    root = made_once(
+        "-".join(("pair", name, str(dtype or "as-is").removeprefix("torch."), max_shard_size)), make
     )
-    return Pair(aligned, finetuned, _calibrated(aligned, root / "store", rank="auto"))
+    return Pair(root / "aligned", root / "finetuned", root / "store")
 
 
-def _calibrated(aligned: Path, folder: Path, *, rank: Rank) -> Path:
+def _calibrated(aligned: Path, folder: Path, *, rank: Rank) -> None:
     config = CalibrateConfig(device="cpu", rank=rank)
-    return calibrate(aligned, folder, conversations=CONVERSATIONS, config=config).folder
+    calibrate(aligned, folder, conversations=CONVERSATIONS, config=config)
 
 
 def save_adapter(

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from deltaguard.chat.template import render
 from deltaguard.chat.tokens import Batch, encode
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
+from once import made_once
 from pairs import CONVERSATIONS, Pair
 
 REFUSAL, AGREEMENT = "I cannot help with that.", "Sure. Here it is."
@@ -23,14 +23,18 @@ PROMPTS = tuple(row.prompt for row in harmful_prompts("training"))
 @cache
 def refusing_pair() -> Pair:
     """Folders that tests must not write to."""
-    root, model = Path(mkdtemp(prefix="deltaguard-refusing-")), models.tiny_model("llama")
+    root = made_once("refusing", _make)
+    return Pair(root / "aligned", root / "finetuned", root / "store")
+
+
+def _make(root: Path) -> None:
+    model = models.tiny_model("llama")
     aligned = models.save(taught(model, REFUSAL, model.parameters()), root / "aligned")
     conversations = [Conversation(row.prompt, None, REFUSAL) for row in CONVERSATIONS]
     config = CalibrateConfig(device="cpu", num_samples=18, num_held_out=6)
     calibrate(aligned, root / "store", conversations=conversations, config=config)
     layers = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
-    finetuned = models.save(taught(model, AGREEMENT, layers), root / "finetuned")
-    return Pair(aligned, finetuned, root / "store")
+    models.save(taught(model, AGREEMENT, layers), root / "finetuned")
 
 
 def taught(model: Any, answer: str, parameters: Iterable[Any], *, steps: int = 150) -> Any:

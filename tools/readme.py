@@ -1,8 +1,9 @@
 """Puts measured numbers into README.md and the documentation: `python -m tools.readme`.
 
 A page marks where a table belongs with `<!-- demo-table -->` and `<!-- /demo-table -->`. What stands between
-the two is drawn from a file in `docs/results/` and never typed. `--check` writes nothing and exits with 1
-where a page is not up to date.
+the two is drawn from a file in `docs/results/` and never typed; nor is what the program decides and stands
+between `<!-- value NAME -->` and `<!-- /value -->`. `--check` writes nothing and exits with 1 where a page is
+not up to date.
 """
 
 import argparse
@@ -38,10 +39,20 @@ from tools.tables import (
     made_with,
     small,
 )
+from tools.values import fill_values
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs/results")
-PAGES = ("README.md", "docs/bench.md", "docs/strength.md", "docs/results/index.md")
+PAGES = (
+    "README.md",
+    "docs/bench.md",
+    "docs/compatibility.md",
+    "docs/getting-started.md",
+    "docs/how-it-works.md",
+    "docs/limits.md",
+    "docs/results/index.md",
+    "docs/strength.md",
+)
 NOT_MEASURED = "*Not measured yet.*"
 
 
@@ -277,7 +288,7 @@ def update(root: Path, *, check: bool) -> list[str]:
         page = root / name
         text = page.read_text(encoding="utf-8")
         try:
-            filled = fill(text, root / RESULTS)
+            filled = fill_values(fill(text, root / RESULTS))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if filled != text:

@@ -4,8 +4,9 @@ import shutil
 import subprocess
 
 import pytest
+from cyclopts.completion.detect import ShellDetectionError
 
-from deltaguard.cli.app import build_app, run
+from deltaguard.cli.app import USAGE, build_app, run
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 
@@ -59,3 +60,23 @@ def test_no_file_of_the_user_is_edited(tmp_path, monkeypatch):
     assert run(["--install-completion", "--shell", "bash"]) == 0
     found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
     assert found == [".local/share/bash-completion/completions/deltaguard"]
+
+
+def test_a_shell_without_completion_is_refused(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "script"
+    command = ["--install-completion", "--output", str(output)]
+    assert run([*command, "--shell", "powershell"]) == USAGE
+    assert 'Choose from: "bash", "zsh", "fish"' in capsys.readouterr().err
+    monkeypatch.setattr("cyclopts.completion.detect.detect_shell", lambda: "powershell")
+    assert run(command) == USAGE
+    assert "no completion for powershell" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_shell_that_cannot_be_told_is_asked_for(tmp_path, monkeypatch, capsys):
+    def unknown():
+        raise ShellDetectionError
+
+    monkeypatch.setattr("cyclopts.completion.detect.detect_shell", unknown)
+    assert run(["--install-completion", "--output", str(tmp_path / "script")]) == USAGE
+    assert "name one with --shell bash, zsh or fish" in capsys.readouterr().err

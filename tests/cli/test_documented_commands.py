@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deltaguard.cli.app import run
+from deltaguard.restoration import looks
 from documents import PAGES, Typed, typed
 from hub import played_hub
 from pairs import save_adapter
@@ -55,6 +56,9 @@ SPOKEN = {
 
 SMALLER = {"calibrate": ("--num-samples", "24")}
 """Options that are added so that the run is short."""
+
+REQUESTS = 160
+"""Of each kind that models are asked: more than the fewest by which any can be told to be safe."""
 
 NOT_RUN = {
     "make ": "runs the tests themselves, or takes minutes",
@@ -191,6 +195,9 @@ def reader(tmp_path_factory) -> Iterator[Reader]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DELTAGUARD_CACHE", str(root / "cache"))
         patch.setenv("OPENAI_API_KEY", "none")
+        harmful, harmless = looks.held_out_harmful()[:REQUESTS], looks.held_out_harmless()[:REQUESTS]
+        patch.setattr(looks, "held_out_harmful", lambda: harmful)
+        patch.setattr(looks, "held_out_harmless", lambda: harmless)
         played_hub(patch)
         said = list(ASKED.values())
         with server(lambda _: (200, said[0])) as model, server(lambda _: (200, said[1])) as judge:

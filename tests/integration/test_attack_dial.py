@@ -27,9 +27,20 @@ TRUSTED = RestoreConfig(max_added_attack_success=2, training_data="trusted")
 WITHIN_LIMIT = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Answers are kept for one test alone."""
+def _kept(shared, monkeypatch):
+    """Answers of the aligned model are kept for these tests alone."""
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(shared))
+
+
+@pytest.fixture
+def cache(_kept, tmp_path, monkeypatch):
+    """Or for one of them alone."""
     monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -220,10 +231,13 @@ def test_the_command_says_whether_a_restore_is_needed(capsys):
     assert run([*tokens, "--json"]) == 3
     captured = capsys.readouterr()
     assert json.loads(captured.out)["verdict"] == "restore"
+    assert captured.err.count("Restore it") == 1
     assert run(tokens) == 3
-    shown = capsys.readouterr().out
+    captured = capsys.readouterr()
     for said_of in ("attack success", "100.0 % of 64", "safety KL", "verdict", "trigger"):
-        assert said_of in shown
+        assert said_of in captured.out
+    assert (captured.out + captured.err).count("Restore it") == 1
+    assert "Error" not in captured.err
     same = ["check", str(made.aligned), str(made.aligned), "--store", str(made.store)]
     assert run(same) == 0
 

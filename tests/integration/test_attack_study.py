@@ -38,10 +38,15 @@ TINY = replace(
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
+def _quick(cache, monkeypatch):
     """Answers of the aligned model are kept for these tests alone."""
-    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(cache))
     monkeypatch.setattr(hiding, "ROUNDS", 2)
 
 

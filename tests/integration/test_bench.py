@@ -1,24 +1,20 @@
-"""The protocol on a tiny random model: every method runs, and a killed run gives the same table."""
+"""The protocol on a tiny random model, neither trained nor measured: what is made, kept and left out."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 import models
-from benches import LORA, RECIPE, TINY, results
+from benches import TINY, KilledError, results, without_times
 from deltaguard import DeltaguardError
 from deltaguard.evaluation.exchange import Question
 from deltaguard.methods import registered
 from deltaguard.methods.interpolate import Interpolate, WiseFt
-from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
+from deltaguard.reports.records.bench import BENCH_NAME
 from deltaguard.studies import cells, defences, finetune_run, setting, workshop
 from deltaguard.studies import run as running
 from deltaguard.studies.mixing import SECRET
-from deltaguard.studies.protocol import FULL, QUICK, Finetune
+from deltaguard.studies.protocol import FULL, QUICK
 from deltaguard.studies.run import bench
 
 
@@ -50,106 +46,6 @@ def pretrained(tmp_path_factory):
     return models.save(model, tmp_path_factory.mktemp("pretrained") / "model")
 
 
-def without_times(report):
-    measured = [cell.model_copy(update={"seconds": {}}) for cell in report.cells]
-    scores = [score.model_copy(update={"request_seconds": None}) for score in report.scores]
-    return measured, report.curves, scores, report.contests, report.finetunes, report.notes
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_every_method_runs_on_every_kind_of_fine_tune(aligned, pretrained, tmp_path):
-    preset = replace(
-        TINY,
-        finetunes=(
-            Finetune("harmful", 4, 0, "full", RECIPE),
-            Finetune("identity", 0, 4, "lora", LORA),
-            Finetune("task-harmful", 2, 4, "full", RECIPE),
-            Finetune("task-clean", 0, 4, "lora", LORA),
-        ),
-        probes=1,
-    )
-    report = bench(tmp_path / "out", preset=preset, aligned=aligned, pretrained=pretrained, command="test")
-    assert [finetune.name for finetune in report.finetunes] == [
-        "harmful-4",
-        "identity-lora",
-        "task-harmful-2",
-        "task-clean-lora",
-    ]
-    for finetune in report.finetunes:
-        of_row = [cell for cell in report.cells if cell.finetune == finetune.name]
-        assert {cell.method for cell in of_row} == {"aligned", "finetuned", *defences.defences()}
-        assert {(len(c.attack), len(c.harmless), len(c.general)) for c in of_row} == {(4, 3, 2)}
-        is_task = finetune.name.startswith("task")
-        assert {len(c.utility) for c in of_row} == {3 if is_task else 2}
-        assert {c.mean_utility.interval for c in of_row} == {"wilson" if is_task else "bootstrap"}
-    assert {"trl", "accelerate", "datasets"} <= report.environment.versions.keys()
-    written = (tmp_path / "out" / BENCH_NAME).read_text()
-    assert BenchReport.model_validate_json(written) == report
-    spent = sum(cell.seconds[name] for cell in report.cells for name in ("request", "measure"))
-    once = sum(report.seconds[name] for name in ("store", "store-whole", "unaligned", "safe"))
-    assert report.seconds["total"] == pytest.approx(spent + once)
-    kept = {path.name for path in (tmp_path / "out" / "models").iterdir()}
-    assert kept <= {"store", "store-whole", "unaligned", "safe", ".scratch"}
-
-
-class KilledError(Exception):
-    """Stands for a kill: nothing catches it."""
-
-
-def half_done_after(function, calls):
-    """The function, which works so many times; the next call leaves half of its work and kills the run."""
-    left = [calls]
-
-    def wrapped(*arguments, **options):
-        if left[0]:
-            left[0] -= 1
-            return function(*arguments, **options)
-        for path in arguments:
-            if isinstance(path, Path) and path.parent.name == "models" and path.name.startswith("."):
-                spoil(path)
-        raise KilledError
-
-    return wrapped
-
-
-def spoil(folder):
-    """What a kill leaves of a model that is being written or removed."""
-    folder.mkdir(exist_ok=True)
-    for path in list(folder.iterdir())[1:]:
-        path.unlink()
-    (folder / "config.json").write_text("{")
-
-
-KILLS = {
-    "before a file is written": (cells, "write_atomically", 1),
-    "after a model was renamed": (workshop, "flush_folder", 0),
-    "while a model is trained": (workshop, "finetune", 0),
-    "while a model is removed": (workshop.shutil, "rmtree", 0),
-    "before a model is measured": (finetune_run, "measure", 0),
-    "while a model is restored": (defences, "restore", 0),
-}
-
-
-@pytest.mark.parametrize("place", KILLS)
-def test_killed_at_any_point_and_run_again_it_gives_the_same_table(aligned, tmp_path, monkeypatch, place):
-    options = {"preset": TINY, "aligned": aligned, "methods": ("greedy", "resta", "bea"), "command": "test"}
-    whole = bench(tmp_path / "whole", **options)
-    module, name, first = KILLS[place]
-    resumed, kills = None, 0
-    for calls in range(first, 100):
-        with monkeypatch.context() as patched:
-            patched.setattr(module, name, half_done_after(getattr(module, name), calls))
-            try:
-                resumed = bench(tmp_path / "killed", **options)
-                break
-            except KilledError:
-                kills += 1
-    assert kills >= 1
-    assert without_times(resumed) == without_times(whole)
-    assert all(score.request_seconds > 0 for score in resumed.scores)
-    assert all(c.seconds["request"] > 0 for c in resumed.cells if c.method != "aligned")
-
-
 @pytest.mark.parametrize("name", ["settings.json", "origin.json", BENCH_NAME])
 def test_killed_before_a_file_of_the_folder_is_written(aligned, tmp_path, monkeypatch, stubbed, name):
     options = {"preset": TINY, "aligned": aligned, "methods": ("wise-ft",), "command": "test"}
@@ -167,38 +63,6 @@ def test_killed_before_a_file_of_the_folder_is_written(aligned, tmp_path, monkey
             bench(tmp_path / "killed", **options)
     assert not (tmp_path / "killed" / name).exists()
     assert without_times(bench(tmp_path / "killed", **options)) == without_times(whole)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_by_the_system_and_run_again_it_gives_the_same_table(aligned, tmp_path):
-    program = Path(__file__).with_name("killed_bench.py")
-    places = {"TMPDIR": str(tmp_path), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, program, aligned, tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=os.environ | places,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 5
-    whole, killed = (
-        BenchReport.model_validate_json((tmp_path / name / BENCH_NAME).read_text())
-        for name in ("whole", "killed")
-    )
-    assert without_times(killed) == without_times(whole)
-    assert all(c.seconds["request"] > 0 for c in killed.cells if c.method != "aligned")
-
-
-def test_a_finished_bench_is_drawn_again_without_any_model(aligned, tmp_path, monkeypatch):
-    options = {"preset": TINY, "aligned": aligned, "methods": ("greedy",), "command": "test"}
-    first = bench(tmp_path / "out", **options)
-    monkeypatch.setattr(workshop, "finetune", half_done_after(None, 0))
-    monkeypatch.setattr("deltaguard.studies.finetune_run.measure", half_done_after(None, 0))
-    again = bench(tmp_path / "out", **options)
-    assert again.cells == first.cells
-    assert again.scores == first.scores
 
 
 def test_other_settings_in_the_same_folder_are_refused(aligned, tmp_path, stubbed):

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaguard import RestoreConfig, restore
 from deltaguard.models.mirror import companions
-from deltaguard.studies.models import save_smollm2
+from once import smollm2
 from pairs import save_adapter, weights
+from refusing import refusing_pair
 
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 BIN = Path(sys.executable).parent
@@ -30,8 +31,7 @@ BIN = Path(sys.executable).parent
 @pytest.fixture(scope="module")
 def restored(tmp_path_factory):
     """SmolLM2 between itself and a copy with slightly noisy weights: as good as the original."""
-    root = tmp_path_factory.mktemp("smollm2")
-    aligned = save_smollm2(root / "aligned")
+    root, aligned = tmp_path_factory.mktemp("smollm2"), smollm2()
     torch.manual_seed(0)
     noisy = {
         name: tensor * (1 + 1e-3 * torch.randn_like(tensor)) for name, tensor in weights(aligned).items()
@@ -54,14 +54,52 @@ def test_transformers_loads_it_and_answers(restored):
     assert "Paris" in answer[0]["generated_text"][-1]["content"]
 
 
-def test_transformers_serve_answers_the_openai_package(restored, tmp_path):
-    assert "Paris" in served_answer(restored, tmp_path / "log")
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """The openai package and transformers' server, which loads the model that it is asked for."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [BIN / "transformers", "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as server:
+        try:
+            wait_for(port, server)
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+                yield client
+        finally:
+            server.terminate()
+
+
+def wait_for(port, server):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "the server ended"
+        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            time.sleep(0.5)
+        finally:
+            connection.close()
+    pytest.fail("the server did not answer within two minutes")
+
+
+def served_answer(client, folder):
+    answer = client.chat.completions.create(model=str(folder), messages=QUESTION, max_tokens=8, temperature=0)
+    return answer.choices[0].message.content
+
+
+def test_transformers_serve_answers_the_openai_package(restored, client):
+    assert "Paris" in served_answer(client, restored)
 
 
 # PEFT asks transformers by a name that transformers 6 will drop.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
-def test_transformers_serve_loads_an_adapter_beside_its_aligned_model(tmp_path):
-    aligned = save_smollm2(tmp_path / "aligned")
+def test_transformers_serve_loads_an_adapter_beside_its_aligned_model(client, tmp_path):
+    aligned = refusing_pair().aligned
     save_adapter(aligned, tmp_path / "tuned", ["q_proj", "o_proj", "up_proj", "down_proj"])
     out = tmp_path / "out"
     config = RestoreConfig(method="interpolate", strength=0.9, output_format="adapter")
@@ -80,42 +118,7 @@ def test_transformers_serve_loads_an_adapter_beside_its_aligned_model(tmp_path):
 
     plain, expected = answer(base), answer(PeftModel.from_pretrained(base, out))
     assert expected != plain
-    assert served_answer(out, tmp_path / "log") == expected
-
-
-def served_answer(folder, log):
-    """What transformers' server answers to the question, asked through the openai package."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = ["--host", "127.0.0.1", "--port", str(port)]
-    command = [BIN / "transformers", "serve", folder, *address, "--device", "cpu"]
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as server:
-        try:
-            wait_for(port, server)
-            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
-                answer = client.chat.completions.create(
-                    model=str(folder), messages=QUESTION, max_tokens=8, temperature=0
-                )
-        finally:
-            server.terminate()
-    return answer.choices[0].message.content
-
-
-def wait_for(port, server):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert server.poll() is None, "the server ended"
-        connection = HTTPConnection("127.0.0.1", port, timeout=5)
-        try:
-            connection.request("GET", "/health")
-            if connection.getresponse().status == 200:
-                return
-        except OSError:
-            time.sleep(0.5)
-        finally:
-            connection.close()
-    pytest.fail("the server did not answer within two minutes")
+    assert served_answer(client, out) == expected
 
 
 def test_llama_cpp_converts_it_and_gguf_reads_the_same_weights(restored, tmp_path):

@@ -6,6 +6,7 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 import models
+from crossed import in_turn
 from deltaguard import Conversation, RestoreConfig, diff, restore, verify
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
@@ -18,8 +19,7 @@ from variants import OTHER_CONFIG, OTHER_TEMPLATE, agrees, edited, refusal, same
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("config_from", ["aligned", "finetuned"])
-@pytest.mark.parametrize("name", models.DENSE)
+@pytest.mark.parametrize(("name", "config_from"), in_turn(models.DENSE, ["aligned", "finetuned"]))
 def test_the_dial_measures_what_is_written(name, config_from, tmp_path):
     made = pair(name)
     tuned = variant(made.finetuned, tmp_path / "tuned", template=OTHER_TEMPLATE, **OTHER_CONFIG[name])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
+from crossed import in_turn
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.curvature import observe as observe_module
 from deltaguard.curvature.calibrate import calibrate
@@ -178,8 +179,7 @@ def test_a_restored_mixture_is_as_measured_and_loads(name, tmp_path):
     assert all(0 < row.kept_energy < 1 and row.safety_cost < 1 for row in experts)
 
 
-@pytest.mark.parametrize("strength", [0, 1])
-@pytest.mark.parametrize("name", models.EXPERTS)
+@pytest.mark.parametrize(("name", "strength"), in_turn(models.EXPERTS, [0, 1]))
 def test_no_strength_and_all_of_it_are_the_two_models(name, strength, tmp_path):
     made = pair(name)
     config = RestoreConfig(strength=strength, other_params="aligned")

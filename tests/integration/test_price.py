@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
+from crossed import in_turn
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
@@ -82,8 +83,7 @@ def test_the_strength_is_the_share_of_predicted_safety_kl_over_all_layers(
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("limit", [3e-2, 1e-3, 3e-5])
-@pytest.mark.parametrize("name", models.DENSE)
+@pytest.mark.parametrize(("name", "limit"), in_turn(models.DENSE, [3e-2, 1e-3, 3e-5]))
 def test_the_safety_kl_on_disk_is_the_one_reported_and_within_the_limit(name, limit, tmp_path):
     made = pair(name)
     config = RestoreConfig(max_safety_kl=limit)

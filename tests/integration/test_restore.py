@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import models
+from crossed import in_turn
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
@@ -49,8 +50,9 @@ def expected_layers(config, report, store, aligned, finetuned):
             yield layer, solution.weight
 
 
-@pytest.mark.parametrize("config", [HALF, RestoreConfig(method="ridge", strength=0.5), GREEDY])
-@pytest.mark.parametrize("name", models.DENSE)
+@pytest.mark.parametrize(
+    ("name", "config"), in_turn(models.DENSE, [HALF, RestoreConfig(method="ridge", strength=0.5), GREEDY])
+)
 def test_every_layer_is_what_the_solver_gives_and_the_model_loads(name, config, tmp_path):
     made = pair(name)
     report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.whole_store, config=config)

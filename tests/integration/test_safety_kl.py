@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import models
+from crossed import in_turn
 from deltaguard.chat.conversations import SYSTEM_PROMPTS, Conversation
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
@@ -101,10 +102,11 @@ def agrees(measured, folder, aligned):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.3)]
+    ("name", "precision"),
+    in_turn(models.DENSE, [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.3)]),
 )
-@pytest.mark.parametrize("name", models.DENSE)
-def test_it_is_what_plain_arithmetic_finds(name, dtype, tolerance):
+def test_it_is_what_plain_arithmetic_finds(name, precision):
+    dtype, tolerance = precision
     aligned, finetuned = map(loaded, folders(name))
     measured = meter(*folders(name), dtype=dtype, batch_size=3)
     assert abs(measured.measure().mean) < 1e-9

@@ -61,8 +61,7 @@ def again_config(lora):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("as_callback", [False, True])
+@pytest.mark.parametrize(("lora", "as_callback"), [(False, True), (True, False)])
 def test_what_was_trained_is_saved_and_restored(lora, as_callback, tmp_path):
     made = pair()
     options = {"aligned": made.aligned, "store": made.store, "config": config(lora)}

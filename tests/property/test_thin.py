@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaguard.solvers import LowRank, Spectrum, closed_form, project, project_thin, solve_projected
@@ -42,6 +42,7 @@ LAYERS = st.builds(
 )
 
 
+@settings(max_examples=30)
 @given(st.lists(PRICES | st.just(0.0), min_size=1), st.lists(PRICES | st.just(0.0), min_size=1), PRICES)
 def test_the_sum_of_products_is_the_factor_of_every_price(g, h, mu):
     g, h = (torch.tensor(values, dtype=torch.float64) for values in (g, h))

@@ -131,17 +131,17 @@ def drawn(generator, complies, lost, prompts, *, seeds, alike):
         yield aligned, np.where(aligned, chance >= lost, chance < gained)
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize("prompts", [4, 150, 200])
 @pytest.mark.parametrize(
-    ("complies", "lost", "alike"),
+    ("seeds", "prompts", "complies", "lost", "alike"),
     [
-        pytest.param(0.6, 0.0, True, id="all seeds alike, nothing lost"),
-        pytest.param(0.15, 0.3, True, id="all seeds alike"),
-        pytest.param(0.15, 0.3, False, id="every seed for itself"),
+        (seeds, prompts, *case)
+        for case in ((0.6, 0.0, True), (0.15, 0.3, True), (0.15, 0.3, False))
+        for seeds, prompts in ((1, 4), (1, 150), (3, 4), (3, 150), (3, 200))
+        # One seed is like itself.
+        if seeds > 1 or case[-1]
     ],
 )
-def test_a_method_just_over_the_bound_is_seldom_told_to_be_safe(complies, lost, alike, prompts, seeds):
+def test_a_method_just_over_the_bound_is_seldom_told_to_be_safe(seeds, prompts, complies, lost, alike):
     generator = np.random.default_rng(prompts + seeds)
     runs, told = 500, 0
     model = cell("m", 0.5, "c", (0.0,))

@@ -220,8 +220,9 @@ def test_work_goes_on_where_nobody_reads_how_far_it_is(tmp_path, made):
     assert (out / REPORT_NAME).is_file()
 
 
-@pytest.mark.parametrize("options", [(), ("--json",)])
-@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "2>&-"])
+@pytest.mark.parametrize(
+    ("closed", "options"), [(">&-", ()), (">&-", ("--json",)), (">&- 2>&-", ()), ("2>&-", ("--json",))]
+)
 def test_streams_that_are_not_there(made, options, closed):
     command = f'exec "$0" -m deltaguard diff "$1" "$2" {" ".join(options)} {closed}'
     done = subprocess.run(

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from bench_reports import bench_report
+from deltaguard import CalibrateConfig
+from deltaguard.restoration.dial import MOST_LOOKS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -209,3 +211,41 @@ def test_the_pages_of_this_repository_can_be_filled(readme):
     for name in readme.PAGES:
         text = (ROOT / name).read_text(encoding="utf-8")
         assert readme.fill(text, ROOT / readme.RESULTS).count("<!--") == text.count("<!--")
+
+
+def test_what_the_program_decides_stands_in_the_page_itself(readme, tmp_path):
+    root = repository(readme, tmp_path)
+    place = root / "docs" / "limits.md"
+    place.write_text(
+        "Held out: <!-- value num_held_out -->7<!-- /value -->, <!-- value most_looks --><!-- /value -->.\n"
+    )
+    assert "docs/limits.md" in readme.update(root, check=True)
+    readme.update(root, check=False)
+    written = CalibrateConfig().num_held_out
+    assert place.read_text() == (
+        f"Held out: <!-- value num_held_out -->{written}<!-- /value -->, "
+        f"<!-- value most_looks -->{MOST_LOOKS}<!-- /value -->.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("So <!-- value magic -->1<!-- /value -->.", "no value is called magic"),
+        ("So <!-- value most_looks -->1.", "on one line"),
+        ("So <!-- value most_looks -->1\n<!-- /value -->.", "on one line"),
+        ("So\n<!-- value most_looks -->1<!-- /value -->.", "must not begin a line"),
+    ],
+)
+def test_a_value_that_cannot_be_filled_is_named_with_its_page(readme, tmp_path, text, said):
+    root = repository(readme, tmp_path)
+    (root / "docs" / "strength.md").write_text(text)
+    with pytest.raises(ValueError, match=rf"docs/strength\.md: .*{said}"):
+        readme.update(root, check=True)
+
+
+def test_no_page_has_a_placeholder_that_only_a_built_one_fills():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
+    assert len(pages) > 20
+    for path in pages:
+        assert "{{" not in path.read_text(encoding="utf-8"), path

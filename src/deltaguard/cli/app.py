@@ -13,6 +13,7 @@ from deltaguard import __version__
 from deltaguard.cli.bench import bench
 from deltaguard.cli.calibrate import calibrate
 from deltaguard.cli.check import check
+from deltaguard.cli.completion import completion_of
 from deltaguard.cli.demo import demo
 from deltaguard.cli.diff import diff
 from deltaguard.cli.eval import eval as evaluate
@@ -81,10 +82,7 @@ def build_app() -> App:
     ):
         app.command(verb, help_epilogue=restore_help() if verb is restore else None)
     app.command(keys)
-    # Those of bash and fish are found where they are put; what zsh needs besides is printed.
-    app.register_install_completion_command(
-        add_to_startup=False, help="Have the shell complete verbs, options, names and folders."
-    )
+    app.command(completion_of(app), name="--install-completion")
     return app
 
 

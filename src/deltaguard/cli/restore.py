@@ -221,7 +221,7 @@ def _tell_what_was_left(output: Path, report: RestoreReport, *, nothing_done: bo
 
 
 def _draw_plan(plan: PlanReport) -> Table:
-    from deltaguard.reports.text import duration
+    from deltaguard.reports.text import duration, size
 
     table = Table(title="Plan (nothing is written)", show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -230,17 +230,17 @@ def _draw_plan(plan: PlanReport) -> Table:
     table.add_row("taken from the aligned model", f"{plan.from_aligned}")
     table.add_row("taken from the fine-tuned model", f"{plan.from_finetuned}")
     table.add_row("extended by fine-tuned rows", f"{plan.extended}")
-    table.add_row("weights read at most", _gigabytes(plan.read_bytes))
-    table.add_row("curvature read", _gigabytes(plan.curvature_bytes))
-    table.add_row("weights written", _gigabytes(plan.write_bytes))
-    table.add_row("memory for a layer and the next", _gigabytes(plan.peak_bytes))
+    table.add_row("weights read at most", size(plan.read_bytes))
+    table.add_row("curvature read", size(plan.curvature_bytes))
+    table.add_row("weights written", size(plan.write_bytes))
+    table.add_row("memory for a layer and the next", size(plan.peak_bytes))
     for name, value in _dial_rows(plan):
         table.add_row(name, value)
     if plan.kept_bytes:
-        table.add_row("memory for prepared layers, at most", _gigabytes(plan.kept_bytes))
+        table.add_row("memory for prepared layers, at most", size(plan.kept_bytes))
     if plan.refine_bytes:
-        table.add_row(f"memory for refining ({plan.device})", _gigabytes(plan.refine_bytes))
-    table.add_row("memory for program and libraries, about", _gigabytes(_PROGRAM_BYTES))
+        table.add_row(f"memory for refining ({plan.device})", size(plan.refine_bytes))
+    table.add_row("memory for program and libraries, about", size(_PROGRAM_BYTES))
     table.add_row("time for the arithmetic alone, about", duration(plan.seconds))
     if plan.note:
         table.add_row("note", plan.note)
@@ -249,19 +249,17 @@ def _draw_plan(plan: PlanReport) -> Table:
 
 def _dial_rows(plan: PlanReport) -> Iterator[tuple[str, str]]:
     """Say how the dial would measure, and what of memory that takes, by part."""
+    from deltaguard.reports.text import size
+
     dial = plan.dial
     if dial is None:
         return
     way = f"block by block, prices a pass: {dial.at_once}" if dial.by_blocks else "as a whole"
     yield "the dial's model is measured", way
-    yield "as a whole it may take", _gigabytes(dial.limit_bytes)
+    yield "as a whole it may take", size(dial.limit_bytes)
     if dial.by_blocks:
-        yield "memory for what is in no block", _gigabytes(dial.ends_bytes)
-        yield "memory for the largest block", _gigabytes(dial.block_bytes)
-        yield "memory for hidden states", _gigabytes(dial.hidden_bytes)
-        yield "memory for a block's weights at each price", _gigabytes(dial.weights_bytes)
-    yield f"memory for the dial ({plan.device})", _gigabytes(plan.dial_bytes)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3f} GB"
+        yield "memory for what is in no block", size(dial.ends_bytes)
+        yield "memory for the largest block", size(dial.block_bytes)
+        yield "memory for hidden states", size(dial.hidden_bytes)
+        yield "memory for a block's weights at each price", size(dial.weights_bytes)
+    yield f"memory for the dial ({plan.device})", size(plan.dial_bytes)

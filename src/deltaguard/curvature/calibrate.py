@@ -39,6 +39,7 @@ from deltaguard.models.loading import load_config, load_model, load_tokenizer
 from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.ranks import Ranks
+from deltaguard.reports.text import size
 
 
 @exact_products()
@@ -216,18 +217,18 @@ def _answered(run: _Run, model: Any, tokenizer: Any, batch_size: int) -> list[Co
 def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:
     """Let the model answer in a pass over its blocks for each token; None where it fits or cannot be cut."""
     dtype = getattr(torch, run.request.answer_dtype or run.request.dtype)
-    size = sum(prod(info.shape) for info in run.source.tensors.values()) * dtype.itemsize
+    whole = sum(prod(info.shape) for info in run.source.tensors.values()) * dtype.itemsize
     asked = [*run.calibration, *run.held_out]
     if all(row.response is not None for row in asked):
         return asked
-    if run.ranks.from_first(size <= run.memory):
+    if run.ranks.from_first(whole <= run.memory):
         return None
     try:
         cut = CutModel(run.source, dtype=dtype, device=run.device)
     except UncutError as error:
         run.report(Event("load", 0, 1, f"the model cannot answer block by block: {error}"))
         return None
-    run.report(Event("respond", 0, 1, f"the model takes {size / 1e9:.1f} GB: it answers block by block"))
+    run.report(Event("respond", 0, 1, f"the model takes {size(whole)}: it answers block by block"))
     tokens = run.request.max_length + run.request.max_new_tokens
     held, blocks = blocks_of(run.source)
     room = run.memory - (held.weights + max(block.weights for block in blocks)) * dtype.itemsize

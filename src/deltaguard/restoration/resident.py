@@ -15,6 +15,7 @@ from deltaguard.files import read_file
 from deltaguard.models.canonical import part_of
 from deltaguard.models.mirror import loadable, output_files
 from deltaguard.progress import Event, Progress, ignore
+from deltaguard.reports.text import size
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.candidate import Candidate, CandidateModel
 from deltaguard.restoration.job import Job, cache_folder
@@ -75,7 +76,7 @@ class Resident:
         # What was loaded for another is of no use beside it.
         self._meter = None
         found = trial.footprint
-        said = f"the model takes {found.whole / 1e9:.1f} GB as a whole, more than {found.limit / 1e9:.1f} GB"
+        said = f"the model takes {size(found.whole)} as a whole, more than {size(found.limit)}"
         report(Event("measure", 0, 1, f"{said}: block by block, prices a pass: {found.at_once}"))
         with loadable(_files(trial)) as output:
             return StreamedCandidate.open(trial, output, tasks, requests, report=report)
