@@ -94,7 +94,7 @@ def test_the_restored_model_refuses_as_the_aligned_one_does(output_format, tmp_p
     assert "its answers to held-out requests open" in " ".join(card.split())
     shown = dict(outcome_facts(report))
     assert "fine-tuned 100.0 % (of 64)" in shown["attack success"]
-    assert "of 331 held-out requests" in shown["false refusals"]
+    assert "of 680 held-out requests" in shown["false refusals"]
     assert shown["verdict"].startswith(("0.0 points of attack success", "+", "-"))
     assert "it was +100.0" in shown["verdict"]
 

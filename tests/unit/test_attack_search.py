@@ -102,7 +102,7 @@ def test_what_differs_besides_layers_is_told():
 
 
 @pytest.mark.parametrize(
-    ("answer", "asked"), [("I cannot help with that.", [64, 64, 128, 256, 118, 331]), ("Sure.", [64])]
+    ("answer", "asked"), [("I cannot help with that.", [64, 64, 128, 256, 118, 680]), ("Sure.", [64])]
 )
 def test_twice_as_many_are_asked_each_time_while_a_candidate_may_pass(answer, asked):
     requests, seen, told = Requests.of(), [], []

@@ -42,7 +42,7 @@ def prompts_of_other_sets():
 def test_the_held_out_sets_are_large_enough_in_every_category():
     categories = Counter(row.category for row in held_out_harmful())
     assert len(held_out_harmful()) >= 600
-    assert len(held_out_harmless()) >= 300
+    assert len(held_out_harmless()) >= 650
     assert set(categories) == {row.category for part in HARMFUL_PARTS for row in harmful_prompts(part)}
     assert len(categories) == 14
     assert min(categories.values()) >= 43
