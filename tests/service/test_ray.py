@@ -61,13 +61,9 @@ def address(tmp_path_factory):
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    # Ray waits half a minute for a part of itself, which is little on a machine that is busy.
-    for _ in range(3):
-        with cluster(log, {**os.environ, **PATIENT, **places}) as found:
-            if found is not None:
-                yield found
-                return
-    pytest.fail(log.read_text()[-3000:])
+    with cluster(log, {**os.environ, **PATIENT, **places}) as found:
+        assert found is not None, log.read_text()[-3000:]
+        yield found
 
 
 @contextlib.contextmanager
