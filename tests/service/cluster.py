@@ -4,7 +4,9 @@
 """
 
 import sys
+import time
 
+from ray._private import services
 from ray.cluster_utils import Cluster
 
 # A machine that is busy with other tests is not dead.
@@ -12,7 +14,23 @@ PATIENT = {"health_check_failure_threshold": 100}
 SMALL = {"object_store_memory": 80_000_000}
 
 
+def patiently(find, seconds=600):
+    """Look for a machine of the cluster for longer than the half minute in which Ray expects it."""
+
+    def look(*args, **kwargs):
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                return find(*args, **kwargs)
+            except RuntimeError:
+                if time.monotonic() > until:
+                    raise
+
+    return look
+
+
 def main():
+    services.get_node = patiently(services.get_node)
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
     cluster = Cluster(
         initialize_head=True,

@@ -29,6 +29,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 HERE = Path(__file__).parent
 TASK = Restore(model="none", device="cpu", options={}, as_adapter=True)
+PATIENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+    "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "300",
+}
 FAKE = """
 import os, sys, time
 from pathlib import Path
@@ -55,23 +60,22 @@ def address(tmp_path_factory):
     places = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "RAY_USAGE_STATS_ENABLED": "0",
     }
-    with log.open("wb") as said:
-        process = subprocess.Popen(
-            [sys.executable, HERE / "cluster.py"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            env={**os.environ, **places},
-            text=True,
-        )
-    found = next((line.strip() for line in process.stdout if line.startswith("http://")), None)
-    assert found is not None, log.read_text()[-3000:]
-    yield found
-    process.stdin.close()
-    process.wait(60)
-    process.stdout.close()
+    with cluster(log, {**os.environ, **PATIENT, **places}) as found:
+        assert found is not None, log.read_text()[-3000:]
+        yield found
+
+
+@contextlib.contextmanager
+def cluster(log, environment):
+    """Start a cluster, give the address of its Jobs API, None where it did not start, and end it."""
+    command = [sys.executable, HERE / "cluster.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with log.open("ab") as said, subprocess.Popen(command, stderr=said, env=environment, **pipes) as process:
+        lines = map(bytes.decode, process.stdout)
+        yield next((line.strip() for line in lines if line.startswith("http://")), None)
+        process.stdin.close()
+        process.wait(120)
 
 
 @pytest.fixture

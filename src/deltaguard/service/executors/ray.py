@@ -47,7 +47,8 @@ def connect(settings: Ray) -> "JobSubmissionClient":
         DeltaguardError: there is no address, or no cluster answers there.
     """
     require_packages("Running jobs on Ray", "ray", "ray", "aiohttp")
-    given = os.environ.get("RAY_ADDRESS") or (settings.address and str(settings.address))
+    written = None if settings.address is None else str(settings.address)
+    given = os.environ.get("RAY_ADDRESS") or written
     if given is None:
         raise DeltaguardError(
             "`executor: ray` needs the address of the cluster's Jobs API, such as http://head:8265, as "
