@@ -142,7 +142,7 @@ def test_every_process_writes_files_and_those_of_all_are_taken_over(llama, tmp_p
     alone(restore_tokens(llama, tmp_path / "undisturbed", *options))
     out = tmp_path / "out"
     # Its files are written, and it has not told of them.
-    dies = (1, "from_all", 2)
+    dies = (1, "from_all", 3)
     ended = ranked.run(2, restore_tokens(llama, out, *options), tmp_path / "said", dies=dies)
     assert ended.codes == [1, -9]
     found = finished_by(out)

@@ -293,8 +293,8 @@ class CutModel:
         return Batch(ids, mask, mask)
 
 
-class Parts:
-    """What batches, or parts of them, go through blocks with; computed where it is not known."""
+class Calls:
+    """What blocks are given of batches, or of parts of them; computed where it is not known."""
 
     def __init__(self, cut: CutModel, batches: Sequence[Batch]) -> None:
         """Compute nothing yet.
@@ -304,23 +304,23 @@ class Parts:
             batches: on its device.
         """
         self._cut, self._batches = cut, batches
-        self._calls: dict[int, dict[tuple[int, int], tuple[Call, ...]]] = {}
+        self._known: dict[int, dict[tuple[int, int], tuple[Call, ...]]] = {}
 
     def first(self, i: int, rows: slice) -> Tensor:
         """Compute what the first block gets of some conversations of a batch: (these, tokens, hidden)."""
         hidden, calls = self._cut.inputs(self._batches[i].part(rows))
-        known = self._calls.setdefault(i, {})
+        known = self._known.setdefault(i, {})
         # Of what was too large for the memory nothing is needed any more.
         for start, stop in [each for each in known if each[0] < rows.stop and rows.start < each[1]]:
             del known[start, stop]
         known[rows.start, rows.stop] = calls
         return hidden
 
-    def calls(self, i: int, rows: slice) -> tuple[Call, ...]:
+    def of(self, i: int, rows: slice) -> tuple[Call, ...]:
         """Say what each block is given beside the hidden states of some conversations of a batch."""
-        if (rows.start, rows.stop) not in self._calls.get(i, {}):
+        if (rows.start, rows.stop) not in self._known.get(i, {}):
             self.first(i, rows)
-        return self._calls[i][rows.start, rows.stop]
+        return self._known[i][rows.start, rows.stop]
 
 
 def _in(name: str, prefix: str, number: int | None) -> bool:

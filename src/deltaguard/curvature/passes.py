@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deltaguard.chat.tokens import Batch
-from deltaguard.curvature.blocks import CutModel, Parts
+from deltaguard.curvature.blocks import Calls, CutModel
 from deltaguard.curvature.contents import GroupCurvature
 from deltaguard.curvature.fitting import Due, Fitting
 from deltaguard.curvature.groups import observe_block, observed_again
@@ -77,7 +77,7 @@ class Passes:
         self._cut, self._batches, self._folder, self._report = cut, batches, folder, report
         self._ranks, self._own = ranks, range(ranks.rank, len(batches), ranks.size)
         self._fitting = Fitting(report)
-        self._parts = Parts(cut, self._batches)
+        self._calls = Calls(cut, self._batches)
         with explained(folder):
             folder.mkdir(exist_ok=True)
 
@@ -153,7 +153,7 @@ class Passes:
         layers, uncovered = self._fitting.run(
             min(len(hidden[0]), self._fitting.most),
             lambda rows: observe_block(
-                self._cut, number, hidden[0][rows], self._parts.calls(self._own[0], rows)[number]
+                self._cut, number, hidden[0][rows], self._calls.of(self._own[0], rows)[number]
             ),
         )[0]
         groups = tuple(LayerGroup(g.name, g.in_features, self.tokens, g.layers) for g in layers)
@@ -177,13 +177,13 @@ class Passes:
 
     def _embedded(self, i: int) -> Tensor:
         """Compute what the first block gets of a batch."""
-        return self._fitting.joined(len(self._batches[i].ids), partial(self._parts.first, i))
+        return self._fitting.joined(len(self._batches[i].ids), partial(self._calls.first, i))
 
     def _through(self, number: int, i: int, hidden: Tensor) -> Tensor:
         """Let a batch go through a block that is loaded."""
         return self._fitting.joined(
             len(hidden),
-            lambda rows: self._cut.run(number, hidden[rows], self._parts.calls(i, rows)[number]),
+            lambda rows: self._cut.run(number, hidden[rows], self._calls.of(i, rows)[number]),
         )
 
     def _sums(self, number: int, groups: Sequence[LayerGroup]) -> tuple[dict[str, AnyMoment], list[Tensor]]:
@@ -197,7 +197,7 @@ class Passes:
         found = zip(self._own, self._read("input", number), self._read("gradient", number + 1), strict=True)
 
         def differentiated(i: int, hidden: Tensor, above: Tensor, due: Due) -> Tensor:
-            given, calls = hidden[due.rows].requires_grad_(), self._parts.calls(i, due.rows)
+            given, calls = hidden[due.rows].requires_grad_(), self._calls.of(i, due.rows)
             with watched(observed, sums, due):
                 output = self._cut.run(number, given, calls[number])
                 return torch.autograd.grad(output, given, above[due.rows])[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltaguard.chat.predictions import losses_of
 from deltaguard.chat.tokens import Batch
-from deltaguard.curvature.blocks import CutModel, Parts, Read
+from deltaguard.curvature.blocks import Calls, CutModel, Read
 from deltaguard.curvature.fitting import Fitting
 from deltaguard.restoration.divergence import log_probs, mean_loss
 
@@ -35,11 +35,11 @@ def last_hidden(
     Returns:
         What the last block puts out, (conversations, tokens, hidden), for each model and batch.
     """
-    parts, hidden = Parts(cut, batches), list[list[Tensor]]()
-    first = [fitting.joined(len(batch.ids), partial(parts.first, i)) for i, batch in enumerate(batches)]
+    calls, hidden = Calls(cut, batches), list[list[Tensor]]()
+    first = [fitting.joined(len(batch.ids), partial(calls.first, i)) for i, batch in enumerate(batches)]
 
     def through(number: int, i: int, given: Tensor, rows: slice) -> Tensor:
-        return cut.run(number, given[rows], parts.calls(i, rows)[number])
+        return cut.run(number, given[rows], calls.of(i, rows)[number])
 
     for number, reads in enumerate(blocks):
         if not hidden:

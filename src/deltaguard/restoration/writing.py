@@ -179,11 +179,12 @@ def write_files(
     ranks.from_first(asked)
     part = _Part(trial.own, plan, asked, writer, ranks, done)
     found |= part.written(change)
-    for rank, (records, rows) in enumerate(ranks.from_all(((), dict[str, Rows]()))):
-        if rank != ranks.rank:
-            for record in records:
-                writer.adopt(record)
-            found |= rows
+    # What this rank wrote, its writer knows.
+    own: tuple[tuple[FileRecord, ...], dict[str, Rows]] = (), {}
+    for records, rows in ranks.from_all(own):
+        for record in records:
+            writer.adopt(record)
+        found |= rows
     return [row for shard in shards for row in found[shard]]
 
 
