@@ -216,6 +216,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "asking-table": ("asking.json", asking_table),
     "attacks-table": ("attacks.json", attacks_table),
     "attacks-hidden-table": ("attacks-hidden.json", attacks_table),
+    "defaults-table": ("defaults.json", attacks_table),
     "refine-table": ("refine.json", refine_table),
     "bench-table": ("bench.json", bench_table),
     "dial-table": ("dial.json", bench_table),
