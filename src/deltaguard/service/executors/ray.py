@@ -188,7 +188,7 @@ class RayJob:
             self._executor.client.stop_job(self.submission_id)
             # One that waits for a place has no process; if it gets one, the stop ends it.
             return str(info.status) == "PENDING"
-        self._keep_logs()
+        self._asked(self._keep_logs)
         return True
 
     def leave(self) -> None:
