@@ -28,6 +28,7 @@ from tools.picture import demo_picture
 from tools.refining import refine_table
 from tools.scaling import scaling_table
 from tools.service_demo import service_demo_table
+from tools.service_results import service_table
 from tools.tables import (
     attacks_table,
     bench_default,
@@ -41,7 +42,7 @@ from tools.tables import (
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs/results")
-PAGES = ("README.md", "docs/bench.md", "docs/strength.md", "docs/results/index.md")
+PAGES = ("README.md", "docs/bench.md", "docs/service.md", "docs/strength.md", "docs/results/index.md")
 NOT_MEASURED = "*Not measured yet.*"
 
 
@@ -213,6 +214,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "lora-default-table": ("lora.json", bench_default),
     "gemma-default-table": ("gemma.json", bench_default),
     "service-demo-table": ("service_demo.json", service_demo_table),
+    "service-table": ("service.json", service_table),
     "presets-table": ("gemma.json", bench_presets),
     "experiments-table": ("experiments.json", experiments_table),
 }

@@ -8,7 +8,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from deltaguard.errors import DeltaguardError
@@ -45,12 +45,21 @@ def open_database(url: str) -> Sessions:
 
     Args:
         url: as `database_url` gives it.
+
+    Raises:
+        DeltaguardError: the database does not answer.
     """
     engine = create_engine(url, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_immediately)
-    _migrate(engine)
+    try:
+        _migrate(engine)
+    except OperationalError as error:
+        # Not the whole of it, which may have the statement's parameters.
+        raise DeltaguardError(
+            f"The database does not answer: {error.orig}. Start it, or change `database_url` in service.yaml."
+        ) from error
     return sessionmaker(engine, expire_on_commit=False)
 
 

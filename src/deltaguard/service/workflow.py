@@ -15,7 +15,6 @@ from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, SetWorkflowID
 from dbos import error as dbos_error
 from sqlalchemy import select
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from deltaguard.errors import DeltaguardError
@@ -27,6 +26,7 @@ from deltaguard.service.assignments import (
     train_task,
 )
 from deltaguard.service.context import Service
+from deltaguard.service.errors import OUTAGES
 from deltaguard.service.events import tell
 from deltaguard.service.files import add_result
 from deltaguard.service.process import StoppedError, run_task
@@ -51,7 +51,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def _is_outage(error: BaseException) -> bool:
-    return isinstance(error, OperationalError)
+    return isinstance(error, OUTAGES)
 
 
 # While the database does not answer, a step is begun again and again: none does anything twice.
@@ -180,7 +180,7 @@ class Workflows(DBOSConfiguredInstance):
         interval_seconds=2,
         backoff_rate=2,
         max_attempts=15,
-        should_retry=lambda error: isinstance(error, UndeliveredError | OperationalError),
+        should_retry=lambda error: isinstance(error, (UndeliveredError, *OUTAGES)),
     )
     def deliver(self, job_id: str, status: str) -> None:
         """Send the message that a job has ended."""
