@@ -23,7 +23,7 @@ from deltaguard.service.server import existing_service
 ORGANISATIONS = 10
 SETTINGS = """\
 calibrate: {num_samples: 20, num_held_out: 8}
-restore: {strength: 0.99}
+restore: {strength: 0.9}
 gate: {requests: 20, answer_tokens: 12}
 training: {learning_rate: 0.01, lora_rank: 4}
 # What is measured is the service, and not how soon it refuses.

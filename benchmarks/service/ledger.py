@@ -88,7 +88,7 @@ class Ledger:
         return {
             "every job exists once": self._made(jobs),
             **found,
-            "every step is recorded once": tuple(self._recorded()),
+            "every step is recorded once": tuple(self.unrecorded()),
             "every published model answers": tuple(self._silent),
             "no process is left": self._left(),
             "no key stands in a log": tuple(self._keys()),
@@ -141,8 +141,8 @@ class Ledger:
         if job.status != "succeeded" or not folder.is_dir():
             yield f"{model.id} of a job that is {job.status}"
 
-    def _recorded(self) -> Iterable[str]:
-        """Look into the books of the workflows."""
+    def unrecorded(self) -> list[str]:
+        """List what the books of the workflows have twice, or not as done."""
         books = sqlite3.connect(f"file:{self._serving.data / 'workflows.sqlite'}?mode=ro", uri=True)
         try:
             states = books.execute("SELECT workflow_uuid, status FROM workflow_status").fetchall()
@@ -150,11 +150,11 @@ class Ledger:
         finally:
             books.close()
         ours = [(name, state) for name, state in states if str(name).startswith("ftjob-")]
-        yield from (f"{name} is {state}" for name, state in ours if state != "SUCCESS")
+        found = [f"{name} is {state}" for name, state in ours if state != "SUCCESS"]
         twice = Counter((name, step) for name, step in steps if str(name).startswith("ftjob-"))
-        yield from (f"{name}: {step} {n} times" for (name, step), n in twice.items() if n > 1)
-        if len(ours) < len(self._jobs):
-            yield f"{len(ours)} workflows of {len(self._jobs)} jobs"
+        found += [f"{name}: {step} {n} times" for (name, step), n in twice.items() if n > 1]
+        few = [f"{len(ours)} workflows of {len(self._jobs)} jobs"]
+        return found if len(ours) >= len(self._jobs) else [*few, *found]
 
     def _left(self) -> tuple[str, ...]:
         waited_for(lambda: not self._serving.workers(), _GONE_S)
