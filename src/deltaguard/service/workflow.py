@@ -195,6 +195,11 @@ class Workflows(DBOSConfiguredInstance):
     def _carried_out(self, step: Callable[[str], bool], job_id: str) -> bool:
         try:
             return step(job_id)
+        except (DeltaguardError, OSError) as error:
+            # Such as a disk that is full; its message names places on this machine.
+            _LOGGER.error("The job %s cannot go on: %s", job_id, error)  # noqa: TRY400  # no bug
+            self.end_by_machine(job_id)
+            return False
         except Exception:
             # The last stop: the job ends with a message, and the service goes on with others.
             _LOGGER.exception("A bug, in job %s", job_id)
@@ -272,6 +277,12 @@ class Workflows(DBOSConfiguredInstance):
         if job.status == "succeeded":
             remove_leftovers(self.service.job(job_id))
         return job.status == "succeeded"
+
+    @_step
+    def end_by_machine(self, job_id: str) -> None:
+        """End a job that the machine has no room for, or does not let go on otherwise."""
+        message = "The service could not go on with this job; its operator finds out why in the log."
+        self._failed(job_id, JobError(code="server_error", message=message))
 
     @_step
     def end_by_bug(self, job_id: str) -> None:
