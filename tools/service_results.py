@@ -169,7 +169,7 @@ def _clients(part: Clients) -> list[Line]:
     who = f"{part.clients} clients at once: "
     return [
         (
-            f"{who}`{route.name}`",
+            f"{who}{route.name}",
             f"{sum(route.statuses.values()):,}",
             _statuses(route.statuses),
             (route.p50, route.p95, route.p99),

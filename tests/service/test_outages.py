@@ -3,6 +3,7 @@
 import errno
 import sqlite3
 from contextlib import contextmanager
+from tempfile import SpooledTemporaryFile
 
 import openai
 import pytest
@@ -89,17 +90,11 @@ def test_an_upload_that_the_disk_has_no_room_for_leaves_nothing(client, opened, 
     uploaded(client)
 
 
-class Full:
+class Full(SpooledTemporaryFile):
     """A temporary file on a full disk."""
-
-    def __init__(self, **_options):
-        self.name = self._rolled = None
 
     def write(self, _content):
         raise OSError(errno.ENOSPC, "No space left on device")
-
-    def close(self):
-        """Close nothing."""
 
 
 def test_an_upload_that_finds_no_room_while_it_comes_is_no_fault_of_the_customers(client, monkeypatch):

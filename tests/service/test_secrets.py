@@ -23,9 +23,12 @@ def test_a_database_that_does_not_answer_is_told_without_its_password(tmp_path, 
 
 
 def test_a_database_that_is_no_address_is_told_without_its_password(tmp_path, capfd):
-    (tmp_path / "service.yaml").write_text(f"database_url: 'postgresql://deltaguard:{PASSWORD}@[::/name'\n")
+    (tmp_path / "service.yaml").write_text(
+        f"database_url: 'postgresql://deltaguard:{PASSWORD}@host:{PASSWORD}/name'\n"
+    )
     assert run(["keys", "list", "--data", str(tmp_path)]) == 1
     told = capfd.readouterr()
+    assert "`database_url` is none" in told.err
     assert PASSWORD not in told.out + told.err
 
 

@@ -59,7 +59,7 @@ def test_the_table_has_a_row_a_part_and_a_row_a_route():
     assert len(lines) == 2 + 3
     assert "50 (18 of a server, 16 of a trainer, 16 of a worker)" in lines[2]
     assert "30 steps were cut off and done again" in lines[2]
-    assert "`GET /v1/files` | 1,203 | 200: 1,200, 503: 3 | 200 ms | 450 ms" in lines[3]
+    assert "GET /v1/files | 1,203 | 200: 1,200, 503: 3 | 200 ms | 450 ms" in lines[3]
     assert "10,005 | 200: 6,005, 404: 4,000" in lines[4]
     assert "seed 3, 11 min" in drawn
 

@@ -29,10 +29,11 @@ def database_url(data: Path, given: str | None) -> str:
         return f"sqlite:///{(data / 'service.sqlite').absolute()}"
     try:
         url = make_url(given)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError):
+        # Not from that error, which may have a part of a password.
         raise DeltaguardError(
             "`database_url` is none: write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME."
-        ) from error
+        ) from None
     # The driver that DBOS brings.
     is_plain = url.drivername in ("postgres", "postgresql")
     return (url.set(drivername="postgresql+psycopg") if is_plain else url).render_as_string(
