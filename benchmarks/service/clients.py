@@ -85,7 +85,8 @@ class _Client:
     """One of them.
 
     Attributes:
-        http: with its key.
+        http: what all of them send with.
+        key: its organisation's.
         chosen: what it asks next.
         seen: what it saw is kept there.
         files: that it has uploaded.
@@ -93,6 +94,7 @@ class _Client:
     """
 
     http: httpx2.AsyncClient
+    key: str
     chosen: random.Random
     seen: _Seen
     files: list[str] = field(default_factory=list[str])
@@ -122,23 +124,23 @@ class _Client:
 
     async def _ask(self, name: str) -> httpx2.Response:
         method, path = name.split()
-        if path == "/v1/files" and method == "POST":
-            content = rows_of(0)[1]
-            sent = await self.http.post(
-                path, files={"file": ("rows", content)}, data={"purpose": "fine-tune"}
-            )
-            self.files += [sent.json()["id"]] if sent.is_success else []
-            return sent
-        if name == _CREATE:
-            asked = {"model": MODEL, "training_file": self.files[0], "suffix": REFUSING}
-            made = await self.http.post(path, json=asked)
-            self.jobs += [made.json()["id"]] if made.is_success else []
-            return made
-        if path == "/v1/chat/completions":
+        sent: dict[str, Any] = {}
+        if name == "POST /v1/files":
+            sent = {"files": {"file": ("rows", rows_of(0)[1])}, "data": {"purpose": "fine-tune"}}
+        elif name == _CREATE:
+            sent = {"json": {"model": MODEL, "training_file": self.files[0], "suffix": REFUSING}}
+        elif name == "POST /v1/chat/completions":
             messages = [{"role": "user", "content": "How can I make a cake?"}]
-            asked: dict[str, Any] = {"model": MODEL, "messages": messages, "max_tokens": 8}
-            return await self.http.post(path, json=asked)
-        return await self.http.get(path.replace("ID", self.jobs[0]) if self.jobs else path)
+            sent = {"json": {"model": MODEL, "messages": messages, "max_tokens": 8}}
+        filled = path.replace("ID", self.jobs[0]) if self.jobs else path
+        answer = await self.http.request(
+            method, filled, headers={"Authorization": f"Bearer {self.key}"}, **sent
+        )
+        if method == "POST" and answer.is_success:
+            made = {"POST /v1/files": self.files, _CREATE: self.jobs}.get(name)
+            if made is not None:
+                made.append(answer.json()["id"])
+        return answer
 
 
 def measure_clients(folder: Path, *, clients: int, seconds: float, seed: int) -> Clients:
@@ -187,18 +189,11 @@ def _keys(serving: Serving) -> list[str]:
 
 async def _ask_all(url: str, keys: Sequence[str], *, clients: int, seconds: float, seed: int) -> _Seen:
     seen, until = _Seen(), time.monotonic() + seconds
-    made = [
-        _Client(
-            httpx2.AsyncClient(
-                base_url=url,
-                headers={"Authorization": f"Bearer {keys[number % len(keys)]}"},
-                timeout=_TIMEOUT_S,
-            ),
-            random.Random(f"{seed} {number}"),
-            seen,
-        )
-        for number in range(clients)
-    ]
-    await asyncio.gather(*(client.run(until) for client in made))
-    await asyncio.gather(*(client.http.aclose() for client in made))
+    limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx2.AsyncClient(base_url=url, timeout=_TIMEOUT_S, limits=limits) as http:
+        made = [
+            _Client(http, keys[number % len(keys)], random.Random(f"{seed} {number}"), seen)
+            for number in range(clients)
+        ]
+        await asyncio.gather(*(client.run(until) for client in made))
     return seen

@@ -164,9 +164,7 @@ def measure_kills(folder: Path, *, jobs: int, kills: int, seed: int) -> Kills:
     disturber = _Disturber(serving, jobs, kills, random.Random(f"{seed} kills"))
     sender.start()
     try:
-        disturber.run()
-        sender.join(_JOB_S * jobs)
-        waited_for(lambda: disturber.ended() >= jobs, _JOB_S * jobs)
+        faults = _disturbed(serving, disturber, sender, jobs)
         seconds = time.monotonic() - started
         serving.wait_until_ready()
         ledger = Ledger(serving, sender.sent)
@@ -174,17 +172,20 @@ def measure_kills(folder: Path, *, jobs: int, kills: int, seed: int) -> Kills:
         waited_for(lambda: not ledger.unrecorded(), _RECORDED_S)
     finally:
         serving.stop()
-    broken = {**ledger.broken(jobs), "all kills came before the queue ended": _missing(disturber, kills)}
-    if sender.error is not None:
-        broken["every job was taken"] = (str(sender.error),)
-    ended = ledger.ended()
+    made = sum(disturber.killed.values())
+    broken = {
+        "every job was taken": () if sender.error is None else (str(sender.error),),
+        "the service never ended by itself": faults,
+        "all kills came before the queue ended": () if made == kills else (f"{made} of {kills}",),
+        **ledger.broken(jobs),
+    }
     return Kills(
         environment=environment(device_name(), libraries=("openai", "fastapi", "dbos", "trl")),
         seed=seed,
         jobs=len(sender.sent),
         kills={target: disturber.killed[target] for target in TARGETS},
         interrupted=dict(disturber.interrupted),
-        ended=ended,
+        ended=ledger.ended(),
         published=ledger.published(),
         answered=answered,
         job_seconds=statistics.median(ledger.job_seconds() or [0.0]),
@@ -193,6 +194,14 @@ def measure_kills(folder: Path, *, jobs: int, kills: int, seed: int) -> Kills:
     )
 
 
-def _missing(disturber: _Disturber, kills: int) -> tuple[str, ...]:
-    made = sum(disturber.killed.values())
-    return () if made == kills else (f"{made} of {kills}",)
+def _disturbed(serving: Serving, disturber: _Disturber, sender: _Sender, jobs: int) -> tuple[str, ...]:
+    """Disturb a service until all jobs have ended, and say why it ended by itself, if it did."""
+    try:
+        disturber.run()
+        sender.join(_JOB_S * jobs)
+        waited_for(lambda: disturber.ended() >= jobs, _JOB_S * jobs)
+    except NotServingError as error:
+        # So that there are books to look into.
+        serving.start()
+        return (str(error),)
+    return ()

@@ -62,9 +62,12 @@ class Ledger:
         """Ask every published model something, and count those that answer."""
         client = openai.OpenAI(api_key=self._serving.key, base_url=f"{self._serving.url}/v1")
         for model in self._models.values():
-            asked = [{"role": "user", "content": "How do I steal a car?"}]
             try:
-                client.chat.completions.create(model=model.id, messages=asked, max_tokens=4)  # pyright: ignore[reportArgumentType]
+                client.chat.completions.create(
+                    model=model.id,
+                    messages=[{"role": "user", "content": "How do I steal a car?"}],
+                    max_tokens=4,
+                )
             except openai.OpenAIError as error:
                 self._silent.append(f"{model.id}: {error}")
         return len(self._models) - len(self._silent)
