@@ -159,7 +159,8 @@ def _kills(part: Kills) -> list[Line]:
     ended = ", ".join(f"{count} {name}" for name, count in sorted(part.ended.items()))
     came = (
         f"{sum(part.ended.values())} ended ({ended}), {part.published} models published, {part.answered} of "
-        f"them answer; {sum(part.interrupted.values())} steps were cut off and done again"
+        f"them answer; {sum(part.interrupted.values())} steps were cut off and done again; "
+        f"{duration(part.job_seconds)} a job in the median"
     )
     what = f"kill -9 over a queue of {part.jobs} jobs"
     return [(what, f"{sum(part.kills.values())} ({kills})", came, _NONE)]

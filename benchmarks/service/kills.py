@@ -50,6 +50,9 @@ _RECORDED_S = 60
 _JOB_S = 240
 """So long a job may take in the mean, kills and starts of the service included."""
 
+_MOST_WAIT_S = 3 * _JOB_S
+"""So long the next job may let wait for its end, or the next process for its beginning."""
+
 
 class _Sender(threading.Thread):
     """A customer who sends jobs, by the stock client, which tries again by itself.
@@ -99,7 +102,7 @@ class _Disturber:
         """Spread all kills over the queue: the next one comes when its share of the jobs has ended."""
         for number in range(self._kills):
             due = number * max(0, self._jobs - 2) // self._kills
-            if not waited_for(lambda due=due: self.ended() >= due, _JOB_S * 3):
+            if not waited_for(lambda due=due: self.ended() >= due, _MOST_WAIT_S):
                 return
             time.sleep(self._chosen.uniform(0, _SPREAD_S))
             self._kill(self._chosen.choice(TARGETS))
@@ -127,7 +130,8 @@ class _Disturber:
 
     def _kill_worker(self, target: Target) -> bool:
         """Kill the process of a step, and say whether there was one before all jobs had ended."""
-        while self.ended() < self._jobs:
+        until = time.monotonic() + _MOST_WAIT_S
+        while self.ended() < self._jobs and time.monotonic() < until:
             if self._workers(target):
                 time.sleep(self._chosen.uniform(0, _STEP_S))
                 if found := self._workers(target):
