@@ -163,11 +163,11 @@ def measure_kills(folder: Path, *, jobs: int, kills: int, seed: int) -> Kills:
     """
     serving, started = Serving(folder, SETTINGS), time.monotonic()
     serving.start()
-    serving.wait_until_ready()
-    sender = _Sender(serving, jobs, random.Random(f"{seed} sender"))
-    disturber = _Disturber(serving, jobs, kills, random.Random(f"{seed} kills"))
-    sender.start()
     try:
+        serving.wait_until_ready()
+        sender = _Sender(serving, jobs, random.Random(f"{seed} sender"))
+        disturber = _Disturber(serving, jobs, kills, random.Random(f"{seed} kills"))
+        sender.start()
         faults = _disturbed(serving, disturber, sender, jobs)
         seconds = time.monotonic() - started
         serving.wait_until_ready()

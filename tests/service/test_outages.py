@@ -11,6 +11,7 @@ import starlette.formparsers
 from clients import ROW, uploaded
 from sqlalchemy import create_engine
 from sqlalchemy.event import listen
+from sqlalchemy.exc import DataError
 
 from deltaguard.service import database, files
 
@@ -88,6 +89,17 @@ def test_an_upload_that_the_disk_has_no_room_for_leaves_nothing(client, opened, 
     assert not list(client.files.list())
     monkeypatch.undo()
     uploaded(client)
+
+
+def test_what_a_database_does_not_take_is_the_requests_fault(client, opened):
+    def refuse(_connection, _cursor, statement, *_):
+        if "FROM files" in statement:
+            raise DataError(statement, {}, Exception("no zero bytes"))
+
+    listen(opened.service.sessions.kw["bind"], "before_cursor_execute", refuse)
+    with pytest.raises(openai.BadRequestError) as error:
+        client.files.retrieve("file-none")
+    assert error.value.code == "invalid_request"
 
 
 class Full(SpooledTemporaryFile):

@@ -75,6 +75,11 @@ def known_answer(error: Exception) -> JSONResponse | None:
         _LOGGER.error("The database does not answer: %s", why)
         message = "The database does not answer right now. Try again."
         return _response(503, message, "database_unavailable", None, {"Retry-After": "2"})
+    if isinstance(error, exc.DataError):
+        # Such as a zero byte in an id, which Postgres takes for no text.
+        _LOGGER.warning("The database does not take a value: %s", error.orig)
+        message = "Something in this request cannot be kept or looked up, such as a zero byte."
+        return _response(400, message, "invalid_request", None)
     if isinstance(error, DeltaguardError | OSError):
         # Such as a disk that is full; its message names places on this machine.
         _LOGGER.error("A request cannot be met: %s", error)
@@ -91,7 +96,7 @@ def answer_errors(app: FastAPI) -> None:
         assert found is not None  # noqa: S101  # registered for such errors alone
         return found
 
-    for kind in (ApiError, *OUTAGES, DeltaguardError):
+    for kind in (ApiError, *OUTAGES, exc.DataError, DeltaguardError):
         app.add_exception_handler(kind, _known)
 
     @app.exception_handler(RequestValidationError)
