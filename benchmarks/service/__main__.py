@@ -22,8 +22,6 @@ from benchmarks.service.kills import measure_kills
 def main() -> int:
     """Measure, and write what was found; 1 where something that must be true was not."""
     chosen = _options()
-    # So that a service that is being measured is ended, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     found = ServiceResults()
     if chosen.output.exists():
         found = ServiceResults.model_validate_json(chosen.output.read_bytes())
@@ -68,4 +66,6 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # So that a service that is being measured is ended, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
