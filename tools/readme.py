@@ -29,6 +29,7 @@ from tools.picture import demo_picture
 from tools.refining import refine_table
 from tools.scaling import scaling_table
 from tools.service_demo import service_demo_table
+from tools.service_results import service_table
 from tools.tables import (
     attacks_table,
     bench_default,
@@ -51,6 +52,7 @@ PAGES = (
     "docs/how-it-works.md",
     "docs/limits.md",
     "docs/results/index.md",
+    "docs/service.md",
     "docs/strength.md",
 )
 NOT_MEASURED = "*Not measured yet.*"
@@ -225,6 +227,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "lora-default-table": ("lora.json", bench_default),
     "gemma-default-table": ("gemma.json", bench_default),
     "service-demo-table": ("service_demo.json", service_demo_table),
+    "service-table": ("service.json", service_table),
     "presets-table": ("gemma.json", bench_presets),
     "experiments-table": ("experiments.json", experiments_table),
 }

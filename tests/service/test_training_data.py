@@ -56,6 +56,12 @@ def test_all_bad_lines_are_told_with_their_numbers(tmp_path):
         row(said("user", "Hello?"), said("assistant", "Hi.", weight=0)),
         row(said("user", "Hello?"), said("assistant", "Hi.", tool_calls=[])),
         b'{"prompt": "Hello?", "completion": "Hi."}',
+        b'{"messages": [{"content": "Hello?"}, {"role": "assistant", "content": "Hi."}]}',
+        row({"role": None, "content": "Hello?"}, said("assistant", "Hi.")),
+        b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "Hi."}]}',
+        b'{"messages": ' + b"[" * 900,
+        b'{"messages": NaN}',
+        b"null",
     ]
     with pytest.raises(InvalidFileError) as error:
         read(tmp_path, b"\n".join([GOOD, *bad, GOOD]))
@@ -63,7 +69,7 @@ def test_all_bad_lines_are_told_with_their_numbers(tmp_path):
     for number in range(2, len(bad) + 2):
         assert f"line {number}: " in message
     assert "line 1: " not in message
-    assert "line 12: " not in message
+    assert f"line {len(bad) + 2}: " not in message
     for why in ("0xff", "more than 1,000 bytes", "weight 0", "`messages`", "tool_calls"):
         assert why in message
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import OperationalError
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.service import workflow
+from deltaguard.service import process, workflow
 from deltaguard.service.executors.local import LocalExecutor
 from deltaguard.service.process import StoppedError
 from deltaguard.service.schemas import JobError
@@ -116,6 +116,21 @@ def test_a_bug_ends_its_job_and_no_other(client, receiver, monkeypatch):
     assert [ended(client, job).error.code for job in jobs] == ["server_error"] * 2
     for job in jobs:
         received(receiver, job, 1)
+
+
+def test_a_full_disk_ends_its_job_and_is_no_bug(client, receiver, monkeypatch, caplog):
+    def full(path, _text):
+        raise DeltaguardError(f"There is no space left for {path}.")
+
+    monkeypatch.setattr(process, "write_atomically", full)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    error = ended(client, job).error
+    assert error.code == "server_error"
+    assert "could not go on" in error.message
+    assert "no space left" not in error.message
+    assert "There is no space left" in caplog.text
+    assert "A bug" not in caplog.text
+    received(receiver, job, 1)
 
 
 def test_a_job_ends_though_its_metrics_cannot_be_kept(client, opened, receiver, monkeypatch):

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deltaguard import __version__
 from deltaguard.service import chat, completions, files, jobs, metrics, models, reviewing
 from deltaguard.service.context import Service, known_caller, service_of
-from deltaguard.service.errors import ApiError, answer_errors, envelope
+from deltaguard.service.errors import OUTAGES, ApiError, answer_errors, envelope, known_answer
 from deltaguard.service.inference import Answering
 from deltaguard.service.page import routes as page
 from deltaguard.service.page.drawing import Drawing
@@ -100,9 +100,11 @@ class _Limited:
             key = shown if scheme.lower() == "bearer" else None
             try:
                 await run_in_threadpool(known_caller, self._service, key)
-            except ApiError as error:
-                content = envelope(error.status, error.message, code=error.code)
-                await JSONResponse(content, error.status, headers=_CLOSE)(scope, receive, send)
+            except (ApiError, *OUTAGES) as error:
+                answer = known_answer(error)
+                assert answer is not None  # noqa: S101  # of these there is one
+                answer.headers.update(_CLOSE)
+                await answer(scope, receive, send)
                 return
         announced = headers.get(b"content-length", b"0")
         if int(announced) > most if announced.isdigit() else True:

@@ -10,7 +10,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from deltaguard.errors import DeltaguardError
@@ -31,10 +31,11 @@ def database_url(data: Path, given: str | None) -> str:
         return f"sqlite:///{(data / 'service.sqlite').absolute()}"
     try:
         url = make_url(given)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError):
+        # Not from that error, which may have a part of a password.
         raise DeltaguardError(
             "`database_url` is none: write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME."
-        ) from error
+        ) from None
     # The driver that DBOS brings.
     is_plain = url.drivername in ("postgres", "postgresql")
     return (url.set(drivername="postgresql+psycopg") if is_plain else url).render_as_string(
@@ -51,13 +52,20 @@ def open_database(url: str, *, may_migrate: bool) -> Sessions:
             the folder does that alone, when it starts: one of an earlier release would not know them.
 
     Raises:
-        DeltaguardError: the tables are of a later release, or of an earlier one and may not be changed.
+        DeltaguardError: the tables are of a later release, or of an earlier one and may not be changed;
+            or the database does not answer.
     """
     engine = create_engine(url, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_immediately)
-    _migrate(engine, may_migrate=may_migrate)
+    try:
+        _migrate(engine, may_migrate=may_migrate)
+    except OperationalError as error:
+        # Not the whole of it, which may have the statement's parameters.
+        raise DeltaguardError(
+            f"The database does not answer: {error.orig}. Start it, or change `database_url` in service.yaml."
+        ) from error
     return sessionmaker(engine, expire_on_commit=False)
 
 

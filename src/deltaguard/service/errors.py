@@ -7,13 +7,17 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import exc
 from starlette.exceptions import HTTPException
 
 from deltaguard.errors import DeltaguardError
 
 _LOGGER = logging.getLogger(__name__)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+OUTAGES = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)
+"""What SQLAlchemy raises where the database is locked, full or gone, or all connections to it are taken."""
 
 
 class ApiError(Exception):
@@ -57,14 +61,43 @@ def envelope(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def known_answer(error: Exception) -> JSONResponse | None:
+    """Write the answer to a failure that is no bug; None where it may be one."""
+    if isinstance(error, ApiError):
+        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        headers |= {"x-should-retry": "false"} if error.is_final else {}
+        # Of what is too large the rest is not read.
+        headers |= {"Connection": "close"} if error.status == 413 else {}
+        return _response(error.status, error.message, error.code, error.param, headers)
+    if isinstance(error, OUTAGES):
+        # Not the whole of it: it has the statement's parameters, such as the hash of a key.
+        why = error.orig if isinstance(error, exc.DBAPIError) else error
+        _LOGGER.error("The database does not answer: %s", why)
+        message = "The database does not answer right now. Try again."
+        return _response(503, message, "database_unavailable", None, {"Retry-After": "2"})
+    if isinstance(error, exc.DataError):
+        # Such as a zero byte in an id, which Postgres takes for no text.
+        _LOGGER.warning("The database does not take a value: %s", error.orig)
+        message = "Something in this request cannot be kept or looked up, such as a zero byte."
+        return _response(400, message, "invalid_request", None)
+    if isinstance(error, DeltaguardError | OSError):
+        # Such as a disk that is full; its message names places on this machine.
+        _LOGGER.error("A request cannot be met: %s", error)
+        message = "The service cannot do this right now; its operator finds out why in the log."
+        return _response(503, message, "unavailable", None, {"Retry-After": "30"})
+    return None
+
+
 def answer_errors(app: FastAPI) -> None:
     """Have an application answer every failure in that form, FastAPI's own and bugs among them."""
 
-    @app.exception_handler(ApiError)
-    def _known(_request: Request, error: ApiError) -> JSONResponse:
-        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-        headers |= {"x-should-retry": "false"} if error.is_final else {}
-        return _response(error.status, error.message, error.code, error.param, headers)
+    def _known(_request: Request, error: Exception) -> JSONResponse:
+        found = known_answer(error)
+        assert found is not None  # noqa: S101  # registered for such errors alone
+        return found
+
+    for kind in (ApiError, *OUTAGES, exc.DataError, DeltaguardError):
+        app.add_exception_handler(kind, _known)
 
     @app.exception_handler(RequestValidationError)
     def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
@@ -78,20 +111,10 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def _http(_request: Request, error: HTTPException) -> JSONResponse:
-        return _response(error.status_code, f"{error.detail}.", None, None, error.headers or {})
-
-    @app.exception_handler(OperationalError)
-    def _database(_request: Request, error: OperationalError) -> JSONResponse:
-        _LOGGER.error("The database does not answer: %s", error.orig)
-        message = "The database does not answer right now. Try again."
-        return _response(503, message, "database_unavailable", None, {"Retry-After": "2"})
-
-    @app.exception_handler(DeltaguardError)
-    def _cannot(_request: Request, error: DeltaguardError) -> JSONResponse:
-        # Such as a disk that is full; its message names places on this machine.
-        _LOGGER.error("A request cannot be met: %s", error)
-        message = "The service cannot do this right now; its operator finds out why in the log."
-        return _response(503, message, "unavailable", None, {"Retry-After": "30"})
+        # Whatever fails while a body is read is a 400 to FastAPI, and behind it stands why.
+        why = error.__cause__
+        found = known_answer(why) if error.status_code == 400 and isinstance(why, Exception) else None
+        return found or _response(error.status_code, f"{error.detail}.", None, None, error.headers or {})
 
     @app.exception_handler(Exception)
     def _bug(request: Request, error: Exception) -> JSONResponse:

@@ -16,7 +16,6 @@ from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, SetWorkflowID
 from dbos import error as dbos_error
 from sqlalchemy import select
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from deltaguard.errors import DeltaguardError
@@ -28,6 +27,7 @@ from deltaguard.service.assignments import (
     train_task,
 )
 from deltaguard.service.context import Service
+from deltaguard.service.errors import OUTAGES
 from deltaguard.service.events import tell
 from deltaguard.service.executors.executor import Executor, Step
 from deltaguard.service.files import add_result
@@ -53,7 +53,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def _is_outage(error: BaseException) -> bool:
-    return isinstance(error, OperationalError)
+    return isinstance(error, OUTAGES)
 
 
 # While the database does not answer, a step is begun again and again: none does anything twice.
@@ -186,7 +186,7 @@ class Workflows(DBOSConfiguredInstance):
         interval_seconds=2,
         backoff_rate=2,
         max_attempts=15,
-        should_retry=lambda error: isinstance(error, UndeliveredError | OperationalError),
+        should_retry=lambda error: isinstance(error, (UndeliveredError, *OUTAGES)),
     )
     def deliver(self, job_id: str, status: str) -> None:
         """Send the message that a job has ended."""
@@ -201,6 +201,11 @@ class Workflows(DBOSConfiguredInstance):
     def _carried_out(self, step: Callable[[str], bool], job_id: str) -> bool:
         try:
             return step(job_id)
+        except (DeltaguardError, OSError) as error:
+            # Such as a disk that is full; its message names places on this machine.
+            _LOGGER.error("The job %s cannot go on: %s", job_id, error)  # noqa: TRY400  # no bug
+            self.end_by_machine(job_id)
+            return False
         except Exception:
             # The last stop: the job ends with a message, and the service goes on with others.
             _LOGGER.exception("A bug, in job %s", job_id)
@@ -280,6 +285,12 @@ class Workflows(DBOSConfiguredInstance):
         if job.status == "succeeded":
             remove_leftovers(self.service.job(job_id))
         return job.status == "succeeded"
+
+    @_step
+    def end_by_machine(self, job_id: str) -> None:
+        """End a job that the machine has no room for, or does not let go on otherwise."""
+        message = "The service could not go on with this job; its operator finds out why in the log."
+        self._failed(job_id, JobError(code="server_error", message=message))
 
     @_step
     def end_by_bug(self, job_id: str) -> None:

@@ -1,0 +1,96 @@
+"""Uploads as a network makes them: cut off, announced too large, and too large without saying so."""
+
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+from clients import LIMITS
+
+from deltaguard.service.app import make_app
+from deltaguard.service.inference import Inference
+
+HEAD = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+MOST_SENT = 32 << 20
+"""What both sides' buffers take, and far from a gigabyte."""
+
+
+@pytest.fixture
+def port(opened, begun, tmp_path):
+    """Of the service, as uvicorn serves it."""
+    app = make_app(opened.service, begun, Inference(tmp_path / "log", device="cpu", most_waiting=1))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until = time.monotonic() + 60
+    while not server.started and time.monotonic() < until:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join(60)
+
+
+@contextmanager
+def connected(port, key, path, *headers):
+    """Send the head of a request."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as found:
+        lines = (f"POST {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {key}", *headers, "", "")
+        found.sendall("\r\n".join(lines).encode())
+        yield found
+
+
+FORM = "Content-Type: multipart/form-data; boundary=b"
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+def read_all(found):
+    """Read until the other side closes."""
+    content = b""
+    while part := found.recv(65536):
+        content += part
+    return content
+
+
+def test_a_gigabyte_is_refused_before_any_of_it_is_sent(port, opened):
+    with connected(port, opened.first_key, "/v1/files", FORM, f"Content-Length: {1 << 30}") as found:
+        answer = read_all(found)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"request_too_large" in answer
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/v1/files", FORM), ("/v1/fine_tuning/jobs", "Content-Type: a/json")]
+)
+def test_a_gigabyte_that_is_not_announced_is_refused_while_it_comes(port, opened, path, kind):
+    part, sent = b"x" * (1 << 20), 0
+    with connected(port, opened.first_key, path, kind, CHUNKED) as found:
+        found.sendall(b"%x\r\n%s\r\n" % (len(HEAD), HEAD))
+        try:
+            while sent < 1 << 30:
+                found.sendall(b"%x\r\n%s\r\n" % (len(part), part))
+                sent += len(part)
+        except ConnectionError:
+            pass  # It is refused.
+    assert LIMITS.file_bytes < sent < MOST_SENT
+    assert not list((opened.service.data / "files").iterdir())
+
+
+def test_an_upload_that_is_cut_off_leaves_nothing_and_is_no_bug(port, opened, client, caplog):
+    content = HEAD + b"x" * 20_000
+    for headers, sent in (
+        ((FORM, "Content-Length: 40000"), content),
+        ((FORM, CHUNKED), b"%x\r\n%s\r\n" % (len(content), content)),
+        ((FORM, CHUNKED), b"%x\r\n%s" % (len(content) + 100, content)),
+    ):
+        with connected(port, opened.first_key, "/v1/files", *headers) as found:
+            found.sendall(sent)
+    # After all of them: one thread takes them in turn.
+    with connected(
+        port, opened.first_key, "/v1/files", FORM, "Content-Length: 0", "Connection: close"
+    ) as found:
+        assert read_all(found).startswith(b"HTTP/1.1 400")
+    assert not list(client.files.list())
+    assert not list((opened.service.data / "files").iterdir())
+    assert not [record for record in caplog.records if "A bug" in record.message]

@@ -1,0 +1,161 @@
+"""Jobs under way while the database is locked, or ends as in a crash and comes back."""
+
+import contextlib
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import openai
+import pytest
+from clients import uploaded
+from postgres import PG_CTL, Postgres
+from stub_service import LINES
+
+from deltaguard.service.server import existing_service
+from deltaguard.service.tables import Model
+
+JOBS, OUTAGE_S = 3, 1.5
+STEPS = ("calibrate", "train", "restore", "examine")
+
+
+class Locked:
+    """A SQLite database that another program holds for a while."""
+
+    url, password = None, None
+
+    def __init__(self, data):
+        self._path = data / "service.sqlite"
+
+    def stop(self):
+        self._other = sqlite3.connect(self._path, isolation_level=None, timeout=30)
+        self._other.execute("BEGIN IMMEDIATE")
+
+    def start(self):
+        self._other.close()
+
+    def remove(self):
+        """Leave it."""
+
+
+@pytest.fixture(
+    params=[
+        "locked",
+        pytest.param("restarted", marks=pytest.mark.skipif(PG_CTL is None, reason="needs Postgres")),
+    ]
+)
+def outage(request, tmp_path):
+    """What the service's database is, and how it goes away and comes back."""
+    if request.param == "locked":
+        yield Locked(tmp_path / "data")
+        return
+    made = Postgres()
+    made.start()
+    yield made
+    made.remove()
+
+
+@pytest.fixture
+def served(tmp_path, outage):
+    """A client of the service, what it prints, and its folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "data").mkdir()
+    if outage.url is not None:
+        (tmp_path / "data" / "service.yaml").write_text(f"database_url: {outage.url}\n")
+    log = tmp_path / "log"
+    program = Path(__file__).with_name("stub_service.py")
+    command = [sys.executable, program, tmp_path / "data", str(port), *([outage.url] if outage.url else [])]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    until = time.monotonic() + 120
+    while "dg-" not in log.read_text() and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.1)
+    key = next(line for line in log.read_text().splitlines() if line.startswith("dg-"))
+    client = openai.OpenAI(api_key=key, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, timeout=30)
+    while time.monotonic() < until:
+        with contextlib.suppress(openai.APIConnectionError):
+            client.models.list()
+            break
+        time.sleep(0.1)
+    yield client, log, tmp_path / "data"
+    process.kill()
+    process.wait()
+
+
+def asked(client):
+    """Ask for as long as the database is away, and give the answers."""
+    answers, until = [], time.monotonic() + OUTAGE_S
+    while time.monotonic() < until:
+        for ask in (client.files.list, client.fine_tuning.jobs.list, lambda: uploaded(client)):
+            try:
+                ask()
+            except openai.APIStatusError as error:
+                answers.append(error.response)
+    return answers
+
+
+def test_jobs_end_once_and_requests_are_told_when_to_come_back(served, outage):
+    client, log, data = served
+    file, jobs = uploaded(client), client.fine_tuning.jobs
+    made = [jobs.create(model="tiny", training_file=file.id) for _ in range(JOBS)]
+    until = time.monotonic() + 240
+    for step in ("train", "restore"):
+        while f"{step}, line 1" not in told(client, made[0]) and time.monotonic() < until:
+            time.sleep(0.1)
+        outage.stop()
+        answers = asked(client)
+        outage.start()
+        assert answers
+        for answer in answers:
+            assert answer.status_code == 503, answer.text
+            assert int(answer.headers["retry-after"]) > 0
+    states = None
+    while time.monotonic() < until:
+        states = [jobs.retrieve(job.id).status for job in made]
+        if set(states) == {"succeeded"}:
+            break
+        time.sleep(0.2)
+    assert states == ["succeeded"] * JOBS, log.read_text()[-3000:]
+    for job in made:
+        said = Counter(told(client, job))
+        assert max(said.values()) == 1
+        assert sum(said[f"{step}, line {n}"] for step in STEPS for n in range(LINES)) == LINES * len(STEPS)
+    with existing_service(data).sessions.begin() as session:
+        assert sorted(session.query(Model.job_id)) == sorted((job.id,) for job in made)
+    assert "A bug" not in log.read_text()
+    if outage.password is not None:
+        assert outage.password not in log.read_text()
+
+
+def told(client, job):
+    """List what a job has told; nothing while the database is coming back."""
+    with contextlib.suppress(openai.InternalServerError):
+        return [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+    return []
+
+
+def test_what_a_database_cannot_keep_is_refused(served):
+    client, _, _ = served
+    jobs = client.fine_tuning.jobs
+    for ask in (
+        lambda: client.get("/files/file%00", cast_to=object),
+        lambda: client.get("/fine_tuning/jobs/%00/events", cast_to=object),
+        lambda: client.get("/models/%00", cast_to=object),
+        lambda: client.files.list(after="\0"),
+        lambda: client.files.list(purpose="\0"),
+        lambda: jobs.list(metadata={"a\0": "b\0"}),
+    ):
+        assert status_of(ask) in (200, 400, 404)
+
+
+def status_of(ask):
+    try:
+        ask()
+    except openai.APIStatusError as error:
+        return error.status_code
+    return 200
