@@ -251,6 +251,7 @@ executor: ray
         rows = "\n".join([json.dumps(row)] * 12).encode()
         file = served.client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
         job = jobs.create(model="tiny", training_file=file.id, seed=1)
+        served.wait(lambda: list((served.data / "jobs").iterdir()))
         served.kill_worker("train")
         served.kill()
         served.start()
