@@ -148,7 +148,6 @@ restore(*sys.argv[1:4], store=sys.argv[4], config=config, progress=progress)
     [
         ({"method": "greedy", "strength": 0.5}, {"strength": 0.6}, 12),
         ({"method": "kfac", "strength": 0.5}, {"method": "ridge"}, 1),
-        ({"max_safety_kl": 1e-3}, {"max_safety_kl": 1e-4}, 1),
         ({"max_safety_kl": 1e-3}, {"max_safety_kl": 1e-4}, 12),
     ],
 )
