@@ -34,7 +34,14 @@ def main():
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "_system_config": PATIENT, **dashboard, **SMALL},
+        # Any free port: another cluster on this machine may have the usual one.
+        head_node_args={
+            "num_cpus": 0,
+            "dashboard_agent_listen_port": 0,
+            "_system_config": PATIENT,
+            **dashboard,
+            **SMALL,
+        },
     )
     for _ in range(2):
         cluster.add_node(num_cpus=1, **SMALL)

@@ -11,6 +11,7 @@ import uvicorn
 
 from deltaguard.service import database, workflow
 from deltaguard.service.app import make_app
+from deltaguard.service.executors.local import LocalExecutor
 from deltaguard.service.inference import Inference
 from deltaguard.service.process import StoppedError
 from deltaguard.service.server import open_service
@@ -20,7 +21,7 @@ from deltaguard.service.tasks import RESTORED, Outcome, Told
 LINES, LINE_S = 8, 0.1
 
 
-def run_task(task, folder, *, cache, tell, may_go_on):
+def run_task(task, folder, *, executor, cache, tell, may_go_on):
     """Tell a few lines, as a process would that is begun again from its beginning."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(LINES):
@@ -41,7 +42,7 @@ def main(data, port, url=None):
     opened = open_service(Path(data), Settings(models={"tiny": "nowhere"}, database_url=url))
     sys.stdout.write(f"{opened.first_key}\n")
     sys.stdout.flush()
-    workflows = workflow.launch(opened.service, opened.database_url)
+    workflows = workflow.launch(opened.service, opened.database_url, LocalExecutor())
     inference = Inference(Path(data) / "chat.log", device="cpu", most_waiting=1)
     uvicorn.run(make_app(opened.service, workflows, inference), port=int(port), log_level="warning")
 
