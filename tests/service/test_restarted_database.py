@@ -125,8 +125,10 @@ def test_jobs_end_once_and_requests_are_told_when_to_come_back(served, outage):
         said = Counter(told(client, job))
         assert max(said.values()) == 1
         assert sum(said[f"{step}, line {n}"] for step in STEPS for n in range(LINES)) == LINES * len(STEPS)
-    with existing_service(data).sessions.begin() as session:
+    sessions = existing_service(data).sessions
+    with sessions.begin() as session:
         assert sorted(session.query(Model.job_id)) == sorted((job.id,) for job in made)
+    sessions.kw["bind"].dispose()
     assert "A bug" not in log.read_text()
     if outage.password is not None:
         assert outage.password not in log.read_text()
