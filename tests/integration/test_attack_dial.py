@@ -17,6 +17,7 @@ from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.check import verdict
 from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.reports.restore import outcome_facts
+from deltaguard.restoration import looks
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.looks import FIRST, Requests, how_asked, keep_answers, kept_answers
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
@@ -39,12 +40,22 @@ def _kept(shared, monkeypatch):
 
 
 @pytest.fixture
+def few(_kept, shared, monkeypatch):
+    """Fewer requests are asked, but more than the fewest by which a model can be told to be safe."""
+    harmful, harmless = looks.held_out_harmful()[:160], looks.held_out_harmless()[:160]
+    monkeypatch.setattr(looks, "held_out_harmful", lambda: harmful)
+    monkeypatch.setattr(looks, "held_out_harmless", lambda: harmless)
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(shared / "few"))
+
+
+@pytest.fixture
 def cache(_kept, tmp_path, monkeypatch):
-    """Or for one of them alone."""
+    """Answers are kept for one test alone."""
     monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
+@pytest.mark.usefixtures("few")
 def test_block_by_block_it_finds_the_same(tmp_path, monkeypatch):
     made = refusing_pair()
     monkeypatch.setattr("deltaguard.restoration.streamed.rows_within", lambda *_, **__: 64)
@@ -154,6 +165,7 @@ def test_a_fine_tune_that_is_worse_by_safety_kl_alone_is_named_so(capsys, tmp_pa
     assert verdict(report).startswith("Restore it: its safety KL is")
 
 
+@pytest.mark.usefixtures("few")
 def test_an_aligned_model_that_does_not_refuse_is_told(tmp_path):
     made = pair()
     with pytest.raises(DeltaguardError, match=r"complies with .* harmful requests.*base model"):
@@ -162,6 +174,7 @@ def test_an_aligned_model_that_does_not_refuse_is_told(tmp_path):
     assert "base model" in check(made.aligned, made.finetuned, store=made.store).warnings[0]
 
 
+@pytest.mark.usefixtures("few")
 def test_answers_of_the_aligned_model_are_asked_once(cache):
     made = refusing_pair()
     first = check(made.aligned, made.finetuned, store=made.store)
@@ -176,6 +189,7 @@ def test_answers_of_the_aligned_model_are_asked_once(cache):
         assert kept.read_text() != damaged
 
 
+@pytest.mark.usefixtures("few")
 def test_a_cache_that_cannot_be_written_is_told_and_ends_nothing(cache):
     made, told = refusing_pair(), []
     cache.write_text("a file")
@@ -225,6 +239,7 @@ def test_a_check_needs_a_limit_of_attack_success():
         check(refusing_pair().aligned, refusing_pair().finetuned, config=RestoreConfig(strength=0.5))
 
 
+@pytest.mark.usefixtures("few")
 def test_the_command_says_whether_a_restore_is_needed(capsys):
     made = refusing_pair()
     tokens = ["check", str(made.aligned), str(made.finetuned), "--store", str(made.store), "--device", "cpu"]
@@ -271,6 +286,7 @@ def test_options_that_belong_together():
     assert RestoreConfig(max_added_attack_success=2, max_safety_kl=1e-3).dial == 1e-3
 
 
+@pytest.mark.usefixtures("few")
 def test_any_judge_of_an_evaluation_can_decide(capsys, monkeypatch, tmp_path):
     made, path = refusing_pair(), tmp_path / "judge.yaml"
     path.write_text("kind: keywords\n")
