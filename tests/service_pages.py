@@ -20,6 +20,15 @@ SCRIPT = "<script>document.title = 'foreign'</script>"
 STEPS = 54
 
 
+class Begun(list):
+    """Stands for the workflows: which jobs were begun."""
+
+    begin = list.append
+
+    def notify(self, job_id, status):
+        """Tell nobody."""
+
+
 class Answers:
     """Stands for the process that models answer in: says which model was asked what."""
 

@@ -13,7 +13,7 @@ from deltaguard.service.events import tell
 from deltaguard.service.server import open_service
 from deltaguard.service.settings import Settings
 from deltaguard.service.tables import Job
-from service_pages import SCRIPT, Answers, add_job, add_loss
+from service_pages import SCRIPT, Answers, Begun, add_job, add_loss
 
 pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.by import By
@@ -32,7 +32,7 @@ class Served:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        app = make_app(self.opened.service, [], Answers())
+        app = make_app(self.opened.service, Begun(), Answers())
         port = int(self.url.rpartition(":")[2])
         self.server = uvicorn.Server(uvicorn.Config(app, port=port, ws="none", log_level="warning"))
         self.thread = threading.Thread(target=self.server.run)

@@ -12,15 +12,6 @@ LIMITS = Limits(file_bytes=50_000, unfinished_jobs=3, requests_per_minute=60)
 ODD_NAME = '../../it\'s "a" 🙂.jsonl'
 
 
-class Begun(list):
-    """Stands for the workflows: which jobs were begun."""
-
-    begin = list.append
-
-    def notify(self, job_id, status):
-        """Tell nobody."""
-
-
 def client_of(http, key):
     return openai.OpenAI(api_key=key, base_url="http://testserver/v1", http_client=http, max_retries=0)
 

@@ -8,13 +8,14 @@ from starlette.testclient import TestClient
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from clients import LIMITS, Begun, client_of  # found by the line above
+from clients import LIMITS, client_of  # found by the line above
 
 from deltaguard.service.app import make_app
 from deltaguard.service.inference import Inference
 from deltaguard.service.keys import create_key
 from deltaguard.service.server import open_service
 from deltaguard.service.settings import Settings
+from service_pages import Begun
 
 
 @pytest.fixture
