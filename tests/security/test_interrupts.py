@@ -1,6 +1,8 @@
 """Ctrl-C at the very beginning, while libraries are still being imported."""
 
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -17,3 +19,19 @@ def test_no_traceback_however_early(tmp_path, seconds):
     assert "Traceback" not in said
     # On a fast machine the command may have found by then that the folder holds no model.
     assert process.returncode in (1, 130)
+
+
+def test_an_import_that_would_survive_an_interrupt_ends_with_it(tmp_path):
+    (tmp_path / "stubborn.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('survived')\n"
+    )
+    program = (
+        "import signal, sys; from deltaguard.cli import _interrupt; "
+        f"sys.path.insert(0, {str(tmp_path)!r}); signal.signal(signal.SIGINT, _interrupt); import stubborn"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+from types import FrameType
 
 from deltaguard.text import printable_lines
 
@@ -15,6 +17,19 @@ class _PrintableRecord(logging.LogRecord):
         return printable_lines(super().getMessage())
 
 
+def _interrupt(_number: int, frame: FrameType | None) -> None:
+    """End a process that is interrupted while it imports; elsewhere raise KeyboardInterrupt, as Python does.
+
+    Libraries with native code do not survive an exception there: they abort, or import a half anew.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"Interrupted.\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def main(*, shared: bool = False) -> None:
     """Run the `deltaguard` command.
 
@@ -25,8 +40,10 @@ def main(*, shared: bool = False) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.setLogRecordFactory(_PrintableRecord)
     logging.captureWarnings(True)
+    # A shell has background processes ignore it.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
-        # Importing takes long enough to be interrupted.
         from deltaguard.cli.app import run
 
         code = run(sys.argv[1:], shared=shared)
