@@ -33,7 +33,7 @@ def test_a_job_that_learns_preferences_is_published(tmp_path):
         method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 2}}}
         job = jobs.create(model="tiny", training_file=file.id, method=method, seed=1)
         done = served.wait(
-            lambda: (found := jobs.retrieve(job.id)).status in ("succeeded", "failed") and found
+            lambda: (found := jobs.retrieve(job.id)).status in ("succeeded", "failed") and found, 600
         )
         events = list(jobs.list_events(job.id, limit=100))
         models = [model.id for model in client.models.list()]

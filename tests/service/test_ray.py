@@ -257,7 +257,7 @@ executor: ray
         served.start()
         jobs = served.client.fine_tuning.jobs
         done = served.wait(
-            lambda: (found := jobs.retrieve(job.id)).status not in ("queued", "running") and found
+            lambda: (found := jobs.retrieve(job.id)).status not in ("queued", "running") and found, 600
         )
     finally:
         served.kill()
