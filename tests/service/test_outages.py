@@ -112,8 +112,10 @@ class Full(SpooledTemporaryFile):
 def test_an_upload_that_finds_no_room_while_it_comes_is_no_fault_of_the_customers(client, monkeypatch):
     monkeypatch.setattr(starlette.formparsers, "SpooledTemporaryFile", Full)
     refused(lambda: uploaded(client), "unavailable")
+    assert not list(client.files.list())
     monkeypatch.undo()
-    uploaded(client)
+    kept = uploaded(client)
+    assert [each.id for each in client.files.list()] == [kept.id]
 
 
 def test_a_database_without_room_is_told_likewise(client, opened):
