@@ -51,9 +51,8 @@ def plan_calibration(
     whole = Sizes.of(source.tensors.values(), routed_share(source.config))
     half = memory_bytes(device) // 2 // (ranks or Ranks()).sharing(device)
     memory = half if config.memory is None else int(config.memory)
-    by_blocks = whole.bytes(dtype) > memory
     outside, blocks = blocks_of(source)
-    by_blocks = by_blocks and bool(blocks)
+    by_blocks = whole.bytes(dtype) > memory and bool(blocks)
     held = max(blocks, key=lambda block: block.bytes(dtype)) if by_blocks else whole
     hidden = sum(calibrated) * shape.get_text_config().hidden_size * dtype.itemsize if by_blocks else 0
     # As a whole the model keeps its own weights while it answers in another dtype.
