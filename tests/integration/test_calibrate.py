@@ -1,14 +1,19 @@
 """`calibrate` end to end on tiny random models of every architecture."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import models
-from deltaguard.chat.conversations import Conversation, harmful_prompts
+from deltaguard.chat.conversations import (
+    Conversation,
+    count_look_alikes,
+    harmful_prompts,
+    harmless_prompts,
+)
 from deltaguard.chat.tokens import encode
 from deltaguard.curvature import calibrate as calibrate_module
 from deltaguard.curvature.calibrate import calibrate
@@ -17,7 +22,9 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from pairs import ANSWERED
 
-SHORT = CalibrateConfig(num_samples=6, num_held_out=3, max_new_tokens=5, batch_size=4, rank="full")
+SHORT = CalibrateConfig(
+    num_samples=6, num_look_alikes=2, num_held_out=3, max_new_tokens=5, batch_size=4, rank="full"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +49,15 @@ def test_the_model_answers_the_packages_prompts(llama, tmp_path):
     events = []
     store = calibrate(llama, tmp_path / "store", config=SHORT, progress=events.append)
     made = store.provenance
-    assert (made.conversations, made.truncated, made.system_role) == (6, 0, "template")
+    assert (made.conversations, made.look_alikes, made.truncated) == (8, 2, 0)
+    assert made.system_role == "template"
     # The tests' model says nothing that makes sense.
     assert made.refusal_share == 0
     assert made.fingerprint == Checkpoint.open(llama).fingerprint()
     assert (made.aligned, made.dtype) == (str(llama), "float32")
     assert [(e.stage, e.done, e.total) for e in events] == [
         *[("load", 0, 1), ("load", 1, 1)],
-        *[("respond", 4, 9), ("respond", 8, 9), ("respond", 9, 9)],
+        *[("respond", 4, 11), ("respond", 8, 11), ("respond", 11, 11)],
         *[("accumulate", 1, 2), ("accumulate", 2, 2)],
         *[("decompose", i, 8) for i in range(1, 9)],
     ]
@@ -96,7 +104,8 @@ def test_a_prompts_file_is_used(llama, tmp_path):
     path.write_text('{"prompt": "a"}\n{"prompt": "b", "response": "c"}\n', encoding="utf-8")
     config = SHORT.model_copy(update={"prompts": path})
     store = calibrate(llama, tmp_path / "store", config=config)
-    assert store.provenance.conversations == len(store.held_out) == 1
+    assert store.provenance.harmful == len(store.held_out) == 1
+    assert store.provenance.look_alikes == 2
     with pytest.raises(DeltaguardError, match="give one"):
         calibrate(llama, tmp_path / "other", config=config, conversations=ANSWERED)
 
@@ -108,12 +117,37 @@ def test_a_deployments_system_prompts_are_calibrated_on(llama, tmp_path, calibra
     assert set(own) <= {row.system for row in (*calibrated_on(store), *store.held_out)}
     path.write_text('{"prompt": "a"}\n{"prompt": "b", "system": ""}\n{"prompt": "c"}\n', encoding="utf-8")
     config = SHORT.model_copy(update={"prompts": path, "systems": own})
-    asked = [row for part in asked_for(None, config) for row in part]
-    assert {row.prompt: row.system for row in asked} == {"a": own[0], "b": "", "c": own[1]}
+    asked = asked_for(None, config)
+    written = (*asked.safety, *asked.held_out)
+    assert {row.prompt: row.system for row in written} == {"a": own[0], "b": "", "c": own[1]}
     with pytest.raises(DeltaguardError, match="put these into those"):
         calibrate(
             llama, tmp_path / "other", config=SHORT.model_copy(update={"systems": own}), conversations=ROWS
         )
+
+
+def test_look_alikes_are_calibrated_on_and_never_held_out(llama, tmp_path, calibrated_on):
+    config = CalibrateConfig(num_samples=5, num_held_out=3, max_new_tokens=5, rank="full")
+    store = calibrate(llama, tmp_path / "store", config=config)
+    harmless = {row.prompt for row in harmless_prompts("training")}
+    look_alikes = [row for row in calibrated_on(store) if row.prompt in harmless]
+    assert (len(look_alikes), store.provenance.look_alikes, store.provenance.conversations) == (5, 5, 10)
+    assert not prompts(store.held_out) & harmless
+    assert asked_for(None, config.model_copy(update={"num_look_alikes": 0})).look_alikes == []
+    assert asked_for(ROWS, config).look_alikes == ()
+    many = config.model_copy(update={"num_samples": 900})
+    assert len(asked_for(None, many).look_alikes) == count_look_alikes()
+
+
+def test_the_share_of_refusals_is_that_of_harmful_requests(llama, tmp_path, monkeypatch):
+    harmless = {row.prompt for row in harmless_prompts("training")}
+
+    def answered(model, tokenizer, conversations, **options):
+        return [replace(row, response="Yes." if row.prompt in harmless else "No.") for row in conversations]
+
+    monkeypatch.setattr(calibrate_module, "respond", answered)
+    store = calibrate(llama, tmp_path / "store", config=SHORT, is_refusal="No.".__eq__)
+    assert store.provenance.refusal_share == 1
 
 
 # What is held out
@@ -126,7 +160,7 @@ def prompts(rows):
 def with_seed(config, rows, wanted):
     """The configuration with a seed by which what is held out is as wanted."""
     configs = (config.model_copy(update={"seed": seed}) for seed in range(99))
-    return next(each for each in configs if wanted(asked_for(rows, each)[1]))
+    return next(each for each in configs if wanted(asked_for(rows, each).held_out))
 
 
 @pytest.fixture
@@ -147,7 +181,7 @@ def test_the_packages_prompts_are_measured_on_others_of_its_own(llama, tmp_path,
     store = calibrate(llama, tmp_path / "store", config=SHORT)
     assert len(store.held_out) == 3
     assert prompts(store.held_out) <= {row.prompt for row in harmful_prompts("dial")}
-    assert prompts(calibrated_on(store)) <= {row.prompt for row in harmful_prompts("calibration")}
+    assert prompts(calibrated_on(store)[: store.provenance.harmful]) <= {row.prompt for row in harmful_prompts("calibration")}
     # They are answered by the model, as those it is calibrated on.
     assert all(row.response for row in store.held_out)
 
@@ -169,7 +203,8 @@ def test_prompts_of_a_user_are_calibrated_on_or_measured_on(
     if from_file:
         lines = [json.dumps({k: v for k, v in asdict(row).items() if v is not None}) for row in ROWS]
         (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        given, config = None, config.model_copy(update={"prompts": tmp_path / "prompts.jsonl"})
+        from_there = {"prompts": tmp_path / "prompts.jsonl", "num_look_alikes": 0}
+        given, config = None, config.model_copy(update=from_there)
     store = calibrate(llama, tmp_path / "store", conversations=given, config=config)
     calibration = calibrated_on(store)
     assert len(store.held_out) == held_out
@@ -357,7 +392,7 @@ def test_two_runs_never_continue_the_same_work(llama, tmp_path):
 
     with pytest.raises(DeltaguardError, match="Another process is working"):
         calibrate(llama, tmp_path / "store", config=SHORT, progress=begin_another)
-    assert calibrate(llama, tmp_path / "store", config=RESUME).provenance.conversations == 6
+    assert calibrate(llama, tmp_path / "store", config=RESUME).provenance.conversations == 8
 
 
 def test_a_run_that_failed_before_it_did_anything_is_not_in_the_way(tmp_path):
@@ -367,4 +402,4 @@ def test_a_run_that_failed_before_it_did_anything_is_not_in_the_way(tmp_path):
     with pytest.raises(DeltaguardError, match="has no chat template"):
         calibrate(folder, tmp_path / "store", config=SHORT)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    assert calibrate(folder, tmp_path / "store", config=SHORT).provenance.conversations == 6
+    assert calibrate(folder, tmp_path / "store", config=SHORT).provenance.conversations == 8

@@ -45,7 +45,7 @@ def test_the_plan_bounds_the_tokens_and_chooses_as_the_calibration_does(aligned,
     answers = 12 * plan.conversations
     used = made.provenance.tokens + held_out
     assert used <= plan.tokens <= used + answers
-    assert plan.conversations == sum(map(len, asked_for(None, SMALL))) == 18
+    assert plan.conversations == len(asked_for(None, SMALL).all) == 30
     assert not plan.by_blocks
     assert plan.hidden_bytes == plan.disk_bytes == 0
     served = served_dtype(torch.device("cpu"))

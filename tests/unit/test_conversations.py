@@ -14,6 +14,8 @@ from deltaguard.chat.conversations import (
     Conversation,
     bucket,
     build_conversations,
+    build_look_alikes,
+    count_look_alikes,
     fingerprint,
     harmful_prompts,
     harmless_prompts,
@@ -102,6 +104,17 @@ def test_system_prompts_of_a_deployment_join_the_rotation_and_pairs_stay_distinc
     assert len(set(shares.values())) == 1
     # One that is there already counts once.
     assert build_conversations(20, systems=("",)) == build_conversations(20)
+
+
+def test_look_alikes_are_paired_as_harmful_prompts_are():
+    rows = build_look_alikes(count_look_alikes(("You sell shoes.",)), systems=("You sell shoes.",))
+    asked = [row.prompt for row in harmless_prompts("training")]
+    assert len(set(rows)) == len(rows) == 6 * len(asked)
+    first = rows[: len(asked)]
+    assert {row.prompt for row in first} == set(asked)
+    assert {row.system for row in first} == {*SYSTEM_PROMPTS.values(), "You sell shoes."}
+    with pytest.raises(DeltaguardError, match="harmless prompts with 5 system prompts each"):
+        build_look_alikes(count_look_alikes() + 1)
 
 
 def test_the_seed_fixes_the_choice():

@@ -263,6 +263,7 @@ def test_merging_adds_the_sums_and_factorises_them_anew(tmp_path):
     more = tuple(replace(group, tokens=30) for group in GROUPS)
     new = Conversation("Who?", None, "Nobody.")
     changes = {"tokens": 30, "response_tokens": 9, "conversations": 2, "truncated": 0, "refusal_share": 1.0}
+    changes |= {"conversations": 5, "look_alikes": 3}
     two = written(tmp_path / "two", 1, groups=more, held_out=(HELD_OUT[1], new), **changes)
     merged = CurvatureStore.merge([one, two], tmp_path / "merged")
     a, b = sums(0), sums(1, more)
@@ -280,7 +281,9 @@ def test_merging_adds_the_sums_and_factorises_them_anew(tmp_path):
     assert [group.tokens for group in merged.groups] == [70, 70, 70]
     assert merged.held_out == (*HELD_OUT, new)
     made = merged.provenance
-    assert (made.conversations, made.tokens, made.response_tokens, made.truncated) == (6, 70, 25, 1)
+    assert (made.conversations, made.tokens, made.response_tokens, made.truncated) == (9, 70, 25, 1)
+    # Two harmful requests of four refused, and both of two.
+    assert (made.look_alikes, made.harmful) == (3, 6)
     assert made.refusal_share == pytest.approx(4 / 6)
     assert made.conversations_sha256 not in {p.provenance.conversations_sha256 for p in (one, two)}
 

@@ -223,6 +223,7 @@ MANIFESTS = {
     "a share above 1": (put(1.5, "provenance", "rank_share"), "`provenance.rank_share`"),
     "a share of another store": (put(0.9, "provenance", "rank_share"), "it should be"),
     "no dampening": (put(0, "provenance", "dampening"), "`provenance.dampening`"),
+    "look-alikes alone": (put(4, "provenance", "look_alikes"), "all 4 conversations are look-alikes"),
     "refusals above 1": (put(2.0, "provenance", "refusal_share"), "`provenance.refusal_share`"),
     "a field more": (put(1, "provenance", "more"), "`provenance.more`"),
 }

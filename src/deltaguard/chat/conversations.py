@@ -208,17 +208,55 @@ def build_conversations(
         >>> len({(c.prompt, c.system) for c in build_conversations(300)})
         300
     """
-    prompts = sorted((row.prompt for row in harmful_prompts(part)), key=lambda text: _rank(seed, text))
-    rotation = tuple(dict.fromkeys((*SYSTEM_PROMPTS.values(), *systems)))
+    asked = [row.prompt for row in harmful_prompts(part)]
+    return _paired(asked, num_samples, f"{part} prompts", systems=systems, seed=seed)
+
+
+def build_look_alikes(num_samples: int, *, systems: Sequence[str] = (), seed: int = 0) -> list[Conversation]:
+    """Pair harmless prompts that look dangerous with the system prompts, as `build_conversations` does.
+
+    Args:
+        num_samples: as there.
+        systems: as there.
+        seed: as there.
+
+    Returns:
+        Conversations without responses; their prompts are those of the training part.
+
+    Raises:
+        DeltaguardError: as there.
+
+    Example:
+        >>> len({c.prompt for c in build_look_alikes(100)})
+        100
+    """
+    asked = [row.prompt for row in harmless_prompts("training")]
+    return _paired(asked, num_samples, "harmless prompts", systems=systems, seed=seed)
+
+
+def count_look_alikes(systems: Sequence[str] = ()) -> int:
+    """Count the conversations that `build_look_alikes` can pair under these system prompts."""
+    return len(harmless_prompts("training")) * len(_rotation(systems))
+
+
+def _rotation(systems: Sequence[str]) -> tuple[str | None, ...]:
+    return tuple(dict.fromkeys((*SYSTEM_PROMPTS.values(), *systems)))
+
+
+def _paired(
+    prompts: Sequence[str], num_samples: int, what: str, *, systems: Sequence[str], seed: int
+) -> list[Conversation]:
+    rotation = _rotation(systems)
     if num_samples > len(prompts) * len(rotation):
         raise DeltaguardError(
             f"{num_samples} conversations were asked for and {len(prompts) * len(rotation)} exist: "
-            f"{len(prompts)} {part} prompts with {len(rotation)} system prompts each. Ask for fewer, or "
+            f"{len(prompts)} {what} with {len(rotation)} system prompts each. Ask for fewer, or "
             "bring a prompts file."
         )
+    ordered = sorted(prompts, key=lambda text: _rank(seed, text))
     return [
         Conversation(
-            prompts[i % len(prompts)], rotation[(i % len(prompts) + i // len(prompts)) % len(rotation)]
+            ordered[i % len(ordered)], rotation[(i % len(ordered) + i // len(ordered)) % len(rotation)]
         )
         for i in range(num_samples)
     ]

@@ -22,6 +22,7 @@ def calibrate(
     prompts: Path | None = None,
     system: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     num_samples: int = 128,
+    num_look_alikes: int | None = None,
     max_length: int = 512,
     batch_size: int = 16,
     device: str = "auto",
@@ -43,6 +44,7 @@ def calibrate(
             asked under it, too; lines of `--prompts` that name no `system` get these in turn.
         num_samples: Safety conversations that curvature is measured on; 64 more at most are held out for the
             dial.
+        num_look_alikes: Harmless requests that look dangerous, calibrated on beside them; as many by default.
         max_length: Tokens of a conversation at most.
         batch_size: Conversations per batch.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -66,6 +68,7 @@ def calibrate(
             "prompts": prompts,
             "systems": system,
             "num_samples": num_samples,
+            "num_look_alikes": num_look_alikes,
             "max_length": max_length,
             "batch_size": batch_size,
             "device": device,
@@ -122,11 +125,12 @@ def _draw(store: "CurvatureStore", aligned: Reference, output: Path) -> Table:
     table = Table(title=f"Curvature of {aligned}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
-    table.add_row("conversations", str(made.conversations))
-    table.add_row("conversations held out", str(len(store.held_out)))
+    table.add_row("harmful requests", str(made.harmful))
+    table.add_row("harmless look-alikes", str(made.look_alikes))
+    table.add_row("harmful requests held out", str(len(store.held_out)))
     table.add_row("tokens", f"{made.tokens}, {made.response_tokens} of responses")
     share = made.refusal_share
-    table.add_row("responses that refuse", "not judged" if share is None else f"{share:.0%}")
+    table.add_row("harmful requests refused", "not judged" if share is None else f"{share:.0%}")
     table.add_row("layers", str(sum(len(group.layers) for group in store.groups)))
     table.add_row("groups that share an input", str(len(store.groups)))
     table.add_row("eigenpairs kept", "all" if store.is_full else f"{made.rank_share:.0%}")

@@ -24,7 +24,7 @@ from deltaguard.curvature.contents import GroupCurvature, share_within
 from deltaguard.curvature.groups import observe
 from deltaguard.curvature.observe import Accumulator
 from deltaguard.curvature.passes import Passes
-from deltaguard.curvature.request import CalibrateConfig, asked_for, requested
+from deltaguard.curvature.request import Asked, CalibrateConfig, asked_for, requested
 from deltaguard.curvature.responses import respond, shared_workspace
 from deltaguard.curvature.shared import decomposed
 from deltaguard.curvature.sizes import blocks_of, rows_within, store_limit, whole_bytes
@@ -53,7 +53,7 @@ def calibrate(
     is_refusal: Callable[[str], bool] | None = None,
     ranks: Ranks | None = None,
 ) -> CurvatureStore:
-    """Measure the curvature of an aligned model on safety conversations, and decompose it.
+    """Measure the curvature of an aligned model on safety conversations and look-alikes, and decompose it.
 
     For each linear layer in the decoder blocks: H, the mean of x xᵀ over its inputs x at all tokens of the
     conversations, padding excluded; and G, the sum of g gᵀ over the gradients g of the log-probability of
@@ -86,16 +86,16 @@ def calibrate(
     config = config or CalibrateConfig()
     source = Checkpoint.open(aligned)
     refuse_unknown_experts(source.reference, source.config, source.tensors)
-    calibration, held_out = asked_for(conversations, config)
+    asked = asked_for(conversations, config)
     device = find_device(config.device)
     ranks = (ranks or Ranks()).on(device)
-    request = requested(source, [*calibration, *held_out], config, device)
+    request = requested(source, asked.all, config, device)
     with shared_workspace(Path(output_dir), request, ranks, resume=config.resume) as journal:
         if journal is not None:
             half = memory_bytes(device) // 2 // ranks.sharing(device)
             memory = half if config.memory is None else int(config.memory)
             report = progress or ignore
-            run = _Run(source, calibration, held_out, request, device, memory, journal, report, ranks)
+            run = _Run(source, asked, request, device, memory, journal, report, ranks)
             _calibrate(run, Path(output_dir), is_refusal or opens_with_refusal)
     return CurvatureStore.from_pretrained(output_dir)
 
@@ -105,8 +105,7 @@ class _Run:
     """What a run works with from beginning to end."""
 
     source: Checkpoint
-    calibration: Sequence[Conversation]
-    held_out: Sequence[Conversation]
+    asked: Asked
     request: CalibrationRequest
     device: torch.device
     memory: int
@@ -157,7 +156,7 @@ def _calibrate(run: _Run, output: Path, is_refusal: Callable[[str], bool]) -> No
 
 def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     """Let the model answer, and find the layers; what needs the sums waits in `contents`."""
-    request, count = run.request, len(run.calibration)
+    request, count = run.request, len(run.asked.calibration)
     in_blocks = run.ranks.from_first(whole_bytes(run.source, getattr(torch, request.dtype)) > run.memory)
     tokenizer = load_tokenizer(run.source.folder, run.source.reference)
     answered = _answered_by_blocks(run, tokenizer) if in_blocks else None
@@ -182,17 +181,19 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         layers = _by_blocks(run, texts) or _whole(run, _load(run, request.dtype), texts)
     else:
         layers = _whole(run, model, texts)
-    refusing = sum(is_refusal(without_thinking(row.response or "")) for row in answered[:count])
+    harmful = len(run.asked.safety)
+    refusing = sum(is_refusal(without_thinking(row.response or "")) for row in answered[:harmful])
     provenance = Provenance(
         **request.model_dump(),
         aligned=run.source.reference,
         conversations_sha256=fingerprint(answered[:count]),
         conversations=count,
+        look_alikes=len(run.asked.look_alikes),
         tokens=sum(len(text.ids) for text in texts),
         response_tokens=sum(len(text.ids) - text.prompt_length for text in texts),
         truncated=sum(text.truncated for text in texts),
         system_role="template" if takes_system_role(tokenizer) else "user turn",
-        refusal_share=refusing / count,
+        refusal_share=refusing / harmful,
         uncovered=layers.uncovered,
         rank_share=1.0 if request.rank == "full" else share_within(layers.groups, store_limit(run.source)),
         versions=versions(),
@@ -205,7 +206,7 @@ def _answered(run: _Run, model: Any, tokenizer: Any, batch_size: int) -> list[Co
     return respond(
         model,
         tokenizer,
-        [*run.calibration, *run.held_out],
+        run.asked.all,
         max_new_tokens=run.request.max_new_tokens,
         batch_size=batch_size,
         journal=run.journal,
@@ -218,9 +219,8 @@ def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:
     """Let the model answer in a pass over its blocks for each token; None where it fits or cannot be cut."""
     dtype = getattr(torch, run.request.answer_dtype or run.request.dtype)
     whole = sum(prod(info.shape) for info in run.source.tensors.values()) * dtype.itemsize
-    asked = [*run.calibration, *run.held_out]
-    if all(row.response is not None for row in asked):
-        return asked
+    if all(row.response is not None for row in run.asked.all):
+        return run.asked.all
     if run.ranks.from_first(whole <= run.memory):
         return None
     try:

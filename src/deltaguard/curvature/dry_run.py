@@ -39,13 +39,13 @@ def plan_calibration(
     config = config or CalibrateConfig()
     source = Checkpoint.open(aligned)
     refuse_unknown_experts(source.reference, source.config, source.tensors)
-    calibration, held_out = asked_for(conversations, config)
-    asked = [*calibration, *held_out]
+    chosen = asked_for(conversations, config)
+    asked = chosen.all
     device = find_device(config.device)
     request = requested(source, asked, config, device)
     shape = load_config(source.folder, source.reference)
     lengths = _lengths(asked, source, request, context_length(shape, request.max_length))
-    calibrated = lengths[: len(calibration)]
+    calibrated = lengths[: len(chosen.calibration)]
     dtype = getattr(torch, request.dtype)
     answering = getattr(torch, request.answer_dtype or request.dtype)
     whole = Sizes.of(source.tensors.values(), routed_share(source.config))

@@ -2,14 +2,22 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from deltaguard.chat.conversations import Conversation, build_conversations, fingerprint, read_prompts, sample
+from deltaguard.chat.conversations import (
+    Conversation,
+    build_conversations,
+    build_look_alikes,
+    count_look_alikes,
+    fingerprint,
+    read_prompts,
+    sample,
+)
 from deltaguard.curvature import Rank
 from deltaguard.curvature.store_format import CalibrationRequest
 from deltaguard.device import served_dtype
@@ -27,6 +35,9 @@ class CalibrateConfig(BaseModel):
         systems: system prompts of the deployment. The package's prompts are asked under them as well as under
             their own; those of a file that name none get them in turn.
         num_samples: how many conversations; of a shorter prompts file, all that are not held out.
+        num_look_alikes: how many harmless requests that look dangerous, of the package, are calibrated on
+            beside them, so that not answering has a price, too; by default as many, or all there are.
+            Conversations given in Python are taken as they are.
         num_held_out: how many further conversations safety KL is measured on; of the conversations or the
             prompts file of a user, those of a fifth of the prompts at most, and of at least one.
         max_length: tokens of a conversation at most; the rest is cut off. A model with fewer positions
@@ -51,6 +62,7 @@ class CalibrateConfig(BaseModel):
     prompts: Path | None = None
     systems: tuple[str, ...] = ()
     num_samples: int = Field(default=128, ge=1)
+    num_look_alikes: int | None = Field(default=None, ge=0)
     num_held_out: int = Field(default=64, ge=1)
     max_length: int = Field(default=512, ge=2)
     max_new_tokens: int = Field(default=64, ge=1)
@@ -64,9 +76,32 @@ class CalibrateConfig(BaseModel):
     resume: bool = False
 
 
-def asked_for(
-    given: Sequence[Conversation] | None, config: CalibrateConfig
-) -> tuple[Sequence[Conversation], Sequence[Conversation]]:
+@dataclass(frozen=True)
+class Asked:
+    """Conversations of a calibration.
+
+    Attributes:
+        safety: harmful requests, calibrated on.
+        look_alikes: harmless ones, calibrated on too.
+        held_out: harmful requests that safety KL is measured on.
+    """
+
+    safety: Sequence[Conversation]
+    look_alikes: Sequence[Conversation]
+    held_out: Sequence[Conversation]
+
+    @property
+    def calibration(self) -> list[Conversation]:
+        """Those that curvature is measured on."""
+        return [*self.safety, *self.look_alikes]
+
+    @property
+    def all(self) -> list[Conversation]:
+        """Those calibrated on, in order, and after them those held out."""
+        return [*self.calibration, *self.held_out]
+
+
+def asked_for(given: Sequence[Conversation] | None, config: CalibrateConfig) -> Asked:
     """Find conversations to calibrate on, and others to measure on.
 
     Args:
@@ -82,17 +117,26 @@ def asked_for(
         )
     if given is not None and config.systems:
         raise DeltaguardError("Conversations were given, and system prompts too: put these into those.")
+    systems, seed = config.systems, config.seed
     if given is not None:
-        count = len(given)
-    elif config.prompts is not None:
-        given, count = _under(config.systems, read_prompts(config.prompts)), config.num_samples
+        safety, held_out = _divided(given, len(given), config)
+        return Asked(safety, (), held_out)
+    if config.prompts is not None:
+        written = _under(systems, read_prompts(config.prompts))
+        safety, held_out = _divided(written, config.num_samples, config)
     else:
-        systems, seed = config.systems, config.seed
-        return (
-            build_conversations(config.num_samples, systems=systems, seed=seed),
-            build_conversations(config.num_held_out, part="dial", systems=systems, seed=seed),
-        )
-    # Some of a user's prompts are held out, and `count` of the other conversations calibrated on.
+        safety = build_conversations(config.num_samples, systems=systems, seed=seed)
+        held_out = build_conversations(config.num_held_out, part="dial", systems=systems, seed=seed)
+    wanted = config.num_look_alikes
+    if wanted is None:
+        wanted = min(len(safety), count_look_alikes(systems))
+    return Asked(safety, build_look_alikes(wanted, systems=systems, seed=seed), held_out)
+
+
+def _divided(
+    given: Sequence[Conversation], count: int, config: CalibrateConfig
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Hold some of a user's prompts out, and take `count` of the other conversations to calibrate on."""
     prompts = list({row.prompt: row for row in given}.values())
     if len(prompts) < 2:
         raise DeltaguardError(

@@ -8,9 +8,17 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -82,7 +90,9 @@ class Provenance(CalibrationRequest):
     Attributes:
         aligned: the aligned model as it was named.
         conversations_sha256: hash of the conversations with their responses.
-        conversations: how many.
+        conversations: how many, look-alikes among them.
+        look_alikes: how many of them are harmless requests that look dangerous; 0 in stores of before they
+            were calibrated on.
         tokens: over how many tokens H was summed.
         tokens_used: which tokens of a conversation those are.
         response_tokens: how many tokens of a response were drawn for G.
@@ -90,7 +100,7 @@ class Provenance(CalibrationRequest):
         truncated: how many conversations were cut off at the maximal length.
         system_role: `user turn` where the chat template takes no system message and it was put at the
             head of the user turn.
-        refusal_share: share of the responses that refuse; `None` where nobody judged them.
+        refusal_share: share of the harmful requests that were refused; `None` where nobody judged.
         uncovered: matrices in the decoder blocks about which the store says nothing.
         versions: of the libraries used.
     """
@@ -98,6 +108,7 @@ class Provenance(CalibrationRequest):
     aligned: str
     conversations_sha256: str
     conversations: PositiveInt
+    look_alikes: NonNegativeInt = 0
     tokens: PositiveInt
     tokens_used: Literal["prompt and response"] = "prompt and response"
     response_tokens: PositiveInt
@@ -111,8 +122,8 @@ class Provenance(CalibrationRequest):
     @staticmethod
     def merged(parts: Sequence["Provenance"]) -> "Provenance":
         """Say where the store comes from that several are merged into (see `CurvatureStore.merge`)."""
-        judged = [part.refusal_share * part.conversations for part in parts if part.refusal_share is not None]
-        conversations = sum(part.conversations for part in parts)
+        judged = [part.refusal_share * part.harmful for part in parts if part.refusal_share is not None]
+        harmful = sum(part.harmful for part in parts)
 
         def together(name: str) -> str:
             return hashlib.sha256("".join(getattr(part, name) for part in parts).encode()).hexdigest()
@@ -120,14 +131,26 @@ class Provenance(CalibrationRequest):
         return parts[0].model_copy(
             update={
                 **{name: together(name) for name in ("prompts_sha256", "conversations_sha256")},
-                "conversations": conversations,
+                "conversations": sum(part.conversations for part in parts),
+                "look_alikes": sum(part.look_alikes for part in parts),
                 "tokens": sum(part.tokens for part in parts),
                 "response_tokens": sum(part.response_tokens for part in parts),
                 "truncated": sum(part.truncated for part in parts),
-                "refusal_share": sum(judged) / conversations if len(judged) == len(parts) else None,
+                "refusal_share": sum(judged) / harmful if len(judged) == len(parts) else None,
                 "versions": versions(),
             }
         )
+
+    @model_validator(mode="after")
+    def _asks_for_harm(self) -> Self:
+        if self.look_alikes >= self.conversations:
+            raise ValueError(f"all {self.conversations} conversations are look-alikes")
+        return self
+
+    @property
+    def harmful(self) -> int:
+        """How many of the conversations are harmful requests."""
+        return self.conversations - self.look_alikes
 
     @property
     def extent(self) -> Extent:
@@ -148,9 +171,9 @@ class Provenance(CalibrationRequest):
         """What to know before a model is restored to this one's behaviour; nothing where it refuses."""
         if self.refusal_share is None or self.refusal_share >= ENOUGH_REFUSALS:
             return ()
-        found = f"{self.refusal_share:.0%} of the {self.conversations} responses of {self.aligned}"
+        found = f"{self.refusal_share:.0%} of the {self.harmful} responses of {self.aligned}"
         why = "A restored model does what this one does: where it does not refuse, neither will that."
-        return (f"{found} to safety conversations refuse. {why} Calibrate a model that refuses.",)
+        return (f"{found} to harmful requests refuse. {why} Calibrate a model that refuses.",)
 
 
 class StoredGroup(BaseModel):
