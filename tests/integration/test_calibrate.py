@@ -17,7 +17,7 @@ from deltaguard.chat.conversations import (
 from deltaguard.chat.tokens import encode
 from deltaguard.curvature import calibrate as calibrate_module
 from deltaguard.curvature.calibrate import calibrate
-from deltaguard.curvature.request import CalibrateConfig, asked_for
+from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, CalibrateConfig, asked_for
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from pairs import ANSWERED
@@ -57,7 +57,8 @@ def test_the_model_answers_the_packages_prompts(llama, tmp_path):
     assert (made.aligned, made.dtype) == (str(llama), "float32")
     assert [(e.stage, e.done, e.total) for e in events] == [
         *[("load", 0, 1), ("load", 1, 1)],
-        *[("respond", 4, 11), ("respond", 8, 11), ("respond", 11, 11)],
+        # Look-alikes are asked for by themselves, since they are answered shorter.
+        *[("respond", 4, 11), ("respond", 8, 11), ("respond", 9, 11), ("respond", 11, 11)],
         *[("accumulate", 1, 2), ("accumulate", 2, 2)],
         *[("decompose", i, 8) for i in range(1, 9)],
     ]
@@ -139,14 +140,17 @@ def test_look_alikes_are_calibrated_on_and_never_held_out(llama, tmp_path, calib
     assert len(asked_for(None, many).look_alikes) == count_look_alikes()
 
 
-def test_the_share_of_refusals_is_that_of_harmful_requests(llama, tmp_path, monkeypatch):
-    harmless = {row.prompt for row in harmless_prompts("training")}
+def test_look_alikes_answer_briefly_and_do_not_count_among_refusals(llama, tmp_path, monkeypatch):
+    harmless, asked = {row.prompt for row in harmless_prompts("training")}, []
 
     def answered(model, tokenizer, conversations, **options):
+        asked.append((len(conversations), options["max_new_tokens"]))
         return [replace(row, response="Yes." if row.prompt in harmless else "No.") for row in conversations]
 
     monkeypatch.setattr(calibrate_module, "respond", answered)
-    store = calibrate(llama, tmp_path / "store", config=SHORT, is_refusal="No.".__eq__)
+    config = SHORT.model_copy(update={"max_new_tokens": 40})
+    store = calibrate(llama, tmp_path / "store", config=config, is_refusal="No.".__eq__)
+    assert asked == [(9, 40), (2, LOOK_ALIKE_TOKENS)]
     assert store.provenance.refusal_share == 1
 
 
@@ -181,7 +185,8 @@ def test_the_packages_prompts_are_measured_on_others_of_its_own(llama, tmp_path,
     store = calibrate(llama, tmp_path / "store", config=SHORT)
     assert len(store.held_out) == 3
     assert prompts(store.held_out) <= {row.prompt for row in harmful_prompts("dial")}
-    assert prompts(calibrated_on(store)[: store.provenance.harmful]) <= {row.prompt for row in harmful_prompts("calibration")}
+    harmful = calibrated_on(store)[: store.provenance.harmful]
+    assert prompts(harmful) <= {row.prompt for row in harmful_prompts("calibration")}
     # They are answered by the model, as those it is calibrated on.
     assert all(row.response for row in store.held_out)
 
@@ -329,7 +334,7 @@ def test_a_resumed_run_gives_the_same_store_bit_for_bit(llama, tmp_path, stage, 
     assert contents(store.folder) == uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     stages = [event.stage for event in events]
-    assert stages.count("respond") == (2 if stage == "respond" else 0)
+    assert stages.count("respond") == (3 if stage == "respond" else 0)
     assert stages.count("accumulate") == 2
 
 
@@ -344,7 +349,7 @@ def test_a_killed_run_goes_on_with_its_responses_and_sums_anew(llama, tmp_path, 
     with pytest.raises(Killed):
         calibrate(llama, tmp_path / "store", config=SHORT, progress=kill)
     kept = [path.name for path in (tmp_path / "store.partial").iterdir()]
-    assert sorted(kept) == ["request.json", "responses.jsonl"]
+    assert sorted(kept) == ["look-alikes.jsonl", "request.json", "responses.jsonl"]
     events = []
     store = calibrate(llama, tmp_path / "store", config=RESUME, progress=events.append)
     assert not [event for event in events if event.stage == "respond"]

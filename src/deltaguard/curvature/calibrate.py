@@ -24,7 +24,13 @@ from deltaguard.curvature.contents import GroupCurvature, share_within
 from deltaguard.curvature.groups import observe
 from deltaguard.curvature.observe import Accumulator
 from deltaguard.curvature.passes import Passes
-from deltaguard.curvature.request import Asked, CalibrateConfig, asked_for, requested
+from deltaguard.curvature.request import (
+    LOOK_ALIKE_TOKENS,
+    Asked,
+    CalibrateConfig,
+    asked_for,
+    requested,
+)
 from deltaguard.curvature.responses import respond, shared_workspace
 from deltaguard.curvature.shared import decomposed
 from deltaguard.curvature.sizes import blocks_of, rows_within, store_limit, whole_bytes
@@ -203,16 +209,24 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
 
 def _answered(run: _Run, model: Any, tokenizer: Any, batch_size: int) -> list[Conversation]:
     """Let a model answer the conversations that have no response, together with the other processes."""
-    return respond(
-        model,
-        tokenizer,
-        run.asked.all,
-        max_new_tokens=run.request.max_new_tokens,
-        batch_size=batch_size,
-        journal=run.journal,
-        on_batch=lambda done, total: run.report(Event("respond", done, total)),
-        ranks=run.ranks,
-    )
+    asked, tokens = run.asked, run.request.max_new_tokens
+
+    def answer(rows: Sequence[Conversation], tokens: int, journal: Path, known: int) -> list[Conversation]:
+        return respond(
+            model,
+            tokenizer,
+            rows,
+            max_new_tokens=tokens,
+            batch_size=batch_size,
+            journal=journal,
+            on_batch=lambda done, _: run.report(Event("respond", known + done, len(asked.all))),
+            ranks=run.ranks,
+        )
+
+    harmful = answer([*asked.safety, *asked.held_out], tokens, run.journal, 0)
+    opening, beside = min(LOOK_ALIKE_TOKENS, tokens), run.journal.with_name("look-alikes.jsonl")
+    look_alikes = answer(asked.look_alikes, opening, beside, len(harmful))
+    return [*harmful[: len(asked.safety)], *look_alikes, *harmful[len(asked.safety) :]]
 
 
 def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:

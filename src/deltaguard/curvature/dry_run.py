@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.tokens import context_length, encode
-from deltaguard.curvature.request import CalibrateConfig, asked_for, requested
+from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, CalibrateConfig, asked_for, requested
 from deltaguard.curvature.sizes import Sizes, blocks_of, store_limit
-from deltaguard.curvature.store_format import CalibrationRequest
 from deltaguard.device import find_device, memory_bytes
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.experts import refuse_unknown_experts, routed_share
@@ -44,8 +44,11 @@ def plan_calibration(
     device = find_device(config.device)
     request = requested(source, asked, config, device)
     shape = load_config(source.folder, source.reference)
-    lengths = _lengths(asked, source, request, context_length(shape, request.max_length))
-    calibrated = lengths[: len(chosen.calibration)]
+    tokenizer = load_tokenizer(source.folder, source.reference)
+    tokens, limit = request.max_new_tokens, context_length(shape, request.max_length)
+    calibrated = _lengths(tokenizer, chosen.safety, tokens, limit)
+    calibrated += _lengths(tokenizer, chosen.look_alikes, min(LOOK_ALIKE_TOKENS, tokens), limit)
+    lengths = [*calibrated, *_lengths(tokenizer, chosen.held_out, tokens, limit)]
     dtype = getattr(torch, request.dtype)
     answering = getattr(torch, request.answer_dtype or request.dtype)
     whole = Sizes.of(source.tensors.values(), routed_share(source.config))
@@ -80,13 +83,10 @@ def plan_calibration(
     )
 
 
-def _lengths(
-    asked: Sequence[Conversation], source: Checkpoint, request: CalibrationRequest, limit: int
-) -> list[int]:
+def _lengths(tokenizer: Any, asked: Sequence[Conversation], answer: int, limit: int) -> list[int]:
     """Count the tokens of each conversation; an answer that is missing may be as long as it is let."""
-    tokenizer = load_tokenizer(source.folder, source.reference)
     lengths: list[int] = []
     for row in asked:
-        more = 0 if row.response is not None else request.max_new_tokens
+        more = 0 if row.response is not None else answer
         lengths.append(min(len(encode(tokenizer, row, max_length=limit).ids) + more, limit))
     return lengths

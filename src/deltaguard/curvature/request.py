@@ -26,6 +26,9 @@ from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
 from deltaguard.models.shards import DTYPES
 
+LOOK_ALIKE_TOKENS = 16
+"""Tokens of a look-alike's answer at most: whether it is answered or refused is decided where it opens."""
+
 
 class CalibrateConfig(BaseModel):
     """Options of `calibrate`.
@@ -42,7 +45,8 @@ class CalibrateConfig(BaseModel):
             prompts file of a user, those of a fifth of the prompts at most, and of at least one.
         max_length: tokens of a conversation at most; the rest is cut off. A model with fewer positions
             takes as many as it has.
-        max_new_tokens: tokens of a response at most, where the aligned model gives it.
+        max_new_tokens: tokens of a response at most, where the aligned model gives it; of a look-alike's
+            `LOOK_ALIKE_TOKENS` at most.
         batch_size: conversations per batch.
         device: where the model runs; `auto` is CUDA where there is one, else the CPU.
         dtype: the model's dtype; `auto` is the checkpoint's, and float32 on the CPU, where it answers in the
