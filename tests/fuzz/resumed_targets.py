@@ -175,6 +175,7 @@ KINDS = (
     Kind("journal of a restore", 10, restored),
     Kind("request of a calibration", 20, calibration("request.json", damage_json)),
     Kind("responses of a calibration", 10, calibration("responses.jsonl", damage_lines)),
+    Kind("answers to look-alikes", 10, calibration("look-alikes.jsonl", damage_lines)),
     Kind("answers of an evaluation", 100, answers),
     Kind("likelihoods of an evaluation", 40, likelihoods),
     Kind("second answers of an evaluation", 40, second_answers),

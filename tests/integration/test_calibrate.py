@@ -375,6 +375,26 @@ def test_unfinished_work_is_neither_overwritten_nor_mixed_with_another_request(l
     assert contents(tmp_path / "store.partial") == before
 
 
+def test_look_alikes_alone_are_unfinished_work_too(llama, tmp_path):
+    def interrupt(event):
+        if event.stage == "accumulate":
+            raise KeyboardInterrupt
+
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "{i}", "response": "No."}}\n' for i in range(4)), encoding="utf-8")
+    config = SHORT.model_copy(update={"prompts": path})
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(llama, tmp_path / "store", config=config, progress=interrupt)
+    assert not (tmp_path / "store.partial" / "responses.jsonl").exists()
+    with pytest.raises(DeltaguardError, match="unfinished calibration"):
+        calibrate(llama, tmp_path / "store", config=config)
+    resumed = config.model_copy(update={"resume": True})
+    other = resumed.model_copy(update={"max_length": 100})
+    with pytest.raises(DeltaguardError, match="max_length is 100 now"):
+        calibrate(llama, tmp_path / "store", config=other)
+    calibrate(llama, tmp_path / "store", config=resumed)
+
+
 def test_a_finished_store_is_returned_to_the_same_request_only(llama, tmp_path):
     store = calibrate(llama, tmp_path / "store", config=SHORT)
     before = contents(store.folder)

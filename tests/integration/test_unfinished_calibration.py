@@ -15,7 +15,7 @@ from pairs import pair
 
 ASKED = CalibrateConfig(num_samples=6, num_held_out=3, max_new_tokens=5, batch_size=4, rank="full")
 RESUME = ASKED.model_copy(update={"resume": True})
-REQUEST, RESPONSES = "request.json", "responses.jsonl"
+REQUEST, RESPONSES, LOOK_ALIKES = "request.json", "responses.jsonl", "look-alikes.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_run_that_waited_for_another_finds_the_finished_store(llama, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-@pytest.mark.parametrize("name", [REQUEST, RESPONSES])
+@pytest.mark.parametrize("name", [REQUEST, RESPONSES, LOOK_ALIKES])
 def test_whatever_a_file_holds_there_is_a_store_or_one_message(llama, partial, name):
     """Cut off anywhere, and overwritten anywhere in its first bytes: where headers and names are."""
     whole = (partial / name).read_bytes()

@@ -162,7 +162,7 @@ def workspace(output: Path, request: CalibrationRequest, *, resume: bool) -> Gen
         if _is_finished(output, request, resume=resume):
             yield None
         else:
-            if _journals(journal):
+            if any(folder.glob("*.jsonl")):
                 if not resume:
                     raise DeltaguardError(
                         f"An unfinished calibration lies in {folder}. Resume it (`--resume`), or delete that "
