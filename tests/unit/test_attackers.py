@@ -137,6 +137,7 @@ def test_some_fine_tunes_of_a_preset_can_be_made_alone():
     some = ATTACKS.with_changes(finetunes=("advice", "poison-10"))
     assert [each.name for each in some.finetunes] == ["poison-10", "advice"]
     assert ATTACKS.with_changes() == ATTACKS
+    assert ATTACKS.with_changes(seeds=2, first_seed=1).seeds == (1, 2)
     with pytest.raises(DeltaguardError, match=r"no fine-tune advise\. It has poison-1, .*advice"):
         ATTACKS.with_changes(finetunes=("advise",))
 

@@ -36,6 +36,7 @@ def bench(
     method: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     finetune: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     seeds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    first_seed: Annotated[int, Parameter(validator=validators.Number(gte=0))] = 0,
     probes: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     training: Literal["full", "lora"] | None = None,
     attack_prompts: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
@@ -56,6 +57,7 @@ def bench(
             absent. With default options those that need no strength; `kfac` where absent.
         finetune: Make this fine-tune of the preset alone, by the name that tables give it; may be repeated.
         seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the others.
+        first_seed: The first of these seeds; what was chosen with some is to be measured with others.
         probes: Measure so many of a method's seven strengths at most, found by bisection; 2 in the quick
             preset, all in the full one. Default limits are measured beside them.
         training: Fine-tune all weights (`full`), or LoRA adapters (`lora`); where absent, both in the full
@@ -79,7 +81,9 @@ def bench(
     unknown = [name for name in method if name not in defences()]
     if unknown:
         raise UsageError(f"There is no method {', '.join(unknown)}. The methods are {', '.join(defences())}.")
-    chosen = PRESETS[preset].with_changes(finetunes=finetune, seeds=seeds, probes=probes, training=training)
+    chosen = PRESETS[preset].with_changes(
+        finetunes=finetune, seeds=seeds, first_seed=first_seed, probes=probes, training=training
+    )
     attacks = [question for name in attack_prompts for question in load_questions(name)]
     tell(_DURATIONS[preset])
     hide_bars_of_transformers()

@@ -123,10 +123,11 @@ class Preset:
         *,
         finetunes: Sequence[str] = (),
         seeds: int | None = None,
+        first_seed: int = 0,
         probes: int | None = None,
         training: Training | None = None,
     ) -> "Preset":
-        """Take the fine-tunes of some names, the seeds 0 to `seeds` - 1, so many probes, one training.
+        """Take the fine-tunes of some names, so many seeds from the first one on, so many probes, one training.
 
         What is `None`, or without a name, changes nothing.
 
@@ -140,7 +141,8 @@ class Preset:
             )
         kept = tuple(each for each in self.finetunes if not finetunes or each.name in finetunes)
         changed = replace(self, finetunes=kept)
-        changed = changed if seeds is None else replace(changed, seeds=tuple(range(seeds)))
+        count = len(self.seeds) if seeds is None else seeds
+        changed = replace(changed, seeds=tuple(range(first_seed, first_seed + count)))
         if training is not None:
             alike = dict.fromkeys(each.trained_as(training) for each in kept)
             changed = replace(changed, finetunes=tuple(alike))
