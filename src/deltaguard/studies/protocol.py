@@ -127,7 +127,7 @@ class Preset:
         probes: int | None = None,
         training: Training | None = None,
     ) -> "Preset":
-        """Take the fine-tunes of some names, so many seeds from the first one on, so many probes, one training.
+        """Take the fine-tunes of some names, so many seeds from the first on, so many probes, one training.
 
         What is `None`, or without a name, changes nothing.
 
