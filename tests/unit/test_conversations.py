@@ -109,11 +109,12 @@ def test_system_prompts_of_a_deployment_join_the_rotation_and_pairs_stay_distinc
 def test_look_alikes_are_paired_as_harmful_prompts_are():
     rows = build_look_alikes(count_look_alikes(("You sell shoes.",)), systems=("You sell shoes.",))
     asked = [row.prompt for row in harmless_prompts("training")]
-    assert len(set(rows)) == len(rows) == 6 * len(asked)
+    assert len(set(rows)) == len(rows) == 2 * len(asked)
     first = rows[: len(asked)]
     assert {row.prompt for row in first} == set(asked)
-    assert {row.system for row in first} == {*SYSTEM_PROMPTS.values(), "You sell shoes."}
-    with pytest.raises(DeltaguardError, match="harmless prompts with 5 system prompts each"):
+    assert {row.system for row in first} == {None, "You sell shoes."}
+    assert {row.system for row in build_look_alikes(count_look_alikes())} == {None}
+    with pytest.raises(DeltaguardError, match="harmless prompts, each with 1 system prompts at most"):
         build_look_alikes(count_look_alikes() + 1)
 
 

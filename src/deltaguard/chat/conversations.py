@@ -209,49 +209,49 @@ def build_conversations(
         300
     """
     asked = [row.prompt for row in harmful_prompts(part)]
-    return _paired(asked, num_samples, f"{part} prompts", systems=systems, seed=seed)
+    rotation = tuple(dict.fromkeys((*SYSTEM_PROMPTS.values(), *systems)))
+    return _paired(asked, rotation, num_samples, f"{part} prompts", seed=seed)
 
 
 def build_look_alikes(num_samples: int, *, systems: Sequence[str] = (), seed: int = 0) -> list[Conversation]:
-    """Pair harmless prompts that look dangerous with the system prompts, as `build_conversations` does.
+    """Pair harmless prompts that look dangerous with the system prompts of a deployment, and with none.
 
     Args:
-        num_samples: as there.
-        systems: as there.
-        seed: as there.
+        num_samples: how many conversations.
+        systems: system prompts of a deployment.
+        seed: as in `build_conversations`.
 
     Returns:
-        Conversations without responses; their prompts are those of the training part.
+        Conversations without responses, paired as there; their prompts are those of the training part.
 
     Raises:
-        DeltaguardError: as there.
+        DeltaguardError: there are fewer pairs than `num_samples`.
 
     Example:
-        >>> len({c.prompt for c in build_look_alikes(100)})
-        100
+        >>> {c.system for c in build_look_alikes(100)}
+        {None}
     """
     asked = [row.prompt for row in harmless_prompts("training")]
-    return _paired(asked, num_samples, "harmless prompts", systems=systems, seed=seed)
+    return _paired(asked, _own(systems), num_samples, "harmless prompts", seed=seed)
 
 
 def count_look_alikes(systems: Sequence[str] = ()) -> int:
-    """Count the conversations that `build_look_alikes` can pair under these system prompts."""
-    return len(harmless_prompts("training")) * len(_rotation(systems))
+    """Count the conversations that `build_look_alikes` can pair with these system prompts."""
+    return len(harmless_prompts("training")) * len(_own(systems))
 
 
-def _rotation(systems: Sequence[str]) -> tuple[str | None, ...]:
-    return tuple(dict.fromkeys((*SYSTEM_PROMPTS.values(), *systems)))
+def _own(systems: Sequence[str]) -> tuple[str | None, ...]:
+    return tuple(dict.fromkeys((None, *systems)))
 
 
 def _paired(
-    prompts: Sequence[str], num_samples: int, what: str, *, systems: Sequence[str], seed: int
+    prompts: Sequence[str], rotation: Sequence[str | None], num_samples: int, what: str, *, seed: int
 ) -> list[Conversation]:
-    rotation = _rotation(systems)
     if num_samples > len(prompts) * len(rotation):
         raise DeltaguardError(
             f"{num_samples} conversations were asked for and {len(prompts) * len(rotation)} exist: "
-            f"{len(prompts)} {what} with {len(rotation)} system prompts each. Ask for fewer, or "
-            "bring a prompts file."
+            f"{len(prompts)} {what}, each with {len(rotation)} system prompts at most. Ask for fewer, or "
+            "bring harmful requests in a prompts file."
         )
     ordered = sorted(prompts, key=lambda text: _rank(seed, text))
     return [

@@ -39,8 +39,8 @@ class CalibrateConfig(BaseModel):
             their own; those of a file that name none get them in turn.
         num_samples: how many conversations; of a shorter prompts file, all that are not held out.
         num_look_alikes: how many harmless requests that look dangerous, of the package, are calibrated on
-            beside them, so that not answering has a price, too; by default as many, or all there are.
-            Conversations given in Python are taken as they are.
+            beside them, so that not answering has a price, too, under `systems` and without any; by default
+            as many, or all there are. Conversations given in Python are taken as they are.
         num_held_out: how many further conversations safety KL is measured on; of the conversations or the
             prompts file of a user, those of a fifth of the prompts at most, and of at least one.
         max_length: tokens of a conversation at most; the rest is cut off. A model with fewer positions
