@@ -1,8 +1,7 @@
 """Restores that measured attack success, as one small file: `python -m tools.asking NAME=FOLDER ... -o FILE`.
 
 Each folder is one that `deltaguard restore --max-added-attack-success` wrote. What its report says of single
-tensors and files, and where the models lay, is left out. `asking_table` and `looks_table` draw tables of the
-documentation.
+tensors and files, and where the models lay, is left out. `asking_table` draws a table of the documentation.
 """
 
 import argparse
@@ -63,50 +62,6 @@ def asking_table(content: str) -> str:
         ),
     ).markdown()
     return f"{drawn}\n\n{small(made_with(runs[0].report.environment))}"
-
-
-def looks_table(content: str) -> str:
-    """Draw every candidate that was asked: a row a candidate, from the closest to the fine-tuned model.
-
-    Args:
-        content: an `AskingRuns` as JSON.
-
-    Returns:
-        Markdown.
-    """
-    runs = [_Row.of(run) for run in AskingRuns.model_validate_json(content).runs]
-    drawn = Table.of(
-        "",
-        [_Seen.of(row, look) for row in runs for look in sorted(row.attack.looks, key=lambda look: -look.mu)],
-        (
-            (Column("fine-tune and store", "words"), lambda seen: seen.name),
-            ("safety KL", lambda seen: nats(seen.safety_kl)),
-            ("attack success,\nadded points", lambda seen: points(100 * seen.look.attack_success.added)),
-            ("false refusals,\nadded points", lambda seen: _added(seen.look)),
-            (Column("", "name"), lambda seen: seen.fate),
-            ("energy kept", lambda seen: percent(seen.kept_energy) if seen.fate == "kept" else DASH),
-        ),
-    ).markdown()
-    return f"{drawn}\n\n{small(made_with(runs[0].run.report.environment))}"
-
-
-class _Seen(BaseModel):
-    name: str
-    safety_kl: float
-    look: Look
-    fate: str
-    kept_energy: float
-
-    @classmethod
-    def of(cls, row: "_Row", look: Look) -> "_Seen":
-        chosen = "kept" if look == row.attack.restored else "accepted"
-        return cls(
-            name=row.run.finetune,
-            safety_kl=next(probe.safety_kl for probe in row.dial.probes if probe.mu == look.mu),
-            look=look,
-            fate=chosen if look.accepted else "turned away",
-            kept_energy=row.run.report.kept_energy,
-        )
 
 
 class _Row(BaseModel):

@@ -21,9 +21,10 @@ from deltaguard.reports.records.bench import BenchReport
 from deltaguard.reports.records.demo import DemoReport
 from deltaguard.reports.table import Column, Table, rate
 from deltaguard.reports.text import DASH, Measured, duration, interval, model_label, percent, size
-from tools.asking import asking_table, looks_table
+from tools.asking import asking_table
 from tools.end_to_end import end_to_end_table
 from tools.experiments import experiments_table
+from tools.look_alikes import look_alikes_table
 from tools.paper import paper_table
 from tools.picture import demo_picture
 from tools.refining import refine_table
@@ -219,7 +220,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "attacks-table": ("attacks.json", attacks_table),
     "attacks-hidden-table": ("attacks-hidden.json", attacks_table),
     "defaults-table": ("defaults.json", attacks_table),
-    "looks-table": ("looks.json", looks_table),
+    "look-alikes-table": ("look_alikes.json", look_alikes_table),
     "refine-table": ("refine.json", refine_table),
     "bench-table": ("bench.json", bench_table),
     "dial-table": ("dial.json", bench_table),
