@@ -5,6 +5,7 @@ import re
 
 import pytest
 from tools.asking import AskingRuns, asking_table, main
+from tools.look_alikes import Variant, Variants, look_alikes_table
 from tools.refining import refine_table
 from tools.service_demo import service_demo_table
 from tools.tables import (
@@ -114,6 +115,15 @@ def test_attackers_are_shown_with_their_command_and_notes_but_without_folders():
     assert "| `backdoor-100` | partly, missed |" in text
     assert "<script>" not in text
     assert "/home/someone" not in text
+
+
+def test_both_calibrations_of_a_fine_tune_and_seed_stand_beside_each_other():
+    report = attack_reports.attacks_report()
+    variants = (Variant(calibration="harm alone", report=report), Variant(calibration="both", report=report))
+    drawn = look_alikes_table(Variants(variants=variants).model_dump_json())
+    rows = [cells(line) for line in drawn.splitlines() if line.startswith("| `poison-10`")]
+    assert [row[1:3] for row in rows] == [[seed, kind] for seed in "01" for kind in ("harm alone", "both")]
+    assert all(row[5].startswith("75.0 %") and row[6].startswith("50.0 %") for row in rows)
 
 
 def test_the_summary_of_a_bench_has_a_row_a_method_at_its_largest_safe_strength():
