@@ -129,8 +129,8 @@ def test_calibrate_and_info(tmp_path, capsys):
     prompts.write_text("\n".join(map(json.dumps, rows)))
     call = ["calibrate", made.aligned, "--prompts", prompts, "--device", "cpu"]
     made_store = json_of(capsys, *call, "-o", tmp_path / "store")
-    # One of them is held out.
-    assert (made_store["conversations"], made_store["rank"]) == (3, "auto")
+    # One of them is held out, and a look-alike stands beside each other one.
+    assert (made_store["conversations"], made_store["look_alikes"], made_store["rank"]) == (6, 3, "auto")
     whole = json_of(capsys, *call, "-o", tmp_path / "whole", "--rank", "full")
     assert (whole["rank"], whole["rank_share"]) == ("full", 1)
     assert whole["response_tokens"] == made_store["response_tokens"] > 0

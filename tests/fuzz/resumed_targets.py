@@ -80,11 +80,12 @@ def calibration(name: str, damage: Mutator):
 
     def make(folder: Path) -> Target:
         aligned = models.save(models.tiny_model("llama", num_hidden_layers=1), folder / "aligned")
-        asked = [each.__class__(each.prompt, each.system) for each in CONVERSATIONS[:6]]
-        partial, kept = folder / "store.partial", folder / "kept"
+        partial, kept, asked = folder / "store.partial", folder / "kept", folder / "prompts.jsonl"
+        asked.write_text("\n".join(json.dumps({"prompt": each.prompt}) for each in CONVERSATIONS[:6]))
+        config = RESUMED.model_copy(update={"prompts": asked})
 
         def run(progress=None) -> None:
-            calibrate(aligned, folder / "store", conversations=asked, config=RESUMED, progress=progress)
+            calibrate(aligned, folder / "store", config=config, progress=progress)
 
         def stop(event: Event) -> None:
             if event.stage == "decompose":

@@ -290,7 +290,7 @@ def test_the_store_is_that_of_one_process(name, count, memory, tmp_path):
     ended = ranked.run(count, tokens, tmp_path / "said")
     assert ended.codes == [0] * count, ended.err
     require_equal(tmp_path / "many", tmp_path / "one")
-    assert json.loads(ended.out[0])["conversations"] == 4
+    assert json.loads(ended.out[0])["conversations"] == 8
     assert ("backwards ..." in ended.err[0]) == (memory == "0")
     assert not any((*ended.out[1:], *ended.err[1:]))
     assert not (tmp_path / "many.partial").exists()
