@@ -1,8 +1,8 @@
 """What look-alikes in the calibration do: `python -m benchmarks.look_alikes ALIGNED`.
 
 A fine-tune on a task is restored without options, once by a store of harmful requests alone and once by one
-of harmless look-alikes, too. Cells stay in the folder `--work` and are not measured again; its folder
-`beside` may be one of `deltaguard bench --preset default`. It takes a quarter of an hour on two CPU cores.
+of harmless look-alikes, too. Cells stay in the folder `--work` and are not
+measured again. It takes a quarter of an hour on two CPU cores.
 """
 
 import argparse
