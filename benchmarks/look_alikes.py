@@ -1,8 +1,8 @@
 """What look-alikes in the calibration do: `python -m benchmarks.look_alikes ALIGNED`.
 
-A fine-tune on a task is restored without options, once by a store of harmful requests alone and once by one
-of harmless look-alikes, too. Cells stay in the folder `--work` and are not
-measured again. It takes a quarter of an hour on two CPU cores.
+An identity shift and a task are restored without options, once by a store of harmful requests alone and once
+by one of harmless look-alikes, too. Cells stay in the folder `--work` and are not measured again. It takes
+half an hour on two CPU cores.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from tools.look_alikes import Variant, Variants
 from deltaguard.studies.attack_study import bench_attacks
 from deltaguard.studies.protocol import DEFAULT, Preset
 
-FINETUNES = ("task-clean",)
+FINETUNES = ("identity", "task-clean")
 CALIBRATIONS = {"alone": ("harmful requests alone", 0), "beside": ("harmful requests and look-alikes", None)}
 
 

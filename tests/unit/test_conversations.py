@@ -114,7 +114,7 @@ def test_look_alikes_are_paired_as_harmful_prompts_are():
     assert {row.prompt for row in first} == set(asked)
     assert {row.system for row in first} == {None, "You sell shoes."}
     assert {row.system for row in build_look_alikes(count_look_alikes())} == {None}
-    with pytest.raises(DeltaguardError, match="harmless prompts, each with 1 system prompts at most"):
+    with pytest.raises(DeltaguardError, match="harmless prompts, system prompts for each: 1"):
         build_look_alikes(count_look_alikes() + 1)
 
 

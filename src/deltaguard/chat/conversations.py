@@ -250,7 +250,7 @@ def _paired(
     if num_samples > len(prompts) * len(rotation):
         raise DeltaguardError(
             f"{num_samples} conversations were asked for and {len(prompts) * len(rotation)} exist: "
-            f"{len(prompts)} {what}, each with {len(rotation)} system prompts at most. Ask for fewer, or "
+            f"{len(prompts)} {what}, system prompts for each: {len(rotation)}. Ask for fewer, or "
             "bring harmful requests in a prompts file."
         )
     ordered = sorted(prompts, key=lambda text: _rank(seed, text))

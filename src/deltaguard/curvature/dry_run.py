@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.tokens import context_length, encode
-from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, CalibrateConfig, asked_for, requested
+from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, Asked, CalibrateConfig, asked_for, requested
 from deltaguard.curvature.sizes import Sizes, blocks_of, store_limit
+from deltaguard.curvature.store_format import CalibrationRequest
 from deltaguard.device import find_device, memory_bytes
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.experts import refuse_unknown_experts, routed_share
@@ -39,16 +39,12 @@ def plan_calibration(
     config = config or CalibrateConfig()
     source = Checkpoint.open(aligned)
     refuse_unknown_experts(source.reference, source.config, source.tensors)
-    chosen = asked_for(conversations, config)
-    asked = chosen.all
+    asked = asked_for(conversations, config)
     device = find_device(config.device)
-    request = requested(source, asked, config, device)
+    request = requested(source, asked.all, config, device)
     shape = load_config(source.folder, source.reference)
-    tokenizer = load_tokenizer(source.folder, source.reference)
-    tokens, limit = request.max_new_tokens, context_length(shape, request.max_length)
-    calibrated = _lengths(tokenizer, chosen.safety, tokens, limit)
-    calibrated += _lengths(tokenizer, chosen.look_alikes, min(LOOK_ALIKE_TOKENS, tokens), limit)
-    lengths = [*calibrated, *_lengths(tokenizer, chosen.held_out, tokens, limit)]
+    lengths = _lengths(asked, source, request, context_length(shape, request.max_length))
+    calibrated = lengths[: len(asked.calibration)]
     dtype = getattr(torch, request.dtype)
     answering = getattr(torch, request.answer_dtype or request.dtype)
     whole = Sizes.of(source.tensors.values(), routed_share(source.config))
@@ -61,12 +57,12 @@ def plan_calibration(
     # As a whole the model keeps its own weights while it answers in another dtype.
     kept = dtype.itemsize if answering != dtype and not by_blocks else 0
     loaded = whole.weights
-    if by_blocks and all(row.response is not None for row in asked):
+    if by_blocks and all(row.response is not None for row in asked.all):
         loaded = 0
     elif by_blocks and whole.weights * answering.itemsize > memory:
         loaded = outside.weights + max(block.weights for block in blocks)
     return CalibrationPlan(
-        conversations=len(asked),
+        conversations=len(lengths),
         tokens=sum(lengths),
         device=str(device),
         by_blocks=by_blocks,
@@ -83,10 +79,18 @@ def plan_calibration(
     )
 
 
-def _lengths(tokenizer: Any, asked: Sequence[Conversation], answer: int, limit: int) -> list[int]:
+def _lengths(asked: Asked, source: Checkpoint, request: CalibrationRequest, limit: int) -> list[int]:
     """Count the tokens of each conversation; an answer that is missing may be as long as it is let."""
+    tokenizer = load_tokenizer(source.folder, source.reference)
+    brief = min(LOOK_ALIKE_TOKENS, request.max_new_tokens)
+    parts = (
+        (asked.safety, request.max_new_tokens),
+        (asked.look_alikes, brief),
+        (asked.held_out, request.max_new_tokens),
+    )
     lengths: list[int] = []
-    for row in asked:
-        more = 0 if row.response is not None else answer
-        lengths.append(min(len(encode(tokenizer, row, max_length=limit).ids) + more, limit))
+    for rows, answer in parts:
+        for row in rows:
+            more = 0 if row.response is not None else answer
+            lengths.append(min(len(encode(tokenizer, row, max_length=limit).ids) + more, limit))
     return lengths

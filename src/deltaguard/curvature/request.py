@@ -96,12 +96,12 @@ class Asked:
 
     @property
     def calibration(self) -> list[Conversation]:
-        """Those that curvature is measured on."""
+        """List the conversations that curvature is measured on: harmful requests, then look-alikes."""
         return [*self.safety, *self.look_alikes]
 
     @property
     def all(self) -> list[Conversation]:
-        """Those calibrated on, in order, and after them those held out."""
+        """List all conversations: those calibrated on, and after them those held out."""
         return [*self.calibration, *self.held_out]
 
 
