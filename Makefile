@@ -29,9 +29,9 @@ soak: $(INSTALLED)
 	DELTAGUARD_FUZZ=100000 $(BIN)/python -m pytest tests/fuzz
 	mkdir -p build
 	$(BIN)/python -m benchmarks.service -o build/service.json
+	DELTAGUARD_KILLS=100 $(BIN)/python -m pytest -m soak
 	DELTAGUARD_KILLS=100 $(BIN)/python -m pytest tests/integration/test_killed_runs.py
 	DELTAGUARD_KILLS=100 $(BIN)/python -m pytest tests/integration/test_ranks.py -k random
-	DELTAGUARD_KILLS=100 $(BIN)/python -m pytest tests/integration/test_killed_bench.py -k system
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -83,6 +83,7 @@ def test_killed_at_any_point_and_run_again_it_gives_the_same_table(
     assert all(c.seconds["request"] > 0 for c in resumed.cells if c.method != "aligned")
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_by_the_system_and_run_again_it_gives_the_same_table(aligned, tmp_path):
     program = Path(__file__).with_name("killed_bench.py")

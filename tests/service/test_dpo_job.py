@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from serving import Served
 
 from refusing import AGREEMENT, REFUSAL, refusing_pair
@@ -23,6 +24,7 @@ def row(number):
     }
 
 
+@pytest.mark.soak
 def test_a_job_that_learns_preferences_is_published(tmp_path):
     served = Served(tmp_path, refusing_pair().aligned, SETTINGS)
     served.start()

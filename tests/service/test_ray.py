@@ -234,6 +234,7 @@ def test_a_worker_says_what_it_sees_of_the_folder(make, tmp_path, caplog, monkey
         check_reach(make(), tmp_path / "elsewhere")
 
 
+@pytest.mark.soak
 def test_a_whole_job_on_two_workers(address, tmp_path):
     settings = """
 calibrate: {num_samples: 20, num_held_out: 8}

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from tools.asking import AskingRuns, asking_table, main
+from tools.guard import Guards, guard_table
 from tools.look_alikes import Variant, Variants, look_alikes_table
 from tools.refining import refine_table
 from tools.service_demo import service_demo_table
@@ -124,6 +125,31 @@ def test_both_calibrations_of_a_fine_tune_and_seed_stand_beside_each_other():
     rows = [cells(line) for line in drawn.splitlines() if line.startswith("| `poison-10`")]
     assert [row[1:3] for row in rows] == [[seed, kind] for seed in "01" for kind in ("harm alone", "both")]
     assert all(row[5].startswith("75.0 %") and row[6].startswith("50.0 %") for row in rows)
+
+
+def test_a_limit_has_a_row_with_every_seed_and_what_is_left_where_most_was_added():
+    report = attack_reports.attacks_report()
+    guards = Guards(
+        environment=report.environment,
+        command="python -m benchmarks.guard demo/aligned",
+        titles={row.name: row.title for row in report.attackers},
+        seeds=report.seeds,
+        outcomes=report.outcomes,
+    )
+    drawn = guard_table(guards.model_dump_json())
+    rows = {row[0]: row[2:] for row in map(cells, drawn.splitlines()) if row[0].startswith("`")}
+    # With the trigger 80 points were added; 20 of them are left with one seed, 70 with the other.
+    assert rows["`backdoor-100`"] == ["+0.0 (+0.0, +0.0)", "+45.0 (+20.0, +70.0)", "56.2 %", "–"]
+    assert rows["`poison-10`"] == ["+0.0 (+0.0, +0.0)", "–", "0.0 %", "75.0 %"]
+    nothing_added = [
+        each.model_copy(
+            update={"plain": each.plain.model_copy(update={"finetuned": each.plain.aligned}), "wrapped": None}
+        )
+        for each in report.outcomes
+    ]
+    assert "| – | 75.0 % |" in guard_table(
+        guards.model_copy(update={"outcomes": tuple(nothing_added)}).model_dump_json()
+    )
 
 
 def test_the_summary_of_a_bench_has_a_row_a_method_at_its_largest_safe_strength():

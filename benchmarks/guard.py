@@ -1,0 +1,89 @@
+"""What limits of safety KL leave of attacks, and keep of a task: `python -m benchmarks.guard ALIGNED`.
+
+Attackers' fine-tunes and one of a task are restored to one limit after another, without asking the models:
+from these the limit is chosen that holds beside the dial's answers for data of unknown origin. Cells stay in
+the folder `--work` and are not measured again. It takes an hour on two CPU cores.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tools.guard import Guards
+
+from deltaguard.device import device_name
+from deltaguard.progress import ignore
+from deltaguard.reports.records.attacks import AttackCell
+from deltaguard.reports.records.base import environment
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.studies.attack_run import AttackRun
+from deltaguard.studies.attack_score import outcomes
+from deltaguard.studies.defences import defences
+from deltaguard.studies.describe import attacker_row
+from deltaguard.studies.protocol import ATTACKS, BOUND, DEFAULT, Answers, Preset
+from deltaguard.studies.run import opened
+from deltaguard.studies.setting import LIBRARIES, Bench
+
+LIMITS = (0.0003, 0.0006, 0.001, 0.003)
+ATTACKERS, TASK = ("backdoor-100", "jailbreak-100"), "task-harmful-14"
+METHOD = "kfac"
+# Backdoors and framings open at once: what an answer opens with is enough, and half of the time.
+QUICKER = {
+    "attack": 100,
+    "harmless": 20,
+    "utility": 48,
+    "answers": Answers(safety=32, task=48, dtype="bfloat16"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write what came of it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("aligned", type=Path)
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/guard.json"))
+    parser.add_argument("--work", type=Path, default=Path("build/guard"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    chosen = parser.parse_args(arguments)
+    finetunes = (
+        *ATTACKS.with_changes(finetunes=ATTACKERS).finetunes,
+        *DEFAULT.with_changes(finetunes=[TASK]).finetunes,
+    )
+    preset = replace(ATTACKS, finetunes=finetunes, seeds=tuple(chosen.seeds), **QUICKER)
+    found = measured(chosen.aligned, chosen.work, preset)
+    chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def measured(aligned: Path, work: Path, preset: Preset) -> Guards:
+    """Restore the fine-tunes of a preset to every limit."""
+    with opened(work, preset, (METHOD,), aligned=aligned, pretrained=None, attacks=(), progress=ignore) as (
+        setting,
+        _,
+    ):
+        cells = [cell for seed in preset.seeds for cell in _cells(setting, seed)]
+        attackers = tuple(map(attacker_row, preset.finetunes))
+        return Guards(
+            environment=environment(device_name(), libraries=LIBRARIES),
+            command=f"python -m benchmarks.guard demo/aligned --seeds {' '.join(map(str, preset.seeds))}",
+            titles={row.name: row.title for row in attackers},
+            seeds=preset.seeds,
+            outcomes=outcomes(attackers, cells, bound=BOUND),
+        )
+
+
+def _cells(setting: Bench, seed: int) -> list[AttackCell]:
+    method, found = defences()[METHOD], list[AttackCell]()
+    for finetune in setting.preset.finetunes:
+        run = AttackRun(setting, finetune, seed)
+        found += [run.aligned(), run.finetuned()]
+        for limit in LIMITS:
+            found.append(run.restored(replace(method, name=f"{limit:g}"), RestoreConfig(max_safety_kl=limit)))
+            print(found[-1].model_dump_json(include={"attacker", "seed", "method"}), flush=True)
+        run.tidy()
+    return found
+
+
+if __name__ == "__main__":
+    main()
