@@ -26,6 +26,8 @@ def main() -> int:
     if chosen.output.exists():
         found = ServiceResults.model_validate_json(chosen.output.read_bytes())
     has_held = True
+    if chosen.work is not None:
+        chosen.work.mkdir(parents=True, exist_ok=True)
     for name in chosen.parts:
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=chosen.work))
         print(f"{name}, in {folder}", flush=True)
