@@ -59,7 +59,7 @@ def test_the_model_answers_the_packages_prompts(llama, tmp_path):
         *[("load", 0, 1), ("load", 1, 1)],
         # Look-alikes are asked for by themselves, since they are answered shorter.
         *[("respond", 4, 11), ("respond", 8, 11), ("respond", 9, 11), ("respond", 11, 11)],
-        *[("accumulate", 1, 2), ("accumulate", 2, 2)],
+        *[(stage, i, 2) for stage in ("lean", "accumulate") for i in (1, 2)],
         *[("decompose", i, 8) for i in range(1, 9)],
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
@@ -262,11 +262,13 @@ def test_by_default_a_store_takes_a_quarter_of_the_models_bytes(tmp_path):
     )
     store = calibrate(folder, tmp_path / "store", conversations=ANSWERED)
     model, taken = (
-        sum(path.stat().st_size for path in where.glob("*.safetensors")) for where in (folder, store.folder)
+        sum(path.stat().st_size for path in where.glob(names))
+        for where, names in ((folder, "*.safetensors"), (store.folder, "curvature-*.safetensors"))
     )
     assert not store.is_full
     assert 0 < store.provenance.rank_share < 1
-    # Eigenvalues and headers come on top, and eigenvectors are whole.
+    # Eigenvalues and headers come on top, and eigenvectors are whole. Gradients of refusing come on top, too:
+    # of layers as narrow as these they are as large as all else.
     assert 0.2 * model < taken < 0.27 * model
 
 

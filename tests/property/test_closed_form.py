@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from deltaguard.methods.closed_form import Kfac
 from deltaguard.methods.interpolate import Interpolate
-from deltaguard.methods.method import Curvature, Layer, Options
+from deltaguard.methods.method import Curvature, Layer
 from deltaguard.solvers import kfac, ridge, solution, spectrum
 
 
@@ -113,7 +113,9 @@ def prepared(method, dtype):
     """A layer of 7 rows in half precision, of which both curvatures are cut off."""
     aligned, finetuned, H, G = (each.float() for each in layer(3, 7, 6, 9))
     curvature = Curvature(inputs=spectrum(H, 3), outputs=spectrum(G, 3))
-    return method.prepare(Layer(aligned.to(dtype), finetuned.to(dtype), curvature=curvature), Options())
+    return method.prepare(
+        Layer(aligned.to(dtype), finetuned.to(dtype), curvature=curvature), method.options()
+    )
 
 
 @pytest.mark.parametrize("price", [0.0, 0.3, 1.0])
@@ -146,4 +148,4 @@ def test_a_weight_that_is_not_finite_is_named(method, which):
     (aligned, finetuned)[which][2, 3] = math.inf
     curvature = Curvature(inputs=spectrum(H, 3), outputs=spectrum(G, 3))
     with pytest.raises(ValueError, match=rf"The {('aligned', 'fine-tuned')[which]} weight holds 1 entries"):
-        method.prepare(Layer(aligned, finetuned, curvature=curvature), Options()).at(0.5)
+        method.prepare(Layer(aligned, finetuned, curvature=curvature), method.options()).at(0.5)

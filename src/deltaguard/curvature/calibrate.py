@@ -5,7 +5,7 @@ that was killed goes on with them and sums anew, block by block with the block i
 finished one leaves the store alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +21,7 @@ from deltaguard.chat.thinking import without_thinking
 from deltaguard.chat.tokens import Encoded, batches, context_length, encode
 from deltaguard.curvature.blocks import CutModel, UncutError
 from deltaguard.curvature.contents import GroupCurvature, share_within
+from deltaguard.curvature.decisions import decisions, leanings
 from deltaguard.curvature.groups import observe
 from deltaguard.curvature.observe import Accumulator
 from deltaguard.curvature.passes import Passes
@@ -46,6 +47,7 @@ from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.ranks import Ranks
 from deltaguard.reports.text import size
+from deltaguard.solvers.low_rank import LowRank
 
 
 @exact_products()
@@ -71,8 +73,9 @@ def calibrate(
         output_dir: a folder that is absent or empty; `OUTPUT.partial` beside it holds unfinished work.
         conversations: instead of the package's or a file's prompts.
         config: the options; their defaults where absent.
-        progress: called as the stages `load`, `respond` (conversations), `accumulate` (batches) and
-            `decompose` (groups) go on; block by block instead of the last two `forwards` and `backwards`.
+        progress: called as the stages `load`, `respond` (conversations), `lean` (batches),
+            `accumulate` (batches) and `decompose` (groups) go on; block by block instead of the last three
+            `forwards` and `backwards`.
         is_refusal: a judge of responses, in place of `refusals.is_refusal`, which knows five languages; the
             store records the share that refuses.
         ranks: the processes that share the work, all of which call this with the same arguments; by default
@@ -127,6 +130,7 @@ class _Layers:
     groups: tuple[LayerGroup, ...]
     uncovered: tuple[str, ...]
     contents: Callable[[Provenance], Iterator[GroupCurvature]]
+    leaning: Mapping[str, LowRank] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,16 @@ def _calibrate(run: _Run, output: Path, is_refusal: Callable[[str], bool]) -> No
         measured = _measure(run, is_refusal)
         contents = measured.layers.contents(measured.provenance)
         refuse_changes(run.source.changes())
-        groups = measured.layers.groups
+        layers = measured.layers
         if run.ranks.leads:
-            write_store(output, measured.provenance, measured.held_out, groups, lambda _: next(contents))
+            write_store(
+                output,
+                measured.provenance,
+                measured.held_out,
+                layers.groups,
+                lambda _: next(contents),
+                leaning=layers.leaning,
+            )
     except torch.OutOfMemoryError as error:
         raise DeltaguardError(
             f"{run.device} has too little memory for what is calibrated at once, the sums over its layers' "
@@ -174,6 +185,8 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     config = load_config(run.source.folder, run.source.reference)
     limit = context_length(config, request.max_length)
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
+    refuses = [is_refusal(without_thinking(row.response or "")) for row in answered[:count]]
+    harmful = len(run.asked.safety)
     held_out = [c for c in answered[count:] if encode(tokenizer, c, max_length=limit).has_response]
     for what, found in (("", any(text.has_response for text in texts)), ("held-out ", bool(held_out))):
         if not found:
@@ -184,11 +197,9 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     if in_blocks:
         # Both would not fit.
         del model
-        layers = _by_blocks(run, texts) or _whole(run, _load(run, request.dtype), texts)
+        layers = _by_blocks(run, texts) or _whole(run, _load(run, request.dtype), texts, refuses)
     else:
-        layers = _whole(run, model, texts)
-    harmful = len(run.asked.safety)
-    refusing = sum(is_refusal(without_thinking(row.response or "")) for row in answered[:harmful])
+        layers = _whole(run, model, texts, refuses)
     provenance = Provenance(
         **request.model_dump(),
         aligned=run.source.reference,
@@ -199,7 +210,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         response_tokens=sum(len(text.ids) - text.prompt_length for text in texts),
         truncated=sum(text.truncated for text in texts),
         system_role="template" if takes_system_role(tokenizer) else "user turn",
-        refusal_share=refusing / harmful,
+        refusal_share=sum(refuses[:harmful]) / harmful,
         uncovered=layers.uncovered,
         rank_share=1.0 if request.rank == "full" else share_within(layers.groups, store_limit(run.source)),
         versions=versions(),
@@ -252,10 +263,13 @@ def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:
         return _answered(run, model, tokenizer, rows)
 
 
-def _whole(run: _Run, model: Any, texts: Sequence[Encoded]) -> _Layers:
+def _whole(run: _Run, model: Any, texts: Sequence[Encoded], refuses: Sequence[bool]) -> _Layers:
     """Take the sums of all layers at once; the model is not needed any more then."""
     observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
     size = run.request.batch_size
+    decided = decisions(texts, refuses, len(run.asked.safety))
+    # Before the sums, which take more memory than the gradients.
+    leaning = leanings(model, observed, decided, batch_size=size, report=run.report, ranks=run.ranks)
     accumulator, ordered = Accumulator(model, observed, run.report), batches(texts, size)
     for number in range(run.ranks.rank, len(ordered), run.ranks.size):
         accumulator.add(number * size, ordered[number].to(run.device))
@@ -267,7 +281,7 @@ def _whole(run: _Run, model: Any, texts: Sequence[Encoded]) -> _Layers:
         # Each sum is given up when its turn has come.
         return _told(decomposed(groups, sums, provenance, run.ranks), len(groups), run.report)
 
-    return _Layers(groups, uncovered, contents)
+    return _Layers(groups, uncovered, contents, leaning)
 
 
 def _by_blocks(run: _Run, texts: Sequence[Encoded]) -> _Layers | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaguard.curvature.contents import Form, stored_forms
+from deltaguard.curvature.leaning import leaning_forms
 from deltaguard.curvature.store_format import MANIFEST, Manifest, StoredFile
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.names import link_target
@@ -62,7 +63,7 @@ def open_files(folder: Path, manifest: Manifest) -> tuple[dict[str, OpenFile], d
     problems: list[str] = []
     files: dict[str, OpenFile] = {}
     tensors: dict[str, TensorInfo] = {}
-    for stored in manifest.files:
+    for stored in (*manifest.files, *filter(None, (manifest.leaning,))):
         unfit = _file_problem(folder, stored.name)
         if unfit:
             problems.append(unfit)
@@ -145,6 +146,9 @@ def manifest_problems(manifest: Manifest) -> list[str]:
     """Find what contradicts itself in a manifest whose fields are right one by one."""
     made, files = manifest.provenance, [file.name for file in manifest.files]
     shards = {stored.shard for stored in manifest.groups}
+    if manifest.leaning is not None:
+        files.append(manifest.leaning.name)
+        shards.add(manifest.leaning.name)
     names = [name for stored in manifest.groups for name in stored_forms(stored.group, made.extent)]
     tensors = [layer.key for stored in manifest.groups for layer in stored.group.layers]
     problems = [
@@ -185,6 +189,9 @@ def expected_tensors(manifest: Manifest) -> dict[str, Expected]:
         for name, form in stored_forms(stored.group, manifest.provenance.extent).items():
             problem = values.get(name) or _PROBLEMS[name.rpartition(".")[2]]
             expected[name] = Expected(stored.shard, form, problem)
+        if manifest.leaning is not None and stored.reached is None:
+            forms = leaning_forms(stored.group)
+            expected |= {n: Expected(manifest.leaning.name, form, _not_finite) for n, form in forms.items()}
     return expected
 
 

@@ -176,6 +176,21 @@ def drawn_likelihood(logits: Tensor, *, seed: int) -> Tensor:
         seed: of the draw.
 
     Raises:
+        DeltaguardError: as `log_probabilities`.
+    """
+    scores = log_probabilities(logits)
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+    return scores.gather(-1, drawn).sum()
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Normalise predictions, in float32.
+
+    Args:
+        logits: (positions, vocabulary).
+
+    Raises:
         DeltaguardError: a prediction is NaN.
     """
     scores = logits.float().log_softmax(-1)
@@ -184,6 +199,4 @@ def drawn_likelihood(logits: Tensor, *, seed: int) -> Tensor:
             f"The aligned model predicts NaN or infinite values in {logits.dtype}: something overflows. "
             "Calibrate in float32 or bfloat16."
         )
-    generator = torch.Generator(logits.device).manual_seed(seed)
-    drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
-    return scores.gather(-1, drawn).sum()
+    return scores

@@ -27,6 +27,7 @@ from deltaguard.curvature.contents import (
     unpack_factor,
     unpack_moment,
 )
+from deltaguard.curvature.leaning import merged
 from deltaguard.curvature.store_format import (
     MANIFEST,
     Manifest,
@@ -54,6 +55,7 @@ from deltaguard.models.identity import ModelIdentity
 from deltaguard.models.opened import OpenFile, refuse_changes
 from deltaguard.models.shards import TensorInfo, read_tensor
 from deltaguard.solvers.factor import Factor
+from deltaguard.solvers.low_rank import LowRank
 from deltaguard.solvers.spectrum import Spectrum
 
 
@@ -169,6 +171,29 @@ class CurvatureStore:
         """
         stored, number = self._stored_layer(tensor)
         return stored.means[number + 1]
+
+    @property
+    def knows_leaning(self) -> bool:
+        """Whether the gradients of refusing are there."""
+        return self.manifest.leaning is not None
+
+    def leaning(self, tensor: str) -> LowRank | None:
+        """Read the gradient of refusing with a layer's weight, (out, in), see `curvature.leaning`.
+
+        Args:
+            tensor: a layer's weight.
+
+        Returns:
+            None where the store does not know it: of experts, and of all layers where `knows_leaning` is
+            false.
+
+        Raises:
+            DeltaguardError: the store has no such layer.
+        """
+        stored, _ = self._stored_layer(tensor)
+        if self.manifest.leaning is None or stored.reached is not None:
+            return None
+        return LowRank(self._read(f"{tensor}.down"), self._read(f"{tensor}.up"), 0.0)
 
     def hessian(self, group: str) -> Tensor:
         """Read H, the mean of x xᵀ over the tokens, (in, in), float32, symmetric.
@@ -295,6 +320,7 @@ class CurvatureStore:
             self.held_out,
             self.groups,
             lambda group: provenance.decompose(group, self.sums(group.name)),
+            leaning=_joined([self]),
         )
         return CurvatureStore.from_pretrained(output_dir)
 
@@ -324,7 +350,7 @@ class CurvatureStore:
             replace(group, tokens=sum(store.groups[i].tokens for store in stores))
             for i, group in enumerate(stores[0].groups)
         ]
-        write_store(Path(output_dir), provenance, held_out, groups, content)
+        write_store(Path(output_dir), provenance, held_out, groups, content, leaning=_joined(stores))
         return CurvatureStore.from_pretrained(output_dir)
 
     def _stored(self, group: str) -> StoredGroup:
@@ -354,6 +380,18 @@ class CurvatureStore:
     @cached_property
     def _by_tensor(self) -> dict[str, LayerGroup]:
         return {layer.key: group for group in self.groups for layer in group.layers}
+
+
+def _joined(stores: Sequence[CurvatureStore]) -> dict[str, LowRank] | None:
+    """Join the gradients of refusing of several stores; None where one does not know them."""
+    if not all(store.knows_leaning for store in stores):
+        return None
+    found: dict[str, LowRank] = {}
+    for layer in (layer for group in stores[0].groups for layer in group.layers):
+        parts = [(each, store.provenance.harmful) for store in stores if (each := store.leaning(layer.key))]
+        if parts:
+            found[layer.key] = merged(parts)
+    return found
 
 
 def not_full(folder: Path, aligned: str) -> str:

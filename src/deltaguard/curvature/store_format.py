@@ -31,6 +31,7 @@ from deltaguard.curvature.contents import (
     stored_bytes,
     stored_tensors,
 )
+from deltaguard.curvature.leaning import leaning_tensors
 from deltaguard.curvature.sums import LayerGroup, Reached, Sums
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
@@ -40,7 +41,12 @@ from deltaguard.models.identity import ModelIdentity
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deltaguard.solvers.low_rank import LowRank
+
 MANIFEST = "curvature.json"
+LEANING = "leaning.safetensors"
+"""The file of the gradients of refusing."""
+
 MAX_SHARD_BYTES = 4 * 10**9
 SCHEMA_VERSION = 3
 
@@ -211,7 +217,17 @@ class StoredFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content of `curvature.json`."""
+    """The content of `curvature.json`.
+
+    Attributes:
+        schema_version: others are not read.
+        provenance: where the store comes from.
+        held_out: conversations that safety KL is measured on.
+        files: of groups.
+        leaning: of the gradients of refusing (see `leaning`), of every layer that sees each token; null where
+            they are not known.
+        groups: in the model's order.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -219,6 +235,7 @@ class Manifest(BaseModel):
     provenance: Provenance
     held_out: tuple[Annotated[Conversation, AfterValidator(_answered)], ...]
     files: tuple[StoredFile, ...]
+    leaning: StoredFile | None = None
     groups: Annotated[tuple[StoredGroup, ...], Field(min_length=1)]
 
 
@@ -249,6 +266,7 @@ def write_store(
     groups: Sequence[LayerGroup],
     content: Callable[[LayerGroup], GroupCurvature],
     *,
+    leaning: Mapping[str, "LowRank"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a store: to a temporary sibling first, renamed when complete.
@@ -259,6 +277,7 @@ def write_store(
         held_out: conversations that safety KL is measured on.
         groups: the groups, in the model's order.
         content: called once per group, in that order, when it is about to be written.
+        leaning: the gradients of refusing, by layer; None where they are not known.
         max_shard_bytes: a file holds whole groups, and as many as fit, at least one.
 
     Raises:
@@ -276,15 +295,23 @@ def write_store(
                 found = content(group)
                 tensors |= stored_tensors(group, found, extent)
                 stored.append(_stored_group(group, shard, found))
-            path = staged / shard
-            save_tensors(tensors, path)
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256")
-            files.append(StoredFile(name=shard, bytes=path.stat().st_size, sha256=digest.hexdigest()))
+            files.append(_stored_file(tensors, staged / shard))
         manifest = Manifest(
-            provenance=provenance, held_out=tuple(held_out), files=tuple(files), groups=tuple(stored)
+            provenance=provenance,
+            held_out=tuple(held_out),
+            files=tuple(files),
+            leaning=None if leaning is None else _stored_file(leaning_tensors(leaning), staged / LEANING),
+            groups=tuple(stored),
         )
         write_manifest(staged, manifest)
+
+
+def _stored_file(tensors: Mapping[str, "Tensor"], path: Path) -> StoredFile:
+    """Write a file of a store, and say what it is known by."""
+    save_tensors(tensors, path)
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+    return StoredFile(name=path.name, bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
 def _stored_group(group: LayerGroup, shard: str, content: GroupCurvature) -> StoredGroup:

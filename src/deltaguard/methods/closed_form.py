@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from pydantic import Field
 
 from deltaguard.methods.method import Layer, Options, PricedLayer, PricedMethod
 
@@ -25,21 +27,34 @@ if TYPE_CHECKING:
 _LIMITS = (1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
+class KfacOptions(Options):
+    """Options of `kfac`."""
+
+    level_refusals: bool = Field(
+        default=True,
+        description="Whether what a restored layer would change of the share of refusals is taken out of it, "
+        "to first order.",
+    )
+
+
 class Kfac(PricedMethod):
-    """Δ' + μ G Δ' H = Δ."""
+    """Δ' + μ G Δ' H = Δ, less what of Δ' lies along the gradient of refusing."""
 
     name = "kfac"
     title = "the closed form of Safe Delta's goal with both curvatures: each direction shrinks by its price"
     reference = "the optimum of Safe Delta's goal; curvature as in Martens and Grosse 2015, arXiv:1503.05671"
-    needs = frozenset({"inputs", "outputs"})
+    needs = frozenset({"inputs", "outputs", "leaning"})
     from_products = True
+    options = KfacOptions
     ladder = _LIMITS
 
-    def prepare(self, layer: Layer, options: Options) -> _ProjectedLayer:  # noqa: ARG002
+    def prepare(self, layer: Layer, options: Options) -> _ProjectedLayer:
         """Project the delta on the eigenvectors of H and G."""
+        assert isinstance(options, KfacOptions)  # noqa: S101
         inputs, outputs = layer.curvature.inputs, layer.curvature.outputs
         assert inputs is not None and outputs is not None, "named in `needs`"  # noqa: S101, PT018
-        return _project(layer, inputs, outputs)
+        leaning = layer.curvature.leaning if options.level_refusals else None
+        return _project(layer, inputs, outputs, leaning)
 
 
 class Ridge(PricedMethod):
@@ -87,33 +102,49 @@ class _ProjectedLayer(PricedLayer):
 
     def factors_at(self, price: float, rank: int | None) -> tuple[LowRank, Outcome] | None:
         from deltaguard.solvers import ThinProjection, low_rank, low_rank_of_factors, outcome_of
+        from deltaguard.solvers.profile import PROHIBITIVE
 
-        if not isinstance(self.projection, ThinProjection):
-            return None
-        product = self.projection.factors(price)
+        projection, level = self.projection, self.projection.level
+        # One direction is left for what a cut to that rank would lose.
+        levelled = level is not None and 0 < price < PROHIBITIVE and rank != 1
+        kept = rank - 1 if levelled and rank is not None else rank
+        product = projection.factors(price) if isinstance(projection, ThinProjection) else None
         if product is None:
-            found = low_rank(self.projection.restored(price), rank=rank)
+            restored = projection.restored(price)
+            found = low_rank(restored, rank=kept)
+            levelled = levelled and len(found.down) < min(restored.shape)
         else:
-            found = low_rank_of_factors(product.up, product.down, rank=rank)
-            self.projection.directions.check_restored(_norm(found))
-        return found, outcome_of(self.projection, price)
+            found = low_rank_of_factors(product.up, product.down, rank=kept)
+            projection.directions.check_restored(_norm(found))
+        if level is not None and levelled:
+            found = level.out_of(found, 1 if rank is None else rank - len(found.down))
+        return found, outcome_of(projection, price)
 
     def profile(self) -> Profile:
         return self.projection.directions.profile()
 
 
-def _project(layer: Layer, inputs: Spectrum, outputs: Spectrum) -> _ProjectedLayer:
-    from deltaguard.solvers import Difference, project, project_thin
+def _project(
+    layer: Layer, inputs: Spectrum, outputs: Spectrum, leaning: LowRank | None = None
+) -> _ProjectedLayer:
+    from deltaguard.solvers import Difference, project, project_product
     from deltaguard.solvers.solution import check_matrices, is_finite, working_dtype
 
     if layer.product is None:
         delta = Difference(*layer.weights, working_dtype(*layer.weights))
-        return _ProjectedLayer(None, None, project(delta, inputs, outputs))
+        return _ProjectedLayer(None, None, project(delta, inputs, outputs, _of(leaning, delta.dtype)))
     if not all(map(is_finite, layer.product)):
         raise ValueError("The adapter's matrices hold entries that are NaN or infinite.")
     if layer.aligned is not None:
         check_matrices(*layer.weights)
-    return _ProjectedLayer(layer.aligned, layer.finetuned, project_thin(*layer.product, inputs, outputs))
+    found = project_product(*layer.product, inputs, outputs, _of(leaning, layer.product[0].dtype))
+    return _ProjectedLayer(layer.aligned, layer.finetuned, found)
+
+
+def _of(matrix: LowRank | None, dtype: torch.dtype) -> LowRank | None:
+    if matrix is None:
+        return None
+    return replace(matrix, up=matrix.up.to(dtype), down=matrix.down.to(dtype))
 
 
 def _norm(found: LowRank) -> float:

@@ -30,7 +30,7 @@ ROLES: Mapping[Role, str] = {
 }
 """What each further model is, in words for help and errors."""
 
-Quantity = Literal["inputs", "outputs", "output_mean", "hessian", "factor"]
+Quantity = Literal["inputs", "outputs", "output_mean", "hessian", "factor", "leaning"]
 """What a store knows of a layer, by the fields of `Curvature`."""
 
 
@@ -65,6 +65,8 @@ class Curvature:
         output_mean: mean eigenvalue of G.
         hessian: H itself.
         factor: the factor of the damped H.
+        leaning: the gradient of how much the aligned model leans towards refusing, of low rank; None as well
+            where the store does not know it.
     """
 
     inputs: Spectrum | None = None
@@ -72,6 +74,7 @@ class Curvature:
     output_mean: float | None = None
     hessian: Tensor | None = None
     factor: Factor | None = None
+    leaning: LowRank | None = None
 
 
 @dataclass(frozen=True)

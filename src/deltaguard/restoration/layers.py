@@ -154,10 +154,12 @@ class _Reader:
         if not needed:
             return Curvature()
         outputs = store.output_spectrum(key) if "outputs" in needs else None
+        leaning = store.leaning(key) if "leaning" in needs else None
         return replace(
             shared,
             outputs=map_tensors(outputs, self._taken),
             output_mean=store.output_mean(key) if "output_mean" in needs else None,
+            leaning=map_tensors(leaning, self._taken),
         )
 
     def _matrices(self, step: Step, tensor: Tensor) -> Sequence[Tensor]:

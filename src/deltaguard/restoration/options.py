@@ -242,6 +242,11 @@ class RestoreConfig(BaseModel):
         return find_method(self.method)
 
     @property
+    def levels_refusals(self) -> bool:
+        """Whether the method takes out of restored layers what moves the share of refusals."""
+        return bool(self.own_options.model_dump().get("level_refusals"))
+
+    @property
     def own_options(self) -> Options:
         """The method's own options, defaults included."""
         return self.chosen_method.options.model_validate(dict(self.method_options))

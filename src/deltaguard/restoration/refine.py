@@ -227,9 +227,9 @@ def _row(trial: Trial, step: Step, row: LayerRow, tensor: Tensor) -> LayerRow:
         for each in (job.aligned.read(step.aligned_name), job.finetuned.read(step.info.name), tensor)
     )
     assert step.group is not None, "a layer that is refined has a curvature"  # noqa: S101
-    spectra = [store.input_spectrum(step.group), output_curvature(trial, step)]
-    spectra = [each.to(trial.device) for each in spectra]
-    whole, kept = (project(each - aligned, *spectra).directions for each in (finetuned, refined))
+    inputs, outputs = store.input_spectrum(step.group), output_curvature(trial, step)
+    inputs, outputs = inputs.to(trial.device), outputs.to(trial.device)
+    whole, kept = (project(each - aligned, inputs, outputs).directions for each in (finetuned, refined))
     delta, left = finetuned - aligned, refined - aligned
     energy = float(whole.energies.sum())
     predicted = kept.profile().predicted_kl(0)

@@ -88,6 +88,11 @@ def summarise(
 def _warnings(job: Job, config: RestoreConfig, layers: Sequence[LayerRow]) -> tuple[str, ...]:
     """Say what is no error and must be known of an output, a sentence or two each."""
     found = [*job.store.provenance.warnings] if job.store else []
+    if job.store and config.levels_refusals and not job.store.knows_leaning:
+        found.append(
+            f"The store {job.store.folder} does not know the gradient of refusing, so that the share of "
+            "refusals was not levelled: it was calibrated block by block, or by an earlier release."
+        )
     if isinstance(job.finetuned, AdapterCheckpoint):
         trained_on = read_lora_config(job.finetuned.folder, job.finetuned.reference).base_model_name_or_path
         if trained_on and _QUANTISED.search(trained_on):

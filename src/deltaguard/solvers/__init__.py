@@ -14,12 +14,14 @@ from deltaguard.solvers.closed_form import (
     kfac,
     outcome_of,
     project,
+    project_product,
     ridge,
     shrink,
     solve_projected,
 )
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.greedy import greedy, greedy_factored
+from deltaguard.solvers.level import Level, level
 from deltaguard.solvers.low_rank import LowRank, low_rank, low_rank_of_factors
 from deltaguard.solvers.profile import Directions, Profile, joint_profile, profile
 from deltaguard.solvers.published import published
@@ -31,6 +33,7 @@ __all__ = [
     "Difference",
     "Directions",
     "Factor",
+    "Level",
     "LowRank",
     "Outcome",
     "Profile",
@@ -46,11 +49,13 @@ __all__ = [
     "interpolate",
     "joint_profile",
     "kfac",
+    "level",
     "low_rank",
     "low_rank_of_factors",
     "outcome_of",
     "profile",
     "project",
+    "project_product",
     "project_thin",
     "published",
     "resta",

@@ -6,11 +6,13 @@ Martens and Grosse 2015, arXiv:1503.05671), `ridge` has G = I.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from deltaguard.solvers.level import Level, Taken, level
+from deltaguard.solvers.low_rank import LowRank
 from deltaguard.solvers.profile import PROHIBITIVE, Directions, directions, shares_of_parts
 from deltaguard.solvers.solution import (
     Difference,
@@ -25,7 +27,7 @@ from deltaguard.solvers.solution import (
     working_dtype,
 )
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum
-from deltaguard.solvers.thin import ThinProjection
+from deltaguard.solvers.thin import ThinProjection, project_thin
 
 _LEAST_ROWS = 1024
 """Of a block: with fewer, products spend their time on adding up."""
@@ -46,6 +48,7 @@ class Projection:
         columns: ΔV, (out, r_h).
         core: UᵀΔV, (r_g, r_h).
         directions: the delta by prices.
+        level: what the restored delta is orthogonal to.
     """
 
     delta: Tensor | Difference
@@ -55,6 +58,7 @@ class Projection:
     columns: Tensor
     core: Tensor
     directions: Directions
+    level: Level | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,25 +82,62 @@ class Projection:
             return self.columns.new_zeros(len(self.columns), self.rows.shape[1], dtype=dtype)
         parts = _Parts(self.rows, self.columns, self.core)
         spectra = self.inputs.to(self.dtype), self.outputs.to(self.dtype)
-        found, squares = _shrunk(self.delta, parts, *spectra, mu, onto, dtype or self.dtype)
+        less = None
+        if self.level is not None:
+            less = self.level.up * self.level.along(self.directions, mu), self.level.down
+        found, squares = _shrunk(self.delta, parts, *spectra, mu, onto, dtype or self.dtype, less=less)
         self.directions.check_restored(math.sqrt(float(squares)))
         return found
 
 
-def project(delta: Tensor | Difference, inputs: Spectrum, outputs: Spectrum) -> Projection:
+def project(
+    delta: Tensor | Difference, inputs: Spectrum, outputs: Spectrum, orthogonal_to: LowRank | None = None
+) -> Projection:
     """Project a delta, (out, in), on the eigenvectors of H and G.
+
+    Args:
+        delta: Δ, or what gives its rows.
+        inputs: of H.
+        outputs: of G.
+        orthogonal_to: a matrix of the delta's shape that every restored delta is orthogonal to (see `level`).
 
     Raises:
         ValueError: eigenvalues are negative or no numbers, eigenvectors not orthonormal, or weights of which
             it is the difference not finite.
     """
     own = inputs.to(delta.dtype), outputs.to(delta.dtype)
-    parts, squares = _parts(delta, *own)
+    parts, squares, seen = _parts(delta, *own, None if orthogonal_to is None else orthogonal_to.down)
     if isinstance(delta, Difference) and not bool(squares.isfinite()):
         check_matrices(delta.aligned, delta.finetuned)
     norms = _norms(parts.rows.T), _norms(parts.columns), squares
     found = directions(parts.core, *norms, *own)
-    return Projection(delta, inputs, outputs, parts.rows, parts.columns, parts.core, found)
+    levelled = None
+    if orthogonal_to is not None:
+        columns = parts.columns.T @ orthogonal_to.up
+        levelled = level(orthogonal_to, *own, seen=seen, columns=columns, core=parts.core)
+    return Projection(delta, inputs, outputs, parts.rows, parts.columns, parts.core, found, levelled)
+
+
+def project_product(
+    up: Tensor, down: Tensor, inputs: Spectrum, outputs: Spectrum, orthogonal_to: LowRank | None = None
+) -> ThinProjection:
+    """Project a delta up @ down, (out, r) and (r, in), as `project` does with the whole of it.
+
+    Raises:
+        ValueError: as `project_thin`.
+    """
+    found = project_thin(up, down, inputs, outputs)
+    if orthogonal_to is None:
+        return found
+    levelled = level(
+        orthogonal_to,
+        found.inputs,
+        found.outputs,
+        seen=up @ (down @ orthogonal_to.down.T),
+        columns=found.right.T @ (up.T @ orthogonal_to.up),
+        core=found.left @ found.right,
+    )
+    return replace(found, level=levelled)
 
 
 def shrink(matrix: Tensor, inputs: Spectrum, outputs: Spectrum, *, mu: float) -> Tensor:
@@ -118,7 +159,7 @@ def shrink(matrix: Tensor, inputs: Spectrum, outputs: Spectrum, *, mu: float) ->
         tensor([[0.2500]])
     """
     inputs, outputs = inputs.to(matrix.dtype), outputs.to(matrix.dtype)
-    parts, _ = _parts(matrix, inputs, outputs)
+    parts, _, _ = _parts(matrix, inputs, outputs)
     return _shrunk(matrix, parts, inputs, outputs, mu, None, matrix.dtype)[0]
 
 
@@ -244,15 +285,18 @@ def outcome_of(projection: Projection | ThinProjection, mu: float) -> Outcome:
     """
     if not mu >= 0:
         raise ValueError(f"mu is {mu}; it must be 0 or more.")
-    spread = projection.directions.profile()
+    spread, taken = projection.directions.profile(), Taken()
+    if projection.level is not None and mu > 0:
+        taken = projection.level.taken(projection.directions, mu)
+    predicted = spread.predicted_kl(mu) + taken.predicted_kl
     return Outcome(
-        kept_energy=share(spread.kept(mu), spread.energy),
-        safety_cost=projection.directions.safety_cost(mu),
-        utility_loss=share(spread.lost(mu), spread.energy),
+        kept_energy=share(spread.kept(mu) + taken.kept, spread.energy),
+        safety_cost=projection.directions.safety_cost(mu, taken.inputs),
+        utility_loss=share(spread.lost(mu) + taken.lost, spread.energy),
         detail={
             "delta_norm": math.sqrt(spread.energy),
-            "safety_kl_share": share(spread.predicted_kl(mu), spread.predicted_kl(0)),
-            "predicted_safety_kl": spread.predicted_kl(mu),
+            "safety_kl_share": share(predicted, spread.predicted_kl(0)),
+            "predicted_safety_kl": predicted,
         },
     )
 
@@ -266,9 +310,13 @@ class _Parts:
     core: Tensor
 
 
-def _parts(delta: Tensor | Difference, inputs: Spectrum, outputs: Spectrum) -> tuple[_Parts, Tensor]:
-    """Project a delta, and square its norm."""
+def _parts(
+    delta: Tensor | Difference, inputs: Spectrum, outputs: Spectrum, down: Tensor | None = None
+) -> tuple[_Parts, Tensor, Tensor]:
+    """Project a delta, square its norm, and multiply it with the transpose of a matrix (r, in)."""
     u, v = outputs.vectors, inputs.vectors
+    down = v.new_empty(0, len(v)) if down is None else down
+    seen = v.new_empty(len(u), len(down))
     rows, columns = v.new_zeros(u.shape[1], len(v)), v.new_empty(len(u), v.shape[1])
     squares = v.new_zeros((), dtype=torch.float64)
     blocks = list(row_blocks(delta if isinstance(delta, Tensor) else delta.aligned, least=_LEAST_ROWS))
@@ -277,8 +325,9 @@ def _parts(delta: Tensor | Difference, inputs: Spectrum, outputs: Spectrum) -> t
         part = _rows_of(delta, block, space)
         rows.addmm_(u[block].T, part)
         torch.mm(part, v, out=columns[block])
+        torch.mm(part, down.T, out=seen[block])
         squares += sum_of_squares(part)
-    return _Parts(rows, columns, rows @ v), squares
+    return _Parts(rows, columns, rows @ v), squares, seen
 
 
 def _shrunk(
@@ -289,8 +338,10 @@ def _shrunk(
     mu: float,
     onto: Tensor | None,
     dtype: torch.dtype,
+    *,
+    less: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add up the four parts of a delta, each with its share, and what they are put onto.
+    """Add up the four parts of a delta, each with its share, less a product, and what they are put onto.
 
     Returns:
         The sum, rounded to `dtype`; and the squared norm of the parts alone.
@@ -306,6 +357,8 @@ def _shrunk(
     for block in blocks:
         part = _rows_of(delta, block, space).mul_(of_all)
         part.addmm_(outputs.vectors[block], inner).addmm_(columns[block], vt)
+        if less is not None:
+            part.addmm_(less[0][block], less[1], alpha=-1)
         squares += sum_of_squares(part)
         for piece in cached_blocks(part):
             if onto is not None:

@@ -168,11 +168,19 @@ class Directions:
         # Sorting costs more than all else at a price, and serves every one.
         return profile(self.g * self.h, self.energies)
 
-    def safety_cost(self, mu: float) -> float:
-        """Compute tr(Δ' H Δ'ᵀ) / tr(Δ H Δᵀ)."""
-        kept = _kept_share(self.g * self.h, mu)
+    def kept(self, mu: float) -> Tensor:
+        """Compute the share of itself that each direction keeps, (directions,)."""
+        return _kept_share(self.g * self.h, mu)
+
+    def safety_cost(self, mu: float, more: float = 0.0) -> float:
+        """Compute tr(Δ' H Δ'ᵀ) / tr(Δ H Δᵀ).
+
+        Args:
+            mu: the price of safety.
+            more: what is added to tr(Δ' H Δ'ᵀ), see `Taken`.
+        """
         whole = float((self.h * self.energies).sum())
-        return share(float((self.h * self.energies * kept.square()).sum()), whole)
+        return share(float((self.h * self.energies * self.kept(mu).square()).sum()) + more, whole)
 
     def check_restored(self, norm: float) -> None:
         """Refuse a restored delta that is larger than the delta.

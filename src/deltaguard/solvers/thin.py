@@ -12,6 +12,7 @@ left.
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from deltaguard.solvers.low_rank import LowRank
 from deltaguard.solvers.profile import PROHIBITIVE, Directions, directions, shares_of_parts
 from deltaguard.solvers.solution import squared_norm
 from deltaguard.solvers.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from deltaguard.solvers.level import Level
 
 _ROUNDING = 1e-4
 """Of ‖B‖ ‖A‖, what a sum of products in float32 may be off by."""
@@ -44,6 +48,7 @@ class ThinProjection:
         left: UᵀB, (r_g, r).
         right: AV, (r, r_h).
         directions: the delta by prices.
+        level: what the restored delta is orthogonal to.
     """
 
     up: Tensor
@@ -53,6 +58,7 @@ class ThinProjection:
     left: Tensor
     right: Tensor
     directions: Directions
+    level: "Level | None" = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,11 +78,15 @@ class ThinProjection:
         """
         factors = self.factors(mu)
         found = self._dense(mu) if factors is None else factors.up @ factors.down
+        if self.level is not None and 0 < mu < PROHIBITIVE:
+            found.addmm_(self.level.up, self.level.down, alpha=-self.level.along(self.directions, mu))
         self.directions.check_restored(math.sqrt(squared_norm(found)))
         return (found if onto is None else found.add_(onto.to(self.dtype))).to(dtype or self.dtype)
 
     def factors(self, mu: float) -> LowRank | None:
         """Compute Δ' as a product, None where that would be no thinner than the matrix itself.
+
+        It is not orthogonal to what `level` says: whoever cuts it off would lose that again.
 
         The norm of a product costs nearly as much as the product: whoever has it at hand after the next step
         gives it to `directions.check_restored`.

@@ -1,0 +1,139 @@
+"""The gradient of refusing: what a calibration keeps of it, and what a restore makes of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import models
+from deltaguard.chat.tokens import context_length, encode
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.decisions import decisions
+from deltaguard.curvature.request import CalibrateConfig
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.loading import load_model, load_tokenizer
+from deltaguard.restoration.options import RestoreConfig
+from deltaguard.restoration.restore import restore
+from pairs import ANSWERED
+from refusing import refusing_pair
+
+FAMILIES = ("llama", "gpt2", "phi3", "qwen3_moe")
+CONFIG = CalibrateConfig(num_samples=6, num_held_out=3, max_new_tokens=5, batch_size=4, rank="full")
+
+
+def refuses(response):
+    return "cannot" in response
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def calibrated(request, tmp_path_factory):
+    """A model, and its store."""
+    root = tmp_path_factory.mktemp(request.param)
+    folder = models.save(models.tiny_model(request.param), root / "model")
+    return folder, calibrate(
+        folder, root / "store", conversations=ANSWERED, config=CONFIG, is_refusal=refuses
+    )
+
+
+def leaning_of(model, tokenizer, store):
+    """Compute S one conversation after another, in the model's precision."""
+    held_out = {row.prompt for row in store.held_out}
+    rows = [row for row in ANSWERED if row.prompt not in held_out]
+    limit = context_length(model.config, store.provenance.max_length)
+    texts = [encode(tokenizer, row, max_length=limit) for row in rows]
+    total = 0.0
+    for each in decisions(texts, [refuses(row.response) for row in rows], len(rows)):
+        ids = torch.tensor([each.text.ids])
+        logits = model(ids).logits[0].log_softmax(-1)
+        places = range(each.text.prompt_length, len(each.text.ids))
+        total += each.weight * sum(logits[i - 1, ids[0, i]] for i in places)
+    return total
+
+
+def test_along_it_the_model_leans_as_much_as_its_norm_says(calibrated):
+    folder, store = calibrated
+    if any(store.reached(group.name) for group in store.groups):
+        pytest.skip("torch multiplies experts in no float64")
+    source = Checkpoint.open(folder)
+    model = load_model(source.folder, source.reference, dtype=torch.float64)
+    tokenizer = load_tokenizer(source.folder, source.reference)
+    layers = [
+        (layer, found)
+        for group in store.groups
+        for layer in group.layers
+        if (found := store.leaning(layer.key)) is not None
+    ]
+    assert layers
+    # Large enough for norms that models compute in float32 whatever their dtype.
+    step, parameters = 1e-3, dict(model.named_parameters())
+    with torch.no_grad():
+        for layer, found in layers[:: max(1, len(layers) // 5)]:
+            gradient = (found.up @ found.down).double()
+            weight = parameters[layer.tensor]
+            change = step * (gradient.T if layer.transposed else gradient)
+            weight += change
+            more = leaning_of(model, tokenizer, store)
+            weight -= 2 * change
+            less = leaning_of(model, tokenizer, store)
+            weight += change
+            squared = float(gradient.square().sum())
+            # What is kept of it is a projection of the whole.
+            assert float(more - less) / (2 * step) == pytest.approx(squared, rel=1e-3)
+
+
+def test_experts_have_none_and_all_other_layers_have_one(calibrated):
+    _, store = calibrated
+    for group in store.groups:
+        for layer in group.layers:
+            assert (store.leaning(layer.key) is None) == (store.reached(group.name) is not None)
+
+
+def test_smaller_and_merged_stores_know_it_too(tmp_path):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+    now = [replace(row, prompt=row.prompt + " Now.") for row in ANSWERED]
+    parts = [
+        calibrate(folder, tmp_path / name, conversations=rows, config=CONFIG, is_refusal=refuses)
+        for name, rows in (("one", ANSWERED), ("two", now))
+    ]
+    key = parts[0].groups[0].layers[0].key
+    dense = [(found.up @ found.down) for store in parts if (found := store.leaning(key))]
+    small = parts[0].cut(tmp_path / "small", limit=20_000).leaning(key)
+    assert torch.allclose(small.up @ small.down, dense[0], atol=1e-5)
+    both = CurvatureStore.merge(parts, tmp_path / "both").leaning(key)
+    mean = sum(dense) / 2
+    assert float((both.up @ both.down - mean).norm()) < 0.2 * float(mean.norm())
+
+
+def test_what_a_restore_leaves_is_orthogonal_to_it_unless_it_is_told_not_to(tmp_path):
+    pair = refusing_pair()
+    store = CurvatureStore.from_pretrained(pair.store)
+    aligned, products = Checkpoint.open(pair.aligned), {}
+    for level in (True, False):
+        output = tmp_path / str(level)
+        config = RestoreConfig(strength=0.3, level_refusals=level)
+        report = restore(pair.aligned, pair.finetuned, output, store=store, config=config)
+        assert not report.warnings
+        restored = Checkpoint.open(output)
+        worst = 0.0
+        for row in report.layers:
+            left = restored.read(row.name).double() - aligned.read(row.name).double()
+            found = store.leaning(row.name)
+            gradient = (found.up @ found.down).double()
+            worst = max(worst, abs(float((left * gradient).sum() / (left.norm() * gradient.norm()))))
+        products[level] = worst
+    assert products[True] < 1e-3
+    assert products[False] > 1e-2
+
+
+def test_a_store_that_does_not_know_it_is_said(tmp_path):
+    pair = refusing_pair()
+    config = CalibrateConfig(num_samples=4, num_held_out=2, memory=0)
+    store = calibrate(pair.aligned, tmp_path / "store", config=config)
+    assert not store.knows_leaning
+    report = restore(
+        pair.aligned, pair.finetuned, tmp_path / "out", store=store, config=RestoreConfig(strength=0.3)
+    )
+    assert any("was not levelled" in each for each in report.warnings)
+    config = RestoreConfig(strength=0.3, level_refusals=False)
+    assert not restore(pair.aligned, pair.finetuned, tmp_path / "told", store=store, config=config).warnings
