@@ -217,6 +217,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "paper-table": ("paper.json", paper_table),
     "evaluation-table": ("evaluation.json", evaluation_table),
     "asking-table": ("asking.json", asking_table),
+    "level-table": ("level.json", asking_table),
     "attacks-table": ("attacks.json", attacks_table),
     "attacks-hidden-table": ("attacks-hidden.json", attacks_table),
     "attacks-backdoor-table": ("attacks-backdoor.json", attacks_table),

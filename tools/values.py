@@ -8,6 +8,7 @@ import deltaguard
 from deltaguard.chat.conversations import held_out_harmful, held_out_harmless
 from deltaguard.chat.openings import OPENING_TOKENS
 from deltaguard.cli.presets import PRESETS, read_options
+from deltaguard.curvature.leaning import RANK
 from deltaguard.curvature.store_format import SCHEMA_VERSION as CURVATURE
 from deltaguard.reports.records.attacks import AttacksReport
 from deltaguard.reports.records.batch import BatchReport
@@ -48,6 +49,7 @@ def values() -> Mapping[str, str]:
         "held_out_all": len(held_out_harmful()) + len(held_out_harmless()),
         "held_out_harmful": len(held_out_harmful()),
         "held_out_harmless": len(held_out_harmless()),
+        "leaning_rank": RANK,
         "least_prompts": Rule(limit=0.02, looks=MOST_LOOKS).least_prompts,
         "most_looks": MOST_LOOKS,
         "opening_tokens": OPENING_TOKENS,
