@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import models
 from deltaguard.chat.tokens import context_length, encode
@@ -11,6 +12,8 @@ from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.decisions import decisions
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import write_store
+from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.restoration.options import RestoreConfig
@@ -124,6 +127,36 @@ def test_what_a_restore_leaves_is_orthogonal_to_it_unless_it_is_told_not_to(tmp_
         products[level] = worst
     assert products[True] < 1e-3
     assert products[False] > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "the file leaning.safetensors is missing"),
+        (lambda path: save_file({"a.up": torch.zeros(2, 2)}, path), "is missing in leaning.safetensors"),
+    ],
+)
+def test_a_damaged_file_of_it_is_refused(damage, said, tmp_path):
+    folder = tmp_path / "store"
+    CurvatureStore.from_pretrained(refusing_pair().store).save_pretrained(folder)
+    damage(folder / "leaning.safetensors")
+    with pytest.raises(DeltaguardError, match=said):
+        CurvatureStore.from_pretrained(folder)
+
+
+def test_a_restore_goes_on_with_a_store_that_knows_as_much_alone(tmp_path):
+    pair, config = refusing_pair(), RestoreConfig(strength=0.3, resume=True)
+    restore(pair.aligned, pair.finetuned, tmp_path / "out", store=pair.store, config=config)
+    known = CurvatureStore.from_pretrained(pair.store)
+    write_store(
+        tmp_path / "less",
+        known.provenance,
+        known.held_out,
+        known.groups,
+        lambda group: known.content(group.name),
+    )
+    with pytest.raises(DeltaguardError, match="--overwrite"):
+        restore(pair.aligned, pair.finetuned, tmp_path / "out", store=tmp_path / "less", config=config)
 
 
 def test_a_store_that_does_not_know_it_is_said(tmp_path):

@@ -91,6 +91,7 @@ def test_the_ends_of_the_range_are_the_two_models():
         project_product(up, down, inputs, outputs, matrix),
     ):
         assert not found.restored(PROHIBITIVE).any()
+        assert torch.allclose(found.restored(0.0), up @ down)
         assert outcome_of(found, 0.0).kept_energy == 1
 
 

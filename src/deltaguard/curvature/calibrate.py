@@ -76,8 +76,8 @@ def calibrate(
         progress: called as the stages `load`, `respond` (conversations), `lean` (batches),
             `accumulate` (batches) and `decompose` (groups) go on; block by block instead of the last three
             `forwards` and `backwards`.
-        is_refusal: a judge of responses, in place of `refusals.is_refusal`, which knows five languages; the
-            store records the share that refuses.
+        is_refusal: a judge of responses, in place of `refusals.is_refusal`, which knows five languages: the
+            store records the share that refuses, and by it goes the gradient of refusing (see `decisions`).
         ranks: the processes that share the work, all of which call this with the same arguments; by default
             this one alone. Sums over conversations are added up in another order then.
 
@@ -185,7 +185,9 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     config = load_config(run.source.folder, run.source.reference)
     limit = context_length(config, request.max_length)
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
-    refuses = [is_refusal(without_thinking(row.response or "")) for row in answered[:count]]
+    judged = [is_refusal(without_thinking(row.response or "")) for row in answered[:count]]
+    # The processes cut conversations off by it, and have to cut them off alike.
+    refuses: list[bool] = run.ranks.from_first(judged)
     harmful = len(run.asked.safety)
     held_out = [c for c in answered[count:] if encode(tokenizer, c, max_length=limit).has_response]
     for what, found in (("", any(text.has_response for text in texts)), ("held-out ", bool(held_out))):

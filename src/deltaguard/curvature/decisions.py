@@ -25,6 +25,7 @@ from deltaguard.curvature.groups import Observed
 from deltaguard.curvature.leaning import RANK
 from deltaguard.curvature.observe import log_probabilities
 from deltaguard.curvature.sums import LinearLayer
+from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Event, Progress
 from deltaguard.ranks import Ranks
 from deltaguard.solvers.low_rank import LowRank, low_rank
@@ -50,7 +51,7 @@ def decisions(texts: Sequence[Encoded], refuses: Sequence[bool], harmful: int) -
     """Cut conversations off where they are decided.
 
     That is after the first token with which nine of ten answers that begin alike are of one kind, or at the
-    end where there is none.
+    end where there is none: an answer that begins like no other is decided by its first token.
 
     Args:
         texts: conversations with the model's own answers, the harmful requests first; those without a token
@@ -129,7 +130,7 @@ def leanings(
         The gradients, (out, in), by `LinearLayer.key`; of other ranks than the first none.
 
     Raises:
-        DeltaguardError: a prediction is NaN.
+        DeltaguardError: a prediction, or a gradient, is not finite.
         torch.OutOfMemoryError: memory does not suffice for a single conversation.
     """
     layers = _layers(observed)
@@ -144,12 +145,11 @@ def leanings(
         for number in range(ranks.rank, len(starts), ranks.size):
             members = ordered[starts[number] : starts[number] + batch_size]
 
-            def work(rows: slice, members: Sequence[Decision] = members) -> list[Tensor]:
-                return _differentiated(model, weights, members[rows])
-
-            for parts in fitting.run(len(members), work):
-                for total, part in zip(sums, parts, strict=True):
+            def add(rows: slice, members: Sequence[Decision] = members) -> None:
+                for total, part in zip(sums, _differentiated(model, weights, members[rows]), strict=True):
                     total.add_(part)
+
+            fitting.run(len(members), add)
             report(Event("lean", number + 1, len(starts)))
     finally:
         for weight in weights:
@@ -158,8 +158,18 @@ def leanings(
     for (layer, _), total in zip(layers, sums, strict=True):
         ranks.add_up(total, 0)
         if ranks.leads:
-            found[layer.key] = low_rank(total.T if layer.transposed else total, rank=RANK)
+            found[layer.key] = _kept(layer, total)
     return found
+
+
+def _kept(layer: LinearLayer, total: Tensor) -> LowRank:
+    try:
+        return low_rank(total.T if layer.transposed else total, rank=RANK)
+    except ValueError as error:
+        raise DeltaguardError(
+            f"The gradient of refusing of `{layer.name}` is not finite: something overflows. Calibrate in "
+            "float32 or bfloat16."
+        ) from error
 
 
 def _layers(observed: Sequence[Observed]) -> list[tuple[LinearLayer, Tensor]]:
@@ -177,4 +187,4 @@ def _differentiated(model: Any, weights: Sequence[Tensor], members: Sequence[Dec
     lean = torch.tensor([each.weight for each in members], device=device)
     with torch.enable_grad():
         found = score(logits_at(model, batch.ids, batch.mask, batch.answering), batch, lean)
-        return list(torch.autograd.grad(found, weights))
+        return list(torch.autograd.grad(found, weights, allow_unused=True, materialize_grads=True))

@@ -69,7 +69,7 @@ def plan_calibration(
         limit_bytes=memory,
         answering_bytes=loaded * (answering.itemsize + kept),
         weights_bytes=(held.weights + (outside.weights if by_blocks else 0)) * dtype.itemsize,
-        sums_bytes=held.sums * torch.float32.itemsize,
+        sums_bytes=held.sums_bytes(dtype),
         pass_bytes=sum(sorted(calibrated)[-request.batch_size :]) * held.passed * dtype.itemsize,
         # What goes into a block, and what comes out of it.
         hidden_bytes=2 * hidden,

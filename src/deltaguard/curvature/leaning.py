@@ -40,7 +40,10 @@ def leaning_forms(group: LayerGroup) -> dict[str, Form]:
 
 
 def merged(parts: Sequence[tuple[LowRank, int]]) -> LowRank:
-    """Join a layer's gradients of several calibrations, each a mean over so many harmful requests."""
+    """Join a layer's gradients of several calibrations: their mean, weighted by their harmful requests.
+
+    That is the gradient over all of them where they had look-alikes in proportion, and near it elsewhere.
+    """
     whole = sum(count for _, count in parts)
     up = torch.cat([found.up * (count / whole) for found, count in parts], 1)
     down = torch.cat([found.down for found, _ in parts])

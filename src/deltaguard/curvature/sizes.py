@@ -29,12 +29,14 @@ class Sizes:
     Attributes:
         weights: of all tensors.
         sums: of the sums over the inputs and output gradients of its matrices.
+        matrices: of those that see every token.
         passed: numbers a token that a pass forwards keeps for the one backwards, about: what goes into the
             matrices, and what comes out; of experts, into and out of as many as a token is routed to.
     """
 
     weights: int
     sums: int
+    matrices: int
     passed: int
 
     @classmethod
@@ -45,7 +47,7 @@ class Sizes:
             infos: from a checkpoint's headers.
             routed: share of a block's experts that each token passes.
         """
-        weights = sums = 0
+        weights = sums = matrices = 0
         passed = 0.0
         for info in infos:
             weights += prod(info.shape)
@@ -53,12 +55,18 @@ class Sizes:
                 *experts, rows, columns = info.shape
                 sums += prod(experts) * (rows**2 + columns**2)
                 share = routed if is_expert(info.name) else 1.0
+                matrices += 0 if is_expert(info.name) else prod(info.shape)
                 passed += share * prod(experts) * (rows + columns)
-        return cls(weights, sums, round(passed))
+        return cls(weights, sums, matrices, round(passed))
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Say what the weights in a dtype and the sums in float32 take."""
-        return self.weights * dtype.itemsize + self.sums * torch.float32.itemsize
+        return self.weights * dtype.itemsize + self.sums_bytes(dtype)
+
+    def sums_bytes(self, dtype: torch.dtype) -> int:
+        """Say what the sums take, or the gradients before them: sums of these and those of a batch."""
+        gradients = self.matrices * (torch.float32.itemsize + dtype.itemsize)
+        return max(self.sums * torch.float32.itemsize, gradients)
 
 
 def blocks_of(model: Checkpoint) -> tuple[Sizes, tuple[Sizes, ...]]:

@@ -65,7 +65,7 @@ Eigenvalue = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class CalibrationRequest(ModelIdentity):
-    """What a calibration was asked for, of which model. The same request gives the same store.
+    """What a calibration was asked for, of which model. The same request gives the same curvature.
 
     Attributes:
         prompts_sha256: hash of the conversations as they were given, most without responses; of those that

@@ -104,19 +104,19 @@ class _ProjectedLayer(PricedLayer):
         from deltaguard.solvers import ThinProjection, low_rank, low_rank_of_factors, outcome_of
         from deltaguard.solvers.profile import PROHIBITIVE
 
-        projection, level = self.projection, self.projection.level
-        # One direction is left for what a cut to that rank would lose.
-        levelled = level is not None and 0 < price < PROHIBITIVE and rank != 1
-        kept = rank - 1 if levelled and rank is not None else rank
+        # A rank of 1 has no direction to spare for what a cut would lose.
+        projection = replace(self.projection, level=None) if rank == 1 else self.projection
+        level = projection.level if 0 < price < PROHIBITIVE else None
+        kept = rank - 1 if level is not None and rank is not None else rank
         product = projection.factors(price) if isinstance(projection, ThinProjection) else None
         if product is None:
             restored = projection.restored(price)
             found = low_rank(restored, rank=kept)
-            levelled = levelled and len(found.down) < min(restored.shape)
+            level = level if len(found.down) < min(restored.shape) else None
         else:
             found = low_rank_of_factors(product.up, product.down, rank=kept)
             projection.directions.check_restored(_norm(found))
-        if level is not None and levelled:
+        if level is not None:
             found = level.out_of(found, 1 if rank is None else rank - len(found.down))
         return found, outcome_of(projection, price)
 

@@ -244,7 +244,8 @@ class RestoreConfig(BaseModel):
     @property
     def levels_refusals(self) -> bool:
         """Whether the method takes out of restored layers what moves the share of refusals."""
-        return bool(self.own_options.model_dump().get("level_refusals"))
+        takes = "leaning" in self.chosen_method.needs
+        return takes and bool(self.own_options.model_dump().get("level_refusals"))
 
     @property
     def own_options(self) -> Options:

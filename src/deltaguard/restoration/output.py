@@ -168,6 +168,8 @@ def _plan_hash(job: Job, config: RestoreConfig) -> str:
         job.finetuned_identity.key,
         *(f"{role} {other.source.fingerprint()}" for role, other in sorted(job.others.items())),
         store.model_dump_json() if store else "",
+        # Of stores that say the same of their making, one may know it and another not.
+        leaning.sha256 if (leaning := job.store.manifest.leaning if job.store else None) else "",
         json.dumps(solved, sort_keys=True),
         *(job.finetuned.header(shard).hex() for shard in job.finetuned.shards),
     ]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from math import prod
 
+from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.models.adapter import AdapterCheckpoint
@@ -85,14 +86,27 @@ def summarise(
     )
 
 
+def _not_levelled(store: CurvatureStore, config: RestoreConfig) -> list[str]:
+    """Say where refusals were not levelled though the method does that."""
+    if not store.knows_leaning:
+        why = "It was calibrated block by block, or by an earlier release, or made of such stores."
+        do = "Calibrate anew as a whole (`--memory`), or say `--level-refusals false`."
+        known = f"the store {store.folder} does not know its gradient"
+        return [f"The share of refusals was not levelled: {known}. {why} {do}"]
+    if any(store.reached(group.name) for group in store.groups):
+        return ["Of experts the share of refusals was not levelled: their gradients are not known."]
+    if config.adapter_rank == 1:
+        return [
+            "The share of refusals was not levelled: an adapter of rank 1 has no direction to spare for it."
+        ]
+    return []
+
+
 def _warnings(job: Job, config: RestoreConfig, layers: Sequence[LayerRow]) -> tuple[str, ...]:
     """Say what is no error and must be known of an output, a sentence or two each."""
     found = [*job.store.provenance.warnings] if job.store else []
-    if job.store and config.levels_refusals and not job.store.knows_leaning:
-        found.append(
-            f"The store {job.store.folder} does not know the gradient of refusing, so that the share of "
-            "refusals was not levelled: it was calibrated block by block, or by an earlier release."
-        )
+    if job.store and config.levels_refusals:
+        found += _not_levelled(job.store, config)
     if isinstance(job.finetuned, AdapterCheckpoint):
         trained_on = read_lora_config(job.finetuned.folder, job.finetuned.reference).base_model_name_or_path
         if trained_on and _QUANTISED.search(trained_on):

@@ -121,7 +121,14 @@ def project(
 def project_product(
     up: Tensor, down: Tensor, inputs: Spectrum, outputs: Spectrum, orthogonal_to: LowRank | None = None
 ) -> ThinProjection:
-    """Project a delta up @ down, (out, r) and (r, in), as `project` does with the whole of it.
+    """Project a delta up @ down on the eigenvectors of H and G, as `project` does with the whole of it.
+
+    Args:
+        up: (out, r).
+        down: (r, in).
+        inputs: of H.
+        outputs: of G.
+        orthogonal_to: as in `project`.
 
     Raises:
         ValueError: as `project_thin`.
@@ -286,7 +293,7 @@ def outcome_of(projection: Projection | ThinProjection, mu: float) -> Outcome:
     if not mu >= 0:
         raise ValueError(f"mu is {mu}; it must be 0 or more.")
     spread, taken = projection.directions.profile(), Taken()
-    if projection.level is not None and mu > 0:
+    if projection.level is not None:
         taken = projection.level.taken(projection.directions, mu)
     predicted = spread.predicted_kl(mu) + taken.predicted_kl
     return Outcome(

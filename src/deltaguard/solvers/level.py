@@ -6,6 +6,7 @@ no divergence, and moves refusals of all of them the same way. With A the gradie
 ‖A‖ = 1, the nearest delta that leaves it where it is, is Δ'' = Δ' - ⟨A, Δ'⟩ A.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,8 @@ class Level:
     Attributes:
         up: A is up @ down: (out, r).
         down: (r, in).
-        products: of the parts of A and Δ in each of Δ's directions, in their order, (directions,), float64.
+        products: of the parts of A and Δ in each of the directions of Δ, as `Directions` lists them,
+            (directions,), float64.
         squares: of the parts of A, likewise.
     """
 
@@ -34,18 +36,18 @@ class Level:
     squares: Tensor
 
     def along(self, found: Directions, mu: float) -> float:
-        """Compute ⟨A, Δ'⟩, which is taken out.
+        """Compute ⟨A, Δ'⟩, which is taken out: at a price of 0, which leaves the delta as it is, nothing.
 
         Args:
             found: Δ's directions.
             mu: the price of safety.
         """
-        return float((self.products * found.kept(mu)).sum())
+        return float((self.products * found.kept(mu)).sum()) if mu else 0.0
 
     def out_of(self, found: LowRank, directions: int) -> LowRank:
         """Take what lies along A out of a delta that is held as a product, with some directions more.
 
-        They are the first of A's own, which hold most of it; all of them give the nearest delta.
+        Taken are the first directions of A, which hold most of it; with all of them it is the nearest delta.
 
         Args:
             found: the delta, cut off to its rank already: a cut afterwards would lose so small a part.
@@ -54,8 +56,10 @@ class Level:
         along = float(((self.up.T @ found.up) * (self.down @ found.down.T)).sum())
         up, down = self.up[:, :directions], self.down[:directions]
         of_first = float(((self.up.T @ up) * (self.down @ down.T)).sum())
-        up = torch.cat([found.up, -along / of_first * up], 1)
-        return replace(found, up=up, down=torch.cat([found.down, down]))
+        # Half in each factor, so that neither leaves the range of half precision.
+        root = abs(along / of_first) ** 0.5
+        up, down = math.copysign(root, -along) * up, root * down
+        return replace(found, up=torch.cat([found.up, up], 1), down=torch.cat([found.down, down]))
 
     def taken(self, found: Directions, mu: float) -> "Taken":
         """Say what taking it out changes of the sums over directions that a price is judged by."""

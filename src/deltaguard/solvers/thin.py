@@ -78,7 +78,7 @@ class ThinProjection:
         """
         factors = self.factors(mu)
         found = self._dense(mu) if factors is None else factors.up @ factors.down
-        if self.level is not None and 0 < mu < PROHIBITIVE:
+        if self.level is not None:
             found.addmm_(self.level.up, self.level.down, alpha=-self.level.along(self.directions, mu))
         self.directions.check_restored(math.sqrt(squared_norm(found)))
         return (found if onto is None else found.add_(onto.to(self.dtype))).to(dtype or self.dtype)
