@@ -65,7 +65,9 @@ def test_the_strength_is_the_share_of_predicted_safety_kl_over_all_layers(
 ):
     made = pair(name)
     store = getattr(made, kept)
-    config = RestoreConfig(method=method, strength=strength)
+    # The strength is that of the closed form; what levelling refusals takes out is beside it.
+    own = {"level_refusals": False} if method == "kfac" else {}
+    config = RestoreConfig(method=method, strength=strength, **own)
     report = restore(made.aligned, made.finetuned, tmp_path / "out", store=store, config=config)
     aligned, finetuned, restored = (weights(f) for f in (made.aligned, made.finetuned, tmp_path / "out"))
     opened = CurvatureStore.from_pretrained(store)
@@ -108,8 +110,9 @@ def test_the_safety_kl_on_disk_is_the_one_reported_and_within_the_limit(name, li
     assert dial.probes[0].safety_kl == dial.finetuned_kl
     assert dial.whole == (whole <= limit)
     if not dial.whole:
-        # The layers may be affordable as a whole where it is embeddings that exceed the limit.
-        assert dial.restored_kl >= CLOSE * limit or report.kept_energy > 0.9999
+        # The layers may be affordable as a whole, less what levels refusals, where it is embeddings that
+        # exceed the limit, or just that.
+        assert dial.restored_kl >= CLOSE * limit or report.kept_energy > 0.998
         assert [probe.safety_kl for probe in dial.probes if probe.mu == report.mu] == [dial.restored_kl]
         assert len(dial.probes) <= 6
     assert verify(tmp_path / "out").passed
@@ -259,7 +262,8 @@ def test_layers_whose_whole_delta_is_affordable_are_kept(tmp_path):
         )
 
     tuned = changed(made.aligned, tmp_path / "tuned", change)
-    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=WITHIN_LIMIT)
+    config = WITHIN_LIMIT.model_copy(update={"method_options": {"level_refusals": False}})
+    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
     assert not report.dial.whole
     assert report.kept_energy > 0.99
     assert len(report.dial.probes) <= 5

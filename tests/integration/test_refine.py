@@ -47,8 +47,10 @@ def predicted(store, deltas):
 @pytest.mark.parametrize("name", models.EITHER_ORDER)
 def test_refined_layers_are_within_the_limit_and_told_as_they_lie_on_disk(name, tmp_path):
     made, out = pair(name), tmp_path / "out"
-    plain = restore(made.aligned, made.finetuned, tmp_path / "plain", store=made.store, config=refined(None))
-    report = restore(made.aligned, made.finetuned, out, store=made.store, config=refined(8))
+    # Levelled layers of random weights are so far within the limit that eight steps may lead out of it.
+    plain, steps = (refined(steps, level_refusals=False) for steps in (None, 8))
+    plain = restore(made.aligned, made.finetuned, tmp_path / "plain", store=made.store, config=plain)
+    report = restore(made.aligned, made.finetuned, out, store=made.store, config=steps)
     record = report.refinement
     assert (record.steps, record.kept, record.reason, report.options["refine"]) == (8, True, None, 8)
     assert 1 <= record.taken <= 8

@@ -69,7 +69,7 @@ def test_a_point_that_cannot_be_names_its_tensor(store, tmp_path, monkeypatch):
 @pytest.mark.parametrize("work", [partial(restore, config=HALF), partial(sweep, limits=[1e-3])])
 def test_a_result_is_of_one_store(store, tmp_path, work):
     """The store is written to, or given another time, in the middle."""
-    (shard,) = store.folder.glob("*.safetensors")
+    (shard,) = store.folder.glob("curvature-*.safetensors")
 
     def touch(event):
         if event.stage in ("restore", "measure"):

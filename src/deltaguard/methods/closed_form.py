@@ -117,7 +117,9 @@ class _ProjectedLayer(PricedLayer):
             found = low_rank_of_factors(product.up, product.down, rank=kept)
             projection.directions.check_restored(_norm(found))
         if level is not None:
-            found = level.out_of(found, 1 if rank is None else rank - len(found.down))
+            # Those that the rank given has room for; of a rank that is found, one more.
+            most = len(found.down) + 1 if rank is None else min(rank, len(found.up), found.down.shape[1])
+            found = level.out_of(found, most - len(found.down))
         return found, outcome_of(projection, price)
 
     def profile(self) -> Profile:
