@@ -21,7 +21,6 @@ from deltaguard.solvers.closed_form import (
 )
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.greedy import greedy, greedy_factored
-from deltaguard.solvers.level import Level, level
 from deltaguard.solvers.low_rank import LowRank, low_rank, low_rank_of_factors
 from deltaguard.solvers.profile import Directions, Profile, joint_profile, profile
 from deltaguard.solvers.published import published
@@ -33,7 +32,6 @@ __all__ = [
     "Difference",
     "Directions",
     "Factor",
-    "Level",
     "LowRank",
     "Outcome",
     "Profile",
@@ -49,7 +47,6 @@ __all__ = [
     "interpolate",
     "joint_profile",
     "kfac",
-    "level",
     "low_rank",
     "low_rank_of_factors",
     "outcome_of",
