@@ -110,16 +110,15 @@ class _ProjectedLayer(PricedLayer):
         kept = rank - 1 if level is not None and rank is not None else rank
         product = projection.factors(price) if isinstance(projection, ThinProjection) else None
         if product is None:
-            restored = projection.restored(price)
-            found = low_rank(restored, rank=kept)
-            level = level if len(found.down) < min(restored.shape) else None
+            found = low_rank(projection.restored(price), rank=kept)
         else:
+            if level is not None:
+                product = level.out_of(product)
             found = low_rank_of_factors(product.up, product.down, rank=kept)
             projection.directions.check_restored(_norm(found))
-        if level is not None:
-            # Those that the rank given has room for; of a rank that is found, one more.
-            most = len(found.down) + 1 if rank is None else min(rank, len(found.up), found.down.shape[1])
-            found = level.out_of(found, most - len(found.down))
+        left = len(found.down)
+        if level is not None and left < min(len(found.up), found.down.shape[1]) and kept in (None, left):
+            found = level.out_of(found, directions=1)
         return found, outcome_of(projection, price)
 
     def profile(self) -> Profile:

@@ -44,14 +44,14 @@ class Level:
         """
         return float((self.products * found.kept(mu)).sum()) if mu else 0.0
 
-    def out_of(self, found: LowRank, directions: int) -> LowRank:
+    def out_of(self, found: LowRank, directions: int | None = None) -> LowRank:
         """Take what lies along A out of a delta that is held as a product, with some directions more.
 
-        Taken are the first directions of A, which hold most of it; with all of them it is the nearest delta.
-
         Args:
-            found: the delta, cut off to its rank already: a cut afterwards would lose so small a part.
-            directions: how many, 1 or more.
+            found: the delta. Where it is cut off to a rank, this comes again after the cut, which would lose
+                so small a part.
+            directions: how many of the first of A, which hold most of it; all, which give the nearest delta,
+                where absent.
         """
         along = float(((self.up.T @ found.up) * (self.down @ found.down.T)).sum())
         up, down = self.up[:, :directions], self.down[:directions]
