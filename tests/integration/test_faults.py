@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 import models
-from deltaguard.curvature import store_format
+from deltaguard.curvature import staged
 from deltaguard.curvature.blocks import CutModel
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
@@ -49,7 +49,7 @@ def test_a_spill_folder_that_vanishes_is_one_message_and_the_run_begins_anew(at,
 
 @pytest.mark.parametrize("writes", [1, 4, 6])
 def test_a_full_disk_loses_nothing(writes, aligned, tmp_path, monkeypatch):
-    real, left = store_format.save_file, [writes]
+    real, left = staged.save_file, [writes]
 
     def full(tensors, path):
         left[0] -= 1
@@ -58,7 +58,7 @@ def test_a_full_disk_loses_nothing(writes, aligned, tmp_path, monkeypatch):
         real(tensors, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(store_format, "save_file", full)
+        patched.setattr(staged, "save_file", full)
         with pytest.raises(
             DeltaguardError, match=r"There is no space left for .* bytes are needed .*--resume"
         ):

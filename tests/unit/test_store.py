@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature import store as store_module
 from deltaguard.curvature.contents import pack, share_within, unpack_factor
+from deltaguard.curvature.staged import save_tensors
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import save_tensors, write_store
+from deltaguard.curvature.store_format import write_store
 from deltaguard.curvature.sums import merge, normalise
 from deltaguard.errors import DeltaguardError
 from deltaguard.solvers import spectrum

@@ -75,7 +75,9 @@ def plan_calibration(
         hidden_bytes=2 * hidden,
         # What goes into each block, what comes out of the last, and two gradients.
         disk_bytes=hidden * (len(blocks) + 3) if by_blocks else 0,
-        store_bytes=None if request.rank == "full" else store_limit(source),
+        store_bytes=None
+        if request.rank == "full"
+        else store_limit(source) + (0 if by_blocks else whole.leaning_bytes),
     )
 
 

@@ -39,6 +39,11 @@ def leaning_forms(group: LayerGroup) -> dict[str, Form]:
     return forms
 
 
+def leaning_bytes(group: LayerGroup) -> int:
+    """Count the bytes that those of a group's layers take."""
+    return sum(form.nbytes for form in leaning_forms(group).values())
+
+
 def merged(parts: Sequence[tuple[LowRank, int]]) -> LowRank:
     """Join a layer's gradients of several calibrations: their mean, weighted by their harmful requests.
 

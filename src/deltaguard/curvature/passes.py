@@ -28,8 +28,9 @@ from deltaguard.curvature.observe import batch_likelihood, running_sums, watched
 from deltaguard.curvature.responses import start_anew
 from deltaguard.curvature.routed import AnyMoment
 from deltaguard.curvature.shared import decomposed
+from deltaguard.curvature.staged import save_tensors
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import Provenance, save_tensors, write_store
+from deltaguard.curvature.store_format import Provenance, write_store
 from deltaguard.curvature.sums import LayerGroup
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json

@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
 from deltaguard.chat.template import render
-from deltaguard.curvature.store_format import MANIFEST, CalibrationRequest, read_manifest, require_empty
+from deltaguard.curvature.staged import require_empty
+from deltaguard.curvature.store_format import MANIFEST, CalibrationRequest, read_manifest
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import append_journal, read_journal, read_json
 from deltaguard.models.durable import explained, lock_folder, write_atomically

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deltaguard.curvature.leaning import RANK
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.experts import is_expert, routed_share
 from deltaguard.models.families import block_of, is_block_matrix, is_stack
@@ -30,6 +31,7 @@ class Sizes:
         weights: of all tensors.
         sums: of the sums over the inputs and output gradients of its matrices.
         matrices: of those that see every token.
+        sides: rows and columns of these, added up.
         passed: numbers a token that a pass forwards keeps for the one backwards, about: what goes into the
             matrices, and what comes out; of experts, into and out of as many as a token is routed to.
     """
@@ -37,6 +39,7 @@ class Sizes:
     weights: int
     sums: int
     matrices: int
+    sides: int
     passed: int
 
     @classmethod
@@ -47,7 +50,7 @@ class Sizes:
             infos: from a checkpoint's headers.
             routed: share of a block's experts that each token passes.
         """
-        weights = sums = matrices = 0
+        weights = sums = matrices = sides = 0
         passed = 0.0
         for info in infos:
             weights += prod(info.shape)
@@ -55,9 +58,11 @@ class Sizes:
                 *experts, rows, columns = info.shape
                 sums += prod(experts) * (rows**2 + columns**2)
                 share = routed if is_expert(info.name) else 1.0
-                matrices += 0 if is_expert(info.name) else prod(info.shape)
+                if not is_expert(info.name):
+                    matrices += prod(info.shape)
+                    sides += rows + columns
                 passed += share * prod(experts) * (rows + columns)
-        return cls(weights, sums, matrices, round(passed))
+        return cls(weights, sums, matrices, sides, round(passed))
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Say what the weights in a dtype and the sums in float32 take."""
@@ -67,6 +72,11 @@ class Sizes:
         """Say what the sums take, or the gradients before them: sums of these and those of a batch."""
         gradients = self.matrices * (torch.float32.itemsize + dtype.itemsize)
         return max(self.sums * torch.float32.itemsize, gradients)
+
+    @property
+    def leaning_bytes(self) -> int:
+        """Say what the gradients of refusing take in a store, at most."""
+        return RANK * self.sides * torch.float32.itemsize
 
 
 def blocks_of(model: Checkpoint) -> tuple[Sizes, tuple[Sizes, ...]]:

@@ -27,15 +27,15 @@ from deltaguard.curvature.contents import (
     unpack_factor,
     unpack_moment,
 )
-from deltaguard.curvature.leaning import merged
+from deltaguard.curvature.merging import check_mergeable, joined_leaning
+from deltaguard.curvature.staged import staged_folder, sync
 from deltaguard.curvature.store_format import (
     MANIFEST,
     Manifest,
     Provenance,
     StoredGroup,
+    not_full,
     read_manifest,
-    staged_folder,
-    sync,
     write_manifest,
     write_store,
 )
@@ -51,7 +51,6 @@ from deltaguard.curvature.sums import (
 )
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.hub import locate
-from deltaguard.models.identity import ModelIdentity
 from deltaguard.models.opened import OpenFile, refuse_changes
 from deltaguard.models.shards import TensorInfo, read_tensor
 from deltaguard.solvers.factor import Factor
@@ -320,7 +319,7 @@ class CurvatureStore:
             self.held_out,
             self.groups,
             lambda group: provenance.decompose(group, self.sums(group.name)),
-            leaning=_joined([self]),
+            leaning=joined_leaning([self]),
         )
         return CurvatureStore.from_pretrained(output_dir)
 
@@ -336,7 +335,7 @@ class CurvatureStore:
             DeltaguardError: the stores differ in model, groups, dtype or dampening, one does not keep its
                 sums, they are of a mixture of experts, or the folder is not empty.
         """
-        _check_mergeable(stores)
+        check_mergeable(stores)
         provenance = Provenance.merged([store.provenance for store in stores])
 
         def content(group: LayerGroup) -> GroupCurvature:
@@ -350,7 +349,7 @@ class CurvatureStore:
             replace(group, tokens=sum(store.groups[i].tokens for store in stores))
             for i, group in enumerate(stores[0].groups)
         ]
-        write_store(Path(output_dir), provenance, held_out, groups, content, leaning=_joined(stores))
+        write_store(Path(output_dir), provenance, held_out, groups, content, leaning=joined_leaning(stores))
         return CurvatureStore.from_pretrained(output_dir)
 
     def _stored(self, group: str) -> StoredGroup:
@@ -380,44 +379,3 @@ class CurvatureStore:
     @cached_property
     def _by_tensor(self) -> dict[str, LayerGroup]:
         return {layer.key: group for group in self.groups for layer in group.layers}
-
-
-def _joined(stores: Sequence[CurvatureStore]) -> dict[str, LowRank] | None:
-    """Join the gradients of refusing of several stores; None where one does not know them."""
-    if not all(store.knows_leaning for store in stores):
-        return None
-    found: dict[str, LowRank] = {}
-    for layer in (layer for group in stores[0].groups for layer in group.layers):
-        parts = [(each, store.provenance.harmful) for store in stores if (each := store.leaning(layer.key))]
-        if parts:
-            found[layer.key] = merged(parts)
-    return found
-
-
-def not_full(folder: Path, aligned: str) -> str:
-    """Say what to do where a store that is cut off cannot serve."""
-    return (
-        f"The store {folder} keeps the largest eigenpairs of each layer's curvature and no more. This needs "
-        f"the whole: make one with `deltaguard calibrate {aligned} -o STORE --rank full`."
-    )
-
-
-def _check_mergeable(stores: Sequence[CurvatureStore]) -> None:
-    first = stores[0]
-    problems = [f"  {not_full(s.folder, s.provenance.aligned)}" for s in stores if not s.is_full]
-    if any(stored.reached for stored in first.manifest.groups):
-        problems.append(
-            f"  {first.provenance.aligned} is a mixture of experts: what these saw is shrunk in a store, and "
-            "does not add up. Calibrate on all conversations at once."
-        )
-    for store in stores[1:]:
-        for name in (*ModelIdentity.model_fields, "dtype", "dampening"):
-            mine, other = getattr(first.provenance, name), getattr(store.provenance, name)
-            if mine != other:
-                problems.append(f"  {name}: {mine} in {first.folder}, {other} in {store.folder}")
-        if [replace(g, tokens=1) for g in first.groups] != [replace(g, tokens=1) for g in store.groups]:
-            problems.append(f"  the groups of layers differ between {first.folder} and {store.folder}")
-    if problems:
-        raise DeltaguardError(
-            "These stores cannot be merged; calibrate one aligned model in one way:\n" + "\n".join(problems)
-        )

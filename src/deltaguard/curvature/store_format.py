@@ -1,11 +1,7 @@
 """The files of a CurvatureStore: the schema of `curvature.json`, and how a folder is written in one go."""
 
 import hashlib
-import os
-import re
-import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -19,8 +15,6 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature import Rank
@@ -32,10 +26,11 @@ from deltaguard.curvature.contents import (
     stored_tensors,
 )
 from deltaguard.curvature.leaning import leaning_tensors
+from deltaguard.curvature.staged import save_tensors, staged_folder
 from deltaguard.curvature.sums import LayerGroup, Reached, Sums
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
-from deltaguard.models.durable import explained, flush_folder, lock_folder, write_atomically
+from deltaguard.models.durable import write_atomically
 from deltaguard.models.identity import ModelIdentity
 
 if TYPE_CHECKING:
@@ -340,71 +335,14 @@ def _shard_plan(groups: Sequence[LayerGroup], extent: Extent, max_bytes: int) ->
     return plan
 
 
-@contextmanager
-def staged_folder(folder: Path) -> Generator[Path]:
-    """Make a temporary sibling that takes the folder's place when the block ends well, and is removed else.
-
-    Raises:
-        DeltaguardError: the folder is a file, or not empty.
-    """
-    folder = folder.resolve()
-    require_empty(folder)
-    with explained(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.with_name(f".{folder.name}.staged")
-    with explained(staged):
-        staged.mkdir(exist_ok=True)
-    lock = lock_folder(staged)
-    try:
-        # A run that was killed leaves its files there.
-        for path in staged.iterdir():
-            path.unlink()
-        yield staged
-        if folder.exists():
-            folder.rmdir()
-        flush_folder(staged)
-        staged.rename(folder)
-        flush_folder(folder.parent)
-    finally:
-        os.close(lock)
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def require_empty(folder: Path) -> None:
-    """Refuse an output folder that holds something.
-
-    Raises:
-        DeltaguardError: the folder is a file, or not empty.
-    """
-    if folder.is_file():
-        raise DeltaguardError(f"The output {folder} is a file; a folder is written. Choose another name.")
-    if folder.exists() and any(folder.iterdir()):
-        raise DeltaguardError(f"The output folder {folder} is not empty. Choose another one, or empty it.")
-
-
-def save_tensors(tensors: Mapping[str, "Tensor"], path: Path) -> None:
-    """Write a safetensors file and wait until it is on disk.
-
-    Raises:
-        DeltaguardError: the operating system refuses, as it does on a full disk.
-    """
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        if refused := re.search(r"os error (\d+)", str(error)):
-            number = int(refused[1])
-            with explained(path, sum(tensor.nbytes for tensor in tensors.values())):
-                raise OSError(number, os.strerror(number)) from error
-        raise DeltaguardError(f"{path} cannot be written: {error}.") from error
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content is on disk."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `curvature.json`, which must come last."""
     write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+
+def not_full(folder: Path, aligned: str) -> str:
+    """Say what to do where a store that is cut off cannot serve."""
+    return (
+        f"The store {folder} keeps the largest eigenpairs of each layer's curvature and no more. This needs "
+        f"the whole: make one with `deltaguard calibrate {aligned} -o STORE --rank full`."
+    )

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltaguard.curvature import Rank
-from deltaguard.curvature.store import CurvatureStore, not_full
-from deltaguard.curvature.store_format import MANIFEST
+from deltaguard.curvature.store import CurvatureStore
+from deltaguard.curvature.store_format import MANIFEST, not_full
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.methods.method import Role
 from deltaguard.models.adapter import AdapterCheckpoint, is_adapter

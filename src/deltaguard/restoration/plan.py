@@ -9,6 +9,7 @@ from math import prod
 
 from deltaguard.curvature import Rank
 from deltaguard.curvature.contents import spectra_bytes
+from deltaguard.curvature.leaning import leaning_bytes
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.sums import LayerGroup
 from deltaguard.errors import DeltaguardError, listed
@@ -352,7 +353,10 @@ def held_curvature(steps: Sequence[Step], sizes: Mapping[str, int]) -> int:
 
 
 def _curvature_bytes(store: CurvatureStore, group: LayerGroup, rank: Rank) -> int:
-    return 4 * group.in_features**2 if rank == "full" else spectra_bytes(group, store.provenance.extent)
+    if rank == "full":
+        return 4 * group.in_features**2
+    leaning = store.knows_leaning and store.reached(group.name) is None
+    return spectra_bytes(group, store.provenance.extent) + (leaning_bytes(group) if leaning else 0)
 
 
 def _column(shape: tuple[int, ...]) -> tuple[int, int]:
