@@ -9,15 +9,18 @@ ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 HF_HOME=/data/hub
 
 # Before the sources: a change of them does not fetch torch again.
+# hadolint ignore=DL3013
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch>=2.9"
 
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
+# Of one version, which the sources are; what they need has the ranges that they state.
+# hadolint ignore=DL3013
 RUN pip install ".[serve,s3]" && rm -rf /src/*
 
 RUN useradd --uid 10001 --create-home deltaguard && install -d -o deltaguard /data
-USER deltaguard
+USER 10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 8000

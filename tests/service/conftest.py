@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from fsspec import filesystem, get_filesystem_class
+from moto.server import ThreadedMotoServer
 from starlette.testclient import TestClient
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -50,3 +52,19 @@ def stranger(http, opened):
     """Of a customer of another organisation."""
     with opened.service.sessions.begin() as session:
         return client_of(http, create_key(session, "others"))
+
+
+@pytest.fixture
+def object_store(monkeypatch):
+    """A server that speaks S3's protocol, with a bucket, and the one that s3fs finds."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    told = {"ENDPOINT_URL": address, "ACCESS_KEY_ID": "deltaguard", "SECRET_ACCESS_KEY": "hidden-word"}
+    for name, value in (told | {"DEFAULT_REGION": "us-east-1", "MAX_ATTEMPTS": "1"}).items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    # It keeps connections to servers of tests before.
+    get_filesystem_class("s3").clear_instance_cache()
+    filesystem("s3").mkdirs("bucket", exist_ok=True)
+    yield server
+    server.stop()

@@ -14,9 +14,13 @@ from deltaguard.service.server import open_service
 from deltaguard.service.settings import Limits, Settings
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "s3"])
 def url(request):
-    return f"memory://{uuid4().hex}" if request.param == "memory" else None
+    if request.param == "folder":
+        return None
+    request.getfixturevalue("object_store")
+    # What a server keeps outlives it, in this process.
+    return f"s3://bucket/{uuid4().hex}"
 
 
 @pytest.fixture
@@ -26,7 +30,8 @@ def contents(url, tmp_path):
 
 
 def test_what_is_kept_comes_back(contents, tmp_path):
-    content = bytes(range(256)) * 10_000
+    # More than a part of an upload to S3.
+    content = bytes(range(256)) * 250_000
     assert contents.put("file-1", io.BytesIO(content)) == len(content)
     assert b"".join(contents.parts("file-1")) == content
     assert contents.fetch("file-1", tmp_path / "job").read_bytes() == content
@@ -53,6 +58,8 @@ def test_what_was_cut_off_is_not_kept(contents, tmp_path):
         contents.put("file-1", Cut())
     with pytest.raises(FileNotFoundError):
         contents.fetch("file-1", tmp_path / "job")
+    assert not list(contents.all())
+    assert not list((tmp_path / "job").glob("*"))
 
 
 def test_a_store_that_is_not_known_is_told(tmp_path):
@@ -103,3 +110,35 @@ def test_a_disk_that_is_full_is_told_with_when_to_come_back(client, opened, monk
 
 def test_limits_of_an_organisation_have_defaults():
     assert Limits().all_bytes >= Limits().file_bytes
+
+
+class TestWhileTheObjectStoreIsAway:
+    def test_every_use_of_it_is_an_error_of_ours(self, object_store, tmp_path):
+        contents = open_contents(tmp_path, "s3://bucket/files")
+        object_store.stop()
+        uses = (
+            lambda: contents.put("file-1", io.BytesIO(b"{}")),
+            lambda: list(contents.parts("file-1")),
+            lambda: contents.fetch("file-1", tmp_path / "job"),
+            lambda: contents.remove("file-1"),
+            lambda: list(contents.all()),
+        )
+        for use in uses:
+            with pytest.raises(DeltaguardError, match="does not answer"):
+                use()
+        assert not list((tmp_path / "job").glob("*"))
+
+    @pytest.mark.parametrize("url", ["s3"], indirect=True)
+    def test_clients_are_told_when_to_come_back(self, client, object_store):
+        file = uploaded(client)
+        object_store.stop()
+        for ask in (lambda: uploaded(client), lambda: client.files.content(file.id)):
+            with pytest.raises(openai.InternalServerError) as error:
+                ask()
+            assert (error.value.status_code, error.value.code) == (503, "unavailable")
+            assert error.value.response.headers["retry-after"] == "30"
+        assert [each.id for each in client.files.list()] == [file.id]
+
+    @pytest.fixture
+    def settings(self, url):
+        return Settings(models={"tiny": "nowhere"}, limits=LIMITS, files_url=url)

@@ -14,7 +14,7 @@ def test_the_container_runs_without_rights_and_says_how_it_is():
     assert re.search(
         r'^RUN pip install \$\{TORCH_INDEX:\+--index-url "\$TORCH_INDEX"\} "torch', lines, re.MULTILINE
     )
-    user, entry = lines.index("\nUSER deltaguard"), lines.index("\nENTRYPOINT")
+    user, entry = lines.index("\nUSER 10001"), lines.index("\nENTRYPOINT")
     assert user < entry
     assert "\nUSER root" not in lines
     assert "/readyz" in lines[lines.index("\nHEALTHCHECK") :]

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -45,7 +46,12 @@ class Contents(Protocol):
         ...
 
     def parts(self, name: str) -> Iterator[bytes]:
-        """Read a content, a part at a time."""
+        """Read a content, a part at a time.
+
+        Raises:
+            FileNotFoundError: there is none of that name.
+            DeltaguardError: an object store does not answer.
+        """
         ...
 
     def fetch(self, name: str, folder: Path) -> Path:
@@ -57,6 +63,7 @@ class Contents(Protocol):
 
         Raises:
             FileNotFoundError: there is none of that name.
+            DeltaguardError: an object store does not answer.
         """
         ...
 
@@ -139,7 +146,7 @@ class RemoteContents:
         """Keep a content: the store has it when this returns."""
         size = 0
         try:
-            with self.system.open(self._path(name), "wb") as kept:
+            with self._answers(), self.system.open(self._path(name), "wb") as kept:
                 while part := source.read(_PART):
                     size += len(part)
                     kept.write(part)
@@ -151,7 +158,7 @@ class RemoteContents:
 
     def parts(self, name: str) -> Iterator[bytes]:
         """Read a content, a part at a time."""
-        with self.system.open(self._path(name), "rb") as file:
+        with self._answers(), self.system.open(self._path(name), "rb") as file:
             while part := file.read(_PART):
                 yield part
 
@@ -161,29 +168,44 @@ class RemoteContents:
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
             partial = target.with_suffix(".partial")
-            with partial.open("wb") as file:
-                for part in self.parts(name):
-                    file.write(part)
-            partial.replace(target)
+            try:
+                with partial.open("wb") as file:
+                    for part in self.parts(name):
+                        file.write(part)
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
         return target
 
     def remove(self, name: str) -> None:
         """Remove a content, unless it is gone."""
-        if self.system.exists(self._path(name)):
-            self.system.rm_file(self._path(name))
+        with self._answers():
+            if self.system.exists(self._path(name)):
+                self.system.rm_file(self._path(name))
 
     def all(self) -> Iterator[Content]:
         """List what is kept."""
-        self.system.invalidate_cache()
-        found: list[dict[str, Any]] = (
-            self.system.ls(self.root, detail=True) if self.system.exists(self.root) else []
-        )
-        for each in found:
-            changed_at = self.system.modified(each["name"]).timestamp()
-            yield Content(each["name"].rsplit("/", 1)[-1], each["size"], changed_at)
+        with self._answers():
+            self.system.invalidate_cache()
+            found: list[dict[str, Any]] = (
+                self.system.ls(self.root, detail=True) if self.system.exists(self.root) else []
+            )
+            for each in found:
+                changed_at = self.system.modified(each["name"]).timestamp()
+                yield Content(each["name"].rsplit("/", 1)[-1], each["size"], changed_at)
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"
+
+    @contextmanager
+    def _answers(self) -> Generator[None, None, None]:
+        """Turn what a store's own library raises, of whatever kind, into an error of ours."""
+        try:
+            yield
+        except (FileNotFoundError, DeltaguardError):
+            raise
+        except Exception as error:
+            raise DeltaguardError(f"The object store of {self.root} does not answer: {error}") from error
 
 
 def open_contents(data: Path, url: str | None) -> Contents:

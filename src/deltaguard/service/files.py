@@ -1,5 +1,6 @@
 """Files: uploads, and what jobs write."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -113,6 +114,8 @@ def file_content(service: Open, caller: Asking, file_id: str) -> StreamingRespon
     headers = {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
     headers["Content-Length"] = str(found.bytes)
     parts = service.contents.parts(found.id)
+    # Read before the answer begins: later nobody could be told that the object store does not answer.
+    parts = chain([next(parts)], parts)
     return StreamingResponse(parts, media_type="application/octet-stream", headers=headers)
 
 
