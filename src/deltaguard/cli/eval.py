@@ -35,6 +35,7 @@ def eval(  # noqa: A001 - the verb of the command line
     judge_api_key_env: str | None = None,
     guard: str | None = None,
     guard_template: Literal["llama-guard", "wildguard", "harmbench"] | None = None,
+    inspect: bool = False,
     json: Json = False,
 ) -> None:
     """Measure models side by side: refusals, needless refusals and utility, with intervals.
@@ -61,6 +62,7 @@ def eval(  # noqa: A001 - the verb of the command line
         judge_api_key_env: Environment variable with the key for it, `OPENAI_API_KEY` where absent.
         guard: A guard model that judges too: a folder or a Hub id.
         guard_template: What that model was trained to read and write, `llama-guard` where absent.
+        inspect: Write logs for `inspect view --log-dir OUTPUT/inspect`, too; needs deltaguard[inspect].
         json: Print one JSON document and nothing else on stdout.
     """
     _check(engine, base_url, api_key_env, batch_size)
@@ -79,7 +81,9 @@ def eval(  # noqa: A001 - the verb of the command line
     asked = chosen.model_copy(update={"judges": (*chosen.judges, *more)})
     hide_bars_of_transformers()
     with progress_bar() as progress:
-        report = run([model, *others], output, suite=asked, engine=config, progress=progress)
+        report = run(
+            [model, *others], output, suite=asked, engine=config, inspect_logs=inspect, progress=progress
+        )
     emit(report, Group(evaluation_table(report), "", f"Report: {output / 'README.md'}"), as_json=json)
 
 

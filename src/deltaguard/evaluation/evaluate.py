@@ -25,6 +25,7 @@ from deltaguard.evaluation.asking import (
 from deltaguard.evaluation.engines.folders import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.exchange import Grader, Judge
+from deltaguard.evaluation.inspect_logs import require_inspect, write_inspect_logs
 from deltaguard.evaluation.journal import Clock
 from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
@@ -83,6 +84,7 @@ def evaluate(
     *,
     suite: str | Path | Suite = "quick",
     engine: EngineConfig | None = None,
+    inspect_logs: bool = False,
     progress: Progress | None = None,
 ) -> EvaluationReport:
     """Ask several models the same questions, judge the answers, and compare each model with the first.
@@ -96,6 +98,7 @@ def evaluate(
         output_dir: receives `evaluation.json`, a README.md drawn from it, and all answers.
         suite: the name of one that comes with deltaguard, a YAML file, or a suite.
         engine: what generates the answers, transformers where absent.
+        inspect_logs: whether answers and verdicts are written as logs for Inspect's viewer, too.
         progress: told how far each section of each model is.
 
     Returns:
@@ -103,9 +106,10 @@ def evaluate(
 
     Raises:
         DeltaguardError: before any model runs, where prompts are missing, a model or judge cannot be found,
-            or the folder holds answers of another suite, engine or model, or damaged ones, holds something
-            else, or is a model's; later, where a model cannot be loaded or asked, or changes while it is
-            asked, or a server leaves more unanswered than `engine` or a judge allows.
+            or Inspect is not installed, or the folder holds answers of another suite, engine or model, or
+            damaged ones, holds something else, or is a model's; later, where a model cannot be loaded or
+            asked, or changes while it is asked, or a server leaves more unanswered than `engine` or a judge
+            allows.
 
     Example:
         ```python
@@ -114,6 +118,8 @@ def evaluate(
     """
     folder, config = Path(output_dir), engine or EngineConfig()
     chosen = suite if isinstance(suite, Suite) else read_suite(suite)
+    if inspect_logs:
+        require_inspect()
     resolved, skipped = resolve(chosen)
     parts, unfit = fit(resolved, config.name, max_perplexity=chosen.max_perplexity)
     clock = Clock(folder / SECONDS_NAME)
@@ -141,6 +147,8 @@ def evaluate(
         report = _report(run, answers, results)
         write_atomically(folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
         write_atomically(folder / "README.md", evaluation_card(report))
+        if inspect_logs:
+            write_inspect_logs(folder, report, results)
     return report
 
 
