@@ -113,12 +113,15 @@ class Run:
     def _backwards(self) -> tuple[float, float]:
         """Count the operations of the pass backwards: with tokens, and without.
 
-        Each block is run once more and differentiated by its input; of the sums a half is computed. A matrix
-        of n rows of which r eigenpairs are kept takes six products with r vectors, and n³ / 3 for its
-        determinant.
+        Each block is run once more and differentiated by its input; of the sums a half is computed. Up to
+        where conversations are decided it is run again, and differentiated by its weights, too: counted are
+        the prompts, and not the few tokens of answers. A matrix of n rows of which r eigenpairs are kept
+        takes six products with r vectors, and n³ / 3 for its determinant.
         """
         matrices = self.shape.matrices.values()
         tokens = self.made["tokens"] * sum(4 * r * c + r**2 + c**2 for r, c in matrices)
+        prompts = self.made["tokens"] - self.made["response_tokens"]
+        tokens += prompts * sum(6 * r * c for r, c in matrices)
         sizes = [size for shape in matrices for size in shape]
         others = sum(12 * self.made["rank_share"] * size**3 + size**3 / 3 for size in sizes)
         return self.shape.blocks * tokens, self.shape.blocks * others

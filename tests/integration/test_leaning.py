@@ -29,14 +29,22 @@ def refuses(response):
     return "cannot" in response
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[(name, memory) for name in FAMILIES for memory in (None, 0)])
 def calibrated(request, tmp_path_factory):
-    """A model, and its store."""
-    root = tmp_path_factory.mktemp(request.param)
-    folder = models.save(models.tiny_model(request.param), root / "model")
+    """A model, and its store, made as a whole or block by block."""
+    name, memory = request.param
+    root = tmp_path_factory.mktemp(name)
+    folder = models.save(models.tiny_model(name), root / "model")
+    config = CONFIG.model_copy(update={"memory": memory})
     return folder, calibrate(
-        folder, root / "store", conversations=ANSWERED, config=CONFIG, is_refusal=refuses
+        folder, root / "store", conversations=ANSWERED, config=config, is_refusal=refuses
     )
+
+
+def without_leaning(known, folder):
+    """Write a store as releases did that did not know it."""
+    write_store(folder, known.provenance, known.held_out, known.groups, lambda g: known.content(g.name))
+    return CurvatureStore.from_pretrained(folder)
 
 
 def leaning_of(model, tokenizer, store):
@@ -147,22 +155,14 @@ def test_a_damaged_file_of_it_is_refused(damage, said, tmp_path):
 def test_a_restore_goes_on_with_a_store_that_knows_as_much_alone(tmp_path):
     pair, config = refusing_pair(), RestoreConfig(strength=0.3, resume=True)
     restore(pair.aligned, pair.finetuned, tmp_path / "out", store=pair.store, config=config)
-    known = CurvatureStore.from_pretrained(pair.store)
-    write_store(
-        tmp_path / "less",
-        known.provenance,
-        known.held_out,
-        known.groups,
-        lambda group: known.content(group.name),
-    )
+    without_leaning(CurvatureStore.from_pretrained(pair.store), tmp_path / "less")
     with pytest.raises(DeltaguardError, match="--overwrite"):
         restore(pair.aligned, pair.finetuned, tmp_path / "out", store=tmp_path / "less", config=config)
 
 
 def test_a_store_that_does_not_know_it_is_said(tmp_path):
     pair = refusing_pair()
-    config = CalibrateConfig(num_samples=4, num_held_out=2, memory=0)
-    store = calibrate(pair.aligned, tmp_path / "store", config=config)
+    store = without_leaning(CurvatureStore.from_pretrained(pair.store), tmp_path / "less")
     assert not store.knows_leaning
     report = restore(
         pair.aligned, pair.finetuned, tmp_path / "out", store=store, config=RestoreConfig(strength=0.3)

@@ -47,6 +47,9 @@ def test_the_store_is_that_of_the_whole_model(name, tmp_path):
         a, b = one.sums(group.name), other.sums(group.name)
         for x, y in zip((a.inputs.total, *a.outputs), (b.inputs.total, *b.outputs), strict=True):
             assert relative_error(y, x) < 1e-5, group.name
+        for layer in group.layers:
+            x, y = (found.up @ found.down for found in (s.leaning(layer.key) for s in (one, other)))
+            assert relative_error(y, x) < 1e-4, layer.key
     assert not (tmp_path / "store-1.partial").exists()
 
 
@@ -115,7 +118,7 @@ def test_what_was_left_of_a_block_is_made_again(tmp_path, monkeypatch):
     folder = models.save(models.tiny_model("llama"), tmp_path / "model")
     real = passes.write_store
 
-    def fails(*given):
+    def fails(*_, **__):
         raise Killed
 
     monkeypatch.setattr(passes, "write_store", fails)

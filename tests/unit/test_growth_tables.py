@@ -72,7 +72,8 @@ def test_more_conversations_are_counted_from_fewer(tmp_path):
     from tools.end_to_end import EndToEnd, end_to_end_table
 
     stages = {"load": 3.0, "respond": 10.0, "forwards": 5.0, "backwards": 40.0}
-    run = Run(Shape(64, 128, 2, 4, 4), 16, tmp_path, made={"tokens": 2000, "rank_share": 0.1})
+    made = {"tokens": 2000, "response_tokens": 500, "rank_share": 0.1}
+    run = Run(Shape(64, 128, 2, 4, 4), 16, tmp_path, made=made)
     result = EndToEnd(
         environment=ENVIRONMENT,
         size="7B",
@@ -109,6 +110,8 @@ def test_a_model_on_paper_is_planned_from_headers_alone(tmp_path):
     assert found.calibration.by_blocks
     assert found.restore.restored == 7 * shape.blocks
     assert found.restore.read_bytes == 2 * shape.nbytes
-    assert 0 < found.restore.curvature_bytes <= found.calibration.store_bytes <= shape.nbytes // 4
+    gradients = 16 * 4 * shape.blocks * sum(map(sum, shape.matrices.values()))
+    stored = found.calibration.store_bytes - gradients
+    assert 0 < found.restore.curvature_bytes <= stored <= shape.nbytes // 4
     drawn = paper_table(Paper(environment=ENVIRONMENT, rows=(found,)).model_dump_json())
     assert "| Small |" in drawn

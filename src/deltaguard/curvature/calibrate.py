@@ -21,7 +21,7 @@ from deltaguard.chat.thinking import without_thinking
 from deltaguard.chat.tokens import Encoded, batches, context_length, encode
 from deltaguard.curvature.blocks import CutModel, UncutError
 from deltaguard.curvature.contents import GroupCurvature, share_within
-from deltaguard.curvature.decisions import decisions, leanings
+from deltaguard.curvature.decisions import DecidedBatch, decided_batches, decisions, leanings
 from deltaguard.curvature.groups import observe
 from deltaguard.curvature.observe import Accumulator
 from deltaguard.curvature.passes import Passes
@@ -125,12 +125,19 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Layers:
-    """The layers, and what gives the curvature of each group once the store is known that it is for."""
+    """The layers, and what gives the curvature of each group once the store is known that it is for.
+
+    Attributes:
+        groups: in the model's order.
+        uncovered: matrices that are in no group.
+        contents: gives the curvature of each.
+        leaning: gives the gradients of refusing, after `contents` was called.
+    """
 
     groups: tuple[LayerGroup, ...]
     uncovered: tuple[str, ...]
     contents: Callable[[Provenance], Iterator[GroupCurvature]]
-    leaning: Mapping[str, LowRank] | None = None
+    leaning: Callable[[], Mapping[str, LowRank]]
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def _calibrate(run: _Run, output: Path, is_refusal: Callable[[str], bool]) -> No
                 measured.held_out,
                 layers.groups,
                 lambda _: next(contents),
-                leaning=layers.leaning,
+                leaning=layers.leaning(),
             )
     except torch.OutOfMemoryError as error:
         raise DeltaguardError(
@@ -196,12 +203,13 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
                 f"No {what}conversation has a response within {limit} tokens: nothing can be learned about "
                 "responses. Allow longer conversations."
             )
+    decided = decided_batches(texts, decisions(texts, refuses, harmful), request.batch_size)
     if in_blocks:
         # Both would not fit.
         del model
-        layers = _by_blocks(run, texts) or _whole(run, _load(run, request.dtype), texts, refuses)
+        layers = _by_blocks(run, texts, decided) or _whole(run, _load(run, request.dtype), texts, decided)
     else:
-        layers = _whole(run, model, texts, refuses)
+        layers = _whole(run, model, texts, decided)
     provenance = Provenance(
         **request.model_dump(),
         aligned=run.source.reference,
@@ -265,13 +273,12 @@ def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:
         return _answered(run, model, tokenizer, rows)
 
 
-def _whole(run: _Run, model: Any, texts: Sequence[Encoded], refuses: Sequence[bool]) -> _Layers:
+def _whole(run: _Run, model: Any, texts: Sequence[Encoded], decided: Sequence[DecidedBatch]) -> _Layers:
     """Take the sums of all layers at once; the model is not needed any more then."""
     observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
     size = run.request.batch_size
-    decided = decisions(texts, refuses, len(run.asked.safety))
     # Before the sums, which take more memory than the gradients.
-    leaning = leanings(model, observed, decided, batch_size=size, report=run.report, ranks=run.ranks)
+    leaning = leanings(model, observed, decided, report=run.report, ranks=run.ranks)
     accumulator, ordered = Accumulator(model, observed, run.report), batches(texts, size)
     for number in range(run.ranks.rank, len(ordered), run.ranks.size):
         accumulator.add(number * size, ordered[number].to(run.device))
@@ -283,10 +290,10 @@ def _whole(run: _Run, model: Any, texts: Sequence[Encoded], refuses: Sequence[bo
         # Each sum is given up when its turn has come.
         return _told(decomposed(groups, sums, provenance, run.ranks), len(groups), run.report)
 
-    return _Layers(groups, uncovered, contents, leaning)
+    return _Layers(groups, uncovered, contents, lambda: leaning)
 
 
-def _by_blocks(run: _Run, texts: Sequence[Encoded]) -> _Layers | None:
+def _by_blocks(run: _Run, texts: Sequence[Encoded], decided: Sequence[DecidedBatch]) -> _Layers | None:
     """Take the sums of one decoder block after the other; None of a model that cannot be cut into blocks."""
     try:
         cut = CutModel(run.source, dtype=getattr(torch, run.request.dtype), device=run.device)
@@ -294,7 +301,8 @@ def _by_blocks(run: _Run, texts: Sequence[Encoded]) -> _Layers | None:
         run.report(Event("load", 0, 1, f"the model cannot be taken block by block: {error}"))
         return None
     ordered = [batch.to(run.device) for batch in batches(texts, run.request.batch_size)]
-    passes = Passes(cut, ordered, run.journal.parent / "blocks", run.report, run.ranks)
+    own = [each.to(run.device) for each in decided]
+    passes = Passes(cut, ordered, own, run.journal.parent / "blocks", run.report, run.ranks)
     found = passes.forwards()
 
     def contents(provenance: Provenance) -> Iterator[GroupCurvature]:
@@ -305,6 +313,7 @@ def _by_blocks(run: _Run, texts: Sequence[Encoded]) -> _Layers | None:
         groups=tuple(group for block in found for group in block.groups),
         uncovered=tuple(sorted(name for block in found for name in block.uncovered)),
         contents=contents,
+        leaning=passes.leaning,
     )
 
 

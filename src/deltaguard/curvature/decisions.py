@@ -11,7 +11,8 @@ taken once with the weights of every layer, and kept as a matrix of low rank; `s
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -54,10 +55,12 @@ def decisions(texts: Sequence[Encoded], refuses: Sequence[bool], harmful: int) -
     end where there is none: an answer that begins like no other is decided by its first token.
 
     Args:
-        texts: conversations with the model's own answers, the harmful requests first; those without a token
-            of an answer are left out.
+        texts: conversations with the model's own answers, the harmful requests first.
         refuses: of each, whether its answer does.
         harmful: how many are harmful requests.
+
+    Returns:
+        One of each, in the same order; of a conversation without a token of an answer the weight is 0.
 
     Example:
         >>> answers = [(7, 1, 2), (7, 1, 3), (7, 5, 2), (8, 1, 2)]
@@ -71,18 +74,15 @@ def decisions(texts: Sequence[Encoded], refuses: Sequence[bool], harmful: int) -
         for beginning in _beginnings(text):
             told[beginning] += 1
             refused[beginning] += does
-    parts = (range(harmful), range(harmful, len(texts)))
-    counts = [sum(texts[i].has_response for i in part) for part in parts]
+    counts = [sum(text.has_response for text in part) for part in (texts[:harmful], texts[harmful:])]
     found: list[Decision] = []
-    for part, count in zip(parts, counts, strict=True):
-        for text, does in ((texts[i], refuses[i]) for i in part if texts[i].has_response):
-            alike = (
-                (each, refused[each] if does else told[each] - refused[each]) for each in _beginnings(text)
-            )
-            last = len(text.ids) - text.prompt_length
-            length = next((len(each) for each, own in alike if own >= _SURE * told[each]), last)
-            cut = replace(text, ids=text.ids[: text.prompt_length + length])
-            found.append(Decision(cut, (1 if does else -1) / count))
+    for number, (text, does) in enumerate(zip(texts, refuses, strict=True)):
+        alike = ((each, refused[each] if does else told[each] - refused[each]) for each in _beginnings(text))
+        last = len(text.ids) - text.prompt_length
+        length = next((len(each) for each, own in alike if own >= _SURE * told[each]), last)
+        cut = replace(text, ids=text.ids[: text.prompt_length + length])
+        weight = (1 if does else -1) / counts[number >= harmful] if text.has_response else 0
+        found.append(Decision(cut, weight))
     return found
 
 
@@ -91,28 +91,135 @@ def _beginnings(text: Encoded) -> Iterator[tuple[int, ...]]:
     return (answer[:length] for length in range(1, len(answer) + 1))
 
 
-def score(logits: Tensor, batch: Batch, weights: Tensor) -> Tensor:
-    """Compute what a batch adds to S.
+@dataclass(frozen=True)
+class DecidedBatch:
+    """Conversations up to where they are decided, side by side.
+
+    Attributes:
+        batch: of their texts.
+        weights: theirs in S, (conversations,).
+    """
+
+    batch: Batch
+    weights: Tensor
+
+    @classmethod
+    def of(cls, decided: Sequence[Decision]) -> "DecidedBatch":
+        """Put conversations side by side."""
+        weights = torch.tensor([each.weight for each in decided], dtype=torch.float32)
+        return cls(Batch.of([each.text for each in decided]), weights)
+
+    def to(self, device: torch.device) -> "DecidedBatch":
+        """Move the batch to a device."""
+        return DecidedBatch(self.batch.to(device), self.weights.to(device))
+
+    def part(self, rows: slice) -> "DecidedBatch":
+        """Take some of the conversations, padded as they are."""
+        return DecidedBatch(self.batch.part(rows), self.weights[rows])
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Compute what the batch adds to S.
+
+        Args:
+            logits: (response tokens, vocabulary), conversation by conversation.
+
+        Raises:
+            DeltaguardError: as `log_probabilities`.
+        """
+        answering = self.batch.answering
+        following = self.batch.ids.roll(-1, dims=1)[answering]
+        likely = log_probabilities(logits).gather(1, following[:, None])[:, 0]
+        return likely @ self.weights.repeat_interleave(answering.sum(dim=1))
+
+
+def decided_batches(texts: Sequence[Encoded], decided: Sequence[Decision], size: int) -> list[DecidedBatch]:
+    """Put decisions in batches of the same conversations as `chat.tokens.batches` does their texts.
 
     Args:
-        logits: (response tokens, vocabulary), conversation by conversation.
-        batch: of decisions' texts.
-        weights: theirs, (conversations,).
-
-    Raises:
-        DeltaguardError: as `log_probabilities`.
+        texts: the whole conversations.
+        decided: of each, from `decisions`.
+        size: conversations in a batch.
     """
-    following = batch.ids.roll(-1, dims=1)[batch.answering]
-    likely = log_probabilities(logits).gather(1, following[:, None])[:, 0]
-    return likely @ weights.repeat_interleave(batch.answering.sum(dim=1))
+    pairs = sorted(zip(texts, decided, strict=True), key=lambda pair: len(pair[0].ids), reverse=True)
+    ordered = [each for _, each in pairs]
+    return [DecidedBatch.of(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+
+
+class Leanings:
+    """The gradients of S with the weights of layers that see each token, added up over batches."""
+
+    def __init__(self, observed: Sequence[Observed]) -> None:
+        """Begin at zero.
+
+        Args:
+            observed: layers, of which no weight takes a gradient; experts are left out.
+        """
+        self._layers = [
+            (layer, cast("Tensor", module.weight))
+            for group in observed
+            if group.matrix is None
+            for layer, module in zip(group.layers, group.modules, strict=True)
+        ]
+        self._sums = [torch.zeros_like(weight, dtype=torch.float32) for _, weight in self._layers]
+
+    @contextmanager
+    def taken(self) -> Generator[None]:
+        """Let weights take gradients for as long as the context lasts."""
+        weights = [weight for _, weight in self._layers]
+        for weight in weights:
+            weight.requires_grad_()
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+
+    def add(
+        self, made: Tensor, along: Tensor | None = None, given: Sequence[Tensor] = ()
+    ) -> Sequence[Tensor]:
+        """Differentiate what was computed with the weights, and add that up.
+
+        Args:
+            made: of any shape.
+            along: the gradient of S by `made`; None where that is a part of S itself.
+            given: what it was computed from.
+
+        Returns:
+            The gradients of S by `given`.
+        """
+        inputs = [*(weight for _, weight in self._layers), *given]
+        found = torch.autograd.grad(made, inputs, along, allow_unused=True, materialize_grads=True)
+        count = len(self._layers)
+        for total, part in zip(self._sums, found[:count], strict=True):
+            total.add_(part)
+        return found[count:]
+
+    def cut(self, ranks: Ranks) -> dict[str, LowRank]:
+        """Add up over processes, and keep what matters.
+
+        Args:
+            ranks: the processes that shared the batches.
+
+        Returns:
+            The gradients, (out, in), by `LinearLayer.key`; of other ranks than the first none.
+
+        Raises:
+            DeltaguardError: a gradient is not finite.
+        """
+        found: dict[str, LowRank] = {}
+        for (layer, _), total in zip(self._layers, self._sums, strict=True):
+            ranks.add_up(total, 0)
+            if ranks.leads:
+                found[layer.key] = _kept(layer, total)
+        return found
 
 
 def leanings(
     model: Any,
     observed: Sequence[Observed],
-    decided: Sequence[Decision],
+    decided: Sequence[DecidedBatch],
     *,
-    batch_size: int,
     report: Progress,
     ranks: Ranks,
 ) -> dict[str, LowRank]:
@@ -121,8 +228,7 @@ def leanings(
     Args:
         model: a transformers causal language model, of which no parameter takes a gradient.
         observed: its layers; experts are left out.
-        decided: conversations, from `decisions`.
-        batch_size: conversations at once.
+        decided: the conversations.
         report: told of batches as the stage `lean`.
         ranks: the processes that share them.
 
@@ -133,33 +239,19 @@ def leanings(
         DeltaguardError: a prediction, or a gradient, is not finite.
         torch.OutOfMemoryError: memory does not suffice for a single conversation.
     """
-    layers = _layers(observed)
-    weights = [weight for _, weight in layers]
-    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    fitting = Fitting(report)
-    ordered = sorted(decided, key=lambda each: len(each.text.ids), reverse=True)
-    starts = range(0, len(ordered), batch_size)
-    for weight in weights:
-        weight.requires_grad_()
-    try:
-        for number in range(ranks.rank, len(starts), ranks.size):
-            members = ordered[starts[number] : starts[number] + batch_size]
+    found, fitting = Leanings(observed), Fitting(report)
+    with found.taken():
+        for number in range(ranks.rank, len(decided), ranks.size):
+            whole = decided[number].to(model.device)
 
-            def add(rows: slice, members: Sequence[Decision] = members) -> None:
-                for total, part in zip(sums, _differentiated(model, weights, members[rows]), strict=True):
-                    total.add_(part)
+            def add(rows: slice, whole: DecidedBatch = whole) -> None:
+                part = whole.part(rows)
+                batch = part.batch
+                found.add(part.score(logits_at(model, batch.ids, batch.mask, batch.answering)))
 
-            fitting.run(len(members), add)
-            report(Event("lean", number + 1, len(starts)))
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
-    found: dict[str, LowRank] = {}
-    for (layer, _), total in zip(layers, sums, strict=True):
-        ranks.add_up(total, 0)
-        if ranks.leads:
-            found[layer.key] = _kept(layer, total)
-    return found
+            fitting.run(len(whole.weights), add)
+            report(Event("lean", number + 1, len(decided)))
+    return found.cut(ranks)
 
 
 def _kept(layer: LinearLayer, total: Tensor) -> LowRank:
@@ -170,21 +262,3 @@ def _kept(layer: LinearLayer, total: Tensor) -> LowRank:
             f"The gradient of refusing of `{layer.name}` is not finite: something overflows. Calibrate in "
             "float32 or bfloat16."
         ) from error
-
-
-def _layers(observed: Sequence[Observed]) -> list[tuple[LinearLayer, Tensor]]:
-    return [
-        (layer, cast("Tensor", module.weight))
-        for group in observed
-        if group.matrix is None
-        for layer, module in zip(group.layers, group.modules, strict=True)
-    ]
-
-
-def _differentiated(model: Any, weights: Sequence[Tensor], members: Sequence[Decision]) -> list[Tensor]:
-    device = model.device
-    batch = Batch.of([each.text for each in members]).to(device)
-    lean = torch.tensor([each.weight for each in members], device=device)
-    with torch.enable_grad():
-        found = score(logits_at(model, batch.ids, batch.mask, batch.answering), batch, lean)
-        return list(torch.autograd.grad(found, weights, allow_unused=True, materialize_grads=True))

@@ -73,11 +73,9 @@ def plan_calibration(
         pass_bytes=sum(sorted(calibrated)[-request.batch_size :]) * held.passed * dtype.itemsize,
         # What goes into a block, and what comes out of it.
         hidden_bytes=2 * hidden,
-        # What goes into each block, what comes out of the last, and two gradients.
-        disk_bytes=hidden * (len(blocks) + 3) if by_blocks else 0,
-        store_bytes=None
-        if request.rank == "full"
-        else store_limit(source) + (0 if by_blocks else whole.leaning_bytes),
+        # What goes into each block, what comes out of the last, and two gradients twice.
+        disk_bytes=hidden * (len(blocks) + 5) if by_blocks else 0,
+        store_bytes=None if request.rank == "full" else store_limit(source) + whole.leaning_bytes,
     )
 
 

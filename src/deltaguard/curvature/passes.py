@@ -5,6 +5,10 @@ Backwards, last block first, it is loaded again, each batch goes through it once
 sums are decomposed into a store of its own before the next one's begin. These are the operations of a whole
 model in the same order, but that each block runs twice. A run that was killed repeats at most one block.
 
+The gradients of refusing are of the same conversations up to where they are decided (see `decisions`). What
+goes into a block is the same for the beginning of a conversation as for all of it, so that they need a pass
+backwards of their own, and none forwards.
+
 Several processes share the batches. Each batch has a file of its own, so that another number of processes
 can go on.
 """
@@ -22,6 +26,7 @@ from torch import Tensor
 from deltaguard.chat.tokens import Batch
 from deltaguard.curvature.blocks import Calls, CutModel
 from deltaguard.curvature.contents import GroupCurvature
+from deltaguard.curvature.decisions import DecidedBatch, Leanings
 from deltaguard.curvature.fitting import Due, Fitting
 from deltaguard.curvature.groups import observe_block, observed_again
 from deltaguard.curvature.observe import batch_likelihood, running_sums, watched
@@ -37,6 +42,7 @@ from deltaguard.files import read_json
 from deltaguard.models.durable import explained, write_atomically
 from deltaguard.progress import Event, Progress
 from deltaguard.ranks import Ranks
+from deltaguard.solvers.low_rank import LowRank
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class BlockLayers:
 
 
 _LAYERS = TypeAdapter(BlockLayers)
+_KINDS = ("input", "gradient", "lean")
 
 
 class Passes:
@@ -63,13 +70,20 @@ class Passes:
     """
 
     def __init__(
-        self, cut: CutModel, batches: Sequence[Batch], folder: Path, report: Progress, ranks: Ranks
+        self,
+        cut: CutModel,
+        batches: Sequence[Batch],
+        decided: Sequence[DecidedBatch],
+        folder: Path,
+        report: Progress,
+        ranks: Ranks,
     ) -> None:
         """Go on with what the folder holds.
 
         Args:
             cut: the model.
             batches: the conversations, on its device.
+            decided: the same conversations in each batch, up to where they are decided.
             folder: is made where absent; it must belong to the same model and conversations.
             report: told of blocks, as the stages `forwards` and `backwards`.
             ranks: the processes that share the batches.
@@ -79,6 +93,7 @@ class Passes:
         self._ranks, self._own = ranks, range(ranks.rank, len(batches), ranks.size)
         self._fitting = Fitting(report)
         self._calls = Calls(cut, self._batches)
+        self._decided, self._decided_calls = decided, Calls(cut, [each.batch for each in decided])
         with explained(folder):
             folder.mkdir(exist_ok=True)
 
@@ -108,7 +123,7 @@ class Passes:
         return found
 
     def backwards(self, layers: Sequence[BlockLayers], provenance: Provenance) -> None:
-        """Take the sums of each block, last block first, and decompose them.
+        """Take the sums and the gradients of refusing of each block, last block first, and decompose them.
 
         Args:
             layers: from `forwards`.
@@ -119,28 +134,42 @@ class Passes:
         """
         count, ranks = len(layers), self._ranks
         done = ranks.from_first(next((i for i in range(count) if self._store_folder(i).is_dir()), count))
-        if done == count and not all(path.is_file() for path in self._files("gradient", count)):
-            self._write("gradient", count, self._of_predictions())
+        for kind, of_predictions in (("gradient", self._of_prediction), ("lean", self._of_decision)):
+            if done == count and not all(path.is_file() for path in self._files(kind, count)):
+                inputs = zip(self._own, self._read("input", count), strict=True)
+                self._write(kind, count, [of_predictions(i, hidden) for i, hidden in inputs])
         for number in reversed(range(done)):
-            sums, gradients = self._sums(number, layers[number].groups)
+            groups = layers[number].groups
+            with self._cut.loaded(number):
+                # First: what it holds at once is gone when the sums begin, which take more memory.
+                leaning, leans = self._leaning(number, groups)
+                sums, gradients = self._sums(number, groups)
             # Before the store, which says that all of both are there.
+            self._write("lean", number, leans)
             self._write("gradient", number, gradients)
             ranks.wait()
-            groups = layers[number].groups
             contents = decomposed(groups, sums, provenance, ranks)
             if ranks.leads:
-                folder = self._store_folder(number)
-                write_store(folder, provenance, (), groups, lambda _, contents=contents: next(contents))
+                taken = lambda _, contents=contents: next(contents)
+                write_store(self._store_folder(number), provenance, (), groups, taken, leaning=leaning)
             ranks.wait()
-            for used in (*self._files("input", number + 1), *self._files("gradient", number + 1)):
+            for used in (path for kind in _KINDS for path in self._files(kind, number + 1)):
                 used.unlink(missing_ok=True)
             self._report(Event("backwards", count - number, count))
 
     def contents(self) -> Iterator[GroupCurvature]:
         """Read what was found for each group, in the model's order."""
-        for number in range(len(self._cut.blocks)):
-            store = CurvatureStore.from_pretrained(self._store_folder(number))
+        for store in self._stores():
             yield from (store.content(group.name) for group in store.groups)
+
+    def leaning(self) -> dict[str, LowRank]:
+        """Read the gradients of refusing, by `LinearLayer.key`; experts have none."""
+        layers = ((store, layer.key) for store in self._stores() for g in store.groups for layer in g.layers)
+        return {key: found for store, key in layers if (found := store.leaning(key)) is not None}
+
+    def _stores(self) -> Iterator[CurvatureStore]:
+        for number in range(len(self._cut.blocks)):
+            yield CurvatureStore.from_pretrained(self._store_folder(number))
 
     def _found(self) -> list[BlockLayers]:
         """Read the layers of the blocks that have been run forwards."""
@@ -160,12 +189,8 @@ class Passes:
         groups = tuple(LayerGroup(g.name, g.in_features, self.tokens, g.layers) for g in layers)
         return BlockLayers(groups, uncovered)
 
-    def _of_predictions(self) -> list[Tensor]:
-        """Differentiate the likelihood of drawn tokens by what the last block puts out."""
-        inputs = self._read("input", len(self._cut.blocks))
-        return [self._of_prediction(i, hidden) for i, hidden in zip(self._own, inputs, strict=True)]
-
     def _of_prediction(self, i: int, hidden: Tensor) -> Tensor:
+        """Differentiate the likelihood of drawn tokens by what the last block puts out."""
         first = sum(len(batch.ids) for batch in self._batches[:i])
 
         def differentiated(rows: slice) -> Tensor:
@@ -175,6 +200,22 @@ class Passes:
                 return torch.autograd.grad(likelihood, given)[0]
 
         return self._fitting.joined(len(hidden), differentiated)
+
+    def _of_decision(self, i: int, hidden: Tensor) -> Tensor:
+        """Differentiate what a batch adds to S by what the last block puts out."""
+
+        def differentiated(rows: slice) -> Tensor:
+            decided = self._decided[i].part(rows)
+            given = self._until_decided(i, hidden)[rows].requires_grad_()
+            with torch.enable_grad():
+                added = decided.score(self._cut.logits(given, decided.batch))
+                return torch.autograd.grad(added, given)[0]
+
+        return self._fitting.joined(len(hidden), differentiated)
+
+    def _until_decided(self, i: int, hidden: Tensor) -> Tensor:
+        """Take what is computed at the tokens of a batch up to where its conversations are decided."""
+        return hidden[:, : self._decided[i].batch.ids.shape[1]]
 
     def _embedded(self, i: int) -> Tensor:
         """Compute what the first block gets of a batch."""
@@ -187,8 +228,29 @@ class Passes:
             lambda rows: self._cut.run(number, hidden[rows], self._calls.of(i, rows)[number]),
         )
 
+    def _leaning(self, number: int, groups: Sequence[LayerGroup]) -> tuple[dict[str, LowRank], list[Tensor]]:
+        """Run a block that is loaded up to where conversations are decided, with gradients.
+
+        Returns:
+            The gradients of refusing with the weights of its layers, and by what goes into it.
+        """
+        sums, gradients = Leanings(observed_again(self._cut, groups)), list[Tensor]()
+
+        def differentiated(i: int, hidden: Tensor, above: Tensor, rows: slice) -> Tensor:
+            given = hidden[rows].requires_grad_()
+            output = self._cut.run(number, given, self._decided_calls.of(i, rows)[number])
+            (gradient,) = sums.add(output, above[rows], [given])
+            return gradient
+
+        found = zip(self._own, self._read("input", number), self._read("lean", number + 1), strict=True)
+        with sums.taken():
+            for i, hidden, above in found:
+                work = partial(differentiated, i, self._until_decided(i, hidden), above)
+                gradients.append(self._fitting.joined(len(hidden), work))
+        return sums.cut(self._ranks), gradients
+
     def _sums(self, number: int, groups: Sequence[LayerGroup]) -> tuple[dict[str, AnyMoment], list[Tensor]]:
-        """Run a block once more, with a gradient.
+        """Run a block that is loaded once more, with a gradient.
 
         Returns:
             The sums of its layers, and the gradients of the likelihood by what goes into it.
@@ -203,7 +265,7 @@ class Passes:
                 output = self._cut.run(number, given, calls[number])
                 return torch.autograd.grad(output, given, above[due.rows])[0]
 
-        with self._cut.loaded(number), torch.enable_grad():
+        with torch.enable_grad():
             for i, hidden, above in found:
                 due = partial(Due, self._batches[i].mask, added={})
                 work = partial(differentiated, i, hidden, above)

@@ -89,8 +89,8 @@ def summarise(
 def _not_levelled(store: CurvatureStore, config: RestoreConfig) -> list[str]:
     """Say where refusals were not levelled though the method does that."""
     if not store.knows_leaning:
-        why = "It was calibrated block by block, or by an earlier release, or made of such stores."
-        do = "Calibrate anew as a whole (`--memory`), or say `--level-refusals false`."
+        why = "It was calibrated by an earlier release, or made of such stores."
+        do = "Calibrate anew, or say `--level-refusals false`."
         known = f"the store {store.folder} does not know its gradient"
         return [f"The share of refusals was not levelled: {known}. {why} {do}"]
     if any(store.reached(group.name) for group in store.groups):
