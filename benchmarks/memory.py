@@ -1,7 +1,7 @@
 """Memory against depth, shards and conversations, and time against width: `python -m benchmarks.memory`.
 
 Every number is of a process of its own, on random Llama-shaped models that are made and removed on the way
-(0.5 GB at a time). Writes `docs/results/memory.json`; about ten minutes on two cores.
+(3 GB at a time). Writes `docs/results/memory.json`; about ten minutes on two cores.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from benchmarks.measure import Measurement, run_process, warm
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "memory.json"
 DEPTH = Shape(hidden=512, intermediate=1408, blocks=8, heads=8, kv_heads=4, vocabulary=4096)
-BLOCKS, SHARDS, CONVERSATIONS, WIDTHS = (8, 16, 32), (4, 8, 16), (16, 64, 256), (256, 512, 1024, 2048)
+BLOCKS, SHARDS, CONVERSATIONS, WIDTHS = (8, 16, 32), (4, 8, 16), (16, 64, 256), (512, 1024, 2048, 4096)
+_TOLD = 1.5
 FEW = 16
 """Conversations where their number is not what changes."""
 
@@ -87,8 +88,10 @@ class Scales:
 def exponent(rows: Sequence[ScalingRow], base: float) -> float:
     """Fit the power of the width that time grows with: the slope over logarithms, by least squares.
 
+    Runs that take less than half as long again as their imports say nothing of it, and are left out.
+
     Args:
-        rows: of several widths.
+        rows: of several widths, of which at least two take longer.
         base: seconds that every run takes for itself.
 
     Example:
@@ -97,7 +100,7 @@ def exponent(rows: Sequence[ScalingRow], base: float) -> float:
         >>> round(exponent(rows, base=2.0), 6)
         2.0
     """
-    points = [(log(row.value), log(row.seconds - base)) for row in rows]
+    points = [(log(row.value), log(row.seconds - base)) for row in rows if row.seconds > _TOLD * base]
     x, y = (sum(each) / len(points) for each in zip(*points, strict=True))
     return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
@@ -117,7 +120,7 @@ def main() -> None:
     base = _program("imports").seconds
     widths = [row for row in scales.rows if row.against == "width"]
     exponents = {
-        what: exponent([row for row in widths if row.what == what][1:], base)
+        what: exponent([row for row in widths if row.what == what], base)
         for what in ("calibrate", "restore")
     }
     environment = json.loads(_program("environment").output)
