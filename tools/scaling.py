@@ -77,8 +77,8 @@ def scaling_table(content: str) -> str:
     ).markdown()
     powers = " and ".join(f"{power:.2f} for {what}" for what, power in results.exponents.items())
     told = (
-        f"Time grows with the width to the power {powers}, fitted to runs of half as long again as their imports, less "
-        f"{duration(results.base_seconds)} that a process takes to start."
+        f"Time grows with the width to the power {powers}, fitted to runs that take more than half as long "
+        f"again as a start, less its {duration(results.base_seconds)}."
     )
     made = small(f"Seed {results.seed}. {made_with(results.environment)}")
     return f"{drawn}\n\n{told}\n\n{made}"
