@@ -22,7 +22,8 @@ from benchmarks.measure import Measurement, run_process, warm
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "memory.json"
 DEPTH = Shape(hidden=512, intermediate=1408, blocks=8, heads=8, kv_heads=4, vocabulary=4096)
 BLOCKS, SHARDS, CONVERSATIONS, WIDTHS = (8, 16, 32), (4, 8, 16), (16, 64, 256), (512, 1024, 2048, 4096)
-_TOLD = 1.5
+_STARTS = 1.5
+"""A run tells of its work where it takes more than so many starts."""
 FEW = 16
 """Conversations where their number is not what changes."""
 
@@ -85,13 +86,13 @@ class Scales:
         self.rows.append(row)
 
 
-def exponent(rows: Sequence[ScalingRow], base: float) -> float:
+def exponent(rows: Sequence[ScalingRow], base: float) -> float | None:
     """Fit the power of the width that time grows with: the slope over logarithms, by least squares.
 
     Runs that take less than half as long again as their imports say nothing of it, and are left out.
 
     Args:
-        rows: of several widths, of which at least two take longer.
+        rows: of several widths; where fewer than two take longer, the result is None.
         base: seconds that every run takes for itself.
 
     Example:
@@ -100,7 +101,9 @@ def exponent(rows: Sequence[ScalingRow], base: float) -> float:
         >>> round(exponent(rows, base=2.0), 6)
         2.0
     """
-    points = [(log(row.value), log(row.seconds - base)) for row in rows if row.seconds > _TOLD * base]
+    points = [(log(row.value), log(row.seconds - base)) for row in rows if row.seconds > _STARTS * base]
+    if len(points) < 2:
+        return None
     x, y = (sum(each) / len(points) for each in zip(*points, strict=True))
     return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
@@ -120,8 +123,7 @@ def main() -> None:
     base = _program("imports").seconds
     widths = [row for row in scales.rows if row.against == "width"]
     exponents = {
-        what: exponent([row for row in widths if row.what == what], base)
-        for what in ("calibrate", "restore")
+        what: exponent([row for row in widths if row.what == what], base) for what in ("calibrate", "restore")
     }
     environment = json.loads(_program("environment").output)
     result = Scaling(

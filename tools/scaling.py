@@ -36,7 +36,8 @@ class Scaling(BaseModel):
         seed: of the random models and conversations.
         base_seconds: what a process takes that imports the same and does nothing.
         rows: what was measured.
-        exponents: the power of the width that the time of each grows with, less that base.
+        exponents: the power of the width that the time of each grows with, less that base; null where no two
+            runs took much longer than it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,7 +46,7 @@ class Scaling(BaseModel):
     seed: int
     base_seconds: float
     rows: tuple[ScalingRow, ...]
-    exponents: dict[str, float]
+    exponents: dict[str, float | None]
 
 
 def scaling_table(content: str) -> str:
@@ -75,7 +76,7 @@ def scaling_table(content: str) -> str:
             ("time", lambda row: duration(row.seconds)),
         ),
     ).markdown()
-    powers = " and ".join(f"{power:.2f} for {what}" for what, power in results.exponents.items())
+    powers = " and ".join(f"{power:.2f} for {what}" for what, power in results.exponents.items() if power)
     told = (
         f"Time grows with the width to the power {powers}, fitted to runs that take more than half as long "
         f"again as a start, less its {duration(results.base_seconds)}."

@@ -132,6 +132,39 @@ def test_what_was_left_of_a_block_is_made_again(tmp_path, monkeypatch):
         assert torch.equal(found.sums(group.name).inputs.total, expected.sums(group.name).inputs.total)
 
 
+def test_what_was_left_of_another_judges_run_is_refused(tmp_path):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+
+    def kill(event):
+        if event.stage == "backwards":
+            raise Killed
+
+    def run(judge, *, resume, progress=None):
+        config = BLOCKS.model_copy(update={"resume": resume})
+        given = {"conversations": ANSWERED, "config": config, "progress": progress, "is_refusal": judge}
+        calibrate(folder, tmp_path / "store", **given)
+
+    with pytest.raises(Killed):
+        run(lambda _: True, resume=False, progress=kill)
+    with pytest.raises(DeltaguardError, match=r"another judge.*\n.*Delete the folder"):
+        run(lambda answer: "cannot" in answer, resume=True)
+    run(lambda _: True, resume=True)
+
+
+def test_a_conversation_without_an_answer_says_nothing_of_refusing(tmp_path):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+    long = replace(ANSWERED[0], prompt="word " * 600)
+    stores = [
+        calibrate(folder, tmp_path / f"{number}", conversations=[long, *ANSWERED], config=config)
+        for number, config in enumerate((WHOLE, BLOCKS))
+    ]
+    assert stores[0].provenance.truncated == 1
+    for group in stores[0].groups:
+        for layer in group.layers:
+            one, other = (store.leaning(layer.key) for store in stores)
+            assert relative_error(other.up @ other.down, one.up @ one.down) < 1e-4
+
+
 def test_a_damaged_file_between_the_passes_is_one_message(tmp_path):
     folder = models.save(models.tiny_model("llama"), tmp_path / "model")
 

@@ -273,6 +273,11 @@ def require_equal(found, expected):
         assert a.reached == b.reached or a.reached.tokens == b.reached.tokens
         for x, y in zip((a.inputs.total, *a.outputs), (b.inputs.total, *b.outputs), strict=True):
             assert relative_error(x, y) < 1e-5, group.name
+        for layer in group.layers:
+            x, y = (store.leaning(layer.key) for store in (one, other))
+            assert (x is None) == (y is None)
+            if x is not None:
+                assert relative_error(x.up @ x.down, y.up @ y.down) < 1e-4, layer.key
         spectra = [store.input_spectrum(group.name).values for store in (one, other)]
         torch.testing.assert_close(*spectra, rtol=1e-4, atol=1e-4 * float(spectra[0][0]))
 

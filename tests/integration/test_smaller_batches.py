@@ -7,6 +7,7 @@ import models
 from deltaguard import DeltaguardError, RestoreConfig
 from deltaguard.curvature.blocks import CutModel
 from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.decisions import DecidedBatch, Leanings
 from deltaguard.curvature.fitting import Due
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.store import CurvatureStore
@@ -46,6 +47,11 @@ def require_close(found, expected):
         assert a.reached == b.reached or a.reached.tokens == b.reached.tokens
         for x, y in zip((a.inputs.total, *a.outputs), (b.inputs.total, *b.outputs), strict=True):
             assert relative_error(x, y.double()) < 1e-5, group.name
+        for layer in group.layers:
+            x, y = (store.leaning(layer.key) for store in (one, other))
+            assert (x is None) == (y is None)
+            if x is not None:
+                assert relative_error(x.up @ x.down, (y.up @ y.down).double()) < 1e-4, layer.key
 
 
 # In the midst of what is added to sums, forwards and backwards, once and again in the half of a batch.
@@ -62,6 +68,19 @@ def test_a_calibration_goes_on_with_half_of_a_batch(name, memory, at, tmp_path, 
     said = [event.detail for event in told if event.stage == "memory"]
     assert said[0] == "too little for 4 conversations at once: from now on 2"
     assert len(said) == len(at)
+    require_close(tmp_path / "store", tmp_path / "expected")
+
+
+@pytest.mark.parametrize(("memory", "at"), [(None, {1}), (0, {1}), (0, {2, 4})], ids=str)
+def test_the_gradient_of_refusing_is_taken_with_half_of_a_batch(memory, at, tmp_path, monkeypatch):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+    config = CONFIG.model_copy(update={"memory": memory})
+    calibrate(folder, tmp_path / "expected", conversations=ANSWERED, config=config)
+    scarce(monkeypatch, DecidedBatch, "score", at)
+    scarce(monkeypatch, Leanings, "add", at)
+    told = []
+    calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=config, progress=told.append)
+    assert [event for event in told if event.stage == "memory"]
     require_close(tmp_path / "store", tmp_path / "expected")
 
 

@@ -9,7 +9,7 @@ import pytest
 from clients import LIMITS, ROW, uploaded
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.service.contents import open_contents
+from deltaguard.service.contents import UnavailableError, open_contents
 from deltaguard.service.server import open_service
 from deltaguard.service.settings import Limits, Settings
 
@@ -21,6 +21,11 @@ def url(request):
     request.getfixturevalue("object_store")
     # What a server keeps outlives it, in this process.
     return f"s3://bucket/{uuid4().hex}"
+
+
+@pytest.fixture
+def settings(url):
+    return Settings(models={"tiny": "nowhere"}, limits=LIMITS, files_url=url)
 
 
 @pytest.fixture
@@ -49,8 +54,14 @@ def test_what_is_kept_comes_back(contents, tmp_path):
 class Cut(io.RawIOBase):
     """An upload that is cut off."""
 
-    def read(self, _count=-1):
-        raise ConnectionError("cut off")
+    left = 60
+
+    def read(self, count=-1):
+        self.left -= 1
+        if self.left < 0:
+            raise ConnectionError("cut off")
+        # So much that a part of it is on its way to S3.
+        return bytes(count)
 
 
 def test_what_was_cut_off_is_not_kept(contents, tmp_path):
@@ -112,9 +123,25 @@ def test_limits_of_an_organisation_have_defaults():
     assert Limits().all_bytes >= Limits().file_bytes
 
 
+def test_a_bucket_that_is_missing_is_no_outage(object_store, tmp_path):
+    contents = open_contents(tmp_path, "s3://another-bucket/files")
+    with pytest.raises(DeltaguardError, match="has no another-bucket/files") as error:
+        contents.put("file-1", io.BytesIO(b"{}"))
+    assert not isinstance(error.value, UnavailableError)
+
+
+@pytest.mark.parametrize("url", ["folder", "s3"], indirect=True)
+def test_a_content_that_was_removed_meanwhile_is_not_found(client, opened):
+    file = uploaded(client)
+    opened.service.contents.remove(file.id)
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(file.id)
+
+
 class TestWhileTheObjectStoreIsAway:
-    def test_every_use_of_it_is_an_error_of_ours(self, object_store, tmp_path):
-        contents = open_contents(tmp_path, "s3://bucket/files")
+    @pytest.mark.parametrize("place", ["s3://bucket/files", "s3://bucket"])
+    def test_every_use_of_it_is_an_error_of_ours(self, place, object_store, tmp_path):
+        contents = open_contents(tmp_path, place)
         object_store.stop()
         uses = (
             lambda: contents.put("file-1", io.BytesIO(b"{}")),
@@ -124,7 +151,7 @@ class TestWhileTheObjectStoreIsAway:
             lambda: list(contents.all()),
         )
         for use in uses:
-            with pytest.raises(DeltaguardError, match="does not answer"):
+            with pytest.raises(UnavailableError, match="does not answer"):
                 use()
         assert not list((tmp_path / "job").glob("*"))
 
@@ -138,7 +165,3 @@ class TestWhileTheObjectStoreIsAway:
             assert (error.value.status_code, error.value.code) == (503, "unavailable")
             assert error.value.response.headers["retry-after"] == "30"
         assert [each.id for each in client.files.list()] == [file.id]
-
-    @pytest.fixture
-    def settings(self, url):
-        return Settings(models={"tiny": "nowhere"}, limits=LIMITS, files_url=url)

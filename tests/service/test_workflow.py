@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.service import process, workflow
+from deltaguard.service.contents import UnavailableError
 from deltaguard.service.executors.local import LocalExecutor
 from deltaguard.service.process import StoppedError
 from deltaguard.service.schemas import JobError
@@ -91,13 +92,18 @@ def ended(client, job, seconds=60):
     raise AssertionError(found)
 
 
-def test_an_outage_of_the_database_ends_no_job(client, monkeypatch):
+@pytest.mark.parametrize(
+    "outage",
+    [OperationalError("SELECT 1", {}, Exception("gone")), UnavailableError("gone")],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_outage_of_database_or_object_store_ends_no_job(outage, client, monkeypatch):
     tried = []
 
     def run(task, _folder, **_options):
         tried.append(task.kind)
         if tried.count("train") < 3 and task.kind == "train":
-            raise OperationalError("SELECT 1", {}, Exception("gone"))
+            raise outage
         return Outcome(error=JobError(code="enough", message="Enough.") if task.kind == "restore" else None)
 
     monkeypatch.setattr(workflow, "run_task", run)

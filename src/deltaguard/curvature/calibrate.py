@@ -301,8 +301,8 @@ def _by_blocks(run: _Run, texts: Sequence[Encoded], decided: Sequence[DecidedBat
         run.report(Event("load", 0, 1, f"the model cannot be taken block by block: {error}"))
         return None
     ordered = [batch.to(run.device) for batch in batches(texts, run.request.batch_size)]
-    own = [each.to(run.device) for each in decided]
-    passes = Passes(cut, ordered, own, run.journal.parent / "blocks", run.report, run.ranks)
+    placed = [each.to(run.device) for each in decided]
+    passes = Passes(cut, ordered, placed, run.journal.parent / "blocks", run.report, run.ranks)
     found = passes.forwards()
 
     def contents(provenance: Provenance) -> Iterator[GroupCurvature]:

@@ -163,7 +163,7 @@ class Leanings:
         self._sums = [torch.zeros_like(weight, dtype=torch.float32) for _, weight in self._layers]
 
     @contextmanager
-    def taken(self) -> Generator[None]:
+    def with_gradients(self) -> Generator[None]:
         """Let weights take gradients for as long as the context lasts."""
         weights = [weight for _, weight in self._layers]
         for weight in weights:
@@ -240,7 +240,7 @@ def leanings(
         torch.OutOfMemoryError: memory does not suffice for a single conversation.
     """
     found, fitting = Leanings(observed), Fitting(report)
-    with found.taken():
+    with found.with_gradients():
         for number in range(ranks.rank, len(decided), ranks.size):
             whole = decided[number].to(model.device)
 

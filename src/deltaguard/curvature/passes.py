@@ -3,11 +3,12 @@
 Forwards, every block is loaded once and all conversations go through it; what goes into it is kept in a file.
 Backwards, last block first, it is loaded again, each batch goes through it once more with a gradient, and its
 sums are decomposed into a store of its own before the next one's begin. These are the operations of a whole
-model in the same order, but that each block runs twice. A run that was killed repeats at most one block.
+model in the same order, but that each block runs twice, and once more up to where conversations are decided.
+A run that was killed repeats at most one block.
 
-The gradients of refusing are of the same conversations up to where they are decided (see `decisions`). What
-goes into a block is the same for the beginning of a conversation as for all of it, so that they need a pass
-backwards of their own, and none forwards.
+The gradients of refusing are of the same conversations up to there (see `decisions`). What goes into a block
+is the same for the beginning of a conversation as for all of it, within the positions that a model was
+trained on, so that they need a pass backwards of their own, and none forwards.
 
 Several processes share the batches. Each batch has a file of its own, so that another number of processes
 can go on.
@@ -16,6 +17,7 @@ can go on.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -87,6 +89,9 @@ class Passes:
             folder: is made where absent; it must belong to the same model and conversations.
             report: told of blocks, as the stages `forwards` and `backwards`.
             ranks: the processes that share the batches.
+
+        Raises:
+            DeltaguardError: what the folder holds is of answers that were judged otherwise.
         """
         self.tokens = sum(int(batch.mask.sum()) for batch in batches)
         self._cut, self._batches, self._folder, self._report = cut, batches, folder, report
@@ -96,6 +101,7 @@ class Passes:
         self._decided, self._decided_calls = decided, Calls(cut, [each.batch for each in decided])
         with explained(folder):
             folder.mkdir(exist_ok=True)
+        self._require_same_decisions()
 
     def forwards(self) -> list[BlockLayers]:
         """Run all conversations through block after block; find the layers of each.
@@ -134,24 +140,22 @@ class Passes:
         """
         count, ranks = len(layers), self._ranks
         done = ranks.from_first(next((i for i in range(count) if self._store_folder(i).is_dir()), count))
-        for kind, of_predictions in (("gradient", self._of_prediction), ("lean", self._of_decision)):
+        for kind, differentiated in (("gradient", self._of_prediction), ("lean", self._of_decision)):
             if done == count and not all(path.is_file() for path in self._files(kind, count)):
                 inputs = zip(self._own, self._read("input", count), strict=True)
-                self._write(kind, count, [of_predictions(i, hidden) for i, hidden in inputs])
+                self._write(kind, count, [differentiated(i, hidden) for i, hidden in inputs])
         for number in reversed(range(done)):
             groups = layers[number].groups
             with self._cut.loaded(number):
                 # First: what it holds at once is gone when the sums begin, which take more memory.
-                leaning, leans = self._leaning(number, groups)
-                sums, gradients = self._sums(number, groups)
-            # Before the store, which says that all of both are there.
-            self._write("lean", number, leans)
-            self._write("gradient", number, gradients)
+                leaning = self._leaning(number, groups)
+                sums = self._sums(number, groups)
+            # Before the store, which says that all files of gradients are there.
             ranks.wait()
             contents = decomposed(groups, sums, provenance, ranks)
             if ranks.leads:
-                taken = lambda _, contents=contents: next(contents)
-                write_store(self._store_folder(number), provenance, (), groups, taken, leaning=leaning)
+                content = lambda _, contents=contents: next(contents)
+                write_store(self._store_folder(number), provenance, (), groups, content, leaning=leaning)
             ranks.wait()
             for used in (path for kind in _KINDS for path in self._files(kind, number + 1)):
                 used.unlink(missing_ok=True)
@@ -170,6 +174,20 @@ class Passes:
     def _stores(self) -> Iterator[CurvatureStore]:
         for number in range(len(self._cut.blocks)):
             yield CurvatureStore.from_pretrained(self._store_folder(number))
+
+    def _require_same_decisions(self) -> None:
+        """Refuse the gradients that a run left which took other answers for refusals."""
+        seen = [(each.batch.ids.tolist(), each.weights.tolist()) for each in self._decided]
+        digest, path = sha256(repr(seen).encode()).hexdigest(), self._folder / "decided"
+        with explained(path):
+            known = path.read_text(encoding="utf-8") if path.exists() else digest
+        if known != digest:
+            raise DeltaguardError(
+                f"{self._folder} holds gradients of answers that another judge told to refuse or not.\n"
+                f"{start_anew(self._folder.parent)}"
+            )
+        if self._ranks.leads:
+            write_atomically(path, digest)
 
     def _found(self) -> list[BlockLayers]:
         """Read the layers of the blocks that have been run forwards."""
@@ -228,11 +246,13 @@ class Passes:
             lambda rows: self._cut.run(number, hidden[rows], self._calls.of(i, rows)[number]),
         )
 
-    def _leaning(self, number: int, groups: Sequence[LayerGroup]) -> tuple[dict[str, LowRank], list[Tensor]]:
+    def _leaning(self, number: int, groups: Sequence[LayerGroup]) -> dict[str, LowRank]:
         """Run a block that is loaded up to where conversations are decided, with gradients.
 
+        The gradients of S by what goes into it are kept for the block before.
+
         Returns:
-            The gradients of refusing with the weights of its layers, and by what goes into it.
+            Those with the weights of its layers.
         """
         sums, gradients = Leanings(observed_again(self._cut, groups)), list[Tensor]()
 
@@ -243,17 +263,18 @@ class Passes:
             return gradient
 
         found = zip(self._own, self._read("input", number), self._read("lean", number + 1), strict=True)
-        with sums.taken():
+        with sums.with_gradients():
             for i, hidden, above in found:
                 work = partial(differentiated, i, self._until_decided(i, hidden), above)
                 gradients.append(self._fitting.joined(len(hidden), work))
-        return sums.cut(self._ranks), gradients
+        self._write("lean", number, gradients)
+        return sums.cut(self._ranks)
 
-    def _sums(self, number: int, groups: Sequence[LayerGroup]) -> tuple[dict[str, AnyMoment], list[Tensor]]:
-        """Run a block that is loaded once more, with a gradient.
+    def _sums(self, number: int, groups: Sequence[LayerGroup]) -> dict[str, AnyMoment]:
+        """Run a block that is loaded once more, with a gradient, which is kept for the block before.
 
         Returns:
-            The sums of its layers, and the gradients of the likelihood by what goes into it.
+            The sums of its layers.
         """
         observed = observed_again(self._cut, groups)
         sums, gradients = running_sums(observed, self._cut.device), list[Tensor]()
@@ -271,7 +292,8 @@ class Passes:
                 work = partial(differentiated, i, hidden, above)
                 run = lambda rows, due=due, work=work: work(due(rows))
                 gradients.append(self._fitting.joined(len(hidden), run))
-        return sums, gradients
+        self._write("gradient", number, gradients)
+        return sums
 
     def _files(self, kind: str, number: int) -> list[Path]:
         """Name what is kept at a block, a file for each batch of this rank."""

@@ -25,7 +25,7 @@ from deltaguard.evaluation.asking import (
 from deltaguard.evaluation.engines.folders import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.exchange import Grader, Judge
-from deltaguard.evaluation.inspect_logs import require_inspect, write_inspect_logs
+from deltaguard.evaluation.inspect_logs import remove_inspect_logs, require_inspect, write_inspect_logs
 from deltaguard.evaluation.journal import Clock
 from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
@@ -149,6 +149,8 @@ def evaluate(
         write_atomically(folder / "README.md", evaluation_card(report))
         if inspect_logs:
             write_inspect_logs(folder, report, results)
+        else:
+            remove_inspect_logs(folder)
     return report
 
 

@@ -1,14 +1,15 @@
 """Answers and verdicts as logs of Inspect, for its viewer: `inspect view --log-dir OUTPUT/inspect`."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaguard.errors import require_packages
 from deltaguard.evaluation.results import Result, measures
-from deltaguard.models.durable import explained, partial_file
+from deltaguard.models.durable import explained
 from deltaguard.reports.records.base import Environment
-from deltaguard.reports.records.evaluation import EvaluationReport, Measure
+from deltaguard.reports.records.evaluation import Estimate, EvaluationReport, Measure
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog, EvalSample, EvalScore
@@ -26,13 +27,28 @@ def require_inspect() -> None:
     require_packages("Writing logs of Inspect", "inspect", "inspect_ai")
 
 
+def remove_inspect_logs(folder: Path) -> None:
+    """Remove the logs of an earlier run, which a new report may contradict.
+
+    Args:
+        folder: the evaluation's.
+
+    Raises:
+        DeltaguardError: they cannot be removed.
+    """
+    logs = folder / INSPECT_FOLDER
+    with explained(logs):
+        if logs.exists():
+            shutil.rmtree(logs)
+
+
 def write_inspect_logs(folder: Path, report: EvaluationReport, results: Sequence[Result]) -> list[Path]:
-    """Write a log of each model and each section that has answers.
+    """Write a log of each model and each section that has answers, in the place of all of an earlier run.
 
     Prompts are shown without an attack's wrapper, as reports show them; what was never answered is left out.
 
     Args:
-        folder: the evaluation's; a log of an earlier run is replaced.
+        folder: the evaluation's.
         report: what was drawn from the results.
         results: what models answered, and what judges said.
 
@@ -51,6 +67,7 @@ def write_inspect_logs(folder: Path, report: EvaluationReport, results: Sequence
     require_inspect()
     from inspect_ai.log import write_eval_log
 
+    remove_inspect_logs(folder)
     references = {model.name: model.reference for model in report.models}
     paths: list[Path] = []
     for result in (each for each in results if each.answers):
@@ -58,9 +75,7 @@ def write_inspect_logs(folder: Path, report: EvaluationReport, results: Sequence
         log = _log(report.suite, references[result.model], report.environment, result)
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = partial_file(path)
-            write_eval_log(log, partial, format="eval")
-            partial.replace(path)
+            write_eval_log(log, path, format="eval")
         paths.append(path)
     return paths
 
@@ -85,7 +100,7 @@ def _log(suite: str, reference: str, made_in: Environment, result: Result) -> "E
         results=EvalResults(
             total_samples=section.prompts,
             completed_samples=len(rows),
-            scores=[_score(measure) for measure in measures([result])],
+            scores=[_score(scorer, found) for scorer, found in _by_scorer(result).items()],
         ),
         # How long a section took is not known: other models and runs may have had a part in it.
         stats=EvalStats(started_at=made_in.created, completed_at=made_in.created),
@@ -98,8 +113,8 @@ def _sample(result: Result, index: int) -> "EvalSample":
     from inspect_ai.model import ChatMessageAssistant, ChatMessageUser, ModelOutput
     from inspect_ai.scorer import Score
 
-    asked = [(result.prompts[index], result.answers[index])]
-    asked += [result.second[index]] if result.second else []
+    turns = [(result.prompts[index], result.answers[index]), *result.second[index : index + 1]]
+    asked = [(question, answer) for question, answer in turns if answer is not None]
     classes: dict[str, Any] = {judge: said.classes[index] for judge, said in result.judged.items()}
     given = {f"{judge}, score": said.scores[index] for judge, said in result.judged.items()}
     given |= {name: values[index] for name, values in result.values.items()}
@@ -112,9 +127,9 @@ def _sample(result: Result, index: int) -> "EvalSample":
         messages=[
             turn
             for question, answer in asked
-            for turn in (ChatMessageUser(content=question), ChatMessageAssistant(content=answer or ""))
+            for turn in (ChatMessageUser(content=question), ChatMessageAssistant(content=answer))
         ],
-        output=ModelOutput.from_content(result.model, asked[-1][1] or ""),
+        output=ModelOutput.from_content(result.model, asked[-1][1]),
         scores={
             name: Score(value=value, answer=asked[-1][1])
             for name, value in scores.items()
@@ -123,14 +138,23 @@ def _sample(result: Result, index: int) -> "EvalSample":
     )
 
 
-def _score(measure: Measure) -> "EvalScore":
+def _by_scorer(result: Result) -> dict[str, list[Measure]]:
+    """Put measures together that one judge gave; others stand for themselves."""
+    found: dict[str, list[Measure]] = {}
+    for measure in measures([result]):
+        found.setdefault(measure.judge or measure.name, []).append(measure)
+    return found
+
+
+def _score(scorer: str, found: Sequence[Measure]) -> "EvalScore":
     from inspect_ai.log import EvalMetric, EvalScore
 
-    estimate = measure.estimate
-    interval = {"low": estimate.low, "high": estimate.high, "interval": estimate.interval}
+    def metric(name: str, estimate: Estimate) -> EvalMetric:
+        interval = {"low": estimate.low, "high": estimate.high, "interval": estimate.interval}
+        return EvalMetric(name=name, value=estimate.value, metadata=interval)
+
     return EvalScore(
-        name=measure.judge or measure.name,
-        scorer=measure.judge or measure.name,
-        scored_samples=estimate.total,
-        metrics={measure.name: EvalMetric(name=measure.name, value=estimate.value, metadata=interval)},
+        name=scorer,
+        scorer=scorer,
+        metrics={each.name: metric(each.name, each.estimate) for each in found},
     )

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -14,6 +14,10 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.models.durable import explained, flush_folder
 
 _PART = 1 << 20
+
+
+class UnavailableError(DeltaguardError):
+    """An object store that does not answer now, and may a moment later."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Contents(Protocol):
             Its bytes.
 
         Raises:
+            UnavailableError: an object store does not answer.
             DeltaguardError: it cannot be written.
         """
         ...
@@ -50,7 +55,7 @@ class Contents(Protocol):
 
         Raises:
             FileNotFoundError: there is none of that name.
-            DeltaguardError: an object store does not answer.
+            UnavailableError: an object store does not answer.
         """
         ...
 
@@ -63,7 +68,7 @@ class Contents(Protocol):
 
         Raises:
             FileNotFoundError: there is none of that name.
-            DeltaguardError: an object store does not answer.
+            UnavailableError: an object store does not answer.
         """
         ...
 
@@ -145,20 +150,27 @@ class RemoteContents:
     def put(self, name: str, source: BinaryIO) -> int:
         """Keep a content: the store has it when this returns."""
         size = 0
+        with self._answers():
+            kept = self.system.open(self._path(name), "wb", autocommit=False)
         try:
-            with self._answers(), self.system.open(self._path(name), "wb") as kept:
-                while part := source.read(_PART):
-                    size += len(part)
+            while part := source.read(_PART):
+                size += len(part)
+                with self._answers():
                     kept.write(part)
+            with self._answers():
+                kept.close()
+                kept.commit()
         except BaseException:
-            # fsspec keeps what was written until then; nobody knows the name yet.
-            self.remove(name)
+            # A store that is away cannot be told so; what was sent is no content of its own.
+            with suppress(Exception):
+                kept.close()
+                kept.discard()
             raise
         return size
 
     def parts(self, name: str) -> Iterator[bytes]:
         """Read a content, a part at a time."""
-        with self._answers(), self.system.open(self._path(name), "rb") as file:
+        with self._answers(may_be_absent=True), self.system.open(self._path(name), "rb") as file:
             while part := file.read(_PART):
                 yield part
 
@@ -187,25 +199,45 @@ class RemoteContents:
         """List what is kept."""
         with self._answers():
             self.system.invalidate_cache()
-            found: list[dict[str, Any]] = (
-                self.system.ls(self.root, detail=True) if self.system.exists(self.root) else []
-            )
-            for each in found:
+            for each in self._listed():
                 changed_at = self.system.modified(each["name"]).timestamp()
                 yield Content(each["name"].rsplit("/", 1)[-1], each["size"], changed_at)
+
+    def _listed(self) -> list[dict[str, Any]]:
+        try:
+            found = self.system.ls(self.root, detail=True)
+        except FileNotFoundError:
+            return []  # Before the first upload.
+        return [each for each in found if each["type"] == "file"]
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
     @contextmanager
-    def _answers(self) -> Generator[None, None, None]:
-        """Turn what a store's own library raises, of whatever kind, into an error of ours."""
+    def _answers(self, *, may_be_absent: bool = False) -> Generator[None, None, None]:
+        """Turn what a store's own library raises into errors of ours.
+
+        Args:
+            may_be_absent: whether what is asked for may not be there, a FileNotFoundError; else it is the
+                place as a whole that is missing.
+
+        Raises:
+            UnavailableError: the store does not answer.
+            DeltaguardError: it refuses, or has no such place.
+        """
         try:
             yield
-        except (FileNotFoundError, DeltaguardError):
-            raise
+        except FileNotFoundError as error:
+            if may_be_absent:
+                raise
+            raise DeltaguardError(f"The object store has no {self.root}: {error}.") from error
+        except PermissionError as error:
+            raise DeltaguardError(f"The object store does not let us into {self.root}: {error}.") from error
         except Exception as error:
-            raise DeltaguardError(f"The object store of {self.root} does not answer: {error}") from error
+            # Python's own, but for those of the operating system, are bugs; botocore has others of its own.
+            if type(error).__module__ == "builtins" and not isinstance(error, OSError):
+                raise
+            raise UnavailableError(f"The object store of {self.root} does not answer: {error}") from error
 
 
 def open_contents(data: Path, url: str | None) -> Contents:

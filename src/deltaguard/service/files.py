@@ -114,8 +114,13 @@ def file_content(service: Open, caller: Asking, file_id: str) -> StreamingRespon
     headers = {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
     headers["Content-Length"] = str(found.bytes)
     parts = service.contents.parts(found.id)
-    # Read before the answer begins: later nobody could be told that the object store does not answer.
-    parts = chain([next(parts)], parts)
+    try:
+        # Before the answer begins: later nobody could be told that the object store does not answer.
+        first = next(parts, b"")
+    except FileNotFoundError:
+        # Deleted meanwhile.
+        raise not_found("file", file_id) from None
+    parts = chain([first], parts)
     return StreamingResponse(parts, media_type="application/octet-stream", headers=headers)
 
 

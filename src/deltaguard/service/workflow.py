@@ -26,6 +26,7 @@ from deltaguard.service.assignments import (
     restore_task,
     train_task,
 )
+from deltaguard.service.contents import UnavailableError
 from deltaguard.service.context import Service
 from deltaguard.service.errors import OUTAGES
 from deltaguard.service.events import tell
@@ -53,10 +54,11 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def _is_outage(error: BaseException) -> bool:
-    return isinstance(error, OUTAGES)
+    return isinstance(error, (*OUTAGES, UnavailableError))
 
 
-# While the database does not answer, a step is begun again and again: none does anything twice.
+# While the database or the object store does not answer, a step is begun again and again: none does anything
+# twice.
 _step = DBOS.step(
     retries_allowed=True,
     interval_seconds=1,
