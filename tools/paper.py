@@ -73,6 +73,6 @@ def paper_table(content: str) -> str:
     first = results.rows[0].calibration
     told = (
         f"Block by block in bfloat16, {first.conversations} conversations of {first.tokens} tokens at most; "
-        "answers are given with the whole model, and need none where the conversations have them."
+        "answers are given block by block, too, and need nothing where the conversations have them."
     )
     return f"{drawn}\n\n{told}\n\n{small(made_with(results.environment))}"
