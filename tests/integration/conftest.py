@@ -1,9 +1,10 @@
-"""What several tests of the dial share."""
+"""What several tests share."""
 
 import pytest
 import torch
 
 from deltaguard.restoration.safety_kl import SafetyMeter
+from suites import two_models
 
 
 @pytest.fixture
@@ -13,3 +14,9 @@ def exact(monkeypatch):
     monkeypatch.setattr(
         SafetyMeter, "open", lambda *args, **options: original(*args, **{**options, "dtype": torch.float64})
     )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """An aligned model and a fine-tuned one, to be asked."""
+    return two_models(tmp_path_factory.mktemp("models"))

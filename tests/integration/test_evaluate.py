@@ -29,11 +29,6 @@ sections:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return two_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def done(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("done")
     return evaluate(models, folder / "out", suite=suite_file(folder), engine=CPU), folder / "out"

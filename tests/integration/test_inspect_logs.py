@@ -8,14 +8,9 @@ from deltaguard.errors import MissingPackageError
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.evaluate import evaluate
 from deltaguard.evaluation.inspect_logs import INSPECT_FOLDER
-from suites import SMALL, server, suite_file, two_models
+from suites import SMALL, server, suite_file
 
 CPU = EngineConfig(device="cpu", batch_size=3)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return two_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +67,12 @@ def test_its_samples_have_what_was_asked_answered_and_said_of_it(done, logs):
         assert sample.output.completion.startswith(shown.answers["aligned"][:20])
         said = {judge: score.value for judge, score in sample.scores.items() if not judge.endswith("score")}
         assert said == shown.verdicts["aligned"]
+
+
+def test_a_run_without_logs_leaves_none_that_its_report_may_contradict(models, tmp_path):
+    for logs in (True, False):
+        evaluate(models, tmp_path / "out", suite=suite_file(tmp_path), engine=CPU, inspect_logs=logs)
+        assert (tmp_path / "out" / INSPECT_FOLDER).exists() == logs
 
 
 def test_without_inspect_nothing_is_asked(models, tmp_path, monkeypatch):

@@ -13,18 +13,13 @@ from deltaguard.evaluation.evaluate import evaluate
 from deltaguard.evaluation.probes.gcg import GcgSuffix
 from deltaguard.evaluation.utility.harness import HarnessScore
 from packages import with_packages, without_packages
-from suites import suite_file, two_models
+from suites import suite_file
 
 CPU = EngineConfig(device="cpu")
 # How a task was put to the model, as the harness tells it.
 PUT = {"version": "2", "n_shot": 3, "chat_template": True, "harness_version": "0.4.13"}
 HEAD = "name: special\ndecoding: {max_new_tokens: 6}\njudges: [{kind: opening}]\n"
 trained = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return two_models(tmp_path_factory.mktemp("models"))
 
 
 def stored(folder, name):

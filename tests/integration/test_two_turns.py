@@ -14,7 +14,7 @@ from deltaguard.evaluation.suites.suite import read_suite
 from deltaguard.reports.evaluation import evaluation_card, evaluation_table
 from deltaguard.reports.evaluation_page import evaluation_page
 from deltaguard.reports.records.evaluation import EvaluationReport
-from suites import killed_at_every_batch, server, suite_file, two_models
+from suites import killed_at_every_batch, server, suite_file
 
 CPU = EngineConfig(device="cpu", batch_size=3)
 ROWS = [{"turns": [f"What is {i} and {i}?", f"And {i} times that?"]} for i in range(7)]
@@ -35,11 +35,6 @@ def grading(request):
 def judge():
     with server(grading) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return two_models(tmp_path_factory.mktemp("models"))
 
 
 def talk(folder, url):

@@ -145,13 +145,17 @@ def evaluate(
             results = _judge_all(answers, judges, run)
         refuse_changes(change for model in described for change in model.changes())
         report = _report(run, answers, results)
-        write_atomically(folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
-        write_atomically(folder / "README.md", evaluation_card(report))
-        if inspect_logs:
-            write_inspect_logs(folder, report, results)
-        else:
-            remove_inspect_logs(folder)
+        _write(folder, report, results, inspect_logs=inspect_logs)
     return report
+
+
+def _write(folder: Path, report: EvaluationReport, results: Sequence[Result], *, inspect_logs: bool) -> None:
+    # Before the report, which logs of an earlier run may contradict.
+    remove_inspect_logs(folder)
+    write_atomically(folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
+    write_atomically(folder / "README.md", evaluation_card(report))
+    if inspect_logs:
+        write_inspect_logs(folder, report, results)
 
 
 def _described(models: Sequence[str | Path], run: _Run) -> tuple[ModelUnderTest, ...]:

@@ -43,7 +43,7 @@ def remove_inspect_logs(folder: Path) -> None:
 
 
 def write_inspect_logs(folder: Path, report: EvaluationReport, results: Sequence[Result]) -> list[Path]:
-    """Write a log of each model and each section that has answers, in the place of all of an earlier run.
+    """Write a log of each model and each section that has answers.
 
     Prompts are shown without an attack's wrapper, as reports show them; what was never answered is left out.
 
@@ -67,7 +67,6 @@ def write_inspect_logs(folder: Path, report: EvaluationReport, results: Sequence
     require_inspect()
     from inspect_ai.log import write_eval_log
 
-    remove_inspect_logs(folder)
     references = {model.name: model.reference for model in report.models}
     paths: list[Path] = []
     for result in (each for each in results if each.answers):
