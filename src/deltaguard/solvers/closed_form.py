@@ -84,7 +84,7 @@ class Projection:
         spectra = self.inputs.to(self.dtype), self.outputs.to(self.dtype)
         less = None
         if self.level is not None:
-            less = self.level.up * self.level.along(self.directions, mu), self.level.down
+            less = LowRank(self.level.down, self.level.up * self.level.along(self.directions, mu), 0.0)
         found, squares = _shrunk(self.delta, parts, *spectra, mu, onto, dtype or self.dtype, less=less)
         self.directions.check_restored(math.sqrt(float(squares)))
         return found
@@ -322,19 +322,19 @@ def _parts(
 ) -> tuple[_Parts, Tensor, Tensor]:
     """Project a delta, square its norm, and multiply it with the transpose of a matrix (r, in)."""
     u, v = outputs.vectors, inputs.vectors
-    down = v.new_empty(0, len(v)) if down is None else down
-    seen = v.new_empty(len(u), len(down))
-    rows, columns = v.new_zeros(u.shape[1], len(v)), v.new_empty(len(u), v.shape[1])
+    # One product for both: with a few columns alone it would take as long as reading the delta.
+    right = v if down is None else torch.cat([v, down.T], 1)
+    rows, seen = v.new_zeros(u.shape[1], len(v)), v.new_empty(len(u), right.shape[1])
     squares = v.new_zeros((), dtype=torch.float64)
     blocks = list(row_blocks(delta if isinstance(delta, Tensor) else delta.aligned, least=_LEAST_ROWS))
     space = v.new_empty(min(blocks[0].stop, len(u)), len(v))
     for block in blocks:
         part = _rows_of(delta, block, space)
         rows.addmm_(u[block].T, part)
-        torch.mm(part, v, out=columns[block])
-        torch.mm(part, down.T, out=seen[block])
+        torch.mm(part, right, out=seen[block])
         squares += sum_of_squares(part)
-    return _Parts(rows, columns, rows @ v), squares, seen
+    columns = seen[:, : v.shape[1]].contiguous()
+    return _Parts(rows, columns, rows @ v), squares, seen[:, v.shape[1] :]
 
 
 def _shrunk(
@@ -346,7 +346,7 @@ def _shrunk(
     onto: Tensor | None,
     dtype: torch.dtype,
     *,
-    less: tuple[Tensor, Tensor] | None = None,
+    less: LowRank | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add up the four parts of a delta, each with its share, less a product, and what they are put onto.
 
@@ -355,17 +355,19 @@ def _shrunk(
     """
     both, of_rows, of_columns, of_all = shares_of_parts(inputs, outputs, mu)
     vt = inputs.vectors.T
-    inner = torch.addmm(parts.rows * of_rows[:, None], parts.core * both, vt)
-    columns = parts.columns * of_columns
-    found = columns.new_empty(len(columns), vt.shape[1], dtype=dtype)
-    squares = columns.new_zeros((), dtype=torch.float64)
+    left = [outputs.vectors, parts.columns * of_columns]
+    right = [torch.addmm(parts.rows * of_rows[:, None], parts.core * both, vt), vt]
+    if less is not None:
+        left.append(-less.up)
+        right.append(less.down)
+    # One product for all: each would read and write the whole of what it is added to.
+    up, down = torch.cat(left, 1), torch.cat(right)
+    found = up.new_empty(len(up), down.shape[1], dtype=dtype)
+    squares = up.new_zeros((), dtype=torch.float64)
     blocks = list(row_blocks(found, least=_LEAST_ROWS))
-    space = columns.new_empty(min(blocks[0].stop, len(found)), found.shape[1])
+    space = up.new_empty(min(blocks[0].stop, len(found)), found.shape[1])
     for block in blocks:
-        part = _rows_of(delta, block, space).mul_(of_all)
-        part.addmm_(outputs.vectors[block], inner).addmm_(columns[block], vt)
-        if less is not None:
-            part.addmm_(less[0][block], less[1], alpha=-1)
+        part = _rows_of(delta, block, space).addmm_(up[block], down, beta=of_all)
         squares += sum_of_squares(part)
         for piece in cached_blocks(part):
             if onto is not None:
