@@ -31,6 +31,7 @@ from tools.refining import refine_table
 from tools.scaling import scaling_table
 from tools.service_demo import service_demo_table
 from tools.service_results import service_table
+from tools.store_size import store_size_table
 from tools.tables import (
     attacks_table,
     bench_default,
@@ -216,6 +217,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "end-to-end-1b-table": ("end-to-end-1.1B.json", end_to_end_table),
     "end-to-end-7b-table": ("end-to-end-7B.json", end_to_end_table),
     "paper-table": ("paper.json", paper_table),
+    "store-size-table": ("store-size.json", store_size_table),
     "evaluation-table": ("evaluation.json", evaluation_table),
     "gcg-table": ("gcg.json", evaluation_table),
     "asking-table": ("asking.json", asking_table),

@@ -6,7 +6,7 @@ PROCESS, ARTIFACT = "#2f7fd6", "#1a9e6b"
 
 LAYERS = (
     (("cli/", "one file per verb; prints"),),
-    (("studies/", "demo, bench, defences"),),
+    (("integrations/", "in trainers"), ("service/", "jobs, page"), ("studies/", "demo, bench")),
     (("restoration/", "plan, trial, dial, write"),),
     (("evaluation/", "suites, judges, intervals"),),
     (("finetuning/", "data, training"), ("methods/", "a file each")),
@@ -28,7 +28,7 @@ def draw() -> str:
         [*_imports(), *_data()],
         title="How deltaguard is built",
         description=(
-            "Left: the rooms from cli over studies, restoration, evaluation and finetuning, methods, "
+            "Left: the rooms from cli over integrations, service and studies, restoration, evaluation and finetuning, methods, "
             "curvature and chat down to models and solvers, and reports; a room imports from those below. "
             "Right: the aligned checkpoint and the safety conversations go through calibration into the "
             "CurvatureStore; the store, the aligned and the fine-tuned checkpoint go through restoration "
@@ -52,7 +52,7 @@ def _imports() -> list[str]:
     below = 30 + len(LAYERS) * STEP
     return [
         *elements,
-        text(2, below + 6, "errors.py, files.py, text.py: imported anywhere.", kind="soft"),
+        text(2, below + 6, "files.py, ranks.py, errors.py, text.py and other single files: imported anywhere.", kind="soft"),
     ]
 
 
