@@ -9,7 +9,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,11 @@ class Run:
     parts: list[Part] = field(default_factory=list[Part])
     made: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    def measure(self) -> None:
-        """Calibrate, restore at a price, and restore with the dial; beside each what cannot be avoided."""
+    def measure(self) -> Iterator[None]:
+        """Calibrate, restore at a price, and restore with the dial; beside each what cannot be avoided.
+
+        After each part it stops, so that what is measured can be written: a 7B takes more than an hour.
+        """
         self._make()
         pair, store, out = self._pair, self.work / "store", self.work / "restored"
         shutil.rmtree(store, ignore_errors=True)
@@ -60,17 +63,21 @@ class Run:
         stages: dict[str, float] = json.loads(found.output)["stages"]
         self.made = json.loads((store / "curvature.json").read_text(encoding="utf-8"))["provenance"]
         self._add("calibrate", found, operations=self._calibration() / gemm, stages=stages)
+        yield
         copied = _program("copy", pair, out)
         self._add("copy: read both models, write one", copied)
+        yield
         floor = self._restoring() / gemm + copied.seconds + _program("read", store).seconds
         shutil.rmtree(out)
         restored = self._restore(store, out, ("--strength", STRENGTH))
         self._add("restore at a strength", restored, operations=floor)
         shutil.rmtree(out)
+        yield
         restored = self._restore(store, out, ("--max-safety-kl", MAX_SAFETY_KL))
         self._add("restore with the dial, by safety KL", restored)
         shutil.rmtree(out)
         shutil.rmtree(store)
+        yield
 
     def at(self, conversations: int) -> dict[str, float]:
         """Say what the stages of the calibration would take with another number of conversations.
@@ -172,20 +179,21 @@ def main() -> None:
     shape = replace(shape, blocks=options.layers or shape.blocks)
     options.work.mkdir(parents=True, exist_ok=True)
     run = Run(shape, options.conversations or usual, options.work)
-    run.measure()
-    result = EndToEnd(
-        environment=json.loads(_program("environment").output),
-        size=options.size,
-        blocks=shape.blocks,
-        parameters=shape.parameters,
-        conversations=run.conversations,
-        seed=0,
-        parts=tuple(run.parts),
-        usual_conversations=USUAL,
-        usual_stages=run.at(USUAL),
-    )
+    environment = json.loads(_program("environment").output)
     path = options.output or ROOT / "docs" / "results" / f"end-to-end-{options.size}.json"
-    path.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    for _ in run.measure():
+        result = EndToEnd(
+            environment=environment,
+            size=options.size,
+            blocks=shape.blocks,
+            parameters=shape.parameters,
+            conversations=run.conversations,
+            seed=0,
+            parts=tuple(run.parts),
+            usual_conversations=USUAL,
+            usual_stages=run.at(USUAL),
+        )
+        path.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     print(f"Written to {path}")
 
 
