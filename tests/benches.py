@@ -32,7 +32,7 @@ TINY = replace(
     general=2,
     answers=Answers(safety=4, task=4, dtype="auto"),
     retrained=FULL.retrained,
-    calibration=CalibrateConfig(num_samples=4, max_new_tokens=4, device="cpu"),
+    calibration=CalibrateConfig(num_samples=4, num_held_out=8, max_new_tokens=4, device="cpu"),
 )
 
 

@@ -1,5 +1,6 @@
 """Makes the tests' own helpers importable, and lets laws take as long as a busy machine needs."""
 
+import gc
 import os
 import shutil
 import sys
@@ -23,6 +24,12 @@ def pytest_configure(config):
     # The processes of a run inherit the variable.
     if not hasattr(config, "workerinput"):
         os.environ[RUN] = mkdtemp(prefix="deltaguard-tests-")
+
+
+def pytest_collection_finish():
+    # trl collects garbage at the start of every training: what was imported need not be looked at each time.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config):

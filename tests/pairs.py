@@ -70,7 +70,8 @@ def pair(name: str = "llama", *, dtype: torch.dtype | None = None, max_shard_siz
 
 
 def _calibrated(aligned: Path, folder: Path, *, rank: Rank) -> None:
-    config = CalibrateConfig(device="cpu", rank=rank)
+    # Refining has the model answer as it did for its store.
+    config = CalibrateConfig(device="cpu", rank=rank, max_new_tokens=16)
     calibrate(aligned, folder, conversations=CONVERSATIONS, config=config)
 
 

@@ -13,6 +13,7 @@ from deltaguard.chat.template import render
 from deltaguard.chat.tokens import Batch, encode
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
+from deltaguard.restoration import looks
 from once import made_once
 from pairs import CONVERSATIONS, Pair
 
@@ -35,6 +36,13 @@ def _make(root: Path) -> None:
     calibrate(aligned, root / "store", conversations=conversations, config=config)
     layers = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
     models.save(taught(model, AGREEMENT, layers), root / "finetuned")
+
+
+def few_requests(patch: Any) -> None:
+    """Let restores ask fewer requests, but more than the fewest by which a model can be told to be safe."""
+    harmful, harmless = looks.held_out_harmful()[:160], looks.held_out_harmless()[:160]
+    patch.setattr(looks, "held_out_harmful", lambda: harmful)
+    patch.setattr(looks, "held_out_harmless", lambda: harmless)
 
 
 def taught(model: Any, answer: str, parameters: Iterable[Any], *, steps: int = 150) -> Any:

@@ -92,8 +92,8 @@ def end_to_end_table(content: str) -> str:
     told = (
         f"A random model of the shapes of {results.size}, {results.blocks} blocks, "
         f"{results.parameters / 1e9:.2f} billion parameters in bfloat16, calibrated on "
-        f"{results.conversations} harmful requests and as many harmless look-alikes. The floor of a calibration "
-        "leaves out the answers."
+        f"{results.conversations} harmful requests and as many harmless look-alikes. The floor of a "
+        "calibration leaves out the answers."
     )
     if results.conversations != results.usual_conversations:
         told += (

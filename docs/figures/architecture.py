@@ -16,7 +16,7 @@ LAYERS = (
     (("reports/", "records, tables, pages"),),
 )
 WIDTH, HEIGHT = 740, 560
-STACK, STEP, BOX = 268, 56, 40
+STACK, STEP, BOX = 308, 56, 40
 LEFT, SIDE = 334, 180
 
 
@@ -28,8 +28,9 @@ def draw() -> str:
         [*_imports(), *_data()],
         title="How deltaguard is built",
         description=(
-            "Left: the rooms from cli over integrations, service and studies, restoration, evaluation and finetuning, methods, "
-            "curvature and chat down to models and solvers, and reports; a room imports from those below. "
+            "Left: the rooms from cli over integrations, service and studies, restoration, evaluation and "
+            "finetuning, methods, curvature and chat down to models and solvers, and reports; a room imports "
+            "from those below. "
             "Right: the aligned checkpoint and the safety conversations go through calibration into the "
             "CurvatureStore; the store, the aligned and the fine-tuned checkpoint go through restoration "
             "into the restored checkpoint and its report, from which terminal, HTML and model card are "
@@ -52,7 +53,12 @@ def _imports() -> list[str]:
     below = 30 + len(LAYERS) * STEP
     return [
         *elements,
-        text(2, below + 6, "files.py, ranks.py, errors.py, text.py and other single files: imported anywhere.", kind="soft"),
+        text(
+            2,
+            below + 6,
+            "Single files (errors.py, files.py, text.py ...): imported anywhere.",
+            kind="soft",
+        ),
     ]
 
 

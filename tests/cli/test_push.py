@@ -39,6 +39,13 @@ def test_a_restore_is_pushed_with_card_and_report_and_without_the_users_folders(
     assert "notes.txt" not in hub.files
 
 
+def test_a_pushed_report_names_no_folder_in_its_warnings_either(hub, tmp_path):
+    assert restored(tmp_path / "out", "--output-format", "adapter", "--push", "me/model") == 0
+    report = RestoreReport.model_validate_json(hub.files[REPORT_NAME])
+    assert report.warnings
+    assert str(pair().aligned.parent) not in hub.files[REPORT_NAME].decode()
+
+
 def test_what_was_pushed_is_verified_where_it_is_fetched(hub, tmp_path):
     assert restored(tmp_path / "out", "--push", "me/model") == 0
     fetched = tmp_path / "fetched"

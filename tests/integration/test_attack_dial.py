@@ -17,12 +17,11 @@ from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.check import verdict
 from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.reports.restore import outcome_facts
-from deltaguard.restoration import looks
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.looks import FIRST, Requests, how_asked, keep_answers, kept_answers
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
 from pairs import pair
-from refusing import refusing_pair, said
+from refusing import few_requests, refusing_pair, said
 
 TRUSTED = RestoreConfig(max_added_attack_success=2, training_data="trusted")
 WITHIN_LIMIT = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL)
@@ -41,10 +40,8 @@ def _kept(shared, monkeypatch):
 
 @pytest.fixture
 def few(_kept, shared, monkeypatch):
-    """Fewer requests are asked, but more than the fewest by which a model can be told to be safe."""
-    harmful, harmless = looks.held_out_harmful()[:160], looks.held_out_harmless()[:160]
-    monkeypatch.setattr(looks, "held_out_harmful", lambda: harmful)
-    monkeypatch.setattr(looks, "held_out_harmless", lambda: harmless)
+    """Fewer requests are asked."""
+    few_requests(monkeypatch)
     monkeypatch.setenv("DELTAGUARD_CACHE", str(shared / "few"))
 
 

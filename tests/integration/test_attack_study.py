@@ -18,7 +18,7 @@ from deltaguard.studies.data import training_data
 from deltaguard.studies.hiding import hidden_fine_tune
 from deltaguard.studies.protocol import ATTACKS, DEFAULT, Answers, Finetune
 from deltaguard.studies.workshop import fine_tuned
-from refusing import refusing_pair
+from refusing import few_requests, refusing_pair
 
 SHORT = FinetuneConfig(learning_rate=1e-3, max_steps=2)
 LONG = FinetuneConfig(learning_rate=3e-3, max_steps=80, batch_size=8)
@@ -48,6 +48,7 @@ def _quick(cache, monkeypatch):
     """Answers of the aligned model are kept for these tests alone."""
     monkeypatch.setenv("DELTAGUARD_CACHE", str(cache))
     monkeypatch.setattr(hiding, "ROUNDS", 2)
+    few_requests(monkeypatch)
 
 
 @pytest.fixture(scope="module")

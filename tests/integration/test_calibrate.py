@@ -397,6 +397,34 @@ def test_look_alikes_alone_are_unfinished_work_too(llama, tmp_path):
     calibrate(llama, tmp_path / "store", config=resumed)
 
 
+def test_blocks_alone_are_unfinished_work_too(llama, tmp_path):
+    def interrupt(event):
+        if event.stage == "backwards":
+            raise KeyboardInterrupt
+
+    given = {"conversations": ANSWERED}
+    config = SHORT.model_copy(update={"memory": 0})
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(llama, tmp_path / "store", config=config, progress=interrupt, **given)
+    assert not any((tmp_path / "store.partial").glob("*.jsonl"))
+    with pytest.raises(DeltaguardError, match="unfinished calibration"):
+        calibrate(llama, tmp_path / "store", config=config, **given)
+    resumed = config.model_copy(update={"resume": True})
+    other = resumed.model_copy(update={"dampening": 0.5})
+    with pytest.raises(DeltaguardError, match=r"dampening is 0\.5 now"):
+        calibrate(llama, tmp_path / "store", config=other, **given)
+    calibrate(llama, tmp_path / "store", config=resumed, **given)
+
+
+def test_a_store_may_lie_in_the_home_folder(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    store = calibrate(llama, "~/store", conversations=ANSWERED, config=SHORT)
+    store.save_pretrained("~/other")
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"store", "other"}
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_a_finished_store_is_returned_to_the_same_request_only(llama, tmp_path):
     store = calibrate(llama, tmp_path / "store", config=SHORT)
     before = contents(store.folder)

@@ -8,14 +8,22 @@ from pathlib import Path
 import pytest
 
 import models
-from benches import TINY, KilledError, without_times
+from benches import RECIPE, TINY, KilledError, without_times
 from deltaguard.reports.records.bench import BENCH_NAME, BenchReport
-from deltaguard.studies import cells, defences, finetune_run, workshop
+from deltaguard.studies import cells, defences, finetune_run, setting, workshop
 from deltaguard.studies.run import bench
 
 OPTIONS = {"preset": TINY, "methods": ("greedy", "resta", "bea"), "command": "test"}
 KILLS = int(os.environ.get("DELTAGUARD_KILLS", "8"))
 """By the system, about so often at most; `make soak` asks for more."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """Models that peers need are trained for as few steps as all others."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(setting, "HELPER_RECIPE", RECIPE)
+        yield
 
 
 @pytest.fixture(scope="module")

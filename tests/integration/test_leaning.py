@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import models
-from deltaguard.chat.tokens import context_length, encode
+from deltaguard.chat.tokens import Encoded, context_length, encode
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.decisions import decisions
 from deltaguard.curvature.request import CalibrateConfig
@@ -170,3 +170,11 @@ def test_a_store_that_does_not_know_it_is_said(tmp_path):
     assert any("was not levelled" in each for each in report.warnings)
     config = RestoreConfig(strength=0.3, level_refusals=False)
     assert not restore(pair.aligned, pair.finetuned, tmp_path / "told", store=store, config=config).warnings
+
+
+def test_what_no_beginning_tells_is_cut_off_where_an_answer_is_decided():
+    answer = tuple(range(1, 200))
+    alike = [Encoded((0, *answer), 1, truncated=False)] * 2
+    found = decisions(alike, [True, False], harmful=1)
+    assert [each.text.ids for each in found] == [(0, *answer[:64])] * 2
+    assert [each.weight for each in found] == [1, -1]

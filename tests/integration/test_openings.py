@@ -10,9 +10,8 @@ from deltaguard.errors import DeltaguardError
 from models import DENSE, tiny_model, tiny_tokenizer
 
 PROMPTS = ("What is the weather?", "How?", "Write a short text about a cake at home, with an example.", "Go")
-ROWS = [
-    Conversation(prompt, system) for prompt in PROMPTS for system in (None, "Be kind.", "Be kind to all.")
-]
+SYSTEMS = None, "Be kind.", "Be kind to all."
+ROWS = [Conversation(PROMPTS[i % 4], SYSTEMS[i % 3]) for i in range(6)]
 
 
 @pytest.mark.parametrize("name", DENSE)

@@ -3,6 +3,7 @@
 import json
 import re
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -138,8 +139,10 @@ def test_no_more_is_measured_than_shows_that_a_mean_is_exceeded():
     assert whole.conversations == len(SAFETY)
     assert measured.measure(enough=whole.mean * (1 + 1e-9)) == whole
     exceeded = measured.measure(enough=whole.mean / 100)
-    assert exceeded.conversations == 1
-    each = [plain_terms(loaded(aligned), loaded(finetuned), [row]) for row in SAFETY]
+    # Of one alone there is no interval.
+    assert exceeded.conversations == 2
+    assert exceeded.margin is not None
+    each = [plain_terms(loaded(aligned), loaded(finetuned), rows) for rows in combinations(SAFETY, 2)]
     assert any(exceeded.mean == pytest.approx(sum(terms) / len(terms), rel=1e-9) for terms in each)
 
 

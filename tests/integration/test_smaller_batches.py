@@ -17,6 +17,7 @@ from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.resident import Resident, _files
 from deltaguard.restoration.streamed import StreamedCandidate
 from deltaguard.restoration.trial import Trial
+from once import made_once
 from pairs import ANSWERED, CONVERSATIONS, pair
 from plain import relative_error
 
@@ -54,21 +55,30 @@ def require_close(found, expected):
                 assert relative_error(x.up @ x.down, (y.up @ y.down).double()) < 1e-4, layer.key
 
 
+def expected(name, memory):
+    """A model and its store, where there is memory enough."""
+
+    def make(root):
+        folder = models.save(models.tiny_model(name), root / "model")
+        config = CONFIG.model_copy(update={"memory": memory})
+        calibrate(folder, root / "store", conversations=ANSWERED, config=config)
+
+    return made_once(f"enough-memory-{name}-{memory}", make)
+
+
 # In the midst of what is added to sums, forwards and backwards, once and again in the half of a batch.
 @pytest.mark.parametrize("at", [{3}, {3, 9}, {16}, {16, 30}], ids=str)
 @pytest.mark.parametrize("memory", [None, 0])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
 def test_a_calibration_goes_on_with_half_of_a_batch(name, memory, at, tmp_path, monkeypatch):
-    folder = models.save(models.tiny_model(name), tmp_path / "model")
-    config = CONFIG.model_copy(update={"memory": memory})
-    calibrate(folder, tmp_path / "expected", conversations=ANSWERED, config=config)
+    config, folder = CONFIG.model_copy(update={"memory": memory}), expected(name, memory) / "model"
     told = []
     scarce(monkeypatch, Due, "chosen", at)
     calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=config, progress=told.append)
     said = [event.detail for event in told if event.stage == "memory"]
     assert said[0] == "too little for 4 conversations at once: from now on 2"
     assert len(said) == len(at)
-    require_close(tmp_path / "store", tmp_path / "expected")
+    require_close(tmp_path / "store", expected(name, memory) / "store")
 
 
 @pytest.mark.parametrize(("memory", "at"), [(None, {1}), (0, {1}), (0, {2, 4})], ids=str)

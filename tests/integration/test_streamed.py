@@ -263,6 +263,8 @@ def test_more_memory_carries_more_candidates(tmp_path):
 )
 def test_it_answers_as_the_whole_model_does(name, whole_tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(RestoreConfig, "whole_tokens", whole_tokens)
+    # A random model ends no sentence.
+    monkeypatch.setattr("deltaguard.chat.openings.OPENING_TOKENS", 12)
     # In batches of other sizes, a random model's likeliest token may be another by rounding.
     monkeypatch.setattr("deltaguard.restoration.streamed.rows_within", lambda *_, **__: 64)
     trial, rows = trial_of(pair(name), tmp_path), [*ANSWERED, *CONVERSATIONS[:3]]
@@ -309,6 +311,7 @@ def test_a_batch_is_answered_in_a_pass_for_each_token(tmp_path, monkeypatch):
 
 
 def test_where_there_is_no_room_for_a_candidate_its_blocks_are_made_for_each_token(tmp_path, monkeypatch):
+    monkeypatch.setattr(RestoreConfig, "whole_tokens", 5)
     trial = trial_of(pair(), tmp_path)
     candidate = streamed(trial, dtype=torch.float32)
     candidate.put(1e3)

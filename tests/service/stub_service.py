@@ -18,7 +18,7 @@ from deltaguard.service.server import open_service
 from deltaguard.service.settings import Settings
 from deltaguard.service.tasks import RESTORED, Outcome, Told
 
-LINES, LINE_S = 8, 0.1
+LINES, LINE_S = 5, 0.1
 
 
 def run_task(task, folder, *, executor, cache, tell, may_go_on):

@@ -82,6 +82,7 @@ def cluster(log, environment):
 def make(address, monkeypatch):
     """Make an executor, as every start of a service does."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(executor_module, "_LOOK_S", 0.2)
     return lambda: executor_module.RayExecutor(executor_module.connect(Ray(address=address)), gpus=0)
 
 

@@ -18,7 +18,7 @@ from stub_service import LINES
 from deltaguard.service.server import existing_service
 from deltaguard.service.tables import Model
 
-JOBS, OUTAGE_S = 3, 1.5
+JOBS, OUTAGE_S = 3, 1.0
 STEPS = ("calibrate", "train", "restore", "examine")
 
 

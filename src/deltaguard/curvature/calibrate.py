@@ -40,6 +40,7 @@ from deltaguard.curvature.store_format import CalibrationRequest, Provenance, ve
 from deltaguard.curvature.sums import LayerGroup
 from deltaguard.device import as_served, exact_products, find_device, memory_bytes
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import expanded
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.experts import refuse_unknown_experts
 from deltaguard.models.loading import load_config, load_model, load_tokenizer
@@ -92,7 +93,7 @@ def calibrate(
         >>> store.input_spectrum("model.layers.0.mlp.down_proj").vectors.shape  # doctest: +SKIP
         torch.Size([11008, 1164])
     """
-    config = config or CalibrateConfig()
+    config, output_dir = config or CalibrateConfig(), expanded(output_dir)
     source = Checkpoint.open(aligned)
     refuse_unknown_experts(source.reference, source.config, source.tensors)
     asked = asked_for(conversations, config)

@@ -34,6 +34,9 @@ from deltaguard.solvers.low_rank import LowRank, low_rank
 _SURE = 0.9
 """Share of the answers with a beginning that must be of one kind for it to tell which."""
 
+_WITHIN = 64
+"""Tokens of an answer within which it is decided: beginnings take memory by the square of their length."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -78,7 +81,7 @@ def decisions(texts: Sequence[Encoded], refuses: Sequence[bool], harmful: int) -
     found: list[Decision] = []
     for number, (text, does) in enumerate(zip(texts, refuses, strict=True)):
         alike = ((each, refused[each] if does else told[each] - refused[each]) for each in _beginnings(text))
-        last = len(text.ids) - text.prompt_length
+        last = min(len(text.ids) - text.prompt_length, _WITHIN)
         length = next((len(each) for each, own in alike if own >= _SURE * told[each]), last)
         cut = replace(text, ids=text.ids[: text.prompt_length + length])
         weight = (1 if does else -1) / counts[number >= harmful] if text.has_response else 0
@@ -87,7 +90,7 @@ def decisions(texts: Sequence[Encoded], refuses: Sequence[bool], harmful: int) -
 
 
 def _beginnings(text: Encoded) -> Iterator[tuple[int, ...]]:
-    answer = text.ids[text.prompt_length :]
+    answer = text.ids[text.prompt_length :][:_WITHIN]
     return (answer[:length] for length in range(1, len(answer) + 1))
 
 

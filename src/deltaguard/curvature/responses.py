@@ -163,7 +163,8 @@ def workspace(output: Path, request: CalibrationRequest, *, resume: bool) -> Gen
         if _is_finished(output, request, resume=resume):
             yield None
         else:
-            if any(folder.glob("*.jsonl")):
+            # Where all conversations come with responses, blocks alone are unfinished work.
+            if any(folder.glob("*.jsonl")) or (folder / "blocks").exists():
                 if not resume:
                     raise DeltaguardError(
                         f"An unfinished calibration lies in {folder}. Resume it (`--resume`), or delete that "

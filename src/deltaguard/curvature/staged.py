@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import expanded
 from deltaguard.models.durable import explained, flush_folder, lock_folder
 
 
@@ -22,7 +23,7 @@ def staged_folder(folder: Path) -> Generator[Path]:
     Raises:
         DeltaguardError: the folder is a file, or not empty.
     """
-    folder = folder.resolve()
+    folder = expanded(folder).resolve()
     require_empty(folder)
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,8 @@ class SafetyKL:
         terms: list[Sequence[float]] = []
         for batch in compared:
             terms += batch
-            if math.fsum(chain.from_iterable(terms)) > enough * tokens:
+            # One conversation has no interval, by which a confidence would judge.
+            if len(terms) > 1 and math.fsum(chain.from_iterable(terms)) > enough * tokens:
                 break
         return cls.of(terms)
 

@@ -17,7 +17,7 @@ from deltaguard.errors import CheckFailedError, DeltaguardError, listed
 from deltaguard.methods.method import ROLES
 from deltaguard.reports.records.push import PushReport
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
-from deltaguard.reports.text import short_reference
+from deltaguard.reports.text import short_reference, without_folders
 from deltaguard.restoration.verify import read_report, verify
 
 
@@ -54,7 +54,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
     report = read_report(place)
     if problems := verify(place).problems:
         raise CheckFailedError(listed(f"{place} is not what its report says, and was not pushed", problems))
-    content = without_folders(report).model_dump_json(indent=2) + "\n"
+    content = without_the_users_folders(report).model_dump_json(indent=2) + "\n"
     files = [CommitOperationAdd(row.name, place / row.name) for row in report.files]
     files.append(CommitOperationAdd(REPORT_NAME, content.encode()))
     with explained(f"{place} was not pushed to {repo_id}, and can be again"):
@@ -93,7 +93,7 @@ def explained(what: str) -> Generator[None, None, None]:
         ) from error
 
 
-def without_folders(report: RestoreReport) -> RestoreReport:
+def without_the_users_folders(report: RestoreReport) -> RestoreReport:
     """Name the models of a report without the folders above them, which are the user's own affair."""
     named = {
         role: model.model_copy(update={"reference": short_reference(model.reference)})
@@ -103,4 +103,5 @@ def without_folders(report: RestoreReport) -> RestoreReport:
         name: short_reference(value) if name in ROLES and isinstance(value, str) else value
         for name, value in report.options.items()
     }
-    return report.model_copy(update={**named, "options": options})
+    warnings = tuple(map(without_folders, report.warnings))
+    return report.model_copy(update={**named, "options": options, "warnings": warnings})

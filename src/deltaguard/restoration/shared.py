@@ -137,7 +137,8 @@ def own_trial(
     job: Job, plan: Plan, config: RestoreConfig, folder: Path, *, ranks: Ranks, reserve: int = 0
 ) -> Trial:
     """Make the trial of the layers that this rank restores; the arguments are those of `SharedTrial`."""
-    owners = solving_owners(job, plan, config, ranks)
+    # It depends on memory, of which machines have more or less: rank 0 says.
+    owners = ranks.from_first(solving_owners(job, plan, config, ranks))
     own = tuple(step for step in plan.steps if owners.get(step.info.name) == ranks.rank)
     device = find_device(config.device)
     memory = kept_budget(Footprint.of(job, plan, config), config, device)

@@ -9,6 +9,7 @@ from deltaguard.chat.conversations import Conversation, read_prompts
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import device_name, enough_memory, exact_products
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import expanded
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.results import SWEEP, results_folder
 from deltaguard.progress import Progress, ignore
@@ -70,19 +71,19 @@ def sweep(
         ```
     """
     started = time.perf_counter()
-    config = config or RestoreConfig()
+    config, output_dir = config or RestoreConfig(), expanded(output_dir)
     _check(config, limits)
     tasks = _utility(utility)
     inputs = [aligned, finetuned, *config.models.values()]
     if store is not None:
         inputs.append(store.folder if isinstance(store, CurvatureStore) else store)
-    with results_folder(Path(output_dir), SWEEP, inputs=inputs):
+    with results_folder(output_dir, SWEEP, inputs=inputs):
         job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
         plan = job.plan(config)
-        trial = Trial(job, plan, config, Path(output_dir), reserve=plan.write_bytes)
+        trial = Trial(job, plan, config, output_dir, reserve=plan.write_bytes)
         report = _sweep(trial, sorted(set(limits)), tasks, started, progress or ignore)
         job.check_unchanged()
-        write_atomically(Path(output_dir) / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")
+        write_atomically(output_dir / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")
     return report
 
 
