@@ -22,7 +22,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.time_limit import run_within
 from targets import Kind, Target
 
-COUNT = int(os.environ.get("DELTAGUARD_FUZZ", "1200"))
+COUNT = int(os.environ.get("DELTAGUARD_FUZZ", "2000"))
 SEED = os.environ.get("DELTAGUARD_FUZZ_SEED", "0")
 SECONDS = 10.0
 _SHOWN = 5
