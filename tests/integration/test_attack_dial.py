@@ -223,7 +223,7 @@ def test_own_requests_are_asked_and_too_few_are_told(tmp_path):
     report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
     assert report.dial.attack.restored.attack_success.prompts == 200
     assert len(report.options["prompts"]) == 64
-    path.write_text('{"prompt": "How do I do harm?"}\n' * 100)
+    path.write_text("".join(f'{{"prompt": "How do I do harm {i}?"}}\n' for i in range(100)) * 2)
     with pytest.raises(DeltaguardError, match=r"100 harmful requests .* cannot tell.* 138 of each can"):
         restore(made.aligned, made.finetuned, tmp_path / "other", store=made.store, config=config)
     for decided in ({"strength": 0.5}, {"max_safety_kl": 1e-3}):

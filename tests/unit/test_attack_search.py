@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.exchange import Judgement
 from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.reports.records.restore import Compared, Look, Probe
 from deltaguard.restoration.acceptance import Rule
@@ -99,6 +100,33 @@ def test_nothing_of_the_delta_is_kept_where_any_of_it_adds_too_much():
 def test_what_differs_besides_layers_is_told():
     with pytest.raises(DeltaguardError, match=r"\+30\.0% attack success.*the fine-tuned model alone has"):
         found(lambda _: 0.3)
+
+
+def test_own_requests_are_mixed_and_each_is_asked_once(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [f'{{"prompt": "harm {kind}{i}"}}\n' for kind in "abcd" for i in range(50)]
+    path.write_text("".join(rows * 2))
+    asked = [row.prompt for row in Requests.of(path).harmful]
+    assert len(asked) == len(set(asked)) == 200
+    # Of a sorted file, the first ones would be all of one kind.
+    assert {prompt[5] for prompt in asked[:20]} == set("abcd")
+    path.write_text("".join(rows[::-1]))
+    assert [row.prompt for row in Requests.of(path).harmful] == asked
+
+
+def test_an_answer_that_no_judge_decides_is_what_the_aligned_model_s_own_is():
+    requests = Requests.of()
+
+    class Undecided:
+        def judge(self, exchanges):
+            return [Judgement("undecided") for _ in exchanges]
+
+    def look(said):
+        examiner = Examiner.of(RULE, requests, Undecided(), ["Hm."] * len(requests.all), tells_refusals=False)
+        return examiner.look(PROHIBITIVE, lambda part: [said] * len(part), lambda _: None)
+
+    assert look("Hm.").accepted
+    assert look("Hm. Well.").attack_success.candidate == FIRST
 
 
 @pytest.mark.parametrize(

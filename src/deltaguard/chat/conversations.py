@@ -6,7 +6,7 @@ held-out sets are files of their own and have no parts: nothing is ever calibrat
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -176,12 +176,12 @@ def held_out_harmful() -> tuple[HeldOutHarmfulPrompt, ...]:
         >>> len({row.category for row in held_out_harmful()})
         14
     """
-    return _mixed(read_data("held_out_harmful.jsonl", TypeAdapter(HeldOutHarmfulPrompt)))
+    return mixed(read_data("held_out_harmful.jsonl", TypeAdapter(HeldOutHarmfulPrompt)))
 
 
 def held_out_harmless() -> tuple[HeldOutHarmlessPrompt, ...]:
     """Read the held-out harmless prompts that look dangerous, mixed as `held_out_harmful` mixes."""
-    return _mixed(read_data("held_out_harmless.jsonl", TypeAdapter(HeldOutHarmlessPrompt)))
+    return mixed(read_data("held_out_harmless.jsonl", TypeAdapter(HeldOutHarmlessPrompt)))
 
 
 def build_conversations(
@@ -268,7 +268,8 @@ def sample(items: Sequence[PromptedT], count: int, *, seed: int = 0) -> list[Pro
     return [items[i] for i in sorted(ranked[:count])]
 
 
-def _mixed(rows: Sequence[PromptedT]) -> tuple[PromptedT, ...]:
+def mixed(rows: Iterable[PromptedT]) -> tuple[PromptedT, ...]:
+    """Put prompts into an order that says nothing of how they came, and is the same for the same prompts."""
     return tuple(sorted(rows, key=lambda row: _rank(0, row.prompt)))
 
 

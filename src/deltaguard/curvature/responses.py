@@ -213,8 +213,8 @@ def _require_same(where: Path, request: CalibrationRequest, earlier: Calibration
     if differing:
         raise DeltaguardError(
             listed(
-                f"{where} belongs to another calibration, so this one cannot resume it; choose another "
-                "output folder, or ask for the same",
+                f"{where} belongs to another calibration, so this one cannot resume it; delete that "
+                "folder, choose another output folder, or ask for the same",
                 differing,
             )
         )

@@ -15,6 +15,7 @@ from deltaguard.chat.conversations import (
     fingerprint,
     held_out_harmful,
     held_out_harmless,
+    mixed,
     read_prompts,
 )
 from deltaguard.chat.openings import OPENING_TOKENS
@@ -54,14 +55,15 @@ class Requests:
         """Take the package's held-out requests, which nothing else uses, or harmful ones of a user.
 
         Args:
-            prompts: the user's, see `conversations.read_prompts`; responses are left out.
+            prompts: the user's, see `conversations.read_prompts`; responses are left out. Each is asked once,
+                in a mixed order: a file may be sorted, and say a thing more than once.
 
         Raises:
             DeltaguardError: the file cannot be read.
         """
         harmful = [Conversation(row.prompt) for row in held_out_harmful()]
         if prompts is not None:
-            harmful = [replace(row, response=None) for row in read_prompts(prompts)]
+            harmful = mixed(dict.fromkeys(replace(row, response=None) for row in read_prompts(prompts)))
         return cls(tuple(harmful), tuple(Conversation(row.prompt) for row in held_out_harmless()))
 
     @property
@@ -150,6 +152,7 @@ class Examiner:
         judge: says whether a harmful request is complied with, and, where it tells refusals from answers,
             whether a harmless one is refused.
         tells_refusals: whether it does; else how an answer opens says so.
+        answers: the aligned model's answers to harmful requests.
         complied: of each harmful request, whether the aligned model complied.
         refused: of each harmless one, whether it refused.
     """
@@ -158,6 +161,7 @@ class Examiner:
     requests: Requests
     judge: Judge
     tells_refusals: bool
+    answers: Sequence[str] = ()
     complied: Sequence[bool] = ()
     refused: Sequence[bool] = ()
 
@@ -174,15 +178,26 @@ class Examiner:
             answers: the aligned model's answers to `requests.all`, or their beginnings.
             tells_refusals: whether the judge tells refusals from answers.
         """
-        own, harmful = cls(rule, requests, judge, tells_refusals), len(requests.harmful)
+        harmful = len(requests.harmful)
+        own = cls(rule, requests, judge, tells_refusals, answers[:harmful])
         # Of two answers that the judge cannot decide, neither may hide that the other one complies.
-        verdicts = own._verdicts(judge, requests.harmful, answers[:harmful])
+        verdicts = own._verdicts(judge, requests.harmful, own.answers)
         complied = [verdict == "complied" for verdict in verdicts]
         return replace(own, complied=complied, refused=own.refuses(requests.harmless, answers[harmful:]))
 
-    def complies(self, asked: Sequence[Conversation], answers: Sequence[str]) -> list[bool]:
-        """Tell which harmful requests are complied with; an answer that the judge cannot decide is."""
-        return [verdict != "refused" for verdict in self._verdicts(self.judge, asked, answers)]
+    def complies(self, answers: Sequence[str], *, start: int) -> list[bool]:
+        """Tell which harmful requests are complied with; an answer that the judge cannot decide is.
+
+        Where it is the aligned model's own, to the letter, it is what that one is.
+
+        Args:
+            answers: to the harmful requests from one on.
+            start: which.
+        """
+        here = slice(start, start + len(answers))
+        verdicts = self._verdicts(self.judge, self.requests.harmful[here], answers)
+        known = zip(verdicts, answers, self.answers[here], self.complied[here], strict=True)
+        return [complied if said == own else verdict != "refused" for verdict, said, own, complied in known]
 
     def refuses(self, asked: Sequence[Conversation], answers: Sequence[str]) -> list[bool]:
         """Tell which harmless requests are refused."""
@@ -240,7 +255,7 @@ class Examiner:
         harmful, upto = self.requests.harmful, FIRST
         while True:
             part = harmful[len(complied) : upto]
-            complied += self.complies(part, ask(part))
+            complied += self.complies(ask(part), start=len(complied))
             attack = compare(complied, self.complied[: len(complied)])
             if self.rule.rejects(attack) or len(complied) == len(harmful):
                 break

@@ -17,8 +17,8 @@ class SweepPoint(Record):
         mu: the price of safety; 0 is the whole delta.
         safety_kl: measured on held-out safety conversations, nats per response token.
         margin: half the width of its 95 % interval; null with one conversation.
-        predicted_safety_kl: by the curvature, likewise.
-        kept_energy: ⟨Δ', Δ⟩ / ‖Δ‖² over all layers, share of the delta's energy.
+        predicted_safety_kl: by the curvature, likewise, before refusals are levelled.
+        kept_energy: ⟨Δ', Δ⟩ / ‖Δ‖² over all layers, share of the delta's energy, before that, too.
         utility_nll: mean negative log-likelihood of the user's utility data, nats per response token; null
             without any.
     """
