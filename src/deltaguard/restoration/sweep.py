@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltaguard.chat.conversations import Conversation, read_prompts
@@ -17,6 +18,7 @@ from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.restore import Probe
 from deltaguard.reports.records.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
 from deltaguard.restoration.aligned import open_job
+from deltaguard.restoration.candidate import Candidate
 from deltaguard.restoration.dial import first_price, judge_of
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, SMALLEST_MAX_SAFETY_KL, RestoreConfig
@@ -91,7 +93,7 @@ def _sweep(
     trial: Trial, limits: Sequence[float], tasks: Sequence[Conversation], started: float, report: Progress
 ) -> SweepReport:
     """Search for each limit, the strictest first; all that is measured on the way is on the curve."""
-    job, config, judge = trial.job, trial.config, judge_of(trial.config)
+    job, config = trial.job, trial.config
     candidate = Resident().candidate(trial, tasks, report=report)
     whole = candidate.whole(report)
     finetuned_nll = candidate.likelihood(tasks) if tasks else None
@@ -102,33 +104,15 @@ def _sweep(
             f"No layer of {job.finetuned.reference} differs from {job.aligned.reference}: there is nothing "
             "to restore."
         )
-    points: dict[float, SweepPoint] = {}
-    probes: dict[float, Probe] = {}
-
-    # Asked about a task, the weights of one candidate at a time must be put.
-    at_once = 1 if tasks else candidate.at_once
-
-    def measure(prices: Sequence[float]) -> list[Probe]:
-        new = [mu for mu in prices if mu not in probes]
-        for mu, probe in zip(new, candidate.probes(new, report), strict=True):
-            probes[mu] = probe
-            points[mu] = SweepPoint(
-                mu=mu,
-                safety_kl=probe.safety_kl,
-                margin=probe.margin,
-                predicted_safety_kl=joint.predicted_kl(mu),
-                kept_energy=joint.kept(mu) / joint.energy,
-                utility_nll=candidate.likelihood(tasks) if tasks else None,
-            )
-        return [probes[mu] for mu in prices]
-
-    (free,) = measure([0.0])
+    curve = _Curve(candidate, joint, tasks, judge_of(config), report)
+    (free,) = curve.measure([0.0])
+    # Within a limit are the whole delta, with the other tensors where the plan takes them, or all of the
+    # fine-tuned model, with its own.
+    loosest = min(curve.judge(free), curve.judge(whole))
     for limit in limits:
-        # Within it are the whole delta, with the other tensors where the plan takes them, or all of the
-        # fine-tuned model, with its own.
-        if min(judge(free), judge(whole)) > limit:
-            _search_limit(measure, probes, joint, limit, at_once, judge)
-    found = {limit: best(tuple(probes.values()), limit, judge) for limit in limits}
+        if loosest > limit:
+            curve.search(limit)
+    found = {limit: best(tuple(curve.probes.values()), limit, curve.judge) for limit in limits}
     return SweepReport(
         environment=environment(device_name(config.device)),
         aligned=job.aligned_reference,
@@ -142,9 +126,9 @@ def _sweep(
         aligned_nll=candidate.aligned_likelihood,
         finetuned_kl=whole.safety_kl,
         finetuned_nll=finetuned_nll,
-        points=tuple(points[mu] for mu in sorted(points, reverse=True)),
+        points=tuple(curve.points[mu] for mu in sorted(curve.points, reverse=True)),
         budgets=tuple(
-            SweepBudget(limit=limit, mu=None if p is None else p.mu, whole=judge(whole) <= limit)
+            SweepBudget(limit=limit, mu=None if p is None else p.mu, whole=curve.judge(whole) <= limit)
             for limit, p in found.items()
         ),
         seconds=time.perf_counter() - started,
@@ -152,28 +136,61 @@ def _sweep(
     )
 
 
-def _search_limit(
-    measure: Callable[[Sequence[float]], Sequence[Probe]],
-    probes: Mapping[float, Probe],
-    joint: Profile,
-    limit: float,
-    at_once: int,
-    judge: Judge,
-) -> None:
-    """Measure prices until one is close to a limit, or the aligned layers where none is within it."""
-    if joint.predicted_kl(0) > 0:
-        start = _nearest(probes, joint, limit, judge)
-        search(measure, joint.predicted_kl, limit, start=start, at_once=at_once, judge=judge)
-    if all(judge(probe) > limit for probe in probes.values()):
-        measure([PROHIBITIVE])
+@dataclass(frozen=True)
+class _Curve:
+    """What was measured so far.
 
+    Attributes:
+        candidate: takes the weights of one price after another.
+        joint: the deltas of all layers by prices.
+        tasks: conversations whose likelihood is measured, too.
+        judge: what a limit is compared with.
+        report: told of each measurement.
+        probes: by price.
+        points: likewise, as they are reported.
+    """
 
-def _nearest(probes: Mapping[float, Probe], joint: Profile, limit: float, judge: Judge) -> float:
-    """Find the measured price whose safety KL is nearest to a limit, on a logarithmic scale."""
-    priced = [p for p in probes.values() if 0 < p.mu < PROHIBITIVE and judge(p) > 0]
-    if not priced:
-        return first_price(joint, limit, max(map(judge, probes.values())))
-    return min(priced, key=lambda p: max(judge(p) / limit, limit / judge(p))).mu
+    candidate: Candidate
+    joint: Profile
+    tasks: Sequence[Conversation]
+    judge: Judge
+    report: Progress
+    probes: dict[float, Probe] = field(default_factory=dict[float, Probe])
+    points: dict[float, SweepPoint] = field(default_factory=dict[float, SweepPoint])
+
+    def measure(self, prices: Sequence[float]) -> list[Probe]:
+        """Measure prices, each once."""
+        new = [mu for mu in prices if mu not in self.probes]
+        for mu, probe in zip(new, self.candidate.probes(new, self.report), strict=True):
+            self.probes[mu] = probe
+            self.points[mu] = SweepPoint(
+                mu=mu,
+                safety_kl=probe.safety_kl,
+                margin=probe.margin,
+                predicted_safety_kl=self.joint.predicted_kl(mu),
+                kept_energy=self.joint.kept(mu) / self.joint.energy,
+                utility_nll=self.candidate.likelihood(self.tasks) if self.tasks else None,
+            )
+        return [self.probes[mu] for mu in prices]
+
+    def search(self, limit: float) -> None:
+        """Measure prices until one is close to a limit, or the aligned layers where none is within it."""
+        predicted = self.joint.predicted_kl
+        if predicted(0) > 0:
+            # Asked about a task, the weights of one candidate at a time must be put.
+            at_once = 1 if self.tasks else self.candidate.at_once
+            start = self._nearest(limit)
+            search(self.measure, predicted, limit, start=start, at_once=at_once, judge=self.judge)
+        if all(self.judge(probe) > limit for probe in self.probes.values()):
+            self.measure([PROHIBITIVE])
+
+    def _nearest(self, limit: float) -> float:
+        """Find the measured price whose safety KL is nearest to a limit, on a logarithmic scale."""
+        judge, known = self.judge, self.probes.values()
+        priced = [p for p in known if 0 < p.mu < PROHIBITIVE and judge(p) > 0]
+        if not priced:
+            return first_price(self.joint, limit, max(map(judge, known)))
+        return min(priced, key=lambda p: max(judge(p) / limit, limit / judge(p))).mu
 
 
 def _check(config: RestoreConfig, limits: Sequence[float]) -> None:
