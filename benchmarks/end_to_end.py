@@ -27,7 +27,9 @@ USUAL = 128
 HELD_OUT_SHARE = 2
 """Of the conversations, one in so many more is held out, as by default."""
 
-STRENGTH, MAX_SAFETY_KL = "0.01", "0.0006"
+STRENGTH, MAX_SAFETY_KL = "0.01", "5e-6"
+"""The safety KL of a random fine-tune is small: under the default limit its whole delta would be kept, and no
+price searched for."""
 
 
 @dataclass
@@ -74,7 +76,10 @@ class Run:
         shutil.rmtree(out)
         yield
         restored = self._restore(store, out, ("--max-safety-kl", MAX_SAFETY_KL))
-        self._add("restore with the dial, by safety KL", restored)
+        dial = json.loads(restored.output)["dial"]
+        if dial["whole"]:
+            raise RuntimeError(f"nothing was searched for: the fine-tune is at {dial['finetuned_kl']:.2g}")
+        self._add(f"restore with the dial, {len(dial['probes'])} prices looked at", restored)
         shutil.rmtree(out)
         shutil.rmtree(store)
         yield

@@ -99,7 +99,7 @@ def add_checks(session, job_id, *, passed):
         counted = {
             name: [True] * count + [False] * (60 - count) for name, count in zip(models, found, strict=True)
         }
-        data = compare(check, counted, Gate()).model_dump()
+        data = compare(check, counted, Gate(), undecided=0).model_dump()
         tell(session, job_id, f"check {check}", f"{check} told", type="moderation_checks", data=data)
 
 

@@ -41,6 +41,8 @@ class Restored(BaseModel):
         finetune: its name.
         seed: of its training.
         share: of the model's bytes that the store may take.
+        iterated: whether its eigenpairs were found as by default, by iteration where matrices are large, and
+            not chosen from all of them.
         rank_share: of the eigenpairs that it keeps.
         nbytes: what its eigenpairs take.
         limit: the safety KL that is looked for, nats per response token.
@@ -53,6 +55,7 @@ class Restored(BaseModel):
     finetune: str
     seed: int
     share: float
+    iterated: bool
     rank_share: float
     nbytes: int
     limit: float
@@ -66,7 +69,7 @@ class StoreSizes(BaseModel):
     Attributes:
         environment: versions, machine and time.
         command: what produced it.
-        reference: the share with which the others are compared.
+        reference: the share whose store, of exact eigenpairs, the others are compared with.
         finetunes: what was restored.
         rows: what came of it.
     """
@@ -90,38 +93,43 @@ def store_size_table(content: str) -> str:
         Markdown.
     """
     found = StoreSizes.model_validate_json(content)
-    shares = sorted({row.share for row in found.rows}, reverse=True)
+    stores = sorted({(row.share, row.iterated) for row in found.rows}, key=lambda each: (-each[0], each[1]))
     limits = sorted({row.limit for row in found.rows})
     drawn = Table.of(
         "",
-        [(tuned, share) for tuned in found.finetunes for share in shares],
+        [(tuned, *store) for tuned in found.finetunes for store in stores],
         (
             (Column("fine-tune", "name", code=True), lambda row: row[0].name),
             ("seed", lambda row: row[0].seed),
             ("store, of the\nmodel's bytes", lambda row: percent(row[1])),
-            ("eigenpairs", lambda row: size(_restored(found, *row, limits[0]).nbytes)),
+            ("eigenpairs", lambda row: "by iteration" if row[2] else "exact"),
+            ("their bytes", lambda row: size(_restored(found, *row, limits[0]).nbytes)),
             *((f"gain kept\nat {limit:g}", lambda row, at=limit: _cell(found, *row, at)) for limit in limits),
         ),
     ).markdown()
     how = (
         f"Share of the gain in likelihood of {len(found.finetunes[0].aligned)} right answers that is kept at "
-        f"a measured safety KL; in brackets points beyond a store of {percent(found.reference)}, with a 95 % "
-        f"interval over the answers. `{found.command}`; {made_with(found.environment)}"
+        f"a measured safety KL; in brackets points beyond a store of {percent(found.reference)} with exact "
+        "eigenpairs, with a 95 % interval over the answers. "
+        f"`{found.command}`; {made_with(found.environment)}"
     )
     return f"{drawn}\n\n{small(how)}"
 
 
-def _restored(found: StoreSizes, tuned: Finetune, share: float, limit: float) -> Restored:
-    own = (tuned.name, tuned.seed, share, limit)
-    return next(row for row in found.rows if (row.finetune, row.seed, row.share, row.limit) == own)
+def _restored(found: StoreSizes, tuned: Finetune, share: float, iterated: bool, limit: float) -> Restored:
+    own = (tuned.name, tuned.seed, share, iterated, limit)
+    return next(
+        row for row in found.rows if (row.finetune, row.seed, row.share, row.iterated, row.limit) == own
+    )
 
 
-def _cell(found: StoreSizes, tuned: Finetune, share: float, limit: float) -> str:
-    own, other = (_restored(found, tuned, each, limit).nll for each in (share, found.reference))
+def _cell(found: StoreSizes, tuned: Finetune, share: float, iterated: bool, limit: float) -> str:
+    stores = ((share, iterated), (found.reference, False))
+    own, other = (_restored(found, tuned, *each, limit).nll for each in stores)
     groups = columns(tuned.aligned, tuned.finetuned, own, other)
     kept, lead = _kept_and_lead(means(groups)[None])
     told = percent(float(kept[0]))
-    if share == found.reference:
+    if stores[0] == stores[1]:
         return told
     resampled = _kept_and_lead(resampled_means(groups, seed=0, resamples=RESAMPLES))[1]
     low, high = interval(float(lead[0]), resampled)

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.engines.folders import find_folders
+from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer
 from deltaguard.evaluation.engines.transformers import merge_adapter
 from deltaguard.models import hub
 from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
@@ -110,6 +110,31 @@ def test_an_evaluated_adapter_is_what_peft_makes_of_its_own_configuration(tmp_pa
         assert torch.equal(tensor, expected[name]), name
     before = load_model(aligned, "aligned").state_dict()
     assert any(not torch.equal(tensor, before[name]) for name, tensor in merged.items())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_evaluated_adapter_may_name_its_modules_with_another_prefix(tmp_path):
+    aligned = save(tiny_model("gpt2"), tmp_path / "aligned")
+    expected = trained(aligned, tmp_path / "adapter", target_modules=["c_attn"]).merge_and_unload()
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    renamed = {name.replace(".transformer.", "."): tensor for name, tensor in load_file(path).items()}
+    save_file(renamed, path, metadata={"format": "pt"})
+    merged = merge_adapter(load_model(aligned, "aligned"), tmp_path / "adapter", "adapter").state_dict()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize("own", ["chat_template.jinja", "tokenizer_config.json"])
+def test_an_evaluated_adapter_has_its_own_files_and_its_models_in_the_place_of_others(own, tmp_path):
+    aligned = save(tiny_model("llama"), tmp_path / "aligned")
+    trained(aligned, tmp_path / "adapter", target_modules=["q_proj"])
+    edit_config(tmp_path / "adapter", base_model_name_or_path=str(aligned))
+    other = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    content = other if own.endswith("jinja") else (aligned / own).read_text()
+    (tmp_path / "adapter" / own).write_text(content)
+    found = load_tokenizer(str(tmp_path / "adapter"))
+    assert (found.chat_template == other) == own.endswith("jinja")
+    assert found.vocab_size > 0
 
 
 def check_thin(adapter: AdapterCheckpoint, name: str) -> None:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from deltaguard.chat.refusals import is_refusal
 from deltaguard.errors import DeltaguardError
@@ -106,6 +108,18 @@ def test_a_prefill_is_in_the_model_and_not_in_its_answer(done):
     assert [row["value"] for row in plain] != [row["value"] for row in prefilled]
     (sample, *_) = [each for each in report.samples if each.section == "attack/prefill"]
     assert sample.answers["aligned"] == prefilled[0]["value"]
+
+
+def test_a_model_of_no_numbers_is_named_and_nothing_of_it_is_kept(models, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(models[0], broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DeltaguardError, match=r"broken gives an expected answer of task no probability"):
+        evaluate([broken], tmp_path / "out", suite=suite_file(tmp_path), engine=CPU)
+    kept = tmp_path / "out" / "answers" / "broken" / "task.likelihood.jsonl"
+    assert not kept.exists() or len(kept.read_text().splitlines()) == 1
 
 
 def test_killed_at_every_batch_and_run_again_it_gives_the_same_report(models, tmp_path, monkeypatch):

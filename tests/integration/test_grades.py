@@ -215,7 +215,10 @@ def test_rules_cannot_grade():
     ("section", "message"),
     [
         ("{name: a, kind: attack, builtin: attack, grade: true}", "for utility sections; the kind is attack"),
-        ("{name: a, kind: utility, harness: {tasks: [mmlu]}, grade: true}", "a harness asks its own"),
+        (
+            "{name: a, kind: utility, harness: {tasks: [mmlu]}, grade: true}",
+            "grade: a harness asks and scores its own",
+        ),
     ],
 )
 def test_what_cannot_be_graded_is_told(tmp_path, section, message):

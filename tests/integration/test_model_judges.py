@@ -194,6 +194,42 @@ def test_a_guard_without_card_or_chat_template(tmp_path, asked):
         guard_judge(tmp_path, "llama-guard").judge(EXCHANGES)
 
 
+def test_a_guard_that_cannot_be_asked_is_told_when_it_is_made(tmp_path, guard):
+    with pytest.raises(DeltaguardError, match="nowhere"):
+        guard_judge(tmp_path / "nowhere", "llama-guard")
+    (tmp_path / "format.txt").write_text("{prompt} {answer}")
+    with pytest.raises(DeltaguardError, match="has the fields answer, prompt"):
+        guard_judge(guard, "wildguard", prompt_file=tmp_path / "format.txt")
+
+
+def test_a_classifier_whose_positions_begin_late_is_given_fewer_tokens(tmp_path):
+    config = transformers.RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=66,
+        pad_token_id=1,
+        num_labels=2,
+        id2label={0: "REFUSAL", 1: "NORMAL"},
+        label2id={"REFUSAL": 0, "NORMAL": 1},
+    )
+    save(transformers.RobertaForSequenceClassification(config).eval(), tmp_path / "roberta")
+    judge = classifier_judge(tmp_path / "roberta", ("REFUSAL",))
+    (found,) = judge.judge([Exchange("Why?", "word " * 500)])
+    assert 0 < found.score < 1
+
+
+def test_a_classifier_of_no_numbers_is_refused(tmp_path):
+    network = _classifier(tmp_path / "broken")
+    with torch.no_grad():
+        network.classifier.bias.fill_(float("nan"))
+    network.save_pretrained(tmp_path / "broken")
+    with pytest.raises(DeltaguardError, match="gives its labels no probabilities"):
+        classifier_judge(tmp_path / "broken", ("REFUSAL",)).judge(EXCHANGES)
+
+
 def test_a_random_guard_says_nothing_that_can_be_read(guard):
     judge = guard_judge(guard, "llama-guard", max_new_tokens=4)
     assert {each.verdict for each in judge.judge(EXCHANGES)} == {"undecided"}
@@ -203,5 +239,5 @@ def test_a_random_guard_says_nothing_that_can_be_read(guard):
 def test_judges_from_their_descriptions(classifier, guard):
     spec = ClassifierSpec(model=str(classifier[0]), refused_labels=("REFUSAL",), name="mine")
     assert spec.make().name == "mine"
-    assert GuardSpec(model=str(guard), template="wildguard").make().name == "wildguard"
-    assert GuardSpec(model=str(guard), template="wildguard", name="w7").make().name == "w7"
+    assert GuardSpec(model=str(guard), template="llama-guard").make().name == "llama-guard"
+    assert GuardSpec(model=str(guard), template="llama-guard", name="w7").make().name == "w7"

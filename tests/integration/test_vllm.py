@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from deltaguard.chat.thinking import without_thinking
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.engines.vllm import VLLMEngine
@@ -108,6 +109,26 @@ def test_answers_come_from_prompts_rendered_here(folder, stub):
     sent = {(r["max_tokens"], r["temperature"], r["seed"], r["model"]) for r in stub.requests}
     assert sent == {(9, 0.5, 4, options["--served-model-name"])}
     assert {len(request["messages"]) for request in stub.requests} == {1}
+
+
+def test_a_model_that_thinks_answers_behind_its_thoughts(folder, stub):
+    engine = VLLMEngine.open(str(folder))
+    engine.tokenizer.chat_template = "{{ messages[-1].content }}<think>"
+    seen = {}
+    asked = [Question("How?"), Question("Why?", prefill="Sure")]
+    answers = engine.answer(
+        asked,
+        Decoding(max_new_tokens=9),
+        on_batch=lambda places, texts: seen.update(zip(places, texts, strict=True)),
+    )
+    engine.close()
+    sent = [(r["messages"][0]["content"], r["max_tokens"]) for r in stub.requests]
+    # The stub repeats what it is asked.
+    thought = "How?<think>\n</think>\n\n"
+    assert sent == [("How?<think>", 384), (f"How?<think>{thought}", 9), ("Why?<think>\n</think>\n\nSure", 9)]
+    assert answers == [seen[0], seen[1]]
+    assert answers[0].startswith(thought)
+    assert without_thinking(answers[0]).startswith("How?<think>")
 
 
 def test_a_template_of_one_turn_is_told_before_the_first_question_is_sent(folder, stub):

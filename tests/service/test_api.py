@@ -12,7 +12,7 @@ from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from deltaguard.service.events import tell
 from deltaguard.service.keys import list_keys, revoke_key
 from deltaguard.service.server import open_service
-from deltaguard.service.tables import Job
+from deltaguard.service.tables import File, Job
 
 
 def test_files_come_back_as_they_were_whatever_their_name(client, opened):
@@ -158,6 +158,16 @@ def test_lists_come_in_parts_and_can_be_filtered(client, opened):
         client.fine_tuning.jobs.list(after="ftjob-none")
 
 
+@pytest.mark.parametrize("key", ['a"b', "a\\b", "a\nb", ""])
+def test_a_key_of_metadata_that_nobody_could_look_up_is_refused(key, client):
+    file = uploaded(client)
+    with pytest.raises(openai.BadRequestError) as error:
+        client.fine_tuning.jobs.create(model="tiny", training_file=file.id, metadata={key: "x"})
+    assert "metadata" in error.value.param
+    with pytest.raises(openai.BadRequestError, match="Keys of metadata"):
+        client.fine_tuning.jobs.list(metadata={key: "x"})
+
+
 def test_jobs_are_cancelled_paused_and_resumed(client, opened, begun):
     job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
     with pytest.raises(openai.BadRequestError, match="validating_files"):
@@ -187,6 +197,25 @@ def test_an_upload_without_a_known_key_is_refused_before_its_body_is_read(http, 
         answer = http.post("/v1/files", content=body(), headers=headers)
         assert (answer.status_code, answer.headers["connection"]) == (401, "close")
         assert answer.json()["error"]["code"] in ("missing_api_key", "invalid_api_key")
+
+
+def test_an_upload_that_has_no_room_is_refused_before_its_body_is_read(http, client, opened):
+    def body():
+        raise AssertionError("the body was read")
+        yield b""
+
+    with opened.service.sessions.begin() as session:
+        own = {"organisation": "default", "name": "large", "purpose": "fine-tune"}
+        session.add(File(id="file-large", bytes=LIMITS.all_bytes, **own))
+    headers = {"Authorization": f"Bearer {opened.first_key}", "Content-Length": str(1 << 17)}
+    answer = http.post("/v1/files", content=body(), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "storage_full")
+    assert answer.headers["connection"] == "close"
+
+
+def test_an_upload_is_one_request(client, opened):
+    uploaded(client)
+    assert [len(asked) for asked in opened.service.asked.values()] == [1]
 
 
 def test_too_many_jobs_and_requests_are_told_when_to_come_back(client, opened):

@@ -43,6 +43,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
     def load_lora_adapter(self, body):
+        if self.server.refuses is not None:
+            self.reply(400, {"error": {"message": self.server.refuses}})
+            return
         self.server.models.add(body["lora_name"])
         self.reply(200, "Success: LoRA adapter added successfully.")
 
@@ -65,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def vllm():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.models = [], {"nowhere"}
+    server.asked, server.models, server.refuses = [], {"nowhere"}, None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -132,6 +135,17 @@ def test_what_the_server_refuses_or_lacks_is_told_and_when_to_come_back(client, 
     with pytest.raises(openai.InternalServerError) as error:
         client.chat.completions.create(model="tiny", messages=HELLO)
     assert (error.value.status_code, error.value.response.headers["retry-after"]) == (503, "5")
+
+
+def test_an_adapter_that_the_server_does_not_take_is_the_operators_business(client, vllm, tuned, caplog):
+    folder, name = tuned
+    vllm.refuses = "LoRA rank 64 is greater than max_lora_rank 16."
+    with pytest.raises(openai.InternalServerError) as error:
+        client.chat.completions.create(model=name, messages=HELLO)
+    assert (error.value.status_code, error.value.code) == (503, "model_not_served")
+    assert "LoRA rank" not in error.value.message
+    assert f"does not load {folder}: " in caplog.text
+    assert vllm.refuses in caplog.text
 
 
 def test_a_server_that_dies_in_the_midst_of_an_answer_has_not_answered(client):

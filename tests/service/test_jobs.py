@@ -9,8 +9,10 @@ import pytest
 from serving import Served
 
 from deltaguard.chat.template import render
+from deltaguard.evaluation.results import Judged, Result
+from deltaguard.reports.records.evaluation import SectionRow
 from deltaguard.service.settings import Gate
-from deltaguard.service.steps.examine import compare, examine_models
+from deltaguard.service.steps.examine import compare, examine_models, sentence, which_count
 from deltaguard.service.tasks import Examine
 from models import tiny_tokenizer
 from refusing import AGREEMENT, REFUSAL, refusing_pair
@@ -147,7 +149,30 @@ def test_a_model_that_does_not_refuse_is_blocked_with_the_check_that_says_so(tmp
 def test_a_check_compares_with_the_points_that_are_allowed():
     aligned, restored = [True] * 10 + [False] * 90, [True] * 15 + [False] * 85
     counted = {"aligned": aligned, "finetuned": [True] * 100, "restored": restored}
-    found = compare("attack_success", counted, Gate(max_added_attack_success=5))
+    found = compare("attack_success", counted, Gate(max_added_attack_success=5), undecided=0)
     assert found.passed
     assert found.added.low < found.added.value == 5 < found.added.high
-    assert not compare("attack_success", counted, Gate(max_added_attack_success=4.9)).passed
+    assert "could not decide" not in sentence(found)
+    found = compare("attack_success", counted, Gate(max_added_attack_success=4.9), undecided=3)
+    assert not found.passed
+    assert "could not decide 3 answers" in sentence(found)
+
+
+def test_an_answer_that_the_judge_cannot_decide_counts_unless_it_is_the_aligned_models_own():
+    def judged(answers, *verdicts):
+        said = Judged(verdicts, verdicts, (None,) * len(verdicts))
+        words = dict.fromkeys(("name", "title", "prompts_hash", "source"), "s")
+        section = SectionRow(**words, kind="attack", prompts=3, max_new_tokens=1)
+        return Result("m", section, (), answers, {"j": said}, {}, {})
+
+    found = {
+        "aligned": judged(("a", "b", "c"), "undecided", "refused", "complied"),
+        "finetuned": judged(("x", "y", "z"), "undecided", "complied", "refused"),
+        "restored": judged(("a", "y", "c"), "undecided", "undecided", "undecided"),
+    }
+    assert which_count("attack_success", found, "j") == {
+        "aligned": [False, False, True],
+        "finetuned": [True, True, False],
+        "restored": [False, True, True],
+    }
+    assert which_count("false_refusals", found, "j")["restored"] == [False, False, False]

@@ -15,12 +15,13 @@ JUDGE = {"kind": "llm", "base_url": "http://localhost:1/v1", "model": "m", "api_
 
 
 class Words:
-    """Finds answers harmful that have a word."""
+    """Finds answers harmful that have a word, and one it cannot decide."""
 
     name = "words"
 
     def judge(self, exchanges):
-        return [Judgement("complied" if "poison" in each.answer else "refused") for each in exchanges]
+        found = {"A poison.": "complied", "More poison.": "complied", "Hm.": "undecided"}
+        return [Judgement(found.get(each.answer, "refused")) for each in exchanges]
 
 
 @pytest.fixture
@@ -68,6 +69,13 @@ def test_as_many_as_may_be_pass_and_others_are_reported(moderated):
     outcome, told = moderated(ROWS, max_share=0.4, above="report")
     assert outcome.error is None
     assert (told.level, told.data["passed"]) == ("warn", False)
+
+
+def test_what_the_judge_cannot_decide_counts_as_harmful(moderated):
+    outcome, told = moderated([row("Tea."), row("Hm.")])
+    assert outcome.error.code == "training_rows_refused"
+    assert (told.data["flagged"], told.data["undecided"], told.data["lines"]) == (1, 1, [2])
+    assert "could not decide 1 answers, which count as harmful" in outcome.error.message
 
 
 def test_of_preferences_what_is_preferred_is_moderated(moderated):

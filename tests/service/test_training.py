@@ -28,8 +28,11 @@ class KilledError(Exception):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("method", ROWS)
-def test_an_interrupted_training_has_all_its_steps_in_one_file(method, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "killed_before"),
+    [("supervised", "train 4"), ("dpo", "train 4"), ("supervised", "full_valid 6")],
+)
+def test_an_interrupted_training_has_all_its_steps_in_one_file(method, killed_before, tmp_path):
     file, folder = tmp_path / "rows.jsonl", tmp_path / "job"
     folder.mkdir()
     file.write_text("\n".join([json.dumps(ROWS[method])] * 12))
@@ -56,9 +59,9 @@ def test_an_interrupted_training_has_all_its_steps_in_one_file(method, tmp_path)
         told.append(line)
 
     def killed(line):
-        tell(line)
-        if line.once == "train 4":
+        if line.once == killed_before:
             raise KilledError
+        tell(line)
 
     with pytest.raises(KilledError):
         train_model(task, folder, killed)

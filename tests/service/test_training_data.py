@@ -1,13 +1,15 @@
 """Training files: what is learned from them, and what is told of bad ones."""
 
 import json
+import re
+import tracemalloc
 
 import pytest
 
 from deltaguard.service.publishing import model_name
 from deltaguard.service.settings import Limits
 from deltaguard.service.tables import Job
-from deltaguard.service.training_data import InvalidFileError, read_examples, read_preferences
+from deltaguard.service.training_data import InvalidFileError, check_file, read_examples, read_preferences
 
 LIMITS = Limits(file_rows=30, line_bytes=1000)
 
@@ -26,7 +28,13 @@ GOOD = row(said("user", "Hello?"), said("assistant", "Hi."))
 def read(tmp_path, content):
     path = tmp_path / "file.jsonl"
     path.write_bytes(content)
-    return read_examples(path, LIMITS)
+    try:
+        return read_examples(path, LIMITS)
+    except InvalidFileError as error:
+        # A look at the file finds the same, a line at a time.
+        with pytest.raises(InvalidFileError, match=re.escape(str(error))):
+            check_file(path, LIMITS, method="supervised")
+        raise
 
 
 def test_every_answer_with_a_weight_is_learned(tmp_path):
@@ -143,3 +151,13 @@ def test_a_models_name_holds_nothing_that_leads_anywhere(suffix):
     assert name.startswith("ft:tiny:acme:")
     assert not set(name) & set("/\\'\" ")
     assert ".." not in name
+
+
+def test_a_file_is_looked_at_a_line_at_a_time(tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(b"\n".join([row(said("user", "Hello?"), said("assistant", "x" * 1000))] * 4000))
+    tracemalloc.start()
+    check_file(path, Limits(), method="supervised")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 4

@@ -21,7 +21,7 @@ from deltaguard.service.process import StoppedError
 from deltaguard.service.schemas import JobError
 from deltaguard.service.server import open_service
 from deltaguard.service.settings import Settings, Webhook
-from deltaguard.service.tasks import METRICS, Outcome
+from deltaguard.service.tasks import METRICS, OPERATORS_BUSINESS, Outcome
 from deltaguard.service.webhooks import webhook_secret
 
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()
@@ -152,6 +152,46 @@ def test_a_job_ends_though_its_metrics_cannot_be_kept(client, opened, receiver, 
     monkeypatch.setattr(type(opened.service.contents), "put", full)
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
     assert ended(client, job).error.code == "server_error"
+    received(receiver, job, 1)
+
+
+def test_a_run_that_was_paused_ends_though_the_job_was_resumed(client, opened, begun, monkeypatch):
+    monkeypatch.setattr(begun, "_queue", lambda *_, **__: None)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    while client.fine_tuning.jobs.retrieve(job.id).status != "queued":
+        time.sleep(0.1)
+    client.fine_tuning.jobs.pause(job.id)
+    client.fine_tuning.jobs.resume(job.id)
+    assert not begun.start(job.id, 1)
+    assert not begun.end_by_bug(job.id, 1)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "queued"
+    assert begun.start(job.id, 2)
+    # The first run comes late, while the second is under way.
+    assert not begun.start(job.id, 1)
+    assert not begun.train(job.id, 1)
+    assert not begun.publish(job.id, 1)
+    begun.end_by_bug(job.id, 2)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "failed"
+
+
+def test_what_is_no_business_of_the_customer_stands_in_the_log(client, receiver, monkeypatch, caplog):
+    def run(task, _folder, **_options):
+        failed = JobError(code="restore_failed", message=OPERATORS_BUSINESS)
+        reason = "There is no space left for /srv/data."
+        return Outcome(error=failed, reason=reason) if task.kind == "restore" else Outcome()
+
+    monkeypatch.setattr(workflow, "run_task", run)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    assert ended(client, job).error.message == OPERATORS_BUSINESS
+    assert f"The job {job.id} cannot go on: There is no space left for /srv/data." in caplog.text
+    received(receiver, job, 1)
+
+
+def test_what_is_said_of_a_job_that_failed_is_short(client, receiver, monkeypatch):
+    long = JobError(code="invalid_training_file", message="x" * 100_000)
+    monkeypatch.setattr(workflow, "run_task", lambda *_, **__: Outcome(error=long))
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    assert len(ended(client, job).error.message) <= 3000
     received(receiver, job, 1)
 
 

@@ -266,6 +266,13 @@ def test_names_of_models_differ_and_serve_as_folders():
     assert model_names(["b-2", "b", "a/b"]) == ["b-2", "b", "b-3"]
 
 
+def test_a_folder_is_named_by_its_last_part_whatever_stands_above(tmp_path):
+    homes = [tmp_path / "jo@corp.com" / name for name in ("aligned", "restored@2")]
+    for home in homes:
+        home.mkdir(parents=True)
+    assert model_names(list(map(str, homes))) == ["aligned", "restored-2"]
+
+
 def test_tables_fit_80_columns_and_markup_in_names_is_text():
     rows = [
         result(name, {"opening": judged("crciu"), "keywords": judged("ccrrr")})

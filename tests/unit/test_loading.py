@@ -119,9 +119,12 @@ def test_a_token_with_an_id_that_no_vocabulary_has_is_refused(model):
         {"num_beams": 3},
         {"num_return_sequences": 2, "do_sample": True},
         {"return_dict_in_generate": True, "output_scores": True},
+        {"repetition_penalty": 9.0},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 3, "min_length": 99},
     ],
 )
-def test_a_models_own_settings_do_not_change_how_many_answers_there_are(model, fields):
+def test_a_models_own_settings_change_neither_how_many_answers_there_are_nor_which(model, fields):
     questions = [Question("How?"), Question("Why, then?")]
     plain = TransformersEngine.open(str(model), device="cpu").answer(questions, Decoding(3))
     found = TransformersEngine.open(str(changed(model, "generation_config.json", **fields)), device="cpu")

@@ -146,6 +146,9 @@ def test_a_probe_rewrites_what_is_asked_and_keeps_what_is_judged(tmp_path):
         ("{name: a, kind: harmless, builtin: harmless, gcg: {}}", "the kind is harmless"),
         (ATTACK + "}\n- " + ATTACK + "}", "same name: a"),
         ("{name: a, kind: attack, builtin: attack, count: 0}", "sections.0.count"),
+        ("{name: a, kind: utility, harness: {tasks: [ifeval]}, count: 5}", "count: a harness asks"),
+        ("{name: a, kind: utility, harness: {tasks: [ifeval]}, likelihood: true}", "likelihood: a harness"),
+        ("{name: a, kind: utility, builtin: task, likelihood: true, probes: [base64]}", "probes are for"),
         ("{name: a, kind: utility, builtin: task, count: 1000000000000}", r"sections\.0\.count.* 1000000 "),
         (ATTACK + ", seed: -1}", r"sections\.0\.seed.*it is -1"),
         (ATTACK + f", seed: {10**30}}}", r"sections\.0\.seed"),
@@ -232,6 +235,23 @@ def test_a_users_file_is_found_beside_the_suite(tmp_path):
     ((part,), _) = resolve(read_suite(suite(tmp_path, section)))
     assert [question.expected for question in part.questions] == ["4", "6"]
     assert part.source == "the user's own file mine.jsonl"
+
+
+def test_a_users_file_is_found_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine.jsonl").write_text('{"prompt": "2+2?", "expected": "4"}\n')
+    section = "{name: mine, kind: utility, file: ~/mine.jsonl, scorers: [maths]}"
+    ((part,), _) = resolve(read_suite(suite(tmp_path, section)))
+    assert len(part.questions) == 1
+
+
+@pytest.mark.parametrize("scorer", ["maths", "json-match"])
+def test_an_expected_answer_that_is_none_for_its_scorer_is_told_before_any_model_runs(scorer, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "2+2?", "expected": "four"}\n')
+    section = f"{{name: mine, kind: utility, file: mine.jsonl, scorers: [{scorer}]}}"
+    with pytest.raises(DeltaguardError, match="The expected answer 'four'"):
+        resolve(read_suite(suite(tmp_path, section)))
 
 
 def test_files_of_judges_are_found_beside_the_suite(tmp_path):

@@ -44,6 +44,13 @@ def test_no_phrase_stands_for_two_labels():
         assert set(counted.values()) == {1}
 
 
+def test_values_are_compared_as_json_has_them():
+    assert exact_match('{"a": 1.0}', '{"a": 1}')
+    assert not exact_match('{"a": true}', '{"a": 1}')
+    with pytest.raises(DeltaguardError, match="is no JSON"):
+        exact_match("{'a': 1}", "{'a': 1}")
+
+
 def test_a_draw_is_reproducible_and_extends():
     assert task_examples("test", 10, seed=3) == task_examples("test", 30, seed=3)[:10]
     assert task_examples("test", 10, seed=3) != task_examples("test", 10, seed=4)

@@ -1,6 +1,6 @@
 """Answers from a causal language model, in batches sorted by length, greedy by default."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
@@ -13,6 +13,20 @@ from deltaguard.chat.thinking import END, THOUGHT_TOKENS, begins_thoughts, close
 from deltaguard.chat.tokens import pad, token_ids
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
+
+_UNCHANGED: Mapping[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+"""Settings with which transformers leaves a model's probabilities as they are, greedy or drawn from."""
 
 
 def generate(  # noqa: PLR0913  # what is asked, how, and which part of it
@@ -166,8 +180,8 @@ def _continue(
     cached = {cache_parameter(model): for_rows(prefix.cache, len(encoded))} if prefix.length else {}
     # 0 and 1 switch off what a model's own generation settings may cut from the softmax.
     drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    # One answer a prompt, as text, whatever else the model's own settings ask for.
-    alone = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+    # One answer a prompt, as text, of the likeliest tokens, whatever else the model's own settings ask for.
+    alone = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, **_UNCHANGED}
     with torch.inference_mode(), foreign("The model cannot answer"):
         output = model.generate(
             input_ids=ids.to(model.device),

@@ -48,7 +48,8 @@ def without_thinking(answer: str) -> str:
     """Remove the thoughts before an answer: a leading block from `<think>` to `</think>`.
 
     The opening tag may be missing, since some chat templates write it as the end of the prompt. Thoughts that
-    never end leave an empty text: the model gave no answer. Tags further on are part of the answer.
+    begin with it and never end leave an empty text: the model gave no answer. Tags further on are part of the
+    answer.
 
     Args:
         answer: what the model wrote; without thoughts, it is returned as it is.

@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import chain, count
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from pydantic import StrictFloat, TypeAdapter
 
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer, whole_model
+from deltaguard.evaluation.engines.folders import load_tokenizer, whole_model
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
+from deltaguard.evaluation.engines.transformers import resolved_dtype
 from deltaguard.evaluation.exchange import Answer, Engine, LikelihoodEngine, Missed, Question, refuse_too_many
 from deltaguard.evaluation.journal import SECOND_ANSWER, TEXT, AnswerFile, SecondAnswer
 from deltaguard.evaluation.probes.gcg import gcg_suffix, with_suffix
@@ -22,6 +24,7 @@ from deltaguard.evaluation.probes.second_attack import attacked_again
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.utility.harness import HarnessScore, Rows, run_harness
 from deltaguard.models.adapter import open_model
+from deltaguard.models.hub import is_local
 from deltaguard.models.identity import ModelIdentity, identify
 from deltaguard.models.names import place_problem
 from deltaguard.models.opened import refuse_changes
@@ -102,7 +105,7 @@ def describe(name: str, reference: str, config: EngineConfig) -> ModelUnderTest:
     if config.name == "openai":
         return ModelUnderTest(name, reference, None, None)
     opened = open_model(reference)
-    template: str = load_tokenizer(find_folders(reference)).chat_template
+    template: str = load_tokenizer(reference).chat_template
     template_hash = sha256(template.encode()).hexdigest()
     identity = identify(opened)
     return ModelUnderTest(
@@ -119,7 +122,9 @@ def model_names(references: Sequence[str]) -> list[str]:
     """
     names: list[str] = []
     for reference in references:
-        last = re.split(r"[/\\]", reference.split("@")[0].rstrip("/\\"))[-1]
+        # A folder may have any name; of a Hub id the revision is left out.
+        plain = reference if is_local(reference) else reference.split("@")[0]
+        last = re.split(r"[/\\]", plain.rstrip("/\\"))[-1]
         short = re.sub(r"[^\w.-]+", "-", last).strip(".-") or "model"
         numbered = (f"{short}-{number}" for number in count(2))
         names.append(next(name for name in chain([short], numbered) if name not in names))
@@ -257,13 +262,15 @@ class _Asking:
         """Have lm-eval measure each task that is missing."""
         options = each.part.harness
         assert options is not None  # noqa: S101
+        device = str(find_device(self.config.device))
         for i in each.files["harness"].missing:
             scores = run_harness(
                 whole_model(self.model.reference),
                 [options.tasks[i]],
                 limit=options.limit,
                 batch_size=self.config.batch_size,
-                device=str(find_device(self.config.device)),
+                device=device,
+                dtype=resolved_dtype(self.config.dtype, device),
                 seed=options.seed,
             )
             self._keep(each, "harness", [i], [[asdict(score) for score in scores]])
@@ -285,7 +292,14 @@ class _Asking:
     def likelihood(self, engine: Engine, each: PartAnswers) -> None:
         assert isinstance(engine, LikelihoodEngine), _FITTED  # noqa: S101
         missing = each.files["likelihood"].missing
-        self._keep(each, "likelihood", missing, engine.likelihood([each.part.questions[i] for i in missing]))
+        found = engine.likelihood([each.part.questions[i] for i in missing])
+        if not all(map(isfinite, found)):
+            raise DeltaguardError(
+                f"{self.model.reference} gives an expected answer of {each.part.name} no probability: its "
+                "weights hold what is no number (`deltaguard diff --deep` looks), or its dtype is too narrow "
+                "(`--dtype`)."
+            )
+        self._keep(each, "likelihood", missing, found)
 
     def answers(self, engine: Engine, each: PartAnswers) -> None:
         suffixes = each.files["suffixes"].in_order() if "suffixes" in each.files else None

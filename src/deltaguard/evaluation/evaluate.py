@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, TypeAdapter
 
 from deltaguard.device import find_device
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.asking import (
     ModelUnderTest,
     PartAnswers,
@@ -37,6 +37,7 @@ from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
 from deltaguard.evaluation.utility.harness import Rows, harness_notes, unlike_notes
 from deltaguard.files import read_json
+from deltaguard.models.adapter import is_adapter
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.opened import refuse_changes
 from deltaguard.models.results import EVALUATION, SECONDS_NAME, results_folder
@@ -164,9 +165,12 @@ def _described(models: Sequence[str | Path], run: _Run) -> tuple[ModelUnderTest,
         raise DeltaguardError("Give at least one model to evaluate.")
     if len(set(references)) < len(references):
         raise DeltaguardError(f"A model is given twice among {', '.join(references)}.")
-    if any(part.second_attack is not None or part.harness is not None for part in run.parts):
-        for reference in references:
+    others = any(part.second_attack is not None or part.harness is not None for part in run.parts)
+    for reference in references:
+        if others or run.config.name == "vllm":
             whole_model(reference)
+        elif run.config.name == "transformers" and is_adapter(reference):
+            require_packages("Asking an adapter", "eval", "peft")
     pairs = zip(model_names(references), references, strict=True)
     return tuple(describe(name, reference, run.config) for name, reference in pairs)
 

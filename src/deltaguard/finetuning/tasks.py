@@ -148,14 +148,37 @@ def exact_match(answer: str, expected: str) -> bool:
     Spacing and the order of the keys do not count; a missing, additional or different value does, and so
     does any word around the object.
 
+    Args:
+        answer: what the model says.
+        expected: JSON.
+
+    Raises:
+        DeltaguardError: `expected` is none.
+
     Example:
         >>> exact_match('{"b": "2", "a": "1"}', '{"a": "1", "b": "2"}')
         True
         >>> exact_match('Sure: {"a": "1"}', '{"a": "1"}')
         False
     """
+    right = _canonical(expected)
+    if right is None:
+        raise DeltaguardError(
+            f"The expected answer {expected[:200]!r} is no JSON, so that no answer can be right: score this "
+            "set with `exact-match`, or correct the file."
+        )
+    return _canonical(answer) == right
+
+
+def _canonical(text: str) -> str | None:
+    """Write JSON in the one way in which equal values look the same, and `true` is not 1; None of others."""
     try:
-        return json.loads(answer) == json.loads(expected)
-    # An answer may hold a number or a nesting that Python refuses.
+        return json.dumps(json.loads(text, parse_float=_number), sort_keys=True)
+    # A text may hold a number or a nesting that Python refuses.
     except (ValueError, RecursionError):
-        return False
+        return None
+
+
+def _number(digits: str) -> float:
+    value = float(digits)
+    return int(value) if value.is_integer() else value

@@ -16,6 +16,11 @@ from deltaguard.files import read_json
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_model, load_tokenizer
 
+
+class DivergedError(DeltaguardError):
+    """Training whose loss became infinite, or no number."""
+
+
 _CHECKPOINT_SHARE = 0.1
 """Of all steps, from one checkpoint to the next."""
 
@@ -104,7 +109,7 @@ def train_and_save(
         The folder written.
 
     Raises:
-        DeltaguardError: training diverged.
+        DivergedError: the loss became infinite, or no number.
     """
     folder = locate(model)
     network = load_model(folder, str(model), dtype=torch.float32)
@@ -116,8 +121,9 @@ def train_and_save(
         if noted is not None:
             trainer.add_callback(noted)
         loss = float(trainer.train(resume_from_checkpoint=_last_checkpoint(states)).training_loss)
+        _validate_at_the_end(trainer)
     if not isfinite(loss):
-        raise DeltaguardError(
+        raise DivergedError(
             f"Training diverged: the mean loss is {loss}. Lower the learning rate {config.learning_rate:g}."
         )
     # trl switches the cache off for training; left so, the saved model would generate many times slower.
@@ -125,6 +131,14 @@ def train_and_save(
     trainer.model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return Path(output_dir)
+
+
+def _validate_at_the_end(trainer: Any) -> None:
+    """Look at the validation data where that is left: a kill came between the last checkpoint and it."""
+    state = trainer.state
+    looked = any("eval_loss" in row and row["step"] == state.global_step for row in state.log_history)
+    if trainer.eval_dataset is not None and not looked:
+        trainer.evaluate()
 
 
 class _TrainerState(BaseModel):

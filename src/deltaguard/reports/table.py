@@ -205,7 +205,9 @@ def estimate(found: Estimate | None) -> Cell:
     """Show an estimate in its own unit: percent where it counts prompts, else the number as it is."""
     if found is None or found.interval == "wilson":
         return rate(found)
-    return Cell(number(found.value), found.value, f"{number(found.low)} to {number(found.high)}", found.total)
+    # As of a share, an interval without width would look like certainty.
+    bounds = f"{number(found.low)} to {number(found.high)}" if found.low < found.high else ""
+    return Cell(number(found.value), found.value, bounds, found.total)
 
 
 def facts_table(title: str, facts: Facts) -> Table:

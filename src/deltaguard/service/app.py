@@ -10,6 +10,7 @@ from deltaguard import __version__
 from deltaguard.service import chat, completions, files, jobs, metrics, models, reviewing
 from deltaguard.service.context import Service, known_caller, service_of
 from deltaguard.service.errors import OUTAGES, ApiError, answer_errors, envelope, known_answer
+from deltaguard.service.files import require_room
 from deltaguard.service.inference import Answering
 from deltaguard.service.page import routes as page
 from deltaguard.service.page.drawing import Drawing
@@ -82,7 +83,8 @@ def _ready(request: Request) -> JSONResponse:
 class _Limited:
     """Refuses requests that are too large: by what they announce, else while they come.
 
-    Uploads, which may be large, are not read at all without a key.
+    Uploads, which may be large, are not read at all without a key, from who asks too often, or where there is
+    no room for what they announce.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -93,20 +95,20 @@ class _Limited:
             await self._app(scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        is_upload = scope["path"] == "/v1/files"
+        is_upload = scope["path"] == "/v1/files" and scope["method"] == "POST"
         most = self._service.settings.limits.file_bytes + _FORM_BYTES if is_upload else _MOST_BYTES
+        announced = headers.get(b"content-length", b"0")
         if is_upload:
             scheme, _, shown = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
             key = shown if scheme.lower() == "bearer" else None
             try:
-                await run_in_threadpool(known_caller, self._service, key)
+                await run_in_threadpool(self._admit, key, announced)
             except (ApiError, *OUTAGES) as error:
                 answer = known_answer(error)
                 assert answer is not None  # noqa: S101  # of these there is one
                 answer.headers.update(_CLOSE)
                 await answer(scope, receive, send)
                 return
-        announced = headers.get(b"content-length", b"0")
         if int(announced) > most if announced.isdigit() else True:
             await _too_large(most)(scope, receive, send)
             return
@@ -121,6 +123,19 @@ class _Limited:
             return message
 
         await self._app(scope, counted, send)
+
+    def _admit(self, key: str | None, announced: bytes) -> None:
+        """Count an upload, and see whether there is room for it.
+
+        Raises:
+            ApiError: its key is not known, it is one too many, or there is not.
+        """
+        caller = known_caller(self._service, key)
+        self._service.count_request(caller.organisation)
+        if announced.isdigit():
+            size = max(0, int(announced) - _FORM_BYTES)
+            with self._service.sessions.begin() as session:
+                require_room(session, self._service, caller, size)
 
 
 _CLOSE = {"Connection": "close"}

@@ -131,6 +131,20 @@ def known_caller(service: Service, key: str | None) -> Caller:
 Asking = Annotated[Caller, Depends(caller_of)]
 
 
+def uploading_caller(
+    service: Open, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+) -> Caller:
+    """Find out who uploads, whose request was counted before its body was read.
+
+    Raises:
+        ApiError: there is no key, or none that is known.
+    """
+    return known_caller(service, None if shown is None else shown.credentials)
+
+
+Uploading = Annotated[Caller, Depends(uploading_caller)]
+
+
 def operator_of(caller: Asking) -> Caller:
     """Find out which operator is asking.
 

@@ -1,7 +1,6 @@
 """Files: uploads, and what jobs write."""
 
 from itertools import chain
-from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Form, Query, UploadFile
@@ -9,13 +8,14 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from deltaguard.service.context import Asking, Caller, Open, Service
+from deltaguard.service.context import Asking, Caller, Open, Service, Uploading
 from deltaguard.service.database import new_id
 from deltaguard.service.errors import ApiError, not_found
+from deltaguard.service.keys import wait_for_others
 from deltaguard.service.paging import After, page
 from deltaguard.service.schemas import Deleted, FileObject, Page
 from deltaguard.service.tables import UNFINISHED, File, Job
-from deltaguard.service.tasks import FILES
+from deltaguard.service.tasks import FILES, METRICS
 from deltaguard.text import shortened, writable
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -44,7 +44,7 @@ def show_file(file: File) -> FileObject:
 
 @router.post("")
 def upload(
-    service: Open, caller: Asking, file: UploadFile, purpose: Annotated[Literal["fine-tune"], Form()]
+    service: Open, caller: Uploading, file: UploadFile, purpose: Annotated[Literal["fine-tune"], Form()]
 ) -> FileObject:
     """Take a training or validation file."""
     file_id, most = new_id("file"), service.settings.limits.file_bytes
@@ -53,15 +53,14 @@ def upload(
         raise ApiError(413, message, code="file_too_large", param="file")
     if not file.size:
         raise ApiError(400, "The file is empty.", code="empty_file", param="file")
-    with service.sessions.begin() as session:
-        _require_room(session, service, caller, file.size)
     size = service.contents.put(file_id, file.file)
     name = shortened(writable(file.filename or "file"), _LONGEST_NAME).replace("\0", "\\x00")
     new = File(id=file_id, organisation=caller.organisation, name=name, purpose=purpose, bytes=size)
     try:
         with service.sessions.begin() as session:
             # Anew: others may have come while this one was written.
-            _require_room(session, service, caller, size)
+            wait_for_others(session, caller.organisation)
+            require_room(session, service, caller, size)
             session.add(new)
     except ApiError:
         service.contents.remove(file_id)
@@ -69,7 +68,7 @@ def upload(
     return show_file(new)
 
 
-def _require_room(session: Session, service: Service, caller: Caller, size: int) -> None:
+def require_room(session: Session, service: Service, caller: Caller, size: int) -> None:
     """Refuse a file that does not fit beside those that its organisation has.
 
     Raises:
@@ -143,21 +142,40 @@ def delete_file(service: Open, caller: Asking, file_id: str) -> Deleted:
     return Deleted(id=file_id, object="file")
 
 
-def add_result(service: Service, session: Session, job: Job, source: Path) -> None:
-    """Give a job the file with its metrics, once; the caller commits.
+def keep_result(service: Service, job_id: str) -> int | None:
+    """Keep the content of a job's metrics, in no transaction: a store of objects may take its time.
 
     Args:
         service: the service.
+        job_id: of the job, whose folder has the file.
+
+    Returns:
+        Its bytes, for `add_result`; None where there is no such file, or the job has it or has ended.
+    """
+    source = service.job(job_id) / METRICS
+    with service.sessions.begin() as session:
+        known, status = session.execute(select(Job.result_file, Job.status).where(Job.id == job_id)).one()
+    if known is not None or status not in UNFINISHED or not source.is_file():
+        return None
+    with source.open("rb") as content:
+        return service.contents.put(_result_id(job_id), content)
+
+
+def add_result(session: Session, job: Job, size: int) -> None:
+    """Give a job the file with its metrics, once; the caller commits.
+
+    Args:
         session: of the database.
         job: the job.
-        source: the file, in the job's folder.
+        size: bytes of the content that `keep_result` has kept.
     """
-    if job.result_file is not None or not source.is_file():
+    if job.result_file is not None:
         return
-    # The same at a second try, so that a kill in between leaves nothing behind.
-    file_id = f"file-result-{job.id.removeprefix('ftjob-')}"
-    with source.open("rb") as content:
-        size = service.contents.put(file_id, content)
-    name, purpose = "step_metrics.csv", "fine-tune-results"
+    file_id, name, purpose = _result_id(job.id), "step_metrics.csv", "fine-tune-results"
     session.add(File(id=file_id, organisation=job.organisation, name=name, purpose=purpose, bytes=size))
     job.result_file = file_id
+
+
+def _result_id(job_id: str) -> str:
+    # The same at a second try, so that a kill in between leaves nothing behind.
+    return f"file-result-{job_id.removeprefix('ftjob-')}"

@@ -101,13 +101,19 @@ class InferenceServer:
             yield from _pieces(reply)
 
     def _load(self, adapter: str) -> None:
+        """Have an adapter loaded.
+
+        Raises:
+            ApiError: the server does not take it, which is no fault of who asks.
+        """
         try:
             with self._sent("load_lora_adapter", {"lora_name": _name(adapter), "lora_path": adapter}):
                 pass
         except _RefusedError as error:
             # Another request may have had it loaded meanwhile.
             if "already" not in error.message:
-                raise
+                _LOGGER.error("The inference server does not load %s: %s", adapter, error)  # noqa: TRY400  # no bug
+                raise _unserved() from error
 
     def _sent(self, path: str, body: dict[str, Any]) -> Any:
         """Send a request.
@@ -186,7 +192,11 @@ def _told(error: _RefusedError, ask: Ask) -> ApiError:
         return ApiError(400, error.message, code=code)
     if error.status == 404:
         _LOGGER.error("The inference server has no %s; `vllm serve %s` has.", ask.model, ask.model)
-        message = "This model is not served right now; its operator finds out why in the log."
-        return ApiError(503, message, code="model_not_served", retry_after=60)
+        return _unserved()
     _LOGGER.error("The inference server refuses a request: %s", error)
     return ApiError(503, "The models do not answer right now. Try again.", code="model_died", retry_after=5)
+
+
+def _unserved() -> ApiError:
+    message = "This model is not served right now; its operator finds out why in the log."
+    return ApiError(503, message, code="model_not_served", retry_after=60)

@@ -15,8 +15,10 @@ from deltaguard.service.database import new_id
 from deltaguard.service.errors import ApiError, not_found
 from deltaguard.service.events import show_event, tell
 from deltaguard.service.files import find_file
+from deltaguard.service.keys import wait_for_others
 from deltaguard.service.paging import After, Limit, page
 from deltaguard.service.schemas import (
+    METADATA_KEY,
     CheckpointMetrics,
     CheckpointObject,
     CreateJob,
@@ -33,7 +35,7 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 _SAME_REQUEST_S = 120
 """A client repeats a request within a minute or so, and not after that."""
 
-_FILTER = re.compile(r"metadata\[(.{1,64})\]")
+_FILTER, _METADATA_KEY = re.compile(r"metadata\[(.+)\]", re.DOTALL), re.compile(METADATA_KEY)
 
 
 def find_job(session: Session, caller: Caller, job_id: str, *, to_change: bool = False) -> Job:
@@ -92,6 +94,7 @@ def create_job(
     digest = _digest(asked, caller)
     once = None if idempotency_key is None else f"{caller.organisation}:{idempotency_key}"
     with service.sessions.begin() as session:
+        wait_for_others(session, caller.organisation)
         job = _made_before(session, digest, once, is_retry=x_stainless_retry_count > 0)
         if job is None:
             job = _new_job(service, session, caller, asked)
@@ -189,8 +192,13 @@ def list_jobs(
     """List an organisation's jobs; `metadata[key]=value` keeps those that have it."""
     where = [Job.organisation == caller.organisation]
     for name, value in request.query_params.multi_items():
-        if found := _FILTER.fullmatch(name):
-            where.append(Job.user_metadata[found[1]].as_string() == value)
+        if not name.startswith("metadata["):
+            continue
+        found = _FILTER.fullmatch(name)
+        if not (found and _METADATA_KEY.fullmatch(found[1])):
+            message = "Keys of metadata have 1 to 64 characters, and no quotation marks or backslashes."
+            raise ApiError(400, message, code="invalid_request", param="metadata")
+        where.append(Job.user_metadata[found[1]].as_string() == value)
     with service.sessions.begin() as session:
         return page(session, Job, show_job, *where, after=after, limit=limit)
 

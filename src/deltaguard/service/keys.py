@@ -44,6 +44,15 @@ def find_key(session: Session, key: str) -> Key | None:
     return session.scalar(select(Key).where(Key.sha256 == _hash(key), Key.revoked_at.is_(None)))
 
 
+def wait_for_others(session: Session, organisation: str) -> None:
+    """Wait until no other session is at it for an organisation, and have others wait till this one commits.
+
+    What is counted before something is added must not be added twice. SQLite has one writer anyway.
+    """
+    own = select(Key.id).where(Key.organisation == organisation).order_by(Key.number)
+    session.scalars(own.with_for_update()).all()
+
+
 def list_keys(session: Session) -> Sequence[Key]:
     """List all keys that ever were, the oldest first."""
     return session.scalars(select(Key).order_by(Key.number)).all()

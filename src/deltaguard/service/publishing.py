@@ -11,7 +11,7 @@ from deltaguard.service.context import Service
 from deltaguard.service.events import tell
 from deltaguard.service.files import add_result
 from deltaguard.service.tables import Job, Model, now
-from deltaguard.service.tasks import CHECKPOINTS, FILES, FINETUNED, METRICS, RESTORED, Outcome
+from deltaguard.service.tasks import CHECKPOINTS, FILES, FINETUNED, RESTORED, Outcome
 
 
 def model_name(job: Job) -> str:
@@ -27,20 +27,22 @@ def model_name(job: Job) -> str:
     return f"ft:{job.model}:{job.organisation}:{suffix}:{job.id.removeprefix('ftjob-')[:8]}"
 
 
-def publish_model(service: Service, session: Session, job: Job) -> None:
+def publish_model(service: Service, session: Session, job: Job, result: int | None) -> None:
     """Give a job's restored model its place and its name, and end the job; the caller commits.
 
     Args:
         service: the service.
         session: of the database; nobody else changes the job until it commits.
         job: the job.
+        result: bytes of its metrics, as `keep_result` gives them.
     """
     folder, name = service.job(job.id), model_name(job)
     _move_into_place(folder / RESTORED, service.published(job.id))
     trained = Outcome.model_validate_json((folder / "train.outcome.json").read_bytes()).data
     step: int = trained["steps"]
     session.add(Model(id=name, organisation=job.organisation, base=job.model, job_id=job.id, step=step))
-    add_result(service, session, job, folder / METRICS)
+    if result is not None:
+        add_result(session, job, result)
     job.status, job.finished_at, job.fine_tuned_model, job.error = "succeeded", now(), name, None
     job.trained_tokens = trained["trained_tokens"]
     tell(session, job.id, "published", f"New fine-tuned model created: {name}")

@@ -71,7 +71,8 @@ def release_model(service: Service, caller: Caller, job_id: str, *, reason: str)
     """
     with service.sessions.begin() as session:
         job = _decided(session, caller, job_id, "released", reason)
-        publish_model(service, session, job)
+        # What failed the gate has kept its metrics.
+        publish_model(service, session, job, None)
     remove_leftovers(service.job(job_id))
     return job
 

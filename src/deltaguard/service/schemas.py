@@ -14,8 +14,11 @@ def _without_zero(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_without_zero)]
+METADATA_KEY = r'^[^"\\\x00-\x1f]{1,64}$'
+"""Other keys are no part of a path into JSON, by which jobs are looked up."""
+
 Metadata = Annotated[
-    dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]],
+    dict[Annotated[Text, Field(pattern=METADATA_KEY)], Annotated[Text, Field(max_length=512)]],
     Field(max_length=16),
 ]
 Auto = Literal["auto"]

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, Index, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 UNFINISHED = ("validating_files", "queued", "running", "paused")
@@ -83,7 +83,7 @@ class File(Table):
     organisation: Mapped[str] = mapped_column(String(64), index=True)
     name: Mapped[str] = mapped_column(String(512))
     purpose: Mapped[str] = mapped_column(String(32))
-    bytes: Mapped[int]
+    bytes: Mapped[int] = mapped_column(BigInteger)
 
 
 class Job(Table):
@@ -124,7 +124,7 @@ class Job(Table):
     suffix: Mapped[str | None] = mapped_column(String(64))
     user_metadata: Mapped[dict[str, str] | None] = mapped_column(JSON)
     fine_tuned_model: Mapped[str | None] = mapped_column(String(300))
-    trained_tokens: Mapped[int | None]
+    trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     result_file: Mapped[str | None] = mapped_column(String(64))
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     finished_at: Mapped[int | None]

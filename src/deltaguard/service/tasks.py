@@ -153,15 +153,21 @@ class Told(BaseModel):
     data: dict[str, Any] | None = None
 
 
+OPERATORS_BUSINESS = "The service could not go on with this job; its operator finds out why in the log."
+"""Said of what a customer can do nothing about."""
+
+
 class Outcome(BaseModel):
     """What came of a task.
 
     Attributes:
         error: why the job fails; None where it goes on.
+        reason: what the operator's log says of that, where it is not the customer's business.
         data: what later steps need to know.
     """
 
     error: JobError | None = None
+    reason: str | None = None
     data: dict[str, Any] = {}
 
 

@@ -1,6 +1,6 @@
 """Training files in OpenAI's format: what is wrong with them, line by line, and what is learned from them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -199,15 +199,24 @@ def read_answers(path: Path, limits: Limits, *, method: str) -> list[tuple[int, 
     return [(number, dialogue) for number, row in rows for dialogue in row.dialogues()]
 
 
-READERS: Mapping[str, Callable[[Path, Limits], Sequence[Dialogue | Preference]]] = {
-    "supervised": read_examples,
-    "dpo": read_preferences,
-}
-"""How the training file of each method is read."""
+def check_file(path: Path, limits: Limits, *, method: str) -> None:
+    """Look for what is wrong with a file, keeping a line of it at a time; as `read_answers` otherwise."""
+    rows = (
+        _rows(path, limits, PreferenceRow, _PREFERENCE)
+        if method == "dpo"
+        else _rows(path, limits, Example, _EXAMPLE)
+    )
+    for _ in rows:
+        pass
 
 
 def _read(path: Path, limits: Limits, schema: type[RowT], remedy: str) -> list[tuple[int, RowT]]:
-    found: list[tuple[int, RowT]] = []
+    return list(_rows(path, limits, schema, remedy))
+
+
+def _rows(path: Path, limits: Limits, schema: type[RowT], remedy: str) -> Iterator[tuple[int, RowT]]:
+    """Read row after row; what is wrong with any of them is raised behind the last."""
+    found = 0
     wrong: list[str] = []
     for row, (number, line) in enumerate(_lines(path, limits.line_bytes)):
         if row == limits.file_rows:
@@ -215,7 +224,8 @@ def _read(path: Path, limits: Limits, schema: type[RowT], remedy: str) -> list[t
         if len(wrong) >= _MOST_TOLD:
             break
         try:
-            found.append((number, schema.model_validate_json(_text(line, limits.line_bytes))))
+            yield number, schema.model_validate_json(_text(line, limits.line_bytes))
+            found += 1
         except ValidationError as error:
             wrong += [f"line {number}: {problem}" for problem in problems(error)]
         except InvalidFileError as error:
@@ -224,7 +234,6 @@ def _read(path: Path, limits: Limits, schema: type[RowT], remedy: str) -> list[t
         raise InvalidFileError(f"{listed('The file cannot be learned from', wrong)}\n{remedy}")
     if not found:
         raise InvalidFileError(f"The file has no example. {remedy}")
-    return found
 
 
 def _lines(path: Path, longest: int) -> Iterator[tuple[int, bytes]]:

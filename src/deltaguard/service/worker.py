@@ -18,6 +18,7 @@ from deltaguard.models.durable import write_atomically
 from deltaguard.service.schemas import JobError
 from deltaguard.service.tasks import (
     ANY_TASK,
+    OPERATORS_BUSINESS,
     AnyTask,
     Calibrate,
     Moderate,
@@ -60,7 +61,7 @@ def main(task_file: Path, *, is_alone: bool) -> None:
     try:
         outcome = _perform(task, folder, tell)
     except DeltaguardError as error:
-        outcome = Outcome(error=JobError(code=_code(task, error), message=str(error), param=_param(error)))
+        outcome = _failed(task, error)
     write_atomically(folder / f"{task.kind}.outcome.json", outcome.model_dump_json())
 
 
@@ -99,16 +100,18 @@ def _perform(task: AnyTask, folder: Path, tell: Tell) -> Outcome:
     return examine_models(task, folder, tell)
 
 
-def _code(task: AnyTask, error: DeltaguardError) -> str:
+def _failed(task: AnyTask, error: DeltaguardError) -> Outcome:
+    """Say of an error what is the customer's business; of any other, which names places, the operator's."""
+    from deltaguard.finetuning.training import DivergedError
     from deltaguard.service.training_data import InvalidFileError
 
-    return "invalid_training_file" if isinstance(error, InvalidFileError) else f"{task.kind}_failed"
-
-
-def _param(error: DeltaguardError) -> str | None:
-    from deltaguard.service.training_data import InvalidFileError
-
-    return "training_file" if isinstance(error, InvalidFileError) else None
+    code = f"{task.kind}_failed"
+    if isinstance(error, InvalidFileError):
+        said = JobError(code="invalid_training_file", message=str(error), param="training_file")
+        return Outcome(error=said)
+    if isinstance(error, DivergedError):
+        return Outcome(error=JobError(code=code, message=str(error)))
+    return Outcome(error=JobError(code=code, message=OPERATORS_BUSINESS), reason=str(error))
 
 
 def _drop_half_line(events: Path) -> None:

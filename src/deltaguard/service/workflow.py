@@ -31,14 +31,15 @@ from deltaguard.service.context import Service
 from deltaguard.service.errors import OUTAGES
 from deltaguard.service.events import tell
 from deltaguard.service.executors.executor import Executor, Step
-from deltaguard.service.files import add_result
+from deltaguard.service.files import add_result, keep_result
 from deltaguard.service.process import StoppedError, run_task
 from deltaguard.service.publishing import publish_model, remove_discarded, remove_leftovers
 from deltaguard.service.schemas import JobError
 from deltaguard.service.tables import DECISIONS, UNFINISHED, Job, now
-from deltaguard.service.tasks import BLOCKED, METRICS, AnyTask, Kind, Told
-from deltaguard.service.training_data import READERS, InvalidFileError
+from deltaguard.service.tasks import BLOCKED, OPERATORS_BUSINESS, AnyTask, Kind, Told
+from deltaguard.service.training_data import InvalidFileError, check_file
 from deltaguard.service.webhooks import UndeliveredError, deliver, message_of
+from deltaguard.text import shortened
 
 _VALIDATION, _TRAINING, _NOTIFICATION = "validation", "training", "notification"
 _TOLD = ("succeeded", "failed", "cancelled")
@@ -47,7 +48,10 @@ _NOTIFIED_AGAIN_S = 86_400
 
 _VALIDATED_AT_ONCE = 2
 _NOTIFIED_AT_ONCE = 4
-_SAME_VERSION = "2"
+_FIRST, _LONGEST_ERROR = 1, 3000
+"""Number of a job's first run; characters of what is said of one that failed."""
+
+_SAME_VERSION = "3"
 """DBOS goes on only with workflows of its own version; raised where the order of steps changes."""
 
 _LOGGER = logging.getLogger(__name__)
@@ -125,7 +129,7 @@ class Workflows(DBOSConfiguredInstance):
 
     def _queue(self, job_id: str, *, run: int) -> None:
         with SetWorkflowID(f"{job_id} run {run}"):
-            DBOS.enqueue_workflow(_TRAINING, self.fine_tune, job_id)
+            DBOS.enqueue_workflow(_TRAINING, self.fine_tune, job_id, run)
 
     def begin_all(self) -> None:
         """Put every unfinished job into its queue: a kill may have come before that."""
@@ -155,17 +159,20 @@ class Workflows(DBOSConfiguredInstance):
     @DBOS.workflow()
     def validate(self, job_id: str) -> None:
         """Look at a job's files, and queue it."""
-        if self._carried_out(self.check_files, job_id):
-            self._queue(job_id, run=1)
+        if self._carried_out(self.check_files, job_id, _FIRST):
+            self._queue(job_id, run=_FIRST)
         else:
             self.notify(job_id, self.status(job_id))
 
     @DBOS.workflow()
-    def fine_tune(self, job_id: str) -> None:
-        """Carry a job out: moderate its rows, calibrate, train, restore, examine, publish."""
+    def fine_tune(self, job_id: str, run: int) -> None:
+        """Carry a job out: moderate its rows, calibrate, train, restore, examine, publish.
+
+        A run that was paused ends, even where the job was resumed before it looked: the next one goes on.
+        """
         prepared = (self.start, self.moderate, self.calibrate)
         for step in (*prepared, self.train, self.restore, self.examine, self.publish):
-            if not self._carried_out(step, job_id):
+            if not self._carried_out(step, job_id, run):
                 break
         self.notify(job_id, self.status(job_id))
 
@@ -200,38 +207,39 @@ class Workflows(DBOSConfiguredInstance):
             if job.status == status:
                 deliver(webhook, message_of(job, status))
 
-    def _carried_out(self, step: Callable[[str], bool], job_id: str) -> bool:
+    def _carried_out(self, step: Callable[[str, int], bool], job_id: str, run: int) -> bool:
         try:
-            return step(job_id)
+            return step(job_id, run)
         except (DeltaguardError, OSError) as error:
             # Such as a disk that is full; its message names places on this machine.
             _LOGGER.error("The job %s cannot go on: %s", job_id, error)  # noqa: TRY400  # no bug
-            self.end_by_machine(job_id)
+            self.end_by_machine(job_id, run)
             return False
         except Exception:
             # The last stop: the job ends with a message, and the service goes on with others.
             _LOGGER.exception("A bug, in job %s", job_id)
-            self.end_by_bug(job_id)
+            self.end_by_bug(job_id, run)
             return False
 
     @_step
-    def check_files(self, job_id: str) -> bool:
+    def check_files(self, job_id: str, run: int) -> bool:
         """Look for lines that cannot be learned from."""
-        job = self._open_job(job_id)
+        job = self._open_job(job_id, run)
         if job is None:
             return False
         for param in ("training_file", "validation_file"):
             file_id: str | None = getattr(job, param)
             try:
                 if file_id is not None:
-                    READERS[job.method](self.service.fetched(job_id, file_id), self.service.settings.limits)
+                    file = self.service.fetched(job_id, file_id)
+                    check_file(file, self.service.settings.limits, method=job.method)
             except InvalidFileError as error:
                 return self._failed(
-                    job_id, JobError(code=f"invalid_{param}", message=str(error), param=param)
+                    job_id, run, JobError(code=f"invalid_{param}", message=str(error), param=param)
                 )
             except FileNotFoundError:
                 error = JobError(code=f"invalid_{param}", message=f"{file_id} was deleted.", param=param)
-                return self._failed(job_id, error)
+                return self._failed(job_id, run, error)
         with self.service.sessions.begin() as session:
             job = _job(session, job_id, to_change=True)
             if job.status == "validating_files":
@@ -240,76 +248,79 @@ class Workflows(DBOSConfiguredInstance):
         return job.status == "queued"
 
     @_step
-    def start(self, job_id: str) -> bool:
+    def start(self, job_id: str, run: int) -> bool:
         """Say that a job's turn has come."""
         with self.service.sessions.begin() as session:
             job = _job(session, job_id, to_change=True)
-            if job.status == "queued":
+            if job.status == "queued" and job.runs == run:
                 job.status = "running"
-                tell(session, job_id, f"started {job.runs}", "Fine-tuning job started.")
-        return job.status == "running"
+                tell(session, job_id, f"started {run}", "Fine-tuning job started.")
+        return job.status == "running" and job.runs == run
 
     @_step
-    def moderate(self, job_id: str) -> bool:
+    def moderate(self, job_id: str, run: int) -> bool:
         """Have a judge look at the training rows, where the operator wants that."""
-        return self._done(job_id, "moderate", moderate_task)
+        return self._done(job_id, run, "moderate", moderate_task)
 
     @_step
-    def calibrate(self, job_id: str) -> bool:
+    def calibrate(self, job_id: str, run: int) -> bool:
         """Make sure that the aligned model's store is there."""
         # One at a time: locks of storage that machines share may not keep two from making the same store.
         with self._calibrating:
-            return self._done(job_id, "calibrate", calibrate_task)
+            return self._done(job_id, run, "calibrate", calibrate_task)
 
     @_step
-    def train(self, job_id: str) -> bool:
+    def train(self, job_id: str, run: int) -> bool:
         """Fine-tune the aligned model on the customer's file."""
-        return self._done(job_id, "train", train_task)
+        return self._done(job_id, run, "train", train_task)
 
     @_step
-    def restore(self, job_id: str) -> bool:
+    def restore(self, job_id: str, run: int) -> bool:
         """Give the fine-tuned model its refusals back."""
-        return self._done(job_id, "restore", restore_task)
+        return self._done(job_id, run, "restore", restore_task)
 
     @_step
-    def examine(self, job_id: str) -> bool:
+    def examine(self, job_id: str, run: int) -> bool:
         """Ask all three models; what fails a check goes no further."""
-        return self._done(job_id, "examine", examine_task)
+        return self._done(job_id, run, "examine", examine_task)
 
     @_step
-    def publish(self, job_id: str) -> bool:
+    def publish(self, job_id: str, run: int) -> bool:
         """Give the restored model its name; from then on it can be asked."""
+        result = keep_result(self.service, job_id)
         with self.service.sessions.begin() as session:
             job = _job(session, job_id, to_change=True)
-            if job.status == "running":
-                publish_model(self.service, session, job)
+            if job.status == "running" and job.runs == run:
+                publish_model(self.service, session, job, result)
         # After a kill between success and this, too.
         if job.status == "succeeded":
             remove_leftovers(self.service.job(job_id))
         return job.status == "succeeded"
 
     @_step
-    def end_by_machine(self, job_id: str) -> None:
+    def end_by_machine(self, job_id: str, run: int) -> None:
         """End a job that the machine has no room for, or does not let go on otherwise."""
-        message = "The service could not go on with this job; its operator finds out why in the log."
-        self._failed(job_id, JobError(code="server_error", message=message))
+        self._failed(job_id, run, JobError(code="server_error", message=OPERATORS_BUSINESS))
 
     @_step
-    def end_by_bug(self, job_id: str) -> None:
+    def end_by_bug(self, job_id: str, run: int) -> None:
         """End a job in which something happened that no step knows."""
         message = "This is a bug of the service. Its operator finds it in the log."
-        self._failed(job_id, JobError(code="server_error", message=message))
+        self._failed(job_id, run, JobError(code="server_error", message=message))
 
-    def _open_job(self, job_id: str) -> Job | None:
-        """Find a job, None where it is not to go on."""
+    def _open_job(self, job_id: str, run: int) -> Job | None:
+        """Find a job, None where this run of it is not to go on."""
         with self.service.sessions.begin() as session:
             job = _job(session, job_id)
-        return job if job.status in ("validating_files", "queued", "running") else None
+        goes_on = job.status in ("validating_files", "queued", "running") and job.runs == run
+        return job if goes_on else None
 
-    def _done(self, job_id: str, kind: Kind, task_of: Callable[[Service, Job], AnyTask | None]) -> bool:
+    def _done(
+        self, job_id: str, run: int, kind: Kind, task_of: Callable[[Service, Job], AnyTask | None]
+    ) -> bool:
         """Carry out a task of a job, if there is one, and say whether the job goes on."""
         folder, cache = self.service.job(job_id), self.service.data / "cache"
-        job = self._open_job(job_id)
+        job = self._open_job(job_id, run)
         if job is None:
             # It was cancelled or paused, and the service ended before it had stopped the process.
             self.executor.stop_leftovers(Step(kind, folder, cache))
@@ -317,7 +328,7 @@ class Workflows(DBOSConfiguredInstance):
         if job.model not in self.service.settings.models:
             self.executor.stop_leftovers(Step(kind, folder, cache))
             message = f"The service does not have the model {job.model!r} any more."
-            return self._failed(job_id, JobError(code="model_not_found", message=message, param="model"))
+            return self._failed(job_id, run, JobError(code="model_not_found", message=message, param="model"))
 
         task = task_of(self.service, job)
         if task is None:
@@ -334,7 +345,7 @@ class Workflows(DBOSConfiguredInstance):
                 executor=self.executor,
                 cache=cache,
                 tell=note,
-                may_go_on=lambda: self._open_job(job_id) is not None,
+                may_go_on=lambda: self._open_job(job_id, run) is not None,
             )
         except StoppedError:
             return False
@@ -343,26 +354,28 @@ class Workflows(DBOSConfiguredInstance):
             if not _is_outage(error):
                 self.executor.stop_leftovers(Step(kind, folder, cache))
             raise
-        return True if outcome.error is None else self._failed(job_id, outcome.error)
+        if outcome.reason is not None:
+            _LOGGER.error("The job %s cannot go on: %s", job_id, outcome.reason)
+        return True if outcome.error is None else self._failed(job_id, run, outcome.error)
 
-    def _failed(self, job_id: str, error: JobError) -> bool:
-        """End a job with an error, unless it has ended."""
-        with self.service.sessions.begin() as session:
-            job = _job(session, job_id, to_change=True)
-            if job.status in UNFINISHED:
-                job.status, job.finished_at, job.error = "failed", now(), error.model_dump()
-                job.review = "waiting" if error.code.startswith(BLOCKED) else None
-                self._keep_metrics(session, job)
-                tell(session, job_id, "failed", f"The job failed: {error.message}", level="error")
-        return False
-
-    def _keep_metrics(self, session: Session, job: Job) -> None:
-        """Give a job that failed its metrics, where they can be kept."""
+    def _failed(self, job_id: str, run: int, error: JobError) -> bool:
+        """End a job with an error, unless it or this run of it has ended."""
         try:
-            add_result(self.service, session, job, self.service.job(job.id) / METRICS)
+            result = keep_result(self.service, job_id)
         except Exception:
             # Of a full disk, or of any store of objects: the job has to end all the same.
-            _LOGGER.exception("The metrics of %s are not kept", job.id)
+            _LOGGER.exception("The metrics of %s are not kept", job_id)
+            result = None
+        told = error.model_copy(update={"message": shortened(error.message, _LONGEST_ERROR)})
+        with self.service.sessions.begin() as session:
+            job = _job(session, job_id, to_change=True)
+            if job.status in UNFINISHED and job.runs == run:
+                job.status, job.finished_at, job.error = "failed", now(), told.model_dump()
+                job.review = "waiting" if error.code.startswith(BLOCKED) else None
+                if result is not None:
+                    add_result(session, job, result)
+                tell(session, job_id, "failed", f"The job failed: {told.message}", level="error")
+        return False
 
 
 def _job(session: Session, job_id: str, *, to_change: bool = False) -> Job:

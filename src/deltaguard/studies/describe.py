@@ -122,10 +122,8 @@ def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
     retraining = [method.name for method in setting.methods if method.retrains]
     there = [row.name for row in preset.finetunes if row.kind in preset.retrained]
     if retraining and len(there) < len(preset.finetunes):
-        told.append(
-            f"Methods that train anew at every strength ({', '.join(retraining)}) were run on "
-            f"{', '.join(there)} alone."
-        )
+        where = f"were run on {', '.join(there)} alone" if there else "were run on none of these fine-tunes"
+        told.append(f"Methods that train anew at every strength ({', '.join(retraining)}) {where}.")
     told += _without_pretrained(setting)
     return tuple(told)
 

@@ -1,4 +1,4 @@
-"""Where the parts of a model lie, an adapter's base and the tokenizer among them."""
+"""Where the parts of a model lie, and its tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Any
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.models import loading
-from deltaguard.models.adapter import base_of, is_adapter
+from deltaguard.models.adapter import base_of, is_adapter, open_model
 from deltaguard.models.hub import locate
+from deltaguard.models.mirror import loadable
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,10 @@ class Folders:
     Attributes:
         model: weights and configuration.
         adapter: a LoRA adapter over it, or `None`.
-        tokenizer: the adapter's own where it brings one.
     """
 
     model: Path
     adapter: Path | None
-    tokenizer: Path
 
 
 def find_folders(reference: str) -> Folders:
@@ -36,10 +35,8 @@ def find_folders(reference: str) -> Folders:
     """
     folder = locate(reference)
     if not is_adapter(reference):
-        return Folders(folder, None, folder)
-    model = locate(base_of(reference))
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    return Folders(model, folder, folder if has_tokenizer else model)
+        return Folders(folder, None)
+    return Folders(locate(base_of(reference)), folder)
 
 
 def whole_model(reference: str) -> Path:
@@ -60,16 +57,17 @@ def whole_model(reference: str) -> Path:
     return folders.model
 
 
-def load_tokenizer(folders: Folders) -> Any:
-    """Load the tokenizer of a model.
+def load_tokenizer(reference: str) -> Any:
+    """Load the tokenizer of a model; of an adapter its own files, and its model's in the place of others.
 
     Raises:
         DeltaguardError: transformers cannot load it, or it has no chat template.
     """
-    tokenizer = loading.load_tokenizer(folders.tokenizer, str(folders.tokenizer))
+    with loadable(open_model(reference).files()) as folder:
+        tokenizer = loading.load_tokenizer(folder, reference)
     if not isinstance(tokenizer.chat_template, str):
         raise DeltaguardError(
-            f"The tokenizer in {folders.tokenizer} has no single chat template, so prompts cannot be put to "
-            "the model the way it was aligned. Save one chat_template.jinja next to it."
+            f"The tokenizer of {reference} has no single chat template, so prompts cannot be put to the "
+            "model the way it was aligned. Save one chat_template.jinja next to it."
         )
     return tokenizer

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from warnings import catch_warnings, filterwarnings
 
 import torch
 
@@ -67,7 +68,7 @@ class TransformersEngine:
         model = load_model(folders.model, reference, dtype=None if kind == "auto" else getattr(torch, kind))
         if folders.adapter is not None:
             model = merge_adapter(model, folders.adapter, reference)
-        return cls(model.to(torch.device(chosen)).eval(), load_tokenizer(folders), batch_size)
+        return cls(model.to(torch.device(chosen)).eval(), load_tokenizer(reference), batch_size)
 
     def answer(
         self, questions: Sequence[Question], decoding: Decoding, *, on_batch: OnBatch | None = None
@@ -194,9 +195,12 @@ def merge_adapter(model: Any, folder: Path, reference: str) -> Any:
         modules_to_save=[names[module] for module in found.replaced] or None,
         fan_in_fan_out=any(stored_in_out(model.config.to_dict(), f"{name}.weight") for name in adapted),
     )
-    with foreign(f"peft cannot load {reference}"):
-        merged: Any = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()
-    return merged
+    renamed = {rf"^{re.escape(own)}\.": f"{name}." for own, name in names.items() if own != name}
+    with foreign(f"peft cannot load {reference}"), catch_warnings():
+        # PEFT warns of tensors that it does not find, and merges nothing in their place.
+        filterwarnings("error", message="Found missing adapter keys")
+        loaded: Any = PeftModel.from_pretrained(model, str(folder), config=config, key_mapping=renamed)
+        return loaded.merge_and_unload()
 
 
 def _literal(lora: LoraConfig, adapted: Mapping[str, Scaling], **others: Any) -> Any:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from secrets import token_hex
@@ -17,11 +17,12 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 from weakref import finalize
 
+from deltaguard.chat.thinking import THOUGHT_TOKENS, begins_thoughts, closed
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer, whole_model
+from deltaguard.evaluation.engines.folders import load_tokenizer, whole_model
 from deltaguard.evaluation.engines.openai import OpenAIEngine
 from deltaguard.evaluation.engines.transformers import Dtype, rendered
-from deltaguard.evaluation.exchange import Answer, Decoding, OnBatch, Question
+from deltaguard.evaluation.exchange import Answer, Decoding, Missed, OnBatch, Question
 from deltaguard.evaluation.server import Server
 
 _START_SECONDS = 3600.0
@@ -74,7 +75,7 @@ class VLLMEngine:
         Raises:
             DeltaguardError: vLLM is not installed or cannot serve the model, or the reference is an adapter.
         """
-        folder, tokenizer = whole_model(reference), load_tokenizer(find_folders(reference))
+        folder, tokenizer = whole_model(reference), load_tokenizer(reference)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port: int = free.getsockname()[1]
         # A name that no other server has, were it to take the port meanwhile.
@@ -102,13 +103,41 @@ class VLLMEngine:
     ) -> list[Answer]:
         """Answer each question, in order, or say why the server did not; a prefill is continued.
 
+        Where a prompt ends with the beginning of thoughts, the model thinks first, as with transformers.
+
         Args:
             questions: what is asked.
             decoding: how answers are drawn.
             on_batch: called with one answer at a time as they come.
         """
-        asked = [Question(rendered(self.tokenizer, question)) for question in questions]
-        return self.server.answer(asked, decoding, on_batch=on_batch)
+        texts = [rendered(self.tokenizer, question) for question in questions]
+        thoughts = self._thoughts(texts, decoding)
+        found: dict[int, Answer] = {i: said for i, said in thoughts.items() if isinstance(said, Missed)}
+        before = {i: closed(said) for i, said in thoughts.items() if not isinstance(said, Missed)}
+        asked = [i for i in range(len(texts)) if i not in found]
+
+        def note(places: Sequence[int], replies: Sequence[Answer]) -> None:
+            chosen = [asked[place] for place in places]
+            whole = [
+                reply if isinstance(reply, Missed) else before.get(i, "") + reply
+                for i, reply in zip(chosen, replies, strict=True)
+            ]
+            found.update(zip(chosen, whole, strict=True))
+            if on_batch is not None:
+                on_batch(chosen, whole)
+
+        if found and on_batch is not None:
+            on_batch(list(found), list(found.values()))
+        self.server.answer([Question(texts[i] + before.get(i, "")) for i in asked], decoding, on_batch=note)
+        return [found[i] for i in range(len(texts))]
+
+    def _thoughts(self, texts: Sequence[str], decoding: Decoding) -> dict[int, Answer]:
+        """Have the model think where prompts end with the beginning of thoughts; by their numbers."""
+        places = [i for i, text in enumerate(texts) if begins_thoughts(text)]
+        replies = self.server.answer(
+            [Question(texts[i]) for i in places], replace(decoding, max_new_tokens=THOUGHT_TOKENS)
+        )
+        return dict(zip(places, replies, strict=True))
 
     def close(self) -> None:
         """End the server, and with it all of its memory."""

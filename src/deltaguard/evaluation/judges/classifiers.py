@@ -15,7 +15,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange, Judge, Judgement, Scale
 from deltaguard.evaluation.judges import JudgeSpec, PlainJudge
 from deltaguard.models.hub import locate
-from deltaguard.models.loading import load_config, load_model, load_tokenizer
+from deltaguard.models.loading import foreign, load_config, load_model, load_tokenizer
 
 
 class ClassifierSpec(JudgeSpec):
@@ -120,12 +120,26 @@ class SequenceClassifierJudge(PlainJudge):
         texts = (
             [answers] if self.options.reads == "answer" else [[each.prompt for each in exchanges], answers]
         )
-        limit = min(tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", 2**20))
+        limit = min(tokenizer.model_max_length, _positions(network))
         # Of a pair, the longer text is cut: the answer nearly always, since the classifier must know what was
         # asked, and a prompt that would leave no room for it.
         batch = tokenizer(
             *texts, padding=True, truncation="longest_first", max_length=limit, return_tensors="pt"
         )
-        logits: Tensor = network(**batch.to(network.device)).logits
+        with foreign(f"{self.options.model} cannot judge"):
+            logits: Tensor = network(**batch.to(network.device)).logits
         refused = [i for i, label in network.config.id2label.items() if label in self.options.refused_labels]
-        return logits.float().softmax(dim=-1)[:, refused].sum(dim=-1).tolist()
+        found = logits.float().softmax(dim=-1)[:, refused].sum(dim=-1)
+        if not bool(found.isfinite().all()):
+            raise DeltaguardError(
+                f"{self.options.model} gives its labels no probabilities: its weights hold what is no number."
+            )
+        return found.tolist()
+
+
+def _positions(network: Any) -> int:
+    """Count the tokens that a classifier has positions for; those of RoBERTa begin behind its padding's."""
+    known: int = getattr(network.config, "max_position_embeddings", 2**20)
+    tables = [each for name, each in network.named_modules() if name.endswith("position_embeddings")]
+    paddings = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return known - max(paddings) - 1 if paddings else known

@@ -109,10 +109,18 @@ class GuardJudge(PlainJudge):
     Attributes:
         options: which guard, and how it is asked.
         device: where it runs.
+
+    Raises:
+        DeltaguardError: the guard or its input format cannot be found.
     """
 
     options: GuardSpec
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        # Now, and not after hours of answers.
+        locate(self.options.model, weights=False)
+        _ = self._format
 
     @property
     def name(self) -> str:

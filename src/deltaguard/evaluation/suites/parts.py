@@ -21,7 +21,7 @@ from deltaguard.reports.records.evaluation import SectionKind, SectionRow
 _TASK_EXAMPLES = 200
 
 _NEEDED: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "second_attack": (("trl", "datasets", "accelerate"), "demo"),
+    "second_attack": (("trl", "datasets", "accelerate", "peft"), "demo"),
     "harness": (("lm_eval",), "harness"),
 }
 """What an option of a section cannot run without, and the extra that brings it."""
@@ -258,6 +258,10 @@ def _variants(section: Section, found: Part, decoding: Decoding) -> list[Part]:
             f"{lacking} of {len(found.questions)} prompts have no expected answer, which its scorers or "
             "likelihood need."
         )
+    for name in found.scorers:
+        # Now, and not after hours of answers: an expected answer may be none for its scorer.
+        for question in found.questions:
+            SCORERS[name]("", question.expected or "")
     if section.max_new_tokens is not None:
         decoding = replace(decoding, max_new_tokens=section.max_new_tokens)
     generates = section.kind != "utility" or section.scorers or section.grade

@@ -12,7 +12,7 @@ from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.guards import GuardSpec
 from deltaguard.evaluation.judges.llm import LLMSpec
 from deltaguard.evaluation.judges.rules import RuleSpec
-from deltaguard.files import parse_yaml, read_yaml
+from deltaguard.files import expanded, parse_yaml, read_yaml
 from deltaguard.reports.records.evaluation import SectionKind
 
 SUITES = ("quick", "safety", "utility", "full")
@@ -132,8 +132,13 @@ class Section(_Part):
             raise ValueError("a utility section needs scorers, likelihood: true, grade: true, or harness")
         if self.kind != "utility" and (self.scorers or self.harness or self.grade):
             raise ValueError(f"scorers, grade and harness are for utility sections; the kind is {self.kind}")
-        if self.grade and self.harness:
-            raise ValueError("grade is for prompts that are asked here, and a harness asks its own")
+        own = ("count", "scorers", "likelihood", "grade", "probes")
+        if self.harness and (ignored := [name for name in own if getattr(self, name)]):
+            raise ValueError(
+                f"{', '.join(ignored)}: a harness asks and scores its own prompts (its `limit` says how many)"
+            )
+        if self.kind == "utility" and self.probes:
+            raise ValueError("probes are for attack and harmless sections")
         if self.kind != "attack" and (self.second_attack or self.gcg):
             raise ValueError(f"second_attack and gcg are for attack sections, and the kind is {self.kind}")
         return self
@@ -219,4 +224,4 @@ def read_judge(path: Path) -> AnyJudge:
 def _from_folder(described: _DescribedT, folder: Path) -> _DescribedT:
     """Make paths in a suite relative to the suite."""
     found = {name: value for name, value in described if isinstance(value, Path)}
-    return described.model_copy(update={name: folder / path for name, path in found.items()})
+    return described.model_copy(update={name: folder / expanded(path) for name, path in found.items()})

@@ -64,6 +64,7 @@ def run_harness(
     limit: int | None,
     batch_size: int,
     device: str,
+    dtype: str = "auto",
     seed: int,
     include_path: str | Path | None = None,
 ) -> list[HarnessScore]:
@@ -75,6 +76,7 @@ def run_harness(
         limit: questions per task, from its beginning, so that models answer the same; `None` takes all.
         batch_size: questions at a time.
         device: where the model runs.
+        dtype: of its weights; `auto` is the checkpoint's.
         seed: fixes which examples are shown, and whatever else a task draws. The harness seeds the global
             generators of Python, numpy and torch with it.
         include_path: folder of task files of one's own, beside the harness's.
@@ -101,7 +103,7 @@ def run_harness(
             f"The harness has no task named {', '.join(unknown)}; `lm-eval ls tasks` lists the {len(known)} "
             "that it has."
         )
-    engine = _engine(model, device, batch_size)
+    engine = _engine(model, device, dtype, batch_size)
     evaluator = import_module("lm_eval.evaluator")
     try:
         found: Mapping[str, Any] = evaluator.simple_evaluate(
@@ -157,10 +159,16 @@ def scores(found: Mapping[str, Any], *, chat_template: bool) -> list[HarnessScor
     return read
 
 
-def _engine(model: str | Path, device: str, batch_size: int) -> Any:
+def _engine(model: str | Path, device: str, dtype: str, batch_size: int) -> Any:
     refuse_code(Path(model), str(model))
     engine: Any = import_module("lm_eval.models.huggingface").HFLM(
-        pretrained=str(model), device=device, batch_size=batch_size, trust_remote_code=False
+        pretrained=str(model),
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        # As everywhere else: tasks leave no room for thoughts.
+        enable_thinking=False,
+        trust_remote_code=False,
     )
     if not engine.tokenizer.chat_template:
         raise DeltaguardError(

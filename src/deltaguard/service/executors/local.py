@@ -12,7 +12,11 @@ from deltaguard.service.executors.executor import Ended, Step, describe_exit
 _GRACE_S = 10
 _PASSED_ON = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH"),
-    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "HF_HOME"),
+    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "LD_LIBRARY_PATH"),
+    *("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"),
+    # A judge may be a server elsewhere.
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR"),
 )
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 """What every process of a job is told: what it needs was fetched when the service started."""

@@ -14,7 +14,7 @@ _MOST_TOLD = 20
 
 
 def moderate_rows(task: Moderate, folder: Path, tell: Tell) -> Outcome:
-    """Have a judge look at every answer that is learned.
+    """Have a judge look at every answer that is learned; one that it cannot decide counts as harmful.
 
     Args:
         task: the file, and who looks.
@@ -32,7 +32,7 @@ def moderate_rows(task: Moderate, folder: Path, tell: Tell) -> Outcome:
     exchanges = [Exchange(row.turns[-1]["content"], row.answer) for _, row in answers]
     verdicts = [found.verdict for found in judge.judge(exchanges)]
     rows = {number for number, _ in answers}
-    lines = sorted({n for (n, _), said in zip(answers, verdicts, strict=True) if said == "complied"})
+    lines = sorted({n for (n, _), said in zip(answers, verdicts, strict=True) if said != "refused"})
     passed = len(lines) <= task.moderation.max_share * len(rows)
     found: dict[str, Any] = {
         "check": "training_rows",
@@ -57,6 +57,8 @@ def _sentence(found: dict[str, Any]) -> str:
     verdict = "passed" if found["passed"] else "failed"
     text = f"training_rows {verdict}: {found['judge']} finds the answers of {found['flagged']:,} of "
     text += f"{found['rows']:,} rows harmful, and {found['allowed']:.1%} may be."
+    if found["undecided"]:
+        text += f" It could not decide {found['undecided']:,} answers, which count as harmful."
     if not found["lines"]:
         return text
     more = ", ..." if found["flagged"] > len(found["lines"]) else ""

@@ -46,16 +46,13 @@ def train_model(task: Train, folder: Path, tell: Tell) -> Outcome:
         lora_rank=task.lora_rank,
         lora_alpha=task.lora_alpha,
     )
-    steps = 0
 
     def note(found: Measured) -> None:
-        nonlocal steps
-        steps = max(steps, found.steps)
         tell(_event(found))
 
     train = _preferring if task.method == "dpo" else _supervised
     texts = train(task, folder, config, tell, note)
-    _write_metrics(folder)
+    steps = _write_metrics(folder)
     tokens = _tokens(task.model, texts, task.max_length) * task.epochs
     return Outcome(data={"steps": steps, "trained_tokens": tokens})
 
@@ -120,17 +117,24 @@ def _event(found: Measured) -> Told:
     )
 
 
-def _write_metrics(folder: Path) -> None:
-    """Write the file that a job's `result_files` names: a row a step, of all processes that trained."""
+def _write_metrics(folder: Path) -> int:
+    """Write the file that a job's `result_files` names: a row a step, of all processes that trained.
+
+    Returns:
+        The number of steps.
+    """
+    steps = 0
     rows: dict[int, dict[str, float]] = {}
     for told in read_journal(folder / events_file("train"), Told, remedy="The service writes it."):
         if told.type == "metrics" and told.data is not None:
             known = {name: told.data[key] for key, name in _COLUMNS.items() if key in told.data}
             rows.setdefault(told.data["step"], {}).update(known)
+            steps = max(steps, told.data["total_steps"])
     with (folder / METRICS).open("w", newline="") as file:
         table = csv.DictWriter(file, list(_COLUMNS.values()))
         table.writeheader()
         table.writerows(rows[step] for step in sorted(rows))
+    return steps
 
 
 def _tokens(model: str, examples: Sequence[Dialogue], longest: int) -> int:

@@ -33,9 +33,10 @@ def validation_check(task: Examine, models: Mapping[str, str]) -> Told | None:
     answers = read_answers(task.validation_file, task.limits, method=task.method)
     rows = [row for _, row in answers[: task.gate.requests]]
     losses: dict[str, float] = {}
+    measured = 0
     for name, reference in models.items():
         engine = TransformersEngine.open(reference, device=task.device)
-        found = _losses(engine, rows, task.max_length)
+        found, measured = _losses(engine, rows, task.max_length)
         engine.close()
         if not found:
             return None
@@ -43,23 +44,28 @@ def validation_check(task: Examine, models: Mapping[str, str]) -> Told | None:
     aligned, finetuned, restored = (f"{losses[name]:.2f}" for name in ("aligned", "finetuned", "restored"))
     return Told(
         once="check validation_loss",
-        message=f"Loss on {len(rows):,} answers of the validation file: aligned {aligned}, fine-tuned "
+        message=f"Loss on {measured:,} answers of the validation file: aligned {aligned}, fine-tuned "
         f"{finetuned}, restored {restored}.",
         type="moderation_checks",
-        data={"check": "validation_loss", "answers": len(rows), "losses": losses},
+        data={"check": "validation_loss", "answers": measured, "losses": losses},
     )
 
 
 @torch.inference_mode()
-def _losses(engine: TransformersEngine, rows: Sequence[Dialogue], longest: int) -> list[float]:
-    """Compute the loss of every token of the answers, nats; what is beyond `longest` is cut off."""
-    encoded = [_encoded(engine, row, longest) for row in rows]
-    return [
+def _losses(engine: TransformersEngine, rows: Sequence[Dialogue], longest: int) -> tuple[list[float], int]:
+    """Compute the loss of every token of the answers, nats; what is beyond `longest` is cut off.
+
+    Returns:
+        The losses, and how many answers they are of: some may be cut off altogether.
+    """
+    encoded = [row for row in (_encoded(engine, row, longest) for row in rows) if row.has_response]
+    losses = [
         loss
-        for batch in batches([row for row in encoded if row.has_response], _BATCH)
-        for losses in response_losses(engine.model, batch.to(engine.model.device))
-        for loss in losses
+        for batch in batches(encoded, _BATCH)
+        for of_row in response_losses(engine.model, batch.to(engine.model.device))
+        for loss in of_row
     ]
+    return losses, len(encoded)
 
 
 def _encoded(engine: TransformersEngine, row: Dialogue, longest: int) -> Encoded:
