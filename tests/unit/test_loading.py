@@ -17,6 +17,7 @@ from deltaguard.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    skeleton,
     vocabulary_size,
 )
 
@@ -141,3 +142,19 @@ def test_an_end_token_that_is_none_is_one_message(model, token):
 def test_memory_that_is_lacking_is_told_apart():
     with pytest.raises(torch.OutOfMemoryError), foreign("It fails"):
         raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize("loaded", ["whole", "skeleton"])
+def test_the_output_head_is_given_no_view(model, loaded):
+    network = load_model(model, "mine") if loaded == "whole" else skeleton(model, "mine", dtype=torch.float32)
+    if loaded == "skeleton":
+        network.load_state_dict(load_model(model, "mine").state_dict(), assign=True)
+        network.tie_weights()
+    seen = []
+    network.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.inference_mode():
+        ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        last, every = network(ids, logits_to_keep=1).logits, network(ids).logits
+    assert seen[0].is_contiguous()
+    assert seen[0].shape[1] == 1
+    torch.testing.assert_close(last, every[:, -1:])

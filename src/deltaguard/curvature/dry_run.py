@@ -8,7 +8,7 @@ import torch
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.tokens import context_length, encode
 from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, Asked, CalibrateConfig, asked_for, requested
-from deltaguard.curvature.sizes import Sizes, blocks_of, store_limit
+from deltaguard.curvature.sizes import Sizes, blocks_of, row_bytes, rows_within, store_limit
 from deltaguard.curvature.store_format import CalibrationRequest
 from deltaguard.device import find_device, memory_bytes
 from deltaguard.models.checkpoint import Checkpoint
@@ -56,18 +56,21 @@ def plan_calibration(
     hidden = sum(calibrated) * shape.get_text_config().hidden_size * dtype.itemsize if by_blocks else 0
     # As a whole the model keeps its own weights while it answers in another dtype.
     kept = dtype.itemsize if answering != dtype and not by_blocks else 0
-    loaded = whole.weights
+    answers = whole.weights * (answering.itemsize + kept)
     if by_blocks and all(row.response is not None for row in asked.all):
-        loaded = 0
+        answers = 0
     elif by_blocks and whole.weights * answering.itemsize > memory:
-        loaded = outside.weights + max(block.weights for block in blocks)
+        answers = (outside.weights + max(block.weights for block in blocks)) * answering.itemsize
+        most = request.max_length + request.max_new_tokens
+        rows = rows_within(shape, memory - answers, tokens=most, dtype=answering)
+        answers += min(rows, len(lengths)) * row_bytes(shape, tokens=max(lengths), dtype=answering)
     return CalibrationPlan(
         conversations=len(lengths),
         tokens=sum(lengths),
         device=str(device),
         by_blocks=by_blocks,
         limit_bytes=memory,
-        answering_bytes=loaded * (answering.itemsize + kept),
+        answering_bytes=answers,
         weights_bytes=(held.weights + (outside.weights if by_blocks else 0)) * dtype.itemsize,
         sums_bytes=held.sums_bytes(dtype),
         pass_bytes=sum(sorted(calibrated)[-request.batch_size :]) * held.passed * dtype.itemsize,

@@ -119,9 +119,20 @@ def rows_within(config: Any, memory: int, *, tokens: int, dtype: torch.dtype) ->
     Returns:
         From 1 to `MOST_ROWS`, about.
     """
+    return max(1, min(MOST_ROWS, memory // row_bytes(config, tokens=tokens, dtype=dtype)))
+
+
+def row_bytes(config: Any, *, tokens: int, dtype: torch.dtype) -> int:
+    """Say what a row takes while it is continued: keys and values, and what goes through a block, about.
+
+    Args:
+        config: the model's configuration, of transformers.
+        tokens: of the row.
+        dtype: that they are in.
+    """
     text = config.get_text_config()
     heads, hidden = text.num_attention_heads, text.hidden_size
     kept = getattr(text, "num_key_value_heads", None) or heads
     kept *= getattr(text, "head_dim", None) or hidden // heads
     numbers = 2 * text.num_hidden_layers * kept + _WITHIN_BLOCK * hidden
-    return max(1, min(MOST_ROWS, memory // (tokens * numbers * dtype.itemsize)))
+    return tokens * numbers * dtype.itemsize

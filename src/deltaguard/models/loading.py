@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field
-from torch import nn
+from torch import Tensor, nn
 
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import ANY_OBJECT, read_json
@@ -156,7 +156,23 @@ def load_model(
             use_safetensors=True,
             **given,
         )
-    return model.eval()
+    return _with_copied_views(model.eval())
+
+
+def _with_copied_views(model: Any) -> Any:
+    """Have what goes into a model's output head copied where it is a view, such as of the last tokens.
+
+    Of bfloat16 and a view of three dimensions, torch on a CPU copies the head's weights for each row of the
+    batch: that is gigabytes, and takes seconds.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_copied)
+    return model
+
+
+def _copied(_module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(each.contiguous() for each in given)
 
 
 def empty_model(folder: Path, reference: str) -> Any:
@@ -193,7 +209,7 @@ def skeleton(folder: Path, reference: str, *, dtype: torch.dtype, config: Any = 
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
+    return _with_copied_views(model.eval())
 
 
 @contextmanager

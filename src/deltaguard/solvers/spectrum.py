@@ -159,7 +159,11 @@ def _tail_from_determinant(matrix: Tensor, values: Tensor) -> float:
         return float(torch.finfo(matrix.dtype).eps * values[0])
     highest = _NEGATIVE * float(values[0])
     while True:
-        lower, info = torch.linalg.cholesky_ex(damped_by(matrix, floor, torch.float64))
+        damped = damped_by(matrix, floor, torch.float64).mT
+        # In its place: symmetric, and transposed it lies as LAPACK has its matrices.
+        lower, info = torch.linalg.cholesky_ex(
+            damped, out=(damped, torch.empty((), dtype=torch.int32, device=damped.device))
+        )
         if int(info) == 0:
             break
         # Rounding of M makes it indefinite.
