@@ -13,7 +13,7 @@ class CalibrationPlan(Record):
         by_blocks: whether one decoder block is calibrated after the other.
         limit_bytes: what weights and sums may take before that.
         answering_bytes: of the model while it answers, or of what of it is in memory then where it answers
-            block by block; without keys and values.
+            block by block, with keys and values then.
         weights_bytes: of what is in memory while it is differentiated: the model, or what is in no block and
             the largest block.
         sums_bytes: of the sums over its layers, or over those of the largest block.
