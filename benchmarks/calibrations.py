@@ -52,16 +52,10 @@ class Stages:
 
 
 def whole(
-    aligned: Path,
-    output: Path,
-    conversations: int,
-    held_out: int | None = None,
-    memory: int | None = None,
+    aligned: Path, output: Path, conversations: int, held_out: int | None = None
 ) -> Mapping[str, float]:
     """Calibrate on the CPU, into a new folder; another number than by default may be held out."""
     stages, config = Stages(), _config(conversations)
-    if memory is not None:
-        config = config.model_copy(update={"memory": ByteSize(memory)})
     if held_out is not None:
         config = config.model_copy(update={"num_held_out": held_out})
     calibrate(aligned, output, config=config, progress=stages)

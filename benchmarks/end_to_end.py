@@ -40,7 +40,6 @@ class Run:
         shape: of the models.
         conversations: that the curvature is measured on.
         work: where the models lie, and all else for a while.
-        memory: bytes that the calibration may take; what it decides itself where absent.
         parts: what was measured.
         made: what the store says of itself.
     """
@@ -48,7 +47,6 @@ class Run:
     shape: Shape
     conversations: int
     work: Path
-    memory: int | None = None
     parts: list[Part] = field(default_factory=list[Part])
     made: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -63,7 +61,7 @@ class Run:
         shutil.rmtree(out, ignore_errors=True)
         gemm = json.loads(_program("gemm").output)["rate"]
         answered = ("calibrate-from", pair / "aligned", store, self.conversations, self._held_out)
-        found = _program(*answered, *([] if self.memory is None else [self.memory]))
+        found = _program(*answered)
         stages: dict[str, float] = json.loads(found.output)["stages"]
         self.made = json.loads((store / "curvature.json").read_text(encoding="utf-8"))["provenance"]
         self._add("calibrate", found, operations=self._calibration() / gemm, stages=stages)
@@ -179,14 +177,13 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--layers", type=int, help="decoder blocks instead of all")
     parser.add_argument("--conversations", type=int)
-    parser.add_argument("--memory", type=int, help="bytes that the calibration may take")
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work", metavar="DIR")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     shape, usual = SIZES[options.size]
     shape = replace(shape, blocks=options.layers or shape.blocks)
     options.work.mkdir(parents=True, exist_ok=True)
-    run = Run(shape, options.conversations or usual, options.work, options.memory)
+    run = Run(shape, options.conversations or usual, options.work)
     environment = json.loads(_program("environment").output)
     path = options.output or ROOT / "docs" / "results" / f"end-to-end-{options.size}.json"
     for _ in run.measure():

@@ -263,16 +263,12 @@ def calibrate_blocks(aligned: Path, output: Path, conversations: int) -> dict[st
 
 
 def calibrate(
-    aligned: Path,
-    output: Path,
-    conversations: int,
-    held_out: int | None = None,
-    memory: int | None = None,
+    aligned: Path, output: Path, conversations: int, held_out: int | None = None
 ) -> dict[str, object]:
     """Seconds of the stages of a calibration."""
     from benchmarks.calibrations import whole
 
-    return {"stages": whole(aligned, output, conversations, held_out, memory)}
+    return {"stages": whole(aligned, output, conversations, held_out)}
 
 
 def calibrate_inputs(aligned: Path, output: Path, conversations: int) -> dict[str, object]:
@@ -303,8 +299,8 @@ PROGRAMS: Mapping[str, Callable[..., Mapping[str, object]]] = {
     "calibrate-blocks": lambda model, output, number: calibrate_blocks(
         Path(model), Path(output), int(number)
     ),
-    "calibrate-from": lambda model, output, number, held_out, memory="": calibrate(
-        Path(model), Path(output), int(number), int(held_out), int(memory) if memory else None
+    "calibrate-from": lambda model, output, number, held_out: calibrate(
+        Path(model), Path(output), int(number), int(held_out)
     ),
     "environment": environment,
 }

@@ -58,7 +58,7 @@ class CheckResult(BaseModel):
     aligned: Share
     finetuned: Share
     restored: Share
-    undecided: int
+    undecided: int = 0
     added: Share
     allowed: float
     passed: bool
