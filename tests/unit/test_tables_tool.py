@@ -280,7 +280,8 @@ def test_the_services_demo_has_a_row_a_check_and_says_what_came_of_the_job():
         "status": "succeeded",
         "error": None,
         "checks": [
-            compare(check, counted, Gate()).model_dump() for check in ("attack_success", "false_refusals")
+            compare(check, counted, Gate(), undecided=0).model_dump()
+            for check in ("attack_success", "false_refusals")
         ],
         "kept_energy": 0.884,
         "seconds": {"align": 0, "job": 301, "total": 340},

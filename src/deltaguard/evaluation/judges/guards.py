@@ -95,8 +95,10 @@ class GuardSpec(JudgeSpec):
 
     @override
     def make(self, *, device: str = "cpu", folder: Path | None = None) -> Judge:
-        """Make the judge."""
-        return GuardJudge(self, device)
+        """Make the judge; that it and its input format are there is seen now, not after hours of answers."""
+        judge = GuardJudge(self, device)
+        judge.require_found()
+        return judge
 
 
 @dataclass(frozen=True)
@@ -109,23 +111,24 @@ class GuardJudge(PlainJudge):
     Attributes:
         options: which guard, and how it is asked.
         device: where it runs.
-
-    Raises:
-        DeltaguardError: the guard or its input format cannot be found.
     """
 
     options: GuardSpec
     device: str = "cpu"
 
-    def __post_init__(self) -> None:
-        # Now, and not after hours of answers.
-        locate(self.options.model, weights=False)
-        _ = self._format
-
     @property
     def name(self) -> str:
         """As tables show it."""
         return self.options.name or self.options.template
+
+    def require_found(self) -> None:
+        """Look for the guard and its input format; nothing is loaded.
+
+        Raises:
+            DeltaguardError: one of them is not there, or the format is none.
+        """
+        locate(self.options.model, weights=False)
+        _ = self._format
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """Judge each exchange, in order; `undecided` where the guard wrote something else.
