@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import openai
 import pytest
 from clients import uploaded
-from dbos import DBOS
+from dbos import DBOS, SetEnqueueOptions
 from pydantic import ValidationError
 from sqlalchemy.exc import OperationalError
 
@@ -172,6 +172,24 @@ def test_a_run_that_was_paused_ends_though_the_job_was_resumed(client, opened, b
     assert not begun.publish(job.id, 1)
     begun.end_by_bug(job.id, 2)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "failed"
+
+
+def test_what_another_version_of_the_service_left_is_begun_anew(client, opened, begun, receiver, monkeypatch):
+    enough = JobError(code="enough", message="Enough.")
+    monkeypatch.setattr(workflow, "run_task", lambda *_, **__: Outcome(error=enough))
+    file, begin = uploaded(client), begun.begin
+    with monkeypatch.context() as earlier:
+        earlier.setattr(workflow, "_SAME_VERSION", "earlier")
+        earlier.setattr(begun, "begin", lambda _: None)
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+        # DBOS leaves alone what is not this version's to run.
+        with SetEnqueueOptions(app_version="earlier"):
+            begin(job.id)
+    time.sleep(2)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
+    begun.begin_all()
+    assert ended(client, job).error.code == "enough"
+    received(receiver, job, 1)
 
 
 def test_what_is_no_business_of_the_customer_stands_in_the_log(client, receiver, monkeypatch, caplog):

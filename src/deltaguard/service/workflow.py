@@ -122,13 +122,14 @@ class Workflows(DBOSConfiguredInstance):
         with self.service.sessions.begin() as session:
             job = _job(session, job_id)
         if job.status == "validating_files":
-            with SetWorkflowID(f"{job_id} validate"):
+            with SetWorkflowID(f"{job_id} validate, version {_SAME_VERSION}"):
                 DBOS.enqueue_workflow(_VALIDATION, self.validate, job_id)
         else:
             self._queue(job_id, run=job.runs)
 
     def _queue(self, job_id: str, *, run: int) -> None:
-        with SetWorkflowID(f"{job_id} run {run}"):
+        # What another version left is never gone on with: begun anew, it goes on from what its steps left.
+        with SetWorkflowID(f"{job_id} run {run}, version {_SAME_VERSION}"):
             DBOS.enqueue_workflow(_TRAINING, self.fine_tune, job_id, run)
 
     def begin_all(self) -> None:
