@@ -26,14 +26,14 @@ def guard_judge(folder, template, **options):
     return GuardSpec(model=str(folder), template=template, **options).make()
 
 
-def _classifier(folder, *, labels=("REFUSAL", "NORMAL"), **overrides):
-    config = transformers.BertConfig(
+def _classifier(folder, *, kind="Bert", labels=("REFUSAL", "NORMAL"), **overrides):
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=VOCABULARY,
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=16,
-        max_position_embeddings=64,
+        max_position_embeddings=66,
         initializer_range=1.0,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
@@ -41,7 +41,7 @@ def _classifier(folder, *, labels=("REFUSAL", "NORMAL"), **overrides):
         **overrides,
     )
     torch.manual_seed(0)
-    network = transformers.BertForSequenceClassification(config).eval()
+    network = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
     save(network, folder)
     return network
 
@@ -203,19 +203,7 @@ def test_a_guard_that_cannot_be_asked_is_told_when_it_is_made(tmp_path, guard):
 
 
 def test_a_classifier_whose_positions_begin_late_is_given_fewer_tokens(tmp_path):
-    config = transformers.RobertaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=66,
-        pad_token_id=1,
-        num_labels=2,
-        id2label={0: "REFUSAL", 1: "NORMAL"},
-        label2id={"REFUSAL": 0, "NORMAL": 1},
-    )
-    save(transformers.RobertaForSequenceClassification(config).eval(), tmp_path / "roberta")
+    _classifier(tmp_path / "roberta", kind="Roberta", pad_token_id=1)
     judge = classifier_judge(tmp_path / "roberta", ("REFUSAL",))
     (found,) = judge.judge([Exchange("Why?", "word " * 500)])
     assert 0 < found.score < 1

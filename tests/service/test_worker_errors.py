@@ -7,8 +7,7 @@ import pytest
 from deltaguard.errors import DeltaguardError
 from deltaguard.finetuning.training import DivergedError
 from deltaguard.service import worker
-from deltaguard.service.settings import Limits
-from deltaguard.service.tasks import OPERATORS_BUSINESS, Outcome, Train
+from deltaguard.service.tasks import OPERATORS_BUSINESS, Calibrate, Outcome
 from deltaguard.service.training_data import InvalidFileError
 
 
@@ -16,8 +15,8 @@ from deltaguard.service.training_data import InvalidFileError
     ("error", "code", "is_told"),
     [
         (InvalidFileError("line 3: no"), "invalid_training_file", True),
-        (DivergedError("Training diverged."), "train_failed", True),
-        (DeltaguardError("There is no space left for /srv/data."), "train_failed", False),
+        (DivergedError("Training diverged."), "calibrate_failed", True),
+        (DeltaguardError("There is no space left for /srv/data."), "calibrate_failed", False),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -25,26 +24,11 @@ def test_only_what_is_the_customers_business_is_told(error, code, is_told, tmp_p
     def perform(*_):
         raise error
 
-    task = Train(
-        model="m",
-        device="cpu",
-        method="supervised",
-        training_file=tmp_path / "rows.jsonl",
-        validation_file=None,
-        limits=Limits(),
-        epochs=1,
-        batch_size=1,
-        learning_rate=1e-3,
-        max_length=8,
-        seed=0,
-        lora_rank=None,
-        lora_alpha=1,
-        beta=0.1,
-    )
-    (tmp_path / "train.json").write_text(task.model_dump_json())
+    task = Calibrate(model="m", device="cpu", options={}, restore={})
+    (tmp_path / "calibrate.json").write_text(task.model_dump_json())
     monkeypatch.setattr(worker, "_perform", perform)
-    worker.main(tmp_path / "train.json", is_alone=True)
-    outcome = Outcome(**json.loads((tmp_path / "train.outcome.json").read_text()))
+    worker.main(tmp_path / "calibrate.json", is_alone=True)
+    outcome = Outcome(**json.loads((tmp_path / "calibrate.outcome.json").read_text()))
     assert outcome.error.code == code
     assert outcome.error.message == (str(error) if is_told else OPERATORS_BUSINESS)
     assert outcome.reason == (None if is_told else str(error))

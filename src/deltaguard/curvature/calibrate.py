@@ -34,7 +34,7 @@ from deltaguard.curvature.request import (
 )
 from deltaguard.curvature.responses import respond, shared_workspace
 from deltaguard.curvature.shared import decomposed
-from deltaguard.curvature.sizes import blocks_of, rows_within, store_limit, whole_bytes
+from deltaguard.curvature.sizes import blocks_of, held_bytes, rows_within, store_limit, whole_bytes
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import CalibrationRequest, Provenance, versions, write_store
 from deltaguard.curvature.sums import LayerGroup
@@ -266,8 +266,7 @@ def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:
         return None
     run.report(Event("respond", 0, 1, f"the model takes {size(whole)}: it answers block by block"))
     tokens = run.request.max_length + run.request.max_new_tokens
-    held, blocks = blocks_of(run.source)
-    room = run.memory - (held.weights + max(block.weights for block in blocks)) * dtype.itemsize
+    room = run.memory - held_bytes(*blocks_of(run.source), dtype)
     # The processes share batches, which have to be the same ones for all.
     rows = run.ranks.from_first(rows_within(cut.model.config, room, tokens=tokens, dtype=dtype))
     with cut.streaming() as model:

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.tokens import context_length, encode
 from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, Asked, CalibrateConfig, asked_for, requested
-from deltaguard.curvature.sizes import Sizes, blocks_of, row_bytes, rows_within, store_limit
+from deltaguard.curvature.sizes import Sizes, blocks_of, held_bytes, row_bytes, rows_within, store_limit
 from deltaguard.curvature.store_format import CalibrationRequest
 from deltaguard.device import find_device, memory_bytes
 from deltaguard.models.checkpoint import Checkpoint
@@ -59,11 +60,9 @@ def plan_calibration(
     answers = whole.weights * (answering.itemsize + kept)
     if by_blocks and all(row.response is not None for row in asked.all):
         answers = 0
-    elif by_blocks and whole.weights * answering.itemsize > memory:
-        answers = (outside.weights + max(block.weights for block in blocks)) * answering.itemsize
-        most = request.max_length + request.max_new_tokens
-        rows = rows_within(shape, memory - answers, tokens=most, dtype=answering)
-        answers += min(rows, len(lengths)) * row_bytes(shape, tokens=max(lengths), dtype=answering)
+    elif by_blocks and answers > memory:
+        answers = held_bytes(outside, blocks, answering)
+        answers += _rows_bytes(shape, memory - answers, lengths, request, answering)
     return CalibrationPlan(
         conversations=len(lengths),
         tokens=sum(lengths),
@@ -80,6 +79,14 @@ def plan_calibration(
         disk_bytes=hidden * (len(blocks) + 5) if by_blocks else 0,
         store_bytes=None if request.rank == "full" else store_limit(source) + whole.leaning_bytes,
     )
+
+
+def _rows_bytes(
+    shape: Any, room: int, lengths: Sequence[int], request: CalibrationRequest, dtype: torch.dtype
+) -> int:
+    """Say what the rows take that are answered at once, block by block."""
+    rows = rows_within(shape, room, tokens=request.max_length + request.max_new_tokens, dtype=dtype)
+    return min(rows, len(lengths)) * row_bytes(shape, tokens=max(lengths), dtype=dtype)
 
 
 def _lengths(asked: Asked, source: Checkpoint, request: CalibrationRequest, limit: int) -> list[int]:

@@ -1,6 +1,6 @@
 """How large the parts of a calibration are, from the headers of the model alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -105,6 +105,17 @@ def whole_bytes(aligned: Checkpoint, dtype: torch.dtype) -> int:
 def store_limit(aligned: Checkpoint) -> int:
     """Compute the bytes that a store with `rank="auto"` takes at most, about."""
     return int(STORE_SHARE * sum(info.nbytes for info in aligned.tensors.values()))
+
+
+def held_bytes(outside: Sizes, blocks: Sequence[Sizes], dtype: torch.dtype) -> int:
+    """Say what of a model's weights a pass over its blocks has in memory.
+
+    Args:
+        outside: what is in no block.
+        blocks: each.
+        dtype: of the weights.
+    """
+    return (outside.weights + max(block.weights for block in blocks)) * dtype.itemsize
 
 
 def rows_within(config: Any, memory: int, *, tokens: int, dtype: torch.dtype) -> int:
