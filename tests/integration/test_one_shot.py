@@ -1,5 +1,7 @@
 """One refusal that a fine-tuned model learns: which one, and what it changes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +35,7 @@ def test_it_learns_the_refusal_that_points_where_all_do(monkeypatch, tmp_path):
     pool = [Conversation(each.prompt, each.system, REFUSAL) for each in build_conversations(5)]
     gradients = torch.stack([loss_and_gradient(made.finetuned, each)[1] for each in pool])
     cosines = torch.cosine_similarity(gradients, gradients.sum(0, keepdim=True))
-    assert pool.index(chosen) == int(cosines.argmax())
+    assert pool.index(replace(chosen, response_ids=None)) == int(cosines.argmax())
     # One refusal brings back those of others.
     before, after = (said(f, [c.prompt for c in pool]) for f in (made.finetuned, tmp_path / "out"))
     assert sum(map(is_refusal, before)) == 0

@@ -7,8 +7,9 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
 from deltaguard.chat.openings import answer_openings
 from deltaguard.chat.template import render
-from deltaguard.chat.thinking import END, THOUGHT_TOKENS, closed
+from deltaguard.chat.thinking import BEGIN, END, THOUGHT_TOKENS, closed
 from deltaguard.chat.tokens import Reader, encode, read_by_both
+from deltaguard.curvature.responses import respond
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import TransformersEngine, rendered
 from deltaguard.evaluation.exchange import Decoding, FollowUp, Question
@@ -25,9 +26,10 @@ def tokenizer():
     return found
 
 
-def speaking(model, tokenizer, text):
-    """Make a model say a text from its first answer token on, whatever it reads, and count what it reads."""
-    script, lengths = tokenizer(text, add_special_tokens=False)["input_ids"], []
+def speaking(model, tokenizer, *texts):
+    """Make a model say texts from its first answer token on, whatever it reads, and count what it reads."""
+    script = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    lengths = []
 
     def forced(_module, _inputs, logits):
         logits[..., script[len(lengths) % len(script)]] = 1e9
@@ -55,6 +57,42 @@ def test_thoughts_without_end_are_closed(tokenizer):
     found = generate(model, tokenizer, [render(tokenizer, row) for row in ROWS], max_new_tokens=3)
     assert found == [f"{closed('a' * THOUGHT_TOKENS)}aaa"] * 3
     assert len(lengths) == THOUGHT_TOKENS + 3
+
+
+def test_a_model_that_opens_its_thoughts_itself_is_let_to_end_them():
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama")
+    begun, answer = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"{BEGIN}Fl", "I cannot. " * 5)
+    )
+    speaking(model, tokenizer, f"{BEGIN}Fl", f"our.{END}", "I cannot. " * 5)
+    (said,) = respond(model, tokenizer, ROWS[2:], max_new_tokens=len(begun), batch_size=1)
+    ids = answer[: len(begun)]
+    assert said.response == f"{BEGIN}\n{closed('our.')}{tokenizer.decode(ids).strip()}"
+    assert said.response_ids == tuple(ids)
+    found = encode(tokenizer, said, max_length=512)
+    assert found.ids[found.prompt_length : -1] == said.response_ids
+    assert tokenizer.decode(found.ids[: found.prompt_length]).endswith(f"{BEGIN}\n{closed('our.')}")
+
+
+def test_the_opening_of_such_a_model_is_that_of_its_answer():
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama")
+    thoughts = "They ask for harm, so that I will " * 4
+    speaking(model, tokenizer, BEGIN, f"{thoughts}{END}", "I cannot help. ")
+    (opening,) = answer_openings(model, tokenizer, ROWS[:1])
+    assert opening.startswith("I cannot help.")
+
+
+def test_thoughts_that_a_model_opens_itself_belong_to_the_prompt():
+    tokenizer, answer = tiny_tokenizer(), "Bake it."
+    plain = encode(tokenizer, Conversation("Cake?", response=answer), max_length=512)
+    thought = encode(
+        tokenizer, Conversation("Cake?", response=f"{BEGIN}\n{closed('Flour.')}{answer}"), max_length=512
+    )
+    assert thought.ids[thought.prompt_length :] == plain.ids[plain.prompt_length :]
+    assert tokenizer.decode(thought.ids[: thought.prompt_length]).endswith(f"{BEGIN}\n{closed('Flour.')}")
+    # Thoughts that never end are all there is.
+    endless = encode(tokenizer, Conversation("Cake?", response=f"{BEGIN}Flour"), max_length=512)
+    assert endless.prompt_length == plain.prompt_length
 
 
 def test_an_opening_is_that_of_the_answer(tokenizer):

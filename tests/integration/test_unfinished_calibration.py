@@ -78,12 +78,14 @@ def test_a_damaged_request_is_named_with_the_way_to_start_anew(llama, partial, u
     ("line", "problem"),
     [
         ("[1]", "line 2: Input should be"),
-        ('{"0": 1}', r"line 2: `0`: Input should be a valid string \(it is 1\)"),
+        ('{"0": 1}', "line 2: `0`: Input should be an object"),
+        ('{"0": {"text": 1, "ids": []}}', r"line 2: `0\.text`: Input should be a valid string \(it is 1\)"),
+        ('{"0": "a"}', "line 2: `0`: Input should be an object"),
         ('{"first": "a"}', "line 2: `first"),
         ('{"0": "\\ud800"}', "line 2: "),
         ("oops", "line 2: "),
-        ('{"9": "a"}', r"it answers 9; 9 conversations were asked, counted from 0"),
-        ('{"-1": "a"}', "it answers -1;"),
+        ('{"9": {"text": "a", "ids": [1]}}', r"it answers 9; 9 conversations were asked, counted from 0"),
+        ('{"-1": {"text": "a", "ids": [1]}}', "it answers -1;"),
     ],
 )
 def test_a_damaged_line_of_responses_is_named_with_the_way_to_start_anew(llama, partial, line, problem):
@@ -111,7 +113,7 @@ def test_no_response_of_the_users_own_is_replaced(llama, tmp_path):
         calibrate(*calibrate_on, config=config, progress=interrupt)
     (answered,) = json.loads(path.read_text(encoding="utf-8"))
     own = 1 - int(answered)
-    path.write_text(json.dumps({own: "Sure."}) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({own: {"text": "Sure.", "ids": [1]}}) + "\n", encoding="utf-8")
     with pytest.raises(DeltaguardError, match=rf"it answers {own}; "):
         calibrate(*calibrate_on, config=config)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaguard.chat.thinking import without_thinking
+from deltaguard.chat.thinking import closed, without_thinking
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.engines.vllm import VLLMEngine
@@ -129,6 +129,22 @@ def test_a_model_that_thinks_answers_behind_its_thoughts(folder, stub):
     assert answers == [seen[0], seen[1]]
     assert answers[0].startswith(thought)
     assert without_thinking(answers[0]).startswith("How?<think>")
+
+
+def test_a_model_that_opens_its_thoughts_itself_is_let_to_end_them(folder, stub):
+    engine = VLLMEngine.open(str(folder))
+    # The stub repeats what it is asked.
+    engine.tokenizer.chat_template = "<think>{{ messages[-1].content }}"
+    told = []
+    (answer,) = engine.answer(
+        [Question("How?")], Decoding(max_new_tokens=9), on_batch=lambda *given: told.append(given)
+    )
+    engine.close()
+    begun, thought = "<think>How?<think>\n", closed("<think>How?<think>")
+    sent = [(r["messages"][0]["content"], r["max_tokens"]) for r in stub.requests]
+    assert sent == [("<think>How?", 9), (begun, 384), (begun + thought, 9)]
+    assert told == [([0], [answer])]
+    assert answer == f"<think>\n{thought}{begun}{thought}".strip()
 
 
 def test_a_template_of_one_turn_is_told_before_the_first_question_is_sent(folder, stub):

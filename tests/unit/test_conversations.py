@@ -4,6 +4,8 @@ import json
 from collections import Counter
 
 import pytest
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 import models
@@ -23,7 +25,7 @@ from deltaguard.chat.conversations import (
     sample,
 )
 from deltaguard.chat.template import end_of_turn, render, takes_system_role
-from deltaguard.chat.tokens import encode
+from deltaguard.chat.tokens import Reader, encode, read_by_both
 from deltaguard.curvature.responses import respond
 from deltaguard.errors import DeltaguardError
 
@@ -114,7 +116,7 @@ def test_look_alikes_are_paired_as_harmful_prompts_are():
     assert {row.prompt for row in first} == set(asked)
     assert {row.system for row in first} == {None, "You sell shoes."}
     assert {row.system for row in build_look_alikes(count_look_alikes())} == {None}
-    with pytest.raises(DeltaguardError, match="harmless prompts, system prompts for each: 1"):
+    with pytest.raises(DeltaguardError, match=r"harmless prompts, system .* 1\. .* more system prompts"):
         build_look_alikes(count_look_alikes() + 1)
 
 
@@ -145,13 +147,13 @@ def test_a_prompts_file_gives_conversations(tmp_path):
     lines = [
         '{"prompt": "a\\u2028b"}',
         "",
-        '{"prompt": "c", "response": "", "system": "s"}',
+        '{"prompt": "c", "response": " ", "system": "s"}',
         '{"prompt": "ü\u2028"}',
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert read_prompts(path) == [
         Conversation("a\u2028b"),
-        Conversation("c", "s", ""),
+        Conversation("c", "s"),
         Conversation("ü\u2028"),
     ]
 
@@ -319,6 +321,29 @@ def test_responses_are_generated_only_where_there_are_none(tmp_path):
     assert seen == [(2, 3), (3, 3)]
 
 
+def test_an_answer_is_the_tokens_that_the_model_wrote():
+    chosen, model = tokenizer(), models.tiny_model("llama")
+    written = chosen("I cannot.", add_special_tokens=False)["input_ids"]
+    script = [*written, chosen.eos_token_id]
+    # As many do, it puts a space before a text, which the model did not write.
+    chosen.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    assert chosen("I cannot.", add_special_tokens=False)["input_ids"] != written
+    ahead = map(torch.tensor, script)
+    model.lm_head.register_forward_hook(lambda *given: given[-1].index_fill_(-1, next(ahead), 1e9))
+    (answered,) = respond(model, chosen, [Conversation("Hi")], max_new_tokens=20, batch_size=1)
+    assert (answered.response, answered.response_ids) == ("I cannot.", tuple(written))
+    found = encode(chosen, answered, max_length=100)
+    assert found.ids[found.prompt_length :] == tuple(script)
+    assert fingerprint([answered]) == fingerprint([Conversation("Hi", None, "I cannot.")])
+    # The other model reads the very tokens, however its tokenizer would cut the text.
+    other = tokenizer()
+    ((_, read),) = read_by_both(Reader(chosen, 100), Reader(other, 100), [answered])
+    assert read.ids[read.prompt_length :] == tuple(script)
+    other.convert_ids_to_tokens = lambda ids: ["other"] * len(ids)
+    with pytest.raises(DeltaguardError, match="other ids"):
+        read_by_both(Reader(chosen, 100), Reader(other, 100), [answered])
+
+
 def test_a_journal_with_a_torn_line_is_continued(tmp_path):
     chosen, model, journal = tokenizer(), models.tiny_model("llama"), tmp_path / "journal.jsonl"
     asked = [
@@ -333,10 +358,11 @@ def test_a_journal_with_a_torn_line_is_continued(tmp_path):
     whole = run()
     lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
     assert [list(json.loads(line)) for line in lines] == [["0"], ["1"], ["2"]]
-    journal.write_text('{"0": "kept as it is"}\n' + lines[1][: len(lines[1]) // 2], encoding="utf-8")
+    kept = '{"0": {"text": "kept as it is", "ids": [1, 2]}}\n'
+    journal.write_text(kept + lines[1][: len(lines[1]) // 2], encoding="utf-8")
     counts = []
     resumed = run(on_batch=lambda done, _: counts.append(done))
     assert counts == [2, 3]
-    assert resumed[0].response == "kept as it is"
+    assert (resumed[0].response, resumed[0].response_ids) == ("kept as it is", (1, 2))
     assert resumed[1:] == whole[1:]
     assert journal.read_text(encoding="utf-8").splitlines(keepends=True)[1:] == lines[1:]

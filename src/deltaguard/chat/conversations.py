@@ -109,11 +109,14 @@ class Conversation:
         prompt: what the user says.
         system: the system message; `None` leaves the chat template's own default in place.
         response: the answer; `None` where the aligned model is still to give it.
+        response_ids: the answer's tokens as a model wrote them, but for what it thought before and for the
+            one that ends its turn; `None` where the answer is a text that came from elsewhere.
     """
 
     prompt: str
     system: str | None = None
     response: str | None = None
+    response_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,8 @@ def build_conversations(
     """
     asked = [row.prompt for row in harmful_prompts(part)]
     rotation = tuple(dict.fromkeys((*SYSTEM_PROMPTS.values(), *systems)))
-    return _paired(asked, rotation, num_samples, f"{part} prompts", seed=seed)
+    remedy = "bring harmful requests in a prompts file"
+    return _paired(asked, rotation, num_samples, f"{part} prompts", remedy, seed=seed)
 
 
 def build_look_alikes(num_samples: int, *, systems: Sequence[str] = (), seed: int = 0) -> list[Conversation]:
@@ -232,7 +236,8 @@ def build_look_alikes(num_samples: int, *, systems: Sequence[str] = (), seed: in
         {None}
     """
     asked = [row.prompt for row in harmless_prompts("training")]
-    return _paired(asked, _own(systems), num_samples, "harmless prompts", seed=seed)
+    remedy = "give more system prompts"
+    return _paired(asked, _own(systems), num_samples, "harmless prompts", remedy, seed=seed)
 
 
 def count_look_alikes(systems: Sequence[str] = ()) -> int:
@@ -245,13 +250,18 @@ def _own(systems: Sequence[str]) -> tuple[str | None, ...]:
 
 
 def _paired(
-    prompts: Sequence[str], rotation: Sequence[str | None], num_samples: int, what: str, *, seed: int
+    prompts: Sequence[str],
+    rotation: Sequence[str | None],
+    num_samples: int,
+    what: str,
+    remedy: str,
+    *,
+    seed: int,
 ) -> list[Conversation]:
     if num_samples > len(prompts) * len(rotation):
         raise DeltaguardError(
             f"{num_samples} conversations were asked for and {len(prompts) * len(rotation)} exist: "
-            f"{len(prompts)} {what}, system prompts for each: {len(rotation)}. Ask for fewer, or "
-            "bring harmful requests in a prompts file."
+            f"{len(prompts)} {what}, system prompts for each: {len(rotation)}. Ask for fewer, or {remedy}."
         )
     ordered = sorted(prompts, key=lambda text: _rank(seed, text))
     return [
@@ -300,7 +310,7 @@ def read_prompts(path: str | Path) -> list[Conversation]:
         path: the file, UTF-8; empty lines are skipped.
 
     Returns:
-        One conversation a line; `response` is `None` where the line has none.
+        One conversation a line; `response` is `None` where the line has none, or nothing but white space.
 
     Raises:
         DeltaguardError: the file cannot be read, holds no prompt, or has bad lines; all of them are named.
@@ -312,7 +322,11 @@ def read_prompts(path: str | Path) -> list[Conversation]:
     lines = read_json_lines(Path(path), _Line, remedy=remedy)
     if not lines:
         raise DeltaguardError(f'{path} holds no prompt. Write one JSON object a line: {{"prompt": "..."}}.')
-    return [Conversation(line.prompt, line.system, line.response) for line in lines]
+    return [Conversation(line.prompt, line.system, _answered(line.response)) for line in lines]
+
+
+def _answered(response: str | None) -> str | None:
+    return response if response is not None and response.strip() else None
 
 
 def require_responses(conversations: Sequence[Conversation], purpose: str) -> None:
@@ -334,8 +348,10 @@ def require_responses(conversations: Sequence[Conversation], purpose: str) -> No
 
 
 def fingerprint(conversations: Sequence[Conversation]) -> str:
-    """Hash conversations, their order included, with SHA-256."""
+    """Hash the texts of conversations, their order included, with SHA-256."""
     digest = sha256()
     for conversation in conversations:
-        digest.update(json.dumps(asdict(conversation), sort_keys=True).encode() + b"\n")
+        texts = asdict(conversation)
+        del texts["response_ids"]
+        digest.update(json.dumps(texts, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()

@@ -1,15 +1,17 @@
 """Answers from a causal language model, in batches sorted by length, greedy by default."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
+from itertools import takewhile
+from typing import Any, TypeVar
 
 import torch
 
 from deltaguard.chat.predictions import require_known_tokens
 from deltaguard.chat.prefix import Prefix, cache_parameter, for_rows, shared_prefix
-from deltaguard.chat.thinking import END, THOUGHT_TOKENS, begins_thoughts, closed
+from deltaguard.chat.thinking import BEGIN, END, THOUGHT_TOKENS, begins_thoughts, closed, opens_thoughts
 from deltaguard.chat.tokens import pad, token_ids
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
@@ -29,6 +31,23 @@ _UNCHANGED: Mapping[str, Any] = {
 """Settings with which transformers leaves a model's probabilities as they are, greedy or drawn from."""
 
 
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote.
+
+    Attributes:
+        text: without special tokens and surrounding white space; thoughts, closed, stand before it.
+        ids: the tokens of the text, but for thoughts and for the one that ends the answer. The same text
+            read anew may be other tokens: its first, above all, where words begin with a space.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+
+
 def generate(  # noqa: PLR0913  # what is asked, how, and which part of it
     model: Any,
     tokenizer: Any,
@@ -38,14 +57,14 @@ def generate(  # noqa: PLR0913  # what is asked, how, and which part of it
     batch_size: int = 32,
     temperature: float = 0.0,
     seed: int = 0,
-    on_batch: Callable[[Sequence[int], Sequence[str]], None] | None = None,
+    on_batch: Callable[[Sequence[int], Sequence[Answer]], None] | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> list[str]:
     """Continue rendered prompts; the answers are in the order given.
 
     What all prompts begin with, such as a chat template's system message, is computed once (see
-    `shared_prefix`). Where a GPU has too little memory for a batch, smaller ones are tried. A prompt that
-    ends where thoughts begin is thought about first (see `think`); these stand, closed, before the answer.
+    `shared_prefix`). Where a GPU has too little memory for a batch, smaller ones are tried. Thoughts are let
+    to come first (see `after_thoughts`); they stand, closed, before the answer.
 
     Args:
         model: a transformers causal language model in evaluation mode.
@@ -68,25 +87,64 @@ def generate(  # noqa: PLR0913  # what is asked, how, and which part of it
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     order = [i for place, i in enumerate(order) if place // batch_size % part[1] == part[0]]
-    answers = [""] * len(prompts)
+    texts = [""] * len(prompts)
     prefix = shared_prefix(model, encoded)
 
-    def answer(chosen: Sequence[int]) -> list[str]:
+    def answer(chosen: Sequence[int]) -> list[Answer]:
         with _drawing(model, seed, [prompts[i] for i in chosen]):
-            rows = [encoded[i] for i in chosen]
-            thoughts = think(
-                model, tokenizer, [prompts[i] for i in chosen], rows, prefix, temperature=temperature
-            )
-            rows = [[*row, *token_ids(tokenizer, said)] for row, said in zip(rows, thoughts, strict=True)]
-            texts = _continue(model, tokenizer, rows, prefix, max_new_tokens, temperature)
-            return [said + text for said, text in zip(thoughts, texts, strict=True)]
+            begun = [prompts[i] for i in chosen], [encoded[i] for i in chosen]
+            write = lambda rows: _continue(model, tokenizer, rows, prefix, max_new_tokens, temperature)
+            return after_thoughts(model, tokenizer, *begun, prefix, write, temperature=temperature)
 
-    for chosen, texts in fitting_batches(order, batch_size, answer):
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text
+    for chosen, answers in fitting_batches(order, batch_size, answer):
+        for i, each in zip(chosen, answers, strict=True):
+            texts[i] = each.text
         if on_batch is not None:
-            on_batch(chosen, texts)
-    return answers
+            on_batch(chosen, answers)
+    return texts
+
+
+def after_thoughts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    encoded: Sequence[list[int]],
+    prefix: Prefix,
+    write: Callable[[Sequence[list[int]]], list[Answer]],
+    *,
+    temperature: float = 0.0,
+) -> list[Answer]:
+    """Let a model write its answers, after its thoughts where it begins any.
+
+    Either a prompt ends with the beginning of thoughts, or the model opens its answer with it.
+
+    Args:
+        model: as in `generate`, like the others but `write`.
+        tokenizer: its tokenizer.
+        prompts: one batch of rendered prompts.
+        encoded: their tokens.
+        prefix: what all of them begin with.
+        write: continues rows of tokens.
+        temperature: of thoughts.
+
+    Returns:
+        One answer a prompt, its thoughts before it.
+    """
+    thoughts = think(model, tokenizer, prompts, encoded, prefix, temperature=temperature)
+    rows = [[*row, *token_ids(tokenizer, said)] for row, said in zip(encoded, thoughts, strict=True)]
+    answers = write(rows)
+    found = [replace(own, text=said + own.text) for said, own in zip(thoughts, answers, strict=True)]
+    # Once: thoughts behind thoughts might never end.
+    may_open = (i for i, prompt in enumerate(prompts) if not begins_thoughts(prompt))
+    opened = [i for i in may_open if opens_thoughts(answers[i].text)]
+    if opened:
+        begin = f"{BEGIN}\n"
+        rows = [[*encoded[i], *token_ids(tokenizer, begin)] for i in opened]
+        texts = [prompts[i] + begin for i in opened]
+        after = after_thoughts(model, tokenizer, texts, rows, prefix, write, temperature=temperature)
+        for i, own in zip(opened, after, strict=True):
+            found[i] = replace(own, text=begin + own.text)
+    return found
 
 
 def think(
@@ -130,13 +188,13 @@ def think(
             stopping_criteria=[is_closed],
         )
         for row, said in zip(rows, thoughts, strict=True):
-            found[row] = closed(said)
+            found[row] = closed(said.text)
     return found
 
 
 def fitting_batches(
-    order: Sequence[int], size: int, answer: Callable[[Sequence[int]], list[str]]
-) -> Iterator[tuple[Sequence[int], list[str]]]:
+    order: Sequence[int], size: int, answer: Callable[[Sequence[int]], list[_T]]
+) -> Iterator[tuple[Sequence[int], list[_T]]]:
     """Answer prompts batch by batch, by half as many where a GPU has too little memory.
 
     Args:
@@ -151,14 +209,14 @@ def fitting_batches(
     while start < len(order):
         chosen = order[start : start + size]
         try:
-            texts = answer(chosen)
+            answers = answer(chosen)
         except torch.cuda.OutOfMemoryError:
             if len(chosen) == 1:
                 raise
             size = len(chosen) // 2
             continue
         start += len(chosen)
-        yield chosen, texts
+        yield chosen, answers
 
 
 def _continue(
@@ -169,7 +227,7 @@ def _continue(
     max_new_tokens: int,
     temperature: float,
     **more: Any,
-) -> list[str]:
+) -> list[Answer]:
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if padding is None:
         raise DeltaguardError(
@@ -194,9 +252,27 @@ def _continue(
             **drawn,
             **more,
         )
+    written: list[list[int]] = output[:, ids.shape[1] :].tolist()
     with foreign("The model's tokenizer fails on an answer"):
-        texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+        texts: list[str] = tokenizer.batch_decode(written, skip_special_tokens=True)
+    ending = ending_tokens(model, tokenizer)
+    return [Answer(text.strip(), without_end(row, ending)) for text, row in zip(texts, written, strict=True)]
+
+
+def ending_tokens(model: Any, tokenizer: Any) -> set[int | None]:
+    """List the tokens with which a model may end its answer; None may be among them."""
+    ends = model.generation_config.eos_token_id
+    return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+
+
+def without_end(tokens: Iterable[int], ending: Container[int]) -> tuple[int, ...]:
+    """Cut tokens off where an answer ends.
+
+    Example:
+        >>> without_end([5, 3, 2, 2], {2})
+        (5, 3)
+    """
+    return tuple(takewhile(lambda token: token not in ending, tokens))
 
 
 @contextmanager

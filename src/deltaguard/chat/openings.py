@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.generation import fitting_batches, generate, think
+from deltaguard.chat.generation import (
+    Answer,
+    after_thoughts,
+    ending_tokens,
+    fitting_batches,
+    generate,
+    without_end,
+)
 from deltaguard.chat.predictions import logits_at, require_known_tokens
 from deltaguard.chat.prefix import Prefix, for_rows, keeps_all, shared_prefix
 from deltaguard.chat.refusals import opening
@@ -31,7 +38,7 @@ def answer_openings(
 
     A row whose first sentence has ended leaves its batch, so that most of a batch is done after a few tokens.
     Of a model whose layers forget (sliding windows, recurrent states) all rows get `OPENING_TOKENS`. A model
-    whose template makes it think does so first, and the answer after its thoughts is begun.
+    that thinks does so first, and the answer after its thoughts is begun.
 
     Args:
         model: a transformers causal language model in evaluation mode.
@@ -56,15 +63,14 @@ def answer_openings(
     prefix = shared_prefix(model, encoded)
     order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [""] * len(encoded)
 
-    def begin(chosen: Sequence[int]) -> list[str]:
+    def begin(chosen: Sequence[int]) -> list[Answer]:
         rows = [encoded[i] for i in chosen]
-        thoughts = think(model, tokenizer, [prompts[i] for i in chosen], rows, prefix)
-        rows = [[*row, *token_ids(tokenizer, said)] for row, said in zip(rows, thoughts, strict=True)]
-        return _begin(model, tokenizer, rows, prefix)
+        write = lambda rows: _begin(model, tokenizer, rows, prefix)
+        return after_thoughts(model, tokenizer, [prompts[i] for i in chosen], rows, prefix, write)
 
-    for chosen, texts in fitting_batches(order, batch_size, begin):
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text.strip()
+    for chosen, begun in fitting_batches(order, batch_size, begin):
+        for i, answer in zip(chosen, begun, strict=True):
+            answers[i] = without_thinking(answer.text).strip()
     return answers
 
 
@@ -80,7 +86,7 @@ def is_decided(answer: str) -> bool:
 
 
 @torch.inference_mode()
-def _begin(model: Any, tokenizer: Any, encoded: Sequence[list[int]], prefix: Prefix) -> list[str]:
+def _begin(model: Any, tokenizer: Any, encoded: Sequence[list[int]], prefix: Prefix) -> list[Answer]:
     """Let a model begin the answers of one batch."""
     from transformers import DynamicCache
 
@@ -88,8 +94,7 @@ def _begin(model: Any, tokenizer: Any, encoded: Sequence[list[int]], prefix: Pre
     ids, mask = (each.to(model.device) for each in pad(encoded, after=prefix.length))
     rows = len(encoded)
     cache = for_rows(prefix.cache, rows) if prefix.length else DynamicCache(config=model.config)
-    ends = model.generation_config.eos_token_id
-    ending = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    ending = ending_tokens(model, tokenizer)
     ids, positions = ids[:, prefix.length :], (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, prefix.length :]
     begun: list[list[int]] = [[] for _ in range(rows)]
     texts, going = [""] * rows, list(range(rows))
@@ -112,4 +117,4 @@ def _begin(model: Any, tokenizer: Any, encoded: Sequence[list[int]], prefix: Pre
         going = [going[i] for i in on]
         mask = torch.nn.functional.pad(mask[kept], (0, 1), value=True)
         ids, positions = tokens[kept].unsqueeze(1), mask.long().sum(dim=1, keepdim=True) - 1
-    return texts
+    return [Answer(text, without_end(tokens, ending)) for text, tokens in zip(texts, begun, strict=True)]

@@ -1,7 +1,8 @@
 """What a model thinks before it answers: thoughts in `<think>` tags, which are no part of the answer.
 
 Where a chat template can switch thinking off, `template` does. Some cannot, and write `<think>` at the end of
-every prompt: such a model is let to think before it answers, and its thoughts count as part of the prompt.
+every prompt, or leave it to the model to open its answers so: such a model is let to think before it answers,
+and its thoughts count as part of the prompt.
 """
 
 BEGIN, END = "<think>", "</think>"
@@ -21,6 +22,16 @@ def begins_thoughts(prompt: str) -> bool:
     return prompt.rstrip().endswith(BEGIN)
 
 
+def opens_thoughts(answer: str) -> bool:
+    """Tell whether an answer begins with thoughts, ended or not.
+
+    Example:
+        >>> opens_thoughts("<think>They ask"), opens_thoughts("They ask")
+        (True, False)
+    """
+    return answer.lstrip().startswith(BEGIN)
+
+
 def closed(thoughts: str) -> str:
     r"""Close thoughts, whatever was written behind them, as most templates write them before an answer.
 
@@ -32,7 +43,7 @@ def closed(thoughts: str) -> str:
 
 
 def split_thoughts(response: str) -> tuple[str, str]:
-    r"""Cut a response to a prompt that begins thoughts into these, closed, and the answer.
+    r"""Cut a response that begins with thoughts, or whose prompt does, into these, closed, and the answer.
 
     Example:
         >>> split_thoughts("A joke?</think> Knock, knock!")

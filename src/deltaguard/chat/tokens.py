@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.template import end_of_turn, render
-from deltaguard.chat.thinking import begins_thoughts, split_thoughts
+from deltaguard.chat.thinking import END, begins_thoughts, opens_thoughts, split_thoughts
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 
@@ -70,8 +70,8 @@ class Batch:
 def encode(tokenizer: Any, conversation: Conversation, *, max_length: int) -> Encoded:
     """Tokenise a conversation, and tell the prompt's tokens from the response's.
 
-    Where the template begins thoughts, those that the response opens with belong to the prompt; a response
-    without any is an answer that was not thought about.
+    Thoughts that the response opens with belong to the prompt. Where the template begins them, a response
+    without any is an answer that was not thought about. What a model wrote is the tokens that it wrote.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
@@ -83,7 +83,12 @@ def encode(tokenizer: Any, conversation: Conversation, *, max_length: int) -> En
     """
     read, written = _read_and_written(tokenizer, conversation)
     prompt = token_ids(tokenizer, read)
-    answer = [] if written is None else token_ids(tokenizer, written + end_of_turn(tokenizer))
+    if written is None:
+        answer = []
+    elif conversation.response_ids is not None:
+        answer = [*conversation.response_ids, *token_ids(tokenizer, end_of_turn(tokenizer))]
+    else:
+        answer = token_ids(tokenizer, written + end_of_turn(tokenizer))
     ids = (*prompt, *answer)
     return Encoded(ids[:max_length], min(len(prompt), max_length), truncated=len(ids) > max_length)
 
@@ -91,7 +96,9 @@ def encode(tokenizer: Any, conversation: Conversation, *, max_length: int) -> En
 def _read_and_written(tokenizer: Any, conversation: Conversation) -> tuple[str, str | None]:
     """Give what the model reads before it answers, its own thoughts among it, and the answer."""
     rendered, response = render(tokenizer, conversation), conversation.response
-    if response is None or not begins_thoughts(rendered):
+    if response is None:
+        return rendered, None
+    if not begins_thoughts(rendered) and not (opens_thoughts(response) and END in response):
         return rendered, response
     thoughts, answer = split_thoughts(response)
     return rendered + thoughts, answer
@@ -215,12 +222,22 @@ def read_by_both(
 def _require_same_tokens(
     aligned: Reader, candidate: Reader, conversations: Sequence[Conversation], own: Sequence[Encoded]
 ) -> None:
-    """Refuse where the same text is other tokens to the candidate, but for tokens that only it knows."""
+    """Refuse where the same text is other tokens to the candidate, but for tokens that only it knows.
+
+    Of what the aligned model wrote, the tokens themselves are the same text.
+    """
     end = end_of_turn(aligned.tokenizer)
     known = set(aligned.tokenizer.get_vocab().values())
     wrong: list[str] = []
     for conversation, text in zip(conversations, own, strict=True):
         expected = list(text.ids[text.prompt_length :])
+        if conversation.response_ids is not None:
+            mine, other = (each.tokenizer.convert_ids_to_tokens(expected) for each in (aligned, candidate))
+            if mine != other:
+                wrong.append(
+                    f"{expected[:8]} is {mine[:8]} to the aligned model and {other[:8]} to the other"
+                )
+            continue
         written = _read_and_written(aligned.tokenizer, conversation)[1] or ""
         ids = token_ids(candidate.tokenizer, written + end)
         if ids[: len(expected)] != expected and known.issuperset(ids):

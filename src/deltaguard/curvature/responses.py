@@ -1,6 +1,5 @@
 """The aligned model's own answers to safety conversations, and the folder that keeps them until the end."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.generation import generate
+from deltaguard.chat.generation import Answer, generate
 from deltaguard.chat.template import render
 from deltaguard.curvature.staged import require_empty
 from deltaguard.curvature.store_format import MANIFEST, CalibrationRequest, read_manifest
@@ -21,7 +20,7 @@ from deltaguard.files import append_journal, read_journal, read_json
 from deltaguard.models.durable import explained, lock_folder, write_atomically
 from deltaguard.ranks import Ranks
 
-_BATCH: TypeAdapter[dict[int, str]] = TypeAdapter(dict[int, str])
+_BATCH: TypeAdapter[dict[int, Answer]] = TypeAdapter(dict[int, Answer])
 """A line of the journal: responses by the numbers of their conversations."""
 
 
@@ -58,22 +57,23 @@ def respond(
             written.
     """
     ranks = ranks or Ranks()
-    answers = {i: c.response for i, c in enumerate(conversations) if c.response is not None}
+    given = {i for i, c in enumerate(conversations) if c.response is not None}
+    answers: dict[int, Answer] = {}
     if journal is not None:
         # Before any of them writes to its own.
-        answers |= ranks.from_first(_read_journals(journal, conversations, answers) if ranks.leads else None)
+        answers |= ranks.from_first(_read_journals(journal, conversations, given) if ranks.leads else None)
         journal = _journal_of(ranks.rank, journal)
-    missing, known = [i for i in range(len(conversations)) if i not in answers], len(answers)
+    missing, known = [i for i in range(len(conversations)) if i not in given | answers.keys()], len(answers)
 
-    def record(chosen: Sequence[int], texts: Sequence[str]) -> None:
-        batch = {missing[i]: text for i, text in zip(chosen, texts, strict=True)}
+    def record(chosen: Sequence[int], written: Sequence[Answer]) -> None:
+        batch = {missing[i]: answer for i, answer in zip(chosen, written, strict=True)}
         answers.update(batch)
         if journal is not None:
             with explained(journal):
-                append_journal(journal, json.dumps(batch))
+                append_journal(journal, _BATCH.dump_json(batch).decode())
         if on_batch is not None:
             # The others are about as far.
-            done = known + ranks.size * (len(answers) - known)
+            done = len(given) + known + ranks.size * (len(answers) - known)
             on_batch(min(done, len(conversations)), len(conversations))
 
     if missing:
@@ -88,7 +88,12 @@ def respond(
         )
     for found in ranks.from_all(answers):
         answers |= found
-    return [replace(conversation, response=answers[i]) for i, conversation in enumerate(conversations)]
+    return [
+        conversation
+        if i in given
+        else replace(conversation, response=answers[i].text, response_ids=answers[i].ids)
+        for i, conversation in enumerate(conversations)
+    ]
 
 
 def _journal_of(rank: int, first: Path) -> Path:
@@ -103,18 +108,18 @@ def _journals(first: Path) -> list[Path]:
 
 def _read_journals(
     first: Path, conversations: Sequence[Conversation], given: Collection[int]
-) -> dict[int, str]:
-    asked, found = range(len(conversations)), dict[int, str]()
+) -> dict[int, Answer]:
+    asked, found = range(len(conversations)), dict[int, Answer]()
     for journal in _journals(first):
         found |= _read_journal(journal, asked=asked, given=given)
     return found
 
 
-def _read_journal(journal: Path, *, asked: range, given: Collection[int]) -> dict[int, str]:
+def _read_journal(journal: Path, *, asked: range, given: Collection[int]) -> dict[int, Answer]:
     """Read the responses of whole batches, none to a conversation that came with its own."""
     remedy = start_anew(journal.parent)
     batches = read_journal(journal, _BATCH, remedy=remedy)
-    found = {i: text for batch in batches for i, text in batch.items()}
+    found = {i: answer for batch in batches for i, answer in batch.items()}
     unasked = sorted(i for i in found if i not in asked or i in given)
     if unasked:
         raise DeltaguardError(

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.conversations import Conversation, fingerprint
 from deltaguard.curvature.checks import open_files
 from deltaguard.curvature.contents import (
     PACKED_FIELDS,
@@ -232,8 +232,10 @@ class CurvatureStore:
             DeltaguardError: the store has no such group, or is cut off.
         """
         moment, stored = unpack_moment(self.packed(group)), self._stored(group)
-        totals = tuple(self._read(f"{output_name(layer)}.total") for layer in stored.group.layers)
-        return Sums(moment, totals, stored.reached)
+        return Sums(moment, self._totals(stored.group), stored.reached)
+
+    def _totals(self, group: LayerGroup) -> tuple[Tensor, ...]:
+        return tuple(self._read(f"{output_name(layer)}.total") for layer in group.layers)
 
     def reached(self, group: str) -> Reached | None:
         """Say what the curvature of an expert's layers rests on; None of layers that see every token.
@@ -258,7 +260,7 @@ class CurvatureStore:
             inputs=matrices[0],
             outputs=tuple(matrices[1:]),
             packed=self.packed(group) if self.is_full else None,
-            totals=self.sums(group).outputs if self.is_full else (),
+            totals=self._totals(stored.group) if self.is_full else (),
             reached=stored.reached,
         )
 
@@ -344,7 +346,8 @@ class CurvatureStore:
             totals = tuple(torch.stack(layer).sum(dim=0) for layer in outputs)
             return provenance.decompose(group, Sums(merge([part.inputs for part in parts]), totals))
 
-        held_out = tuple(dict.fromkeys(row for store in stores for row in store.held_out))
+        # What a model wrote may be known with its tokens in one store and as a text in another.
+        held_out = tuple({fingerprint([row]): row for store in stores for row in store.held_out}.values())
         groups = [
             replace(group, tokens=sum(store.groups[i].tokens for store in stores))
             for i, group in enumerate(stores[0].groups)

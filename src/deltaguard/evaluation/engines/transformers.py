@@ -10,7 +10,7 @@ from warnings import catch_warnings, filterwarnings
 import torch
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.generation import generate
+from deltaguard.chat.generation import Answer, generate
 from deltaguard.chat.predictions import negative_log_likelihood
 from deltaguard.chat.template import render, require_turns
 from deltaguard.chat.thinking import THOUGHT_TOKENS, begins_thoughts, closed
@@ -80,6 +80,11 @@ class TransformersEngine:
                 for conversations of two questions.
         """
         self._require_room(questions, decoding)
+
+        def record(chosen: Sequence[int], answers: Sequence[Answer]) -> None:
+            if on_batch is not None:
+                on_batch(chosen, [each.text for each in answers])
+
         return generate(
             self.model,
             self.tokenizer,
@@ -88,7 +93,7 @@ class TransformersEngine:
             batch_size=self.batch_size,
             temperature=decoding.temperature,
             seed=decoding.seed,
-            on_batch=on_batch,
+            on_batch=record,
         )
 
     def _require_room(self, questions: Sequence[Question], decoding: Decoding) -> None:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPException
@@ -17,7 +17,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 from weakref import finalize
 
-from deltaguard.chat.thinking import THOUGHT_TOKENS, begins_thoughts, closed
+from deltaguard.chat.thinking import BEGIN, THOUGHT_TOKENS, begins_thoughts, closed, opens_thoughts
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.folders import load_tokenizer, whole_model
 from deltaguard.evaluation.engines.openai import OpenAIEngine
@@ -103,39 +103,65 @@ class VLLMEngine:
     ) -> list[Answer]:
         """Answer each question, in order, or say why the server did not; a prefill is continued.
 
-        Where a prompt ends with the beginning of thoughts, the model thinks first, as with transformers.
+        Where a prompt ends with the beginning of thoughts, or the model opens its answer with it, the model
+        thinks first, as with transformers.
 
         Args:
             questions: what is asked.
             decoding: how answers are drawn.
             on_batch: called with one answer at a time as they come.
         """
-        texts = [rendered(self.tokenizer, question) for question in questions]
-        thoughts = self._thoughts(texts, decoding)
-        found: dict[int, Answer] = {i: said for i, said in thoughts.items() if isinstance(said, Missed)}
+        prompts = {i: rendered(self.tokenizer, question) for i, question in enumerate(questions)}
+        found: dict[int, Answer] = {}
+
+        def settle(answers: Mapping[int, Answer]) -> None:
+            found.update(answers)
+            if answers and on_batch is not None:
+                on_batch(list(answers), list(answers.values()))
+
+        opened = self._after_thoughts(prompts, decoding, settle)
+        # Once: thoughts behind thoughts might never end.
+        begin = f"{BEGIN}\n"
+        thinking = {i: prompts[i] + begin for i in sorted(opened)}
+        said = lambda answers: {
+            i: each if isinstance(each, Missed) else begin + each for i, each in answers.items()
+        }
+        self._after_thoughts(thinking, decoding, lambda answers: settle(said(answers)))
+        return [found[i] for i in prompts]
+
+    def _after_thoughts(
+        self, prompts: Mapping[int, str], decoding: Decoding, settle: Callable[[Mapping[int, Answer]], None]
+    ) -> list[int]:
+        """Have the model think where prompts end with the beginning of thoughts, and then answer.
+
+        Returns:
+            The numbers of those that it opened its answer to with thoughts, which are not settled.
+        """
+        thoughts = self._thoughts(prompts, decoding)
+        missed = {i: said for i, said in thoughts.items() if isinstance(said, Missed)}
         before = {i: closed(said) for i, said in thoughts.items() if not isinstance(said, Missed)}
-        asked = [i for i in range(len(texts)) if i not in found]
+        asked, opened = [i for i in prompts if i not in missed], list[int]()
+        settle(missed)
 
         def note(places: Sequence[int], replies: Sequence[Answer]) -> None:
-            chosen = [asked[place] for place in places]
-            whole = [
-                reply if isinstance(reply, Missed) else before.get(i, "") + reply
-                for i, reply in zip(chosen, replies, strict=True)
-            ]
-            found.update(zip(chosen, whole, strict=True))
-            if on_batch is not None:
-                on_batch(chosen, whole)
+            answers: dict[int, Answer] = {}
+            for i, reply in zip((asked[place] for place in places), replies, strict=True):
+                if isinstance(reply, Missed):
+                    answers[i] = reply
+                elif opens_thoughts(reply) and i not in before:
+                    opened.append(i)
+                else:
+                    answers[i] = before.get(i, "") + reply
+            settle(answers)
 
-        if found and on_batch is not None:
-            on_batch(list(found), list(found.values()))
-        self.server.answer([Question(texts[i] + before.get(i, "")) for i in asked], decoding, on_batch=note)
-        return [found[i] for i in range(len(texts))]
+        self.server.answer([Question(prompts[i] + before.get(i, "")) for i in asked], decoding, on_batch=note)
+        return opened
 
-    def _thoughts(self, texts: Sequence[str], decoding: Decoding) -> dict[int, Answer]:
+    def _thoughts(self, prompts: Mapping[int, str], decoding: Decoding) -> dict[int, Answer]:
         """Have the model think where prompts end with the beginning of thoughts; by their numbers."""
-        places = [i for i, text in enumerate(texts) if begins_thoughts(text)]
+        places = [i for i, text in prompts.items() if begins_thoughts(text)]
         replies = self.server.answer(
-            [Question(texts[i]) for i in places], replace(decoding, max_new_tokens=THOUGHT_TOKENS)
+            [Question(prompts[i]) for i in places], replace(decoding, max_new_tokens=THOUGHT_TOKENS)
         )
         return dict(zip(places, replies, strict=True))
 
