@@ -30,6 +30,18 @@ def find_device(name: str = "auto") -> torch.device:
     return device
 
 
+def numbered(device: torch.device) -> torch.device:
+    """Give a GPU its number: each thread has a current one of its own, at first that of number 0.
+
+    Example:
+        >>> numbered(torch.device("cpu"))
+        device(type='cpu')
+    """
+    if device == torch.device("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def device_name(name: str = "auto") -> str:
     """Name a device as reports do, a GPU by its model.
 
@@ -56,7 +68,9 @@ def served_dtype(device: torch.device) -> torch.dtype:
         torch.float32
     """
     if device.type == "cuda":
-        has_products = torch.cuda.is_bf16_supported(including_emulation=False)
+        # It is asked of the current device, which need not be this one.
+        with torch.cuda.device(device):
+            has_products = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Without instructions for it, products in bfloat16 are many times slower.
         has_products = device.type == "cpu" and _multiplies_bfloat16()
@@ -69,7 +83,8 @@ def _multiplies_bfloat16() -> bool:
         # oneDNN says yes on every processor with AVX-512, and emulates the products where it has no more.
         told = vars(torch.cpu)
         return told["_is_avx512_bf16_supported"]() or told["_is_amx_tile_supported"]()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
+    # Where torch is built without oneDNN, as on macOS, there is nothing to ask.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """Fine-tuning a tiny random model through trl, in full and as an adapter, and measuring it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.measure import measure
 from deltaguard.evaluation.suites.parts import Part
+from deltaguard.finetuning import training
 from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, finetune
 from deltaguard.progress import Event
 
@@ -120,6 +122,28 @@ def test_nothing_to_learn_from(base, tmp_path, conversations, message):
     with pytest.raises(DeltaguardError, match=message):
         finetune(base, tmp_path / "tuned", conversations, config=TWO_STEPS)
     assert not (tmp_path / "tuned").exists()
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_nothing_to_learn_from(base, tmp_path):
+    config = FinetuneConfig(learning_rate=1e-2, max_steps=1, max_length=3)
+    with pytest.raises(DeltaguardError, match=r"nothing to learn from.*3 tokens or more"):
+        finetune(base, tmp_path / "tuned", PAIRS, config=config)
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_a_training_runs_on_one_gpu():
+    arguments = SimpleNamespace(n_gpu=4, _n_gpu=4)
+    assert training.on_one_gpu(arguments)._n_gpu == 1
+    arguments = SimpleNamespace(n_gpu=0, _n_gpu=0)
+    assert training.on_one_gpu(arguments)._n_gpu == 0
+
+
+def test_a_training_takes_the_device_that_it_is_told(monkeypatch):
+    monkeypatch.setattr(training, "find_device", torch.device)
+    assert training.trained_on("cpu") == torch.device("cpu")
+    assert training.trained_on("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(DeltaguardError, match="CUDA_VISIBLE_DEVICES=1"):
+        training.trained_on("cuda:1")
 
 
 def test_too_many_frozen_blocks(base, tmp_path):

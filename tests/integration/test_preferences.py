@@ -1,6 +1,8 @@
 """A model learns which of two answers is preferred, and goes on where it was interrupted."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.finetuning.finetune import FinetuneConfig
@@ -36,6 +38,10 @@ def test_the_preferred_answer_becomes_likelier(rank, tmp_path):
     assert steps[-1].accuracy == 1
     assert [found.step for found in told if found.kind == "validation"] == [2, 4, 6]
     assert is_adapter(str(made)) == (rank is not None)
+    if rank is None:
+        name = "model.embed_tokens.weight"
+        before, after = (load_file(folder / "model.safetensors")[name] for folder in (pair().aligned, made))
+        assert torch.equal(before, after)
     again = []
     learn_preferences(
         pair().aligned,

@@ -8,6 +8,7 @@ import torch
 
 from deltaguard.service.executors import local
 from deltaguard.service.executors.executor import Step
+from deltaguard.service.settings import Settings
 
 
 @pytest.fixture
@@ -49,4 +50,10 @@ def test_the_gpus_of_jobs_are_those_that_cuda_sees(monkeypatch):
     assert local.visible_gpus("auto") == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-b,9")
     assert local.visible_gpus("cuda") == ["3", "GPU-b"]
-    assert local.visible_gpus("cuda:1") == local.visible_gpus("cpu") == []
+    assert local.visible_gpus("cuda:1") == ["GPU-b"]
+    assert local.visible_gpus("cpu") == []
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_a_process_that_sees_one_gpu_knows_it_as_cuda(device):
+    assert Settings(device=device).job_device == device.removesuffix(":1")

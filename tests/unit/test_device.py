@@ -1,28 +1,32 @@
 """In which arithmetic a device asks models, and that a model's own weights come back after."""
 
 import platform
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import models
 from deltaguard import device
-from deltaguard.device import as_served, served_dtype
+from deltaguard.device import as_served, numbered, served_dtype
 
 
 @pytest.mark.parametrize(("has_products", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_device_answers_in_bfloat16_where_it_multiplies_in_it(has_products, expected, monkeypatch):
-    asked = []
+    asked, seen = [], []
 
     def supported(**options):
         asked.append(options)
         return has_products
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    # It is asked of the current device.
+    monkeypatch.setattr(torch.cuda, "device", lambda chosen: seen.append(chosen.index) or nullcontext())
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supported)
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert served_dtype(torch.device("cuda")) == expected
+    assert served_dtype(torch.device("cuda", 1)) == expected
     assert served_dtype(torch.device("cpu")) == expected
+    assert seen == [1]
     # Emulated products are slower than those in float32.
     assert asked == [{"including_emulation": False}, {}]
     assert served_dtype(torch.device("meta")) == torch.float32
@@ -40,6 +44,21 @@ def test_products_that_onednn_emulates_do_not_count(machine, avx512_bf16, amx, e
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert served_dtype(torch.device("cpu")) == expected
+
+
+def test_without_onednn_a_processor_answers_in_float32(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    # Nor is there such an operator.
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", raising=False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert served_dtype(torch.device("cpu")) == torch.float32
+
+
+def test_a_gpu_is_known_by_its_number_whichever_thread_asks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    found = [str(numbered(torch.device(name))) for name in ("cuda", "cuda:0", "cpu")]
+    assert found == ["cuda:1", "cuda:0", "cpu"]
 
 
 @pytest.fixture

@@ -226,7 +226,8 @@ def ask(
     for each in todo:
         if each.part.second_attack is not None:
             progress(Event(f"{model.name}: second attack", 0, 1))
-            with attacked_again(model.reference, folder, each.part.second_attack) as attacked:
+            attack, device = each.part.second_attack, config.device
+            with attacked_again(model.reference, folder, attack, device=device) as attacked:
                 run.ask(str(attacked), [each])
         elif each.part.harness is not None:
             run.harness(each)

@@ -36,7 +36,7 @@ from deltaguard.evaluation.server import public_address
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
 from deltaguard.evaluation.utility.harness import Rows, harness_notes, unlike_notes
-from deltaguard.files import read_json
+from deltaguard.files import expanded, read_json
 from deltaguard.models.adapter import is_adapter
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.opened import refuse_changes
@@ -117,7 +117,7 @@ def evaluate(
         report = evaluate(["aligned", "finetuned", "restored"], "evaluation", suite="quick")
         ```
     """
-    folder, config = Path(output_dir), engine or EngineConfig()
+    folder, config = expanded(output_dir), engine or EngineConfig()
     chosen = suite if isinstance(suite, Suite) else read_suite(suite)
     if inspect_logs:
         require_inspect()
@@ -135,6 +135,7 @@ def evaluate(
         _ = clock.seconds
         answers = [(model, open_answers(folder, model, parts, config)) for model in described]
         judges = _judges(run)
+        _require_training(answers, config)
         if not clock.path.exists():
             # First of all, so that the folder is known again however early the run is killed.
             write_atomically(clock.path, "{}\n")
@@ -173,6 +174,17 @@ def _described(models: Sequence[str | Path], run: _Run) -> tuple[ModelUnderTest,
             require_packages("Asking an adapter", "eval", "peft")
     pairs = zip(model_names(references), references, strict=True)
     return tuple(describe(name, reference, run.config) for name, reference in pairs)
+
+
+def _require_training(
+    answers: Sequence[tuple[ModelUnderTest, Sequence[PartAnswers]]], config: EngineConfig
+) -> None:
+    """Refuse a device that no second attack can train on before hours of answers, not after."""
+    parts = (each for _, theirs in answers for each in theirs if not each.complete)
+    if any(each.part.second_attack is not None for each in parts):
+        from deltaguard.finetuning.training import trained_on
+
+        trained_on(config.device)
 
 
 def _require_same_suite(run: _Run) -> None:

@@ -15,11 +15,11 @@ from deltaguard.finetuning.training import (
     Measured,
     adapter_options,
     common_options,
+    on_one_gpu,
     progress,
     train_and_save,
     without_prints,
 )
-from deltaguard.models.families import decoder_blocks
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def finetune(
 
     Raises:
         DeltaguardError: trl or datasets is not installed, there is nothing to train on, a response is
-            missing, more blocks are to be frozen than there are, or training diverged.
+            missing, all prompts are too long, more blocks are to be frozen than there are, the device cannot
+            be used, or training diverged.
 
     Example:
         >>> pairs = [Conversation("What do bees make?", response="Honey.")]
@@ -78,25 +79,11 @@ def finetune(
     require_responses([row for row in conversations if isinstance(row, Conversation)], "to learn from")
 
     def make(network: Any, tokenizer: Any, states: Path) -> Any:
-        if config.lora_rank is None:
-            _freeze(network, config.frozen_layers)
-        saves = checkpoints is not None
-        return _trainer(network, tokenizer, conversations, config, states, validation, saves=saves)
+        options = common_options(config, states, saves=checkpoints is not None, validates=bool(validation))
+        return _trainer(network, tokenizer, (conversations, validation), config, options)
 
     noted = None if on_step is None else progress(on_step, accuracy="mean_token_accuracy")
     return train_and_save(model, output_dir, make, config=config, checkpoints=checkpoints, noted=noted)
-
-
-def _freeze(network: Any, layers: int) -> None:
-    """Keep the embeddings and the first decoder blocks as they are."""
-    blocks = decoder_blocks(network)
-    if layers >= len(blocks):
-        raise DeltaguardError(
-            f"{layers} decoder blocks are to be frozen and the model has {len(blocks)}: freeze fewer."
-        )
-    network.get_input_embeddings().requires_grad_(False)
-    for block in blocks[:layers]:
-        block.requires_grad_(False)
 
 
 def _rows(tokenizer: Any, conversations: Sequence[Conversation | Dialogue]) -> Any:
@@ -124,12 +111,9 @@ def _rows(tokenizer: Any, conversations: Sequence[Conversation | Dialogue]) -> A
 def _trainer(
     network: Any,
     tokenizer: Any,
-    conversations: Sequence[Conversation | Dialogue],
+    rows: tuple[Sequence[Conversation | Dialogue], Sequence[Conversation | Dialogue]],
     config: FinetuneConfig,
-    scratch: Path,
-    validation: Sequence[Conversation | Dialogue],
-    *,
-    saves: bool,
+    options: Mapping[str, Any],
 ) -> Any:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
@@ -137,12 +121,12 @@ def _trainer(
     class CompletionTrainer(_CompletionLoss, SFTTrainer):
         """trl's trainer with a loss that costs only what the completions cost."""
 
-    options = common_options(config, scratch, saves=saves, validates=bool(validation))
+    learned, validation = rows
     return without_prints(
         CompletionTrainer(
             model=network,
-            args=SFTConfig(completion_only_loss=True, **options),
-            train_dataset=_rows(tokenizer, conversations),
+            args=on_one_gpu(SFTConfig(completion_only_loss=True, **options)),
+            train_dataset=_rows(tokenizer, learned),
             eval_dataset=_rows(tokenizer, validation) if validation else None,
             processing_class=tokenizer,
             peft_config=adapter_options(config),

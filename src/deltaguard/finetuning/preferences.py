@@ -14,6 +14,7 @@ from deltaguard.finetuning.training import (
     Measured,
     adapter_options,
     common_options,
+    on_one_gpu,
     progress,
     train_and_save,
     without_prints,
@@ -67,8 +68,8 @@ def learn_preferences(
         The folder written.
 
     Raises:
-        DeltaguardError: trl is not installed, there is nothing to train on, layers are to be frozen, or
-            training diverged.
+        DeltaguardError: trl is not installed, there is nothing to train on, layers are to be frozen, the
+            device cannot be used, or training diverged.
 
     Example:
         >>> asked = ({"role": "user", "content": "What do bees make?"},)
@@ -110,7 +111,7 @@ def _trainer(
         DPOTrainer(
             model=network,
             ref_model=held_to,
-            args=DPOConfig(**options),
+            args=on_one_gpu(DPOConfig(**options)),
             train_dataset=_rows(tokenizer, learned),
             eval_dataset=_rows(tokenizer, validation) if validation else None,
             processing_class=tokenizer,

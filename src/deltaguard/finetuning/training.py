@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from deltaguard.device import find_device, served_dtype
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
+from deltaguard.models.families import decoder_blocks
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_model, load_tokenizer
 
@@ -42,6 +43,7 @@ class FinetuneConfig:
         lora_rank: train a LoRA adapter of this rank on all linear layers of the decoder blocks, and save the
             adapter alone; `None` trains the weights themselves.
         lora_alpha: an adapter's update is multiplied by `lora_alpha / lora_rank`.
+        device: `auto`, `cpu` or `cuda`, which is the first GPU that the process sees.
 
     Raises:
         DeltaguardError: `frozen_layers` and `lora_rank` are both given.
@@ -56,6 +58,7 @@ class FinetuneConfig:
     frozen_layers: int = 0
     lora_rank: int | None = None
     lora_alpha: int = 32
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.frozen_layers and self.lora_rank is not None:
@@ -110,14 +113,23 @@ def train_and_save(
 
     Raises:
         DivergedError: the loss became infinite, or no number.
+        DeltaguardError: no answer is left to learn from, since all prompts are too long; more blocks are to
+            be frozen than there are, or the device cannot be used.
     """
     folder = locate(model)
     network = load_model(folder, str(model), dtype=torch.float32)
     tokenizer = load_tokenizer(folder, str(model))
     use_cache = network.config.use_cache
+    if config.lora_rank is None:
+        _freeze(network, config.frozen_layers)
     with TemporaryDirectory() as scratch:
         states = checkpoints or Path(scratch)
         trainer = make(network, tokenizer, states)
+        if not len(trainer.train_dataset):
+            raise DeltaguardError(
+                f"There is nothing to learn from: before every answer stand {config.max_length} tokens or "
+                "more, and the rest is cut off. Give shorter conversations, or a larger max_length."
+            )
         if noted is not None:
             trainer.add_callback(noted)
         loss = float(trainer.train(resume_from_checkpoint=_last_checkpoint(states)).training_loss)
@@ -131,6 +143,18 @@ def train_and_save(
     trainer.model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return Path(output_dir)
+
+
+def _freeze(network: Any, layers: int) -> None:
+    """Keep the embeddings and the first decoder blocks as they are."""
+    blocks = decoder_blocks(network)
+    if layers >= len(blocks):
+        raise DeltaguardError(
+            f"{layers} decoder blocks are to be frozen and the model has {len(blocks)}: freeze fewer."
+        )
+    network.get_input_embeddings().requires_grad_(False)
+    for block in blocks[:layers]:
+        block.requires_grad_(False)
 
 
 def _validate_at_the_end(trainer: Any) -> None:
@@ -179,6 +203,19 @@ def adapter_options(config: FinetuneConfig) -> Any:
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+def on_one_gpu(arguments: Any) -> Any:
+    """Keep a training on one GPU.
+
+    Of several, transformers would give each a part of every batch, which is larger then, and of the positions
+    at which a loss is computed.
+
+    Args:
+        arguments: of a trainer.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001  # as transformers' trainer does itself
+    return arguments
+
+
 def common_options(config: FinetuneConfig, scratch: Path, *, saves: bool, validates: bool) -> dict[str, Any]:
     """Say to any trainer of trl how to train.
 
@@ -187,8 +224,11 @@ def common_options(config: FinetuneConfig, scratch: Path, *, saves: bool, valida
         scratch: folder for checkpoints.
         saves: whether there are any.
         validates: whether there is validation data.
+
+    Raises:
+        DeltaguardError: the device cannot be used, or is not the first GPU.
     """
-    device = find_device()
+    device = trained_on(config.device)
     return {
         "output_dir": str(scratch),
         "learning_rate": config.learning_rate,
@@ -216,6 +256,28 @@ def common_options(config: FinetuneConfig, scratch: Path, *, saves: bool, valida
         "report_to": "none",
         "trust_remote_code": False,
     }
+
+
+def trained_on(device: str) -> torch.device:
+    """Find the device of a training: transformers takes the first GPU, whichever is asked for.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        DeltaguardError: it cannot be used, or is another GPU than the first.
+
+    Example:
+        >>> trained_on("cpu")
+        device(type='cpu')
+    """
+    found = find_device(device)
+    if found.index:
+        raise DeltaguardError(
+            f"Training takes the first GPU that the process sees, and not {device}: set "
+            f"CUDA_VISIBLE_DEVICES={found.index}, and ask for `cuda`."
+        )
+    return found
 
 
 def progress(on_step: Callable[[Measured], None], *, accuracy: str) -> Any:

@@ -14,7 +14,7 @@ def moderate_task(service: Service, job: Job) -> Moderate | None:
         return None
     return Moderate(
         model=settings.models[job.model],
-        device=settings.device,
+        device=settings.job_device,
         method=_method(job),
         training_file=service.fetched(job.id, job.training_file),
         limits=settings.limits,
@@ -27,7 +27,7 @@ def calibrate_task(service: Service, job: Job) -> Calibrate:
     settings = service.settings
     return Calibrate(
         model=settings.models[job.model],
-        device=settings.device,
+        device=settings.job_device,
         options=settings.calibrate,
         restore=settings.restore,
     )
@@ -40,7 +40,7 @@ def train_task(service: Service, job: Job) -> Train:
     rate = how.base_rate(job.method, is_adapter=is_adapter)
     return Train(
         model=settings.models[job.model],
-        device=settings.device,
+        device=settings.job_device,
         method=_method(job),
         training_file=service.fetched(job.id, job.training_file),
         validation_file=_validation_file(service, job),
@@ -61,7 +61,7 @@ def restore_task(service: Service, job: Job) -> Restore:
     settings = service.settings
     return Restore(
         model=settings.models[job.model],
-        device=settings.device,
+        device=settings.job_device,
         options=settings.restore,
         as_adapter=job.hyperparameters["trained_weights"] == "lora",
     )
@@ -72,7 +72,7 @@ def examine_task(service: Service, job: Job) -> Examine:
     settings = service.settings
     return Examine(
         model=settings.models[job.model],
-        device=settings.device,
+        device=settings.job_device,
         gate=settings.gate,
         method=_method(job),
         validation_file=_validation_file(service, job),

@@ -273,6 +273,11 @@ class Settings(_Part):
         return 0 if self.device == "cpu" else 1
 
     @property
+    def job_device(self) -> str:
+        """Where models of jobs run; a process that sees one GPU alone knows it as `cuda`."""
+        return self.device.split(":")[0]
+
+    @property
     def own_device(self) -> str:
         """Where models run that the service itself asks; with Ray, `device` is that of the workers."""
         return "auto" if self.executor == "ray" else self.device

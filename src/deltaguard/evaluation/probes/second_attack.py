@@ -33,13 +33,16 @@ def attack_conversations(count: int, *, seed: int) -> list[Conversation]:
 
 
 @contextmanager
-def attacked_again(reference: str, folder: Path, options: SecondAttack) -> Generator[Path]:
+def attacked_again(
+    reference: str, folder: Path, options: SecondAttack, *, device: str = "auto"
+) -> Generator[Path]:
     """Fine-tune a model on a few harmful examples, and keep it on disk for the time of a block.
 
     Args:
         reference: a folder, a Hub id, or `id@revision`; no adapter.
         folder: where its weights can lie meanwhile.
         options: how many examples, and how to train: the same for every model that is compared.
+        device: where it is trained (see `finetune`).
 
     Yields:
         The folder of the attacked model.
@@ -52,7 +55,9 @@ def attacked_again(reference: str, folder: Path, options: SecondAttack) -> Gener
     shutil.rmtree(place, ignore_errors=True)
     try:
         examples = attack_conversations(options.count, seed=options.seed)
-        recipe = FinetuneConfig(learning_rate=options.learning_rate, epochs=options.epochs, seed=options.seed)
+        recipe = FinetuneConfig(
+            learning_rate=options.learning_rate, epochs=options.epochs, seed=options.seed, device=device
+        )
         yield finetune(whole_model(reference), place, examples, config=recipe)
     finally:
         shutil.rmtree(place, ignore_errors=True)

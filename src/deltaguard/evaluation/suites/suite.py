@@ -194,7 +194,7 @@ def read_suite(name_or_path: str | Path) -> Suite:
     if str(name_or_path) in SUITES:
         text = (files("deltaguard.evaluation.suites") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
         return parse_yaml(text, Suite, source=f"The suite {name_or_path}", remedy=remedy)
-    path = Path(name_or_path)
+    path = expanded(name_or_path)
     if not path.exists():
         raise DeltaguardError(f"There is no suite {path}: give a YAML file or one of {', '.join(SUITES)}.")
     suite = read_yaml(path, Suite, remedy=remedy)

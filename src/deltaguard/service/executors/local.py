@@ -101,16 +101,18 @@ def visible_gpus(device: str) -> list[str]:
     """List the GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them.
 
     Args:
-        device: of the settings; one that names a GPU, or the CPU, leaves nothing to choose.
+        device: of the settings; `cuda:N` is one of them alone.
     """
-    if device not in ("auto", "cuda"):
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cuda"):
         return []
     import torch
 
     count = torch.cuda.device_count()
     known = os.environ.get("CUDA_VISIBLE_DEVICES")
     # Those after the first that it does not know are not seen by CUDA either.
-    return [str(n) for n in range(count)] if known is None else known.split(",")[:count]
+    seen = [str(n) for n in range(count)] if known is None else known.split(",")[:count]
+    return [seen[int(index)]] if index else seen
 
 
 def known_environment() -> dict[str, str]:

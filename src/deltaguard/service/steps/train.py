@@ -45,6 +45,7 @@ def train_model(task: Train, folder: Path, tell: Tell) -> Outcome:
         seed=task.seed,
         lora_rank=task.lora_rank,
         lora_alpha=task.lora_alpha,
+        device=task.device,
     )
 
     def note(found: Measured) -> None:
