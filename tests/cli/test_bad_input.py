@@ -258,6 +258,12 @@ def test_wrong_options_are_usage_errors_with_a_suggestion(made, attempt, options
     assert said in " ".join(attempt(made.aligned, made.finetuned, *options, store=made.store, code=2).split())
 
 
+def test_one_name_for_two_models_of_a_service(tmp_path, capsys):
+    assert run(["serve", "--data", str(tmp_path / "data"), "--model", "a=one", "--model", "a=other"]) == 2
+    assert "one name twice" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_config_file_with_an_unknown_option(made, tmp_path, attempt):
     (tmp_path / "options.yaml").write_text("method: greedy\nstrenght: 0.5\n")
     message = attempt(

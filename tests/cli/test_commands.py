@@ -73,6 +73,17 @@ def test_weights_that_were_not_compared_are_no_weights_that_do_not_differ(tmp_pa
     assert line() == [kind, "2", "0", "–"]
 
 
+def test_weights_are_compared_piece_by_piece(tmp_path, monkeypatch, capsys):
+    made = pair()
+    whole = json_of(capsys, "diff", made.aligned, made.finetuned, "--deep")
+    monkeypatch.setattr("deltaguard.restoration.diff._ENTRIES", 100)
+    parts = json_of(capsys, "diff", made.aligned, made.finetuned, "--deep")
+    assert parts["tensors"]
+    for one, other in zip(whole["tensors"], parts["tensors"], strict=True):
+        assert other.pop("relative_norm") == pytest.approx(one.pop("relative_norm"), rel=1e-12)
+        assert other == one
+
+
 def test_verify_finds_a_flipped_byte_and_exits_with_3(tmp_path, capsys):
     made, out = pair(), tmp_path / "out"
     call = ["restore", made.aligned, made.finetuned, "-o", out, "--store", made.store]
@@ -170,6 +181,27 @@ def test_the_dial_is_an_option_and_its_numbers_are_shown(tmp_path, capsys):
 def test_help_and_version(arguments, capsys):
     assert run(arguments) == 0
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["Python", "a GPU", "torch"],
+)
+def test_too_little_memory_is_no_bug(error, monkeypatch, capsys):
+    def lacks(*_, **__):
+        raise error
+
+    monkeypatch.setattr("deltaguard.restoration.diff.diff", lacks)
+    assert run(["diff", "one", "other"]) == 1
+    said = capsys.readouterr().err
+    assert "too little memory" in said
+    assert str(error) in said
+    assert "bug" not in said
 
 
 def test_importing_the_package_does_not_import_torch():

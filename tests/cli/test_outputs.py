@@ -32,6 +32,24 @@ def state_of(folder):
     }
 
 
+def test_the_home_folder_is_meant_however_an_option_is_written(tmp_path, monkeypatch, capsys):
+    made = pair()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.yaml").write_text(FEW)
+    verbs = {
+        "restore": ["restore", made.aligned, made.finetuned, f"--store={made.store}", "--strength=0.5"],
+        "eval": ["eval", made.aligned, "--suite=~/few.yaml", "--device=cpu"],
+        "sweep": ["sweep", made.aligned, made.finetuned, f"--store={made.store}", "--max-safety-kl=1e-3"],
+    }
+    for verb, command in verbs.items():
+        assert run([*map(str, command), f"--output=~/{verb}"]) == 0, capsys.readouterr().err
+        assert (tmp_path / verb).is_dir()
+    assert run(["report", "~/sweep", "--output=~/page.html"]) == 0
+    assert (tmp_path / "page.html").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def commands(out):
     """Each verb that writes results, into a folder."""
     made = pair()

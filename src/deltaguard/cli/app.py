@@ -46,6 +46,9 @@ _ALONE = (
     "`deltaguard {verb}` runs in one process, and {processes} were started: start it without torchrun. "
     "Several processes share the work of `calibrate` and `restore`."
 )
+_TOO_LITTLE_MEMORY = (
+    "There is too little memory. Close other programs, or take a smaller batch or model, or another device."
+)
 _REPORT = (
     "This is a bug of deltaguard, whatever the input was. Please report it, as CONTRIBUTING.md says, with "
     "what the same command prints under DELTAGUARD_DEBUG=1, and with `deltaguard info`."
@@ -152,14 +155,19 @@ def _carry_out(tokens: Sequence[str]) -> _End:
         return _End(code, str(error), trace=traceback.format_exc())
     except KeyboardInterrupt:
         return _End(INTERRUPTED, f"Interrupted.{_AFTER_INTERRUPT.get(tokens[0] if tokens else '', '')}")
-    except MemoryError:
-        return _End(
-            FAILED, "There is too little memory. Close other programs, or take a smaller batch or model."
-        )
     # The last stop: so a bug is never mistaken for a known failure.
     except Exception as error:  # noqa: BLE001
+        if _is_lack_of_memory(error):
+            return _End(FAILED, f"{_TOO_LITTLE_MEMORY} {error}".rstrip(), trace=traceback.format_exc())
         return _End(BUG, f"Unexpected {type(error).__name__}: {error}", _REPORT, traceback.format_exc())
     return _End(DONE)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Tell whether memory does not suffice, of which torch says so on a CPU in words alone."""
+    torch = sys.modules.get("torch")
+    of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, MemoryError) or of_gpu or "DefaultCPUAllocator" in str(error)
 
 
 def _say(end: _End) -> None:

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter, validators
@@ -10,6 +9,7 @@ from rich.console import Group
 
 from deltaguard.cli.sink import (
     Json,
+    Output,
     Reference,
     UsageError,
     emit,
@@ -30,7 +30,7 @@ def bench(
     aligned: Reference | None = None,
     /,
     *,
-    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    output: Output,
     preset: Literal["quick", "full", "attacks", "default"] = "quick",
     pretrained: Reference | None = None,
     method: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from deltaguard.cli.sink import Json, Reference, checked, emit, hide_bars_of_transformers, progress_bar, warn
+from deltaguard.cli.sink import (
+    Json,
+    OptionalPath,
+    Output,
+    Reference,
+    checked,
+    emit,
+    hide_bars_of_transformers,
+    progress_bar,
+    warn,
+)
 from deltaguard.curvature import Rank
 
 if TYPE_CHECKING:
@@ -18,8 +28,8 @@ def calibrate(
     aligned: Reference,
     /,
     *,
-    output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    prompts: Path | None = None,
+    output: Output,
+    prompts: OptionalPath = None,
     system: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     num_samples: int = 128,
     num_look_alikes: int | None = None,

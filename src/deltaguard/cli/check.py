@@ -1,9 +1,17 @@
 """`deltaguard check`."""
 
-from pathlib import Path
 from typing import Any
 
-from deltaguard.cli.sink import Json, Reference, checked, emit, hide_bars_of_transformers, progress_bar, warn
+from deltaguard.cli.sink import (
+    Json,
+    OptionalPath,
+    Reference,
+    checked,
+    emit,
+    hide_bars_of_transformers,
+    progress_bar,
+    warn,
+)
 from deltaguard.errors import CheckFailedError
 from deltaguard.restoration.options import ConfigFrom, RestoreConfig, TrainingData
 
@@ -16,8 +24,8 @@ def check(
     store: Reference | None = None,
     max_added_attack_success: float = 2.0,
     training_data: TrainingData = "unknown",
-    prompts: Path | None = None,
-    judge: Path | None = None,
+    prompts: OptionalPath = None,
+    judge: OptionalPath = None,
     config_from: ConfigFrom | None = None,
     device: str = "auto",
     json: Json = False,

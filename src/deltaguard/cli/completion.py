@@ -1,13 +1,12 @@
 """`deltaguard --install-completion`."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
 from cyclopts import App, Parameter
 from rich.text import Text
 
-from deltaguard.cli.sink import Out, Printable, UsageError
+from deltaguard.cli.sink import OptionalPath, Out, Printable, UsageError
 
 Shell = Literal["bash", "zsh", "fish"]
 _NAME_ONE = "name one with --shell bash, zsh or fish."
@@ -27,7 +26,7 @@ def completion_of(app: App) -> Callable[..., None]:
     def install_completion(
         *,
         shell: Shell | None = None,
-        output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+        output: Annotated[OptionalPath, Parameter(name=["--output", "-o"])] = None,
     ) -> None:
         """Have the shell complete verbs, options, names and folders.
 

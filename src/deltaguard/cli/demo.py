@@ -1,17 +1,15 @@
 """`deltaguard demo`."""
 
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
 from rich.console import Group
 
-from deltaguard.cli.sink import Json, emit, hide_bars_of_transformers, progress_bar, tell
+from deltaguard.cli.sink import Json, Output, emit, hide_bars_of_transformers, progress_bar, tell
 
 
 def demo(
     *,
-    output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("demo"),
+    output: Output = Path("demo"),
     seed: int = 0,
     json: Json = False,
 ) -> None:

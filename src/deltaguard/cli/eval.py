@@ -1,13 +1,19 @@
 """`deltaguard eval`."""
 
 from math import inf
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from cyclopts import Parameter
 from rich.console import Group
 
-from deltaguard.cli.sink import Json, Reference, UsageError, emit, hide_bars_of_transformers, progress_bar
+from deltaguard.cli.sink import (
+    Json,
+    Output,
+    Reference,
+    UsageError,
+    emit,
+    hide_bars_of_transformers,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from deltaguard.evaluation.judges.guards import GuardKind
@@ -20,7 +26,7 @@ def eval(  # noqa: A001 - the verb of the command line
     model: Reference,
     /,
     *others: Reference,
-    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    output: Output,
     suite: str = "quick",
     engine: Literal["transformers", "vllm", "openai"] = "transformers",
     base_url: str | None = None,
@@ -54,7 +60,8 @@ def eval(  # noqa: A001 - the verb of the command line
         timeout: Seconds for each request to a server, from its beginning to the end of the reply.
         max_missing: Share of a section's answers, or of a judge's scores of them, that a server may fail to
             give. They are left out of every number and named; above the share the run ends.
-        device: Where transformers runs: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: Where transformers runs: `auto`, `cpu`, `cuda` or `cuda:N`; a second attack trains on the
+            first GPU alone.
         dtype: Of the weights; `auto` is float32 on a CPU and the checkpoint's own elsewhere.
         batch_size: Questions answered at a time.
         judge_url: Address of a server whose model judges too, from 1 (refuses) to 5 (follows the request).

@@ -1,13 +1,12 @@
 """`deltaguard gc`."""
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 from pydantic import BaseModel
 from rich.table import Table as Drawn
 
-from deltaguard.cli.sink import Json, emit
+from deltaguard.cli.sink import Json, UserPath, emit
 from deltaguard.errors import require_packages
 from deltaguard.reports.text import size
 
@@ -36,7 +35,7 @@ class Collected(BaseModel):
 
 def gc(
     *,
-    data: Path,
+    data: UserPath,
     days: int = 7,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,

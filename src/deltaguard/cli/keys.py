@@ -7,7 +7,7 @@ from cyclopts import App, Parameter
 from pydantic import BaseModel
 from rich.table import Table as Drawn
 
-from deltaguard.cli.sink import Json, emit
+from deltaguard.cli.sink import Json, UserPath, emit
 from deltaguard.errors import require_packages
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def create(
     organisation: str,
     /,
     *,
-    data: Path,
+    data: UserPath,
     operator: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> None:
@@ -67,7 +67,7 @@ def create(
 
 
 @keys.command(name="list")
-def list_all(*, data: Path, json: Json = False) -> None:
+def list_all(*, data: UserPath, json: Json = False) -> None:
     """List all keys by their last characters.
 
     Args:
@@ -87,7 +87,7 @@ def list_all(*, data: Path, json: Json = False) -> None:
 
 
 @keys.command
-def revoke(key_id: str, /, *, data: Path, json: Json = False) -> None:
+def revoke(key_id: str, /, *, data: UserPath, json: Json = False) -> None:
     """Take a key back; the service does not accept it from that moment on.
 
     Args:

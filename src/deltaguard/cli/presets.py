@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import TypeAdapter
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.files import read_yaml
+from deltaguard.files import expanded, read_yaml
 
 Preset = Literal["careful", "balanced"]
 """A set of options with a name, the closest to the aligned model first. A file called so is `./careful`."""
@@ -35,7 +35,7 @@ def read_options(given: Preset | Path) -> dict[str, Any]:
         0.0003
     """
     shipped = Path(str(files("deltaguard"))) / "data" / "presets"
-    path = given if isinstance(given, Path) else shipped / f"{given}.yaml"
+    path = expanded(given) if isinstance(given, Path) else shipped / f"{given}.yaml"
     if not os.path.exists(path):  # noqa: PTH110  # pathlib raises for a name that no file can have
         close = difflib.get_close_matches(str(given), PRESETS, n=1)
         meant = f" Did you mean {close[0]}?" if close else ""

@@ -1,15 +1,14 @@
 """`deltaguard push`."""
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from deltaguard.cli.sink import Json, emit
+from deltaguard.cli.sink import Json, UserPath, emit
 
 
 def push(
-    folder: Path,
+    folder: UserPath,
     repository: str,
     /,
     *,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from deltaguard.cli.sink import Json, emit, tell
+from deltaguard.cli.sink import Json, OptionalPath, UserPath, emit, tell
 from deltaguard.errors import DeltaguardError, MissingPackageError
 from deltaguard.reports.records.base import Record
 
@@ -27,10 +27,10 @@ class Drawing(Record):
 
 
 def report(
-    folder: Path,
+    folder: UserPath,
     /,
     *,
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    output: Annotated[OptionalPath, Parameter(name=["--output", "-o"])] = None,
     json: Json = False,
 ) -> None:
     """Draw the result in a folder as one HTML page that fetches nothing.

@@ -1,17 +1,16 @@
 """`deltaguard serve`."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from deltaguard.cli.sink import UsageError, tell
+from deltaguard.cli.sink import UsageError, UserPath, tell
 from deltaguard.errors import require_packages
 
 
 def serve(
     *,
-    data: Path,
+    data: UserPath,
     model: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -41,7 +40,10 @@ def serve(
     )
     from deltaguard.service import server
 
-    models = dict(_split(each) for each in model)
+    given = [_split(each) for each in model]
+    models = dict(given)
+    if len(models) < len(given):
+        raise UsageError("--model gives one name twice.")
     settings = server.chosen_settings(data, models, inference_url=inference_url, executor=executor)
 
     def on_open(first_key: str | None) -> None:

@@ -3,12 +3,12 @@
 import json
 import os
 import sys
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 from pydantic import BaseModel, ValidationError
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import (
@@ -24,7 +24,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from deltaguard.errors import listed
-from deltaguard.files import problems
+from deltaguard.files import expanded, problems
 from deltaguard.progress import Event, Progress
 from deltaguard.text import printable, printable_lines
 
@@ -32,6 +32,18 @@ OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
 Reference = str | Path
 """A model or store, by Hub id or folder. It comes as text; the second type has shells complete folders."""
+
+
+def _as_user_path(_: Any, tokens: Sequence[Token]) -> Path:
+    return expanded(tokens[0].value)
+
+
+UserPath = Annotated[Path, Parameter(converter=_as_user_path)]
+"""A path in which `~` is the home folder: of `--output=~/out` no shell makes it that."""
+
+OptionalPath = Annotated[Path | None, Parameter(converter=_as_user_path)]
+
+Output = Annotated[UserPath, Parameter(name=["--output", "-o"])]
 
 Json = Annotated[
     bool, Parameter(name="--json", negative="", help="Print one JSON document and nothing else on stdout.")

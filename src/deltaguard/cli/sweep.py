@@ -1,6 +1,5 @@
 """`deltaguard sweep`."""
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -8,6 +7,8 @@ from rich.console import Group
 
 from deltaguard.cli.sink import (
     Json,
+    OptionalPath,
+    Output,
     Reference,
     UsageError,
     checked,
@@ -26,10 +27,10 @@ def sweep(
     finetuned: Reference,
     /,
     *,
-    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    output: Output,
     store: Reference | None = None,
     max_safety_kl: Annotated[tuple[float, ...], Parameter(negative="", show_default=False)] = (),
-    utility: Path | None = None,
+    utility: OptionalPath = None,
     method: str = RestoreConfig().method,
     confidence: float | None = None,
     other_params: OtherParams = "aligned",
