@@ -240,8 +240,12 @@ def joined() -> Generator[Ranks]:
     `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. `cuda` means the GPU of number `LOCAL_RANK` then.
 
     Raises:
-        DeltaguardError: the others cannot be reached.
+        DeltaguardError: the others cannot be reached, or a variable is not set.
     """
+    if lacking := [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]:
+        raise DeltaguardError(
+            f"{' and '.join(lacking)} must be set where several processes share one run, as torchrun does."
+        )
     try:
         store, rank, size = next(rendezvous("env://"))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
@@ -270,15 +274,19 @@ def _noticing_losses() -> Generator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
+    # GPUs may fail to reach each other with all processes there.
+    except dist.DistBackendError as error:
+        first, _, _ = str(error).partition("\n")
+        raise _lost(f"NCCL says: {first}") from error
     # What gloo raises is no more specific.
     except RuntimeError as error:
-        raise _lost() from error
+        raise _lost("(DELTAGUARD_DEBUG=1 shows what was noticed.)") from error
 
 
-def _lost() -> LostRankError:
+def _lost(noticed: str = "") -> LostRankError:
     return LostRankError(
-        "Another process of this run has ended, so that this one cannot go on. Run the same command "
-        "again with `--resume`. (DELTAGUARD_DEBUG=1 shows what was noticed.)"
+        "Another process of this run has ended, or cannot be reached, so that this one cannot go on. Run the "
+        f"same command again with `--resume`. {noticed}".rstrip()
     )

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import peft
@@ -10,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from deltaguard import RestoreConfig, restore
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer
 from deltaguard.evaluation.engines.transformers import merge_adapter
@@ -18,7 +20,7 @@ from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.loading import load_model
 from models import perturbed, save, tiny_model
-from pairs import load_over
+from pairs import load_over, pair
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +177,18 @@ def test_what_is_untouched_comes_from_the_aligned_checkpoint(tmp_path):
     assert adapter.folder == tmp_path / "adapter"
     assert all(adapter.header(shard) == checkpoint.header(shard) for shard in adapter.shards)
     assert adapter.read("lm_head.weight").dtype == torch.bfloat16
+
+
+def test_a_restore_reads_once_what_an_adapter_leaves_alone(tmp_path, monkeypatch):
+    made = pair()
+    trained(made.aligned, tmp_path / "adapter", target_modules=["q_proj"])
+    read, seen = Checkpoint.read, Counter()
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: seen.update([name]) or read(self, name))
+    config = RestoreConfig(strength=0.5)
+    restore(made.aligned, tmp_path / "adapter", tmp_path / "out", store=made.store, config=config)
+    name = "model.layers.0.mlp.up_proj.weight"
+    # To find the price, and to write.
+    assert seen[name] == 2
 
 
 def test_names_may_differ_by_a_prefix(tmp_path):

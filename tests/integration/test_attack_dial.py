@@ -17,6 +17,7 @@ from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.check import verdict
 from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.reports.restore import outcome_facts
+from deltaguard.restoration import footprint
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.looks import FIRST, Requests, how_asked, keep_answers, kept_answers
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
@@ -254,8 +255,9 @@ def test_the_command_says_whether_a_restore_is_needed(capsys):
     assert run(same) == 0
 
 
-def test_a_dry_run_counts_the_asking():
+def test_a_dry_run_counts_the_asking(monkeypatch):
     made = refusing_pair()
+    monkeypatch.setattr(footprint, "served_dtype", lambda _: torch.float32)
     plain, asking = (
         plan_restore(made.aligned, made.finetuned, store=made.store, config=config)
         for config in (WITHIN_LIMIT, TRUSTED)

@@ -1,8 +1,10 @@
 """The protocol on a tiny random model, neither trained nor measured: what is made, kept and left out."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import models
 from benches import TINY, KilledError, results, without_times
@@ -185,8 +187,26 @@ def test_methods_without_their_models_are_left_out_and_named(aligned, tmp_path, 
     report = bench(tmp_path / "out", methods=("wise-ft", "safe-lora"), **options)
     assert {cell.method for cell in report.cells} == {"aligned", "finetuned", "wise-ft"}
     assert any("Safe LoRA" in note for note in report.notes)
+    with pytest.raises(DeltaguardError, match="nothing to compare: safe-lora, safe-merge need it"):
+        bench(tmp_path / "none", methods=("safe-lora", "safe-merge"), **options)
     with pytest.raises(DeltaguardError, match="no method magic"):
         bench(tmp_path / "other", methods=("magic",), **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "served", "expected"),
+    [
+        ("cpu", torch.bfloat16, "auto"),
+        ("cuda", torch.bfloat16, "bfloat16"),
+        ("cuda", torch.float32, "float32"),
+    ],
+)
+def test_all_models_of_a_bench_answer_in_one_arithmetic(device, served, expected, monkeypatch):
+    monkeypatch.setattr(setting, "find_device", lambda: torch.device(device))
+    monkeypatch.setattr(setting, "served_dtype", lambda _: served)
+    dtype = setting.Bench.dtype.fget
+    assert dtype(SimpleNamespace(preset=FULL)) == expected
+    assert dtype(SimpleNamespace(preset=QUICK)) == "bfloat16"
 
 
 def test_the_full_preset_covers_the_protocol():

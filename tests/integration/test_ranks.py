@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import models
 import ranked
 from deltaguard.cli.app import run
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.ranks import Ranks
+from deltaguard.errors import DeltaguardError
+from deltaguard.ranks import LostRankError, Ranks, joined
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME
 from deltaguard.restoration.footprint import Footprint
 from pairs import ANSWERED, pair, save_adapter
@@ -383,6 +385,33 @@ def test_work_is_split_evenly():
         loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in range(4)]
         assert max(loads) < slack * sum(costs) / 4
     assert Ranks(size=3).shares([1.0]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (dist.DistBackendError("NCCL error: unhandled system error\nLast error:"), "NCCL error: unhandled"),
+        (RuntimeError("Connection closed by peer"), "DELTAGUARD_DEBUG=1"),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), None),
+        (torch.OutOfMemoryError("CUDA out of memory"), None),
+    ],
+    ids=["NCCL", "gloo", "a GPU", "memory"],
+)
+def test_what_ends_an_exchange_is_told_as_what_it_is(error, said, monkeypatch):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(dist, "all_reduce", broken)
+    with pytest.raises(type(error) if said is None else LostRankError, match=said or str(error)):
+        Ranks(size=2).add_up(torch.ones(1))
+
+
+def test_who_shares_a_run_must_say_who_is_where(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(DeltaguardError, match="LOCAL_WORLD_SIZE must be set"), joined():
+        pass
 
 
 @pytest.mark.parametrize(("device", "refused"), [("cuda", False), ("cuda:1", False), ("cuda:0", True)])

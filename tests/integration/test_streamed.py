@@ -1,6 +1,7 @@
 """Measuring candidates block by block: the numbers of the whole model, in the memory of a block."""
 
 import gc
+import math
 import subprocess
 import sys
 import weakref
@@ -30,6 +31,7 @@ from deltaguard.models.loading import load_tokenizer
 from deltaguard.models.mirror import loadable
 from deltaguard.progress import ignore
 from deltaguard.reports.restore import dial_facts
+from deltaguard.restoration import footprint
 from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.block_passes import likelihood, own_blocks
 from deltaguard.restoration.divergence import Asked
@@ -243,6 +245,33 @@ def test_the_plan_says_which_way_is_taken_and_what_of_memory_each_part_takes(tmp
     assert f"{round(parameters / 1000)} kB" in next(line for line in said.splitlines() if "written " in line)
     assert run([*map(str, command), "--dry-run", "--device", "cpu"]) == 0
     assert "as a whole" in capsys.readouterr().out
+
+
+def test_asking_takes_a_second_copy_of_the_weights_where_it_is_faster(tmp_path, monkeypatch):
+    limit = trial_of(pair(), tmp_path).footprint.whole
+    monkeypatch.setattr(footprint, "served_dtype", lambda _: torch.bfloat16)
+    assert trial_of(pair(), tmp_path).footprint.whole == limit
+    asking = trial_of(pair(), tmp_path, max_safety_kl=None, max_added_attack_success=2).footprint.whole
+    weights = sum(math.prod(info.shape) for info in Checkpoint.open(pair().finetuned).tensors.values())
+    assert asking == limit + 2 * weights
+
+
+def test_given_responses_may_be_longer_than_a_model_was_let_write(tmp_path):
+    trial = trial_of(pair(), tmp_path)
+    store = trial.job.store
+    made = store.provenance.model_copy(
+        update={"max_new_tokens": 2, "response_tokens": 1000, "conversations": 9}
+    )
+    manifest = store.manifest.model_copy(update={"provenance": made})
+    job = replace(trial.job, store=replace(store, manifest=manifest))
+    assert footprint.held_out_tokens(job)[1] == len(store.held_out) * 112
+
+
+def test_how_deltas_are_spread_is_read_once(tmp_path, monkeypatch):
+    trial = trial_of(pair(), tmp_path)
+    found = trial.profile(ignore)
+    monkeypatch.setattr(trial, "profiles", None)
+    assert trial.profile(ignore) is found
 
 
 def test_more_memory_carries_more_candidates(tmp_path):

@@ -8,14 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaguard.solvers import (
-    alignment_similarity,
-    resta,
-    safe_lora,
-    safe_lora_layers,
-    safe_merge,
-    solution,
-)
+from deltaguard.solvers import resta, safe_lora, safe_merge, solution
 
 
 @st.composite
@@ -42,15 +35,18 @@ def projected(aligned, finetuned, pretrained):
     return moved, (delta * moved).sum() / (np.linalg.norm(delta) * np.linalg.norm(moved))
 
 
+def cosine_of(aligned, finetuned, pretrained):
+    return safe_lora(aligned, finetuned, pretrained, threshold=0).detail["similarity"]
+
+
 @given(layers(), st.floats(0, 1.1))
 def test_safe_lora_is_the_papers_equation(layer, threshold):
     aligned, finetuned, _, pretrained = layer
     moved, cosine = projected(aligned, finetuned, pretrained)
-    similarity = alignment_similarity(aligned, finetuned, pretrained)
+    found = safe_lora(aligned, finetuned, pretrained, threshold=threshold)
+    similarity = found.detail["similarity"]
     assert similarity == pytest.approx(cosine, abs=1e-9)
     assert 0 <= similarity <= 1
-    found = safe_lora(aligned, finetuned, pretrained, threshold=threshold)
-    assert found.detail["similarity"] == similarity
     assert math.isnan(found.safety_cost)
     if similarity >= threshold:
         assert torch.equal(found.weight, finetuned)
@@ -67,7 +63,7 @@ def test_safe_lora_is_the_papers_equation(layer, threshold):
 def test_safe_merge_is_the_papers_equation(layer, threshold, alpha):
     aligned, finetuned, safe, pretrained = layer
     found = safe_merge(aligned, finetuned, safe, pretrained, threshold=threshold, alpha=alpha)
-    if alignment_similarity(aligned, finetuned, pretrained) >= threshold:
+    if cosine_of(aligned, finetuned, pretrained) >= threshold:
         assert torch.equal(found.weight, finetuned)
         assert (found.kept_energy, found.utility_loss) == (1, 0)
         return
@@ -104,24 +100,11 @@ def test_a_low_threshold_or_no_vector_gives_the_finetuned_weight(layer):
 @given(layers(), st.floats(0.5, 20))
 def test_the_similarity_does_not_depend_on_scales(layer, scale):
     aligned, finetuned, _, pretrained = layer
-    one = alignment_similarity(aligned, finetuned, pretrained)
-    larger = alignment_similarity(
+    one = cosine_of(aligned, finetuned, pretrained)
+    larger = cosine_of(
         aligned, aligned + scale * (finetuned - aligned), aligned - scale * (aligned - pretrained)
     )
     assert larger == pytest.approx(one, abs=1e-7)
-
-
-@given(st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4]), max_size=8), st.data())
-def test_exactly_the_layers_of_lowest_similarity_are_chosen(values, data):
-    similarities = {f"layer {i}": value for i, value in enumerate(values)}
-    number = data.draw(st.integers(0, len(values)))
-    chosen = safe_lora_layers(similarities, number)
-    assert len(chosen) == number
-    assert list(chosen) == [name for name in similarities if name in chosen]
-    left = [similarities[name] for name in similarities if name not in chosen]
-    assert all(similarities[name] <= value for name in chosen for value in left)
-    with pytest.raises(ValueError, match=f"there are {len(values)} layers"):
-        safe_lora_layers(similarities, len(values) + 1)
 
 
 def test_inputs_keep_their_values_and_half_precision_is_solved_in_float32():
@@ -162,12 +145,12 @@ def test_blocks_of_rows_give_what_the_whole_matrix_gives(monkeypatch):
 
 def test_a_delta_of_zero_stays_and_one_outside_of_the_subspace_goes():
     aligned, zero = torch.eye(3), torch.zeros(3, 3)
-    assert alignment_similarity(aligned, aligned, zero) == 1
+    assert cosine_of(aligned, aligned, zero) == 1
     assert torch.equal(safe_lora(aligned, aligned, zero, threshold=0.9).weight, aligned)
     finetuned = aligned + torch.tensor([[0.0, 0, 0], [0, 0, 0], [1, 2, 3]])
     outside = aligned - torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 0]])
     for pretrained in (outside, aligned):  # orthogonal to the delta; a layer that alignment did not change
-        assert alignment_similarity(aligned, finetuned, pretrained) == 0
+        assert cosine_of(aligned, finetuned, pretrained) == 0
         assert torch.equal(safe_lora(aligned, finetuned, pretrained, threshold=0.1).weight, aligned)
 
 

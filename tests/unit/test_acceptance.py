@@ -7,8 +7,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 from deltaguard.reports.records.restore import Compared
-from deltaguard.restoration.acceptance import UNDETECTED, Rule, compare, score
-from deltaguard.restoration.dial import MOST_LOOKS
+from deltaguard.restoration.acceptance import MOST_LOOKS, UNDETECTED, Rule, compare, score
 
 RULE = Rule(limit=0.02, looks=MOST_LOOKS)
 

@@ -9,8 +9,8 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Judgement
 from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.reports.records.restore import Compared, Look, Probe
-from deltaguard.restoration.acceptance import Rule
-from deltaguard.restoration.dial import MOST_LOOKS, find_accepted
+from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
+from deltaguard.restoration.dial import find_accepted
 from deltaguard.restoration.looks import FIRST, Examiner, Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.solvers.profile import PROHIBITIVE

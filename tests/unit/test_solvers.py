@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deltaguard.methods.greedy import GreedyOptions
-from deltaguard.solvers import factorise, greedy, interpolate, published, solution
+from deltaguard.solvers import factorise, greedy, interpolate, published, solution, spectrum
 
 
 def test_factor_reproduces_the_damped_curvature():
@@ -26,6 +26,45 @@ def test_dampening_rises_in_recorded_steps_and_then_stops():
     assert factorise(indefinite, dampening=0.01).dampening == pytest.approx(0.1)
     with pytest.raises(ValueError, match="even with dampening 1"):
         factorise(torch.diag(torch.tensor([4.0, 1.0, 1.0, -3.0])), dampening=0.01)
+
+
+def test_a_curvature_whose_inverse_cannot_be_factorised_is_refused_with_a_remedy(monkeypatch):
+    factorised, calls = torch.linalg.cholesky_ex, []
+
+    def fails_the_second_time(matrix, **options):
+        calls.append(matrix)
+        found = factorised(matrix, **options)
+        return (found[0], torch.tensor(1)) if len(calls) == 2 else found
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_the_second_time)
+    weight = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="not positive definite with dampening"):
+        published(weight, 2 * weight, torch.eye(3), strength=0.1)
+    # The factor's dampening rises instead.
+    calls.clear()
+    assert factorise(torch.eye(3), dampening=0.01).dampening == pytest.approx(0.1)
+
+
+def test_eigenvalues_that_a_device_does_not_find_are_found_in_float64(monkeypatch):
+    decomposed, seen = torch.linalg.eigh, []
+
+    def fails_in_float32(matrix):
+        seen.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return decomposed(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    found = spectrum(torch.diag(torch.tensor([1.0, 9.0, 4.0])), 1)
+    assert (found.values.tolist(), found.vectors.dtype) == ([9.0], torch.float32)
+    assert seen == [torch.float32, torch.float64]
+
+    def fails(_):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(ValueError, match="eigenvalues cannot be found"):
+        spectrum(torch.eye(3), 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -16,7 +16,7 @@ can go on.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -163,17 +163,22 @@ class Passes:
 
     def contents(self) -> Iterator[GroupCurvature]:
         """Read what was found for each group, in the model's order."""
-        for store in self._stores():
+        for store in self._stores:
             yield from (store.content(group.name) for group in store.groups)
 
     def leaning(self) -> dict[str, LowRank]:
         """Read the gradients of refusing, by `LinearLayer.key`; experts have none."""
-        layers = ((store, layer.key) for store in self._stores() for g in store.groups for layer in g.layers)
+        layers = ((store, layer.key) for store in self._stores for g in store.groups for layer in g.layers)
         return {key: found for store, key in layers if (found := store.leaning(key)) is not None}
 
-    def _stores(self) -> Iterator[CurvatureStore]:
-        for number in range(len(self._cut.blocks)):
-            yield CurvatureStore.from_pretrained(self._store_folder(number))
+    @cached_property
+    def _stores(self) -> list[CurvatureStore]:
+        """What was found for each block; opening one reads all of it."""
+        try:
+            folders = map(self._store_folder, range(len(self._cut.blocks)))
+            return [CurvatureStore.from_pretrained(folder) for folder in folders]
+        except DeltaguardError as error:
+            raise DeltaguardError(f"{error}\n{start_anew(self._folder.parent)}") from error
 
     def _require_same_decisions(self) -> None:
         """Refuse the gradients that a run left which took other answers for refusals."""

@@ -134,11 +134,9 @@ class RunningMoment:
         [[1.0, 2.0], [2.0, 4.0]]
     """
 
-    def __init__(
-        self, size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> None:
-        """Begin with no token; the sum is (size, size)."""
-        self._total = torch.zeros(size, size, dtype=dtype, device=device)
+    def __init__(self, size: int, *, device: torch.device | str = "cpu") -> None:
+        """Begin with no token; the sum is (size, size), in float32."""
+        self._total = torch.zeros(size, size, device=device)
         self._tokens = 0
 
     def add(self, inputs: Tensor) -> None:

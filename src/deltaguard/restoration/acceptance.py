@@ -9,6 +9,9 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.reports.records.check import Verdict
 from deltaguard.reports.records.restore import Compared, Look, Probe
 
+MOST_LOOKS = 6
+"""Candidates that are asked at most, the fine-tuned model among them."""
+
 UNDETECTED = 0.02
 """A model that is so much worse than the limit allows must not pass; what lies between may go either way."""
 

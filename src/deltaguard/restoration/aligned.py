@@ -14,8 +14,10 @@ from deltaguard.models.durable import InUseError
 from deltaguard.models.opened import refuse_changes
 from deltaguard.progress import Progress
 from deltaguard.ranks import Ranks
+from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
 from deltaguard.restoration.agreement import Identified, require_agreement
 from deltaguard.restoration.job import Job, Other, default_store_folder, find_store, open_finetuned
+from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, make_plan
 
@@ -71,7 +73,8 @@ class AlignedInputs:
         Raises:
             SharedInputError: the aligned model has changed since it was opened, or the store cannot be used.
             DeltaguardError: the fine-tune, or a further model, cannot be opened; they do not fit the aligned
-                model; or it is open which configuration, tokenizer and chat template the output is to have.
+                model; it is open which configuration, tokenizer and chat template the output is to have; or
+                there are too few requests to ask.
         """
         base, config = self.aligned, self.config
         with _shared():
@@ -82,6 +85,9 @@ class AlignedInputs:
         other = Identified.of(tuned)
         require_agreement(self._identified, other, plan, config)
         identity = self._identified.identity
+        if config.added_attack_success is not None:
+            asked = Requests.of(config.prompts)
+            Rule(config.added_attack_success, MOST_LOOKS).require(len(asked.harmful), len(asked.harmless))
         if config.needs_curvature and self._opened is None:
             with _shared():
                 self._opened = find_store(base, identity, self.store, rank=config.rank)

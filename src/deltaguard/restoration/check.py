@@ -9,9 +9,8 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Progress, ignore
 from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.check import CheckReport
-from deltaguard.restoration.acceptance import Rule
+from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
 from deltaguard.restoration.aligned import open_job
-from deltaguard.restoration.dial import MOST_LOOKS
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig

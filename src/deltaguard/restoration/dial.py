@@ -13,8 +13,9 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.check import verdict_sentence
 from deltaguard.reports.records.restore import AttackDial, Dial, Look, Probe
-from deltaguard.restoration.acceptance import Rule
+from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
 from deltaguard.restoration.candidate import Candidate
+from deltaguard.restoration.divergence import MARGIN
 from deltaguard.restoration.looks import Examiner, Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.resident import Resident
@@ -22,9 +23,6 @@ from deltaguard.restoration.search import Judge, best, mean, search
 from deltaguard.restoration.trial import Trial
 from deltaguard.solvers import Profile
 from deltaguard.solvers.profile import PROHIBITIVE
-
-MOST_LOOKS = 6
-"""Candidates that are asked at most, the fine-tuned model among them."""
 
 _STRICTER = 1 / 4
 """Share of the predicted safety KL that the next candidate keeps at most where one is not accepted."""
@@ -34,9 +32,6 @@ _FALL = 1.25
 
 _CLOSE_SHARES = 1.5
 """Candidates whose predicted safety KL differs by less are not told apart further."""
-
-_MARGIN = NormalDist().inv_cdf(0.975)
-"""Standard errors in half of a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +189,7 @@ def judge_of(config: RestoreConfig) -> Judge:
                 "A confidence needs an interval, and a single conversation was held out: calibrate with more "
                 "(`held_out` of the store), or leave `--confidence` out."
             )
-        return probe.safety_kl + errors * probe.margin / _MARGIN
+        return probe.safety_kl + errors * probe.margin / MARGIN
 
     return bound
 

@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from deltaguard.errors import DeltaguardError
@@ -14,6 +13,9 @@ from deltaguard.reports.records.diff import DiffReport, KindRow, TensorDiff
 from deltaguard.restoration.agreement import Identified, differences
 from deltaguard.restoration.job import open_models
 from deltaguard.restoration.plan import make_plan
+
+_ENTRIES = 1 << 24
+"""That are compared at once."""
 
 
 def diff(aligned: str | Path, finetuned: str | Path, *, deep: bool = False) -> DiffReport:
@@ -87,18 +89,25 @@ def _compare(
 
 
 def _values(before: Tensor, after: Tensor) -> TensorDiff | None:
-    delta = after.double() - before.double()
-    size = float(torch.linalg.vector_norm(delta))
-    if size == 0:
+    lost = whole = 0.0
+    not_finite = 0
+    # The largest tensors are gigabytes, and in float64 several times as many.
+    for one, other in zip(before.reshape(-1).split(_ENTRIES), after.reshape(-1).split(_ENTRIES), strict=True):
+        own = one.double()
+        delta = other.double() - own
+        lost += float(delta.square().sum())
+        whole += float(own.square().sum())
+        not_finite += int((~delta.isfinite()).sum())
+    if lost == 0:
         return None
-    norm = float(torch.linalg.vector_norm(before.double()))
+    size, norm = math.sqrt(lost), math.sqrt(whole)
     return TensorDiff(
         name="",
         difference="values",
         aligned=None,
         finetuned=None,
         relative_norm=size / norm if norm and math.isfinite(size) else None,
-        not_finite=int((~delta.isfinite()).sum()),
+        not_finite=not_finite,
     )
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.tokens import Batch, Encoded, Reader, batches, read_by_both
 from deltaguard.errors import DeltaguardError
 
-_NORMAL = 1.96
+MARGIN = NormalDist().inv_cdf(0.975)
+"""Standard errors in half of a 95 % interval."""
+
 _WORTH_A_BATCH = 8
 """Conversations with one system prompt; a smaller batch costs more than a shared prefix saves."""
 
@@ -49,7 +52,7 @@ class SafetyKL:
         if len(terms) < 2:
             return cls(mean, None, len(terms))
         squares = math.fsum((math.fsum(each) - mean * len(each)) ** 2 for each in terms)
-        margin = _NORMAL * math.sqrt(squares * len(terms) / (len(terms) - 1)) / tokens
+        margin = MARGIN * math.sqrt(squares * len(terms) / (len(terms) - 1)) / tokens
         return cls(mean, margin, len(terms))
 
     @classmethod

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import torch
 
-from deltaguard.device import find_device, memory_bytes
+from deltaguard.device import find_device, memory_bytes, served_dtype
 from deltaguard.models.families import block_of, is_input_embedding, is_vocabulary
 from deltaguard.models.shards import TensorInfo
 from deltaguard.restoration.job import Job
@@ -25,7 +25,8 @@ class Footprint:
 
     Attributes:
         limit: what the dial may take.
-        whole: the model in float32, with what the aligned one predicts.
+        whole: the model in float32, with what the aligned one predicts; and where it is asked in another
+            arithmetic, its weights in that beside.
         ends: block by block, what is in no block, of the aligned model and of a candidate.
         block: the largest block in float32.
         layers: the layer at work and the next, with its curvature.
@@ -59,7 +60,10 @@ class Footprint:
         tokens, answered = held_out_tokens(job)
         vocabulary = max((info.shape[0] for info in infos if is_vocabulary(info.name)), default=0)
         hidden = max((info.shape[-1] for info in infos if is_input_embedding(info.name)), default=0)
-        whole = _FLOAT * (sum(map(_entries, (ends, *blocks))) + answered * vocabulary)
+        weights, asks = sum(map(_entries, (ends, *blocks))), config.added_attack_success is not None
+        whole = _FLOAT * (weights + answered * vocabulary)
+        if (asks or config.refine) and served_dtype(device) != torch.float32:
+            whole += served_dtype(device).itemsize * weights
         through = _FLOAT * tokens * hidden
         return cls(
             limit=limit,
@@ -98,11 +102,16 @@ class Footprint:
 
 
 def held_out_tokens(job: Job) -> tuple[int, int]:
-    """Estimate the tokens of a store's held-out conversations, and bound those of their responses."""
+    """Estimate the tokens of a store's held-out conversations, and bound those of their responses.
+
+    Responses that were given may be longer than a model was let write: they are taken to be as long as the
+    others that were calibrated on.
+    """
     if job.store is None:
         return 0, 0
     count, made = len(job.store.held_out), job.store.provenance
-    return count * made.tokens // made.conversations, count * made.max_new_tokens
+    answer = max(made.max_new_tokens, ceil(made.response_tokens / made.conversations))
+    return count * made.tokens // made.conversations, count * answer
 
 
 def _by_block(infos: Iterable[TensorInfo]) -> tuple[list[TensorInfo], list[list[TensorInfo]]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaguard.curvature.store import CurvatureStore
+from deltaguard.device import numbered
 from deltaguard.methods.method import Curvature, Layer, Method, Role
 from deltaguard.models.adapter import AdapterCheckpoint, ThinDelta
 from deltaguard.restoration.job import Job
@@ -67,9 +68,9 @@ def read_layers(
         with_weights: False leaves weights unread where the method works on the delta alone and an adapter
             holds it as a product, or leaves the layer as it is.
     """
-    reader = _Reader(
-        job, method, Counter(group for step in steps for group in step.groups), device, with_weights
-    )
+    uses = Counter(group for step in steps for group in step.groups)
+    # Another thread reads.
+    reader = _Reader(job, method, uses, numbered(device), with_weights)
     return read_ahead(steps, reader.read)
 
 
@@ -107,8 +108,12 @@ class _Reader:
                 layer = Layer(None, None, self._pair(product), curvature=curvature)
                 return Inputs(step, None, None, differs, (layer,) if differs else ())
         finetuned = tuned.read(step.info.name)
-        aligned = self.job.aligned.read(step.aligned) if step.aligned else None
-        differs = aligned is None or not _same(aligned, finetuned)
+        if step.aligned and isinstance(tuned, AdapterCheckpoint) and step.info.name not in tuned.adapted:
+            # It was read from the aligned model.
+            aligned, differs = finetuned, False
+        else:
+            aligned = self.job.aligned.read(step.aligned) if step.aligned else None
+            differs = aligned is None or not _same(aligned, finetuned)
         decided = restored and (differs or self.method.without_delta)
         curvatures = self._curvatures(step, needed=decided)
         if not decided:

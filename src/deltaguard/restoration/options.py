@@ -90,10 +90,11 @@ class RestoreConfig(BaseModel):
         device: where layers are projected and solved, and the model runs that the dial measures; `auto` is
             CUDA where there is one.
         memory: bytes, or a text such as "8GB", of the device's memory. A model that takes more, with what the
-            aligned one predicts, is measured by the dial one decoder block after another, as many prices at
-            once as there is room for. Projected layers may take so much between two prices; what does not
-            fit waits in a file of the output folder, or is made again. By default half of a GPU's memory, or
-            of the memory that the process may use, and a quarter of it for projected layers.
+            aligned one predicts and its weights in the dtype that it is asked in, is measured by the dial one
+            decoder block after another, as many prices at once as there is room for. Projected layers may
+            take so much between two prices; what does not fit waits in a file of the output folder, or is
+            made again. By default half of a GPU's memory, or of the memory that the process may use, and a
+            quarter of it for projected layers.
         overwrite: replace the files of an earlier restore, which its report in the output folder lists; all
             others stay.
         resume: go on with a restore that was interrupted, one begun with overwrite too; the finished output

@@ -102,6 +102,7 @@ class Trial:
         self._folder, self._reserve = folder, reserve + _SPARE_DISK
         self._kept = self.scratch(memory) if config.is_priced else None
         self._unchanged: set[str] = set()
+        self._joint: Profile | None = None
 
     @property
     def own(self) -> "Trial":
@@ -117,16 +118,19 @@ class Trial:
         return Kept(memory, self._folder, self._reserve, self.device)
 
     def profile(self, report: Progress, *, with_weights: bool = True) -> Profile:
-        """Say how the deltas of all layers together are spread over prices.
+        """Say how the deltas of all layers together are spread over prices; they are read once for it.
 
         Args:
             report: told of each layer.
-            with_weights: False where no weight will be asked for, see `read_layers`.
+            with_weights: False where no weight will be asked for, see `read_layers`; of no use after the
+                first call.
 
         Raises:
             DeltaguardError: a weight is not finite, or the curvature is damaged.
         """
-        return joint_profile(self.profiles(report, with_weights=with_weights).values())
+        if self._joint is None:
+            self._joint = joint_profile(self.profiles(report, with_weights=with_weights).values())
+        return self._joint
 
     def profiles(self, report: Progress, *, with_weights: bool = True) -> dict[str, Profile]:
         """Say so of each layer that has a delta, by its tensor's name, as `profile` does of all."""

@@ -1,11 +1,9 @@
 """Solvers: pure functions from one layer's matrices to a `Solution`. They import torch only."""
 
 from deltaguard.solvers.baselines import (
-    alignment_similarity,
     interpolate,
     resta,
     safe_lora,
-    safe_lora_layers,
     safe_merge,
 )
 from deltaguard.solvers.closed_form import (
@@ -39,7 +37,6 @@ __all__ = [
     "Solution",
     "Spectrum",
     "ThinProjection",
-    "alignment_similarity",
     "closed_form",
     "factorise",
     "greedy",
@@ -58,7 +55,6 @@ __all__ = [
     "resta",
     "ridge",
     "safe_lora",
-    "safe_lora_layers",
     "safe_merge",
     "scaled_identity",
     "shrink",

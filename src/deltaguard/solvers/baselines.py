@@ -7,7 +7,7 @@ projection: it also scales, by σ² / ‖V‖ along each singular direction of V
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -108,8 +108,9 @@ def resta(finetuned: Tensor, safety_vector: Tensor, *, gamma: float) -> Tensor:
 def safe_lora(aligned: Tensor, finetuned: Tensor, pretrained: Tensor, *, threshold: float) -> Solution:
     """Run Safe LoRA (Hsu et al., NeurIPS 2024, arXiv:2405.16833) on any delta, not on adapters alone.
 
-    If cos⟨Δ, C Δ⟩ is below the threshold, the delta is replaced by C Δ, else it stays. What a caller of the
-    paper's other mode needs, a fixed number of layers, is chosen by `safe_lora_layers`.
+    If cos⟨Δ, C Δ⟩ is below the threshold, the delta is replaced by C Δ, else it stays. The paper leaves two
+    cases of the cosine undefined: here it is 1 for a delta of zero, which leaves nothing, and 0 where C Δ is
+    zero, which includes every layer that alignment did not change.
 
     Args:
         aligned: aligned weight, (out, in).
@@ -120,7 +121,7 @@ def safe_lora(aligned: Tensor, finetuned: Tensor, pretrained: Tensor, *, thresho
 
     Returns:
         The weight. `kept_entries` is 1 or 0, `safety_cost` NaN: no curvature is known. `detail` holds the
-        `similarity`, see `alignment_similarity`.
+        cosine as `similarity`.
 
     Raises:
         ValueError: shapes do not fit, an entry is not finite, or the threshold is NaN.
@@ -173,51 +174,6 @@ def safe_merge(
         return torch.lerp(safe[rows].to(layer.dtype), finetuned[rows].to(layer.dtype), alpha)
 
     return _solution(layer, _project(layer), threshold, merged)
-
-
-def alignment_similarity(aligned: Tensor, finetuned: Tensor, pretrained: Tensor) -> float:
-    """Compute cos⟨Δ, C Δ⟩, by which Safe LoRA and SafeMERGE judge if a layer left the alignment subspace.
-
-    Args:
-        aligned: aligned weight, (out, in).
-        finetuned: fine-tuned weight, (out, in).
-        pretrained: weight of the model before alignment, (out, in).
-
-    Returns:
-        In [0, 1]. The papers leave two cases undefined: 1 for a delta of zero, which leaves nothing, and 0
-        where C Δ is zero, which includes every layer that alignment did not change.
-
-    Raises:
-        ValueError: shapes do not fit, or an entry is not finite.
-    """
-    return _project(_layer(aligned, finetuned, pretrained)).similarity
-
-
-def safe_lora_layers(similarities: Mapping[str, float], number: int) -> tuple[str, ...]:
-    """Choose the layers that Safe LoRA projects when their number is given: those of lowest similarity.
-
-    All similarities must be measured on the deltas as fine-tuned. The released code takes them in a pass
-    that already projects, with its default threshold, so that it projects more layers than asked for. A
-    layer that is chosen is projected by `safe_lora` with a threshold above 1.
-
-    Args:
-        similarities: see `alignment_similarity`, by layer.
-        number: how many layers.
-
-    Returns:
-        Exactly that many names, in the order of `similarities`; of equal ones the first are taken.
-
-    Raises:
-        ValueError: there are not that many layers.
-
-    Example:
-        >>> safe_lora_layers({"q": 0.4, "k": 0.2, "v": 0.3}, 2)
-        ('k', 'v')
-    """
-    if not 0 <= number <= len(similarities):
-        raise ValueError(f"number is {number}; there are {len(similarities)} layers.")
-    chosen = set(sorted(similarities, key=lambda name: similarities[name])[:number])
-    return tuple(name for name in similarities if name in chosen)
 
 
 @dataclass(frozen=True)

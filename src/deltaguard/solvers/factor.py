@@ -66,18 +66,21 @@ def factorise(hessian: Tensor, *, dampening: float = 0.01) -> Factor:
     while True:
         lower, info = torch.linalg.cholesky_ex(damped_by(hessian, used * mean))
         if int(info) == 0:
-            break
+            inverse_diagonal = torch.cholesky_inverse(lower).diagonal().clone()
+            order = torch.argsort(inverse_diagonal, descending=True, stable=True).flip(0)
+            # In another order rounding is another, too.
+            lower, info = torch.linalg.cholesky_ex(damped_by(hessian, used * mean)[order][:, order])
+            if int(info) == 0:
+                break
         if used >= MAX_DAMPENING:
             raise ValueError(
                 f"The curvature cannot be factorised, even with dampening {used:g} (asked: {dampening:g}): "
                 "it is not positive semi-definite."
             )
         used = min(used * 10, MAX_DAMPENING)
-    inverse_diagonal = torch.cholesky_inverse(lower).diagonal().clone()
-    order = torch.argsort(inverse_diagonal, descending=True, stable=True).flip(0)
     return Factor(
         order=order,
-        lower=torch.linalg.cholesky(damped_by(hessian, used * mean)[order][:, order]),
+        lower=lower,
         inverse_diagonal=inverse_diagonal,
         damping=used * mean,
         dampening=used,

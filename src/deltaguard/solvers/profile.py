@@ -234,12 +234,13 @@ def directions(
         raise ValueError(
             f"The curvature has the eigenvalue {float(bad[0])}; all must be finite and 0 or more."
         )
-    largest = (1 + EXCESS) * math.sqrt(float(whole)) + slack
+    largest = (1 + EXCESS) * math.sqrt(max(float(whole), 0.0)) + slack
     for part in (rows.sum(), columns.sum(), squares.sum()):
-        if not math.sqrt(float(part)) <= largest:
+        # Sums of a product whose factors cancel may come out below 0.
+        if not (norm := math.sqrt(max(float(part), 0.0))) <= largest:
             raise ValueError(
                 f"The curvature's eigenvectors are not orthonormal: the delta's norm is {largest:.4g} at "
-                f"most, and that of its part in them {math.sqrt(float(part)):.4g}. The curvature is damaged."
+                f"most, and that of its part in them {norm:.4g}. The curvature is damaged."
             )
     of_rows = (rows - squares.sum(1)).clamp_min(0)
     of_columns = (columns - squares.sum(0)).clamp_min(0)

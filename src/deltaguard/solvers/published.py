@@ -93,9 +93,12 @@ def _inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
     diagonal[diagonal == 0] = 1
     diagonal += dampening * diagonal.mean()
     lower, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
-        raise ValueError(f"The curvature is not positive definite with dampening {dampening:g}; raise it.")
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    if not int(info):
+        # Where H is all but singular, its inverse may fail where it did not.
+        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(info):
+            return upper
+    raise ValueError(f"The curvature is not positive definite with dampening {dampening:g}; raise it.")
 
 
 def _select(weight: Tensor, target: Tensor, d: Tensor, strength: float) -> Tensor:

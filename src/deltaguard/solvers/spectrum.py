@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]  # torch documents it
 
 from deltaguard.solvers.solution import damped_by, working_dtype
 
@@ -91,7 +92,7 @@ def spectrum(curvature: Tensor, rank: int | None = None) -> Spectrum:
 
     Raises:
         ValueError: `rank` does not lie in [0, n], or an eigenvalue is negative beyond rounding: by more than
-            a hundredth of the largest.
+            a hundredth of the largest, or eigenvalues cannot be found.
 
     Example:
         >>> import torch
@@ -109,8 +110,23 @@ def spectrum(curvature: Tensor, rank: int | None = None) -> Spectrum:
     return _randomised(matrix, kept)
 
 
+def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose a symmetric matrix; what a GPU cannot in float32 is done in float64 on the CPU.
+
+    There iterations on large matrices of low rank may not converge.
+    """
+    try:
+        return torch.linalg.eigh(matrix)
+    except LinAlgError:
+        try:
+            values, vectors = torch.linalg.eigh(matrix.cpu().double())
+        except LinAlgError as error:
+            raise ValueError("The curvature's eigenvalues cannot be found.") from error
+        return values.to(matrix), vectors.to(matrix)
+
+
 def _exact(matrix: Tensor, rank: int) -> Spectrum:
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = _eigenpairs(matrix)
     _refuse_negative(values)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     others = values[rank:].double()
@@ -135,7 +151,7 @@ def _randomised(matrix: Tensor, rank: int) -> Spectrum:
     basis = torch.randn(shape, generator=generator, dtype=matrix.dtype, device=matrix.device)
     for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix @ basis).Q
-    values, rotation = torch.linalg.eigh(basis.T @ (matrix @ basis))
+    values, rotation = _eigenpairs(basis.T @ (matrix @ basis))
     _refuse_negative(values)
     values, vectors = values.flip(0)[:rank].clamp_min(0), basis @ rotation.flip(1)[:, :rank]
     return Spectrum(values, vectors, _tail_from_determinant(matrix, values))

@@ -341,8 +341,9 @@ class PlanReport(Record):
         curvature_bytes: curvature that will be read.
         peak_bytes: estimate of the memory that tensors of one layer and the next will take at once.
         dial: how the dial would measure; null without it.
-        dial_bytes: of all that the dial takes: the model in float32 and what the aligned one predicts, or
-            block by block the parts that `dial` names, and a layer and the next; 0 without the dial.
+        dial_bytes: of all that the dial takes: the model in float32, its weights once more in the dtype that
+            it is asked in, and what the aligned one predicts, or block by block the parts that `dial` names,
+            and a layer and the next; 0 without the dial.
         kept_bytes: of prepared layers that wait for the next price, at most.
         refine_bytes: of the model while it is refined, with gradients, in float32; 0 where it is not.
         device: where layers are solved, and the model runs that the dial measures.
