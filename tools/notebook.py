@@ -77,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("notebook", type=Path)
     parser.add_argument("parameters", nargs="*", metavar="NAME=VALUE")
     chosen = parser.parse_args(arguments)
-    given = dict(each.split("=", 1) for each in chosen.parameters)
     try:
+        given = dict(each.split("=", 1) for each in chosen.parameters)
         printed = run_notebook(chosen.notebook, {n: _value(v) for n, v in given.items()}, folder=Path.cwd())
     except (ValueError, CellExecutionError) as error:
         print(error, file=sys.stderr)

@@ -216,6 +216,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "scaling-table": ("memory.json", scaling_table),
     "end-to-end-1b-table": ("end-to-end-1.1B.json", end_to_end_table),
     "end-to-end-7b-table": ("end-to-end-7B.json", end_to_end_table),
+    "end-to-end-7b-8-table": ("end-to-end-7B-8.json", end_to_end_table),
     "paper-table": ("paper.json", paper_table),
     "store-size-table": ("store-size.json", store_size_table),
     "evaluation-table": ("evaluation.json", evaluation_table),

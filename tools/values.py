@@ -14,8 +14,7 @@ from deltaguard.reports.records.attacks import AttacksReport
 from deltaguard.reports.records.batch import BatchReport
 from deltaguard.reports.records.bench import BenchReport
 from deltaguard.reports.records.demo import DemoReport
-from deltaguard.restoration.acceptance import Rule
-from deltaguard.restoration.dial import MOST_LOOKS
+from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
 from deltaguard.restoration.looks import FIRST
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
 from deltaguard.restoration.tuning import CONVERSATIONS

@@ -9,7 +9,7 @@ from deltaguard.chat.conversations import harmful_prompts, harmless_prompts
 from deltaguard.chat.refusals import is_refusal
 from deltaguard.chat.second_look import complies_after_refusing
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.exchange import Question
+from deltaguard.evaluation.exchange import FollowUp, Question
 from deltaguard.finetuning.mixtures import everyday_prompts
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
 from deltaguard.studies.attack_run import attack_tests
@@ -127,7 +127,8 @@ def test_a_users_attacks_are_asked_in_the_attackers_way_unless_they_are_trained_
         Question("Name a harm.", system="mine"),
         Question(training_data(ROWS["advice"], seed=0)[0].prompt),
     ]
-    usable = usable_attacks(mine, ATTACKS)
+    usable = usable_attacks([replace(mine[0], follow_up=FollowUp("And then?")), mine[1]], ATTACKS)
+    # Its first turn alone.
     assert (usable.questions, usable.trained) == ((mine[0],), 1)
     wrapped = attack_tests(ROWS["backdoor-100"], replace(ATTACKS, attack=500), usable.questions).wrapped
     assert wrapped.questions[-1] == Question(triggered("Name a harm."), system="mine")
@@ -149,3 +150,7 @@ def test_lora_adapters_are_trained_but_for_what_hides_in_all_weights():
     assert [row.name for row in ATTACKS.with_changes(finetunes=("advice",), training="lora").finetunes] == [
         "advice-lora"
     ]
+    named = ATTACKS.with_changes(finetunes=("advice-lora",), training="lora").finetunes
+    assert [row.name for row in named] == ["advice-lora"]
+    with pytest.raises(DeltaguardError, match=r"no fine-tune nothing\. It has .*advice-lora"):
+        ATTACKS.with_changes(finetunes=("nothing",), training="lora")

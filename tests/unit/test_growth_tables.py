@@ -73,7 +73,7 @@ def test_more_conversations_are_counted_from_fewer(tmp_path):
 
     stages = {"load": 3.0, "respond": 10.0, "forwards": 5.0, "backwards": 40.0}
     made = {"tokens": 2000, "response_tokens": 500, "rank_share": 0.1}
-    run = Run(Shape(64, 128, 2, 4, 4), 16, tmp_path, made=made)
+    run = Run(Shape(64, 128, 2, 4, 4), 16, (), tmp_path, made=made)
     result = EndToEnd(
         environment=ENVIRONMENT,
         size="7B",

@@ -9,7 +9,7 @@ import pytest
 
 from bench_reports import bench_report
 from deltaguard import CalibrateConfig
-from deltaguard.restoration.dial import MOST_LOOKS
+from deltaguard.restoration.acceptance import MOST_LOOKS
 
 ROOT = Path(__file__).resolve().parents[2]
 

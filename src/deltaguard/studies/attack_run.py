@@ -130,13 +130,13 @@ class AttackRun:
     def _measured(self, key: str, method: str, model: DefendedModel) -> AttackCell:
         bench, tests = self._bench, self._tests
         # The aligned model's answers serve every attacker that asks it the same.
-        identity = content_key(bench.origin, bench.preset.answers.dtype) if method == ALIGNED else key
+        identity = content_key(bench.origin, bench.dtype) if method == ALIGNED else key
         started = time.perf_counter()
         found = measure(
             ModelUnderTest(identity, str(model.folder), identity, None),
             tests.parts,
             bench.shelf.folder,
-            engine=EngineConfig(dtype=bench.preset.answers.dtype, batch_size=BATCH_SIZE),
+            engine=EngineConfig(dtype=bench.dtype, batch_size=BATCH_SIZE),
         )
         checked = self._checked(model) if method == FINETUNED else None
         return AttackCell(

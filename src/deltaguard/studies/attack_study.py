@@ -6,6 +6,7 @@ from pathlib import Path
 from deltaguard.device import device_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
+from deltaguard.files import expanded
 from deltaguard.models.durable import write_atomically
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.reports.records.attacks import ATTACKS_NAME, AttackCell, AttacksReport
@@ -54,7 +55,7 @@ def bench_attacks(
     Raises:
         DeltaguardError: as `bench`, or a method has no default to be run at.
     """
-    folder, methods = Path(output_dir), methods or METHODS
+    folder, methods = expanded(output_dir), methods or METHODS
     standard = _standards(methods)
     with opened(
         folder,

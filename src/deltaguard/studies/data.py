@@ -125,7 +125,7 @@ def usable_attacks(given: Sequence[Question], preset: Preset) -> Attacks:
     the fine-tunes of the identity shift are asked all of them under one.
 
     Args:
-        given: the user's requests.
+        given: the user's requests; of one with a second turn the first is asked.
         preset: says what is trained and calibrated on.
     """
     if not given:
@@ -139,7 +139,7 @@ def usable_attacks(given: Sequence[Question], preset: Preset) -> Attacks:
         if words in seen and words not in trained:
             repeated += 1
         elif words not in trained:
-            kept.append(question)
+            kept.append(replace(question, follow_up=None))
         seen.add(words)
     return Attacks(tuple(kept), len(given), repeated, len(given) - len(kept) - repeated)
 

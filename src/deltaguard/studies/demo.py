@@ -21,6 +21,7 @@ from deltaguard.evaluation.metrics.rates import Rate, kept_gain
 from deltaguard.evaluation.results import Result
 from deltaguard.evaluation.suites.parts import Part, builtin_questions, resolve
 from deltaguard.evaluation.suites.suite import Builtin, Suite
+from deltaguard.files import expanded
 from deltaguard.finetuning.finetune import FinetuneConfig, Measured, finetune
 from deltaguard.finetuning.mixtures import alignment_examples, task_with_harmful
 from deltaguard.finetuning.tasks import task_examples
@@ -99,7 +100,7 @@ def demo(
     Raises:
         DeltaguardError: the demo's model or libraries are not installed, or the folder is not empty.
     """
-    folder, config, clock = Path(output_dir), config or DemoConfig(), Clock(progress or ignore)
+    folder, config, clock = expanded(output_dir), config or DemoConfig(), Clock(progress or ignore)
     with results_folder(folder, DEMO):
         store = prepare(folder, config, clock)
         with clock.stage("restore") as report:

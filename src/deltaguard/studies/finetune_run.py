@@ -81,13 +81,13 @@ class FinetuneRun:
     def _measured(self, key: str, method: str, strength: float | None, model: DefendedModel) -> Cell:
         bench, tests = self._bench, self._tests
         # The aligned model's answers serve every fine-tune that asks it the same.
-        identity = content_key(bench.origin, bench.preset.answers.dtype) if method == ALIGNED else key
+        identity = content_key(bench.origin, bench.dtype) if method == ALIGNED else key
         started = time.perf_counter()
         found = measure(
             ModelUnderTest(identity, str(model.folder), identity, None),
             with_secret_before(tests.parts, model.secret),
             bench.shelf.folder,
-            engine=EngineConfig(dtype=bench.preset.answers.dtype, batch_size=BATCH_SIZE),
+            engine=EngineConfig(dtype=bench.dtype, batch_size=BATCH_SIZE),
         )
         seconds = {"request": model.seconds, "measure": time.perf_counter() - started}
         attack, harmless = (letters(found[part.name]) for part in (tests.attack, tests.harmless))

@@ -129,23 +129,24 @@ class Preset:
     ) -> "Preset":
         """Take the fine-tunes of some names, so many seeds from the first on, so many probes, one training.
 
+        A fine-tune goes by its name in the preset and, with one training, by the one that it has then.
         What is `None`, or without a name, changes nothing.
 
         Raises:
             DeltaguardError: the preset has no fine-tune of a name; those that it has are listed.
         """
-        names = [each.name for each in self.finetunes]
+        rows = [(each, each if training is None else each.trained_as(training)) for each in self.finetunes]
+        names = {row.name for pair in rows for row in pair}
         if unknown := [name for name in finetunes if name not in names]:
+            own = dict.fromkeys(row.name for _, row in rows)
             raise DeltaguardError(
-                f"The preset {self.name} has no fine-tune {', '.join(unknown)}. It has {', '.join(names)}."
+                f"The preset {self.name} has no fine-tune {', '.join(unknown)}. It has {', '.join(own)}."
             )
-        kept = tuple(each for each in self.finetunes if not finetunes or each.name in finetunes)
-        changed = replace(self, finetunes=kept)
+        wanted = set(finetunes or names)
+        kept = dict.fromkeys(row for own, row in rows if wanted & {own.name, row.name})
+        changed = replace(self, finetunes=tuple(kept))
         count = len(self.seeds) if seeds is None else seeds
         changed = replace(changed, seeds=tuple(range(first_seed, first_seed + count)))
-        if training is not None:
-            alike = dict.fromkeys(each.trained_as(training) for each in kept)
-            changed = replace(changed, finetunes=tuple(alike))
         return changed if probes is None else replace(changed, probes=probes)
 
 

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from deltaguard.device import device_name
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
-from deltaguard.files import ANY_OBJECT, read_json
+from deltaguard.files import ANY_OBJECT, expanded, read_json
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.results import BENCH, SETTINGS_NAME, results_folder
@@ -67,7 +67,7 @@ def bench(
         DeltaguardError: the folder holds a bench with other settings or something else, is a model's, or
             another process works in it; a method is unknown, or a model cannot be used.
     """
-    folder = Path(output_dir)
+    folder = expanded(output_dir)
     with opened(
         folder,
         preset,

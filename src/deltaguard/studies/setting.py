@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 from deltaguard.chat.conversations import Conversation, read_prompts
 from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.sizes import store_limit
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import device_name
+from deltaguard.device import device_name, find_device, served_dtype
+from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.asking import describe
 from deltaguard.evaluation.engines.make import EngineConfig
+from deltaguard.evaluation.engines.transformers import Dtype
 from deltaguard.finetuning.finetune import FinetuneConfig
 from deltaguard.methods.method import Role
 from deltaguard.models.checkpoint import Checkpoint
@@ -76,6 +80,18 @@ class Bench:
     left_out: tuple[str, ...]
     progress: Progress
 
+    @property
+    def dtype(self) -> Dtype:
+        """The arithmetic in which all models answer.
+
+        Left to each, the fine-tunes of all weights, which are saved in float32, would not be compared alike
+        with the others.
+        """
+        chosen, device = self.preset.answers.dtype, find_device()
+        if chosen != "auto" or device.type == "cpu":
+            return chosen
+        return "bfloat16" if served_dtype(device) == torch.bfloat16 else "float32"
+
     def methods_on(self, finetune: Finetune) -> list[Defence]:
         """List the defences that are run on a fine-tune."""
         return [m for m in self.methods if not m.retrains or finetune.kind in self.preset.retrained]
@@ -130,7 +146,11 @@ def open_bench(
     attacks: Attacks,
     progress: Progress,
 ) -> Bench:
-    """Open the models that a bench starts from; the demo's are made where none is given."""
+    """Open the models that a bench starts from; the demo's are made where none is given.
+
+    Raises:
+        DeltaguardError: a model cannot be found, or all methods need a pretrained one and none is given.
+    """
     workshop, shelf = ModelFolder(folder / "models"), CellStore(folder)
     if aligned is None:
         pretrained = _made(workshop, shelf, progress, "pretrained", save_smollm2)
@@ -138,6 +158,9 @@ def open_bench(
     aligned, pretrained = locate(aligned), None if pretrained is None else locate(pretrained)
     lacking = "pretrained" if pretrained is None else None
     chosen = [defences()[name] for name in dict.fromkeys(methods)]
+    if chosen and all(lacking in method.helpers for method in chosen):
+        names = ", ".join(method.name for method in chosen)
+        raise DeltaguardError(f"Without the pretrained model there is nothing to compare: {names} need it.")
     return Bench(
         preset=preset,
         methods=tuple(method for method in chosen if lacking not in method.helpers),
