@@ -20,8 +20,11 @@ from benchmarks.layout import LLAMA2_7B, TINY_LLAMA, Shape, kfac_operations
 from benchmarks.measure import Measurement, run_process
 
 ROOT = Path(__file__).parents[1]
-SIZES: Mapping[str, tuple[Shape, int]] = {"1.1B": (TINY_LLAMA, 128), "7B": (LLAMA2_7B, 16)}
-"""Shapes, and conversations to calibrate on."""
+SIZES: Mapping[str, tuple[Shape, int, Sequence[str]]] = {
+    "1.1B": (TINY_LLAMA, 128, ()),
+    "7B": (LLAMA2_7B, 16, ("--memory", "6GB")),
+}
+"""Shapes, conversations to calibrate on, and what is told the dial."""
 
 USUAL = 128
 HELD_OUT_SHARE = 2
@@ -39,6 +42,7 @@ class Run:
     Attributes:
         shape: of the models.
         conversations: that the curvature is measured on.
+        told: further options of the dial.
         work: where the models lie, and all else for a while.
         parts: what was measured.
         made: what the store says of itself.
@@ -46,6 +50,7 @@ class Run:
 
     shape: Shape
     conversations: int
+    told: Sequence[str]
     work: Path
     parts: list[Part] = field(default_factory=list[Part])
     made: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -75,11 +80,12 @@ class Run:
         self._add("restore at a strength", restored, operations=floor)
         shutil.rmtree(out)
         yield
-        restored = self._restore(store, out, ("--max-safety-kl", MAX_SAFETY_KL))
+        restored = self._restore(store, out, ("--max-safety-kl", MAX_SAFETY_KL, *self.told))
         dial = json.loads(restored.output)["dial"]
         if dial["whole"]:
             raise RuntimeError(f"nothing was searched for: the fine-tune is at {dial['finetuned_kl']:.2g}")
-        self._add(f"restore with the dial, {len(dial['probes'])} prices looked at", restored)
+        name = " ".join(("restore with the dial", *self.told))
+        self._add(f"{name}, {len(dial['probes'])} prices looked at", restored)
         shutil.rmtree(out)
         shutil.rmtree(store)
         yield
@@ -180,10 +186,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work", metavar="DIR")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    shape, usual = SIZES[options.size]
+    shape, usual, told = SIZES[options.size]
     shape = replace(shape, blocks=options.layers or shape.blocks)
     options.work.mkdir(parents=True, exist_ok=True)
-    run = Run(shape, options.conversations or usual, options.work)
+    run = Run(shape, options.conversations or usual, told, options.work)
     environment = json.loads(_program("environment").output)
     path = options.output or ROOT / "docs" / "results" / f"end-to-end-{options.size}.json"
     for _ in run.measure():
