@@ -279,6 +279,11 @@ def without_end(tokens: Iterable[int], ending: Container[int]) -> tuple[int, ...
 def _drawing(model: Any, seed: int, prompts: Sequence[str]) -> Generator[None]:
     """Seed the generators for one batch, for the time of its draws."""
     digest = sha256("\0".join([str(seed), *prompts]).encode()).digest()
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(digest[:8]))
+    drawn_from, on_gpu = int.from_bytes(digest[:8]), model.device.type == "cuda"
+    with torch.random.fork_rng([model.device] if on_gpu else []):
+        # `torch.manual_seed` would seed other GPUs as well, and they are not put back.
+        torch.default_generator.manual_seed(drawn_from)
+        if on_gpu:
+            with torch.cuda.device(model.device):
+                torch.cuda.manual_seed(drawn_from)
         yield

@@ -124,7 +124,7 @@ def _content_problems(
     problems: list[str] = []
     digest = hashlib.sha256(read_header(file))
     # Fresh memory for every tensor would take longer than reading it.
-    buffer = torch.empty(max(info.nbytes for info in infos), dtype=torch.uint8)
+    buffer = torch.empty(max((info.nbytes for info in infos), default=0), dtype=torch.uint8)
     with ThreadPoolExecutor(1, thread_name_prefix="hasher") as hasher:
         for info in infos:
             data = buffer[: info.nbytes]

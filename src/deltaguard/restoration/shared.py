@@ -37,18 +37,18 @@ class _Ask:
         what: the method of `Trial` that is called for each rank's own layers.
         prices: its argument, one but for `at_prices`.
         with_weights: likewise.
-        names: of the tensors that are wanted, in their order; all where it is empty.
+        names: of the tensors that are wanted, in their order; all where None.
     """
 
     what: Literal["profiles", "weights", "at_prices", "factors"]
     prices: tuple[float, ...] = ()
     with_weights: bool = True
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
 
     def steps(self, trial: Trial) -> list[Step]:
         """List the steps of a trial that are asked for."""
         own = {step.info.name: step for step in trial.steps}
-        return [own[name] for name in self.names or own if name in own]
+        return [own[name] for name in (own if self.names is None else self.names) if name in own]
 
 
 class SharedTrial(Trial):
