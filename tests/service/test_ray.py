@@ -220,7 +220,8 @@ def test_one_that_waits_for_a_place_is_stopped_too_and_another_takes_its_turn(ma
     waited(lambda: statuses(executor, folder).get("2") == "RUNNING")
     (folder / "may-end").touch()
     assert again.ended().error is None
-    assert statuses(executor, folder)["1"] in ("PENDING", "STOPPED")
+    # If it got a place after all, the stop ends it.
+    waited(lambda: statuses(executor, folder)["1"] in ("PENDING", "STOPPED"))
 
 
 def test_a_worker_says_what_it_sees_of_the_folder(make, tmp_path, caplog, monkeypatch):
