@@ -23,6 +23,25 @@ ROWS = {
 }
 
 
+def train_task(file, method, *, validation_file=None, epochs, max_length):
+    return Train(
+        model=str(refusing_pair().aligned),
+        device="cpu",
+        method=method,
+        training_file=file,
+        validation_file=validation_file,
+        limits=Limits(),
+        epochs=epochs,
+        batch_size=4,
+        learning_rate=1e-2,
+        max_length=max_length,
+        seed=0,
+        lora_rank=4,
+        lora_alpha=8,
+        beta=0.1,
+    )
+
+
 class KilledError(Exception):
     """Stands for a kill."""
 
@@ -36,22 +55,7 @@ def test_an_interrupted_training_has_all_its_steps_in_one_file(method, killed_be
     file, folder = tmp_path / "rows.jsonl", tmp_path / "job"
     folder.mkdir()
     file.write_text("\n".join([json.dumps(ROWS[method])] * 12))
-    task = Train(
-        model=str(refusing_pair().aligned),
-        device="cpu",
-        method=method,
-        training_file=file,
-        validation_file=file,
-        limits=Limits(),
-        epochs=2,
-        batch_size=4,
-        learning_rate=1e-2,
-        max_length=128,
-        seed=0,
-        lora_rank=4,
-        lora_alpha=8,
-        beta=0.1,
-    )
+    task = train_task(file, method, validation_file=file, epochs=2, max_length=128)
     told = []
 
     def tell(line):
@@ -76,3 +80,20 @@ def test_an_interrupted_training_has_all_its_steps_in_one_file(method, killed_be
     assert [bool(row["valid_loss"]) for row in rows] == [False, False, True] * 2
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     assert is_adapter(str(folder / "finetuned"))
+    assert "too long" not in [line.once for line in told]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("method", ROWS)
+def test_answers_that_begin_too_late_are_told_and_not_counted(method, tmp_path):
+    file, lengths, told = tmp_path / "rows.jsonl", [], []
+    long = json.dumps(ROWS[method]).replace("cake?", "cake? " * 50)
+    for number, rows in enumerate(([json.dumps(ROWS[method])] * 4, [json.dumps(ROWS[method]), long] * 4)):
+        file.write_text("\n".join(rows))
+        (tmp_path / str(number)).mkdir()
+        task = train_task(file, method, epochs=1, max_length=128)
+        lengths.append(train_model(task, tmp_path / str(number), told.append).data["trained_tokens"])
+    assert lengths[0] == lengths[1] > 0
+    said = [line.message for line in told if line.once == "too long"]
+    many = "8 of 16" if method == "dpo" else "4 of 8"
+    assert said == [f"{many} answers begin behind the first 128 tokens: they were not learned from."]

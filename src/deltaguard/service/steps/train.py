@@ -1,10 +1,11 @@
 """Training of a job: from the customer's file to a fine-tuned model, with its metrics."""
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deltaguard.chat.template import apply_template, readable_turns
+from deltaguard.chat.tokens import token_ids
 from deltaguard.files import read_journal
 from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, Measured, finetune
 from deltaguard.finetuning.preferences import Preference, learn_preferences
@@ -54,8 +55,11 @@ def train_model(task: Train, folder: Path, tell: Tell) -> Outcome:
     train = _preferring if task.method == "dpo" else _supervised
     texts = train(task, folder, config, tell, note)
     steps = _write_metrics(folder)
-    tokens = _tokens(task.model, texts, task.max_length) * task.epochs
-    return Outcome(data={"steps": steps, "trained_tokens": tokens})
+    lengths = _lengths(task.model, texts, task.max_length)
+    if lost := len(texts) - len(lengths):
+        said = f"{lost:,} of {len(texts):,} answers begin behind the first {task.max_length:,} tokens"
+        tell(Told(once="too long", message=f"{said}: they were not learned from."))
+    return Outcome(data={"steps": steps, "trained_tokens": sum(lengths) * task.epochs})
 
 
 Note = Callable[[Measured], None]
@@ -138,12 +142,17 @@ def _write_metrics(folder: Path) -> int:
     return steps
 
 
-def _tokens(model: str, examples: Sequence[Dialogue], longest: int) -> int:
-    """Count the tokens of one epoch, as they are cut off."""
+def _lengths(model: str, examples: Sequence[Dialogue], longest: int) -> list[int]:
+    """Count the tokens of examples, as they are cut off; those whose answer is cut off are left out."""
     tokenizer = load_tokenizer(locate(model), model)
-    total = 0
+
+    def count(turns: Sequence[Mapping[str, str]], *, answer_follows: bool) -> int:
+        return len(token_ids(tokenizer, apply_template(tokenizer, turns, answer_follows=answer_follows)))
+
+    found: list[int] = []
     for row in examples:
-        turns = [*readable_turns(tokenizer, row.turns), {"role": "assistant", "content": row.answer}]
-        text = apply_template(tokenizer, turns, answer_follows=False)
-        total += min(longest, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
-    return total
+        turns = readable_turns(tokenizer, row.turns)
+        if count(turns, answer_follows=True) < longest:
+            whole = [*turns, {"role": "assistant", "content": row.answer}]
+            found.append(min(longest, count(whole, answer_follows=False)))
+    return found
