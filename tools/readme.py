@@ -228,6 +228,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "attacks-backdoor-table": ("attacks-backdoor.json", attacks_table),
     "defaults-table": ("defaults.json", attacks_table),
     "identity-table": ("identity.json", attacks_table),
+    "tasks-table": ("tasks.json", attacks_table),
     "look-alikes-table": ("look_alikes.json", look_alikes_table),
     "refine-table": ("refine.json", refine_table),
     "bench-table": ("bench.json", bench_table),
