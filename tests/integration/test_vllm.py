@@ -180,7 +180,9 @@ def test_a_server_that_is_never_ready_is_ended(folder, stub, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["serve", "never ready"])
 def test_ctrl_c_ends_the_server_too(folder, stub, mode):
-    code = f"{OPEN}import time\ntime.sleep(600)\n"
+    # A shell has background processes ignore it, and this one then inherits that.
+    heeds = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = f"{heeds}{OPEN}import time\ntime.sleep(600)\n"
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
         env=os.environ | {"STUB_MODE": mode},
