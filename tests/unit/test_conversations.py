@@ -335,13 +335,11 @@ def test_an_answer_is_the_tokens_that_the_model_wrote():
     found = encode(chosen, answered, max_length=100)
     assert found.ids[found.prompt_length :] == tuple(script)
     assert fingerprint([answered]) == fingerprint([Conversation("Hi", None, "I cannot.")])
-    # The other model reads the very tokens, however its tokenizer would cut the text.
-    other = tokenizer()
-    ((_, read),) = read_by_both(Reader(chosen, 100), Reader(other, 100), [answered])
+    # The other model reads the very tokens, too, and must have a tokenizer that cuts texts alike.
+    ((_, read),) = read_by_both(Reader(chosen, 100), Reader(chosen, 100), [answered])
     assert read.ids[read.prompt_length :] == tuple(script)
-    other.convert_ids_to_tokens = lambda ids: ["other"] * len(ids)
     with pytest.raises(DeltaguardError, match="other ids"):
-        read_by_both(Reader(chosen, 100), Reader(other, 100), [answered])
+        read_by_both(Reader(chosen, 100), Reader(tokenizer(), 100), [answered])
 
 
 def test_a_journal_with_a_torn_line_is_continued(tmp_path):
