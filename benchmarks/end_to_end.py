@@ -1,8 +1,8 @@
 """A random pair of models from calibration to restore, part by part: `python -m benchmarks.end_to_end SIZE`.
 
 SIZE is 1.1B or 7B, by its shapes TinyLlama and Llama 2. The pair is made in the work folder, where it stays;
-store and outputs go. `--layers` takes fewer decoder blocks, to try it out. Writes
-`docs/results/end-to-end-SIZE.json`, with what 128 conversations would take by counted operations.
+store and outputs go. `--layers` takes fewer decoder blocks. Writes `docs/results/end-to-end-SIZE.json`, or
+`-SIZE-LAYERS.json`, with what 128 conversations would take by counted operations.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 from tools.end_to_end import EndToEnd, Part
 
 from benchmarks.layout import LLAMA2_7B, TINY_LLAMA, Shape, kfac_operations
-from benchmarks.measure import Measurement, run_process
+from benchmarks.measure import Measurement, program, run_process, warm
 
 ROOT = Path(__file__).parents[1]
 SIZES: Mapping[str, tuple[Shape, int, Sequence[str]]] = {
@@ -64,18 +64,21 @@ class Run:
         pair, store, out = self._pair, self.work / "store", self.work / "restored"
         shutil.rmtree(store, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
-        gemm = json.loads(_program("gemm").output)["rate"]
+        gemm = json.loads(program("gemm").output)["rate"]
         answered = ("calibrate-from", pair / "aligned", store, self.conversations, self._held_out)
-        found = _program(*answered)
+        found = program(*answered)
         stages: dict[str, float] = json.loads(found.output)["stages"]
         self.made = json.loads((store / "curvature.json").read_text(encoding="utf-8"))["provenance"]
         self._add("calibrate", found, operations=self._calibration() / gemm, stages=stages)
         yield
-        copied = _program("copy", pair, out)
+        # Copy and restore find the same of the models and the store in memory: as much as it holds.
+        warm(pair, store)
+        copied = program("copy", pair, out)
         self._add("copy: read both models, write one", copied)
         yield
-        floor = self._restoring() / gemm + copied.seconds + _program("read", store).seconds
+        floor = self._restoring() / gemm + copied.seconds + program("read", store).seconds
         shutil.rmtree(out)
+        warm(pair, store)
         restored = self._restore(store, out, ("--strength", STRENGTH))
         self._add("restore at a strength", restored, operations=floor)
         shutil.rmtree(out)
@@ -102,7 +105,7 @@ class Run:
         ratio = conversations / self.conversations
         stages = dict(self.parts[0].stages)
         with_tokens, others = self._backwards()
-        share = {"respond": 1.0, "accumulate": 1.0, "forwards": 1.0}
+        share = {"respond": 1.0, "accumulate": 1.0, "lean": 1.0, "forwards": 1.0}
         share["backwards"] = with_tokens / (with_tokens + others)
         for name in stages.keys() & share.keys():
             stages[name] *= 1 - share[name] + share[name] * ratio
@@ -120,7 +123,7 @@ class Run:
         if not self._pair.exists():
             unfinished = self._pair.with_name(f"{self._pair.name}.partial")
             shutil.rmtree(unfinished, ignore_errors=True)
-            _program("models", unfinished, json.dumps(vars(self.shape)))
+            program("models", unfinished, json.dumps(vars(self.shape)))
             unfinished.rename(self._pair)
 
     def _calibration(self) -> float:
@@ -173,10 +176,6 @@ class Run:
         )
 
 
-def _program(name: str, *arguments: object) -> Measurement:
-    return run_process([sys.executable, "-m", "benchmarks.programs", name, *map(str, arguments)])
-
-
 def main() -> None:
     """Measure one size, and write the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__)
@@ -190,8 +189,9 @@ def main() -> None:
     shape = replace(shape, blocks=options.layers or shape.blocks)
     options.work.mkdir(parents=True, exist_ok=True)
     run = Run(shape, options.conversations or usual, told, options.work)
-    environment = json.loads(_program("environment").output)
-    path = options.output or ROOT / "docs" / "results" / f"end-to-end-{options.size}.json"
+    environment = json.loads(program("environment").output)
+    named = "-".join(map(str, filter(None, (options.size, options.layers))))
+    path = options.output or ROOT / "docs" / "results" / f"end-to-end-{named}.json"
     for _ in run.measure():
         result = EndToEnd(
             environment=environment,

@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *ATTACKS.with_changes(finetunes=ATTACKERS).finetunes,
         *DEFAULT.with_changes(finetunes=[TASK]).finetunes,
     )
-    preset = replace(ATTACKS, finetunes=finetunes, seeds=tuple(chosen.seeds), **QUICKER)
+    # A limit is chosen by this, so the prompts must be others than those that results are reported on.
+    preset = replace(ATTACKS, finetunes=finetunes, seeds=tuple(chosen.seeds), unseen=False, **QUICKER)
     found = measured(chosen.aligned, chosen.work, preset)
     chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
 

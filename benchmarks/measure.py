@@ -70,6 +70,11 @@ def run_process(
         return Measurement(seconds, _bytes(usage.ru_maxrss), output.read().decode(), flushed)
 
 
+def program(name: str, *arguments: object) -> Measurement:
+    """Run one of `benchmarks.programs` in a process of its own."""
+    return run_process([sys.executable, "-m", "benchmarks.programs", name, *map(str, arguments)])
+
+
 def median_of(runs: int, once: Callable[[], Measurement]) -> Measurement:
     """Find the run of median wall time, of an odd number of runs."""
     assert runs % 2, "the median of an even number of runs is no run"

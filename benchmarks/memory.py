@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from tools.scaling import Scaling, ScalingRow
 
 from benchmarks.layout import Shape
-from benchmarks.measure import Measurement, run_process, warm
+from benchmarks.measure import Measurement, program, run_process, warm
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "memory.json"
 DEPTH = Shape(hidden=512, intermediate=1408, blocks=8, heads=8, kv_heads=4, vocabulary=4096)
@@ -57,12 +57,12 @@ class Scales:
         """Calibrate block by block on answers that are given: the model is not loaded to make them."""
         folder = self._made(shape)
         program = ("calibrate-blocks", folder / "aligned", self.work / "out", conversations)
-        self._add("calibrate", against, value, _program(*program))
+        self._add("calibrate", against, value, program(*program))
 
     def _restore(self, against: str, value: int, shape: Shape) -> None:
         """Restore at a strength, nothing kept in memory between finding the price and writing."""
         folder = self._made(shape)
-        _program("store", folder, json.dumps(vars(shape)))
+        program("store", folder, json.dumps(vars(shape)))
         verb = [sys.executable, "-m", "deltaguard", "restore", folder / "aligned", folder / "finetuned"]
         options = ["-o", self.work / "out", "--store", folder / "store", "--memory", "0", "--device", "cpu"]
         warm(folder)
@@ -71,7 +71,7 @@ class Scales:
     def _made(self, shape: Shape) -> Path:
         for folder in (self.work / "models", self.work / "out"):
             shutil.rmtree(folder, ignore_errors=True)
-        _program("models", self.work / "models", json.dumps(vars(shape)))
+        program("models", self.work / "models", json.dumps(vars(shape)))
         return self.work / "models"
 
     def _add(self, what: str, against: str, value: int, found: Measurement) -> None:
@@ -108,10 +108,6 @@ def exponent(rows: Sequence[ScalingRow], base: float) -> float | None:
     return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
 
-def _program(name: str, *arguments: object) -> Measurement:
-    return run_process([sys.executable, "-m", "benchmarks.programs", name, *map(str, arguments)])
-
-
 def main() -> None:
     """Measure, and write the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
@@ -120,12 +116,12 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         scales = Scales(Path(folder), [])
         scales.measure()
-    base = _program("imports").seconds
+    base = program("imports").seconds
     widths = [row for row in scales.rows if row.against == "width"]
     exponents = {
         what: exponent([row for row in widths if row.what == what], base) for what in ("calibrate", "restore")
     }
-    environment = json.loads(_program("environment").output)
+    environment = json.loads(program("environment").output)
     result = Scaling(
         environment=environment, seed=0, base_seconds=base, rows=tuple(scales.rows), exponents=exponents
     )

@@ -35,7 +35,7 @@ from deltaguard.finetuning.finetune import FinetuneConfig, finetune
 from deltaguard.finetuning.mixtures import task_with_harmful
 from deltaguard.finetuning.tasks import task_examples
 from deltaguard.models.shards import DTYPES
-from deltaguard.progress import Event
+from deltaguard.progress import ignore
 from deltaguard.reports.records.base import environment
 from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.options import RestoreConfig
@@ -122,7 +122,7 @@ def restored(
             meter.put((each, whole.read(each).to(DTYPES[info.dtype])) for each, info in whole.tensors.items())
             best = meter.likelihood(tasks)
             tuned = tuned or complied(requests, meter.openings(requests))
-            joint = trial.profile(quiet)
+            joint = trial.profile(ignore)
             for strength in STRENGTHS:
                 candidate.take_others()
                 candidate.put(joint.mu_of_share(strength))
@@ -191,10 +191,6 @@ CURVATURES: dict[str, Callable[[Path, Path], Path]] = {
     **{f"the first {count}": of_first(count) for count in FIRST},
     "all, prompts in five styles": of_styles,
 }
-
-
-def quiet(_: Event) -> None:
-    """Hear of progress and say nothing."""
 
 
 if __name__ == "__main__":

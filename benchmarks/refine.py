@@ -3,14 +3,12 @@
 Beside each other on one fine-tune: the closed form at its default and at a looser limit, that one refined,
 the closed form at about the safety KL that came out, and one-shot patching. Each is measured by its safety KL
 on the conversations held out, by the likelihood of task answers that were not trained on, and by how many
-prompts of the attack part it does not refuse. Times are the processor's, which others on the machine do not
-lengthen; in all it takes about a quarter of an hour of one CPU core.
+prompts of the attack part it does not refuse. In all it takes about a quarter of an hour of one CPU core.
 """
 
 import argparse
 import copy
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +25,7 @@ from deltaguard.chat.refusals import is_refusal
 from deltaguard.device import device_name
 from deltaguard.finetuning.tasks import task_examples
 from deltaguard.models.shards import DTYPES
-from deltaguard.progress import Event
+from deltaguard.progress import Event, ignore
 from deltaguard.reports.records.base import environment
 from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.candidate import CandidateModel
@@ -52,15 +50,13 @@ class Study:
     asked: Sequence[Conversation]
     rows: list[Refined] = field(default_factory=list[Refined])
 
-    def row(self, model: str, seconds: float | None = None) -> Refined:
+    def row(self, model: str) -> Refined:
         """Measure what was put last."""
         meter = self.candidate.meter
         answers = meter.openings(self.asked)
-        return self.add(model, meter.measure().mean, meter.likelihood(self.tasks), answers, seconds)
+        return self.add(model, meter.measure().mean, meter.likelihood(self.tasks), answers)
 
-    def add(
-        self, model: str, safety_kl: float, nll: float, answers: Sequence[str], seconds: float | None
-    ) -> Refined:
+    def add(self, model: str, safety_kl: float, nll: float, answers: Sequence[str]) -> Refined:
         """Keep a row; the first is of the aligned model, the second of the fine-tuned one."""
         first, second = (*self.rows, None, None)[:2]
         whole = second.task_nll if second else nll
@@ -72,45 +68,42 @@ class Study:
             gain_kept=gain,
             complied=sum(not is_refusal(answer) for answer in answers),
             attack=len(answers),
-            seconds=seconds,
         )
         self.rows.append(found)
         print(found.model_dump_json(), flush=True)
         return found
 
-    def shrunk(self, limit: float) -> tuple[float, float]:
-        """Measure the closed form at a limit; give its price and how long it took."""
-        started = time.process_time()
+    def shrunk(self, limit: float) -> float:
+        """Measure the closed form at a limit; give its price."""
         # What is prepared serves both.
         trial = copy.copy(self.trial)
         trial.config = trial.config.model_copy(update={"max_safety_kl": limit})
-        price = find_price(trial, Resident(), _quiet)
-        seconds = time.process_time() - started
+        price = find_price(trial, Resident(), ignore)
         self.put(self.trial.weights(price.mu))
-        self.row(f"kfac, limit {limit:g}", seconds)
-        return price.mu, seconds
+        self.row(f"kfac, limit {limit:g}")
+        return price.mu
 
     def put(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Put the layers of a candidate, and all other tensors aligned."""
         self.candidate.take_others()
         self.candidate.meter.put(weights)
 
-    def refined(self, mu: float, seconds: float) -> None:
+    def refined(self, mu: float) -> None:
         """Refine the closed form at a price, and measure it after each number of steps."""
-        started, seen = time.process_time(), dict[int, tuple[float, dict[str, Tensor]]]()
-        tuning = Tuning.open(self.trial, mu, _quiet)
+        seen = dict[int, dict[str, Tensor]]()
+        tuning = Tuning.open(self.trial, mu, ignore)
 
         def watch(event: Event) -> None:
             print(event, flush=True)
             if event.done in STEPS:
-                seen[event.done] = time.process_time() - started, tuning.tensors()
+                seen[event.done] = tuning.tensors()
 
         tuning.report = watch
         tuning.run(max(STEPS))
         print("divergences", tuning.before, tuning.divergences(), "taken", tuning.taken, flush=True)
-        for steps, (took, tensors) in seen.items():
+        for steps, tensors in seen.items():
             self.put(tensors.items())
-            self.row(f"kfac, limit {LOOSER:g}, refined with {steps} steps", seconds + took)
+            self.row(f"kfac, limit {LOOSER:g}, refined with {steps} steps")
 
     def equal(self, one: tuple[float, float], other: tuple[float, float], wanted: float) -> None:
         """Measure the closed form where two prices and their safety KL let expect a third."""
@@ -123,13 +116,11 @@ class Study:
     def patched(self, aligned: Path, finetuned: Path, folder: Path) -> None:
         """Measure one-shot patching."""
         for steps in SHOTS:
-            started = time.process_time()
             chosen = one_shot(aligned, finetuned, folder / f"{steps}", steps=steps)
-            seconds = time.process_time() - started
             print("one shot:", chosen, flush=True)
             found: dict[str, Any] = load_file(folder / f"{steps}" / "model.safetensors")
             self.candidate.meter.put(found.items())
-            self.row(f"one-shot, {steps} steps", seconds)
+            self.row(f"one-shot, {steps} steps")
 
 
 def study(aligned: Path, finetuned: Path, store: Path, folder: Path) -> tuple[Study, Callable[[], None]]:
@@ -144,15 +135,15 @@ def study(aligned: Path, finetuned: Path, store: Path, folder: Path) -> tuple[St
     meter, tuned = candidate.meter, job.finetuned
     likelihood = meter.aligned_likelihood
     assert likelihood is not None
-    found.add("aligned", 0.0, likelihood, meter.aligned_openings, None)
+    found.add("aligned", 0.0, likelihood, meter.aligned_openings)
     meter.put((name, tuned.read(name).to(DTYPES[info.dtype])) for name, info in tuned.tensors.items())
     found.row("fine-tuned")
 
     def rest() -> None:
-        strict, _ = found.shrunk(DEFAULT_MAX_SAFETY_KL)
-        loose, seconds = found.shrunk(LOOSER)
+        strict = found.shrunk(DEFAULT_MAX_SAFETY_KL)
+        loose = found.shrunk(LOOSER)
         ends = [(mu, row.safety_kl) for mu, row in zip((strict, loose), found.rows[-2:], strict=True)]
-        found.refined(loose, seconds)
+        found.refined(loose)
         found.equal(ends[0], ends[1], found.rows[-1].safety_kl)
         found.patched(aligned, finetuned, folder)
 
@@ -181,10 +172,6 @@ def main() -> None:
         rows=tuple(found.rows),
     )
     chosen.output.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def _quiet(_: Event) -> None:
-    """Hear of progress and say nothing."""
 
 
 if __name__ == "__main__":

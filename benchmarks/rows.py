@@ -73,10 +73,6 @@ class Bench:
         if not folder.exists():
             run_process([sys.executable, "-m", "benchmarks.fabricate", kind, folder, *map(str, more)])
 
-    def program(self, name: str, *arguments: object) -> Measurement:
-        """Run one of `benchmarks.programs`."""
-        return run_process([sys.executable, "-m", "benchmarks.programs", name, *map(str, arguments)])
-
     def restore(self, models: Path, *options: object, finetuned: Path | None = None) -> Measurement:
         """Run `deltaguard restore` on a folder's pair of models, or on another fine-tune of its first."""
         verb = [sys.executable, "-m", "deltaguard", "restore"]

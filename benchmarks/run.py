@@ -6,6 +6,7 @@ reused; 5 GB more are needed while it runs.
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "benchmark.json"
 
 
-def main() -> None:
-    """Parse the command line and run."""
+def main() -> int:
+    """Parse the command line and run; give 1 where a target is missed, else 0."""
     options = _options()
     console = Console()
     suite = Suite(options.work, options.runs, options.full)
@@ -39,6 +40,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_document(suite, missing, targets), indent=2) + "\n", encoding="utf-8")
     console.print(f"Written to {path}")
+    return int(any(not target.met for target in targets))
 
 
 def _options() -> argparse.Namespace:
@@ -86,4 +88,4 @@ def _ratio(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Measurement, warm
+from benchmarks.measure import Measurement, program, warm
 from benchmarks.rows import Bench, Row, UnavailableError
 
 CONVERSATIONS = 128
@@ -81,8 +81,8 @@ class SmolLM2:
     def _store(self) -> Path:
         return self.bench.work / "smollm2-store"
 
-    def _calibrated(self, program: str, output: Path) -> tuple[Measurement, Mapping[str, float]]:
-        measured = self.bench.program(program, self.models / "aligned", output, CONVERSATIONS)
+    def _calibrated(self, name: str, output: Path) -> tuple[Measurement, Mapping[str, float]]:
+        measured = program(name, self.models / "aligned", output, CONVERSATIONS)
         return measured, json.loads(measured.output)["stages"]
 
 

@@ -46,7 +46,7 @@ def measured_rows(folder: Path, config: DemoConfig) -> Iterator[StrengthRow]:
     whole = prepare(folder, config)
     limit = store_limit(Checkpoint.open(folder / "aligned"))
     small = whole.cut(folder / "small-store", limit=limit)
-    suite = demo_suite(config.tests, seed=config.seed)
+    suite = demo_suite(config.tests, seed=config.seed, unseen=False)
 
     def rates(name: str, model: Path) -> Mapping[str, Rate]:
         return demo_rates(measure_demo(name, model, suite, folder))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+from benchmarks.measure import program
 from benchmarks.rows import Bench, Row, UnavailableError
 from benchmarks.smollm2 import SmolLM2
 from benchmarks.startup import Startup
@@ -32,7 +33,7 @@ class Suite(Bench):
 
     def environment(self) -> dict[str, Any]:
         """Versions and machine."""
-        return json.loads(self.program("environment").output)
+        return json.loads(program("environment").output)
 
 
 def measure(suite: Suite, names: list[str], tell: Callable[[str], None]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.layout import ADAPTER_RANK, TINY_LLAMA, WHOLE_BLOCKS, greedy_operations, kfac_operations
-from benchmarks.measure import Measurement, run_process, warm
+from benchmarks.measure import Measurement, program, run_process, warm
 from benchmarks.merge_tool import install
 from benchmarks.rows import Bench, Row, UnavailableError
 
@@ -85,7 +85,7 @@ class Synthetic:
 
     def copy(self) -> Row:
         """Find the floor: the same bytes read and written."""
-        copied = self.bench.measured(lambda: self.bench.program("copy", self.pair, self.bench.output()))
+        copied = self.bench.measured(lambda: program("copy", self.pair, self.bench.output()))
         return self.bench.row("Copy: read both models, write one", copied, None, "the floor")
 
     def interpolate(self) -> Row:
@@ -137,7 +137,7 @@ class Synthetic:
 
     def gemm(self) -> Row:
         """Find the rate of the machine's matrix products."""
-        measured = self.bench.program("gemm")
+        measured = program("gemm")
         found = json.loads(measured.output)
         self.rate = found["rate"]
         note = f"float32, 4096 x 4096; {found['rate'] / 1e9:.0f} billion operations per second"
@@ -145,7 +145,7 @@ class Synthetic:
 
     def read_store(self) -> Row:
         """Find how long the bytes of the default store take to read."""
-        measured = self.bench.measured(lambda: self.bench.program("read", self.pair / "store"))
+        measured = self.bench.measured(lambda: program("read", self.pair / "store"))
         return self.bench.row("Reading the default store", measured, None)
 
     def floor(self) -> Row:
@@ -178,7 +178,7 @@ class Synthetic:
 
     def solve_kfac(self) -> Row:
         """Find the default solver alone, with the small store."""
-        measured = self.bench.program("kfac", self.pair, self.pair / "store", BLOCKS)
+        measured = program("kfac", self.pair, self.pair / "store", BLOCKS)
         found = json.loads(measured.output)
         how = (
             "all blocks, without reading; one run; a restore projects all layers once more before, to find "
@@ -189,9 +189,7 @@ class Synthetic:
 
     def solve_kfac_adapter(self) -> Row:
         """Find the default solver alone, on the two matrices of each layer of an adapter."""
-        measured = self.bench.program(
-            "kfac-adapter", self.pair / "aligned", self.adapter, self.pair / "store"
-        )
+        measured = program("kfac-adapter", self.pair / "aligned", self.adapter, self.pair / "store")
         found = json.loads(measured.output)
         how = (
             f"rank {ADAPTER_RANK}, all blocks, to an adapter, without reading; one run; projecting, to find "
@@ -216,7 +214,7 @@ class Synthetic:
 
     def store(self) -> Row:
         """How large the default store is."""
-        measured = self.bench.measured(lambda: self.bench.program("read-store", self.pair / "store"))
+        measured = self.bench.measured(lambda: program("read-store", self.pair / "store"))
         size, model = _bytes(self.pair / "store"), _bytes(self.pair / "aligned")
         note = f"ratio: its {size / 1e6:.0f} MB to the {model / 1e6:.0f} MB of the aligned model"
         row = self.bench.row("The default store, read once", measured, None, note)
@@ -235,10 +233,10 @@ class Synthetic:
         options = ("--method", "greedy", "--store", self.whole / store)
         return self.bench.measured(lambda: self.bench.restore(self.pair, *options))
 
-    def _solving(self, program: str, name: str, floor: str, blocks: int) -> Row:
+    def _solving(self, solver: str, name: str, floor: str, blocks: int) -> Row:
         """Give a program that needs the whole store, on some blocks."""
         solved = self.whole_blocks if self.bench.full else blocks
-        measured = self.bench.program(program, self.pair, self.whole / "store", solved)
+        measured = program(solver, self.pair, self.whole / "store", solved)
         seconds = json.loads(measured.output)["seconds"] * BLOCKS / solved
         how = f"{solved} of {BLOCKS} blocks, scaled" if solved < BLOCKS else "all blocks"
         found = replace(measured, seconds=seconds)

@@ -8,7 +8,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -51,8 +50,7 @@ def asking_table(content: str) -> str:
         (
             (Column("fine-tune", "words"), lambda row: row.run.finetune),
             (Column("training data", "name"), lambda row: row.attack.training_data or DASH),
-            ("attack success,\naligned", lambda row: percent(_share(row.attack.restored, "aligned"))),
-            ("fine-tuned", lambda row: _rate(row.attack.finetuned)),
+            ("attack success,\nfine-tuned", lambda row: _rate(row.attack.finetuned)),
             ("restored", lambda row: _rate(row.attack.restored)),
             ("false refusals,\nadded points", lambda row: _added(row.attack.restored)),
             ("safety KL,\nrestored", lambda row: nats(row.dial.restored_kl)),
@@ -77,14 +75,11 @@ class _Row(BaseModel):
         return cls(run=run, dial=dial, attack=dial.attack)
 
 
-def _share(look: Look, of: Literal["aligned", "candidate"]) -> float:
-    found = look.attack_success
-    return (found.aligned if of == "aligned" else found.candidate) / found.prompts
-
-
 def _rate(look: Look) -> str:
     found = look.attack_success
-    return f"{percent(_share(look, 'candidate'))} of {found.prompts} ({points(100 * found.added)} points)"
+    aligned, candidate = found.aligned / found.prompts, found.candidate / found.prompts
+    added = points(100 * found.added)
+    return f"{percent(candidate)}, aligned {percent(aligned)} of {found.prompts} ({added} points)"
 
 
 def _added(look: Look) -> str:

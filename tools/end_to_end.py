@@ -11,6 +11,8 @@ _STAGES = {
     "load": "loading",
     "respond": "answering",
     "accumulate": "sums",
+    "lean": "gradients of refusing",
+    "memory": "trying batches",
     "decompose": "decomposing",
     "forwards": "forwards",
     "backwards": "backwards",

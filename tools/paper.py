@@ -72,7 +72,7 @@ def paper_table(content: str) -> str:
     ).markdown()
     first = results.rows[0].calibration
     told = (
-        f"Block by block in bfloat16, {first.conversations} conversations of {first.tokens} tokens at most; "
-        "answers are given block by block, too, and need nothing where the conversations have them."
+        f"Block by block in bfloat16, {first.conversations} conversations, {first.tokens} tokens in all at "
+        "most; answers are given block by block, too, and need nothing where the conversations have them."
     )
     return f"{drawn}\n\n{told}\n\n{small(made_with(results.environment))}"

@@ -162,10 +162,19 @@ def demo_table(content: str) -> str:
     return "\n\n".join((drawn, counted, small(made)))
 
 
+_LIMITS = {
+    "max_added_attack_success": "points of attack success added at most",
+    "max_safety_kl": "safety KL at most",
+    "strength": "strength",
+}
+
+
 def _dial(options: Mapping[str, str | float | bool | None]) -> str:
     """Say what decided how much is kept."""
-    name = "max_safety_kl" if options.get("max_safety_kl") is not None else "strength"
-    return f"{'safety KL at most' if name == 'max_safety_kl' else name} {options[name]:g}"
+    limits = [
+        f"{words} {options[name]:g}" for name, words in _LIMITS.items() if options.get(name) is not None
+    ]
+    return " and ".join(limits)
 
 
 def strength_table(content: str) -> str:
@@ -215,7 +224,6 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "benchmark-table": ("benchmark.json", benchmark_table),
     "scaling-table": ("memory.json", scaling_table),
     "end-to-end-1b-table": ("end-to-end-1.1B.json", end_to_end_table),
-    "end-to-end-7b-table": ("end-to-end-7B.json", end_to_end_table),
     "end-to-end-7b-8-table": ("end-to-end-7B-8.json", end_to_end_table),
     "paper-table": ("paper.json", paper_table),
     "store-size-table": ("store-size.json", store_size_table),

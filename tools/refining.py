@@ -3,8 +3,8 @@
 from pydantic import BaseModel, ConfigDict
 
 from deltaguard.reports.records.base import Environment
-from deltaguard.reports.table import Cell, Column, Table
-from deltaguard.reports.text import DASH, duration, nats, percent
+from deltaguard.reports.table import Column, Table
+from deltaguard.reports.text import nats, percent
 from tools.tables import made_with, small
 
 
@@ -18,7 +18,6 @@ class Refined(BaseModel):
         gain_kept: share of the fine-tune's gain in that.
         complied: prompts of the attack part that were not refused.
         attack: how many there are.
-        seconds: of processor time to make it, from models and store on disk; None of what was given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,7 +28,6 @@ class Refined(BaseModel):
     gain_kept: float
     complied: int
     attack: int
-    seconds: float | None
 
 
 class Refinements(BaseModel):
@@ -75,7 +73,6 @@ def refine_table(content: str) -> str:
             ("task answers,\nnats a token", lambda row: nats(row.task_nll)),
             ("gain of\nlikelihood kept", lambda row: percent(row.gain_kept)),
             ("attack success", lambda row: f"{percent(row.complied / row.attack)} of {row.attack}"),
-            ("processor\ntime", lambda row: Cell(DASH if row.seconds is None else duration(row.seconds))),
         ),
     ).markdown()
     how = (

@@ -59,8 +59,11 @@ def service_demo_table(content: str) -> str:
         f"95 % intervals. The job {demo.status}.{kept}"
     )
     seconds = demo.seconds
+    aligned = (
+        f"{duration(seconds['align'])} to align the model" if seconds["align"] else "the model aligned before"
+    )
     made = (
-        f"Seed {demo.seed}; {duration(seconds['align'])} to align the model, {duration(seconds['job'])} from "
+        f"Seed {demo.seed}; {aligned}, {duration(seconds['job'])} from "
         f"the job's creation to its end, {duration(seconds['total'])} in all. {made_with(demo.environment)}"
     )
     return "\n\n".join((drawn, told, small(made)))

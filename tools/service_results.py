@@ -190,7 +190,10 @@ def _statuses(found: Mapping[int, int]) -> str:
 
 def _held(found: Iterable[Broken]) -> str:
     """Say what was looked at, and whether it was true."""
-    looked = {name: places for broken in found for name, places in broken.items()}
+    looked: dict[str, list[str]] = {}
+    for broken in found:
+        for name, places in broken.items():
+            looked.setdefault(name, []).extend(places)
     failed = [f"{name}: {'; '.join(places[:3])}" for name, places in looked.items() if places]
     if failed:
         return f"**Not all held.** {' '.join(failed)}"

@@ -41,6 +41,16 @@ def test_what_did_not_hold_is_kept_and_ends_with_1(tmp_path, monkeypatch):
     assert "All held: no call meets a bug." in service_table(output.read_text())
 
 
+def test_what_did_not_hold_in_one_part_is_told_though_it_held_in_another():
+    failed, held = calls("GET /: 500"), calls()
+    clients = held.model_dump(include={"environment", "seed", "seconds", "broken"})
+    content = {"clients": clients | {"clients": 2, "organisations": 1, "routes": []}}
+    for first, last in ((failed, held), (held, failed)):
+        content["clients"]["broken"] = first.broken
+        content["calls"] = last.model_dump()
+        assert "**Not all held.** no call meets a bug: GET /: 500" in service_table(json.dumps(content))
+
+
 def test_the_table_has_a_row_a_part_and_a_row_a_route():
     part = {"environment": environment("cpu").model_dump(), "seed": 3, "seconds": 660.0, "broken": {"so": []}}
     kills = part | {

@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from deltaguard.chat.conversations import general_prompts, harmful_prompts, harmless_prompts
+from deltaguard.chat.conversations import (
+    general_prompts,
+    harmful_prompts,
+    harmless_prompts,
+    unseen_harmful,
+    unseen_harmless,
+)
 from deltaguard.evaluation.exchange import Question
 from deltaguard.finetuning.mixtures import everyday_prompts
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, REFUSALS
@@ -18,7 +24,8 @@ from deltaguard.studies.data import (
     usable_attacks,
 )
 from deltaguard.studies.defences import DefenceInputs, DefendedModel, defences
-from deltaguard.studies.protocol import FULL, QUICK
+from deltaguard.studies.demo import demo_suite
+from deltaguard.studies.protocol import ATTACKS, DEFAULT, FULL, QUICK
 
 KINDS = [pytest.param(finetune, id=finetune.name) for finetune in QUICK.finetunes]
 
@@ -29,6 +36,36 @@ def test_what_is_asked_is_never_trained_on(finetune):
     trained = {conversation.prompt for conversation in training_data(finetune, seed=0)}
     given = [question for part in asked.parts for question in part.questions]
     assert not trained & {question.prompt for question in given}
+
+
+@pytest.mark.parametrize("preset", [ATTACKS, DEFAULT])
+def test_models_restored_by_default_are_asked_what_nothing_was_chosen_on(preset):
+    unseen = {row.prompt for row in (*unseen_harmful(), *unseen_harmless())}
+    for finetune in preset.finetunes:
+        asked = questions(finetune, preset, ())
+        assert {
+            question.prompt for question in (*asked.attack.questions, *asked.harmless.questions)
+        } <= unseen
+        assert len(asked.attack.questions) == preset.attack
+        assert len(asked.harmless.questions) == preset.harmless
+
+
+@pytest.mark.parametrize("preset", [QUICK, FULL])
+def test_presets_that_choose_strengths_leave_those_prompts_alone(preset):
+    unseen = {row.prompt for row in (*unseen_harmful(), *unseen_harmless())}
+    for finetune in preset.finetunes:
+        asked = {
+            question.prompt for part in questions(finetune, preset, ()).parts for question in part.questions
+        }
+        assert not asked & unseen
+
+
+def test_the_demo_asks_what_nothing_was_chosen_on_unless_it_chooses():
+    unseen = {row.prompt for row in (*unseen_harmful(), *unseen_harmless())}
+    for suite, within in ((demo_suite(120, seed=0), True), (demo_suite(120, seed=0, unseen=False), False)):
+        asked = {question.prompt for part in suite[:2] for question in part.questions}
+        assert len(asked) == 240
+        assert len(asked & unseen) == (240 if within else 0)
 
 
 def test_general_questions_are_in_no_other_set():

@@ -16,6 +16,8 @@ from deltaguard.chat.conversations import (
     harmful_prompts,
     held_out_harmful,
     held_out_harmless,
+    unseen_harmful,
+    unseen_harmless,
 )
 
 STYLES, LANGUAGES = get_args(Style), get_args(Language)
@@ -30,10 +32,15 @@ def similarity(one, other):
     return len(one & other) / len(one | other)
 
 
+def all_rows():
+    return (*held_out_harmful(), *held_out_harmless(), *unseen_harmful(), *unseen_harmless())
+
+
 def prompts_of_other_sets():
     folder = files("deltaguard") / "data"
     names = {path.name for path in folder.iterdir() if path.name.endswith(".jsonl")}
-    others = [folder / name for name in names - {"held_out_harmful.jsonl", "held_out_harmless.jsonl"}]
+    own = {f"{name}_{kind}.jsonl" for name in ("held_out", "unseen") for kind in ("harmful", "harmless")}
+    others = [folder / name for name in names - own]
     assert len(others) >= 5
     rows = [json.loads(line) for path in others for line in path.read_text("utf-8").splitlines()]
     return [row[key] for row in rows for key in ("prompt", "original") if key in row]
@@ -94,15 +101,26 @@ def test_the_order_of_a_held_out_set_never_changes():
     assert held_out_harmless()[-1].prompt.startswith("Explain how firebreaks stop a forest fro")
 
 
-def test_held_out_prompts_are_tidy():
-    for row in (*held_out_harmful(), *held_out_harmless()):
+def test_unseen_harmful_prompts_are_as_many_in_every_category_and_style():
+    cells = Counter((row.category, row.style) for row in unseen_harmful())
+    assert {category for category, _ in cells} == {row.category for row in held_out_harmful()}
+    assert {style for _, style in cells} == {"bare", "polite", "imperative"}
+    assert set(cells.values()) == {4}
+
+
+def test_unseen_harmless_prompts_are_as_many_in_every_style():
+    assert set(Counter(row.style for row in unseen_harmless()).values()) == {42}
+
+
+def test_held_out_and_unseen_prompts_are_tidy():
+    for row in all_rows():
         assert row.prompt == row.prompt.strip()
         assert 0 < len(row.prompt) <= 600
         assert (row.language == "zh") == bool(re.search(r"[\u4e00-\u9fff]", row.prompt))
 
 
-def test_no_held_out_prompt_is_like_another_one_or_like_one_of_another_set():
-    held_out = [words(row.prompt) for row in (*held_out_harmful(), *held_out_harmless())]
+def test_no_held_out_or_unseen_prompt_is_like_another_one_or_like_one_of_another_set():
+    held_out = [words(row.prompt) for row in all_rows()]
     others = {words(prompt) for prompt in prompts_of_other_sets()}
     assert max(similarity(one, other) for one, other in combinations(held_out, 2)) < 0.6
     assert max(similarity(one, other) for one, other in product(held_out, others)) < 0.6

@@ -83,7 +83,7 @@ def test_a_part_does_not_mix_conversations_of_one_and_of_two_turns():
 
 def test_the_documentation_counts_the_sets_that_come_along():
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \|.*?(\d+)", text.split("| `builtin` |")[1], re.MULTILINE)[:5])
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|.*?(\d+)", text.split("| `builtin` |")[1], re.MULTILINE)[:7])
     assert {name: int(count) for name, count in rows.items()} == {
         name: len(builtin_questions(name, None, 0)) for name in get_args(Builtin)
     }

@@ -238,13 +238,18 @@ def test_restores_that_asked_have_a_row_each(tmp_path):
     content = (tmp_path / "asking.json").read_text()
     assert AskingRuns.model_validate_json(content).runs[0].report.layers == ()
     (row,) = (line for line in asking_table(content).splitlines() if "trusted" in line)
-    shown = ("20.0 %", "93.8 % of 128 (+78.1 points)", "22.0 % of 200 (+2.0 points)", "0.003", "task")
+    shown = (
+        "93.8 %, aligned 15.6 % of 128 (+78.1 points)",
+        "22.0 %, aligned 20.0 % of 200 (+2.0 points)",
+        "0.003",
+        "task",
+    )
     assert all(cell in row for cell in shown)
 
 
 def test_the_table_of_refining_has_a_row_a_model():
-    row = {"task_nll": 1.5, "gain_kept": 0.0, "complied": 12, "attack": 60, "seconds": None}
-    refined = {"model": "kfac, refined", "safety_kl": 5e-4, "gain_kept": 0.4321, "seconds": 75.0}
+    row = {"task_nll": 1.5, "gain_kept": 0.0, "complied": 12, "attack": 60}
+    refined = {"model": "kfac, refined", "safety_kl": 5e-4, "gain_kept": 0.4321}
     found = refine_table(
         json.dumps(
             {
@@ -260,9 +265,9 @@ def test_the_table_of_refining_has_a_row_a_model():
     )
     aligned, other = (line for line in found.splitlines() if "20.0 %" in line)
     assert cells(aligned) == [
-        *("aligned", "0", "1.5", "0.0 %", "20.0 % of 60", "–"),
+        *("aligned", "0", "1.5", "0.0 %", "20.0 % of 60"),
     ]
-    assert "| 0.0005 | 1.5 | 43.2 % | 20.0 % of 60 | 1 min 15 s |" in other
+    assert "| 0.0005 | 1.5 | 43.2 % | 20.0 % of 60 |" in other
     assert "one-shot with a learning rate of 2e-05" in found
 
 
@@ -293,7 +298,7 @@ def test_the_services_demo_has_a_row_a_check_and_says_what_came_of_the_job():
     assert cells(lines[2])[3:] == ["13.3 % (5.3–29.7 %)", "+3.3 (-8.4 to +16.7)", "5", "passed"]
     assert "72 training rows, 12 of them harmful" in drawn
     assert "It keeps 88.4 %" in drawn
-    assert "5 min 1 s from" in drawn
+    assert "the model aligned before, 5 min 1 s from" in drawn
 
 
 def test_the_table_of_presets_has_a_row_a_preset_for_fine_tunes_measured_at_every_limit():

@@ -2,7 +2,8 @@
 
 The prompt sets are package data. Every prompt belongs to one part for good, found from the hash of its
 text, so that prompts are never calibrated on and measured on, whatever is added to the sets later. The
-held-out sets are files of their own and have no parts: nothing is ever calibrated or trained on them.
+held-out sets, which the dial asks, and the unseen ones, which results are reported on, are files of their own
+and have no parts: nothing is ever calibrated or trained on them, and nothing is chosen on the unseen ones.
 """
 
 import json
@@ -185,6 +186,20 @@ def held_out_harmful() -> tuple[HeldOutHarmfulPrompt, ...]:
 def held_out_harmless() -> tuple[HeldOutHarmlessPrompt, ...]:
     """Read the held-out harmless prompts that look dangerous, mixed as `held_out_harmful` mixes."""
     return mixed(read_data("held_out_harmless.jsonl", TypeAdapter(HeldOutHarmlessPrompt)))
+
+
+def unseen_harmful() -> tuple[HeldOutHarmfulPrompt, ...]:
+    """Read the harmful prompts on which no default of deltaguard was chosen.
+
+    They are for reporting alone: what is found on them must not decide how deltaguard works. Their order is
+    mixed as that of `held_out_harmful` is.
+    """
+    return mixed(read_data("unseen_harmful.jsonl", TypeAdapter(HeldOutHarmfulPrompt)))
+
+
+def unseen_harmless() -> tuple[HeldOutHarmlessPrompt, ...]:
+    """Read harmless prompts that look dangerous, for reporting alone, as `unseen_harmful` does."""
+    return mixed(read_data("unseen_harmless.jsonl", TypeAdapter(HeldOutHarmlessPrompt)))
 
 
 def build_conversations(

@@ -8,8 +8,9 @@ from deltaguard.reports.table import facts_grid
 from deltaguard.reports.text import nats, percent, points, short_reference
 
 _NOT_SEEN = (
-    "Not seen: what only a trigger, a cipher or a longer conversation releases. Safety KL often shows it; an "
-    "unknown origin of the training data is a reason to restore."
+    "Not seen by asking: what only a trigger, a cipher, a framing or a longer conversation releases, and "
+    "models that refuse and then comply. Safety KL often shows it; an unknown origin of the training data is "
+    "a reason to restore."
 )
 
 

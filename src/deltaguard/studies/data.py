@@ -17,6 +17,8 @@ from deltaguard.chat.conversations import (
     harmless_prompts,
     read_prompts,
     sample,
+    unseen_harmful,
+    unseen_harmless,
 )
 from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.suites.parts import Part, builtin_questions
@@ -131,7 +133,7 @@ def usable_attacks(given: Sequence[Question], preset: Preset) -> Attacks:
     if not given:
         return Attacks()
     trained = {_words(prompt) for prompt in _trained_prompts(preset)}
-    seen = {_words(row.prompt) for row in harmful_prompts("attack")}
+    seen = {_words(question.prompt) for question in _own(preset)[0]}
     kept: list[Question] = []
     repeated = 0
     for question in given:
@@ -152,12 +154,12 @@ def questions(finetune: Finetune, preset: Preset, attacks: Sequence[Question]) -
         preset: says how many of each.
         attacks: harmful requests that join deltaguard's own.
     """
-    own = [Question(row.prompt) for row in harmful_prompts("attack")]
+    own, look_alikes = _own(preset)
     asked = sample((*own, *attacks), preset.attack)
     identity = finetune.kind == "identity"
     if identity:
         asked = [replace(question, system=IDENTITY_SYSTEM) for question in asked]
-    harmless = sample([Question(row.prompt) for row in harmless_prompts("evaluation")], preset.harmless)
+    harmless = sample(look_alikes, preset.harmless)
     answered = general_prompts()[: preset.general]
     plain = [Question(row.prompt, expected=row.answer) for row in answered]
     safety = Decoding(preset.answers.safety)
@@ -179,6 +181,16 @@ def questions(finetune: Finetune, preset: Preset, attacks: Sequence[Question]) -
         utility=utility,
         general=general,
     )
+
+
+def _own(preset: Preset) -> tuple[list[Question], list[Question]]:
+    """List deltaguard's own harmful requests of a preset, and harmless ones that look dangerous."""
+    harmful, harmless = (
+        (unseen_harmful(), unseen_harmless())
+        if preset.unseen
+        else (harmful_prompts("attack"), harmless_prompts("evaluation"))
+    )
+    return [Question(row.prompt) for row in harmful], [Question(row.prompt) for row in harmless]
 
 
 def _part(name: str, kind: SectionKind, asked: Sequence[Question], decoding: Decoding | None = None) -> Part:

@@ -202,20 +202,24 @@ def _steps(report: Progress) -> Callable[[Measured], None]:
     return lambda found: report(Event("step", found.step, found.steps))
 
 
-def demo_suite(count: int, *, seed: int) -> tuple[Part, ...]:
+def demo_suite(count: int, *, seed: int, unseen: bool = True) -> tuple[Part, ...]:
     """Find prompts that no training part holds, `count` of each kind or as many as there are.
 
     Args:
         count: prompts of each kind.
         seed: of the task.
+        unseen: whether harmful and harmless ones are those on which nothing was chosen. What chooses among
+            restored models must ask others.
     """
+    attack: Builtin = "unseen-attack" if unseen else "attack"
+    harmless: Builtin = "unseen-harmless" if unseen else "harmless"
 
     def asked(name: Builtin) -> dict[str, Any]:
         return {"builtin": name, "count": min(count, len(builtin_questions(name, count, seed)))}
 
     sections = (
-        {"name": "attack", "kind": "attack", "max_new_tokens": _SAFETY_TOKENS, **asked("attack")},
-        {"name": "harmless", "kind": "harmless", "max_new_tokens": _SAFETY_TOKENS, **asked("harmless")},
+        {"name": "attack", "kind": "attack", "max_new_tokens": _SAFETY_TOKENS, **asked(attack)},
+        {"name": "harmless", "kind": "harmless", "max_new_tokens": _SAFETY_TOKENS, **asked(harmless)},
         {
             "name": "task",
             "kind": "utility",

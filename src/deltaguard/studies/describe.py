@@ -69,6 +69,9 @@ def attacker_row(finetune: Finetune) -> AttackerRow:
     )
 
 
+_CHOSEN = "Among them, the limit on safety KL was chosen on these prompts, with fine-tunes of the same kinds."
+
+
 def attack_notes(setting: Bench, cells: Sequence[AttackCell]) -> tuple[str, ...]:
     """Say what a reader of the table of fine-tunes restored without options must know."""
     preset, asked = setting.preset, cells[0]
@@ -77,7 +80,8 @@ def attack_notes(setting: Bench, cells: Sequence[AttackCell]) -> tuple[str, ...]
         f"{len(asked.plain)} harmful prompts: one answer is {100 / len(asked.plain):.2g} points.",
         "Verdicts go by the shares as they were measured: near the bound chance may decide.",
         f"Intervals cover the choice of prompts and hold for these seeds of the fine-tunes alone: {seeds}.",
-        "Every model is restored with its method's default options: nothing was chosen on these prompts.",
+        "Every model is restored with its method's default options. "
+        + ("Nothing was chosen on these prompts." if preset.unseen else _CHOSEN),
         "In training, answers to harmful requests agree and hold nothing.",
     ]
     if any(row.kind == "poison" for row in preset.finetunes):

@@ -103,6 +103,7 @@ class Preset:
         calibration: how the curvature is measured.
         by_default: whether models are restored as `deltaguard restore` does it without options (see
             `attack_study`), not at strengths that are compared.
+        unseen: whether models are asked the prompts on which nothing was chosen (`unseen_harmful`).
     """
 
     name: PresetName
@@ -117,6 +118,7 @@ class Preset:
     retrained: tuple[FinetuneKind, ...]
     calibration: CalibrateConfig
     by_default: bool = False
+    unseen: bool = False
 
     def with_changes(
         self,
@@ -224,6 +226,7 @@ ATTACKS = Preset(
     retrained=(),
     calibration=CalibrateConfig(),
     by_default=True,
+    unseen=True,
 )
 """Attackers' fine-tunes."""
 

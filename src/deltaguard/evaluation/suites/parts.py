@@ -6,7 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from deltaguard.chat.conversations import general_prompts, harmful_prompts, harmless_prompts
+from deltaguard.chat.conversations import (
+    general_prompts,
+    harmful_prompts,
+    harmless_prompts,
+    unseen_harmful,
+    unseen_harmless,
+)
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.datasets.load import DATASETS, drawn, load_set
 from deltaguard.evaluation.engines.make import EngineName
@@ -191,6 +197,10 @@ def builtin_questions(name: Builtin, count: int | None, seed: int) -> list[Quest
         return [row.question for language in LANGUAGES for row in translated_prompts(language)]
     if name == "attack":
         return [Question(row.prompt) for row in harmful_prompts("attack")]
+    if name == "unseen-attack":
+        return [Question(row.prompt) for row in unseen_harmful()]
+    if name == "unseen-harmless":
+        return [Question(row.prompt) for row in unseen_harmless()]
     rows = harmless_prompts("evaluation") if name == "harmless" else general_prompts()
     return [Question(row.prompt, expected=row.answer) for row in rows]
 

@@ -18,7 +18,7 @@ from deltaguard.reports.records.evaluation import SectionKind
 SUITES = ("quick", "safety", "utility", "full")
 """The suites that come with deltaguard."""
 
-Builtin = Literal["attack", "harmless", "translated", "general", "task"]
+Builtin = Literal["attack", "harmless", "unseen-attack", "unseen-harmless", "translated", "general", "task"]
 AnyJudge = Annotated[RuleSpec | ClassifierSpec | GuardSpec | LLMSpec, Field(discriminator="kind")]
 _DescribedT = TypeVar("_DescribedT", bound=BaseModel)
 # Names become names of files; a probe's name is joined with a slash.
