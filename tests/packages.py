@@ -12,7 +12,7 @@ def without_packages(monkeypatch, *names):
 
 
 def with_packages(monkeypatch, *names):
-    """Let packages be found, as empty modules where they are not installed."""
+    """Let packages be found, as empty modules."""
     for name in names:
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)

@@ -1,6 +1,8 @@
 """Aligned and fine-tuned checkpoints with the aligned one's store, made once and shared by tests."""
 
+import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -16,6 +18,7 @@ from deltaguard.curvature import Rank
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.store import CurvatureStore
+from deltaguard.models.layout import SINGLE_FILE
 from once import made_once
 
 CONVERSATIONS = tuple(
@@ -108,6 +111,17 @@ def load_over(aligned: Path, adapter: Path) -> Any:
 def held_out(store: Path) -> tuple[Conversation, ...]:
     """The conversations of a store that safety KL is measured on."""
     return CurvatureStore.from_pretrained(store).held_out
+
+
+def changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a single-file checkpoint whose tensors went through `change`."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    tensors = load_file(target / SINGLE_FILE)
+    change(tensors)
+    save_file(tensors, target / SINGLE_FILE, metadata={"format": "pt"})
+    return target
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,6 +15,24 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+def predicted(store: Any, deltas: Any, method: str = "kfac") -> float:
+    """½ Σ tr(G Δ H Δᵀ) over the layers, in float64, of matrices written out in full."""
+
+    def written(found: Any) -> torch.Tensor:
+        return found.to(torch.float64).dense()
+
+    total = 0.0
+    for group in store.groups:
+        inputs = written(store.input_spectrum(group.name))
+        for layer in group.layers:
+            outputs = written(store.output_spectrum(layer.tensor))
+            if method == "ridge":
+                outputs = store.output_mean(layer.tensor) * torch.eye(len(outputs)).double()
+            delta = deltas[layer.tensor].T if layer.transposed else deltas[layer.tensor]
+            total += 0.5 * float(torch.trace(outputs @ delta @ inputs @ delta.T))
+    return total
+
+
 def most_likely(logits: torch.Tensor, **_: Any) -> torch.Tensor:
     """Instead of `drawn_likelihood`, where nothing may depend on a draw."""
     return logits.float().log_softmax(-1).amax(-1).sum()

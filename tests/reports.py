@@ -124,12 +124,6 @@ HARNESS = tuple(
 )
 
 
-def agreement(section, kappa, agreed, total):
-    return Agreement(
-        first="opening", second="keywords", section=section, kappa=kappa, agreed=agreed, total=total
-    )
-
-
 def answer_samples():
     told = {"opening": "refused", "keywords": "complied"}
     return (

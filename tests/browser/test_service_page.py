@@ -1,6 +1,5 @@
 """The service's page in a real browser: signing in, a job that goes on, the chat box, on any screen."""
 
-import socket
 import threading
 import time
 
@@ -29,16 +28,14 @@ class Served:
         self.opened = open_service(data, Settings(models={"tiny": "nowhere"}))
         self.done = add_job(self.opened)
         self.running = add_job(self.opened, status="running")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
         app = make_app(self.opened.service, Begun(), Answers())
-        port = int(self.url.rpartition(":")[2])
-        self.server = uvicorn.Server(uvicorn.Config(app, port=port, ws="none", log_level="warning"))
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, ws="none", log_level="warning"))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         while not self.server.started:
+            assert self.thread.is_alive()
             time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
 
     @property
     def pages(self):

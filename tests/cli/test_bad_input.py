@@ -6,11 +6,11 @@ from collections import namedtuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import models
 from deltaguard.cli.app import run
-from pairs import pair, weights
+from pairs import changed, pair, weights
 
 SINGLE = "model.safetensors"
 
@@ -46,15 +46,6 @@ def attempt(tmp_path, capsys):
         return printed.err
 
     return restore
-
-
-def changed(source, target, change):
-    """A copy of a single-file checkpoint whose tensors went through `change`."""
-    shutil.copytree(source, target)
-    tensors = load_file(target / SINGLE)
-    change(tensors)
-    save_file(tensors, target / SINGLE, metadata={"format": "pt"})
-    return target
 
 
 def test_shapes_that_differ_are_all_listed(made, tmp_path, attempt):

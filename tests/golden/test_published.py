@@ -44,8 +44,10 @@ def test_rows_with_the_same_selection_agree_on_every_processor(case):
     tensors, solution = solve(case)
     kept = solution.weight == tensors["finetuned"]
     expected_kept = tensors["expected"] == tensors["finetuned"]
-    # A column is a boundary column of its block where only some of its rows are kept.
-    boundary = (expected_kept.any(0) & ~expected_kept.all(0)) | (kept.any(0) & ~kept.all(0))
+    # Of a block one column at most is kept in some of its rows: the one at the boundary, whose ties are
+    # sorted as the processor does.
+    boundary = expected_kept.any(0) & ~expected_kept.all(0)
+    assert boundary.sum() <= -(-kept.shape[1] // case["blocksize"])
     assert torch.equal(kept[:, ~boundary], expected_kept[:, ~boundary])
     same = (kept == expected_kept).all(1)
     assert same.any()

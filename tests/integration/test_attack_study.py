@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 import models
+from benches import KilledError
 from deltaguard import DeltaguardError, RestoreConfig, restore
 from deltaguard.cli.app import FAILED, USAGE, run
 from deltaguard.curvature.request import CalibrateConfig
@@ -67,10 +68,6 @@ def test_an_attack_that_succeeds_is_seen_by_the_check_and_caught(aligned, tmp_pa
     assert found.checked.safety_kl > 6e-4
     assert [cell.method for cell in report.cells] == ["aligned", "finetuned", "kfac"]
     assert AttacksReport.model_validate_json((tmp_path / "out" / ATTACKS_NAME).read_text()) == report
-
-
-class KilledError(Exception):
-    """Stands for a kill: nothing catches it."""
 
 
 def test_a_killed_run_goes_on_and_a_finished_one_is_drawn_again_without_any_model(

@@ -306,7 +306,7 @@ def test_a_server_is_asked_and_what_it_cannot_do_is_noted(tmp_path):
 
     def reply(request):
         seen.append(request)
-        failing = request["model"] == "second" and len(seen) == 12
+        failing = [each["model"] for each in seen].count("second") == 12 and request["model"] == "second"
         return (500, "busy") if failing else (200, f"I'm sorry, but I can't help {request['model']}.")
 
     with server(reply) as url:
@@ -315,7 +315,8 @@ def test_a_server_is_asked_and_what_it_cannot_do_is_noted(tmp_path):
         count = len(seen)
         evaluate(["first", "second"], tmp_path / "out", suite=suite_file(tmp_path), engine=config)
     assert len(seen) == count
-    assert count in {2 * (7 + 7 + 4 + 4), 2 * (7 + 7 + 4 + 4) + 1}
+    # The one that failed was sent again.
+    assert count == 2 * (7 + 7 + 4 + 4) + 1
     assert {row.name for row in report.sections} == {"attack", "attack/base64", "harmless", "task"}
     assert any("attack/prefill was skipped" in note for note in report.notes)
     assert any("Likelihoods of section task were skipped" in note for note in report.notes)

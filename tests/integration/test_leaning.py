@@ -1,10 +1,12 @@
 """The gradient of refusing: what a calibration keeps of it, and what a restore makes of it."""
 
+import json
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import models
 from deltaguard.chat.tokens import Encoded, context_length, encode
@@ -149,6 +151,22 @@ def test_a_damaged_file_of_it_is_refused(damage, said, tmp_path):
     CurvatureStore.from_pretrained(refusing_pair().store).save_pretrained(folder)
     damage(folder / "leaning.safetensors")
     with pytest.raises(DeltaguardError, match=said):
+        CurvatureStore.from_pretrained(folder)
+
+
+def test_numbers_of_it_that_are_none_are_refused(tmp_path):
+    folder = tmp_path / "store"
+    CurvatureStore.from_pretrained(refusing_pair().store).save_pretrained(folder)
+    file = folder / "leaning.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, file)
+    manifest = json.loads((folder / "curvature.json").read_text())
+    content = file.read_bytes()
+    manifest["leaning"] |= {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+    (folder / "curvature.json").write_text(json.dumps(manifest))
+    with pytest.raises(DeltaguardError, match=f"`{name}` .*1 entries that are NaN"):
         CurvatureStore.from_pretrained(folder)
 
 

@@ -16,13 +16,10 @@ from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from pairs import ANSWERED
+from plain import relative_error
 
 WHOLE = CalibrateConfig(batch_size=2, rank="full")
 BLOCKS = WHOLE.model_copy(update={"memory": 0})
-
-
-def relative_error(found, expected):
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("name", models.DENSE)

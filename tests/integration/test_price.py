@@ -1,58 +1,30 @@
 """The price of safety: that a strength means what it says, and that the dial holds when others measure it."""
 
 import json
-import shutil
 from functools import partial
 from statistics import NormalDist
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import models
 from crossed import in_turn
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
-from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
+from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, Probe, RestoreReport
 from deltaguard.reports.restore import dial_facts
+from deltaguard.restoration.dial import judge_of
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL as LIMIT
 from deltaguard.restoration.search import CLOSE, MOST_PROBES
-from pairs import CONVERSATIONS, held_out, pair, save_adapter, weights
-from plain import safety_kl, tokens_of
+from pairs import CONVERSATIONS, changed, held_out, pair, save_adapter, weights
+from plain import predicted, safety_kl, tokens_of
 
 SINGLE = "model.safetensors"
 WITHIN_LIMIT = RestoreConfig(max_safety_kl=LIMIT)
 
 
-def changed(source, target, change):
-    """A copy of a single-file checkpoint whose tensors went through `change`."""
-    shutil.copytree(source, target)
-    tensors = load_file(target / SINGLE)
-    change(tensors)
-    save_file(tensors, target / SINGLE, metadata={"format": "pt"})
-    return target
-
-
 # A strength
-
-
-def predicted(store, deltas, method):
-    """½ Σ tr(G Δ H Δᵀ) over the layers, in float64, of matrices written out in full."""
-
-    def written(found):
-        return found.to(torch.float64).dense()
-
-    total = 0.0
-    for group in store.groups:
-        H = written(store.input_spectrum(group.name))
-        for layer in group.layers:
-            G = written(store.output_spectrum(layer.tensor))
-            if method == "ridge":
-                G = store.output_mean(layer.tensor) * torch.eye(len(G)).double()
-            delta = deltas[layer.tensor].T if layer.transposed else deltas[layer.tensor]
-            total += 0.5 * float(torch.trace(G @ delta @ H @ delta.T))
-    return total
 
 
 @pytest.mark.parametrize("strength", [0.003, 0.3, 0.9])
@@ -144,6 +116,12 @@ def test_with_a_confidence_the_upper_bound_is_within_the_limit_and_less_is_kept(
     for options in ({}, {"strength": 0.5}):
         with pytest.raises(ValueError, match="confidence is an option of max_safety_kl"):
             RestoreConfig(confidence=0.9, **options)
+
+
+def test_a_confidence_needs_more_than_one_conversation_held_out():
+    bound = judge_of(RestoreConfig(max_safety_kl=1e-3, confidence=0.9))
+    with pytest.raises(DeltaguardError, match="a single conversation was held out"):
+        bound(Probe(mu=1.0, safety_kl=1e-4, margin=None))
 
 
 def test_a_larger_limit_keeps_more(tmp_path):

@@ -20,6 +20,7 @@ from deltaguard.ranks import LostRankError, Ranks, joined
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME
 from deltaguard.restoration.footprint import Footprint
 from pairs import ANSWERED, pair, save_adapter
+from plain import relative_error
 
 
 @pytest.fixture(scope="module")
@@ -258,10 +259,6 @@ def prompts(tmp_path, *, answered=True):
 def calibrate_tokens(folder, out, asked, *options):
     wanted = ["--prompts", asked, "--batch-size", "1", "--device", "cpu", "--rank", "full"]
     return ["calibrate", folder, "-o", out, *wanted, *options]
-
-
-def relative_error(found, expected):
-    return float((found - expected).norm() / expected.norm())
 
 
 def require_equal(found, expected):

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 import models
+from benches import KilledError
 from deltaguard import DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.cli.app import run
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
 from deltaguard.reports.restore import refinement_facts
-from deltaguard.restoration import refine
+from deltaguard.restoration import refine, tuning
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.sweep import sweep
 from pairs import held_out, pair, save_adapter, weights
-from plain import safety_kl
+from plain import predicted, safety_kl
 from refusing import refusing_pair
 
 LIMIT = 1e-2
@@ -30,17 +31,6 @@ def cache(tmp_path, monkeypatch):
 
 def refined(steps, **changes):
     return RestoreConfig(**{"max_safety_kl": LIMIT, "refine": steps, "device": "cpu", **changes})
-
-
-def predicted(store, deltas):
-    total = 0.0
-    for group in store.groups:
-        H = store.input_spectrum(group.name).to(torch.float64).dense()
-        for layer in group.layers:
-            G = store.output_spectrum(layer.tensor).to(torch.float64).dense()
-            delta = deltas[layer.tensor].T if layer.transposed else deltas[layer.tensor]
-            total += 0.5 * float(torch.trace(G @ delta @ H @ delta.T))
-    return total
 
 
 @pytest.mark.usefixtures("exact")
@@ -152,8 +142,16 @@ def test_where_answers_decide_the_refined_model_is_asked_too(tmp_path):
     assert report.dial.restored_kl == record.safety_kl_after <= report.dial.limit
 
 
-class KilledError(Exception):
-    """Stands for a kill."""
+def test_too_little_memory_for_gradients_is_one_message(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(tuning, "descend", full)
+    made = pair("llama")
+    with pytest.raises(
+        DeltaguardError, match=r"Too little memory to refine .* no --refine\. Tried to allocate"
+    ):
+        restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=refined(2))
 
 
 def test_a_run_killed_between_shards_goes_on_to_the_same_bytes(monkeypatch, tmp_path):

@@ -275,9 +275,8 @@ def test_how_deltas_are_spread_is_read_once(tmp_path, monkeypatch):
 
 
 def test_more_memory_carries_more_candidates(tmp_path):
-    found = [trial_of(pair(), tmp_path, memory=memory).footprint for memory in (0, 10**6, 10**9)]
-    assert [each.at_once for each in found] == [1, found[1].at_once, MOST_AT_ONCE]
-    one = found[0]
+    one, many = (trial_of(pair(), tmp_path, memory=memory).footprint for memory in (0, 10**9))
+    assert (one.at_once, many.at_once) == (1, MOST_AT_ONCE)
     for count in (2, 3):
         room = replace(one, limit=one.taken + (count - 1) * one.candidate)
         assert (room.at_once, room.left) == (count, 0)

@@ -3,10 +3,12 @@
 import json
 from functools import cache
 from pathlib import Path
+from statistics import NormalDist
 from tempfile import mkdtemp
 
 import pytest
 import torch
+from pydantic import ByteSize
 
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore
 from deltaguard.chat.conversations import Conversation
@@ -133,6 +135,26 @@ def test_limits_come_in_any_order_and_more_than_once(tmp_path):
     assert one.points == other.points
     assert one.utility_conversations == 0
     assert one.points[0].utility_nll is one.aligned_nll is one.finetuned_nll is None
+
+
+def test_with_a_confidence_a_bound_is_within_each_limit_and_less_is_kept(tmp_path):
+    sure = RestoreConfig(device="cpu", max_safety_kl=LIMITS[0], confidence=0.9)
+    report = swept(tmp_path / "sweep", config=sure)
+    assert report.confidence == 0.9
+    errors = NormalDist().inv_cdf(0.9) / NormalDist().inv_cdf(0.975)
+    for limit, point, mean in zip(LIMITS, chosen(report), chosen(usual()[0]), strict=True):
+        assert CLOSE * limit <= point.safety_kl + errors * point.margin <= limit
+        assert point.kept_energy < mean.kept_energy
+
+
+def test_block_by_block_a_sweep_measures_the_same(tmp_path):
+    config = RestoreConfig(device="cpu", memory=ByteSize(0))
+    report, whole = swept(tmp_path / "sweep", config=config, utility=utility_file(tmp_path)), usual()[0]
+    for one, other in zip(chosen(report), chosen(whole), strict=True):
+        assert one.safety_kl == pytest.approx(other.safety_kl, rel=0.11)
+        assert one.kept_energy == pytest.approx(other.kept_energy, rel=0.05)
+    assert report.finetuned_kl == pytest.approx(whole.finetuned_kl, rel=1e-4)
+    assert report.finetuned_nll == pytest.approx(whole.finetuned_nll, rel=1e-4)
 
 
 def test_a_limit_that_the_whole_model_is_within_needs_no_search(tmp_path):

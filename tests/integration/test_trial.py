@@ -85,7 +85,7 @@ def test_tensors_are_read_in_the_order_of_their_shard(tmp_path, monkeypatch):
 def test_the_scratch_file_leaves_room_for_all_of_the_output(tmp_path, monkeypatch, options):
     """Tokenizer and reports, and an adapter's factors, which wait on disk before they are written."""
     made, reserves = pair("llama"), []
-    monkeypatch.setattr(trial, "_SPARE_DISK", 0, raising=False)
+    monkeypatch.setattr(trial, "_SPARE_DISK", 0)
     monkeypatch.setattr(Kept, "__post_init__", lambda self: reserves.append(self.reserve))
     monkeypatch.setattr(Kept, "peek", lambda *_: None)
     monkeypatch.setattr(Kept, "add", lambda *_: None)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from benches import KilledError
 from deltaguard.files import append_journal
 from deltaguard.models.adapter import is_adapter
 from deltaguard.service.settings import Limits
@@ -40,10 +41,6 @@ def train_task(file, method, *, validation_file=None, epochs, max_length):
         lora_alpha=8,
         beta=0.1,
     )
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -175,16 +175,3 @@ def test_a_template_of_one_turn_is_refused_and_never_asked_without_the_first(tem
         require_turns(known)
     with pytest.raises(DeltaguardError, match=told):
         render(known, Conversation("And then?"), Turn("How?", "So."))
-
-
-def test_a_render_costs_next_to_nothing():
-    chosen = tokenizer(models.CHAT_TEMPLATE)
-    apply_template(chosen, USER)
-    started = time.monotonic()
-    for _ in range(300):
-        apply_template(chosen, USER)
-    limited = time.monotonic() - started
-    started = time.monotonic()
-    for _ in range(300):
-        chosen.apply_chat_template(USER, tokenize=False, add_generation_prompt=True)
-    assert limited - (time.monotonic() - started) < 300 * 0.003

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import io
 import math
 import re
 from html import unescape
@@ -11,7 +10,6 @@ from itertools import pairwise
 
 import pytest
 import yaml
-from rich.console import Console
 
 from deltaguard.reports.card import model_card
 from deltaguard.reports.charts import layers_chart
@@ -23,15 +21,10 @@ from deltaguard.reports.records.restore import Dial, RestoreReport
 from deltaguard.reports.restore import others_table, restore_page, restore_table
 from deltaguard.reports.table import Cell, Column, Table
 from deltaguard.reports.text import duration, hub_id, percent, short_reference
+from drawing import at_80_columns
 from restores import ATTACK, GPT2, LLAMA, NEOX, demo_report, layer, restore_report
 
 VOID = {"meta", "link", "br"}
-
-
-def at_80_columns(table):
-    console = Console(width=80, file=io.StringIO(), color_system=None)
-    console.print(table)
-    return console.file.getvalue()
 
 
 class Page(HTMLParser):

@@ -1,11 +1,9 @@
 """A bench as people read it: the plot, the terminal and Markdown tables."""
 
-import io
 import re
 from xml.etree import ElementTree as ET
 
 import pytest
-from rich.console import Console
 
 from bench_reports import ATTACK, FINETUNES, METHODS, STRENGTHS, bench_report, without_share
 from deltaguard.errors import DeltaguardError
@@ -34,14 +32,9 @@ from deltaguard.reports.curves import (
 from deltaguard.reports.palette import DARK, LIGHT, colour, dash, palette_css, shape
 from deltaguard.reports.records.bench import BenchReport
 from deltaguard.reports.text import short_command
+from drawing import at_80_columns
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-def at_80_columns(table):
-    console = Console(width=80, file=io.StringIO(), color_system=None)
-    console.print(table)
-    return console.file.getvalue()
 
 
 def parsed(svg):

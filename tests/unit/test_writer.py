@@ -140,6 +140,49 @@ def test_a_resume_that_fails_at_once_loses_nothing(source, tmp_path, monkeypatch
     assert write_all(source, out, resume=True) == list(source.shards[2:])
 
 
+def test_what_came_into_an_empty_folder_meanwhile_is_named_and_stays(source, tmp_path):
+    out = tmp_path / "out"
+    stop_in_shard(source, out, 1)
+    (out / "notes.txt").write_text("years of work")
+    before = everything_under(out)
+    message = writer_refusal(out, resume=True)
+    assert "notes.txt" in message
+    assert "beside the progress of this run" in message
+    assert everything_under(out) == before
+    (out / "notes.txt").unlink()
+    write_all(source, out, resume=True)
+    check_complete(source, out)
+
+
+def test_a_name_is_given_to_what_is_on_disk_and_is_itself_at_once(source, tmp_path, monkeypatch):
+    """A power cut then leaves no file with its name and not its content, or with a record and no name."""
+    steps, rename = [], Path.replace
+
+    def flushed(descriptor):
+        steps.append(("flush", os.fstat(descriptor).st_ino))
+
+    def renamed(path, target):
+        held = path.stat().st_ino
+        found = rename(path, target)
+        steps.append(("rename", held, Path(target).parent.stat().st_ino))
+        return found
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write_all(source, tmp_path / "out")
+    seen = [step[0] for step in steps].count("rename")
+    # Each file is renamed when it is whole, and once more by the commit.
+    assert seen >= 2 * (len(source.shards) + 3)
+    ever = set()
+    for step, after in zip(steps, [*steps[1:], None], strict=True):
+        if step[0] == "flush":
+            ever.add(step[1])
+        else:
+            _, file, folder = step
+            assert file in ever
+            assert after == ("flush", folder)
+
+
 def test_records_and_notes_survive(source, tmp_path):
     stop_in_shard(source, tmp_path / "out", 1)
     with CheckpointWriter(tmp_path / "out", plan_hash="plan", resume=True) as writer:
