@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/look-alikes"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     chosen = parser.parse_args(arguments)
-    preset = replace(DEFAULT.with_changes(finetunes=FINETUNES), seeds=tuple(chosen.seeds))
+    # It decided what calibration asks, so the prompts are others than those that results are reported on.
+    preset = replace(DEFAULT.with_changes(finetunes=FINETUNES), seeds=tuple(chosen.seeds), unseen=False)
     found = compared(chosen.aligned, chosen.work, preset)
     chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from tools.readme import StrengthRow, Strengths
+from tools.strength import StrengthRow, Strengths
 
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.sizes import store_limit

@@ -9,19 +9,18 @@ not up to date.
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from deltaguard.reports.curves import bench_svg
-from deltaguard.reports.records.base import Environment, RateRow
 from deltaguard.reports.records.bench import BenchReport
 from deltaguard.reports.records.demo import DemoReport
 from deltaguard.reports.table import Column, Table, rate
-from deltaguard.reports.text import DASH, Measured, duration, interval, model_label, percent, size
+from deltaguard.reports.text import duration, model_label, percent, size
 from tools.asking import asking_table
+from tools.benchmark import benchmark_table
 from tools.end_to_end import end_to_end_table
 from tools.experiments import experiments_table
 from tools.look_alikes import look_alikes_table
@@ -32,6 +31,7 @@ from tools.scaling import scaling_table
 from tools.service_demo import service_demo_table
 from tools.service_results import service_table
 from tools.store_size import store_size_table
+from tools.strength import strength_table
 from tools.tables import (
     attacks_table,
     bench_default,
@@ -59,72 +59,6 @@ PAGES = (
     "docs/strength.md",
 )
 NOT_MEASURED = "*Not measured yet.*"
-
-
-class _Results(BaseModel):
-    """Fields that a file has beyond these are for other readers."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class StrengthRow(_Results):
-    """One restore of one fine-tune, measured.
-
-    Attributes:
-        finetune: the fine-tune in a few words, such as "tickets with 9 % harmful".
-        seed: of the fine-tune.
-        method: the solver.
-        budget: how the strength is read, null where the method has one way only.
-        compensation: null where the method has one way only.
-        strength: as given.
-        attack_success: of the restored model.
-        aligned_attack_success: of the aligned model, the same in all rows of a fine-tune.
-        finetuned_attack_success: of the fine-tuned model, the same in all rows of a fine-tune.
-        task_accuracy: of the restored model.
-        kept_gain: (restored - aligned) / (finetuned - aligned) of the task accuracy.
-        safety_cost: see `RestoreReport`; null where no curvature is known.
-        kept_energy: see `RestoreReport`; null in rows of before it was known.
-        kept_entries: see `RestoreReport`.
-    """
-
-    finetune: str
-    seed: int
-    method: str
-    budget: str | None = None
-    compensation: str | None = None
-    strength: float
-    attack_success: RateRow
-    aligned_attack_success: RateRow
-    finetuned_attack_success: RateRow
-    task_accuracy: RateRow
-    kept_gain: float | None
-    safety_cost: float | None
-    kept_energy: float | None = None
-    kept_entries: float | None = None
-
-
-class Strengths(_Results):
-    """`docs/results/strength.json`: what the default strength was chosen from."""
-
-    environment: Environment
-    rows: tuple[StrengthRow, ...]
-
-
-class BenchmarkRow(_Results):
-    """One timing; `ratio` compares it with what `note` names."""
-
-    name: str
-    seconds: float
-    peak_memory_bytes: int | None = None
-    ratio: float | None = None
-    note: str | None = None
-
-
-class Benchmarks(_Results):
-    """`docs/results/benchmark.json`."""
-
-    environment: Environment
-    rows: tuple[BenchmarkRow, ...]
 
 
 def demo_table(content: str) -> str:
@@ -175,47 +109,6 @@ def _dial(options: Mapping[str, str | float | bool | None]) -> str:
         f"{words} {options[name]:g}" for name, words in _LIMITS.items() if options.get(name) is not None
     ]
     return " and ".join(limits)
-
-
-def strength_table(content: str) -> str:
-    """One table for each fine-tune: what each method and strength keeps, and what it costs.
-
-    Args:
-        content: `Strengths` as JSON.
-
-    Returns:
-        Markdown.
-    """
-    results = Strengths.model_validate_json(content)
-    parts: list[str] = []
-    for (finetune, seed), group in groupby(results.rows, key=lambda row: (row.finetune, row.seed)):
-        rows = tuple(group)
-        parts += [_strength_heading(finetune, seed, rows[0]), _strength_rows(rows)]
-    return "\n\n".join((*parts, small(made_with(results.environment))))
-
-
-def benchmark_table(content: str) -> str:
-    """Draw times and memory.
-
-    Args:
-        content: `Benchmarks` as JSON.
-
-    Returns:
-        Markdown.
-    """
-    results = Benchmarks.model_validate_json(content)
-    drawn = Table.of(
-        "",
-        results.rows,
-        (
-            (Column("what", "name"), lambda row: row.name),
-            ("time", lambda row: _seconds(row.seconds)),
-            ("peak memory", lambda row: size(row.peak_memory_bytes) if row.peak_memory_bytes else DASH),
-            ("ratio", lambda row: DASH if row.ratio is None else f"{row.ratio:.3g}"),
-            (Column("note", "words"), lambda row: row.note or ""),
-        ),
-    ).markdown()
-    return f"{drawn}\n\n{small(made_with(results.environment))}"
 
 
 TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
@@ -363,48 +256,8 @@ def _draw(name: str, results: Path) -> str:
         raise ValueError(f"{file} is not what it should be: {error}") from error
 
 
-def _strength_heading(finetune: str, seed: int, row: StrengthRow) -> str:
-    return (
-        f"**{finetune}** (seed {seed}): attack success {_rate(row.aligned_attack_success)} aligned, "
-        f"{_rate(row.finetuned_attack_success)} fine-tuned; {row.attack_success.total} harmful prompts, "
-        f"{row.task_accuracy.total} task messages."
-    )
-
-
-def _strength_rows(rows: Iterable[StrengthRow]) -> str:
-    def named(row: StrengthRow) -> str:
-        return ", ".join(filter(None, (row.method, row.budget, row.compensation)))
-
-    def over(row: StrengthRow) -> str:
-        return f"{100 * (row.attack_success.value - row.aligned_attack_success.value):+.1f}"
-
-    return Table.of(
-        "",
-        rows,
-        (
-            (Column("method", "name"), named),
-            ("strength", lambda row: f"{row.strength:g}"),
-            ("attack success", lambda row: rate(row.attack_success)),
-            ("points over aligned", over),
-            ("task accuracy", lambda row: rate(row.task_accuracy)),
-            ("gain kept", lambda row: percent(row.kept_gain)),
-            ("safety cost", lambda row: percent(row.safety_cost)),
-            ("energy kept", lambda row: percent(row.kept_energy)),
-            ("entries kept", lambda row: percent(row.kept_entries)),
-        ),
-    ).markdown(between="<br>")
-
-
-def _rate(found: Measured) -> str:
-    return f"{percent(found.value)} ({interval(found)})"
-
-
 def _total(seconds: Mapping[str, float]) -> float:
     return seconds.get("total", sum(seconds.values()))
-
-
-def _seconds(value: float) -> str:
-    return duration(value) if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 if __name__ == "__main__":

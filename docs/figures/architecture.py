@@ -56,7 +56,7 @@ def _imports() -> list[str]:
         text(
             2,
             below + 6,
-            "Single files (errors.py, files.py, text.py ...): imported anywhere.",
+            "Single files: device.py by what is above models, all others anywhere.",
             kind="soft",
         ),
     ]
