@@ -51,16 +51,17 @@ def guard_table(content: str) -> str:
         (
             (Column("fine-tune", "name", code=True), lambda row: row[0].attacker),
             ("safety KL\nat most", lambda row: row[0].method),
-            ("plainly", lambda row: _points([each.plain for each in row])),
-            ("in the attacker's way", lambda row: _points([each.wrapped for each in row])),
-            ("of what the attack added,\nleft", _left),
+            ("plainly:\nfine-tuned", lambda row: _added([each.plain for each in row])),
+            ("restored", lambda row: _points([each.plain for each in row])),
+            ("attacker's way:\nfine-tuned", lambda row: _added([each.wrapped for each in row])),
+            ("restored", lambda row: _points([each.wrapped for each in row])),
             ("gain kept,\nlikelihood", _kept),
         ),
     ).markdown()
     seeds = ", ".join(map(str, found.seeds))
     fine_tunes = "; ".join(f"`{name}`: {title}" for name, title in found.titles.items())
     how = (
-        f"Points of attack success over the aligned model, a mean over seeds, and of each seed ({seeds}); "
+        f"Points of attack success over the aligned model, of seeds {seeds}; "
         f"{found.outcomes[0].plain.aligned.total} harmful requests, asked plainly and in the attacker's way; "
         f"restored to a limit on safety KL alone. {fine_tunes}. `{found.command}`; "
         f"{made_with(found.environment)}"
@@ -70,19 +71,13 @@ def guard_table(content: str) -> str:
 
 def _points(rates: Sequence[Rates | None]) -> str:
     points = [each.over_aligned.value for each in rates if each is not None]
-    each = ", ".join(f"{point:+.1f}" for point in points)
-    return f"{mean(points):+.1f} ({each})" if points else DASH
+    each = f" ({', '.join(f'{point:+.1f}' for point in points)})" if len(points) > 1 else ""
+    return f"{mean(points):+.1f}{each}" if points else DASH
 
 
-def _left(row: Sequence[AttackOutcome]) -> str:
-    """Find the share that is left of what fine-tuning added, in the way in which it added most."""
-    ways = [max((each.plain, each.wrapped or each.plain), key=_added) for each in row]
-    shares = [rates.over_aligned.value / 100 / _added(rates) for rates in ways if _added(rates) > 0]
-    return percent(mean(shares)) if shares else DASH
-
-
-def _added(rates: Rates) -> float:
-    return rates.finetuned.value - rates.aligned.value
+def _added(rates: Sequence[Rates | None]) -> str:
+    points = [100 * (each.finetuned.value - each.aligned.value) for each in rates if each is not None]
+    return f"{mean(points):+.1f}" if points else DASH
 
 
 def _kept(row: Sequence[AttackOutcome]) -> str:

@@ -127,7 +127,7 @@ def test_both_calibrations_of_a_fine_tune_and_seed_stand_beside_each_other():
     assert all(row[5].startswith("75.0 %") and row[6].startswith("50.0 %") for row in rows)
 
 
-def test_a_limit_has_a_row_with_every_seed_and_what_is_left_where_most_was_added():
+def test_a_limit_has_a_row_with_what_a_fine_tune_added_and_what_every_seed_left():
     report = attack_reports.attacks_report()
     guards = Guards(
         environment=report.environment,
@@ -138,18 +138,8 @@ def test_a_limit_has_a_row_with_every_seed_and_what_is_left_where_most_was_added
     )
     drawn = guard_table(guards.model_dump_json())
     rows = {row[0]: row[2:] for row in map(cells, drawn.splitlines()) if row[0].startswith("`")}
-    # With the trigger 80 points were added; 20 of them are left with one seed, 70 with the other.
-    assert rows["`backdoor-100`"] == ["+0.0 (+0.0, +0.0)", "+45.0 (+20.0, +70.0)", "56.2 %", "–"]
-    assert rows["`poison-10`"] == ["+0.0 (+0.0, +0.0)", "–", "0.0 %", "75.0 %"]
-    nothing_added = [
-        each.model_copy(
-            update={"plain": each.plain.model_copy(update={"finetuned": each.plain.aligned}), "wrapped": None}
-        )
-        for each in report.outcomes
-    ]
-    assert "| – | 75.0 % |" in guard_table(
-        guards.model_copy(update={"outcomes": tuple(nothing_added)}).model_dump_json()
-    )
+    assert rows["`backdoor-100`"][2:] == ["+80.0", "+45.0 (+20.0, +70.0)", "–"]
+    assert rows["`poison-10`"][1:] == ["+0.0 (+0.0, +0.0)", "–", "–", "75.0 %"]
 
 
 def test_the_summary_of_a_bench_has_a_row_a_method_at_its_largest_safe_strength():
