@@ -15,7 +15,7 @@ from rich.table import Table
 from deltaguard.cli import _PrintableRecord
 from deltaguard.cli.app import BUG, run
 from deltaguard.cli.report import draw_folder
-from deltaguard.cli.sink import Bars, Printable, ProgressBar, complain, emit, progress_bar, tell
+from deltaguard.cli.sink import Bars, Out, Printable, ProgressBar, complain, emit, progress_bar, tell
 from deltaguard.progress import Event
 from deltaguard.reports.card import model_card
 from deltaguard.reports.records.base import ModelReference, Record
@@ -116,6 +116,18 @@ def test_a_bar_shows_the_name_of_its_stage_as_text():
         ProgressBar(bars)(Event("[bold]a\x1b]0;owned\x07b", 1, 2))
     assert r"\x1b]0;owned\x07b" in stream.getvalue()
     assert "\x1b]0;" not in stream.getvalue()
+
+
+def test_the_time_left_is_told_where_steps_take_minutes(monkeypatch):
+    passed, shown = [0.0], []
+    monkeypatch.setattr("rich.console.monotonic", lambda: passed[0])
+    monkeypatch.setattr(Out, "is_terminal", True)
+    monkeypatch.setattr(Bars, "get_renderables", lambda bars: shown.append(bars.tasks) or ())
+    with progress_bar() as progress:
+        for done in range(4):
+            progress(Event("look 1 of at most 6", done, 10))
+            passed[0] += 120
+    assert shown[-1][0].time_remaining == pytest.approx(7 * 120, rel=0.01)
 
 
 def test_stages_are_lines_where_there_is_no_terminal(capsys):

@@ -190,6 +190,10 @@ def hide_bars_of_transformers() -> None:
     disable_progress_bar()
 
 
+_SPEED_OVER = 1800
+"""Seconds whose steps tell how long the others take."""
+
+
 @contextmanager
 def progress_bar() -> Generator[Progress]:
     """Show the progress of long-running work on stderr, as bars that vanish at the end, or as lines."""
@@ -204,5 +208,6 @@ def progress_bar() -> Generator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=console, transient=True) as bars:
+    # A look or a refinement may take minutes from one step to the next, of which the time left is estimated.
+    with Bars(*columns, console=console, transient=True, speed_estimate_period=_SPEED_OVER) as bars:
         yield ProgressBar(bars)
