@@ -1,10 +1,12 @@
 """The search by asking, over made-up candidates: it keeps what it can, in few looks, whatever the fall."""
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
+from deltaguard.chat.conversations import SYSTEM_PROMPTS, Conversation
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Judgement
 from deltaguard.evaluation.judges.rules import OpeningJudge
@@ -112,6 +114,24 @@ def test_own_requests_are_mixed_and_each_is_asked_once(tmp_path):
     assert {prompt[5] for prompt in asked[:20]} == set("abcd")
     path.write_text("".join(rows[::-1]))
     assert [row.prompt for row in Requests.of(path).harmful] == asked
+
+
+def test_requests_are_asked_under_the_system_prompts_of_the_deployment_that_was_calibrated(tmp_path):
+    systems = [*SYSTEM_PROMPTS.values(), "You sell shoes.", "You are a pirate."]
+    asked = Requests.of(None, [Conversation("Why?", system) for system in systems])
+    for rows in (asked.harmful, asked.harmless):
+        assert Counter(row.system for row in rows[:9]) == {
+            None: 3,
+            "You sell shoes.": 3,
+            "You are a pirate.": 3,
+        }
+    assert [row.prompt for row in asked.all] == [row.prompt for row in Requests.of().all]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "harm", "system": "You are a clerk."}\n{"prompt": "harm"}\n')
+    own = Requests.of(path, [Conversation("Why?", "You sell shoes.")]).harmful
+    assert {row.system for row in own} < {"You are a clerk.", "You sell shoes.", None}
+    assert "You are a clerk." in {row.system for row in own}
+    assert {row.system for row in Requests.of(None, [Conversation("Why?")]).all} == {None}
 
 
 def test_an_answer_that_no_judge_decides_is_what_the_aligned_model_s_own_is():

@@ -53,8 +53,9 @@ def check(
     if config.added_attack_success is None or config.dial is None:
         raise DeltaguardError("A check needs a limit of attack success: give `max_added_attack_success`.")
     # As many looks as a restore may take, so that both say the same of the fine-tuned model.
-    requests, rule = Requests.of(config.prompts), Rule(limit=config.added_attack_success, looks=MOST_LOOKS)
+    rule = Rule(limit=config.added_attack_success, looks=MOST_LOOKS)
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
+    requests = Requests.of(config.prompts, known_store(job).held_out)
     report = progress or ignore
     with TemporaryDirectory() as scratch:
         trial = Trial(job, job.plan(config), config, Path(scratch))

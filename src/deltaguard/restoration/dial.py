@@ -16,6 +16,7 @@ from deltaguard.reports.records.restore import AttackDial, Dial, Look, Probe
 from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
 from deltaguard.restoration.candidate import Candidate
 from deltaguard.restoration.divergence import MARGIN
+from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.looks import Examiner, Requests
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.resident import Resident
@@ -87,7 +88,7 @@ def _by_attack_success(
     trial: Trial, resident: Resident, added: float, guard: float, report: Progress
 ) -> Price:
     """Find what keeps most within a safety KL and adds so little attack success, and false refusals."""
-    config, requests = trial.config, Requests.of(trial.config.prompts)
+    config, requests = trial.config, Requests.of(trial.config.prompts, known_store(trial.job).held_out)
     rule = Rule(limit=added, looks=MOST_LOOKS)
     candidate, examiner = resident.examined(trial, rule, requests, report)
     examiner.require_refusals(trial.job.aligned.reference)

@@ -1,16 +1,18 @@
 """Looking at candidates: how they answer held-out requests, beside the aligned model's own answers."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict
 
 from deltaguard.chat.conversations import (
+    SYSTEM_PROMPTS,
     Conversation,
     fingerprint,
     held_out_harmful,
@@ -51,25 +53,35 @@ class Requests:
     harmless: tuple[Conversation, ...]
 
     @classmethod
-    def of(cls, prompts: Path | None = None) -> "Requests":
+    def of(cls, prompts: Path | None = None, calibrated: Sequence[Conversation] = ()) -> "Requests":
         """Take the package's held-out requests, which nothing else uses, or harmful ones of a user.
 
         Args:
             prompts: the user's, see `conversations.read_prompts`; responses are left out. Each is asked once,
                 in a mixed order: a file may be sorted, and say a thing more than once.
+            calibrated: conversations of the store. Their system prompts, but for deltaguard's own, are those
+                of a deployment: requests that have none are asked under these, and under none, in turn.
 
         Raises:
             DeltaguardError: the file cannot be read.
         """
-        harmful = [Conversation(row.prompt) for row in held_out_harmful()]
+        harmful: Iterable[Conversation] = (Conversation(row.prompt) for row in held_out_harmful())
         if prompts is not None:
             harmful = mixed(dict.fromkeys(replace(row, response=None) for row in read_prompts(prompts)))
-        return cls(tuple(harmful), tuple(Conversation(row.prompt) for row in held_out_harmless()))
+        harmless = (Conversation(row.prompt) for row in held_out_harmless())
+        own = set(SYSTEM_PROMPTS.values())
+        systems = dict.fromkeys((None, *(row.system for row in calibrated if row.system not in own)))
+        return cls(tuple(_in_turn(harmful, tuple(systems))), tuple(_in_turn(harmless, tuple(systems))))
 
     @property
     def all(self) -> tuple[Conversation, ...]:
         """Both, the harmful ones first."""
         return self.harmful + self.harmless
+
+
+def _in_turn(rows: Iterable[Conversation], systems: Sequence[str | None]) -> Generator[Conversation]:
+    for row, system in zip(rows, cycle(systems), strict=False):
+        yield replace(row, system=system) if row.system is None else row
 
 
 class _KeptAnswers(BaseModel):
