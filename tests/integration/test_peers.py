@@ -1,5 +1,6 @@
 """Whole checkpoints of the peers, read back and compared with their equations in float64."""
 
+import os
 import shutil
 import warnings
 from functools import cache
@@ -20,6 +21,7 @@ from deltaguard.methods.safe_merge import MERGED_SHARE
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.restore import UnchangedError
 from models import perturbed, save, tiny_model
+from once import RUN
 from pairs import save_adapter, weights
 
 
@@ -31,7 +33,7 @@ def _offline(monkeypatch):
 @cache
 def family(name: str = "llama") -> dict[str, Path]:
     """An aligned model and its relatives, in shards; tests must not write to the folders."""
-    root = Path(mkdtemp(prefix=f"deltaguard-peers-{name}-"))
+    root = Path(mkdtemp(prefix=f"deltaguard-peers-{name}-", dir=os.environ[RUN]))
     model = tiny_model(name)
     folders = {"aligned": save(model, root / "aligned", max_shard_size="40KB")}
     for seed, role in enumerate(("finetuned", "unaligned", "pretrained", "safe"), start=1):

@@ -1,6 +1,7 @@
 """Safety KL and likelihood of candidates put into a model, against plain arithmetic in float64."""
 
 import json
+import os
 import re
 from functools import cache
 from itertools import combinations
@@ -19,6 +20,7 @@ from deltaguard.chat.conversations import SYSTEM_PROMPTS, Conversation
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.restoration.safety_kl import SafetyKL, SafetyMeter
+from once import RUN
 
 SAFETY = [
     Conversation("How?", "", "I'm sorry, but I cannot help with that."),
@@ -40,7 +42,7 @@ MATRIX = "model.layers.0.mlp.up_proj.weight"
 @cache
 def folders(name="llama"):
     """The aligned and the fine-tuned folder of an architecture, which tests must not write to."""
-    root, model = Path(mkdtemp(prefix=f"deltaguard-{name}-")), models.tiny_model(name)
+    root, model = Path(mkdtemp(prefix=f"deltaguard-{name}-", dir=os.environ[RUN])), models.tiny_model(name)
     finetuned = models.save(models.perturbed(model, 0.05), root / "finetuned", max_shard_size="40KB")
     return models.save(model, root / "aligned"), finetuned
 

@@ -1,6 +1,7 @@
 """A sweep on tiny models: what it measures is what a restore would write."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
@@ -19,6 +20,7 @@ from deltaguard.restoration.search import CLOSE
 from deltaguard.restoration.sweep import sweep
 from deltaguard.solvers import Profile
 from deltaguard.solvers.profile import PROHIBITIVE
+from once import RUN
 from pairs import pair
 
 LIMITS = (1e-4, 1e-3, 1e-2)
@@ -46,7 +48,7 @@ def swept(out, limits=LIMITS, *, name="llama", dtype=None, **options):
 @cache
 def usual(name="llama", dtype=None):
     """A sweep with utility data, and its folder."""
-    out = Path(mkdtemp(prefix="deltaguard-sweep-"))
+    out = Path(mkdtemp(prefix="deltaguard-sweep-", dir=os.environ[RUN]))
     task = utility_file(out)
     return swept(out / "sweep", name=name, dtype=dtype, utility=task), out / "sweep"
 
