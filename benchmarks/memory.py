@@ -56,8 +56,8 @@ class Scales:
     def _calibrate(self, against: str, value: int, shape: Shape, conversations: int) -> None:
         """Calibrate block by block on answers that are given: the model is not loaded to make them."""
         folder = self._made(shape)
-        program = ("calibrate-blocks", folder / "aligned", self.work / "out", conversations)
-        self._add("calibrate", against, value, program(*program))
+        found = program("calibrate-blocks", folder / "aligned", self.work / "out", conversations)
+        self._add("calibrate", against, value, found)
 
     def _restore(self, against: str, value: int, shape: Shape) -> None:
         """Restore at a strength, nothing kept in memory between finding the price and writing."""
