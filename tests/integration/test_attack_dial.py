@@ -11,6 +11,7 @@ import models
 from deltaguard import DeltaguardError, RestoreConfig, check, restore, verify
 from deltaguard.chat.refusals import is_refusal
 from deltaguard.cli.app import run
+from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device, served_dtype
 from deltaguard.evaluation.judges import rules
 from deltaguard.models.identity import ModelIdentity
@@ -21,6 +22,7 @@ from deltaguard.restoration import footprint
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.looks import FIRST, Requests, how_asked, keep_answers, kept_answers
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
+from deltaguard.restoration.safety_kl import SafetyMeter
 from pairs import pair
 from refusing import few_requests, refusing_pair, said
 
@@ -120,6 +122,29 @@ def test_by_default_it_asks_and_the_data_are_unknown(config, tmp_path):
     assert attack.restored.accepted
     assert attack.restored.attack_success.prompts == len(Requests.of().harmful)
     assert f"torch.{attack.dtype}" == str(served_dtype(find_device("auto")))
+
+
+@pytest.mark.parametrize("refine", [None, 1])
+def test_requests_are_asked_under_the_system_prompts_of_the_store(few, tmp_path, monkeypatch, refine):
+    made, store, asked, openings = refusing_pair(), tmp_path / "store", set(), SafetyMeter.openings
+
+    def heard(meter, conversations):
+        asked.update(row.system for row in conversations)
+        return openings(meter, conversations)
+
+    monkeypatch.setattr(SafetyMeter, "openings", heard)
+    CurvatureStore.from_pretrained(made.store).save_pretrained(store)
+    manifest = json.loads((store / "curvature.json").read_text())
+    manifest["provenance"]["systems"] = ["You sell shoes."]
+    (store / "curvature.json").write_text(json.dumps(manifest))
+    found = check(made.aligned, made.finetuned, store=store, config=TRUSTED)
+    assert found.systems == ("You sell shoes.",)
+    assert asked == {None, "You sell shoes."}
+    asked.clear()
+    config = TRUSTED.model_copy(update={"refine": refine})
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=store, config=config)
+    assert report.dial.attack.systems == ("You sell shoes.",)
+    assert asked == {None, "You sell shoes."}
 
 
 def test_with_a_limit_of_safety_kl_alone_nobody_is_asked(cache, tmp_path):

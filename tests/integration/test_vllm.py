@@ -63,10 +63,12 @@ class Stub:
 
     def is_gone(self):
         """Whether none of its processes is left; the one it started becomes this process's or init's."""
-        pids = ",".join(map(str, self.told["processes"]))
-        asked = ["ps", "-o", "stat=", "-p", pids]
-        states = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
-        return all(state.startswith("Z") for state in states.split())
+        pids = ",".join(map(str, (os.getpid(), *self.told["processes"])))
+        asked = ["ps", "-o", "pid=,stat=", "-p", pids]
+        lines = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines()
+        states = {int(pid): state for pid, state in map(str.split, lines)}
+        assert os.getpid() in states, "ps does not tell"
+        return all(state.startswith("Z") for pid, state in states.items() if pid != os.getpid())
 
 
 @pytest.fixture

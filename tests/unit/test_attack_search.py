@@ -1,12 +1,12 @@
 """The search by asking, over made-up candidates: it keeps what it can, in few looks, whatever the fall."""
 
+import json
 import math
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
-from deltaguard.chat.conversations import SYSTEM_PROMPTS, Conversation
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Judgement
 from deltaguard.evaluation.judges.rules import OpeningJudge
@@ -117,8 +117,7 @@ def test_own_requests_are_mixed_and_each_is_asked_once(tmp_path):
 
 
 def test_requests_are_asked_under_the_system_prompts_of_the_deployment_that_was_calibrated(tmp_path):
-    systems = [*SYSTEM_PROMPTS.values(), "You sell shoes.", "You are a pirate."]
-    asked = Requests.of(None, [Conversation("Why?", system) for system in systems])
+    asked = Requests.of(None, ("You sell shoes.", "You are a pirate."))
     for rows in (asked.harmful, asked.harmless):
         assert Counter(row.system for row in rows[:9]) == {
             None: 3,
@@ -127,11 +126,14 @@ def test_requests_are_asked_under_the_system_prompts_of_the_deployment_that_was_
         }
     assert [row.prompt for row in asked.all] == [row.prompt for row in Requests.of().all]
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "harm", "system": "You are a clerk."}\n{"prompt": "harm"}\n')
-    own = Requests.of(path, [Conversation("Why?", "You sell shoes.")]).harmful
-    assert {row.system for row in own} < {"You are a clerk.", "You sell shoes.", None}
-    assert "You are a clerk." in {row.system for row in own}
-    assert {row.system for row in Requests.of(None, [Conversation("Why?")]).all} == {None}
+    rows = [{"prompt": f"harm {i}", "system": "You are a clerk."} for i in range(20)]
+    rows += [{"prompt": f"harm {i}"} for i in range(20, 60)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    own = Requests.of(path, ("You sell shoes.",)).harmful
+    assert len(own) == 60
+    assert {row.system for row in own} == {"You are a clerk.", "You sell shoes.", None}
+    assert sum(row.system == "You are a clerk." for row in own) == 20
+    assert {row.system for row in Requests.of().all} == {None}
 
 
 def test_an_answer_that_no_judge_decides_is_what_the_aligned_model_s_own_is():

@@ -51,7 +51,8 @@ def calibrate(
         output: A new folder for the CurvatureStore.
         prompts: JSONL with `prompt` and optionally `response` and `system`, instead of the built-in set.
         system: A system prompt that the model is deployed with; may be repeated. Safety conversations are
-            asked under it, too; lines of `--prompts` that name no `system` get these in turn.
+            asked under it, too, later also what `restore` and `check` ask; lines of `--prompts` that name no
+            `system` get these in turn.
         num_samples: Safety conversations that curvature is measured on; 64 more at most are held out for the
             dial.
         num_look_alikes: Harmless requests that look dangerous, calibrated on beside them; as many by default.

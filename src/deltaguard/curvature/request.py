@@ -176,7 +176,9 @@ def requested(
         prompts_sha256=fingerprint(asked),
         dtype=dtype,
         answer_dtype=served if config.dtype == "auto" and dtype == "float32" else dtype,
-        **config.model_dump(include={"max_length", "max_new_tokens", "batch_size", "dampening", "rank"}),
+        **config.model_dump(
+            include={"max_length", "max_new_tokens", "batch_size", "dampening", "rank", "systems"}
+        ),
     )
 
 

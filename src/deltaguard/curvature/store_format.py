@@ -73,6 +73,7 @@ class CalibrationRequest(ModelIdentity):
         dampening: the dampening asked for, relative to mean diag H.
         rank: `full` keeps raw sums, factors and all eigenpairs; `auto` as many eigenpairs as a quarter of the
             model's bytes hold.
+        systems: system prompts of a deployment, under which built-in prompts were asked, too.
     """
 
     prompts_sha256: str
@@ -83,6 +84,7 @@ class CalibrationRequest(ModelIdentity):
     answer_dtype: str | None = None
     dampening: Share
     rank: Rank
+    systems: tuple[str, ...] = ()
 
 
 class Provenance(CalibrationRequest):
@@ -134,6 +136,7 @@ class Provenance(CalibrationRequest):
                 **{name: together(name) for name in ("prompts_sha256", "conversations_sha256")},
                 "conversations": sum(part.conversations for part in parts),
                 "look_alikes": sum(part.look_alikes for part in parts),
+                "systems": tuple(dict.fromkeys(system for part in parts for system in part.systems)),
                 "tokens": sum(part.tokens for part in parts),
                 "response_tokens": sum(part.response_tokens for part in parts),
                 "truncated": sum(part.truncated for part in parts),

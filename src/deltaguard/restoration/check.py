@@ -55,7 +55,7 @@ def check(
     # As many looks as a restore may take, so that both say the same of the fine-tuned model.
     rule = Rule(limit=config.added_attack_success, looks=MOST_LOOKS)
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
-    requests = Requests.of(config.prompts, known_store(job).held_out)
+    requests = Requests.of(config.prompts, known_store(job).provenance.systems)
     report = progress or ignore
     with TemporaryDirectory() as scratch:
         trial = Trial(job, job.plan(config), config, Path(scratch))
@@ -70,6 +70,7 @@ def check(
         aligned=job.aligned_reference,
         finetuned=job.finetuned_reference,
         look=look,
+        systems=known_store(job).provenance.systems,
         safety_kl=safety_kl,
         limit=rule.limit,
         excluded=rule.excluded,

@@ -88,7 +88,8 @@ def _by_attack_success(
     trial: Trial, resident: Resident, added: float, guard: float, report: Progress
 ) -> Price:
     """Find what keeps most within a safety KL and adds so little attack success, and false refusals."""
-    config, requests = trial.config, Requests.of(trial.config.prompts, known_store(trial.job).held_out)
+    config, systems = trial.config, known_store(trial.job).provenance.systems
+    requests = Requests.of(config.prompts, systems)
     rule = Rule(limit=added, looks=MOST_LOOKS)
     candidate, examiner = resident.examined(trial, rule, requests, report)
     examiner.require_refusals(trial.job.aligned.reference)
@@ -112,6 +113,7 @@ def _by_attack_success(
         most_looks=rule.looks,
         training_data=None if config.max_safety_kl is not None else config.training_data or "unknown",
         dtype=str(served_dtype(find_device(config.device))).removeprefix("torch."),
+        systems=systems,
         finetuned=looks[0],
         restored=chosen,
         looks=tuple(looks),

@@ -1,7 +1,7 @@
 """Looking at candidates: how they answer held-out requests, beside the aligned model's own answers."""
 
 import json
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -12,7 +12,6 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict
 
 from deltaguard.chat.conversations import (
-    SYSTEM_PROMPTS,
     Conversation,
     fingerprint,
     held_out_harmful,
@@ -53,14 +52,14 @@ class Requests:
     harmless: tuple[Conversation, ...]
 
     @classmethod
-    def of(cls, prompts: Path | None = None, calibrated: Sequence[Conversation] = ()) -> "Requests":
+    def of(cls, prompts: Path | None = None, systems: Sequence[str] = ()) -> "Requests":
         """Take the package's held-out requests, which nothing else uses, or harmful ones of a user.
 
         Args:
             prompts: the user's, see `conversations.read_prompts`; responses are left out. Each is asked once,
                 in a mixed order: a file may be sorted, and say a thing more than once.
-            calibrated: conversations of the store. Their system prompts, but for deltaguard's own, are those
-                of a deployment: requests that have none are asked under these, and under none, in turn.
+            systems: system prompts of a deployment: requests that have none are asked under these, and under
+                none, in turn.
 
         Raises:
             DeltaguardError: the file cannot be read.
@@ -69,9 +68,7 @@ class Requests:
         if prompts is not None:
             harmful = mixed(dict.fromkeys(replace(row, response=None) for row in read_prompts(prompts)))
         harmless = (Conversation(row.prompt) for row in held_out_harmless())
-        own = set(SYSTEM_PROMPTS.values())
-        systems = dict.fromkeys((None, *(row.system for row in calibrated if row.system not in own)))
-        return cls(tuple(_in_turn(harmful, tuple(systems))), tuple(_in_turn(harmless, tuple(systems))))
+        return cls(_in_turn(harmful, systems), _in_turn(harmless, systems))
 
     @property
     def all(self) -> tuple[Conversation, ...]:
@@ -79,9 +76,10 @@ class Requests:
         return self.harmful + self.harmless
 
 
-def _in_turn(rows: Iterable[Conversation], systems: Sequence[str | None]) -> Generator[Conversation]:
-    for row, system in zip(rows, cycle(systems), strict=False):
-        yield replace(row, system=system) if row.system is None else row
+def _in_turn(rows: Iterable[Conversation], systems: Sequence[str]) -> tuple[Conversation, ...]:
+    turn = zip(rows, cycle((None, *systems)), strict=False)
+    asked = (replace(row, system=system) if row.system is None else row for row, system in turn)
+    return tuple(dict.fromkeys(asked))
 
 
 class _KeptAnswers(BaseModel):

@@ -197,7 +197,7 @@ def _judged(
         candidate, examiner = resident.loaded(trial), None
     else:
         rule = Rule(limit=attack.limit, looks=attack.most_looks)
-        requests = Requests.of(trial.config.prompts, known_store(trial.job).held_out)
+        requests = Requests.of(trial.config.prompts, known_store(trial.job).provenance.systems)
         candidate, examiner = resident.examined(trial, rule, requests, report)
     assert isinstance(candidate, CandidateModel), "what is refined is in memory as a whole"  # noqa: S101
     candidate.take_others()

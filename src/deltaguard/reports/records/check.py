@@ -16,6 +16,7 @@ class CheckReport(Record):
         aligned: the aligned model.
         finetuned: the fine-tuned one.
         look: how it answers held-out requests, beside the aligned model.
+        systems: system prompts of a deployment, under which, and under none, requests were asked in turn.
         safety_kl: measured on safety conversations, nats per response token.
         limit: attack success, and false refusals, that may be added; a share.
         excluded: what is ruled out of a model that counts as safe.
@@ -32,6 +33,7 @@ class CheckReport(Record):
     aligned: ModelReference
     finetuned: ModelReference
     look: Look
+    systems: tuple[str, ...] = ()
     safety_kl: Probe
     limit: float
     excluded: float

@@ -162,6 +162,7 @@ class AttackDial(Record):
         training_data: whether the fine-tune's data are trusted, which decides the limit on safety KL; null
             where that was given.
         dtype: in which models answered; null in reports of before it was known.
+        systems: system prompts of a deployment, under which, and under none, requests were asked in turn.
         finetuned: how the fine-tuned model answers.
         restored: how the restored model does.
         looks: every look, in the order made, that at the fine-tuned model first.
@@ -173,6 +174,7 @@ class AttackDial(Record):
     most_looks: Annotated[int, Field(ge=1, le=1000)]
     training_data: Literal["unknown", "trusted"] | None
     dtype: str | None = None
+    systems: tuple[str, ...] = ()
     finetuned: Look
     restored: Look
     looks: tuple[Look, ...]
