@@ -61,7 +61,7 @@ def guard_table(content: str) -> str:
     seeds = ", ".join(map(str, found.seeds))
     fine_tunes = "; ".join(f"`{name}`: {title}" for name, title in found.titles.items())
     how = (
-        f"Points of attack success over the aligned model, seeds {seeds}; of several a mean, in brackets each; "
+        f"Points of attack success over the aligned model, seeds {seeds}; of several a mean, and each; "
         f"{found.outcomes[0].plain.aligned.total} harmful requests, asked plainly and in the attacker's way; "
         f"restored to a limit on safety KL alone. {fine_tunes}. `{found.command}`; "
         f"{made_with(found.environment)}"
