@@ -73,7 +73,7 @@ class CalibrationRequest(ModelIdentity):
         dampening: the dampening asked for, relative to mean diag H.
         rank: `full` keeps raw sums, factors and all eigenpairs; `auto` as many eigenpairs as a quarter of the
             model's bytes hold.
-        systems: system prompts of a deployment, under which built-in prompts were asked, too.
+        systems: system prompts of a deployment, under which prompts that named none were asked.
     """
 
     prompts_sha256: str
