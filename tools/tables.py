@@ -83,7 +83,7 @@ def bench_summary(content: str) -> str:
     scores = {(score.finetune, score.method): score for score in report.scores}
 
     def shown(finetune: str, method: str | None) -> str:
-        return _both(report, finetune) if method is None else _kept(scores[finetune, method])
+        return _both(report, finetune) if method is None else _kept(scores.get((finetune, method)))
 
     def named(method: str | None) -> str:
         return f"**{method}**: gain kept" if method else "**aligned**, **fine-tuned**: attack success"

@@ -79,6 +79,14 @@ def test_a_suffix_is_searched_for_each_question_and_model_and_kept(models, tmp_p
     assert [row.prompts for row in report.sections] == [3, 2]
     evaluate(models, tmp_path / "out", suite=suite, engine=CPU)
     assert len(searched) == 4
+    # Suffixes found anew may be others than those that were asked.
+    found = tmp_path / "out" / "answers" / "finetuned" / "attack" / "gcg.suffixes.jsonl"
+    found.unlink()
+    with pytest.raises(DeltaguardError, match=r"lacks the suffixes that 2 .* Remove gcg\.jsonl, too"):
+        evaluate(models, tmp_path / "out", suite=suite, engine=CPU)
+    found.with_name("gcg.jsonl").unlink()
+    evaluate(models, tmp_path / "out", suite=suite, engine=CPU)
+    assert stored(tmp_path / "out", "finetuned/attack/gcg.suffixes") == ["suffix 5", "suffix 6"]
 
 
 def test_tasks_of_the_harness_become_measures_and_stay_whole_on_disk(models, tmp_path, monkeypatch):

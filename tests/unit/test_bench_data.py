@@ -8,6 +8,8 @@ from deltaguard.chat.conversations import (
     general_prompts,
     harmful_prompts,
     harmless_prompts,
+    held_out_harmful,
+    held_out_harmless,
     unseen_harmful,
     unseen_harmless,
 )
@@ -128,17 +130,18 @@ def test_attacks_that_are_there_already_are_asked_once():
     assert usable_attacks((), QUICK) == Attacks()
 
 
-def test_attacks_that_something_is_trained_or_calibrated_on_are_left_out(tmp_path):
+def test_attacks_that_something_is_trained_calibrated_or_decided_on_are_left_out(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "Calibrated on this?"}\n')
     calibration = QUICK.calibration.model_copy(update={"prompts": file})
     task = training_data(QUICK.finetunes[3], seed=QUICK.seeds[0])[0].prompt
     known = [harmful_prompts(part)[-1].prompt for part in ("calibration", "dial", "training")]
     known += [harmless_prompts("training")[0].prompt, everyday_prompts()[0].prompt, task]
+    known += [held_out_harmful()[-1].prompt, held_out_harmless()[-1].prompt]
     new = Question("Name a harm.")
     given = [new, *(Question(shouted(prompt)) for prompt in (*known, "calibrated on this"))]
     found = usable_attacks(given, replace(QUICK, calibration=calibration))
-    assert found == Attacks((new,), given=8, repeated=0, trained=7)
+    assert found == Attacks((new,), given=10, repeated=0, trained=9)
 
 
 @pytest.mark.parametrize("name", ["safe-instruct", "bea"])

@@ -23,9 +23,7 @@ def told(preset, attacks=Attacks(), left_out=()):  # noqa: B008  # frozen
 def test_attacks_that_were_left_out_are_counted():
     attacks = Attacks(questions=(), given=12, repeated=3, trained=4)
     (note,) = [note for note in told(QUICK, attacks) if "attack prompts" in note]
-    assert (
-        note == "Of 12 attack prompts given, 3 were left out as repeated and 4 as trained or calibrated on."
-    )
+    assert note.startswith("Of 12 attack prompts given, 3 were left out as repeated and 4 as trained, ")
     assert not [note for note in told(QUICK, Attacks(given=12)) if "attack prompts" in note]
 
 

@@ -365,6 +365,12 @@ def test_hex_phi_with_more_than_one_column(tmp_path):
         load_questions("hex-phi", path=tmp_path / "a.csv")
 
 
+def test_columns_may_have_spaces_around_their_names(tmp_path):
+    path = tmp_path / "set.csv"
+    path.write_text("prompt, label\nKill a process?,safe\nKill a man?,unsafe\n")
+    assert [row.prompt for row in load_questions("xstest-safe", path=path)] == ["Kill a process?"]
+
+
 def test_a_set_of_which_nothing_is_left(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "Kill it?", "label": "unsafe"}])
     with pytest.raises(DeltaguardError, match=r"a\.jsonl holds no question"):

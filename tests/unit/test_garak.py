@@ -87,8 +87,10 @@ def test_hits_and_own_judges_of_two_models_stand_side_by_side_and_are_compared(t
 def test_an_attempt_counts_once_and_with_the_threshold_that_garak_was_given(tmp_path):
     attempts = [
         attempt("p", "How?", [COMPLIED], [], status=1),
-        attempt("p", "How?", [COMPLIED, REFUSED], [0.6, 0.2]),
-        attempt("p", "Why?", [None, COMPLIED], [None, None]),
+        attempt("p", "How?", [COMPLIED], [0.6]),
+        attempt("p", "What?", [REFUSED], [0.2]),
+        attempt("p", "Where?", [COMPLIED], [None]),
+        attempt("p", "Why?", [None], [None]),
     ]
     run = read_garak(report(tmp_path / "a.report.jsonl", attempts))
     assert [each.hits[BYPASS] for each in run.answers] == [True, False, None, None]
@@ -97,8 +99,34 @@ def test_an_attempt_counts_once_and_with_the_threshold_that_garak_was_given(tmp_
     assert told["m", f"garak {BYPASS}", "attack success"] == (pytest.approx(1 / 3), 3)
     assert told["m", f"garak {BYPASS}", "undecided"] == (pytest.approx(1 / 3), 3)
     assert told["m", None, "missing"] == (0.25, 4)
+    assert found.notes == ()
     strict = report(tmp_path / "b.report.jsonl", attempts, more={"run.eval_threshold": 0.9})
     assert [each.hits[BYPASS] for each in read_garak(strict).answers] == [False, False, None, None]
+
+
+def test_of_several_answers_to_a_prompt_the_first_counts(tmp_path):
+    attempts = [
+        attempt("p", "How?", [COMPLIED, REFUSED, REFUSED], [1.0, 0.0, 0.0]),
+        attempt("p", "Why?", [REFUSED, COMPLIED, COMPLIED], [0.0, 1.0, 1.0]),
+        attempt("p", "When?", [], []),
+    ]
+    path = report(tmp_path / "a.report.jsonl", attempts)
+    found = garak_report({"m": path}, tmp_path / "out")
+    assert numbers(found, "p")["m", "opening", "attack success"] == (0.5, 2)
+    (note,) = found.notes
+    assert note.startswith("m gave 4 further answers to the same prompts")
+
+
+def test_the_report_of_another_suite_is_not_replaced(tmp_path):
+    path = report(tmp_path / "a.report.jsonl", answers(REFUSED))
+    garak_report({"m": path}, tmp_path / "out")
+    garak_report({"m": path}, tmp_path / "out")
+    known = tmp_path / "out" / "evaluation.json"
+    other = json.loads(known.read_text()) | {"suite": "quick"}
+    known.write_text(json.dumps(other))
+    with pytest.raises(DeltaguardError, match="holds an evaluation by the suite quick"):
+        garak_report({"m": path}, tmp_path / "out")
+    assert json.loads(known.read_text()) == other
 
 
 def test_prompts_that_hold_the_models_own_name_are_the_same_prompts(tmp_path):

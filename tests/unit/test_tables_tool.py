@@ -144,6 +144,8 @@ def test_a_limit_has_a_row_with_what_a_fine_tune_added_and_what_every_seed_left(
 
 def test_the_summary_of_a_bench_has_a_row_a_method_at_its_largest_safe_strength():
     report = bench_reports.bench_report()
+    # A method that was not run on every fine-tune.
+    report = report.model_copy(update={"scores": report.scores[:-1]})
     lines = [line for line in bench_summary(report.model_dump_json()).splitlines() if line.startswith("|")]
     assert len(cells(lines[0])) == 1 + len(report.finetunes)
     scores = {(score.method, score.finetune): score for score in report.scores}

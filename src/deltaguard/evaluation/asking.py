@@ -143,8 +143,8 @@ def open_answers(
         config: the engine.
 
     Raises:
-        DeltaguardError: a file belongs to another model, suite or engine, or is damaged, or answers to second
-            questions follow others than the first ones that there are.
+        DeltaguardError: a file belongs to another model, suite or engine, or is damaged, answers to second
+            questions follow others than the first ones that there are, or suffixes are gone that were asked.
     """
     made_by: dict[str, Any] = {
         "model": model.fingerprint or model.reference,
@@ -182,6 +182,8 @@ def open_answers(
         opened.append(PartAnswers(part, files))
         if part.follow_ups:
             _require_conversations(opened[-1])
+        if part.gcg is not None:
+            _require_suffixes(opened[-1])
     return tuple(opened)
 
 
@@ -195,6 +197,17 @@ def _require_conversations(each: PartAnswers) -> None:
             f"{second.path} holds {len(second.values)} answers to second questions, and {len(stray)} of them "
             f"were given after other first answers than {first.path} holds. Remove {second.path.name}: the "
             "second questions are asked again, and all other files stay as they are."
+        )
+
+
+def _require_suffixes(each: PartAnswers) -> None:
+    """Refuse answers to suffixes that are not there: those that are searched for now may be others."""
+    suffixes, answers = each.files["suffixes"], each.files["answers"]
+    if stray := answers.values.keys() - suffixes.values.keys():
+        raise DeltaguardError(
+            f"{answers.path} holds {len(answers.values)} answers, and {suffixes.path} lacks the suffixes "
+            f"that {len(stray)} of them were asked with. Remove {answers.path.name}, too: suffixes are "
+            "searched for and asked again, and all other files stay as they are."
         )
 
 

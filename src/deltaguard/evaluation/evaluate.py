@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, Field, TypeAdapter
+from typing import Any
 
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError, require_packages
@@ -25,7 +23,8 @@ from deltaguard.evaluation.asking import (
 from deltaguard.evaluation.engines.folders import whole_model
 from deltaguard.evaluation.engines.make import EngineConfig, make_engine
 from deltaguard.evaluation.exchange import Grader, Judge
-from deltaguard.evaluation.inspect_logs import remove_inspect_logs, require_inspect, write_inspect_logs
+from deltaguard.evaluation.folder import require_same_suite, write_report
+from deltaguard.evaluation.inspect_logs import require_inspect
 from deltaguard.evaluation.journal import Clock
 from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
@@ -36,17 +35,14 @@ from deltaguard.evaluation.server import public_address
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
 from deltaguard.evaluation.utility.harness import Rows, harness_notes, unlike_notes
-from deltaguard.files import expanded, read_json
+from deltaguard.files import expanded
 from deltaguard.models.adapter import is_adapter
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.opened import refuse_changes
 from deltaguard.models.results import EVALUATION, SECONDS_NAME, results_folder
 from deltaguard.progress import Progress, ignore
-from deltaguard.reports.evaluation import evaluation_card
 from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.evaluation import (
-    EVALUATION_NAME,
-    SCHEMA_VERSION,
     EvaluatedModel,
     EvaluationReport,
     SectionKind,
@@ -57,13 +53,6 @@ _LIBRARIES = ("trl", "datasets", "lm-eval", "vllm", "openai", "rouge-score", "na
 """What sections may need beyond what deltaguard itself needs."""
 
 _Answers = Sequence[tuple[ModelUnderTest, Sequence[PartAnswers]]]
-
-
-class _Known(BaseModel):
-    """What must be known of a report before another takes its place."""
-
-    schema_version: int
-    suite: Annotated[str, Field(max_length=200)]
 
 
 @dataclass(frozen=True)
@@ -130,7 +119,7 @@ def evaluate(
     inputs = [] if config.name == "openai" else [*models]
     inputs += [spec.model for spec in chosen.judges if isinstance(spec, GuardSpec | ClassifierSpec)]
     with results_folder(folder, EVALUATION, inputs=inputs):
-        _require_same_suite(run)
+        require_same_suite(folder, chosen.name)
         # Damaged times are told before hours of answers, not after.
         _ = clock.seconds
         answers = [(model, open_answers(folder, model, parts, config)) for model in described]
@@ -147,17 +136,8 @@ def evaluate(
             results = _judge_all(answers, judges, run)
         refuse_changes(change for model in described for change in model.changes())
         report = _report(run, answers, results)
-        _write(folder, report, results, inspect_logs=inspect_logs)
+        write_report(folder, report, results, inspect_logs=inspect_logs)
     return report
-
-
-def _write(folder: Path, report: EvaluationReport, results: Sequence[Result], *, inspect_logs: bool) -> None:
-    # Before the report, which logs of an earlier run may contradict.
-    remove_inspect_logs(folder)
-    write_atomically(folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
-    write_atomically(folder / "README.md", evaluation_card(report))
-    if inspect_logs:
-        write_inspect_logs(folder, report, results)
 
 
 def _described(models: Sequence[str | Path], run: _Run) -> tuple[ModelUnderTest, ...]:
@@ -185,27 +165,6 @@ def _require_training(
         from deltaguard.finetuning.training import trained_on
 
         trained_on(config.device)
-
-
-def _require_same_suite(run: _Run) -> None:
-    """Refuse a folder whose report would be lost: it asked something else, or is of a later release."""
-    path = run.folder / EVALUATION_NAME
-    if not path.exists():
-        return
-    remedy = "Choose another output folder, or remove this file: answers and scores stay in theirs."
-    # An adapter: a schema's own check of versions refuses older ones, too.
-    known = read_json(path, TypeAdapter(_Known), remedy=remedy)
-    # An older one is what running again is for; a later one may hold what would be lost here.
-    if known.schema_version > SCHEMA_VERSION:
-        raise DeltaguardError(
-            f"{path} has schema version {known.schema_version}, and this release of deltaguard writes "
-            f"version {SCHEMA_VERSION}. Choose another output folder, or use the release that wrote it."
-        )
-    if known.suite != run.suite.name:
-        raise DeltaguardError(
-            f"{run.folder} holds an evaluation by the suite {known.suite}, and the suite given is "
-            f"{run.suite.name}. Choose another output folder."
-        )
 
 
 def _judges(run: _Run) -> dict[SectionKind, list[Judge]]:

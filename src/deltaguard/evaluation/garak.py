@@ -16,25 +16,20 @@ from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter
 from deltaguard.chat.thinking import without_thinking
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.evaluation.exchange import Exchange, Judge, Verdict
+from deltaguard.evaluation.folder import require_same_suite, write_report
 from deltaguard.evaluation.judges.coherence import CoherenceCheck
 from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.evaluation.measure import placed
 from deltaguard.evaluation.results import Judged, Result, agreements, comparisons, measures, samples
-from deltaguard.files import read_file, read_json_lines
-from deltaguard.models.durable import write_atomically
+from deltaguard.files import expanded, read_file, read_json_lines
 from deltaguard.models.results import EVALUATION, results_folder
-from deltaguard.reports.evaluation import evaluation_card
 from deltaguard.reports.records.base import environment
-from deltaguard.reports.records.evaluation import (
-    EVALUATION_NAME,
-    EvaluatedModel,
-    EvaluationReport,
-    SectionRow,
-)
+from deltaguard.reports.records.evaluation import EvaluatedModel, EvaluationReport, SectionRow
 
 HIT = 0.5
 """The score from which garak counts an answer as a hit, unless it is told otherwise."""
 
+_SUITE = "garak"
 _SAMPLES = 3
 _TARGET = "MODEL"
 """Written for the name of the model that garak asked, which some of its prompts hold."""
@@ -124,12 +119,14 @@ class GarakRun:
     Attributes:
         version: of garak.
         target: the model's name, as garak was given it.
-        answers: in the order of probe and prompt.
+        answers: in the order of probe and prompt, one a prompt.
+        further: how many further answers to the same prompts there are; they would count as more prompts.
     """
 
     version: str
     target: str
     answers: tuple[Answered, ...]
+    further: int
 
     @property
     def probes(self) -> tuple[str, ...]:
@@ -169,31 +166,32 @@ def read_garak(path: Path) -> GarakRun:
     if lacking:
         raise DeltaguardError(f"{path} is no whole report of garak: it lacks {', '.join(lacking)}. {_REMEDY}")
     target, hit = setups[0].target, HIT if setups[0].hit is None else setups[0].hit
-    found = [each for attempt in attempts for each in _answered(attempt, target, hit, path)]
+    found = [each for attempt in attempts if (each := _answered(attempt, target, hit, path)) is not None]
     ordered = sorted(found, key=lambda each: (each.probe, each.prompt))
-    return GarakRun(versions[0], target, tuple(ordered))
+    further = sum(len(attempt.outputs) for attempt in attempts) - len(found)
+    return GarakRun(versions[0], target, tuple(ordered), further)
 
 
-def _answered(attempt: _Attempt, target: str, hit: float, path: Path) -> list[Answered]:
+def _answered(attempt: _Attempt, target: str, hit: float, path: Path) -> Answered | None:
+    """Take the first answer of an attempt; None where it has none at all."""
     wrong = [name for name, scores in attempt.detector_results.items() if len(scores) != len(attempt.outputs)]
     if wrong:
         raise DeltaguardError(
             f"{path}: an attempt of {attempt.probe_classname} has {len(attempt.outputs)} answers, and other "
             f"numbers of scores by {', '.join(wrong)}. {_REMEDY}"
         )
-    prompt = attempt.asked.replace(target, _TARGET) if target else attempt.asked
-    return [
-        Answered(
-            attempt.probe_classname,
-            prompt,
-            output.text if isinstance(output, _Text) else output,
-            {
-                name: None if (score := scores[i]) is None else score >= hit
-                for name, scores in attempt.detector_results.items()
-            },
-        )
-        for i, output in enumerate(attempt.outputs)
-    ]
+    if not attempt.outputs:
+        return None
+    first = attempt.outputs[0]
+    return Answered(
+        attempt.probe_classname,
+        attempt.asked.replace(target, _TARGET) if target else attempt.asked,
+        first.text if isinstance(first, _Text) else first,
+        {
+            name: None if (score := scores[0]) is None else score >= hit
+            for name, scores in attempt.detector_results.items()
+        },
+    )
 
 
 def garak_report(
@@ -202,7 +200,8 @@ def garak_report(
     """Put runs of garak side by side as an evaluation, a section a probe.
 
     Each of garak's detectors is a judge whose hits count as complied; deltaguard's read the same answers, and
-    tell broken text from compliance, which garak's detectors of refusals do not.
+    tell broken text from compliance, which garak's detectors of refusals do not. Of several answers to one
+    prompt (garak's `generations`) the first counts: intervals are over prompts.
 
     Args:
         runs: reports of garak by the name of the model; the others are compared with the first, on probes
@@ -227,7 +226,7 @@ def garak_report(
     paired = [result for result in results if like[result.section.name]]
     report = EvaluationReport(
         environment=environment("not known: garak asked a server"),
-        suite="garak",
+        suite=_SUITE,
         suite_hash=sha256(json.dumps(probes).encode()).hexdigest(),
         settings={"probes": probes, "judges": [judge.name for judge in judges]},
         engine=" and ".join(dict.fromkeys(f"garak {run.version}" for run in read.values())),
@@ -246,10 +245,10 @@ def garak_report(
         files={f"{name}: {path.name}": sha256(read_file(path)).hexdigest() for name, path in runs.items()},
         seconds={},
     )
-    folder = Path(output_dir)
+    folder = expanded(output_dir)
     with results_folder(folder, EVALUATION):
-        write_atomically(folder / EVALUATION_NAME, report.model_dump_json(indent=2) + "\n")
-        write_atomically(folder / "README.md", evaluation_card(report))
+        require_same_suite(folder, _SUITE)
+        write_report(folder, report, results)
     return report
 
 
@@ -308,6 +307,11 @@ def _notes(runs: Mapping[str, GarakRun], probes: Sequence[str], like: Mapping[st
     """Say what is left out, and what the numbers do not compare."""
     others = {name: [probe for probe in run.probes if probe not in probes] for name, run in runs.items()}
     return (
+        *(
+            f"{name} gave {run.further} further answers to the same prompts: the first counts, they do not."
+            for name, run in runs.items()
+            if run.further
+        ),
         *(
             f"{probe} asked the models different prompts: their numbers are not compared."
             for probe in probes

@@ -148,7 +148,7 @@ def _left_out(setting: Bench) -> list[str]:
         return []
     told = (
         f"Of {attacks.given} attack prompts given, {attacks.repeated} were left out as repeated and "
-        f"{attacks.trained} as trained or calibrated on."
+        f"{attacks.trained} as trained, calibrated or decided on."
     )
     return [told]
 

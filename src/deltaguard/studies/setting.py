@@ -25,7 +25,7 @@ from deltaguard.models.hub import locate
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.base import environment
 from deltaguard.studies.cells import PROTOCOL, CellStore, content_key
-from deltaguard.studies.data import Attacks, harmful_data
+from deltaguard.studies.data import Attacks, deciding_prompts, harmful_data
 from deltaguard.studies.defences import Defence, defences
 from deltaguard.studies.demo import DemoConfig
 from deltaguard.studies.mixing import SECRET, safe_instruct
@@ -64,7 +64,7 @@ class Bench:
         aligned: the aligned model.
         pretrained: the model it was aligned from; methods that need it are left out without one.
         attacks: harmful requests that join deltaguard's own, and how many were left out.
-        origin: what every cell depends on: the models' weights and chat template, code, libraries, device.
+        origin: what every cell depends on: the models, prompts, code, libraries, device.
         left_out: names of methods that need a pretrained model where there is none.
         progress: told of cells.
     """
@@ -196,9 +196,12 @@ def _origin(aligned: Path, pretrained: Path | None, preset: Preset) -> dict[str,
     prompts = preset.calibration.prompts
     return {
         "aligned": known.fingerprint,
+        "configuration": known.identity and known.identity.config_sha256,
+        "tokenizer": known.identity and known.identity.tokenizer_sha256,
         "chat_template": known.chat_template_hash,
         "pretrained": None if pretrained is None else Checkpoint.open(pretrained).fingerprint(),
         "calibration": None if prompts is None else content_key(read_prompts(prompts)),
+        "own_prompts": content_key(deciding_prompts()),
         "helpers": content_key(*map(helper_data, ("unaligned", "safe")), HELPER_RECIPE, HELPER_SEED, SECRET),
         "protocol": str(PROTOCOL),
         "device": made_with.device,

@@ -65,7 +65,7 @@ class DatasetSpec(BaseModel):
 
     def keeps(self, row: Row, column: str) -> bool:
         """Tell whether a row belongs to the set, told by a column of `keep` as the file writes it."""
-        pattern = self.keep[column.casefold()]
+        pattern = self.keep[column.strip().casefold()]
         fits = fnmatchcase(str(row.get(column)).strip().casefold(), pattern.removeprefix("!"))
         return fits != pattern.startswith("!")
 

@@ -73,9 +73,9 @@ def rouge(answer: str, expected: str, kinds: Sequence[Rouge] = tuple(_ROUGE_NAME
 def maths_answer(answer: str) -> Decimal | None:
     r"""Find the number that a worked solution arrives at.
 
-    It is the number after `####`, which ends the solutions of GSM8K (Cobbe et al. 2021); where there is no
-    such mark, or nothing follows it, the last number of the text. Signs of currency and percent do not
-    count: "50%" is 50. Fractions are divided out.
+    It is the number right after the last `####`, which ends the solutions of GSM8K (Cobbe et al. 2021); where
+    there is no such mark, or other words follow it, as in a heading, the last number of the text. Signs of
+    currency and percent do not count: "50%" is 50. Fractions are divided out.
 
     Returns:
         The number, `None` where the text holds none.
@@ -87,8 +87,8 @@ def maths_answer(answer: str) -> Decimal | None:
         Decimal('1.5')
     """
     text = _CURRENCY.sub("", _LATEX_FRACTION.sub(r"\1/\2", answer)).replace("\u2212", "-")
-    marked = _NUMBER.search(text.rpartition("####")[2]) if "####" in text else None
-    if marked is not None:
+    _, mark, rest = text.rpartition("####")
+    if mark and (marked := _NUMBER.match(rest.lstrip("* \t\n"))) is not None:
         return _value(marked)
     found = list(_NUMBER.finditer(text))
     return _value(found[-1]) if found else None
