@@ -61,11 +61,19 @@ def test_the_rank_is_chosen_and_what_it_loses_stands_in_the_report(tmp_path):
     assert any(row.detail["adapter_residual"] > 0.01 for row in report.layers)
 
 
-def test_the_dial_holds_for_what_is_loaded(tmp_path):
+@pytest.mark.parametrize("memory", [None, 1])
+@pytest.mark.parametrize("stored", [None, torch.bfloat16])
+def test_the_dial_holds_for_what_is_loaded(tmp_path, stored, memory):
+    """However the fine-tuned model is stored: below an adapter lies the aligned one."""
     made = pair()
+    finetuned = made.finetuned
+    if stored is not None:
+        tuned = transformers.AutoModelForCausalLM.from_pretrained(finetuned)
+        finetuned = models.save(tuned, tmp_path / "tuned", dtype=stored)
     limit = 1e-4
-    config = RestoreConfig(max_safety_kl=limit, adapter_rank=4, **ADAPTER)
-    report = restore(made.aligned, made.finetuned, tmp_path / "adapter", store=made.store, config=config)
+    config = RestoreConfig(max_safety_kl=limit, adapter_rank=4, memory=memory, **ADAPTER)
+    report = restore(made.aligned, finetuned, tmp_path / "adapter", store=made.store, config=config)
+    assert report.dial.by_blocks == (memory is not None)
     loaded = merged(made.aligned, tmp_path / "adapter", tmp_path / "merged")
     found = safety_kl(made.aligned, loaded, CurvatureStore.from_pretrained(made.store).held_out)
     assert 0 < found <= limit * 1.001
@@ -238,7 +246,6 @@ def test_what_must_be_known_of_an_adapter_is_told(tmp_path):
 
 
 def test_factors_have_the_precision_of_the_model_that_they_belong_to(tmp_path):
-    """What the dial measures is what is written, however the fine-tuned model is stored."""
     made, tuned = pair(), models.perturbed(models.tiny_model("llama"), 0.05)
     finetuned = models.save(tuned, tmp_path / "tuned", dtype=torch.float16)
     config = RestoreConfig(strength=0.3, adapter_rank=4, **ADAPTER)

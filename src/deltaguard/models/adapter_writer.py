@@ -38,7 +38,6 @@ def stage_adapter(
     layers: Iterable[AdapterLayer],
     *,
     modules: Collection[str],
-    dtype: torch.dtype | None = None,
     companions: Mapping[str, Path] | None = None,
 ) -> dict[str, int]:
     """Write the files of an adapter that `peft.PeftModel.from_pretrained` loads onto the aligned model.
@@ -53,7 +52,6 @@ def stage_adapter(
         layers: each once, in any order. Those whose delta is zero are left out.
         modules: names of all modules of the model as transformers builds it (`model.named_modules()`), since
             PEFT knows layers by these. They may differ from the checkpoint's names by a prefix.
-        dtype: of the factors; by default the one in which most of the aligned model is stored.
         companions: files that come along, by their paths in the output: tokenizer, chat template, licence.
             A model's configuration does not. By default the aligned model's.
 
@@ -62,7 +60,7 @@ def stage_adapter(
 
     Raises:
         DeltaguardError: all deltas are zero, a layer is no module of the model, a factor cannot be stored in
-            the dtype, or a file cannot be read or written.
+            the dtype of the adapter, or a file cannot be read or written.
         KeyError: the aligned checkpoint has no such weight.
         ValueError: a delta is not of the shape of its weight, or a layer is given twice.
 
@@ -73,7 +71,7 @@ def stage_adapter(
         ...     commit_adapter(writer)
         {'model.layers.0.mlp.down_proj': 8}
     """
-    stored = _stored_dtype(aligned, dtype)
+    stored = adapter_dtype(aligned)
     paths = name_map([name.removesuffix(".weight") for name in aligned.tensors], modules)
     with explained(writer.out):
         file = tempfile.TemporaryFile(dir=writer.out)  # noqa: SIM115
@@ -157,16 +155,16 @@ class _Spool:
             yield name, tensor
 
 
-def _stored_dtype(aligned: Checkpoint, dtype: torch.dtype | None) -> torch.dtype:
+def adapter_dtype(aligned: Checkpoint) -> torch.dtype:
+    """Say in which dtype the factors of an adapter are stored: that of most of the aligned model.
+
+    Args:
+        aligned: the checkpoint that the adapter belongs to; none has weights of integers or 8 bits.
+    """
     sizes: Counter[torch.dtype] = Counter()
     for info in aligned.tensors.values():
         sizes[DTYPES[info.dtype]] += info.nbytes
-    chosen = dtype or sizes.most_common(1)[0][0]
-    if not chosen.is_floating_point or chosen.itemsize < 2:
-        raise DeltaguardError(
-            f"An adapter over {aligned.reference} cannot be stored as {chosen}: choose bfloat16 or float32."
-        )
-    return chosen
+    return sizes.most_common(1)[0][0]
 
 
 def _spooled(

@@ -10,12 +10,12 @@ from pathlib import Path
 from deltaguard import __version__
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.adapter import ADAPTER_FILE, AdapterCheckpoint
+from deltaguard.models.adapter_writer import adapter_dtype
 from deltaguard.models.admission import WriteRequest, check_output
 from deltaguard.models.durable import explained
 from deltaguard.models.journal import JOURNAL_NAME
 from deltaguard.models.layout import ADAPTER_CONFIG, STAGING_FOLDER
 from deltaguard.models.mirror import adapter_files, checkpoint_files
-from deltaguard.models.shards import DTYPES
 from deltaguard.models.staging import StagedFiles
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.ranks import Ranks
@@ -179,13 +179,13 @@ def _plan_hash(job: Job, config: RestoreConfig) -> str:
 def _adapter_bytes(job: Job, plan: Plan, config: RestoreConfig) -> tuple[int, str]:
     """At most what an adapter takes: twice, because its factors wait on disk until all are known."""
     tuned, rank, total = job.finetuned, config.adapter_rank, 0
+    itemsize = adapter_dtype(job.aligned).itemsize
     for step in plan.steps:
         if step.action is not Action.RESTORE:
             continue
         if not isinstance(tuned, AdapterCheckpoint) or step.info.name in tuned.adapted:
             rows, columns = step.matrix_shape
             full = min(rows, columns)
-            itemsize = DTYPES[job.aligned.tensors[step.aligned_name].dtype].itemsize
             total += min(rank or full, full) * (rows + columns) * itemsize
     if rank is None:
         return 2 * total, " at most, as ranks are not known before the work (--adapter-rank bounds them)"

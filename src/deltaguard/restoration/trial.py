@@ -14,6 +14,7 @@ from deltaguard.device import find_device, memory_bytes
 from deltaguard.errors import DeltaguardError
 from deltaguard.methods.method import PreparedLayer, PricedLayer
 from deltaguard.models.adapter import AdapterCheckpoint
+from deltaguard.models.adapter_writer import adapter_dtype
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.restore import LayerRow, OtherRow
@@ -162,7 +163,7 @@ class Trial:
         inputs = self._read([step for step in steps if step.info.name not in known])
         for step in steps:
             if step.action is not Action.RESTORE:
-                yield step.info.name, [_taken(next(inputs)).tensor] * len(prices)
+                yield step.info.name, [self._taken(next(inputs)).tensor] * len(prices)
                 continue
             ready = self._next(step, known, inputs, keep=True)
             if ready.prepared is None:
@@ -175,7 +176,7 @@ class Trial:
         """Give every tensor that no method decides, as it would be written."""
         others = [step for step in self.plan.steps if step.action is not Action.RESTORE]
         for inputs in self._read(others):
-            yield inputs.step.info.name, _taken(inputs).tensor
+            yield inputs.step.info.name, self._taken(inputs).tensor
 
     def other_rows(self) -> Iterator[OtherRow]:
         """Say that every tensor which no method decides stays aligned; what an adapter leaves is not read."""
@@ -187,7 +188,7 @@ class Trial:
                 yield OtherRow(name=step.info.name, source="aligned", reason=step.reason, differs=False)
         changed = [step for step in others if step.info.name in touched]
         for inputs in self._read(changed):
-            yield _taken(inputs).row
+            yield self._taken(inputs).row
 
     def edited(self, steps: Sequence[Step], price: float) -> Iterator[Edited]:
         """Carry out steps, in their order.
@@ -203,7 +204,7 @@ class Trial:
             if step.action is Action.RESTORE:
                 edited = self._restored(self._next(step, known, inputs, keep=False), price)
             else:
-                edited = _taken(next(inputs))
+                edited = self._taken(next(inputs))
             if edited.tensor.is_floating_point() and not is_finite(edited.tensor):
                 raise DeltaguardError(
                     f"Tensor `{step.info.name}` would hold NaN or infinite values in {edited.tensor.dtype}. "
@@ -285,11 +286,11 @@ class Trial:
             tensor, outcome = self._solved(ready, ready.prepared, price)
             return Edited(tensor.cpu(), _row(step, outcome, started))
         assert ready.finetuned is not None, "layers without a delta are not kept"  # noqa: S101
-        return Edited(ready.finetuned.to(DTYPES[step.info.dtype]), _row(step, _UNCHANGED, started))
+        return Edited(ready.finetuned.to(self._stored(step)), _row(step, _UNCHANGED, started))
 
     def _solved(self, ready: _Ready, prepared: PreparedLayer, price: float) -> tuple[Tensor, Outcome]:
         """Put a price on a layer: the tensor as it is written, and what it keeps."""
-        step, dtype = ready.step, DTYPES[ready.step.info.dtype]
+        step, dtype = ready.step, self._stored(ready.step)
         if self.config.output_format == "adapter":
             factors, outcome = self._factors(step, prepared, price)
             weight = torch.addmm(self._aligned(step).float(), factors.up.float(), factors.down.float())
@@ -302,8 +303,7 @@ class Trial:
         return tensor_of(step, weight, ready.finetuned, dtype), outcome
 
     def _factors(self, step: Step, prepared: PreparedLayer, price: float) -> tuple[LowRank, Outcome]:
-        # An adapter is stored as the model that it belongs to.
-        rank, dtype = self.config.adapter_rank, DTYPES[self.job.aligned.tensors[step.aligned_name].dtype]
+        rank, dtype = self.config.adapter_rank, adapter_dtype(self.job.aligned)
         try:
             known = prepared.factors_at(price, rank)
             if known is None:
@@ -317,6 +317,16 @@ class Trial:
         numbers = {"adapter_rank": len(factors.down), "adapter_residual": factors.residual}
         return factors, replace(outcome, detail={**outcome.detail, **numbers})
 
+    def _taken(self, inputs: Inputs) -> "_Taken":
+        """Take a tensor that no method decides from the model that the plan says."""
+        return _taken(inputs, self._stored(inputs.step))
+
+    def _stored(self, step: Step) -> torch.dtype:
+        """Say in which precision a tensor of the restored model lies: below an adapter, the aligned one's."""
+        if self.config.output_format == "adapter":
+            return DTYPES[self.job.aligned.tensors[step.aligned_name].dtype]
+        return DTYPES[step.info.dtype]
+
     def _aligned(self, step: Step) -> Tensor:
         """Read the aligned weight, (out, in), onto the device."""
         found = self.job.aligned.read(step.aligned_name).to(self.device)
@@ -328,9 +338,9 @@ def _named(error: ValueError, step: Step) -> DeltaguardError:
     return DeltaguardError(f"Tensor `{step.info.name}`: {error}")
 
 
-def _taken(inputs: Inputs) -> "_Taken":
-    """Take a tensor from the model that the plan says."""
-    step, finetuned, dtype = inputs.step, inputs.weight, DTYPES[inputs.step.info.dtype]
+def _taken(inputs: Inputs, dtype: torch.dtype) -> "_Taken":
+    """Take a tensor from the model that the plan says, in a precision."""
+    step, finetuned = inputs.step, inputs.weight
     source: Literal["aligned", "finetuned", "both"] = "finetuned"
     tensor, differs = finetuned.to(dtype), inputs.differs
     if inputs.aligned is not None and step.action is Action.EXTEND:
