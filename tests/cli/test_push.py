@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import torch
 
 from deltaguard import DeltaguardError, push
 from deltaguard.cli.app import run
+from deltaguard.reports.card import model_card
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
+from deltaguard.restoration.push import without_the_users_folders
+from deltaguard.restoration.verify import read_report
 from hub import COMMIT, played_hub
 from pairs import pair
 
@@ -44,6 +48,26 @@ def test_a_pushed_report_names_no_folder_in_its_warnings_either(hub, tmp_path):
     report = RestoreReport.model_validate_json(hub.files[REPORT_NAME])
     assert report.warnings
     assert str(pair().aligned.parent) not in hub.files[REPORT_NAME].decode()
+
+
+def test_nor_do_its_options_and_its_card(hub, tmp_path):
+    unaligned = pair("llama", dtype=torch.bfloat16).finetuned
+    options = ["--method", "resta", "--unaligned", str(unaligned)]
+    assert restored(tmp_path / "out", *options, "--push", "me/model") == 0
+    report = RestoreReport.model_validate_json(hub.files[REPORT_NAME])
+    assert report.options["unaligned"] == "finetuned"
+    for name in (REPORT_NAME, CARD_NAME):
+        assert str(unaligned.parent) not in hub.files[name].decode()
+        assert str(pair().aligned.parent) not in hub.files[name].decode()
+
+
+def test_nor_does_its_judge(tmp_path):
+    assert restored(tmp_path / "out") == 0
+    judge = "kind guard, model /home/me/guard, prompt_file /home/me/guard.txt"
+    report = read_report(tmp_path / "out").model_copy(update={"options": {"judge": judge}})
+    shown = {"judge": "kind guard, model guard, prompt_file guard.txt"}
+    assert without_the_users_folders(report).options == shown
+    assert "/home/me" not in model_card(report, front_matter=None)
 
 
 def test_what_was_pushed_is_verified_where_it_is_fetched(hub, tmp_path):

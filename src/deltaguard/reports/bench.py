@@ -16,7 +16,6 @@ from deltaguard.reports.table import Cell as Shown
 from deltaguard.reports.table import Column, Table, estimate, excess, indented, rate
 from deltaguard.reports.text import (
     DASH,
-    PLACE,
     Facts,
     capital,
     duration,
@@ -25,6 +24,7 @@ from deltaguard.reports.text import (
     option,
     percent,
     plain,
+    public_option,
     short_command,
     short_reference,
     times,
@@ -364,4 +364,4 @@ def _shown(value: Any) -> str:
         return f"({', '.join(parts)})"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"({', '.join(map(_shown, cast('Sequence[Any]', value)))})"
-    return short_reference(value) if isinstance(value, str) and PLACE.match(value) else option(value)
+    return public_option(value)

@@ -9,7 +9,7 @@ from deltaguard.reports.page import rendered
 from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.reports.restore import experts_table, kinds_table, origin, others_table, outcome_facts
 from deltaguard.reports.table import Column, Table, facts_table
-from deltaguard.reports.text import hub_id, option, plain, short_reference
+from deltaguard.reports.text import hub_id, plain, public_option, short_reference
 
 TAGS = ("deltaguard", "safe-delta")
 
@@ -40,7 +40,7 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
         report.options.items(),
         (
             (Column("option", "name", code=True), lambda pair: pair[0]),
-            (Column("as run", "words", code=True), lambda pair: option(pair[1])),
+            (Column("as run", "words", code=True), lambda pair: public_option(pair[1])),
         ),
     )
     return rendered(

@@ -182,6 +182,20 @@ def option(value: str | float | bool | None) -> str:
     return str(value)
 
 
+def public_option(value: str | float | bool | None) -> str:
+    """Write a choice without the folders above a file or model that it names, for others to read.
+
+    Example:
+        >>> public_option("/home/me/base"), public_option("kind guard, model /home/me/guard")
+        ('base', 'kind guard, model guard')
+        >>> public_option("Qwen/Qwen3-0.6B"), public_option(0.1)
+        ('Qwen/Qwen3-0.6B', '0.1')
+    """
+    if not isinstance(value, str):
+        return option(value)
+    return short_reference(value) if PLACE.match(value) or " " not in value else without_folders(value)
+
+
 def model_label(name: str) -> str:
     """Name one of the three models in running text.
 

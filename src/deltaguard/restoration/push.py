@@ -14,10 +14,9 @@ from huggingface_hub.utils import validate_repo_id
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.errors import CheckFailedError, DeltaguardError, listed
-from deltaguard.methods.method import ROLES
 from deltaguard.reports.records.push import PushReport
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
-from deltaguard.reports.text import short_reference, without_folders
+from deltaguard.reports.text import public_option, short_reference, without_folders
 from deltaguard.restoration.verify import read_report, verify
 
 
@@ -94,13 +93,13 @@ def explained(what: str) -> Generator[None, None, None]:
 
 
 def without_the_users_folders(report: RestoreReport) -> RestoreReport:
-    """Name the models of a report without the folders above them, which are the user's own affair."""
+    """Name the models and files of a report without the folders above them, the user's own affair."""
     named = {
         role: model.model_copy(update={"reference": short_reference(model.reference)})
         for role, model in (("aligned", report.aligned), ("finetuned", report.finetuned))
     }
     options = {
-        name: short_reference(value) if name in ROLES and isinstance(value, str) else value
+        name: public_option(value) if isinstance(value, str) else value
         for name, value in report.options.items()
     }
     warnings = tuple(map(without_folders, report.warnings))
