@@ -8,9 +8,12 @@ from torch.nn.functional import cross_entropy
 import models
 from crossed import in_turn
 from deltaguard import Conversation, RestoreConfig, diff, restore, verify
+from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
+from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.sweep import sweep
+from deltaguard.restoration.trial import Trial
 from pairs import held_out, pair
 from plain import safety_kl, tokens_of
 from variants import OTHER_CONFIG, OTHER_TEMPLATE, agrees, edited, refusal, same_files, variant
@@ -55,6 +58,22 @@ def test_a_limit_is_searched_for_under_each_change(change, tmp_path):
     assert report.dial.restored_kl <= limit
     assert report.dial.whole == (whole <= limit)
     assert report.dial.finetuned_kl == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("by_blocks", [False, True])
+@pytest.mark.parametrize("config_from", ["aligned", "finetuned"])
+def test_candidates_end_their_answers_where_the_output_does(config_from, by_blocks, tmp_path):
+    made = pair()
+    tuned = variant(made.finetuned, tmp_path / "tuned")
+    ends = transformers.GenerationConfig.from_pretrained(tuned)
+    ends.eos_token_id = 7
+    ends.save_pretrained(tuned)
+    limit = {"memory": 1} if by_blocks else {}
+    config = RestoreConfig(config_from=config_from, max_safety_kl=1e-3, device="cpu", **limit)
+    job = open_job(made.aligned, tuned, store=made.store, config=config)
+    candidate = Resident().candidate(Trial(job, job.plan(config), config, tmp_path))
+    model = candidate.cut.model if by_blocks else candidate.meter.model
+    assert (model.generation_config.eos_token_id == 7) == (config_from == "finetuned")
 
 
 def test_a_limit_that_the_configuration_alone_exceeds_says_what_to_do(tmp_path):

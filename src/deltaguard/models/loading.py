@@ -202,14 +202,32 @@ def skeleton(folder: Path, reference: str, *, dtype: torch.dtype, config: Any = 
     Raises:
         DeltaguardError: as `load_config`, or transformers cannot build the model.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     config = load_config(folder, reference) if config is None else config
     with foreign(f"transformers cannot build the model of {reference}"), _parameters_without_memory():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = load_generation_config(folder, reference, config)
     return _with_copied_views(model.eval())
+
+
+def load_generation_config(folder: Path, reference: str, config: Any) -> Any:
+    """Load what decides where answers of a model end, as transformers does when it loads the model.
+
+    Args:
+        folder: of the model.
+        reference: what the user called it, for messages.
+        config: its transformers configuration, from which it follows where there is no file of its own.
+
+    Raises:
+        DeltaguardError: transformers cannot read it.
+    """
+    from transformers import GenerationConfig
+
+    with foreign(f"transformers cannot read the generation_config.json of {reference}"):
+        if (folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(folder)
+        return GenerationConfig.from_model_config(config)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from deltaguard.device import as_served, enough_memory
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.canonical import counting_config, differing_fields, of_one_kind
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
-from deltaguard.models.loading import load_config, load_model, load_tokenizer
+from deltaguard.models.loading import load_config, load_generation_config, load_model, load_tokenizer
 from deltaguard.restoration.divergence import Asked, SafetyKL, divergences, log_probs, mean_loss
 from deltaguard.restoration.places import Places, grow, match
 
@@ -106,6 +106,8 @@ class SafetyMeter:
             # Two models at once might not fit.
             del model
             model = load_model(*source, dtype=dtype, config=config).to(device)
+        if output is not None:
+            model.generation_config = load_generation_config(output, finetuned.reference, config)
         places = match(model, aligned, finetuned)
         grow(finetuned, places)
         tokens = sum(len(known) for _, known in kept)

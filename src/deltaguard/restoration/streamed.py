@@ -111,8 +111,6 @@ class StreamedCandidate(Candidate):
         if tasks:
             batches, blocks = own.batches(tasks), partial(own_blocks, aligned)
             nll = likelihood(aligned, batches, blocks, fitting, most=known.places)
-        # As with a model in memory: what an answer is drawn with is the aligned model's.
-        cut.model.generation_config = aligned.model.generation_config
         begun = _openings(aligned, own.reader.tokenizer, requests, trial) if requests else []
         return cls(
             trial,
