@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from deltaguard import RestoreConfig, restore, verify
 from deltaguard.cli.app import run
 from deltaguard.models import durable
 from deltaguard.models.durable import lock_folder
@@ -48,6 +49,21 @@ def test_the_home_folder_is_meant_however_an_option_is_written(tmp_path, monkeyp
     assert run(["report", "~/sweep", "--output=~/page.html"]) == 0
     assert (tmp_path / "page.html").is_file()
     assert not (tmp_path / "~").exists()
+
+
+def test_the_home_of_a_user_that_there_is_not_is_a_name_like_any_other(tmp_path, monkeypatch, capsys):
+    made = pair()
+    monkeypatch.chdir(tmp_path)
+    command = ["restore", made.aligned, made.finetuned, "--store", made.store, "--strength=0.5"]
+    assert run([*map(str, command), "-o", "~nobody-of-that-name/out"]) == 0, capsys.readouterr().err
+    assert (tmp_path / "~nobody-of-that-name" / "out" / "model.safetensors").is_file()
+
+
+def test_what_lies_in_the_home_folder_is_verified_from_python(tmp_path, monkeypatch):
+    made = pair()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    restore(made.aligned, made.finetuned, "~/out", store=made.store, config=RestoreConfig(strength=0.5))
+    assert verify("~/out").passed
 
 
 def commands(out):

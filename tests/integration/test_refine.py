@@ -215,6 +215,11 @@ def test_what_cannot_be_refined_is_refused(options, message):
         refined(**{"steps": 5} | options) if "refine" not in options else RestoreConfig(**options)
 
 
+def test_no_steps_are_none_and_refuse_nothing():
+    assert RestoreConfig(refine=0) == RestoreConfig()
+    assert RestoreConfig(refine=0, strength=0.5, output_format="adapter").refine is None
+
+
 def test_a_sweep_does_not_refine(tmp_path):
     made = pair()
     with pytest.raises(DeltaguardError, match="takes no refine"):

@@ -19,7 +19,7 @@ from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
 from deltaguard.restoration.dry_run import plan_restore
-from deltaguard.restoration.job import default_store_folder
+from deltaguard.restoration.job import cache_folder, default_store_folder
 from deltaguard.restoration.restore import front_matter
 from deltaguard.solvers import greedy, kfac, published, spectrum
 from pairs import CONVERSATIONS, pair, save_adapter, weights
@@ -295,6 +295,36 @@ def test_a_model_without_a_store_is_calibrated_once_and_remembered(tmp_path, mon
     assert not plan_restore(made.aligned, made.finetuned).note
     # What is cut off does not serve every method.
     assert plan_restore(made.aligned, made.finetuned, config=GREEDY).note
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"DELTAGUARD_CACHE": "~/dg"}, "dg"),
+        ({"DELTAGUARD_CACHE": "", "XDG_CACHE_HOME": ""}, ".cache/deltaguard"),
+        ({"XDG_CACHE_HOME": "~/x"}, "x/deltaguard"),
+    ],
+)
+def test_the_cache_lies_where_its_variables_say_in_the_home_folder_too(
+    tmp_path, monkeypatch, variables, folder
+):
+    monkeypatch.delenv("DELTAGUARD_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == tmp_path / folder
+
+
+def test_the_calibration_of_a_restore_keeps_to_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
+
+    def calibrated(aligned, folder, *, config, **others):
+        raise DeltaguardError(f"calibrated within {config.memory} bytes")
+
+    monkeypatch.setattr("deltaguard.curvature.calibrate.calibrate", calibrated)
+    config = RestoreConfig(strength=0.5, memory="8GB")
+    with pytest.raises(DeltaguardError, match="within 8000000000 bytes"):
+        restore(pair().aligned, pair().finetuned, tmp_path / "one", config=config)
 
 
 def test_a_damaged_store_of_the_cache_is_named_with_the_way_to_a_new_one(tmp_path, monkeypatch):

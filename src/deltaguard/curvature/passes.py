@@ -40,7 +40,7 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import Provenance, write_store
 from deltaguard.curvature.sums import LayerGroup
 from deltaguard.errors import DeltaguardError
-from deltaguard.files import read_json
+from deltaguard.files import read_json, read_text
 from deltaguard.models.durable import explained, write_atomically
 from deltaguard.progress import Event, Progress
 from deltaguard.ranks import Ranks
@@ -184,8 +184,7 @@ class Passes:
         """Refuse the gradients that a run left which took other answers for refusals."""
         seen = [(each.batch.ids.tolist(), each.weights.tolist()) for each in self._decided]
         digest, path = sha256(repr(seen).encode()).hexdigest(), self._folder / "decided"
-        with explained(path):
-            known = path.read_text(encoding="utf-8") if path.exists() else digest
+        known = read_text(path) if path.exists() else digest
         if known != digest:
             raise DeltaguardError(
                 f"{self._folder} holds gradients of answers that another judge told to refuse or not.\n"

@@ -329,6 +329,9 @@ class CurvatureStore:
     def merge(stores: Sequence["CurvatureStore"], output_dir: str | Path) -> "CurvatureStore":
         """Write the store over the conversations of several: sums are added and decomposed again.
 
+        What any of them holds out, the merged one does. Give stores of different prompts: on one that another
+        was calibrated on, safety KL would be measured where the curvature knows it.
+
         Args:
             stores: at least one, all of the same aligned model.
             output_dir: a new folder.

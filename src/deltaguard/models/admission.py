@@ -135,7 +135,7 @@ def check_output(
     Raises:
         DeltaguardError: as the writer.
     """
-    folder = Path(out).expanduser().absolute()
+    folder = Path(out).absolute()
     refuse_inputs(folder, protected)
     with explained(folder):
         existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -163,7 +163,7 @@ def refuse_inputs(out: Path, protected: Iterable[Path]) -> None:
     """
     real = Path(os.path.realpath(out))
     for folder in protected:
-        other = Path(os.path.realpath(folder.expanduser()))
+        other = Path(os.path.realpath(folder))
         if real == other or real in other.parents or other in real.parents:
             relation = "is" if real == other else "contains" if real in other.parents else "lies in"
             raise DeltaguardError(

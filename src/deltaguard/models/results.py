@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import expanded
 from deltaguard.models.admission import refuse_inputs
 from deltaguard.models.durable import explained, lock_folder, partial_file, write_atomically
 from deltaguard.models.hub import is_local
@@ -77,7 +78,7 @@ def results_folder(
         DeltaguardError: the folder holds something else, is an input, cannot be made, or another process
             works in it.
     """
-    refuse_inputs(folder, [Path(each) for each in inputs if is_local(each)])
+    refuse_inputs(folder, [expanded(each) for each in inputs if is_local(each)])
     with explained(folder):
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)

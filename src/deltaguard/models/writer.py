@@ -68,7 +68,7 @@ class CheckpointWriter(StagedFiles):
             DeltaguardError: `out` is or overlaps an input, holds what must not be replaced, cannot be
                 written, or holds the progress of another plan; or another process is writing to it.
         """
-        self.out = Path(out).expanduser().absolute()
+        self.out = Path(out).absolute()
         self._committed = False
         refuse_inputs(self.out, protected)
         with explained(self.out):

@@ -121,7 +121,7 @@ class AlignedInputs:
 
         aligned = self.aligned.reference
         folder = default_store_folder(job.aligned_identity, config.rank)
-        how = CalibrateConfig(resume=True, rank=config.rank, device=config.device)
+        how = CalibrateConfig(resume=True, rank=config.rank, device=config.device, memory=config.memory)
         try:
             with _shared():
                 self._opened = calibrate(aligned, folder, config=how, progress=progress, ranks=ranks)

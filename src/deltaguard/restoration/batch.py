@@ -35,7 +35,8 @@ def outputs_of(finetuned: Sequence[str], folder: Path) -> Outputs:
         >>> outputs_of(["runs/one/", "someone/two@main"], Path("out"))["someone/two@main"].as_posix()
         'out/two'
     """
-    if any((expanded(folder) / name).exists() for name in (CONFIG, ADAPTER_CONFIG)):
+    folder = expanded(folder)
+    if any((folder / name).exists() for name in (CONFIG, ADAPTER_CONFIG)):
         raise DeltaguardError(
             f"{folder} is the folder of a model: several restored ones get a folder each in one of their own."
         )
@@ -48,7 +49,7 @@ def outputs_of(finetuned: Sequence[str], folder: Path) -> Outputs:
     if problems:
         title = "Each restored model is named as its fine-tune, and these names do not serve"
         raise DeltaguardError(f"{listed(title, problems)}\nRestore these apart, into folders that you name.")
-    inputs = [Path(reference) for reference in finetuned if is_local(reference)]
+    inputs = [expanded(reference) for reference in finetuned if is_local(reference)]
     outputs = {reference: folder / name for reference, name in zip(finetuned, names, strict=True)}
     for output in outputs.values():
         refuse_inputs(output, inputs)

@@ -9,6 +9,7 @@ import torch
 
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import exact_products, find_device
+from deltaguard.files import expanded
 from deltaguard.models.families import is_vocabulary
 from deltaguard.models.shards import DTYPES
 from deltaguard.reports.records.restore import DialPlan, PlanReport
@@ -78,7 +79,7 @@ def plan_finetune(
     notes = ["the aligned model will be calibrated first"] if config.needs_curvature and not job.store else []
     disk = 0
     if output_dir is not None:
-        output = describe_output(job, plan, Path(output_dir), config)
+        output = describe_output(job, plan, expanded(output_dir), config)
         if finished_report(job, output, config) is None:
             disk = refuse_output(job, output, config)
         else:

@@ -9,6 +9,7 @@ from deltaguard.curvature import Rank
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import MANIFEST, not_full
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.files import expanded
 from deltaguard.methods.method import Role
 from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
@@ -172,12 +173,12 @@ def default_store_folder(aligned: ModelIdentity, rank: Rank) -> Path:
 def cache_folder() -> Path:
     """Name the folder of what is kept of aligned models for further runs.
 
-    It is `DELTAGUARD_CACHE`, else `XDG_CACHE_HOME/deltaguard`, else `~/.cache/deltaguard`.
+    It is `DELTAGUARD_CACHE`, else `XDG_CACHE_HOME/deltaguard`, else `~/.cache/deltaguard`; a variable that is
+    empty counts as none.
     """
-    cache = os.environ.get("DELTAGUARD_CACHE")
-    if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaguard"
-    return Path(cache)
+    if own := os.environ.get("DELTAGUARD_CACHE"):
+        return expanded(own)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "deltaguard"
 
 
 def _reference(source: WeightSource, identity: ModelIdentity) -> ModelReference:

@@ -77,7 +77,7 @@ class RestoreConfig(BaseModel):
         strength: how much is kept, larger keeps more, instead of the dial; of methods with a price the share
             of the delta's predicted safety KL.
         refine: after the shrink, take so many steps of natural gradient descent on the restored layers, see
-            `restoration.refine`; with the dial alone, and for a checkpoint.
+            `restoration.refine`; with the dial alone, and for a checkpoint. 0 takes none.
         method_options: the method's own, such as greedy's `budget`; may be given by their names.
         models: further models that the method needs, by role, such as `pretrained`; likewise.
         other_params: where norms, biases, embeddings and the output head come from.
@@ -94,7 +94,7 @@ class RestoreConfig(BaseModel):
             decoder block after another, as many prices at once as there is room for. Projected layers may
             take so much between two prices; what does not fit waits in a file of the output folder, or is
             made again. By default half of a GPU's memory, or of the memory that the process may use, and a
-            quarter of it for projected layers.
+            quarter of it for projected layers. A calibration that comes first keeps to it, too.
         overwrite: replace the files of an earlier restore, which its report in the output folder lists; all
             others stay.
         resume: go on with a restore that was interrupted, one begun with overwrite too; the finished output
@@ -134,6 +134,11 @@ class RestoreConfig(BaseModel):
     memory: ByteSize | None = None
     overwrite: bool = False
     resume: bool = False
+
+    @field_validator("refine")
+    @classmethod
+    def _zero_is_none(cls, steps: int | None) -> int | None:
+        return steps or None
 
     @field_validator("judge", mode="before")
     @classmethod

@@ -99,7 +99,7 @@ def write_beside(output: Output, ranks: Ranks) -> AbstractContextManager[StagedF
         DeltaguardError: the output folder cannot be written to.
     """
     assert output.plan_hash is not None, "a job that is carried out has its curvature"  # noqa: S101
-    out = output.folder.expanduser().absolute()
+    out = output.folder.absolute()
     return StagedFiles.beside(out, number=ranks.rank, plan_hash=output.plan_hash)
 
 
@@ -130,7 +130,7 @@ def finished_report(job: Job, output: Output, config: RestoreConfig) -> RestoreR
         DeltaguardError: the folder is the finished output of another job, or has been changed since, and may
             not be overwritten. What differs is said.
     """
-    folder = output.folder.expanduser()
+    folder = output.folder
     in_progress = (folder / STAGING_FOLDER / JOURNAL_NAME).exists()
     if not config.resume or in_progress or not (folder / REPORT_NAME).exists():
         return None

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.errors import CheckFailedError, DeltaguardError, listed
+from deltaguard.files import expanded
 from deltaguard.reports.records.push import PushReport
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.text import public_option, short_reference, without_folders
@@ -44,7 +45,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
         deltaguard.push("restored", "me/my-model-restored", private=True).commit
         ```
     """
-    place = Path(folder)
+    place = expanded(folder)
     if (place / MANIFEST).is_file():
         store = CurvatureStore.from_pretrained(place)
         with explained(f"{place} was not pushed to {repo_id}, and can be again"):

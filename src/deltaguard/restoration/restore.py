@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import enough_memory, exact_products, find_device
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.files import parse_yaml, read_text
+from deltaguard.files import expanded, parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.models.adapter_writer import AdapterLayer, commit_adapter, stage_adapter
 from deltaguard.models.mirror import adapter_files, checkpoint_files, refuse_links_out
@@ -131,13 +131,13 @@ class Restorer:
         if config.output_format == "adapter":
             refuse_what_no_adapter_holds(job, plan)
         refuse_what_experts_cannot(job, plan, config)
-        output = describe_output(job, plan, Path(output_dir), config)
+        output = describe_output(job, plan, expanded(output_dir), config)
         finished = finished_report(job, output, config) if ranks.leads else None
         if (finished := ranks.from_first(finished)) is not None:
             return finished
         if not ranks.leads:
             # Rank 0 has made the folder before it asks for anything.
-            folder = output.folder.expanduser().absolute()
+            folder = output.folder.absolute()
             trial = own_trial(job, plan, config, folder, ranks=ranks, reserve=output.needed)
             serve(trial, ranks, plan, output)
             return ranks.from_first()

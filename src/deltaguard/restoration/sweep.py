@@ -75,6 +75,10 @@ def sweep(
     started = time.perf_counter()
     config, output_dir = config or RestoreConfig(), expanded(output_dir)
     _check(config, limits)
+    # Nobody is asked: memory that asking would take is not to be set aside.
+    config = config.model_copy(
+        update={"max_safety_kl": limits[0], "max_added_attack_success": None, "strength": None}
+    )
     tasks = _utility(utility)
     inputs = [aligned, finetuned, *config.models.values()]
     if store is not None:

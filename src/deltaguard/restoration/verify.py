@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.files import read_json
+from deltaguard.files import expanded, read_json
 from deltaguard.models.adapter import ADAPTER_FILE
 from deltaguard.models.canonical import part_of
 from deltaguard.models.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ def verify(output_dir: str | Path) -> Verification:
         assert verify("./restored").passed
         ```
     """
-    folder = Path(output_dir)
+    folder = expanded(output_dir)
     report = read_report(folder)
     problems = [problem for row in report.files if (problem := _file_problem(folder, row))]
     tensors: Mapping[str, TensorInfo] = {}
