@@ -12,6 +12,10 @@ if [ $# -lt 2 ]; then
   echo "usage: $0 OUTPUT MODEL [MODEL ...]" >&2
   exit 2
 fi
+if [ -n "$(for model in "${@:2}"; do basename "$(cd "$model" && pwd)"; done | sort | uniq -d)" ]; then
+  echo "Two models have one folder name, by which their reports are named: rename one." >&2
+  exit 2
+fi
 mkdir -p "$1"
 output=$(cd "$1" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)

@@ -18,7 +18,10 @@ from deltaguard.reports.evaluation import evaluation_table
 
 def main(output: str, *given: str) -> None:
     """Read the reports, and print and keep the table."""
-    runs = {name: Path(path) for name, _, path in (each.partition("=") for each in given)}
+    pairs = [(name, Path(path)) for name, _, path in (each.partition("=") for each in given)]
+    runs = dict(pairs)
+    if len(runs) < len(pairs):
+        raise DeltaguardError("Two reports have one NAME: name each model otherwise.")
     report = garak_report(runs, output)
     rich.print(evaluation_table(report))
     print(f"Report: {Path(output) / 'README.md'}")

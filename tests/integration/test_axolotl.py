@@ -50,10 +50,11 @@ def _named(path):
     return getattr(importlib.import_module(module), name)
 
 
-def settings(plugin, **given):
+def settings(plugin, *, adapter=False, **given):
     """What Axolotl hands over: what the class that the plugin names makes of it, without what is absent."""
     arguments = _named(plugin.get_input_args())
-    return arguments.model_validate({"deltaguard": given}).model_dump(exclude_none=True)
+    config = {"deltaguard": given, "adapter": "lora" if adapter else None}
+    return arguments.model_validate(config).model_dump(exclude_none=True)
 
 
 def trained(folder, *, adapter):
@@ -91,6 +92,13 @@ def test_options_that_cannot_be_are_told_before_the_training(plugin):
         settings(plugin, options={"strenth": 0.3})
     with pytest.raises(ValidationError, match="Extra inputs"):
         settings(plugin, stor="./store")
+    # Of what is trained: an adapter, or all weights.
+    with pytest.raises(ValidationError, match="refine changes whole layers"):
+        settings(plugin, adapter=True, options={"refine": 5})
+    with pytest.raises(ValidationError, match="adapter_rank is an option of output_format adapter"):
+        settings(plugin, options={"adapter_rank": 8})
+    assert settings(plugin, adapter=True, options={"adapter_rank": 8})["deltaguard"]["options"]
+    assert settings(plugin, options={"refine": 5})["deltaguard"]["options"]
 
 
 def test_a_revision_of_the_base_model_is_that_of_the_aligned_one(plugin, monkeypatch, tmp_path):

@@ -1,8 +1,11 @@
 """A restore at the end of real trainings with trl."""
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from deltaguard import RestoreConfig, verify
@@ -90,6 +93,17 @@ def test_a_model_that_learned_preferences_is_restored(lora, tmp_path):
     assert verify(tmp_path / "restored").passed
     again = restore_after(trained, aligned=made.aligned, store=made.store, config=again_config(lora))
     assert again.kept_energy == callback.report.kept_energy
+
+
+def test_a_model_trained_on_tokens_has_no_tokenizer_of_its_own(tmp_path):
+    made = pair()
+    callback = RestoreCallback(aligned=made.aligned, store=made.store, config=config(False))
+    model = AutoModelForCausalLM.from_pretrained(made.finetuned)
+    args = SimpleNamespace(world_size=1, output_dir=str(tmp_path))
+    callback.on_train_end(args, None, None, model=model, processing_class=None)
+    assert not (tmp_path / "finetuned" / "tokenizer.json").exists()
+    assert (tmp_path / "restored" / "tokenizer.json").exists()
+    assert verify(tmp_path / "restored").passed
 
 
 def test_a_callback_of_one_of_several_processes_says_what_to_do_instead():

@@ -232,6 +232,11 @@ def test_too_many_jobs_and_requests_are_told_when_to_come_back(client, opened):
     with pytest.raises(openai.RateLimitError) as error:
         client.models.list()
     assert 0 < int(error.value.response.headers["retry-after"]) <= 61
+    assert "x-should-retry" not in error.value.response.headers
+    with pytest.raises(openai.RateLimitError) as error:
+        client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    assert error.value.code == "rate_limit_exceeded"
+    assert error.value.response.headers["x-should-retry"] == "false"
 
 
 def test_models_are_listed_and_deleted(client, stranger, opened):

@@ -88,6 +88,8 @@ def test_answers_that_begin_too_late_are_told_and_not_counted(method, tmp_path):
     for number, rows in enumerate(([json.dumps(ROWS[method])] * 4, [json.dumps(ROWS[method]), long] * 4)):
         file.write_text("\n".join(rows))
         (tmp_path / str(number)).mkdir()
+        # What is told goes to `told` alone; the worker writes it down, too.
+        (tmp_path / str(number) / events_file("train")).touch()
         task = train_task(file, method, epochs=1, max_length=128)
         lengths.append(train_model(task, tmp_path / str(number), told.append).data["trained_tokens"])
     assert lengths[0] == lengths[1] > 0

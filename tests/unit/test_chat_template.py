@@ -8,7 +8,14 @@ import pytest
 
 import models
 from deltaguard.chat.conversations import Conversation, Turn
-from deltaguard.chat.template import apply_template, render, require_turns, takes_system_role
+from deltaguard.chat.template import (
+    TemplateFailedError,
+    apply_template,
+    readable_turns,
+    render,
+    require_turns,
+    takes_system_role,
+)
 from deltaguard.chat.tokens import encode
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange
@@ -142,6 +149,13 @@ def test_a_guard_whose_template_fails_is_one_message(template, monkeypatch):
     monkeypatch.setattr(guards.GuardJudge, "_loaded", (None, tokenizer(template)))
     with pytest.raises(DeltaguardError, match="fails on a conversation of user, assistant"):
         judge.judge([Exchange("How?", "So.")])
+
+
+@pytest.mark.parametrize("others", [[], [{"role": "assistant", "content": "So."}]])
+def test_a_system_message_that_no_users_follows_has_no_place(others):
+    turns = [{"role": "system", "content": "Be kind."}, *others]
+    with pytest.raises(TemplateFailedError, match="takes no system message"):
+        readable_turns(tokenizer(NO_SYSTEM_ROLE), turns)
 
 
 NO_SYSTEM_ROLE = (

@@ -111,16 +111,22 @@ def readable_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[d
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        turns: each with `role` and `content`; the first may be the system's, and all that follow alternate
-            between user and assistant, beginning with the user.
+        turns: each with `role` and `content`; the first may be the system's.
 
     Raises:
+        TemplateFailedError: the template takes no system message, and no user's follows it.
         DeltaguardError: the tokenizer has no chat template.
     """
     plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     if plain[0]["role"] != "system" or takes_system_role(tokenizer):
         return plain
-    system, first, *others = plain
+    system, *turns = plain
+    if not turns or turns[0]["role"] != "user":
+        raise TemplateFailedError(
+            f"The chat template of {tokenizer.name_or_path!r} takes no system message, and no user's message "
+            "follows it, whose beginning it could be."
+        )
+    first, *others = turns
     return [*_user(f"{system['content']}\n\n{first['content']}"), *others]
 
 

@@ -7,6 +7,7 @@ out is one `Result` a part.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from deltaguard.chat.conversations import Turn
 from deltaguard.chat.thinking import without_thinking
@@ -20,6 +21,12 @@ from deltaguard.evaluation.suites.parts import Part
 from deltaguard.evaluation.utility.harness import harness_measures, harness_tasks
 from deltaguard.evaluation.utility.scores import SCORERS
 from deltaguard.progress import Event, Progress, ignore
+from deltaguard.reports.records.evaluation import SectionKind
+
+BY_OPENING: Mapping[SectionKind, Sequence[Judge]] = MappingProxyType(
+    {"attack": (OpeningJudge(),), "harmless": (OpeningJudge(),)}
+)
+"""Judges of each kind of section where nothing else is said."""
 
 
 def measure(
@@ -28,7 +35,7 @@ def measure(
     folder: Path,
     *,
     engine: EngineConfig | None = None,
-    judges: Sequence[Judge] = (OpeningJudge(),),
+    judges: Mapping[SectionKind, Sequence[Judge]] = BY_OPENING,
     progress: Progress = ignore,
     open_engine: OpenEngine | None = None,
 ) -> dict[str, Result]:
@@ -41,7 +48,7 @@ def measure(
         parts: what is asked.
         folder: the output folder, whose folder `answers` receives what the model says.
         engine: what generates the answers, transformers where absent.
-        judges: who tells refusals from compliance on attack and harmless parts.
+        judges: who tells refusals from compliance, by the kind of the part.
         progress: told of the answers so far, one stage a part, and of each judge.
         open_engine: loads the model; `make_engine` where absent.
 
@@ -64,7 +71,11 @@ def measure(
     config = engine or EngineConfig()
     answers = open_answers(folder, model, parts, config)
     ask(model, answers, folder, config, progress, open_engine)
-    return {each.part.name: judge(model.name, each, judges, CoherenceCheck(), progress) for each in answers}
+    check = CoherenceCheck()
+    return {
+        each.part.name: judge(model.name, each, judges.get(each.part.kind, ()), check, progress)
+        for each in answers
+    }
 
 
 def judge(

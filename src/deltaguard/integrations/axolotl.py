@@ -17,12 +17,13 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from axolotl.integrations.base import BasePlugin  # pyright: ignore[reportMissingImports]  # not of any extra
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deltaguard.integrations.trl import default_options
+from deltaguard.models.adapter import is_adapter
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 
@@ -52,17 +53,21 @@ class RestoreSettings(BaseModel):
     output: str | None = None
     options: dict[str, Any] = Field(default_factory=dict[str, Any])
 
-    @field_validator("options")
-    @classmethod
-    def _are_options(cls, given: dict[str, Any]) -> dict[str, Any]:
-        RestoreConfig.model_validate(given)
-        return given
-
 
 class RestoreArgs(BaseModel):
     """The field that the plugin adds to Axolotl's configuration."""
 
     deltaguard: RestoreSettings = Field(default_factory=RestoreSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _are_options(cls, given: Any) -> Any:
+        """Refuse options that a restore of what is trained would refuse; `adapter` is Axolotl's own field."""
+        if isinstance(given, Mapping):
+            config = cast("Mapping[str, Any]", given)
+            settings = RestoreSettings.model_validate(config.get("deltaguard") or {})
+            _options(settings, adapter=bool(config.get("adapter")))
+        return given
 
 
 class RestorePlugin(BasePlugin):  # pyright: ignore[reportUntypedBaseClass]
@@ -95,12 +100,16 @@ class RestorePlugin(BasePlugin):  # pyright: ignore[reportUntypedBaseClass]
         settings = RestoreSettings.model_validate(cfg.get("deltaguard") or {})
         finetuned = Path(cfg["output_dir"])
         output = Path(settings.output or f"{finetuned}-restored")
-        config = RestoreConfig.model_validate(default_options(finetuned) | settings.options)
+        config = _options(settings, adapter=is_adapter(str(finetuned)))
         aligned = settings.aligned or _base_model(cfg)
         self.report = restore(aligned, finetuned, output, store=settings.store, config=config)
         for warning in self.report.warnings:
             _LOG.warning("%s", warning)
         _LOG.info("Restored: %s, %.0f %% of the delta's energy kept", output, 100 * self.report.kept_energy)
+
+
+def _options(settings: RestoreSettings, *, adapter: bool) -> RestoreConfig:
+    return RestoreConfig.model_validate(default_options(adapter=adapter) | settings.options)
 
 
 def _base_model(cfg: Mapping[str, Any]) -> str:

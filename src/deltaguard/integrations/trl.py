@@ -96,22 +96,23 @@ class RestoreCallback(TrainerCallback):
             )
         folder = Path(args.output_dir)
         given["model"].save_pretrained(folder / FINETUNED)
-        given["processing_class"].save_pretrained(folder / FINETUNED)
+        # None where the data were tokenised before.
+        if (processing := given.get("processing_class")) is not None:
+            processing.save_pretrained(folder / FINETUNED)
         self.report = _restored(folder, self._aligned, self._store, self._config)
 
 
-def default_options(finetuned: Path) -> dict[str, str]:
+def default_options(*, adapter: bool) -> dict[str, str]:
     """Choose what a restore at the end of a training does where nobody says.
 
     Args:
-        finetuned: what was trained.
+        adapter: whether an adapter was trained.
 
     Returns:
         Options of `RestoreConfig`: an adapter becomes an adapter again, and the output is run as the aligned
         model is.
     """
-    kind = "adapter" if is_adapter(str(finetuned)) else "checkpoint"
-    return {"output_format": kind, "config_from": "aligned"}
+    return {"output_format": "adapter" if adapter else "checkpoint", "config_from": "aligned"}
 
 
 def _restored(
@@ -120,5 +121,7 @@ def _restored(
     store: CurvatureStore | str | Path | None,
     config: RestoreConfig | None,
 ) -> RestoreReport:
-    config = config or RestoreConfig.model_validate(default_options(folder / FINETUNED))
+    if config is None:
+        options = default_options(adapter=is_adapter(str(folder / FINETUNED)))
+        config = RestoreConfig.model_validate(options)
     return restore(aligned, folder / FINETUNED, folder / RESTORED, store=store, config=config)

@@ -29,6 +29,12 @@ from deltaguard.service.inference import STOP, Ask, Ended, Failed, Piece
 _MOST_MODELS = 2
 """Models in memory at a time."""
 
+_FAILED = "The model fails on this request."
+_TURNS = (
+    "The model's chat template does not take these messages: after a system message, if any, user and "
+    "assistant take turns, beginning with the user."
+)
+
 _COLDEST = 1e-4
 """Below this temperature the likeliest token is taken: logits divided by less are not finite."""
 
@@ -198,15 +204,19 @@ def main(device: str) -> None:
         is_unwanted.clear()
         try:
             said = answer(Ask.model_validate_json(line), loaded, say, is_unwanted)
-        except (_TooLongError, TemplateFailedError) as error:
-            code = "context_length_exceeded" if isinstance(error, _TooLongError) else "invalid_messages"
-            said = Failed(status=400, code=code, message=str(error))
-        except DeltaguardError as error:
-            said = Failed(status=500, code="model_failed", message=str(error))
+        except _TooLongError as error:
+            said = Failed(status=400, code="context_length_exceeded", message=str(error))
+        # Messages of all others name places on this machine.
+        except TemplateFailedError:
+            traceback.print_exc()
+            said = Failed(status=400, code="invalid_messages", message=_TURNS)
+        except DeltaguardError:
+            traceback.print_exc()
+            said = Failed(status=500, code="model_failed", message=_FAILED)
         # The last stop: a request that the model fails on is not to cost others their models.
         except Exception:  # noqa: BLE001
             traceback.print_exc()
-            said = Failed(status=500, code="model_failed", message="The model fails on this request.")
+            said = Failed(status=500, code="model_failed", message=_FAILED)
         say(said)
 
 

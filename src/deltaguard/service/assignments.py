@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from deltaguard.service.context import Service
+from deltaguard.service.settings import restore_options
 from deltaguard.service.tables import Job
 from deltaguard.service.tasks import Calibrate, Examine, MethodName, Moderate, Restore, Train
 
@@ -29,7 +30,7 @@ def calibrate_task(service: Service, job: Job) -> Calibrate:
         model=settings.models[job.model],
         device=settings.job_device,
         options=settings.calibrate,
-        restore=settings.restore,
+        restore=restore_options(settings.restore, lora_rank=None),
     )
 
 
@@ -59,11 +60,12 @@ def train_task(service: Service, job: Job) -> Train:
 def restore_task(service: Service, job: Job) -> Restore:
     """Say how a job's model is restored."""
     settings = service.settings
+    is_adapter = job.hyperparameters["trained_weights"] == "lora"
+    rank = settings.training.lora_rank if is_adapter else None
     return Restore(
         model=settings.models[job.model],
         device=settings.job_device,
-        options=settings.restore,
-        as_adapter=job.hyperparameters["trained_weights"] == "lora",
+        options=restore_options(settings.restore, lora_rank=rank),
     )
 
 

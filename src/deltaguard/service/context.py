@@ -131,6 +131,26 @@ def known_caller(service: Service, key: str | None) -> Caller:
 Asking = Annotated[Caller, Depends(caller_of)]
 
 
+def maker_of(
+    service: Open, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+) -> Caller:
+    """Find out who makes a job, who is not to ask again by itself where it asked too often.
+
+    Sent again by the client itself, the request would be taken for the last one that was like it.
+
+    Raises:
+        ApiError: as `caller_of`.
+    """
+    try:
+        return caller_of(service, shown)
+    except ApiError as error:
+        error.is_final = True
+        raise
+
+
+Making = Annotated[Caller, Depends(maker_of)]
+
+
 def uploading_caller(
     service: Open, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 ) -> Caller:

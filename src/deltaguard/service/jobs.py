@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Request
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from deltaguard.service.context import Asking, Caller, Open, Service
+from deltaguard.service.context import Asking, Caller, Making, Open, Service
 from deltaguard.service.database import new_id
 from deltaguard.service.errors import ApiError, not_found
 from deltaguard.service.events import show_event, tell
@@ -84,7 +84,7 @@ def show_job(job: Job) -> JobObject:
 @router.post("")
 def create_job(
     service: Open,
-    caller: Asking,
+    caller: Making,
     request: Request,
     asked: CreateJob,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,

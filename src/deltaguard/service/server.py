@@ -84,8 +84,9 @@ def open_service(data: Path, settings: Settings) -> Opened:
     with explained(data):
         for name in _FOLDERS:
             (data / name).mkdir(parents=True, exist_ok=True)
-        # It holds customers' data and the hashes of keys.
-        data.chmod(0o700)
+        # It holds customers' data and the hashes of keys. Of another's folder, that one decides who reads it.
+        if data.stat().st_uid == os.getuid():
+            data.chmod(0o700)
     url = database_url(data, settings.database_url)
     contents = open_contents(data, settings.files_url)
     service, first = Service(data, settings, open_database(url, may_migrate=True), contents), None
@@ -134,6 +135,8 @@ def serve(
         _refuse_unusable(reference)
     for judge in settings.judges:
         _prepare_judge(judge, settings.own_device)
+    for model in settings.restoring.models.values():
+        locate(model)
     if settings.webhook is not None:
         webhook_secret(settings.webhook)
     with explained(data):

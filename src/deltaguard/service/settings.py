@@ -207,7 +207,8 @@ class Settings(_Part):
         ray: the cluster.
         training: what `"auto"` stands for.
         calibrate: options of `deltaguard.CalibrateConfig`, for aligned models without a store.
-        restore: options of `deltaguard.RestoreConfig`, for every job.
+        restore: options of `deltaguard.RestoreConfig`, for every job; adapters and whole models must both be
+            restorable with them.
         gate: what must be passed.
         moderation: of training rows; none where absent.
         webhook: is told when a job has ended; none where absent.
@@ -253,7 +254,9 @@ class Settings(_Part):
     def _check_restore(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
         if taken := [name for name in _DECIDED_BY_JOBS if name in given]:
             raise ValueError(f"{', '.join(taken)} follow from the job.")
-        RestoreConfig.model_validate(dict(given))
+        # Of all jobs, so that nothing is found out after a training.
+        for rank in (None, 1):
+            RestoreConfig.model_validate(restore_options(given, lora_rank=rank))
         return given
 
     @model_validator(mode="after")
@@ -286,7 +289,28 @@ class Settings(_Part):
     def judges(self) -> list[JudgeSpec]:
         """All judges that jobs are asked about."""
         moderating = [] if self.moderation is None else [self.moderation.chosen_judge]
-        return [self.gate.chosen_judge, *moderating]
+        return [self.gate.chosen_judge, self.restoring.judge, *moderating]
+
+    @property
+    def restoring(self) -> RestoreConfig:
+        """The options of a restore of all weights."""
+        return RestoreConfig.model_validate(restore_options(self.restore, lora_rank=None))
+
+
+def restore_options(given: Mapping[str, Any], *, lora_rank: int | None) -> dict[str, Any]:
+    """Complete an operator's options of a restore for what was trained.
+
+    Args:
+        given: as in `Settings.restore`; `adapter_rank` among them is of adapters alone.
+        lora_rank: of the adapter that was trained, which one that is written has by default, too, so that
+            whatever loads the one loads the other; None where all weights were.
+
+    Returns:
+        Options of `RestoreConfig`.
+    """
+    if lora_rank is not None:
+        return {"adapter_rank": lora_rank, **given, "output_format": "adapter"}
+    return {name: value for name, value in given.items() if name != "adapter_rank"}
 
 
 def read_settings(path: Path) -> Settings:

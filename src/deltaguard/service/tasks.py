@@ -2,13 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from typing_extensions import override
 
+from deltaguard import __version__
+from deltaguard.restoration.options import RestoreConfig
 from deltaguard.service.schemas import JobError
 from deltaguard.service.settings import Gate, Limits, Moderation, key_names
+
+FINETUNED, RESTORED, CHECKPOINTS, METRICS = "finetuned", "restored", "checkpoints", "metrics.csv"
+EXAMINED, FILES = "examined", "files"
+"""What lies in a job's folder."""
 
 MethodName = Literal["supervised", "dpo"]
 Kind = Literal["moderate", "calibrate", "train", "restore", "examine"]
@@ -17,8 +23,12 @@ Kind = Literal["moderate", "calibrate", "train", "restore", "examine"]
 class _Task(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    half_done: ClassVar[tuple[str, ...]] = ()
+    """Names, in the job's folder, of what an interrupted process leaves for the same task alone."""
+
     model: str
     device: str
+    release: str = __version__
 
     @property
     def key_names(self) -> tuple[str, ...]:
@@ -104,12 +114,18 @@ class Restore(_Task):
         model: the aligned model.
         device: where models run.
         options: of `RestoreConfig`.
-        as_adapter: whether an adapter was trained, and is written.
     """
+
+    half_done = (RESTORED,)
 
     kind: Literal["restore"] = "restore"
     options: Mapping[str, Any]
-    as_adapter: bool
+
+    @property
+    @override
+    def key_names(self) -> tuple[str, ...]:
+        """Name the environment variable of the judge's key, where it needs one."""
+        return key_names(RestoreConfig.model_validate(dict(self.options)).judge)
 
 
 class Examine(_Task):
@@ -124,6 +140,8 @@ class Examine(_Task):
         limits: of it.
         max_length: tokens of a row, as in training.
     """
+
+    half_done = (EXAMINED,)
 
     kind: Literal["examine"] = "examine"
     gate: Gate
@@ -169,11 +187,6 @@ class Outcome(BaseModel):
     error: JobError | None = None
     reason: str | None = None
     data: dict[str, Any] = {}
-
-
-FINETUNED, RESTORED, CHECKPOINTS, METRICS = "finetuned", "restored", "checkpoints", "metrics.csv"
-FILES = "files"
-"""What lies in a job's folder."""
 
 
 def events_file(kind: str) -> str:

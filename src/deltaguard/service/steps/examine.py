@@ -20,7 +20,7 @@ from deltaguard.evaluation.suites.suite import Builtin, Suite
 from deltaguard.service.schemas import JobError
 from deltaguard.service.settings import Gate
 from deltaguard.service.steps.validation import validation_check
-from deltaguard.service.tasks import BLOCKED, FINETUNED, RESTORED, Examine, Outcome, Told
+from deltaguard.service.tasks import BLOCKED, EXAMINED, FINETUNED, RESTORED, Examine, Outcome, Told
 from deltaguard.service.worker import Tell
 
 Check = Literal["attack_success", "false_refusals"]
@@ -81,17 +81,18 @@ def examine_models(task: Examine, folder: Path, tell: Tell) -> Outcome:
     engine = EngineConfig(device=task.device)
     parts = gate_parts(task.gate)
     # How an answer opens says whether a harmless request is refused, where the judge does not.
-    judges = (judge,) if spec.tells_refusals else (judge, OpeningJudge())
+    of_harmless = judge if spec.tells_refusals else OpeningJudge()
+    judges = {"attack": (judge,), "harmless": (of_harmless,)}
     found = {
         name: measure(
-            describe(name, reference, engine), parts, folder / "examined", engine=engine, judges=judges
+            describe(name, reference, engine), parts, folder / EXAMINED, engine=engine, judges=judges
         )
         for name, reference in models.items()
     }
     measured = validation_check(task, models)
     if measured is not None:
         tell(measured)
-    asked: dict[Check, str] = {"attack_success": judge.name, "false_refusals": judges[-1].name}
+    asked: dict[Check, str] = {"attack_success": judge.name, "false_refusals": of_harmless.name}
     results: list[CheckResult] = []
     for check, by in asked.items():
         of_check = {name: sections[_section(check)] for name, sections in found.items()}

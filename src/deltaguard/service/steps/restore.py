@@ -17,7 +17,6 @@ def restore_model(task: Restore, folder: Path, tell: Tell) -> Outcome:
         DeltaguardError: as `restore`.
     """
     own: dict[str, Any] = {"device": task.device, **task.options, "resume": True}
-    own["output_format"] = "adapter" if task.as_adapter else "checkpoint"
     # The service's own fine-tune has the aligned model's files, whatever transformers wrote into them.
     own.setdefault("config_from", "aligned")
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from deltaguard.chat.template import apply_template, readable_turns
 from deltaguard.chat.tokens import token_ids
-from deltaguard.files import read_journal
 from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, Measured, finetune
 from deltaguard.finetuning.preferences import Preference, learn_preferences
 from deltaguard.models.hub import locate
@@ -130,11 +129,13 @@ def _write_metrics(folder: Path) -> int:
     """
     steps = 0
     rows: dict[int, dict[str, float]] = {}
-    for told in read_journal(folder / events_file("train"), Told, remedy="The service writes it."):
-        if told.type == "metrics" and told.data is not None:
-            known = {name: told.data[key] for key, name in _COLUMNS.items() if key in told.data}
-            rows.setdefault(told.data["step"], {}).update(known)
-            steps = max(steps, told.data["total_steps"])
+    # Line by line: a long training tells millions of steps.
+    with (folder / events_file("train")).open("rb") as lines:
+        for told in map(Told.model_validate_json, lines):
+            if told.type == "metrics" and told.data is not None:
+                known = {name: told.data[key] for key, name in _COLUMNS.items() if key in told.data}
+                rows.setdefault(told.data["step"], {}).update(known)
+                steps = max(steps, told.data["total_steps"])
     with (folder / METRICS).open("w", newline="") as file:
         table = csv.DictWriter(file, list(_COLUMNS.values()))
         table.writeheader()
