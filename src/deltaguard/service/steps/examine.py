@@ -10,7 +10,6 @@ from deltaguard.device import find_device
 from deltaguard.errors import listed
 from deltaguard.evaluation.asking import describe
 from deltaguard.evaluation.engines.make import EngineConfig
-from deltaguard.evaluation.exchange import Judge
 from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.evaluation.measure import measure
 from deltaguard.evaluation.metrics.rates import Rate
@@ -18,7 +17,6 @@ from deltaguard.evaluation.metrics.runs import difference_of_shares
 from deltaguard.evaluation.results import Result
 from deltaguard.evaluation.suites.parts import Part, builtin_questions, resolve
 from deltaguard.evaluation.suites.suite import Builtin, Suite
-from deltaguard.reports.records.evaluation import SectionKind
 from deltaguard.service.schemas import JobError
 from deltaguard.service.settings import Gate
 from deltaguard.service.steps.validation import validation_check
@@ -84,10 +82,13 @@ def examine_models(task: Examine, folder: Path, tell: Tell) -> Outcome:
     parts = gate_parts(task.gate)
     # How an answer opens says whether a harmless request is refused, where the judge does not.
     of_harmless = judge if spec.tells_refusals else OpeningJudge()
-    judges: Mapping[SectionKind, Sequence[Judge]] = {"attack": (judge,), "harmless": (of_harmless,)}
     found = {
         name: measure(
-            describe(name, reference, engine), parts, folder / EXAMINED, engine=engine, judges=judges
+            describe(name, reference, engine),
+            parts,
+            folder / EXAMINED,
+            engine=engine,
+            judges={"attack": (judge,), "harmless": (of_harmless,)},
         )
         for name, reference in models.items()
     }
