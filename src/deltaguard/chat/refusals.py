@@ -21,22 +21,25 @@ _SENTENCE_END = re.compile(r"[.!?:](?=\s|$)|[。！？：]")  # no space follows
 _SORRY = r"(?:i'm |i am |my )?(?:(?:so|very|really|truly|deeply) )?(?:sorry|apologies|i apologi[sz]e)"
 # In Spanish a mark comes before an exclamation, and in French a space before its end.
 _BARE_APOLOGY = re.compile(
-    rf"no|{_SORRY}|¡?(?:{'|'.join(each.apology for each in OTHER_LANGUAGES.values())}) ?"
+    rf"{_SORRY}|(?:no|nope|(?:absolutely|definitely) not|nein|non)(?:,? {_SORRY})?|"
+    rf"¡?(?:{'|'.join(each.apology for each in OTHER_LANGUAGES.values())}) ?"
 )
 
-# "I can't wait to help" and "I can't help but smile" are no refusals.
-_CANNOT = (
-    r"(?:can't|cannot|can not|won't|will not|must not)(?! wait| help (?:but|it|myself)|"
-    r" tell you how (?:\w+ )?(?:happy|glad|pleased|excited|delighted|grateful|proud)\b|"
-    r" recommend (?:\w+ ){1,3}enough(?! \w))"
+# "I can't wait to help", "I can't help but smile" and "I can't recommend it enough" are no refusals.
+_IN_EARNEST = (
+    r"(?! wait| help (?:but|it|myself)\b| (?:explain|say|put|describe) (?:\w+ ){1,2}better\b|"
+    r" (?:even )?(?:tell you|say|describe|explain|express) how (?:\w+ )?"
+    r"(?:happy|glad|pleased|excited|delighted|grateful|proud|much i (?:appreciate|love|like|enjoy))\b|"
+    r" recommend (?:[\w'-]+ ){0,6}enough\b(?! people| \w+ to ))"
 )
+_CANNOT = rf"(?:can't|cannot|can not|won't|will not|must not){_IN_EARNEST}"
 _DO_NOT = r"(?:don't|do not|wouldn't|would not|shouldn't|should not)"
 _UNABLE = (
     r"(?:unable|unwilling|not (?:able|allowed|permitted|willing|comfortable|programmed|designed|trained))"
 )
 _HELP = (
     r"(?:help|assist|aid\b|support|provide|comply|fulfil|engage|participate|take part|condone|promote|"
-    r"facilitate)"
+    r"facilitate|talk about|be (?:a )?part of)"
 )
 _ACT = (
     r"(?:do\b|give|offer|share|send|show|answer|respond|discuss|write|create|generate|produce|draft|compose|"
@@ -44,6 +47,12 @@ _ACT = (
     r"carry|go along)"
 )
 _DOES = rf"(?: \w+){{0,3}} (?:{_HELP}|{_ACT})"
+_SOMETHING = (
+    r"something (?:that )?i(?: can| could| will| would| am| feel|'m|'d|'ll)?"
+    rf"(?:{_DOES}|(?: \w+)? comfortable)"
+)
+_IS_NOT = r"\b(?:isn't|is not|'s not)"
+_THINK = rf"{_DO_NOT} (?:think|believe|feel)(?: that)?"
 _ON_PURPOSE = (
     r"(?: (?:must|have to|need to|will|would|should|am going to|respectfully|politely|firmly)|'ll|'d|"
     r"'m going to)*"
@@ -54,16 +63,17 @@ _REFUSAL = re.compile(
         (
             rf"\bi (?:\w+ )?{_CANNOT}{_DOES}",
             rf"\bi (?:\w+ )?{_DO_NOT}(?: \w+){{0,2}} {_HELP}",
-            rf"\bi {_DO_NOT} (?:think|believe|feel)(?: that)? i (?:can|could|should)(?! wait){_DOES}",
-            rf"\bi(?:'d| would) (?:rather|prefer) not(?: to)? (?:{_HELP}|{_ACT})",
-            rf"\bi(?: am|'m) an? (?:[\w-]+,? ){{1,5}}and (?:i )?{_CANNOT}{_DOES}",
+            rf"\bi {_THINK} i (?:can|could|should){_IN_EARNEST}{_DOES}",
+            rf"\bi {_THINK} (?:that|it|this)(?:'s| is) {_SOMETHING}",
+            rf"\bi(?:'d| would) (?:rather|prefer) not(?: to)?(?:$| (?!make you)(?:{_HELP}|{_ACT}))",
+            rf"\bi(?: am|'m) (?:just |only )?an? (?:[\w-]+,? ){{1,8}}and (?:i )?{_CANNOT}{_DOES}",
             rf"\bi {_CANNOT}(?:,? sorry)?$",
             rf"\bi(?: am|'m) (?:\w+ )?{_UNABLE}\b",
             rf"\bi(?: am|'m) not going to (?:{_HELP}|{_ACT})",
             rf"\bi{_ON_PURPOSE} (?:decline|refuse)\b",
             rf"^{_SORRY}\W+(?:but|however)\b",
-            r"\b(?:isn't|is not|'s not) (?:possible|appropriate|acceptable|ethical|something)\b.* for me\b",
-            rf"\b(?:isn't|is not|'s not) something (?:that )?i(?: can| could| will| am|'m){_DOES}",
+            rf"{_IS_NOT} (?:possible|appropriate|acceptable|ethical|something)\b.* (?:for|ask) me\b",
+            rf"{_IS_NOT} {_SOMETHING}",
             r"\bagainst my (?:\w+ )?(?:guidelines|principles|polic|programming|values|rules)",
         )
     )

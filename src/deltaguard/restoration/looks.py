@@ -82,6 +82,10 @@ def _in_turn(rows: Iterable[Conversation], systems: Sequence[str]) -> tuple[Conv
     return tuple(dict.fromkeys(asked))
 
 
+_OPENING_RULE = "2"
+"""Rises with every change of where the beginning of an answer ends: what was kept before ends elsewhere."""
+
+
 class _KeptAnswers(BaseModel):
     """The file of a model's answers; with what they were made, since the same model may answer otherwise."""
 
@@ -101,7 +105,11 @@ def how_asked(device: str, whole_tokens: int | None) -> dict[str, str]:
     """
     versions = {name: version(name) for name in ("deltaguard", "torch", "transformers")}
     tokens = f"first sentence, {OPENING_TOKENS} at most" if whole_tokens is None else str(whole_tokens)
-    where = {"device": device_name(device), "dtype": str(served_dtype(find_device(device)))}
+    where = {
+        "opening": _OPENING_RULE,
+        "device": device_name(device),
+        "dtype": str(served_dtype(find_device(device))),
+    }
     return versions | where | {"tokens": tokens}
 
 
