@@ -97,7 +97,8 @@ def bench_summary(content: str) -> str:
     bound = f"{report.bound:g} points"
     said = (
         f"Each method at the largest strength tried whose attack success is at most {bound} over the aligned "
-        "model's (in brackets how far over); a dash where nothing is gained or no strength tried is safe."
+        "model's (in brackets how far over); a dash where nothing is "
+        "gained, no strength tried is safe, or the method was not run."
     )
     made = small(f"Preset {report.preset}, {_seeds(report)}. {made_with(report.environment)}")
     return f"{drawn}\n\n{said}\n\n{made}"

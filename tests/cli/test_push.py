@@ -63,7 +63,7 @@ def test_nor_do_its_options_and_its_card(hub, tmp_path):
 
 def test_nor_does_its_judge(tmp_path):
     assert restored(tmp_path / "out") == 0
-    judge = "kind guard, model /home/me/guard, prompt_file /home/me/guard.txt"
+    judge = "kind guard, model runs/home/me/guard, prompt_file /home/me/guard.txt"
     report = read_report(tmp_path / "out").model_copy(update={"options": {"judge": judge}})
     shown = {"judge": "kind guard, model guard, prompt_file guard.txt"}
     assert without_the_users_folders(report).options == shown

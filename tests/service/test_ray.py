@@ -28,7 +28,7 @@ pytest.importorskip("ray.job_submission", reason="the extra `ray` is not install
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 HERE = Path(__file__).parent
-TASK = Restore(model="none", device="cpu", options={"output_format": "adapter"})
+TASK = Restore(model="none", device="cpu", options={})
 PATIENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",

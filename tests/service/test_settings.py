@@ -36,6 +36,6 @@ def test_an_adapter_has_the_rank_that_was_trained_unless_the_operator_says_other
 def test_the_judge_of_a_restore_is_prepared_and_its_process_is_given_its_key():
     settings = Settings(restore={"judge": LLM})
     assert [spec.kind for spec in settings.judges] == ["opening", "llm"]
-    task = Restore(model="m", device="cpu", options=restore_options(settings.restore, lora_rank=8))
+    task = Restore(model="m", device="cpu", options=settings.restore)
     assert task.key_names == ("JUDGE_KEY",)
     assert Restore(model="m", device="cpu", options={}).key_names == ()

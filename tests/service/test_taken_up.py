@@ -1,53 +1,32 @@
 """A step that was begun goes on, whatever became of the settings, or the release, since then."""
 
-import json
-
 import pytest
 
-from deltaguard.service.process import StoppedError, run_task
+from deltaguard import CurvatureStore, DeltaguardError
+from deltaguard.curvature.calibrate import calibrate
+from deltaguard.curvature.request import CalibrateConfig
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.identity import identify
+from deltaguard.restoration.job import default_store_folder
 from deltaguard.service.settings import Gate, Limits
-from deltaguard.service.tasks import EXAMINED, RESTORED, Examine, Outcome, Restore, Train
+from deltaguard.service.steps.calibrate import calibrate_model
+from deltaguard.service.steps.restore import restore_model
+from deltaguard.service.tasks import (
+    CHECKPOINTS,
+    EXAMINED,
+    FINETUNED,
+    RESTORED,
+    Calibrate,
+    Examine,
+    Outcome,
+    Restore,
+    Train,
+)
+from deltaguard.service.worker import take_up
+from pairs import pair
 
 RESTORE = Restore(model="m", device="cpu", options={"max_safety_kl": 0.0006})
 EXAMINE = Examine(model="m", device="cpu", gate=Gate(requests=20))
-
-
-class Played:
-    """Runs nothing: each process leaves something half-done, and ends the step where it is to."""
-
-    places = 1
-
-    def __init__(self, name, *, ends):
-        self.name, self.ends, self.found, self.stopped = name, ends, [], 0
-
-    def begin(self, step, attempt):
-        left = step.folder / self.name
-        self.found.append((json.loads(step.task_file.read_text()), left.exists()))
-        left.mkdir(exist_ok=True)
-        if self.ends:
-            (step.folder / f"{step.kind}.outcome.json").write_text(Outcome().model_dump_json())
-        return self
-
-    def look(self):
-        return None
-
-    def stop(self):
-        pass
-
-    def leave(self):
-        pass
-
-    def stop_leftovers(self, step):
-        self.stopped += 1
-
-
-def run(task, folder, name, *, ends=False):
-    """Carry a task out, or be interrupted in it; gives what the process found, and the executor."""
-    executor = Played(name, ends=ends)
-    options = {"executor": executor, "cache": folder, "tell": None, "may_go_on": lambda: False}
-    with pytest.raises(StoppedError):
-        run_task(task, folder, **options)
-    return *executor.found[0], executor
 
 
 @pytest.mark.parametrize(
@@ -59,15 +38,16 @@ def run(task, folder, name, *, ends=False):
     ],
 )
 def test_what_was_left_serves_the_same_task_of_the_same_release_alone(task, name, changed, tmp_path):
-    run(task, tmp_path, name)
-    _, was_there, executor = run(task, tmp_path, name)
-    assert was_there
-    assert executor.stopped == 0
+    assert take_up(task, tmp_path) == task
+    (tmp_path / name / "half").mkdir(parents=True)
+    assert take_up(task, tmp_path) == task
+    assert (tmp_path / name).exists()
     other = task.model_copy(update=changed)
-    told, was_there, executor = run(other, tmp_path, name)
-    assert not was_there
-    assert executor.stopped == 1
-    assert told == json.loads(other.model_dump_json())
+    assert take_up(other, tmp_path) == other
+    assert not (tmp_path / name).exists()
+    (tmp_path / name).mkdir()
+    assert take_up(other, tmp_path) == other
+    assert (tmp_path / name).exists()
 
 
 def test_a_training_goes_on_as_it_began_where_its_files_lie_now(tmp_path):
@@ -84,20 +64,45 @@ def test_a_training_goes_on_as_it_began_where_its_files_lie_now(tmp_path):
         "beta": 0.1,
     }
     task = Train(model="m", device="cpu", training_file=tmp_path / "a", learning_rate=1e-4, **how)
-    run(task, tmp_path, "checkpoints")
+    assert take_up(task, tmp_path) == task
+    (tmp_path / CHECKPOINTS).mkdir()
     places = {"model": "elsewhere", "device": "cuda", "training_file": tmp_path / "b"}
-    told, was_there, _ = run(
-        task.model_copy(update={"learning_rate": 1.0, **places}), tmp_path, "checkpoints"
-    )
-    assert was_there
-    assert told == json.loads(task.model_copy(update=places).model_dump_json())
+    changed = task.model_copy(update={"learning_rate": 1.0, "lora_rank": 4, **places})
+    for _ in range(2):
+        assert take_up(changed, tmp_path) == task.model_copy(update=places)
+    assert (tmp_path / CHECKPOINTS).exists()
 
 
-def test_a_step_that_is_done_is_left_as_it_is(tmp_path):
-    run(RESTORE, tmp_path, RESTORED, ends=True)
-    other = RESTORE.model_copy(update={"options": {}})
-    executor = Played(RESTORED, ends=True)
-    options = {"executor": executor, "cache": tmp_path, "tell": None, "may_go_on": lambda: False}
-    assert run_task(other, tmp_path, **options) == Outcome()
-    assert executor.found == []
-    assert (tmp_path / RESTORED).exists()
+def test_a_calibration_that_was_begun_otherwise_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path))
+    aligned = pair().aligned
+    few = {"num_samples": 8, "num_look_alikes": 8, "num_held_out": 4, "max_new_tokens": 2}
+    folder = default_store_folder(identify(Checkpoint.open(aligned)), "auto")
+
+    def kill(event):
+        if event.stage == "accumulate":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(aligned, folder, config=CalibrateConfig(device="cpu", **few), progress=kill)
+    options = few | {"num_samples": 10}
+    task = Calibrate(model=str(aligned), device="cpu", options=options, restore={"memory": "8GB"})
+    assert calibrate_model(task, lambda _: None) == Outcome()
+    assert CurvatureStore.from_pretrained(folder).provenance.conversations == 10 + 8
+
+
+def test_an_adapter_is_restored_to_the_rank_it_was_trained_with_whatever_the_setting_is_now(
+    tmp_path, monkeypatch
+):
+    (tmp_path / FINETUNED).mkdir()
+    (tmp_path / FINETUNED / "adapter_config.json").write_text('{"r": 64, "peft_type": "LORA"}')
+    chosen = []
+
+    def restored(*_, config, **__):
+        chosen.append(config)
+        raise DeltaguardError("far enough")
+
+    monkeypatch.setattr("deltaguard.service.steps.restore.restore", restored)
+    with pytest.raises(DeltaguardError, match="far enough"):
+        restore_model(RESTORE, tmp_path, lambda _: None)
+    assert (chosen[0].output_format, chosen[0].adapter_rank) == ("adapter", 64)

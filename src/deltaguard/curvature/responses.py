@@ -209,6 +209,19 @@ def _is_finished(output: Path, request: CalibrationRequest, *, resume: bool) -> 
     return False
 
 
+class OtherCalibrationError(DeltaguardError):
+    """What lies there was asked for otherwise.
+
+    Attributes:
+        where: the folder.
+    """
+
+    def __init__(self, where: Path, message: str) -> None:
+        """Tell of a folder."""
+        super().__init__(message)
+        self.where = where
+
+
 def _require_same(where: Path, request: CalibrationRequest, earlier: CalibrationRequest) -> None:
     differing = [
         f"{field} is {value!r} now and was {getattr(earlier, field)!r}"
@@ -216,10 +229,8 @@ def _require_same(where: Path, request: CalibrationRequest, earlier: Calibration
         if getattr(earlier, field) != value
     ]
     if differing:
-        raise DeltaguardError(
-            listed(
-                f"{where} belongs to another calibration, so this one cannot resume it; delete that "
-                "folder, choose another output folder, or ask for the same",
-                differing,
-            )
+        title = (
+            f"{where} belongs to another calibration, so this one cannot resume it; delete that "
+            "folder, choose another output folder, or ask for the same"
         )
+        raise OtherCalibrationError(where, listed(title, differing))

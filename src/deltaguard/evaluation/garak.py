@@ -5,6 +5,7 @@ and PAIR, and has its detectors score each answer. Nothing is asked here, and ga
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -120,13 +121,14 @@ class GarakRun:
         version: of garak.
         target: the model's name, as garak was given it.
         answers: in the order of probe and prompt, one a prompt.
-        further: how many further answers to the same prompts there are; they would count as more prompts.
+        further: how many further answers to the same prompts there are, by probe; they would count as more
+            prompts.
     """
 
     version: str
     target: str
     answers: tuple[Answered, ...]
-    further: int
+    further: Mapping[str, int]
 
     @property
     def probes(self) -> tuple[str, ...]:
@@ -168,7 +170,9 @@ def read_garak(path: Path) -> GarakRun:
     target, hit = setups[0].target, HIT if setups[0].hit is None else setups[0].hit
     found = [each for attempt in attempts if (each := _answered(attempt, target, hit, path)) is not None]
     ordered = sorted(found, key=lambda each: (each.probe, each.prompt))
-    further = sum(len(attempt.outputs) for attempt in attempts) - len(found)
+    further = Counter[str]()
+    for attempt in attempts:
+        further[attempt.probe_classname] += sum(output is not None for output in attempt.outputs[1:])
     return GarakRun(versions[0], target, tuple(ordered), further)
 
 
@@ -308,9 +312,9 @@ def _notes(runs: Mapping[str, GarakRun], probes: Sequence[str], like: Mapping[st
     others = {name: [probe for probe in run.probes if probe not in probes] for name, run in runs.items()}
     return (
         *(
-            f"{name} gave {run.further} further answers to the same prompts: the first counts, they do not."
+            f"{name} gave {further} further answers to the same prompts: the first counts, they do not."
             for name, run in runs.items()
-            if run.further
+            if (further := sum(run.further[probe] for probe in probes))
         ),
         *(
             f"{probe} asked the models different prompts: their numbers are not compared."

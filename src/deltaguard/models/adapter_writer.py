@@ -187,8 +187,8 @@ def _spooled(
         rounded = factor.to(spool.dtype)
         if not rounded.isfinite().all():
             raise DeltaguardError(
-                f"The delta of `{name}` would hold NaN or infinite values in {spool.dtype}: choose bfloat16 "
-                "or float32."
+                f"The delta of `{name}` would hold NaN or infinite values in {spool.dtype}, which "
+                f"{aligned.reference} is stored in: save that in bfloat16 or float32."
             )
         spool.add(key, rounded)
     return _Layer(name, paths[name], factors.down.shape[0], transposed)

@@ -17,6 +17,9 @@ _HUB_ID = re.compile(r"(?P<id>\w[\w.-]{0,95}/\w[\w.-]{0,95})(@(?P<revision>[\w./
 # A slash after a letter or a colon belongs to a Hub id or an address.
 _PATH = re.compile(r"(?<![\w/:.~-])(?:~|\.{1,2})?/(?:[^\s/:;,'\"()]+/)*([^\s/:;,'\"()]+)/?")
 
+_NAMED = re.compile(r"(?<!\S)(?!\w+://)[^\s,]+/[^\s,]+")
+"""A path or a name on the Hub in a text; no address."""
+
 # A word of a command: what quotes hold together belongs to it. A quote without its partner is a letter.
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"]|['"])+""")
 PLACE = re.compile(r"(?:/|~|\.{1,2}[/\\]|\\|[A-Za-z]:[/\\])")
@@ -188,12 +191,14 @@ def public_option(value: str | float | bool | None) -> str:
     Example:
         >>> public_option("/home/me/base"), public_option("kind guard, model /home/me/guard")
         ('base', 'kind guard, model guard')
-        >>> public_option("Qwen/Qwen3-0.6B"), public_option(0.1)
-        ('Qwen/Qwen3-0.6B', '0.1')
+        >>> public_option("runs/mine/base"), public_option("Qwen/Qwen3-0.6B"), public_option(0.1)
+        ('base', 'Qwen/Qwen3-0.6B', '0.1')
     """
     if not isinstance(value, str):
         return option(value)
-    return short_reference(value) if PLACE.match(value) or " " not in value else without_folders(value)
+    if PLACE.match(value):
+        return short_reference(value)
+    return _NAMED.sub(lambda found: short_reference(found[0]), without_folders(value))
 
 
 def model_label(name: str) -> str:

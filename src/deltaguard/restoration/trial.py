@@ -102,6 +102,7 @@ class Trial:
         # A method without a price serves one strength: nothing is to be kept for another.
         self._folder, self._reserve = folder, reserve + _SPARE_DISK
         self._kept = self.scratch(memory) if config.is_priced else None
+        self._of_factors = adapter_dtype(job.aligned)
         self._unchanged: set[str] = set()
         self._joint: Profile | None = None
 
@@ -303,7 +304,7 @@ class Trial:
         return tensor_of(step, weight, ready.finetuned, dtype), outcome
 
     def _factors(self, step: Step, prepared: PreparedLayer, price: float) -> tuple[LowRank, Outcome]:
-        rank, dtype = self.config.adapter_rank, adapter_dtype(self.job.aligned)
+        rank, dtype = self.config.adapter_rank, self._of_factors
         try:
             known = prepared.factors_at(price, rank)
             if known is None:
@@ -323,8 +324,8 @@ class Trial:
 
     def _stored(self, step: Step) -> torch.dtype:
         """Say in which precision a tensor of the restored model lies: below an adapter, the aligned one's."""
-        if self.config.output_format == "adapter":
-            return DTYPES[self.job.aligned.tensors[step.aligned_name].dtype]
+        if self.config.output_format == "adapter" and step.aligned is not None:
+            return DTYPES[self.job.aligned.tensors[step.aligned].dtype]
         return DTYPES[step.info.dtype]
 
     def _aligned(self, step: Step) -> Tensor:

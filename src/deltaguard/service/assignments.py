@@ -60,13 +60,7 @@ def train_task(service: Service, job: Job) -> Train:
 def restore_task(service: Service, job: Job) -> Restore:
     """Say how a job's model is restored."""
     settings = service.settings
-    is_adapter = job.hyperparameters["trained_weights"] == "lora"
-    rank = settings.training.lora_rank if is_adapter else None
-    return Restore(
-        model=settings.models[job.model],
-        device=settings.job_device,
-        options=restore_options(settings.restore, lora_rank=rank),
-    )
+    return Restore(model=settings.models[job.model], device=settings.job_device, options=settings.restore)
 
 
 def examine_task(service: Service, job: Job) -> Examine:

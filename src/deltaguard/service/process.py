@@ -1,6 +1,5 @@
 """Tasks in processes of their own: begun, watched, stopped, and begun again where one died."""
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,11 +7,11 @@ from itertools import count
 from pathlib import Path
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.files import read_json, read_text
+from deltaguard.files import read_json
 from deltaguard.models.durable import write_atomically
 from deltaguard.service.executors.executor import Ended, Executor, Running, Step
 from deltaguard.service.schemas import JobError
-from deltaguard.service.tasks import AnyTask, Outcome, Told, Train, events_file
+from deltaguard.service.tasks import AnyTask, Outcome, Told, events_file
 
 POLL_S = 0.2
 """Seconds between two looks at a process."""
@@ -82,8 +81,6 @@ def run_task(
     follower = _Follower(folder / events_file(task.kind), tell)
     folder.mkdir(parents=True, exist_ok=True)
     step = Step(task.kind, folder, cache, task.key_names)
-    if step.task_file.exists() and not outcome.exists():
-        task = _taken_up(task, step, executor)
     write_atomically(step.task_file, task.model_dump_json())
     deaths: list[str] = []
     for attempt in count(1):
@@ -97,22 +94,6 @@ def run_task(
         return read_json(outcome, Outcome, remedy="Delete it: the step is done again.")
     message = f"The process of step {task.kind} died {_TRIES} times, last with {deaths[-1]}."
     return Outcome(error=JobError(code="server_error", message=message))
-
-
-def _taken_up(task: AnyTask, step: Step, executor: Executor) -> AnyTask:
-    """Say how a step goes on that was begun: a training as it was, anything else as the settings are now.
-
-    What a restore or the gate has left of another task, or of another release, is of no use and removed.
-    """
-    if isinstance(task, Train):
-        begun = read_json(step.task_file, Train, remedy="Delete it: the training begins as it is set up now.")
-        places = ("model", "device", "training_file", "validation_file")
-        return begun.model_copy(update={name: getattr(task, name) for name in places})
-    if read_text(step.task_file) != task.model_dump_json():
-        executor.stop_leftovers(step)
-        for name in task.half_done:
-            shutil.rmtree(step.folder / name, ignore_errors=True)
-    return task
 
 
 def _watched(running: Running, follower: _Follower, may_go_on: Callable[[], bool]) -> Ended:

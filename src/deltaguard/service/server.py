@@ -37,6 +37,7 @@ from deltaguard.service.workflow import launch
 
 _FOLDERS = ("files", "jobs", "models", "cache")
 _FIRST_ORGANISATION = "default"
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,16 @@ def chosen_settings(data: Path, models: Mapping[str, str], **chosen: str | None)
         raise DeltaguardError(listed("The service cannot be run so", problems(error))) from error
 
 
+def _close(data: Path) -> None:
+    """Let nobody else into the folder with customers' data and the hashes of keys."""
+    try:
+        data.chmod(0o700)
+    except PermissionError:
+        # It is another's, who decides who reads it.
+        if data.stat().st_mode & 0o077:
+            _LOGGER.warning("Others than its owner may look into %s, which holds customers' data.", data)
+
+
 def open_service(data: Path, settings: Settings) -> Opened:
     """Open the database of a data folder, which is made where there is none.
 
@@ -84,9 +95,7 @@ def open_service(data: Path, settings: Settings) -> Opened:
     with explained(data):
         for name in _FOLDERS:
             (data / name).mkdir(parents=True, exist_ok=True)
-        # It holds customers' data and the hashes of keys. Of another's folder, that one decides who reads it.
-        if data.stat().st_uid == os.getuid():
-            data.chmod(0o700)
+        _close(data)
     url = database_url(data, settings.database_url)
     contents = open_contents(data, settings.files_url)
     service, first = Service(data, settings, open_database(url, may_migrate=True), contents), None

@@ -10,7 +10,7 @@ from typing_extensions import override
 from deltaguard import __version__
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.service.schemas import JobError
-from deltaguard.service.settings import Gate, Limits, Moderation, key_names
+from deltaguard.service.settings import Gate, Limits, Moderation, key_names, restore_options
 
 FINETUNED, RESTORED, CHECKPOINTS, METRICS = "finetuned", "restored", "checkpoints", "metrics.csv"
 EXAMINED, FILES = "examined", "files"
@@ -113,7 +113,7 @@ class Restore(_Task):
     Attributes:
         model: the aligned model.
         device: where models run.
-        options: of `RestoreConfig`.
+        options: as the operator gave them, see `restore_options`.
     """
 
     half_done = (RESTORED,)
@@ -125,7 +125,8 @@ class Restore(_Task):
     @override
     def key_names(self) -> tuple[str, ...]:
         """Name the environment variable of the judge's key, where it needs one."""
-        return key_names(RestoreConfig.model_validate(dict(self.options)).judge)
+        options = restore_options(self.options, lora_rank=None)
+        return key_names(RestoreConfig.model_validate(options).judge)
 
 
 class Examine(_Task):

@@ -7,13 +7,14 @@ that one begun later waits until it is gone.
 
 import fcntl
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.files import append_journal, read_json
+from deltaguard.files import append_journal, read_json, read_text
 from deltaguard.models.durable import write_atomically
 from deltaguard.service.schemas import JobError
 from deltaguard.service.tasks import (
@@ -54,6 +55,7 @@ def main(task_file: Path, *, is_alone: bool) -> None:
     fcntl.flock(lock, fcntl.LOCK_EX)
     events = folder / events_file(task.kind)
     _drop_half_line(events)
+    task = take_up(task, folder)
 
     def tell(told: Told) -> None:
         append_journal(events, told.model_dump_json())
@@ -63,6 +65,30 @@ def main(task_file: Path, *, is_alone: bool) -> None:
     except DeltaguardError as error:
         outcome = _failed(task, error)
     write_atomically(folder / f"{task.kind}.outcome.json", outcome.model_dump_json())
+
+
+def take_up(task: AnyTask, folder: Path) -> AnyTask:
+    """Say how a task goes on that an earlier process began: a training as it was, others as they are set now.
+
+    What a restore or the gate left of another task, or of another release, is of no use and removed. The
+    job's folder is locked, so that no other process works in it.
+
+    Args:
+        task: what is to be done.
+        folder: of the job; it receives `KIND.begun.json`.
+    """
+    file = folder / f"{task.kind}.begun.json"
+    if file.exists():
+        if isinstance(task, Train):
+            begun = read_json(file, Train, remedy="Delete it: the training begins as it is set now.")
+            places = ("model", "device", "training_file", "validation_file")
+            task = begun.model_copy(update={name: getattr(task, name) for name in places})
+        elif read_text(file) != task.model_dump_json():
+            for left in (folder / name for name in task.half_done):
+                if left.exists():
+                    shutil.rmtree(left)
+    write_atomically(file, task.model_dump_json())
+    return task
 
 
 def end_with_parent() -> None:

@@ -125,7 +125,7 @@ def opened(
             attacks=usable,
             progress=progress,
         )
-        _require_same(folder / "origin.json", setting.origin, "models, code or libraries")
+        _require_same(folder / "origin.json", setting.origin, "models, prompts, code or libraries")
         yield setting, settings
 
 

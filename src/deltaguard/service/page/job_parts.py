@@ -22,7 +22,7 @@ from deltaguard.service.page.gate import gate_table
 from deltaguard.service.reviewing import checks_of
 from deltaguard.service.steps.examine import CheckResult
 from deltaguard.service.tables import Event
-from deltaguard.service.tasks import FINETUNED, RESTORED
+from deltaguard.service.tasks import EXAMINED, FINETUNED, RESTORED
 
 _SHOWN_EVENTS = 200
 _MODELS = ("aligned", FINETUNED, RESTORED)
@@ -96,7 +96,7 @@ def read_samples(service: Service, job_id: str) -> Sequence[Asked]:
 def _read_answers(job: Path, model: str, section: str, count: int) -> dict[int, _Kept]:
     """Read what a model answered to the first requests, by their places."""
     rows: dict[int, _Kept] = {}
-    path = job / "examined" / ANSWERS / model / f"{section}.jsonl"
+    path = job / EXAMINED / ANSWERS / model / f"{section}.jsonl"
     # Answers are kept in the order in which they came, of long requests first.
     with suppress(FileNotFoundError), path.open("rb") as file:
         for line in islice(file, 1, None):

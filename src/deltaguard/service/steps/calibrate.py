@@ -1,9 +1,11 @@
 """The curvature of an aligned model, calibrated once and kept."""
 
+import shutil
 import time
 
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
+from deltaguard.curvature.responses import OtherCalibrationError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.durable import InUseError
 from deltaguard.models.identity import identify
@@ -25,7 +27,13 @@ def calibrate_model(task: Calibrate, tell: Tell) -> Outcome:
     source = Checkpoint.open(task.model)
     identity = identify(source)
     folder = default_store_folder(identity, config.rank)
-    own = {"rank": config.rank, "device": task.device, **task.options, "resume": True}
+    own = {
+        "rank": config.rank,
+        "device": task.device,
+        "memory": config.memory,
+        **task.options,
+        "resume": True,
+    }
     while find_store(source, identity, None, rank=config.rank) is None:
         tell(Told(once="calibrate", message="Calibrating the aligned model, once for all jobs."))
         try:
@@ -33,4 +41,7 @@ def calibrate_model(task: Calibrate, tell: Tell) -> Outcome:
         except InUseError:
             # Another job's process is at it.
             time.sleep(1)
+        except OtherCalibrationError as error:
+            # Begun under other settings, or by another release.
+            shutil.rmtree(error.where)
     return Outcome()

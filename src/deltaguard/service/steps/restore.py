@@ -3,11 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from deltaguard.files import read_json
+from deltaguard.models.layout import ADAPTER_CONFIG
 from deltaguard.progress import Event
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
+from deltaguard.service.settings import restore_options
 from deltaguard.service.tasks import FINETUNED, RESTORED, Outcome, Restore, Told
 from deltaguard.service.worker import Tell
+
+
+class _Trained(BaseModel):
+    """What must be known of an adapter that was trained."""
+
+    r: int
 
 
 def restore_model(task: Restore, folder: Path, tell: Tell) -> Outcome:
@@ -16,7 +27,15 @@ def restore_model(task: Restore, folder: Path, tell: Tell) -> Outcome:
     Raises:
         DeltaguardError: as `restore`.
     """
-    own: dict[str, Any] = {"device": task.device, **task.options, "resume": True}
+    finetuned = folder / FINETUNED
+    rank = None
+    if (finetuned / ADAPTER_CONFIG).exists():
+        rank = read_json(finetuned / ADAPTER_CONFIG, _Trained, remedy="The training writes it.").r
+    own: dict[str, Any] = {
+        "device": task.device,
+        **restore_options(task.options, lora_rank=rank),
+        "resume": True,
+    }
     # The service's own fine-tune has the aligned model's files, whatever transformers wrote into them.
     own.setdefault("config_from", "aligned")
 
@@ -26,7 +45,7 @@ def restore_model(task: Restore, folder: Path, tell: Tell) -> Outcome:
 
     tell(Told(once="restore", message="Restoring the aligned model's refusals."))
     config = RestoreConfig.model_validate(own)
-    report = restore(task.model, folder / FINETUNED, folder / RESTORED, config=config, progress=on_progress)
+    report = restore(task.model, finetuned, folder / RESTORED, config=config, progress=on_progress)
     kept = f"{report.kept_energy:.0%} of what training changed is kept"
     tell(Told(once="restored", message=f"Restored: {kept}.", data={"kept_energy": report.kept_energy}))
     return Outcome(data={"kept_energy": report.kept_energy})

@@ -1,13 +1,17 @@
 """Training of a job: from the customer's file to a fine-tuned model, with its metrics."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from deltaguard.chat.template import apply_template, readable_turns
 from deltaguard.chat.tokens import token_ids
+from deltaguard.errors import DeltaguardError
 from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, Measured, finetune
 from deltaguard.finetuning.preferences import Preference, learn_preferences
+from deltaguard.models.durable import explained
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_tokenizer
 from deltaguard.service.tasks import CHECKPOINTS, FINETUNED, METRICS, Outcome, Told, Train, events_file
@@ -129,18 +133,26 @@ def _write_metrics(folder: Path) -> int:
     """
     steps = 0
     rows: dict[int, dict[str, float]] = {}
-    # Line by line: a long training tells millions of steps.
-    with (folder / events_file("train")).open("rb") as lines:
-        for told in map(Told.model_validate_json, lines):
-            if told.type == "metrics" and told.data is not None:
-                known = {name: told.data[key] for key, name in _COLUMNS.items() if key in told.data}
-                rows.setdefault(told.data["step"], {}).update(known)
-                steps = max(steps, told.data["total_steps"])
+    for told in _told(folder / events_file("train")):
+        if told.type == "metrics" and told.data is not None:
+            known = {name: told.data[key] for key, name in _COLUMNS.items() if key in told.data}
+            rows.setdefault(told.data["step"], {}).update(known)
+            steps = max(steps, told.data["total_steps"])
     with (folder / METRICS).open("w", newline="") as file:
         table = csv.DictWriter(file, list(_COLUMNS.values()))
         table.writeheader()
         table.writerows(rows[step] for step in sorted(rows))
     return steps
+
+
+def _told(events: Path) -> Iterator[Told]:
+    """Read what was told, line by line: a long training tells of millions of steps."""
+    with explained(events), events.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield Told.model_validate_json(line)
+            except ValidationError as error:
+                raise DeltaguardError(f"Line {number} of {events} is damaged: {error}") from error
 
 
 def _lengths(model: str, examples: Sequence[Dialogue], longest: int) -> list[int]:
