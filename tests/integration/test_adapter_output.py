@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import peft
 import pytest
@@ -49,6 +50,35 @@ def test_peft_loads_what_a_checkpoint_would_hold(name, tmp_path):
     assert verify(tmp_path / "adapter").passed
 
 
+def assert_of_what_is_written(report, made, folder):
+    """The numbers of each layer are those of the delta on disk."""
+    store = CurvatureStore.from_pretrained(made.store)
+    aligned, tuned, found = (weights(each) for each in (made.aligned, made.finetuned, folder))
+    for row in report.layers:
+        whole, left = (each[row.name].double() - aligned[row.name] for each in (tuned, found))
+        H = store.input_spectrum(store.group_of(row.name).name).dense().double()
+        energy, cost = whole.square().sum(), ((whole @ H) * whole).sum()
+        assert row.kept_energy == pytest.approx(float((whole * left).sum() / energy), abs=1e-4)
+        assert row.utility_loss == pytest.approx(float((whole - left).square().sum() / energy), abs=1e-4)
+        assert row.safety_cost == pytest.approx(float(((left @ H) * left).sum() / cost), abs=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_of_an_adapter_cut_off_the_report_says_what_is_left(rank, tmp_path):
+    made = pair()
+    whole = Checkpoint.open(made.finetuned).folder
+    tuned = adapter_over(made.aligned, tmp_path / "tuned", rank=4)
+    config = RestoreConfig(strength=1.0, adapter_rank=rank, **ADAPTER)
+    for number, finetuned in enumerate((whole, tuned)):
+        out = tmp_path / str(number)
+        report = restore(made.aligned, finetuned, out, store=made.store, config=config)
+        assert max(row.utility_loss for row in report.layers) > 0.01
+        other = merged(made.aligned, finetuned, tmp_path / "whole") if number else made.finetuned
+        now = replace(made, finetuned=other)
+        changed = report.model_copy(update={"layers": tuple(r for r in report.layers if r.delta_norm > 0)})
+        assert_of_what_is_written(changed, now, merged(made.aligned, out, tmp_path / f"merged-{number}"))
+
+
 def test_the_rank_is_chosen_and_what_it_loses_stands_in_the_report(tmp_path):
     made = pair()
     config = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, **ADAPTER)
@@ -57,6 +87,7 @@ def test_the_rank_is_chosen_and_what_it_loses_stands_in_the_report(tmp_path):
     given = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, adapter_rank=3, **ADAPTER)
     report = restore(made.aligned, made.finetuned, tmp_path / "b", store=made.store, config=given)
     assert {row.detail["adapter_rank"] for row in report.layers} == {3}
+    assert_of_what_is_written(report, made, merged(made.aligned, tmp_path / "b", tmp_path / "merged"))
     assert '"adapter_rank":3,' in report.model_dump_json()
     assert any(row.detail["adapter_residual"] > 0.01 for row in report.layers)
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _LIMITS = (1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
+_ROUNDING = 1e-6
+"""Share of a delta's squared norm that a cut may lose unsaid: less than half precision rounds away."""
+
 
 class KfacOptions(Options):
     """Options of `kfac`."""
@@ -101,7 +104,13 @@ class _ProjectedLayer(PricedLayer):
         return solve_projected(aligned, finetuned, self.projection, mu=price, dtype=dtype)
 
     def factors_at(self, price: float, rank: int | None) -> tuple[LowRank, Outcome] | None:
-        from deltaguard.solvers import ThinProjection, low_rank, low_rank_of_factors, outcome_of
+        from deltaguard.solvers import (
+            ThinProjection,
+            low_rank,
+            low_rank_of_factors,
+            outcome_of,
+            outcome_of_factors,
+        )
         from deltaguard.solvers.profile import PROHIBITIVE
 
         # A rank of 1 has no direction to spare for what a cut would lose.
@@ -119,7 +128,9 @@ class _ProjectedLayer(PricedLayer):
         left = len(found.down)
         if level is not None and left < min(len(found.up), found.down.shape[1]) and kept in (None, left):
             found = level.out_of(found, directions=1)
-        return found, outcome_of(projection, price)
+        if found.residual <= _ROUNDING:
+            return found, outcome_of(projection, price)
+        return found, outcome_of_factors(projection, found)
 
     def profile(self) -> Profile:
         return self.projection.directions.profile()

@@ -161,10 +161,12 @@ def outcome_facts(report: RestoreReport) -> Facts:
         cost = f"{cost} of the fine-tuned model's, median over {over}"
     memory = report.peak_memory_bytes
     attack = report.dial.attack if report.dial else None
+    cut = [float(row.detail["adapter_residual"]) for row in report.layers if "adapter_residual" in row.detail]
     return (
         *((("verdict", outcome_sentence(report, attack)), *attack_facts(attack)) if attack else ()),
         ("energy kept", f"{percent(report.kept_energy)} of the delta's energy, over {over}"),
         *((("entries kept", f"{entries} of the delta's entries, over {over}"),) if entries != DASH else ()),
+        *((("lost to the rank", f"{percent(max(cut))} of a layer's restored delta at most"),) if cut else ()),
         *dial_facts(report),
         *refinement_facts(report.refinement),
         ("safety cost", cost),

@@ -308,6 +308,44 @@ def outcome_of(projection: Projection | ThinProjection, mu: float) -> Outcome:
     )
 
 
+def outcome_of_factors(projection: Projection | ThinProjection, found: LowRank) -> Outcome:
+    """Compute what a product in the place of the restored delta keeps, and its cost.
+
+    Args:
+        projection: of the delta, Δ.
+        found: what is written, such as Δ' cut off to a rank.
+
+    Returns:
+        As `solve_projected`, with the product for Δ'.
+    """
+    whole, spread = projection.directions, projection.directions.profile()
+    own = project_thin(found.up, found.down, projection.inputs, projection.outputs).directions
+    kept, predicted = _along(projection, found), 0.5 * float((own.g * own.h * own.energies).sum())
+    lost = spread.energy - 2 * kept + float(own.energies.sum())
+    return Outcome(
+        kept_energy=share(kept, spread.energy),
+        safety_cost=share(float((own.h * own.energies).sum()), float((whole.h * whole.energies).sum())),
+        utility_loss=share(max(lost, 0.0), spread.energy),
+        detail={
+            "delta_norm": math.sqrt(spread.energy),
+            "safety_kl_share": share(predicted, spread.predicted_kl(0)),
+            "predicted_safety_kl": predicted,
+        },
+    )
+
+
+def _along(projection: Projection | ThinProjection, found: LowRank) -> float:
+    """Compute ⟨found, Δ⟩."""
+    if isinstance(projection, ThinProjection):
+        return float(((projection.up.T @ found.up) * (projection.down @ found.down.T)).double().sum())
+    delta, total = projection.delta, 0.0
+    blocks = list(row_blocks(delta if isinstance(delta, Tensor) else delta.aligned, least=_LEAST_ROWS))
+    space = found.up.new_empty(min(blocks[0].stop, len(found.up)), found.down.shape[1])
+    for block in blocks:
+        total += float((found.up[block] * (_rows_of(delta, block, space) @ found.down.T)).double().sum())
+    return total
+
+
 @dataclass(frozen=True)
 class _Parts:
     """UᵀΔ, ΔV and UᵀΔV, see `Projection`."""
