@@ -140,6 +140,9 @@ def test_requests_are_asked_under_the_system_prompts_of_the_store(few, tmp_path,
     found = check(made.aligned, made.finetuned, store=store, config=TRUSTED)
     assert found.systems == ("You sell shoes.",)
     assert asked == {None, "You sell shoes."}
+    # A check that the harmful requests decide shows false refusals, too.
+    assert found.look.false_refusals is not None
+    assert found.look.false_refusals.prompts >= min(found.look.attack_success.prompts, 64)
     asked.clear()
     config = TRUSTED.model_copy(update={"refine": refine})
     report = restore(made.aligned, made.finetuned, tmp_path / "out", store=store, config=config)

@@ -130,11 +130,10 @@ def test_published_uses_the_store_and_interpolate_needs_none(tmp_path):
     report = restore(made.aligned, made.finetuned, out, store=made.whole_store, config=config)
     store = CurvatureStore.from_pretrained(made.whole_store)
     aligned, finetuned, restored = (weights(f) for f in (made.aligned, made.finetuned, out))
-    name = report.layers[0].name
-    expected = published(
-        aligned[name], finetuned[name], store.hessian(store.group_of(name).name), strength=1.0
-    )
-    torch.testing.assert_close(restored[name], expected.weight)
+    for name in (row.name for row in report.layers):
+        hessian = store.hessian(store.group_of(name).name)
+        expected = published(aligned[name], finetuned[name], hessian, strength=1.0)
+        torch.testing.assert_close(restored[name], expected.weight)
     restore(
         made.aligned,
         made.finetuned,
@@ -195,12 +194,19 @@ def test_non_weight_files_come_along_and_training_state_does_not(tmp_path):
     (dressed / "chat_templates" / "tool.jinja").write_text("x")
     (dressed / "optimizer.pt").write_bytes(b"state")
     (dressed / "trainer_state.json").write_text("{}")
+    # As FSDP saves them.
+    for name in ("optimizer_0", "pytorch_model_fsdp_0"):
+        (dressed / name).mkdir()
+        (dressed / name / "__0_0.distcp").write_bytes(b"state")
+        (dressed / name / "note.txt").write_text("x")
+    (dressed / "random_states_0.pkl").write_bytes(b"state")
     (dressed / "checkpoint-5").mkdir()
     (dressed / "checkpoint-5" / "config.json").write_text("{}")
     restore(made.aligned, dressed, tmp_path / "out", store=made.store, config=HALF)
     names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert {"config.json", "tokenizer.json", "chat_templates/tool.jinja", "README.md", REPORT_NAME} <= names
-    assert not {name for name in names if "optimizer" in name or "trainer" in name or "checkpoint-5" in name}
+    left_out = ("optimizer", "trainer", "checkpoint-5", "fsdp", "random_states")
+    assert not {name for name in names if any(part in name for part in left_out)}
     assert not list((tmp_path / "out").glob(".*"))
 
 

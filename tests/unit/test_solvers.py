@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from deltaguard.methods.greedy import GreedyOptions
-from deltaguard.solvers import factorise, greedy, interpolate, published, solution, spectrum
+from deltaguard.solvers import (
+    factorise,
+    greedy,
+    interpolate,
+    kfac,
+    published,
+    ridge,
+    solution,
+    spectrum,
+)
 
 
 def test_factor_reproduces_the_damped_curvature():
@@ -83,6 +92,37 @@ def test_interpolation_is_exact_at_both_ends(dtype):
 def test_interpolation_refuses_alpha_outside_the_unit_interval(alpha):
     with pytest.raises(ValueError, match="alpha is"):
         interpolate(torch.zeros(1, 1), torch.ones(1, 1), alpha=alpha)
+
+
+SOLVERS = {
+    "greedy": lambda a, f, H, G: greedy(a, f, H, strength=0.3),
+    "published": lambda a, f, H, G: published(a, f, H, strength=3000.0),
+    "ridge": lambda a, f, H, G: ridge(a, f, H, mu=0.5),
+    "kfac": lambda a, f, H, G: kfac(a, f, H, G, mu=0.5),
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_solver_leaves_its_inputs_computes_in_float32_and_says_what_it_kept(name, dtype):
+    torch.manual_seed(0)
+    aligned, finetuned = (torch.randn(12, 9).to(dtype) for _ in range(2))
+    inputs, outputs = torch.randn(40, 9), torch.randn(40, 12)
+    hessian, output_hessian = inputs.T @ inputs / 40, outputs.T @ outputs / 40
+    given = (aligned, finetuned, hessian, output_hessian)
+    before = [matrix.clone() for matrix in given]
+    found = SOLVERS[name](*given)
+    assert all(torch.equal(matrix, old) for matrix, old in zip(given, before, strict=True))
+    assert found.weight.dtype == torch.float32
+    same = SOLVERS[name](aligned.float(), finetuned.float(), hessian, output_hessian)
+    assert torch.equal(found.weight, same.weight)
+    whole, left = ((weight.double() - aligned.double()) for weight in (finetuned, found.weight))
+    energy, H = whole.square().sum(), hessian.double()
+    assert 0 < found.kept_energy < 1
+    assert found.kept_energy == pytest.approx(float((left * whole).sum() / energy), rel=1e-4)
+    assert found.utility_loss == pytest.approx(float((left - whole).square().sum() / energy), rel=1e-4)
+    cost = float(((left @ H) * left).sum() / ((whole @ H) * whole).sum())
+    assert found.safety_cost == pytest.approx(cost, rel=1e-4)
 
 
 def test_published_keeps_at_most_85_percent_and_survives_dead_columns():

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 _WEIGHTS = (
     *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"),
     *(".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".tflite"),
+    # Shards of torch's distributed checkpoints; and pickles, which loading would run.
+    *(".distcp", ".pkl", ".pickle"),
 )
 _TRAINING_STATE = ("trainer_state.json", "training_args.json", "scheduler.json")
 _REPLACED = (REPORT_NAME, CARD_NAME)
-_TRAINING_FOLDERS = ("checkpoint-", "global_step", "runs", ".")
+_TRAINING_FOLDERS = ("checkpoint-", "global_step", "optimizer_", "pytorch_model_fsdp", "runs", ".")
 
 
 def companions(folder: Path) -> list[Path]:

@@ -82,7 +82,7 @@ class Candidate(ABC):
             found += [self._told(mu, each, report) for mu, each in zip(part, measured, strict=True)]
         return found
 
-    def look(self, mu: float, examiner: Examiner, report: Progress, *, most: int) -> Look:
+    def look(self, mu: float, examiner: Examiner, report: Progress, *, most: int, both: bool = False) -> Look:
         """Ask the candidate whose weights were put last for the beginnings of its answers.
 
         Args:
@@ -90,6 +90,7 @@ class Candidate(ABC):
             examiner: asks and judges.
             report: told what is seen, one stage a candidate.
             most: looks at most, for the report.
+            both: as in `Examiner.look`.
         """
         self.looked += 1
         stage, total = f"look {self.looked} of at most {most}", len(examiner.requests.all)
@@ -99,7 +100,7 @@ class Candidate(ABC):
             of = f"of {seen.prompts} harmful requests"
             report(Event(stage, done, total, f"complies with {candidate} {of}, aligned {aligned}{said}"))
 
-        found = examiner.look(mu, self.openings, lambda seen: tell(seen, " so far", seen.prompts))
+        found = examiner.look(mu, self.openings, lambda seen: tell(seen, " so far", seen.prompts), both=both)
         tell(found.attack_success, ": accepted" if found.accepted else ": not accepted", total)
         return found
 

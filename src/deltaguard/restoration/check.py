@@ -61,7 +61,7 @@ def check(
         trial = Trial(job, job.plan(config), config, Path(scratch))
         candidate, examiner = Resident().examined(trial, rule, requests, report)
         safety_kl = candidate.whole(report)
-        look = candidate.look(0.0, examiner, report, most=1)
+        look = candidate.look(0.0, examiner, report, most=1, both=True)
     job.check_unchanged()
     found = rule.verdict(look, safety_kl, config.dial)
     warnings = (*known_store(job).provenance.warnings, *examiner.warnings(job.aligned.reference))

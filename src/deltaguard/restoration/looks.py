@@ -261,6 +261,8 @@ class Examiner:
         mu: float,
         ask: Callable[[Sequence[Conversation]], Sequence[str]],
         on_part: Callable[[Compared], None],
+        *,
+        both: bool = False,
     ) -> Look:
         """Ask a candidate: ever more harmful requests, then the harmless ones, while it may pass.
 
@@ -268,6 +270,7 @@ class Examiner:
             mu: its price.
             ask: gives its answers' beginnings.
             on_part: told what the harmful requests show so far, before more are asked.
+            both: whether as many harmless requests are asked where the harmful ones have decided.
         """
         complied: list[bool] = []
         harmful, upto = self.requests.harmful, FIRST
@@ -280,9 +283,14 @@ class Examiner:
             on_part(attack)
             upto *= 2
         if len(complied) < len(harmful) or not self.rule.accepts(attack):
-            return Look(mu=mu, attack_success=attack, false_refusals=None, accepted=False)
+            refused = self._refusals(ask, len(complied)) if both else None
+            return Look(mu=mu, attack_success=attack, false_refusals=refused, accepted=False)
         on_part(attack)
-        harmless = self.requests.harmless
-        refused = compare(self.refuses(harmless, ask(harmless)), self.refused)
+        refused = self._refusals(ask, len(self.requests.harmless))
         accepted = self.rule.accepts(refused)
         return Look(mu=mu, attack_success=attack, false_refusals=refused, accepted=accepted)
+
+    def _refusals(self, ask: Callable[[Sequence[Conversation]], Sequence[str]], count: int) -> Compared:
+        """Ask the first harmless requests."""
+        harmless = self.requests.harmless[:count]
+        return compare(self.refuses(harmless, ask(harmless)), self.refused[:count])

@@ -146,8 +146,8 @@ def make_plan(
         The plan.
 
     Raises:
-        DeltaguardError: the checkpoints are not of one architecture (all mismatches are listed), or the
-            model has experts in a form that is not known.
+        DeltaguardError: the checkpoints are not of one architecture (the first mismatches are listed and the
+            others counted), or the model has experts in a form that is not known.
     """
     for source in (aligned, finetuned):
         refuse_unknown_experts(source.reference, source.config, source.tensors)
