@@ -255,6 +255,25 @@ def test_one_name_for_two_models_of_a_service(tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_service_says_where_it_is_in_one_document(tmp_path, capsys, monkeypatch):
+    def served(data, settings, *, host, port, on_open):
+        on_open("dg-first")
+
+    monkeypatch.setattr("deltaguard.service.server.serve", served)
+    command = ["serve", "--data", str(tmp_path), "--model", "tiny=/models/aligned", "--port", "8001"]
+    assert run([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "models": ["tiny"],
+        "api": "http://127.0.0.1:8001/v1",
+        "page": "http://127.0.0.1:8001",
+        "first_key": "dg-first",
+    }
+    assert run(command) == 0
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "dg-first" in told.err
+
+
 def test_a_config_file_with_an_unknown_option(made, tmp_path, attempt):
     (tmp_path / "options.yaml").write_text("method: greedy\nstrenght: 0.5\n")
     message = attempt(

@@ -3,9 +3,26 @@
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
+from pydantic import BaseModel
 
-from deltaguard.cli.sink import UsageError, UserPath, tell
+from deltaguard.cli.sink import Json, UsageError, UserPath, emit, tell
 from deltaguard.errors import require_packages
+
+
+class Serving(BaseModel):
+    """What `serve` says before it answers.
+
+    Attributes:
+        models: names of the aligned models.
+        api: address of the API.
+        page: address of the page.
+        first_key: an operator's, of a service that had none; shown this once.
+    """
+
+    models: list[str]
+    api: str
+    page: str
+    first_key: str | None
 
 
 def serve(
@@ -16,6 +33,7 @@ def serve(
     port: int = 8000,
     inference_url: str | None = None,
     executor: Literal["local", "ray"] | None = None,
+    json: Json = False,
 ) -> None:
     """Serve fine-tuning with OpenAI's API: jobs are trained, restored, checked, and only then published.
 
@@ -32,6 +50,7 @@ def serve(
             a process of the service does.
         executor: What runs the processes of jobs: this machine, or the Ray cluster that service.yaml or
             RAY_ADDRESS names. `local`, unless service.yaml says `ray`.
+        json: Print one JSON document, with the first key, and nothing else on stdout.
     """
     require_packages(
         "Serving",
@@ -47,11 +66,14 @@ def serve(
     settings = server.chosen_settings(data, models, inference_url=inference_url, executor=executor)
 
     def on_open(first_key: str | None) -> None:
+        page = f"http://{host}:{port}"
+        found = Serving(models=list(settings.models), api=f"{page}/v1", page=page, first_key=first_key)
+        if json:
+            emit(found, "", as_json=True)
+            return
         if first_key is not None:
             tell(f"The first API key, shown this once: {first_key}")
-        tell(
-            f"Serving {', '.join(settings.models)} at http://{host}:{port}/v1; a page at http://{host}:{port}"
-        )
+        tell(f"Serving {', '.join(found.models)} at {found.api}; a page at {found.page}")
 
     server.serve(data, settings, host=host, port=port, on_open=on_open)
 

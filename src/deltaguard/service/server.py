@@ -1,12 +1,15 @@
 """A service from its data folder: opened, served, and ended as if it had been killed."""
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
+import uvicorn.config
 from pydantic import ValidationError
 from sqlalchemy import select
 
@@ -74,6 +77,13 @@ def chosen_settings(data: Path, models: Mapping[str, str], **chosen: str | None)
         return Settings.model_validate(given)
     except ValidationError as error:
         raise DeltaguardError(listed("The service cannot be run so", problems(error))) from error
+
+
+def _logging() -> dict[str, Any]:
+    """Have uvicorn's log go to stderr whole; of itself, that of requests goes to stdout."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    return config
 
 
 def _close(data: Path) -> None:
@@ -162,7 +172,7 @@ def serve(
     # Its log has methods, paths and states: no headers, and with them no keys, and no bodies.
     code = 0
     try:
-        uvicorn.run(app, host=host, port=port, log_level="info")
+        uvicorn.run(app, host=host, port=port, log_level="info", log_config=_logging())
     except SystemExit as end:
         # The port is taken, say; it has been told.
         code = end.code if isinstance(end.code, int) else 1
