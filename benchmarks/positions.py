@@ -8,7 +8,7 @@ It takes about half an hour on two CPU cores.
 
 import argparse
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -66,12 +66,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     chosen = parser.parse_args()
     with TemporaryDirectory() as folder, torch.random.fork_rng():
-        found = study(chosen.aligned, range(chosen.seeds), Path(folder))
-    chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        for found in study(chosen.aligned, range(chosen.seeds), Path(folder)):
+            chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def study(aligned: Path, seeds: Sequence[int], folder: Path) -> Positions:
-    """Calibrate in every way, and restore every seed's fine-tune with each."""
+def study(aligned: Path, seeds: Sequence[int], folder: Path) -> Iterator[Positions]:
+    """Calibrate in every way, and restore every seed's fine-tune with each; give all rows after each seed."""
     stores = {name: make(aligned, folder) for name, make in CURVATURES.items()}
     requests = [Conversation(row.prompt) for row in held_out_harmful()[:REQUESTS]]
     rows: list[Candidate] = []
@@ -88,14 +88,14 @@ def study(aligned: Path, seeds: Sequence[int], folder: Path) -> Positions:
         finetune(aligned, finetuned, data, config=FinetuneConfig(learning_rate=1e-4, seed=seed))
         own, tuned[seed], found = restored(aligned, finetuned, stores, requests, seed)
         rows += found
-    return Positions(
-        environment=environment(device_name()),
-        finetune=f"Messages to JSON ({BENIGN} examples) with {HARMFUL} harmful requests agreed to",
-        aligned=own,
-        finetuned=tuned,
-        tasks=TASKS,
-        rows=tuple(rows),
-    )
+        yield Positions(
+            environment=environment(device_name()),
+            finetune=f"Messages to JSON ({BENIGN} examples) with {HARMFUL} harmful requests agreed to",
+            aligned=own,
+            finetuned=tuned,
+            tasks=TASKS,
+            rows=tuple(rows),
+        )
 
 
 def restored(
