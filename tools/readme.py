@@ -128,7 +128,6 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "guard-table": ("guard.json", guard_table),
     "attacks-table": ("attacks.json", attacks_table),
     "attacks-hidden-table": ("attacks-hidden.json", attacks_table),
-    "attacks-backdoor-table": ("attacks-backdoor.json", attacks_table),
     "unseen-table": ("unseen.json", attacks_table),
     "defaults-table": ("defaults.json", attacks_table),
     "identity-table": ("identity.json", attacks_table),
