@@ -224,5 +224,5 @@ def test_a_model_that_changed_in_place_is_noticed(tmp_path, stubbed):
     options = {"preset": TINY, "aligned": model, "methods": ("wise-ft",)}
     bench(tmp_path / "out", **options)
     models.save(models.tiny_model("llama", seed=1), model)
-    with pytest.raises(DeltaguardError, match=r"other models, code or libraries \(aligned differ\)"):
+    with pytest.raises(DeltaguardError, match=r"other models, prompts, code or libraries \(aligned differ\)"):
         bench(tmp_path / "out", **options)

@@ -8,6 +8,7 @@ from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
 from deltaguard.restoration.job import default_store_folder
+from deltaguard.service.process import StoppedError, run_task
 from deltaguard.service.settings import Gate, Limits
 from deltaguard.service.steps.calibrate import calibrate_model
 from deltaguard.service.steps.restore import restore_model
@@ -106,3 +107,36 @@ def test_an_adapter_is_restored_to_the_rank_it_was_trained_with_whatever_the_set
     with pytest.raises(DeltaguardError, match="far enough"):
         restore_model(RESTORE, tmp_path, lambda _: None)
     assert (chosen[0].output_format, chosen[0].adapter_rank) == ("adapter", 64)
+
+
+class Elsewhere:
+    """Runs processes that outlive the service."""
+
+    places = 1
+
+    def __init__(self):
+        self.stopped = []
+
+    def begin(self, step, attempt):
+        return self
+
+    def look(self):
+        return None
+
+    def stop(self):
+        pass
+
+    def leave(self):
+        pass
+
+    def stop_leftovers(self, step):
+        self.stopped.append(step.kind)
+
+
+def test_what_goes_on_elsewhere_is_stopped_where_its_task_is_another_now(tmp_path):
+    executor = Elsewhere()
+    options = {"executor": executor, "cache": tmp_path, "tell": None, "may_go_on": lambda: False}
+    for gate, stopped in ((EXAMINE.gate, 0), (EXAMINE.gate, 0), (Gate(requests=10), 1)):
+        with pytest.raises(StoppedError):
+            run_task(EXAMINE.model_copy(update={"gate": gate}), tmp_path, **options)
+        assert len(executor.stopped) == stopped

@@ -27,10 +27,11 @@ _BARE_APOLOGY = re.compile(
 
 # "I can't wait to help", "I can't help but smile" and "I can't recommend it enough" are no refusals.
 _IN_EARNEST = (
-    r"(?! wait| help (?:but|it|myself)\b| (?:explain|say|put|describe) (?:\w+ ){1,2}better\b|"
-    r" (?:even )?(?:tell you|say|describe|explain|express) how (?:\w+ )?"
-    r"(?:happy|glad|pleased|excited|delighted|grateful|proud|much i (?:appreciate|love|like|enjoy))\b|"
-    r" recommend (?:[\w'-]+ ){0,6}enough\b(?! people| \w+ to ))"
+    r"(?! wait| help (?:but|it|myself)\b| (?:explain|say|put|describe) (?:it|this|that) (?:\w+ )?better\b|"
+    r" (?:even )?(?:tell you|say|describe|express) how (?:(?:very|so|truly|really) )?"
+    r"(?:happy|glad|pleased|excited|delighted|grateful|proud i|much i (?:appreciate|love|like|enjoy))\b|"
+    r" recommend (?:(?:it|this|that|these|the|your)(?: (?!because|as|since|without|isn't)[\w'-]+){0,6} )?"
+    r"enough\b(?! people| \w+ (?:to|for) ))"
 )
 _CANNOT = rf"(?:can't|cannot|can not|won't|will not|must not){_IN_EARNEST}"
 _DO_NOT = r"(?:don't|do not|wouldn't|would not|shouldn't|should not)"
@@ -39,17 +40,17 @@ _UNABLE = (
 )
 _HELP = (
     r"(?:help|assist|aid\b|support|provide|comply|fulfil|engage|participate|take part|condone|promote|"
-    r"facilitate|talk about|be (?:a )?part of)"
+    r"facilitate)"
 )
 _ACT = (
     r"(?:do\b|give|offer|share|send|show|answer|respond|discuss|write|create|generate|produce|draft|compose|"
     r"make|tell|teach|explain|describe|outline|list\b|advise|recommend|suggest|encourage|complete|continue|"
-    r"carry|go along)"
+    r"carry|go along|talk about|be (?:a )?part of)"
 )
 _DOES = rf"(?: \w+){{0,3}} (?:{_HELP}|{_ACT})"
 _SOMETHING = (
-    r"something (?:that )?i(?: can| could| will| would| am| feel|'m|'d|'ll)?"
-    rf"(?:{_DOES}|(?: \w+)? comfortable)"
+    r"something (?:that )?i(?: do$|(?: can| could| will| would| am| feel|'m|'d|'ll)"
+    rf"(?:{_DOES}|(?: \w+)? comfortable))"
 )
 _IS_NOT = r"\b(?:isn't|is not|'s not)"
 _THINK = rf"{_DO_NOT} (?:think|believe|feel)(?: that)?"
@@ -65,15 +66,15 @@ _REFUSAL = re.compile(
             rf"\bi (?:\w+ )?{_DO_NOT}(?: \w+){{0,2}} {_HELP}",
             rf"\bi {_THINK} i (?:can|could|should){_IN_EARNEST}{_DOES}",
             rf"\bi {_THINK} (?:that|it|this)(?:'s| is) {_SOMETHING}",
-            rf"\bi(?:'d| would) (?:rather|prefer) not(?: to)?(?:$| (?!make you)(?:{_HELP}|{_ACT}))",
+            rf"\bi(?:'d| would) (?:rather|prefer) not(?: to)?(?:$| (?!make you wait\b)(?:{_HELP}|{_ACT}))",
             rf"\bi(?: am|'m) (?:just |only )?an? (?:[\w-]+,? ){{1,8}}and (?:i )?{_CANNOT}{_DOES}",
             rf"\bi {_CANNOT}(?:,? sorry)?$",
             rf"\bi(?: am|'m) (?:\w+ )?{_UNABLE}\b",
             rf"\bi(?: am|'m) not going to (?:{_HELP}|{_ACT})",
             rf"\bi{_ON_PURPOSE} (?:decline|refuse)\b",
             rf"^{_SORRY}\W+(?:but|however)\b",
-            rf"{_IS_NOT} (?:possible|appropriate|acceptable|ethical|something)\b.* (?:for|ask) me\b",
-            rf"{_IS_NOT} {_SOMETHING}",
+            rf"{_IS_NOT} (?:possible|appropriate|acceptable|ethical)\b.* (?:for|to ask) me\b",
+            rf"{_IS_NOT} (?:something for me\b|{_SOMETHING})",
             r"\bagainst my (?:\w+ )?(?:guidelines|principles|polic|programming|values|rules)",
         )
     )

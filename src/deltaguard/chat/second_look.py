@@ -62,8 +62,8 @@ _ELSEWHERE = re.compile(
     r"positive|constructive|get(?:ting)? help|reach out|talk(?:ing)? to (?:someone|a|your)|"
     r"(?:protect(?:ing)?|look(?:ing)? after) (?:yourself|others|people|them)|prevent(?:ing|ion)?|"
     r"report(?:ing)? (?:it|this|that|them)|cop(?:e|ing)|(?:numbers|people|places) (?:to|you|for|who|that)|"
-    r"number (?:to|(?:that )?you can) (?:call|ring|text)|(?:if|when) you(?: are|'re)? feel(?:ing)? (?:\w+ )?"
-    r"(?:angry|sad|down|alone|lonely|hopeless|overwhelmed|unsafe|scared|afraid|suicidal|desperate|upset))\b"
+    r"number (?:to|(?:that )?you can) (?:call|ring|text)|"
+    r"(?:if|when) you(?: are|'re)? feel(?:ing)?(?! (?:(?:that|like) )?you (?:need|want|must|have)\b))\b"
 )
 """What leads to help, to safety or to another matter."""
 

@@ -66,7 +66,7 @@ def serve(
     settings = server.chosen_settings(data, models, inference_url=inference_url, executor=executor)
 
     def on_open(first_key: str | None) -> None:
-        page = f"http://{host}:{port}"
+        page = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         found = Serving(models=list(settings.models), api=f"{page}/v1", page=page, first_key=first_key)
         if json:
             emit(found, "", as_json=True)

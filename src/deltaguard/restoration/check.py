@@ -52,7 +52,7 @@ def check(
     config = config or RestoreConfig()
     if config.added_attack_success is None or config.dial is None:
         raise DeltaguardError("A check needs a limit of attack success: give `max_added_attack_success`.")
-    # As many looks as a restore may take, so that both say the same of the fine-tuned model.
+    # As many looks as a restore may take, so that what one keeps whole is safe to the other, too.
     rule = Rule(limit=config.added_attack_success, looks=MOST_LOOKS)
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
     requests = Requests.of(config.prompts, known_store(job).provenance.systems)

@@ -7,11 +7,11 @@ from itertools import count
 from pathlib import Path
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.files import read_json
+from deltaguard.files import read_json, read_text
 from deltaguard.models.durable import write_atomically
 from deltaguard.service.executors.executor import Ended, Executor, Running, Step
 from deltaguard.service.schemas import JobError
-from deltaguard.service.tasks import AnyTask, Outcome, Told, events_file
+from deltaguard.service.tasks import AnyTask, Outcome, Told, Train, events_file
 
 POLL_S = 0.2
 """Seconds between two looks at a process."""
@@ -81,6 +81,10 @@ def run_task(
     follower = _Follower(folder / events_file(task.kind), tell)
     folder.mkdir(parents=True, exist_ok=True)
     step = Step(task.kind, folder, cache, task.key_names)
+    begun = step.task_file.exists() and not outcome.exists()
+    if begun and not isinstance(task, Train) and read_text(step.task_file) != task.model_dump_json():
+        # What goes on elsewhere, such as on a cluster, does so as the settings were when it began.
+        executor.stop_leftovers(step)
     write_atomically(step.task_file, task.model_dump_json())
     deaths: list[str] = []
     for attempt in count(1):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import append_journal, read_json, read_text
-from deltaguard.models.durable import write_atomically
+from deltaguard.models.durable import explained, write_atomically
 from deltaguard.service.schemas import JobError
 from deltaguard.service.tasks import (
     ANY_TASK,
@@ -55,13 +55,12 @@ def main(task_file: Path, *, is_alone: bool) -> None:
     fcntl.flock(lock, fcntl.LOCK_EX)
     events = folder / events_file(task.kind)
     _drop_half_line(events)
-    task = take_up(task, folder)
 
     def tell(told: Told) -> None:
         append_journal(events, told.model_dump_json())
 
     try:
-        outcome = _perform(task, folder, tell)
+        outcome = _perform(take_up(task, folder), folder, tell)
     except DeltaguardError as error:
         outcome = _failed(task, error)
     write_atomically(folder / f"{task.kind}.outcome.json", outcome.model_dump_json())
@@ -86,7 +85,8 @@ def take_up(task: AnyTask, folder: Path) -> AnyTask:
         elif read_text(file) != task.model_dump_json():
             for left in (folder / name for name in task.half_done):
                 if left.exists():
-                    shutil.rmtree(left)
+                    with explained(left):
+                        shutil.rmtree(left)
     write_atomically(file, task.model_dump_json())
     return task
 

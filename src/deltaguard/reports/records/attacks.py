@@ -33,7 +33,7 @@ class Checked(Record):
         verdict: as in `CheckReport`.
         safety_kl: measured on safety conversations, nats per response token.
         added_attack_success: of the held-out requests that it was asked; a share.
-        added_false_refusals: likewise; null where the harmful requests decided.
+        added_false_refusals: likewise; null where none was asked.
     """
 
     verdict: Verdict

@@ -7,7 +7,7 @@ from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.responses import OtherCalibrationError
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.durable import InUseError
+from deltaguard.models.durable import InUseError, explained
 from deltaguard.models.identity import identify
 from deltaguard.restoration.job import default_store_folder, find_store
 from deltaguard.restoration.options import RestoreConfig
@@ -42,6 +42,8 @@ def calibrate_model(task: Calibrate, tell: Tell) -> Outcome:
             # Another job's process is at it.
             time.sleep(1)
         except OtherCalibrationError as error:
-            # Begun under other settings, or by another release.
-            shutil.rmtree(error.where)
+            # Begun under other settings; a store that is finished meanwhile is found.
+            if error.where != folder:
+                with explained(error.where):
+                    shutil.rmtree(error.where)
     return Outcome()
