@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deltaguard.reports.records.base import Environment
 from deltaguard.reports.table import Column, Table
-from deltaguard.reports.text import percent
+from deltaguard.reports.text import nats, percent
 from tools.tables import made_with, small
 
 
@@ -85,7 +85,8 @@ def positions_table(content: str) -> str:
     def curve(name: str, strength: float) -> str:
         rows = [row for row in others if (row.curvature, row.strength) == (name, strength)]
         points = mean(_added(found, row, 1) for row in rows)
-        return f"{percent(mean(row.gain_kept for row in rows))} ({points:+.1f})"
+        kl = nats(mean(row.safety_kl for row in rows))
+        return f"{percent(mean(row.gain_kept for row in rows))} ({points:+.1f}; {kl})"
 
     drawn = Table.of(
         "",
@@ -95,7 +96,7 @@ def positions_table(content: str) -> str:
             (f"gain kept at +{LIMIT:g},\nchosen on", lambda name: at(chosen, name, 0)),
             (f"gain kept at +{LIMIT:g},\nreported on", lambda name: at(others, name, 1)),
             *(
-                (f"gain (points),\nstrength {strength:g}", lambda name, s=strength: curve(name, s))
+                (f"gain (points; nats),\nstrength {strength:g}", lambda name, s=strength: curve(name, s))
                 for strength in strengths
             ),
         ),

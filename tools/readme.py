@@ -27,6 +27,7 @@ from tools.guard import guard_table
 from tools.look_alikes import look_alikes_table
 from tools.paper import paper_table
 from tools.picture import demo_picture
+from tools.positions import positions_table
 from tools.refining import refine_table
 from tools.scaling import scaling_table
 from tools.service_demo import service_demo_table
@@ -126,6 +127,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "asking-table": ("asking.json", asking_table),
     "level-table": ("level.json", asking_table),
     "guard-table": ("guard.json", guard_table),
+    "positions-table": ("positions.json", positions_table),
     "attacks-table": ("attacks.json", attacks_table),
     "attacks-hidden-table": ("attacks-hidden.json", attacks_table),
     "unseen-table": ("unseen.json", attacks_table),

@@ -50,5 +50,5 @@ def test_the_loss_at_the_limit_lies_between_those_measured(curve, lost):
 
 def test_a_row_says_what_was_chosen_on_and_what_was_not():
     table = positions_table(found((0, 0.16), (4, 0.01)).model_dump_json())
-    assert "| all | 96.0 % | 96.0 % | 84.0 % (+0.0) | 99.0 % (+4.0) |" in table
+    assert "| all | 96.0 % | 96.0 % | 84.0 % (+0.0; 1) | 99.0 % (+4.0; 2) |" in table
     assert "over at every strength" in positions_table(found((3, 0.1)).model_dump_json())
