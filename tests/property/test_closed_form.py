@@ -1,7 +1,6 @@
 """Laws of the closed form: it solves its equation, nothing beats it at equal cost, its ends are exact."""
 
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from deltaguard.methods.closed_form import Kfac
 from deltaguard.methods.interpolate import Interpolate
 from deltaguard.methods.method import Curvature, Layer
-from deltaguard.solvers import kfac, ridge, solution, spectrum
+from deltaguard.solvers import kfac, projection, ridge, solution, spectrum
 
 
 def layer(seed, rows, columns, rank):
@@ -134,8 +133,7 @@ def test_blocks_of_rows_give_what_the_whole_matrix_gives(method, monkeypatch):
     whole = prepared(method, torch.bfloat16).at(0.3)
     monkeypatch.setattr(solution, "ROW_BLOCK_ENTRIES", 15)
     monkeypatch.setattr(solution, "CACHED_ENTRIES", 7)
-    # The package has a function by the module's name.
-    monkeypatch.setattr(import_module("deltaguard.solvers.closed_form"), "_LEAST_ROWS", 1)
+    monkeypatch.setattr(projection, "_LEAST_ROWS", 1)
     found = prepared(method, torch.bfloat16).at(0.3)
     torch.testing.assert_close(found.weight, whole.weight)
     assert found.detail == pytest.approx(dict(whole.detail), rel=1e-5)

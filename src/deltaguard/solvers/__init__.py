@@ -7,21 +7,18 @@ from deltaguard.solvers.baselines import (
     safe_merge,
 )
 from deltaguard.solvers.closed_form import (
-    Projection,
     closed_form,
     kfac,
     outcome_of,
     outcome_of_factors,
-    project,
-    project_product,
     ridge,
-    shrink,
     solve_projected,
 )
 from deltaguard.solvers.factor import Factor, factorise
 from deltaguard.solvers.greedy import greedy, greedy_factored
 from deltaguard.solvers.low_rank import LowRank, low_rank, low_rank_of_factors
 from deltaguard.solvers.profile import Directions, Profile, joint_profile, profile
+from deltaguard.solvers.projection import Projection, project, project_product, shrink
 from deltaguard.solvers.published import published
 from deltaguard.solvers.solution import Difference, Outcome, Solution
 from deltaguard.solvers.spectrum import Spectrum, scaled_identity, spectrum

@@ -83,6 +83,10 @@ class ThinProjection:
         self.directions.check_restored(math.sqrt(squared_norm(found)))
         return (found if onto is None else found.add_(onto.to(self.dtype))).to(dtype or self.dtype)
 
+    def along(self, found: LowRank) -> float:
+        """Compute ⟨found, Δ⟩, of another delta that is held as a product."""
+        return float(((self.up.T @ found.up) * (self.down @ found.down.T)).double().sum())
+
     def factors(self, mu: float) -> LowRank | None:
         """Compute Δ' as a product, None where that would be no thinner than the matrix itself.
 
