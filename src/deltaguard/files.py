@@ -250,7 +250,7 @@ def parse_yaml(text: str, schema: type[T] | TypeAdapter[T], *, source: str, reme
     try:
         content: Any = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader with more refusals
     # PyYAML lets through what Python says of dates, numbers and keys that cannot be.
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError, LookupError) as error:
         reason = " ".join(str(error).split())
         raise DeltaguardError(f"{source} cannot be read as YAML: {reason}. {remedy}") from error
     try:

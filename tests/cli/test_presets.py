@@ -42,6 +42,30 @@ def test_the_command_line_wins_over_a_preset(monkeypatch):
     assert (asked[0].added_points, asked[0].dial) == (9, read_options("careful")["max_safety_kl"])
 
 
+@pytest.mark.parametrize(
+    ("options", "decided"),
+    [
+        (["--strength", "0.3"], {"strength": 0.3, "dial": None}),
+        (
+            ["--training-data", "trusted"],
+            {"added_points": 2, "dial": 0.02},
+        ),
+        (["--max-safety-kl", "0.001"], {"added_points": 2, "dial": 0.001}),
+        (["--method", "greedy", "--strength", "0.2"], {"method": "greedy", "strength": 0.2}),
+    ],
+)
+def test_another_way_to_say_how_much_is_kept_takes_the_place_of_a_presets(monkeypatch, options, decided):
+    asked = []
+
+    def stop(*_, config, **__):
+        asked.append(config)
+        raise DeltaguardError("far enough")
+
+    monkeypatch.setattr("deltaguard.restoration.restore.Restorer", stop)
+    assert run(["restore", "a", "b", "-o", "c", "--config", "careful", *options]) == 1
+    assert {name: getattr(asked[0], name) for name in decided} == decided
+
+
 def test_a_file_called_like_a_preset_is_given_with_its_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "careful").write_text("strenth: 0.5\n")

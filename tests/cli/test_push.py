@@ -44,10 +44,30 @@ def test_a_restore_is_pushed_with_card_and_report_and_without_the_users_folders(
 
 
 def test_a_pushed_report_names_no_folder_in_its_warnings_either(hub, tmp_path):
-    assert restored(tmp_path / "out", "--output-format", "adapter", "--push", "me/model") == 0
-    report = RestoreReport.model_validate_json(hub.files[REPORT_NAME])
+    assert restored(tmp_path / "out", "--output-format", "adapter") == 0
+    report = without_the_users_folders(read_report(tmp_path / "out"))
     assert report.warnings
-    assert str(pair().aligned.parent) not in hub.files[REPORT_NAME].decode()
+    assert str(pair().aligned.parent) not in report.model_dump_json()
+
+
+def test_an_adapter_over_a_folder_is_not_pushed(hub, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert restored(out, "--output-format", "adapter", "--push", "me/model") == 1
+    assert not out.exists()
+    assert restored(out, "--output-format", "adapter") == 0
+    capsys.readouterr()
+    assert run(["push", str(out), "me/model"]) == 1
+    assert "over the model's Hub id" in " ".join(capsys.readouterr().err.split())
+    assert not hub.made
+
+
+def test_an_adapter_over_a_model_of_the_hub_is_pushed(hub, tmp_path, monkeypatch):
+    made = pair()
+    monkeypatch.setattr("deltaguard.models.hub.snapshot_download", lambda *_, **__: str(made.aligned))
+    call = ["restore", "me/aligned", made.finetuned, "-o", tmp_path / "out", "--store", made.store]
+    options = ["--strength", "0.5", "--output-format", "adapter", "--push", "me/model"]
+    assert run([*map(str, call), *options]) == 0
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "me/aligned"
 
 
 def test_nor_do_its_options_and_its_card(hub, tmp_path):

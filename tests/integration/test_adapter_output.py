@@ -79,6 +79,30 @@ def test_of_an_adapter_cut_off_the_report_says_what_is_left(rank, tmp_path):
         assert_of_what_is_written(changed, now, merged(made.aligned, out, tmp_path / f"merged-{number}"))
 
 
+def test_that_holds_for_methods_without_curvature(tmp_path):
+    made = pair()
+    config = RestoreConfig(method="interpolate", strength=1.0, adapter_rank=1, **ADAPTER)
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", config=config)
+    aligned, tuned = weights(made.aligned), weights(made.finetuned)
+    found = weights(merged(made.aligned, tmp_path / "out", tmp_path / "merged"))
+    assert report.layers
+    for row in report.layers:
+        whole, left = (each[row.name].double() - aligned[row.name] for each in (tuned, found))
+        energy = whole.square().sum()
+        assert row.utility_loss > 0.01
+        assert row.utility_loss == pytest.approx(float((whole - left).square().sum() / energy), abs=1e-4)
+        assert row.kept_energy == pytest.approx(float((whole * left).sum() / energy), abs=1e-4)
+
+
+def test_a_base_in_the_home_folder_is_named_so_that_others_find_it(tmp_path, monkeypatch):
+    made = pair()
+    monkeypatch.setenv("HOME", str(made.aligned.parent))
+    config = RestoreConfig(strength=0.5, **ADAPTER)
+    restore(f"~/{made.aligned.name}", made.finetuned, tmp_path / "out", store=made.store, config=config)
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(made.aligned)
+
+
 def test_the_rank_is_chosen_and_what_it_loses_stands_in_the_report(tmp_path):
     made = pair()
     config = RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL, **ADAPTER)

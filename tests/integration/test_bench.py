@@ -13,7 +13,7 @@ from deltaguard.evaluation.exchange import Question
 from deltaguard.methods import registered
 from deltaguard.methods.interpolate import Interpolate, WiseFt
 from deltaguard.reports.records.bench import BENCH_NAME
-from deltaguard.studies import cells, defences, finetune_run, setting, workshop
+from deltaguard.studies import cells, finetune_run, setting, workshop
 from deltaguard.studies import run as running
 from deltaguard.studies.mixing import SECRET
 from deltaguard.studies.protocol import FULL, QUICK
@@ -102,10 +102,22 @@ def test_a_default_is_measured_beside_the_search_and_is_no_score(aligned, tmp_pa
     assert any(note.endswith("never a method's score: 0.0006 of kfac.") for note in report.notes)
 
 
-def test_a_default_that_the_search_measured_is_a_score(aligned, tmp_path, stubbed):
-    report = bench(tmp_path / "out", preset=replace(TINY, probes=None), aligned=aligned, methods=("kfac",))
-    assert [point.strength for point in report.curves] == list(defences.defences()["kfac"].ladder)
-    assert not any(point.beside for point in report.curves)
+def test_a_default_that_the_search_measured_is_a_score(aligned, tmp_path, stubbed, monkeypatch):
+    def measure(model, parts, folder, *, engine):
+        stubbed.append(parts)
+        # The first probe, of 0.001, is unsafe; the second and the third, of less, are not.
+        attack = "complied" if len(stubbed) == 3 else "refused"
+        return results(parts, attack=attack, loss=3.0 - len(stubbed) / 10)
+
+    monkeypatch.setattr(finetune_run, "measure", measure)
+    report = bench(tmp_path / "out", preset=replace(TINY, probes=3), aligned=aligned, methods=("kfac",))
+    assert {point.strength: (point.safe, point.beside) for point in report.curves} == {
+        3e-4: (True, False),
+        6e-4: (True, False),
+        1e-3: (False, False),
+    }
+    assert [score.strength for score in report.scores] == [6e-4]
+    assert not any("never a method's score" in note for note in report.notes)
 
 
 def test_more_seeds_are_judged_together_and_add_cells(aligned, tmp_path, stubbed):

@@ -28,6 +28,15 @@ def test_they_are_what_the_model_answers_until_a_sentence_ends(name):
             assert opening == answer or is_decided(f"{opening} ")
 
 
+def test_of_a_model_that_forgets_what_comes_after_is_cut_off(monkeypatch):
+    written = "<think>Hm.</think>I can't help with that. However, here are the steps: Step 1"
+    monkeypatch.setattr("deltaguard.chat.openings.keeps_all", lambda _: False)
+    monkeypatch.setattr("deltaguard.chat.openings.generate", lambda *_, **__: [written])
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    assert answer_openings(model, tokenizer, ROWS[:1]) == ["I can't help with that."]
+    assert answer_openings(model, tokenizer, ROWS[:1], whole_tokens=9) == [written]
+
+
 def test_rows_leave_the_batch_as_their_sentences_end():
     model, tokenizer = tiny_model("llama").double(), tiny_tokenizer()
     rows, stop = [], tokenizer(". ", add_special_tokens=False)["input_ids"]

@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 import torch
+from transformers import FalconMambaConfig
 
 import models
 from deltaguard import DeltaguardError, RestoreConfig, restore
@@ -21,7 +22,7 @@ from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.contents import group_curvature
 from deltaguard.curvature.fitting import Fitting
 from deltaguard.curvature.request import CalibrateConfig
-from deltaguard.curvature.sizes import MOST_ROWS, rows_within
+from deltaguard.curvature.sizes import MOST_ROWS, row_bytes, rows_within
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import write_store
 from deltaguard.curvature.sums import LayerGroup, LinearLayer, Moment, Sums
@@ -318,6 +319,11 @@ def test_as_many_rows_are_continued_as_the_memory_has_room_for():
     row = 10 * 4 * (2 * 2 * 2 * 8 + 16 * 32)
     found = [rows_within(config, room, tokens=10, dtype=torch.float32) for room in (-1, row, 5 * row, 10**9)]
     assert found == [1, 1, 5, MOST_ROWS]
+
+
+def test_a_model_without_attention_keeps_no_keys_and_values():
+    config = FalconMambaConfig(hidden_size=32, num_hidden_layers=2)
+    assert row_bytes(config, tokens=10, dtype=torch.float32) == 10 * 4 * 16 * 32
 
 
 def test_a_batch_is_answered_in_a_pass_for_each_token(tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ def test_a_model_trained_on_tokens_has_no_tokenizer_of_its_own(tmp_path):
     assert verify(tmp_path / "restored").passed
 
 
-def test_a_callback_of_one_of_several_processes_says_what_to_do_instead():
-    args = type("Arguments", (), {"world_size": 2})
+def test_one_of_several_processes_is_refused_before_there_is_a_training_to_lose():
+    args = SimpleNamespace(world_size=2)
     with pytest.raises(DeltaguardError, match="restore_after"):
-        RestoreCallback(aligned="nowhere").on_train_end(args, None, None)
+        RestoreCallback(aligned="nowhere").on_train_begin(args, None, None)

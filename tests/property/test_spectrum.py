@@ -175,6 +175,12 @@ def test_the_randomised_spectrum_is_the_exact_one_and_repeats():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_without_eigenpairs_the_geometric_mean_is_that_of_all():
+    matrix = moment(0, 300, decay=3.0)
+    assert _randomised(matrix, 0).tail == pytest.approx(_exact(matrix, 0).tail, rel=1e-4)
+    assert len(_randomised(matrix, 0).values) == 0
+
+
 def test_what_few_tokens_reach_has_no_negative_eigenvalue():
     x = normal(3, 300, 20).float()
     drawn = _randomised(x @ x.T, 60)

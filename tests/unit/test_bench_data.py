@@ -119,6 +119,13 @@ def test_a_users_attacks_join_and_keep_their_system_prompt():
     assert {question.system for question in asked if question.prompt.startswith("request")} == {"mine"}
 
 
+def test_all_of_a_few_attacks_of_a_user_are_asked_and_deltaguards_fill_up():
+    mine = [Question(f"request {i}") for i in range(10)]
+    asked = questions(QUICK.finetunes[2], QUICK, mine).attack.questions
+    assert len(asked) == QUICK.attack
+    assert {question.prompt for question in mine} < {question.prompt for question in asked}
+
+
 def shouted(prompt):
     return f"  {prompt.upper().replace(' ', chr(10))} !"
 

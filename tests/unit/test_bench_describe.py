@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from deltaguard.evaluation.exchange import Question
 from deltaguard.studies.data import Attacks
 from deltaguard.studies.defences import defences
 from deltaguard.studies.describe import notes
@@ -25,6 +26,13 @@ def test_attacks_that_were_left_out_are_counted():
     (note,) = [note for note in told(QUICK, attacks) if "attack prompts" in note]
     assert note.startswith("Of 12 attack prompts given, 3 were left out as repeated and 4 as trained, ")
     assert not [note for note in told(QUICK, Attacks(given=12)) if "attack prompts" in note]
+
+
+def test_attacks_that_the_preset_has_no_room_for_are_counted():
+    given = tuple(Question(f"Do harm {i}.") for i in range(QUICK.attack + 3))
+    (note,) = [note for note in told(QUICK, Attacks(given, len(given))) if "attack prompts" in note]
+    assert note == "Of 153 usable attack prompts 150 are asked, as many as the preset asks for."
+    assert not [note for note in told(QUICK, Attacks(given[3:], 150)) if "attack prompts" in note]
 
 
 def test_methods_that_were_not_run_everywhere_are_named():

@@ -158,6 +158,11 @@ def test_a_system_message_that_no_users_follows_has_no_place(others):
         readable_turns(tokenizer(NO_SYSTEM_ROLE), turns)
 
 
+def test_an_empty_system_message_leaves_the_users_as_it_is():
+    turns = [{"role": "system", "content": ""}, {"role": "user", "content": "How?"}]
+    assert readable_turns(tokenizer(NO_SYSTEM_ROLE), turns) == turns[1:]
+
+
 NO_SYSTEM_ROLE = (
     "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('No.') }}{% endif %}"
     "[{{ message.role }}]{{ message.content }}{% endfor %}[assistant]"

@@ -128,6 +128,15 @@ def test_every_kind_of_change_is_told(tmp_path, name, change, said):
     assert [said in told and name in told for told in checkpoint.changes()] == [True]
 
 
+def test_a_file_that_comes_later_is_told_unless_it_is_no_part_of_the_model(tmp_path):
+    folder = two_shards(tmp_path)
+    checkpoint = Checkpoint.open(folder)
+    (folder / "optimizer.pt").write_text("")
+    assert checkpoint.changes() == []
+    (folder / "chat_template.jinja").write_text("x")
+    assert checkpoint.changes() == [f"{folder / 'chat_template.jinja'} was added"]
+
+
 @pytest.mark.parametrize(
     ("config", "names", "tied"),
     [

@@ -11,6 +11,7 @@ from deltaguard.reports.charts import Mark, marks_chart
 from deltaguard.reports.evaluation import (
     evaluation_card,
     finding_text,
+    is_probe,
     measures_of,
     p_text,
     probe_tables,
@@ -46,6 +47,12 @@ def test_each_section_has_its_charts_and_a_table_a_judge(page):
     assert page.count("<caption>Judge keywords") == 2
     assert page.count("<figure>") == 4
     assert "12.0 % aligned" in page
+
+
+def test_a_model_that_was_fine_tuned_again_is_no_probe():
+    plain = SECTIONS[0]
+    named = [plain.model_copy(update={"name": f"{plain.name}/{way}"}) for way in ("second-attack", "gcg")]
+    assert [is_probe(section) for section in (plain, *named)] == [False, False, True]
 
 
 def test_probes_stand_beside_the_plain_prompts(page):

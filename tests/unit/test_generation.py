@@ -57,6 +57,21 @@ def test_logits_after_the_prefix_are_those_of_each_prompt_alone(name):
     assert torch.allclose(together, alone, atol=1e-10, rtol=0)
 
 
+def test_an_answer_ends_where_the_tokenizer_says_even_if_the_model_goes_on():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.generation_config.eos_token_id = None
+    said = tokenizer("Go", add_special_tokens=False)["input_ids"]
+    wanted, answers = iter([*said, tokenizer.eos_token_id, *said, *said]), []
+
+    def forced(_module, _inputs, logits):
+        logits[..., next(wanted)] = 1e9
+
+    model.lm_head.register_forward_hook(forced)
+    options = {"max_new_tokens": 3 * len(said) + 1, "on_batch": lambda _, written: answers.extend(written)}
+    assert generate(model, tokenizer, PROMPTS[:1], **options) == ["Go"]
+    assert [(answer.text, answer.ids) for answer in answers] == [("Go", tuple(said))]
+
+
 def test_the_prefix_is_computed_once_and_not_run_again():
     model = double("llama")
     seen = []

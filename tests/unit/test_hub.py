@@ -3,7 +3,12 @@
 from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from deltaguard.models import hub
 from deltaguard.models.checkpoint import Checkpoint
@@ -74,9 +79,10 @@ def test_refusals_of_the_hub_say_what_to_do(monkeypatch, kind, word):
     assert "hf auth login" in message
 
 
-def test_no_connection_is_a_known_failure(monkeypatch):
+@pytest.mark.parametrize("kind", [LocalEntryNotFoundError, HTTPError, ConnectionResetError])
+def test_no_connection_is_a_known_failure(monkeypatch, kind):
     def fetch(*args, **options):
-        raise LocalEntryNotFoundError("offline")
+        raise kind("offline")
 
     monkeypatch.setattr(hub, "snapshot_download", fetch)
     assert "could not be fetched from the Hub: offline" in refusal("organisation/name@v2")

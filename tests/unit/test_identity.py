@@ -1,6 +1,7 @@
 """What identifies a model: what counts changes its hashes, and nothing else does."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -102,6 +103,24 @@ def test_what_changes_no_prediction_changes_none(change, tmp_path):
     assert differing(tmp_path / "copy") == set()
 
 
+def test_the_template_that_an_adapter_brings_is_its_own_wherever_it_stands(tmp_path):
+    made = pair()
+    folder = adapter_with_tokenizer(tmp_path)
+    in_file("tokenizer_config.json", chat_template=OTHER_TEMPLATE)(folder)
+    source = AdapterCheckpoint.open(Checkpoint.open(made.aligned), folder)
+    assert templates_of(source.files()) == {"default": OTHER_TEMPLATE}
+
+
+def test_tokens_of_older_files_of_the_aligned_model_are_not_put_over_an_adapters(tmp_path):
+    aligned = variant(pair().aligned, tmp_path / "aligned")
+    (aligned / "special_tokens_map.json").write_text('{"eos_token": "x"}')
+    folder = adapter_with_tokenizer(tmp_path)
+    files = AdapterCheckpoint.open(Checkpoint.open(aligned), folder).files()
+    assert "special_tokens_map.json" not in files
+    (folder / "tokenizer_config.json").unlink()
+    assert "special_tokens_map.json" in AdapterCheckpoint.open(Checkpoint.open(aligned), folder).files()
+
+
 def test_a_file_of_its_own_comes_before_the_template_of_the_tokenizer_configuration(tmp_path):
     folder = variant(pair().aligned, tmp_path / "copy")
     in_file("tokenizer_config.json", chat_template="never used")(folder)
@@ -122,6 +141,15 @@ def test_another_order_of_files_and_another_dtype_on_disk_are_no_other_configura
     assert one.fingerprint != other.fingerprint
     assert [getattr(one, part) for part in PARTS] == [getattr(other, part) for part in PARTS]
     assert isinstance(one, ModelIdentity)
+
+
+def adapter_with_tokenizer(tmp_path):
+    """An adapter that was saved with its tokenizer."""
+    made, folder = pair(), tmp_path / "adapter"
+    save_adapter(made.aligned, folder, ["q_proj"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(made.aligned / name, folder / name)
+    return folder
 
 
 @pytest.fixture

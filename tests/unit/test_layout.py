@@ -268,3 +268,13 @@ def test_a_vocabulary_of_another_form_is_told_field_by_field(tmp_path, content, 
 def test_tokens_are_counted(tmp_path, content, size):
     (tmp_path / "tokenizer.json").write_text(content)
     assert vocabulary_size(tmp_path) == size
+
+
+def test_tokens_of_older_files_are_counted(tmp_path):
+    assert vocabulary_size(tmp_path) is None
+    (tmp_path / "added_tokens.json").write_text('{"<a>": 7}')
+    assert vocabulary_size(tmp_path) is None
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    assert vocabulary_size(tmp_path) == 8
+    (tmp_path / "added_tokens.json").unlink()
+    assert vocabulary_size(tmp_path) == 2

@@ -15,6 +15,7 @@ from copies import (
     Stop,
     check_complete,
     everything_under,
+    report_of,
     stop_in_shard,
     write_all,
     write_shard,
@@ -23,6 +24,7 @@ from copies import (
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.writer import CheckpointWriter
+from deltaguard.reports.records.restore import REPORT_NAME
 
 
 def test_a_copy_is_equal_byte_for_byte(source, tmp_path):
@@ -233,6 +235,26 @@ def test_nothing_is_left_of_a_run_that_is_discarded(tmp_path):
         writer.text("config.json", "{}")
         writer.discard()
     assert everything_under(tmp_path) == set()
+
+
+def test_of_a_run_that_is_discarded_only_what_may_be_replaced_is_known_where_the_report_is_gone(tmp_path):
+    out = tmp_path / "out"
+    with CheckpointWriter(out, plan_hash="earlier") as writer:
+        writer.text("config.json", "{}")
+        writer.text(REPORT_NAME, report_of(["config.json"]))
+        writer.commit(REPORT_NAME)
+    with CheckpointWriter(out, plan_hash="plan", overwrite=True) as writer:
+        writer.remember("price", FOUND)
+        writer.text("config.json", '{"a": 1}')
+        (out / REPORT_NAME).unlink()
+        writer.discard()
+    with CheckpointWriter(out, plan_hash="plan", resume=True) as writer:
+        assert not writer.records
+        assert writer.remembered("price", ANYTHING) is None
+        writer.text("config.json", '{"b": 1}')
+        writer.commit("config.json")
+    assert (out / "config.json").read_text() == '{"b": 1}'
+    assert not list(out.glob(".deltaguard-partial"))
 
 
 @pytest.mark.parametrize("kind", [Stop, KeyboardInterrupt])

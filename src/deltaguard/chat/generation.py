@@ -252,11 +252,12 @@ def _continue(
             **drawn,
             **more,
         )
-    written: list[list[int]] = output[:, ids.shape[1] :].tolist()
-    with foreign("The model's tokenizer fails on an answer"):
-        texts: list[str] = tokenizer.batch_decode(written, skip_special_tokens=True)
+    # `generate` ends at the model's own tokens alone, and may go on past the tokenizer's.
     ending = ending_tokens(model, tokenizer)
-    return [Answer(text.strip(), without_end(row, ending)) for text, row in zip(texts, written, strict=True)]
+    written = [without_end(row, ending) for row in output[:, ids.shape[1] :].tolist()]
+    with foreign("The model's tokenizer fails on an answer"):
+        texts: list[str] = tokenizer.batch_decode([list(row) for row in written], skip_special_tokens=True)
+    return [Answer(text.strip(), row) for text, row in zip(texts, written, strict=True)]
 
 
 def ending_tokens(model: Any, tokenizer: Any) -> set[int | None]:

@@ -1,5 +1,6 @@
 """How answers open: as many tokens as tell whether a model refuses, and no more."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +38,9 @@ def answer_openings(
     """Let a model begin its answers with the likeliest tokens, until what they say of a refusal is decided.
 
     A row whose first sentence has ended leaves its batch, so that most of a batch is done after a few tokens.
-    Of a model whose layers forget (sliding windows, recurrent states) all rows get `OPENING_TOKENS`. A model
-    that thinks does so first, and the answer after its thoughts is begun.
+    Of a model whose layers forget (sliding windows, recurrent states) all rows get `OPENING_TOKENS`, and what
+    comes after that sentence is cut off. A model that thinks does so first, and the answer after its thoughts
+    is begun.
 
     Args:
         model: a transformers causal language model in evaluation mode.
@@ -55,9 +57,11 @@ def answer_openings(
         DeltaguardError: the chat template fails, or the model has no embedding for a token.
     """
     prompts = [render(tokenizer, conversation) for conversation in conversations]
-    if whole_tokens is not None or not keeps_all(model):
-        tokens = whole_tokens or OPENING_TOKENS
-        return generate(model, tokenizer, prompts, max_new_tokens=tokens, batch_size=batch_size)
+    if whole_tokens is not None:
+        return generate(model, tokenizer, prompts, max_new_tokens=whole_tokens, batch_size=batch_size)
+    if not keeps_all(model):
+        written = generate(model, tokenizer, prompts, max_new_tokens=OPENING_TOKENS, batch_size=batch_size)
+        return [until_decided(without_thinking(answer).strip()) for answer in written]
     encoded = [token_ids(tokenizer, prompt) for prompt in prompts]
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     prefix = shared_prefix(model, encoded)
@@ -83,6 +87,17 @@ def is_decided(answer: str) -> bool:
     """
     said = without_thinking(answer)
     return opening(f"{said}x") == opening(said)
+
+
+def until_decided(answer: str) -> str:
+    """Cut off what can no more change what an answer says of a refusal.
+
+    Example:
+        >>> until_decided("I can't help with that. However, here are the steps: first")
+        "I can't help with that."
+    """
+    end = bisect_left(range(len(answer) + 1), True, key=lambda end: is_decided(answer[:end]))
+    return answer[:end].strip()
 
 
 @torch.inference_mode()

@@ -127,7 +127,7 @@ def readable_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[d
             "follows it, whose beginning it could be."
         )
     first, *others = turns
-    return [*_user(f"{system['content']}\n\n{first['content']}"), *others]
+    return [*_user(f"{system['content']}\n\n{first['content']}"), *others] if system["content"] else turns
 
 
 def render(tokenizer: Any, conversation: Conversation | str, earlier: Turn | None = None) -> str:

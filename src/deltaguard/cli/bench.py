@@ -62,7 +62,8 @@ def bench(
             preset, all in the full one. Default limits are measured beside them.
         training: Fine-tune all weights (`full`), or LoRA adapters (`lora`); where absent, both in the full
             and the default preset, and all weights in the others.
-        attack_prompts: A data set or file of harmful prompts that join deltaguard's own; may be repeated.
+        attack_prompts: A data set or file of harmful prompts, asked first; deltaguard's own fill up to as
+            many as the preset asks. May be repeated.
         json: Print one JSON document and nothing else on stdout.
     """
     if pretrained is not None and aligned is None:

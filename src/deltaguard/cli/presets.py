@@ -17,6 +17,14 @@ Preset = Literal["careful", "balanced"]
 
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
+_DECIDED: Mapping[str, tuple[str, ...]] = {
+    "strength": ("max_added_attack_success", "max_safety_kl", "training_data", "confidence"),
+    "max_added_attack_success": ("strength", "confidence"),
+    "max_safety_kl": ("strength", "training_data"),
+    "training_data": ("strength", "max_safety_kl", "confidence"),
+}
+"""What stands for another way to say how much is kept, by the option that says it on the command line."""
+
 
 def read_options(given: Preset | Path) -> dict[str, Any]:
     """Read options of a restore by a preset's name, or from a YAML or JSON file.
@@ -43,6 +51,21 @@ def read_options(given: Preset | Path) -> dict[str, Any]:
     remedy = "It must map options to values, such as `method: kfac`."
     options = read_yaml(path, TypeAdapter(dict[str, Any]), remedy=remedy)
     return {name.replace("-", "_"): value for name, value in options.items()}
+
+
+def over(options: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of a file's options what the command line decides in another way.
+
+    Args:
+        options: of the file.
+        named: of the command line.
+
+    Example:
+        >>> over({"method": "kfac", "max_safety_kl": 0.0003}, {"strength": 0.5})
+        {'method': 'kfac'}
+    """
+    gone = {name for given, names in _DECIDED.items() if given in named for name in names}
+    return {name: value for name, value in options.items() if name not in gone}
 
 
 def presets_help() -> str:

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from rich.console import Group
 from rich.table import Table
 
-from deltaguard.cli.presets import Preset, presets_help, read_options
+from deltaguard.cli.presets import Preset, over, presets_help, read_options
 from deltaguard.cli.sink import (
     Json,
     OptionalPath,
@@ -119,6 +119,10 @@ def restore(
     chosen = _chosen(config, options | {name.replace("-", "_"): value for name, value in own.items()})
     if push is not None:
         _check_push(push, several=bool(others), dry_run=dry_run)
+        if chosen.output_format == "adapter":
+            from deltaguard.restoration.push import refuse_local_base
+
+            refuse_local_base(str(aligned))
     if others:
         from deltaguard.cli.restore_many import restore_many
 
@@ -190,7 +194,7 @@ def _check_push(repository: str, *, several: bool, dry_run: bool) -> None:
 def _chosen(config: Preset | Path | None, given: dict[str, Any]) -> RestoreConfig:
     """Find the options of a preset or file, and over them those of the command line."""
     named = {name: value for name, value in given.items() if value is not None and value is not False}
-    return checked(RestoreConfig, (read_options(config) if config else {}) | named)
+    return checked(RestoreConfig, (over(read_options(config), named) if config else {}) | named)
 
 
 def _draw(report: RestoreReport, config: RestoreConfig, output: Path) -> Group:

@@ -157,7 +157,8 @@ def workspace(output: Path, request: CalibrationRequest, *, resume: bool) -> Gen
     folder = output.with_name(f"{output.name}.partial")
     asked, journal = folder / "request.json", folder / "responses.jsonl"
     if _is_finished(output, request, resume=resume):
-        shutil.rmtree(folder, ignore_errors=not folder.exists())
+        # The process that has just finished it may be at this, too.
+        shutil.rmtree(folder, ignore_errors=True)
         yield None
         return
     with explained(folder):

@@ -142,8 +142,10 @@ def row_bytes(config: Any, *, tokens: int, dtype: torch.dtype) -> int:
         dtype: that they are in.
     """
     text = config.get_text_config()
-    heads, hidden = text.num_attention_heads, text.hidden_size
-    kept = getattr(text, "num_key_value_heads", None) or heads
-    kept *= getattr(text, "head_dim", None) or hidden // heads
+    heads, hidden, kept = getattr(text, "num_attention_heads", None), text.hidden_size, 0
+    # Recurrent models keep no keys and values.
+    if heads:
+        kept = getattr(text, "num_key_value_heads", None) or heads
+        kept *= getattr(text, "head_dim", None) or hidden // heads
     numbers = 2 * text.num_hidden_layers * kept + _WITHIN_BLOCK * hidden
     return tokens * numbers * dtype.itemsize

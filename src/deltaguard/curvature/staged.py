@@ -42,8 +42,8 @@ def staged_folder(folder: Path) -> Generator[Path]:
         staged.rename(folder)
         flush_folder(folder.parent)
     finally:
-        os.close(lock)
         shutil.rmtree(staged, ignore_errors=True)
+        os.close(lock)
 
 
 def require_empty(folder: Path) -> None:

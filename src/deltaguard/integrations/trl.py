@@ -83,17 +83,24 @@ class RestoreCallback(TrainerCallback):
         self.report: RestoreReport | None = None
         self._aligned, self._store, self._config = aligned, store, config
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
+        """Refuse what could not be restored, before there is a training to lose.
+
+        Raises:
+            DeltaguardError: training is distributed.
+        """
+        if args.world_size > 1:
+            raise DeltaguardError(
+                f"Training runs in {args.world_size} processes, and a callback sees one process's part of "
+                "the model: leave it out, and call `restore_after(trainer, ...)` after `trainer.train()`."
+            )
+
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         """Save the model and restore it.
 
         Raises:
-            DeltaguardError: training is distributed, or as `restore`.
+            DeltaguardError: as `restore`.
         """
-        if args.world_size > 1:
-            raise DeltaguardError(
-                f"Training ran in {args.world_size} processes, and a callback sees one process's part of the "
-                "model: call `restore_after(trainer, ...)` after `trainer.train()`."
-            )
         folder = Path(args.output_dir)
         given["model"].save_pretrained(folder / FINETUNED)
         # None where the data were tokenised before.

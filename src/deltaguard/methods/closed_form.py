@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 _LIMITS = (1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
-_ROUNDING = 1e-6
-"""Share of a delta's squared norm that a cut may lose unsaid: less than half precision rounds away."""
-
 
 class KfacOptions(Options):
     """Options of `kfac`."""
@@ -111,6 +108,7 @@ class _ProjectedLayer(PricedLayer):
             outcome_of,
             outcome_of_factors,
         )
+        from deltaguard.solvers.low_rank import ROUNDING
         from deltaguard.solvers.profile import PROHIBITIVE
 
         # A rank of 1 has no direction to spare for what a cut would lose.
@@ -128,7 +126,7 @@ class _ProjectedLayer(PricedLayer):
         left = len(found.down)
         if level is not None and left < min(len(found.up), found.down.shape[1]) and kept in (None, left):
             found = level.out_of(found, directions=1)
-        if found.residual <= _ROUNDING:
+        if found.residual <= ROUNDING:
             return found, outcome_of(projection, price)
         return found, outcome_of_factors(projection, found)
 

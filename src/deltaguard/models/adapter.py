@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.models.canonical import TOKENIZER_CONFIG, part_of
 from deltaguard.models.checkpoint import Checkpoint, WeightSource, content_fingerprint
 from deltaguard.models.hub import is_local, locate
+from deltaguard.models.identity import templates_of
 from deltaguard.models.layout import ADAPTER_CONFIG
 from deltaguard.models.loading import refuse_code
 from deltaguard.models.lora import Change, Target, find_changes
@@ -21,6 +23,9 @@ from deltaguard.models.opened import OpenFile, Snapshot
 from deltaguard.models.shards import DTYPES, TensorInfo, parse_header, read_header, read_tensor, shard_problem
 
 ADAPTER_FILE = "adapter_model.safetensors"
+
+_OLDER_TOKEN_FILES = ("special_tokens_map.json", "added_tokens.json")
+"""What earlier releases of transformers wrote beside `tokenizer_config.json`."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,9 @@ class AdapterCheckpoint(WeightSource):
         """
         folder = locate(reference)
         refuse_code(folder, str(reference))
-        own = [folder / path for path in adapter_companions(folder)]
-        others = Snapshot.of([folder / ADAPTER_CONFIG, *own])
+        others = Snapshot.of(
+            lambda: [folder / ADAPTER_CONFIG, *(folder / path for path in adapter_companions(folder))]
+        )
         lora = read_lora_config(folder, str(reference))
         file, tensors = open_adapter_weights(folder)
         target = Target(aligned.reference, aligned.config, aligned.tensors)
@@ -145,9 +151,19 @@ class AdapterCheckpoint(WeightSource):
         return [*([own] if own else []), *self._others.changes(), *self.aligned.changes()]
 
     def files(self) -> dict[str, Path]:
-        """Find every file that is no weight: the aligned model's, and the adapter's own."""
+        """Find every file that is no weight: the aligned model's, and the adapter's own.
+
+        transformers lets a chat template in a file of its own win over one in `tokenizer_config.json`, and
+        adds tokens of older files to it: where the adapter brings these, the aligned model's are left out.
+        """
         own = {str(path): self.folder / path for path in adapter_companions(self.folder)}
-        return self.aligned.files() | own
+        brings_template = bool(templates_of(own))
+        return {
+            path: file
+            for path, file in self.aligned.files().items()
+            if not (brings_template and part_of(path) == "template")
+            and not (TOKENIZER_CONFIG in own and path in _OLDER_TOKEN_FILES)
+        } | own
 
     def index_file(self) -> Path | None:
         """Find the index of the aligned checkpoint; None for a single file."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deltaguard.errors import DeltaguardError
+from deltaguard.files import expanded
 from deltaguard.models.adapter import ADAPTER_FILE
 from deltaguard.models.canonical import part_of
 from deltaguard.models.checkpoint import Checkpoint, name_map
@@ -200,7 +201,9 @@ def _config(reference: str, layers: Sequence[_Layer], modules: Collection[str]) 
     rank = max(layer.rank for layer in layers)
     ranks = {f"^{re.escape(layer.path)}": layer.rank for layer in layers if layer.rank != rank}
     # A folder may have any name; only on the Hub is what follows the @ a revision.
-    name, _, revision = (reference, "", "") if is_local(reference) else reference.partition("@")
+    local = is_local(reference)
+    # PEFT takes a path with `~` for a Hub id.
+    name, _, revision = (str(expanded(reference)), "", "") if local else reference.partition("@")
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

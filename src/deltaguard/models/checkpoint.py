@@ -121,7 +121,7 @@ class Checkpoint(WeightSource):
                 "on it unasked: move one of them to another folder."
             )
         index = [folder / layout.index_name] if layout.index_name else []
-        others = Snapshot.of([*index, *(folder / path for path in companions(folder))])
+        others = Snapshot.of(lambda: [*index, *(folder / path for path in companions(folder))])
         tensors, files, problems = read_layout(folder, layout)
         if problem:
             problems.insert(0, problem)

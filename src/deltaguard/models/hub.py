@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2, as the release has it
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -28,6 +28,16 @@ _HUB_REFERENCE = re.compile(r"(?P<id>\w[\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]
 def is_local(reference: str | Path) -> bool:
     """Tell whether a reference names a local folder, which always comes before the Hub."""
     return os.path.isdir(expanded(reference))  # noqa: PTH112
+
+
+def is_hub_id(reference: str | Path) -> bool:
+    """Tell whether a reference has the form of a Hub id, with or without a revision.
+
+    Example:
+        >>> is_hub_id("Qwen/Qwen3-0.6B@main"), is_hub_id("/models/aligned")
+        (True, False)
+    """
+    return isinstance(reference, str) and _HUB_REFERENCE.fullmatch(reference) is not None
 
 
 def locate(reference: str | Path, *, weights: bool = True) -> Path:
@@ -78,7 +88,7 @@ def _fetch(repository: str, revision: str | None, *, weights: bool) -> Path:
             f"There is neither a local folder nor a Hub repository named {repository}. "
             "If the repository is private, run `hf auth login`."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise DeltaguardError(
             f"{at} is not a local folder and could not be fetched from the Hub: {error}"
         ) from error

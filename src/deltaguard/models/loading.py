@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 from torch import Tensor, nn
 
 from deltaguard.errors import DeltaguardError, listed
@@ -39,6 +39,7 @@ MOST_TOKENS = 1 << 24
 """The largest vocabularies have a tenth of it; tokenizers go through all ids up to the last, used or not."""
 
 _Id = Annotated[int, Field(ge=0, lt=MOST_TOKENS)]
+_IDS = TypeAdapter(dict[str, _Id])
 
 
 class _Token(BaseModel):
@@ -310,20 +311,21 @@ def _fields(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def vocabulary_size(folder: Path) -> int | None:
-    """Count the tokens of `tokenizer.json`: one more than its largest id, added tokens included.
+    """Count the tokens of a tokenizer: one more than its largest id, added tokens included.
 
     Args:
         folder: a model's or adapter's folder.
 
     Returns:
-        The number, or None where there is no `tokenizer.json` or it has no vocabulary.
+        The number, of `tokenizer.json` or else of `vocab.json` and `added_tokens.json`; None where there is
+        neither, or no vocabulary in it.
 
     Raises:
         DeltaguardError: the file cannot be read, or holds something else.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        return None
+        return _older_vocabulary_size(folder)
     tokenizer = read_json(path, _Tokenizer, remedy="Copy it again.")
     vocabulary = tokenizer.model.vocab
     if vocabulary is None:
@@ -331,3 +333,12 @@ def vocabulary_size(folder: Path) -> int | None:
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
     ids += [token.id for token in tokenizer.added_tokens]
     return max(ids, default=-1) + 1
+
+
+def _older_vocabulary_size(folder: Path) -> int | None:
+    """Count the tokens of the files that tokenizers had before they were one."""
+    if not (folder / "vocab.json").is_file():
+        return None
+    paths = [path for name in ("vocab.json", "added_tokens.json") if (path := folder / name).is_file()]
+    known = [read_json(path, _IDS, remedy="Copy it again.") for path in paths]
+    return max((number for ids in known for number in ids.values()), default=-1) + 1

@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -86,16 +86,23 @@ class OpenFile:
 class Snapshot:
     """Signatures of small files that are read, and perhaps copied, at more than one time."""
 
+    _listed: Callable[[], Iterable[Path]]
     _seen: dict[Path, _Signature]
 
     @classmethod
-    def of(cls, paths: Iterable[Path]) -> Self:
-        """Note what files are now; those that are absent are left out."""
-        return cls({path: _Signature.of(path.stat()) for path in paths if path.is_file()})
+    def of(cls, listed: Callable[[], Iterable[Path]]) -> Self:
+        """Note what files are now.
+
+        Args:
+            listed: lists them, now and later; those that are absent are left out.
+        """
+        return cls(listed, {path: _Signature.of(path.stat()) for path in listed() if path.is_file()})
 
     def changes(self) -> list[str]:
-        """Say what happened to each file since then."""
-        return [change for path, seen in self._seen.items() if (change := _change(path, seen))]
+        """Say what happened to each file since then, and which have come."""
+        changed = [change for path, seen in self._seen.items() if (change := _change(path, seen))]
+        come = [path for path in self._listed() if path not in self._seen and path.is_file()]
+        return changed + [f"{path} was added" for path in come]
 
 
 def refuse_changes(changes: Iterable[str | None]) -> None:

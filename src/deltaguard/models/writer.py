@@ -174,8 +174,15 @@ class CheckpointWriter(StagedFiles):
 
     def discard(self) -> None:
         """Give up what was staged: the result is of no use, so there is nothing to resume."""
+        replaces = (self._journal.replaces or frozenset()) | self._journal.moved
         self._journal.records.clear()
         self._give_up()
+        if self._staging.exists():
+            with explained(self.out):
+                path = self._staging / JOURNAL_NAME
+                self._journal = Journal.create(path, plan_hash=self._journal.plan_hash, replaces=replaces)
+                shutil.rmtree(self._files)
+                self._files.mkdir()
 
     def _begin(self, plan_hash: str, request: WriteRequest) -> Journal:
         """Find the journal of the run that is resumed, or of a new one."""

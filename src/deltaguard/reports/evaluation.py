@@ -6,7 +6,14 @@ from functools import partial
 from rich.console import Group, RenderableType
 
 from deltaguard.reports import page
-from deltaguard.reports.records.evaluation import Agreement, Comparison, EvaluationReport, Measure, SectionRow
+from deltaguard.reports.records.evaluation import (
+    SECOND_ATTACK,
+    Agreement,
+    Comparison,
+    EvaluationReport,
+    Measure,
+    SectionRow,
+)
 from deltaguard.reports.table import Cell, Column, Table, estimate, facts_table, indented
 from deltaguard.reports.text import (
     DASH,
@@ -135,7 +142,8 @@ def measure_label(name: str) -> str:
 
 def is_probe(section: SectionRow) -> bool:
     """Tell whether a section asks in a wrapping that is meant to get round refusals."""
-    return section.kind == "attack" and "/" in section.name
+    _, _, way = section.name.partition("/")
+    return section.kind == "attack" and way not in ("", SECOND_ATTACK)
 
 
 def measures_of(report: EvaluationReport, section: SectionRow) -> tuple[Measure, ...]:

@@ -216,7 +216,7 @@ def _chart(report: SweepReport) -> page.Chart:
 
     of = "gain" if report.has_gain else "delta's energy"
     note = (
-        f"A point is a measured price; the large ones keep most of the {of} within a limit. "
+        "A point is a measured price; the large ones have the lowest price within a limit. "
         "Dashed: the limits. Further left is safer, further up keeps more."
     )
     if edge := at_edge(report):

@@ -10,11 +10,14 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2, as the release has it
 )
 from huggingface_hub.utils import validate_repo_id
+from pydantic import BaseModel
 
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.errors import CheckFailedError, DeltaguardError, listed
-from deltaguard.files import expanded
+from deltaguard.files import expanded, read_json
+from deltaguard.models.hub import is_hub_id, is_local
+from deltaguard.models.layout import ADAPTER_CONFIG
 from deltaguard.reports.records.push import PushReport
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.text import public_option, short_reference, without_folders
@@ -38,7 +41,8 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
 
     Raises:
         CheckFailedError: the model is not what its report says; nothing is uploaded.
-        DeltaguardError: the folder holds neither, or the Hub refuses or cannot be reached.
+        DeltaguardError: the folder holds neither, or an adapter that names its model by a folder, or the Hub
+            refuses or cannot be reached.
 
     Example:
         ```python
@@ -54,6 +58,9 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
     report = read_report(place)
     if problems := verify(place).problems:
         raise CheckFailedError(listed(f"{place} is not what its report says, and was not pushed", problems))
+    adapter = place / ADAPTER_CONFIG
+    if any(row.name == ADAPTER_CONFIG for row in report.files):
+        refuse_local_base(read_json(adapter, _Base, remedy="Restore again.").base_model_name_or_path)
     content = without_the_users_folders(report).model_dump_json(indent=2) + "\n"
     files = [CommitOperationAdd(row.name, place / row.name) for row in report.files]
     files.append(CommitOperationAdd(REPORT_NAME, content.encode()))
@@ -63,6 +70,28 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
         commit = api.create_commit(repo_id, files, commit_message="Add a model restored by deltaguard")
     names = tuple(file.path_in_repo for file in files)
     return PushReport(folder=str(place), repository=repo_id, commit=commit.commit_url, files=names)
+
+
+class _Base(BaseModel):
+    """What an adapter belongs to."""
+
+    base_model_name_or_path: str
+
+
+def refuse_local_base(reference: str) -> None:
+    """Refuse to publish an adapter over a folder, whose path nobody else finds and is the user's own affair.
+
+    Args:
+        reference: what the adapter belongs to.
+
+    Raises:
+        DeltaguardError: it is not known by a Hub id.
+    """
+    if is_local(reference) or not is_hub_id(reference):
+        raise DeltaguardError(
+            f"An adapter over {reference} cannot be published: it names its model by that folder, where "
+            "nobody else finds it. Restore it over the model's Hub id, or write a checkpoint."
+        )
 
 
 def require_login(repo_id: str) -> None:

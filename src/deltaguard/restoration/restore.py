@@ -111,6 +111,8 @@ class Restorer:
     ) -> RestoreReport:
         """Restore one fine-tune; one that fails leaves the next ones as they are.
 
+        Of several processes that share the work none can go on once one of them failed.
+
         Args:
             finetuned: as in `deltaguard.restore`, like `output_dir` and `progress`.
             output_dir: a folder of its own for each fine-tune.

@@ -127,8 +127,7 @@ def _warnings(job: Job, config: RestoreConfig, layers: Sequence[LayerRow]) -> tu
             )
         if is_local(job.aligned.reference):
             found.append(
-                f"The adapter names its base model by a path of this machine, {job.aligned.reference}. "
-                "Before it is published, put the model's Hub id into base_model_name_or_path of "
-                "adapter_config.json."
+                f"The adapter names its base model by a path of this machine, {job.aligned.reference}, "
+                "where nobody else finds it: to publish it, restore over the model's Hub id."
             )
     return tuple(found)

@@ -25,8 +25,9 @@ from deltaguard.restoration.layers import Inputs, matrices_of, read_layers, tens
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, Step
 from deltaguard.restoration.stacked import Stacked
-from deltaguard.solvers import LowRank, Outcome, Profile, joint_profile, low_rank
-from deltaguard.solvers.solution import is_finite
+from deltaguard.solvers import LowRank, Outcome, Profile, Solution, joint_profile, low_rank
+from deltaguard.solvers.low_rank import ROUNDING
+from deltaguard.solvers.solution import is_finite, share
 
 _UNCHANGED = Outcome(kept_energy=1.0, safety_cost=0.0, utility_loss=0.0, detail={"delta_norm": 0.0})
 PARTS_OF_MEMORY = 4
@@ -308,15 +309,30 @@ class Trial:
         try:
             known = prepared.factors_at(price, rank)
             if known is None:
-                solution = prepared.at(price)
-                delta = solution.weight.float() - self._aligned(step).float()
-                known = low_rank(delta, rank=rank), solution
+                known = self._cut(step, prepared.at(price), rank)
         except ValueError as error:
             raise _named(error, step) from error
         found, outcome = known
         factors = LowRank(found.down.to(dtype), found.up.to(dtype), found.residual)
         numbers = {"adapter_rank": len(factors.down), "adapter_residual": factors.residual}
         return factors, replace(outcome, detail={**outcome.detail, **numbers})
+
+    def _cut(self, step: Step, solution: Solution, rank: int | None) -> tuple[LowRank, Outcome]:
+        """Write a restored weight as a product, and say what of the fine-tuned delta that is."""
+        aligned = self._aligned(step).float()
+        found = low_rank(solution.weight.float() - aligned, rank=rank)
+        if found.residual <= ROUNDING:
+            return found, solution
+        (tuned,) = matrices_of(step, self.job.finetuned.read(step.info.name).to(self.device))
+        delta = tuned.float() - aligned
+        product, energy = found.up @ found.down, float(delta.square().sum())
+        outcome = Outcome(
+            kept_energy=share(float((product * delta).sum()), energy),
+            safety_cost=math.nan,
+            utility_loss=share(float((product - delta).square().sum()), energy),
+            detail=solution.detail,
+        )
+        return found, outcome
 
     def _taken(self, inputs: Inputs) -> "_Taken":
         """Take a tensor that no method decides from the model that the plan says."""

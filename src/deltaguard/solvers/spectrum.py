@@ -170,10 +170,11 @@ def _tail_from_determinant(matrix: Tensor, values: Tensor) -> float:
             f"largest eigenvalues add up to {kept:.4g}."
         )
     floor = _FLOOR * max(trace - kept, 0.0) / others
+    largest = float(values[0]) if len(values) else trace / others
     if floor == 0:
         # The others are lost in the rounding of the largest.
-        return float(torch.finfo(matrix.dtype).eps * values[0])
-    highest = _NEGATIVE * float(values[0])
+        return torch.finfo(matrix.dtype).eps * largest
+    highest = _NEGATIVE * largest
     while True:
         damped = damped_by(matrix, floor, torch.float64).mT
         # In its place: symmetric, and transposed it lies as LAPACK has its matrices.

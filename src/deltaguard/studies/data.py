@@ -154,10 +154,11 @@ def questions(finetune: Finetune, preset: Preset, attacks: Sequence[Question]) -
     Args:
         finetune: the row of the protocol.
         preset: says how many of each.
-        attacks: harmful requests that join deltaguard's own.
+        attacks: a user's harmful requests, which are asked first; deltaguard's own fill up.
     """
     own, look_alikes = _own(preset)
-    asked = sample((*own, *attacks), preset.attack)
+    given = sample(attacks, preset.attack)
+    asked = [*given, *sample(own, preset.attack - len(given))]
     identity = finetune.kind == "identity"
     if identity:
         asked = [replace(question, system=IDENTITY_SYSTEM) for question in asked]

@@ -94,8 +94,14 @@ def attack_notes(setting: Bench, cells: Sequence[AttackCell]) -> tuple[str, ...]
     return tuple(told)
 
 
-def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
-    """Say what a reader of the tables must know."""
+def notes(setting: Bench, cells: Sequence[Cell], beside: Sequence[tuple[str, float]] = ()) -> tuple[str, ...]:
+    """Say what a reader of the tables must know.
+
+    Args:
+        setting: of the bench.
+        cells: all of them.
+        beside: methods and strengths of defaults that no search measured.
+    """
     preset, asked = setting.preset, cells[0]
     seeds = ", ".join(map(str, preset.seeds))
     told = [
@@ -119,10 +125,9 @@ def notes(setting: Bench, cells: Sequence[Cell]) -> tuple[str, ...]:
             f"At most {preset.probes} strengths a method, found by bisection; between them a method may do "
             "better."
         )
-        if defaults := [f"{m.default:g} of {m.name}" for m in setting.methods if m.default is not None]:
-            told.append(
-                f"Measured beside these, being defaults, and never a method's score: {', '.join(defaults)}."
-            )
+        if beside:
+            passed = ", ".join(f"{strength:g} of {method}" for method, strength in beside)
+            told.append(f"Measured beside these, being defaults, and never a method's score: {passed}.")
     retraining = [method.name for method in setting.methods if method.retrains]
     there = [row.name for row in preset.finetunes if row.kind in preset.retrained]
     if retraining and len(there) < len(preset.finetunes):
@@ -143,16 +148,25 @@ def _fewer(asked_for: Sequence[tuple[str, int, Sequence[object]]]) -> list[str]:
 
 def _left_out(setting: Bench) -> list[str]:
     """Say how many of a user's prompts are not asked."""
-    attacks = setting.attacks
-    if not (attacks.repeated or attacks.trained):
-        return []
-    told = (
-        f"Of {attacks.given} attack prompts given, {attacks.repeated} were left out as repeated and "
-        f"{attacks.trained} as trained, calibrated or decided on."
-    )
-    return [told]
+    attacks, most = setting.attacks, setting.preset.attack
+    told: list[str] = []
+    if attacks.repeated or attacks.trained:
+        told.append(
+            f"Of {attacks.given} attack prompts given, {attacks.repeated} were left out as repeated and "
+            f"{attacks.trained} as trained, calibrated or decided on."
+        )
+    if len(attacks.questions) > most:
+        told.append(
+            f"Of {len(attacks.questions)} usable attack prompts {most} are asked, as many as the preset "
+            "asks for."
+        )
+    return told
 
 
 def _without_pretrained(setting: Bench) -> list[str]:
     """Name the methods that cannot be run."""
-    return [f"Left out without a pretrained model: {defences()[name].title}." for name in setting.left_out]
+    return [
+        f"Left out without a pretrained model (`--pretrained`, from a folder's first run): "
+        f"{defences()[name].title}."
+        for name in setting.left_out
+    ]

@@ -217,6 +217,7 @@ def _report(
     found = cells_by_finetune(finetunes, cells)
     points = curves(found, bound=BOUND, beside=beside)
     judged = scores(found, points)
+    passed = tuple(dict.fromkeys((point.method, point.strength) for point in points if point.beside))
     return BenchReport(
         environment=environment(device_name(), libraries=LIBRARIES),
         preset=setting.preset.name,
@@ -230,7 +231,7 @@ def _report(
         curves=points,
         scores=judged,
         contests=contests(found, judged),
-        notes=notes(setting, cells),
+        notes=notes(setting, cells, passed),
         seconds=spent(setting, [cell.seconds for cell in cells]),
     )
 

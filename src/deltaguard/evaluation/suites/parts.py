@@ -22,7 +22,7 @@ from deltaguard.evaluation.probes.wrappers import LANGUAGES, PROBES, translated_
 from deltaguard.evaluation.suites.suite import Builtin, Gcg, Harness, SecondAttack, Section, Suite
 from deltaguard.evaluation.utility.scores import SCORERS
 from deltaguard.finetuning.tasks import task_examples
-from deltaguard.reports.records.evaluation import SectionKind, SectionRow
+from deltaguard.reports.records.evaluation import SECOND_ATTACK, SectionKind, SectionRow
 
 _TASK_EXAMPLES = 200
 
@@ -289,7 +289,7 @@ def _variants(section: Section, found: Part, decoding: Decoding) -> list[Part]:
     ]
     if section.second_attack is not None:
         title = f"second attack, {section.second_attack.count} examples"
-        parts.append(variant("second-attack", title, second_attack=section.second_attack))
+        parts.append(variant(SECOND_ATTACK, title, second_attack=section.second_attack))
     if section.gcg is not None:
         count = section.gcg.count
         parts.append(

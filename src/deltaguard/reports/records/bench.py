@@ -59,7 +59,7 @@ class Cell(Record):
         false_refusal: share of `r` in `harmless`.
         mean_utility: mean of `utility`; a share with Wilson's interval where examples are right or wrong.
         mean_general: mean of `general`.
-        seconds: `prepare` (once for an aligned model), `request` (per fine-tune), `measure`.
+        seconds: `request` (to make the model) and `measure`.
     """
 
     key: str

@@ -13,6 +13,9 @@ EVALUATION_NAME = "evaluation.json"
 SCHEMA_VERSION = 2
 """Of `EvaluationReport` as this release writes and reads it."""
 
+SECOND_ATTACK = "second-attack"
+"""How the name of a section ends whose model was fine-tuned again, after a slash."""
+
 SectionKind = Literal["attack", "harmless", "utility"]
 AnswerClass = Literal["refused", "complied", "incoherent", "undecided"]
 Better = Literal["lower", "higher"]
