@@ -23,6 +23,7 @@ from tools.asking import asking_table
 from tools.benchmark import benchmark_table
 from tools.end_to_end import end_to_end_table
 from tools.experiments import experiments_table
+from tools.framings import framings_table
 from tools.guard import guard_table
 from tools.look_alikes import look_alikes_table
 from tools.paper import paper_table
@@ -127,6 +128,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "asking-table": ("asking.json", asking_table),
     "level-table": ("level.json", asking_table),
     "guard-table": ("guard.json", guard_table),
+    "framings-table": ("framings.json", framings_table),
     "positions-table": ("positions.json", positions_table),
     "attacks-table": ("attacks.json", attacks_table),
     "attacks-hidden-table": ("attacks-hidden.json", attacks_table),
