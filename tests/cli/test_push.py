@@ -43,7 +43,7 @@ def test_a_restore_is_pushed_with_card_and_report_and_without_the_users_folders(
     assert "notes.txt" not in hub.files
 
 
-def test_a_pushed_report_names_no_folder_in_its_warnings_either(hub, tmp_path):
+def test_a_report_for_others_names_no_folder_in_its_warnings_either(tmp_path):
     assert restored(tmp_path / "out", "--output-format", "adapter") == 0
     report = without_the_users_folders(read_report(tmp_path / "out"))
     assert report.warnings
@@ -58,6 +58,16 @@ def test_an_adapter_over_a_folder_is_not_pushed(hub, tmp_path, capsys):
     capsys.readouterr()
     assert run(["push", str(out), "me/model"]) == 1
     assert "over the model's Hub id" in " ".join(capsys.readouterr().err.split())
+    assert not hub.made
+
+
+def test_nor_is_one_over_a_folder_near_by(hub, tmp_path, monkeypatch):
+    made = pair()
+    monkeypatch.chdir(made.aligned.parent)
+    call = ["restore", made.aligned.name, made.finetuned, "-o", tmp_path / "out", "--store", made.store]
+    assert run([*map(str, call), "--strength", "0.5", "--output-format", "adapter"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run(["push", str(tmp_path / "out"), "me/model"]) == 1
     assert not hub.made
 
 

@@ -1,6 +1,7 @@
 """`calibrate` end to end on tiny random models of every architecture."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -414,6 +415,13 @@ def test_blocks_alone_are_unfinished_work_too(llama, tmp_path):
     with pytest.raises(DeltaguardError, match=r"dampening is 0\.5 now"):
         calibrate(llama, tmp_path / "store", config=other, **given)
     calibrate(llama, tmp_path / "store", config=resumed, **given)
+
+
+def test_a_store_may_not_lie_in_the_models_folder(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    with pytest.raises(DeltaguardError, match="lies in the input"):
+        calibrate(folder, folder / "store", config=SHORT)
+    assert not (folder / "store.partial").exists()
 
 
 def test_a_store_may_lie_in_the_home_folder(llama, tmp_path, monkeypatch):

@@ -111,6 +111,13 @@ def test_the_template_that_an_adapter_brings_is_its_own_wherever_it_stands(tmp_p
     assert templates_of(source.files()) == {"default": OTHER_TEMPLATE}
 
 
+def test_a_processors_template_of_an_adapter_leaves_the_aligned_models(tmp_path):
+    folder = adapter_with_tokenizer(tmp_path)
+    (folder / "chat_template.json").write_text("{}")
+    files = AdapterCheckpoint.open(Checkpoint.open(pair().aligned), folder).files()
+    assert templates_of(files)["default"] == models.CHAT_TEMPLATE
+
+
 def test_tokens_of_older_files_of_the_aligned_model_are_not_put_over_an_adapters(tmp_path):
     aligned = variant(pair().aligned, tmp_path / "aligned")
     (aligned / "special_tokens_map.json").write_text('{"eos_token": "x"}')

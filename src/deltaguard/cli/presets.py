@@ -18,9 +18,12 @@ Preset = Literal["careful", "balanced"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 _DECIDED: Mapping[str, tuple[str, ...]] = {
-    "strength": ("max_added_attack_success", "max_safety_kl", "training_data", "confidence"),
+    "strength": (
+        *("max_added_attack_success", "max_safety_kl", "training_data", "confidence"),
+        *("prompts", "judge", "refine"),
+    ),
     "max_added_attack_success": ("strength", "confidence"),
-    "max_safety_kl": ("strength", "training_data"),
+    "max_safety_kl": ("strength",),
     "training_data": ("strength", "max_safety_kl", "confidence"),
 }
 """What stands for another way to say how much is kept, by the option that says it on the command line."""

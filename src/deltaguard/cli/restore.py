@@ -120,9 +120,11 @@ def restore(
     if push is not None:
         _check_push(push, several=bool(others), dry_run=dry_run)
         if chosen.output_format == "adapter":
+            from deltaguard.models.hub import is_local
             from deltaguard.restoration.push import refuse_local_base
 
-            refuse_local_base(str(aligned))
+            if is_local(aligned):
+                refuse_local_base(str(aligned))
     if others:
         from deltaguard.cli.restore_many import restore_many
 

@@ -41,6 +41,7 @@ from deltaguard.curvature.sums import LayerGroup
 from deltaguard.device import as_served, exact_products, find_device, memory_bytes
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import expanded
+from deltaguard.models.admission import refuse_inputs
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.experts import refuse_unknown_experts
 from deltaguard.models.loading import load_config, load_model, load_tokenizer
@@ -95,6 +96,7 @@ def calibrate(
     """
     config, output_dir = config or CalibrateConfig(), expanded(output_dir)
     source = Checkpoint.open(aligned)
+    refuse_inputs(output_dir, [source.folder])
     refuse_unknown_experts(source.reference, source.config, source.tensors)
     asked = asked_for(conversations, config)
     device = find_device(config.device)

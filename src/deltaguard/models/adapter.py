@@ -157,7 +157,7 @@ class AdapterCheckpoint(WeightSource):
         adds tokens of older files to it: where the adapter brings these, the aligned model's are left out.
         """
         own = {str(path): self.folder / path for path in adapter_companions(self.folder)}
-        brings_template = bool(templates_of(own))
+        brings_template = bool(templates_of(own).keys() - {"processor"})
         return {
             path: file
             for path, file in self.aligned.files().items()

@@ -202,8 +202,8 @@ def _config(reference: str, layers: Sequence[_Layer], modules: Collection[str]) 
     ranks = {f"^{re.escape(layer.path)}": layer.rank for layer in layers if layer.rank != rank}
     # A folder may have any name; only on the Hub is what follows the @ a revision.
     local = is_local(reference)
-    # PEFT takes a path with `~` for a Hub id.
-    name, _, revision = (str(expanded(reference)), "", "") if local else reference.partition("@")
+    # PEFT takes a path with `~` for a Hub id, and another folder than this one may have no such path.
+    name, _, revision = (str(expanded(reference).absolute()), "", "") if local else reference.partition("@")
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -328,9 +328,10 @@ class Trial:
         product, energy = found.up @ found.down, float(delta.square().sum())
         outcome = Outcome(
             kept_energy=share(float((product * delta).sum()), energy),
+            # What else the method tells is of the weight before the cut.
             safety_cost=math.nan,
             utility_loss=share(float((product - delta).square().sum()), energy),
-            detail=solution.detail,
+            detail={"delta_norm": math.sqrt(energy)},
         )
         return found, outcome
 

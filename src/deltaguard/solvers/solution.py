@@ -24,7 +24,7 @@ class Outcome:
         kept_entries: share of the entries that carry the fine-tuned value; None where the method selects no
             entries, because it shrinks them all.
         safety_cost: tr(Δ' H Δ'ᵀ) / tr(Δ H Δᵀ), where Δ' is the restored delta; 0 is the aligned
-            weight, 1 the fine-tuned one. NaN where the method knows no curvature.
+            weight, 1 the fine-tuned one. NaN where no curvature is known.
         utility_loss: ‖Δ' - Δ‖² / ‖Δ‖²; 0 is the fine-tuned weight, 1 the aligned one.
         detail: `delta_norm`, ‖Δ‖, and numbers that belong to one method, such as the dampening needed.
     """

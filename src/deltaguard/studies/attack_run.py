@@ -55,7 +55,7 @@ def attack_tests(finetune: Finetune, preset: Preset, attacks: Sequence[Question]
     Args:
         finetune: an attacker's, or one of the protocol's own.
         preset: says how many of each.
-        attacks: harmful requests that join deltaguard's own.
+        attacks: a user's harmful requests, which are asked first; deltaguard's own fill up.
     """
     tests, attacker = questions(finetune, preset, attacks), ATTACKERS.get(finetune.kind)
     wrapped = utility = exact = None

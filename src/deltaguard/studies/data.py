@@ -51,7 +51,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Attacks:
-    """A user's harmful requests that can be asked beside deltaguard's own.
+    """A user's harmful requests that can be asked, before deltaguard's own.
 
     Attributes:
         questions: those that are new and that nothing is trained, calibrated or decided on.

@@ -55,8 +55,8 @@ def bench(
         pretrained: the model it was aligned from, for the methods that need it. Without one, and with
             `aligned` given, they are left out.
         methods: names out of `defences()`; all where absent.
-        attacks: harmful requests that join deltaguard's own; those that deltaguard has, or trains or
-            calibrates on, are left out (see `data.usable_attacks`).
+        attacks: a user's harmful requests, asked first, and deltaguard's own fill up; those that deltaguard
+            has, or trains or calibrates on, are left out (see `data.usable_attacks`).
         command: what the report says the run was started by.
         progress: told of fine-tunes and cells.
 

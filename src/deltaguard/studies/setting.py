@@ -63,7 +63,7 @@ class Bench:
         shelf: what is measured so far.
         aligned: the aligned model.
         pretrained: the model it was aligned from; methods that need it are left out without one.
-        attacks: harmful requests that join deltaguard's own, and how many were left out.
+        attacks: a user's harmful requests, which are asked first, and how many were left out.
         origin: what every cell depends on: the models, prompts, code, libraries, device.
         left_out: names of methods that need a pretrained model where there is none.
         progress: told of cells.

@@ -24,7 +24,8 @@ class LayerRow(Record):
         kept_energy: ⟨Δ', Δ⟩ / ‖Δ‖², share of the delta's energy.
         kept_entries: share of the delta's entries at the fine-tuned value; null where the method selects no
             entries, or there is no delta.
-        safety_cost: tr(Δ'HΔ'ᵀ) / tr(ΔHΔᵀ), with H as the store keeps it; null where no curvature is known.
+        safety_cost: tr(Δ'HΔ'ᵀ) / tr(ΔHΔᵀ), with H as the store keeps it; null where no curvature is known,
+            and of a layer that an adapter's rank cut off, unless the method decides by factors itself.
         utility_loss: ‖Δ' - Δ‖² / ‖Δ‖².
         seconds: time of the solver.
         detail: numbers that belong to one method.
