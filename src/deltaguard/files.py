@@ -17,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.text import shortened
+from deltaguard.text import printable, shortened
 
 MAX_BYTES = 256 << 20
 """A file of text may be so large; the largest tokenizers and indices have a tenth of it."""
@@ -273,7 +273,7 @@ def problems(error: ValidationError) -> list[str]:
 
 
 def _problem(found: ErrorDetails) -> str:
-    where = ".".join(map(str, found["loc"]))
+    where = printable(".".join(map(str, found["loc"])))
     what = found["msg"].removeprefix("Value error, ")
     if found["type"] == "literal_error" and isinstance(found["input"], str):
         known = re.findall("'([^']*)'", str(found.get("ctx", {}).get("expected", "")))

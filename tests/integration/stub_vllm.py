@@ -33,6 +33,7 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with (NOTES / "requests.jsonl").open("a") as file:
             file.write(json.dumps(request) + "\n")
+        (NOTES / "key").write_text(self.headers["Authorization"] or "")
         said = request["messages"][0]["content"]
         self.send({"choices": [{"message": {"content": f" {said} "}, "finish_reason": "stop"}]})
 

@@ -41,6 +41,18 @@ engine = VLLMEngine.open(sys.argv[1])
 """
 
 
+def test_the_key_of_another_service_is_not_sent(folder, stub, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another")
+    for own in ("", "of-vllm"):
+        monkeypatch.setenv("VLLM_API_KEY", own)
+        engine = VLLMEngine.open(str(folder))
+        engine.answer(QUESTIONS[:1], Decoding(4))
+        engine.close()
+        key = (stub.notes / "key").read_text()
+        assert "sk-of-another" not in key
+        assert own in key
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save(tiny_model("llama"), tmp_path_factory.mktemp("models") / "model")

@@ -279,7 +279,7 @@ def test_the_operators_server_is_told_once_of_a_cancelled_job_whether_it_ran_or_
 def test_a_secret_has_the_schemes_form(monkeypatch):
     webhook = Webhook(url="https://example.org/hook", key_env="SECRET")
     assert len(webhook_secret(webhook)) == 24
-    for wrong in ("", "whsec_", "whsec_c2hvcnQ=", SECRET.removeprefix("whsec_"), "whsec_!"):
+    for wrong in ("", "whsec_", "whsec_c2hvcnQ=", SECRET.removeprefix("whsec_"), "whsec_!", "whsec_’"):
         monkeypatch.setenv("SECRET", wrong)
         with pytest.raises(DeltaguardError, match="SECRET"):
             webhook_secret(webhook)

@@ -152,6 +152,12 @@ def test_json_that_fits_is_read(write):
     assert read_json(write('{"a": 1, "a": 2}'), ANY_OBJECT, remedy=REMEDY) == {"a": 2}
 
 
+def test_a_field_with_a_zero_byte_is_shown_and_not_repeated(write):
+    message = refused(read_json, write('{"x\\u0000y": 1}'), Options, remedy=REMEDY)
+    assert "`x\\x00y`" in message
+    assert "\0" not in message
+
+
 def test_at_most_twenty_problems_are_listed(write):
     content = '{"name": "a", ' + ", ".join(f'"odd{i}": {i}' for i in range(50)) + "}"
     message = refused(read_json, write(content), Options, remedy=REMEDY)

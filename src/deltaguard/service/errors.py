@@ -96,7 +96,7 @@ def answer_errors(app: FastAPI) -> None:
         assert found is not None  # noqa: S101  # registered for such errors alone
         return found
 
-    for kind in (ApiError, *OUTAGES, exc.DataError, DeltaguardError):
+    for kind in (ApiError, *OUTAGES, exc.DataError, DeltaguardError, OSError):
         app.add_exception_handler(kind, _known)
 
     @app.exception_handler(RequestValidationError)

@@ -5,7 +5,6 @@ reads what is sent. Only `service.yaml` names the server; a reply that leads els
 """
 
 import base64
-import binascii
 import hashlib
 import hmac
 import json
@@ -40,7 +39,7 @@ def webhook_secret(webhook: Webhook) -> bytes:
     given = os.environ.get(webhook.key_env, "")
     try:
         secret = base64.b64decode(given.removeprefix(_PREFIX), validate=True)
-    except binascii.Error:
+    except ValueError:
         secret = b""
     if not given.startswith(_PREFIX) or len(secret) < _LEAST_BYTES:
         raise DeltaguardError(

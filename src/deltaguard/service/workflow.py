@@ -157,7 +157,7 @@ class Workflows(DBOSConfiguredInstance):
             with SetWorkflowID(f"{job_id} notify {status}"):
                 DBOS.enqueue_workflow(_NOTIFICATION, self.tell_operator, job_id, status)
 
-    @DBOS.workflow()
+    @DBOS.workflow(max_recovery_attempts=None)
     def validate(self, job_id: str) -> None:
         """Look at a job's files, and queue it."""
         if self._carried_out(self.check_files, job_id, _FIRST):
@@ -165,7 +165,7 @@ class Workflows(DBOSConfiguredInstance):
         else:
             self.notify(job_id, self.status(job_id))
 
-    @DBOS.workflow()
+    @DBOS.workflow(max_recovery_attempts=None)
     def fine_tune(self, job_id: str, run: int) -> None:
         """Carry a job out: moderate its rows, calibrate, train, restore, examine, publish.
 
@@ -177,7 +177,7 @@ class Workflows(DBOSConfiguredInstance):
                 break
         self.notify(job_id, self.status(job_id))
 
-    @DBOS.workflow()
+    @DBOS.workflow(max_recovery_attempts=None)
     def tell_operator(self, job_id: str, status: str) -> None:
         """Tell the operator's server, again and again over four hours until it has taken the message."""
         try:

@@ -84,7 +84,9 @@ class VLLMEngine:
         command += ["--served-model-name", name, "--dtype", dtype, "--chat-template", _AS_RENDERED]
         # Neither content in parts nor drawing as generation_config.json says: as the suite says.
         command += ["--chat-template-content-format", "string", "--generation-config", "vllm"]
-        server = Server(f"http://127.0.0.1:{port}/v1", name, timeout=_REQUEST_SECONDS, workers=batch_size)
+        # vLLM asks for the key in that variable, where there is one.
+        address, key = f"http://127.0.0.1:{port}/v1", "VLLM_API_KEY"
+        server = Server(address, name, key, timeout=_REQUEST_SECONDS, workers=batch_size)
         with TemporaryFile() as log:
             # A group of its own: Ctrl-C reaches this process, which then ends all of vLLM's.
             process = subprocess.Popen(
@@ -186,12 +188,15 @@ def _wait_until_ready(
     process: "subprocess.Popen[bytes]", port: int, reference: str, log: IO[bytes], seconds: float
 ) -> None:
     until = time.monotonic() + seconds
-    while not _is_ready(port):
-        status = process.poll()
+    while True:
+        is_ready, status = _is_ready(port), process.poll()
+        # Where it has ended, it is another server that answers there.
         if status is not None:
             raise DeltaguardError(
                 f"vLLM cannot serve {reference}: it ended with status {status}. Its last words:\n{_tail(log)}"
             )
+        if is_ready:
+            return
         if time.monotonic() > until:
             raise DeltaguardError(
                 f"vLLM did not serve {reference} within {seconds:g} s. Its last words:\n{_tail(log)}"

@@ -1,5 +1,6 @@
 """Processes of this machine, which end with the service."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -123,7 +124,9 @@ def known_environment() -> dict[str, str]:
 def end_process(process: subprocess.Popen[bytes]) -> None:
     """End a process that reads from a pipe; one that does not end by itself is killed."""
     assert process.stdin is not None  # noqa: S101  # opened as a pipe
-    process.stdin.close()
+    # Of what could not be written to one that has died, the pipe still holds a part.
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
     try:
         process.wait(_GRACE_S)
     except subprocess.TimeoutExpired:

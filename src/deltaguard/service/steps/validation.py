@@ -7,6 +7,7 @@ import torch
 from deltaguard.chat.predictions import response_losses
 from deltaguard.chat.template import apply_template, end_of_turn, readable_turns
 from deltaguard.chat.tokens import Encoded, batches, token_ids
+from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.finetuning.finetune import Dialogue
 from deltaguard.service.tasks import Examine, Told
@@ -30,7 +31,12 @@ def validation_check(task: Examine, models: Mapping[str, str]) -> Told | None:
     """
     if task.validation_file is None:
         return None
-    answers = read_answers(task.validation_file, task.limits, method=task.method)
+    try:
+        answers = read_answers(task.validation_file, task.limits, method=task.method)
+    except DeltaguardError as error:
+        # It was fit when the job was made, under the limits of then.
+        message = f"The loss on the validation file is not measured: {error}"
+        return Told(once="check validation_loss", message=message, level="warn")
     rows = [row for _, row in answers[: task.gate.requests]]
     losses: dict[str, float] = {}
     measured = 0
