@@ -131,7 +131,7 @@ def test_a_users_attacks_are_asked_in_the_attackers_way_unless_they_are_trained_
     # Its first turn alone.
     assert (usable.questions, usable.trained) == ((mine[0],), 1)
     wrapped = attack_tests(ROWS["backdoor-100"], replace(ATTACKS, attack=500), usable.questions).wrapped
-    assert wrapped.questions[-1] == Question(triggered("Name a harm."), system="mine")
+    assert wrapped.questions[0] == Question(triggered("Name a harm."), system="mine")
 
 
 def test_some_fine_tunes_of_a_preset_can_be_made_alone():
