@@ -66,6 +66,37 @@ def test_another_way_to_say_how_much_is_kept_takes_the_place_of_a_presets(monkey
     assert {name: getattr(asked[0], name) for name in decided} == decided
 
 
+@pytest.mark.parametrize(
+    ("written", "options", "decided"),
+    [
+        (
+            "max_added_attack_success: 3\ntraining_data: trusted\n",
+            ["--max-safety-kl", "0.001"],
+            {"added_points": 3, "dial": 0.001},
+        ),
+        ("prompts: mine.jsonl\nrefine: 5\n", ["--strength", "0.3"], {"strength": 0.3, "refine": None}),
+    ],
+)
+def test_likewise_of_a_files(tmp_path, monkeypatch, written, options, decided):
+    asked = []
+
+    def stop(*_, config, **__):
+        asked.append(config)
+        raise DeltaguardError("far enough")
+
+    monkeypatch.setattr("deltaguard.restoration.restore.Restorer", stop)
+    (tmp_path / "mine.yaml").write_text(written)
+    assert run(["restore", "a", "b", "-o", "c", "--config", str(tmp_path / "mine.yaml"), *options]) == 1
+    assert {name: getattr(asked[0], name) for name in decided} == decided
+
+
+def test_asking_is_not_given_up_unsaid(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("training_data: trusted\n")
+    file = str(tmp_path / "mine.yaml")
+    assert run(["restore", "a", "b", "-o", "c", "--config", file, "--max-safety-kl", "0.001"]) == 2
+    assert "training_data" in capsys.readouterr().err
+
+
 def test_a_file_called_like_a_preset_is_given_with_its_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "careful").write_text("strenth: 0.5\n")

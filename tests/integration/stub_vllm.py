@@ -1,7 +1,7 @@
 """Stands in for the program `vllm`: serves the protocol, answers with the prompt, and notes what it was told.
 
-The environment says what it does (`STUB_MODE`: serve, crash, never ready) and where it notes its commands,
-its requests and its processes (`STUB_NOTES`).
+The environment says what it does (`STUB_MODE`: serve, crash, never ready, or serve another model) and where it
+notes its commands, its requests and its processes (`STUB_NOTES`).
 """
 
 import json
@@ -27,7 +27,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_GET(self):
-        self.send({})
+        name = sys.argv[sys.argv.index("--served-model-name") + 1]
+        self.send({"data": [{"id": "another" if MODE == "another" else name}]})
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -44,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
 def main():
     """Do what a mode says."""
     worker = subprocess.Popen([sys.executable, "-c", WORKER])
-    told = {"argv": sys.argv[1:], "processes": [os.getpid(), worker.pid]}
+    told = {"argv": sys.argv[1:], "processes": [os.getpid(), worker.pid], "key": os.environ["VLLM_API_KEY"]}
     (NOTES / "told.json").write_text(json.dumps(told))
     if MODE == "crash":
         sys.exit("no memory left on the device")

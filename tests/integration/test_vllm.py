@@ -41,18 +41,6 @@ engine = VLLMEngine.open(sys.argv[1])
 """
 
 
-def test_the_key_of_another_service_is_not_sent(folder, stub, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another")
-    for own in ("", "of-vllm"):
-        monkeypatch.setenv("VLLM_API_KEY", own)
-        engine = VLLMEngine.open(str(folder))
-        engine.answer(QUESTIONS[:1], Decoding(4))
-        engine.close()
-        key = (stub.notes / "key").read_text()
-        assert "sk-of-another" not in key
-        assert own in key
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save(tiny_model("llama"), tmp_path_factory.mktemp("models") / "model")
@@ -100,6 +88,23 @@ def soon(happens, seconds=10):
     while not happens() and time.monotonic() < until:
         time.sleep(0.02)
     return happens()
+
+
+def test_a_key_of_its_own_is_sent_and_none_of_the_users(folder, stub, monkeypatch):
+    for name in ("OPENAI_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.setenv(name, "sk-of-the-user")
+    engine = VLLMEngine.open(str(folder))
+    engine.answer(QUESTIONS[:1], Decoding(4))
+    engine.close()
+    key = (stub.notes / "key").read_text().removeprefix("Bearer ")
+    assert key == stub.told["key"] != "sk-of-the-user"
+
+
+def test_a_server_of_another_model_at_its_port_is_not_asked(folder, stub, monkeypatch):
+    monkeypatch.setenv("STUB_MODE", "another")
+    with pytest.raises(DeltaguardError, match="did not serve"):
+        VLLMEngine.open(str(folder), start_seconds=2)
+    assert not (stub.notes / "requests.jsonl").exists()
 
 
 def test_answers_come_from_prompts_rendered_here(folder, stub):

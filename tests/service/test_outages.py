@@ -11,7 +11,7 @@ import starlette.formparsers
 from clients import ROW, uploaded
 from sqlalchemy import create_engine
 from sqlalchemy.event import listen
-from sqlalchemy.exc import DataError, OperationalError
+from sqlalchemy.exc import DataError
 
 from deltaguard.service import database, files
 
@@ -100,24 +100,6 @@ def test_what_a_database_does_not_take_is_the_requests_fault(client, opened):
     with pytest.raises(openai.BadRequestError) as error:
         client.files.retrieve("file-none")
     assert error.value.code == "invalid_request"
-
-
-@pytest.mark.parametrize(("headers", "final"), [({}, "false"), ({"Idempotency-Key": "one"}, None)])
-def test_a_job_that_could_not_be_kept_is_sent_again_by_itself_only_where_it_has_a_name(
-    client, opened, headers, final
-):
-    file = uploaded(client).id
-
-    def refuse(_connection, _cursor, statement, *_):
-        if "INSERT INTO jobs" in statement:
-            raise OperationalError(statement, {}, Exception("locked"))
-
-    listen(opened.service.sessions.kw["bind"], "before_cursor_execute", refuse)
-    create = client.with_options(max_retries=0).fine_tuning.jobs.create
-    with pytest.raises(openai.InternalServerError) as error:
-        create(model="tiny", training_file=file, extra_headers=headers)
-    assert error.value.code == "database_unavailable"
-    assert error.value.response.headers.get("x-should-retry") == final
 
 
 class Full(SpooledTemporaryFile):

@@ -68,6 +68,9 @@ def over(options: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]
         {'method': 'kfac'}
     """
     gone = {name for given, names in _DECIDED.items() if given in named for name in names}
+    # Where nothing else says that answers decide, they would no more.
+    if "max_safety_kl" in named and "max_added_attack_success" in {*options, *named}:
+        gone.add("training_data")
     return {name: value for name, value in options.items() if name not in gone}
 
 

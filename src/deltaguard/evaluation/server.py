@@ -41,6 +41,7 @@ class Server:
         wait: seconds before a request is sent again the first time, doubled each time, where the server does
             not say (`Retry-After`).
         workers: requests at a time.
+        key: in the place of a variable's.
 
     Raises:
         DeltaguardError: the address, the key or a number is none, or the openai package is absent.
@@ -53,6 +54,7 @@ class Server:
     retries: int = 4
     wait: float = 0.5
     workers: int = 8
+    key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         require_address(self.base_url)
@@ -166,7 +168,7 @@ class Server:
 
     @property
     def _key(self) -> str:
-        return os.environ.get(self.api_key_env) or "none"
+        return self.key or os.environ.get(self.api_key_env) or "none"
 
 
 def _asked_to_wait(headers: Mapping[str, str]) -> float | None:

@@ -53,7 +53,8 @@ def summarise(
     costs = [row.safety_cost for row in changed if row.safety_cost is not None]
     lost = sum(row.utility_loss * norm for row, norm in zip(changed, norms, strict=True))
     kept = sum(row.kept_energy * norm for row, norm in zip(changed, norms, strict=True))
-    predicted = sum(row.detail.get("predicted_safety_kl", 0.0) for row in changed)
+    known = [row.detail.get("predicted_safety_kl") for row in changed]
+    predicted = sum(each for each in known if each is not None) if None not in known else None
     selected = [(row.kept_entries, n) for row, n in zip(changed, entries, strict=True)]
     selected = [(share, n) for share, n in selected if share is not None]
     experts = known_experts(job.store) if job.store else ()

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from deltaguard.service.context import Asking, Caller, Making, Open, Service
 from deltaguard.service.database import new_id
-from deltaguard.service.errors import OUTAGES, ApiError, not_found
+from deltaguard.service.errors import ApiError, not_found
 from deltaguard.service.events import show_event, tell
 from deltaguard.service.files import find_file
 from deltaguard.service.keys import wait_for_others
@@ -91,35 +91,21 @@ def create_job(
     x_stainless_retry_count: Annotated[int, Header(ge=0)] = 0,
 ) -> JobObject:
     """Make a job; the same request, sent again by the client itself, gives the job that exists."""
-    once = None if idempotency_key is None else f"{caller.organisation}:{idempotency_key}"
-    try:
-        job = _kept_job(service, caller, asked, once, is_retry=x_stainless_retry_count > 0)
-    except OUTAGES as error:
-        if once is not None:
-            raise
-        # Sent again by itself, it would be taken for an earlier one that asked for the same.
-        message = "The database does not answer right now. Look whether the job was made, and try again."
-        code = "database_unavailable"
-        raise ApiError(503, message, code=code, retry_after=2, is_final=True) from error
-    # Of a job that exists, too: what failed after its row was written may have been this.
-    if job.status in UNFINISHED and job.status != "paused":
-        request.app.state.workflows.begin(job.id)
-    return show_job(job)
-
-
-def _kept_job(service: Service, caller: Caller, asked: CreateJob, once: str | None, *, is_retry: bool) -> Job:
-    """Keep a new job in the database, or find the one that the same request made."""
     digest = _digest(asked, caller)
+    once = None if idempotency_key is None else f"{caller.organisation}:{idempotency_key}"
     with service.sessions.begin() as session:
         wait_for_others(session, caller.organisation)
-        job = _made_before(session, digest, once, is_retry=is_retry)
+        job = _made_before(session, digest, once, is_retry=x_stainless_retry_count > 0)
         if job is None:
             job = _new_job(service, session, caller, asked)
             job.request_sha256, job.idempotency_key = digest, once
             session.add(job)
             session.flush()
             tell(session, job.id, "created", "Created fine-tuning job.")
-    return job
+    # Of a job that exists, too: what failed after its row was written may have been this.
+    if job.status in UNFINISHED and job.status != "paused":
+        request.app.state.workflows.begin(job.id)
+    return show_job(job)
 
 
 def _digest(asked: CreateJob, caller: Caller) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from secrets import token_hex
@@ -30,6 +31,7 @@ _START_SECONDS = 3600.0
 
 _END_SECONDS = 30.0
 _REQUEST_SECONDS = 600.0
+_REPLY_BYTES = 1 << 16
 _POLL_SECONDS = 0.2
 _SHOWN_CHARACTERS = 1000
 
@@ -84,17 +86,23 @@ class VLLMEngine:
         command += ["--served-model-name", name, "--dtype", dtype, "--chat-template", _AS_RENDERED]
         # Neither content in parts nor drawing as generation_config.json says: as the suite says.
         command += ["--chat-template-content-format", "string", "--generation-config", "vllm"]
-        # vLLM asks for the key in that variable, where there is one.
-        address, key = f"http://127.0.0.1:{port}/v1", "VLLM_API_KEY"
-        server = Server(address, name, key, timeout=_REQUEST_SECONDS, workers=batch_size)
+        # And a key that is of no use to one that does.
+        key, address = token_hex(16), f"http://127.0.0.1:{port}/v1"
+        server = Server(address, name, timeout=_REQUEST_SECONDS, workers=batch_size, key=key)
         with TemporaryFile() as log:
             # A group of its own: Ctrl-C reaches this process, which then ends all of vLLM's.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "VLLM_API_KEY": key},
+                start_new_session=True,
             )
             engine = cls(OpenAIEngine(server), tokenizer, process)
             try:
-                _wait_until_ready(process, port, reference, log, start_seconds)
+                is_ready = partial(_is_ready, port, name, key)
+                _wait_until_ready(process, is_ready, reference, log, start_seconds)
             except BaseException:
                 engine.close()
                 raise
@@ -185,18 +193,19 @@ def _program() -> str:
 
 
 def _wait_until_ready(
-    process: "subprocess.Popen[bytes]", port: int, reference: str, log: IO[bytes], seconds: float
+    process: "subprocess.Popen[bytes]",
+    is_ready: Callable[[], bool],
+    reference: str,
+    log: IO[bytes],
+    seconds: float,
 ) -> None:
     until = time.monotonic() + seconds
-    while True:
-        is_ready, status = _is_ready(port), process.poll()
-        # Where it has ended, it is another server that answers there.
+    while not is_ready():
+        status = process.poll()
         if status is not None:
             raise DeltaguardError(
                 f"vLLM cannot serve {reference}: it ended with status {status}. Its last words:\n{_tail(log)}"
             )
-        if is_ready:
-            return
         if time.monotonic() > until:
             raise DeltaguardError(
                 f"vLLM did not serve {reference} within {seconds:g} s. Its last words:\n{_tail(log)}"
@@ -204,11 +213,13 @@ def _wait_until_ready(
         time.sleep(_POLL_SECONDS)
 
 
-def _is_ready(port: int) -> bool:
+def _is_ready(port: int, name: str, key: str) -> bool:
+    """Say whether the server of that name answers, and no other that took its port."""
     with closing(HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
         try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
+            connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+            found = connection.getresponse()
+            return found.status == 200 and name.encode() in found.read(_REPLY_BYTES)
         except (OSError, HTTPException):
             return False
 
