@@ -1,7 +1,7 @@
 """Stands in for the program `vllm`: serves the protocol, answers with the prompt, and notes what it was told.
 
-The environment says what it does (`STUB_MODE`: serve, crash, never ready, or serve another model) and where it
-notes its commands, its requests and its processes (`STUB_NOTES`).
+The environment says what it does (`STUB_MODE`: serve, crash, never ready, or serve another model) and where
+it notes its commands, its requests and its processes (`STUB_NOTES`).
 """
 
 import json
