@@ -133,6 +133,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "attacks-table": ("attacks.json", attacks_table),
     "attacks-hidden-table": ("attacks-hidden.json", attacks_table),
     "unseen-table": ("unseen.json", attacks_table),
+    "unseen-harmful-table": ("unseen-harmful.json", attacks_table),
     "defaults-table": ("defaults.json", attacks_table),
     "identity-table": ("identity.json", attacks_table),
     "tasks-table": ("tasks.json", attacks_table),
