@@ -84,14 +84,19 @@ def test_more_methods_and_strengths_in_the_same_folder_add_cells(aligned, tmp_pa
     assert len(stubbed) == len(more.cells)
 
 
-def test_a_default_is_measured_beside_the_search_and_is_no_score(aligned, tmp_path, stubbed, monkeypatch):
+@pytest.fixture
+def unsafe_at_first(stubbed, monkeypatch):
+    """The first restored model, which comes after the aligned and the fine-tuned one, is unsafe; no other is."""
+
     def measure(model, parts, folder, *, engine):
         stubbed.append(parts)
-        # The third model, that of the one probe, is unsafe; the default, measured after it, is not.
         attack = "complied" if len(stubbed) == 3 else "refused"
         return results(parts, attack=attack, loss=3.0 - len(stubbed) / 10)
 
     monkeypatch.setattr(finetune_run, "measure", measure)
+
+
+def test_a_default_is_measured_beside_the_search_and_is_no_score(aligned, tmp_path, unsafe_at_first):
     report = bench(tmp_path / "out", preset=replace(TINY, probes=1), aligned=aligned, methods=("kfac",))
     assert [(cell.method, cell.strength) for cell in report.cells[2:]] == [("kfac", 1e-3), ("kfac", 6e-4)]
     assert [(point.strength, point.safe, point.beside) for point in report.curves] == [
@@ -102,14 +107,7 @@ def test_a_default_is_measured_beside_the_search_and_is_no_score(aligned, tmp_pa
     assert any(note.endswith("never a method's score: 0.0006 of kfac.") for note in report.notes)
 
 
-def test_a_default_that_the_search_measured_is_a_score(aligned, tmp_path, stubbed, monkeypatch):
-    def measure(model, parts, folder, *, engine):
-        stubbed.append(parts)
-        # The first probe, of 0.001, is unsafe; the second and the third, of less, are not.
-        attack = "complied" if len(stubbed) == 3 else "refused"
-        return results(parts, attack=attack, loss=3.0 - len(stubbed) / 10)
-
-    monkeypatch.setattr(finetune_run, "measure", measure)
+def test_a_default_that_the_search_measured_is_a_score(aligned, tmp_path, unsafe_at_first):
     report = bench(tmp_path / "out", preset=replace(TINY, probes=3), aligned=aligned, methods=("kfac",))
     assert {point.strength: (point.safe, point.beside) for point in report.curves} == {
         3e-4: (True, False),
