@@ -86,7 +86,7 @@ def test_more_methods_and_strengths_in_the_same_folder_add_cells(aligned, tmp_pa
 
 @pytest.fixture
 def unsafe_at_first(stubbed, monkeypatch):
-    """The first restored model, which comes after the aligned and the fine-tuned one, is unsafe; no other is."""
+    """The first restored model, after the aligned and the fine-tuned one, is unsafe; no other is."""
 
     def measure(model, parts, folder, *, engine):
         stubbed.append(parts)
