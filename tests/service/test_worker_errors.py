@@ -5,6 +5,7 @@ import json
 import pytest
 
 from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.exchange import ServerAwayError
 from deltaguard.finetuning.training import DivergedError
 from deltaguard.service import worker
 from deltaguard.service.tasks import OPERATORS_BUSINESS, Calibrate, Outcome
@@ -17,6 +18,7 @@ from deltaguard.service.training_data import InvalidFileError
         (InvalidFileError("line 3: no"), "invalid_training_file", True),
         (DivergedError("Training diverged."), "calibrate_failed", True),
         (DeltaguardError("There is no space left for /srv/data."), "calibrate_failed", False),
+        (ServerAwayError("Scores: 2 of 2 are missing."), "calibrate_failed", False),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -32,3 +34,4 @@ def test_only_what_is_the_customers_business_is_told(error, code, is_told, tmp_p
     assert outcome.error.code == code
     assert outcome.error.message == (str(error) if is_told else OPERATORS_BUSINESS)
     assert outcome.reason == (None if is_told else str(error))
+    assert outcome.again == isinstance(error, ServerAwayError)

@@ -27,9 +27,15 @@ class Missed:
 
     Attributes:
         reason: what came instead, in words for people, without secrets.
+        again: whether the same request may fare better later.
     """
 
     reason: str
+    again: bool = True
+
+
+class ServerAwayError(DeltaguardError):
+    """Too much is missing of what a server was asked, all of it such that it may come later."""
 
 
 def refuse_too_many(
@@ -45,15 +51,17 @@ def refuse_too_many(
         option: what raises the share.
 
     Raises:
+        ServerAwayError: more are missing, and every one may come later.
         DeltaguardError: more are missing.
 
     Example:
         >>> refuse_too_many([Missed("status 500")], 10, 0.05, whose="Answers of m", option="--max-missing")
         Traceback (most recent call last):
-        deltaguard.errors.DeltaguardError: Answers of m: 1 of 10 are missing, and 5 % may be. ...
+        deltaguard.evaluation.exchange.ServerAwayError: Answers of m: 1 of 10 are missing, and 5 % may be. ...
     """
     if len(missed) / total > max_share:
-        raise DeltaguardError(
+        kind = ServerAwayError if all(each.again for each in missed) else DeltaguardError
+        raise kind(
             f"{whose}: {len(missed)} of {total} are missing, and {100 * max_share:.3g} % may be. The first "
             f"reason: {missed[0].reason}. What was answered is kept: run the same command again to ask for "
             f"the rest, or allow more ({option})."

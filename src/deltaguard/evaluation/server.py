@@ -135,7 +135,8 @@ class Server:
         if isinstance(reply, str):
             return without_secrets(reply, [self._key])
         made = f" (after {retries} {'retry' if retries == 1 else 'retries'})" if retries else ""
-        return Missed(f"{shown(reply.reason, [self._key, *secrets_of(self.base_url)])}{made}")
+        reason = shown(reply.reason, [self._key, *secrets_of(self.base_url)])
+        return Missed(f"{reason}{made}", again=reply.again)
 
     async def _once(self, client: Any, content: bytes) -> tuple[str | Failure, float | None]:
         """One reply, and the seconds that the server asks to be left alone."""

@@ -1,5 +1,6 @@
 """Tasks in processes of their own: begun, watched, stopped, and begun again where one died."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,13 @@ POLL_S = 0.2
 """Seconds between two looks at a process."""
 
 _TRIES = 3
+_WAITS_S = (30, 60, 120, 240, 480, *(900,) * 94)
+"""Seconds after which a step is begun again whose server is away: for a day."""
 _SEEN_WITHIN_S = 60
 """Storage that machines share may show a file so much later than its process ended."""
+
+_AWAY = "A server that this step asks does not answer; the step waits, and goes on by itself."
+_LOGGER = logging.getLogger(__name__)
 
 
 class StoppedError(DeltaguardError):
@@ -64,7 +70,8 @@ def run_task(
     """Carry out a task in a process of its own, unless that was done before.
 
     A process that dies without an outcome is begun again, twice at most; it goes on with what the one before
-    left in the job's folder.
+    left in the job's folder. One that ends because a server is away, such as a judge's, is begun again later,
+    for a day.
 
     Args:
         task: what is to be done.
@@ -86,18 +93,43 @@ def run_task(
         # What goes on elsewhere, such as on a cluster, does so as the settings were when it began.
         executor.stop_leftovers(step)
     write_atomically(step.task_file, task.model_dump_json())
+    attempts, waits = count(1), iter(_WAITS_S)
+    while True:
+        found = _tried(
+            task.kind, outcome, lambda: _watched(executor.begin(step, next(attempts)), follower, may_go_on)
+        )
+        follower.catch_up()
+        wait = next(waits, None)
+        if wait is None or not found.again:
+            return found
+        _LOGGER.warning("Step %s in %s begins again in %d s: %s", task.kind, folder.name, wait, found.reason)
+        tell(Told(once=f"{task.kind} waits", message=_AWAY, level="warn"))
+        _pause(wait, may_go_on)
+        # A cluster knows its processes by their attempts: none that has ended is to be found as the next one.
+        executor.stop_leftovers(step)
+        outcome.unlink()
+
+
+def _tried(kind: str, outcome: Path, watched: Callable[[], Ended]) -> Outcome:
+    """Have processes begun and watched until one leaves an outcome, or too many have died."""
     deaths: list[str] = []
-    for attempt in count(1):
-        if outcome.exists() or len(deaths) == _TRIES:
-            break
-        ended = _watched(executor.begin(step, attempt), follower, may_go_on)
+    while not outcome.exists():
+        if len(deaths) == _TRIES:
+            message = f"The process of step {kind} died {_TRIES} times, last with {deaths[-1]}."
+            return Outcome(error=JobError(code="server_error", message=message))
+        ended = watched()
         if ended.way == "died" or (ended.way == "done" and not _appears(outcome)):
             deaths.append(ended.how)
-    follower.catch_up()
-    if outcome.exists():
-        return read_json(outcome, Outcome, remedy="Delete it: the step is done again.")
-    message = f"The process of step {task.kind} died {_TRIES} times, last with {deaths[-1]}."
-    return Outcome(error=JobError(code="server_error", message=message))
+    return read_json(outcome, Outcome, remedy="Delete it: the step is done again.")
+
+
+def _pause(seconds: float, may_go_on: Callable[[], bool]) -> None:
+    """Wait, as long as the job is to go on."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if not may_go_on():
+            raise StoppedError("The job is not to go on.")
+        time.sleep(POLL_S)
 
 
 def _watched(running: Running, follower: _Follower, may_go_on: Callable[[], bool]) -> Ended:

@@ -128,6 +128,7 @@ def _perform(task: AnyTask, folder: Path, tell: Tell) -> Outcome:
 
 def _failed(task: AnyTask, error: DeltaguardError) -> Outcome:
     """Say of an error what is the customer's business; of any other, which names places, the operator's."""
+    from deltaguard.evaluation.exchange import ServerAwayError
     from deltaguard.finetuning.training import DivergedError
     from deltaguard.service.training_data import InvalidFileError
 
@@ -137,7 +138,8 @@ def _failed(task: AnyTask, error: DeltaguardError) -> Outcome:
         return Outcome(error=said)
     if isinstance(error, DivergedError):
         return Outcome(error=JobError(code=code, message=str(error)))
-    return Outcome(error=JobError(code=code, message=OPERATORS_BUSINESS), reason=str(error))
+    said = JobError(code=code, message=OPERATORS_BUSINESS)
+    return Outcome(error=said, reason=str(error), again=isinstance(error, ServerAwayError))
 
 
 def _drop_half_line(events: Path) -> None:
