@@ -159,14 +159,30 @@ def test_a_request_ends_at_its_limit_whatever_the_server_does(slow):
     began = time.monotonic()
     with server(lambda _: slow) as url:
         found = ask(url, timeout=0.5, retries=1)
-        assert found == Missed("no reply within 0.5 s (after 1 retry)")
+        assert found == Missed("no reply within 0.5 s (after 1 retry)", is_away=True)
     assert time.monotonic() - began < 10
 
 
 def test_a_server_that_is_not_there(monkeypatch):
     with server(lambda _: (200, "")) as url:
         pass
-    assert "connection" in ask(url, retries=0).reason.lower()
+    found = ask(url, retries=0)
+    assert "connection" in found.reason.lower()
+    assert found.is_away
+
+
+@pytest.mark.parametrize(
+    ("status", "is_away"),
+    [(400, False), (401, False), (404, False), (408, True), (429, True), (500, True), (503, True)],
+)
+def test_a_status_says_whether_a_server_is_away_or_does_not_take_the_request(status, is_away):
+    with server(lambda _: (status, "")) as url:
+        assert ask(url, retries=0).is_away is is_away
+
+
+def test_a_server_that_says_what_is_no_answer_is_not_away():
+    with server(lambda _: Raw(b"<html>Sign in</html>")) as url:
+        assert not ask(url, retries=0).is_away
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,25 @@
 """A step whose judge is away: it waits, and begins again."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
 
-from deltaguard.evaluation.exchange import Exchange, Missed, ServerAwayError, refuse_too_many
-from deltaguard.evaluation.judges.llm import LLMSpec
-from deltaguard.service import process
+from deltaguard.errors import DeltaguardError
+from deltaguard.evaluation.exchange import Missed, ServerAwayError, refuse_too_many
+from deltaguard.service import process, worker
 from deltaguard.service.executors.executor import Ended
 from deltaguard.service.process import StoppedError, run_task
 from deltaguard.service.schemas import JobError
-from deltaguard.service.tasks import OPERATORS_BUSINESS, Calibrate, Outcome
+from deltaguard.service.settings import Limits, Moderation
+from deltaguard.service.tasks import OPERATORS_BUSINESS, Calibrate, Moderate, Outcome
 
 TASK = Calibrate(model="m", device="cpu", options={}, restore={})
 AWAY = Outcome(
     error=JobError(code="calibrate_failed", message=OPERATORS_BUSINESS),
     reason="the judge does not answer",
-    again=True,
+    is_away=True,
 )
 
 
@@ -48,7 +51,7 @@ class Played:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "_WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(process, "_LONGEST_WAIT_S", 0.01)
     told = []
 
     def go(executor, may_go_on=lambda: True):
@@ -66,16 +69,30 @@ def test_a_step_begins_again_until_the_server_is_back(run, caplog):
     assert found.data == {"passed": True}
     assert executor.attempts == [1, 2, 3]
     assert executor.happened == ["began", "forgot", "began", "forgot", "began"]
-    assert {(each.level, each.once) for each in told} == {("warn", "calibrate waits")}
+    assert {each.level for each in told} == {"warn"}
+    assert len({each.once for each in told}) == 1
     assert "the judge does not answer" not in told[0].message
     assert "the judge does not answer" in caplog.text
 
 
-def test_a_server_that_stays_away_ends_the_step(run):
-    executor = Played(AWAY, AWAY, AWAY)
+def test_a_server_that_stays_away_ends_the_step_though_the_service_was_started_anew(
+    run, tmp_path, monkeypatch
+):
+    executor = Played(AWAY, AWAY)
+    monkeypatch.setattr(process, "_LONGEST_WAIT_S", 2)
+    (tmp_path / "calibrate.away").write_text(str(int(time.time()) - 86_399))
     found, _ = run(executor)
     assert found == AWAY
-    assert executor.attempts == [1, 2, 3]
+    assert executor.attempts == [1, 2]
+
+
+def test_each_absence_is_told_and_waited_for_by_itself(run, tmp_path, monkeypatch):
+    run(Played(AWAY, Outcome()))
+    assert not (tmp_path / "calibrate.away").exists()
+    (tmp_path / "calibrate.outcome.json").unlink()
+    monkeypatch.setattr(process.time, "time", lambda: 2e9)
+    _, told = run(Played(AWAY, Outcome()))
+    assert len({each.once for each in told}) == 2
 
 
 def test_what_an_earlier_service_saw_is_waited_for_as_well(run, tmp_path):
@@ -86,7 +103,7 @@ def test_what_an_earlier_service_saw_is_waited_for_as_well(run, tmp_path):
 
 
 def test_a_job_that_is_cancelled_waits_no_longer(run, monkeypatch):
-    monkeypatch.setattr(process, "_WAITS_S", (1e9,))
+    monkeypatch.setattr(process, "_LONGEST_WAIT_S", 900)
     answers = iter([True, True, False])
     executor = Played(AWAY)
     with pytest.raises(StoppedError):
@@ -94,20 +111,32 @@ def test_a_job_that_is_cancelled_waits_no_longer(run, monkeypatch):
     assert executor.attempts == [1]
 
 
-def test_waits_make_a_day():
-    assert 0.95 * 86_400 < sum(process._WAITS_S) < 1.05 * 86_400
+@pytest.mark.parametrize(
+    ("lasting", "away", "error"),
+    [(1, 4, ServerAwayError), (2, 3, DeltaguardError), (5, 0, DeltaguardError)],
+)
+def test_only_a_server_that_is_away_is_waited_for(lasting, away, error):
+    missed = [*[Missed("status 400")] * lasting, *[Missed("status 503", is_away=True)] * away]
+    with pytest.raises(DeltaguardError, match="5 of 20") as found:
+        refuse_too_many(missed, 20, 0.05, whose="Scores", option="max_missing")
+    assert type(found.value) is error
 
 
-def test_only_what_may_come_later_is_waited_for():
-    def refuse(*missed):
-        refuse_too_many(missed, 2, 0.0, whose="Scores", option="max_missing")
-
-    with pytest.raises(ServerAwayError):
-        refuse(Missed("status 503"), Missed("no reply"))
-    with pytest.raises(ValueError, match="2 of 2") as found:
-        refuse(Missed("status 503"), Missed("status 401", again=False))
-    assert not isinstance(found.value, ServerAwayError)
-    # Of one that nobody serves, and as a step's judge sees it.
-    judge = LLMSpec(base_url="http://127.0.0.1:9/v1", model="m", retries=0).make()
-    with pytest.raises(ServerAwayError):
-        judge.judge([Exchange("A drink?", "Tea.")])
+def test_a_steps_judge_that_nobody_serves_is_away(tmp_path):
+    judge = {"kind": "llm", "base_url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0}
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "A drink?"}, {"role": "assistant", "content": "Tea."}]
+    rows.write_text(json.dumps({"messages": turns}))
+    task = Moderate(
+        model="m",
+        device="cpu",
+        method="supervised",
+        training_file=rows,
+        limits=Limits(),
+        moderation=Moderation(judge=judge),
+    )
+    (tmp_path / "moderate.json").write_text(task.model_dump_json())
+    worker.main(tmp_path / "moderate.json", is_alone=True)
+    outcome = Outcome.model_validate_json((tmp_path / "moderate.outcome.json").read_text())
+    assert outcome.is_away
+    assert "1 of 1 are missing" in outcome.reason

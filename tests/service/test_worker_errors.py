@@ -34,4 +34,4 @@ def test_only_what_is_the_customers_business_is_told(error, code, is_told, tmp_p
     assert outcome.error.code == code
     assert outcome.error.message == (str(error) if is_told else OPERATORS_BUSINESS)
     assert outcome.reason == (None if is_told else str(error))
-    assert outcome.again == isinstance(error, ServerAwayError)
+    assert outcome.is_away == isinstance(error, ServerAwayError)

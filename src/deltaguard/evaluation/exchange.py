@@ -27,15 +27,15 @@ class Missed:
 
     Attributes:
         reason: what came instead, in words for people, without secrets.
-        again: whether the same request may fare better later.
+        is_away: whether the server gave no reply, or said that it cannot answer now.
     """
 
     reason: str
-    again: bool = True
+    is_away: bool = False
 
 
 class ServerAwayError(DeltaguardError):
-    """Too much is missing of what a server was asked, all of it such that it may come later."""
+    """Too much is missing of what a server was asked, and not too much would be were it not away."""
 
 
 def refuse_too_many(
@@ -51,16 +51,17 @@ def refuse_too_many(
         option: what raises the share.
 
     Raises:
-        ServerAwayError: more are missing, and every one may come later.
+        ServerAwayError: more are missing, and not of those alone for which the server was there.
         DeltaguardError: more are missing.
 
     Example:
         >>> refuse_too_many([Missed("status 500")], 10, 0.05, whose="Answers of m", option="--max-missing")
         Traceback (most recent call last):
-        deltaguard.evaluation.exchange.ServerAwayError: Answers of m: 1 of 10 are missing, and 5 % may be. ...
+        deltaguard.errors.DeltaguardError: Answers of m: 1 of 10 are missing, and 5 % may be. ...
     """
     if len(missed) / total > max_share:
-        kind = ServerAwayError if all(each.again for each in missed) else DeltaguardError
+        lasting = sum(not each.is_away for each in missed)
+        kind = DeltaguardError if lasting / total > max_share else ServerAwayError
         raise kind(
             f"{whose}: {len(missed)} of {total} are missing, and {100 * max_share:.3g} % may be. The first "
             f"reason: {missed[0].reason}. What was answered is kept: run the same command again to ask for "

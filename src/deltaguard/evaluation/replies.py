@@ -66,10 +66,12 @@ class Failure:
     Attributes:
         reason: what came instead, as the server says it.
         again: whether the same request may fare better a moment later.
+        is_away: whether there was no reply, or one that says that the server cannot answer now.
     """
 
     reason: str
     again: bool = True
+    is_away: bool = False
 
 
 def read_reply(status: int, text: str) -> str | Failure:
@@ -87,7 +89,7 @@ def read_reply(status: int, text: str) -> str | Failure:
         >>> read_reply(200, '{"choices": [{"message": {"content": " Yes. "}}]}')
         'Yes.'
         >>> read_reply(200, '{"error": "out of memory"}')
-        Failure(reason='the reply is an error: out of memory', again=True)
+        Failure(reason='the reply is an error: out of memory', again=True, is_away=False)
     """
     if not 200 <= status < 300:
         return _refused(status, text)
@@ -123,9 +125,9 @@ def _refused(status: int, text: str) -> str | Failure:
     if status == 400 and isinstance(error, dict) and error.get("code") == "content_filter":
         return ""
     said = text if error is None else _said(error)
-    return Failure(
-        f"status {status}{': ' if said.strip() else ''}{said}", again=status in AGAIN or status >= 500
-    )
+    is_away = status in AGAIN or status >= 500
+    reason = f"status {status}{': ' if said.strip() else ''}{said}"
+    return Failure(reason, again=is_away, is_away=is_away)
 
 
 def _said(error: Any) -> str:

@@ -136,7 +136,7 @@ class Server:
             return without_secrets(reply, [self._key])
         made = f" (after {retries} {'retry' if retries == 1 else 'retries'})" if retries else ""
         reason = shown(reply.reason, [self._key, *secrets_of(self.base_url)])
-        return Missed(f"{reason}{made}", again=reply.again)
+        return Missed(f"{reason}{made}", is_away=reply.is_away)
 
     async def _once(self, client: Any, content: bytes) -> tuple[str | Failure, float | None]:
         """One reply, and the seconds that the server asks to be left alone."""
@@ -145,9 +145,9 @@ class Server:
                 with foreign("no reply"):
                     status, headers, body = await self._exchange(client, content)
         except TimeoutError:
-            return Failure(f"no reply within {self.timeout:g} s"), None
+            return Failure(f"no reply within {self.timeout:g} s", is_away=True), None
         except DeltaguardError as error:
-            return Failure(str(error)), None
+            return Failure(str(error), is_away=True), None
         # Before anything is cut short, which might leave a part of the key.
         text = without_secrets(body.decode(errors="replace"), [self._key])
         return read_reply(status, text), _asked_to_wait(headers)

@@ -18,8 +18,9 @@ POLL_S = 0.2
 """Seconds between two looks at a process."""
 
 _TRIES = 3
-_WAITS_S = (30, 60, 120, 240, 480, *(900,) * 94)
-"""Seconds after which a step is begun again whose server is away: for a day."""
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 30, 900
+_LONGEST_AWAY_S = 86_400
+"""A step whose server is away waits as long again as it has waited, within these bounds, and no longer."""
 _SEEN_WITHIN_S = 60
 """Storage that machines share may show a file so much later than its process ended."""
 
@@ -93,21 +94,30 @@ def run_task(
         # What goes on elsewhere, such as on a cluster, does so as the settings were when it began.
         executor.stop_leftovers(step)
     write_atomically(step.task_file, task.model_dump_json())
-    attempts, waits = count(1), iter(_WAITS_S)
+    attempts, away = count(1), folder / f"{task.kind}.away"
     while True:
         found = _tried(
             task.kind, outcome, lambda: _watched(executor.begin(step, next(attempts)), follower, may_go_on)
         )
         follower.catch_up()
-        wait = next(waits, None)
-        if wait is None or not found.again:
+        if not found.is_away:
+            away.unlink(missing_ok=True)
             return found
-        _LOGGER.warning("Step %s in %s begins again in %d s: %s", task.kind, folder.name, wait, found.reason)
-        tell(Told(once=f"{task.kind} waits", message=_AWAY, level="warn"))
+        if not away.exists():
+            write_atomically(away, str(int(time.time())))
+        since = int(read_text(away))
+        waited = time.time() - since
+        if waited > _LONGEST_AWAY_S:
+            return found
+        wait = min(max(waited, _FIRST_WAIT_S), _LONGEST_WAIT_S)
+        _LOGGER.warning(
+            "Step %s of %s begins again in %.0f s: %s", task.kind, folder.name, wait, found.reason
+        )
+        tell(Told(once=f"{task.kind} waits since {since}", message=_AWAY, level="warn"))
         _pause(wait, may_go_on)
         # A cluster knows its processes by their attempts: none that has ended is to be found as the next one.
         executor.stop_leftovers(step)
-        outcome.unlink()
+        outcome.unlink(missing_ok=True)
 
 
 def _tried(kind: str, outcome: Path, watched: Callable[[], Ended]) -> Outcome:

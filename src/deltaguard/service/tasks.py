@@ -182,13 +182,13 @@ class Outcome(BaseModel):
     Attributes:
         error: why the job fails; None where it goes on.
         reason: what the operator's log says of that, where it is not the customer's business.
-        again: whether the step may fare better later: a server that it asks is away.
+        is_away: whether the step failed because a server that it asks is away.
         data: what later steps need to know.
     """
 
     error: JobError | None = None
     reason: str | None = None
-    again: bool = False
+    is_away: bool = False
     data: dict[str, Any] = {}
 
 

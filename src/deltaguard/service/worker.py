@@ -139,7 +139,7 @@ def _failed(task: AnyTask, error: DeltaguardError) -> Outcome:
     if isinstance(error, DivergedError):
         return Outcome(error=JobError(code=code, message=str(error)))
     said = JobError(code=code, message=OPERATORS_BUSINESS)
-    return Outcome(error=said, reason=str(error), again=isinstance(error, ServerAwayError))
+    return Outcome(error=said, reason=str(error), is_away=isinstance(error, ServerAwayError))
 
 
 def _drop_half_line(events: Path) -> None:

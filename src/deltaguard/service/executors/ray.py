@@ -94,6 +94,8 @@ class RayExecutor:
         """End what an earlier service left of a step."""
         for attempt in count(1):
             job = RayJob(self, step, attempt)
+            if job.was_stopped:
+                continue
             job.stop()
             if not job.is_known:
                 return
@@ -142,9 +144,14 @@ class RayJob:
         self._looked_at = self._logged_at = -float("inf")
         self._troubles: set[str] = set()
 
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the service stopped it, or took note that it had ended."""
+        return self._stopped.exists()
+
     def look(self) -> Ended | None:
         """Begin it, unless that was done, and say how it ended; None while it goes on, or nobody can tell."""
-        if self._stopped.exists():
+        if self.was_stopped:
             return Ended("set_back", "a stop")
         if time.monotonic() - self._looked_at < _LOOK_S:
             return None
