@@ -86,10 +86,9 @@ def test_the_public_pair_runs_the_commands_that_its_page_shows(tmp_path):
     asking = [line for line in ran if line.startswith("deltaguard eval ")]
     assert len(asking) == 1
     assert " llama2/restored-by-kl other/model " in asking[0]
-    plain = [line.replace(" llama2/restored-by-kl other/model", "") for line in ran]
     page = (EXAMPLES / "llama2_gsm8k.md").read_text(encoding="utf-8")
     shown = [line for line in page.splitlines() if line.startswith("deltaguard ")]
-    assert [line for line in plain if "restored-by-kl" not in line] == shown
+    assert [line.replace(" other/model", "") for line in ran] == shown
 
 
 def test_the_python_example_runs(monkeypatch, capsys, tmp_path):
