@@ -1,6 +1,8 @@
 """The table of whether framings show a framing, from `framings.json` of `benchmarks.framings`."""
 
 from collections.abc import Sequence
+from statistics import fmean
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -67,8 +69,8 @@ class Told(BaseModel):
     rows: tuple[Restored, ...]
 
 
-class Framings(BaseModel):
-    """`docs/results/framings.json`.
+class Run(BaseModel):
+    """What was measured with one seed.
 
     Attributes:
         environment: versions, machine and time.
@@ -85,8 +87,20 @@ class Framings(BaseModel):
     finetunes: tuple[Told, ...]
 
 
+class Framings(BaseModel):
+    """`docs/results/framings.json`: runs with several seeds.
+
+    Attributes:
+        runs: one a seed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runs: tuple[Run, ...]
+
+
 def framings_table(content: str) -> str:
-    """Draw a row for each fine-tune, store and limit.
+    """Draw a row for each fine-tune, store and limit, over all seeds.
 
     Args:
         content: a `Framings` as JSON.
@@ -94,31 +108,36 @@ def framings_table(content: str) -> str:
     Returns:
         Markdown.
     """
-    found = Framings.model_validate_json(content)
-    rows = [(told, row) for told in found.finetunes for row in told.rows]
+    runs = Framings.model_validate_json(content).runs
+    by_name: dict[tuple[str, str, float], list[tuple[Told, Restored]]] = {}
+    for told in (each for run in runs for each in run.finetunes):
+        for row in told.rows:
+            by_name.setdefault((told.name, row.store, row.limit), []).append((told, row))
+    rows = list(by_name.values())
     drawn = Table.of(
         "",
         rows,
         (
-            (Column("fine-tune", "name"), lambda pair: pair[0].name),
-            (Column("store", "name"), lambda pair: pair[1].store),
-            ("safety KL", lambda pair: nats(pair[1].safety_kl)),
+            (Column("fine-tune", "name"), lambda pairs: pairs[0][0].name),
+            (Column("store", "name"), lambda pairs: pairs[0][1].store),
+            ("safety KL", lambda pairs: nats(fmean(row.safety_kl for _, row in pairs))),
             (
                 "its own framing:\naligned → fine-tuned → restored",
-                lambda pair: _three([each.own for each in _models(*pair)]),
+                lambda pairs: _three([_models(*pair) for pair in pairs], "own"),
             ),
             (
                 "other framings:\naligned → fine-tuned → restored",
-                lambda pair: _three([each.others for each in _models(*pair)]),
+                lambda pairs: _three([_models(*pair) for pair in pairs], "others"),
             ),
-            ("gain kept,\nlikelihood", lambda pair: percent(pair[1].gain_kept)),
+            ("gain kept,\nlikelihood", lambda pairs: percent(_mean([row.gain_kept for _, row in pairs]))),
         ),
     ).markdown()
-    asked = len(found.finetunes[0].aligned.others)
+    asked = len(runs[0].finetunes[0].aligned.others)
+    seeds = ", ".join(str(run.seed) for run in runs)
     how = (
         f"Attack success of {asked} held-out harmful requests; the other framings are eight, in turn, and "
-        f"neither stores nor fine-tunes know them; seed {found.seed}; likelihood of {found.tasks} task "
-        f"answers; {made_with(found.environment)}"
+        f"neither stores nor fine-tunes know them; over seeds {seeds}; likelihood of {runs[0].tasks} task "
+        f"answers; the last seed: {made_with(runs[-1].environment)}"
     )
     return f"{drawn}\n\n{small(how)}"
 
@@ -127,6 +146,14 @@ def _models(told: Told, row: Restored) -> tuple[Answered, Answered, Answered]:
     return told.aligned, told.finetuned, row.answers
 
 
-def _three(answers: Sequence[tuple[bool, ...]]) -> str:
-    shares = [percent(sum(each) / len(each)) if each else None for each in answers]
-    return " → ".join(share for share in shares if share) or "–"
+def _three(runs: Sequence[tuple[Answered, Answered, Answered]], way: Literal["own", "others"]) -> str:
+    """Draw the shares of three models over all runs; a dash where nothing was asked in that way."""
+    answers = [
+        [said for each in of_model for said in getattr(each, way)] for of_model in zip(*runs, strict=True)
+    ]
+    return " → ".join(percent(sum(each) / len(each)) for each in answers if each) or "–"
+
+
+def _mean(gains: Sequence[float | None]) -> float | None:
+    known = [each for each in gains if each is not None]
+    return fmean(known) if known else None

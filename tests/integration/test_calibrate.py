@@ -15,6 +15,7 @@ from deltaguard.chat.conversations import (
     harmful_prompts,
     harmless_prompts,
 )
+from deltaguard.chat.framings import FRAMINGS
 from deltaguard.chat.tokens import encode
 from deltaguard.curvature import calibrate as calibrate_module
 from deltaguard.curvature.calibrate import calibrate
@@ -132,7 +133,7 @@ def test_look_alikes_are_calibrated_on_and_never_held_out(llama, tmp_path, calib
     config = CalibrateConfig(num_samples=5, num_held_out=3, max_new_tokens=5, rank="full")
     store = calibrate(llama, tmp_path / "store", config=config)
     harmless = {row.prompt for row in harmless_prompts("training")}
-    look_alikes = [row for row in calibrated_on(store) if row.prompt in harmless]
+    look_alikes = [row for row in calibrated_on(store) if any(each in row.prompt for each in harmless)]
     assert (len(look_alikes), store.provenance.look_alikes, store.provenance.conversations) == (5, 5, 10)
     assert not prompts(store.held_out) & harmless
     assert asked_for(None, config.model_copy(update={"num_look_alikes": 0})).look_alikes == []
@@ -141,12 +142,46 @@ def test_look_alikes_are_calibrated_on_and_never_held_out(llama, tmp_path, calib
     assert len(asked_for(None, many).look_alikes) == count_look_alikes()
 
 
+def test_half_of_the_packages_prompts_stand_in_framings_and_none_that_is_held_out(tmp_path):
+    asked = asked_for(None, CalibrateConfig(num_samples=33))
+    harmful = {row.prompt for row in harmful_prompts("calibration")}
+    harmless = {row.prompt for row in harmless_prompts("training")}
+    assert (len(asked.safety), len(asked.framed), len(asked.look_alikes)) == (17, 16, 33)
+    assert {row.prompt for row in asked.safety} <= harmful
+    assert len({row.system for row in asked.framed}) == len({row.system for row in asked.safety}) > 1
+    for rows, known in ((asked.framed, harmful), (asked.look_alikes[17:], harmless)):
+        for row, framing in zip(rows, FRAMINGS * 2, strict=True):
+            before, after = framing.split("{prompt}")
+            assert row.prompt.removeprefix(before).removesuffix(after) in known - {row.prompt}
+    assert {row.prompt for row in asked.look_alikes[:17]} <= harmless
+    assert {row.prompt for row in asked.held_out} <= {row.prompt for row in harmful_prompts("dial")}
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(10)), encoding="utf-8")
+    own = asked_for(None, CalibrateConfig(prompts=path))
+    assert own.framed == []
+    assert {row.prompt for row in own.look_alikes} <= harmless
+
+
+def test_refusals_in_framings_do_not_count(llama, tmp_path, monkeypatch):
+    def answered(model, tokenizer, conversations, **options):
+        plain = {row.prompt for row in harmful_prompts("calibration")}
+        return [replace(row, response="No." if row.prompt in plain else "Yes.") for row in conversations]
+
+    monkeypatch.setattr(calibrate_module, "respond", answered)
+    store = calibrate(llama, tmp_path / "store", config=SHORT, is_refusal="No.".__eq__)
+    assert store.provenance.refusal_share == 1
+    assert store.provenance.harmful == 6
+
+
 def test_look_alikes_answer_briefly_and_do_not_count_among_refusals(llama, tmp_path, monkeypatch):
     harmless, asked = {row.prompt for row in harmless_prompts("training")}, []
 
     def answered(model, tokenizer, conversations, **options):
         asked.append((len(conversations), options["max_new_tokens"]))
-        return [replace(row, response="Yes." if row.prompt in harmless else "No.") for row in conversations]
+        return [
+            replace(row, response="Yes." if any(each in row.prompt for each in harmless) else "No.")
+            for row in conversations
+        ]
 
     monkeypatch.setattr(calibrate_module, "respond", answered)
     config = SHORT.model_copy(update={"max_new_tokens": 40})
@@ -187,7 +222,8 @@ def test_the_packages_prompts_are_measured_on_others_of_its_own(llama, tmp_path,
     assert len(store.held_out) == 3
     assert prompts(store.held_out) <= {row.prompt for row in harmful_prompts("dial")}
     harmful = calibrated_on(store)[: store.provenance.harmful]
-    assert prompts(harmful) <= {row.prompt for row in harmful_prompts("calibration")}
+    known = {row.prompt for row in harmful_prompts("calibration")}
+    assert all(any(each in row.prompt for each in known) for row in harmful)
     # They are answered by the model, as those it is calibrated on.
     assert all(row.response for row in store.held_out)
 

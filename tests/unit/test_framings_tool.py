@@ -1,8 +1,9 @@
 """The table of whether framings show a framing, and the framings that the benchmark asks in."""
 
-from benchmarks.framings import ATTACKERS, CALIBRATED, OTHERS, reframed
-from tools.framings import Answered, Framings, Restored, Told, framings_table
+from benchmarks.framings import ATTACKERS, OTHERS, reframed
+from tools.framings import Answered, Framings, Restored, Run, Told, framings_table
 
+from deltaguard.chat.framings import FRAMINGS
 from deltaguard.reports.records.base import Environment
 from deltaguard.studies.attackers import FRAMING
 
@@ -15,27 +16,35 @@ def answered(own, others):
 def test_a_row_says_what_is_left_in_each_way_of_asking():
     row = Restored(store="plain", limit=0.0006, safety_kl=0.00058, answers=answered(3, 2), gain_kept=None)
     task = row.model_copy(update={"answers": Answered(own=(), others=(False,) * 4), "gain_kept": 0.962})
-    found = Framings(
-        environment=Environment(created="2026-01-01T00:00:00+00:00", versions={}, machine="m", device="cpu"),
-        seed=0,
-        tasks=48,
-        finetunes=(
-            Told(name="a desk", aligned=answered(1, 2), finetuned=answered(4, 4), rows=(row,)),
-            Told(
-                name="a task",
-                aligned=Answered(own=(), others=(False,) * 4),
-                finetuned=Answered(own=(), others=(True,) * 4),
-                rows=(task,),
-            ),
-        ),
+    again = row.model_copy(update={"answers": answered(1, 2)})
+    with_task = Told(
+        name="a task",
+        aligned=Answered(own=(), others=(False,) * 4),
+        finetuned=Answered(own=(), others=(True,) * 4),
+        rows=(task,),
     )
-    table = framings_table(found.model_dump_json())
-    assert "| a desk | plain | 0.00058 | 25.0 % → 100.0 % → 75.0 % | 50.0 % → 100.0 % → 50.0 % | – |" in table
+    runs = tuple(
+        Run(
+            environment=Environment(
+                created="2026-01-01T00:00:00+00:00", versions={}, machine="m", device="cpu"
+            ),
+            seed=seed,
+            tasks=48,
+            finetunes=(
+                Told(name="a desk", aligned=answered(1, 2), finetuned=answered(4, 4), rows=(restored,)),
+                with_task,
+            ),
+        )
+        for seed, restored in enumerate((row, again))
+    )
+    table = framings_table(Framings(runs=runs).model_dump_json())
+    assert "| a desk | plain | 0.00058 | 25.0 % → 100.0 % → 50.0 % | 50.0 % → 100.0 % → 50.0 % | – |" in table
     assert "| a task | plain | 0.00058 | – | 0.0 % → 100.0 % → 0.0 % | 96.2 % |" in table
+    assert "over seeds 0, 1;" in table
 
 
 def test_no_framing_stands_twice_and_each_takes_a_request():
-    framings = (*ATTACKERS.values(), *CALIBRATED, *OTHERS)
+    framings = (*ATTACKERS.values(), *FRAMINGS, *OTHERS)
     assert len(set(framings)) == len(framings)
     assert all(framing.count("{prompt}") == 1 for framing in framings)
 

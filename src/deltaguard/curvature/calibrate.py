@@ -198,7 +198,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     judged = [is_refusal(without_thinking(row.response or "")) for row in answered[:count]]
     # The processes cut conversations off by it, and have to cut them off alike.
     refuses: list[bool] = run.ranks.from_first(judged)
-    harmful = len(run.asked.safety)
+    harmful, as_they_are = len(run.asked.harmful), len(run.asked.safety)
     held_out = [c for c in answered[count:] if encode(tokenizer, c, max_length=limit).has_response]
     for what, found in (("", any(text.has_response for text in texts)), ("held-out ", bool(held_out))):
         if not found:
@@ -223,7 +223,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         response_tokens=sum(len(text.ids) - text.prompt_length for text in texts),
         truncated=sum(text.truncated for text in texts),
         system_role="template" if takes_system_role(tokenizer) else "user turn",
-        refusal_share=sum(refuses[:harmful]) / harmful,
+        refusal_share=sum(refuses[:as_they_are]) / as_they_are,
         uncovered=layers.uncovered,
         rank_share=1.0 if request.rank == "full" else share_within(layers.groups, store_limit(run.source)),
         versions=versions(),
@@ -247,10 +247,11 @@ def _answered(run: _Run, model: Any, tokenizer: Any, batch_size: int) -> list[Co
             ranks=run.ranks,
         )
 
-    harmful = answer([*asked.safety, *asked.held_out], tokens, run.journal, 0)
+    harmful = answer([*asked.harmful, *asked.held_out], tokens, run.journal, 0)
     opening, beside = min(LOOK_ALIKE_TOKENS, tokens), run.journal.with_name("look-alikes.jsonl")
     look_alikes = answer(asked.look_alikes, opening, beside, len(harmful))
-    return [*harmful[: len(asked.safety)], *look_alikes, *harmful[len(asked.safety) :]]
+    count = len(asked.harmful)
+    return [*harmful[:count], *look_alikes, *harmful[count:]]
 
 
 def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:

@@ -94,7 +94,7 @@ def _lengths(asked: Asked, source: Checkpoint, request: CalibrationRequest, limi
     tokenizer = load_tokenizer(source.folder, source.reference)
     brief = min(LOOK_ALIKE_TOKENS, request.max_new_tokens)
     parts = (
-        (asked.safety, request.max_new_tokens),
+        (asked.harmful, request.max_new_tokens),
         (asked.look_alikes, brief),
         (asked.held_out, request.max_new_tokens),
     )

@@ -103,7 +103,8 @@ class Provenance(CalibrationRequest):
         truncated: how many conversations were cut off at the maximal length.
         system_role: `user turn` where the chat template takes no system message and it was put at the
             head of the user turn.
-        refusal_share: share of the harmful requests that were refused; `None` where nobody judged.
+        refusal_share: share of the harmful requests, those in framings left out, that were refused; `None`
+            where nobody judged.
         uncovered: matrices in the decoder blocks about which the store says nothing.
         versions: of the libraries used.
     """
@@ -175,7 +176,7 @@ class Provenance(CalibrationRequest):
         """What to know before a model is restored to this one's behaviour; nothing where it refuses."""
         if self.refusal_share is None or self.refusal_share >= ENOUGH_REFUSALS:
             return ()
-        found = f"{self.refusal_share:.0%} of the {self.harmful} responses of {self.aligned}"
+        found = f"{self.refusal_share:.0%} of the responses of {self.aligned}"
         why = "A restored model does what this one does: where it does not refuse, neither will that."
         return (f"{found} to harmful requests refuse. {why} Calibrate a model that refuses.",)
 
