@@ -36,7 +36,7 @@ def test_calibrating_a_model_that_does_not_refuse_warns(tmp_path, capsys):
     assert 0 <= share < 0.5
     assert captured.err.count("Warning:") == 1
     told = " ".join(captured.err.split())
-    assert f"{share:.0%} of the responses of {pair().aligned} to harmful requests refuse" in told
+    assert f"{share:.0%} of the 8 responses of {pair().aligned} to harmful requests refuse" in told
     assert json.loads(captured.out)["refusal_share"] == share
 
 
@@ -55,7 +55,7 @@ def test_restoring_to_a_model_that_does_not_refuse_warns(careless, tmp_path, cap
     assert run([*map(str, tokens), "--json"]) == 0
     captured = capsys.readouterr()
     (warning,) = json.loads((out / name).read_text())["warnings"]
-    assert "0% of the responses" in warning
+    assert "0% of the 5 responses" in warning
     assert f"Warning: {warning}" in " ".join(captured.err.split())
     assert json.loads(captured.out)["warnings"] == [warning]
 
@@ -66,4 +66,4 @@ def test_a_restore_that_calibrates_first_warns_too(tmp_path, capsys, monkeypatch
     made, out = pair(), tmp_path / "out"
     tokens = ["restore", made.aligned, made.finetuned, "-o", out, "--device", "cpu", "--strength", "0.5"]
     assert run([*map(str, tokens)]) == 0
-    assert "0% of the responses" in " ".join(capsys.readouterr().err.split())
+    assert "0% of the 64 responses" in " ".join(capsys.readouterr().err.split())

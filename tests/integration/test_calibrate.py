@@ -136,30 +136,53 @@ def test_look_alikes_are_calibrated_on_and_never_held_out(llama, tmp_path, calib
     look_alikes = [row for row in calibrated_on(store) if any(each in row.prompt for each in harmless)]
     assert (len(look_alikes), store.provenance.look_alikes, store.provenance.conversations) == (5, 5, 10)
     assert not prompts(store.held_out) & harmless
-    assert asked_for(None, config.model_copy(update={"num_look_alikes": 0})).look_alikes == []
+    assert asked_for(None, config.model_copy(update={"num_look_alikes": 0})).harmless == []
     assert asked_for(ROWS, config).look_alikes == ()
     many = config.model_copy(update={"num_samples": 900})
-    assert len(asked_for(None, many).look_alikes) == count_look_alikes()
+    assert len(asked_for(None, many).harmless) == count_look_alikes()
 
 
 def test_half_of_the_packages_prompts_stand_in_framings_and_none_that_is_held_out(tmp_path):
     asked = asked_for(None, CalibrateConfig(num_samples=33))
     harmful = {row.prompt for row in harmful_prompts("calibration")}
     harmless = {row.prompt for row in harmless_prompts("training")}
-    assert (len(asked.safety), len(asked.framed), len(asked.look_alikes)) == (17, 16, 33)
+    parts = (asked.safety, asked.framed, asked.look_alikes, asked.framed_look_alikes)
+    assert [len(rows) for rows in parts] == [17, 16, 17, 16]
+    assert [not row for row in asked.is_framed] == [
+        row.prompt in harmful | harmless for row in asked.calibration
+    ]
     assert {row.prompt for row in asked.safety} <= harmful
-    assert len({row.system for row in asked.framed}) == len({row.system for row in asked.safety}) > 1
-    for rows, known in ((asked.framed, harmful), (asked.look_alikes[17:], harmless)):
-        for row, framing in zip(rows, FRAMINGS * 2, strict=True):
-            before, after = framing.split("{prompt}")
-            assert row.prompt.removeprefix(before).removesuffix(after) in known - {row.prompt}
-    assert {row.prompt for row in asked.look_alikes[:17]} <= harmless
+    assert {row.prompt for row in asked.look_alikes} <= harmless
+    for rows, known in ((asked.framed, harmful), (asked.framed_look_alikes, harmless)):
+        assert all(framing_of(row)[1] in known for row in rows)
+        assert len({framing_of(row)[0] for row in rows}) == len(FRAMINGS)
     assert {row.prompt for row in asked.held_out} <= {row.prompt for row in harmful_prompts("dial")}
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(10)), encoding="utf-8")
     own = asked_for(None, CalibrateConfig(prompts=path))
-    assert own.framed == []
+    assert (own.framed, own.framed_look_alikes) == ((), ())
     assert {row.prompt for row in own.look_alikes} <= harmless
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_each_system_prompt_is_asked_under_with_framings_and_without(count):
+    asked = asked_for(None, CalibrateConfig(systems=tuple(f"You are number {i}." for i in range(count))))
+    pairs = ((asked.safety, asked.framed), (asked.look_alikes, asked.framed_look_alikes))
+    for plain, in_framings in pairs:
+        assert {row.system for row in plain} == {row.system for row in in_framings}
+        for system in {row.system for row in plain}:
+            own = [framing_of(row)[0] for row in in_framings if row.system == system]
+            assert abs(len(own) - sum(row.system == system for row in plain)) <= 1
+            assert len(set(own)) >= min(len(own), 5)
+
+
+def framing_of(row):
+    """The framing of a conversation, and the request within."""
+    for framing in FRAMINGS:
+        before, after = framing.split("{prompt}")
+        if row.prompt.startswith(before) and row.prompt.endswith(after):
+            return framing, row.prompt[len(before) : len(row.prompt) - len(after)]
+    raise AssertionError(row.prompt)
 
 
 def test_refusals_in_framings_do_not_count(llama, tmp_path, monkeypatch):
@@ -170,7 +193,7 @@ def test_refusals_in_framings_do_not_count(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate_module, "respond", answered)
     store = calibrate(llama, tmp_path / "store", config=SHORT, is_refusal="No.".__eq__)
     assert store.provenance.refusal_share == 1
-    assert store.provenance.harmful == 6
+    assert (store.provenance.harmful, store.provenance.framed, store.provenance.judged) == (6, 3, 3)
 
 
 def test_look_alikes_answer_briefly_and_do_not_count_among_refusals(llama, tmp_path, monkeypatch):

@@ -196,3 +196,11 @@ def test_what_no_beginning_tells_is_cut_off_where_an_answer_is_decided():
     found = decisions(alike, [True, False], harmful=1)
     assert [each.text.ids for each in found] == [(0, *answer[:64])] * 2
     assert [each.weight for each in found] == [1, -1]
+
+
+def test_what_counts_for_nothing_changes_nothing():
+    texts = [Encoded((0, *answer), 1, truncated=False) for answer in ((7, 1), (7, 5), (8, 1), (7, 1))]
+    counted = decisions([texts[0], texts[2]], [True, False], harmful=1)
+    found = decisions(texts, [True, None, False, None], harmful=2)
+    assert [found[0], found[2]] == counted
+    assert [(each.text.ids, each.weight) for each in (found[1], found[3])] == [((0, 7), 0)] * 2

@@ -265,6 +265,8 @@ def test_merging_adds_the_sums_and_factorises_them_anew(tmp_path):
     new = Conversation("Who?", None, "Nobody.")
     changes = {"tokens": 30, "response_tokens": 9, "conversations": 2, "truncated": 0, "refusal_share": 1.0}
     changes |= {"conversations": 5, "look_alikes": 3}
+    # Refusals were counted of one of its two harmful requests.
+    changes["framed"] = 1
     two = written(tmp_path / "two", 1, groups=more, held_out=(HELD_OUT[1], new), **changes)
     merged = CurvatureStore.merge([one, two], tmp_path / "merged")
     a, b = sums(0), sums(1, more)
@@ -283,9 +285,9 @@ def test_merging_adds_the_sums_and_factorises_them_anew(tmp_path):
     assert merged.held_out == (*HELD_OUT, new)
     made = merged.provenance
     assert (made.conversations, made.tokens, made.response_tokens, made.truncated) == (9, 70, 25, 1)
-    # Two harmful requests of four refused, and both of two.
-    assert (made.look_alikes, made.harmful) == (3, 6)
-    assert made.refusal_share == pytest.approx(4 / 6)
+    # Two harmful requests of four refused, and one of one.
+    assert (made.look_alikes, made.harmful, made.framed) == (3, 6, 1)
+    assert made.refusal_share == pytest.approx(3 / 5)
     assert made.conversations_sha256 not in {p.provenance.conversations_sha256 for p in (one, two)}
 
 

@@ -136,12 +136,14 @@ def _draw(store: "CurvatureStore", aligned: Reference, output: Path) -> Table:
     table = Table(title=f"Curvature of {aligned}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
-    table.add_row("harmful requests", str(made.harmful))
+    framed = f", {made.framed} in framings" if made.framed else ""
+    table.add_row("harmful requests", f"{made.harmful}{framed}")
     table.add_row("harmless look-alikes", str(made.look_alikes))
     table.add_row("harmful requests held out", str(len(store.held_out)))
     table.add_row("tokens", f"{made.tokens}, {made.response_tokens} of responses")
     share = made.refusal_share
-    table.add_row("harmful requests refused", "not judged" if share is None else f"{share:.0%}")
+    refused = "not judged" if share is None else f"{share:.0%} of {made.judged}"
+    table.add_row("harmful requests refused", refused)
     table.add_row("layers", str(sum(len(group.layers) for group in store.groups)))
     table.add_row("groups that share an input", str(len(store.groups)))
     table.add_row("eigenpairs kept", "all" if store.is_full else f"{made.rank_share:.0%}")

@@ -195,10 +195,14 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     config = load_config(run.source.folder, run.source.reference)
     limit = context_length(config, request.max_length)
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
-    judged = [is_refusal(without_thinking(row.response or "")) for row in answered[:count]]
+    # A framing says how an answer opens, such as with a number: whether it refuses is not judged there.
+    judged = [
+        None if is_framed else is_refusal(without_thinking(row.response or ""))
+        for row, is_framed in zip(answered[:count], run.asked.is_framed, strict=True)
+    ]
     # The processes cut conversations off by it, and have to cut them off alike.
-    refuses: list[bool] = run.ranks.from_first(judged)
-    harmful, as_they_are = len(run.asked.harmful), len(run.asked.safety)
+    refuses: list[bool | None] = run.ranks.from_first(judged)
+    harmful, judgeable = len(run.asked.harmful), len(run.asked.safety)
     held_out = [c for c in answered[count:] if encode(tokenizer, c, max_length=limit).has_response]
     for what, found in (("", any(text.has_response for text in texts)), ("held-out ", bool(held_out))):
         if not found:
@@ -218,12 +222,13 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         aligned=run.source.reference,
         conversations_sha256=fingerprint(answered[:count]),
         conversations=count,
-        look_alikes=len(run.asked.look_alikes),
+        look_alikes=len(run.asked.harmless),
+        framed=len(run.asked.framed),
         tokens=sum(len(text.ids) for text in texts),
         response_tokens=sum(len(text.ids) - text.prompt_length for text in texts),
         truncated=sum(text.truncated for text in texts),
         system_role="template" if takes_system_role(tokenizer) else "user turn",
-        refusal_share=sum(refuses[:as_they_are]) / as_they_are,
+        refusal_share=refuses[:judgeable].count(True) / judgeable,
         uncovered=layers.uncovered,
         rank_share=1.0 if request.rank == "full" else share_within(layers.groups, store_limit(run.source)),
         versions=versions(),
@@ -249,7 +254,7 @@ def _answered(run: _Run, model: Any, tokenizer: Any, batch_size: int) -> list[Co
 
     harmful = answer([*asked.harmful, *asked.held_out], tokens, run.journal, 0)
     opening, beside = min(LOOK_ALIKE_TOKENS, tokens), run.journal.with_name("look-alikes.jsonl")
-    look_alikes = answer(asked.look_alikes, opening, beside, len(harmful))
+    look_alikes = answer(asked.harmless, opening, beside, len(harmful))
     count = len(asked.harmful)
     return [*harmful[:count], *look_alikes, *harmful[count:]]
 

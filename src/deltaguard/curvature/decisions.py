@@ -6,8 +6,9 @@ order. Its gradient is that of
 
     S = mean over harmful requests of ± log p(d) + mean over look-alikes of ± log p(d),
 
-with d the beginning of the model's own answer by which it is told whether it refuses, + where it does. It is
-taken once with the weights of every layer, and kept as a matrix of low rank; `solvers.level` says what for.
+both in no framing, with d the beginning of the model's own answer by which it is told whether it refuses, +
+where it does. It is taken once with the weights of every layer, and kept as a matrix of low rank;
+`solvers.level` says what for.
 """
 
 from collections import Counter
@@ -51,7 +52,7 @@ class Decision:
     weight: float
 
 
-def decisions(texts: Sequence[Encoded], refuses: Sequence[bool], harmful: int) -> list[Decision]:
+def decisions(texts: Sequence[Encoded], refuses: Sequence[bool | None], harmful: int) -> list[Decision]:
     """Cut conversations off where they are decided.
 
     That is after the first token with which nine of ten answers that begin alike are of one kind, or at the
@@ -59,11 +60,12 @@ def decisions(texts: Sequence[Encoded], refuses: Sequence[bool], harmful: int) -
 
     Args:
         texts: conversations with the model's own answers, the harmful requests first.
-        refuses: of each, whether its answer does.
+        refuses: of each, whether its answer does; None where that counts for nothing.
         harmful: how many are harmful requests.
 
     Returns:
-        One of each, in the same order; of a conversation without a token of an answer the weight is 0.
+        One of each, in the same order; the weight is 0 of a conversation without a token of an answer, and of
+        one that counts for nothing, which is cut off after one token.
 
     Example:
         >>> answers = [(7, 1, 2), (7, 1, 3), (7, 5, 2), (8, 1, 2)]
@@ -73,13 +75,19 @@ def decisions(texts: Sequence[Encoded], refuses: Sequence[bool], harmful: int) -
     """
     told: Counter[tuple[int, ...]] = Counter()
     refused: Counter[tuple[int, ...]] = Counter()
-    for text, does in zip(texts, refuses, strict=True):
+    counts = [0, 0]
+    for number, (text, does) in enumerate(zip(texts, refuses, strict=True)):
+        if does is None:
+            continue
+        counts[number >= harmful] += text.has_response
         for beginning in _beginnings(text):
             told[beginning] += 1
             refused[beginning] += does
-    counts = [sum(text.has_response for text in part) for part in (texts[:harmful], texts[harmful:])]
     found: list[Decision] = []
     for number, (text, does) in enumerate(zip(texts, refuses, strict=True)):
+        if does is None:
+            found.append(Decision(replace(text, ids=text.ids[: text.prompt_length + 1]), 0))
+            continue
         alike = ((each, refused[each] if does else told[each] - refused[each]) for each in _beginnings(text))
         last = min(len(text.ids) - text.prompt_length, _WITHIN)
         length = next((len(each) for each, own in alike if own >= _SURE * told[each]), last)

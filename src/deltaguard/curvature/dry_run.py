@@ -95,7 +95,7 @@ def _lengths(asked: Asked, source: Checkpoint, request: CalibrationRequest, limi
     brief = min(LOOK_ALIKE_TOKENS, request.max_new_tokens)
     parts = (
         (asked.harmful, request.max_new_tokens),
-        (asked.look_alikes, brief),
+        (asked.harmless, brief),
         (asked.held_out, request.max_new_tokens),
     )
     lengths: list[int] = []

@@ -18,7 +18,7 @@ from deltaguard.chat.conversations import (
     read_prompts,
     sample,
 )
-from deltaguard.chat.framings import framed
+from deltaguard.chat.framings import framed, halves
 from deltaguard.curvature import Rank
 from deltaguard.curvature.store_format import CalibrationRequest
 from deltaguard.device import served_dtype
@@ -38,8 +38,8 @@ class CalibrateConfig(BaseModel):
         prompts: a prompts file (see `conversations.read_prompts`) instead of the package's prompts.
         systems: system prompts of the deployment. The package's prompts are asked under them as well as under
             their own; those of a file that name none get them in turn.
-        num_samples: how many conversations; of a shorter prompts file, all that are not held out. Of the
-            package's prompts, look-alikes among them, half stand in framings (see `chat.framings`).
+        num_samples: how many conversations; of a shorter prompts file, all that are not held out. Without a
+            file half of them, and half of the look-alikes, stand in framings (see `chat.framings`).
         num_look_alikes: how many harmless requests that look dangerous, of the package, are calibrated on
             beside them, so that not answering has a price, too, under `systems` and without any; by default
             as many, or all there are. Conversations given in Python are taken as they are.
@@ -88,25 +88,38 @@ class Asked:
 
     Attributes:
         safety: harmful requests as they are, calibrated on.
-        framed: harmful requests in framings, calibrated on too.
-        look_alikes: harmless ones, of both kinds.
+        look_alikes: harmless ones as they are, calibrated on too.
         held_out: harmful requests that safety KL is measured on.
+        framed: further harmful requests that are calibrated on, in framings.
+        framed_look_alikes: further harmless ones, likewise.
     """
 
     safety: Sequence[Conversation]
-    framed: Sequence[Conversation]
     look_alikes: Sequence[Conversation]
     held_out: Sequence[Conversation]
+    framed: Sequence[Conversation] = ()
+    framed_look_alikes: Sequence[Conversation] = ()
 
     @property
     def harmful(self) -> list[Conversation]:
-        """List the harmful requests that curvature is measured on, those in framings last."""
+        """List the harmful requests that are calibrated on."""
         return [*self.safety, *self.framed]
+
+    @property
+    def harmless(self) -> list[Conversation]:
+        """List the look-alikes that are calibrated on."""
+        return [*self.look_alikes, *self.framed_look_alikes]
 
     @property
     def calibration(self) -> list[Conversation]:
         """List the conversations that curvature is measured on: harmful requests, then look-alikes."""
-        return [*self.harmful, *self.look_alikes]
+        return [*self.harmful, *self.harmless]
+
+    @property
+    def is_framed(self) -> list[bool]:
+        """Say which of `calibration` stand in framings."""
+        parts = (self.safety, self.framed, self.look_alikes, self.framed_look_alikes)
+        return [number % 2 == 1 for number, rows in enumerate(parts) for _ in rows]
 
     @property
     def all(self) -> list[Conversation]:
@@ -133,23 +146,27 @@ def asked_for(given: Sequence[Conversation] | None, config: CalibrateConfig) -> 
     systems, seed = config.systems, config.seed
     if given is not None:
         safety, held_out = _divided(given, len(given), config)
-        return Asked(safety, (), (), held_out)
-    in_framings: list[Conversation] = []
+        return Asked(safety, (), held_out)
     if config.prompts is not None:
         written = _under(systems, read_prompts(config.prompts))
         safety, held_out = _divided(written, config.num_samples, config)
     else:
-        built = build_conversations(config.num_samples, systems=systems, seed=seed)
-        safety, in_framings = built[::2], framed(built[1::2])
+        safety = build_conversations(config.num_samples, systems=systems, seed=seed)
         held_out = build_conversations(config.num_held_out, part="dial", systems=systems, seed=seed)
     wanted = config.num_look_alikes
     if wanted is None:
-        wanted = min(len(safety) + len(in_framings), count_look_alikes(systems))
+        wanted = min(len(safety), count_look_alikes(systems))
     look_alikes = build_look_alikes(wanted, systems=systems, seed=seed)
-    if config.prompts is None:
-        # In framings as the harmful ones are: one that only those had would say itself that it is refused.
-        look_alikes = [*look_alikes[::2], *framed(look_alikes[1::2])]
-    return Asked(safety, in_framings, look_alikes, held_out)
+    if config.prompts is not None:
+        return Asked(safety, look_alikes, held_out)
+    # Both, since a framing that only harmful requests had would itself say that they are refused.
+    (safety, other_safety), (look_alikes, other_look_alikes) = halves(safety), halves(look_alikes)
+    return Asked(safety, look_alikes, held_out, framed(other_safety), framed(other_look_alikes))
+
+
+def prompts_key() -> str:
+    """Name what a calibration asks that is given nothing else, in eight hexadecimal digits."""
+    return fingerprint(asked_for(None, CalibrateConfig()).all)[:8]
 
 
 def _divided(

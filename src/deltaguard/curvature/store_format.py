@@ -96,6 +96,7 @@ class Provenance(CalibrationRequest):
         conversations: how many, look-alikes among them.
         look_alikes: how many of them are harmless requests that look dangerous; 0 in stores of before they
             were calibrated on.
+        framed: how many of the harmful requests stand in framings; 0 in stores of before they did.
         tokens: over how many tokens H was summed.
         tokens_used: which tokens of a conversation those are.
         response_tokens: how many tokens of a response were drawn for G.
@@ -113,6 +114,7 @@ class Provenance(CalibrationRequest):
     conversations_sha256: str
     conversations: PositiveInt
     look_alikes: NonNegativeInt = 0
+    framed: NonNegativeInt = 0
     tokens: PositiveInt
     tokens_used: Literal["prompt and response"] = "prompt and response"
     response_tokens: PositiveInt
@@ -126,8 +128,8 @@ class Provenance(CalibrationRequest):
     @staticmethod
     def merged(parts: Sequence["Provenance"]) -> "Provenance":
         """Say where the store comes from that several are merged into (see `CurvatureStore.merge`)."""
-        judged = [part.refusal_share * part.harmful for part in parts if part.refusal_share is not None]
-        harmful = sum(part.harmful for part in parts)
+        refused = [part.refusal_share * part.judged for part in parts if part.refusal_share is not None]
+        judged = sum(part.judged for part in parts)
 
         def together(name: str) -> str:
             return hashlib.sha256("".join(getattr(part, name) for part in parts).encode()).hexdigest()
@@ -137,11 +139,12 @@ class Provenance(CalibrationRequest):
                 **{name: together(name) for name in ("prompts_sha256", "conversations_sha256")},
                 "conversations": sum(part.conversations for part in parts),
                 "look_alikes": sum(part.look_alikes for part in parts),
+                "framed": sum(part.framed for part in parts),
                 "systems": tuple(dict.fromkeys(system for part in parts for system in part.systems)),
                 "tokens": sum(part.tokens for part in parts),
                 "response_tokens": sum(part.response_tokens for part in parts),
                 "truncated": sum(part.truncated for part in parts),
-                "refusal_share": sum(judged) / harmful if len(judged) == len(parts) else None,
+                "refusal_share": sum(refused) / judged if len(refused) == len(parts) else None,
                 "versions": versions(),
             }
         )
@@ -150,12 +153,19 @@ class Provenance(CalibrationRequest):
     def _asks_for_harm(self) -> Self:
         if self.look_alikes >= self.conversations:
             raise ValueError(f"all {self.conversations} conversations are look-alikes")
+        if self.framed >= self.harmful:
+            raise ValueError(f"all {self.harmful} harmful requests stand in framings")
         return self
 
     @property
     def harmful(self) -> int:
         """How many of the conversations are harmful requests."""
         return self.conversations - self.look_alikes
+
+    @property
+    def judged(self) -> int:
+        """How many of the harmful requests stand in no framing: refusals are counted of those."""
+        return self.harmful - self.framed
 
     @property
     def extent(self) -> Extent:
@@ -176,7 +186,7 @@ class Provenance(CalibrationRequest):
         """What to know before a model is restored to this one's behaviour; nothing where it refuses."""
         if self.refusal_share is None or self.refusal_share >= ENOUGH_REFUSALS:
             return ()
-        found = f"{self.refusal_share:.0%} of the responses of {self.aligned}"
+        found = f"{self.refusal_share:.0%} of the {self.judged} responses of {self.aligned}"
         why = "A restored model does what this one does: where it does not refuse, neither will that."
         return (f"{found} to harmful requests refuse. {why} Calibrate a model that refuses.",)
 

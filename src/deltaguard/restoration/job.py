@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltaguard.curvature import Rank
+from deltaguard.curvature.request import prompts_key
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import MANIFEST, not_full
 from deltaguard.errors import DeltaguardError, listed
@@ -166,8 +167,11 @@ def _kept_store(folder: Path, aligned: Checkpoint) -> CurvatureStore:
 
 
 def default_store_folder(aligned: ModelIdentity, rank: Rank) -> Path:
-    """Name the folder in which a model's store is kept if none is named: one per identity and rank."""
-    return cache_folder() / f"{aligned.key[:32]}-{rank}"
+    """Name the folder in which a model's store is kept if none is named.
+
+    There is one for each identity, rank, and release that asks other prompts.
+    """
+    return cache_folder() / f"{aligned.key[:32]}-{prompts_key()}-{rank}"
 
 
 def cache_folder() -> Path:
