@@ -18,7 +18,7 @@ from deltaguard.chat.tokens import Batch, batches, encode
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.contents import Extent, share_within
 from deltaguard.curvature.groups import Observed, observe
-from deltaguard.curvature.request import CalibrateConfig
+from deltaguard.curvature.request import CalibrateConfig, asked_for
 from deltaguard.curvature.responses import respond
 from deltaguard.curvature.sizes import STORE_SHARE
 from deltaguard.curvature.sums import LayerGroup, Moment, RunningMoment, normalise
@@ -104,11 +104,11 @@ def _loaded(aligned: Path) -> tuple[Any, Any]:
 
 def _answered(model: Any, tokenizer: Any, config: CalibrateConfig) -> list[Conversation]:
     """Find the conversations to calibrate on."""
-    held_out = build_conversations(config.num_held_out, part="dial", seed=config.seed)
+    asked = asked_for(None, config)
     answered = respond(
         model,
         tokenizer,
-        [*build_conversations(config.num_samples, seed=config.seed), *held_out],
+        [*asked.harmful, *asked.held_out],
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
     )

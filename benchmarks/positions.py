@@ -26,6 +26,7 @@ from deltaguard.chat.conversations import (
 )
 from deltaguard.chat.tokens import Batch, Encoded, batches
 from deltaguard.curvature import calibrate as calibration
+from deltaguard.curvature import request
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.device import device_name
@@ -164,7 +165,7 @@ def of_first(count: int) -> Callable[[Path, Path], Path]:
 
     def make(aligned: Path, folder: Path) -> Path:
         output = folder / f"store-{count}"
-        with first_tokens(count):
+        with first_tokens(count), patch.object(request, "framed", list):
             calibrate(aligned, output, config=CALIBRATION)
         return output
 
@@ -172,8 +173,9 @@ def of_first(count: int) -> Callable[[Path, Path], Path]:
 
 
 def of_all(aligned: Path, folder: Path) -> Path:
-    """Calibrate as `deltaguard calibrate` does."""
-    calibrate(aligned, folder / "store", config=CALIBRATION)
+    """Calibrate as `deltaguard calibrate` does, with no prompt in a framing."""
+    with patch.object(request, "framed", list):
+        calibrate(aligned, folder / "store", config=CALIBRATION)
     return folder / "store"
 
 

@@ -107,8 +107,15 @@ def framings_table(content: str) -> str:
 
     Returns:
         Markdown.
+
+    Raises:
+        ValueError: the seeds do not have the same fine-tunes: a run was interrupted.
     """
     runs = Framings.model_validate_json(content).runs
+    if len({tuple(told.name for told in run.finetunes) for run in runs}) > 1:
+        raise ValueError(
+            "not every seed has every fine-tune: run `python -m benchmarks.framings` for it again"
+        )
     by_name: dict[tuple[str, str, float], list[tuple[Told, Restored]]] = {}
     for told in (each for run in runs for each in run.finetunes):
         for row in told.rows:

@@ -148,6 +148,8 @@ class Server:
             return Failure(f"no reply within {self.timeout:g} s", is_away=True), None
         except DeltaguardError as error:
             return Failure(str(error), is_away=True), None
+        if len(body) > MAX_REPLY_BYTES:
+            return Failure(f"the reply has more than {MAX_REPLY_BYTES:,} bytes"), None
         # Before anything is cut short, which might leave a part of the key.
         text = without_secrets(body.decode(errors="replace"), [self._key])
         return read_reply(status, text), _asked_to_wait(headers)
@@ -164,7 +166,7 @@ class Server:
             async for piece in response.aiter_bytes():
                 body += piece
                 if len(body) > MAX_REPLY_BYTES:
-                    raise DeltaguardError(f"the reply has more than {MAX_REPLY_BYTES:,} bytes")
+                    break
             return response.status_code, response.headers, bytes(body)
 
     @property

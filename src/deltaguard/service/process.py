@@ -72,7 +72,7 @@ def run_task(
 
     A process that dies without an outcome is begun again, twice at most; it goes on with what the one before
     left in the job's folder. One that ends because a server is away, such as a judge's, is begun again later,
-    for a day.
+    for a day, and anew where the service or the job was stopped meanwhile.
 
     Args:
         task: what is to be done.
@@ -93,31 +93,37 @@ def run_task(
     if begun and not isinstance(task, Train) and read_text(step.task_file) != task.model_dump_json():
         # What goes on elsewhere, such as on a cluster, does so as the settings were when it began.
         executor.stop_leftovers(step)
+    if outcome.exists() and _outcome_of(outcome).is_away:
+        _forget(step, outcome, executor)
     write_atomically(step.task_file, task.model_dump_json())
-    attempts, away = count(1), folder / f"{task.kind}.away"
+    attempts, since = count(1), None
     while True:
         found = _tried(
             task.kind, outcome, lambda: _watched(executor.begin(step, next(attempts)), follower, may_go_on)
         )
         follower.catch_up()
-        if not found.is_away:
-            away.unlink(missing_ok=True)
-            return found
-        if not away.exists():
-            write_atomically(away, str(int(time.time())))
-        since = int(read_text(away))
+        since = since or time.time()
         waited = time.time() - since
-        if waited > _LONGEST_AWAY_S:
+        if not found.is_away or waited > _LONGEST_AWAY_S:
             return found
         wait = min(max(waited, _FIRST_WAIT_S), _LONGEST_WAIT_S)
         _LOGGER.warning(
             "Step %s of %s begins again in %.0f s: %s", task.kind, folder.name, wait, found.reason
         )
-        tell(Told(once=f"{task.kind} waits since {since}", message=_AWAY, level="warn"))
+        tell(Told(once=f"{task.kind} waits since {since:.0f}", message=_AWAY, level="warn"))
         _pause(wait, may_go_on)
-        # A cluster knows its processes by their attempts: none that has ended is to be found as the next one.
-        executor.stop_leftovers(step)
-        outcome.unlink(missing_ok=True)
+        _forget(step, outcome, executor)
+
+
+def _outcome_of(file: Path) -> Outcome:
+    return read_json(file, Outcome, remedy="Delete it: the step is done again.")
+
+
+def _forget(step: Step, outcome: Path, executor: Executor) -> None:
+    """Have a step done again that has an outcome."""
+    # A cluster knows its processes by their attempts: none that has ended is to be found as the next one.
+    executor.stop_leftovers(step)
+    outcome.unlink(missing_ok=True)
 
 
 def _tried(kind: str, outcome: Path, watched: Callable[[], Ended]) -> Outcome:
@@ -130,7 +136,7 @@ def _tried(kind: str, outcome: Path, watched: Callable[[], Ended]) -> Outcome:
         ended = watched()
         if ended.way == "died" or (ended.way == "done" and not _appears(outcome)):
             deaths.append(ended.how)
-    return read_json(outcome, Outcome, remedy="Delete it: the step is done again.")
+    return _outcome_of(outcome)
 
 
 def _pause(seconds: float, may_go_on: Callable[[], bool]) -> None:

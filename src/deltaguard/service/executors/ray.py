@@ -94,10 +94,8 @@ class RayExecutor:
         """End what an earlier service left of a step."""
         for attempt in count(1):
             job = RayJob(self, step, attempt)
-            if job.was_stopped:
-                continue
             job.stop()
-            if not job.is_known:
+            if not job.is_known and not job.was_stopped:
                 return
 
     def submit(
@@ -161,6 +159,7 @@ class RayJob:
     def _look(self) -> Ended | None:
         was_known, info = self.is_known, self._find()
         if info is None and was_known:
+            self._stopped.touch()
             return Ended("died", "the cluster, which does not know it any more")
         if info is None:
             arguments = ["deltaguard.service.worker", str(self._step.task_file), ALONE]
