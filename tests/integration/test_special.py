@@ -8,6 +8,7 @@ import pytest
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation import asking
+from deltaguard.evaluation import evaluate as evaluating
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.evaluate import evaluate
 from deltaguard.evaluation.probes.gcg import GcgSuffix
@@ -102,6 +103,7 @@ def test_tasks_of_the_harness_become_measures_and_stay_whole_on_disk(models, tmp
         ]
 
     monkeypatch.setattr(asking, "run_harness", run)
+    monkeypatch.setattr(evaluating, "find_tasks", lambda _: None)
     with_packages(monkeypatch, "lm_eval")
     section = "{name: harness, kind: utility, harness: {tasks: [one, two], limit: 4}}"
     suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
@@ -125,12 +127,29 @@ def test_tasks_that_have_no_sum_are_all_told(models, tmp_path, monkeypatch):
         return [HarnessScore(task, "acc", 0.25, None, True, samples=4, **PUT) for task in ("first", "second")]
 
     monkeypatch.setattr(asking, "run_harness", run)
+    monkeypatch.setattr(evaluating, "find_tasks", lambda _: None)
     with_packages(monkeypatch, "lm_eval")
     section = "{name: harness, kind: utility, harness: {tasks: [several]}}"
     suite = suite_file(tmp_path, f"{HEAD}sections:\n- {section}\n")
     report = evaluate(models[:1], tmp_path / "out", suite=suite, engine=CPU)
     assert [each.name for each in report.measures] == ["first acc", "second acc"]
     assert report.notes == ()
+
+
+def test_a_task_that_the_harness_does_not_have_is_told_before_a_model_runs(models, tmp_path, monkeypatch):
+    def find(tasks):
+        raise DeltaguardError(f"The harness has no task named {tasks[1]}")
+
+    monkeypatch.setattr(evaluating, "find_tasks", find)
+    with_packages(monkeypatch, "lm_eval")
+    sections = (
+        "- {name: attack, kind: attack, builtin: attack, count: 3}",
+        "- {name: harness, kind: utility, harness: {tasks: [one, too]}}",
+    )
+    suite = suite_file(tmp_path, "\n".join((f"{HEAD}sections:", *sections, "")))
+    with pytest.raises(DeltaguardError, match="no task named too"):
+        evaluate(models[:1], tmp_path / "out", suite=suite, engine=CPU)
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from deltaguard.evaluation.results import Result, agreements, comparisons, measu
 from deltaguard.evaluation.server import public_address
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
-from deltaguard.evaluation.utility.harness import Rows, harness_notes, unlike_notes
+from deltaguard.evaluation.utility.harness import Rows, find_tasks, harness_notes, unlike_notes
 from deltaguard.files import expanded
 from deltaguard.models.adapter import is_adapter
 from deltaguard.models.durable import write_atomically
@@ -95,11 +95,11 @@ def evaluate(
         The report.
 
     Raises:
-        DeltaguardError: before any model runs, where prompts are missing, a model or judge cannot be found,
-            or Inspect is not installed, or the folder holds answers of another suite, engine or model, or
-            damaged ones, holds something else, or is a model's; later, where a model cannot be loaded or
-            asked, or changes while it is asked, or a server leaves more unanswered than `engine` or a judge
-            allows.
+        DeltaguardError: before any model runs, where prompts are missing, a model, judge or task of lm-eval
+            cannot be found, or Inspect is not installed, or the folder holds answers of another suite, engine
+            or model, or damaged ones, holds something else, or is a model's; later, where a model cannot be
+            loaded or asked, or changes while it is asked, or a server leaves more unanswered than `engine` or
+            a judge allows.
 
     Example:
         ```python
@@ -125,6 +125,7 @@ def evaluate(
         answers = [(model, open_answers(folder, model, parts, config)) for model in described]
         judges = _judges(run)
         _require_training(answers, config)
+        _require_tasks(answers)
         if not clock.path.exists():
             # First of all, so that the folder is known again however early the run is killed.
             write_atomically(clock.path, "{}\n")
@@ -165,6 +166,14 @@ def _require_training(
         from deltaguard.finetuning.training import trained_on
 
         trained_on(config.device)
+
+
+def _require_tasks(answers: Sequence[tuple[ModelUnderTest, Sequence[PartAnswers]]]) -> None:
+    """Refuse tasks that the harness does not have before hours of answers, not after."""
+    missing = (each.part.harness for _, theirs in answers for each in theirs if not each.complete)
+    wanted = dict.fromkeys(task for harness in missing if harness is not None for task in harness.tasks)
+    if wanted:
+        find_tasks(list(wanted))
 
 
 def _judges(run: _Run) -> dict[SectionKind, list[Judge]]:

@@ -91,18 +91,7 @@ def run_harness(
     Example:
         >>> run_harness("out", ["gsm8k"], limit=100, batch_size=8, device="cuda", seed=0)  # doctest: +SKIP
     """
-    wanted = ["lm_eval", *(name for task in tasks for name in _NEEDED_MODULES.get(task, ()))]
-    require_packages(f"The harness with {', '.join(tasks)}", "harness", *wanted)
-    manager: Any = import_module("lm_eval.tasks").TaskManager(
-        include_path=None if include_path is None else str(include_path)
-    )
-    known = set(manager.all_tasks)
-    unknown = [task for task in tasks if task not in known]
-    if unknown:
-        raise DeltaguardError(
-            f"The harness has no task named {', '.join(unknown)}; `lm-eval ls tasks` lists the {len(known)} "
-            "that it has."
-        )
+    manager = find_tasks(tasks, include_path=include_path)
     engine = _engine(model, device, dtype, batch_size)
     evaluator = import_module("lm_eval.evaluator")
     try:
@@ -124,6 +113,34 @@ def run_harness(
             "Hub: run it once where the Hub can be reached, or bring tasks of your own."
         ) from error
     return scores(found, chat_template=True)
+
+
+def find_tasks(tasks: Sequence[str], *, include_path: str | Path | None = None) -> Any:
+    """Find tasks of the harness without running any.
+
+    Args:
+        tasks: names of tasks or groups.
+        include_path: as in `run_harness`.
+
+    Returns:
+        The harness's manager of tasks.
+
+    Raises:
+        DeltaguardError: lm-eval or what a task needs is not installed, or a task is unknown.
+    """
+    wanted = ["lm_eval", *(name for task in tasks for name in _NEEDED_MODULES.get(task, ()))]
+    require_packages(f"The harness with {', '.join(tasks)}", "harness", *wanted)
+    manager: Any = import_module("lm_eval.tasks").TaskManager(
+        include_path=None if include_path is None else str(include_path)
+    )
+    known = set(manager.all_tasks)
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        raise DeltaguardError(
+            f"The harness has no task named {', '.join(unknown)}; `lm-eval ls tasks` lists the {len(known)} "
+            "that it has."
+        )
+    return manager
 
 
 def scores(found: Mapping[str, Any], *, chat_template: bool) -> list[HarnessScore]:
