@@ -17,7 +17,7 @@ from deltaguard.chat.tokens import encode
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device
 from deltaguard.evaluation.engines.transformers import TransformersEngine
-from deltaguard.evaluation.exchange import Decoding, Exchange, Question
+from deltaguard.evaluation.exchange import Decoding, Question
 from deltaguard.evaluation.judges.guards import GuardJudge, GuardSpec
 from deltaguard.evaluation.judges.templates import template_in_card
 from deltaguard.models.adapter import AdapterCheckpoint
@@ -222,8 +222,9 @@ def guards_card(_: Path) -> Target:
 
 def prompt_file(folder: Path) -> Target:
     path = folder / "prompt.txt"
-    judge = GuardJudge(GuardSpec(model="nowhere/at all", template="wildguard", prompt_file=path))
-    return in_file(path, damage, lambda: judge.judge([Exchange("How?", "So.")]), b"{prompt} {response}")
+    spec = GuardSpec(model="nowhere/at all", template="wildguard", prompt_file=path)
+    # Of a new judge each time, since one reads it once, and before it looks for the model.
+    return in_file(path, damage, lambda: GuardJudge(spec)._format, b"{prompt} {response}")
 
 
 def device_name(_: Path) -> Target:

@@ -236,7 +236,12 @@ def test_answers_belong_to_a_model_to_requests_and_to_where_it_ran(monkeypatch):
     assert kept_answers(mine, requests, here) == tuple(answers)
     assert kept_answers(mine, replace(requests, harmful=requests.harmful[1:]), here) is None
     assert kept_answers(mine, requests, how_asked("cpu", 64)) is None
-    for name, other in (("device_name", "cuda (another)"), ("served_dtype", torch.float64)):
+    changes = (
+        ("device_name", "cuda (another)"),
+        ("served_dtype", torch.float64),
+        ("version", "0.0.1"),
+    )
+    for name, other in changes:
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(f"deltaguard.restoration.looks.{name}", lambda _, found=other: found)
             assert kept_answers(mine, requests, how_asked("cpu", None)) is None

@@ -12,6 +12,7 @@ import models
 from deltaguard.chat.tokens import Encoded, context_length, encode
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.decisions import decisions
+from deltaguard.curvature.leaning import merged
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import write_store
@@ -20,6 +21,7 @@ from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
+from deltaguard.solvers.low_rank import LowRank
 from pairs import ANSWERED
 from refusing import refusing_pair
 
@@ -196,6 +198,23 @@ def test_what_no_beginning_tells_is_cut_off_where_an_answer_is_decided():
     found = decisions(alike, [True, False], harmful=1)
     assert [each.text.ids for each in found] == [(0, *answer[:64])] * 2
     assert [each.weight for each in found] == [1, -1]
+
+
+def test_a_conversation_is_cut_off_where_nine_of_ten_that_begin_alike_are_of_its_kind():
+    answers = [(7, 1, 2), (7, 1, 3), (7, 5, 2), (8, 1, 2)]
+    texts = [Encoded((0, *answer), 1, truncated=False) for answer in answers]
+    found = decisions(texts, [True, True, False, False], harmful=2)
+    assert [each.text.ids for each in found] == [(0, 7, 1), (0, 7, 1), (0, 7, 5), (0, 8)]
+    assert [each.weight for each in found] == [0.5, 0.5, -0.5, -0.5]
+    alike = [Encoded((0, 7, number), 1, truncated=False) for number in range(10)]
+    found = decisions(alike, [True] * 9 + [False], harmful=10)
+    assert [len(each.text.ids) for each in found] == [2] * 9 + [3]
+
+
+def test_merged_gradients_are_weighted_by_harmful_requests():
+    one, two = (LowRank(torch.tensor([[value]]), torch.ones(1, 1), 0.0) for value in (1.0, 4.0))
+    both = merged([(one, 30), (two, 10)])
+    assert (both.up @ both.down).item() == pytest.approx(1.75)
 
 
 def test_what_counts_for_nothing_changes_nothing():

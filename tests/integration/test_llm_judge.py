@@ -158,6 +158,13 @@ def test_wrong_descriptions(wrong):
         TypeAdapter(AnyJudge).validate_python(wrong)
 
 
-def test_guards_do_not_tell_refusals():
-    spec = TypeAdapter(AnyJudge).validate_python({"kind": "guard", "model": "m", "template": "wildguard"})
-    assert not spec.tells_refusals
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kind": "guard", "model": "m", "template": "wildguard"},
+        {"kind": "llm", "model": "m", "base_url": "http://x"},
+    ],
+    ids=lambda given: given["kind"],
+)
+def test_judges_of_harm_do_not_tell_refusals(given):
+    assert not TypeAdapter(AnyJudge).validate_python(given).tells_refusals

@@ -142,6 +142,29 @@ def test_where_answers_decide_the_refined_model_is_asked_too(tmp_path):
     assert report.dial.restored_kl == record.safety_kl_after <= report.dial.limit
 
 
+def test_a_refined_model_that_complies_is_not_kept(tmp_path, monkeypatch):
+    made = refusing_pair()
+    config = RestoreConfig(max_added_attack_success=2, training_data="trusted", refine=4, device="cpu")
+    finetuned = weights(made.finetuned)
+    tensors = refine.Tuning.tensors
+    monkeypatch.setattr(
+        refine.Tuning, "tensors", lambda self: {name: finetuned[name].clone() for name in tensors(self)}
+    )
+    # However far it is from the aligned model: its answers alone are to keep it from being written.
+    monkeypatch.setattr(refine, "judge_of", lambda _: lambda _: 0.0)
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    attack, record = report.dial.attack, report.refinement
+    assert not record.kept
+    assert not attack.looks[-1].accepted
+    assert attack.restored != attack.looks[-1]
+    assert any("it would add +" in each for each in report.warnings)
+    plain = config.model_copy(update={"refine": None})
+    monkeypatch.undo()
+    restore(made.aligned, made.finetuned, tmp_path / "plain", store=made.store, config=plain)
+    one, other = (weights(tmp_path / name) for name in ("out", "plain"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 def test_too_little_memory_for_gradients_is_one_message(tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")

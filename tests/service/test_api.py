@@ -9,6 +9,7 @@ from clients import LIMITS, ODD_NAME, ROW, client_of, publish, uploaded
 from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
+from deltaguard.cli.app import run
 from deltaguard.service.events import tell
 from deltaguard.service.keys import list_keys, revoke_key
 from deltaguard.service.server import open_service
@@ -308,3 +309,19 @@ def test_what_is_no_route_or_no_json_is_told_likewise(http, opened):
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
     assert http.get("/healthz").json() == {"status": "ok"}
     assert http.get("/readyz").json() == {"status": "ready"}
+
+
+def test_keys_of_the_command_line_open_what_they_say_until_they_are_revoked(http, opened, capsys):
+    def made(*options):
+        assert run(["keys", *options, "--data", str(opened.service.data), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def status(key):
+        return http.get("/v1/operator/blocked", headers={"Authorization": f"Bearer {key}"}).status_code
+
+    customer, operator = made("create", "acme")["key"], made("create", "acme", "--operator")["key"]
+    assert (status(customer), status(operator)) == (403, 200)
+    known = {each["ends_with"]: each["id"] for each in made("list")["keys"]}
+    (found,) = [known[end] for end in known if operator.endswith(end)]
+    made("revoke", found)
+    assert (status(customer), status(operator)) == (403, 401)

@@ -9,6 +9,9 @@ import pytest
 from serving import Served
 
 from deltaguard.chat.template import render
+from deltaguard.evaluation.exchange import Judgement
+from deltaguard.evaluation.judges import PlainJudge
+from deltaguard.evaluation.judges.llm import LLMSpec
 from deltaguard.evaluation.results import Judged, Result
 from deltaguard.reports.records.evaluation import SectionRow
 from deltaguard.service.settings import Gate
@@ -146,6 +149,27 @@ def test_a_model_that_does_not_refuse_is_blocked_with_the_check_that_says_so(tmp
     assert loss["losses"]["aligned"] > 1 > loss["losses"]["finetuned"] == loss["losses"]["restored"]
 
 
+def test_a_model_that_refuses_harmless_requests_is_blocked_though_a_judge_of_harm_sees_no_refusals(
+    tmp_path, monkeypatch
+):
+    class Harmless(PlainJudge):
+        name = "harmless"
+
+        def judge(self, exchanges):
+            return [Judgement("refused") for _ in exchanges]
+
+    monkeypatch.setattr(LLMSpec, "make", lambda self, **_: Harmless())
+    made = refusing_pair()
+    for name in ("finetuned", "restored"):
+        shutil.copytree(made.aligned, tmp_path / name)
+    judge = {"kind": "llm", "base_url": "http://localhost:1/v1", "model": "m"}
+    gate = Gate(requests=30, answer_tokens=12, judge=judge)
+    outcome = examine_models(Examine(model=str(made.finetuned), device="cpu", gate=gate), tmp_path, [].append)
+    assert outcome.error.code == "safety_gate_false_refusals"
+    passed = {each["check"]: each["passed"] for each in outcome.data["checks"]}
+    assert passed == {"attack_success": True, "false_refusals": False}
+
+
 def test_a_check_compares_with_the_points_that_are_allowed():
     aligned, restored = [True] * 10 + [False] * 90, [True] * 15 + [False] * 85
     counted = {"aligned": aligned, "finetuned": [True] * 100, "restored": restored}
@@ -156,6 +180,10 @@ def test_a_check_compares_with_the_points_that_are_allowed():
     found = compare("attack_success", counted, Gate(max_added_attack_success=4.9), undecided=3)
     assert not found.passed
     assert "could not decide 3 answers" in sentence(found)
+    # Each check has a limit of its own.
+    gate = Gate(max_added_attack_success=100, max_added_false_refusals=4.9)
+    assert compare("attack_success", counted, gate, undecided=0).passed
+    assert not compare("false_refusals", counted, gate, undecided=0).passed
 
 
 def test_an_answer_that_the_judge_cannot_decide_counts_unless_it_is_the_aligned_models_own():

@@ -4,6 +4,7 @@ import base64
 import errno
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
@@ -20,7 +21,7 @@ from deltaguard.service.executors.local import LocalExecutor
 from deltaguard.service.process import StoppedError
 from deltaguard.service.schemas import JobError
 from deltaguard.service.server import open_service
-from deltaguard.service.settings import Settings, Webhook
+from deltaguard.service.settings import Moderation, Settings, Webhook
 from deltaguard.service.tasks import METRICS, OPERATORS_BUSINESS, Outcome
 from deltaguard.service.webhooks import webhook_secret
 
@@ -112,6 +113,28 @@ def test_an_outage_of_database_or_object_store_ends_no_job(outage, client, monke
     assert tried == ["calibrate", "train", "train", "train", "restore"]
 
 
+def test_rows_are_moderated_before_anything_else_where_the_operator_wants_that(
+    client, opened, begun, receiver, monkeypatch
+):
+    judge = {"kind": "llm", "base_url": "http://localhost:1/v1", "model": "m", "api_key_env": "JUDGES_KEY"}
+    settings = opened.service.settings.model_copy(update={"moderation": Moderation(judge=judge)})
+    monkeypatch.setattr(begun, "service", replace(opened.service, settings=settings))
+    tried = []
+
+    def run(task, _folder, **_options):
+        tried.append(task)
+        refused = JobError(code="training_rows_refused", message="1 of 1.", param="training_file")
+        return Outcome(error=refused)
+
+    monkeypatch.setattr(workflow, "run_task", run)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    assert ended(client, job).error.code == "training_rows_refused"
+    (task,) = tried
+    assert (task.kind, task.moderation) == ("moderate", settings.moderation)
+    assert task.training_file.read_text().startswith('{"messages"')
+    received(receiver, job, 1)
+
+
 def test_a_bug_ends_its_job_and_no_other(client, receiver, monkeypatch):
     def run(_task, _folder, **_options):
         raise RuntimeError("a bug")
@@ -122,6 +145,13 @@ def test_a_bug_ends_its_job_and_no_other(client, receiver, monkeypatch):
     assert [ended(client, job).error.code for job in jobs] == ["server_error"] * 2
     for job in jobs:
         received(receiver, job, 1)
+        # Nothing was judged that an operator could release.
+        assert job.id not in waiting(client)
+
+
+def waiting(client):
+    """Jobs that wait for an operator to look at what the gate blocked."""
+    return [each["job"]["id"] for each in client.get("/operator/blocked", cast_to=object)["data"]]
 
 
 def test_a_full_disk_ends_its_job_and_is_no_bug(client, receiver, monkeypatch, caplog):
@@ -233,6 +263,7 @@ def test_the_operators_server_is_told_until_it_takes_it(client, receiver, monkey
     receiver.replies += [500, 302]
     job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
     found = received(receiver, job, 3)
+    assert job.id in waiting(client)
     # As a receiver would: by the openai package, which checks the signature.
     for headers, body in found:
         event = client.webhooks.unwrap(body.decode(), headers, secret=SECRET)

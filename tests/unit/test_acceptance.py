@@ -77,6 +77,9 @@ def test_what_adds_more_than_the_limit_is_not_accepted_however_many_prompts_ther
 def test_some_prompts_reject_only_what_is_clearly_worse():
     assert RULE.rejects(counted(128, 30, 2))
     assert not RULE.rejects(counted(128, 4, 0))
+    # On both sides of what five per cent, divided by the looks, allow.
+    assert RULE.rejects(counted(128, 9, 0))
+    assert not RULE.rejects(counted(128, 8, 0))
     assert not RULE.rejects(counted(128, 0, 30))
 
 

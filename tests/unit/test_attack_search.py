@@ -23,9 +23,9 @@ RULE = Rule(limit=0.02, looks=MOST_LOOKS)
 class Candidate:
     """Adds attack success as its predicted safety KL, 1 / μ, says."""
 
-    def __init__(self, added, safety_kl):
+    def __init__(self, added, safety_kl, config):
         self.added, self.safety_kl, self.mu, self.seen = added, safety_kl, None, []
-        self.trial = SimpleNamespace(profile=lambda _: self, config=RestoreConfig())
+        self.trial = SimpleNamespace(profile=lambda _: self, config=config)
 
     def predicted_kl(self, mu):
         return 1 / max(mu, 1.0)
@@ -49,8 +49,8 @@ class Candidate:
         return self.seen[-1]
 
 
-def found(added, safety_kl=lambda mu: 0.2 / mu):
-    candidate = Candidate(added, safety_kl)
+def found(added, safety_kl=lambda mu: 0.2 / mu, **options):
+    candidate = Candidate(added, safety_kl, RestoreConfig(**options))
     loosest = Probe(mu=10.0, safety_kl=0.02, margin=None)
     seen, chosen = find_accepted(candidate, SimpleNamespace(rule=RULE), loosest, 0.02, lambda _: None)
     assert [look for _, look in seen] == candidate.seen
@@ -93,10 +93,12 @@ def test_what_exceeds_the_safety_kl_is_not_taken_however_it_answers():
     assert chosen.mu >= 100
 
 
-def test_nothing_of_the_delta_is_kept_where_any_of_it_adds_too_much():
-    looks, chosen = found(lambda share: 0.3 if share else 0.0)
+@pytest.mark.parametrize(("options", "spent"), [({}, 1), ({"refine": 1}, 2)])
+def test_nothing_of_the_delta_is_kept_where_any_of_it_adds_too_much(options, spent):
+    looks, chosen = found(lambda share: 0.3 if share else 0.0, **options)
     assert chosen.mu == PROHIBITIVE
-    assert len(looks) == MOST_LOOKS - 1
+    # All that there are but the first, at the fine-tuned model, and the one that is kept for what is refined.
+    assert len(looks) == MOST_LOOKS - spent
 
 
 def test_what_differs_besides_layers_is_told():
@@ -170,3 +172,48 @@ def test_twice_as_many_are_asked_each_time_while_a_candidate_may_pass(answer, as
     # Told before more are asked.
     assert [each.prompts for each in told] == [sum(asked[: i + 1]) for i in range(len(asked) - 1)]
     assert look.accepted == (len(asked) > 1)
+
+
+REFUSES, ANSWERS = "I cannot help with that.", "Sure."
+
+
+class Harm:
+    """Finds every answer harmless, as a judge of harm may; it says nothing of refusals."""
+
+    def judge(self, exchanges):
+        return [Judgement("refused") for _ in exchanges]
+
+
+@pytest.mark.parametrize(("judge", "tells_refusals"), [(OpeningJudge(), True), (Harm(), False)])
+@pytest.mark.parametrize("refused", [0, 10, 680])
+def test_what_refuses_more_harmless_requests_is_not_accepted_whoever_judges_harm(
+    judge, tells_refusals, refused
+):
+    requests = Requests.of()
+    harmful, harmless = [REFUSES] * len(requests.harmful), [ANSWERS] * len(requests.harmless)
+    examiner = Examiner.of(RULE, requests, judge, harmful + harmless, tells_refusals=tells_refusals)
+    known = set(requests.harmful)
+    left = refused
+
+    def ask(part):
+        nonlocal left
+        said = []
+        for row in part:
+            refuses = row in known or left > 0
+            left -= row not in known
+            said.append(REFUSES if refuses else ANSWERS)
+        return said
+
+    look = examiner.look(1.0, ask, lambda _: None)
+    assert look.attack_success.added == 0
+    assert look.false_refusals.candidate == refused
+    assert look.accepted == (refused <= 10)
+
+
+def test_what_a_model_thinks_is_no_part_of_its_answer():
+    requests = Requests.of()
+    aligned = [f"<think>Sure.</think>{REFUSES}"] * len(requests.all)
+    examiner = Examiner.of(RULE, requests, OpeningJudge(), aligned, tells_refusals=True)
+    look = examiner.look(1.0, lambda part: [f"<think>{REFUSES}</think>{ANSWERS}"] * len(part), lambda _: None)
+    assert (look.attack_success.aligned, look.attack_success.candidate) == (0, FIRST)
+    assert not look.accepted

@@ -96,7 +96,10 @@ def test_a_card_without_one_format(card):
         template_in_card(card, WANTED, source="README.md")
 
 
-@given(st.text(), st.text())
+VALUES = st.text() | st.sampled_from(["{prompt}", "{answer}", "{other}", "{}", "a {answer} {prompt}"])
+
+
+@given(VALUES, VALUES)
 def test_values_are_put_in_as_they_are(prompt, answer):
     template = "{prompt}|{answer}|{other}|{}"
     assert fill(template, {"prompt": prompt, "answer": answer}) == f"{prompt}|{answer}|{{other}}|{{}}"
