@@ -18,7 +18,7 @@ from deltaguard.chat.tokens import Batch, batches, encode
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.contents import Extent, share_within
 from deltaguard.curvature.groups import Observed, observe
-from deltaguard.curvature.request import CalibrateConfig, asked_for
+from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, CalibrateConfig, asked_for
 from deltaguard.curvature.responses import respond
 from deltaguard.curvature.sizes import STORE_SHARE
 from deltaguard.curvature.sums import LayerGroup, Moment, RunningMoment, normalise
@@ -72,7 +72,7 @@ def by_blocks(aligned: Path, output: Path, conversations: int) -> Mapping[str, f
 
 
 def inputs_alone(aligned: Path, output: Path, conversations: int) -> Mapping[str, float]:
-    """Find the same without G: one forward pass, no gradients, and only H is decomposed and written.
+    """Find H alone: one forward pass, no gradients, and only H is decomposed and written.
 
     The model answers the same conversations, those that are held out included.
     """
@@ -105,14 +105,14 @@ def _loaded(aligned: Path) -> tuple[Any, Any]:
 def _answered(model: Any, tokenizer: Any, config: CalibrateConfig) -> list[Conversation]:
     """Find the conversations to calibrate on."""
     asked = asked_for(None, config)
-    answered = respond(
-        model,
-        tokenizer,
-        [*asked.harmful, *asked.held_out],
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-    )
-    return answered[: config.num_samples]
+    answered: list[Conversation] = []
+    for rows, tokens in (
+        (asked.harmful, config.max_new_tokens),
+        (asked.harmless, LOOK_ALIKE_TOKENS),
+        (asked.held_out, config.max_new_tokens),
+    ):
+        answered += respond(model, tokenizer, rows, max_new_tokens=tokens, batch_size=config.batch_size)
+    return answered[: len(asked.calibration)]
 
 
 @dataclass

@@ -87,10 +87,12 @@ class SmolLM2:
 
 
 def _how(stages: Mapping[str, float]) -> tuple[str, ...]:
-    answered = f"{CONVERSATIONS} conversations and those held out, answered by the model"
+    answered = (
+        f"{CONVERSATIONS} harmful requests, as many look-alikes and those held out, answered by the model"
+    )
     took = f"{stages['respond']:.1f} s of it answering, {_curvature(stages):.1f} s curvature"
     return answered, took, "one run"
 
 
 def _curvature(stages: Mapping[str, float]) -> float:
-    return stages["accumulate"] + stages["decompose"]
+    return stages.get("lean", 0.0) + stages["accumulate"] + stages["decompose"]

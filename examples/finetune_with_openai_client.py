@@ -8,6 +8,7 @@ and what the model before fine-tuning and the published one answer.
 """
 
 # ruff: noqa: INP001, T201  # a script that prints what it found
+import itertools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,12 +32,14 @@ def main(model: str, data: str) -> None:
         job = client.fine_tuning.jobs.retrieve(job.id)
         # Looked at before the events, so that the last ones are told too.
         is_over = job.status in ("succeeded", "failed", "cancelled")
-        for event in reversed(list(client.fine_tuning.jobs.list_events(job.id, limit=100))):
-            if event.id not in told:
-                told.add(event.id)
-                print(event.message, flush=True)
-                compared = event.type == "moderation_checks" and "restored" in event.data
-                checks += [event.data] if compared else []
+        # The last ones come first: pages are asked for until one is known.
+        events = client.fine_tuning.jobs.list_events(job.id, limit=100)
+        new = list(itertools.takewhile(lambda event: event.id not in told, events))
+        for event in reversed(new):
+            told.add(event.id)
+            print(event.message, flush=True)
+            compared = event.type == "moderation_checks" and "restored" in event.data
+            checks += [event.data] if compared else []
         time.sleep(0 if is_over else 1)
     show_checks(checks)
     if job.fine_tuned_model is None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import models
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.template import render
+from deltaguard.chat.tokens import encode
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.asking import describe
 from deltaguard.evaluation.engines.make import EngineConfig
@@ -20,6 +21,8 @@ from deltaguard.evaluation.measure import measure
 from deltaguard.evaluation.suites.parts import Part
 from deltaguard.finetuning import training
 from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, finetune
+from deltaguard.finetuning.preferences import Preference, learn_preferences
+from deltaguard.models.loading import load_tokenizer
 from deltaguard.progress import Event
 
 PAIRS = [
@@ -156,9 +159,28 @@ def test_diverged_training_is_not_saved(base, tmp_path):
     broken = models.tiny_model("llama")
     broken.lm_head.weight.data.fill_(float("nan"))
     folder = models.save(broken, tmp_path / "broken")
-    with pytest.raises(DeltaguardError, match="diverged"):
-        finetune(folder, tmp_path / "tuned", PAIRS, config=TWO_STEPS)
+    # The second time nothing is left to be trained, of which the loss would be 0.
+    for _ in range(2):
+        with pytest.raises(DeltaguardError, match="diverged"):
+            finetune(folder, tmp_path / "tuned", PAIRS, config=TWO_STEPS, checkpoints=tmp_path / "states")
     assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_model_that_may_think_is_trained_as_it_is_asked(tmp_path, monkeypatch):
+    folder, seen = models.save(models.tiny_model("llama"), tmp_path / "model"), []
+    path = folder / "chat_template.jinja"
+    thinks = "{{ '' if enable_thinking is defined and not enable_thinking else 'Think. ' }}"
+    path.write_text(thinks + path.read_text(encoding="utf-8"), encoding="utf-8")
+    tokenizer = load_tokenizer(folder, "model")
+    monkeypatch.setattr(training, "_validate_at_the_end", lambda trainer: seen.append(trainer.train_dataset))
+    finetune(folder, tmp_path / "tuned", PAIRS, config=TWO_STEPS)
+    preference = Preference(({"role": "user", "content": "Two?"},), "Yes.", "No.")
+    learn_preferences(folder, tmp_path / "preferring", [preference], config=TWO_STEPS, beta=0.1)
+    learned, preferred = seen
+    expected = encode(tokenizer, PAIRS[0], max_length=512)
+    assert learned[0]["input_ids"][: expected.prompt_length] == list(expected.ids[: expected.prompt_length])
+    assert "Think" not in tokenizer.decode(preferred[0]["prompt_ids"])
 
 
 def test_an_adapter_freezes_no_blocks():

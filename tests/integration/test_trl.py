@@ -59,10 +59,6 @@ def config(lora):
     return RestoreConfig(strength=0.3, output_format=kind, config_from="aligned", device="cpu")
 
 
-def again_config(lora):
-    return config(lora).model_copy(update={"overwrite": True})
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("lora", "as_callback"), [(False, True), (True, False)])
 def test_what_was_trained_is_saved_and_restored(lora, as_callback, tmp_path):
@@ -91,7 +87,10 @@ def test_a_model_that_learned_preferences_is_restored(lora, tmp_path):
     trained.train()
     assert 0 < callback.report.kept_energy < 1
     assert verify(tmp_path / "restored").passed
-    again = restore_after(trained, aligned=made.aligned, store=made.store, config=again_config(lora))
+    # What is not said is as by default: an adapter again, run as the aligned model is.
+    again = RestoreConfig(strength=0.3, device="cpu", overwrite=True)
+    again = restore_after(trained, aligned=made.aligned, store=made.store, config=again)
+    assert is_adapter(str(tmp_path / "restored")) == lora
     assert again.kept_energy == callback.report.kept_energy
 
 
@@ -106,7 +105,24 @@ def test_a_model_trained_on_tokens_has_no_tokenizer_of_its_own(tmp_path):
     assert verify(tmp_path / "restored").passed
 
 
-def test_one_of_several_processes_is_refused_before_there_is_a_training_to_lose():
-    args = SimpleNamespace(world_size=2)
+def test_what_could_not_be_restored_is_refused_before_there_is_a_training_to_lose(tmp_path):
+    made = pair()
+
+    def begin(processes=1, **options):
+        args = SimpleNamespace(world_size=processes, output_dir=str(tmp_path))
+        given = {"aligned": made.aligned, "store": made.store, "config": config(lora=True)} | options
+        RestoreCallback(**given).on_train_begin(args, None, None)
+
+    begin()
     with pytest.raises(DeltaguardError, match="restore_after"):
-        RestoreCallback(aligned="nowhere").on_train_begin(args, None, None)
+        begin(processes=2)
+    with pytest.raises(DeltaguardError, match="nowhere"):
+        begin(aligned="nowhere/at-all/here")
+    with pytest.raises(DeltaguardError, match="curvature"):
+        begin(store=made.aligned)
+    (tmp_path / "restored").mkdir()
+    begin()
+    (tmp_path / "restored" / "notes.txt").write_text("mine")
+    with pytest.raises(DeltaguardError, match="restored is not empty"):
+        begin()
+    begin(config=RestoreConfig(strength=0.3, overwrite=True, device="cpu"))

@@ -84,6 +84,7 @@ def test_what_changes_predictions_changes_one_hash(change, part, tmp_path):
     [
         in_file("config.json", _name_or_path="x", transformers_version="4.0.0", architectures=["X"]),
         in_file("config.json", torch_dtype="bfloat16", use_cache=False, pad_token_id=7, bos_token_id=None),
+        in_file("config.json", output_router_logits=True, router_aux_loss_coef=0.01),
         in_file("config.json", attention_dropout=0.5, initializer_range=1, id2label={"0": "x"}),
         in_file("config.json", rope_parameters={"rope_type": "default", "rope_theta": 10000}),
         in_file("config.json", eos_token_id=[2]),

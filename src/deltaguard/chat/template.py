@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -13,6 +14,9 @@ from deltaguard.chat.conversations import Conversation, Turn
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 from deltaguard.time_limit import run_within
+
+TEMPLATE_OPTIONS: Mapping[str, Any] = MappingProxyType({"enable_thinking": False})
+"""What templates of models that may think before they answer ask for."""
 
 SECONDS = 5.0
 """A template may take so long for one conversation; those in use take less than a millisecond."""
@@ -66,8 +70,7 @@ def apply_template(
                     list(messages),
                     tokenize=False,
                     add_generation_prompt=answer_follows,
-                    # What templates of models that may think before they answer ask for.
-                    enable_thinking=False,
+                    **TEMPLATE_OPTIONS,
                 )
             except MemoryError as error:
                 raise DeltaguardError(f"{subject} takes more memory than there is. {_REMEDY}") from error

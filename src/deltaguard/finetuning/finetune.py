@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from deltaguard.chat.conversations import Conversation, require_responses
-from deltaguard.chat.template import messages, readable_turns
+from deltaguard.chat.template import TEMPLATE_OPTIONS, messages, readable_turns
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.finetuning.training import (
     FinetuneConfig,
@@ -102,6 +102,8 @@ def _rows(tokenizer: Any, conversations: Sequence[Conversation | Dialogue]) -> A
                         "content": row.answer if isinstance(row, Dialogue) else row.response or "",
                     }
                 ],
+                # As models are asked.
+                "chat_template_kwargs": dict(TEMPLATE_OPTIONS),
             }
             for row in conversations
         ]

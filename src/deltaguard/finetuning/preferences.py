@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from deltaguard.chat.template import readable_turns
+from deltaguard.chat.template import TEMPLATE_OPTIONS, readable_turns
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.finetuning.training import (
     FinetuneConfig,
@@ -130,6 +130,8 @@ def _rows(tokenizer: Any, preferences: Sequence[Preference]) -> Any:
                 "prompt": readable_turns(tokenizer, row.turns),
                 "chosen": [{"role": "assistant", "content": row.preferred}],
                 "rejected": [{"role": "assistant", "content": row.rejected}],
+                # As models are asked.
+                "chat_template_kwargs": dict(TEMPLATE_OPTIONS),
             }
             for row in preferences
         ]

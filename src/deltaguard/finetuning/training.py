@@ -75,8 +75,8 @@ class Measured:
     Attributes:
         step: optimizer steps done.
         steps: of how many.
-        loss: mean cross-entropy of the responses' tokens, nats: of the batch, or of all validation data. Of
-            preferences the loss of DPO.
+        loss: mean cross-entropy of the responses' tokens, nats: of the batch; of all validation data the
+            mean over its batches. Of preferences the loss of DPO.
         accuracy: share of these tokens that were the likeliest. Of preferences the share of pairs whose
             preferred answer became likelier against the other one.
         kind: whether on the batch that was learned from, or on the validation data.
@@ -112,7 +112,7 @@ def train_and_save(
         The folder written.
 
     Raises:
-        DivergedError: the loss became infinite, or no number.
+        DivergedError: the loss, or a weight, became infinite, or no number.
         DeltaguardError: no answer is left to learn from, since all prompts are too long; more blocks are to
             be frozen than there are, or the device cannot be used.
     """
@@ -134,9 +134,11 @@ def train_and_save(
             trainer.add_callback(noted)
         loss = float(trainer.train(resume_from_checkpoint=_last_checkpoint(states)).training_loss)
         _validate_at_the_end(trainer)
-    if not isfinite(loss):
+    # The loss is 0 where a training that had diverged is gone on with at its last step.
+    if not isfinite(loss) or not all(bool(each.isfinite().all()) for each in trainer.model.parameters()):
         raise DivergedError(
-            f"Training diverged: the mean loss is {loss}. Lower the learning rate {config.learning_rate:g}."
+            f"Training diverged: the mean loss is {loss}, or weights are no numbers. Lower the learning rate "
+            f"{config.learning_rate:g}."
         )
     # trl switches the cache off for training; left so, the saved model would generate many times slower.
     network.config.use_cache = use_cache

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError
-from deltaguard.models.adapter import is_adapter
+from deltaguard.models.layout import ADAPTER_CONFIG
 from deltaguard.reports.records.restore import RestoreReport
+from deltaguard.restoration.aligned import AlignedInputs
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 
@@ -34,14 +36,18 @@ def restore_after(
             it was trained, and `restored` the restored one.
         aligned: the model before training: a folder, a Hub id, or `id@revision`.
         store: as in `restore`.
-        config: as in `restore`; by default an adapter becomes an adapter again, and the aligned model's
-            configuration and tokenizer are taken, which trainers write otherwise.
+        config: as in `restore`; where it does not say otherwise, an adapter becomes an adapter again, and the
+            aligned model's configuration and tokenizer are taken, which trainers write otherwise.
 
     Returns:
         The report; None on all processes of a distributed training but the first, which restores.
 
+    The trainer's model and optimizer keep their memory meanwhile: where that leaves too little, save, and run
+    `deltaguard restore` in a process of its own.
+
     Raises:
-        DeltaguardError: as `restore`.
+        DeltaguardError: as `restore`; or the model is not saved as a whole, or cannot be loaded again beside
+            the training (DeepSpeed ZeRO-3).
 
     Example:
         ```python
@@ -51,10 +57,21 @@ def restore_after(
         ```
     """
     folder = Path(trainer.args.output_dir)
+    if trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
+        raise DeltaguardError(
+            "Under FSDP a model is saved as a whole where `fsdp_state_dict_type` is FULL_STATE_DICT: set it "
+            "before saving (`trainer.accelerator.state.fsdp_plugin.set_state_dict_type('FULL_STATE_DICT')`)."
+        )
     # All processes take part in saving where each holds a part of the model.
     trainer.save_model(str(folder / FINETUNED))
     if not trainer.is_world_process_zero():
         return None
+    if is_deepspeed_zero3_enabled():
+        raise DeltaguardError(
+            f"Under DeepSpeed's ZeRO-3 no other model can be loaded in this process. What was trained is in "
+            f"{folder / FINETUNED}: run `deltaguard restore {aligned} {folder / FINETUNED} -o "
+            f"{folder / RESTORED} --config-from aligned`."
+        )
     return _restored(folder, aligned, store, config)
 
 
@@ -87,12 +104,21 @@ class RestoreCallback(TrainerCallback):
         """Refuse what could not be restored, before there is a training to lose.
 
         Raises:
-            DeltaguardError: training is distributed.
+            DeltaguardError: training is distributed, the aligned model or the store cannot be used, or the
+                output folder holds something that may not be replaced.
         """
-        if args.world_size > 1:
+        if args.world_size > 1 or is_deepspeed_zero3_enabled():
             raise DeltaguardError(
-                f"Training runs in {args.world_size} processes, and a callback sees one process's part of "
-                "the model: leave it out, and call `restore_after(trainer, ...)` after `trainer.train()`."
+                f"Training runs in {args.world_size} processes or under DeepSpeed's ZeRO-3, and a callback "
+                "sees a part of the model: leave it out, and call `restore_after(trainer, ...)` after "
+                "`trainer.train()`."
+            )
+        config, output = self._config or RestoreConfig(), Path(args.output_dir) / RESTORED
+        AlignedInputs.open(self._aligned, store=self._store, config=config).look(self._aligned)
+        if not (config.overwrite or config.resume) and output.exists() and any(output.iterdir()):
+            raise DeltaguardError(
+                f"{output} is not empty, and receives the restored model: remove it, name another "
+                "output_dir, or allow it with RestoreConfig(overwrite=True)."
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
@@ -128,7 +154,7 @@ def _restored(
     store: CurvatureStore | str | Path | None,
     config: RestoreConfig | None,
 ) -> RestoreReport:
-    if config is None:
-        options = default_options(adapter=is_adapter(str(folder / FINETUNED)))
-        config = RestoreConfig.model_validate(options)
+    options = default_options(adapter=(folder / FINETUNED / ADAPTER_CONFIG).exists())
+    given = {} if config is None else {name: getattr(config, name) for name in config.model_fields_set}
+    config = RestoreConfig.model_validate(options | given)
     return restore(aligned, folder / FINETUNED, folder / RESTORED, store=store, config=config)

@@ -34,6 +34,7 @@ _WITHOUT_EFFECT = frozenset(
         *("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
         *("dropout", "hidden_dropout", "hidden_dropout_prob", "activation_dropout", "layerdrop"),
         *("initializer_range", "initializer_factor", "init_std"),
+        *("output_router_logits", "router_aux_loss_coef"),
         # Heads of classifiers, which a language model does not have.
         *("classifier_dropout", "id2label", "label2id", "num_labels", "problem_type"),
         # Padding is masked. What begins a text is put there by tokenizer and template, which are compared.
