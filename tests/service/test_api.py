@@ -7,6 +7,7 @@ import openai
 import pytest
 from clients import LIMITS, ODD_NAME, ROW, client_of, publish, uploaded
 from openai.types import FileObject, Model
+from openai.types.chat import ChatCompletionMessage
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
 from deltaguard.cli.app import run
@@ -325,3 +326,50 @@ def test_keys_of_the_command_line_open_what_they_say_until_they_are_revoked(http
     (found,) = [known[end] for end in known if operator.endswith(end)]
     made("revoke", found)
     assert (status(customer), status(operator)) == (403, 401)
+
+
+@pytest.mark.parametrize("path", ["/sign-in", "/v1/files"])
+@pytest.mark.parametrize("charset", ["punycode", "UTF-8"])
+def test_no_form_is_decoded_by_a_codec_of_the_senders_choice(http, opened, path, charset):
+    body = b'--x\r\nContent-Disposition: form-data; name="key"\r\n\r\n' + b"a" * 1000 + b"\r\n--x--\r\n"
+    headers = {
+        "Content-Type": f"multipart/form-data; boundary=x; charset={charset}",
+        "Authorization": f"Bearer {opened.first_key}",
+    }
+    answer = http.post(path, content=body, headers=headers)
+    assert ("UTF-8 alone" in answer.text) == (charset == "punycode")
+    assert answer.status_code == 400
+
+
+def test_an_upload_has_one_file_and_few_short_fields(http, opened):
+    headers = {"Authorization": f"Bearer {opened.first_key}"}
+    file = ("rows.jsonl", b"{}")
+    for files, data in (
+        ([("file", file)] * 2, {}),
+        ([("file", file)], {"purpose": "x" * 5000}),
+        ([("file", file)], {f"field{i}": "x" for i in range(9)}),
+    ):
+        answer = http.post("/v1/files", headers=headers, files=files, data=data)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_what_the_service_answered_may_be_said_again(client):
+    said = ChatCompletionMessage(role="assistant", content="Hi.", refusal=None)
+    messages = [{"role": "user", "content": "Hello?"}, said, {"role": "user", "content": "And?"}]
+    with pytest.raises(openai.NotFoundError) as error:
+        client.chat.completions.create(model="nobody", messages=messages)
+    assert error.value.code == "model_not_found"
+
+
+def test_few_values_of_metadata_are_looked_for_at_a_time(http, opened):
+    asked = "&".join(f"metadata[a]={i}" for i in range(17))
+    headers = {"Authorization": f"Bearer {opened.first_key}"}
+    answer = http.get(f"/v1/fine_tuning/jobs?{asked}", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "metadata")
+
+
+def test_many_problems_of_a_request_are_told_in_part(http, opened):
+    headers = {"Authorization": f"Bearer {opened.first_key}"}
+    answer = http.post("/v1/fine_tuning/jobs", headers=headers, json={f"x{i}": 1 for i in range(5000)})
+    assert answer.status_code == 400
+    assert len(answer.content) < 5000

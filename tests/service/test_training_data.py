@@ -161,3 +161,12 @@ def test_a_file_is_looked_at_a_line_at_a_time(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < path.stat().st_size / 4
+
+
+def test_answers_are_limited_as_examples_are(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+    path.write_text(json.dumps({"messages": turns * 6}) + "\n" + json.dumps({"messages": turns * 4}))
+    check_file(path, Limits(file_rows=10), method="supervised")
+    with pytest.raises(InvalidFileError, match="More than 9 answers would be learned"):
+        check_file(path, Limits(file_rows=9), method="supervised")

@@ -3,6 +3,7 @@
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from python_multipart.multipart import parse_options_header
 from sqlalchemy import text
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -97,7 +98,12 @@ class _Limited:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         is_upload = scope["path"] == "/v1/files" and scope["method"] == "POST"
         most = self._service.settings.limits.file_bytes + _FORM_BYTES if is_upload else _MOST_BYTES
-        announced = headers.get(b"content-length", b"0")
+        # An upload without a length may be as long as any.
+        announced = headers.get(b"content-length", str(most).encode() if is_upload else b"0")
+        if _has_odd_charset(headers.get(b"content-type", b"")):
+            content = envelope(400, "Forms are taken in UTF-8 alone.", code="invalid_request")
+            await JSONResponse(content, 400, headers=_CLOSE)(scope, receive, send)
+            return
         if is_upload:
             scheme, _, shown = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
             key = shown if scheme.lower() == "bearer" else None
@@ -136,6 +142,12 @@ class _Limited:
             size = max(0, int(announced) - _FORM_BYTES)
             with self._service.sessions.begin() as session:
                 require_room(session, self._service, caller, size)
+
+
+def _has_odd_charset(content_type: bytes) -> bool:
+    """Say whether a form names another codec, such as one whose time grows with the square of a length."""
+    kind, options = parse_options_header(content_type)
+    return kind == b"multipart/form-data" and options.get(b"charset", b"utf-8").lower() != b"utf-8"
 
 
 _CLOSE = {"Connection": "close"}

@@ -27,6 +27,7 @@ class ChatMessage(Given):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[_TextPart], Field(min_length=1)]
     name: str | None = None
+    refusal: None = None
 
     @property
     def plain(self) -> dict[str, str]:

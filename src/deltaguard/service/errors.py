@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy import exc
 from starlette.exceptions import HTTPException
 
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import MOST_PROBLEMS, DeltaguardError
 
 _LOGGER = logging.getLogger(__name__)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -101,7 +101,7 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = error.errors()
+        problems = error.errors()[:MOST_PROBLEMS]
         fields = [".".join(map(str, each["loc"][1:])) for each in problems]
         told = "; ".join(
             f"`{field}`: {each['msg']}" if field else each["msg"]

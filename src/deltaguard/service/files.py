@@ -1,12 +1,16 @@
 """Files: uploads, and what jobs write."""
 
+from collections.abc import Callable, Coroutine
 from itertools import chain
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Form, Query, UploadFile
+from fastapi import APIRouter, Form, HTTPException, Query, Request, Response, UploadFile
 from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
 from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
+from starlette.requests import ClientDisconnect
+from typing_extensions import override
 
 from deltaguard.service.context import Asking, Caller, Open, Service, Uploading
 from deltaguard.service.database import new_id
@@ -18,9 +22,29 @@ from deltaguard.service.tables import UNFINISHED, File, Job
 from deltaguard.service.tasks import FILES, METRICS
 from deltaguard.text import shortened, writable
 
-router = APIRouter(prefix="/v1/files", tags=["files"])
-
 _LONGEST_NAME = 512
+
+
+class _FormRoute(APIRoute):
+    """Reads a form with one file and a few short fields, of which more would be kept in memory."""
+
+    @override
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def read_first(request: Request) -> Response:
+            if request.method == "POST":
+                try:
+                    # Kept by the request, which reads a form once.
+                    await request.form(max_files=1, max_fields=8, max_part_size=4096)
+                except ClientDisconnect as error:
+                    raise HTTPException(400, "The upload was cut off") from error
+            return await handle(request)
+
+        return read_first
+
+
+router = APIRouter(prefix="/v1/files", tags=["files"], route_class=_FormRoute)
 
 
 def find_file(session: Session, caller: Caller, file_id: str) -> File:
@@ -54,7 +78,7 @@ def upload(
     if not file.size:
         raise ApiError(400, "The file is empty.", code="empty_file", param="file")
     size = service.contents.put(file_id, file.file)
-    name = shortened(writable(file.filename or "file"), _LONGEST_NAME).replace("\0", "\\x00")
+    name = shortened(writable(file.filename or "file").replace("\0", "\\x00"), _LONGEST_NAME)
     new = File(id=file_id, organisation=caller.organisation, name=name, purpose=purpose, bytes=size)
     try:
         with service.sessions.begin() as session:

@@ -35,6 +35,7 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 _SAME_REQUEST_S = 120
 """A client repeats a request within a minute or so, and not after that."""
 
+_MOST_FILTERS = 16
 _FILTER, _METADATA_KEY = re.compile(r"metadata\[(.+)\]", re.DOTALL), re.compile(METADATA_KEY)
 
 
@@ -197,6 +198,9 @@ def list_jobs(
         found = _FILTER.fullmatch(name)
         if not (found and _METADATA_KEY.fullmatch(found[1])):
             message = "Keys of metadata have 1 to 64 characters, and no quotation marks or backslashes."
+            raise ApiError(400, message, code="invalid_request", param="metadata")
+        if len(where) > _MOST_FILTERS:
+            message = f"{_MOST_FILTERS} values of metadata are looked for at a time, at most."
             raise ApiError(400, message, code="invalid_request", param="metadata")
         where.append(Job.user_metadata[found[1]].as_string() == value)
     with service.sessions.begin() as session:

@@ -1,14 +1,16 @@
 """What goes over the wire, in the shapes of OpenAI's API."""
 
+import re
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 ItemT = TypeVar("ItemT")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _without_zero(text: str) -> str:
-    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+    if "\0" in text or _SURROGATE.search(text):
         raise ValueError("zero bytes and lone surrogates are no text")
     return text
 

@@ -172,7 +172,7 @@ class Limits(_Part):
     Attributes:
         file_bytes: of an upload.
         all_bytes: of all its files together.
-        file_rows: examples of a training file.
+        file_rows: examples of a training file, and answers that are learned from it.
         line_bytes: of one example.
         unfinished_jobs: queued, paused and running.
         requests_per_minute: of all its keys together.

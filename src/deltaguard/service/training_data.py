@@ -20,7 +20,7 @@ from deltaguard.finetuning.finetune import Dialogue
 from deltaguard.finetuning.preferences import Preference
 from deltaguard.service.settings import Limits
 
-RowT = TypeVar("RowT", bound=BaseModel)
+RowT = TypeVar("RowT", bound="Example | PreferenceRow")
 
 _MOST_TOLD = 20
 _MOST_MESSAGES = 500
@@ -98,6 +98,11 @@ class Example(BaseModel):
             raise ValueError("every message of the assistant has weight 0, so that there is nothing to learn")
         return self
 
+    @property
+    def answers(self) -> int:
+        """How many answers are learned."""
+        return sum(1 for message in self.messages if message.role == "assistant" and message.weight)
+
     def dialogues(self) -> list[Dialogue]:
         """Make one dialogue of every answer that has a weight."""
         turns = tuple(message.plain for message in self.messages)
@@ -151,6 +156,11 @@ class PreferenceRow(BaseModel):
         if self.preferred_output == self.non_preferred_output:
             raise ValueError("both answers are the same, so that neither is preferred")
         return self
+
+    @property
+    def answers(self) -> int:
+        """How many pairs of answers are learned."""
+        return 1
 
     def preference(self) -> Preference:
         """Make what is learned from."""
@@ -224,12 +234,19 @@ def _rows(path: Path, limits: Limits, schema: type[RowT], remedy: str) -> Iterat
         if len(wrong) >= _MOST_TOLD:
             break
         try:
-            yield number, schema.model_validate_json(_text(line, limits.line_bytes))
-            found += 1
+            read = schema.model_validate_json(_text(line, limits.line_bytes))
         except ValidationError as error:
             wrong += [f"line {number}: {problem}" for problem in problems(error)]
         except InvalidFileError as error:
             wrong.append(f"line {number}: {error}")
+        else:
+            found += read.answers
+            if found > limits.file_rows:
+                most = f"{limits.file_rows:,}"
+                raise InvalidFileError(
+                    f"More than {most} answers would be learned from the file, and may not."
+                )
+            yield number, read
     if wrong:
         raise InvalidFileError(f"{listed('The file cannot be learned from', wrong)}\n{remedy}")
     if not found:

@@ -53,13 +53,14 @@ def sign_in(service: Service, key: str) -> str:
     """Take a key that somebody shows, and make the token of their cookie.
 
     Raises:
-        ApiError: the key is unknown or revoked.
+        ApiError: the key is unknown or revoked, or its organisation asks too often.
     """
     token = token_urlsafe(32)
     with service.sessions.begin() as session:
         known = find_key(session, key)
         if known is None:
             raise ApiError(401, "This key is not known, or was revoked.", code="invalid_api_key")
+        service.count_request(known.organisation)
         session.execute(delete(SignIn).where(SignIn.expires_at <= now()))
         expires_at = now() + _LIFE_S
         new = SignIn(id=new_id("signin"), sha256=_hash(token), key_id=known.id, expires_at=expires_at)
