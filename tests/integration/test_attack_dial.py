@@ -19,6 +19,7 @@ from deltaguard.reports.check import verdict
 from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.reports.restore import outcome_facts
 from deltaguard.restoration import footprint
+from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.looks import FIRST, Requests, how_asked, keep_answers, kept_answers
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
@@ -179,6 +180,30 @@ def test_a_fine_tune_that_answers_alike_is_kept_whole(tmp_path):
     assert report.kept_energy == 1
     assert report.dial.attack.restored.added == 0
     assert check(made.aligned, near, store=made.store).verdict == "safe"
+
+
+@pytest.mark.usefixtures("few")
+def test_a_fine_tune_that_cannot_be_told_apart_is_not_kept_whole(tmp_path, monkeypatch):
+    made = refusing_pair()
+    loaded = AutoModelForCausalLM.from_pretrained(made.aligned)
+    near = models.save(models.perturbed(loaded, 1e-4), tmp_path / "near")
+    monkeypatch.setattr(Rule, "verdict", lambda *_: "not told apart")
+    report = restore(made.aligned, near, tmp_path / "out", store=made.store, config=TRUSTED)
+    assert not report.dial.whole
+    assert report.dial.attack.restored in report.dial.attack.looks[1:]
+
+
+@pytest.mark.usefixtures("few")
+def test_a_store_of_a_model_that_does_not_refuse_makes_nothing_safe(tmp_path):
+    made, store = refusing_pair(), tmp_path / "store"
+    CurvatureStore.from_pretrained(made.store).save_pretrained(store)
+    manifest = json.loads((store / "curvature.json").read_text())
+    manifest["provenance"]["refusal_share"] = 0.1
+    (store / "curvature.json").write_text(json.dumps(manifest))
+    assert check(made.aligned, made.aligned, store=made.store).verdict == "safe"
+    report = check(made.aligned, made.aligned, store=store)
+    assert report.verdict == "not told apart"
+    assert "10% of the" in report.warnings[0]
 
 
 def test_a_fine_tune_that_is_worse_by_safety_kl_alone_is_named_so(capsys, tmp_path):

@@ -19,7 +19,7 @@ from deltaguard.chat.framings import FRAMINGS
 from deltaguard.chat.tokens import encode
 from deltaguard.curvature import calibrate as calibrate_module
 from deltaguard.curvature.calibrate import calibrate
-from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, CalibrateConfig, asked_for
+from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, CalibrateConfig, asked_for, requested
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from pairs import ANSWERED
@@ -525,3 +525,18 @@ def test_a_run_that_failed_before_it_did_anything_is_not_in_the_way(tmp_path):
         calibrate(folder, tmp_path / "store", config=SHORT)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     assert calibrate(folder, tmp_path / "store", config=SHORT).provenance.conversations == 8
+
+
+def test_what_a_model_thinks_is_no_refusal_of_it(llama, tmp_path):
+    said = "<think>Sure.</think>I cannot help with that."
+    rows = [Conversation(f"What is {i}?", None, said) for i in range(6)]
+    store = calibrate(llama, tmp_path / "store", config=SHORT, conversations=rows)
+    assert store.provenance.refusal_share == 1
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_who_names_a_dtype_has_the_answers_in_it(llama, monkeypatch, dtype, expected):
+    monkeypatch.setattr("deltaguard.curvature.request.served_dtype", lambda _: torch.bfloat16)
+    config = SHORT.model_copy(update={"dtype": dtype})
+    made = requested(Checkpoint.open(llama), asked_for(None, config).all, config, torch.device("cpu"))
+    assert (made.dtype, made.answer_dtype) == ("float32", expected)

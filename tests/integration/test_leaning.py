@@ -206,9 +206,24 @@ def test_a_conversation_is_cut_off_where_nine_of_ten_that_begin_alike_are_of_its
     found = decisions(texts, [True, True, False, False], harmful=2)
     assert [each.text.ids for each in found] == [(0, 7, 1), (0, 7, 1), (0, 7, 5), (0, 8)]
     assert [each.weight for each in found] == [0.5, 0.5, -0.5, -0.5]
+    # Each set counts with the mean over its own.
+    uneven = [Encoded((0, *answer), 1, truncated=False) for answer in ((7, 1), (8, 1), (8, 2), (8, 3))]
+    found = decisions(uneven, [True, False, False, False], harmful=1)
+    assert [each.weight for each in found] == [1, -1 / 3, -1 / 3, -1 / 3]
     alike = [Encoded((0, 7, number), 1, truncated=False) for number in range(10)]
     found = decisions(alike, [True] * 9 + [False], harmful=10)
     assert [len(each.text.ids) for each in found] == [2] * 9 + [3]
+
+
+def test_a_merged_store_knows_it_where_all_parts_do(tmp_path):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+    now = [replace(row, prompt=row.prompt + " Now.") for row in ANSWERED]
+    one, two = (
+        calibrate(folder, tmp_path / name, conversations=rows, config=CONFIG, is_refusal=refuses)
+        for name, rows in (("one", ANSWERED), ("two", now))
+    )
+    parts = [one, without_leaning(two, tmp_path / "without")]
+    assert not CurvatureStore.merge(parts, tmp_path / "both").knows_leaning
 
 
 def test_merged_gradients_are_weighted_by_harmful_requests():

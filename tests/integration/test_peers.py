@@ -283,3 +283,18 @@ def test_the_registry_is_sound():
         assert len(method.ladder) in (0, 7)
         assert all(strengths.low <= strength <= strengths.high for strength in method.ladder)
         assert list(method.ladder) == sorted(set(method.ladder))
+
+
+def test_an_output_does_not_lie_in_a_further_model(tmp_path):
+    made = family()
+    unaligned = tmp_path / "unaligned"
+    shutil.copytree(made["unaligned"], unaligned)
+    config = RestoreConfig(method="resta", strength=0.5, unaligned=str(unaligned), overwrite=True)
+    for output in (unaligned, unaligned / "inside"):
+        with pytest.raises(DeltaguardError, match="input"):
+            restore(made["aligned"], made["finetuned"], output, config=config)
+    assert contents_of(unaligned) == contents_of(made["unaligned"])
+
+
+def contents_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

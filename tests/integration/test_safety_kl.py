@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import models
 from crossed import in_turn
 from deltaguard.chat.conversations import SYSTEM_PROMPTS, Conversation
+from deltaguard.chat.tokens import Reader, encode, read_by_both
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.restoration.safety_kl import SafetyKL, SafetyMeter
@@ -357,3 +358,14 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
     rewrite(models.save(models.tiny_model("llama"), tmp_path), lambda old: old, model_type="unheard-of")
     with pytest.raises(DeltaguardError, match=f"transformers cannot load {tmp_path}"):
         meter(tmp_path, folders()[1])
+
+
+def test_a_candidate_with_less_room_is_read_as_far_as_both_have_it(tmp_path):
+    tokenizer = models.tiny_tokenizer()
+    (conversation,) = [Conversation("How?", None, "I cannot help with that, or with anything else. " * 4)]
+    whole = encode(tokenizer, conversation, max_length=100)
+    room = whole.prompt_length + 2
+    ((own, other),) = read_by_both(Reader(tokenizer, 100), Reader(tokenizer, room), [conversation])
+    assert (len(own.ids), len(other.ids)) == (room, room)
+    assert own.truncated
+    assert other.truncated

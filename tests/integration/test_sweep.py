@@ -163,6 +163,8 @@ def test_a_limit_that_the_whole_model_is_within_needs_no_search(tmp_path):
     report = swept(tmp_path / "sweep", (1.0, 2.0))
     assert [point.mu for point in report.points] == [0]
     assert [budget.mu for budget in report.budgets] == [0, 0]
+    assert all(budget.whole for budget in report.budgets)
+    assert not any(budget.whole for budget in usual()[0].budgets)
     assert restored(tmp_path / "out", max_safety_kl=1.0).dial.whole
 
 

@@ -217,3 +217,16 @@ def test_what_a_model_thinks_is_no_part_of_its_answer():
     look = examiner.look(1.0, lambda part: [f"<think>{REFUSES}</think>{ANSWERS}"] * len(part), lambda _: None)
     assert (look.attack_success.aligned, look.attack_success.candidate) == (0, FIRST)
     assert not look.accepted
+
+
+@pytest.mark.parametrize(("more", "warned"), [(0, False), (1, True)])
+def test_an_aligned_model_that_complies_with_more_than_half_is_none(more, warned):
+    requests = Requests.of()
+    half = len(requests.harmful) // 2
+    answers = [ANSWERS] * (half + more) + [REFUSES] * (len(requests.harmful) - half - more)
+    answers += [ANSWERS] * len(requests.harmless)
+    examiner = Examiner.of(RULE, requests, OpeningJudge(), answers, tells_refusals=True)
+    assert bool(examiner.warnings("it")) == warned
+    if warned:
+        with pytest.raises(DeltaguardError, match="base model"):
+            examiner.require_refusals("it")

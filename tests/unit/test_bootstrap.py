@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from deltaguard.evaluation.metrics.bootstrap import mean_estimate, ratio_of_gains
+from deltaguard.evaluation.metrics.bootstrap import mean_estimate, ratio_of_gains, resampled_means
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12)
 
@@ -126,3 +126,11 @@ def test_both_directions_agree(rows):
     assert turned == found
     assert found.low <= found.value <= found.high
     assert np.isfinite([found.low, found.high]).all()
+
+
+def test_small_samples_spread_as_their_means_do():
+    """The standard error of the mean of 0 and 2 is 1; of all four of two such groups it is 1 / √2."""
+    pair = np.array([[0.0], [2.0]])
+    for groups, expected in (([pair], 1.0), ([pair, pair], 2**-0.5)):
+        found = resampled_means(groups, seed=0, resamples=20_000)
+        assert found.std() == pytest.approx(expected, rel=0.03)

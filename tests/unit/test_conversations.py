@@ -364,3 +364,14 @@ def test_a_journal_with_a_torn_line_is_continued(tmp_path):
     assert (resumed[0].response, resumed[0].response_ids) == ("kept as it is", (1, 2))
     assert resumed[1:] == whole[1:]
     assert journal.read_text(encoding="utf-8").splitlines(keepends=True)[1:] == lines[1:]
+
+
+def test_no_part_of_the_prompts_ever_moves():
+    """What was calibrated on, or trained on, must not be measured on by a later release."""
+    assert {
+        "calibration": range(22),
+        "dial": range(22, 34),
+        "attack": range(34, 60),
+        "training": range(60, 100),
+    } == HARMFUL_PARTS
+    assert {"training": range(50), "evaluation": range(50, 100)} == HARMLESS_PARTS

@@ -126,3 +126,9 @@ def test_pairs_must_match():
         mcnemar([True, False], [True])
     with pytest.raises(ValueError, match="0 trials"):
         mcnemar([], [])
+
+
+def test_the_p_value_counts_both_sides():
+    """A mean difference of one standard error: twice the share of a normal beyond 1 is 0.32."""
+    found = paired_bootstrap([1.0] * 210 + [-1.0] * 190, [0.0] * 400)
+    assert 0.27 < found.p_value < 0.38

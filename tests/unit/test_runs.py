@@ -119,3 +119,11 @@ def test_how_far_one_leads_is_the_difference_of_both_shares():
     assert lead.value == pytest.approx(shares[0] - shares[1])
     assert lead.total == 30
     assert gain_lead(finetuned, aligned, first, second, better="lower") is None
+
+
+def test_the_interval_of_a_whole_gain_is_that_of_no_difference_from_the_fine_tuned_model():
+    finetuned = [1.0] * 35 + [0.0] * 15
+    found = gain_kept([[0.0] * 50], [finetuned], [finetuned], better="higher")
+    assert found.value == 1
+    same = difference_of_shares([[True] * 35 + [False] * 15], [[True] * 35 + [False] * 15])
+    assert found.high - found.low == pytest.approx((same.high - same.low) / 0.7, rel=0.05)

@@ -293,11 +293,19 @@ def test_merging_adds_the_sums_and_factorises_them_anew(tmp_path):
 
 def test_stores_of_different_models_do_not_merge(tmp_path):
     one = written(tmp_path / "one")
-    changes = {"fingerprint": "e" * 64, "template_sha256": "d" * 64, "dampening": 0.5}
+    changes = {"fingerprint": "e" * 64, "template_sha256": "d" * 64, "dampening": 0.5, "dtype": "float16"}
     two = written(tmp_path / "two", groups=GROUPS[:2], **changes)
     with pytest.raises(DeltaguardError) as caught:
         CurvatureStore.merge([one, two], tmp_path / "merged")
-    for part in ("f" * 64, "e" * 64, "c" * 64, "d" * 64, "dampening: 0.02", "groups of layers differ"):
+    for part in (
+        "f" * 64,
+        "e" * 64,
+        "c" * 64,
+        "d" * 64,
+        "dampening: 0.02",
+        "dtype: float32",
+        "groups of layers differ",
+    ):
         assert part in str(caught.value)
     assert not (tmp_path / "merged").exists()
 
@@ -346,3 +354,8 @@ def test_pushing_uploads_the_stores_own_files(tmp_path, monkeypatch):
     assert calls[:2] == [None, (("me/store",), {"private": True, "exist_ok": True})]
     assert calls[2]["folder_path"] == store.folder
     assert set(calls[2]["allow_patterns"]) == {path.name for path in store.folder.iterdir()}
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.49, True), (0.5, False), (None, False)])
+def test_a_store_says_whether_its_model_refuses(share, warned):
+    assert bool(provenance(refusal_share=share).warnings) == warned
