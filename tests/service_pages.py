@@ -34,7 +34,7 @@ class Answers:
 
     waiting = 0
 
-    def answer(self, ask):
+    def answer(self, ask, organisation):
         whose = "The restored model" if ask.adapter or "models" in ask.model else "The aligned model"
         yield Piece(text=f"{whose} was asked: {ask.asked[-1]['content']}")
         yield Ended(finish_reason="stop", prompt_tokens=1, completion_tokens=1)

@@ -58,10 +58,10 @@ class Counting(Inference):
 def test_an_answer_that_nobody_reads_holds_up_no_other(tmp_path):
     inference = Counting(tmp_path / "log", device="cpu", most_waiting=2)
     ask = Ask(model="m", adapter=None, asked="x", max_tokens=9, temperature=0, top_p=1, seed=None, stop=())
-    unread = inference.answer(ask)
+    unread = inference.answer(ask, "acme")
     assert next(unread).text == "0 "
     found = []
-    reader = threading.Thread(target=lambda: found.extend(inference.answer(ask)))
+    reader = threading.Thread(target=lambda: found.extend(inference.answer(ask, "other")))
     reader.start()
     reader.join(60)
     assert "".join(piece.text for piece in found[:-1]).split() == [str(n) for n in range(1000)]

@@ -156,5 +156,5 @@ def test_a_server_that_dies_in_the_midst_of_an_answer_has_not_answered(client):
 def test_more_than_threads_are_there_for_are_refused():
     inference = InferenceServer("http://127.0.0.1:9/v1", most_waiting=0)
     with pytest.raises(ApiError, match="Too many") as refused:
-        next(inference.answer(None))
+        next(inference.answer(None, "acme"))
     assert refused.value.status == 503

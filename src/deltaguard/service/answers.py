@@ -83,13 +83,13 @@ def usage_of(answers: Sequence[Ended]) -> Usage:
     return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
 
-def begun(inference: Answering, ask: Ask) -> Iterator[Piece | Ended]:
+def begun(inference: Answering, ask: Ask, organisation: str) -> Iterator[Piece | Ended]:
     """Have a request answered, and wait for the first piece: what goes wrong until then has its own status.
 
     Raises:
         ApiError: as `Inference.answer`.
     """
-    found = inference.answer(ask)
+    found = inference.answer(ask, organisation)
     return chain([next(found)], found)
 
 

@@ -59,11 +59,11 @@ def create_completion(service: Open, caller: Asking, request: Request, asked: Cr
     most, tokens = service.settings.limits.chat_tokens, asked.max_tokens or _TOKENS
     asks = [asked.ask(folders, text, tokens=tokens, most=most) for text in asked.prompts]
     head = head_of("cmpl", asked.model)
-    first = begun(inference, asks[0])
+    first = begun(inference, asks[0], caller.organisation)
 
     def answers() -> Iterator[Iterator[Piece | Ended]]:
         yield first
-        yield from (begun(inference, ask) for ask in asks[1:])
+        yield from (begun(inference, ask, caller.organisation) for ask in asks[1:])
 
     if asked.stream:
         parts = _parts(head, answers(), usage=asked.tells_usage)

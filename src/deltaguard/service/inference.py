@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from deltaguard.service.errors import ApiError
 from deltaguard.service.executors.local import end_process, known_environment
+from deltaguard.service.places import Places
 
 
 class Ask(BaseModel):
@@ -78,8 +79,8 @@ class Answering(Protocol):
         """How many requests wait or are being answered."""
         ...
 
-    def answer(self, ask: Ask) -> Iterator[Piece | Ended]:
-        """Have a request answered, piece by piece.
+    def answer(self, ask: Ask, organisation: str) -> Iterator[Piece | Ended]:
+        """Have a request of an organisation answered, piece by piece.
 
         Raises:
             ApiError: it cannot be answered.
@@ -102,31 +103,28 @@ class Inference:
             device: where models run.
             most_waiting: requests that wait at a time; more are refused.
         """
-        self._log, self._device, self._most_waiting = log, device, most_waiting
-        self._turn, self._counting, self._waiting = threading.Lock(), threading.Lock(), 0
+        self._log, self._device = log, device
+        self._turn, self._places = threading.Lock(), Places(most_waiting)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def waiting(self) -> int:
         """How many requests wait or are being answered."""
-        return self._waiting
+        return self._places.taken
 
-    def answer(self, ask: Ask) -> Iterator[Piece | Ended]:
-        """Have a request answered, piece by piece.
+    def answer(self, ask: Ask, organisation: str) -> Iterator[Piece | Ended]:
+        """Have a request of an organisation answered, piece by piece.
 
         A thread takes what the process says as it comes, so that whoever reads slowly holds up nobody.
 
         Raises:
             ApiError: it cannot be answered, too many are waiting, or the process died.
         """
-        with self._counting:
-            if self._waiting >= self._most_waiting:
-                message = "Too many chats are waiting. Try again."
-                raise ApiError(503, message, code="overloaded", retry_after=2)
-            self._waiting += 1
+        self._places.take(organisation)
         said: queue.SimpleQueue[Piece | Ended | Exception] = queue.SimpleQueue()
         is_unwanted = threading.Event()
-        threading.Thread(target=self._carry_out, args=(ask, said, is_unwanted), daemon=True).start()
+        work = (ask, organisation, said, is_unwanted)
+        threading.Thread(target=self._carry_out, args=work, daemon=True).start()
         try:
             while True:
                 found = said.get()
@@ -142,7 +140,11 @@ class Inference:
         """Do nothing: the process lets go of what others push out, and nobody can ask for it any more."""
 
     def _carry_out(
-        self, ask: Ask, said: "queue.SimpleQueue[Piece | Ended | Exception]", is_unwanted: threading.Event
+        self,
+        ask: Ask,
+        organisation: str,
+        said: "queue.SimpleQueue[Piece | Ended | Exception]",
+        is_unwanted: threading.Event,
     ) -> None:
         try:
             with self._turn:
@@ -152,8 +154,7 @@ class Inference:
         except Exception as error:  # noqa: BLE001  # raised where the answer is read
             said.put(error)
         finally:
-            with self._counting:
-                self._waiting -= 1
+            self._places.give_back(organisation)
 
     def _answered(self, ask: Ask, is_unwanted: threading.Event) -> Iterator[Piece | Ended]:
         process, is_told = self._running(), False

@@ -6,7 +6,6 @@ allow that (`--enable-lora`, VLLM_ALLOW_RUNTIME_LORA_UPDATING), and see the data
 
 import json
 import logging
-import threading
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -16,6 +15,7 @@ from urllib.request import Request, urlopen
 
 from deltaguard.service.errors import ApiError
 from deltaguard.service.inference import Ask, Ended, Piece
+from deltaguard.service.places import Places
 
 _LOGGER = logging.getLogger(__name__)
 _TIMEOUT_S = 300
@@ -46,26 +46,21 @@ class InferenceServer:
             most_waiting: requests that are being answered at a time; more are refused, so that threads are
                 left for all others.
         """
-        self._url, self._most_waiting = url.rstrip("/"), most_waiting
-        self._counting, self._waiting = threading.Lock(), 0
+        self._url, self._places = url.rstrip("/"), Places(most_waiting)
 
     @property
     def waiting(self) -> int:
         """How many requests are being answered."""
-        return self._waiting
+        return self._places.taken
 
-    def answer(self, ask: Ask) -> Iterator[Piece | Ended]:
-        """Have a request answered, piece by piece.
+    def answer(self, ask: Ask, organisation: str) -> Iterator[Piece | Ended]:
+        """Have a request of an organisation answered, piece by piece.
 
         Raises:
             ApiError: the request is refused, too many are being answered, or the server does not answer or
                 does not have the model.
         """
-        with self._counting:
-            if self._waiting >= self._most_waiting:
-                message = "Too many chats are waiting. Try again."
-                raise ApiError(503, message, code="overloaded", retry_after=2)
-            self._waiting += 1
+        self._places.take(organisation)
         try:
             yield from self._answered(ask)
         except (OSError, HTTPException) as error:
@@ -73,8 +68,7 @@ class InferenceServer:
             message = "The models do not answer right now. Try again."
             raise ApiError(503, message, code="model_died", retry_after=5) from error
         finally:
-            with self._counting:
-                self._waiting -= 1
+            self._places.give_back(organisation)
 
     def forget(self, adapter: str) -> None:
         """Have an adapter unloaded whose model was deleted; one that is not loaded is let be."""

@@ -177,8 +177,8 @@ class Limits(_Part):
         unfinished_jobs: queued, paused and running.
         requests_per_minute: of all its keys together.
         chat_tokens: of one answer.
-        chat_waiting: chats of all organisations that wait for the models at a time; fewer than there are
-            threads for requests.
+        chat_waiting: chats of all organisations that wait for the models at a time, and of one organisation
+            three quarters of them; fewer than there are threads for requests.
     """
 
     file_bytes: int = Field(default=512 << 20, ge=1)
