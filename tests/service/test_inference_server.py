@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
@@ -11,6 +12,7 @@ from starlette.testclient import TestClient
 
 from deltaguard.service.app import make_app
 from deltaguard.service.errors import ApiError
+from deltaguard.service.inference import Ask
 from deltaguard.service.inference_server import InferenceServer
 
 HELLO = [{"role": "user", "content": "Hello?"}]
@@ -158,3 +160,16 @@ def test_more_than_threads_are_there_for_are_refused():
     with pytest.raises(ApiError, match="Too many") as refused:
         next(inference.answer(None, "acme"))
     assert refused.value.status == 503
+
+
+def test_an_answer_that_nobody_reads_keeps_no_place_from_others(vllm):
+    inference = InferenceServer(f"http://127.0.0.1:{vllm.server_address[1]}/v1", most_waiting=1)
+    given = {"max_tokens": 9, "temperature": 0, "top_p": 1, "seed": None, "stop": ()}
+    ask = Ask(model="nowhere", adapter=None, asked="x", **given)
+    unread = inference.answer(ask, "acme")
+    until = time.monotonic() + 30
+    while inference.waiting and time.monotonic() < until:
+        time.sleep(0.01)
+    other = list(inference.answer(ask, "other"))
+    assert [piece.text for piece in other[:-1]] == ["I ", "am ", "nowhere"]
+    assert list(unread) == other

@@ -4,7 +4,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -92,6 +92,42 @@ class Answering(Protocol):
         ...
 
 
+def read_ahead(produce: Callable[[threading.Event], Iterator[Piece | Ended]]) -> Iterator[Piece | Ended]:
+    """Have an answer produced in a thread as it comes, so that whoever reads it slowly holds up nobody.
+
+    Args:
+        produce: gives the answer's pieces; what it is given is set once nobody reads them any more. It is
+            read to its end all the same.
+
+    Returns:
+        The pieces; what `produce` raises is raised there.
+    """
+    said: queue.SimpleQueue[Piece | Ended | Exception] = queue.SimpleQueue()
+    is_unwanted = threading.Event()
+
+    def carry_out() -> None:
+        try:
+            for each in produce(is_unwanted):
+                said.put(each)
+        except Exception as error:  # noqa: BLE001  # raised where the answer is read
+            said.put(error)
+
+    def pieces() -> Iterator[Piece | Ended]:
+        try:
+            while True:
+                found = said.get()
+                if isinstance(found, Exception):
+                    raise found
+                yield found
+                if isinstance(found, Ended):
+                    return
+        finally:
+            is_unwanted.set()
+
+    threading.Thread(target=carry_out, daemon=True).start()
+    return pieces()
+
+
 class Inference:
     """The process, begun when it is first needed and again after it died."""
 
@@ -121,38 +157,16 @@ class Inference:
             ApiError: it cannot be answered, too many are waiting, or the process died.
         """
         self._places.take(organisation)
-        said: queue.SimpleQueue[Piece | Ended | Exception] = queue.SimpleQueue()
-        is_unwanted = threading.Event()
-        work = (ask, organisation, said, is_unwanted)
-        threading.Thread(target=self._carry_out, args=work, daemon=True).start()
-        try:
-            while True:
-                found = said.get()
-                if isinstance(found, Exception):
-                    raise found
-                yield found
-                if isinstance(found, Ended):
-                    return
-        finally:
-            is_unwanted.set()
+        return read_ahead(lambda is_unwanted: self._in_turn(ask, organisation, is_unwanted))
 
     def forget(self, adapter: str) -> None:
         """Do nothing: the process lets go of what others push out, and nobody can ask for it any more."""
 
-    def _carry_out(
-        self,
-        ask: Ask,
-        organisation: str,
-        said: "queue.SimpleQueue[Piece | Ended | Exception]",
-        is_unwanted: threading.Event,
-    ) -> None:
+    def _in_turn(self, ask: Ask, organisation: str, is_unwanted: threading.Event) -> Iterator[Piece | Ended]:
         try:
             with self._turn:
                 if not is_unwanted.is_set():
-                    for each in self._answered(ask, is_unwanted):
-                        said.put(each)
-        except Exception as error:  # noqa: BLE001  # raised where the answer is read
-            said.put(error)
+                    yield from self._answered(ask, is_unwanted)
         finally:
             self._places.give_back(organisation)
 

@@ -6,6 +6,7 @@ allow that (`--enable-lora`, VLLM_ALLOW_RUNTIME_LORA_UPDATING), and see the data
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -14,7 +15,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from deltaguard.service.errors import ApiError
-from deltaguard.service.inference import Ask, Ended, Piece
+from deltaguard.service.inference import Ask, Ended, Piece, read_ahead
 from deltaguard.service.places import Places
 
 _LOGGER = logging.getLogger(__name__)
@@ -61,8 +62,15 @@ class InferenceServer:
                 does not have the model.
         """
         self._places.take(organisation)
+        return read_ahead(lambda is_unwanted: self._placed(ask, organisation, is_unwanted))
+
+    def _placed(self, ask: Ask, organisation: str, is_unwanted: threading.Event) -> Iterator[Piece | Ended]:
         try:
-            yield from self._answered(ask)
+            for piece in self._answered(ask):
+                if is_unwanted.is_set():
+                    # The reply is closed, by which the server knows.
+                    return
+                yield piece
         except (OSError, HTTPException) as error:
             _LOGGER.error("The inference server does not answer: %s", error)  # noqa: TRY400  # no bug
             message = "The models do not answer right now. Try again."
