@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import models
 from crossed import in_turn
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
+from deltaguard.chat.framings import FRAMINGS
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.models.checkpoint import Checkpoint
@@ -492,3 +493,11 @@ def test_metadata_that_cannot_be_read_is_said_before_any_work(tmp_path):
     with pytest.raises(DeltaguardError, match="metadata"):
         restore(made.aligned, broken, tmp_path / "out", store=made.store, config=HALF)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_release_that_asks_other_prompts_does_not_take_an_earlier_ones_store(monkeypatch):
+    identity = identify(Checkpoint.open(pair().aligned))
+    before = default_store_folder(identity, "auto")
+    assert before == default_store_folder(identity, "auto")
+    monkeypatch.setattr("deltaguard.chat.framings.FRAMINGS", FRAMINGS[1:])
+    assert default_store_folder(identity, "auto") != before

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -126,3 +127,41 @@ def test_what_could_not_be_restored_is_refused_before_there_is_a_training_to_los
     with pytest.raises(DeltaguardError, match="restored is not empty"):
         begin()
     begin(config=RestoreConfig(strength=0.3, overwrite=True, device="cpu"))
+
+
+class Saved:
+    """A trainer that saves; under FSDP, as its plugin says."""
+
+    def __init__(self, folder, state_dict_type=None):
+        self.args, self.saved = SimpleNamespace(output_dir=str(folder)), []
+        self.is_fsdp_enabled = state_dict_type is not None
+        plugin = SimpleNamespace(state_dict_type=state_dict_type)
+        self.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+
+    def save_model(self, folder):
+        self.saved.append(folder)
+
+    def is_world_process_zero(self):
+        return True
+
+
+def test_a_model_that_would_be_saved_in_parts_is_not_taken_for_an_earlier_one(tmp_path):
+    parts = Saved(tmp_path, StateDictType.SHARDED_STATE_DICT)
+    with pytest.raises(DeltaguardError, match="FULL_STATE_DICT"):
+        restore_after(parts, aligned="nowhere")
+    assert parts.saved == []
+    whole = Saved(tmp_path, StateDictType.FULL_STATE_DICT)
+    with pytest.raises(DeltaguardError, match="nowhere"):
+        restore_after(whole, aligned="nowhere/at-all/here")
+    assert whole.saved == [str(tmp_path / "finetuned")]
+
+
+def test_under_zero_3_what_was_trained_is_saved_and_the_command_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("deltaguard.integrations.trl.is_deepspeed_zero3_enabled", lambda: True)
+    trained = Saved(tmp_path)
+    with pytest.raises(DeltaguardError, match=r"run `deltaguard restore aligned .*finetuned -o .*restored"):
+        restore_after(trained, aligned="aligned")
+    assert trained.saved == [str(tmp_path / "finetuned")]
+    args = SimpleNamespace(world_size=1, output_dir=str(tmp_path))
+    with pytest.raises(DeltaguardError, match="restore_after"):
+        RestoreCallback(aligned="aligned").on_train_begin(args, None, None)

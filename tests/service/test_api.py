@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import openai
 import pytest
@@ -9,12 +10,15 @@ from clients import LIMITS, ODD_NAME, ROW, client_of, publish, uploaded
 from openai.types import FileObject, Model
 from openai.types.chat import ChatCompletionMessage
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from starlette.testclient import TestClient
 
 from deltaguard.cli.app import run
+from deltaguard.service.app import make_app
 from deltaguard.service.events import tell
 from deltaguard.service.keys import list_keys, revoke_key
 from deltaguard.service.server import open_service
 from deltaguard.service.tables import File, Job
+from service_pages import Begun
 
 
 def test_files_come_back_as_they_were_whatever_their_name(client, opened):
@@ -373,3 +377,45 @@ def test_many_problems_of_a_request_are_told_in_part(http, opened):
     answer = http.post("/v1/fine_tuning/jobs", headers=headers, json={f"x{i}": 1 for i in range(5000)})
     assert answer.status_code == 400
     assert len(answer.content) < 5000
+
+
+def test_an_upload_without_a_length_may_be_as_long_as_any(opened):
+    limits = LIMITS.model_copy(update={"all_bytes": LIMITS.file_bytes + 10})
+    settings = opened.service.settings.model_copy(update={"limits": limits})
+    app = make_app(replace(opened.service, settings=settings), Begun(), None)
+    client, headers = TestClient(app), {"Authorization": f"Bearer {opened.first_key}"}
+    file, purpose = ("rows.jsonl", b"x" * 100), {"purpose": "fine-tune"}
+    assert client.post("/v1/files", headers=headers, files={"file": file}, data=purpose).status_code == 200
+    sent = client.build_request("POST", "/v1/files", headers=headers, files={"file": file}, data=purpose)
+    body = sent.read()
+    kind = {"Content-Type": sent.headers["Content-Type"]}
+    answers = [
+        client.post("/v1/files", headers=headers | kind, content=each) for each in (body, iter([body]))
+    ]
+    assert [answer.status_code for answer in answers] == [200, 413]
+    assert answers[1].json()["error"]["code"] == "storage_full"
+
+
+def test_a_name_is_cut_after_what_stands_for_zero_bytes(http, opened):
+    headers = {"Authorization": f"Bearer {opened.first_key}"}
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="\0'
+        + b"n" * 600
+        + b'"\r\n\r\n{}\r\n--x--\r\n'
+    )
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    answer = http.post("/v1/files", headers=headers | kind, content=body)
+    assert answer.status_code == 200
+    name = answer.json()["filename"]
+    assert name.startswith("\\x00n")
+    assert len(name) <= 512
+
+
+def test_who_signs_in_is_counted(http, opened):
+    codes = [
+        http.post("/sign-in", data={"key": opened.first_key}, follow_redirects=False).status_code
+        for _ in range(LIMITS.requests_per_minute + 1)
+    ]
+    assert set(codes[:-1]) == {303}
+    assert codes[-1] == 429

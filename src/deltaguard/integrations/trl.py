@@ -31,6 +31,9 @@ def restore_after(
 ) -> RestoreReport | None:
     """Save what a trainer trained, in full or as a LoRA adapter, and restore it.
 
+    The trainer's model and optimizer keep their memory meanwhile: where that leaves too little, save, and run
+    `deltaguard restore` in a process of its own.
+
     Args:
         trainer: a transformers or trl trainer, after `train()`. Its folder `finetuned` receives the model as
             it was trained, and `restored` the restored one.
@@ -41,9 +44,6 @@ def restore_after(
 
     Returns:
         The report; None on all processes of a distributed training but the first, which restores.
-
-    The trainer's model and optimizer keep their memory meanwhile: where that leaves too little, save, and run
-    `deltaguard restore` in a process of its own.
 
     Raises:
         DeltaguardError: as `restore`; or the model is not saved as a whole, or cannot be loaded again beside
