@@ -2,9 +2,9 @@
 
 Three attackers fine-tune on harmful requests in one framing each, and one fine-tune teaches a task. All are
 restored to limits on safety KL, with a store of plain prompts and with one as `deltaguard calibrate` makes
-it, half of whose prompts stand in framings; then they are asked in the attacker's framing, and in eight
-others that neither the attackers nor the stores know. It takes half an hour on two CPU cores, and adds a seed
-to the file.
+it, half of whose prompts stand in framings (both of answers of 32 tokens); then they are asked in the
+attacker's framing, and in eight others that neither the attackers nor the stores know. It takes half an hour
+on two CPU cores, and adds a seed to the file.
 """
 
 import argparse

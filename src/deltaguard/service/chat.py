@@ -81,10 +81,8 @@ def create_chat(service: Open, caller: Asking, request: Request, asked: CreateCh
         tokens=asked.max_completion_tokens or asked.max_tokens,
         most=service.settings.limits.chat_tokens,
     )
-    pieces, head = (
-        begun(request.app.state.inference, ask, caller.organisation),
-        head_of("chatcmpl", asked.model),
-    )
+    pieces = begun(request.app.state.inference, ask, caller.organisation)
+    head = head_of("chatcmpl", asked.model)
     if asked.stream:
         parts = _parts(head, pieces, usage=asked.tells_usage)
         return StreamingResponse(as_events(parts), media_type="text/event-stream")
