@@ -38,7 +38,8 @@ def run_task(task, folder, *, executor, cache, tell, may_go_on):
 
 def main(data, port, url=None):
     """Serve until the process is killed."""
-    database._WAIT_MS, workflow.run_task = 100, run_task
+    # Shorter than an outage, and longer than a slow disk's turn.
+    database._WAIT_MS, workflow.run_task = 300, run_task
     opened = open_service(Path(data), Settings(models={"tiny": "nowhere"}, database_url=url))
     sys.stdout.write(f"{opened.first_key}\n")
     sys.stdout.flush()

@@ -9,11 +9,12 @@ import openai
 import pytest
 import starlette.formparsers
 from clients import ROW, uploaded
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, delete, select
 from sqlalchemy.event import listen
-from sqlalchemy.exc import DataError
+from sqlalchemy.exc import DataError, OperationalError
 
 from deltaguard.service import database, files
+from deltaguard.service.tables import File
 
 
 @pytest.fixture(autouse=True)
@@ -33,16 +34,32 @@ def locked(data):
         other.close()
 
 
+def changes(client):
+    """Ask by every kind of route for what changes something."""
+    return (
+        lambda: client.files.create(file=("x", b"{}"), purpose="fine-tune"),
+        lambda: client.files.delete("file-1"),
+        lambda: client.fine_tuning.jobs.create(model="tiny", training_file="file-1"),
+        lambda: client.fine_tuning.jobs.cancel("ftjob-1"),
+        lambda: client.models.delete("ft:tiny"),
+    )
+
+
+def reads(client):
+    """Ask by every kind of route for what is there."""
+    return (
+        client.files.list,
+        client.fine_tuning.jobs.list,
+        client.models.list,
+    )
+
+
 def everything(client):
     """Ask by every kind of route."""
     hello = [{"role": "user", "content": "Hello?"}]
     return (
-        lambda: client.files.create(file=("x", b"{}"), purpose="fine-tune"),
-        client.files.list,
-        lambda: client.files.delete("file-1"),
-        lambda: client.fine_tuning.jobs.create(model="tiny", training_file="file-1"),
-        client.fine_tuning.jobs.list,
-        client.models.list,
+        *changes(client),
+        *reads(client),
         lambda: client.chat.completions.create(model="tiny", messages=hello),
         lambda: client.completions.create(model="tiny", prompt="Hello"),
     )
@@ -59,11 +76,30 @@ def refused(ask, code):
 
 def test_a_locked_database_is_told_on_every_route_and_what_comes_after_is_answered(client, opened, http):
     with locked(opened.service.data):
-        for ask in everything(client):
+        for ask in changes(client):
             refused(ask, "database_unavailable")
         assert http.get("/readyz").status_code == 503
         assert http.get("/healthz").status_code == 200
     assert uploaded(client).id in [file.id for file in client.files.list()]
+
+
+def test_who_only_reads_waits_for_nobody_who_changes_something(client, opened):
+    kept = uploaded(client)
+    with locked(opened.service.data):
+        for ask in reads(client):
+            ask()
+        assert [file.id for file in client.files.list()] == [kept.id]
+        assert client.files.content(kept.id).read()
+
+
+def test_in_a_session_that_reads_nothing_can_be_changed(client, opened):
+    uploaded(client)
+    with opened.service.sessions.reading() as session:
+        assert session.scalar(select(File.id))
+        with pytest.raises(OperationalError, match="readonly"):
+            session.execute(delete(File))
+    # Nor does the connection stay so for whoever has it next.
+    uploaded(client)
 
 
 def test_requests_that_find_all_connections_taken_are_told_when_to_come_back(client, opened, caplog):

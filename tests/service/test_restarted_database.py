@@ -13,6 +13,8 @@ import openai
 import pytest
 from clients import uploaded
 from postgres import PG_CTL, Postgres
+from sqlalchemy import delete
+from sqlalchemy.exc import InternalError, OperationalError
 from stub_service import LINES
 
 from deltaguard.service.server import existing_service
@@ -23,7 +25,7 @@ STEPS = ("calibrate", "train", "restore", "examine")
 
 
 class Locked:
-    """A SQLite database that another program holds for a while."""
+    """A SQLite database that another program holds for a while, so that it can only be read."""
 
     url, password = None, None
 
@@ -88,14 +90,19 @@ def served(tmp_path, outage):
 
 
 def asked(client):
-    """Ask for as long as the database is away, and give the answers."""
+    """Ask for as long as the database is away, and give the answers of what was refused."""
+    ways = {
+        "files": client.files.list,
+        "jobs": client.fine_tuning.jobs.list,
+        "upload": lambda: uploaded(client),
+    }
     answers, until = [], time.monotonic() + OUTAGE_S
     while time.monotonic() < until:
-        for ask in (client.files.list, client.fine_tuning.jobs.list, lambda: uploaded(client)):
+        for name, ask in ways.items():
             try:
                 ask()
             except openai.APIStatusError as error:
-                answers.append(error.response)
+                answers.append((name, error.response))
     return answers
 
 
@@ -103,6 +110,7 @@ def test_jobs_end_once_and_requests_are_told_when_to_come_back(served, outage):
     client, log, data = served
     file, jobs = uploaded(client), client.fine_tuning.jobs
     made = [jobs.create(model="tiny", training_file=file.id) for _ in range(JOBS)]
+    refused = {"upload"} if outage.url is None else {"upload", "files", "jobs"}
     until = time.monotonic() + 240
     for step in ("train", "restore"):
         while f"{step}, line 1" not in told(client, made[0]) and time.monotonic() < until:
@@ -111,7 +119,8 @@ def test_jobs_end_once_and_requests_are_told_when_to_come_back(served, outage):
         answers = asked(client)
         outage.start()
         assert answers
-        for answer in answers:
+        for name, answer in answers:
+            assert name in refused, answer.text
             assert answer.status_code == 503, answer.text
             assert int(answer.headers["retry-after"]) > 0
     states = None
@@ -128,6 +137,8 @@ def test_jobs_end_once_and_requests_are_told_when_to_come_back(served, outage):
     sessions = existing_service(data).sessions
     with sessions.begin() as session:
         assert sorted(session.query(Model.job_id)) == sorted((job.id,) for job in made)
+    with sessions.reading() as session, pytest.raises((InternalError, OperationalError), match=r"read-?only"):
+        session.execute(delete(Model))
     sessions.kw["bind"].dispose()
     assert "A bug" not in log.read_text()
     if outage.password is not None:

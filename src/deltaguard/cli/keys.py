@@ -76,7 +76,7 @@ def list_all(*, data: UserPath, json: Json = False) -> None:
     """
     from deltaguard.service.keys import list_keys
 
-    with _opened(data).begin() as session:
+    with _opened(data).reading() as session:
         found = KnownKeys(keys=[_known(key) for key in list_keys(session)])
     table = Drawn("id", "organisation", "ends with", "of", "state")
     for key in found.keys:

@@ -140,7 +140,7 @@ class _Limited:
         self._service.count_request(caller.organisation)
         if announced.isdigit():
             size = max(0, int(announced) - _FORM_BYTES)
-            with self._service.sessions.begin() as session:
+            with self._service.sessions.reading() as session:
                 require_room(session, self._service, caller, size)
 
 

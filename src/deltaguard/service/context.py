@@ -121,7 +121,7 @@ def known_caller(service: Service, key: str | None) -> Caller:
     """
     if key is None:
         raise ApiError(401, "Show your key: `Authorization: Bearer dg-...`.", code="missing_api_key")
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         known = find_key(session, key)
         if known is None:
             raise ApiError(401, "This key is not known, or was revoked.", code="invalid_api_key")

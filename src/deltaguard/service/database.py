@@ -1,5 +1,7 @@
 """The database: SQLite in the data folder, or Postgres by URL, brought up to date when a service starts."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -15,9 +17,24 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from deltaguard.errors import DeltaguardError
 
-Sessions = sessionmaker[Session]
-
 _WAIT_MS = 30_000
+_READING = {"postgresql_readonly": True}
+"""Postgres' name for it; `_begin` reads it for SQLite."""
+
+
+class Sessions(sessionmaker[Session]):
+    """Makes sessions of a database: `begin()` those that may change it, `reading()` those that may not."""
+
+    @contextmanager
+    def reading(self) -> Generator[Session]:
+        """Open a session that changes nothing, and that waits for nobody who does.
+
+        Yields:
+            The session; the database refuses changes in it.
+        """
+        with self() as session:
+            session.connection(execution_options=_READING)
+            yield session
 
 
 def new_id(kind: str) -> str:
@@ -58,7 +75,7 @@ def open_database(url: str, *, may_migrate: bool) -> Sessions:
     engine = create_engine(url, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_up_sqlite)
-        event.listen(engine, "begin", _begin_immediately)
+        event.listen(engine, "begin", _begin)
     try:
         _migrate(engine, may_migrate=may_migrate)
     except OperationalError as error:
@@ -66,11 +83,11 @@ def open_database(url: str, *, may_migrate: bool) -> Sessions:
         raise DeltaguardError(
             f"The database does not answer: {error.orig}. Start it, or change `database_url` in service.yaml."
         ) from error
-    return sessionmaker(engine, expire_on_commit=False)
+    return Sessions(engine, expire_on_commit=False)
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
-    # Transactions are begun by `_begin_immediately` alone.
+    # Transactions are begun by `_begin` alone.
     connection.isolation_level = None
     for pragma in (
         "journal_mode=WAL",
@@ -81,9 +98,11 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _begin_immediately(connection: Any) -> None:
+def _begin(connection: Any) -> None:
+    reads = _READING.items() <= connection.get_execution_options().items()
+    connection.exec_driver_sql(f"PRAGMA query_only={int(reads)}")
     # A transaction that reads first and then writes could not wait for another writer.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
 def _migrate(engine: Engine, *, may_migrate: bool) -> None:

@@ -117,21 +117,21 @@ def list_files(
     """List an organisation's files."""
     where = [File.organisation == caller.organisation]
     where += [File.purpose == purpose] if purpose is not None else []
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         return page(session, File, show_file, *where, after=after, limit=limit, order=order)
 
 
 @router.get("/{file_id}")
 def retrieve_file(service: Open, caller: Asking, file_id: str) -> FileObject:
     """Describe a file."""
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         return show_file(find_file(session, caller, file_id))
 
 
 @router.get("/{file_id}/content", response_class=StreamingResponse)
 def file_content(service: Open, caller: Asking, file_id: str) -> StreamingResponse:
     """Give a file back, byte for byte."""
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         found = find_file(session, caller, file_id)
     # Never a type that a browser would run or draw.
     headers = {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment"}
@@ -177,7 +177,7 @@ def keep_result(service: Service, job_id: str) -> int | None:
         Its bytes, for `add_result`; None where there is no such file, or the job has it or has ended.
     """
     source = service.job(job_id) / METRICS
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         known, status = session.execute(select(Job.result_file, Job.status).where(Job.id == job_id)).one()
     if known is not None or status not in UNFINISHED or not source.is_file():
         return None

@@ -56,7 +56,7 @@ def find_leftovers(service: Service, *, days: int) -> list[Leftover]:
     # Before the database is read: what is made meanwhile is not among them.
     jobs_there, models_there = _made_by_jobs(service.data / "jobs"), _made_by_jobs(service.data / "models")
     contents = list(service.contents.all())
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         if session.scalar(select(Key.number).limit(1)) is None:
             raise DeltaguardError(
                 f"The database of {service.data} has no key, so no service has worked with it: "

@@ -203,14 +203,14 @@ def list_jobs(
             message = f"{_MOST_FILTERS} values of metadata are looked for at a time, at most."
             raise ApiError(400, message, code="invalid_request", param="metadata")
         where.append(Job.user_metadata[found[1]].as_string() == value)
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         return page(session, Job, show_job, *where, after=after, limit=limit)
 
 
 @router.get("/{job_id}")
 def retrieve_job(service: Open, caller: Asking, job_id: str) -> JobObject:
     """Describe a job."""
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         return show_job(find_job(session, caller, job_id))
 
 
@@ -219,7 +219,7 @@ def list_events(
     service: Open, caller: Asking, job_id: str, after: After = None, limit: Limit = 20
 ) -> Page[EventObject]:
     """List what happened to a job, the newest first."""
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         find_job(session, caller, job_id)
         return page(session, Event, show_event, Event.job_id == job_id, after=after, limit=limit)
 
@@ -229,7 +229,7 @@ def list_checkpoints(
     service: Open, caller: Asking, job_id: str, after: After = None, limit: Limit = 10
 ) -> Page[CheckpointObject]:
     """List the models that a job published: one, since what did not pass the gate cannot be asked."""
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         find_job(session, caller, job_id)
         loss = _validation_loss(session, job_id)
 

@@ -58,7 +58,7 @@ class _Queues(Collector):
 
     @override
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        with self._service.sessions.begin() as session:
+        with self._service.sessions.reading() as session:
             counted = session.execute(select(Job.status, func.count()).group_by(Job.status)).all()
             blocked = session.scalar(select(func.count()).where(Job.review == "waiting")) or 0
         of_state = {status: count for status, count in counted}  # noqa: C416  # rows are no tuples to pyright

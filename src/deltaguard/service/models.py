@@ -55,7 +55,7 @@ def find_folders(service: Service, caller: Caller, name: str) -> Folders:
     aligned = service.settings.models
     if name in aligned:
         return Folders(aligned[name], None)
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         found = find_model(session, caller, name)
     folder = service.published(found.job_id)
     if not is_adapter(folder):
@@ -78,7 +78,7 @@ def _show_aligned(service: Service, name: str) -> ModelObject:
 def list_models(service: Open, caller: Asking) -> Page[ModelObject]:
     """List all models that the caller can ask."""
     query = select(Model).where(Model.organisation == caller.organisation).order_by(Model.number)
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         own = [_show(model) for model in session.scalars(query)]
     return Page(
         data=[*(_show_aligned(service, name) for name in service.settings.models), *own], has_more=False
@@ -90,7 +90,7 @@ def retrieve_model(service: Open, caller: Asking, name: Name) -> ModelObject:
     """Describe a model."""
     if name in service.settings.models:
         return _show_aligned(service, name)
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         return _show(find_model(session, caller, name))
 
 

@@ -115,7 +115,7 @@ def list_blocked(
     service: Open, _caller: Operating, after: After = None, limit: Limit = 20
 ) -> Page[BlockedObject]:
     """List the models of all organisations that wait for a decision, with what the gate found."""
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
 
         def show(job: Job) -> BlockedObject:
             return BlockedObject(job=show_job(job), checks=checks_of(session, job.id))

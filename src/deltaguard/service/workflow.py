@@ -119,7 +119,7 @@ class Workflows(DBOSConfiguredInstance):
 
     def begin(self, job_id: str) -> None:
         """Put a job into its queue, unless it is there or was: an id is taken once."""
-        with self.service.sessions.begin() as session:
+        with self.service.sessions.reading() as session:
             job = _job(session, job_id)
         if job.status == "validating_files":
             with SetWorkflowID(f"{job_id} validate, version {_SAME_VERSION}"):
@@ -134,7 +134,7 @@ class Workflows(DBOSConfiguredInstance):
 
     def begin_all(self) -> None:
         """Put every unfinished job into its queue: a kill may have come before that."""
-        with self.service.sessions.begin() as session:
+        with self.service.sessions.reading() as session:
             waiting = Job.status.in_([state for state in UNFINISHED if state != "paused"])
             ids = session.scalars(select(Job.id).where(waiting).order_by(Job.number)).all()
             recent = Job.finished_at > now() - _NOTIFIED_AGAIN_S
@@ -188,7 +188,7 @@ class Workflows(DBOSConfiguredInstance):
     @_step
     def status(self, job_id: str) -> str:
         """Look up a job's state."""
-        with self.service.sessions.begin() as session:
+        with self.service.sessions.reading() as session:
             return _job(session, job_id).status
 
     @DBOS.step(
@@ -202,7 +202,7 @@ class Workflows(DBOSConfiguredInstance):
         """Send the message that a job has ended."""
         webhook = self.service.settings.webhook
         if webhook is not None:
-            with self.service.sessions.begin() as session:
+            with self.service.sessions.reading() as session:
                 job = _job(session, job_id)
             # Not where an operator has released it since: that is told by itself.
             if job.status == status:
@@ -311,7 +311,7 @@ class Workflows(DBOSConfiguredInstance):
 
     def _open_job(self, job_id: str, run: int) -> Job | None:
         """Find a job, None where this run of it is not to go on."""
-        with self.service.sessions.begin() as session:
+        with self.service.sessions.reading() as session:
             job = _job(session, job_id)
         goes_on = job.status in ("validating_files", "queued", "running") and job.runs == run
         return job if goes_on else None

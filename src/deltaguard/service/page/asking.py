@@ -49,7 +49,7 @@ def answers_of(
     """
     if name in service.settings.models:
         return (_said(service, caller, request, "aligned", name, message),)
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         base = find_model(session, caller, name).base
     return (
         _said(service, caller, request, "aligned", base, message),

@@ -82,7 +82,7 @@ def leave(service: Open, visitor: Acting) -> Response:
 def show_jobs(service: Open, drawing: Drawn, visitor: Visiting, after: After = None) -> Response:
     """List jobs, the newest first."""
     own = Job.organisation == visitor.caller.organisation
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         found = page(session, Job, jobs.show_job, own, after=after, limit=_LISTED)
         blocked = blocked_jobs(session) if visitor.caller.is_operator else ()
     live = _LIVE_S if any(job.status in UNFINISHED for job in found.data) else _QUIET_S
@@ -92,7 +92,7 @@ def show_jobs(service: Open, drawing: Drawn, visitor: Visiting, after: After = N
 @router.get("/jobs/{job_id}")
 def show_job(service: Open, drawing: Drawn, visitor: Visiting, job_id: str) -> Response:
     """Show a job: its state, what it did so far, and what can be done with it."""
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         job = _shown_job(session, visitor.caller, job_id)
         losses = read_losses(session, job_id)
         gate, events = read_gate(session, job_id), read_events(session, job_id)
@@ -165,7 +165,7 @@ def act_on_job(
 def show_files(service: Open, drawing: Drawn, visitor: Visiting, after: After = None) -> Response:
     """List files, the newest first."""
     own = File.organisation == visitor.caller.organisation
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         found = page(session, File, files.show_file, own, after=after, limit=_LISTED)
     return drawing.page("files", visitor, found=found)
 
@@ -213,7 +213,7 @@ def _models(
     answers: tuple[asking.Said, ...],
 ) -> Response:
     own = select(Model).where(Model.organisation == visitor.caller.organisation)
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         published = session.scalars(own.order_by(Model.number.desc())).all()
     names = [*(model.id for model in published), *service.settings.models]
     if chosen is not None and chosen not in names:

@@ -100,7 +100,7 @@ def visitor_of(service: Open, request: Request) -> Visitor:
         .join(SignIn, SignIn.key_id == Key.id)
         .where(SignIn.sha256 == _hash(token), SignIn.expires_at > now(), Key.revoked_at.is_(None))
     )
-    with service.sessions.begin() as session:
+    with service.sessions.reading() as session:
         known = session.scalar(query)
     if known is None:
         raise SignInNeededError
