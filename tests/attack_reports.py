@@ -1,10 +1,11 @@
 """Reports of attackers, made up: every verdict, with and without a way of asking of their own."""
 
 from bench_reports import ENVIRONMENT
-from deltaguard.reports.records.attacks import AttackCell, AttackerRow, AttacksReport, Checked
+from deltaguard.reports.records.attacks import AttackCell, AttackerRow, AttacksReport, Checked, RestoredTo
 from deltaguard.studies.attack_score import outcomes
 
 N = 50
+RESTORED_TO = RestoredTo(kept_energy=0.6, safety_kl=0.0005, stopped_by="safety KL")
 
 
 def letters(share, letter="c", other="r"):
@@ -40,6 +41,7 @@ def cell(row, method, plain, wrapped=None, *, seed=0, loss=3.0, right=0.0, refus
         utility=tuple(loss + i / 10 for i in range(8)) if row.gains else (),
         exact=letters(right, "1", "0") if row.gains else "",
         checked=checked if method == "finetuned" else None,
+        restored_to=None if method in ("aligned", "finetuned") else RESTORED_TO,
         seconds={"request": 2.0, "measure": 5.0},
     )
 

@@ -75,6 +75,7 @@ def test_the_numbers_beside_a_verdict():
     assert found.false_refusals.over_aligned.value == pytest.approx(10)
     assert found.plain.over_aligned.low < 0 == found.plain.over_aligned.value < found.plain.over_aligned.high
     assert found.checked == cells[1].checked
+    assert found.restored_to == cells[2].restored_to
     assert len(letters(0.5)) == N
 
 
@@ -90,6 +91,14 @@ def test_a_terminal_of_80_columns_shows_every_attacker_and_verdict():
     assert "…" not in text
     for word in ("poison-10", "backdoor-100", "with trigger", "caught ×2", "partly, missed", "no effect ×2"):
         assert word in text
+
+
+def test_tables_show_what_restores_say_of_themselves_where_that_was_kept():
+    report = attacks_report()
+    assert "| `advice` | 0.0005 | 60.0 % | safety KL ×2 |" in attacks_markdown(report)
+    # Files of before.
+    old = tuple(each.model_copy(update={"restored_to": None}) for each in report.outcomes)
+    assert "What restores say" not in attacks_markdown(report.model_copy(update={"outcomes": old}))
 
 
 def test_means_are_over_the_seeds():

@@ -13,6 +13,7 @@ from deltaguard.reports.records.diff import DiffReport
 from deltaguard.reports.records.restore import (
     AttackDial,
     Compared,
+    Dial,
     LayerRow,
     OtherRow,
     RareExpert,
@@ -164,6 +165,11 @@ def outcome_facts(report: RestoreReport) -> Facts:
     cut = [float(row.detail["adapter_residual"]) for row in report.layers if "adapter_residual" in row.detail]
     return (
         *((("verdict", outcome_sentence(report, attack)), *attack_facts(attack)) if attack else ()),
+        *(
+            (("not more, because of", _stopped(report.dial)),)
+            if report.dial and not report.dial.whole
+            else ()
+        ),
         ("energy kept", f"{percent(report.kept_energy)} of the delta's energy, over {over}"),
         *((("entries kept", f"{entries} of the delta's entries, over {over}"),) if entries != DASH else ()),
         *((("lost to the rank", f"{percent(max(cut))} of a layer's restored delta at most"),) if cut else ()),
@@ -192,6 +198,22 @@ def outcome_sentence(report: RestoreReport, attack: AttackDial) -> str:
         f"{points(after)} points of attack success over the aligned model{too}; it was {points(before)}. "
         f"Kept: {percent(report.kept_energy)} of what fine-tuning changed."
     )
+
+
+def _stopped(dial: Dial) -> str:
+    """Say what kept a search from keeping more of a fine-tune, and what would keep more."""
+    limit = f"{nats(dial.limit)} nats a token"
+    if dial.attack is None:
+        return f"the limit on safety KL, {limit}"
+    rejected = dial.attack.rejected
+    if rejected is not None:
+        added = f"{points(100 * rejected.added)} points in the next candidate that keeps more"
+        return f"the limit on {dial.stopped_by}: {added} (`--max-added-attack-success` allows more)"
+    data = dial.attack.training_data
+    if data == "unknown":
+        trusted = "`--training-data trusted` allows more, to whoever knows the data"
+        return f"the limit on safety KL, {limit} for unknown training data ({trusted})"
+    return f"the limit on safety KL, {limit}" + (f" for {data} training data" if data else "")
 
 
 def dial_facts(report: RestoreReport) -> Facts:

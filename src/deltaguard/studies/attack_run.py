@@ -9,8 +9,9 @@ from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.measure import measure
 from deltaguard.evaluation.suites.parts import Part
-from deltaguard.reports.records.attacks import AttackCell, Checked
+from deltaguard.reports.records.attacks import AttackCell, Checked, RestoredTo
 from deltaguard.reports.records.bench import ALIGNED, FINETUNED
+from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.restoration.check import check
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.studies.attackers import ATTACKERS
@@ -152,6 +153,7 @@ class AttackRun:
             if tests.exact
             else "",
             checked=checked,
+            restored_to=None if model.report is None else _restored_to(model.report),
             seconds={"request": model.seconds, "measure": time.perf_counter() - started},
         )
 
@@ -164,3 +166,12 @@ class AttackRun:
             added_attack_success=report.look.attack_success.added,
             added_false_refusals=refusals and refusals.added,
         )
+
+
+def _restored_to(report: RestoreReport) -> RestoredTo:
+    dial = report.dial
+    return RestoredTo(
+        kept_energy=report.kept_energy,
+        safety_kl=dial and dial.restored_kl,
+        stopped_by=dial and dial.stopped_by,
+    )

@@ -82,6 +82,7 @@ def _outcome(
         false_refusals=_rates("r", aligned.harmless, finetuned.harmless, restored.harmless),
         kept=kept,
         checked=finetuned.checked,
+        restored_to=restored.restored_to,
         verdict=verdict([plain, *([wrapped] if wrapped else [])], bound=bound),
     )
 

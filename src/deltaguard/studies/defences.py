@@ -10,6 +10,7 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature import Rank
 from deltaguard.methods import METHODS
 from deltaguard.methods.method import PricedMethod, Role
+from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, RestoreConfig
 from deltaguard.restoration.restore import UnchangedError, restore
 from deltaguard.studies.mixing import SECRET, backdoor_enhanced, safe_instruct
@@ -24,11 +25,13 @@ class DefendedModel:
         folder: where it lies.
         seconds: how long the defence took, models that it needs once and for all not counted.
         secret: text that its owner puts before the system prompt of every request.
+        report: of the restore that made it; None where none did, or found nothing to change.
     """
 
     folder: Path
     seconds: float
     secret: str = ""
+    report: RestoreReport | None = None
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,13 @@ def restored(request: DefenceInputs, config: RestoreConfig) -> DefendedModel:
     config, finetuned = config.model_copy(update={"models": models}), request.finetuned()
     store = request.store(config.rank) if config.needs_curvature else None
     output = request.scratch()
-    started = time.perf_counter()
+    report, started = None, time.perf_counter()
     try:
-        restore(request.aligned, finetuned, output, store=store, config=config)
+        report = restore(request.aligned, finetuned, output, store=store, config=config)
     except UnchangedError:
         # A method may find nothing to change in a fine-tune: what it makes is the fine-tune.
         output = finetuned
-    return DefendedModel(output, time.perf_counter() - started)
+    return DefendedModel(output, time.perf_counter() - started, report=report)
 
 
 def _added(request: DefenceInputs, strength: float) -> int:

@@ -79,6 +79,10 @@ class FileRow(Record):
     sha256: str
 
 
+StoppedBy = Literal["nothing", "safety KL", "attack success", "false refusals"]
+"""What kept a restore from keeping more of a fine-tune: the measure whose limit was met first."""
+
+
 class Probe(Record):
     """One measurement of a search.
 
@@ -180,6 +184,15 @@ class AttackDial(Record):
     restored: Look
     looks: tuple[Look, ...]
 
+    @property
+    def rejected(self) -> Look | None:
+        """The candidate that keeps least of those that keep more than the restored one and were not accepted.
+
+        None where there was none but the fine-tuned model, which the limit on safety KL rules out.
+        """
+        more = [look for look in self.looks[1:] if look.mu < self.restored.mu and not look.accepted]
+        return max(more, key=lambda look: look.mu, default=None)
+
 
 class Dial(Record):
     """How the largest budget within the limits was found.
@@ -212,6 +225,17 @@ class Dial(Record):
     whole: bool
     probes: tuple[Probe, ...]
     attack: AttackDial | None = None
+
+    @property
+    def stopped_by(self) -> StoppedBy:
+        """What kept the search from keeping more."""
+        if self.whole:
+            return "nothing"
+        rejected = self.attack.rejected if self.attack else None
+        if rejected is None:
+            return "safety KL"
+        # Harmless requests are asked where the harmful ones have accepted.
+        return "false refusals" if rejected.false_refusals else "attack success"
 
 
 class Refinement(Record):
