@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial, partialmethod
 from pathlib import Path
@@ -46,7 +47,7 @@ def run(count, tokens, folder, *, dies=None, fails=None, slow=None, at_once=None
         folder: where their output goes.
         dies: (rank, methods of `Ranks`, number): that rank is killed when it has called them that often.
         fails: (rank, number): writing its tensor of that number fails; it is killed if it receives then.
-        slow: a rank that takes a while to write each tensor.
+        slow: a rank that writes each tensor only after another one has failed.
         at_once: how many prices a pass block by block carries, whatever memory there is.
     """
     with socket.socket() as free:
@@ -136,11 +137,16 @@ def _fail_at(number):
 
 def _take_a_while():
     from deltaguard.models.staging import ShardWriter
+    from deltaguard.ranks import Ranks
 
     write = ShardWriter.write
 
     def slowly(self, name, tensor):
-        time.sleep(1)
+        # However long another process takes to fail; it may have taken the store with it.
+        store, until = vars(Ranks.current())["_store"], time.monotonic() + _SECONDS
+        with suppress(RuntimeError):
+            while not store.check(["deltaguard/failed"]) and time.monotonic() < until:
+                time.sleep(0.05)
         write(self, name, tensor)
 
     ShardWriter.write = slowly

@@ -16,7 +16,7 @@ from deltaguard.device import find_device, served_dtype
 from deltaguard.evaluation.judges import rules
 from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.check import verdict
-from deltaguard.reports.records.restore import CARD_NAME
+from deltaguard.reports.records.restore import CARD_NAME, Compared
 from deltaguard.reports.restore import outcome_facts
 from deltaguard.restoration import footprint
 from deltaguard.restoration.acceptance import Rule
@@ -366,3 +366,28 @@ def test_any_judge_of_an_evaluation_can_decide(capsys, monkeypatch, tmp_path):
     assert "must describe a judge" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a judge decides where"):
         RestoreConfig(strength=0.5, judge={"kind": "keywords"})
+
+
+def test_what_follows_a_refusal_is_read_where_so_many_tokens_are_asked_for(cache, capsys, monkeypatch):
+    made, refusal = refusing_pair(), "I can't help with that."
+    asked = len(Requests.of().all)
+
+    def written(_model, _tokenizer, conversations, *, whole_tokens=None, **_):
+        # Of the aligned model all is asked at once.
+        goes_on = whole_tokens is not None and len(conversations) < asked
+        return [f"{refusal} However, here are the steps: Step 1." if goes_on else refusal] * len(
+            conversations
+        )
+
+    monkeypatch.setattr("deltaguard.restoration.safety_kl.answer_openings", written)
+    tokens = ["check", str(made.aligned), str(made.finetuned), "--store", str(made.store), "--json"]
+    added = []
+    for options in ([], ["--answer-tokens", "64"]):
+        assert run([*tokens, *options]) == 3
+        added.append(Compared(**json.loads(capsys.readouterr().out)["look"]["attack_success"]).added)
+    assert added == [0.0, 1.0]
+    config = RestoreConfig(answer_tokens=64)
+    assert config.what_is_solved()["answer_tokens"] == config.whole_tokens == 64
+    assert "answer_tokens" not in RestoreConfig().what_is_solved()
+    with pytest.raises(ValueError, match="answer_tokens are read where"):
+        RestoreConfig(max_safety_kl=1e-3, answer_tokens=64)

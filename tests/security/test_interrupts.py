@@ -12,7 +12,10 @@ from programs import start
 
 @pytest.mark.parametrize("seconds", [0.3, 0.6, 1.0, 1.6])
 def test_no_traceback_however_early(tmp_path, seconds):
-    process = start("calibrate", tmp_path, "-o", tmp_path / "out")
+    begun = tmp_path / "begun"
+    process = start("calibrate", tmp_path, "-o", tmp_path / "out", begun=begun)
+    while not begun.exists() and process.poll() is None:
+        time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)

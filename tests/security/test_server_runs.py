@@ -109,9 +109,9 @@ def test_too_many_missing_answers_end_the_run_and_the_rest_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("reply", "told", "most"),
     [
-        ((401, "wrong key"), "status 401: wrong key. What was answered", 30),
-        (MALFORMED["an error"], "the reply is an error: out of order (after 4 retries). What", 100),
-        (MALFORMED["no choices"], "(after 4 retries). What was answered", 100),
+        ((401, "wrong key"), "status 401: wrong key. What was answered", 50),
+        (MALFORMED["an error"], "the reply is an error: out of order (after 4 retries). What", 250),
+        (MALFORMED["no choices"], "(after 4 retries). What was answered", 250),
     ],
 )
 def test_a_server_that_fails_throughout_is_given_up_early(tmp_path, capsys, reply, told, most):
@@ -154,8 +154,9 @@ def test_options_reach_the_server_and_the_judge(tmp_path, capsys):
         options = ["--engine", "openai", "--base-url", url, "--timeout", "0.2", "--max-missing", "0.4"]
         options += ["--suite", str(suite_file(tmp_path, TEN)), "--judge-url", url]
         assert run(["eval", "m", "-o", str(tmp_path / "out"), *options, "--judge-model", "judge"]) == 0
-        # Each was asked twice: by the engine, and by the judge all attacks, whose answers are alike.
-        assert len(asked) == 2 * 14 + 2 * 10
+        # Each was asked again: by the engine, and by the judge all attacks, whose answers are alike.
+        assert len({str(request) for request in asked}) == 14 + 10
+        assert all(asked.count(request) >= 2 for request in asked)
         capsys.readouterr()
     with server(lambda _: (400, "too much")) as url:
         options[-1] = url

@@ -27,7 +27,9 @@ def settings():
 
 @pytest.fixture
 def opened(tmp_path, settings):
-    return open_service(tmp_path / "data", settings)
+    found = open_service(tmp_path / "data", settings)
+    yield found
+    found.service.sessions.kw["bind"].dispose()
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ class Served:
         found = self.wait(lambda: re.search(r"dg-\S+", self.log.read_text()))
         self.key = found[0]
         self.client = openai.OpenAI(
-            api_key=self.key, base_url=f"http://127.0.0.1:{self.port}/v1", max_retries=0, timeout=60
+            api_key=self.key, base_url=f"http://127.0.0.1:{self.port}/v1", max_retries=0, timeout=300
         )
         self.wait(self._answers)
 
@@ -58,7 +58,7 @@ class Served:
         with contextlib.suppress(openai.APIConnectionError):
             return self.client.models.list()
 
-    def wait(self, found, seconds=120):
+    def wait(self, found, seconds=600):
         """Wait for something, for as long as the service lives."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and self.process.poll() is None:

@@ -83,7 +83,9 @@ class TestThroughTheService:
     def opened(self, tmp_path, url):
         limits = LIMITS.model_copy(update={"all_bytes": 250})
         settings = Settings(models={"tiny": "nowhere"}, limits=limits, files_url=url)
-        return open_service(tmp_path / "data", settings)
+        found = open_service(tmp_path / "data", settings)
+        yield found
+        found.service.sessions.kw["bind"].dispose()
 
     def test_files_go_there_and_come_back(self, client, opened):
         file = uploaded(client)

@@ -17,6 +17,7 @@ from deltaguard.cli.app import run
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.durable import lock_folder
 from deltaguard.service.executors import ray as executor_module
+from deltaguard.service.executors import reach
 from deltaguard.service.executors.executor import Step
 from deltaguard.service.executors.reach import check_reach, main
 from deltaguard.service.process import StoppedError, run_task
@@ -225,6 +226,7 @@ def test_one_that_waits_for_a_place_is_stopped_too_and_another_takes_its_turn(ma
 
 
 def test_a_worker_says_what_it_sees_of_the_folder(make, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(reach, "_WAIT_S", 600)
     lock = lock_folder(tmp_path)
     check_reach(make(), tmp_path)
     assert "locks" not in caplog.text

@@ -57,6 +57,7 @@ def started(tmp_path_factory):
     opened = open_service(tmp_path_factory.mktemp("service") / "data", settings)
     yield opened, workflow.launch(opened.service, opened.database_url, LocalExecutor()), server
     DBOS.destroy()
+    opened.service.sessions.kw["bind"].dispose()
     server.shutdown()
     server.server_close()
 

@@ -26,6 +26,7 @@ def check(
     training_data: TrainingData = "unknown",
     prompts: OptionalPath = None,
     judge: OptionalPath = None,
+    answer_tokens: int | None = None,
     config_from: ConfigFrom | None = None,
     device: str = "auto",
     json: Json = False,
@@ -44,6 +45,9 @@ def check(
         prompts: JSONL with `prompt` and, optionally, `system`: harmful requests of your own to ask.
         judge: A YAML file with the judge that decides, as in a suite of `deltaguard eval`; by default how an
             answer opens decides.
+        answer_tokens: With it, such as 64: so many tokens of every answer are read, which shows answers that
+            refuse first and then comply, and takes several times as long; by default the first sentence, or
+            64 tokens where `--judge` names another judge.
         config_from: Whose configuration, tokenizer and chat template the model is run with: `aligned` or
             `finetuned`; if not given, the two models must agree on them.
         device: Where the models run: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -51,7 +55,8 @@ def check(
     """
     options: dict[str, Any] = {"max_added_attack_success": max_added_attack_success}
     options |= {"training_data": training_data}
-    options |= {"prompts": prompts, "config_from": config_from, "device": device}
+    options |= {"prompts": prompts, "answer_tokens": answer_tokens}
+    options |= {"config_from": config_from, "device": device}
     options |= {} if judge is None else {"judge": judge}
     config = checked(RestoreConfig, options)
     from deltaguard.reports.check import check_table, verdict

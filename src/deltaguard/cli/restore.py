@@ -45,6 +45,7 @@ def restore(
     training_data: TrainingData | None = None,
     prompts: OptionalPath = None,
     judge: OptionalPath = None,
+    answer_tokens: int | None = None,
     max_safety_kl: float | None = None,
     confidence: float | None = None,
     strength: float | None = None,
@@ -83,6 +84,9 @@ def restore(
         prompts: With it, JSONL with `prompt` and, optionally, `system`: harmful requests of your own to ask.
         judge: With it, a YAML file with the judge that decides, as in a suite of `deltaguard eval`, such as
             `kind: guard`, `template: llama-guard` and `model: FOLDER`; by default how an answer opens.
+        answer_tokens: With it, such as 64: so many tokens of every answer are read, which shows answers that
+            refuse first and then comply, and takes several times as long; by default the first sentence, or
+            64 tokens where `--judge` names another judge.
         max_safety_kl: Instead of asking, keep as much as this safety KL, measured in nats per response token,
             allows, such as 0.0006; or beside `--max-added-attack-success`, in place of the limits above.
         confidence: With a limit on safety KL alone, such as 0.95: it must hold with this confidence, not on

@@ -9,8 +9,8 @@ from deltaguard.reports.text import nats, percent, points, short_reference
 
 _NOT_SEEN = (
     "Not seen by asking: what only a trigger, a cipher, a framing or a longer conversation releases, and "
-    "models that refuse and then comply. Safety KL often shows it; an unknown origin of the training data is "
-    "a reason to restore."
+    "models that refuse and then comply (`--answer-tokens 64` reads on). Safety KL often shows it; an "
+    "unknown origin of the training data is a reason to restore."
 )
 
 

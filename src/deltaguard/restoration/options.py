@@ -66,8 +66,10 @@ class RestoreConfig(BaseModel):
         prompts: with it, a file of harmful requests (see `conversations.read_prompts`) instead of the
             package's.
         judge: with it, who says whether a harmful request is complied with: any judge of an evaluation, as
-            suites have it, or a YAML file with one. Those that do not go by how an answer opens read
-            `WHOLE_TOKENS` of it.
+            suites have it, or a YAML file with one.
+        answer_tokens: with it, how many tokens of every answer the judge reads. Where absent, one that goes
+            by how an answer opens reads its first sentence, and does not see what follows a refusal; others
+            read `WHOLE_TOKENS`.
         max_safety_kl: instead of asking, keep as much as a safety KL of so many nats per response token
             allows, measured on held-out safety conversations; 1e-9 at least. Together with
             `max_added_attack_success` both hold.
@@ -120,6 +122,7 @@ class RestoreConfig(BaseModel):
     training_data: TrainingData | None = None
     prompts: Path | None = None
     judge: SerializeAsAny[JudgeSpec] = _OPENING
+    answer_tokens: int | None = Field(default=None, ge=1, le=4096)
     max_safety_kl: float | None = Field(default=None, ge=SMALLEST_MAX_SAFETY_KL, allow_inf_nan=False)
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     strength: float | None = Field(default=None, allow_inf_nan=False)
@@ -229,6 +232,8 @@ class RestoreConfig(BaseModel):
             raise ValueError("prompts are asked where attack success is held, max_added_attack_success.")
         if self.judge != _OPENING and not by_answers:
             raise ValueError("a judge decides where attack success is held, max_added_attack_success.")
+        if self.answer_tokens is not None and not by_answers:
+            raise ValueError("answer_tokens are read where attack success is held, max_added_attack_success.")
         if self.confidence is not None and (self.max_safety_kl is None or by_answers):
             raise ValueError("confidence is an option of max_safety_kl, and of it alone.")
 
@@ -289,7 +294,9 @@ class RestoreConfig(BaseModel):
 
     @property
     def whole_tokens(self) -> int | None:
-        """Tokens of every answer that the judge reads; `None` where the beginning says enough."""
+        """Tokens of every answer that the judge reads; `None` where its first sentence says enough."""
+        if self.answer_tokens is not None:
+            return self.answer_tokens
         return None if self.judge == _OPENING else WHOLE_TOKENS
 
     @property
@@ -323,6 +330,8 @@ class RestoreConfig(BaseModel):
                 decided["judge"] = ", ".join(
                     f"{name} {value}" for name, value in self.judge.identity().items()
                 )
+            if self.answer_tokens is not None:
+                decided["answer_tokens"] = self.answer_tokens
         decided |= {"max_safety_kl": self.dial} if by_dial else {"strength": self.chosen_strength}
         decided |= {"confidence": self.confidence} if self.confidence is not None else {}
         decided |= {"refine": self.refine} if self.refine is not None else {}
