@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deltaguard.cli.app import run
+from deltaguard.evaluation.suites import parts
 from deltaguard.restoration import looks
 from documents import PAGES, Typed, typed
 from hub import played_hub
@@ -59,6 +60,9 @@ SMALLER = {"calibrate": ("--num-samples", "24")}
 
 REQUESTS = 160
 """Of each kind that models are asked: more than the fewest by which any can be told to be safe."""
+
+FEWER = 20
+"""Of each part of the package's own prompts that an evaluation asks."""
 
 NOT_RUN = {
     "make ": "runs the tests themselves, or takes minutes",
@@ -198,6 +202,9 @@ def reader(tmp_path_factory) -> Iterator[Reader]:
         harmful, harmless = looks.held_out_harmful()[:REQUESTS], looks.held_out_harmless()[:REQUESTS]
         patch.setattr(looks, "held_out_harmful", lambda: harmful)
         patch.setattr(looks, "held_out_harmless", lambda: harmless)
+        whole = parts.find_prompts
+        fewer = lambda section: section.model_copy(update={"count": FEWER}) if section.builtin else section
+        patch.setattr(parts, "find_prompts", lambda section: whole(fewer(section)))
         played_hub(patch)
         said = list(ASKED.values())
         with server(lambda _: (200, said[0])) as model, server(lambda _: (200, said[1])) as judge:

@@ -111,6 +111,7 @@ def test_the_restored_model_refuses_as_the_aligned_one_does(output_format, tmp_p
     assert "it was +100.0" in shown["verdict"]
 
 
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("config", [None, RestoreConfig(), RestoreConfig(max_added_attack_success=2)])
 def test_by_default_it_asks_and_the_data_are_unknown(config, tmp_path):
     made = refusing_pair()
@@ -161,6 +162,7 @@ def test_with_a_limit_of_safety_kl_alone_nobody_is_asked(cache, tmp_path):
     assert not list(cache.glob("*-answers.json"))
 
 
+@pytest.mark.usefixtures("few")
 def test_of_unknown_data_safety_kl_is_held_as_closely_as_without_asking(tmp_path):
     made = refusing_pair()
     asked, plain = (
@@ -171,6 +173,7 @@ def test_of_unknown_data_safety_kl_is_held_as_closely_as_without_asking(tmp_path
     assert asked.kept_energy <= plain.kept_energy
 
 
+@pytest.mark.usefixtures("few")
 def test_a_fine_tune_that_answers_alike_is_kept_whole(tmp_path):
     made = refusing_pair()
     loaded = AutoModelForCausalLM.from_pretrained(made.aligned)
@@ -206,6 +209,7 @@ def test_a_store_of_a_model_that_does_not_refuse_makes_nothing_safe(tmp_path):
     assert "10% of the" in report.warnings[0]
 
 
+@pytest.mark.usefixtures("few")
 def test_a_fine_tune_that_is_worse_by_safety_kl_alone_is_named_so(capsys, tmp_path):
     made = refusing_pair()
     loaded = AutoModelForCausalLM.from_pretrained(made.aligned)
@@ -273,6 +277,7 @@ def test_answers_belong_to_a_model_to_requests_and_to_where_it_ran(monkeypatch):
     assert kept_answers(mine, requests, how_asked("cpu", None)) == tuple(answers)
 
 
+@pytest.mark.usefixtures("few")
 def test_own_requests_are_asked_and_too_few_are_told(tmp_path):
     made, path = refusing_pair(), tmp_path / "prompts.jsonl"
     path.write_text(

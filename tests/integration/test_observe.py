@@ -16,11 +16,12 @@ from deltaguard.curvature.groups import observe
 from deltaguard.curvature.observe import Accumulator, drawn_likelihood
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.routed import take_sums
+from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.sums import LayerGroup
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.solvers import spectrum
-from pairs import ANSWERED
+from pairs import ANSWERED, pair
 from plain import most_likely, relative_error, tokens_of
 
 WHOLE = CalibrateConfig(batch_size=4, rank="full")
@@ -109,9 +110,8 @@ def test_curvature_is_that_of_an_independent_computation(name, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", models.DENSE)
-def test_layers_that_see_the_same_input_are_one_group(name, tmp_path):
-    folder = models.save(models.tiny_model(name), tmp_path / "model")
-    store = calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=WHOLE)
+def test_layers_that_see_the_same_input_are_one_group(name):
+    folder, store = pair(name).aligned, CurvatureStore.from_pretrained(pair(name).store)
     block = [
         frozenset(layer.tensor.split(".1.")[1].removesuffix(".weight") for layer in group.layers)
         for group in store.groups

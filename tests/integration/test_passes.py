@@ -15,6 +15,7 @@ from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
+from once import made_once
 from pairs import ANSWERED
 from plain import relative_error
 
@@ -81,12 +82,18 @@ class Killed(BaseException):
     """Stands for a signal."""
 
 
+def three_layers(root):
+    """A model, and its store from a run that nobody disturbed."""
+    folder = models.save(models.tiny_model("llama", num_hidden_layers=3), root / "model")
+    calibrate(folder, root / "store", conversations=ANSWERED, config=BLOCKS)
+
+
 @pytest.mark.parametrize("stage", ["forwards", "backwards"])
 @pytest.mark.parametrize("when", [1, 2, 3])
 def test_a_killed_run_repeats_one_block_at_most(stage, when, tmp_path):
-    folder = models.save(models.tiny_model("llama", num_hidden_layers=3), tmp_path / "model")
+    made = made_once("three-layers-block-by-block", three_layers)
 
-    def run(name, kill=None, *, resume=False):
+    def run(kill=None, *, resume=False):
         told = []
 
         def listen(event):
@@ -96,17 +103,22 @@ def test_a_killed_run_repeats_one_block_at_most(stage, when, tmp_path):
 
         config = BLOCKS.model_copy(update={"resume": resume})
         try:
-            store = calibrate(folder, tmp_path / name, conversations=ANSWERED, config=config, progress=listen)
+            calibrate(
+                made / "model", tmp_path / "store", conversations=ANSWERED, config=config, progress=listen
+            )
         except Killed:
-            return told, None
-        files = {path.name: path.read_bytes() for path in store.folder.iterdir()}
-        return told, files
+            return told, False
+        return told, True
 
-    _, undisturbed = run("one")
-    before, nothing = run("other", kill=(stage, when))
-    assert nothing is None
-    after, files = run("other", resume=True)
-    assert files == undisturbed
+    before, finished = run(kill=(stage, when))
+    assert not finished
+    after, finished = run(resume=True)
+    assert finished
+    one, other = (
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in (tmp_path / "store", made / "store")
+    )
+    assert one == other
     done = [each for each in (*before, *after) if each[0] in ("forwards", "backwards")]
     assert len(done) == len(set(done)) == 6
 

@@ -18,7 +18,7 @@ from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.sweep import sweep
 from pairs import held_out, pair, save_adapter, weights
 from plain import predicted, safety_kl
-from refusing import refusing_pair
+from refusing import few_requests, refusing_pair
 
 LIMIT = 1e-2
 
@@ -131,7 +131,8 @@ def test_a_fine_tune_that_is_kept_whole_is_not_refined(tmp_path):
     assert report.warnings[-1] == "The output is not refined: the whole fine-tune is within the limits."
 
 
-def test_where_answers_decide_the_refined_model_is_asked_too(tmp_path):
+def test_where_answers_decide_the_refined_model_is_asked_too(tmp_path, monkeypatch):
+    few_requests(monkeypatch)
     made = refusing_pair()
     config = RestoreConfig(max_added_attack_success=2, training_data="trusted", refine=4, device="cpu")
     report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
@@ -147,19 +148,20 @@ def test_a_refined_model_that_complies_is_not_kept(tmp_path, monkeypatch):
     config = RestoreConfig(max_added_attack_success=2, training_data="trusted", refine=4, device="cpu")
     finetuned = weights(made.finetuned)
     tensors = refine.Tuning.tensors
-    monkeypatch.setattr(
-        refine.Tuning, "tensors", lambda self: {name: finetuned[name].clone() for name in tensors(self)}
-    )
-    # However far it is from the aligned model: its answers alone are to keep it from being written.
-    monkeypatch.setattr(refine, "judge_of", lambda _: lambda _: 0.0)
-    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    few_requests(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            refine.Tuning, "tensors", lambda self: {name: finetuned[name].clone() for name in tensors(self)}
+        )
+        # However far it is from the aligned model: its answers alone are to keep it from being written.
+        patch.setattr(refine, "judge_of", lambda _: lambda _: 0.0)
+        report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
     attack, record = report.dial.attack, report.refinement
     assert not record.kept
     assert not attack.looks[-1].accepted
     assert attack.restored != attack.looks[-1]
     assert any("it would add +" in each for each in report.warnings)
     plain = config.model_copy(update={"refine": None})
-    monkeypatch.undo()
     restore(made.aligned, made.finetuned, tmp_path / "plain", store=made.store, config=plain)
     one, other = (weights(tmp_path / name) for name in ("out", "plain"))
     assert all(torch.equal(one[name], other[name]) for name in other)

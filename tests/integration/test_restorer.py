@@ -15,7 +15,7 @@ from deltaguard.restoration import resident
 from deltaguard.restoration.safety_kl import SafetyMeter
 from deltaguard.restoration.tuning import Tuning
 from pairs import pair, save_adapter
-from refusing import refusing_pair
+from refusing import few_requests, refusing_pair
 from variants import refusal, same_files, variant, with_further_tokens
 
 CONFIG = RestoreConfig(max_safety_kl=1e-4, config_from="finetuned", device="cpu")
@@ -117,6 +117,7 @@ def refusing():
 
 def test_the_aligned_model_is_asked_and_judged_once(refusing, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
+    few_requests(monkeypatch)
     made, asked = refusing, []
     original = resident.kept_answers
     monkeypatch.setattr(resident, "kept_answers", lambda *given: (asked.append(1), original(*given))[1])

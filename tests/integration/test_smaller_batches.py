@@ -83,27 +83,23 @@ def test_a_calibration_goes_on_with_half_of_a_batch(name, memory, at, tmp_path, 
 
 @pytest.mark.parametrize(("memory", "at"), [(None, {1}), (0, {1}), (0, {2, 4})], ids=str)
 def test_the_gradient_of_refusing_is_taken_with_half_of_a_batch(memory, at, tmp_path, monkeypatch):
-    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
-    config = CONFIG.model_copy(update={"memory": memory})
-    calibrate(folder, tmp_path / "expected", conversations=ANSWERED, config=config)
+    config, folder = CONFIG.model_copy(update={"memory": memory}), expected("llama", memory) / "model"
     scarce(monkeypatch, DecidedBatch, "score", at)
     scarce(monkeypatch, Leanings, "add", at)
     told = []
     calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=config, progress=told.append)
     assert [event for event in told if event.stage == "memory"]
-    require_close(tmp_path / "store", tmp_path / "expected")
+    require_close(tmp_path / "store", expected("llama", memory) / "store")
 
 
 @pytest.mark.parametrize("method", ["run", "inputs", "logits"])
 def test_block_by_block_every_step_may_find_too_little(method, tmp_path, monkeypatch):
-    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
-    config = CONFIG.model_copy(update={"memory": 0})
-    calibrate(folder, tmp_path / "expected", conversations=ANSWERED, config=config)
+    config, folder = CONFIG.model_copy(update={"memory": 0}), expected("llama", 0) / "model"
     told = []
     scarce(monkeypatch, CutModel, method, {1})
     calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=config, progress=told.append)
     assert any(event.stage == "memory" for event in told)
-    require_close(tmp_path / "store", tmp_path / "expected")
+    require_close(tmp_path / "store", expected("llama", 0) / "store")
 
 
 @pytest.mark.parametrize("stage", ["forwards", "backwards"])

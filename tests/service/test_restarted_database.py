@@ -43,16 +43,22 @@ class Locked:
         """Leave it."""
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("service")
+
+
 @pytest.fixture(
+    scope="module",
     params=[
         "locked",
         pytest.param("restarted", marks=pytest.mark.skipif(PG_CTL is None, reason="needs Postgres")),
-    ]
+    ],
 )
-def outage(request, tmp_path):
+def outage(request, root):
     """What the service's database is, and how it goes away and comes back."""
     if request.param == "locked":
-        yield Locked(tmp_path / "data")
+        yield Locked(root / "data")
         return
     made = Postgres()
     made.start()
@@ -60,18 +66,19 @@ def outage(request, tmp_path):
     made.remove()
 
 
-@pytest.fixture
-def served(tmp_path, outage):
+@pytest.fixture(scope="module")
+def served(root, outage):
     """A client of the service, what it prints, and its folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (tmp_path / "data").mkdir()
+    folder = root if outage.url is None else root / "postgres"
+    (folder / "data").mkdir(parents=True)
     if outage.url is not None:
-        (tmp_path / "data" / "service.yaml").write_text(f"database_url: {outage.url}\n")
-    log = tmp_path / "log"
+        (folder / "data" / "service.yaml").write_text(f"database_url: {outage.url}\n")
+    log = folder / "log"
     program = Path(__file__).with_name("stub_service.py")
-    command = [sys.executable, program, tmp_path / "data", str(port), *([outage.url] if outage.url else [])]
+    command = [sys.executable, program, folder / "data", str(port), *([outage.url] if outage.url else [])]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     until = time.monotonic() + 120
@@ -84,7 +91,7 @@ def served(tmp_path, outage):
             client.models.list()
             break
         time.sleep(0.1)
-    yield client, log, tmp_path / "data"
+    yield client, log, folder / "data"
     process.kill()
     process.wait()
 

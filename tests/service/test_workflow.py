@@ -55,7 +55,10 @@ def started(tmp_path_factory):
     }
     settings = Settings(models={"tiny": "nowhere"}, webhook=webhook)
     opened = open_service(tmp_path_factory.mktemp("service") / "data", settings)
-    yield opened, workflow.launch(opened.service, opened.database_url, LocalExecutor()), server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workflow, "_LOOK_S", 0.05)
+        workflows = workflow.launch(opened.service, opened.database_url, LocalExecutor())
+    yield opened, workflows, server
     DBOS.destroy()
     opened.service.sessions.kw["bind"].dispose()
     server.shutdown()
@@ -216,7 +219,7 @@ def test_what_another_version_of_the_service_left_is_begun_anew(client, opened, 
         # DBOS leaves alone what is not this version's to run.
         with SetEnqueueOptions(app_version="earlier"):
             begin(job.id)
-    time.sleep(2)
+    time.sleep(0.5)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
     begun.begin_all()
     assert ended(client, job).error.code == "enough"
@@ -304,7 +307,7 @@ def test_the_operators_server_is_told_once_of_a_cancelled_job_whether_it_ran_or_
         ((headers, body),) = received(receiver, job, 1)
         event = client.webhooks.unwrap(body.decode(), headers, secret=SECRET)
         assert (event.type, event.data.id) == ("fine_tuning.job.cancelled", job.id)
-    time.sleep(1)
+    time.sleep(0.4)
     assert len(receiver.received) == 2
 
 

@@ -14,7 +14,7 @@ import pytest
 from deltaguard.cli.app import build_app
 from deltaguard.evaluation.suites.suite import read_suite
 from documents import EXAMPLES, PAGES, ROOT, blocks, lines_of, typed
-from refusing import refusing_pair
+from refusing import few_requests, refusing_pair
 
 SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
 
@@ -93,6 +93,7 @@ def test_the_public_pair_runs_the_commands_that_its_page_shows(tmp_path):
 
 def test_the_python_example_runs(monkeypatch, capsys, tmp_path):
     made = refusing_pair()
+    few_requests(monkeypatch)
     script = ROOT / "examples" / "restore.py"
     monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("deltaguard.calibrate", lambda *_, **__: made.store, raising=False)

@@ -48,6 +48,7 @@ _NOTIFIED_AGAIN_S = 86_400
 
 _VALIDATED_AT_ONCE = 2
 _NOTIFIED_AT_ONCE = 4
+_LOOK_S = 0.5
 _FIRST, _LONGEST_ERROR = 1, 3000
 """Number of a job's first run; characters of what is said of one that failed."""
 
@@ -95,10 +96,10 @@ def launch(service: Service, database_url: str, executor: Executor) -> "Workflow
     DBOS(config=config)
     workflows = Workflows(service, executor)
     DBOS.launch()
-    DBOS.register_queue(_VALIDATION, worker_concurrency=_VALIDATED_AT_ONCE, polling_interval_sec=0.5)
+    DBOS.register_queue(_VALIDATION, worker_concurrency=_VALIDATED_AT_ONCE, polling_interval_sec=_LOOK_S)
     at_once = service.settings.jobs_at_once or executor.places
-    DBOS.register_queue(_TRAINING, worker_concurrency=at_once, polling_interval_sec=0.5)
-    DBOS.register_queue(_NOTIFICATION, worker_concurrency=_NOTIFIED_AT_ONCE, polling_interval_sec=0.5)
+    DBOS.register_queue(_TRAINING, worker_concurrency=at_once, polling_interval_sec=_LOOK_S)
+    DBOS.register_queue(_NOTIFICATION, worker_concurrency=_NOTIFIED_AT_ONCE, polling_interval_sec=_LOOK_S)
     workflows.begin_all()
     return workflows
 
