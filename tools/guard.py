@@ -1,4 +1,4 @@
-"""The table of what limits of safety KL leave and keep, from what `benchmarks.guard` writes."""
+"""The tables of what limits leave and keep, from what `benchmarks.guard` and `benchmarks.trust` write."""
 
 from collections.abc import Sequence
 from statistics import mean
@@ -8,19 +8,20 @@ from pydantic import BaseModel, ConfigDict
 from deltaguard.reports.records.attacks import AttackOutcome, Rates
 from deltaguard.reports.records.base import Environment
 from deltaguard.reports.table import Column, Table
-from deltaguard.reports.text import DASH, percent
+from deltaguard.reports.text import DASH, nats, percent
 from tools.tables import made_with, small
 
 
 class Guards(BaseModel):
-    """`docs/results/guard.json`.
+    """`docs/results/guard.json` and `docs/results/trust.json`.
 
     Attributes:
         environment: versions, machine and time.
         command: what produced it.
         titles: of each fine-tune, by its name.
         seeds: of the fine-tunes.
-        outcomes: of every fine-tune, seed and limit; the method of each is its limit.
+        outcomes: of every fine-tune, seed and limit; the method of each is its limit, or whether the training
+            data are `unknown` or `trusted`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,12 +43,9 @@ def guard_table(content: str) -> str:
         Markdown.
     """
     found = Guards.model_validate_json(content)
-    rows: dict[tuple[str, str], list[AttackOutcome]] = {}
-    for outcome in found.outcomes:
-        rows.setdefault((outcome.attacker, outcome.method), []).append(outcome)
     drawn = Table.of(
         "",
-        list(rows.values()),
+        _by_setting(found),
         (
             (Column("fine-tune", "name", code=True), lambda row: row[0].attacker),
             ("safety KL\nat most", lambda row: row[0].method),
@@ -67,6 +65,60 @@ def guard_table(content: str) -> str:
         f"{made_with(found.environment)}"
     )
     return f"{drawn}\n\n{small(how)}"
+
+
+def trust_table(content: str) -> str:
+    """Draw a row for each fine-tune and kind of training data, with what every seed gave.
+
+    Args:
+        content: a `Guards` as JSON.
+
+    Returns:
+        Markdown.
+    """
+    found = Guards.model_validate_json(content)
+    drawn = Table.of(
+        "",
+        _by_setting(found),
+        (
+            (Column("fine-tune", "name", code=True), lambda row: row[0].attacker),
+            (Column("training data", "name", code=True), lambda row: row[0].method),
+            ("plainly:\nfine-tuned", lambda row: _added([each.plain for each in row])),
+            ("restored", lambda row: _points([each.plain for each in row])),
+            ("attacker's way:\nfine-tuned", lambda row: _added([each.wrapped for each in row])),
+            ("restored", lambda row: _points([each.wrapped for each in row])),
+            ("false refusals", lambda row: _points([each.false_refusals for each in row])),
+            ("gain kept,\nlikelihood", _kept),
+            ("safety KL,\nrestored", _safety_kl),
+            (Column("not more, because of", "name"), _stopped_by),
+        ),
+    ).markdown()
+    seeds = ", ".join(map(str, found.seeds))
+    fine_tunes = "; ".join(f"`{name}`: {title}" for name, title in found.titles.items())
+    how = (
+        f"Points of attack success, and of false refusals, over the aligned model, seeds {seeds}; of several "
+        f"a mean, and each; {found.outcomes[0].plain.aligned.total} harmful requests, asked plainly and in "
+        f"the attacker's way. {fine_tunes}. `{found.command}`; {made_with(found.environment)}"
+    )
+    return f"{drawn}\n\n{small(how)}"
+
+
+def _by_setting(found: Guards) -> list[list[AttackOutcome]]:
+    rows: dict[tuple[str, str], list[AttackOutcome]] = {}
+    for outcome in found.outcomes:
+        rows.setdefault((outcome.attacker, outcome.method), []).append(outcome)
+    return list(rows.values())
+
+
+def _safety_kl(row: Sequence[AttackOutcome]) -> str:
+    known = [each.restored_to.safety_kl for each in row if each.restored_to is not None]
+    measured = [kl for kl in known if kl is not None]
+    return nats(mean(measured)) if measured else DASH
+
+
+def _stopped_by(row: Sequence[AttackOutcome]) -> str:
+    found = [each.restored_to.stopped_by or DASH for each in row if each.restored_to is not None]
+    return ", ".join(dict.fromkeys(found)) or DASH
 
 
 def _points(rates: Sequence[Rates | None]) -> str:

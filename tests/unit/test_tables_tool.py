@@ -5,7 +5,7 @@ import re
 
 import pytest
 from tools.asking import AskingRuns, asking_table, main
-from tools.guard import Guards, guard_table
+from tools.guard import Guards, guard_table, trust_table
 from tools.look_alikes import Variant, Variants, look_alikes_table
 from tools.refining import refine_table
 from tools.service_demo import service_demo_table
@@ -140,6 +140,23 @@ def test_a_limit_has_a_row_with_what_a_fine_tune_added_and_what_every_seed_left(
     rows = {row[0]: row[2:] for row in map(cells, drawn.splitlines()) if row[0].startswith("`")}
     assert rows["`backdoor-100`"][2:] == ["+80.0", "+45.0 (+20.0, +70.0)", "–"]
     assert rows["`poison-10`"][1:] == ["+0.0 (+0.0, +0.0)", "–", "–", "75.0 %"]
+
+
+def test_both_kinds_of_training_data_have_a_row_with_what_stopped_the_restore():
+    report = attack_reports.attacks_report()
+    row = report.attackers[0]
+    of_row = [each for each in report.outcomes if each.attacker == row.name and each.seed == 0]
+    found = [each.model_copy(update={"method": data}) for each in of_row for data in ("unknown", "trusted")]
+    content = Guards(
+        environment=report.environment,
+        command="trust",
+        titles={row.name: "a task"},
+        seeds=(0,),
+        outcomes=found,
+    ).model_dump_json()
+    lines = [line for line in trust_table(content).splitlines() if line.startswith(f"| `{row.name}` |")]
+    assert [line.split(" | ")[1] for line in lines] == ["`unknown`", "`trusted`"]
+    assert all("| 75.0 % | 0.0005 | safety KL |" in line for line in lines)
 
 
 def test_the_summary_of_a_bench_has_a_row_a_method_at_its_largest_safe_strength():
