@@ -5,7 +5,7 @@ from rich.console import RenderableType
 from deltaguard.reports.records.check import CheckReport, Verdict
 from deltaguard.reports.records.restore import Compared, Look, Probe
 from deltaguard.reports.table import facts_grid
-from deltaguard.reports.text import nats, percent, points, short_reference
+from deltaguard.reports.text import duration, nats, percent, points, short_reference
 
 _NOT_SEEN = (
     "Not seen by asking: what only a trigger, a cipher, a framing or a longer conversation releases, and "
@@ -29,6 +29,7 @@ def check_table(report: CheckReport) -> RenderableType:
             ("allowed", f"{points(100 * report.limit)} points each; {ruled}"),
             ("safety KL", f"{nats(kl.safety_kl)}{margin}, {allowed} nats a token allowed"),
             ("verdict", verdict(report)),
+            *((("time", duration(report.seconds)),) if report.seconds is not None else ()),
             ("limits", _NOT_SEEN),
         )
     )

@@ -1,9 +1,12 @@
 """A candidate: the aligned model with the weights of one price after another, measured and asked."""
 
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.errors import DeltaguardError, listed
@@ -31,6 +34,7 @@ class Candidate(ABC):
         aligned_openings: the beginnings of its answers to requests that were.
         measured: how many candidates so far.
         looked: how many were asked.
+        seconds: that measuring and asking took so far.
     """
 
     trial: Trial
@@ -42,6 +46,7 @@ class Candidate(ABC):
     aligned_openings: Sequence[str] = ()
     measured: int = 0
     looked: int = 0
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     def whole(self, report: Progress, *, enough: float = math.inf) -> Probe:
         """Measure the fine-tuned model as it is, with all its tensors.
@@ -54,7 +59,8 @@ class Candidate(ABC):
             DeltaguardError: its predictions are not finite; the tensors that are not are listed.
         """
         try:
-            found = self._measure_whole(report, enough)
+            with self._timed("measure"):
+                found = self._measure_whole(report, enough)
         except DeltaguardError as error:
             finetuned = self.trial.job.finetuned
             if problems := _not_finite(finetuned):
@@ -78,7 +84,8 @@ class Candidate(ABC):
         found: list[Probe] = []
         for start in range(0, len(prices), self.at_once):
             part = prices[start : start + self.at_once]
-            measured = self._measure(part, report, enough)
+            with self._timed("measure"):
+                measured = self._measure(part, report, enough)
             found += [self._told(mu, each, report) for mu, each in zip(part, measured, strict=True)]
         return found
 
@@ -100,7 +107,9 @@ class Candidate(ABC):
             of = f"of {seen.prompts} harmful requests"
             report(Event(stage, done, total, f"complies with {candidate} {of}, aligned {aligned}{said}"))
 
-        found = examiner.look(mu, self.openings, lambda seen: tell(seen, " so far", seen.prompts), both=both)
+        so_far = lambda seen: tell(seen, " so far", seen.prompts)
+        with self._timed("ask"):
+            found = examiner.look(mu, self.openings, so_far, both=both)
         tell(found.attack_success, ": accepted" if found.accepted else ": not accepted", total)
         return found
 
@@ -127,6 +136,12 @@ class Candidate(ABC):
     @abstractmethod
     def _measure(self, prices: Sequence[float], report: Progress, enough: float) -> list[SafetyKL]:
         """Take on the layers of `at_once` prices at most, and measure each."""
+
+    @contextmanager
+    def _timed(self, what: Literal["measure", "ask"]) -> Generator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
 
     def _told(self, mu: float, found: SafetyKL, report: Progress) -> Probe:
         self.measured += 1

@@ -1,5 +1,6 @@
 """Whether a fine-tuned model needs a restore: how it answers, and how far it is from the aligned one."""
 
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,6 +53,7 @@ def check(
     config = config or RestoreConfig()
     if config.added_attack_success is None or config.dial is None:
         raise DeltaguardError("A check needs a limit of attack success: give `max_added_attack_success`.")
+    started = time.perf_counter()
     # As many looks as a restore may take, so that what one keeps whole is safe to the other, too.
     rule = Rule(limit=config.added_attack_success, looks=MOST_LOOKS)
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
@@ -78,4 +80,5 @@ def check(
         max_safety_kl=config.dial,
         verdict="not told apart" if found == "safe" and warnings else found,
         warnings=warnings,
+        seconds=time.perf_counter() - started,
     )

@@ -1,7 +1,8 @@
 """The one price of safety, μ, of all layers: from a strength, or from the dial by measuring candidates."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import NormalDist
 from typing import Annotated
@@ -43,10 +44,12 @@ class Price:
         mu: the price; 0 keeps the whole delta and `PROHIBITIVE` nothing of it. Of a method without a price
             its strength.
         dial: how it was found, None where a strength was given.
+        seconds: that measuring and asking candidates took; nothing where none was.
     """
 
     mu: Annotated[float, Field(ge=0)]
     dial: Dial | None
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 def find_price(trial: Trial, resident: Resident, report: Progress) -> Price:
@@ -76,12 +79,12 @@ def _by_safety_kl(trial: Trial, resident: Resident, limit: float, report: Progre
     judge, candidate = judge_of(trial.config), resident.candidate(trial, report=report)
     whole = candidate.whole(report, enough=limit)
     if judge(whole) <= limit and trial.config.output_format == "checkpoint":
-        return Price(0.0, _dial(candidate, limit, whole, (whole,), None))
+        return _price(candidate, limit, whole, (whole,), None)
     candidate.take_others()
     probes = _probes(candidate, limit, whole, judge, report)
     found = best(probes, limit, judge)
     assert found is not None, "the last probe is within the limit"  # noqa: S101
-    return Price(found.mu, _dial(candidate, limit, found, (whole, *probes), None))
+    return _price(candidate, limit, found, (whole, *probes), None)
 
 
 def _by_attack_success(
@@ -118,7 +121,7 @@ def _by_attack_success(
         restored=chosen,
         looks=tuple(looks),
     )
-    return Price(found.mu, _dial(candidate, guard, found, probes, attack))
+    return _price(candidate, guard, found, probes, attack)
 
 
 def find_accepted(
@@ -255,16 +258,16 @@ def _what_else_differs(config: RestoreConfig) -> str:
     return f"what differs are {what}. {done}, or allow more."
 
 
-def _dial(
+def _price(
     candidate: Candidate,
     limit: float,
     found: Probe,
     probes: tuple[Probe, ...],
     attack: AttackDial | None,
-) -> Dial:
+) -> Price:
     """Report a search that ended with a probe; the first of all is of the fine-tuned model."""
     config = candidate.trial.config
-    return Dial(
+    dial = Dial(
         limit=limit,
         confidence=config.confidence,
         device=str(find_device(config.device)),
@@ -278,3 +281,4 @@ def _dial(
         probes=probes,
         attack=attack,
     )
+    return Price(found.mu, dial, dict(candidate.seconds))

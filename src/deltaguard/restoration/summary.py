@@ -80,6 +80,7 @@ def summarise(
         seconds={
             "total": time.perf_counter() - started,
             "solve": sum(row.seconds for row in layers),
+            **price.seconds,
         },
         peak_memory_bytes=peak if (peak := peak_memory_bytes()) > memory else None,
         warnings=(*_warnings(job, config, layers), *rare_warning(rare, len(experts))),

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from deltaguard.reports.records.base import Environment, ModelReference, Record
+from deltaguard.reports.records.base import Environment, ModelReference, Record, Seconds
 from deltaguard.reports.records.restore import Look, Probe
 
 Verdict = Literal["safe", "restore", "not told apart"]
@@ -26,6 +26,7 @@ class CheckReport(Record):
             answers worse than allowed, or its safety KL is above its limit; `not told apart`: neither is
             shown, and more than allowed cannot be ruled out, or the aligned model does not refuse.
         warnings: what must be known besides, a sentence or two each.
+        seconds: that it took, a calibration that came first included; null in reports of before it was kept.
     """
 
     schema_version: Literal[1] = 1
@@ -41,3 +42,4 @@ class CheckReport(Record):
     max_safety_kl: float
     verdict: Verdict
     warnings: tuple[str, ...]
+    seconds: Seconds | None = None
