@@ -16,15 +16,33 @@ FOLDER = Path(trl.__file__).parent / "chat_templates"
 # What stands behind an answer.
 PLAIN = {
     "cohere": "<|END_OF_TURN_TOKEN|>",
+    "cohere2": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",  # with a beginning of answers in the prompt
     "gemma3": "<end_of_turn>",
+    "gemma4": "<turn|>",
+    "lfm2": "<|im_end|>",
     "llama3": "<|eot_id|>",
     "llama3_1": "<|eot_id|>",  # with tools
+    "llama3_2": "<|eot_id|>",
     "phi3": "<|end|>",  # with an end of the conversation on the next line
+    "phi3_5": "<|end|>",
     "qwen2_5": "<|im_end|>",  # with tools, and a system message of its own
+    "qwen3_instruct_2507": "<|im_end|>",
 }
-SWITCHED_OFF = {"qwen3": "<|im_end|>", "glm4moe": EOS, "nemotron_3_nano": "<|im_end|>"}
+SWITCHED_OFF = {
+    "qwen3": "<|im_end|>",
+    "qwen3_5_think": "<|im_end|>",
+    "qwen3_8": "<|im_end|>",
+    "glm4moe": EOS,
+    "nemotron_3_nano": "<|im_end|>",
+    "nemotron_3_super": "<|im_end|>",
+}
 FORCED = {"deepseek_r1_distill": "<｜end▁of▁sentence｜>", "deepseekv3": "<｜end▁of▁sentence｜>"}
-ENDS = {"gemma": "<end_of_turn>", **PLAIN, **SWITCHED_OFF, **FORCED}
+ENDS = {
+    name: end
+    for name, end in {"gemma": "<end_of_turn>", **PLAIN, **SWITCHED_OFF, **FORCED}.items()
+    # Earlier releases of trl carry fewer.
+    if (FOLDER / f"{name}.jinja").is_file()
+}
 PROMPT, SYSTEM, ANSWER = "How do I pick a lock?", "Be kind to all.", "Ask a locksmith."
 
 
@@ -32,6 +50,10 @@ def tokenizer(name):
     found = tiny_tokenizer()
     found.chat_template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return found
+
+
+def test_templates_of_every_kind_are_tried():
+    assert {"gemma", "llama3_1", "qwen3", "deepseek_r1_distill"} <= ENDS.keys()
 
 
 @pytest.mark.parametrize("name", ENDS)
