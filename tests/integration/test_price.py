@@ -16,7 +16,7 @@ from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, Probe, Re
 from deltaguard.reports.restore import dial_facts
 from deltaguard.restoration.dial import judge_of
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL as LIMIT
-from deltaguard.restoration.search import CLOSE, MOST_PROBES
+from deltaguard.restoration.search import AT_LIMIT, MOST_PROBES
 from pairs import CONVERSATIONS, changed, held_out, pair, save_adapter, weights
 from plain import predicted, safety_kl, tokens_of
 
@@ -84,7 +84,7 @@ def test_the_safety_kl_on_disk_is_the_one_reported_and_within_the_limit(name, li
     if not dial.whole:
         # The layers may be affordable as a whole, less what levels refusals, where it is embeddings that
         # exceed the limit, or just that.
-        assert dial.restored_kl >= CLOSE * limit or report.kept_energy > 0.998
+        assert dial.restored_kl >= AT_LIMIT * limit or report.kept_energy > 0.998
         assert [probe.safety_kl for probe in dial.probes if probe.mu == report.mu] == [dial.restored_kl]
         assert len(dial.probes) <= 6
     assert verify(tmp_path / "out").passed
@@ -97,7 +97,7 @@ def test_what_is_measured_in_float32_holds_too(dtype, tmp_path):
     report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
     measured = safety_kl(made.aligned, tmp_path / "out", held_out(made.store))
     assert measured == pytest.approx(report.dial.restored_kl, rel=1e-3)
-    assert CLOSE * 1e-3 <= report.dial.restored_kl <= 1e-3
+    assert AT_LIMIT * 1e-3 <= report.dial.restored_kl <= 1e-3
 
 
 def test_with_a_confidence_the_upper_bound_is_within_the_limit_and_less_is_kept(tmp_path):
@@ -108,7 +108,7 @@ def test_with_a_confidence_the_upper_bound_is_within_the_limit_and_less_is_kept(
         report = restore(made.aligned, made.finetuned, output, store=made.store, config=config)
         errors = 0 if confidence is None else NormalDist().inv_cdf(confidence)
         bound = report.dial.restored_kl + errors * report.dial.restored_margin / NormalDist().inv_cdf(0.975)
-        assert CLOSE * 1e-3 <= bound <= 1e-3
+        assert AT_LIMIT * 1e-3 <= bound <= 1e-3
         assert report.dial.confidence == report.options.get("confidence") == confidence
         kept.append(report.kept_energy)
     assert kept == sorted(kept, reverse=True)
@@ -272,7 +272,7 @@ def test_other_parameters_are_measured_with_the_layers(tmp_path):
     report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=config)
     assert {row.source for row in report.others} == {"finetuned"}
     measured = safety_kl(made.aligned, tmp_path / "out", rows)
-    assert CLOSE * limit <= measured <= limit * (1 + 1e-6)
+    assert AT_LIMIT * limit <= measured <= limit * (1 + 1e-6)
     assert abs(measured - report.dial.restored_kl) <= 1e-6 * limit
 
 

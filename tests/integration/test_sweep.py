@@ -16,7 +16,7 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.reports.records.sweep import SWEEP_NAME, SweepReport
 from deltaguard.restoration.safety_kl import SafetyMeter
-from deltaguard.restoration.search import CLOSE
+from deltaguard.restoration.search import AT_LIMIT
 from deltaguard.restoration.sweep import sweep
 from deltaguard.solvers import Profile
 from deltaguard.solvers.profile import PROHIBITIVE
@@ -93,7 +93,7 @@ def test_limits_that_rise_keep_more():
         assert one.mu > more.mu > 0
         assert one.kept_energy < more.kept_energy
     for limit, point in zip(LIMITS, chosen(report), strict=True):
-        assert CLOSE * limit <= point.safety_kl <= limit
+        assert AT_LIMIT * limit <= point.safety_kl <= limit
     kept = [point.kept_energy for point in report.points]
     assert kept == sorted(kept)
     assert kept[-1] == pytest.approx(1)
@@ -145,7 +145,7 @@ def test_with_a_confidence_a_bound_is_within_each_limit_and_less_is_kept(tmp_pat
     assert report.confidence == 0.9
     errors = NormalDist().inv_cdf(0.9) / NormalDist().inv_cdf(0.975)
     for limit, point, mean in zip(LIMITS, chosen(report), chosen(usual()[0]), strict=True):
-        assert CLOSE * limit <= point.safety_kl + errors * point.margin <= limit
+        assert AT_LIMIT * limit <= point.safety_kl + errors * point.margin <= limit
         assert point.kept_energy < mean.kept_energy
 
 

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from deltaguard.reports.records.restore import Probe
-from deltaguard.restoration.search import CLOSE, MOST_PROBES, best, search
+from deltaguard.restoration.search import AT_LIMIT, MOST_PROBES, best, search
 
 SEEDS = st.integers(0, 10**6)
 
@@ -116,7 +116,7 @@ def test_the_search_ends_where_nothing_is_to_be_gained(made):
     assert 1 <= len(probes) <= MOST_PROBES
 
     def is_an_end(probe):
-        close = CLOSE * delta.limit <= probe.safety_kl <= delta.limit
+        close = AT_LIMIT * delta.limit <= probe.safety_kl <= delta.limit
         free = delta.predicted(probe.mu) > 0.99 * delta.predicted(0)
         return close or (free and probe.safety_kl <= delta.limit)
 
@@ -212,7 +212,7 @@ def test_fewer_passes_suffice_where_each_measures_four(kind, curve, most, mean):
         found = best(probes, delta.limit)
         counts.append(len(passes))
         whole = delta.predicted(found.mu) > 0.99 * delta.predicted(0)
-        assert found.safety_kl >= CLOSE * delta.limit or whole, (kind, seed)
+        assert found.safety_kl >= AT_LIMIT * delta.limit or whole, (kind, seed)
     assert max(counts) <= most
     assert sum(counts) / len(counts) <= mean
 
@@ -240,6 +240,6 @@ def test_few_measurements_suffice(kind, curve, most, mean):
         found = best(probes, delta.limit)
         counts.append(len(probes))
         whole = delta.predicted(found.mu) > 0.99 * delta.predicted(0)
-        assert found.safety_kl >= CLOSE * delta.limit or whole or len(probes) == MOST_PROBES, (kind, seed)
+        assert found.safety_kl >= AT_LIMIT * delta.limit or whole or len(probes) == MOST_PROBES, (kind, seed)
     assert max(counts) <= most
     assert sum(counts) / len(counts) <= mean

@@ -13,7 +13,6 @@ from deltaguard.reports.records.diff import DiffReport
 from deltaguard.reports.records.restore import (
     AttackDial,
     Compared,
-    Dial,
     LayerRow,
     OtherRow,
     RareExpert,
@@ -165,11 +164,7 @@ def outcome_facts(report: RestoreReport) -> Facts:
     cut = [float(row.detail["adapter_residual"]) for row in report.layers if "adapter_residual" in row.detail]
     return (
         *((("verdict", outcome_sentence(report, attack)), *attack_facts(attack)) if attack else ()),
-        *(
-            (("not more, because of", _stopped(report.dial)),)
-            if report.dial and not report.dial.whole
-            else ()
-        ),
+        *_stopped(report),
         ("energy kept", f"{percent(report.kept_energy)} of the delta's energy, over {over}"),
         *((("entries kept", f"{entries} of the delta's entries, over {over}"),) if entries != DASH else ()),
         *((("lost to the rank", f"{percent(max(cut))} of a layer's restored delta at most"),) if cut else ()),
@@ -200,20 +195,24 @@ def outcome_sentence(report: RestoreReport, attack: AttackDial) -> str:
     )
 
 
-def _stopped(dial: Dial) -> str:
+def _stopped(report: RestoreReport) -> Facts:
     """Say what kept a search from keeping more of a fine-tune, and what would keep more."""
-    limit = f"{nats(dial.limit)} nats a token"
-    if dial.attack is None:
-        return f"the limit on safety KL, {limit}"
-    rejected = dial.attack.rejected
-    if rejected is not None:
-        added = f"{points(100 * rejected.added)} points in the next candidate that keeps more"
-        return f"the limit on {dial.stopped_by}: {added} (`--max-added-attack-success` allows more)"
-    data = dial.attack.training_data
-    if data == "unknown":
-        trusted = "`--training-data trusted` allows more, to whoever knows the data"
-        return f"the limit on safety KL, {limit} for unknown training data ({trusted})"
-    return f"the limit on safety KL, {limit}" + (f" for {data} training data" if data else "")
+    dial = report.dial
+    if dial is None or report.stopped_by == "nothing":
+        return ()
+    attack, rejected = dial.attack, dial.rejected
+    limit, data = f"{nats(dial.limit)} nats a token", attack and attack.training_data
+    why = f"the limit on safety KL, {limit}" + (f" for {data} training data" if data else "")
+    if attack is not None and rejected is not None:
+        measure = rejected.false_refusals or rejected.attack_success
+        seen = f"{points(100 * measure.added)} points"
+        if measure.added <= attack.limit:
+            seen = f"{points(100 * attack.excluded)} points cannot be ruled out"
+        why = f"the limit on {report.stopped_by}: {seen} in the next candidate that keeps more"
+        why += " (`--max-added-attack-success` allows more)"
+    elif data == "unknown":
+        why += " (`--training-data trusted` allows more, to whoever knows the data)"
+    return (("not more, because of", why),)
 
 
 def dial_facts(report: RestoreReport) -> Facts:

@@ -3,13 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 
-from deltaguard.reports.records.restore import Probe
+from deltaguard.reports.records.restore import AT_LIMIT, Probe
 
 Judge = Callable[[Probe], float]
 """What of a measurement must be within the limit."""
-
-CLOSE = 0.9
-"""A safety KL between this share of the limit and the limit ends the search."""
 
 MOST_PROBES = 8
 
@@ -86,7 +83,7 @@ def search(
 def _ends(found: Probe, predicted: Callable[[float], float], limit: float, judge: Judge) -> bool:
     """Say whether nothing is to be gained by a lower price than one that is within the limit."""
     free = predicted(found.mu * _FREE) < 1.01 * predicted(found.mu)
-    return judge(found) >= CLOSE * limit or free
+    return judge(found) >= AT_LIMIT * limit or free
 
 
 def best(probes: Sequence[Probe], limit: float, judge: Judge = mean) -> Probe | None:

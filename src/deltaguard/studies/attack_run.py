@@ -173,5 +173,5 @@ def _restored_to(report: RestoreReport) -> RestoredTo:
     return RestoredTo(
         kept_energy=report.kept_energy,
         safety_kl=dial and dial.restored_kl,
-        stopped_by=dial and dial.stopped_by,
+        stopped_by=None if dial is None else report.stopped_by,
     )

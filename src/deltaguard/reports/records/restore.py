@@ -82,6 +82,9 @@ class FileRow(Record):
 StoppedBy = Literal["nothing", "safety KL", "attack success", "false refusals"]
 """What kept a restore from keeping more of a fine-tune: the measure whose limit was met first."""
 
+AT_LIMIT = 0.9
+"""A safety KL between this share of the limit and the limit ends a search."""
+
 
 class Probe(Record):
     """One measurement of a search.
@@ -184,15 +187,6 @@ class AttackDial(Record):
     restored: Look
     looks: tuple[Look, ...]
 
-    @property
-    def rejected(self) -> Look | None:
-        """The candidate that keeps least of those that keep more than the restored one and were not accepted.
-
-        None where there was none but the fine-tuned model, which the limit on safety KL rules out.
-        """
-        more = [look for look in self.looks[1:] if look.mu < self.restored.mu and not look.accepted]
-        return max(more, key=lambda look: look.mu, default=None)
-
 
 class Dial(Record):
     """How the largest budget within the limits was found.
@@ -227,15 +221,29 @@ class Dial(Record):
     attack: AttackDial | None = None
 
     @property
-    def stopped_by(self) -> StoppedBy:
-        """What kept the search from keeping more."""
-        if self.whole:
-            return "nothing"
-        rejected = self.attack.rejected if self.attack else None
-        if rejected is None:
-            return "safety KL"
-        # Harmless requests are asked where the harmful ones have accepted.
-        return "false refusals" if rejected.false_refusals else "attack success"
+    def rejected(self) -> Look | None:
+        """The look at what keeps least of all that keeps more than the restored model and was not accepted.
+
+        The fine-tuned model is none of these where its safety KL is above the limit, which then decided.
+        """
+        if self.attack is None:
+            return None
+        looks = self.attack.looks if self.finetuned_kl <= self.limit else self.attack.looks[1:]
+        more = [look for look in looks if look.mu < self.attack.restored.mu and not look.accepted]
+        return max(more, key=lambda look: look.mu, default=None)
+
+    def is_at_limit(self, mu: float) -> bool:
+        """Say whether safety KL is what a price could not be lowered for.
+
+        Args:
+            mu: the price, one of those measured.
+        """
+        for probe in self.probes[1:]:
+            doubt = probe.margin or 0.0 if self.confidence is not None else 0.0
+            is_above = probe.mu < mu and probe.safety_kl + doubt > self.limit
+            if is_above or (probe.mu == mu and probe.safety_kl + doubt >= AT_LIMIT * self.limit):
+                return True
+        return False
 
 
 class Refinement(Record):
@@ -331,6 +339,17 @@ class RestoreReport(Record):
     peak_memory_bytes: Count | None
     warnings: tuple[str, ...] = ()
     rare_experts: tuple[RareExpert, ...] = ()
+
+    @property
+    def stopped_by(self) -> StoppedBy:
+        """What kept the dial from keeping more; `nothing` where there was no more, or a strength decided."""
+        dial = self.dial
+        if dial is None or dial.whole:
+            return "nothing"
+        if dial.rejected is not None:
+            # Harmless requests are asked where the harmful ones have accepted.
+            return "false refusals" if dial.rejected.false_refusals else "attack success"
+        return "safety KL" if self.mu is not None and dial.is_at_limit(self.mu) else "nothing"
 
 
 class DialPlan(Record):
