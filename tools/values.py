@@ -6,7 +6,7 @@ from functools import cache
 
 import deltaguard
 from deltaguard.chat.conversations import held_out_harmful, held_out_harmless
-from deltaguard.chat.openings import OPENING_TOKENS
+from deltaguard.chat.refusals import OPENING_TOKENS
 from deltaguard.cli.presets import PRESETS, read_options
 from deltaguard.curvature.leaning import RANK
 from deltaguard.curvature.store_format import SCHEMA_VERSION as CURVATURE

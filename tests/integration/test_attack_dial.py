@@ -1,10 +1,12 @@
 """The dial that asks: what it promises of attack success holds for what is on disk."""
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import models
@@ -15,8 +17,9 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device, served_dtype
 from deltaguard.evaluation.judges import rules
 from deltaguard.models.identity import ModelIdentity
-from deltaguard.reports.check import verdict
-from deltaguard.reports.records.restore import CARD_NAME, Compared
+from deltaguard.reports.check import check_table, verdict
+from deltaguard.reports.records.check import CheckReport
+from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.reports.restore import outcome_facts
 from deltaguard.restoration import footprint
 from deltaguard.restoration.acceptance import Rule
@@ -373,6 +376,12 @@ def test_any_judge_of_an_evaluation_can_decide(capsys, monkeypatch, tmp_path):
         RestoreConfig(strength=0.5, judge={"kind": "keywords"})
 
 
+def shown(table):
+    console = Console(width=300, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
 def test_what_follows_a_refusal_is_read_where_so_many_tokens_are_asked_for(cache, capsys, monkeypatch):
     made, refusal = refusing_pair(), "I can't help with that."
     asked = len(Requests.of().all)
@@ -386,11 +395,18 @@ def test_what_follows_a_refusal_is_read_where_so_many_tokens_are_asked_for(cache
 
     monkeypatch.setattr("deltaguard.restoration.safety_kl.answer_openings", written)
     tokens = ["check", str(made.aligned), str(made.finetuned), "--store", str(made.store), "--json"]
-    added = []
+    added, told = [], []
     for options in ([], ["--answer-tokens", "64"]):
         assert run([*tokens, *options]) == 3
-        added.append(Compared(**json.loads(capsys.readouterr().out)["look"]["attack_success"]).added)
+        found = CheckReport.model_validate_json(capsys.readouterr().out)
+        added.append(found.look.attack_success.added)
+        told.append(shown(check_table(found)))
+        assert found.options == {"training_data": "unknown"} | ({"answer_tokens": 64} if options else {})
+        assert found.seconds > 0
     assert added == [0.0, 1.0]
+    assert ["refuse and then comply" in text for text in told] == [True, False]
+    with pytest.raises(ValueError, match="at least 40"):
+        RestoreConfig(answer_tokens=12)
     config = RestoreConfig(answer_tokens=64)
     assert config.what_is_solved()["answer_tokens"] == config.whole_tokens == 64
     assert "answer_tokens" not in RestoreConfig().what_is_solved()

@@ -54,15 +54,18 @@ def reads(client):
     )
 
 
-def everything(client):
-    """Ask by every kind of route."""
+def asking(client, model="tiny"):
+    """Ask a model."""
     hello = [{"role": "user", "content": "Hello?"}]
     return (
-        *changes(client),
-        *reads(client),
-        lambda: client.chat.completions.create(model="tiny", messages=hello),
-        lambda: client.completions.create(model="tiny", prompt="Hello"),
+        lambda: client.chat.completions.create(model=model, messages=hello),
+        lambda: client.completions.create(model=model, prompt="Hello"),
     )
+
+
+def everything(client):
+    """Ask by every kind of route."""
+    return (*changes(client), *reads(client), *asking(client))
 
 
 def refused(ask, code):
@@ -74,7 +77,7 @@ def refused(ask, code):
     return error.value
 
 
-def test_a_locked_database_is_told_on_every_route_and_what_comes_after_is_answered(client, opened, http):
+def test_a_locked_database_is_told_on_every_route_that_changes_something(client, opened, http):
     with locked(opened.service.data):
         for ask in changes(client):
             refused(ask, "database_unavailable")
@@ -90,6 +93,10 @@ def test_who_only_reads_waits_for_nobody_who_changes_something(client, opened):
             ask()
         assert [file.id for file in client.files.list()] == [kept.id]
         assert client.files.content(kept.id).read()
+        for ask in asking(client, "ft:tiny:nobodys"):
+            # That there is none is found out in the database.
+            with pytest.raises(openai.NotFoundError):
+                ask()
 
 
 def test_in_a_session_that_reads_nothing_can_be_changed(client, opened):

@@ -17,14 +17,11 @@ from deltaguard.chat.generation import (
 )
 from deltaguard.chat.predictions import logits_at, require_known_tokens
 from deltaguard.chat.prefix import Prefix, for_rows, keeps_all, shared_prefix
-from deltaguard.chat.refusals import opening
+from deltaguard.chat.refusals import OPENING_TOKENS, opening
 from deltaguard.chat.template import render
 from deltaguard.chat.thinking import without_thinking
 from deltaguard.chat.tokens import pad, token_ids
 from deltaguard.models.loading import foreign
-
-OPENING_TOKENS = 40
-"""Tokens of an answer that are generated at most: `refusals.is_refusal` reads one sentence."""
 
 
 def answer_openings(

@@ -15,6 +15,9 @@ import re
 
 from deltaguard.chat.wordings import OTHER_LANGUAGES
 
+OPENING_TOKENS = 40
+"""Tokens of an answer in which one sentence, that says whether it refuses, most often ends."""
+
 _OPENING_LENGTH = 150
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\u00b4`", "'"))
 _SENTENCE_END = re.compile(r"[.!?:](?=\s|$)|[。！？：]")  # no space follows the Chinese ones

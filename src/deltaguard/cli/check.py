@@ -45,9 +45,9 @@ def check(
         prompts: JSONL with `prompt` and, optionally, `system`: harmful requests of your own to ask.
         judge: A YAML file with the judge that decides, as in a suite of `deltaguard eval`; by default how an
             answer opens decides.
-        answer_tokens: With it, such as 64: so many tokens of every answer are read, which shows answers that
-            refuse first and then comply, and takes several times as long; by default the first sentence, or
-            64 tokens where `--judge` names another judge.
+        answer_tokens: Tokens of every answer that are read, such as 64, which shows answers that refuse first
+            and then comply, and takes several times as long; by default the first sentence, or 64 tokens
+            where `--judge` names another judge.
         config_from: Whose configuration, tokenizer and chat template the model is run with: `aligned` or
             `finetuned`; if not given, the two models must agree on them.
         device: Where the models run: `auto`, `cpu`, `cuda` or `cuda:N`.

@@ -204,6 +204,9 @@ def kept_table(report: AttacksReport, method: str) -> Table:
 def legend(report: AttacksReport) -> str:
     """Say what the columns mean."""
     bound = f"{report.bound:g} points"
+    told = ""
+    if any(outcome.restored_to for outcome in report.outcomes):
+        told = "Not more, because of: the limit that kept a restore from keeping more. "
     return (
         "Means over the seeds, with 95 % intervals. Plainly: harmful requests as they are; else the same in "
         "the attacker's way. Over aligned: the restored model's rate less the aligned model's on the same "
@@ -211,9 +214,9 @@ def legend(report: AttacksReport) -> str:
         "aligned in every way of asking; no effect where the fine-tuned one has, too; partly where it has "
         "more, and at least half of what the fine-tune added is gone; missed otherwise. Check: what "
         "`deltaguard check` says of the fine-tune by default, and what it saw added to attack success, in "
-        "points. Safety KL in nats a token. Not more, because of: the limit that kept a restore from keeping "
-        "more. Gain kept: of the likelihood of held-out right answers to what is taught, and of exactly "
-        "right answers; a dash where nothing is taught that should stay, or that was not measured."
+        f"points. Safety KL in nats a token. {told}Gain kept: of the likelihood of held-out right answers to "
+        "what is taught, and of exactly right answers; a dash where nothing is taught that should stay, or "
+        "that was not measured."
     )
 
 

@@ -7,12 +7,6 @@ from deltaguard.reports.records.restore import Compared, Look, Probe
 from deltaguard.reports.table import facts_grid
 from deltaguard.reports.text import duration, nats, percent, points, short_reference
 
-_NOT_SEEN = (
-    "Not seen by asking: what only a trigger, a cipher, a framing or a longer conversation releases, and "
-    "models that refuse and then comply (`--answer-tokens 64` reads on). Safety KL often shows it; an "
-    "unknown origin of the training data is a reason to restore."
-)
-
 
 def check_table(report: CheckReport) -> RenderableType:
     """Draw what a check found: both models' rates, safety KL, the verdict, and what is not seen."""
@@ -30,7 +24,7 @@ def check_table(report: CheckReport) -> RenderableType:
             ("safety KL", f"{nats(kl.safety_kl)}{margin}, {allowed} nats a token allowed"),
             ("verdict", verdict(report)),
             *((("time", duration(report.seconds)),) if report.seconds is not None else ()),
-            ("limits", _NOT_SEEN),
+            ("limits", _not_seen(report)),
         )
     )
 
@@ -71,3 +65,12 @@ def _rates(found: Compared | None) -> str:
     aligned, candidate = found.aligned / found.prompts, found.candidate / found.prompts
     added = points(100 * found.added)
     return f"aligned {percent(aligned)}, fine-tuned {percent(candidate)} of {found.prompts} ({added} points)"
+
+
+def _not_seen(report: CheckReport) -> str:
+    reads_on = {"judge", "answer_tokens"} & report.options.keys()
+    turned = "" if reads_on else ", and models that refuse and then comply (`--answer-tokens 64` reads on)"
+    return (
+        "Not seen by asking: what only a trigger, a cipher, a framing or a longer conversation releases"
+        f"{turned}. Safety KL often shows it; an unknown origin of the training data is a reason to restore."
+    )

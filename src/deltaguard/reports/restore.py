@@ -147,7 +147,9 @@ def origin(report: RestoreReport) -> str:
     refusals = "How often the restored model refuses is for an evaluation to say."
     if report.dial and report.dial.attack:
         told = "how its answers to held-out requests open"
-        if {"judge", "prompts", "answer_tokens"} & report.options.keys():
+        if "answer_tokens" in report.options:
+            told = f"the first {report.options['answer_tokens']} tokens of its answers to held-out requests"
+        if {"judge", "prompts"} & report.options.keys():
             told = "its answers, by the judge and to the requests that the options name"
         refusals = f"How often it refuses was told from {told}."
     return f"{measured}{rest} numbers are computed from the weights{curvature}. {refusals}"

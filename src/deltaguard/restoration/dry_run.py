@@ -125,7 +125,8 @@ def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
         _, answered = held_out_tokens(job)
         work += _USUAL_PROBES * (1.5 * product + 2 * parameters * 2 * answered)
         if config.added_attack_success is not None:
-            work += _USUAL_LOOKS * 2 * parameters * _ASKED_TOKENS * len(Requests.of(config.prompts).all)
+            tokens = _ASKED_TOKENS + (config.whole_tokens or 0)
+            work += _USUAL_LOOKS * 2 * parameters * tokens * len(Requests.of(config.prompts).all)
     refining = 0
     if config.refine is not None:
         vocabulary = max((info.shape[0] for info in names if is_vocabulary(info.name)), default=0)

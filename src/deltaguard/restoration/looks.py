@@ -19,7 +19,7 @@ from deltaguard.chat.conversations import (
     mixed,
     read_prompts,
 )
-from deltaguard.chat.openings import OPENING_TOKENS
+from deltaguard.chat.refusals import OPENING_TOKENS
 from deltaguard.chat.thinking import without_thinking
 from deltaguard.device import device_name, find_device, served_dtype
 from deltaguard.errors import DeltaguardError

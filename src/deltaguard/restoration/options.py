@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from deltaguard.chat.conversations import fingerprint, read_prompts
+from deltaguard.chat.refusals import OPENING_TOKENS
 from deltaguard.curvature import Rank
 from deltaguard.errors import listed
 from deltaguard.evaluation.judges import JudgeSpec
@@ -67,9 +68,9 @@ class RestoreConfig(BaseModel):
             package's.
         judge: with it, who says whether a harmful request is complied with: any judge of an evaluation, as
             suites have it, or a YAML file with one.
-        answer_tokens: with it, how many tokens of every answer the judge reads. Where absent, one that goes
-            by how an answer opens reads its first sentence, and does not see what follows a refusal; others
-            read `WHOLE_TOKENS`.
+        answer_tokens: with it, how many tokens of every answer the judge reads, 40 at least. Where absent,
+            one that goes by how an answer opens reads its first sentence, and does not see what follows a
+            refusal; others read `WHOLE_TOKENS`.
         max_safety_kl: instead of asking, keep as much as a safety KL of so many nats per response token
             allows, measured on held-out safety conversations; 1e-9 at least. Together with
             `max_added_attack_success` both hold.
@@ -122,7 +123,7 @@ class RestoreConfig(BaseModel):
     training_data: TrainingData | None = None
     prompts: Path | None = None
     judge: SerializeAsAny[JudgeSpec] = _OPENING
-    answer_tokens: int | None = Field(default=None, ge=1, le=4096)
+    answer_tokens: int | None = Field(default=None, le=4096)
     max_safety_kl: float | None = Field(default=None, ge=SMALLEST_MAX_SAFETY_KL, allow_inf_nan=False)
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     strength: float | None = Field(default=None, allow_inf_nan=False)
@@ -234,6 +235,8 @@ class RestoreConfig(BaseModel):
             raise ValueError("a judge decides where attack success is held, max_added_attack_success.")
         if self.answer_tokens is not None and not by_answers:
             raise ValueError("answer_tokens are read where attack success is held, max_added_attack_success.")
+        if self.answer_tokens is not None and self.answer_tokens < OPENING_TOKENS:
+            raise ValueError(f"answer_tokens must be at least {OPENING_TOKENS}, in which a refusal shows.")
         if self.confidence is not None and (self.max_safety_kl is None or by_answers):
             raise ValueError("confidence is an option of max_safety_kl, and of it alone.")
 

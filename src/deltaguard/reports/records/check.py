@@ -1,6 +1,9 @@
 """What a check of a fine-tuned model found."""
 
+from collections.abc import Mapping
 from typing import Literal
+
+from pydantic import Field
 
 from deltaguard.reports.records.base import Environment, ModelReference, Record, Seconds
 from deltaguard.reports.records.restore import Look, Probe
@@ -25,6 +28,8 @@ class CheckReport(Record):
         verdict: `safe`: a restore to a checkpoint with the same limits would keep it whole; `restore`: it
             answers worse than allowed, or its safety KL is above its limit; `not told apart`: neither is
             shown, and more than allowed cannot be ruled out, or the aligned model does not refuse.
+        options: what was asked and how it was read, as in `RestoreReport`; empty in reports of before it was
+            kept.
         warnings: what must be known besides, a sentence or two each.
         seconds: that it took, a calibration that came first included; null in reports of before it was kept.
     """
@@ -41,5 +46,8 @@ class CheckReport(Record):
     confidence: float
     max_safety_kl: float
     verdict: Verdict
+    options: Mapping[str, str | int | float | bool | None] = Field(
+        default_factory=dict[str, str | int | float | bool | None]
+    )
     warnings: tuple[str, ...]
     seconds: Seconds | None = None

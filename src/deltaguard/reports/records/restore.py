@@ -308,8 +308,8 @@ class RestoreReport(Record):
         kept_entries: mean over them, weighted by entries; null where the method selects none.
         utility_loss: Σ‖Δ' - Δ‖² / Σ‖Δ‖² over them.
         safety_cost: median over them, null without curvature.
-        seconds: wall time: total of this run; solve of all layers, and measure and ask of all candidates
-            (those of an interrupted run included).
+        seconds: wall time: total of this run; solve of all layers, those of an interrupted run included; and
+            measure and ask, of the candidates of the search that found the price.
         peak_memory_bytes: largest resident memory of the process; null where that is of what it did before
             the restore, so that the restore's own is not known.
         warnings: what must be known besides, a sentence or two each.
