@@ -73,6 +73,24 @@ def test_what_was_cut_off_is_not_kept(contents, tmp_path):
     assert not list((tmp_path / "job").glob("*"))
 
 
+def test_a_place_is_one_services(url, settings, tmp_path):
+    first, other = (open_contents(tmp_path, url) for _ in range(2))
+    if url is None:
+        first.require_owner("service-1")
+        return
+    with pytest.raises(DeltaguardError, match="start this one with it first"):
+        first.require_owner("service-1")
+    first.require_owner("service-1", claims=True)
+    first.put("file-1", io.BytesIO(b"content"))
+    first.require_owner("service-1")
+    assert [each.name for each in first.all()] == ["file-1"]
+    for claims in (False, True):
+        with pytest.raises(DeltaguardError, match="another service's"):
+            other.require_owner("service-2", claims=claims)
+    with pytest.raises(DeltaguardError, match="another service's"):
+        open_service(tmp_path / "data", settings)
+
+
 def test_a_store_that_is_not_known_is_told(tmp_path):
     with pytest.raises(DeltaguardError, match="files_url"):
         open_contents(tmp_path, "nonsense://bucket")

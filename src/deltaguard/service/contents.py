@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -14,6 +15,8 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.models.durable import explained, flush_folder
 
 _PART = 1 << 20
+_OWNER = "deltaguard-service"
+"""What an object store keeps the id of the service under, whose contents it has."""
 
 
 class UnavailableError(DeltaguardError):
@@ -80,6 +83,19 @@ class Contents(Protocol):
         """List what is kept, unfinished uploads included."""
         ...
 
+    def require_owner(self, service: str, *, claims: bool = False) -> None:
+        """Refuse a place whose contents are another service's.
+
+        Args:
+            service: the id of this one.
+            claims: whether a place that is nobody's becomes this one's.
+
+        Raises:
+            UnavailableError: an object store does not answer.
+            DeltaguardError: the place is another service's; or nobody's, and is not claimed.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class FolderContents:
@@ -123,6 +139,9 @@ class FolderContents:
     def remove(self, name: str) -> None:
         """Remove a content, unless it is gone."""
         (self.folder / name).unlink(missing_ok=True)
+
+    def require_owner(self, service: str, *, claims: bool = False) -> None:
+        """Do nothing: the folder is in the service's own."""
 
     def all(self) -> Iterator[Content]:
         """List what is kept, unfinished uploads included."""
@@ -195,6 +214,24 @@ class RemoteContents:
             if self.system.exists(self._path(name)):
                 self.system.rm_file(self._path(name))
 
+    def require_owner(self, service: str, *, claims: bool = False) -> None:
+        """Refuse a place whose contents are another service's: to this one they would be garbage."""
+        try:
+            owner = b"".join(self.parts(_OWNER)).decode()
+        except FileNotFoundError:
+            if not claims:
+                raise DeltaguardError(
+                    f"No service has said that {self.root} is its own, which `deltaguard serve` does when it "
+                    "starts: start this one with it first."
+                ) from None
+            self.put(_OWNER, BytesIO(service.encode()))
+            return
+        if owner != service:
+            raise DeltaguardError(
+                f"{self.root} is another service's, and cleaning up would remove its files: give each a "
+                f"prefix of its own in `files_url`. If this service takes its place, remove {_OWNER} there."
+            )
+
     def all(self) -> Iterator[Content]:
         """List what is kept."""
         with self._answers():
@@ -208,7 +245,7 @@ class RemoteContents:
             found = self.system.ls(self.root, detail=True)
         except FileNotFoundError:
             return []  # Before the first upload.
-        return [each for each in found if each["type"] == "file"]
+        return [each for each in found if each["type"] == "file" and not each["name"].endswith(f"/{_OWNER}")]
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"

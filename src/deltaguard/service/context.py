@@ -18,6 +18,9 @@ from deltaguard.service.settings import Settings
 from deltaguard.service.tables import now
 from deltaguard.service.tasks import FILES
 
+SERVICE_ID = "service.id"
+"""The file in a service's folder that tells it from others."""
+
 _MINUTE = 60.0
 
 
@@ -41,6 +44,12 @@ class Service:
     opened_at: int = field(default_factory=now)
     asked: dict[str, deque[float]] = field(default_factory=dict[str, deque[float]])
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def id(self) -> str:
+        """What tells it from other services; empty where it has not started since there are such ids."""
+        file = self.data / SERVICE_ID
+        return file.read_text(encoding="utf-8") if file.exists() else ""
 
     def job(self, job_id: str) -> Path:
         """Name the folder in which a job works."""

@@ -50,9 +50,10 @@ def find_leftovers(service: Service, *, days: int) -> list[Leftover]:
         days: for so long the folder of a job that has ended is kept, with its logs.
 
     Raises:
-        DeltaguardError: the database has no key. It is another one than that of the service which works in
-            this folder, and to it everything would be garbage.
+        DeltaguardError: the database has no key, or `files_url` is not this service's. They are others than
+            those of the service which works in this folder, and everything would be garbage.
     """
+    service.contents.require_owner(service.id)
     # Before the database is read: what is made meanwhile is not among them.
     jobs_there, models_there = _made_by_jobs(service.data / "jobs"), _made_by_jobs(service.data / "models")
     contents = list(service.contents.all())

@@ -20,13 +20,13 @@ from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.guards import GuardSpec
 from deltaguard.files import problems
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.durable import explained, lock_folder
+from deltaguard.models.durable import explained, lock_folder, write_atomically
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_tokenizer
 from deltaguard.service.app import make_app
-from deltaguard.service.contents import open_contents
-from deltaguard.service.context import Service
-from deltaguard.service.database import database_url, open_database
+from deltaguard.service.contents import UnavailableError, open_contents
+from deltaguard.service.context import SERVICE_ID, Service
+from deltaguard.service.database import database_url, new_id, open_database
 from deltaguard.service.executors.executor import Executor
 from deltaguard.service.executors.local import LocalExecutor, visible_gpus
 from deltaguard.service.executors.reach import check_reach
@@ -100,15 +100,22 @@ def open_service(data: Path, settings: Settings) -> Opened:
     """Open the database of a data folder, which is made where there is none.
 
     Raises:
-        DeltaguardError: the folder cannot be written, or its database is of a later release.
+        DeltaguardError: the folder cannot be written, its database is of a later release, or `files_url` is
+            another service's.
     """
     with explained(data):
         for name in _FOLDERS:
             (data / name).mkdir(parents=True, exist_ok=True)
         _close(data)
+        if not (data / SERVICE_ID).exists():
+            write_atomically(data / SERVICE_ID, new_id("service"))
     url = database_url(data, settings.database_url)
     contents = open_contents(data, settings.files_url)
     service, first = Service(data, settings, open_database(url, may_migrate=True), contents), None
+    try:
+        contents.require_owner(service.id, claims=True)
+    except UnavailableError as error:
+        _LOGGER.warning("Whose the place of `files_url` is was not found out: %s", error)
     with service.sessions.begin() as session:
         if session.scalar(select(Key.number).limit(1)) is None:
             # Whoever starts a service is its operator.
