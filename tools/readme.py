@@ -131,7 +131,6 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "framings-table": ("framings.json", framings_table),
     "positions-table": ("positions.json", positions_table),
     "attacks-table": ("attacks.json", attacks_table),
-    "attacks-framed-table": ("attacks-framed.json", attacks_table),
     "attacks-hidden-table": ("attacks-hidden.json", attacks_table),
     "unseen-framed-table": ("unseen-framed.json", attacks_table),
     "unseen-table": ("unseen.json", attacks_table),
