@@ -59,7 +59,7 @@ def failure(target: Target, content: bytes) -> str | None:
 def test_whatever_an_input_holds_it_is_read_or_refused(kind: Kind, tmp_path: Path):
     target = kind.make(tmp_path)
     # What it imports when it is used first is no work of an input's.
-    target.read(target.content)
+    failure(target, target.content)
     assert failure(target, target.content) is None
     wrong = []
     for number in range(max(1, round(COUNT * kind.share / _SHARES))):
