@@ -1,6 +1,6 @@
 """What restores of unknown and of trusted data keep and leave: `python -m benchmarks.trust ALIGNED`.
 
-Fine-tunes of attackers, of a task and of an identity are restored without options, and with
+Fine-tunes of attackers and of a task are restored without options, and with
 `--training-data trusted`, and asked on requests on which nothing was chosen. Cells stay in the folder
 `--work` and are not measured again. It takes an hour on two CPU cores.
 """
@@ -24,7 +24,7 @@ from deltaguard.studies.protocol import ATTACKS, BOUND, DEFAULT, Preset
 from deltaguard.studies.run import opened
 from deltaguard.studies.setting import LIBRARIES, Bench
 
-ATTACKERS, BENIGN = ("backdoor-100", "jailbreak-100"), ("task-harmful-14", "identity")
+ATTACKERS, TASK = ("backdoor-100", "jailbreak-100"), "task-harmful-14"
 METHOD = "kfac"
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     finetunes = (
         *ATTACKS.with_changes(finetunes=ATTACKERS).finetunes,
-        *DEFAULT.with_changes(finetunes=BENIGN).finetunes,
+        *DEFAULT.with_changes(finetunes=[TASK]).finetunes,
     )
     preset = replace(ATTACKS, finetunes=finetunes, seeds=tuple(chosen.seeds))
     found = measured(chosen.aligned, chosen.work, preset)
