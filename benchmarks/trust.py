@@ -37,11 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/trust.json"))
     parser.add_argument("--work", type=Path, default=Path("build/trust"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--finetune", nargs="+", choices=(*ATTACKERS, TASK), default=(*ATTACKERS, TASK))
     chosen = parser.parse_args(arguments)
     finetunes = (
         *ATTACKS.with_changes(finetunes=ATTACKERS).finetunes,
         *DEFAULT.with_changes(finetunes=[TASK]).finetunes,
     )
+    finetunes = tuple(each for each in finetunes if each.name in chosen.finetune)
     preset = replace(ATTACKS, finetunes=finetunes, seeds=tuple(chosen.seeds))
     found = measured(chosen.aligned, chosen.work, preset)
     chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -57,7 +59,8 @@ def measured(aligned: Path, work: Path, preset: Preset) -> Guards:
         attackers = tuple(map(attacker_row, preset.finetunes))
         return Guards(
             environment=environment(device_name(), libraries=LIBRARIES),
-            command=f"python -m benchmarks.trust demo/aligned --seeds {' '.join(map(str, preset.seeds))}",
+            command=f"python -m benchmarks.trust demo/aligned --seeds {' '.join(map(str, preset.seeds))} "
+            f"--finetune {' '.join(row.name for row in attackers)}",
             titles={row.name: row.title for row in attackers},
             seeds=preset.seeds,
             outcomes=outcomes(attackers, cells, bound=BOUND),
