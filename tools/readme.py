@@ -24,7 +24,7 @@ from tools.benchmark import benchmark_table
 from tools.end_to_end import end_to_end_table
 from tools.experiments import experiments_table
 from tools.framings import framings_table
-from tools.guard import guard_table
+from tools.guard import guard_table, trust_table
 from tools.look_alikes import look_alikes_table
 from tools.paper import paper_table
 from tools.picture import demo_picture
@@ -128,13 +128,12 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "asking-table": ("asking.json", asking_table),
     "level-table": ("level.json", asking_table),
     "guard-table": ("guard.json", guard_table),
+    "trust-table": ("trust.json", trust_table),
     "framings-table": ("framings.json", framings_table),
     "positions-table": ("positions.json", positions_table),
     "attacks-table": ("attacks.json", attacks_table),
     "attacks-hidden-table": ("attacks-hidden.json", attacks_table),
-    "unseen-framed-table": ("unseen-framed.json", attacks_table),
     "unseen-table": ("unseen.json", attacks_table),
-    "unseen-harmful-table": ("unseen-harmful.json", attacks_table),
     "defaults-table": ("defaults.json", attacks_table),
     "identity-table": ("identity.json", attacks_table),
     "tasks-table": ("tasks.json", attacks_table),
