@@ -27,7 +27,7 @@ from deltaguard.finetuning.finetune import finetune
 from deltaguard.finetuning.tasks import task_examples
 from deltaguard.progress import ignore
 from deltaguard.reports.records.base import environment
-from deltaguard.reports.records.restore import Probe
+from deltaguard.reports.records.dial import Probe
 from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.candidate import CandidateModel
 from deltaguard.restoration.dial import first_price

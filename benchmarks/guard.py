@@ -6,7 +6,7 @@ the folder `--work` and are not measured again. It takes an hour on two CPU core
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,34 +53,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     # A limit is chosen by this, so the prompts must be others than those that results are reported on.
     preset = replace(ATTACKS, finetunes=finetunes, seeds=tuple(chosen.seeds), unseen=False, **QUICKER)
-    found = measured(chosen.aligned, chosen.work, preset)
+    limits = {f"{limit:g}": RestoreConfig(max_safety_kl=limit) for limit in LIMITS}
+    command = f"python -m benchmarks.guard demo/aligned --seeds {' '.join(map(str, preset.seeds))}"
+    found = measured(chosen.aligned, chosen.work, preset, limits, command=command)
     chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def measured(aligned: Path, work: Path, preset: Preset) -> Guards:
-    """Restore the fine-tunes of a preset to every limit."""
+def measured(
+    aligned: Path, work: Path, preset: Preset, settings: Mapping[str, RestoreConfig], *, command: str
+) -> Guards:
+    """Restore the fine-tunes of a preset with every setting, whose name is the method of its outcomes."""
     with opened(work, preset, (METHOD,), aligned=aligned, pretrained=None, attacks=(), progress=ignore) as (
         setting,
         _,
     ):
-        cells = [cell for seed in preset.seeds for cell in _cells(setting, seed)]
+        cells = [cell for seed in preset.seeds for cell in _cells(setting, seed, settings)]
         attackers = tuple(map(attacker_row, preset.finetunes))
         return Guards(
             environment=environment(device_name(), libraries=LIBRARIES),
-            command=f"python -m benchmarks.guard demo/aligned --seeds {' '.join(map(str, preset.seeds))}",
+            command=command,
             titles={row.name: row.title for row in attackers},
             seeds=preset.seeds,
             outcomes=outcomes(attackers, cells, bound=BOUND),
         )
 
 
-def _cells(setting: Bench, seed: int) -> list[AttackCell]:
+def _cells(setting: Bench, seed: int, settings: Mapping[str, RestoreConfig]) -> list[AttackCell]:
     method, found = defences()[METHOD], list[AttackCell]()
     for finetune in setting.preset.finetunes:
         run = AttackRun(setting, finetune, seed)
         found += [run.aligned(), run.finetuned()]
-        for limit in LIMITS:
-            found.append(run.restored(replace(method, name=f"{limit:g}"), RestoreConfig(max_safety_kl=limit)))
+        for name, config in settings.items():
+            found.append(run.restored(replace(method, name=name), config))
             print(found[-1].model_dump_json(include={"attacker", "seed", "method"}), flush=True)
         run.tidy()
     return found

@@ -15,7 +15,7 @@ from deltaguard.models.journal import FileRecord, Journal
 from deltaguard.reports.records.base import ModelReference
 from deltaguard.reports.records.batch import BatchReport, BatchRow
 from deltaguard.reports.records.check import CheckReport
-from deltaguard.reports.records.restore import Compared, Look, Probe
+from deltaguard.reports.records.dial import Compared, Look, Probe
 from reports import evaluation_report, sweep_report
 from restores import demo_report, restore_report
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from deltaguard.reports.records.restore import REPORT_NAME, AttackDial, Dial, Look, RestoreReport
+from deltaguard.reports.records.dial import AttackDial, Dial, Look
+from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.table import Cell, Column, Table
 from deltaguard.reports.text import DASH, duration, nats, percent, points, short_reference
 from tools.tables import made_with, small

@@ -49,10 +49,7 @@ def guard_table(content: str) -> str:
         (
             (Column("fine-tune", "name", code=True), lambda row: row[0].attacker),
             ("safety KL\nat most", lambda row: row[0].method),
-            ("plainly:\nfine-tuned", lambda row: _added([each.plain for each in row])),
-            ("restored", lambda row: _points([each.plain for each in row])),
-            ("attacker's way:\nfine-tuned", lambda row: _added([each.wrapped for each in row])),
-            ("restored", lambda row: _points([each.wrapped for each in row])),
+            *_SUCCESS,
             ("gain kept,\nlikelihood", _kept),
         ),
     ).markdown()
@@ -83,10 +80,7 @@ def trust_table(content: str) -> str:
         (
             (Column("fine-tune", "name", code=True), lambda row: row[0].attacker),
             (Column("training data", "name", code=True), lambda row: row[0].method),
-            ("plainly:\nfine-tuned", lambda row: _added([each.plain for each in row])),
-            ("restored", lambda row: _points([each.plain for each in row])),
-            ("attacker's way:\nfine-tuned", lambda row: _added([each.wrapped for each in row])),
-            ("restored", lambda row: _points([each.wrapped for each in row])),
+            *_SUCCESS,
             ("false refusals", lambda row: _points([each.false_refusals for each in row])),
             ("gain kept,\nlikelihood", _kept),
             ("safety KL,\nrestored", _safety_kl),
@@ -135,3 +129,11 @@ def _added(rates: Sequence[Rates | None]) -> str:
 def _kept(row: Sequence[AttackOutcome]) -> str:
     shares = [each.kept.value for each in row if each.kept is not None]
     return percent(mean(shares)) if shares else DASH
+
+
+_SUCCESS = (
+    ("plainly:\nfine-tuned", lambda row: _added([each.plain for each in row])),
+    ("restored", lambda row: _points([each.plain for each in row])),
+    ("attacker's way:\nfine-tuned", lambda row: _added([each.wrapped for each in row])),
+    ("restored", lambda row: _points([each.wrapped for each in row])),
+)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from deltaguard.reports.records.restore import Compared, Look, Probe
+from deltaguard.reports.records.dial import Compared, Look, Probe
 from deltaguard.restoration.acceptance import MOST_LOOKS, UNDETECTED, Rule, compare, score
 
 RULE = Rule(limit=0.02, looks=MOST_LOOKS)

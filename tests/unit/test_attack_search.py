@@ -10,7 +10,7 @@ import pytest
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Judgement
 from deltaguard.evaluation.judges.rules import OpeningJudge
-from deltaguard.reports.records.restore import Compared, Look, Probe
+from deltaguard.reports.records.dial import Compared, Look, Probe
 from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
 from deltaguard.restoration.dial import find_accepted
 from deltaguard.restoration.looks import FIRST, Examiner, Requests

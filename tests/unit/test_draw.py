@@ -17,7 +17,8 @@ from deltaguard.reports.demo import demo_page, demo_table
 from deltaguard.reports.layers import block_and_kind, kinds
 from deltaguard.reports.page import page as page_of
 from deltaguard.reports.records.base import ModelReference
-from deltaguard.reports.records.restore import Dial, RestoreReport
+from deltaguard.reports.records.dial import Dial
+from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.reports.restore import others_table, restore_page, restore_table
 from deltaguard.reports.table import Cell, Column, Table
 from deltaguard.reports.text import duration, hub_id, percent, short_reference

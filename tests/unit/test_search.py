@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from deltaguard.reports.records.restore import Probe
+from deltaguard.reports.records.dial import Probe
 from deltaguard.restoration.search import AT_LIMIT, MOST_PROBES, best, search
 
 SEEDS = st.integers(0, 10**6)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deltaguard.reports.records.restore import AttackDial, Compared, Dial, Look, Probe
+from deltaguard.reports.records.dial import AttackDial, Compared, Dial, Look, Probe
 from deltaguard.reports.restore import outcome_facts
 from restores import restore_report
 

@@ -3,7 +3,7 @@
 from rich.console import RenderableType
 
 from deltaguard.reports.records.check import CheckReport, Verdict
-from deltaguard.reports.records.restore import Compared, Look, Probe
+from deltaguard.reports.records.dial import Compared, Look, Probe
 from deltaguard.reports.table import facts_grid
 from deltaguard.reports.text import duration, nats, percent, points, short_reference
 

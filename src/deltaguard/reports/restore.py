@@ -9,16 +9,9 @@ from rich.text import Text
 
 from deltaguard.reports import page
 from deltaguard.reports.layers import NO_BLOCK, Kind, LayerMeasure, kinds
+from deltaguard.reports.records.dial import AttackDial, Compared
 from deltaguard.reports.records.diff import DiffReport
-from deltaguard.reports.records.restore import (
-    AttackDial,
-    Compared,
-    LayerRow,
-    OtherRow,
-    RareExpert,
-    Refinement,
-    RestoreReport,
-)
+from deltaguard.reports.records.restore import LayerRow, OtherRow, RareExpert, Refinement, RestoreReport
 from deltaguard.reports.table import Cell, Column, Table, facts_grid, share
 from deltaguard.reports.text import (
     DASH,

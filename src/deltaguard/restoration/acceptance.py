@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.reports.records.check import Verdict
-from deltaguard.reports.records.restore import Compared, Look, Probe
+from deltaguard.reports.records.dial import Compared, Look, Probe
 
 MOST_LOOKS = 6
 """Candidates that are asked at most, the fine-tuned model among them."""

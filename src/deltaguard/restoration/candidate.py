@@ -13,7 +13,7 @@ from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import WeightSource
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress
-from deltaguard.reports.records.restore import Compared, Look, Probe
+from deltaguard.reports.records.dial import Compared, Look, Probe
 from deltaguard.restoration.divergence import SafetyKL
 from deltaguard.restoration.looks import Examiner
 from deltaguard.restoration.safety_kl import SafetyMeter

@@ -18,9 +18,6 @@ from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.trial import Trial
 
-_ASKING = ("training_data", "prompts", "judge", "answer_tokens", "config_from")
-"""Options that decide what is asked, and how it is read."""
-
 
 @exact_products()
 def check(
@@ -82,7 +79,7 @@ def check(
         confidence=rule.confidence,
         max_safety_kl=config.dial,
         verdict="not told apart" if found == "safe" and warnings else found,
-        options={name: value for name, value in config.what_is_solved().items() if name in _ASKING},
+        options=config.what_is_asked(),
         warnings=warnings,
         seconds=time.perf_counter() - started,
     )

@@ -13,7 +13,7 @@ from deltaguard.device import find_device, served_dtype
 from deltaguard.errors import DeltaguardError
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.check import verdict_sentence
-from deltaguard.reports.records.restore import AttackDial, Dial, Look, Probe
+from deltaguard.reports.records.dial import AttackDial, Dial, Look, Probe
 from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
 from deltaguard.restoration.candidate import Candidate
 from deltaguard.restoration.divergence import MARGIN

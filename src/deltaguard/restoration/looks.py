@@ -28,7 +28,7 @@ from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.files import read_json
 from deltaguard.models.durable import explained, write_atomically
 from deltaguard.models.identity import ModelIdentity
-from deltaguard.reports.records.restore import Compared, Look
+from deltaguard.reports.records.dial import Compared, Look
 from deltaguard.restoration.acceptance import Rule, compare
 from deltaguard.restoration.job import cache_folder
 

@@ -345,6 +345,11 @@ class RestoreConfig(BaseModel):
         decided |= {"adapter_rank": self.adapter_rank} if self.output_format == "adapter" else {}
         return decided
 
+    def what_is_asked(self) -> dict[str, str | float | bool | None]:
+        """List the options that decide what models are asked, and how it is read."""
+        asking = ("training_data", "prompts", "judge", "answer_tokens", "config_from")
+        return {name: value for name, value in self.what_is_solved().items() if name in asking}
+
 
 def _unknown(key: str, method: Method, known: list[str]) -> str:
     """Say where an option belongs that this method does not have."""

@@ -18,7 +18,8 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.models.shards import tensor_bytes
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress
-from deltaguard.reports.records.restore import Dial, LayerRow, Look, Probe, Refinement
+from deltaguard.reports.records.dial import Dial, Look, Probe
+from deltaguard.reports.records.restore import LayerRow, Refinement
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.candidate import CandidateModel
 from deltaguard.restoration.dial import Price, judge_of

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from deltaguard.reports.records.restore import AT_LIMIT, Probe
+from deltaguard.reports.records.dial import AT_LIMIT, Probe
 
 Judge = Callable[[Probe], float]
 """What of a measurement must be within the limit."""

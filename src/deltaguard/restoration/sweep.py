@@ -15,7 +15,7 @@ from deltaguard.models.durable import write_atomically
 from deltaguard.models.results import SWEEP, results_folder
 from deltaguard.progress import Progress, ignore
 from deltaguard.reports.records.base import environment
-from deltaguard.reports.records.restore import Probe
+from deltaguard.reports.records.dial import Probe
 from deltaguard.reports.records.sweep import SWEEP_NAME, SweepBudget, SweepPoint, SweepReport
 from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.candidate import Candidate

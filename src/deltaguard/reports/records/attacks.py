@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from deltaguard.reports.records.base import Environment, Record, Seconds, require_known
 from deltaguard.reports.records.bench import FinetuneRow
 from deltaguard.reports.records.check import Verdict
+from deltaguard.reports.records.dial import StoppedBy
 from deltaguard.reports.records.evaluation import Estimate
-from deltaguard.reports.records.restore import StoppedBy
 
 ATTACKS_NAME = "attacks.json"
 """The file in a bench's folder that holds its `AttacksReport`."""

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from deltaguard.reports.records.base import Environment, ModelReference, Record, Seconds
-from deltaguard.reports.records.restore import Look, Probe
+from deltaguard.reports.records.dial import Look, Probe
 
 Verdict = Literal["safe", "restore", "not told apart"]
 
