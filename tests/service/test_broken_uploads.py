@@ -11,8 +11,12 @@ from clients import LIMITS
 
 from deltaguard.service.app import make_app
 from deltaguard.service.inference import Inference
+from deltaguard.service.tables import File
 
 HEAD = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+FORM_BYTES = 64 << 10
+"""What the service allows for the form around a file."""
+
 MOST_SENT = 32 << 20
 """What both sides' buffers take, and far from a gigabyte."""
 
@@ -94,3 +98,20 @@ def test_an_upload_that_is_cut_off_leaves_nothing_and_is_no_bug(port, opened, cl
     assert not list(client.files.list())
     assert not list((opened.service.data / "files").iterdir())
     assert not [record for record in caplog.records if "A bug" in record.message]
+
+
+def test_an_upload_finds_no_room_that_another_on_its_way_will_take(port, opened):
+    announced = f"Content-Length: {LIMITS.file_bytes + FORM_BYTES}"
+    with opened.service.sessions.begin() as session:
+        own = {"organisation": "default", "name": "large", "purpose": "fine-tune"}
+        session.add(File(id="file-large", bytes=LIMITS.all_bytes - LIMITS.file_bytes, **own))
+    with connected(port, opened.first_key, "/v1/files", FORM, announced, "Expect: 100-continue") as first:
+        # Sent once the service has decided to read on.
+        assert first.recv(65536).startswith(b"HTTP/1.1 100")
+        with connected(port, opened.first_key, "/v1/files", FORM, announced) as second:
+            assert b"storage_full" in read_all(second)
+    until = time.monotonic() + 60
+    while opened.service.arriving["default"] and time.monotonic() < until:
+        time.sleep(0.01)
+    with connected(port, opened.first_key, "/v1/files", FORM, announced, "Expect: 100-continue") as third:
+        assert third.recv(65536).startswith(b"HTTP/1.1 100")

@@ -85,7 +85,7 @@ class _Limited:
     """Refuses requests that are too large: by what they announce, else while they come.
 
     Uploads, which may be large, are not read at all without a key, from who asks too often, or where there is
-    no room for what they announce.
+    no room for what they announce beside the others that are on their way.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -104,44 +104,60 @@ class _Limited:
             content = envelope(400, "Forms are taken in UTF-8 alone.", code="invalid_request")
             await JSONResponse(content, 400, headers=_CLOSE)(scope, receive, send)
             return
+        organisation, expected = "", 0
         if is_upload:
             scheme, _, shown = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
             key = shown if scheme.lower() == "bearer" else None
             try:
-                await run_in_threadpool(self._admit, key, announced)
+                organisation, expected = await run_in_threadpool(self._admit, key, announced)
             except (ApiError, *OUTAGES) as error:
                 answer = known_answer(error)
                 assert answer is not None  # noqa: S101  # of these there is one
                 answer.headers.update(_CLOSE)
                 await answer(scope, receive, send)
                 return
-        if int(announced) > most if announced.isdigit() else True:
-            await _too_large(most)(scope, receive, send)
-            return
-        seen = 0
+        try:
+            if int(announced) > most if announced.isdigit() else True:
+                await _too_large(most)(scope, receive, send)
+            else:
+                await self._app(scope, _at_most(most, receive), send)
+        finally:
+            self._service.forget(organisation, expected)
 
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > most:
-                raise ApiError(413, _too_large_text(most), code="request_too_large")
-            return message
-
-        await self._app(scope, counted, send)
-
-    def _admit(self, key: str | None, announced: bytes) -> None:
+    def _admit(self, key: str | None, announced: bytes) -> tuple[str, int]:
         """Count an upload, and see whether there is room for it.
+
+        Returns:
+            The organisation that sends it, and its bytes, which are expected from then on.
 
         Raises:
             ApiError: its key is not known, it is one too many, or there is not.
         """
         caller = known_caller(self._service, key)
         self._service.count_request(caller.organisation)
-        if announced.isdigit():
-            size = max(0, int(announced) - _FORM_BYTES)
+        size = max(0, int(announced) - _FORM_BYTES) if announced.isdigit() else 0
+        try:
             with self._service.sessions.reading() as session:
-                require_room(session, self._service, caller, size)
+                require_room(session, self._service, caller, self._service.expect(caller.organisation, size))
+        except BaseException:
+            self._service.forget(caller.organisation, size)
+            raise
+        return caller.organisation, size
+
+
+def _at_most(most: int, receive: Receive) -> Receive:
+    """Count what comes, and refuse what is more than `most` bytes."""
+    seen = 0
+
+    async def counted() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > most:
+            raise ApiError(413, _too_large_text(most), code="request_too_large")
+        return message
+
+    return counted
 
 
 def _has_odd_charset(content_type: bytes) -> bool:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +35,7 @@ class Service:
         contents: of files, by their ids.
         opened_at: seconds since 1970.
         asked: when each organisation asked in the last minute; by `time.monotonic`.
+        arriving: bytes of the uploads of each organisation that are being read.
     """
 
     data: Path
@@ -43,6 +44,7 @@ class Service:
     contents: Contents
     opened_at: int = field(default_factory=now)
     asked: dict[str, deque[float]] = field(default_factory=dict[str, deque[float]])
+    arriving: Counter[str] = field(default_factory=Counter[str])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -83,6 +85,21 @@ class Service:
                 message = f"This organisation may ask {most} times a minute, and did. Wait {wait} s."
                 raise ApiError(429, message, code="rate_limit_exceeded", retry_after=wait)
             seen.append(moment)
+
+    def expect(self, organisation: str, size: int) -> int:
+        """Count the bytes of an upload as on their way, until `forget` is told of them.
+
+        Returns:
+            The bytes of all uploads of the organisation that are on their way, with these.
+        """
+        with self._lock:
+            self.arriving[organisation] += size
+            return self.arriving[organisation]
+
+    def forget(self, organisation: str, size: int) -> None:
+        """Count bytes that `expect` was told of as on their way no longer."""
+        with self._lock:
+            self.arriving[organisation] -= size
 
 
 @dataclass(frozen=True)
