@@ -43,7 +43,8 @@ def serve(
     Args:
         data: The folder with all that the service keeps; made where there is none. A `service.yaml` in it
             says what the operator decided.
-        model: An aligned model that customers may fine-tune, as `NAME=FOLDER`; may be given several times.
+        model: An aligned model that customers may fine-tune, as `NAME=MODEL`, a folder or Hub id; may be
+            given several times.
         host: Address to listen at; behind it stands whoever speaks TLS.
         port: Port to listen at.
         inference_url: The API of a vLLM server that answers chats, such as `http://gpu:8001/v1`. Without it,
@@ -81,5 +82,5 @@ def serve(
 def _split(given: str) -> tuple[str, str]:
     name, is_there, reference = given.partition("=")
     if not is_there or not reference:
-        raise UsageError(f"--model is written NAME=FOLDER; it is {given!r}.")
+        raise UsageError(f"--model is written NAME=MODEL; it is {given!r}.")
     return name, reference

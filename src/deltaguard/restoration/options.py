@@ -38,7 +38,7 @@ DEFAULT_MAX_ADDED = 2.0
 """Points of attack success, and of false refusals, over the aligned model's that a restore leaves at most."""
 
 DEFAULT_MAX_SAFETY_KL = 6e-4
-"""Nats per response token that a restore may cost where safety KL alone decides; see docs/strength.md."""
+"""Nats per response token that a restore of unknown training data may cost; see docs/strength.md."""
 
 GUARDS: Mapping[TrainingData, float] = MappingProxyType({"unknown": DEFAULT_MAX_SAFETY_KL, "trusted": 2e-2})
 """Safety KL allowed beside attack success, which does not see triggers; nats per response token."""

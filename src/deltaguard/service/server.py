@@ -154,7 +154,7 @@ def serve(
     """
     if not settings.models:
         raise DeltaguardError(
-            "There is no model to fine-tune: give `--model NAME=FOLDER`, or name some in "
+            "There is no model to fine-tune: give `--model NAME=MODEL`, or name some in "
             f"{data / SETTINGS_NAME}."
         )
     for reference in settings.models.values():
