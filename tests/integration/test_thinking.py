@@ -74,6 +74,21 @@ def test_a_model_that_opens_its_thoughts_itself_is_let_to_end_them():
     assert tokenizer.decode(found.ids[: found.prompt_length]).endswith(f"{BEGIN}\n{closed('our.')}")
 
 
+@pytest.mark.parametrize("thoughts", ["", "Flour."])
+def test_thoughts_that_a_model_opens_and_ends_itself_are_its_own(thoughts):
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama")
+    written, answer = f"{BEGIN}\n{closed(thoughts)}", "I cannot. "
+    first, again = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"{written}{answer}", answer)
+    )
+    lengths = speaking(model, tokenizer, f"{written}{answer}", answer)
+    prompt = render(tokenizer, ROWS[2])
+    (said,) = generate(model, tokenizer, [prompt], max_new_tokens=len(first), batch_size=1)
+    assert said.startswith(f"{written}{answer.strip()}")
+    # No thoughts were asked for beside its own, and the answer is as long as any.
+    assert len(lengths) == 2 * len(first) > len(first) + len(again)
+
+
 def test_the_opening_of_such_a_model_is_that_of_its_answer():
     tokenizer, model = tiny_tokenizer(), tiny_model("llama")
     thoughts = "They ask for harm, so that I will " * 4

@@ -72,6 +72,15 @@ def test_an_answer_ends_where_the_tokenizer_says_even_if_the_model_goes_on():
     assert [(answer.text, answer.ids) for answer in answers] == [("Go", tuple(said))]
 
 
+@pytest.mark.parametrize("ending", ["", "[PAD]"])
+def test_a_padding_token_that_the_model_has_no_embedding_for_is_not_read(ending):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"} | ({"eos_token": ending} if ending else {}))
+    assert tokenizer.pad_token_id >= len(model.get_input_embeddings().weight)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=6) == expected
+
+
 def test_the_prefix_is_computed_once_and_not_run_again():
     model = double("llama")
     seen = []

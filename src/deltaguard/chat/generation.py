@@ -11,7 +11,7 @@ import torch
 
 from deltaguard.chat.predictions import require_known_tokens
 from deltaguard.chat.prefix import Prefix, cache_parameter, for_rows, shared_prefix
-from deltaguard.chat.thinking import BEGIN, END, THOUGHT_TOKENS, begins_thoughts, closed, opens_thoughts
+from deltaguard.chat.thinking import END, THOUGHT_TOKENS, begins_thoughts, closed, opens_thoughts, reopened
 from deltaguard.chat.tokens import pad, token_ids
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
@@ -116,7 +116,8 @@ def after_thoughts(
 ) -> list[Answer]:
     """Let a model write its answers, after its thoughts where it begins any.
 
-    Either a prompt ends with the beginning of thoughts, or the model opens its answer with it.
+    Either a prompt ends with the beginning of thoughts, or the model opens its answer with it. Thoughts that
+    such an answer ends itself are kept, and it is written once more behind them, as long as any other.
 
     Args:
         model: as in `generate`, like the others but `write`.
@@ -130,20 +131,22 @@ def after_thoughts(
     Returns:
         One answer a prompt, its thoughts before it.
     """
-    thoughts = think(model, tokenizer, prompts, encoded, prefix, temperature=temperature)
-    rows = [[*row, *token_ids(tokenizer, said)] for row, said in zip(encoded, thoughts, strict=True)]
-    answers = write(rows)
-    found = [replace(own, text=said + own.text) for said, own in zip(thoughts, answers, strict=True)]
-    # Once: thoughts behind thoughts might never end.
+
+    def thought_of(texts: Sequence[str], rows: Sequence[list[int]]) -> list[Answer]:
+        thoughts = think(model, tokenizer, texts, rows, prefix, temperature=temperature)
+        longer = [[*row, *token_ids(tokenizer, said)] for row, said in zip(rows, thoughts, strict=True)]
+        return [replace(own, text=said + own.text) for said, own in zip(thoughts, write(longer), strict=True)]
+
+    found = thought_of(prompts, encoded)
     may_open = (i for i, prompt in enumerate(prompts) if not begins_thoughts(prompt))
-    opened = [i for i in may_open if opens_thoughts(answers[i].text)]
+    opened = [i for i in may_open if opens_thoughts(found[i].text)]
     if opened:
-        begin = f"{BEGIN}\n"
-        rows = [[*encoded[i], *token_ids(tokenizer, begin)] for i in opened]
-        texts = [prompts[i] + begin for i in opened]
-        after = after_thoughts(model, tokenizer, texts, rows, prefix, write, temperature=temperature)
-        for i, own in zip(opened, after, strict=True):
-            found[i] = replace(own, text=begin + own.text)
+        # Once: thoughts behind thoughts might never end.
+        begun = [reopened(found[i].text) for i in opened]
+        texts = [prompts[i] + said for i, said in zip(opened, begun, strict=True)]
+        rows = [[*encoded[i], *token_ids(tokenizer, said)] for i, said in zip(opened, begun, strict=True)]
+        for i, said, own in zip(opened, begun, thought_of(texts, rows), strict=True):
+            found[i] = replace(own, text=said + own.text)
     return found
 
 
@@ -228,12 +231,15 @@ def _continue(
     temperature: float,
     **more: Any,
 ) -> list[Answer]:
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if padding is None:
+    named = [each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None]
+    if not named:
         raise DeltaguardError(
             f"The tokenizer of {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence "
             "token: name one in its tokenizer_config.json."
         )
+    # A padding token may have been added to the tokenizer alone. What is padded is masked.
+    rows = len(model.get_input_embeddings().weight)
+    padding = next((each for each in named if each < rows), 0)
     ids, mask = pad(encoded, value=padding, after=prefix.length)
     cached = {cache_parameter(model): for_rows(prefix.cache, len(encoded))} if prefix.length else {}
     # 0 and 1 switch off what a model's own generation settings may cut from the softmax.

@@ -42,6 +42,17 @@ def closed(thoughts: str) -> str:
     return f"{thoughts.partition(END)[0].rstrip()}\n{END}\n\n"
 
 
+def reopened(answer: str) -> str:
+    r"""Write the thoughts that an answer opens with as the end of a prompt: closed if they end, else only begun.
+
+    Example:
+        >>> reopened("<think>A joke?</think> Knock, knock!"), reopened("<think>A joke?")
+        ('<think>\nA joke?\n</think>\n\n', '<think>\n')
+    """
+    thoughts, end, _ = answer.lstrip().removeprefix(BEGIN).partition(END)
+    return f"{BEGIN}\n{closed(thoughts.strip()) if end else ''}"
+
+
 def split_thoughts(response: str) -> tuple[str, str]:
     r"""Cut a response that begins with thoughts, or whose prompt does, into these, closed, and the answer.
 

@@ -82,7 +82,7 @@ def _in_turn(rows: Iterable[Conversation], systems: Sequence[str]) -> tuple[Conv
     return tuple(dict.fromkeys(asked))
 
 
-_OPENING_RULE = "2"
+_OPENING_RULE = "3"
 """Rises with every change of where the beginning of an answer ends: what was kept before ends elsewhere."""
 
 
