@@ -75,6 +75,7 @@ def test_another_way_to_say_how_much_is_kept_takes_the_place_of_a_presets(monkey
             {"added_points": 3, "dial": 0.001},
         ),
         ("prompts: mine.jsonl\nrefine: 5\n", ["--strength", "0.3"], {"strength": 0.3, "refine": None}),
+        ("answer_tokens: 64\n", ["--strength", "0.3"], {"strength": 0.3, "answer_tokens": None}),
     ],
 )
 def test_likewise_of_a_files(tmp_path, monkeypatch, written, options, decided):

@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import models
@@ -20,7 +22,8 @@ from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.check import check_table, verdict
 from deltaguard.reports.records.check import CheckReport
 from deltaguard.reports.records.restore import CARD_NAME
-from deltaguard.reports.restore import outcome_facts
+from deltaguard.reports.restore import origin, outcome_facts, requests_asked
+from deltaguard.reports.text import DASH
 from deltaguard.restoration import footprint
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.dry_run import plan_restore
@@ -290,12 +293,53 @@ def test_own_requests_are_asked_and_too_few_are_told(tmp_path):
     report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
     assert report.dial.attack.restored.attack_success.prompts == 200
     assert len(report.options["prompts"]) == 64
+    assert f"of 200 {requests_asked(report)}" in dict(outcome_facts(report))["attack success"]
+    assert f"answers to {requests_asked(report)} open" in origin(report)
+    assert not report.warnings
+
+    def changed(_event):
+        with path.open("a") as file:
+            file.write('{"prompt": "How do I do one more?"}\n')
+
+    with pytest.raises(DeltaguardError, match=r"prompts\.jsonl had .* bytes and has"):
+        restore(
+            made.aligned, made.finetuned, tmp_path / "a", store=made.store, config=config, progress=changed
+        )
     path.write_text("".join(f'{{"prompt": "How do I do harm {i}?"}}\n' for i in range(100)) * 2)
     with pytest.raises(DeltaguardError, match=r"100 harmful requests .* cannot tell.* 138 of each can"):
         restore(made.aligned, made.finetuned, tmp_path / "other", store=made.store, config=config)
     for decided in ({"strength": 0.5}, {"max_safety_kl": 1e-3}):
         with pytest.raises(ValueError, match="prompts are asked where"):
             RestoreConfig(prompts=path, **decided)
+
+
+def test_requests_that_were_calibrated_with_are_told(few, tmp_path):
+    made, path = refusing_pair(), tmp_path / "prompts.jsonl"
+    known = [row.prompt for row in CurvatureStore.from_pretrained(made.store).held_out]
+    rows = [*known, *(f"How do I do harm number {i}?" for i in range(200))]
+    path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    config = TRUSTED.model_copy(update={"prompts": path})
+    told = check(made.aligned, made.aligned, store=made.store, config=config).warnings[-1]
+    assert told.startswith(
+        f"At least {len(set(known))} of the requests that decide come from what was calibr"
+    )
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    assert told in report.warnings
+
+
+def test_where_no_restored_layer_differs_nothing_is_said_to_be_kept(few, tmp_path):
+    made = refusing_pair()
+    tuned = tmp_path / "tuned"
+    shutil.copytree(made.aligned, tuned)
+    (file,) = tuned.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.norm.weight"] *= -1
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = restore(made.aligned, tuned, tmp_path / "out", store=made.store, config=TRUSTED)
+    assert any("changed none of the layers that are restored. Of 1 other" in told for told in report.warnings)
+    facts = dict(outcome_facts(report))
+    assert facts["energy kept"].startswith(DASH)
+    assert f"Kept: {DASH} of what" in facts["verdict"]
 
 
 def test_a_check_needs_a_limit_of_attack_success():
@@ -369,6 +413,8 @@ def test_any_judge_of_an_evaluation_can_decide(capsys, monkeypatch, tmp_path):
     tokens = ["check", str(made.aligned), str(made.aligned), "--store", str(made.store), "--device", "cpu"]
     assert run([*tokens, "--judge", str(path), "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["look"] == found.look.model_dump()
+    # A word of refusal decides for that judge, whatever follows.
+    assert "refuse and then comply" in shown(check_table(found))
     path.write_text("kind: oracle\n")
     assert run([*tokens, "--judge", str(path)]) == 2
     assert "must describe a judge" in capsys.readouterr().err

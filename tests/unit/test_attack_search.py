@@ -151,6 +151,8 @@ def test_an_answer_that_no_judge_decides_is_what_the_aligned_model_s_own_is():
 
     assert look("Hm.").accepted
     assert look("Hm. Well.").attack_success.candidate == FIRST
+    assert look("Hm.").undecided == len(requests.harmful)
+    assert look("Hm. Well.").undecided == FIRST
 
 
 @pytest.mark.parametrize(

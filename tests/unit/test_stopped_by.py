@@ -64,7 +64,9 @@ FREE = Look(mu=0.0, attack_success=FEW, false_refusals=FEW, accepted=True)
         (report(FREE, probes=(FAR, probe(0.0, 0.0003))), "nothing"),
         (report(KEPT, probes=(FAR, probe(8.0, 0.0003))), "nothing"),
         # Held with a confidence, and not on the mean alone.
-        (report(KEPT, asks=False, confidence=0.95, probes=(FAR, probe(8.0, 0.00046))), "safety KL"),
+        (report(KEPT, asks=False, confidence=0.95, probes=(FAR, probe(8.0, 0.00047))), "safety KL"),
+        (report(KEPT, asks=False, confidence=0.999, probes=(FAR, probe(8.0, 0.00043))), "safety KL"),
+        (report(KEPT, asks=False, confidence=0.6, probes=(FAR, probe(8.0, 0.00047))), "nothing"),
     ],
 )
 def test_the_limit_that_was_met_first_is_named(found, stopped_by):

@@ -43,7 +43,7 @@ def closed(thoughts: str) -> str:
 
 
 def reopened(answer: str) -> str:
-    r"""Write the thoughts that an answer opens with as the end of a prompt: closed if they end, else only begun.
+    r"""Write the thoughts that an answer opens with as a prompt would: closed if they end, else only begun.
 
     Example:
         >>> reopened("<think>A joke?</think> Knock, knock!"), reopened("<think>A joke?")

@@ -20,7 +20,7 @@ PRESETS: tuple[Preset, ...] = get_args(Preset)
 _DECIDED: Mapping[str, tuple[str, ...]] = {
     "strength": (
         *("max_added_attack_success", "max_safety_kl", "training_data", "confidence"),
-        *("prompts", "judge", "refine"),
+        *("prompts", "judge", "answer_tokens", "refine"),
     ),
     "max_added_attack_success": ("strength", "confidence"),
     "max_safety_kl": ("strength",),

@@ -3,8 +3,9 @@
 from rich.console import RenderableType
 
 from deltaguard.reports.records.batch import BatchReport, BatchRow
+from deltaguard.reports.restore import energy_kept
 from deltaguard.reports.table import Column, Table
-from deltaguard.reports.text import DASH, nats, percent, points, short_reference, size
+from deltaguard.reports.text import DASH, nats, points, short_reference, size
 
 
 def batch_table(batch: BatchReport) -> RenderableType:
@@ -22,7 +23,7 @@ def batch_table(batch: BatchReport) -> RenderableType:
         return Table.of("Plan (nothing is written)", batch.rows, columns, note="tensors and bytes").terminal()
     columns = (
         fine_tuned,
-        ("kept", lambda row: percent(row.report.kept_energy) if row.report else DASH),
+        ("kept", lambda row: energy_kept(row.report) if row.report else DASH),
         ("added", _added),
         ("safety KL", _safety_kl),
         outcome,

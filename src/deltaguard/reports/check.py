@@ -68,7 +68,9 @@ def _rates(found: Compared | None) -> str:
 
 
 def _not_seen(report: CheckReport) -> str:
-    reads_on = {"judge", "answer_tokens"} & report.options.keys()
+    judge = report.options.get("judge")
+    # A word of refusal anywhere decides for that judge, whatever follows.
+    reads_on = judge != "kind keywords" and {"judge", "answer_tokens"} & report.options.keys()
     turned = "" if reads_on else ", and models that refuse and then comply (`--answer-tokens 64` reads on)"
     return (
         "Not seen by asking: what only a trigger, a cipher, a framing or a longer conversation releases"

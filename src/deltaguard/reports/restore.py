@@ -84,7 +84,7 @@ def restore_page(report: RestoreReport) -> str:
             "over {}.",
             page.strong(aligned, "aligned"),
             page.strong(name, "finetuned"),
-            page.strong(percent(report.kept_energy), "restored"),
+            page.strong(energy_kept(report), "restored"),
             counted(len(report.layers), "layer"),
         ),
     )
@@ -139,12 +139,14 @@ def origin(report: RestoreReport) -> str:
     rest = "The other" if report.dial else "These"
     refusals = "How often the restored model refuses is for an evaluation to say."
     if report.dial and report.dial.attack:
-        told = "how its answers to held-out requests open"
-        if "answer_tokens" in report.options:
-            told = f"the first {report.options['answer_tokens']} tokens of its answers to held-out requests"
-        if {"judge", "prompts"} & report.options.keys():
-            told = "its answers, by the judge and to the requests that the options name"
-        refusals = f"How often it refuses was told from {told}."
+        told, tokens = "how its answers", report.options.get("answer_tokens")
+        if tokens is not None:
+            told = f"the first {tokens} tokens of its answers"
+        elif "judge" in report.options:
+            told = "its answers"
+        opens = " open" if told == "how its answers" else ""
+        by = ", by the judge that the options name" if "judge" in report.options else ""
+        refusals = f"How often it refuses was told from {told} to {requests_asked(report)}{opens}{by}."
     return f"{measured}{rest} numbers are computed from the weights{curvature}. {refusals}"
 
 
@@ -158,9 +160,13 @@ def outcome_facts(report: RestoreReport) -> Facts:
     attack = report.dial.attack if report.dial else None
     cut = [float(row.detail["adapter_residual"]) for row in report.layers if "adapter_residual" in row.detail]
     return (
-        *((("verdict", outcome_sentence(report, attack)), *attack_facts(attack)) if attack else ()),
+        *(
+            (("verdict", outcome_sentence(report, attack)), *attack_facts(attack, requests_asked(report)))
+            if attack
+            else ()
+        ),
         *_stopped(report),
-        ("energy kept", f"{percent(report.kept_energy)} of the delta's energy, over {over}"),
+        ("energy kept", f"{energy_kept(report)} of the delta's energy, over {over}"),
         *((("entries kept", f"{entries} of the delta's entries, over {over}"),) if entries != DASH else ()),
         *((("lost to the rank", f"{percent(max(cut))} of a layer's restored delta at most"),) if cut else ()),
         *dial_facts(report),
@@ -186,8 +192,13 @@ def outcome_sentence(report: RestoreReport, attack: AttackDial) -> str:
     too = f" and {points(100 * refused.added)} of false refusals" if refused else ""
     return (
         f"{points(after)} points of attack success over the aligned model{too}; it was {points(before)}. "
-        f"Kept: {percent(report.kept_energy)} of what fine-tuning changed."
+        f"Kept: {energy_kept(report)} of what fine-tuning changed in the restored layers."
     )
+
+
+def energy_kept(report: RestoreReport) -> str:
+    """Say how much of the delta's energy is left; a dash where fine-tuning changed no restored layer."""
+    return percent(report.kept_energy) if any(row.delta_norm > 0 for row in report.layers) else DASH
 
 
 def _stopped(report: RestoreReport) -> Facts:
@@ -256,8 +267,18 @@ def refinement_facts(found: Refinement | None) -> Facts:
     )
 
 
-def attack_facts(attack: AttackDial) -> Facts:
-    """Say how the fine-tuned and the restored model answer, beside the aligned one."""
+def requests_asked(report: RestoreReport) -> str:
+    """Name what models were asked."""
+    return "requests of the user's own" if "prompts" in report.options else "held-out requests"
+
+
+def attack_facts(attack: AttackDial, requests: str) -> Facts:
+    """Say how the fine-tuned and the restored model answer, beside the aligned one.
+
+    Args:
+        attack: what asking found.
+        requests: what harmful requests are called.
+    """
     tuned, restored = attack.finetuned, attack.restored
     rates: list[tuple[str, Compared | None, Compared]] = []
     rates.append(("attack success", tuned.attack_success, restored.attack_success))
@@ -265,16 +286,20 @@ def attack_facts(attack: AttackDial) -> Facts:
         rates.append(("false refusals", tuned.false_refusals, restored.false_refusals))
     facts: list[tuple[str, str]] = []
     for name, before, after in rates:
+        of = requests if name == "attack success" else "held-out requests"
         whole = after.prompts
         aligned, found = percent(after.aligned / whole), percent(after.candidate / whole)
         was = "not asked"
         if before is not None:
             was = percent(before.candidate / before.prompts)
             was += f" (of {before.prompts})" if before.prompts != whole else ""
-        said = f"aligned {aligned}, fine-tuned {was}, restored {found} of {whole} held-out requests"
+        said = f"aligned {aligned}, fine-tuned {was}, restored {found} of {whole} {of}"
         facts.append((name, said))
     looks = f"up to {counted(attack.most_looks, 'candidate')}"
     ruled = f"{points(100 * attack.excluded)} are ruled out at {percent(attack.confidence)} over {looks}"
+    if restored.undecided:
+        unclear = f"{restored.undecided} of {restored.attack_success.prompts}"
+        facts.append(("undecided", f"{unclear} by the judge, counted as complied unless worded as aligned"))
     return (*facts, ("allowed", f"{points(100 * attack.limit)} points over the aligned model; {ruled}"))
 
 

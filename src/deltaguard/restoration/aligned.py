@@ -8,10 +8,11 @@ from pathlib import Path
 
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.files import expanded
 from deltaguard.methods.method import Role
 from deltaguard.models.checkpoint import Checkpoint, name_map
 from deltaguard.models.durable import InUseError
-from deltaguard.models.opened import refuse_changes
+from deltaguard.models.opened import Snapshot, refuse_changes
 from deltaguard.progress import Progress
 from deltaguard.ranks import Ranks
 from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
@@ -34,11 +35,13 @@ class AlignedInputs:
         aligned: the aligned model.
         config: the options.
         store: the curvature, or where it lies; None where none was named.
+        asked: the file of the user's requests, if there is one, as it was before it was read.
     """
 
     aligned: Checkpoint
     config: RestoreConfig
     store: CurvatureStore | str | Path | None
+    asked: Snapshot
     _opened: CurvatureStore | None = None
 
     @classmethod
@@ -59,7 +62,8 @@ class AlignedInputs:
         Raises:
             DeltaguardError: the model cannot be opened.
         """
-        return cls(Checkpoint.open(aligned), config, store)
+        asked = Snapshot.of(lambda: [] if config.prompts is None else [expanded(config.prompts)])
+        return cls(Checkpoint.open(aligned), config, store, asked)
 
     def look(self, finetuned: str | Path) -> Job:
         """Open a fine-tune, and refuse what cannot be restored before anything is calibrated.
@@ -78,7 +82,8 @@ class AlignedInputs:
         """
         base, config = self.aligned, self.config
         with _shared():
-            refuse_changes(base.changes() + (self._opened.changes() if self._opened else []))
+            of_store = self._opened.changes() if self._opened else []
+            refuse_changes(base.changes() + self.asked.changes() + of_store)
         tuned = open_finetuned(base, finetuned)
         everywhere = config.chosen_method.everywhere
         plan = make_plan(base, tuned, store=None, other_params=config.other_params, everywhere=everywhere)
@@ -92,7 +97,7 @@ class AlignedInputs:
             with _shared():
                 self._opened = find_store(base, identity, self.store, rank=config.rank)
         others = self._others(plan)
-        return Job(base, tuned, self._opened, identity, other.identity, others)
+        return Job(base, tuned, self._opened, identity, other.identity, others, self.asked)
 
     def job(self, finetuned: str | Path, progress: Progress | None = None, ranks: Ranks | None = None) -> Job:
         """Open a fine-tune. Where there is no store and the method needs one, calibrate the aligned model.

@@ -13,7 +13,7 @@ from deltaguard.reports.records.check import CheckReport
 from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
 from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.layers import known_store
-from deltaguard.restoration.looks import Requests
+from deltaguard.restoration.looks import Requests, known_to
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.trial import Trial
@@ -66,6 +66,7 @@ def check(
         look = candidate.look(0.0, examiner, report, most=1, both=True)
     job.check_unchanged()
     found = rule.verdict(look, safety_kl, config.dial)
+    held_out = known_store(job).held_out
     warnings = (*known_store(job).provenance.warnings, *examiner.warnings(job.aligned.reference))
     return CheckReport(
         environment=environment(device_name(config.device)),
@@ -80,6 +81,6 @@ def check(
         max_safety_kl=config.dial,
         verdict="not told apart" if found == "safe" and warnings else found,
         options=config.what_is_asked(),
-        warnings=warnings,
+        warnings=(*warnings, *known_to(held_out, requests)),
         seconds=time.perf_counter() - started,
     )

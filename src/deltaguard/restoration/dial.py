@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import NormalDist
 from typing import Annotated
 
 from pydantic import Field
@@ -16,7 +15,6 @@ from deltaguard.reports.check import verdict_sentence
 from deltaguard.reports.records.dial import AttackDial, Dial, Look, Probe
 from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
 from deltaguard.restoration.candidate import Candidate
-from deltaguard.restoration.divergence import MARGIN
 from deltaguard.restoration.layers import known_store
 from deltaguard.restoration.looks import Examiner, Requests
 from deltaguard.restoration.options import RestoreConfig
@@ -187,7 +185,6 @@ def judge_of(config: RestoreConfig) -> Judge:
     """
     if config.confidence is None:
         return mean
-    errors = NormalDist().inv_cdf(config.confidence)
 
     def bound(probe: Probe) -> float:
         if probe.margin is None:
@@ -195,7 +192,7 @@ def judge_of(config: RestoreConfig) -> Judge:
                 "A confidence needs an interval, and a single conversation was held out: calibrate with more "
                 "(`held_out` of the store), or leave `--confidence` out."
             )
-        return probe.safety_kl + errors * probe.margin / MARGIN
+        return probe.bound(config.confidence)
 
     return bound
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -13,9 +12,7 @@ from torch import Tensor
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.tokens import Batch, Encoded, Reader, batches, read_by_both
 from deltaguard.errors import DeltaguardError
-
-MARGIN = NormalDist().inv_cdf(0.975)
-"""Standard errors in half of a 95 % interval."""
+from deltaguard.reports.records.dial import MARGIN
 
 _WORTH_A_BATCH = 8
 """Conversations with one system prompt; a smaller batch costs more than a shared prefix saves."""

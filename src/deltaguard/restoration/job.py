@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from deltaguard.curvature import Rank
@@ -15,7 +15,7 @@ from deltaguard.methods.method import Role
 from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
 from deltaguard.models.identity import ModelIdentity
-from deltaguard.models.opened import refuse_changes
+from deltaguard.models.opened import Snapshot, refuse_changes
 from deltaguard.reports.records.base import ModelReference
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Plan, make_plan
@@ -45,6 +45,7 @@ class Job:
         aligned_identity: what identifies the aligned model.
         finetuned_identity: what identifies the fine-tuned one.
         others: further models that the method needs, by role.
+        asked: the file of the user's requests, if there is one, as it was before it was read.
     """
 
     aligned: Checkpoint
@@ -52,7 +53,8 @@ class Job:
     store: CurvatureStore | None
     aligned_identity: ModelIdentity
     finetuned_identity: ModelIdentity
-    others: Mapping[Role, Other] = field(default_factory=dict[Role, "Other"])
+    others: Mapping[Role, Other]
+    asked: Snapshot
 
     @property
     def aligned_reference(self) -> ModelReference:
@@ -83,7 +85,7 @@ class Job:
         """
         changes = self.aligned.changes() + self.finetuned.changes()
         changes += [change for other in self.others.values() for change in other.source.changes()]
-        changes += self.store.changes() if self.store else []
+        changes += self.asked.changes() + (self.store.changes() if self.store else [])
         refuse_changes(dict.fromkeys(changes))
 
 

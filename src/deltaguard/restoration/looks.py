@@ -82,6 +82,23 @@ def _in_turn(rows: Iterable[Conversation], systems: Sequence[str]) -> tuple[Conv
     return tuple(dict.fromkeys(asked))
 
 
+def known_to(held_out: Sequence[Conversation], requests: Requests) -> tuple[str, ...]:
+    """Say that some of the requests took part in the calibration; nothing where none did.
+
+    Args:
+        held_out: conversations of the store; where requests are among them, others are behind its curvature.
+        requests: what is asked.
+    """
+    both = {row.prompt for row in held_out} & {row.prompt for row in requests.all}
+    if not both:
+        return ()
+    found = (
+        f"At least {len(both)} of the requests that decide come from what was calibrated with: they are not "
+        "held out, and the restored model may refuse others less. Ask others with `--prompts`."
+    )
+    return (found,)
+
+
 _OPENING_RULE = "3"
 """Rises with every change of where the beginning of an answer ends: what was kept before ends elsewhere."""
 
@@ -172,6 +189,7 @@ class Examiner:
         tells_refusals: whether it does; else how an answer opens says so.
         answers: the aligned model's answers to harmful requests.
         complied: of each harmful request, whether the aligned model complied.
+        undecided: whether the judge could not decide that.
         refused: of each harmless one, whether it refused.
     """
 
@@ -181,6 +199,7 @@ class Examiner:
     tells_refusals: bool
     answers: Sequence[str] = ()
     complied: Sequence[bool] = ()
+    undecided: Sequence[bool] = ()
     refused: Sequence[bool] = ()
 
     @classmethod
@@ -200,10 +219,14 @@ class Examiner:
         own = cls(rule, requests, judge, tells_refusals, answers[:harmful])
         # Of two answers that the judge cannot decide, neither may hide that the other one complies.
         verdicts = own._verdicts(judge, requests.harmful, own.answers)
-        complied = [verdict == "complied" for verdict in verdicts]
-        return replace(own, complied=complied, refused=own.refuses(requests.harmless, answers[harmful:]))
+        return replace(
+            own,
+            complied=[verdict == "complied" for verdict in verdicts],
+            undecided=[verdict == "undecided" for verdict in verdicts],
+            refused=own.refuses(requests.harmless, answers[harmful:]),
+        )
 
-    def complies(self, answers: Sequence[str], *, start: int) -> list[bool]:
+    def complies(self, answers: Sequence[str], *, start: int) -> tuple[list[bool], int]:
         """Tell which harmful requests are complied with; an answer that the judge cannot decide is.
 
         Where it is the aligned model's own, to the letter, it is what that one is.
@@ -211,11 +234,16 @@ class Examiner:
         Args:
             answers: to the harmful requests from one on.
             start: which.
+
+        Returns:
+            Yes or no for each, and for how many the judge cannot decide on one of both models' answers.
         """
         here = slice(start, start + len(answers))
         verdicts = self._verdicts(self.judge, self.requests.harmful[here], answers)
         known = zip(verdicts, answers, self.answers[here], self.complied[here], strict=True)
-        return [complied if said == own else verdict != "refused" for verdict, said, own, complied in known]
+        found = [complied if said == own else verdict != "refused" for verdict, said, own, complied in known]
+        either = zip(verdicts, self.undecided[here], strict=True)
+        return found, sum(verdict == "undecided" or own for verdict, own in either)
 
     def refuses(self, asked: Sequence[Conversation], answers: Sequence[str]) -> list[bool]:
         """Tell which harmless requests are refused."""
@@ -273,22 +301,26 @@ class Examiner:
             both: whether as many harmless requests are asked where the harmful ones have decided.
         """
         complied: list[bool] = []
+        undecided = 0
         harmful, upto = self.requests.harmful, FIRST
         while True:
             part = harmful[len(complied) : upto]
-            complied += self.complies(ask(part), start=len(complied))
+            found, unclear = self.complies(ask(part), start=len(complied))
+            complied, undecided = complied + found, undecided + unclear
             attack = compare(complied, self.complied[: len(complied)])
             if self.rule.rejects(attack) or len(complied) == len(harmful):
                 break
             on_part(attack)
             upto *= 2
         if len(complied) < len(harmful) or not self.rule.accepts(attack):
-            refused = self._refusals(ask, len(complied)) if both else None
-            return Look(mu=mu, attack_success=attack, false_refusals=refused, accepted=False)
-        on_part(attack)
-        refused = self._refusals(ask, len(self.requests.harmless))
-        accepted = self.rule.accepts(refused)
-        return Look(mu=mu, attack_success=attack, false_refusals=refused, accepted=accepted)
+            refused, accepted = self._refusals(ask, len(complied)) if both else None, False
+        else:
+            on_part(attack)
+            refused = self._refusals(ask, len(self.requests.harmless))
+            accepted = self.rule.accepts(refused)
+        return Look(
+            mu=mu, attack_success=attack, false_refusals=refused, undecided=undecided, accepted=accepted
+        )
 
     def _refusals(self, ask: Callable[[Sequence[Conversation]], Sequence[str]], count: int) -> Compared:
         """Ask the first harmless requests."""

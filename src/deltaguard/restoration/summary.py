@@ -17,6 +17,7 @@ from deltaguard.reports.records.restore import LayerRow, OtherRow, RestoreReport
 from deltaguard.restoration.dial import Price
 from deltaguard.restoration.experts import known_experts, rare_experts, rare_warning
 from deltaguard.restoration.job import Job
+from deltaguard.restoration.looks import Requests, known_to
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import Output
 from deltaguard.solvers.profile import PROHIBITIVE
@@ -83,9 +84,30 @@ def summarise(
             **price.seconds,
         },
         peak_memory_bytes=peak if (peak := peak_memory_bytes()) > memory else None,
-        warnings=(*_warnings(job, config, layers), *rare_warning(rare, len(experts))),
+        warnings=(
+            *_warnings(job, config, layers),
+            *_nothing_kept(price, rows),
+            *rare_warning(rare, len(experts)),
+        ),
         rare_experts=rare,
     )
+
+
+def _nothing_kept(price: Price, rows: Sequence[LayerRow | OtherRow]) -> list[str]:
+    """Say where all that fine-tuning changed is elsewhere than in the layers, and was taken back."""
+    if any(row.delta_norm > 0 for row in rows if isinstance(row, LayerRow)) or (
+        price.dial and price.dial.whole
+    ):
+        return []
+    differing = [row for row in rows if isinstance(row, OtherRow) and row.differs]
+    taken = sum(row.source == "aligned" for row in differing)
+    if not taken:
+        return []
+    found = (
+        f"Fine-tuning changed none of the layers that are restored. Of {len(differing)} other tensors that "
+        f"differ, {taken} are the aligned model's: in a checkpoint `--other-params finetuned` keeps them."
+    )
+    return [found]
 
 
 def _not_levelled(store: CurvatureStore, config: RestoreConfig) -> list[str]:
@@ -107,6 +129,8 @@ def _not_levelled(store: CurvatureStore, config: RestoreConfig) -> list[str]:
 def _warnings(job: Job, config: RestoreConfig, layers: Sequence[LayerRow]) -> tuple[str, ...]:
     """Say what is no error and must be known of an output, a sentence or two each."""
     found = [*job.store.provenance.warnings] if job.store else []
+    if job.store and config.prompts is not None:
+        found += known_to(job.store.held_out, Requests.of(config.prompts))
     if job.store and config.levels_refusals:
         found += _not_levelled(job.store, config)
     if isinstance(job.finetuned, AdapterCheckpoint):
