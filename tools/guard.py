@@ -105,14 +105,14 @@ def _by_setting(found: Guards) -> list[list[AttackOutcome]]:
 
 
 def _safety_kl(row: Sequence[AttackOutcome]) -> str:
-    known = [each.restored_to.safety_kl for each in row if each.restored_to is not None]
-    measured = [kl for kl in known if kl is not None]
-    return nats(mean(measured)) if measured else DASH
+    found = [each.restored_to and each.restored_to.safety_kl for each in row]
+    known = [kl for kl in found if kl is not None]
+    return nats(mean(known)) if len(known) == len(found) else DASH
 
 
 def _stopped_by(row: Sequence[AttackOutcome]) -> str:
-    found = [each.restored_to.stopped_by or DASH for each in row if each.restored_to is not None]
-    return ", ".join(dict.fromkeys(found)) or DASH
+    found = [(each.restored_to and each.restored_to.stopped_by) or DASH for each in row]
+    return ", ".join(dict.fromkeys(found))
 
 
 def _points(rates: Sequence[Rates | None]) -> str:

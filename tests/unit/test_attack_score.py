@@ -95,7 +95,7 @@ def test_a_terminal_of_80_columns_shows_every_attacker_and_verdict():
 
 def test_tables_show_what_restores_say_of_themselves_where_that_was_kept():
     report = attacks_report()
-    assert "| `advice` | 0.0005 | 60.0 % | safety KL ×2 |" in attacks_markdown(report)
+    assert "| `advice` | 0, 1 | 0.0005 | 60.0 % | safety KL ×2 |" in attacks_markdown(report)
     # Files of before.
     old = tuple(each.model_copy(update={"restored_to": None}) for each in report.outcomes)
     assert "What restores say" not in attacks_markdown(report.model_copy(update={"outcomes": old}))

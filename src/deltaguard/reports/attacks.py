@@ -59,9 +59,9 @@ class Attacked:
         return tuple((way, _mean_rates(rates)) for way, rates in ways)
 
     @property
-    def restores(self) -> tuple[RestoredTo, ...]:
-        """What the restores say, where that was kept."""
-        return tuple(each.restored_to for each in self.found if each.restored_to is not None)
+    def restores(self) -> tuple[tuple[int, RestoredTo], ...]:
+        """What the restores say, where that was kept, with the seed of each."""
+        return tuple((each.seed, each.restored_to) for each in self.found if each.restored_to is not None)
 
     @property
     def kept(self) -> Estimate | None:
@@ -175,14 +175,15 @@ def restores_table(report: AttacksReport, method: str) -> Table:
         [each for each in _attacked(report, method) if each.restores],
         (
             (Column("fine-tune", "name", code=True), lambda row: row.attacker.name),
-            ("safety KL,\nrestored", lambda row: _mean_kl(row.restores)),
-            ("energy kept", lambda row: percent(fmean(each.kept_energy for each in row.restores))),
+            (Column("seeds", "name"), lambda row: ", ".join(str(seed) for seed, _ in row.restores)),
+            ("safety KL,\nrestored", lambda row: _mean_kl([each for _, each in row.restores])),
+            ("energy kept", lambda row: percent(fmean(each.kept_energy for _, each in row.restores))),
             (
                 Column("not more, because of", "name"),
-                lambda row: _counted(each.stopped_by or DASH for each in row.restores),
+                lambda row: _counted(each.stopped_by or DASH for _, each in row.restores),
             ),
         ),
-        note="over the seeds",
+        note="over the seeds of which that was kept",
     )
 
 
