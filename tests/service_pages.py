@@ -9,7 +9,7 @@ from deltaguard.reports.records.restore import REPORT_NAME
 from deltaguard.service.context import Caller
 from deltaguard.service.database import new_id
 from deltaguard.service.events import tell
-from deltaguard.service.files import upload
+from deltaguard.service.files import keep_upload
 from deltaguard.service.inference import Ended, Piece
 from deltaguard.service.settings import Gate
 from deltaguard.service.steps.examine import compare
@@ -42,7 +42,7 @@ class Answers:
 
 def add_file(opened, organisation, name="rows.jsonl", content=b"{}\n"):
     file = UploadFile(io.BytesIO(content), size=len(content), filename=name)
-    return upload(opened.service, Caller(organisation, "key-0"), file, "fine-tune")
+    return keep_upload(opened.service, Caller(organisation, "key-0"), file, "fine-tune")
 
 
 def add_job(opened, organisation="default", *, status="succeeded", **fields):

@@ -213,7 +213,10 @@ def test_an_upload_that_has_no_room_is_refused_before_its_body_is_read(http, cli
     with opened.service.sessions.begin() as session:
         own = {"organisation": "default", "name": "large", "purpose": "fine-tune"}
         session.add(File(id="file-large", bytes=LIMITS.all_bytes, **own))
-    headers = {"Authorization": f"Bearer {opened.first_key}", "Content-Length": str(1 << 17)}
+    headers = {
+        "Authorization": f"Bearer {opened.first_key}",
+        "Content-Length": str(LIMITS.file_bytes + (64 << 10)),
+    }
     answer = http.post("/v1/files", content=body(), headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "storage_full")
     assert answer.headers["connection"] == "close"

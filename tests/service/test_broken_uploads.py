@@ -109,9 +109,35 @@ def test_an_upload_finds_no_room_that_another_on_its_way_will_take(port, opened)
         # Sent once the service has decided to read on.
         assert first.recv(65536).startswith(b"HTTP/1.1 100")
         with connected(port, opened.first_key, "/v1/files", FORM, announced) as second:
-            assert b"storage_full" in read_all(second)
+            refused = read_all(second)
+            assert refused.startswith(b"HTTP/1.1 429")
+            assert b"on their way" in refused
     until = time.monotonic() + 60
     while opened.service.arriving["default"] and time.monotonic() < until:
         time.sleep(0.01)
     with connected(port, opened.first_key, "/v1/files", FORM, announced, "Expect: 100-continue") as third:
         assert third.recv(65536).startswith(b"HTTP/1.1 100")
+
+
+def test_a_length_that_the_parts_need_not_keep_to_is_none(port, opened):
+    with opened.service.sessions.begin() as session:
+        own = {"organisation": "default", "name": "large", "purpose": "fine-tune"}
+        session.add(File(id="file-large", bytes=LIMITS.all_bytes - LIMITS.file_bytes + 1, **own))
+    with connected(port, opened.first_key, "/v1/files", FORM, "Content-Length: 0", CHUNKED) as found:
+        assert b"storage_full" in read_all(found)
+
+
+def test_what_stops_coming_is_given_up(port, opened, monkeypatch):
+    monkeypatch.setattr("deltaguard.service.app.STALLED_S", 0.2)
+    for path in ("/v1/files", "/v1/fine_tuning/jobs"):
+        with connected(port, opened.first_key, path, FORM, "Content-Length: 4000") as found:
+            found.sendall(HEAD)
+            assert read_all(found).startswith(b"HTTP/1.1 408")
+    assert not opened.service.arriving["default"]
+
+
+def test_no_second_header_hides_the_codec_of_a_form(port, opened):
+    odd = "Content-Type: multipart/form-data; boundary=b; charset=punycode"
+    for headers in ((odd, "Content-Type: text/plain"), ("Content-Type: text/plain", odd)):
+        with connected(port, opened.first_key, "/sign-in", *headers, "Content-Length: 4000") as found:
+            assert b"UTF-8 alone" in read_all(found)

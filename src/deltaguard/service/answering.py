@@ -6,6 +6,7 @@ It ends with the service that began it.
 
 import os
 import queue
+import secrets
 import sys
 import threading
 import traceback
@@ -136,8 +137,8 @@ def answer(ask: Ask, loaded: Loaded, say: Callable[[Piece], None], is_unwanted: 
         )
     most, is_chat = min(ask.max_tokens, room), not isinstance(ask.asked, str)
     writer = _Writer(tokenizer, ask.stop, say, opens_with_space=not is_chat)
-    if ask.seed is not None:
-        torch.manual_seed(ask.seed)
+    # Without a seed of their own, draws are not to follow from whoever gave one before.
+    torch.manual_seed(secrets.randbits(63) if ask.seed is None else ask.seed)
     is_drawn = ask.temperature >= _COLDEST
     drawn = {"temperature": ask.temperature, "top_p": ask.top_p, "top_k": 0} if is_drawn else {}
     given = torch.tensor([ids], device=model.device)
@@ -206,10 +207,9 @@ def main(device: str) -> None:
             said = answer(Ask.model_validate_json(line), loaded, say, is_unwanted)
         except _TooLongError as error:
             said = Failed(status=400, code="context_length_exceeded", message=str(error))
-        # Messages of all others name places on this machine.
         except TemplateFailedError:
-            traceback.print_exc()
             said = Failed(status=400, code="invalid_messages", message=_TURNS)
+        # Messages of all others name places on this machine.
         except DeltaguardError:
             traceback.print_exc()
             said = Failed(status=500, code="model_failed", message=_FAILED)

@@ -1,15 +1,18 @@
 """The application: all routes, and what holds for every request."""
 
+import asyncio
+
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from python_multipart.multipart import parse_options_header
 from sqlalchemy import text
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltaguard import __version__
 from deltaguard.service import chat, completions, files, jobs, metrics, models, reviewing
-from deltaguard.service.context import Service, known_caller, service_of
+from deltaguard.service.context import Caller, Service, known_caller, service_of
 from deltaguard.service.errors import OUTAGES, ApiError, answer_errors, envelope, known_answer
 from deltaguard.service.files import require_room
 from deltaguard.service.inference import Answering
@@ -22,6 +25,12 @@ _MOST_BYTES = 4 << 20
 
 _FORM_BYTES = 64 << 10
 """What a form has around its file."""
+
+_WRITTEN_AT_ONCE = 8
+"""Uploads that are kept at a time; others wait, and leave the threads to other requests."""
+
+STALLED_S = 60.0
+"""Seconds after which a request of which nothing more comes is given up."""
 
 
 def make_app(service: Service, workflows: Workflows, inference: Answering) -> FastAPI:
@@ -42,6 +51,7 @@ def make_app(service: Service, workflows: Workflows, inference: Answering) -> Fa
     )
     app.state.service, app.state.workflows, app.state.inference = service, workflows, inference
     app.state.metrics = metrics.Metrics(service, inference)
+    app.state.writing = asyncio.Semaphore(_WRITTEN_AT_ONCE)
     answer_errors(app)
     for module in (files, jobs, models, chat, completions, reviewing, metrics):
         app.include_router(module.router, responses=_ERRORS)
@@ -69,7 +79,7 @@ _ERRORS: dict[int | str, dict[str, str]] = {
 }
 
 
-def _alive() -> dict[str, str]:
+async def _alive() -> dict[str, str]:
     """Say that the process answers."""
     return {"status": "ok"}
 
@@ -95,64 +105,84 @@ class _Limited:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers: dict[bytes, bytes] = dict(scope["headers"])
+        headers = Headers(scope=scope)
         is_upload = scope["path"] == "/v1/files" and scope["method"] == "POST"
         most = self._service.settings.limits.file_bytes + _FORM_BYTES if is_upload else _MOST_BYTES
-        # An upload without a length may be as long as any.
-        announced = headers.get(b"content-length", str(most).encode() if is_upload else b"0")
-        if _has_odd_charset(headers.get(b"content-type", b"")):
+        # An upload without a length, or of one that its parts need not keep to, may be as long as any.
+        unknown = most if is_upload else 0
+        is_open = "content-length" not in headers or "transfer-encoding" in headers
+        announced = unknown if is_open else _length(headers["content-length"])
+        if any(map(_has_odd_charset, headers.getlist("content-type"))):
             content = envelope(400, "Forms are taken in UTF-8 alone.", code="invalid_request")
             await JSONResponse(content, 400, headers=_CLOSE)(scope, receive, send)
             return
-        organisation, expected = "", 0
-        if is_upload:
-            scheme, _, shown = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-            key = shown if scheme.lower() == "bearer" else None
-            try:
-                organisation, expected = await run_in_threadpool(self._admit, key, announced)
-            except (ApiError, *OUTAGES) as error:
-                answer = known_answer(error)
-                assert answer is not None  # noqa: S101  # of these there is one
-                answer.headers.update(_CLOSE)
-                await answer(scope, receive, send)
-                return
+        if announced is None or announced > most:
+            await _too_large(most)(scope, receive, send)
+            return
+        receive = _at_most(most, receive)
+        if not is_upload:
+            await self._app(scope, receive, send)
+            return
+        scheme, _, shown = headers.get("authorization", "").partition(" ")
+        key = shown if scheme.lower() == "bearer" else None
         try:
-            if int(announced) > most if announced.isdigit() else True:
-                await _too_large(most)(scope, receive, send)
-            else:
-                await self._app(scope, _at_most(most, receive), send)
+            caller, expected = await run_in_threadpool(self._admit, key, announced)
+        except (ApiError, *OUTAGES) as error:
+            answer = known_answer(error)
+            assert answer is not None  # noqa: S101  # of these there is one
+            answer.headers.update(_CLOSE)
+            await answer(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
         finally:
-            self._service.forget(organisation, expected)
+            self._service.forget(caller.organisation, expected)
 
-    def _admit(self, key: str | None, announced: bytes) -> tuple[str, int]:
+    def _admit(self, key: str | None, announced: int) -> tuple[Caller, int]:
         """Count an upload, and see whether there is room for it.
 
         Returns:
-            The organisation that sends it, and its bytes, which are expected from then on.
+            Who sends it, and its bytes, which are expected from then on.
 
         Raises:
             ApiError: its key is not known, it is one too many, or there is not.
         """
-        caller = known_caller(self._service, key)
+        caller, size = known_caller(self._service, key), max(0, announced - _FORM_BYTES)
         self._service.count_request(caller.organisation)
-        size = max(0, int(announced) - _FORM_BYTES) if announced.isdigit() else 0
-        try:
-            with self._service.sessions.reading() as session:
-                require_room(session, self._service, caller, self._service.expect(caller.organisation, size))
-        except BaseException:
-            self._service.forget(caller.organisation, size)
-            raise
-        return caller.organisation, size
+        with self._service.sessions.reading() as session:
+            require_room(session, self._service, caller, size)
+            expected = self._service.expect(caller.organisation, size)
+            try:
+                require_room(session, self._service, caller, expected)
+            except ApiError as error:
+                self._service.forget(caller.organisation, size)
+                message = (
+                    "Other uploads of this organisation are on their way, and leave this one no room yet."
+                )
+                raise ApiError(429, message, code="rate_limit_exceeded", retry_after=5) from error
+        return caller, size
+
+
+def _length(given: str) -> int | None:
+    """Read the length that a request announces; None where it is no number."""
+    return int(given) if given.isascii() and given.isdigit() else None
 
 
 def _at_most(most: int, receive: Receive) -> Receive:
-    """Count what comes, and refuse what is more than `most` bytes."""
-    seen = 0
+    """Count what comes, and refuse what is more than `most` bytes, or comes no more."""
+    seen, is_whole = 0, False
 
     async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
+        nonlocal seen, is_whole
+        if is_whole:
+            # Waits for the end of the connection, as long as an answer takes.
+            return await receive()
+        try:
+            async with asyncio.timeout(STALLED_S):
+                message = await receive()
+        except TimeoutError:
+            raise ApiError(408, "The request stopped coming. Send it again.", code="timeout") from None
+        seen, is_whole = seen + len(message.get("body", b"")), not message.get("more_body", False)
         if seen > most:
             raise ApiError(413, _too_large_text(most), code="request_too_large")
         return message
@@ -160,7 +190,7 @@ def _at_most(most: int, receive: Receive) -> Receive:
     return counted
 
 
-def _has_odd_charset(content_type: bytes) -> bool:
+def _has_odd_charset(content_type: str) -> bool:
     """Say whether a form names another codec, such as one whose time grows with the square of a length."""
     kind, options = parse_options_header(content_type)
     return kind == b"multipart/form-data" and options.get(b"charset", b"utf-8").lower() != b"utf-8"

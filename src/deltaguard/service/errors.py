@@ -61,6 +61,11 @@ def envelope(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def cause_of(error: Exception) -> object:
+    """Leave out of an error of the database its statement's parameters, such as the hash of a key."""
+    return error.orig if isinstance(error, exc.DBAPIError) else error
+
+
 def known_answer(error: Exception) -> JSONResponse | None:
     """Write the answer to a failure that is no bug; None where it may be one."""
     if isinstance(error, ApiError):
@@ -70,9 +75,7 @@ def known_answer(error: Exception) -> JSONResponse | None:
         headers |= {"Connection": "close"} if error.status == 413 else {}
         return _response(error.status, error.message, error.code, error.param, headers)
     if isinstance(error, OUTAGES):
-        # Not the whole of it: it has the statement's parameters, such as the hash of a key.
-        why = error.orig if isinstance(error, exc.DBAPIError) else error
-        _LOGGER.error("The database does not answer: %s", why)
+        _LOGGER.error("The database does not answer: %s", cause_of(error))
         message = "The database does not answer right now. Try again."
         return _response(503, message, "database_unavailable", None, {"Retry-After": "2"})
     if isinstance(error, exc.DataError):

@@ -5,6 +5,7 @@ from itertools import chain
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, HTTPException, Query, Request, Response, UploadFile
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from sqlalchemy import func, or_, select
@@ -67,10 +68,30 @@ def show_file(file: File) -> FileObject:
 
 
 @router.post("")
-def upload(
-    service: Open, caller: Uploading, file: UploadFile, purpose: Annotated[Literal["fine-tune"], Form()]
+async def upload(
+    service: Open,
+    caller: Uploading,
+    request: Request,
+    file: UploadFile,
+    purpose: Annotated[Literal["fine-tune"], Form()],
 ) -> FileObject:
     """Take a training or validation file."""
+    async with request.app.state.writing:
+        return await run_in_threadpool(keep_upload, service, caller, file, purpose)
+
+
+def keep_upload(service: Service, caller: Caller, file: UploadFile, purpose: str) -> FileObject:
+    """Keep an uploaded file.
+
+    Args:
+        service: the service.
+        caller: whose file it is.
+        file: as it came.
+        purpose: of the file.
+
+    Raises:
+        ApiError: it is empty, or there is no room for it.
+    """
     file_id, most = new_id("file"), service.settings.limits.file_bytes
     if file.size is not None and file.size > most:
         message = f"The file has {file.size:,} bytes, and {most:,} are taken at most."

@@ -8,12 +8,11 @@ transaction with the event that tells of it.
 """
 
 import logging
-import sys
 import threading
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
-from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, SetWorkflowID
-from dbos import error as dbos_error
+from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, SetEnqueueOptions, SetWorkflowID
 from sqlalchemy import select
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
@@ -26,12 +25,12 @@ from deltaguard.service.assignments import (
     restore_task,
     train_task,
 )
-from deltaguard.service.contents import UnavailableError
 from deltaguard.service.context import Service
-from deltaguard.service.errors import OUTAGES
+from deltaguard.service.errors import OUTAGES, cause_of
 from deltaguard.service.events import tell
 from deltaguard.service.executors.executor import Executor, Step
 from deltaguard.service.files import add_result, keep_result
+from deltaguard.service.patience import AWAY, patient
 from deltaguard.service.process import StoppedError, run_task
 from deltaguard.service.publishing import publish_model, remove_discarded, remove_leftovers
 from deltaguard.service.schemas import JobError
@@ -41,13 +40,17 @@ from deltaguard.service.training_data import InvalidFileError, check_file
 from deltaguard.service.webhooks import UndeliveredError, deliver, message_of
 from deltaguard.text import shortened
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _VALIDATION, _TRAINING, _NOTIFICATION = "validation", "training", "notification"
 _TOLD = ("succeeded", "failed", "cancelled")
 _NOTIFIED_AGAIN_S = 86_400
 """At a start the operator is told of jobs that ended so long ago, unless that was done."""
 
 _VALIDATED_AT_ONCE = 2
-_NOTIFIED_AT_ONCE = 4
+_NOTIFIED_AT_ONCE, _NOTIFIED_TIMES = 4, 15
+_LONGEST_WAIT_S = 3600
 _LOOK_S = 0.5
 _FIRST, _LONGEST_ERROR = 1, 3000
 """Number of a job's first run; characters of what is said of one that failed."""
@@ -58,19 +61,9 @@ _SAME_VERSION = "3"
 _LOGGER = logging.getLogger(__name__)
 
 
-def _is_outage(error: BaseException) -> bool:
-    return isinstance(error, (*OUTAGES, UnavailableError))
-
-
-# While the database or the object store does not answer, a step is begun again and again: none does anything
-# twice.
-_step = DBOS.step(
-    retries_allowed=True,
-    interval_seconds=1,
-    backoff_rate=1,
-    max_attempts=sys.maxsize,
-    should_retry=_is_outage,
-)
+def _step(function: Callable[P, T]) -> Callable[P, T]:
+    """Make a step of a method that does nothing twice; retries of DBOS would keep every error."""
+    return DBOS.step()(patient(function))
 
 
 def launch(service: Service, database_url: str, executor: Executor) -> "Workflows":
@@ -179,11 +172,21 @@ class Workflows(DBOSConfiguredInstance):
         self.notify(job_id, self.status(job_id))
 
     @DBOS.workflow(max_recovery_attempts=None)
-    def tell_operator(self, job_id: str, status: str) -> None:
-        """Tell the operator's server, again and again over four hours until it has taken the message."""
+    def tell_operator(self, job_id: str, status: str, attempt: int = 1) -> None:
+        """Tell the operator's server, again and again over four hours until it has taken the message.
+
+        What is tried again later is queued anew, so that one message that is not taken holds up no other.
+        """
         try:
             self.deliver(job_id, status)
-        except (dbos_error.DBOSException, DeltaguardError) as error:
+        except (UndeliveredError, *OUTAGES) as error:
+            if attempt == _NOTIFIED_TIMES:
+                _LOGGER.error("That %s has %s was not told: %s", job_id, status, error)  # noqa: TRY400  # expected
+                return
+            later = SetEnqueueOptions(delay_seconds=min(2**attempt, _LONGEST_WAIT_S))
+            with SetWorkflowID(f"{job_id} notify {status}, {attempt + 1}"), later:
+                DBOS.enqueue_workflow(_NOTIFICATION, self.tell_operator, job_id, status, attempt + 1)
+        except DeltaguardError as error:
             _LOGGER.error("That %s has %s was not told: %s", job_id, status, error)  # noqa: TRY400  # expected
 
     @_step
@@ -192,13 +195,7 @@ class Workflows(DBOSConfiguredInstance):
         with self.service.sessions.reading() as session:
             return _job(session, job_id).status
 
-    @DBOS.step(
-        retries_allowed=True,
-        interval_seconds=2,
-        backoff_rate=2,
-        max_attempts=15,
-        should_retry=lambda error: isinstance(error, (UndeliveredError, *OUTAGES)),
-    )
+    @DBOS.step()
     def deliver(self, job_id: str, status: str) -> None:
         """Send the message that a job has ended."""
         webhook = self.service.settings.webhook
@@ -212,9 +209,10 @@ class Workflows(DBOSConfiguredInstance):
     def _carried_out(self, step: Callable[[str, int], bool], job_id: str, run: int) -> bool:
         try:
             return step(job_id, run)
-        except (DeltaguardError, OSError) as error:
-            # Such as a disk that is full; its message names places on this machine.
-            _LOGGER.error("The job %s cannot go on: %s", job_id, error)  # noqa: TRY400  # no bug
+        except (DeltaguardError, OSError, *OUTAGES) as error:
+            # Such as a disk that is full, also where DBOS notes what a step gave; its message names places on
+            # this machine.
+            _LOGGER.error("The job %s cannot go on: %s", job_id, cause_of(error))  # noqa: TRY400  # no bug
             self.end_by_machine(job_id, run)
             return False
         except Exception:
@@ -353,7 +351,7 @@ class Workflows(DBOSConfiguredInstance):
             return False
         except Exception as error:
             # After an outage the step begins again, and finds its process.
-            if not _is_outage(error):
+            if not isinstance(error, AWAY):
                 self.executor.stop_leftovers(Step(kind, folder, cache))
             raise
         if outcome.reason is not None:

@@ -48,16 +48,20 @@ class LocalExecutor:
         gpu = self._take_gpu()
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        with (step.folder / f"{step.kind}.log").open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                # Ctrl-C is for the service, which ends the process in its own way.
-                start_new_session=True,
-            )
+        try:
+            with (step.folder / f"{step.kind}.log").open("ab") as log:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    # Ctrl-C is for the service, which ends the process in its own way.
+                    start_new_session=True,
+                )
+        except BaseException:
+            self._give_back(gpu)
+            raise
         return LocalProcess(process, on_leave=lambda: self._give_back(gpu))
 
     def _take_gpu(self) -> str | None:

@@ -14,10 +14,9 @@ from fastapi import Depends, Form, Request
 from fastapi.responses import Response
 from sqlalchemy import delete, select
 
-from deltaguard.service.context import Caller, Open, Service
+from deltaguard.service.context import Caller, Open, Service, known_caller
 from deltaguard.service.database import new_id
 from deltaguard.service.errors import ApiError
-from deltaguard.service.keys import find_key
 from deltaguard.service.tables import Key, SignIn, now
 
 COOKIE = "deltaguard"
@@ -55,15 +54,12 @@ def sign_in(service: Service, key: str) -> str:
     Raises:
         ApiError: the key is unknown or revoked, or its organisation asks too often.
     """
-    token = token_urlsafe(32)
+    token, known = token_urlsafe(32), known_caller(service, key)
+    service.count_request(known.organisation)
     with service.sessions.begin() as session:
-        known = find_key(session, key)
-        if known is None:
-            raise ApiError(401, "This key is not known, or was revoked.", code="invalid_api_key")
-        service.count_request(known.organisation)
         session.execute(delete(SignIn).where(SignIn.expires_at <= now()))
         expires_at = now() + _LIFE_S
-        new = SignIn(id=new_id("signin"), sha256=_hash(token), key_id=known.id, expires_at=expires_at)
+        new = SignIn(id=new_id("signin"), sha256=_hash(token), key_id=known.key_id, expires_at=expires_at)
         session.add(new)
     return token
 
