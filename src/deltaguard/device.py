@@ -1,6 +1,7 @@
 """Where models run, and in which arithmetic they are asked."""
 
 import platform
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -25,8 +26,8 @@ def find_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with foreign(f"The device {name!r} cannot be used (try `cpu`, or `auto`)"):
         device = torch.device(name)
-        # Some devices take data and hold none.
-        torch.zeros(1, device=device).item()
+        # Some devices take data and hold none, and some know no float64, in which prices are summed.
+        torch.zeros(1, dtype=torch.float64, device=device).item()
     return device
 
 
@@ -135,6 +136,17 @@ def enough_memory(advice: str) -> Generator[None]:
         raise DeltaguardError(f"Too little memory: {advice}. {error}") from error
 
 
+def stays_precise(model: Any, name: str) -> bool:
+    """Tell whether a model computes with a parameter in float32 whatever its dtype, such as a router's.
+
+    Args:
+        model: a transformers model.
+        name: of the parameter.
+    """
+    patterns = model._keep_in_fp32_modules_strict or ()  # noqa: SLF001  # searched for as transformers does
+    return any(re.search(each.replace("*", ".*"), name) for each in patterns)
+
+
 @contextmanager
 def as_served(model: Any) -> Generator[None]:
     """Let a float32 model run in its device's `served_dtype` for a while; its own weights come back after.
@@ -146,12 +158,10 @@ def as_served(model: Any) -> Generator[None]:
     if model.dtype != torch.float32 or dtype == torch.float32:
         yield
         return
-    # Some models have parameters that they compute with in float32 whatever their dtype.
-    precise = set(model._keep_in_fp32_modules_strict or ())  # noqa: SLF001  # as transformers does
     kept = [
         (each, each.data)
         for name, each in model.named_parameters()
-        if each.is_floating_point() and precise.isdisjoint(name.split("."))
+        if each.is_floating_point() and not stays_precise(model, name)
     ]
     try:
         for parameter, weights in kept:

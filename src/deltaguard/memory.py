@@ -3,13 +3,11 @@
 import os
 import resource
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
-_CONTROL_GROUPS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
-"""Where Linux says what a container may hold, in its newer and its older form."""
+_CONTROL_GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux says what groups of processes may hold, and of which this one is."""
 
 
 def peak_memory_bytes() -> int:
@@ -19,7 +17,21 @@ def peak_memory_bytes() -> int:
 
 
 def usable_memory_bytes() -> int:
-    """Say how much memory the process may hold: the machine's, or less where its container has a limit."""
+    """Say how much memory the process may hold: the machine's, or what its container or job may."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    texts = (file.read_text().strip() for file in _CONTROL_GROUPS if file.is_file())
+    texts = (file.read_text().strip() for file in _limits() if file.is_file())
     return min([machine, *(int(text) for text in texts if text.isdigit())])
+
+
+def _limits() -> Iterator[Path]:
+    """List the files that may hold a limit: of the groups that this process is in, and of all above them."""
+    yield _CONTROL_GROUPS / "memory.max"
+    yield _CONTROL_GROUPS / "memory" / "memory.limit_in_bytes"
+    for line in _OWN.read_text().splitlines() if _OWN.is_file() else ():
+        _, kinds, path = line.split(":", 2)
+        for group in (PurePosixPath(path), *PurePosixPath(path).parents):
+            below = group.as_posix().lstrip("/")
+            if not kinds:
+                yield _CONTROL_GROUPS / below / "memory.max"
+            elif "memory" in kinds.split(","):
+                yield _CONTROL_GROUPS / "memory" / below / "memory.limit_in_bytes"

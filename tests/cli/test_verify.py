@@ -123,3 +123,11 @@ def test_of_what_is_no_regular_file_nothing_is_read(out, capsys):
     (out / "tokenizer.json").unlink()
     os.mkfifo(out / "tokenizer.json")
     assert "tokenizer.json is in the report and not in the folder" in verified(out, capsys, 3)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/default.jinja"])
+def test_a_template_that_came_later_is_wrong(out, name, capsys):
+    relisted(out, lambda files: [row for row in files if row["name"] != name])
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("{{ messages }}")
+    assert f"File {name} is not in the report" in verified(out, capsys, 3)

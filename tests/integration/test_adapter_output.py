@@ -282,6 +282,18 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_that_an_adapter_leaves_alone_need_not_be_held(tmp_path):
+    # As of models with more rows than tokens.
+    models.save(models.tiny_model("llama", vocab_size=models.VOCABULARY + 8), tmp_path / "aligned")
+    tuned = adapter_over(tmp_path / "aligned", tmp_path / "tuned", rank=2)
+    tokenizer = models.tiny_tokenizer()
+    tokenizer.add_tokens(["<|one more|>"])
+    tokenizer.save_pretrained(tuned)
+    config = RestoreConfig(method="interpolate", strength=0.5, config_from="aligned", **ADAPTER)
+    restore(tmp_path / "aligned", tuned, tmp_path / "out", config=config)
+    assert all(".q_proj." in name or ".down_proj." in name for name in weights(tmp_path / "out"))
+
+
 def test_what_must_be_known_of_an_adapter_is_told(tmp_path):
     made = pair("llama")
     config = RestoreConfig(strength=0.5, **ADAPTER)

@@ -112,8 +112,14 @@ def test_what_could_not_be_restored_is_refused_before_there_is_a_training_to_los
     def begin(processes=1, **options):
         args = SimpleNamespace(world_size=processes, output_dir=str(tmp_path))
         given = {"aligned": made.aligned, "store": made.store, "config": config(lora=True)} | options
-        RestoreCallback(**given).on_train_begin(args, None, None)
+        RestoreCallback(**given).on_train_begin(args, None, None, model=model)
 
+    model = SimpleNamespace(peft_config={})
+    for odd in ({"other_params": "finetuned"}, {"refine": 5}):
+        with pytest.raises(DeltaguardError, match="An adapter becomes an adapter here"):
+            begin(config=RestoreConfig(**odd))
+    begin(config=RestoreConfig(other_params="finetuned", output_format="checkpoint"))
+    model = SimpleNamespace()
     begin()
     with pytest.raises(DeltaguardError, match="restore_after"):
         begin(processes=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import models
-from deltaguard import device
+from deltaguard import device, memory
 from deltaguard.device import as_served, numbered, served_dtype
 
 
@@ -149,3 +149,33 @@ def test_weights_that_are_tied_stay_tied():
         assert are_tied()
     assert are_tied()
     check_unchanged(model, before)
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_what_a_model_keeps_in_float32_stays_so_while_it_is_asked():
+    model = models.tiny_model("deepseek_v3")
+    model._keep_in_fp32_modules_strict = {"gate.weight", "layers.*.input_layernorm"}
+    before = state(model)
+    with as_served(model):
+        kept = {name for name, each in model.named_parameters() if each.dtype == torch.float32}
+    assert any(name.endswith("mlp.gate.weight") for name in kept)
+    assert all(name.endswith(("gate.weight", "input_layernorm.weight")) for name in kept)
+    check_unchanged(model, before)
+
+
+def test_a_limit_on_any_group_of_the_process_is_seen(tmp_path, monkeypatch):
+    groups, own = tmp_path / "cgroup", tmp_path / "own"
+    monkeypatch.setattr(memory, "_CONTROL_GROUPS", groups)
+    monkeypatch.setattr(memory, "_OWN", own)
+    machine = memory.usable_memory_bytes()
+    (groups / "slurm" / "job_1").mkdir(parents=True)
+    own.write_text("0::/slurm/job_1/step\n")
+    (groups / "slurm" / "memory.max").write_text("max\n")
+    assert memory.usable_memory_bytes() == machine
+    (groups / "slurm" / "job_1" / "memory.max").write_text("4096\n")
+    assert memory.usable_memory_bytes() == 4096
+    own.write_text("4:cpu,memory:/old\n")
+    assert memory.usable_memory_bytes() == machine
+    (groups / "memory" / "old").mkdir(parents=True)
+    (groups / "memory" / "old" / "memory.limit_in_bytes").write_text("8192\n")
+    assert memory.usable_memory_bytes() == 8192

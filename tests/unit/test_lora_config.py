@@ -101,6 +101,11 @@ def test_names_of_a_configuration_are_peft_s_with_its_defaults(tmp_path):
     assert (bare.r, bare.lora_alpha, bare.bias) == (own.r, own.lora_alpha, own.bias)
 
 
+def test_what_axolotl_leaves_open_is_not_so(tmp_path):
+    content = json.dumps({**PLAIN, "fan_in_fan_out": None})
+    assert not read_lora_config(written(tmp_path, content.encode()), "adapter").fan_in_fan_out
+
+
 DEEP = b"[" * 1000 + b"]" * 1000
 MUTATIONS = {
     "r": [0, -1, 2.5, "8", True, None, [8], {}, 2**40],
@@ -109,7 +114,7 @@ MUTATIONS = {
     "alpha_pattern": [[], {"q_proj": "3"}, {"q_proj": {}}, 'RAW {"q": Infinity}'],
     "target_modules": [3, [3], {"q_proj": 1}, True],
     "modules_to_save": ["lm_head", [None], 1],
-    "fan_in_fan_out": ["no", 1, None],
+    "fan_in_fan_out": ["no", 1],
     "use_rslora": ["yes", 0],
     "bias": [None, 3, "all"],
     "init_lora_weights": ["pissa", 3, [], {}],

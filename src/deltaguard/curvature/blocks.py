@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deltaguard.chat.predictions import logits_at
 from deltaguard.chat.tokens import Batch
+from deltaguard.device import stays_precise
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import WeightSource
 from deltaguard.models.experts import Part, parts_of
@@ -82,7 +83,6 @@ class CutModel:
         self.blocks = decoder_blocks(self.model)
         self.prefix = next(f"{name}." for name, each in self.model.named_modules() if each is self.blocks)
         # Some models compute with these in float32 whatever their dtype.
-        self._precise = set(self.model._keep_in_fp32_modules_strict or ())  # noqa: SLF001  # as transformers does
         tied = set(self.model.all_tied_weights_keys)
         parameters = [name for name, _ in self.model.named_parameters() if name not in tied]
         buffers = dict(self.model.named_buffers())
@@ -209,7 +209,7 @@ class CutModel:
     def _take(self, name: str, read: Read) -> None:
         first, *others = self.parts[name]
         dtype = self.dtype
-        if not self._precise.isdisjoint(name.split(".")):
+        if stays_precise(self.model, name):
             dtype = torch.promote_types(dtype, torch.float32)
         if first.expert is None:
             self._put(name, read(first.tensor).to(self.device, dtype))

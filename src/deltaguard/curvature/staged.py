@@ -36,11 +36,12 @@ def staged_folder(folder: Path) -> Generator[Path]:
         for path in staged.iterdir():
             path.unlink()
         yield staged
-        if folder.exists():
-            folder.rmdir()
-        flush_folder(staged)
-        staged.rename(folder)
-        flush_folder(folder.parent)
+        with explained(folder):
+            if folder.exists():
+                folder.rmdir()
+            flush_folder(staged)
+            staged.rename(folder)
+            flush_folder(folder.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         os.close(lock)
@@ -50,8 +51,10 @@ def require_empty(folder: Path) -> None:
     """Refuse an output folder that holds something.
 
     Raises:
-        DeltaguardError: the folder is a file, or not empty.
+        DeltaguardError: the folder is a file, a mount point, or not empty.
     """
+    if folder.is_mount():
+        raise DeltaguardError(f"The output {folder} is a mount point; name a folder in it.")
     if folder.is_file():
         raise DeltaguardError(f"The output {folder} is a file; a folder is written. Choose another name.")
     if folder.exists() and any(folder.iterdir()):

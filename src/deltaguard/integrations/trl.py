@@ -7,11 +7,13 @@ earlier run. What is here saves the model itself, into a folder of its own, befo
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, listed
+from deltaguard.files import problems
 from deltaguard.models.layout import ADAPTER_CONFIG
 from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.restoration.aligned import AlignedInputs
@@ -113,7 +115,8 @@ class RestoreCallback(TrainerCallback):
                 "sees a part of the model: leave it out, and call `restore_after(trainer, ...)` after "
                 "`trainer.train()`."
             )
-        config, output = self._config or RestoreConfig(), Path(args.output_dir) / RESTORED
+        config = _merged(self._config, adapter=hasattr(given.get("model"), "peft_config"))
+        output = Path(args.output_dir) / RESTORED
         AlignedInputs.open(self._aligned, store=self._store, config=config).look(self._aligned)
         if not (config.overwrite or config.resume) and output.exists() and any(output.iterdir()):
             raise DeltaguardError(
@@ -154,7 +157,19 @@ def _restored(
     store: CurvatureStore | str | Path | None,
     config: RestoreConfig | None,
 ) -> RestoreReport:
-    options = default_options(adapter=(folder / FINETUNED / ADAPTER_CONFIG).exists())
+    merged = _merged(config, adapter=(folder / FINETUNED / ADAPTER_CONFIG).exists())
+    return restore(aligned, folder / FINETUNED, folder / RESTORED, store=store, config=merged)
+
+
+def _merged(config: RestoreConfig | None, *, adapter: bool) -> RestoreConfig:
+    """Put what a user says over `default_options`.
+
+    Raises:
+        DeltaguardError: they do not go together.
+    """
     given = {} if config is None else {name: getattr(config, name) for name in config.model_fields_set}
-    config = RestoreConfig.model_validate(options | given)
-    return restore(aligned, folder / FINETUNED, folder / RESTORED, store=store, config=config)
+    try:
+        return RestoreConfig.model_validate(default_options(adapter=adapter) | given)
+    except ValidationError as error:
+        title = "An adapter becomes an adapter here, and a checkpoint with RestoreConfig(output_format=...)"
+        raise DeltaguardError(listed(title, problems(error))) from error

@@ -114,7 +114,8 @@ class _Templates(BaseModel):
 def templates_of(files: Mapping[str, Path]) -> dict[str, str]:
     """Read the chat templates that transformers would use, by their names.
 
-    Files of their own come before those in `tokenizer_config.json`.
+    Files of their own come before those in `tokenizer_config.json`, and those of the folder of further
+    templates, where one may be called "default", before the model's own.
 
     Args:
         files: of a model, by their paths in its folder.
@@ -126,11 +127,9 @@ def templates_of(files: Mapping[str, Path]) -> dict[str, str]:
     Raises:
         DeltaguardError: a file cannot be read.
     """
-    found = {
-        "default" if path == TEMPLATE else Path(path).stem: read_text(file)
-        for path, file in files.items()
-        if path == TEMPLATE or path.startswith(f"{TEMPLATE_FOLDER}/")
-    }
+    found = {"default": read_text(files[TEMPLATE])} if TEMPLATE in files else {}
+    further = (path for path in files if path.startswith(f"{TEMPLATE_FOLDER}/"))
+    found |= {Path(path).stem: read_text(files[path]) for path in further}
     if not found and TOKENIZER_CONFIG in files:
         named = read_json(files[TOKENIZER_CONFIG], _Templates, remedy=_COPY).chat_template or ()
         rows = (_Template(name="default", template=named),) if isinstance(named, str) else named

@@ -84,7 +84,7 @@ class LoraConfig(BaseModel):
     alpha_pattern: Mapping[str, _Alpha] | None = None
     target_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
-    fan_in_fan_out: bool = False
+    fan_in_fan_out: bool | None = False
     bias: str = "none"
     init_lora_weights: bool | str | None = True
 

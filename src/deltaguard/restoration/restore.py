@@ -13,7 +13,9 @@ from deltaguard.device import enough_memory, exact_products, find_device
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import expanded, parse_yaml, read_text
 from deltaguard.memory import peak_memory_bytes
+from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.adapter_writer import AdapterLayer, commit_adapter, stage_adapter
+from deltaguard.models.families import is_parameter
 from deltaguard.models.mirror import adapter_files, checkpoint_files, refuse_links_out
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress, ignore
@@ -278,7 +280,15 @@ def _stage_adapter(
 
 def refuse_what_no_adapter_holds(job: Job, plan: Plan) -> None:
     """Refuse a plan that takes more than linear layers from the fine-tuned model; all such are listed."""
-    beyond = [step.info.name for step in plan.steps if step.action in (Action.FINETUNED, Action.EXTEND)]
+    # What an adapter does not change, and what a model computes for itself, need not be held.
+    changed = job.finetuned.adapted if isinstance(job.finetuned, AdapterCheckpoint) else None
+    beyond = [
+        step.info.name
+        for step in plan.steps
+        if step.action in (Action.FINETUNED, Action.EXTEND)
+        and is_parameter(step.info.name)
+        and (changed is None or step.info.name in changed)
+    ]
     if beyond:
         raise DeltaguardError(
             listed(
