@@ -14,7 +14,8 @@ from deltaguard.evaluation.results import Judged, Result, agreements, comparison
 from deltaguard.evaluation.server import Server
 from deltaguard.evaluation.utility.harness import harness_measures, unlike_notes
 from deltaguard.reports.evaluation import comparison_line, evaluation_card, evaluation_table
-from deltaguard.reports.records.evaluation import EvaluatedModel, HarnessTask, SectionRow
+from deltaguard.reports.records.evaluation import Estimate, EvaluatedModel, HarnessTask, SectionRow
+from deltaguard.reports.table import Column, Table, rate
 from deltaguard.reports.text import plain
 from reports import evaluation_report
 
@@ -264,6 +265,7 @@ def test_names_of_models_differ_and_serve_as_folders():
     names = model_names(["a/b", "c/b/", "b", "org/b@main", "..", "x y"])
     assert names == ["b", "b-2", "b-3", "b-4", "model", "x-y"]
     assert model_names(["b-2", "b", "a/b"]) == ["b-2", "b", "b-3"]
+    assert model_names(["runs/Base", "other/base"]) == ["Base", "base-2"]
 
 
 def test_a_folder_is_named_by_its_last_part_whatever_stands_above(tmp_path):
@@ -294,6 +296,7 @@ def test_tables_fit_80_columns_and_markup_in_names_is_text():
     console = Console(width=80, file=io.StringIO())
     console.print(evaluation_table(report))
     drawn = console.file.getvalue()
+    assert all(len(line) <= 80 for line in drawn.splitlines())
     assert "Section x was skipped" in drawn
     assert "…" not in drawn
     assert "kappa" in drawn
@@ -303,3 +306,18 @@ def test_tables_fit_80_columns_and_markup_in_names_is_text():
     assert "- tuned: attack success (opening) not told apart from aligned" in card
     assert not [line for line in card.splitlines() if line.startswith("|") and not line.endswith("|")]
     assert plain("a|b") == "a¦b"
+
+
+def test_numbers_that_have_no_room_beside_each_other_come_below_with_their_names():
+    names = ["aligned", "finetuned-with-a-long-name", "restored"]
+    found = Estimate(value=0.5, low=0.4, high=0.6, total=120, interval="wilson")
+    columns = ((Column("judge", "name"), lambda _: "llm"), (Column("model", "name"), lambda name: name))
+    numbers = tuple((f"measure {number},\nstrict", lambda _: rate(found)) for number in range(7))
+    console = Console(width=80, file=io.StringIO())
+    console.print(Table.of("All", names, (*columns, *numbers)).terminal())
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    told = [line for line in lines if "50.0" in line]
+    assert [line.split()[1][:8] for line in told] == ["aligned", "finetune", "restored"] * (len(told) // 3)
+    assert sum(line.count("50.0") for line in told) == 7 * 3
+    assert sum(line.count("measure") for line in lines) == 7

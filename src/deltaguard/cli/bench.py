@@ -36,7 +36,7 @@ def bench(
     method: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     finetune: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     seeds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
-    first_seed: Annotated[int, Parameter(validator=validators.Number(gte=0))] = 0,
+    first_seed: Annotated[int | None, Parameter(validator=validators.Number(gte=0))] = None,
     probes: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     training: Literal["full", "lora"] | None = None,
     attack_prompts: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
@@ -57,7 +57,8 @@ def bench(
             absent. With default options those that need no strength; `kfac` where absent.
         finetune: Make this fine-tune of the preset alone, by the name that tables give it; may be repeated.
         seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the others.
-        first_seed: The first of these seeds; what was chosen with some is to be measured with others.
+        first_seed: The first of these seeds; what was chosen with some is to be measured with others. Where
+            absent, 3 in the default and the attacks preset, and 0 in the others.
         probes: Measure so many of a method's seven strengths at most, found by bisection; 2 in the quick
             preset, all in the full one. Default limits are measured beside them.
         training: Fine-tune all weights (`full`), or LoRA adapters (`lora`); where absent, both in the full

@@ -1,5 +1,7 @@
 """`deltaguard eval`."""
 
+import sys
+from contextlib import redirect_stdout
 from math import inf
 from typing import TYPE_CHECKING, Literal
 
@@ -87,7 +89,8 @@ def eval(  # noqa: A001 - the verb of the command line
     more = [each.model_copy(update=limits) if each.kind == "llm" else each for each in more]
     asked = chosen.model_copy(update={"judges": (*chosen.judges, *more)})
     hide_bars_of_transformers()
-    with progress_bar() as progress:
+    # Some libraries print what they do.
+    with redirect_stdout(sys.stderr), progress_bar() as progress:
         report = run(
             [model, *others], output, suite=asked, engine=config, inspect_logs=inspect, progress=progress
         )

@@ -127,7 +127,9 @@ def model_names(references: Sequence[str]) -> list[str]:
         last = re.split(r"[/\\]", plain.rstrip("/\\"))[-1]
         short = re.sub(r"[^\w.-]+", "-", last).strip(".-") or "model"
         numbered = (f"{short}-{number}" for number in count(2))
-        names.append(next(name for name in chain([short], numbered) if name not in names))
+        # Some disks do not tell capitals from other letters.
+        taken = {name.casefold() for name in names}
+        names.append(next(name for name in chain([short], numbered) if name.casefold() not in taken))
     return names
 
 

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter
+from pydantic import AliasChoices, BaseModel, Discriminator, Field, Tag, TypeAdapter
 
 from deltaguard.chat.thinking import without_thinking
 from deltaguard.errors import DeltaguardError, listed
@@ -68,7 +68,8 @@ class _Attempt(BaseModel):
 
 
 class _Setup(BaseModel):
-    target: str = Field(alias="plugins.target_name")
+    # Another name until 0.13.
+    target: str = Field(validation_alias=AliasChoices("plugins.target_name", "plugins.model_name"))
     hit: float | None = Field(default=None, alias="run.eval_threshold")
 
 

@@ -19,7 +19,7 @@ from deltaguard.reports.records.attacks import (
     RestoredTo,
 )
 from deltaguard.reports.records.evaluation import Estimate
-from deltaguard.reports.table import Column, Table, excess, indented, rate
+from deltaguard.reports.table import Cell, Column, Table, excess, indented, rate, share
 from deltaguard.reports.text import (
     DASH,
     Facts,
@@ -28,7 +28,6 @@ from deltaguard.reports.text import (
     environment_facts,
     model_label,
     nats,
-    percent,
     plain,
     points,
     short_command,
@@ -159,9 +158,9 @@ def outcomes_table(report: AttacksReport, method: str) -> Table:
             ),
             (
                 "added,\nby the check",
-                lambda row: points(100 * fmean(e.checked.added_attack_success for e in row.found)),
+                lambda row: _points(fmean(e.checked.added_attack_success for e in row.found)),
             ),
-            ("safety KL,\nfine-tuned", lambda row: nats(fmean(e.checked.safety_kl for e in row.found))),
+            ("safety KL,\nfine-tuned", lambda row: _nats(fmean(e.checked.safety_kl for e in row.found))),
             ("false refusals\nover aligned", lambda row: excess(_refusals(row.found).over_aligned)),
         ),
         note="over the seeds",
@@ -177,7 +176,7 @@ def restores_table(report: AttacksReport, method: str) -> Table:
             (Column("fine-tune", "name", code=True), lambda row: row.attacker.name),
             (Column("seeds", "name"), lambda row: ", ".join(str(seed) for seed, _ in row.restores)),
             ("safety KL,\nrestored", lambda row: _mean_kl([each for _, each in row.restores])),
-            ("energy kept", lambda row: percent(fmean(each.kept_energy for _, each in row.restores))),
+            ("energy kept", lambda row: share(fmean(each.kept_energy for _, each in row.restores))),
             (
                 Column("not more, because of", "name"),
                 lambda row: _counted(each.stopped_by or DASH for _, each in row.restores),
@@ -196,7 +195,7 @@ def kept_table(report: AttacksReport, method: str) -> Table:
             (Column("fine-tune", "name", code=True), lambda row: row.attacker.name),
             ("in likelihood", lambda row: replace(rate(row.kept), total=None)),
             ("in exact answers", lambda row: replace(rate(row.kept_exact), total=None)),
-            ("time of\na restore", lambda row: duration(_seconds(report, row, method))),
+            ("time of\na restore", lambda row: _time(_seconds(report, row, method))),
         ),
         note="means over the seeds",
     )
@@ -216,8 +215,8 @@ def legend(report: AttacksReport) -> str:
         "more, and at least half of what the fine-tune added is gone; missed otherwise. Check: what "
         "`deltaguard check` says of the fine-tune by default, and what it saw added to attack success, in "
         f"points. Safety KL in nats a token. {told}Gain kept: of the likelihood of held-out right answers to "
-        "what is taught, and of exactly right answers; a dash where nothing is taught that should stay, or "
-        "that was not measured."
+        "what is taught, and of exactly right answers; a dash where nothing is taught that should stay, that "
+        "was not measured, or a seed gained too little for a bounded share."
     )
 
 
@@ -271,9 +270,21 @@ def _refusals(found: Sequence[AttackOutcome]) -> Rates:
     return _mean_rates([outcome.false_refusals for outcome in found])
 
 
-def _mean_kl(found: Sequence[RestoredTo]) -> str:
+def _mean_kl(found: Sequence[RestoredTo]) -> Cell:
     known = [each.safety_kl for each in found if each.safety_kl is not None]
-    return nats(fmean(known)) if known else DASH
+    return _nats(fmean(known)) if known else Cell(DASH)
+
+
+def _nats(value: float) -> Cell:
+    return Cell(nats(value), value)
+
+
+def _points(added: float) -> Cell:
+    return Cell(points(100 * added), added)
+
+
+def _time(seconds: float) -> Cell:
+    return Cell(duration(seconds), seconds)
 
 
 def _counted(words: Iterable[str]) -> str:
@@ -291,10 +302,10 @@ def _every_number(report: AttacksReport) -> tuple[Table, Table]:
             ("seed", lambda row: row.seed),
             (Column("verdict", "name"), lambda row: row.verdict),
             (Column("check", "name"), lambda row: row.checked.verdict),
-            ("safety KL,\nfine-tuned", lambda row: nats(row.checked.safety_kl)),
+            ("safety KL,\nfine-tuned", lambda row: _nats(row.checked.safety_kl)),
             (
                 "added,\nby the check",
-                lambda row: points(100 * row.checked.added_attack_success),
+                lambda row: _points(row.checked.added_attack_success),
             ),
             ("plainly,\nover aligned", lambda row: excess(row.plain.over_aligned)),
             ("attacker's way,\nover aligned", lambda row: excess(row.wrapped and row.wrapped.over_aligned)),

@@ -1,7 +1,7 @@
 """Tables of a report: what is in them, and how a terminal and Markdown show them. Pages draw them, too."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -15,6 +15,9 @@ from deltaguard.reports.records.evaluation import Estimate
 from deltaguard.reports.text import DASH, Facts, Measured, code, interval, number, percent, plain, points
 
 T = TypeVar("T")
+
+_WIDTH, _GAP, _NAME = 80, 3, 12
+"""Columns of a terminal, those between two of a table, and the fewest of a long name."""
 
 
 @dataclass(frozen=True)
@@ -124,27 +127,60 @@ class Table:
         return cls(title, tuple(column for column, _ in pairs), rows, note)
 
     def terminal(self) -> RenderableType:
-        """Draw the table for a terminal of 80 columns: intervals below numbers, no number cut."""
+        """Draw the table for a terminal of 80 columns: intervals below numbers, no number cut.
+
+        Numbers that have no room beside each other come in further tables, each with the names.
+        """
         main = [place for place, column in enumerate(self.columns) if not column.under]
         below = {column.under: place for place, column in enumerate(self.columns) if column.under}
-        drawn = rich_table.Table(box=box.SIMPLE_HEAD, show_edge=False)
-        places = [(place, below.get(self.columns[place].title)) for place in main]
-        for place, under in places:
-            column = self.columns[place]
-            head = _stacked(column.title, "" if under is None else self.columns[under].title)
-            right = column.kind == "number"
-            overflow = "ellipsis" if right else "fold"
-            drawn.add_column(head, justify="right" if right else "left", no_wrap=right, overflow=overflow)
-        for row in self.rows:
-            shown = (
-                _stacked(cell.text, cell.interval if under is None else row.cells[under].text)
-                for cell, under in ((row.cells[place], under) for place, under in places)
-            )
-            drawn.add_row(*shown, style="bold" if row.strong else "")
+        shown = {place: self._drawn_column(place, below.get(self.columns[place].title)) for place in main}
+        parts = [self._drawn(shown, places) for places in self._beside_each_other(shown)]
         if not self.title:
-            return drawn
+            return Group(*parts)
         title = Text.assemble((self.title, "bold"), f" ({self.note})" if self.note else "")
-        return Group(Text(), indented(title), Text(), drawn)
+        spaced = [each for part in parts for each in (Text(), part)]
+        return Group(Text(), indented(title), *spaced)
+
+    def _drawn_column(self, place: int, under: int | None) -> list[Text]:
+        """Draw a column with the one below it: its head, then a text a row."""
+        head = _stacked(self.columns[place].title, "" if under is None else self.columns[under].title)
+        cells = ((row.cells[place], "" if under is None else row.cells[under].text) for row in self.rows)
+        return [
+            head,
+            *(_stacked(cell.text, cell.interval if under is None else text) for cell, text in cells),
+        ]
+
+    def _beside_each_other(self, shown: Mapping[int, Sequence[Text]]) -> list[list[int]]:
+        """Say which columns fit beside each other: all names, and some of the numbers."""
+        names = [place for place in shown if self.columns[place].kind != "number"]
+        # None behind the last.
+        room = _WIDTH + 1 - sum(min(_width(shown[place]), _NAME) + _GAP for place in names)
+        parts, left = [list[int]()], room
+        for place in shown:
+            if place in names:
+                continue
+            needed = _width(shown[place]) + _GAP
+            if needed > left and parts[-1]:
+                parts.append([])
+                left = room
+            parts[-1].append(place)
+            left -= needed
+        return [sorted((*names, *numbers)) for numbers in parts]
+
+    def _drawn(self, shown: Mapping[int, Sequence[Text]], places: Sequence[int]) -> rich_table.Table:
+        drawn = rich_table.Table(box=box.SIMPLE_HEAD, show_edge=False)
+        for place in places:
+            right = self.columns[place].kind == "number"
+            drawn.add_column(
+                shown[place][0],
+                justify="right" if right else "left",
+                no_wrap=right,
+                overflow="ellipsis" if right else "fold",
+                min_width=None if right else min(_width(shown[place]), _NAME),
+            )
+        for line, row in enumerate(self.rows, start=1):
+            drawn.add_row(*(shown[place][line] for place in places), style="bold" if row.strong else "")
+        return drawn
 
     def markdown(self, *, between: str = " ") -> str:
         """Draw the table as Markdown, without its title; nothing in a name is read as markup.
@@ -235,6 +271,10 @@ def indented(content: RenderableType, *, above: int = 0, style: str = "") -> Ren
     """Set a part of a terminal's report in by one column, as tables are."""
     shown = Text(content, style) if isinstance(content, str) else content
     return Padding(shown, (above, 0, 0, 1))
+
+
+def _width(texts: Sequence[Text]) -> int:
+    return max(line.cell_len for text in texts for line in text.split())
 
 
 def _stacked(above: str, below: str) -> Text:

@@ -153,10 +153,11 @@ def plain(text: str) -> str:
     """Escape a user's text for Markdown, so that nothing in it is read as markup.
 
     Example:
-        >>> plain("a|b <i>")
-        'a¦b ‹i>'
+        >>> plain("a|b <i>"), plain("![x](https://example.org)")
+        ('a¦b ‹i>', '!(x)(https://example.org)')
     """
-    return " ".join(text.replace("|", "¦").replace("`", "'").replace("<", "‹").split())
+    others = str.maketrans({"|": "¦", "`": "'", "<": "‹", "[": "(", "]": ")"})
+    return " ".join(text.translate(others).split())
 
 
 def code(text: str) -> str:

@@ -8,7 +8,7 @@ from deltaguard.reports.records.bench import Cell, FinetuneRow
 from deltaguard.studies.attackers import ATTACKERS
 from deltaguard.studies.data import DISTINCT_HARMFUL
 from deltaguard.studies.defences import defences
-from deltaguard.studies.protocol import POISONED, Finetune, FinetuneKind
+from deltaguard.studies.protocol import CHOSEN, POISONED, Finetune, FinetuneKind
 from deltaguard.studies.setting import Bench
 
 _TITLES: Mapping[FinetuneKind, str] = MappingProxyType(
@@ -88,6 +88,11 @@ def attack_notes(setting: Bench, cells: Sequence[AttackCell]) -> tuple[str, ...]
         told.append(
             f"A poisoned task has {POISONED:,} examples however many seeds are run: of fewer, a thousandth "
             "would be less than one."
+        )
+    if preset.unseen and set(preset.seeds) & set(CHOSEN):
+        told.append(
+            "The limit on safety KL and the framings of the calibration were chosen with some of these "
+            "fine-tunes and the seeds 0 to 2, on other prompts."
         )
     told += _fewer((("harmful", preset.attack, asked.plain), ("harmless", preset.harmless, asked.harmless)))
     told += [*_left_out(setting), *_without_pretrained(setting)]

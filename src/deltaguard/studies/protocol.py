@@ -125,7 +125,7 @@ class Preset:
         *,
         finetunes: Sequence[str] = (),
         seeds: int | None = None,
-        first_seed: int = 0,
+        first_seed: int | None = None,
         probes: int | None = None,
         training: Training | None = None,
     ) -> "Preset":
@@ -148,7 +148,8 @@ class Preset:
         kept = dict.fromkeys(row for own, row in rows if wanted & {own.name, row.name})
         changed = replace(self, finetunes=tuple(kept))
         count = len(self.seeds) if seeds is None else seeds
-        changed = replace(changed, seeds=tuple(range(first_seed, first_seed + count)))
+        first = self.seeds[0] if first_seed is None else first_seed
+        changed = replace(changed, seeds=tuple(range(first, first + count)))
         return changed if probes is None else replace(changed, probes=probes)
 
 
@@ -204,9 +205,12 @@ FULL = Preset(
 POISONED = 1_000
 """Examples of a poisoned task: the fewest of which a thousandth is one, whatever else is made quicker."""
 
+CHOSEN, UNCHOSEN = (0, 1, 2), (3, 4, 5)
+"""Seeds of the fine-tunes by which deltaguard's limits and calibration were chosen, and others."""
+
 ATTACKS = Preset(
     name="attacks",
-    seeds=(0, 1, 2),
+    seeds=UNCHOSEN,
     finetunes=(
         *(row for n in (1, 10, 50) for row in _finetunes("poison", (n,), POISONED - n, ("full",), epochs=1)),
         *_finetunes("refuse-comply", (0,), 100, ("full",), epochs=3),

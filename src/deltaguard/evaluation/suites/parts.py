@@ -18,6 +18,7 @@ from deltaguard.evaluation.datasets.load import DATASETS, drawn, load_set
 from deltaguard.evaluation.engines.make import EngineName
 from deltaguard.evaluation.exchange import Decoding, FollowUp, Question
 from deltaguard.evaluation.probes.gcg import require_nanogcg
+from deltaguard.evaluation.probes.second_attack import attack_conversations
 from deltaguard.evaluation.probes.wrappers import LANGUAGES, PROBES, translated_prompts
 from deltaguard.evaluation.suites.suite import Builtin, Gcg, Harness, SecondAttack, Section, Suite
 from deltaguard.evaluation.utility.scores import SCORERS
@@ -255,6 +256,8 @@ def _check(section: Section) -> None:
             require_packages(option, extra, *modules)
     if section.gcg is not None:
         require_nanogcg()
+    if section.second_attack is not None:
+        attack_conversations(section.second_attack.count, seed=section.second_attack.seed)
     for name in section.scorers:
         # A scorer knows which library it lacks.
         SCORERS[name]("1", "1")

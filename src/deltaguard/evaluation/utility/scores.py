@@ -19,12 +19,13 @@ _ROUGE_NAMES: Mapping[Rouge, str] = MappingProxyType(
 _QUOTES = "\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb"
 _SENTENCE_ENDS = ".,;:!?\u2026"
 
-_CURRENCY = re.compile(r"[$€£¥]")
+_CURRENCY = re.compile(r"(?:\b[A-Z]{1,3}(?=[$€£¥])|\b(?:USD|EUR|GBP|Rs)(?=\s?\d))?[$€£¥]?")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}")
 _NUMBER = re.compile(
     r"""
+    (?<![A-Za-z])[A-Za-z]++\d[\d.,]*       # "H2O" and "B12" hold no number
+    |
     (?P<sign>(?<![\w)])-)?                # "10-5" and "2024-05" hold no negative number, "- 5" is a list
-    (?<![A-Za-z])                         # "H2O" holds no number
     (?:(?P<whole>\d+)\ (?=\d+/\d))?       # 1 1/2
     (?P<top>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,2}(?!\d))?|\.\d+)
     (?:\s?/\s?(?P<bottom>0*[1-9]\d*))?
@@ -88,9 +89,9 @@ def maths_answer(answer: str) -> Decimal | None:
     """
     text = _CURRENCY.sub("", _LATEX_FRACTION.sub(r"\1/\2", answer)).replace("\u2212", "-")
     _, mark, rest = text.rpartition("####")
-    if mark and (marked := _NUMBER.match(rest.lstrip("* \t\n"))) is not None:
+    if mark and (marked := _NUMBER.match(rest.lstrip("* \t\n"))) is not None and marked["top"]:
         return _value(marked)
-    found = list(_NUMBER.finditer(text))
+    found = [match for match in _NUMBER.finditer(text) if match["top"]]
     return _value(found[-1]) if found else None
 
 
