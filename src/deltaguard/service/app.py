@@ -154,10 +154,12 @@ class _Limited:
             expected = self._service.expect(caller.organisation, size)
             try:
                 require_room(session, self._service, caller, expected)
-            except ApiError as error:
+            except BaseException as error:
                 self._service.forget(caller.organisation, size)
+                if not isinstance(error, ApiError):
+                    raise
                 message = (
-                    "Other uploads of this organisation are on their way, and leave this one no room yet."
+                    "Other uploads of this organisation are on their way, and leave no room for this yet."
                 )
                 raise ApiError(429, message, code="rate_limit_exceeded", retry_after=5) from error
         return caller, size
