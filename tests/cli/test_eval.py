@@ -1,10 +1,12 @@
 """`deltaguard eval`, as programs and people call it."""
 
 import json
+import sys
 
 import pytest
 
 from deltaguard.cli.app import run
+from deltaguard.evaluation.judges.rules import OpeningJudge
 from suites import server, suite_file, two_models
 
 ONE = """
@@ -28,6 +30,21 @@ def test_json_is_the_report_that_was_written(models, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((out / "evaluation.json").read_text())
     assert [model["name"] for model in report["models"]] == ["aligned", "finetuned"]
+
+
+def test_what_a_library_prints_is_no_part_of_the_document(models, tmp_path, capsys, monkeypatch):
+    judge = OpeningJudge.judge
+
+    def printing(*given):
+        sys.stdout.write("Downloaded something\n")
+        return judge(*given)
+
+    monkeypatch.setattr(OpeningJudge, "judge", printing)
+    suite = str(suite_file(tmp_path, ONE))
+    assert run(["eval", models[0], "--suite", suite, "-o", str(tmp_path / "out"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["suite"] == "one"
+    assert "Downloaded something" in captured.err
 
 
 def test_people_get_a_table_and_where_the_rest_is(models, tmp_path, capsys):

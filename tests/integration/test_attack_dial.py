@@ -20,9 +20,9 @@ from deltaguard.device import find_device, served_dtype
 from deltaguard.evaluation.judges import rules
 from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.check import check_table, verdict
+from deltaguard.reports.outcome import origin, outcome_facts, requests_asked
 from deltaguard.reports.records.check import CheckReport
 from deltaguard.reports.records.restore import CARD_NAME
-from deltaguard.reports.restore import origin, outcome_facts, requests_asked
 from deltaguard.reports.text import DASH
 from deltaguard.restoration import footprint
 from deltaguard.restoration.acceptance import Rule

@@ -67,6 +67,8 @@ def test_an_attack_that_succeeds_is_seen_by_the_check_and_caught(aligned, tmp_pa
     assert found.checked.verdict == "restore"
     assert found.checked.safety_kl > 6e-4
     assert [cell.method for cell in report.cells] == ["aligned", "finetuned", "kfac"]
+    # Of seed 0, as others by which limits were chosen.
+    assert any("were chosen with some of these fine-tunes" in note for note in report.notes)
     assert AttacksReport.model_validate_json((tmp_path / "out" / ATTACKS_NAME).read_text()) == report
 
 
@@ -103,7 +105,9 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_drawn_again_without_any_mode
 
 def test_the_protocol_s_own_fine_tunes_are_restored_without_options_too(aligned, tmp_path):
     own = Finetune("task-clean", 0, 4, "full", SHORT)
-    report = bench_attacks(tmp_path / "out", preset=replace(TINY, finetunes=(own,)), aligned=aligned)
+    preset = replace(TINY, finetunes=(own,), seeds=ATTACKS.seeds[:1])
+    report = bench_attacks(tmp_path / "out", preset=preset, aligned=aligned)
+    assert not any("were chosen with" in note for note in report.notes)
     (row,) = report.attackers
     assert (row.title, row.way) == ("benign task alone (4 benign; all weights)", None)
     assert (row.gains, row.better) == (True, "lower")

@@ -12,9 +12,9 @@ from crossed import in_turn
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
+from deltaguard.reports.outcome import dial_facts
 from deltaguard.reports.records.dial import Probe
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
-from deltaguard.reports.restore import dial_facts
 from deltaguard.restoration.dial import judge_of
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL as LIMIT
 from deltaguard.restoration.search import AT_LIMIT, MOST_PROBES

@@ -11,8 +11,8 @@ from deltaguard import DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.cli.app import run
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.models.writer import CheckpointWriter
+from deltaguard.reports.outcome import refinement_facts
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
-from deltaguard.reports.restore import refinement_facts
 from deltaguard.restoration import refine, tuning
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.sweep import sweep

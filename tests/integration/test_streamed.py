@@ -31,7 +31,7 @@ from deltaguard.models.identity import identify
 from deltaguard.models.loading import load_tokenizer
 from deltaguard.models.mirror import loadable
 from deltaguard.progress import ignore
-from deltaguard.reports.restore import dial_facts
+from deltaguard.reports.outcome import dial_facts
 from deltaguard.restoration import footprint
 from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.block_passes import likelihood, own_blocks

@@ -10,6 +10,7 @@ from clients import LIMITS, ODD_NAME, ROW, client_of, publish, uploaded
 from openai.types import FileObject, Model
 from openai.types.chat import ChatCompletionMessage
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from deltaguard.cli.app import run
@@ -422,3 +423,12 @@ def test_who_signs_in_is_counted(http, opened):
     ]
     assert set(codes[:-1]) == {303}
     assert codes[-1] == 429
+
+
+def test_metadata_are_kept_as_they_are_read(client, opened):
+    file = uploaded(client)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, metadata={"équipe": "à"})
+    assert [found.id for found in client.fine_tuning.jobs.list(metadata={"équipe": "à"})] == [job.id]
+    with opened.service.sessions.reading() as session:
+        # SQLite before 3.45 finds no key that is escaped.
+        assert session.scalar(text("SELECT user_metadata FROM jobs")) == '{"équipe": "à"}'

@@ -3,7 +3,8 @@
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from urllib.request import urlopen
 
 import pytest
 import uvicorn
@@ -141,3 +142,28 @@ def test_no_second_header_hides_the_codec_of_a_form(port, opened):
     for headers in ((odd, "Content-Type: text/plain"), ("Content-Type: text/plain", odd)):
         with connected(port, opened.first_key, "/sign-in", *headers, "Content-Length: 4000") as found:
             assert b"UTF-8 alone" in read_all(found)
+
+
+def test_uploads_that_are_being_kept_leave_threads_to_other_requests(port, opened, monkeypatch):
+    contents = type(opened.service.contents)
+    may_end, begun, put = threading.Event(), [], contents.put
+
+    def held(own, *given):
+        begun.append(given)
+        may_end.wait(60)
+        return put(own, *given)
+
+    monkeypatch.setattr(contents, "put", held)
+    body = HEAD + b'x\r\n--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--b--\r\n'
+    with ExitStack() as open_ones:
+        length = f"Content-Length: {len(body)}"
+        for _ in range(45):
+            one = open_ones.enter_context(connected(port, opened.first_key, "/v1/files", FORM, length))
+            one.sendall(body)
+        until = time.monotonic() + 60
+        while len(begun) < 8 and time.monotonic() < until:
+            time.sleep(0.01)
+        answer = urlopen(f"http://127.0.0.1:{port}/readyz", timeout=60)
+        assert answer.status == 200
+        assert len(begun) == 8
+        may_end.set()

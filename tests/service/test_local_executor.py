@@ -57,3 +57,12 @@ def test_the_gpus_of_jobs_are_those_that_cuda_sees(monkeypatch):
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
 def test_a_process_that_sees_one_gpu_knows_it_as_cuda(device):
     assert Settings(device=device).job_device == device.removesuffix(":1")
+
+
+def test_a_process_that_cannot_be_begun_uses_no_gpu(environments, tmp_path):
+    executor = local.LocalExecutor(["0", "GPU-b"])
+    with pytest.raises(FileNotFoundError):
+        executor.begin(Step("train", tmp_path / "gone", tmp_path), 1)
+    process = executor.begin(Step("train", tmp_path, tmp_path), 1)
+    assert environments == ["0"]
+    process.leave()

@@ -274,6 +274,9 @@ def test_the_operators_server_is_told_until_it_takes_it(client, receiver, monkey
         assert (event.type, event.data.id) == ("fine_tuning.job.failed", job.id)
         assert event.data.code == "safety_gate_attack_success"
     assert len({headers["webhook-id"] for headers, _ in found}) == 1
+    # Each try ended by itself, and held up no other message until the next.
+    for number in ("", ", 2"):
+        assert DBOS.retrieve_workflow(f"{job.id} notify failed{number}").get_status().status == "SUCCESS"
     with pytest.raises(openai.InvalidWebhookSignatureError):
         client.webhooks.unwrap(body.decode().replace("failed", "succeeded"), headers, secret=SECRET)
     time.sleep(0.5)

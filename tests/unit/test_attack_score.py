@@ -6,7 +6,14 @@ import pytest
 from rich.console import Console
 
 from attack_reports import ATTACKERS, N, attacker, attacks_report, cell, letters
-from deltaguard.reports.attacks import attacks_markdown, attacks_page, attacks_table
+from deltaguard.reports.attacks import (
+    attacks_markdown,
+    attacks_page,
+    attacks_table,
+    kept_table,
+    outcomes_table,
+    restores_table,
+)
 from deltaguard.reports.records.attacks import AttacksReport
 from deltaguard.studies.attack_score import outcomes
 
@@ -124,3 +131,11 @@ def test_a_report_is_read_as_it_was_written_and_names_only_what_it_has():
     assert AttacksReport.model_validate_json(report.model_dump_json()) == report
     with pytest.raises(ValueError, match="cells name 'advice'"):
         attacks_report(attackers=ATTACKERS[:2])
+
+
+@pytest.mark.parametrize("draw", [outcomes_table, restores_table, kept_table])
+def test_every_number_of_a_page_sorts_by_its_value(draw):
+    table = draw(attacks_report(), "kfac")
+    numbers = [place for place, column in enumerate(table.columns) if column.kind == "number"]
+    assert numbers
+    assert all(row.cells[place].sort_value is not None for row in table.rows for place in numbers)

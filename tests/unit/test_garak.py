@@ -229,3 +229,9 @@ def test_runs_without_a_probe_in_common_are_refused(tmp_path):
     other = report(tmp_path / "b.report.jsonl", answers(REFUSED, probe="b.B"))
     with pytest.raises(DeltaguardError, match="no probe in common"):
         garak_report({"a": one, "b": other}, tmp_path / "out")
+
+
+def test_a_report_of_before_its_target_was_called_so_is_read(tmp_path):
+    path = report(tmp_path / "old.report.jsonl", answers(REFUSED))
+    path.write_text(path.read_text().replace("plugins.target_name", "plugins.model_name"))
+    assert read_garak(path).target == "m"

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import models
 from deltaguard.models.adapter import AdapterCheckpoint
@@ -139,6 +140,14 @@ def test_a_file_of_its_own_comes_before_the_template_of_the_tokenizer_configurat
     in_file("tokenizer_config.json", chat_template="never used")(folder)
     assert differing(folder) == set()
     assert templates_of(Checkpoint.open(folder).files()) == {"default": models.CHAT_TEMPLATE}
+
+
+def test_a_further_template_that_is_called_default_comes_before_the_models_own(tmp_path):
+    folder = variant(pair().aligned, tmp_path / "copy")
+    with_file("additional_chat_templates/default.jinja", OTHER_TEMPLATE)(folder)
+    assert differing(folder) == {"template_sha256"}
+    # As transformers reads them.
+    assert AutoTokenizer.from_pretrained(folder).get_chat_template() == OTHER_TEMPLATE
 
 
 def test_weights_are_a_part(tmp_path):

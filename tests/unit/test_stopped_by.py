@@ -2,8 +2,8 @@
 
 import pytest
 
+from deltaguard.reports.outcome import outcome_facts
 from deltaguard.reports.records.dial import AttackDial, Compared, Dial, Look, Probe
-from deltaguard.reports.restore import outcome_facts
 from restores import restore_report
 
 FEW, MANY = (Compared(prompts=600, aligned=60, candidate=60 + n, only_candidate=n) for n in (6, 60))

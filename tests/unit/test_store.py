@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -189,6 +190,14 @@ def test_an_empty_output_folder_is_used_and_a_full_one_is_not(tmp_path):
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(DeltaguardError, match="is a file"):
         written(tmp_path / "file")
+
+
+def test_a_mount_point_is_refused_before_anything_is_summed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(DeltaguardError, match="is a mount point; name a folder in it"):
+        written(tmp_path / "volume")
+    written(tmp_path / "volume" / "store")
 
 
 def test_a_folder_without_manifest_is_no_store(tmp_path):

@@ -165,6 +165,12 @@ def test_what_is_wrong_in_a_suite_is_named(tmp_path, sections, named):
     assert "suite.yaml" in str(caught.value)
 
 
+def test_more_examples_than_a_second_attack_has_are_told_before_anything_is_asked(tmp_path):
+    path = suite(tmp_path, ATTACK + ", second_attack: {count: 4000}}")
+    with pytest.raises(DeltaguardError, match="4000 harmful prompts were asked for and 303 are given"):
+        resolve(read_suite(path))
+
+
 def test_attacks_need_a_judge_and_a_suite_must_exist(tmp_path):
     with pytest.raises(DeltaguardError, match="no judges, and a need one"):
         read_suite(suite(tmp_path, ATTACK + "}", judges="[]"))

@@ -23,7 +23,7 @@ def diff(
         deep: Read the weights and compare their values.
         json: Print one JSON document and nothing else on stdout.
     """
-    from deltaguard.reports.restore import diff_table
+    from deltaguard.reports.diff import diff_table
     from deltaguard.restoration.diff import diff as compare
 
     report = compare(aligned, finetuned, deep=deep)

@@ -2,8 +2,8 @@
 
 from rich.console import RenderableType
 
+from deltaguard.reports.outcome import energy_kept
 from deltaguard.reports.records.batch import BatchReport, BatchRow
-from deltaguard.reports.restore import energy_kept
 from deltaguard.reports.table import Column, Table
 from deltaguard.reports.text import DASH, nats, points, short_reference, size
 

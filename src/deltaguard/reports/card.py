@@ -5,9 +5,10 @@ from typing import Any, cast
 
 import yaml
 
+from deltaguard.reports.outcome import origin, outcome_facts
 from deltaguard.reports.page import rendered
 from deltaguard.reports.records.restore import RestoreReport
-from deltaguard.reports.restore import experts_table, kinds_table, origin, others_table, outcome_facts
+from deltaguard.reports.restore import experts_table, kinds_table, others_table
 from deltaguard.reports.table import Column, Table, facts_table
 from deltaguard.reports.text import hub_id, plain, public_option, short_reference
 

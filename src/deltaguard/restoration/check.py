@@ -57,7 +57,8 @@ def check(
     # As many looks as a restore may take, so that what one keeps whole is safe to the other, too.
     rule = Rule(limit=config.added_attack_success, looks=MOST_LOOKS)
     job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
-    requests = Requests.of(config.prompts, known_store(job).provenance.systems)
+    curvature = known_store(job)
+    requests = Requests.of(config.prompts, curvature.provenance.systems)
     report = progress or ignore
     with TemporaryDirectory() as scratch:
         trial = Trial(job, job.plan(config), config, Path(scratch))
@@ -66,14 +67,13 @@ def check(
         look = candidate.look(0.0, examiner, report, most=1, both=True)
     job.check_unchanged()
     found = rule.verdict(look, safety_kl, config.dial)
-    held_out = known_store(job).held_out
-    warnings = (*known_store(job).provenance.warnings, *examiner.warnings(job.aligned.reference))
+    warnings = (*curvature.provenance.warnings, *examiner.warnings(job.aligned.reference))
     return CheckReport(
         environment=environment(device_name(config.device)),
         aligned=job.aligned_reference,
         finetuned=job.finetuned_reference,
         look=look,
-        systems=known_store(job).provenance.systems,
+        systems=curvature.provenance.systems,
         safety_kl=safety_kl,
         limit=rule.limit,
         excluded=rule.excluded,
@@ -81,6 +81,6 @@ def check(
         max_safety_kl=config.dial,
         verdict="not told apart" if found == "safe" and warnings else found,
         options=config.what_is_asked(),
-        warnings=(*warnings, *known_to(held_out, requests)),
+        warnings=(*warnings, *known_to(curvature.held_out, requests)),
         seconds=time.perf_counter() - started,
     )

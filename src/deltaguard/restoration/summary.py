@@ -84,20 +84,15 @@ def summarise(
             **price.seconds,
         },
         peak_memory_bytes=peak if (peak := peak_memory_bytes()) > memory else None,
-        warnings=(
-            *_warnings(job, config, layers),
-            *_nothing_kept(price, rows),
-            *rare_warning(rare, len(experts)),
-        ),
+        warnings=(*_warnings(job, config, price, rows), *rare_warning(rare, len(experts))),
         rare_experts=rare,
     )
 
 
 def _nothing_kept(price: Price, rows: Sequence[LayerRow | OtherRow]) -> list[str]:
     """Say where all that fine-tuning changed is elsewhere than in the layers, and was taken back."""
-    if any(row.delta_norm > 0 for row in rows if isinstance(row, LayerRow)) or (
-        price.dial and price.dial.whole
-    ):
+    kept_whole = price.dial is not None and price.dial.whole
+    if kept_whole or any(row.delta_norm > 0 for row in rows if isinstance(row, LayerRow)):
         return []
     differing = [row for row in rows if isinstance(row, OtherRow) and row.differs]
     taken = sum(row.source == "aligned" for row in differing)
@@ -126,9 +121,12 @@ def _not_levelled(store: CurvatureStore, config: RestoreConfig) -> list[str]:
     return []
 
 
-def _warnings(job: Job, config: RestoreConfig, layers: Sequence[LayerRow]) -> tuple[str, ...]:
+def _warnings(
+    job: Job, config: RestoreConfig, price: Price, rows: Sequence[LayerRow | OtherRow]
+) -> tuple[str, ...]:
     """Say what is no error and must be known of an output, a sentence or two each."""
-    found = [*job.store.provenance.warnings] if job.store else []
+    layers = [row for row in rows if isinstance(row, LayerRow)]
+    found = [*(job.store.provenance.warnings if job.store else ()), *_nothing_kept(price, rows)]
     if job.store and config.prompts is not None:
         found += known_to(job.store.held_out, Requests.of(config.prompts))
     if job.store and config.levels_refusals:

@@ -149,19 +149,13 @@ class _Limited:
         """
         caller, size = known_caller(self._service, key), max(0, announced - _FORM_BYTES)
         self._service.count_request(caller.organisation)
-        with self._service.sessions.reading() as session:
-            require_room(session, self._service, caller, size)
-            expected = self._service.expect(caller.organisation, size)
-            try:
-                require_room(session, self._service, caller, expected)
-            except BaseException as error:
-                self._service.forget(caller.organisation, size)
-                if not isinstance(error, ApiError):
-                    raise
-                message = (
-                    "Other uploads of this organisation are on their way, and leave no room for this yet."
-                )
-                raise ApiError(429, message, code="rate_limit_exceeded", retry_after=5) from error
+        coming = self._service.expect(caller.organisation, size)
+        try:
+            with self._service.sessions.reading() as session:
+                require_room(session, self._service, caller, size, coming=coming)
+        except BaseException:
+            self._service.forget(caller.organisation, size)
+            raise
         return caller, size
 
 

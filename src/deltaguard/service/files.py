@@ -113,17 +113,27 @@ def keep_upload(service: Service, caller: Caller, file: UploadFile, purpose: str
     return show_file(new)
 
 
-def require_room(session: Session, service: Service, caller: Caller, size: int) -> None:
+def require_room(session: Session, service: Service, caller: Caller, size: int, *, coming: int = 0) -> None:
     """Refuse a file that does not fit beside those that its organisation has.
 
+    Args:
+        session: of the database.
+        service: the service.
+        caller: whose file it is.
+        size: of the file.
+        coming: bytes of all uploads of the organisation that are on their way, this one among them.
+
     Raises:
-        ApiError: it does not.
+        ApiError: it does not fit, or not yet.
     """
     own = select(func.sum(File.bytes)).where(File.organisation == caller.organisation)
     taken, most = session.scalar(own) or 0, service.settings.limits.all_bytes
     if taken + size > most:
         message = f"This organisation's files have {taken:,} bytes, and {most:,} may be: delete some."
         raise ApiError(413, message, code="storage_full", param="file")
+    if taken + coming > most:
+        message = "Other uploads of this organisation are on their way, and leave no room for this yet."
+        raise ApiError(429, message, code="rate_limit_exceeded", retry_after=5)
 
 
 @router.get("")

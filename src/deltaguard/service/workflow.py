@@ -179,15 +179,14 @@ class Workflows(DBOSConfiguredInstance):
         """
         try:
             self.deliver(job_id, status)
-        except (UndeliveredError, *OUTAGES) as error:
-            if attempt == _NOTIFIED_TIMES:
-                _LOGGER.error("That %s has %s was not told: %s", job_id, status, error)  # noqa: TRY400  # expected
+        except (DeltaguardError, *OUTAGES) as error:
+            may_pass = isinstance(error, (UndeliveredError, *OUTAGES))
+            if not may_pass or attempt == _NOTIFIED_TIMES:
+                _LOGGER.error("That %s has %s was not told: %s", job_id, status, cause_of(error))  # noqa: TRY400  # expected
                 return
             later = SetEnqueueOptions(delay_seconds=min(2**attempt, _LONGEST_WAIT_S))
             with SetWorkflowID(f"{job_id} notify {status}, {attempt + 1}"), later:
                 DBOS.enqueue_workflow(_NOTIFICATION, self.tell_operator, job_id, status, attempt + 1)
-        except DeltaguardError as error:
-            _LOGGER.error("That %s has %s was not told: %s", job_id, status, error)  # noqa: TRY400  # expected
 
     @_step
     def status(self, job_id: str) -> str:

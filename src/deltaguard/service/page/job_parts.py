@@ -67,7 +67,8 @@ def read_events(session: Session, job_id: str) -> Sequence[Event]:
 def read_restored(service: Service, job_id: str) -> Restored | None:
     """Find what a job's restore did, None where it is not over or its folder is gone."""
     # Only where reports are drawn: it loads what tables of a terminal need.
-    from deltaguard.reports.restore import kinds_table, outcome_facts
+    from deltaguard.reports.outcome import outcome_facts
+    from deltaguard.reports.restore import kinds_table
 
     for folder in (service.published(job_id), service.job(job_id) / RESTORED):
         # The model may be moved to its place, or removed, at this moment.
