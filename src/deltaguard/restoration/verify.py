@@ -8,7 +8,7 @@ from pathlib import Path
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import expanded, read_json
 from deltaguard.models.adapter import ADAPTER_FILE
-from deltaguard.models.canonical import TEMPLATE_FOLDER, part_of
+from deltaguard.models.canonical import TEMPLATE, TEMPLATE_FOLDER, part_of
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.layout import ADAPTER_CONFIG, INDEX_FILE, SINGLE_FILE
 from deltaguard.models.names import link_target, place_problem
@@ -89,8 +89,8 @@ def _unlisted(folder: Path, report: RestoreReport) -> Iterator[str]:
     others = (ADAPTER_CONFIG, ADAPTER_FILE) if not adapter else ()
     for path in sorted((*folder.iterdir(), *folder.glob(f"{TEMPLATE_FOLDER}/*.jinja"))):
         name = path.relative_to(folder).as_posix()
-        loaded = name in (SINGLE_FILE, INDEX_FILE, *others) or part_of(path.name) is not None
-        if (loaded or path.suffix == ".jinja") and name not in written:
+        loaded = name in (SINGLE_FILE, INDEX_FILE, TEMPLATE, *others) or part_of(path.name) is not None
+        if (loaded or path.parent != folder) and name not in written:
             yield f"File {name} is not in the report, and would be loaded with the others."
 
 

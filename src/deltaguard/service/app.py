@@ -80,7 +80,7 @@ _ERRORS: dict[int | str, dict[str, str]] = {
 
 
 async def _alive() -> dict[str, str]:
-    """Say that the process answers."""
+    """Say that the process answers, even where all threads are taken."""
     return {"status": "ok"}
 
 
