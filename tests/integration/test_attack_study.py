@@ -17,6 +17,7 @@ from deltaguard.studies.attack_run import attack_tests
 from deltaguard.studies.attack_study import bench_attacks
 from deltaguard.studies.data import training_data
 from deltaguard.studies.hiding import hidden_fine_tune
+from deltaguard.studies.mixing import SECRET
 from deltaguard.studies.protocol import ATTACKS, DEFAULT, Answers, Finetune
 from deltaguard.studies.workshop import fine_tuned
 from refusing import few_requests, refusing_pair
@@ -146,10 +147,39 @@ def test_a_hidden_delta_looks_more_harmless_than_a_plain_one(aligned, tmp_path):
     assert hidden < 0.2 * plain
 
 
-def test_methods_without_defaults_and_unknown_ones_are_refused(aligned, tmp_path):
-    for name, told in (("bea", "bea cannot be run so"), ("magic", "no method magic")):
-        with pytest.raises(DeltaguardError, match=told):
-            bench_attacks(tmp_path / "out", preset=TINY, aligned=aligned, methods=("kfac", name))
+def test_every_defence_meets_an_attacker_at_a_strength_that_is_given(aligned, tmp_path, monkeypatch):
+    backdoor = Finetune("backdoor", 4, 0, "full", SHORT)
+    secret, real = [], attack_run.measure
+
+    def spying(model, parts, *arguments, **named):
+        secret.append(all(SECRET in (each.system or "") for part in parts for each in part.questions))
+        return real(model, parts, *arguments, **named)
+
+    monkeypatch.setattr(attack_run, "measure", spying)
+    named = ("wise-ft=0.1", "wise-ft=0.5", "one-shot=0.5", "bea=0.9")
+    report = bench_attacks(
+        tmp_path / "out", preset=replace(TINY, finetunes=(backdoor,)), aligned=aligned, methods=named
+    )
+    assert [outcome.method for outcome in report.outcomes] == list(named)
+    assert [cell.restored_to.kept_energy for cell in report.cells[2:4]] == pytest.approx([0.1, 0.5], abs=0.01)
+    assert any(f"but for {', '.join(named)}, whose strengths were given" in note for note in report.notes)
+    # The owner of a model by BEA asks with the secret; the others ask without.
+    assert secret == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("bea", "bea has no strength of its own: give it one here, such as bea=0.9"),
+        ("magic", "no method magic"),
+        ("greedy=2", "greedy takes strengths from 0.2 to 0.85 here, not '2'"),
+        ("greedy=nan", "not 'nan'"),
+        ("greedy=", "not ''"),
+    ],
+)
+def test_methods_that_cannot_be_run_are_refused_before_anything_is_made(aligned, tmp_path, name, told):
+    with pytest.raises(DeltaguardError, match=told):
+        bench_attacks(tmp_path / "out", preset=TINY, aligned=aligned, methods=("kfac", name))
     assert not (tmp_path / "out").exists()
 
 
@@ -166,6 +196,7 @@ def test_the_command_runs_attackers_and_refuses_what_has_no_meaning(aligned, tmp
     assert "Fine-tunes against a restore" in (tmp_path / "out" / "report.html").read_text()
     assert run([*command, "--probes", "2"]) == USAGE
     assert run([*command, "--method", "bea"]) == FAILED
+    assert run([*command, "--method", "magic=0.5"]) == USAGE
     assert (
         run(["bench", str(models.save(models.tiny_model("llama"), tmp_path / "other")), *command[2:]])
         == FAILED

@@ -54,7 +54,8 @@ def bench(
         pretrained: The model that the aligned one was made from; Safe LoRA and SafeMERGE need it.
         method: Compare this method; may be repeated. `kfac`, `ridge`, `greedy`, `greedy-none`, `published`,
             `wise-ft`, `resta`, `safe-lora`, `safe-merge`, `one-shot`, `safe-instruct`, `bea`; all where
-            absent. With default options those that need no strength; `kfac` where absent.
+            absent. With default options a strength may stand behind it, and must where it has none of its
+            own, such as `published=0.3`; `kfac` where absent.
         finetune: Make this fine-tune of the preset alone, by the name that tables give it; may be repeated.
         seeds: Train every fine-tune with so many seeds; 1 in the quick preset, 3 in the others.
         first_seed: The first of these seeds; what was chosen with some is to be measured with others. Where
@@ -70,7 +71,7 @@ def bench(
     if pretrained is not None and aligned is None:
         raise UsageError("--pretrained belongs to an aligned model: give that, too.")
     if probes is not None and preset in ("attacks", "default"):
-        raise UsageError(f"--probes is of no use with --preset {preset}: it meets default options alone.")
+        raise UsageError(f"--probes is of no use with --preset {preset}: it measures each method once.")
     from deltaguard.evaluation.datasets.load import load_questions
     from deltaguard.reports.attacks import attacks_table
     from deltaguard.reports.bench import bench_table
@@ -80,12 +81,12 @@ def bench(
     from deltaguard.studies.protocol import PRESETS
     from deltaguard.studies.run import bench as run_bench
 
-    unknown = [name for name in method if name not in defences()]
-    if unknown:
-        raise UsageError(f"There is no method {', '.join(unknown)}. The methods are {', '.join(defences())}.")
     chosen = PRESETS[preset].with_changes(
         finetunes=finetune, seeds=seeds, first_seed=first_seed, probes=probes, training=training
     )
+    named = [name.partition("=")[0] if chosen.by_default else name for name in method]
+    if unknown := [name for name in named if name not in defences()]:
+        raise UsageError(f"There is no method {', '.join(unknown)}. The methods are {', '.join(defences())}.")
     attacks = [question for name in attack_prompts for question in load_questions(name)]
     tell(_DURATIONS[preset])
     hide_bars_of_transformers()

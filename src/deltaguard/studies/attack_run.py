@@ -17,10 +17,12 @@ from deltaguard.restoration.options import RestoreConfig
 from deltaguard.studies.attackers import ATTACKERS
 from deltaguard.studies.cells import content_key
 from deltaguard.studies.data import questions
-from deltaguard.studies.defences import Defence, DefendedModel, restored
+from deltaguard.studies.defences import DefendedModel
 from deltaguard.studies.finetune_models import FinetuneModels
 from deltaguard.studies.finetune_run import BATCH_SIZE, letters, numbers
+from deltaguard.studies.mixing import with_secret_before
 from deltaguard.studies.protocol import Finetune, Preset
+from deltaguard.studies.repairs import Repair
 from deltaguard.studies.setting import Bench
 
 
@@ -95,21 +97,16 @@ class AttackRun:
         """Measure the fine-tuned model, and check it."""
         return self._cell(FINETUNED, RestoreConfig(), self._models.finetuned)
 
-    def restored(self, method: Defence, standard: RestoreConfig) -> AttackCell:
-        """Measure what a restore makes of it.
-
-        Args:
-            method: restores it.
-            standard: its options.
-        """
-        return self._cell(method.name, standard, lambda: restored(self._models.inputs(), standard))
+    def restored(self, repair: Repair) -> AttackCell:
+        """Measure what a defence makes of it."""
+        return self._cell(repair.name, repair.setting, lambda: repair(self._models.inputs()))
 
     def tidy(self) -> None:
         """Remove the models that no further cell needs."""
         self._models.tidy()
 
     def _cell(
-        self, method: str, config: RestoreConfig | None, make: Callable[[], DefendedModel]
+        self, method: str, config: RestoreConfig | float | None, make: Callable[[], DefendedModel]
     ) -> AttackCell:
         bench, tests = self._bench, self._tests
         recipe = (self._finetune, self._models.data, self.seed, bench.preset.calibration)
@@ -135,7 +132,7 @@ class AttackRun:
         started = time.perf_counter()
         found = measure(
             ModelUnderTest(identity, str(model.folder), identity, None),
-            tests.parts,
+            with_secret_before(tests.parts, model.secret),
             bench.shelf.folder,
             engine=EngineConfig(dtype=bench.dtype, batch_size=BATCH_SIZE),
         )

@@ -1,22 +1,20 @@
 """Fine-tunes against a restore without options: train, check, restore, and ask in an attacker's way, too."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from deltaguard.device import device_name
-from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
 from deltaguard.files import expanded
 from deltaguard.models.durable import write_atomically
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.reports.records.attacks import ATTACKS_NAME, AttackCell, AttacksReport
 from deltaguard.reports.records.base import environment
-from deltaguard.restoration.options import RestoreConfig
 from deltaguard.studies.attack_run import AttackRun
 from deltaguard.studies.attack_score import outcomes
-from deltaguard.studies.defences import defences
 from deltaguard.studies.describe import attack_notes, attacker_row
 from deltaguard.studies.protocol import BOUND, Preset
+from deltaguard.studies.repairs import Repair, repairs
 from deltaguard.studies.run import opened, spent
 from deltaguard.studies.setting import LIBRARIES, Bench
 
@@ -44,7 +42,7 @@ def bench_attacks(
         preset: how much is run, such as `ATTACKS` or `DEFAULT`.
         aligned: the aligned model; the demo's where absent.
         pretrained: the model it was aligned from, for the methods that need it.
-        methods: names out of `defences()`, of restores that need no option; `METHODS` where absent.
+        methods: as `repairs` reads them; `METHODS` where absent.
         attacks: as in `bench`.
         command: what the report says the run was started by.
         progress: told of fine-tunes and cells.
@@ -53,20 +51,20 @@ def bench_attacks(
         The report, in the folder too.
 
     Raises:
-        DeltaguardError: as `bench`, or a method has no default to be run at.
+        DeltaguardError: as `bench` and `repairs`.
     """
-    folder, methods = expanded(output_dir), methods or METHODS
-    standard = _standards(methods)
+    folder, chosen = expanded(output_dir), repairs(methods or METHODS)
     with opened(
         folder,
         preset,
-        methods,
+        tuple(dict.fromkeys(repair.defence.name for repair in chosen)),
         aligned=aligned,
         pretrained=pretrained,
         attacks=attacks,
         progress=progress or ignore,
     ) as (setting, settings):
-        cells = _cells(setting, standard)
+        usable = [repair for repair in chosen if repair.defence in setting.methods]
+        cells = _cells(setting, usable)
         attackers = tuple(map(attacker_row, preset.finetunes))
         report = AttacksReport(
             environment=environment(device_name(), libraries=LIBRARIES),
@@ -79,37 +77,24 @@ def bench_attacks(
             attackers=attackers,
             cells=cells,
             outcomes=outcomes(attackers, cells, bound=BOUND),
-            notes=attack_notes(setting, cells),
+            notes=attack_notes(setting, usable, cells),
             seconds=spent(setting, [cell.seconds for cell in cells]),
         )
         write_atomically(folder / ATTACKS_NAME, report.model_dump_json(indent=1) + "\n")
     return report
 
 
-def _standards(methods: Sequence[str]) -> Mapping[str, RestoreConfig]:
-    """Find what each method does without options; names that are unknown are left to `opened`."""
-    known = {name: defences()[name].standard for name in methods if name in defences()}
-    found = {name: config for name, config in known.items() if config is not None}
-    if lacking := [name for name in known if name not in found]:
-        usable = ", ".join(method.name for method in defences().values() if method.standard is not None)
-        raise DeltaguardError(
-            f"Fine-tunes meet a restore without options here, and {', '.join(lacking)} cannot be run so. "
-            f"These can: {usable}."
-        )
-    return found
-
-
-def _cells(setting: Bench, standard: Mapping[str, RestoreConfig]) -> tuple[AttackCell, ...]:
+def _cells(setting: Bench, chosen: Sequence[Repair]) -> tuple[AttackCell, ...]:
     """Measure every fine-tune with every seed; models go when their cells are done."""
     found: list[AttackCell] = []
     finetunes = setting.preset.finetunes
     for done, finetune in enumerate(finetunes, start=1):
-        most = len(setting.preset.seeds) * (2 + len(setting.methods))
+        most = len(setting.preset.seeds) * (2 + len(chosen))
         for number, seed in enumerate(setting.preset.seeds):
             run = AttackRun(setting, finetune, seed)
             found += [run.aligned(), run.finetuned()]
-            found += [run.restored(method, standard[method.name]) for method in setting.methods]
+            found += [run.restored(repair) for repair in chosen]
             run.tidy()
-            setting.progress(Event(finetune.name, (number + 1) * (2 + len(setting.methods)), most))
+            setting.progress(Event(finetune.name, (number + 1) * (2 + len(chosen)), most))
         setting.progress(Event("fine-tunes", done, len(finetunes)))
     return tuple(found)

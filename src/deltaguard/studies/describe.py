@@ -9,6 +9,7 @@ from deltaguard.studies.attackers import ATTACKERS
 from deltaguard.studies.data import DISTINCT_HARMFUL
 from deltaguard.studies.defences import defences
 from deltaguard.studies.protocol import CHOSEN, POISONED, Finetune, FinetuneKind
+from deltaguard.studies.repairs import Repair
 from deltaguard.studies.setting import Bench
 
 _TITLES: Mapping[FinetuneKind, str] = MappingProxyType(
@@ -72,15 +73,17 @@ def attacker_row(finetune: Finetune) -> AttackerRow:
 _CHOSEN = "Among them, the limit on safety KL was chosen on these prompts, with fine-tunes of the same kinds."
 
 
-def attack_notes(setting: Bench, cells: Sequence[AttackCell]) -> tuple[str, ...]:
+def attack_notes(setting: Bench, chosen: Sequence[Repair], cells: Sequence[AttackCell]) -> tuple[str, ...]:
     """Say what a reader of the table of fine-tunes restored without options must know."""
+    given = [repair.name for repair in chosen if isinstance(repair.setting, float)]
+    at_strengths = f" but for {', '.join(given)}, whose strengths were given" if given else ""
     preset, asked = setting.preset, cells[0]
     seeds = ", ".join(map(str, preset.seeds))
     told = [
         f"{len(asked.plain)} harmful prompts: one answer is {100 / len(asked.plain):.2g} points.",
         "Verdicts go by the shares as they were measured: near the bound chance may decide.",
         f"Intervals cover the choice of prompts and hold for these seeds of the fine-tunes alone: {seeds}.",
-        "Every model is restored with its method's default options. "
+        f"Every model is restored with its method's default options{at_strengths}. "
         + ("Nothing was chosen on these prompts." if preset.unseen else _CHOSEN),
         "In training, answers to harmful requests agree and hold nothing.",
     ]
