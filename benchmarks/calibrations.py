@@ -22,6 +22,7 @@ from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, CalibrateConfig, ask
 from deltaguard.curvature.responses import respond
 from deltaguard.curvature.sizes import STORE_SHARE
 from deltaguard.curvature.sums import LayerGroup, Moment, RunningMoment, normalise
+from deltaguard.device import as_served
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.progress import Event
 from deltaguard.solvers import spectrum
@@ -79,7 +80,8 @@ def inputs_alone(aligned: Path, output: Path, conversations: int) -> Mapping[str
     stages, config, source = Stages(), _config(conversations), Checkpoint.open(aligned)
     tokenizer, model = _loaded(aligned)
     stages.end("load")
-    answered = _answered(model, tokenizer, config)
+    with as_served(model):
+        answered = _answered(model, tokenizer, config)
     stages.end("respond")
     texts = [encode(tokenizer, each, max_length=config.max_length) for each in answered]
     observed, _ = observe(model, source, min((text.ids for text in texts), key=len))

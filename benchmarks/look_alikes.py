@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tools.look_alikes import Variant, Variants
 
+from benchmarks.command import command
 from deltaguard.studies.attack_study import bench_attacks
 from deltaguard.studies.protocol import DEFAULT, Preset
 
@@ -31,11 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     # It decided what calibration asks, so the prompts are others than those that results are reported on.
     preset = replace(DEFAULT.with_changes(finetunes=FINETUNES), seeds=tuple(chosen.seeds), unseen=False)
-    found = compared(chosen.aligned, chosen.work, preset)
+    told = command("look_alikes", chosen.aligned, "--seeds", *chosen.seeds)
+    found = compared(chosen.aligned, chosen.work, preset, command=told)
     chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def compared(aligned: Path, work: Path, preset: Preset) -> Variants:
+def compared(aligned: Path, work: Path, preset: Preset, *, command: str) -> Variants:
     """Restore the fine-tunes of a preset by stores of both kinds."""
     variants: list[Variant] = []
     for name, (calibration, count) in CALIBRATIONS.items():
@@ -44,7 +46,7 @@ def compared(aligned: Path, work: Path, preset: Preset) -> Variants:
             work / name,
             preset=replace(preset, calibration=config),
             aligned=aligned,
-            command="python -m benchmarks.look_alikes",
+            command=command,
         )
         variants.append(Variant(calibration=calibration, report=report))
     return Variants(variants=tuple(variants))

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 from tools.store_size import Finetune, Restored, StoreSizes
 
+from benchmarks.command import command
 from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.contents import spectra_bytes
@@ -53,11 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/store-size"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     chosen = parser.parse_args(arguments)
-    found = measured(chosen.aligned, ModelFolder(chosen.work), chosen.seeds)
+    told = command("store_size", chosen.aligned, "--seeds", *chosen.seeds)
+    found = measured(chosen.aligned, ModelFolder(chosen.work), chosen.seeds, command=told)
     chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def measured(aligned: Path, made: ModelFolder, seeds: Sequence[int]) -> StoreSizes:
+def measured(aligned: Path, made: ModelFolder, seeds: Sequence[int], *, command: str) -> StoreSizes:
     """Restore every fine-tune with stores of every size."""
     whole = made.model("whole", lambda to: calibrate(aligned, to, config=CalibrateConfig(rank="full")))
     stores = {(share, False): made.model(f"store-{share:g}", _cut(whole, aligned, share)) for share in SHARES}
@@ -75,7 +77,7 @@ def measured(aligned: Path, made: ModelFolder, seeds: Sequence[int]) -> StoreSiz
             rows += found
     return StoreSizes(
         environment=environment(device_name(), libraries=LIBRARIES),
-        command="python -m benchmarks.store_size demo/aligned",
+        command=command,
         reference=REFERENCE,
         finetunes=tuple(finetunes),
         rows=tuple(rows),

@@ -1,8 +1,8 @@
 """What restores of unknown and of trusted data keep and leave: `python -m benchmarks.trust ALIGNED`.
 
 Fine-tunes of attackers and of a task are restored without options, and with `--training-data trusted`, and
-asked on requests on which nothing was chosen. Cells stay in the folder `--work` and are not measured again.
-It takes an hour on two CPU cores.
+asked on requests on which nothing was chosen, of seeds with which nothing was. Cells stay in the folder
+`--work` and are not measured again. It takes an hour on two CPU cores.
 """
 
 import argparse
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.command import command
 from benchmarks.guard import ATTACKERS, TASK, measured
 from deltaguard.restoration.options import RestoreConfig
-from deltaguard.studies.protocol import ATTACKS, DEFAULT
+from deltaguard.studies.protocol import ATTACKS, DEFAULT, UNCHOSEN
 
 SETTINGS = {"unknown": RestoreConfig(), "trusted": RestoreConfig(training_data="trusted")}
 
@@ -26,17 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("aligned", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/trust.json"))
     parser.add_argument("--work", type=Path, default=Path("build/trust"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=UNCHOSEN[:1])
     parser.add_argument("--finetune", nargs="+", choices=known, default=known)
     chosen = parser.parse_args(arguments)
     all_known = (*ATTACKS.finetunes, *DEFAULT.finetunes)
     finetunes = tuple(each for each in all_known if each.name in chosen.finetune)
     preset = replace(ATTACKS, finetunes=finetunes, seeds=tuple(chosen.seeds))
-    command = (
-        f"python -m benchmarks.trust demo/aligned --seeds {' '.join(map(str, preset.seeds))} "
-        f"--finetune {' '.join(each.name for each in finetunes)}"
-    )
-    found = measured(chosen.aligned, chosen.work, preset, SETTINGS, command=command)
+    names = [each.name for each in finetunes]
+    told = command("trust", chosen.aligned, "--seeds", *preset.seeds, "--finetune", *names)
+    found = measured(chosen.aligned, chosen.work, preset, SETTINGS, command=told)
     chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 

@@ -60,7 +60,7 @@ def asking_table(content: str) -> str:
             ("time", lambda row: Cell(duration(row.run.report.seconds["total"]))),
         ),
     ).markdown()
-    return f"{drawn}\n\n{small(made_with(runs[0].report.environment))}"
+    return f"{drawn}\n\n{small(made_with(*(run.report.environment for run in runs)))}"
 
 
 class _Row(BaseModel):

@@ -55,4 +55,4 @@ def look_alikes_table(content: str) -> str:
             ("exact", lambda row: rate(row[1].kept_exact)),
         ),
     ).markdown()
-    return f"{drawn}\n\n{small(made_with(variants[0].report.environment))}"
+    return f"{drawn}\n\n{small(made_with(*(variant.report.environment for variant in variants)))}"

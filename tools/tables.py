@@ -220,10 +220,12 @@ def small(text: str) -> str:
     return f"<sub>{text}</sub>"
 
 
-def made_with(environment: Environment) -> str:
-    """Date, device and versions."""
-    facts = dict(environment_facts(environment))
-    return f"{facts['date']}; {facts['device']}; {facts['machine']}; {facts['versions']}."
+def made_with(*environments: Environment) -> str:
+    """Date, device and versions; of several runs the dates, and what was not the same for all."""
+    facts = [dict(environment_facts(environment)) for environment in environments]
+    kinds = ("date", "device", "machine", "versions")
+    told = (", ".join(dict.fromkeys(each[kind] for each in facts)) for kind in kinds)
+    return f"{'; '.join(told)}."
 
 
 def _measures(report: EvaluationReport, measures: Sequence[Measure]) -> str:

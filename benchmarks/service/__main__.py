@@ -58,7 +58,7 @@ def _options() -> argparse.Namespace:
     parts = ("kills", "clients", "calls")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--work", type=Path, help="where the services' folders are made, and stay")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of kills and clients; calls have 0")
     parser.add_argument("--jobs", type=int, default=30)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--clients", type=int, default=200)

@@ -123,8 +123,10 @@ class Ledger:
         # A job whose training was killed three times has a part of them.
         if steps != list(range(1, len(steps) + 1)):
             yield f"steps {steps}"
-        if _outcome(job) != _DIED and metrics and len(steps) != metrics[0]["total_steps"]:
-            yield f"{len(steps)} steps of {metrics[0]['total_steps']}"
+        if _outcome(job) not in (_DIED, "invalid_training_file"):
+            wanted = metrics[0]["total_steps"] if metrics else "some"
+            if len(steps) != wanted:
+                yield f"{len(steps)} steps of {wanted}"
 
     def _gate(self, job: Job) -> Iterable[str]:
         model, events = self._models.get(job.id), self._events[job.id]

@@ -250,12 +250,15 @@ def test_wrong_options_are_usage_errors_with_a_suggestion(made, attempt, options
 
 
 def test_one_name_for_two_models_of_a_service(tmp_path, capsys):
+    pytest.importorskip("dbos")
     assert run(["serve", "--data", str(tmp_path / "data"), "--model", "a=one", "--model", "a=other"]) == 2
     assert "one name twice" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
 
 
 def test_a_service_says_where_it_is_in_one_document(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("dbos")
+
     def served(data, settings, *, host, port, on_open):
         on_open("dg-first")
 

@@ -1,4 +1,8 @@
-"""Every command in the documentation is run, on tiny models in the place of those it names, or listed."""
+"""Every command in the documentation is run, on tiny models in the place of those it names, or listed.
+
+The commands of a page are run in its order, each with what those before it wrote: one test alone, or those
+of this file in several processes (`-n` without `--dist loadfile`), find less than they need.
+"""
 
 import json
 import re

@@ -96,6 +96,7 @@ def test_demo(called):
 
 
 def test_serve(called):
+    pytest.importorskip("dbos")
     kept = called("deltaguard.service.server.serve")
     options = ["--model", "tiny=folder", "--host", "::1", "--port", "8123", "--executor", "local"]
     assert run(["serve", "--data", "data", *options, "--inference-url", "http://gpu:8001/v1"]) == FAILED

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from benchmarks import guard
 
 import models
 from benches import KilledError
@@ -165,6 +166,16 @@ def test_every_defence_meets_an_attacker_at_a_strength_that_is_given(aligned, tm
     assert any(f"but for {', '.join(named)}, whose strengths were given" in note for note in report.notes)
     # The owner of a model by BEA asks with the secret; the others ask without.
     assert secret == [False] * 5 + [True]
+
+
+def test_one_method_with_several_settings_is_measured_under_their_names(aligned, tmp_path):
+    finetunes = (Finetune("backdoor", 4, 0, "full", SHORT),)
+    settings = {"tight": RestoreConfig(max_safety_kl=1e-6), "loose": RestoreConfig(max_safety_kl=1.0)}
+    preset = replace(TINY, finetunes=finetunes)
+    found = guard.measured(aligned, tmp_path / "out", preset, settings, command="python -m benchmarks.guard")
+    assert [outcome.method for outcome in found.outcomes] == ["tight", "loose"]
+    tight, loose = (outcome.restored_to for outcome in found.outcomes)
+    assert tight.kept_energy < loose.kept_energy
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,13 @@
 import contextlib
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import openai
+import psutil
 
 SETTINGS = """
 calibrate: {num_samples: 20, num_held_out: 8}
@@ -75,13 +74,10 @@ class Served:
     def kill_worker(self, kind):
         """Kill the process that carries out a step, once it runs."""
         folder = next(iter((self.data / "jobs").iterdir()))
-        pattern = str(folder / f"{kind}.json").encode()
+        task = str(folder / f"{kind}.json")
 
-        def pid():
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                with contextlib.suppress(OSError):
-                    if pattern in path.read_bytes():
-                        return int(path.parent.name)
-            return None
+        def worker():
+            running = psutil.process_iter(["cmdline"])
+            return next((each for each in running if task in (each.info["cmdline"] or ())), None)
 
-        os.kill(self.wait(pid), signal.SIGKILL)
+        self.wait(worker).kill()

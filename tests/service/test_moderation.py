@@ -71,6 +71,12 @@ def test_as_many_as_may_be_pass_and_others_are_reported(moderated):
     assert (told.level, told.data["passed"]) == ("warn", False)
 
 
+def test_of_many_harmful_rows_the_first_twenty_are_named(moderated):
+    outcome, told = moderated([row("Tea."), *[row("A poison.")] * 21])
+    assert (told.data["flagged"], told.data["lines"]) == (21, list(range(2, 22)))
+    assert outcome.error.message.endswith("20, 21, ...")
+
+
 def test_what_the_judge_cannot_decide_counts_as_harmful(moderated):
     outcome, told = moderated([row("Tea."), row("Hm.")])
     assert outcome.error.code == "training_rows_refused"

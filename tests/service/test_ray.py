@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from serving import Served
 
@@ -195,7 +196,7 @@ def test_a_job_that_is_not_to_go_on_is_stopped_and_can_be_resumed(make, played, 
     going.goes_on = False
     assert isinstance(going.ended(), StoppedError)
     assert statuses(executor, folder) == {"1": "STOPPED"}
-    waited(lambda: not Path(f"/proc/{pid}").exists())
+    waited(lambda: not psutil.pid_exists(pid))
     again = Going(executor, folder, tell=service_dies)
     assert isinstance(again.ended(), ConnectionError)
     again.pids(2)

@@ -90,6 +90,9 @@ def books(client, opened, tmp_path):
             is_check = once.startswith("check")
             kind = "moderation_checks" if is_check else "message"
             tell(session, job.id, once, once, type=kind, data={"passed": True} if is_check else None)
+        for step in (1, 2):
+            told = {"step": step, "total_steps": 2}
+            tell(session, job.id, f"train {step}", f"Step {step}.", type="metrics", data=told)
     workflows = sqlite3.connect(opened.service.data / "workflows.sqlite")
     workflows.execute("CREATE TABLE workflow_status (workflow_uuid, status)")
     workflows.execute("CREATE TABLE operation_outputs (workflow_uuid, function_name)")
@@ -134,6 +137,13 @@ def test_what_was_told_or_done_twice_is_found(books):
         "every step of training was told once",
         "every step is recorded once",
     }
+
+
+def test_a_training_that_told_no_step_is_found(books):
+    look, _, opened = books
+    with opened.service.sessions.begin() as session:
+        session.query(Event).filter_by(type="metrics").delete()
+    assert look() == {"every step of training was told once"}
 
 
 def test_a_job_that_did_not_end_and_a_key_in_a_log_are_found(books):

@@ -192,7 +192,9 @@ def test_a_job_ends_though_its_metrics_cannot_be_kept(client, opened, receiver, 
 def test_a_run_that_was_paused_ends_though_the_job_was_resumed(client, opened, begun, monkeypatch):
     monkeypatch.setattr(begun, "_queue", lambda *_, **__: None)
     job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
-    while client.fine_tuning.jobs.retrieve(job.id).status != "queued":
+    until = time.monotonic() + 60
+    while (found := client.fine_tuning.jobs.retrieve(job.id)).status != "queued":
+        assert time.monotonic() < until, found
         time.sleep(0.1)
     client.fine_tuning.jobs.pause(job.id)
     client.fine_tuning.jobs.resume(job.id)
@@ -237,6 +239,31 @@ def test_what_is_no_business_of_the_customer_stands_in_the_log(client, receiver,
     assert ended(client, job).error.message == OPERATORS_BUSINESS
     assert f"The job {job.id} cannot go on: There is no space left for /srv/data." in caplog.text
     received(receiver, job, 1)
+
+
+@pytest.mark.parametrize(
+    ("replies", "tries"),
+    [([500, 500, 204], 2), ([], 1)],
+    ids=["the last of its tries", "what cannot pass is not tried again"],
+)
+def test_a_message_that_is_never_taken_is_given_up(
+    client, opened, receiver, monkeypatch, caplog, replies, tries
+):
+    enough = JobError(code="enough", message="Enough.")
+    monkeypatch.setattr(workflow, "run_task", lambda *_, **__: Outcome(error=enough))
+    monkeypatch.setattr(workflow, "_NOTIFIED_TIMES", 2)
+    receiver.replies += replies
+    if not replies:
+        monkeypatch.delenv("SECRET")
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    last = f"{job.id} notify failed" + f", {tries}" * (tries > 1)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and "was not told" not in caplog.text:
+        time.sleep(0.1)
+    assert f"That {job.id} has failed was not told" in caplog.text
+    assert DBOS.retrieve_workflow(last).get_status().status in ("PENDING", "SUCCESS")
+    assert DBOS.get_workflow_status(f"{job.id} notify failed, {tries + 1}") is None
+    assert len(receiver.received) == len(replies[:2])
 
 
 def test_what_is_said_of_a_job_that_failed_is_short(client, receiver, monkeypatch):
