@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deltaguard.errors import DeltaguardError
+from deltaguard.errors import DeltaguardError, is_lack_of_memory
 from deltaguard.memory import usable_memory_bytes
 from deltaguard.models.loading import foreign
 
@@ -122,17 +122,19 @@ def exact_products() -> Generator[None]:
 
 @contextmanager
 def enough_memory(advice: str) -> Generator[None]:
-    """Turn a lack of memory on a GPU into one message.
+    """Turn a lack of memory into one message.
 
     Args:
         advice: what to do, to follow a colon.
 
     Raises:
-        DeltaguardError: in the place of `torch.OutOfMemoryError`, with what that says.
+        DeltaguardError: in the place of the error that tells of it, with what that says.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
         raise DeltaguardError(f"Too little memory: {advice}. {error}") from error
 
 

@@ -1,5 +1,6 @@
 """The failures deltaguard knows, each one message that says what, where, both values and what to do."""
 
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -17,6 +18,18 @@ class CheckFailedError(DeltaguardError):
 
 class MissingPackageError(DeltaguardError):
     """A package is not installed that only part of the work needs."""
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Tell whether memory does not suffice, of which torch says so on a CPU in words alone.
+
+    Example:
+        >>> is_lack_of_memory(MemoryError()), is_lack_of_memory(RuntimeError("a bug"))
+        (True, False)
+    """
+    torch = sys.modules.get("torch")
+    of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, MemoryError) or of_gpu or "DefaultCPUAllocator" in str(error)
 
 
 def listed(title: str, problems: Sequence[str]) -> str:

@@ -249,6 +249,29 @@ def test_wrong_options_are_usage_errors_with_a_suggestion(made, attempt, options
     assert said in " ".join(attempt(made.aligned, made.finetuned, *options, store=made.store, code=2).split())
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["gc", "--data", "d", "--days", "0.5"], "'0.5' is no whole number"),
+        (["gc", "--data", "d", "--days", "-1"], "Must be >= 0"),
+        (["calibrate", "m", "-o", "s", "--num-samples", "12.7"], "'12.7' is no whole number"),
+        (["restore", "a", "b", "-o", "o", "--refine", "1.5"], "'1.5' is no whole number"),
+        (["check", "a", "b", "--answer-tokens", "64.5"], "'64.5' is no whole number"),
+        (["demo", "--seed", "-1"], "Must be >= 0"),
+        (["bench", "-o", "o", "--first-seed", "4294967296"], "Must be < 4294967296"),
+        (["serve", "--data", "d", "--port", "80000"], "Must be <= 65535"),
+        (["serve", "--data", "d", "--port", "0"], "Must be >= 1"),
+        (["serve", "--data", "", "--model", "a=m"], "a path is empty"),
+        (["restore", "a", "b", "-o", ""], "a path is empty"),
+    ],
+)
+def test_numbers_and_paths_are_taken_as_they_stand_or_refused(command, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(command) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_name_for_two_models_of_a_service(tmp_path, capsys):
     pytest.importorskip("dbos")
     assert run(["serve", "--data", str(tmp_path / "data"), "--model", "a=one", "--model", "a=other"]) == 2

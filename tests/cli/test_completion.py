@@ -1,12 +1,14 @@
 """What a shell is told of the program's verbs, options, names and folders."""
 
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 from cyclopts.completion.detect import ShellDetectionError
 
-from deltaguard.cli.app import USAGE, build_app, run
+from deltaguard.cli.app import FAILED, USAGE, build_app, run
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 
@@ -53,6 +55,34 @@ def test_a_shell_gets_a_script_that_names_every_verb(tmp_path, capsys, shell):
     verbs = [name for name in build_app() if not name.startswith("-")]
     assert verbs
     assert all(verb in written for verb in verbs)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_it_takes_the_place_of_an_older_one_and_of_nothing_else(tmp_path, capsys, shell):
+    output = tmp_path / "my scripts" / "script"
+    command = ["--install-completion", "--shell", shell, "--output", str(output)]
+    assert run(command) == 0
+    made = output.read_bytes()
+    # As zsh and bash would read what is to be added: one word.
+    assert f"'{output.parent if shell == 'zsh' else output}'" in capsys.readouterr().out
+    output.write_bytes(made + b"# older")
+    assert run(command) == 0
+    assert output.read_bytes() == made
+    output.write_text("alias ll='ls -l'\n")
+    assert run(command) == FAILED
+    assert "is no completion script" in capsys.readouterr().err
+    assert output.read_text() == "alias ll='ls -l'\n"
+
+
+def test_a_script_is_utf_8_whatever_the_locale(tmp_path):
+    output = tmp_path / "script"
+    command = [sys.executable, "-X", "utf8=0", "-m", "deltaguard", "--install-completion", "--shell", "zsh"]
+    subprocess.run(
+        [*command, "-o", str(output)],
+        check=True,
+        env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+    )
+    assert "…" in output.read_text(encoding="utf-8")
 
 
 def test_no_file_of_the_user_is_edited(tmp_path, monkeypatch):

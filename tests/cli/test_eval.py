@@ -74,6 +74,7 @@ def test_a_judge_on_a_server_joins_those_of_the_suite(models, tmp_path, capsys):
         (["--device", "no-such-device"], 1, "no-such-device"),
         (["--engine", "openai"], 2, "--base-url URL"),
         (["--base-url", "http://127.0.0.1:1/v1"], 2, "the engine is transformers"),
+        (["--engine", "openai", "--base-url", "http://a", "--dtype", "float16"], 2, "--dtype is of weights"),
         (["--api-key-env", "KEY", "--engine", "vllm"], 2, "--api-key-env is for --engine openai"),
         (["--batch-size", "0"], 2, "--batch-size must be at least 1, and is 0"),
         (["--judge-api-key-env", "KEY"], 2, "--judge-url"),

@@ -115,7 +115,22 @@ def test_curvature_is_summed_in_float32_whatever_the_process_allows(tf32, tmp_pa
     assert tf32.fp32_precision == "tf32"
 
 
-def test_too_little_memory_of_a_device_is_one_message():
-    told = r"Too little memory: take less\. Tried to allocate"
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: Tried to allocate 2 GiB"),
+        MemoryError("Tried to allocate 2 GiB"),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_too_little_memory_is_one_message(error):
+    told = r"Too little memory: take less\. .*Tried to allocate"
     with pytest.raises(DeltaguardError, match=told), enough_memory("take less"):
-        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+        raise error
+
+
+def test_another_error_is_not_taken_for_it():
+    with pytest.raises(RuntimeError, match="a bug") as found, enough_memory("take less"):
+        raise RuntimeError("a bug")
+    assert not isinstance(found.value, DeltaguardError)

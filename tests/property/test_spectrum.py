@@ -223,5 +223,7 @@ def test_the_ends_of_the_price_and_shares_outside():
     found = profile(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0]))
     assert (found.mu_of_share(0), found.mu_of_share(1)) == (PROHIBITIVE, 0.0)
     assert found.predicted_kl(math.inf) == 0
+    free = profile(torch.tensor([0.0]), torch.tensor([1.0]))
+    assert (free.mu_of_share(0), free.mu_of_share(0.5)) == (PROHIBITIVE, 0.0)
     with pytest.raises(ValueError, match=r"strength is 1.5; it must lie in \[0, 1\]"):
         found.mu_of_share(1.5)

@@ -8,6 +8,7 @@ import pytest
 from clients import publish, uploaded
 
 from deltaguard.cli.app import run
+from deltaguard.service import garbage
 from deltaguard.service.garbage import find_leftovers, remove_leftover
 from deltaguard.service.tables import Job, now
 
@@ -108,6 +109,15 @@ def test_the_command_lists_and_removes(opened, jobs, capsys):
     assert run(["gc", "--data", data]) == 0
     assert "nothing to remove" in capsys.readouterr().out
     assert run(["gc", "--data", f"{data}-none"]) == 1
+
+
+def test_what_cannot_be_removed_is_not_said_to_be(opened, jobs, monkeypatch):
+    folder = opened.service.job(jobs["failed"].id)
+    monkeypatch.setattr(garbage.shutil, "rmtree", lambda *_, **__: None)
+    removed = {
+        each.place: remove_leftover(opened.service, each) for each in find_leftovers(opened.service, days=7)
+    }
+    assert not removed[f"jobs/{folder.name}"]
 
 
 def test_a_folder_that_nothing_was_uploaded_to_holds_no_garbage(tmp_path, capsys):

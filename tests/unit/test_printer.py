@@ -122,12 +122,33 @@ def test_the_time_left_is_told_where_steps_take_minutes(monkeypatch):
     passed, shown = [0.0], []
     monkeypatch.setattr("rich.console.monotonic", lambda: passed[0])
     monkeypatch.setattr(Out, "is_terminal", True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(Bars, "get_renderables", lambda bars: shown.append(bars.tasks) or ())
     with progress_bar() as progress:
         for done in range(4):
             progress(Event("look 1 of at most 6", done, 10))
             passed[0] += 120
     assert shown[-1][0].time_remaining == pytest.approx(7 * 120, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "variables"),
+    [(False, {"FORCE_COLOR": "1"}), (True, {"TERM": "dumb"}), (True, {"TTY_INTERACTIVE": "0"})],
+    ids=["a log in colours", "a dumb terminal", "one that nobody looks at"],
+)
+def test_stages_are_lines_where_no_bar_can_be_drawn(capsys, monkeypatch, is_terminal, variables):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    for name, value in ({"TTY_COMPATIBLE": "1"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with progress_bar() as progress:
+        progress(Event("measure", 1, 2, detail="safety KL 0.001"))
+    assert "measure: safety KL 0.001" in capsys.readouterr().err
+
+
+def test_what_stands_below_a_table_is_not_wrapped(capsys):
+    command = f"deltaguard eval {'aligned/' * 20} restored -o evaluation"
+    emit(Said(text="", others={}), Table("a"), as_json=False, last=command)
+    assert command in capsys.readouterr().out
 
 
 def test_stages_are_lines_where_there_is_no_terminal(capsys):

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, Protocol, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.files import read_data, read_json_lines
+from deltaguard.files import expanded, read_data, read_json_lines
 
 HarmfulPart = Literal["calibration", "dial", "attack", "training"]
 HarmlessPart = Literal["training", "evaluation"]
@@ -334,7 +334,7 @@ def read_prompts(path: str | Path) -> list[Conversation]:
         'Each line is a JSON object: {"prompt": "...", "response": "...", "system": "..."}; the last two are '
         "optional."
     )
-    lines = read_json_lines(Path(path), _Line, remedy=remedy)
+    lines = read_json_lines(expanded(path), _Line, remedy=remedy)
     if not lines:
         raise DeltaguardError(f'{path} holds no prompt. Write one JSON object a line: {{"prompt": "..."}}.')
     return [Conversation(line.prompt, line.system, _answered(line.response)) for line in lines]

@@ -24,7 +24,8 @@ def _interrupt(_number: int, frame: FrameType | None) -> None:
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"Interrupted.\n")
+            # Bars have hidden the cursor, and nothing that would show it again is run.
+            os.write(2, (b"\x1b[?25h\r\x1b[2K" if os.isatty(2) else b"") + b"Interrupted.\n")
             os._exit(130)
         frame = frame.f_back
     raise KeyboardInterrupt

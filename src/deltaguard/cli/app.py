@@ -28,7 +28,7 @@ from deltaguard.cli.serve import serve
 from deltaguard.cli.sink import Out, UsageError, complain
 from deltaguard.cli.sweep import sweep
 from deltaguard.cli.verify import verify
-from deltaguard.errors import CheckFailedError, DeltaguardError
+from deltaguard.errors import CheckFailedError, DeltaguardError, is_lack_of_memory
 from deltaguard.text import printable_lines
 
 DONE, FAILED, USAGE, CHECK_FAILED, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
@@ -157,17 +157,10 @@ def _carry_out(tokens: Sequence[str]) -> _End:
         return _End(INTERRUPTED, f"Interrupted.{_AFTER_INTERRUPT.get(tokens[0] if tokens else '', '')}")
     # The last stop: so a bug is never mistaken for a known failure.
     except Exception as error:  # noqa: BLE001
-        if _is_lack_of_memory(error):
+        if is_lack_of_memory(error):
             return _End(FAILED, f"{_TOO_LITTLE_MEMORY} {error}".rstrip(), trace=traceback.format_exc())
         return _End(BUG, f"Unexpected {type(error).__name__}: {error}", _REPORT, traceback.format_exc())
     return _End(DONE)
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    """Tell whether memory does not suffice, of which torch says so on a CPU in words alone."""
-    torch = sys.modules.get("torch")
-    of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return isinstance(error, MemoryError) or of_gpu or "DefaultCPUAllocator" in str(error)
 
 
 def _say(end: _End) -> None:

@@ -5,12 +5,13 @@ import sys
 from typing import Annotated, Literal
 
 from cyclopts import Parameter, validators
-from rich.console import Group
 
 from deltaguard.cli.sink import (
     Json,
+    OptionalInt,
     Output,
     Reference,
+    Seed,
     UsageError,
     emit,
     hide_bars_of_transformers,
@@ -35,9 +36,9 @@ def bench(
     pretrained: Reference | None = None,
     method: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     finetune: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
-    seeds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
-    first_seed: Annotated[int | None, Parameter(validator=validators.Number(gte=0))] = None,
-    probes: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    seeds: Annotated[OptionalInt, Parameter(validator=validators.Number(gte=1))] = None,
+    first_seed: Seed | None = None,
+    probes: Annotated[OptionalInt, Parameter(validator=validators.Number(gte=1))] = None,
     training: Literal["full", "lora"] | None = None,
     attack_prompts: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     json: Json = False,
@@ -103,4 +104,4 @@ def bench(
             progress=progress,
         )
     drawn = attacks_table(report) if isinstance(report, AttacksReport) else bench_table(report)
-    emit(report, Group(drawn, f"Results: {output}"), as_json=json)
+    emit(report, drawn, as_json=json, last=f"Results: {output}")

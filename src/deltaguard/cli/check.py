@@ -4,6 +4,7 @@ from typing import Any
 
 from deltaguard.cli.sink import (
     Json,
+    OptionalInt,
     OptionalPath,
     Reference,
     checked,
@@ -26,7 +27,7 @@ def check(
     training_data: TrainingData = "unknown",
     prompts: OptionalPath = None,
     judge: OptionalPath = None,
-    answer_tokens: int | None = None,
+    answer_tokens: OptionalInt = None,
     config_from: ConfigFrom | None = None,
     device: str = "auto",
     json: Json = False,

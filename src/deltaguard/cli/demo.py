@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-from rich.console import Group
-
-from deltaguard.cli.sink import Json, Output, emit, hide_bars_of_transformers, progress_bar, tell
+from deltaguard.cli.sink import Json, Output, Seed, emit, hide_bars_of_transformers, progress_bar, tell
 
 
 def demo(
     *,
     output: Output = Path("demo"),
-    seed: int = 0,
+    seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """Show the whole story on SmolLM2-135M: align, fine-tune, calibrate, restore, measure, report.
@@ -29,5 +27,4 @@ def demo(
     hide_bars_of_transformers()
     with progress_bar() as progress:
         report = run(output, config=DemoConfig(seed=seed), progress=progress)
-    drawn = page_line(output)
-    emit(report, Group(demo_table(report), drawn), as_json=json)
+    emit(report, demo_table(report), as_json=json, last=page_line(output))

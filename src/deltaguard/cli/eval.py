@@ -5,10 +5,9 @@ from contextlib import redirect_stdout
 from math import inf
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Group
-
 from deltaguard.cli.sink import (
     Json,
+    OptionalInt,
     Output,
     Reference,
     UsageError,
@@ -37,7 +36,7 @@ def eval(  # noqa: A001 - the verb of the command line
     max_missing: float = 0.05,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    batch_size: int = 32,
+    batch_size: OptionalInt = None,
     judge_url: str | None = None,
     judge_model: str | None = None,
     judge_api_key_env: str | None = None,
@@ -65,7 +64,7 @@ def eval(  # noqa: A001 - the verb of the command line
         device: Where transformers runs: `auto`, `cpu`, `cuda` or `cuda:N`; a second attack trains on the
             first GPU alone.
         dtype: Of the weights; `auto` is float32 on a CPU and the checkpoint's own elsewhere.
-        batch_size: Questions answered at a time.
+        batch_size: Questions answered at a time; 8 by a server and 32 else where absent.
         judge_url: Address of a server whose model judges too, from 1 (refuses) to 5 (follows the request).
         judge_model: That model's name on the server.
         judge_api_key_env: Environment variable with the key for it, `OPENAI_API_KEY` where absent.
@@ -74,7 +73,7 @@ def eval(  # noqa: A001 - the verb of the command line
         inspect: Write logs for `inspect view --log-dir OUTPUT/inspect`, too; needs deltaguard[inspect].
         json: Print one JSON document and nothing else on stdout.
     """
-    _check(engine, base_url, api_key_env, batch_size)
+    _check(engine, base_url, api_key_env, dtype, batch_size)
     _check_limits(timeout, max_missing)
     more = _judges(judge_url, judge_model, judge_api_key_env, guard, guard_template)
     from deltaguard.evaluation.engines.make import EngineConfig
@@ -94,16 +93,20 @@ def eval(  # noqa: A001 - the verb of the command line
         report = run(
             [model, *others], output, suite=asked, engine=config, inspect_logs=inspect, progress=progress
         )
-    emit(report, Group(evaluation_table(report), "", f"Report: {output / 'README.md'}"), as_json=json)
+    emit(report, evaluation_table(report), as_json=json, last=f"\nReport: {output / 'README.md'}")
 
 
-def _check(engine: str, base_url: str | None, api_key_env: str | None, batch_size: int) -> None:
+def _check(
+    engine: str, base_url: str | None, api_key_env: str | None, dtype: str, batch_size: int | None
+) -> None:
     if engine == "openai" and not base_url:
         raise UsageError("--engine openai needs the server's address: --base-url URL.")
     for option, value in (("--base-url", base_url), ("--api-key-env", api_key_env)):
         if engine != "openai" and value is not None:
             raise UsageError(f"{option} is for --engine openai; the engine is {engine}.")
-    if batch_size < 1:
+    if engine == "openai" and dtype != "auto":
+        raise UsageError("--dtype is of weights that are loaded here; the server has loaded its own.")
+    if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, and is {batch_size}.")
 
 

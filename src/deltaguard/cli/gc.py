@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 from pydantic import BaseModel
 from rich.table import Table as Drawn
 
-from deltaguard.cli.sink import Json, UserPath, emit
+from deltaguard.cli.sink import Int, Json, UserPath, emit
 from deltaguard.errors import require_packages
 from deltaguard.reports.text import size
 
@@ -36,7 +36,7 @@ class Collected(BaseModel):
 def gc(
     *,
     data: UserPath,
-    days: int = 7,
+    days: Annotated[Int, Parameter(validator=validators.Number(gte=0))] = 7,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> None:

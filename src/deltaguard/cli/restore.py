@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Group
 from rich.table import Table
 
 from deltaguard.cli.presets import Preset, over, presets_help, read_options
 from deltaguard.cli.sink import (
     Json,
+    OptionalInt,
     OptionalPath,
     Output,
     Reference,
@@ -45,15 +45,15 @@ def restore(
     training_data: TrainingData | None = None,
     prompts: OptionalPath = None,
     judge: OptionalPath = None,
-    answer_tokens: int | None = None,
+    answer_tokens: OptionalInt = None,
     max_safety_kl: float | None = None,
     confidence: float | None = None,
     strength: float | None = None,
-    refine: int | None = None,
+    refine: OptionalInt = None,
     other_params: OtherParams | None = None,
     config_from: ConfigFrom | None = None,
     output_format: OutputFormat | None = None,
-    adapter_rank: int | None = None,
+    adapter_rank: OptionalInt = None,
     device: str | None = None,
     memory: str | None = None,
     config: Preset | Path | None = None,
@@ -142,13 +142,14 @@ def restore(
         emit(plan, _draw_plan(plan), as_json=json)
         return
     from deltaguard.ranks import Ranks
+    from deltaguard.reports.restore import restore_table
     from deltaguard.restoration.restore import Restorer
 
     hide_bars_of_transformers()
     ranks = Ranks.current()
     with Restorer(aligned, store=store, config=chosen, ranks=ranks) as restorer:
         report = restore_one(restorer, finetuned, output)
-    emit(report, _draw(report, chosen, output), as_json=json)
+    emit(report, restore_table(report), as_json=json, last=_next(report, chosen, output))
     if push is not None and ranks.leads:
         from deltaguard.restoration.push import push as upload
 
@@ -203,14 +204,9 @@ def _chosen(config: Preset | Path | None, given: dict[str, Any]) -> RestoreConfi
     return checked(RestoreConfig, (over(read_options(config), named) if config else {}) | named)
 
 
-def _draw(report: RestoreReport, config: RestoreConfig, output: Path) -> Group:
-    from deltaguard.reports.restore import restore_table
-
-    return Group(
-        restore_table(report),
-        f"Restored {config.output_format}: {output}",
-        f"Next: deltaguard eval {shlex.join((report.aligned.reference, str(output)))} -o evaluation",
-    )
+def _next(report: RestoreReport, config: RestoreConfig, output: Path) -> str:
+    models = shlex.join((report.aligned.reference, str(output)))
+    return f"Restored {config.output_format}: {output}\nNext: deltaguard eval {models} -o evaluation"
 
 
 def _report_file(output: Path) -> tuple[int, int] | None:

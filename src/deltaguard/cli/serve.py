@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 from pydantic import BaseModel
 
-from deltaguard.cli.sink import Json, UsageError, UserPath, emit, tell
+from deltaguard.cli.sink import Int, Json, UsageError, UserPath, emit, tell
 from deltaguard.errors import require_packages
 
 
@@ -30,7 +30,7 @@ def serve(
     data: UserPath,
     model: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     host: str = "127.0.0.1",
-    port: int = 8000,
+    port: Annotated[Int, Parameter(validator=validators.Number(gte=1, lte=65_535))] = 8000,
     inference_url: str | None = None,
     executor: Literal["local", "ray"] | None = None,
     json: Json = False,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar
 
-from cyclopts import Parameter, Token
+from cyclopts import Parameter, Token, validators
 from pydantic import BaseModel, ValidationError
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import (
@@ -35,13 +35,31 @@ Reference = str | Path
 
 
 def _as_user_path(_: Any, tokens: Sequence[Token]) -> Path:
+    if not tokens[0].value:
+        # Of `--data "$DATA"` without such a variable; as a path it would be the current folder.
+        raise ValueError("a path is empty")
     return expanded(tokens[0].value)
+
+
+def _as_int(_: Any, tokens: Sequence[Token]) -> int:
+    """Read a whole number as it stands: cyclopts rounds 0.5 to 0."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is no whole number") from None
 
 
 UserPath = Annotated[Path, Parameter(converter=_as_user_path)]
 """A path in which `~` is the home folder: of `--output=~/out` no shell makes it that."""
 
 OptionalPath = Annotated[Path | None, Parameter(converter=_as_user_path)]
+
+Int = Annotated[int, Parameter(converter=_as_int)]
+
+OptionalInt = Annotated[int | None, Parameter(converter=_as_int)]
+
+Seed = Annotated[Int, Parameter(validator=validators.Number(gte=0, lt=2**32))]
+"""The range that numpy takes."""
 
 Output = Annotated[UserPath, Parameter(name=["--output", "-o"])]
 
@@ -95,13 +113,14 @@ def _detach(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def emit(result: BaseModel, drawing: RenderableType, *, as_json: bool) -> None:
+def emit(result: BaseModel, drawing: RenderableType, *, as_json: bool, last: str = "") -> None:
     """Print a result: as JSON for programs, or drawn for people.
 
     Args:
         result: what a verb found or did.
         drawing: the same for people.
         as_json: which of the two goes to stdout.
+        last: what people read below it. It is not wrapped, so that commands and paths can be copied.
 
     Raises:
         OSError: stdout cannot be written to; nobody reading it any more is no error.
@@ -113,6 +132,8 @@ def emit(result: BaseModel, drawing: RenderableType, *, as_json: bool) -> None:
             # Names of files and models are not markup.
             drawn = Text(drawing) if isinstance(drawing, str) else drawing
             Out(markup=False).print(Printable(drawn), soft_wrap=isinstance(drawing, str))
+            if last:
+                Out(markup=False).print(Printable(Text(last)), soft_wrap=True)
     except OSError:
         _detach(sys.stdout)
         raise
@@ -198,7 +219,8 @@ _SPEED_OVER = 1800
 def progress_bar() -> Generator[Progress]:
     """Show the progress of long-running work on stderr, as bars that vanish at the end, or as lines."""
     console = Out(stderr=True)
-    if not console.is_terminal:
+    # Colours may be forced where there is no terminal, and a dumb one draws no bars.
+    if not (sys.stderr.isatty() and console.is_interactive) or console.is_dumb_terminal:
         yield ProgressLines()
         return
     columns = (

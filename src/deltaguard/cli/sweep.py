@@ -3,7 +3,6 @@
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Group
 
 from deltaguard.cli.sink import (
     Json,
@@ -85,5 +84,4 @@ def sweep(
             progress=progress,
         )
     warn(report.warnings)
-    drawn = page_line(output)
-    emit(report, Group(sweep_table(report), drawn), as_json=json)
+    emit(report, sweep_table(report), as_json=json, last=page_line(output))

@@ -284,7 +284,7 @@ class _Asking:
                 whole_model(self.model.reference),
                 [options.tasks[i]],
                 limit=options.limit,
-                batch_size=self.config.batch_size,
+                batch_size=self.config.at_once,
                 device=device,
                 dtype=resolved_dtype(self.config.dtype, device),
                 seed=options.seed,

@@ -208,7 +208,7 @@ def _judge_all(answers: _Answers, judges: Mapping[SectionKind, list[Judge]], run
         judged = any(part.kind != "utility" for part in run.parts)
         if run.suite.max_perplexity is not None and judged and config.name == "transformers":
             engine: Any = opened.enter_context(closing(make_engine(answers[0][0].reference, config)))
-            surprise = partial(perplexity, engine.model, engine.tokenizer, batch_size=config.batch_size)
+            surprise = partial(perplexity, engine.model, engine.tokenizer, batch_size=config.at_once)
             check = CoherenceCheck(run.suite.max_perplexity, surprise)
         return [
             judge(model.name, each, judges.get(each.part.kind, ()), check, run.progress)

@@ -115,7 +115,7 @@ def remove_leftover(service: Service, leftover: Leftover) -> bool:
     """Remove one of `find_leftovers`.
 
     Returns:
-        Whether it was removed: a folder in which a process still works is not.
+        Whether it was removed: a folder in which a process still works is not, nor what another user owns.
     """
     kind, _, name = leftover.place.partition("/")
     if kind == "files":
@@ -132,7 +132,7 @@ def remove_leftover(service: Service, leftover: Leftover) -> bool:
         finally:
             os.close(lock)
     shutil.rmtree(path, ignore_errors=True)
-    return True
+    return not path.exists()
 
 
 def _set_aside(service: Service, path: Path) -> Path:

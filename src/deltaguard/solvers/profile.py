@@ -67,11 +67,11 @@ class Profile:
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"strength is {strength}; it must lie in [0, 1].")
+        if strength == 0:
+            return PROHIBITIVE
         whole = self.predicted_kl(0)
         if strength == 1 or whole == 0:
             return 0.0
-        if strength == 0:
-            return PROHIBITIVE
         low, high = 1 / PROHIBITIVE, PROHIBITIVE
         for _ in range(_HALVINGS):
             middle = math.sqrt(low * high)

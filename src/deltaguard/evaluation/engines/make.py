@@ -27,7 +27,7 @@ class EngineConfig:
         name: `transformers`, `vllm` or `openai`.
         device: where transformers runs; `auto` is CUDA where there is one, else the CPU.
         dtype: of the weights; `auto` is the checkpoint's, and float32 on the CPU.
-        batch_size: questions at a time.
+        batch_size: questions at a time; 8 by a server and 32 else where absent.
         base_url: of the server, for `openai`.
         api_key_env: the environment variable with the server's key.
         timeout: seconds for each request to the server, from its beginning to the end of the reply.
@@ -42,7 +42,7 @@ class EngineConfig:
     name: EngineName = "transformers"
     device: str = "auto"
     dtype: Dtype = "auto"
-    batch_size: int = 32
+    batch_size: int | None = None
     base_url: str | None = field(default=None, repr=False)
     api_key_env: str = "OPENAI_API_KEY"
     timeout: float = 60.0
@@ -53,7 +53,7 @@ class EngineConfig:
             raise DeltaguardError("The openai engine needs the server's address: --base-url URL.")
         if self.name != "openai" and self.base_url:
             raise DeltaguardError(f"--base-url is for --engine openai; the engine is {self.name}.")
-        if self.batch_size < 1:
+        if self.at_once < 1:
             raise DeltaguardError(f"The batch size must be at least 1, and is {self.batch_size}.")
         if not 0 < self.timeout < math.inf:
             raise DeltaguardError(f"The time limit must be more than 0 seconds, and is {self.timeout}.")
@@ -63,6 +63,13 @@ class EngineConfig:
             )
         if self.base_url is not None:
             require_address(self.base_url)
+
+    @property
+    def at_once(self) -> int:
+        """Questions at a time."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return 8 if self.name == "openai" else 32
 
     @property
     def described(self) -> str:
@@ -90,9 +97,11 @@ def make_engine(reference: str, config: EngineConfig) -> Engine:
         DeltaguardError: it cannot be loaded, or a package is missing.
     """
     if config.base_url is not None:
-        return OpenAIEngine(Server(config.base_url, reference, config.api_key_env, config.timeout))
+        address, key = config.base_url, config.api_key_env
+        server = Server(address, reference, key, timeout=config.timeout, workers=config.at_once)
+        return OpenAIEngine(server)
     if config.name == "vllm":
-        return VLLMEngine.open(reference, dtype=config.dtype, batch_size=config.batch_size)
+        return VLLMEngine.open(reference, dtype=config.dtype, batch_size=config.at_once)
     return TransformersEngine.open(
-        reference, device=config.device, dtype=config.dtype, batch_size=config.batch_size
+        reference, device=config.device, dtype=config.dtype, batch_size=config.at_once
     )

@@ -217,6 +217,7 @@ def read_judge(path: Path) -> AnyJudge:
     """
     example = "`kind: guard`, `template: llama-guard` and `model: FOLDER`"
     remedy = f"It must describe a judge as suites do, such as {example}."
+    path = expanded(path)
     judge: AnyJudge = read_yaml(path, TypeAdapter(AnyJudge), remedy=remedy)
     return _from_folder(judge, path.parent)
 
