@@ -41,7 +41,7 @@ for model in "$@"; do
   ! curl -s "http://127.0.0.1:$port/" > /dev/null || { echo "Something else listens on port $port." >&2; exit 1; }
   device=()
   [ "${serve##*/}" != "transformers serve" ] || device=(--device "${DEVICE:-auto}")
-  $serve "$model" --host 127.0.0.1 --port "$port" "${device[@]}" > "$output/$name.server.log" 2>&1 &
+  $serve "$model" --host 127.0.0.1 --port "$port" ${device[@]+"${device[@]}"} > "$output/$name.server.log" 2>&1 &
   server=$!
   until curl -sf "http://127.0.0.1:$port/health" > /dev/null; do
     kill -0 "$server" || { cat "$output/$name.server.log" >&2; exit 1; }

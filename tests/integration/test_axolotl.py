@@ -87,6 +87,13 @@ def test_only_the_first_process_restores(plugin, monkeypatch):
     assert plugin.report is None
 
 
+def test_under_zero_3_no_model_is_loaded(plugin, monkeypatch, tmp_path):
+    monkeypatch.setattr("deltaguard.integrations.trl.is_deepspeed_zero3_enabled", lambda: True)
+    output = trained(tmp_path / "output", adapter=True)
+    with pytest.raises(DeltaguardError, match=r"Run `deltaguard restore me/model .*output -o .*-restored"):
+        plugin.post_train_unload({"base_model": "me/model", "output_dir": str(output)})
+
+
 def test_options_that_cannot_be_are_told_before_the_training(plugin):
     with pytest.raises(ValidationError, match="Did you mean strength"):
         settings(plugin, options={"strenth": 0.3})

@@ -1,6 +1,8 @@
 """Fine-tuning a tiny random model through trl, in full and as an adapter, and measuring it."""
 
 import json
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +24,7 @@ from deltaguard.evaluation.suites.parts import Part
 from deltaguard.finetuning import training
 from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, finetune
 from deltaguard.finetuning.preferences import Preference, learn_preferences
-from deltaguard.models.loading import load_tokenizer
+from deltaguard.models.loading import load_config, load_tokenizer
 from deltaguard.progress import Event
 
 PAIRS = [
@@ -173,14 +175,39 @@ def test_a_model_that_may_think_is_trained_as_it_is_asked(tmp_path, monkeypatch)
     thinks = "{{ '' if enable_thinking is defined and not enable_thinking else 'Think. ' }}"
     path.write_text(thinks + path.read_text(encoding="utf-8"), encoding="utf-8")
     tokenizer = load_tokenizer(folder, "model")
-    monkeypatch.setattr(training, "_validate_at_the_end", lambda trainer: seen.append(trainer.train_dataset))
+    monkeypatch.setattr(training, "_validate_at_the_end", seen.append)
     finetune(folder, tmp_path / "tuned", PAIRS, config=TWO_STEPS)
     preference = Preference(({"role": "user", "content": "Two?"},), "Yes.", "No.")
     learn_preferences(folder, tmp_path / "preferring", [preference], config=TWO_STEPS, beta=0.1)
-    learned, preferred = seen
+    learned, preferred = (trainer.train_dataset for trainer in seen)
     expected = encode(tokenizer, PAIRS[0], max_length=512)
     assert learned[0]["input_ids"][: expected.prompt_length] == list(expected.ids[: expected.prompt_length])
     assert "Think" not in tokenizer.decode(preferred[0]["prompt_ids"])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_conversation_is_cut_at_the_positions_that_the_model_has(tmp_path, monkeypatch):
+    folder, seen = models.save(models.tiny_model("gpt2"), tmp_path / "model"), []
+    long = [Conversation("What do bees make?", response="Honey " * 500)]
+    monkeypatch.setattr(training, "_validate_at_the_end", seen.append)
+    finetune(folder, tmp_path / "tuned", long, config=replace(TWO_STEPS, max_length=10_000))
+    positions = load_config(folder, "model").max_position_embeddings
+    assert len(seen[0].train_dataset[0]["input_ids"]) == positions
+
+
+def test_a_tokenizer_that_cannot_be_trained_with_is_one_message(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps(known | {"pad_token": None, "eos_token": None}))
+    with pytest.raises(DeltaguardError, match=r"trl cannot begin the training: .*pad_token"):
+        finetune(folder, tmp_path / "tuned", PAIRS, config=TWO_STEPS)
+
+
+def test_validation_data_that_are_too_long_for_an_answer_are_not_measured(base, tmp_path):
+    told, long = [], Conversation("word " * 600, response="Yes.")
+    finetune(base, tmp_path / "tuned", PAIRS, config=TWO_STEPS, validation=[long], on_step=told.append)
+    assert {found.kind for found in told} == {"train"}
 
 
 def test_an_adapter_freezes_no_blocks():

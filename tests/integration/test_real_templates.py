@@ -6,9 +6,9 @@ import pytest
 import trl
 
 from deltaguard.chat.conversations import Conversation, Turn
-from deltaguard.chat.template import end_of_turn, render, takes_system_role
-from deltaguard.chat.thinking import begins_thoughts
-from deltaguard.chat.tokens import encode
+from deltaguard.chat.template import apply_template, end_of_turn, messages, render, takes_system_role
+from deltaguard.chat.thinking import begins_thoughts, closed
+from deltaguard.chat.tokens import encode, encode_answer
 from deltaguard.errors import DeltaguardError
 from models import EOS, tiny_tokenizer
 
@@ -69,6 +69,32 @@ def test_prompts_and_answers_are_written_as_the_template_does(name):
         assert PROMPT in read
         assert (SYSTEM in read) == (system is not None)
         assert written == f"{ANSWER}{ENDS[name]}"
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("earlier", [None, Turn("Hi.", "Ho.")])
+def test_what_is_learned_stands_behind_what_is_asked(name, earlier):
+    known = tokenizer(name)
+    asked = messages(known, Conversation(PROMPT, SYSTEM), earlier)
+    text = encode_answer(known, asked, ANSWER, max_length=4096)
+    read, written = (
+        known.decode(part) for part in (text.ids[: text.prompt_length], text.ids[text.prompt_length :])
+    )
+    prompt = apply_template(known, asked)
+    # GLM's next turn closes an answer, and a line break begins it.
+    assert written.lstrip().startswith(f"{ANSWER}{ENDS[name] if name != 'glm4moe' else ''}")
+    if name in FORCED:
+        assert read == prompt + closed("")
+        assert written == f"{ANSWER}{ENDS[name]}"
+    else:
+        # As trl would have it.
+        whole = known.apply_chat_template(
+            [*asked, {"role": "assistant", "content": ANSWER}],
+            tokenize=True,
+            enable_thinking=False,
+            date_string="26 Jul 2024",
+        )
+        assert (read, list(text.ids)) == (prompt, whole["input_ids"])
 
 
 @pytest.mark.parametrize("name", ENDS)

@@ -51,6 +51,17 @@ def test_a_model_thinks_until_it_closes_its_thoughts_and_then_answers(tokenizer)
     assert said == f"{closed(thought)}{thought}{END}"
 
 
+def test_thoughts_that_a_prompt_ends_with_end_none_that_follow(tokenizer):
+    model = tiny_model("llama")
+    # As models that think have it: each tag is one token.
+    tokenizer.add_tokens([BEGIN, END])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    speaking(model, tokenizer, "a")
+    asked = render(tokenizer, Conversation(f"What does this end? {END}"))
+    (said,) = generate(model, tokenizer, [asked], max_new_tokens=2)
+    assert said == f"{closed('a' * THOUGHT_TOKENS)}aa"
+
+
 def test_thoughts_without_end_are_closed(tokenizer):
     model = tiny_model("llama")
     lengths = speaking(model, tokenizer, "a")

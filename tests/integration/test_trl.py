@@ -129,6 +129,12 @@ def test_what_could_not_be_restored_is_refused_before_there_is_a_training_to_los
         begin(store=made.aligned)
     (tmp_path / "restored").mkdir()
     begin()
+    (tmp_path / "finetuned").mkdir()
+    (tmp_path / "finetuned" / "adapter_config.json").touch()
+    with pytest.raises(DeltaguardError, match="finetuned receives a model, and holds an adapter"):
+        begin()
+    (tmp_path / "finetuned" / "adapter_config.json").unlink()
+    begin()
     (tmp_path / "restored" / "notes.txt").write_text("mine")
     with pytest.raises(DeltaguardError, match="restored is not empty"):
         begin()
@@ -165,8 +171,19 @@ def test_a_model_that_would_be_saved_in_parts_is_not_taken_for_an_earlier_one(tm
 def test_under_zero_3_what_was_trained_is_saved_and_the_command_told(tmp_path, monkeypatch):
     monkeypatch.setattr("deltaguard.integrations.trl.is_deepspeed_zero3_enabled", lambda: True)
     trained = Saved(tmp_path)
-    with pytest.raises(DeltaguardError, match=r"run `deltaguard restore aligned .*finetuned -o .*restored"):
+    told = (
+        r"zero_to_fp32.py.* Run `deltaguard restore aligned .*finetuned -o .*restored --store 'my store' "
+        "--output-format checkpoint --config-from aligned`"
+    )
+    with pytest.raises(DeltaguardError, match=told):
+        restore_after(trained, aligned="aligned", store="my store")
+    (tmp_path / "finetuned").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "finetuned" / name).touch()
+    told = r"What was trained is in \S+finetuned\. Run .* --output-format adapter"
+    with pytest.raises(DeltaguardError, match=told):
         restore_after(trained, aligned="aligned")
+    trained.saved.pop()
     assert trained.saved == [str(tmp_path / "finetuned")]
     args = SimpleNamespace(world_size=1, output_dir=str(tmp_path))
     with pytest.raises(DeltaguardError, match="restore_after"):

@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from datetime import date
 
 import pytest
 
@@ -11,12 +12,13 @@ from deltaguard.chat.conversations import Conversation, Turn
 from deltaguard.chat.template import (
     TemplateFailedError,
     apply_template,
+    end_of_turn,
     readable_turns,
     render,
     require_turns,
     takes_system_role,
 )
-from deltaguard.chat.tokens import encode
+from deltaguard.chat.tokens import encode, encode_answer
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Exchange
 from deltaguard.evaluation.judges import guards
@@ -156,6 +158,54 @@ def test_a_system_message_that_no_users_follows_has_no_place(others):
     turns = [{"role": "system", "content": "Be kind."}, *others]
     with pytest.raises(TemplateFailedError, match="takes no system message"):
         readable_turns(tokenizer(NO_SYSTEM_ROLE), turns)
+
+
+SHOWN_UNTIL_ANSWERED = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]"
+    "{% if loop.last and system is defined %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ m.content }}" + models.EOS + "{% endif %}{% endfor %}"
+)
+"""As Mistral's: the system message stands in the last question."""
+
+HEADER_IN_ANY_CASE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}" + models.EOS + "{% endfor %}<|assistant|>"
+)
+"""As that of the first Llama 3."""
+
+
+def test_a_system_message_that_is_gone_once_it_is_answered_heads_the_question():
+    known = tokenizer(SHOWN_UNTIL_ANSWERED)
+    assert not takes_system_role(known)
+    turns = readable_turns(known, [{"role": "system", "content": "Be kind."}, *USER])
+    text = encode_answer(known, turns, "So.", max_length=99)
+    assert known.decode(text.ids) == f"[INST]Be kind.\n\nHow?[/INST]So.{models.EOS}"
+    assert known.decode(text.ids[text.prompt_length :]) == f"So.{models.EOS}"
+
+
+def test_where_the_next_answer_begins_is_no_part_of_this_one():
+    known = tokenizer(HEADER_IN_ANY_CASE)
+    assert end_of_turn(known) == models.EOS
+    assert encode(known, Conversation("How?", response="So."), max_length=99).ids[-1] == known.eos_token_id
+
+
+def test_turns_that_are_shown_otherwise_where_an_answer_follows_are_not_learned_from():
+    known = tokenizer("{% for m in messages %}{{ loop.length }} {{ m.content }} {% endfor %}")
+    with pytest.raises(DeltaguardError, match="shows turns otherwise where an answer follows"):
+        encode_answer(known, USER, "So.", max_length=99)
+
+
+def test_tokens_that_merge_where_the_answer_begins_are_those_that_were_asked():
+    known = tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    text = encode_answer(known, USER, "?", max_length=99)
+    assert list(text.ids[: text.prompt_length]) == known("How?", add_special_tokens=False)["input_ids"]
+    assert known.decode(text.ids) == "How??"
+
+
+def test_a_prompt_with_a_date_is_of_the_same_day_on_every_day():
+    known = tokenizer("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")
+    assert apply_template(known, USER) == "26 Jul 2024: How?"
+    assert apply_template(known, USER, today=date(2026, 2, 3)) == "03 Feb 2026: How?"
 
 
 def test_an_empty_system_message_leaves_the_users_as_it_is():

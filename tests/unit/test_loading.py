@@ -123,6 +123,11 @@ def test_a_token_with_an_id_that_no_vocabulary_has_is_refused(model):
         {"repetition_penalty": 9.0},
         {"no_repeat_ngram_size": 1},
         {"min_new_tokens": 3, "min_length": 99},
+        {"bad_words_ids": [[n] for n in range(3, 90)], "suppress_tokens": list(range(90, 200))},
+        {"begin_suppress_tokens": list(range(3, 200)), "forced_eos_token_id": 2},
+        {"sequence_bias": [[[n], -100.0] for n in range(3, 200)], "guidance_scale": 3.0},
+        {"exponential_decay_length_penalty": [1, 9.0], "max_time": 1e-9},
+        {"stop_strings": ["a", "e", "i", "o", "u"]},
     ],
 )
 def test_a_models_own_settings_change_neither_how_many_answers_there_are_nor_which(model, fields):

@@ -27,8 +27,16 @@ _UNCHANGED: Mapping[str, Any] = {
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
+    **dict.fromkeys(
+        (
+            *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"),
+            *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+            *("guidance_scale", "watermarking_config", "stop_strings", "max_time"),
+        )
+    ),
 }
-"""Settings with which transformers leaves a model's probabilities as they are, greedy or drawn from."""
+"""Settings with which transformers leaves a model's probabilities as they are, greedy or drawn from, and lets
+it answer until it ends."""
 
 
 _T = TypeVar("_T")
@@ -175,10 +183,11 @@ def think(
     found = [""] * len(prompts)
     rows = [row for row, prompt in enumerate(prompts) if begins_thoughts(prompt)]
     if rows:
+        longest = max(len(encoded[row]) for row in rows)
 
         def is_closed(ids: Any, _scores: Any) -> Any:
-            # The tag may be as many tokens as letters; the prompt's own opening tag is not it.
-            ends = tokenizer.batch_decode(ids[:, -len(END) - 2 :])
+            # The tag may be as many tokens as letters; what the prompt ends with is not it.
+            ends = tokenizer.batch_decode(ids[:, max(longest, ids.shape[1] - len(END) - 2) :])
             return torch.tensor([END in each for each in ends], device=ids.device)
 
         thoughts = _continue(

@@ -1,6 +1,8 @@
 """Chat templates: programs from a model's folder, run within limits, that write prompts."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +20,10 @@ from deltaguard.time_limit import run_within
 TEMPLATE_OPTIONS: Mapping[str, Any] = MappingProxyType({"enable_thinking": False})
 """What templates of models that may think before they answer ask for."""
 
+A_DAY = date(2024, 7, 26)
+"""The day of which prompts say that it is today: answers of another day are compared with them. That of
+Llama 3.2, whose template takes it where it is told none."""
+
 SECONDS = 5.0
 """A template may take so long for one conversation; those in use take less than a millisecond."""
 
@@ -25,6 +31,7 @@ _MOST_CHARACTERS = 1_000_000
 _REMEDY = "It is not used: correct the model's chat_template.jinja, or take another model."
 # Their regular expressions need more than linear time, and cannot be stopped.
 _ENDLESS_FILTERS = ("urlize", "wordwrap")
+_ASKS_DATE = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 _MARKER = "deltaguard"
 _SHOWN = 200
 """Characters of a prompt and of its rendering in a message."""
@@ -39,6 +46,7 @@ def apply_template(
     messages: Sequence[Mapping[str, str]],
     *,
     answer_follows: bool = True,
+    today: date = A_DAY,
     seconds: float = SECONDS,
 ) -> str:
     """Put a conversation through the chat template of a tokenizer.
@@ -47,6 +55,7 @@ def apply_template(
         tokenizer: a transformers tokenizer with a chat template.
         messages: each with `role` and `content`.
         answer_follows: end where the model's answer begins.
+        today: where the template writes a date.
         seconds: how long that may take.
 
     Raises:
@@ -70,6 +79,7 @@ def apply_template(
                     list(messages),
                     tokenize=False,
                     add_generation_prompt=answer_follows,
+                    chat_template=_on(today, tokenizer.get_chat_template()),
                     **TEMPLATE_OPTIONS,
                 )
             except MemoryError as error:
@@ -101,12 +111,11 @@ def messages(tokenizer: Any, conversation: Conversation, earlier: Turn | None = 
     """
     said = [] if earlier is None else [*_user(earlier.prompt), _assistant(earlier.answer)]
     turns, system = [*said, *_user(conversation.prompt)], conversation.system
-    if system is None:
-        return turns
-    if takes_system_role(tokenizer):
-        return [{"role": "system", "content": system}, *turns]
-    first, *others = turns
-    return [*_user(f"{system}\n\n{first['content']}"), *others] if system else turns
+    return (
+        turns
+        if system is None
+        else readable_turns(tokenizer, [{"role": "system", "content": system}, *turns])
+    )
 
 
 def readable_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -162,14 +171,18 @@ def render(tokenizer: Any, conversation: Conversation | str, earlier: Turn | Non
 
 
 def takes_system_role(tokenizer: Any) -> bool:
-    """Tell whether the chat template renders a system message; some refuse it, some drop it without a word.
+    """Tell whether the chat template renders a system message, also where an answer follows.
+
+    Some refuse it, some drop it without a word, and some show it to a model only until it has answered.
 
     Raises:
         DeltaguardError: the tokenizer has no chat template.
     """
     asked = [{"role": "system", "content": _MARKER}, *_user("?")]
     try:
-        return _MARKER in apply_template(tokenizer, asked)
+        return _MARKER in apply_template(tokenizer, asked) and _MARKER in apply_template(
+            tokenizer, [*asked, _assistant("!")], answer_follows=False
+        )
     except TemplateFailedError:
         return False
 
@@ -202,11 +215,20 @@ def require_turns(tokenizer: Any) -> None:
 def end_of_turn(tokenizer: Any) -> str:
     """Find what the template writes after an answer (`<|im_end|>`), else the end-of-sequence token.
 
-    Some write the end of the whole conversation on a further line, which no model writes itself.
+    Some write the end of the whole conversation on a further line, and some where the next answer begins: no
+    model writes these itself.
     """
     said = [*_user("?"), _assistant(_MARKER)]
     _, found, tail = apply_template(tokenizer, said, answer_follows=False).rpartition(_MARKER)
-    return (tail.strip().partition("\n")[0] if found else "") or tokenizer.eos_token or ""
+    end = tail.strip().partition("\n")[0] if found else ""
+    if apply_template(tokenizer, _user("?")) == apply_template(tokenizer, _user("?"), answer_follows=False):
+        end = next((each for each in tokenizer.all_special_tokens if end.startswith(each)), end)
+    return end or tokenizer.eos_token or ""
+
+
+def _on(today: date, template: str) -> str:
+    """Write the date of a day where a template asks for it: transformers lets no function be given."""
+    return _ASKS_DATE.sub(lambda found: repr(today.strftime(found["format"])), template)
 
 
 def _user(prompt: str) -> list[dict[str, str]]:

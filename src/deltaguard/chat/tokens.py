@@ -1,7 +1,7 @@
 """Conversations as token ids: for one model or for two, and in padded batches."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.template import end_of_turn, render
-from deltaguard.chat.thinking import END, begins_thoughts, opens_thoughts, split_thoughts
+from deltaguard.chat.template import apply_template, end_of_turn, render
+from deltaguard.chat.thinking import END, begins_thoughts, closed, opens_thoughts, split_thoughts
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
+
+_SHOWN = 200
+"""Characters of a rendered conversation in a message."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,44 @@ def _read_and_written(tokenizer: Any, conversation: Conversation) -> tuple[str, 
         return rendered, response
     thoughts, answer = split_thoughts(response)
     return rendered + thoughts, answer
+
+
+def encode_answer(
+    tokenizer: Any, turns: Sequence[Mapping[str, str]], answer: str, *, max_length: int
+) -> Encoded:
+    """Tokenise turns as the model reads them when it is asked, and what it learns to answer.
+
+    The answer is what the chat template writes of it. Where the template begins thoughts, and leaves them out
+    where an answer follows, they are closed without any.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        turns: as `readable_turns` writes them.
+        answer: what the assistant says then.
+        max_length: tokens kept at most; the end is cut off.
+
+    Raises:
+        DeltaguardError: there is no template, or it fails, or shows other turns to a model that answers than
+            to one that is asked.
+    """
+    read = apply_template(tokenizer, turns)
+    whole = [*turns, {"role": "assistant", "content": answer}]
+    text = apply_template(tokenizer, whole, answer_follows=False)
+    if text.startswith(read):
+        written = text[len(read) :]
+    elif begins_thoughts(read):
+        read, written = read + closed(""), answer + end_of_turn(tokenizer)
+    else:
+        raise DeltaguardError(
+            f"The chat template of {tokenizer.name_or_path!r} shows turns otherwise where an answer follows: "
+            f"{read[-_SHOWN:]!r} is no beginning of {text[-_SHOWN:]!r}. A model would learn to "
+            "answer what it is never asked: correct the template."
+        )
+    prompt, ids = token_ids(tokenizer, read), token_ids(tokenizer, read + written)
+    if ids[: len(prompt)] != prompt:
+        # Tokens merge where the answer begins.
+        ids = [*prompt, *token_ids(tokenizer, written)]
+    return Encoded(tuple(ids[:max_length]), min(len(prompt), max_length), truncated=len(ids) > max_length)
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:

@@ -8,18 +8,21 @@ from typing import Any
 import torch
 
 from deltaguard.chat.conversations import Conversation, require_responses
-from deltaguard.chat.template import TEMPLATE_OPTIONS, messages, readable_turns
+from deltaguard.chat.template import messages, readable_turns
+from deltaguard.chat.tokens import context_length, encode_answer
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.finetuning.training import (
     FinetuneConfig,
     Measured,
-    adapter_options,
+    Rows,
     common_options,
-    on_one_gpu,
+    make_trainer,
     progress,
     train_and_save,
-    without_prints,
 )
+
+_NOT_LEARNED = -100
+"""The label of a token that carries no loss, in all of transformers."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def finetune(
         output_dir: receives a safetensors model and tokenizer, or with `config.lora_rank` a PEFT adapter.
         conversations: all with responses.
         config: how to train.
-        validation: measured after each epoch, and never learned from.
+        validation: measured after each epoch, and never learned from; what is too long for an answer is not.
         checkpoints: a folder that receives the state of training after each tenth of it; training that was
             interrupted goes on from the last whole one there. It belongs to this training alone.
         on_step: told what each step, and each look at the validation data, measured.
@@ -66,8 +69,8 @@ def finetune(
 
     Raises:
         DeltaguardError: trl or datasets is not installed, there is nothing to train on, a response is
-            missing, all prompts are too long, more blocks are to be frozen than there are, the device cannot
-            be used, or training diverged.
+            missing, the chat template fails on a conversation, all prompts are too long, more blocks are to
+            be frozen than there are, the device cannot be used, or training diverged.
 
     Example:
         >>> pairs = [Conversation("What do bees make?", response="Honey.")]
@@ -79,41 +82,36 @@ def finetune(
     require_responses([row for row in conversations if isinstance(row, Conversation)], "to learn from")
 
     def make(network: Any, tokenizer: Any, states: Path) -> Any:
-        options = common_options(config, states, saves=checkpoints is not None, validates=bool(validation))
-        return _trainer(network, tokenizer, (conversations, validation), config, options)
+        longest = context_length(network.config, config.max_length)
+        learned, measured = (_rows(tokenizer, each, longest) for each in (conversations, validation))
+        options = common_options(
+            config, states, longest=longest, saves=checkpoints is not None, validates=bool(measured)
+        )
+        return _trainer(network, tokenizer, (learned, measured), config, options)
 
     noted = None if on_step is None else progress(on_step, accuracy="mean_token_accuracy")
     return train_and_save(model, output_dir, make, config=config, checkpoints=checkpoints, noted=noted)
 
 
-def _rows(tokenizer: Any, conversations: Sequence[Conversation | Dialogue]) -> Any:
-    """Write conversations as trl reads them."""
-    from datasets import Dataset
-
-    return Dataset.from_list(
-        [
-            {
-                "prompt": readable_turns(tokenizer, row.turns)
-                if isinstance(row, Dialogue)
-                else messages(tokenizer, row),
-                "completion": [
-                    {
-                        "role": "assistant",
-                        "content": row.answer if isinstance(row, Dialogue) else row.response or "",
-                    }
-                ],
-                # As models are asked.
-                "chat_template_kwargs": dict(TEMPLATE_OPTIONS),
-            }
-            for row in conversations
-        ]
-    )
+def _rows(tokenizer: Any, conversations: Sequence[Conversation | Dialogue], longest: int) -> Rows:
+    """Write conversations as tokens, which trl takes as they are, without those too long for an answer."""
+    rows: list[dict[str, list[int]]] = []
+    for row in conversations:
+        if isinstance(row, Dialogue):
+            turns, answer = readable_turns(tokenizer, row.turns), row.answer
+        else:
+            turns, answer = messages(tokenizer, row), row.response or ""
+        text = encode_answer(tokenizer, turns, answer, max_length=longest)
+        if text.has_response:
+            labels = [*[_NOT_LEARNED] * text.prompt_length, *text.ids[text.prompt_length :]]
+            rows.append({"input_ids": list(text.ids), "labels": labels})
+    return rows
 
 
 def _trainer(
     network: Any,
     tokenizer: Any,
-    rows: tuple[Sequence[Conversation | Dialogue], Sequence[Conversation | Dialogue]],
+    rows: tuple[Rows, Rows],
     config: FinetuneConfig,
     options: Mapping[str, Any],
 ) -> Any:
@@ -123,17 +121,7 @@ def _trainer(
     class CompletionTrainer(_CompletionLoss, SFTTrainer):
         """trl's trainer with a loss that costs only what the completions cost."""
 
-    learned, validation = rows
-    return without_prints(
-        CompletionTrainer(
-            model=network,
-            args=on_one_gpu(SFTConfig(completion_only_loss=True, **options)),
-            train_dataset=_rows(tokenizer, learned),
-            eval_dataset=_rows(tokenizer, validation) if validation else None,
-            processing_class=tokenizer,
-            peft_config=adapter_options(config),
-        )
-    )
+    return make_trainer(CompletionTrainer, SFTConfig(**options), network, tokenizer, rows, config)
 
 
 class _CompletionLoss:
@@ -154,7 +142,7 @@ class _CompletionLoss:
     ) -> Any:
         """See the class; `inputs` holds `input_ids`, `attention_mask` and `labels`, each (batch, tokens)."""
         labels = inputs["labels"][:, 1:]
-        kept = (labels != -100).any(dim=0).nonzero()[:, 0]
+        kept = (labels != _NOT_LEARNED).any(dim=0).nonzero()[:, 0]
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -162,7 +150,7 @@ class _CompletionLoss:
             use_cache=False,
         )
         logits, targets = outputs.logits.flatten(0, 1), labels[:, kept].flatten()
-        right = (logits.detach().argmax(-1) == targets)[targets != -100].float().mean()
+        right = (logits.detach().argmax(-1) == targets)[targets != _NOT_LEARNED].float().mean()
         # trl's own loss keeps its measures there, and trl puts their means into its log.
         mode = "train" if model.training else "eval"
         self._metrics[mode]["mean_token_accuracy"].append(right.item())

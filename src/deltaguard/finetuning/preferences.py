@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from deltaguard.chat.template import TEMPLATE_OPTIONS, readable_turns
+from deltaguard.chat.template import readable_turns
+from deltaguard.chat.tokens import context_length, encode_answer
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.finetuning.training import (
     FinetuneConfig,
     Measured,
-    adapter_options,
+    Rows,
     common_options,
-    on_one_gpu,
+    make_trainer,
     progress,
     train_and_save,
-    without_prints,
 )
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_model
@@ -68,8 +68,8 @@ def learn_preferences(
         The folder written.
 
     Raises:
-        DeltaguardError: trl is not installed, there is nothing to train on, layers are to be frozen, the
-            device cannot be used, or training diverged.
+        DeltaguardError: trl is not installed, there is nothing to train on, the chat template fails on a
+            conversation, layers are to be frozen, the device cannot be used, or training diverged.
 
     Example:
         >>> asked = ({"role": "user", "content": "What do bees make?"},)
@@ -86,10 +86,12 @@ def learn_preferences(
     def make(network: Any, tokenizer: Any, states: Path) -> Any:
         is_full = config.lora_rank is None
         held_to = load_model(locate(model), str(model), dtype=torch.float32) if is_full else None
-        options = common_options(config, states, saves=checkpoints is not None, validates=bool(validation))
-        return _trainer(
-            network, held_to, tokenizer, (preferences, validation), {"beta": beta, **options}, config
+        longest = context_length(network.config, config.max_length)
+        learned, measured = (_rows(tokenizer, each, longest) for each in (preferences, validation))
+        options = common_options(
+            config, states, longest=longest, saves=checkpoints is not None, validates=bool(measured)
         )
+        return _trainer(network, held_to, tokenizer, (learned, measured), {"beta": beta, **options}, config)
 
     noted = None if on_step is None else progress(on_step, accuracy="rewards/accuracies")
     return train_and_save(model, output_dir, make, config=config, checkpoints=checkpoints, noted=noted)
@@ -99,40 +101,35 @@ def _trainer(
     network: Any,
     held_to: Any,
     tokenizer: Any,
-    rows: tuple[Sequence[Preference], Sequence[Preference]],
+    rows: tuple[Rows, Rows],
     options: Mapping[str, Any],
     config: FinetuneConfig,
 ) -> Any:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    learned, validation = rows
-    return without_prints(
-        DPOTrainer(
-            model=network,
-            ref_model=held_to,
-            args=on_one_gpu(DPOConfig(**options)),
-            train_dataset=_rows(tokenizer, learned),
-            eval_dataset=_rows(tokenizer, validation) if validation else None,
-            processing_class=tokenizer,
-            peft_config=adapter_options(config),
+    class TokenTrainer(DPOTrainer):
+        """trl's trainer over rows that are tokens already, as they are left by its own preparation."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    return make_trainer(
+        TokenTrainer, DPOConfig(**options), network, tokenizer, rows, config, ref_model=held_to
+    )
+
+
+def _rows(tokenizer: Any, preferences: Sequence[Preference], longest: int) -> Rows:
+    """Write preferences as tokens, which trl takes as they are, without those too long for both answers."""
+    rows: list[dict[str, list[int]]] = []
+    for row in preferences:
+        turns = readable_turns(tokenizer, row.turns)
+        better, worse = (
+            encode_answer(tokenizer, turns, answer, max_length=longest)
+            for answer in (row.preferred, row.rejected)
         )
-    )
-
-
-def _rows(tokenizer: Any, preferences: Sequence[Preference]) -> Any:
-    """Write preferences as trl reads them."""
-    from datasets import Dataset
-
-    return Dataset.from_list(
-        [
-            {
-                "prompt": readable_turns(tokenizer, row.turns),
-                "chosen": [{"role": "assistant", "content": row.preferred}],
-                "rejected": [{"role": "assistant", "content": row.rejected}],
-                # As models are asked.
-                "chat_template_kwargs": dict(TEMPLATE_OPTIONS),
-            }
-            for row in preferences
-        ]
-    )
+        if better.has_response and worse.has_response:
+            asked = list(better.ids[: better.prompt_length])
+            chosen, rejected = (list(each.ids[each.prompt_length :]) for each in (better, worse))
+            rows.append({"prompt_ids": asked, "chosen_ids": chosen, "rejected_ids": rejected})
+    return rows

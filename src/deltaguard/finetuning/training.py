@@ -1,6 +1,6 @@
 """What every training through trl has in common: how it is told, watched, interrupted and saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -15,12 +15,15 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.models.families import decoder_blocks
 from deltaguard.models.hub import locate
-from deltaguard.models.loading import load_model, load_tokenizer
+from deltaguard.models.loading import foreign, load_model, load_tokenizer
 
 
 class DivergedError(DeltaguardError):
     """Training whose loss became infinite, or no number."""
 
+
+Rows = Sequence[dict[str, list[int]]]
+"""Conversations as tokens, by the names of trl's columns."""
 
 _CHECKPOINT_SHARE = 0.1
 """Of all steps, from one checkpoint to the next."""
@@ -119,17 +122,13 @@ def train_and_save(
     folder = locate(model)
     network = load_model(folder, str(model), dtype=torch.float32)
     tokenizer = load_tokenizer(folder, str(model))
-    use_cache = network.config.use_cache
+    # Of models that see pictures the configuration has none of its own.
+    use_cache = getattr(network.config, "use_cache", None)
     if config.lora_rank is None:
         _freeze(network, config.frozen_layers)
     with TemporaryDirectory() as scratch:
         states = checkpoints or Path(scratch)
         trainer = make(network, tokenizer, states)
-        if not len(trainer.train_dataset):
-            raise DeltaguardError(
-                f"There is nothing to learn from: before every answer stand {config.max_length} tokens or "
-                "more, and the rest is cut off. Give shorter conversations, or a larger max_length."
-            )
         if noted is not None:
             trainer.add_callback(noted)
         loss = float(trainer.train(resume_from_checkpoint=_last_checkpoint(states)).training_loss)
@@ -141,7 +140,8 @@ def train_and_save(
             f"{config.learning_rate:g}."
         )
     # trl switches the cache off for training; left so, the saved model would generate many times slower.
-    network.config.use_cache = use_cache
+    if use_cache is not None:
+        network.config.use_cache = use_cache
     trainer.model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return Path(output_dir)
@@ -185,17 +185,55 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(whole[max(whole)]) if whole else None
 
 
-def without_prints(trainer: Any) -> Any:
-    """Have a trainer print nothing: it would print a summary to standard output."""
-    from datasets import disable_progress_bars
+def make_trainer(
+    kind: Any,
+    arguments: Any,
+    network: Any,
+    tokenizer: Any,
+    rows: tuple[Rows, Rows],
+    config: FinetuneConfig,
+    **more: Any,
+) -> Any:
+    """Make a trainer of trl that keeps to one GPU and prints nothing.
+
+    Args:
+        kind: its class.
+        arguments: its configuration.
+        network: the model.
+        tokenizer: its tokenizer.
+        rows: the tokens that are learned from, and those that are measured on, if any.
+        config: says whether an adapter is trained.
+        **more: further arguments of the class.
+
+    Raises:
+        DeltaguardError: there is nothing to learn from, or trl refuses the model or the tokenizer.
+    """
+    from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback
 
+    learned, validation = (Dataset.from_list(list(each)) if each else None for each in rows)
+    if learned is None:
+        raise DeltaguardError(
+            f"There is nothing to learn from: before every answer stand {arguments.max_length} tokens or "
+            "more, and the rest is cut off. Give shorter conversations, or a larger max_length."
+        )
     disable_progress_bars()
+    with foreign("trl cannot begin the training"):
+        trainer = kind(
+            model=network,
+            args=on_one_gpu(arguments),
+            train_dataset=learned,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            peft_config=_adapter_options(config),
+            **more,
+        )
+    # It would print a summary to standard output.
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def adapter_options(config: FinetuneConfig) -> Any:
+def _adapter_options(config: FinetuneConfig) -> Any:
     """Say to PEFT which adapter is trained; None where all weights are."""
     from peft import LoraConfig
 
@@ -218,19 +256,26 @@ def on_one_gpu(arguments: Any) -> Any:
     return arguments
 
 
-def common_options(config: FinetuneConfig, scratch: Path, *, saves: bool, validates: bool) -> dict[str, Any]:
+def common_options(
+    config: FinetuneConfig, scratch: Path, *, longest: int, saves: bool, validates: bool
+) -> dict[str, Any]:
     """Say to any trainer of trl how to train.
 
     Args:
         config: how to train.
         scratch: folder for checkpoints.
+        longest: tokens of a conversation at most.
         saves: whether there are any.
         validates: whether there is validation data.
 
     Raises:
         DeltaguardError: the device cannot be used, or is not the first GPU.
     """
+    from transformers import TrainingArguments
+
     device = trained_on(config.device)
+    # Its name before transformers 5.23.
+    renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     return {
         "output_dir": str(scratch),
         "learning_rate": config.learning_rate,
@@ -240,11 +285,11 @@ def common_options(config: FinetuneConfig, scratch: Path, *, saves: bool, valida
         "num_train_epochs": config.epochs,
         "max_steps": -1 if config.max_steps is None else config.max_steps,
         "per_device_train_batch_size": config.batch_size,
-        "max_length": config.max_length,
+        "max_length": longest,
         "seed": config.seed,
         "use_cpu": device.type == "cpu",
         "bf16": served_dtype(device) == torch.bfloat16,
-        "activation_checkpointing": False,
+        "activation_checkpointing" if renamed else "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
         "logging_strategy": "steps",

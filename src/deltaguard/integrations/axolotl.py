@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from axolotl.integrations.base import BasePlugin  # pyright: ignore[reportMissingImports]  # not of any extra
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from deltaguard.integrations.trl import default_options
+from deltaguard.integrations.trl import default_options, refuse_zero3
 from deltaguard.models.adapter import is_adapter
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
@@ -93,15 +93,16 @@ class RestorePlugin(BasePlugin):  # pyright: ignore[reportUntypedBaseClass]
             cfg: Axolotl's configuration.
 
         Raises:
-            DeltaguardError: as `restore`; what was trained is left as it is.
+            DeltaguardError: as `restore`, or this is DeepSpeed's ZeRO-3; what was trained is left as it is.
         """
         if os.environ.get("RANK", "0") != "0":
             return
         settings = RestoreSettings.model_validate(cfg.get("deltaguard") or {})
         finetuned = Path(cfg["output_dir"])
         output = Path(settings.output or f"{finetuned}-restored")
-        config = _options(settings, adapter=is_adapter(str(finetuned)))
         aligned = settings.aligned or _base_model(cfg)
+        refuse_zero3(aligned, finetuned, output, store=settings.store)
+        config = _options(settings, adapter=is_adapter(str(finetuned)))
         self.report = restore(aligned, finetuned, output, store=settings.store, config=config)
         for warning in self.report.warnings:
             _LOG.warning("%s", warning)

@@ -4,6 +4,7 @@ A callback's `on_train_end` comes before `save_model`: the output folder then ho
 earlier run. What is here saves the model itself, into a folder of its own, before it restores.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,46 @@ def restore_after(
     trainer.save_model(str(folder / FINETUNED))
     if not trainer.is_world_process_zero():
         return None
-    if is_deepspeed_zero3_enabled():
-        raise DeltaguardError(
-            f"Under DeepSpeed's ZeRO-3 no other model can be loaded in this process. What was trained is in "
-            f"{folder / FINETUNED}: run `deltaguard restore {aligned} {folder / FINETUNED} -o "
-            f"{folder / RESTORED} --config-from aligned`."
-        )
+    refuse_zero3(aligned, folder / FINETUNED, folder / RESTORED, store=store)
     return _restored(folder, aligned, store, config)
+
+
+def refuse_zero3(
+    aligned: str | Path,
+    finetuned: Path,
+    output: Path,
+    *,
+    store: CurvatureStore | str | Path | None,
+) -> None:
+    """Refuse a restore in a process of DeepSpeed's ZeRO-3, which would load parts of models alone.
+
+    Args:
+        aligned: as in `restore_after`.
+        finetuned: the folder of what was trained.
+        output: the folder of what was to be restored.
+        store: as in `restore_after`.
+
+    Raises:
+        DeltaguardError: it is one; with the command that restores afterwards.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return
+    command = ["deltaguard", "restore", str(aligned), str(finetuned), "-o", str(output)]
+    if isinstance(store, str | Path):
+        command += ["--store", str(store)]
+    is_adapter = (finetuned / ADAPTER_CONFIG).exists()
+    for option, value in default_options(adapter=is_adapter).items():
+        command += [f"--{option.replace('_', '-')}", value]
+    gathered = ""
+    if not any(finetuned.glob("*.safetensors")):
+        gathered = (
+            " It holds parts of the weights: put them together first with DeepSpeed's `zero_to_fp32.py`, or "
+            "train with `stage3_gather_16bit_weights_on_model_save`."
+        )
+    raise DeltaguardError(
+        "Under DeepSpeed's ZeRO-3 no other model can be loaded in this process. What was trained is in "
+        f"{finetuned}.{gathered} Run `{shlex.join(command)}`."
+    )
 
 
 class RestoreCallback(TrainerCallback):
@@ -115,13 +149,21 @@ class RestoreCallback(TrainerCallback):
                 "sees a part of the model: leave it out, and call `restore_after(trainer, ...)` after "
                 "`trainer.train()`."
             )
-        config = _merged(self._config, adapter=hasattr(given.get("model"), "peft_config"))
+        is_adapter = hasattr(given.get("model"), "peft_config")
+        config = _merged(self._config, adapter=is_adapter)
         output = Path(args.output_dir) / RESTORED
         AlignedInputs.open(self._aligned, store=self._store, config=config).look(self._aligned)
         if not (config.overwrite or config.resume) and output.exists() and any(output.iterdir()):
             raise DeltaguardError(
                 f"{output} is not empty, and receives the restored model: remove it, name another "
                 "output_dir, or allow it with RestoreConfig(overwrite=True)."
+            )
+        finetuned = Path(args.output_dir) / FINETUNED
+        if (finetuned / ADAPTER_CONFIG).exists() != is_adapter and finetuned.exists():
+            kinds = ("an adapter", "a model") if is_adapter else ("a model", "an adapter")
+            raise DeltaguardError(
+                f"{finetuned} receives {kinds[0]}, and holds {kinds[1]} of an earlier training: remove it, "
+                "or name another output_dir."
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002

@@ -113,7 +113,8 @@ def load_tokenizer(folder: Path, reference: str) -> Any:
     refuse_code(folder, reference)
     _refuse_giants(folder, reference)
     with foreign(f"transformers cannot load the tokenizer of {reference}"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # Mistral's own tokenizer, which is taken where it is installed, knows no chat template of the folder.
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
         last: int = max(tokenizer.get_vocab().values(), default=0)
     if last >= MOST_TOKENS:
         raise DeltaguardError(

@@ -13,6 +13,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -170,7 +171,10 @@ def answer(ask: Ask, loaded: Loaded, say: Callable[[Piece], None], is_unwanted: 
 def _read(tokenizer: Any, asked: str | list[dict[str, str]]) -> list[int]:
     """Tokenise what a model reads before it answers."""
     if not isinstance(asked, str):
-        return token_ids(tokenizer, apply_template(tokenizer, readable_turns(tokenizer, asked)))
+        return token_ids(
+            tokenizer,
+            apply_template(tokenizer, readable_turns(tokenizer, asked), today=datetime.now(UTC).date()),
+        )
     with foreign(f"The tokenizer of {tokenizer.name_or_path!r} fails on a text"):
         ids: list[int] = tokenizer(asked)["input_ids"]
     # A model goes on with something: of an empty text, with what a text begins with.

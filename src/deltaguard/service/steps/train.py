@@ -1,13 +1,13 @@
 """Training of a job: from the customer's file to a fine-tuned model, with its metrics."""
 
 import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from deltaguard.chat.template import apply_template, readable_turns
-from deltaguard.chat.tokens import token_ids
+from deltaguard.chat.template import readable_turns
+from deltaguard.chat.tokens import encode_answer
 from deltaguard.errors import DeltaguardError
 from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, Measured, finetune
 from deltaguard.finetuning.preferences import Preference, learn_preferences
@@ -158,14 +158,8 @@ def _told(events: Path) -> Iterator[Told]:
 def _lengths(model: str, examples: Sequence[Dialogue], longest: int) -> list[int]:
     """Count the tokens of examples, as they are cut off; those whose answer is cut off are left out."""
     tokenizer = load_tokenizer(locate(model), model)
-
-    def count(turns: Sequence[Mapping[str, str]], *, answer_follows: bool) -> int:
-        return len(token_ids(tokenizer, apply_template(tokenizer, turns, answer_follows=answer_follows)))
-
-    found: list[int] = []
-    for row in examples:
-        turns = readable_turns(tokenizer, row.turns)
-        if count(turns, answer_follows=True) < longest:
-            whole = [*turns, {"role": "assistant", "content": row.answer}]
-            found.append(min(longest, count(whole, answer_follows=False)))
-    return found
+    texts = (
+        encode_answer(tokenizer, readable_turns(tokenizer, row.turns), row.answer, max_length=longest)
+        for row in examples
+    )
+    return [len(text.ids) for text in texts if text.has_response]

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from deltaguard.chat.predictions import response_losses
-from deltaguard.chat.template import apply_template, end_of_turn, readable_turns
-from deltaguard.chat.tokens import Encoded, batches, token_ids
+from deltaguard.chat.template import readable_turns
+from deltaguard.chat.tokens import batches, encode_answer
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.finetuning.finetune import Dialogue
@@ -64,7 +64,12 @@ def _losses(engine: TransformersEngine, rows: Sequence[Dialogue], longest: int) 
     Returns:
         The losses, and how many answers they are of: some may be cut off altogether.
     """
-    encoded = [row for row in (_encoded(engine, row, longest) for row in rows) if row.has_response]
+    tokenizer = engine.tokenizer
+    texts = (
+        encode_answer(tokenizer, readable_turns(tokenizer, row.turns), row.answer, max_length=longest)
+        for row in rows
+    )
+    encoded = [text for text in texts if text.has_response]
     losses = [
         loss
         for batch in batches(encoded, _BATCH)
@@ -72,10 +77,3 @@ def _losses(engine: TransformersEngine, rows: Sequence[Dialogue], longest: int) 
         for loss in of_row
     ]
     return losses, len(encoded)
-
-
-def _encoded(engine: TransformersEngine, row: Dialogue, longest: int) -> Encoded:
-    tokenizer = engine.tokenizer
-    prompt = token_ids(tokenizer, apply_template(tokenizer, readable_turns(tokenizer, row.turns)))
-    ids = (*prompt, *token_ids(tokenizer, row.answer + end_of_turn(tokenizer)))
-    return Encoded(ids[:longest], min(len(prompt), longest), truncated=len(ids) > longest)
