@@ -7,6 +7,7 @@ from statistics import mean
 from deltaguard.cli.presets import PRESETS, read_options
 from deltaguard.reports.attacks import attacks_markdown
 from deltaguard.reports.bench import bench_markdown
+from deltaguard.reports.beside import beside_tables
 from deltaguard.reports.evaluation import SECONDARY, measure_label
 from deltaguard.reports.records.attacks import AttacksReport
 from deltaguard.reports.records.base import Environment
@@ -68,6 +69,27 @@ def attacks_table(content: str) -> str:
     report = AttacksReport.model_validate_json(content)
     notes = "\n".join(f"- {plain(note)}" for note in report.notes)
     return "\n\n".join((attacks_markdown(report).rstrip(), notes, _bench_made(report)))
+
+
+def beside_table(content: str) -> str:
+    """Draw methods beside each other over the same fine-tunes, and how it was made.
+
+    Args:
+        content: an `AttacksReport` of several methods as JSON.
+
+    Returns:
+        Markdown.
+
+    Raises:
+        ValueError: there is one method alone.
+    """
+    report = AttacksReport.model_validate_json(content)
+    tables = beside_tables(report)
+    if not tables:
+        raise ValueError("one method stands beside no other")
+    drawn = [f"**{plain(table.title)}** ({plain(table.note)})\n\n{table.markdown()}" for table in tables]
+    notes = "\n".join(f"- {plain(note)}" for note in report.notes)
+    return "\n\n".join((*drawn, notes, _bench_made(report)))
 
 
 def bench_summary(content: str) -> str:

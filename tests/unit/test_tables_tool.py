@@ -15,6 +15,7 @@ from tools.tables import (
     bench_presets,
     bench_summary,
     bench_table,
+    beside_table,
     evaluation_table,
 )
 
@@ -22,12 +23,15 @@ import attack_reports
 import bench_reports
 import reports
 from deltaguard.cli.presets import PRESETS, read_options
+from deltaguard.reports.attacks import attacks_page
+from deltaguard.reports.records.attacks import AttacksReport
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.table import estimate
 from deltaguard.reports.text import interval, percent, plain, points
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL
 from deltaguard.service.settings import Gate
 from deltaguard.service.steps.examine import compare
+from deltaguard.studies.attack_score import outcomes
 from restores import restore_report
 
 
@@ -116,6 +120,40 @@ def test_attackers_are_shown_with_their_command_and_notes_but_without_folders():
     assert "| `backdoor-100` | partly, missed |" in text
     assert "<script>" not in text
     assert "/home/someone" not in text
+
+
+def test_methods_stand_beside_each_other_where_there_are_several():
+    report = attack_reports.attacks_report()
+    with pytest.raises(ValueError, match="one method stands beside no other"):
+        beside_table(report.model_dump_json())
+    other = [
+        each.model_copy(update={"method": "greedy=0.5"}) for each in report.cells if each.method == "kfac"
+    ]
+    worse = [
+        each.model_copy(update={"plain": attack_reports.letters(0.3), "harmless": "r" * attack_reports.N})
+        for each in other
+        if each.attacker != "advice"
+    ]
+    both = (*report.cells, *worse)
+    found = report.model_copy(
+        update={"cells": both, "outcomes": outcomes(report.attackers, both, bound=2.0)}
+    ).model_dump_json()
+    drawn = beside_table(found)
+    rows = [row for row in map(cells, drawn.splitlines()) if row[0].startswith("`")]
+    assert rows[:4] == [
+        ["`poison-10`", "plainly", "+80.0", "0.0", "+20.0"],
+        ["`backdoor-100`", "plainly", "0.0", "0.0", "+20.0"],
+        ["`backdoor-100`", "with trigger", "+80.0", "+45.0", "+45.0"],
+        ["`advice`", "plainly", "+2.0", "0.0", "–"],
+    ]
+    assert rows[4:] == [
+        ["`poison-10`", "75.0 %", "75.0 %"],
+        ["`kfac`", "0.0", "2.0 s"],
+        ["`greedy=0.5`", "+90.0", "2.0 s"],
+    ]
+    # As programs and people see it.
+    assert "What the methods cost" in attacks_page(AttacksReport.model_validate_json(found))
+    assert "What the methods cost" not in attacks_page(report)
 
 
 def test_both_calibrations_of_a_fine_tune_and_seed_stand_beside_each_other():

@@ -2,23 +2,21 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import fmean
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from deltaguard.reports import page
+from deltaguard.reports.attacked import attacked, mean_refusals, methods_of, request_seconds
 from deltaguard.reports.bench import settings_words
+from deltaguard.reports.beside import beside_tables
 from deltaguard.reports.records.attacks import (
     AttackCell,
-    AttackerRow,
-    AttackOutcome,
     AttacksReport,
-    Rates,
     RestoredTo,
 )
-from deltaguard.reports.records.evaluation import Estimate
 from deltaguard.reports.table import Cell, Column, Table, excess, indented, rate, share
 from deltaguard.reports.text import (
     DASH,
@@ -36,54 +34,16 @@ from deltaguard.reports.text import (
 )
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """What one method left of one fine-tune, over all seeds.
-
-    Attributes:
-        attacker: the fine-tune.
-        found: one outcome a seed.
-    """
-
-    attacker: AttackerRow
-    found: tuple[AttackOutcome, ...]
-
-    @property
-    def asked(self) -> tuple[tuple[str, Rates], ...]:
-        """Attack success by the way of asking, means over the seeds."""
-        ways = [("plainly", [outcome.plain for outcome in self.found])]
-        wrapped = [outcome.wrapped for outcome in self.found if outcome.wrapped is not None]
-        if self.attacker.way and wrapped:
-            ways.append((f"with {self.attacker.way}", wrapped))
-        return tuple((way, _mean_rates(rates)) for way, rates in ways)
-
-    @property
-    def restores(self) -> tuple[tuple[int, RestoredTo], ...]:
-        """What the restores say, where that was kept, with the seed of each."""
-        return tuple((each.seed, each.restored_to) for each in self.found if each.restored_to is not None)
-
-    @property
-    def kept(self) -> Estimate | None:
-        """Gain kept in likelihood, mean over the seeds; None where any has none."""
-        return _mean_of_all([outcome.kept for outcome in self.found])
-
-    @property
-    def kept_exact(self) -> Estimate | None:
-        """Gain kept in exactly right answers, likewise."""
-        return _mean_of_all([outcome.kept_exact for outcome in self.found])
-
-
 def attacks_table(report: AttacksReport) -> RenderableType:
     """Draw what came of all fine-tunes for a terminal."""
     parts: list[RenderableType] = []
-    for method in _methods(report):
-        for table in _tables(report, method):
-            parts += [
-                Text(),
-                indented(table.title, style="bold"),
-                Text(),
-                replace(table, title="").terminal(),
-            ]
+    for table in (*beside_tables(report), *_tables_of_all(report)):
+        parts += [
+            Text(),
+            indented(table.title, style="bold"),
+            Text(),
+            replace(table, title="").terminal(),
+        ]
     return Group(*parts, indented(legend(report), above=1, style="dim"))
 
 
@@ -93,7 +53,7 @@ def attacks_markdown(report: AttacksReport) -> str:
     Returns:
         Markdown that ends with a line break; nothing in a name is read as markup.
     """
-    tables = [table for method in _methods(report) for table in _tables(report, method)]
+    tables = (*beside_tables(report), *_tables_of_all(report))
     parts = [part for table in tables for part in (f"**{plain(table.title)}**", table.markdown())]
     named = Table.of("", report.attackers, _NAMED).markdown()
     return "\n\n".join((*parts, named, plain(legend(report)))) + "\n"
@@ -101,14 +61,14 @@ def attacks_markdown(report: AttacksReport) -> str:
 
 def attacks_page(report: AttacksReport) -> str:
     """Draw what came of all fine-tunes as a page, with every seed and every model."""
-    methods = _methods(report)
     return page.page(
         f"bench · preset {report.preset}",
         "deltaguard bench: restored without options",
         [
             page.Notes(report.notes),
             page.Heading("Fine-tunes"),
-            *(table for method in methods for table in _tables(report, method)),
+            *beside_tables(report),
+            *_tables_of_all(report),
             page.Paragraph(legend(report)),
             Table.of("What they were trained on", report.attackers, _NAMED),
             page.Heading("Every number"),
@@ -128,7 +88,7 @@ def attacks_page(report: AttacksReport) -> str:
 
 def success_table(report: AttacksReport, method: str) -> Table:
     """Tabulate attack success of all three models, for each fine-tune and way of asking."""
-    rows = [(each, way, rates) for each in _attacked(report, method) for way, rates in each.asked]
+    rows = [(each, way, rates) for each in attacked(report, method) for way, rates in each.asked]
     return Table.of(
         f"Attack success, restored with {method}",
         rows,
@@ -148,7 +108,7 @@ def outcomes_table(report: AttacksReport, method: str) -> Table:
     """Tabulate what a check says of each fine-tune, and the verdicts."""
     return Table.of(
         f"Check and verdict, restored with {method}",
-        _attacked(report, method),
+        attacked(report, method),
         (
             (Column("fine-tune", "name", code=True), lambda row: row.attacker.name),
             (Column("verdict", "name"), lambda row: _counted(each.verdict for each in row.found)),
@@ -161,7 +121,7 @@ def outcomes_table(report: AttacksReport, method: str) -> Table:
                 lambda row: _points(fmean(e.checked.added_attack_success for e in row.found)),
             ),
             ("safety KL,\nfine-tuned", lambda row: _nats(fmean(e.checked.safety_kl for e in row.found))),
-            ("false refusals\nover aligned", lambda row: excess(_refusals(row.found).over_aligned)),
+            ("false refusals\nover aligned", lambda row: excess(mean_refusals(row.found).over_aligned)),
         ),
         note="over the seeds",
     )
@@ -171,7 +131,7 @@ def restores_table(report: AttacksReport, method: str) -> Table:
     """Tabulate what restores say of themselves, where that was kept."""
     return Table.of(
         f"What restores say, {method}",
-        [each for each in _attacked(report, method) if each.restores],
+        [each for each in attacked(report, method) if each.restores],
         (
             (Column("fine-tune", "name", code=True), lambda row: row.attacker.name),
             (Column("seeds", "name"), lambda row: ", ".join(str(seed) for seed, _ in row.restores)),
@@ -190,12 +150,12 @@ def kept_table(report: AttacksReport, method: str) -> Table:
     """Tabulate what a restore keeps of what each fine-tune taught, and how long it took."""
     return Table.of(
         f"Gain kept, restored with {method}",
-        [each for each in _attacked(report, method) if each.attacker.gains],
+        [each for each in attacked(report, method) if each.attacker.gains],
         (
             (Column("fine-tune", "name", code=True), lambda row: row.attacker.name),
             ("in likelihood", lambda row: replace(rate(row.kept), total=None)),
             ("in exact answers", lambda row: replace(rate(row.kept_exact), total=None)),
-            ("time of\na restore", lambda row: _time(_seconds(report, row, method))),
+            ("time of\na restore", lambda row: _time(request_seconds(report, row.attacker.name, method))),
         ),
         note="means over the seeds",
     )
@@ -227,47 +187,15 @@ _NAMED = (
 )
 
 
+def _tables_of_all(report: AttacksReport) -> list[Table]:
+    return [table for method in methods_of(report) for table in _tables(report, method)]
+
+
 def _tables(report: AttacksReport, method: str) -> tuple[Table, ...]:
     """Draw the tables of one method that have rows."""
     drawn = (success_table, outcomes_table, restores_table, kept_table)
     tables = (draw(report, method) for draw in drawn)
     return tuple(table for table in tables if table.rows)
-
-
-def _seconds(report: AttacksReport, row: Attacked, method: str) -> float:
-    cells = (cell for cell in report.cells if (cell.attacker, cell.method) == (row.attacker.name, method))
-    return fmean(cell.seconds["request"] for cell in cells)
-
-
-def _methods(report: AttacksReport) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(outcome.method for outcome in report.outcomes))
-
-
-def _attacked(report: AttacksReport, method: str) -> list[Attacked]:
-    found = [
-        Attacked(row, tuple(o for o in report.outcomes if (o.attacker, o.method) == (row.name, method)))
-        for row in report.attackers
-    ]
-    return [each for each in found if each.found]
-
-
-def _mean(found: Sequence[Estimate]) -> Estimate:
-    """Average estimates over seeds, ends too: seeds share their prompts (see `difference_of_shares`)."""
-    ends = {name: fmean(getattr(each, name) for each in found) for name in ("value", "low", "high")}
-    return found[0].model_copy(update=ends)
-
-
-def _mean_of_all(found: Sequence[Estimate | None]) -> Estimate | None:
-    known = [each for each in found if each is not None]
-    return _mean(known) if len(known) == len(found) else None
-
-
-def _mean_rates(found: Sequence[Rates]) -> Rates:
-    return Rates(**{name: _mean([getattr(each, name) for each in found]) for name in Rates.model_fields})
-
-
-def _refusals(found: Sequence[AttackOutcome]) -> Rates:
-    return _mean_rates([outcome.false_refusals for outcome in found])
 
 
 def _mean_kl(found: Sequence[RestoredTo]) -> Cell:

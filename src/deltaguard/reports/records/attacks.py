@@ -115,7 +115,7 @@ class AttackOutcome(Record):
     Attributes:
         attacker: name of the fine-tune.
         seed: of the fine-tune.
-        method: that restored it, with its default options.
+        method: that restored it: with its default options, or at the strength behind its name and `=`.
         plain: attack success, requests asked plainly.
         wrapped: attack success, the same requests asked in the attacker's way; null where there is none.
         false_refusals: of harmless requests.
