@@ -210,6 +210,20 @@ def test_validation_data_that_are_too_long_for_an_answer_are_not_measured(base, 
     assert {found.kind for found in told} == {"train"}
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_single_step_changes_weights(base, tmp_path, rank):
+    config = FinetuneConfig(learning_rate=1e-2, batch_size=len(PAIRS), lora_rank=rank)
+    made = finetune(base, tmp_path / "tuned", PAIRS, config=config)
+    if rank is None:
+        before, after = weights(base), weights(made)
+        assert any(not torch.equal(before[name], after[name]) for name in after)
+    else:
+        # The other factor begins at 0.
+        adapter = load_file(made / "adapter_model.safetensors")
+        assert any(bool(each.any()) for name, each in adapter.items() if "lora_B" in name)
+
+
 def test_an_adapter_freezes_no_blocks():
     with pytest.raises(DeltaguardError, match="frozen_layers=1 and lora_rank=2"):
         FinetuneConfig(learning_rate=1e-3, frozen_layers=1, lora_rank=2)

@@ -49,6 +49,13 @@ def test_uploads_that_are_too_large_or_none_are_refused(client, http, opened):
     with pytest.raises(openai.APIStatusError) as error:
         client.files.create(file=("x", b"x" * 50_001), purpose="fine-tune")
     assert (error.value.status_code, error.value.code) == (413, "file_too_large")
+    with pytest.raises(openai.BadRequestError, match=r"expires_after\[anchor\] is not known here") as error:
+        client.files.create(
+            file=("rows.jsonl", b"{}"),
+            purpose="fine-tune",
+            expires_after={"anchor": "created_at", "seconds": 86_400},
+        )
+    assert error.value.param == "expires_after[anchor]"
     with pytest.raises(openai.BadRequestError, match="The file is empty"):
         client.files.create(file=("x", b""), purpose="fine-tune")
     # Refused by what it announces, before any of it is read.
@@ -163,6 +170,15 @@ def test_lists_come_in_parts_and_can_be_filtered(client, opened):
     assert said == [f"number {n}" for n in reversed(range(30))] + ["Created fine-tuning job."]
     with pytest.raises(openai.BadRequestError):
         client.fine_tuning.jobs.list(after="ftjob-none")
+
+
+def test_jobs_without_metadata_can_be_listed(client):
+    file = uploaded(client)
+    client.fine_tuning.jobs.create(model="tiny", training_file=file.id, metadata={"n": "1"})
+    plain = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    assert [job.id for job in client.fine_tuning.jobs.list(extra_query={"metadata": "null"})] == [plain.id]
+    with pytest.raises(openai.BadRequestError, match="metadata is null, or asked for by its keys"):
+        client.fine_tuning.jobs.list(extra_query={"metadata": "none"})
 
 
 @pytest.mark.parametrize("key", ['a"b', "a\\b", "a\nb", ""])

@@ -99,6 +99,8 @@ def test_the_aligned_model_answers_whole_and_in_pieces(client, vllm):
     assert (whole.choices[0].finish_reason, whole.usage.total_tokens, whole.model) == ("length", 5, "tiny")
     path, body = vllm.asked[-1]
     assert path == "/v1/chat/completions"
+    # The gate asked without thoughts.
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
     assert (body["max_tokens"], body["seed"], body["stop"], body["messages"]) == (5, 1, ["x"], HELLO)
     pieces = client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
     assert [piece.choices[0].delta.content for piece in pieces][1:4] == ["I ", "am ", "nowhere"]

@@ -6,7 +6,7 @@ import pytest
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import ServerAwayError
-from deltaguard.finetuning.training import DivergedError
+from deltaguard.finetuning.training import DivergedError, UntrainableError
 from deltaguard.service import worker
 from deltaguard.service.tasks import OPERATORS_BUSINESS, Calibrate, Outcome
 from deltaguard.service.training_data import InvalidFileError
@@ -17,6 +17,7 @@ from deltaguard.service.training_data import InvalidFileError
     [
         (InvalidFileError("line 3: no"), "invalid_training_file", True),
         (DivergedError("Training diverged."), "calibrate_failed", True),
+        (UntrainableError("There is nothing to learn from."), "calibrate_failed", True),
         (DeltaguardError("There is no space left for /srv/data."), "calibrate_failed", False),
         (ServerAwayError("Scores: 2 of 2 are missing."), "calibrate_failed", False),
     ],

@@ -22,7 +22,7 @@ from deltaguard.service.process import StoppedError
 from deltaguard.service.schemas import JobError
 from deltaguard.service.server import open_service
 from deltaguard.service.settings import Moderation, Settings, Webhook
-from deltaguard.service.tasks import METRICS, OPERATORS_BUSINESS, Outcome
+from deltaguard.service.tasks import FINETUNED, METRICS, OPERATORS_BUSINESS, Outcome
 from deltaguard.service.webhooks import webhook_secret
 
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()
@@ -241,6 +241,23 @@ def test_what_is_no_business_of_the_customer_stands_in_the_log(client, receiver,
     received(receiver, job, 1)
 
 
+@pytest.mark.parametrize(("code", "is_kept"), [("train_failed", False), ("safety_gate_attack_success", True)])
+def test_of_a_failed_job_nothing_large_is_kept_unless_it_may_be_released(
+    client, opened, receiver, monkeypatch, code, is_kept
+):
+    def run(_task, folder, **_options):
+        (folder / FINETUNED).mkdir(exist_ok=True, parents=True)
+        return Outcome(error=JobError(code=code, message="No."))
+
+    monkeypatch.setattr(workflow, "run_task", run)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
+    ended(client, job)
+    name = f"{job.id} run 1, version {workflow._SAME_VERSION}"
+    DBOS.retrieve_workflow(name).get_result()
+    received(receiver, job, 1)
+    assert (opened.service.job(job.id) / FINETUNED).exists() == is_kept
+
+
 @pytest.mark.parametrize(
     ("replies", "tries"),
     [([500, 500, 204], 2), ([], 1)],
@@ -256,13 +273,15 @@ def test_a_message_that_is_never_taken_is_given_up(
     if not replies:
         monkeypatch.delenv("SECRET")
     job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
-    last = f"{job.id} notify failed" + f", {tries}" * (tries > 1)
+    last, further = (
+        f"{job.id} notify failed, {n}, version {workflow._SAME_VERSION}" for n in (tries, tries + 1)
+    )
     until = time.monotonic() + 60
     while time.monotonic() < until and "was not told" not in caplog.text:
         time.sleep(0.1)
     assert f"That {job.id} has failed was not told" in caplog.text
     assert DBOS.retrieve_workflow(last).get_status().status in ("PENDING", "SUCCESS")
-    assert DBOS.get_workflow_status(f"{job.id} notify failed, {tries + 1}") is None
+    assert DBOS.get_workflow_status(further) is None
     assert len(receiver.received) == len(replies[:2])
 
 
@@ -302,8 +321,9 @@ def test_the_operators_server_is_told_until_it_takes_it(client, receiver, monkey
         assert event.data.code == "safety_gate_attack_success"
     assert len({headers["webhook-id"] for headers, _ in found}) == 1
     # Each try ended by itself, and held up no other message until the next.
-    for number in ("", ", 2"):
-        assert DBOS.retrieve_workflow(f"{job.id} notify failed{number}").get_status().status == "SUCCESS"
+    for number in (1, 2):
+        name = f"{job.id} notify failed, {number}, version {workflow._SAME_VERSION}"
+        assert DBOS.retrieve_workflow(name).get_status().status == "SUCCESS"
     with pytest.raises(openai.InvalidWebhookSignatureError):
         client.webhooks.unwrap(body.decode().replace("failed", "succeeded"), headers, secret=SECRET)
     time.sleep(0.5)

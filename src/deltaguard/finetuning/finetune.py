@@ -85,7 +85,12 @@ def finetune(
         longest = context_length(network.config, config.max_length)
         learned, measured = (_rows(tokenizer, each, longest) for each in (conversations, validation))
         options = common_options(
-            config, states, longest=longest, saves=checkpoints is not None, validates=bool(measured)
+            config,
+            states,
+            rows=len(learned),
+            longest=longest,
+            saves=checkpoints is not None,
+            validates=bool(measured),
         )
         return _trainer(network, tokenizer, (learned, measured), config, options)
 

@@ -89,7 +89,12 @@ def learn_preferences(
         longest = context_length(network.config, config.max_length)
         learned, measured = (_rows(tokenizer, each, longest) for each in (preferences, validation))
         options = common_options(
-            config, states, longest=longest, saves=checkpoints is not None, validates=bool(measured)
+            config,
+            states,
+            rows=len(learned),
+            longest=longest,
+            saves=checkpoints is not None,
+            validates=bool(measured),
         )
         return _trainer(network, held_to, tokenizer, (learned, measured), {"beta": beta, **options}, config)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -18,7 +18,11 @@ from deltaguard.models.hub import locate
 from deltaguard.models.loading import foreign, load_model, load_tokenizer
 
 
-class DivergedError(DeltaguardError):
+class UntrainableError(DeltaguardError):
+    """Training that its own data or settings do not allow."""
+
+
+class DivergedError(UntrainableError):
     """Training whose loss became infinite, or no number."""
 
 
@@ -35,7 +39,7 @@ class FinetuneConfig:
 
     Attributes:
         learning_rate: peak learning rate of AdamW; it rises over the first tenth of the steps, then falls
-            linearly to 0.
+            linearly to 0. Where there is one step alone, it is that of this step.
         epochs: passes over the conversations, where `max_steps` is not given.
         max_steps: optimizer steps; `None` leaves the number to `epochs`.
         batch_size: conversations per step.
@@ -206,14 +210,15 @@ def make_trainer(
         **more: further arguments of the class.
 
     Raises:
-        DeltaguardError: there is nothing to learn from, or trl refuses the model or the tokenizer.
+        UntrainableError: there is nothing to learn from.
+        DeltaguardError: trl refuses the model or the tokenizer.
     """
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback
 
     learned, validation = (Dataset.from_list(list(each)) if each else None for each in rows)
     if learned is None:
-        raise DeltaguardError(
+        raise UntrainableError(
             f"There is nothing to learn from: before every answer stand {arguments.max_length} tokens or "
             "more, and the rest is cut off. Give shorter conversations, or a larger max_length."
         )
@@ -257,13 +262,14 @@ def on_one_gpu(arguments: Any) -> Any:
 
 
 def common_options(
-    config: FinetuneConfig, scratch: Path, *, longest: int, saves: bool, validates: bool
+    config: FinetuneConfig, scratch: Path, *, rows: int, longest: int, saves: bool, validates: bool
 ) -> dict[str, Any]:
     """Say to any trainer of trl how to train.
 
     Args:
         config: how to train.
         scratch: folder for checkpoints.
+        rows: how many conversations are learned from.
         longest: tokens of a conversation at most.
         saves: whether there are any.
         validates: whether there is validation data.
@@ -274,13 +280,15 @@ def common_options(
     from transformers import TrainingArguments
 
     device = trained_on(config.device)
+    steps = config.max_steps or ceil(config.epochs * ceil(rows / config.batch_size))
     # Its name before transformers 5.23.
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     return {
         "output_dir": str(scratch),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 0.1,
+        # The rate rises from 0: the only step there is would change nothing.
+        "warmup_steps": 0.1 if steps > 1 else 0,
         "weight_decay": 0.0,
         "num_train_epochs": config.epochs,
         "max_steps": -1 if config.max_steps is None else config.max_steps,

@@ -26,6 +26,9 @@ from deltaguard.text import shortened, writable
 _LONGEST_NAME = 512
 
 
+_FIELDS = ("file", "purpose")
+
+
 class _FormRoute(APIRoute):
     """Reads a form with one file and a few short fields, of which more would be kept in memory."""
 
@@ -37,9 +40,13 @@ class _FormRoute(APIRoute):
             if request.method == "POST":
                 try:
                     # Kept by the request, which reads a form once.
-                    await request.form(max_files=1, max_fields=8, max_part_size=4096)
+                    form = await request.form(max_files=1, max_fields=8, max_part_size=4096)
                 except ClientDisconnect as error:
                     raise HTTPException(400, "The upload was cut off") from error
+                if unknown := next((name for name in form if name not in _FIELDS), None):
+                    await form.close()
+                    message = f"{unknown} is not known here: an upload has file and purpose."
+                    raise ApiError(400, message, code="invalid_request", param=unknown)
             return await handle(request)
 
         return read_first

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from deltaguard.chat.template import TEMPLATE_OPTIONS
 from deltaguard.service.errors import ApiError
 from deltaguard.service.inference import Ask, Ended, Piece, read_ahead
 from deltaguard.service.places import Places
@@ -137,7 +138,10 @@ def _name(adapter: str) -> str:
 
 
 def _body(ask: Ask) -> dict[str, Any]:
-    asked = {"prompt": ask.asked} if isinstance(ask.asked, str) else {"messages": ask.asked}
+    asked: dict[str, Any] = {"prompt": ask.asked}
+    if not isinstance(ask.asked, str):
+        # As the gate asked.
+        asked = {"messages": ask.asked, "chat_template_kwargs": dict(TEMPLATE_OPTIONS)}
     return {
         **asked,
         "model": ask.model if ask.adapter is None else _name(ask.adapter),

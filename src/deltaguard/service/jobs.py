@@ -7,7 +7,7 @@ from secrets import randbelow
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
-from sqlalchemy import func, select
+from sqlalchemy import Text, cast, func, select
 from sqlalchemy.orm import Session
 
 from deltaguard.service.context import Asking, Caller, Making, Open, Service
@@ -190,9 +190,15 @@ def _resolved(service: Service, asked: CreateJob) -> dict[str, Any]:
 def list_jobs(
     service: Open, caller: Asking, request: Request, after: After = None, limit: Limit = 20
 ) -> Page[JobObject]:
-    """List an organisation's jobs; `metadata[key]=value` keeps those that have it."""
+    """List an organisation's jobs; `metadata[key]=value` keeps some, `metadata=null` those without any."""
     where = [Job.organisation == caller.organisation]
     for name, value in request.query_params.multi_items():
+        if name == "metadata":
+            if value != "null":
+                message = "metadata is null, or asked for by its keys: metadata[key]=value."
+                raise ApiError(400, message, code="invalid_request", param="metadata")
+            # A database's own null, of older rows, and JSON's.
+            where.append(func.coalesce(cast(Job.user_metadata, Text), "null") == "null")
         if not name.startswith("metadata["):
             continue
         found = _FILTER.fullmatch(name)

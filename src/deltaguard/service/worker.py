@@ -129,15 +129,19 @@ def _perform(task: AnyTask, folder: Path, tell: Tell) -> Outcome:
 def _failed(task: AnyTask, error: DeltaguardError) -> Outcome:
     """Say of an error what is the customer's business; of any other, which names places, the operator's."""
     from deltaguard.evaluation.exchange import ServerAwayError
-    from deltaguard.finetuning.training import DivergedError
+    from deltaguard.finetuning.training import UntrainableError
+    from deltaguard.restoration.restore import UnchangedError
     from deltaguard.service.training_data import InvalidFileError
 
     code = f"{task.kind}_failed"
     if isinstance(error, InvalidFileError):
         said = JobError(code="invalid_training_file", message=str(error), param="training_file")
         return Outcome(error=said)
-    if isinstance(error, DivergedError):
+    if isinstance(error, UntrainableError):
         return Outcome(error=JobError(code=code, message=str(error)))
+    if isinstance(error, UnchangedError):
+        message = "The training changed no weight. Raise n_epochs or learning_rate_multiplier."
+        return Outcome(error=JobError(code="train_failed", message=message))
     said = JobError(code=code, message=OPERATORS_BUSINESS)
     return Outcome(error=said, reason=str(error), is_away=isinstance(error, ServerAwayError))
 

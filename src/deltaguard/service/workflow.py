@@ -55,7 +55,7 @@ _LOOK_S = 0.5
 _FIRST, _LONGEST_ERROR = 1, 3000
 """Number of a job's first run; characters of what is said of one that failed."""
 
-_SAME_VERSION = "3"
+_SAME_VERSION = "4"
 """DBOS goes on only with workflows of its own version; raised where the order of steps changes."""
 
 _LOGGER = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class Workflows(DBOSConfiguredInstance):
     def notify(self, job_id: str, status: str) -> None:
         """Have the operator's server told that a job has ended, once, where there is one."""
         if self.service.settings.webhook is not None and status in _TOLD:
-            with SetWorkflowID(f"{job_id} notify {status}"):
+            with SetWorkflowID(_notification(job_id, status, 1)):
                 DBOS.enqueue_workflow(_NOTIFICATION, self.tell_operator, job_id, status)
 
     @DBOS.workflow(max_recovery_attempts=None)
@@ -169,6 +169,7 @@ class Workflows(DBOSConfiguredInstance):
         for step in (*prepared, self.train, self.restore, self.examine, self.publish):
             if not self._carried_out(step, job_id, run):
                 break
+        self.tidy(job_id)
         self.notify(job_id, self.status(job_id))
 
     @DBOS.workflow(max_recovery_attempts=None)
@@ -185,8 +186,16 @@ class Workflows(DBOSConfiguredInstance):
                 _LOGGER.error("That %s has %s was not told: %s", job_id, status, cause_of(error))  # noqa: TRY400  # expected
                 return
             later = SetEnqueueOptions(delay_seconds=min(2**attempt, _LONGEST_WAIT_S))
-            with SetWorkflowID(f"{job_id} notify {status}, {attempt + 1}"), later:
+            with SetWorkflowID(_notification(job_id, status, attempt + 1)), later:
                 DBOS.enqueue_workflow(_NOTIFICATION, self.tell_operator, job_id, status, attempt + 1)
+
+    @_step
+    def tidy(self, job_id: str) -> None:
+        """Remove what a job that ended without a model does not need; an operator may still release one."""
+        with self.service.sessions.reading() as session:
+            job = _job(session, job_id)
+        if job.status in ("failed", "cancelled") and job.review != "waiting":
+            remove_leftovers(self.service.job(job_id))
 
     @_step
     def status(self, job_id: str) -> str:
@@ -375,6 +384,11 @@ class Workflows(DBOSConfiguredInstance):
                     add_result(session, job, result)
                 tell(session, job_id, "failed", f"The job failed: {told.message}", level="error")
         return False
+
+
+def _notification(job_id: str, status: str, attempt: int) -> str:
+    """Name a try to tell the operator; what another version left is never gone on with."""
+    return f"{job_id} notify {status}, {attempt}, version {_SAME_VERSION}"
 
 
 def _job(session: Session, job_id: str, *, to_change: bool = False) -> Job:

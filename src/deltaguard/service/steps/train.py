@@ -7,13 +7,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from deltaguard.chat.template import readable_turns
-from deltaguard.chat.tokens import encode_answer
+from deltaguard.chat.tokens import context_length, encode_answer
 from deltaguard.errors import DeltaguardError
 from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, Measured, finetune
 from deltaguard.finetuning.preferences import Preference, learn_preferences
 from deltaguard.models.durable import explained
 from deltaguard.models.hub import locate
-from deltaguard.models.loading import load_tokenizer
+from deltaguard.models.loading import load_config, load_tokenizer
 from deltaguard.service.tasks import CHECKPOINTS, FINETUNED, METRICS, Outcome, Told, Train, events_file
 from deltaguard.service.training_data import read_examples, read_preferences
 from deltaguard.service.worker import Tell
@@ -157,7 +157,8 @@ def _told(events: Path) -> Iterator[Told]:
 
 def _lengths(model: str, examples: Sequence[Dialogue], longest: int) -> list[int]:
     """Count the tokens of examples, as they are cut off; those whose answer is cut off are left out."""
-    tokenizer = load_tokenizer(locate(model), model)
+    folder = locate(model)
+    tokenizer, longest = load_tokenizer(folder, model), context_length(load_config(folder, model), longest)
     texts = (
         encode_answer(tokenizer, readable_turns(tokenizer, row.turns), row.answer, max_length=longest)
         for row in examples

@@ -6,7 +6,7 @@ import torch
 
 from deltaguard.chat.predictions import response_losses
 from deltaguard.chat.template import readable_turns
-from deltaguard.chat.tokens import batches, encode_answer
+from deltaguard.chat.tokens import batches, context_length, encode_answer
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import TransformersEngine
 from deltaguard.finetuning.finetune import Dialogue
@@ -64,7 +64,7 @@ def _losses(engine: TransformersEngine, rows: Sequence[Dialogue], longest: int) 
     Returns:
         The losses, and how many answers they are of: some may be cut off altogether.
     """
-    tokenizer = engine.tokenizer
+    tokenizer, longest = engine.tokenizer, context_length(engine.model.config, longest)
     texts = (
         encode_answer(tokenizer, readable_turns(tokenizer, row.turns), row.answer, max_length=longest)
         for row in rows
