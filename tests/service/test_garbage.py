@@ -8,8 +8,11 @@ import pytest
 from clients import publish, uploaded
 
 from deltaguard.cli.app import run
+from deltaguard.errors import DeltaguardError
 from deltaguard.service import garbage
 from deltaguard.service.garbage import find_leftovers, remove_leftover
+from deltaguard.service.server import open_service
+from deltaguard.service.settings import Settings
 from deltaguard.service.tables import Job, now
 
 LONG_AGO = 1_000_000_000
@@ -118,6 +121,24 @@ def test_what_cannot_be_removed_is_not_said_to_be(opened, jobs, monkeypatch):
         each.place: remove_leftover(opened.service, each) for each in find_leftovers(opened.service, days=7)
     }
     assert not removed[f"jobs/{folder.name}"]
+
+
+def test_beside_another_database_than_the_folders_nothing_is_garbage(opened, jobs, tmp_path, capsys):
+    data = opened.service.data
+    kept = opened.service.job(jobs["failed"].id)
+    (data / "service.yaml").write_text(f"database_url: sqlite:///{tmp_path / 'empty.sqlite'}\n")
+    for command in (["gc"], ["keys", "create", "acme"], ["keys", "list"]):
+        assert run([*command, "--data", str(data)]) == 1
+        capsys.readouterr()
+    with pytest.raises(DeltaguardError, match="is empty, and jobs have worked in this folder"):
+        open_service(data, Settings(database_url=f"sqlite:///{tmp_path / 'empty.sqlite'}"))
+    other = open_service(tmp_path / "other", Settings())
+    other.service.sessions.kw["bind"].dispose()
+    theirs = f"sqlite:///{tmp_path / 'other' / 'service.sqlite'}"
+    (data / "service.yaml").write_text(f"database_url: {theirs}\n")
+    assert run(["gc", "--data", str(data)]) == 1
+    assert "is of another folder's service" in capsys.readouterr().err
+    assert kept.exists()
 
 
 def test_a_folder_that_nothing_was_uploaded_to_holds_no_garbage(tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 from clients import client_of, publish, uploaded
 from starlette.testclient import TestClient
 
+from deltaguard.reports.records.restore import REPORT_NAME
 from deltaguard.service.app import make_app
 from deltaguard.service.errors import ApiError
 from deltaguard.service.inference import Ask
@@ -90,7 +91,16 @@ def tuned(client, opened):
     job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
     folder = publish(opened, job, "ft:tiny:default::1")
     (folder / "adapter_config.json").write_text("{}")
+    (folder / REPORT_NAME).write_text('{"aligned": {"fingerprint": "made over"}}')
+    opened.service.identities["nowhere"] = "made over"
     return folder, "ft:tiny:default::1"
+
+
+def test_an_adapter_is_not_asked_over_other_weights_than_it_was_made_for(client, opened, vllm, tuned):
+    opened.service.identities["nowhere"] = "others"
+    with pytest.raises(openai.InternalServerError, match="made over another tiny than this service has now"):
+        client.chat.completions.create(model=tuned[1], messages=HELLO)
+    assert not vllm.asked
 
 
 def test_the_aligned_model_answers_whole_and_in_pieces(client, vllm):

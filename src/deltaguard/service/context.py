@@ -36,6 +36,7 @@ class Service:
         opened_at: seconds since 1970.
         asked: when each organisation asked in the last minute; by `time.monotonic`.
         arriving: bytes of the uploads of each organisation that are being read.
+        identities: fingerprints of weights, by what was looked at; a service looks once.
     """
 
     data: Path
@@ -45,6 +46,7 @@ class Service:
     opened_at: int = field(default_factory=now)
     asked: dict[str, deque[float]] = field(default_factory=dict[str, deque[float]])
     arriving: Counter[str] = field(default_factory=Counter[str])
+    identities: dict[str, str] = field(default_factory=dict[str, str])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property

@@ -2,14 +2,19 @@
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi import Path as InPath
+from pydantic import BaseModel
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from deltaguard.files import read_json
 from deltaguard.models.adapter import is_adapter
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.reports.records.restore import REPORT_NAME
 from deltaguard.service.context import Asking, Caller, Open, Service
 from deltaguard.service.errors import ApiError, not_found
 from deltaguard.service.schemas import Deleted, ModelObject, Page
@@ -63,7 +68,35 @@ def find_folders(service: Service, caller: Caller, name: str) -> Folders:
     if found.base not in aligned:
         message = f"{name} is over {found.base}, which this service has no more."
         raise ApiError(503, message, code="base_model_missing", retry_after=60)
+    if _restored_over(service, folder) != _identity(service, aligned[found.base]):
+        message = f"{name} was made over another {found.base} than this service has now."
+        raise ApiError(503, message, code="base_model_missing", retry_after=60)
     return Folders(aligned[found.base], str(folder))
+
+
+class _Aligned(BaseModel):
+    fingerprint: str
+
+
+class _Restored(BaseModel):
+    """What must be known of a restore."""
+
+    aligned: _Aligned
+
+
+def _restored_over(service: Service, folder: Path) -> str:
+    """Find the weights over which an adapter was restored, and which the gate asked."""
+    name = str(folder)
+    if name not in service.identities:
+        report = read_json(folder / REPORT_NAME, _Restored, remedy="The restore writes it.")
+        service.identities[name] = report.aligned.fingerprint
+    return service.identities[name]
+
+
+def _identity(service: Service, reference: str) -> str:
+    if reference not in service.identities:
+        service.identities[reference] = Checkpoint.open(reference).fingerprint()
+    return service.identities[reference]
 
 
 def _show(model: Model) -> ModelObject:

@@ -34,7 +34,7 @@ from deltaguard.service.inference import Answering, Inference
 from deltaguard.service.inference_server import InferenceServer
 from deltaguard.service.keys import create_key
 from deltaguard.service.settings import SETTINGS_NAME, Settings, read_settings
-from deltaguard.service.tables import Key
+from deltaguard.service.tables import Key, Owner
 from deltaguard.service.webhooks import webhook_secret
 from deltaguard.service.workflow import launch
 
@@ -112,6 +112,7 @@ def open_service(data: Path, settings: Settings) -> Opened:
     url = database_url(data, settings.database_url)
     contents = open_contents(data, settings.files_url)
     service, first = Service(data, settings, open_database(url, may_migrate=True), contents), None
+    _require_database(service)
     try:
         contents.require_owner(service.id, claims=True)
     except UnavailableError as error:
@@ -133,7 +134,34 @@ def existing_service(data: Path) -> Service:
         raise DeltaguardError(f"There is no folder {data}: `deltaguard serve --data {data}` makes it.")
     settings = chosen_settings(data, {})
     sessions = open_database(database_url(data, settings.database_url), may_migrate=False)
-    return Service(data, settings, sessions, open_contents(data, settings.files_url))
+    service = Service(data, settings, sessions, open_contents(data, settings.files_url))
+    _require_database(service)
+    return service
+
+
+def _require_database(service: Service) -> None:
+    """Refuse a database that is not this folder's: to it, all that jobs left in the folder would be garbage.
+
+    Raises:
+        DeltaguardError: it is another folder's, or an empty one beside a folder that jobs have worked in.
+    """
+    with service.sessions.begin() as session:
+        owner = session.scalar(select(Owner.id).limit(1))
+        if owner is None:
+            is_used = session.scalar(select(Key.number).limit(1)) is not None
+            left = (path for name in ("jobs", "models") for path in (service.data / name).glob("ftjob-*"))
+            if not is_used and any(left):
+                raise DeltaguardError(
+                    f"The database of {service.data} is empty, and jobs have worked in this folder: it is "
+                    "another one than it had. Name in its service.yaml the database that it had."
+                )
+            if service.id:
+                session.add(Owner(id=service.id))
+        elif owner != service.id:
+            raise DeltaguardError(
+                f"The database that {service.data} names is of another folder's service. Name in its "
+                "service.yaml its own."
+            )
 
 
 def serve(

@@ -32,6 +32,12 @@ class Table(DeclarativeBase):
     created_at: Mapped[int] = mapped_column(default=now, sort_order=-1)
 
 
+class Owner(Table):
+    """The data folder that a database belongs to, by the id of its service; one row."""
+
+    __tablename__ = "owners"
+
+
 class Key(Table):
     """A key of an organisation; the key itself is stored nowhere.
 
