@@ -26,6 +26,10 @@ class Hub:
         assert exist_ok
         self.made.append((repo_id, private))
 
+    def list_repo_files(self, repo_id):
+        self.whoami()
+        return list(self.files)
+
     def create_commit(self, repo_id, operations, *, commit_message):
         for operation in operations:
             with operation.as_file() as file:

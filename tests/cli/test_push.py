@@ -26,6 +26,26 @@ def restored(folder, *options):
     return run([*map(str, call), *options])
 
 
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "model.safetensors.index.json", "chat_template.jinja"]
+)
+def test_what_would_be_loaded_in_the_place_of_the_model_is_not_left_there(hub, tmp_path, capsys, name):
+    assert restored(tmp_path / "out") == 0
+    if name == "chat_template.jinja":
+        # As older releases of transformers saved it, within tokenizer_config.json.
+        (tmp_path / "out" / name).unlink()
+        report = json.loads((tmp_path / "out" / REPORT_NAME).read_text())
+        report["files"] = [row for row in report["files"] if row["name"] != name]
+        (tmp_path / "out" / REPORT_NAME).write_text(json.dumps(report))
+    hub.files = {name: b"{}", "README.md": b"mine", "pytorch_model.bin": b""}
+    assert run(["push", str(tmp_path / "out"), "me/model"]) == 1
+    said = capsys.readouterr().err
+    assert "loaded with" in said
+    assert name in said
+    assert "README.md" not in said
+    assert hub.files.keys() == {name, "README.md", "pytorch_model.bin"}
+
+
 def test_a_restore_is_pushed_with_card_and_report_and_without_the_users_folders(hub, tmp_path, capsys):
     out = tmp_path / "out"
     assert restored(out, "--push", "me/model") == 0

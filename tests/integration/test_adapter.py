@@ -334,6 +334,16 @@ def test_an_evaluated_adapter_takes_its_model_at_the_revision_that_it_names(tmp_
     assert asked == [("somebody/elses", "v1")]
 
 
+def test_a_configuration_that_a_trainer_wrote_beside_it_is_no_part_of_an_adapter(tmp_path):
+    aligned = save(tiny_model("llama"), tmp_path / "aligned")
+    trained(aligned, tmp_path / "adapter", target_modules=["q_proj"])
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / "adapter" / name).write_text('{"vocab_size": 999, "quantization_config": {}}')
+    files = AdapterCheckpoint.open(Checkpoint.open(aligned), tmp_path / "adapter").files()
+    assert files["config.json"] == aligned / "config.json"
+    assert files["generation_config.json"] == aligned / "generation_config.json"
+
+
 def test_a_resized_vocabulary_is_refused(tmp_path):
     aligned = save(tiny_model("llama"), tmp_path / "aligned")
     larger = save(tiny_model("llama", vocab_size=390), tmp_path / "larger")

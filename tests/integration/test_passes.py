@@ -1,5 +1,6 @@
 """Calibrating block by block: the store of a calibration as a whole, in the memory of one block."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.loading import load_model
 from once import made_once
 from pairs import ANSWERED
 from plain import relative_error
@@ -49,6 +51,17 @@ def test_the_store_is_that_of_the_whole_model(name, tmp_path):
             x, y = (found.up @ found.down for found in (s.leaning(layer.key) for s in (one, other)))
             assert relative_error(y, x) < 1e-4, layer.key
     assert not (tmp_path / "store-1.partial").exists()
+
+
+def test_a_head_of_its_own_is_used_whatever_the_configuration_says(tmp_path):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    whole = load_model(folder, "model")
+    cut = CutModel(Checkpoint.open(folder), dtype=torch.float32, device=torch.device("cpu"))
+    head = whole.get_output_embeddings().weight
+    assert not torch.equal(head, whole.get_input_embeddings().weight)
+    assert torch.equal(cut.model.get_output_embeddings().weight, head)
 
 
 def test_the_same_eigenpairs_are_kept(tmp_path):

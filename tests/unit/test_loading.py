@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import models
@@ -142,6 +143,18 @@ def test_an_end_token_that_is_none_is_one_message(model, token):
     changed(model, "generation_config.json", eos_token_id=token)
     with pytest.raises(DeltaguardError):
         TransformersEngine.open(str(model), device="cpu").answer([Question("How?")], Decoding(2))
+
+
+def test_weights_that_are_absent_are_no_random_numbers(model):
+    tensors = load_file(model / "model.safetensors")
+    head = tensors.pop("lm_head.weight")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DeltaguardError, match=r"lacks lm_head\.weight, for which its configuration asks"):
+        load_model(model, "mine")
+    changed(model, "config.json", tie_word_embeddings=True)
+    assert load_model(model, "mine").get_output_embeddings().weight.shape == head.shape
+    with pytest.raises(DeltaguardError, match=r"mine lacks score\.weight"):
+        load_model(model, "mine", classifier=True)
 
 
 def test_memory_that_is_lacking_is_told_apart():

@@ -20,8 +20,8 @@ from deltaguard.device import stays_precise
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import WeightSource
 from deltaguard.models.experts import Part, parts_of
-from deltaguard.models.families import decoder_blocks
-from deltaguard.models.loading import foreign, skeleton
+from deltaguard.models.families import decoder_blocks, is_output_head
+from deltaguard.models.loading import foreign, load_config, skeleton
 
 _TRIED = ((3, 1, 2, 0, 3), (1, 2, 0, 0, 0)), ((True,) * 5, (True, True, False, False, False))
 """Token ids of two rows, and their mask, on which models are tried out; any vocabulary has these tokens."""
@@ -79,7 +79,7 @@ class CutModel:
             DeltaguardError: transformers cannot build it.
         """
         self.source, self.dtype, self.device = source, dtype, device
-        self.model = skeleton(source.folder, source.reference, dtype=dtype) if model is None else model
+        self.model = _own_skeleton(source, dtype) if model is None else model
         self.blocks = decoder_blocks(self.model)
         self.prefix = next(f"{name}." for name, each in self.model.named_modules() if each is self.blocks)
         # Some models compute with these in float32 whatever their dtype.
@@ -321,6 +321,14 @@ class Calls:
         if (rows.start, rows.stop) not in self._known.get(i, {}):
             self.first(i, rows)
         return self._known[i][rows.start, rows.stop]
+
+
+def _own_skeleton(source: WeightSource, dtype: torch.dtype) -> Any:
+    config = load_config(source.folder, source.reference)
+    if any(map(is_output_head, source.tensors)):
+        # transformers does not tie what a checkpoint stores apart, whatever its configuration says.
+        config.tie_word_embeddings = False
+    return skeleton(source.folder, source.reference, dtype=dtype, config=config)
 
 
 def _in(name: str, prefix: str, number: int | None) -> bool:

@@ -153,10 +153,12 @@ class AdapterCheckpoint(WeightSource):
     def files(self) -> dict[str, Path]:
         """Find every file that is no weight: the aligned model's, and the adapter's own.
 
+        Configurations are the aligned model's: whatever a trainer wrote beside the adapter, PEFT reads none.
         transformers lets a chat template in a file of its own win over one in `tokenizer_config.json`, and
         adds tokens of older files to it: where the adapter brings these, the aligned model's are left out.
         """
-        own = {str(path): self.folder / path for path in adapter_companions(self.folder)}
+        companions = map(str, adapter_companions(self.folder))
+        own = {path: self.folder / path for path in companions if part_of(path) != "config"}
         brings_template = bool(templates_of(own).keys() - {"processor"})
         return {
             path: file

@@ -142,7 +142,8 @@ def load_model(
         classifier: load a sequence classifier instead.
 
     Raises:
-        DeltaguardError: the folder asks for code of its own, or transformers cannot load the model.
+        DeltaguardError: the folder asks for code of its own, weights are absent for which its configuration
+            asks, or transformers cannot load the model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -151,12 +152,21 @@ def load_model(
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     given = {} if config is None else {"config": config}
     with foreign(f"transformers cannot load {reference}"):
-        model: Any = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder,
             dtype="auto" if dtype is None else dtype,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
             **given,
+        )
+    model, found = loaded
+    # Under another configuration than their own, weights are put in their places by whoever gave it.
+    if config is None and (missing := sorted(found["missing_keys"])):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DeltaguardError(
+            f"{reference} lacks {', '.join(missing[:3])}{more}, for which its configuration asks: "
+            "transformers would make random numbers of it. Copy the model again, or correct its config.json."
         )
     return _with_copied_views(model.eval())
 

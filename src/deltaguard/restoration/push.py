@@ -21,7 +21,7 @@ from deltaguard.models.layout import ADAPTER_CONFIG
 from deltaguard.reports.records.push import PushReport
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.text import public_option, short_reference, without_folders
-from deltaguard.restoration.verify import read_report, verify
+from deltaguard.restoration.verify import loaded_besides, read_report, verify
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> PushReport:
@@ -41,8 +41,9 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
 
     Raises:
         CheckFailedError: the model is not what its report says; nothing is uploaded.
-        DeltaguardError: the folder holds neither, or an adapter that names its model by a folder, or the Hub
-            refuses or cannot be reached.
+        DeltaguardError: the folder holds neither, or an adapter that names its model by a folder; the
+            repository holds files that would be loaded with the model or in its place; or the Hub refuses or
+            cannot be reached.
 
     Example:
         ```python
@@ -67,6 +68,12 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
     with explained(f"{place} was not pushed to {repo_id}, and can be again"):
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
+        besides = list(loaded_besides(api.list_repo_files(repo_id), report))
+        if besides:
+            title = f"{repo_id} holds files that would be loaded with {place}, or in its place"
+            raise DeltaguardError(
+                f"{listed(title, besides)}\nRemove them there, or push to another repository."
+            )
         commit = api.create_commit(repo_id, files, commit_message="Add a model restored by deltaguard")
     names = tuple(file.path_in_repo for file in files)
     return PushReport(folder=str(place), repository=repo_id, commit=commit.commit_url, files=names)

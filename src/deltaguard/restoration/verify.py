@@ -1,7 +1,7 @@
 """Whether a restored checkpoint is what its report says, down to the bytes."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
@@ -84,14 +84,25 @@ def read_report(folder: Path) -> RestoreReport:
 
 def _unlisted(folder: Path, report: RestoreReport) -> Iterator[str]:
     """Say what would be loaded with the checkpoint, or in its place, and is none of its files."""
+    there = sorted((*folder.iterdir(), *folder.glob(f"{TEMPLATE_FOLDER}/*.jinja")))
+    for name in loaded_besides((path.relative_to(folder).as_posix() for path in there), report):
+        yield f"File {name} is not in the report, and would be loaded with the others."
+
+
+def loaded_besides(names: Iterable[str], report: RestoreReport) -> Iterator[str]:
+    """Find what would be loaded with a restored model, or in its place, and is none of its files.
+
+    Args:
+        names: of what lies beside its files, relative to their folder.
+        report: of the model.
+    """
     written = {row.name for row in report.files}
     adapter = report.options.get("output_format") == "adapter"
     others = (ADAPTER_CONFIG, ADAPTER_FILE) if not adapter else ()
-    for path in sorted((*folder.iterdir(), *folder.glob(f"{TEMPLATE_FOLDER}/*.jinja"))):
-        name = path.relative_to(folder).as_posix()
-        loaded = name in (SINGLE_FILE, INDEX_FILE, TEMPLATE, *others) or part_of(path.name) is not None
-        if (loaded or path.parent != folder) and name not in written:
-            yield f"File {name} is not in the report, and would be loaded with the others."
+    for name in names:
+        is_weight = name in (SINGLE_FILE, INDEX_FILE, TEMPLATE, *others)
+        if (is_weight or part_of(name) is not None) and name not in written:
+            yield name
 
 
 def _not_finite(folder: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
