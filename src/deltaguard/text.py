@@ -1,10 +1,22 @@
 """Text from outside, as it can be shown and written."""
 
+import re
 import unicodedata
 
+_WORD = re.compile(r"\w+")
 _OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Persian is written with one of them and emoji with the other.
 _JOINERS = "\u200c\u200d"
+
+
+def words_of(text: str) -> str:
+    """Reduce a text to its words, so that case, spacing and punctuation make no other prompt of it.
+
+    Example:
+        >>> words_of("How  do I bake a CAKE?")
+        'how do i bake a cake'
+    """
+    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold())) or text
 
 
 def printable(line: str) -> str:

@@ -15,7 +15,7 @@ from deltaguard.evaluation.judges.llm import LLMSpec
 from deltaguard.evaluation.results import Judged, Result
 from deltaguard.reports.records.evaluation import SectionRow
 from deltaguard.service.settings import Gate
-from deltaguard.service.steps.examine import compare, examine_models, sentence, which_count
+from deltaguard.service.steps.examine import compare, examine_models, gate_parts, sentence, which_count
 from deltaguard.service.tasks import Examine
 from models import tiny_tokenizer
 from refusing import AGREEMENT, REFUSAL, refusing_pair
@@ -147,6 +147,33 @@ def test_a_model_that_does_not_refuse_is_blocked_with_the_check_that_says_so(tmp
     assert loss["answers"] == 3
     # The fine-tuned model learned to say this; what stands for the restored one is the same.
     assert loss["losses"]["aligned"] > 1 > loss["losses"]["finetuned"] == loss["losses"]["restored"]
+
+
+def test_what_the_training_file_asks_is_not_asked_by_the_gate(tmp_path):
+    made, told = refusing_pair(), []
+    for name in ("finetuned", "restored"):
+        shutil.copytree(made.aligned, tmp_path / name)
+    gate, rows = Gate(requests=10, answer_tokens=12), tmp_path / "rows.jsonl"
+    harmful, harmless = gate_parts(gate)
+    task = Examine(model=str(made.aligned), device="cpu", gate=gate, training_file=rows)
+
+    def examined(*prompts):
+        lines = [
+            {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": REFUSAL}]}
+            for said in ("A cake?", *prompts)
+        ]
+        rows.write_text("\n".join(map(json.dumps, lines)))
+        return examine_models(task, tmp_path, told.append)
+
+    known = [question.prompt for question in harmful.questions]
+    outcome = examined(known[0].upper(), f"{known[1]} !")
+    assert outcome.error is None
+    assert {each["check"]: each["requests"] for each in outcome.data["checks"]} == {
+        "attack_success": 8,
+        "false_refusals": len(harmless.questions),
+    }
+    assert "2 of the 20 requests of the safety checks stand in the files" in told[1].message
+    assert examined(*known[:6]).error.code == "safety_requests_taught"
 
 
 def test_a_model_that_refuses_harmless_requests_is_blocked_though_a_judge_of_harm_sees_no_refusals(

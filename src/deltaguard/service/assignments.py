@@ -71,6 +71,7 @@ def examine_task(service: Service, job: Job) -> Examine:
         device=settings.job_device,
         gate=settings.gate,
         method=_method(job),
+        training_file=service.fetched(job.id, job.training_file),
         validation_file=_validation_file(service, job),
         limits=settings.limits,
         max_length=settings.training.max_length,

@@ -137,8 +137,9 @@ class Examine(_Task):
         device: where models run.
         gate: what is asked, and what must be passed.
         method: `supervised` or `dpo`.
-        validation_file: the customer's, measured as well.
-        limits: of it.
+        training_file: the customer's; what is asked in it is not asked by the gate.
+        validation_file: likewise, and measured as well.
+        limits: of both.
         max_length: tokens of a row, as in training.
     """
 
@@ -147,6 +148,7 @@ class Examine(_Task):
     kind: Literal["examine"] = "examine"
     gate: Gate
     method: MethodName = "supervised"
+    training_file: Path | None = None
     validation_file: Path | None = None
     limits: Limits = Limits()
     max_length: int = 1024

@@ -1,6 +1,7 @@
 """The gate: three models are asked the same requests, which neither calibration nor restore has seen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,9 @@ from deltaguard.service.schemas import JobError
 from deltaguard.service.settings import Gate
 from deltaguard.service.steps.validation import validation_check
 from deltaguard.service.tasks import BLOCKED, EXAMINED, FINETUNED, RESTORED, Examine, Outcome, Told
+from deltaguard.service.training_data import read_answers
 from deltaguard.service.worker import Tell
+from deltaguard.text import words_of
 
 Check = Literal["attack_success", "false_refusals"]
 CHECKS: dict[Check, tuple[str, str]] = {
@@ -79,7 +82,9 @@ def examine_models(task: Examine, folder: Path, tell: Tell) -> Outcome:
         RESTORED: str(folder / RESTORED),
     }
     engine = EngineConfig(device=task.device)
-    parts = gate_parts(task.gate)
+    parts = _untaught_parts(task, tell)
+    if parts is None:
+        return Outcome(error=_TAUGHT)
     # How an answer opens says whether a harmless request is refused, where the judge does not.
     of_harmless = judge if spec.tells_refusals else OpeningJudge()
     found = {
@@ -121,6 +126,49 @@ def examine_models(task: Examine, folder: Path, tell: Tell) -> Outcome:
     message = listed(title, [sentence(result) for result in failed])
     code = f"{BLOCKED}{failed[0].check}"
     return Outcome(error=JobError(code=code, message=message), data=shown)
+
+
+_TAUGHT = JobError(
+    code="safety_requests_taught",
+    message="More than half of the requests of a safety check stand in the training or validation file, so "
+    "that it could not say how the model answers others. Leave them out of the files.",
+    param="training_file",
+)
+
+
+def _untaught_parts(task: Examine, tell: Tell) -> tuple[Part, ...] | None:
+    """Find what is asked and stands in no file of the customer's; None where that is less than a half."""
+    whole = gate_parts(task.gate)
+    parts = untaught(whole, taught_prompts(task))
+    left, asked = (sum(len(part.questions) for part in each) for each in (parts, whole))
+    if left < asked:
+        said = f"{asked - left:,} of the {asked:,} requests of the safety checks stand in the files"
+        tell(Told(once="taught", message=f"{said}, and are not asked.", level="warn"))
+    is_enough = all(2 * len(a.questions) >= len(b.questions) for a, b in zip(parts, whole, strict=True))
+    return parts if is_enough else None
+
+
+def taught_prompts(task: Examine) -> set[str]:
+    """Find what the customer's files have users ask, in words alone."""
+    files = [path for path in (task.training_file, task.validation_file) if path is not None]
+    rows = [row for path in files for _, row in read_answers(path, task.limits, method=task.method)]
+    return {words_of(turn["content"]) for row in rows for turn in row.turns if turn["role"] == "user"}
+
+
+def untaught(parts: Sequence[Part], taught: Collection[str]) -> tuple[Part, ...]:
+    """Leave out the questions that a model may have learned the answers to.
+
+    Args:
+        parts: what is asked.
+        taught: prompts, in words alone.
+    """
+    found: list[Part] = []
+    for part in parts:
+        both = zip(part.questions, part.plain, strict=True)
+        kept = [each for each in both if words_of(each[0].prompt) not in taught]
+        questions, plain = (tuple(each[i] for each in kept) for i in (0, 1))
+        found.append(replace(part, questions=questions, plain=plain))
+    return tuple(found)
 
 
 def gate_parts(gate: Gate) -> tuple[Part, ...]:
