@@ -71,6 +71,17 @@ def is_in_block(name: str) -> bool:
     return block_of(name) is not None
 
 
+def list_of_block(name: str) -> str | None:
+    """Name the list that holds the numbered block of a tensor; `None` of what is in no block.
+
+    Example:
+        >>> list_of_block("model.layers.3.mlp.up_proj.weight"), list_of_block("lm_head.weight")
+        ('model.layers.', None)
+    """
+    block = block_of(name)
+    return None if block is None else block.rstrip("0123456789.") + "."
+
+
 def block_of(name: str) -> str | None:
     """Name the numbered block that a tensor belongs to; `None` of what is in no block.
 
@@ -164,10 +175,13 @@ def modules_in_blocks(model: Any) -> "dict[str, nn.Module]":
 
 
 def decoder_blocks(model: Any) -> "nn.ModuleList":
-    """Find the list of decoder blocks of a transformers causal language model."""
+    """Find the list of decoder blocks of a transformers causal language model.
+
+    Towers that see pictures or hear sounds may have more blocks: they are no part of the decoder.
+    """
     from torch import nn
 
-    return max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
+    return max((each for each in model.get_decoder().modules() if isinstance(each, nn.ModuleList)), key=len)
 
 
 def is_linear(module: "nn.Module") -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
 from deltaguard.models.experts import Part, parts_of
-from deltaguard.models.families import is_in_block, is_parameter
+from deltaguard.models.families import is_in_block, is_parameter, list_of_block
 
 Places = Mapping[str, tuple[Tensor, ...]]
 """The fine-tuned checkpoint's names, and the model's parameters that each of them gives the values of."""
@@ -17,6 +17,8 @@ Places = Mapping[str, tuple[Tensor, ...]]
 
 def match(model: Any, aligned: Checkpoint, finetuned: WeightSource) -> Places:
     """Find the places, and make the two embeddings as much or as little tied as the fine-tuned checkpoint's.
+
+    What a text does not reach, such as a tower that sees pictures, has none, and keeps the aligned weights.
 
     Args:
         model: holds the aligned model.
@@ -26,7 +28,7 @@ def match(model: Any, aligned: Checkpoint, finetuned: WeightSource) -> Places:
     Raises:
         DeltaguardError: a tensor has no place or another shape, or a parameter no tensor; all are listed.
     """
-    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    own = _text_weights(model)
     parts = parts_of(list(own), finetuned.tensors)
     names = {part.tensor: place for place, known in parts.items() for part in known}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -35,7 +37,7 @@ def match(model: Any, aligned: Checkpoint, finetuned: WeightSource) -> Places:
     one = len(ends & set(names.values())) == 1
     if not one and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
-        own = model.state_dict(keep_vars=True)
+        own = _text_weights(model)
     places = {part.tensor: (part.of(own[place]),) for place, known in parts.items() for part in known}
     if one:
         places |= {name: (embedding.weight, head.weight) for name in names if names[name] in ends}
@@ -47,6 +49,13 @@ def match(model: Any, aligned: Checkpoint, finetuned: WeightSource) -> Places:
     return places
 
 
+def _text_weights(model: Any) -> dict[str, Tensor]:
+    """Find parameters and buffers of the decoder and of both embeddings, by their names in the model."""
+    parts = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+    read = {id(each) for part in parts for each in part.state_dict(keep_vars=True).values()}
+    return {name: each for name, each in model.state_dict(keep_vars=True).items() if id(each) in read}
+
+
 def _entries(parts: Sequence[Part], parameter: Tensor) -> int:
     return sum(part.of(parameter).numel() for part in parts)
 
@@ -54,18 +63,20 @@ def _entries(parts: Sequence[Part], parameter: Tensor) -> int:
 def _problems(model: Any, finetuned: WeightSource, places: Places, covered: Collection[int]) -> Iterator[str]:
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     growing = {id(parameter) for end in ends for parameter in end.parameters()}
+    lists = {list_of_block(name) for name in places}
     for name, info in finetuned.tensors.items():
         # Attention masks that old checkpoints hold have four dimensions, and are no weights.
         counts = len(info.shape) == 2 or is_parameter(name)
-        if name not in places and counts and is_in_block(name):
+        is_text = list_of_block(name) in lists or not places
+        if name not in places and counts and is_in_block(name) and is_text:
             yield f"`{name}`, {info.shape}, has no counterpart in the model"
         for shape, place in ((tuple(place.shape), place) for place in places.get(name, ())):
             larger = id(place) in growing and info.shape[1:] == shape[1:] and info.shape > shape
             if info.shape != shape and not larger:
                 yield f"`{name}` is {info.shape}, and {shape} in the model"
     known = {*covered, *(id(place) for group in places.values() for place in group)}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in known:
+    for name, parameter in _text_weights(model).items():
+        if isinstance(parameter, nn.Parameter) and id(parameter) not in known:
             yield f"`{name}`, {tuple(parameter.shape)}, is in the model only"
 
 

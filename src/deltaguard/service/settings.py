@@ -178,7 +178,7 @@ class Limits(_Part):
         requests_per_minute: of all its keys together.
         chat_tokens: of one answer.
         chat_waiting: chats of all organisations that wait for the models at a time, and of one organisation
-            three quarters of them; fewer than there are threads for requests.
+            three quarters of them; fewer than there are threads for requests, beside those that keep uploads.
     """
 
     file_bytes: int = Field(default=512 << 20, ge=1)
@@ -188,7 +188,7 @@ class Limits(_Part):
     unfinished_jobs: int = Field(default=20, ge=1)
     requests_per_minute: int = Field(default=600, ge=1)
     chat_tokens: int = Field(default=1024, ge=1)
-    chat_waiting: int = Field(default=32, ge=1, le=32)
+    chat_waiting: int = Field(default=24, ge=1, le=24)
 
 
 class Settings(_Part):
