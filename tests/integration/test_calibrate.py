@@ -361,7 +361,7 @@ def test_a_weight_that_the_checkpoint_lacks_is_not_calibrated_at_random(tmp_path
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        DeltaguardError, match=r"`model\.layers\.1\.mlp\.up_proj\.weight` of the model has no"
+        DeltaguardError, match=r"model lacks model\.layers\.1\.mlp\.up_proj\.weight, for which"
     ):
         calibrate(folder, tmp_path / "store", conversations=ANSWERED, config=SHORT)
 

@@ -64,7 +64,7 @@ def write_checkpoint(folder: Path, seed: int) -> Path:
         save_file(tensors, folder / shard)
         index |= dict.fromkeys(tensors, shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True}))
     return folder
 
 
