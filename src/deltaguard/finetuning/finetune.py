@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,12 @@ import torch
 
 from deltaguard.chat.conversations import Conversation, require_responses
 from deltaguard.chat.template import messages, readable_turns
-from deltaguard.chat.tokens import context_length, encode_answer
+from deltaguard.chat.tokens import encode_answer
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.finetuning.training import (
     FinetuneConfig,
     Measured,
     Rows,
-    common_options,
     make_trainer,
     progress,
     train_and_save,
@@ -81,21 +81,18 @@ def finetune(
         raise DeltaguardError("There is no conversation to fine-tune on.")
     require_responses([row for row in conversations if isinstance(row, Conversation)], "to learn from")
 
-    def make(network: Any, tokenizer: Any, states: Path) -> Any:
-        longest = context_length(network.config, config.max_length)
-        learned, measured = (_rows(tokenizer, each, longest) for each in (conversations, validation))
-        options = common_options(
-            config,
-            states,
-            rows=len(learned),
-            longest=longest,
-            saves=checkpoints is not None,
-            validates=bool(measured),
-        )
-        return _trainer(network, tokenizer, (learned, measured), config, options)
+    def write(tokenizer: Any, longest: int) -> tuple[Rows, Rows]:
+        return _rows(tokenizer, conversations, longest), _rows(tokenizer, validation, longest)
 
-    noted = None if on_step is None else progress(on_step, accuracy="mean_token_accuracy")
-    return train_and_save(model, output_dir, make, config=config, checkpoints=checkpoints, noted=noted)
+    return train_and_save(
+        model,
+        output_dir,
+        write=write,
+        make=partial(_trainer, config),
+        config=config,
+        checkpoints=checkpoints,
+        noted=None if on_step is None else progress(on_step, accuracy="mean_token_accuracy"),
+    )
 
 
 def _rows(tokenizer: Any, conversations: Sequence[Conversation | Dialogue], longest: int) -> Rows:
@@ -114,10 +111,10 @@ def _rows(tokenizer: Any, conversations: Sequence[Conversation | Dialogue], long
 
 
 def _trainer(
+    config: FinetuneConfig,
     network: Any,
     tokenizer: Any,
     rows: tuple[Rows, Rows],
-    config: FinetuneConfig,
     options: Mapping[str, Any],
 ) -> Any:
     from trl.trainer.sft_config import SFTConfig

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deltaguard.chat.template import readable_turns
-from deltaguard.chat.tokens import context_length, encode_answer
+from deltaguard.chat.tokens import encode_answer
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.finetuning.training import (
     FinetuneConfig,
     Measured,
     Rows,
-    common_options,
     make_trainer,
     progress,
     train_and_save,
@@ -83,32 +83,30 @@ def learn_preferences(
     if config.frozen_layers:
         raise DeltaguardError(f"frozen_layers={config.frozen_layers} does not go with preferences: give 0.")
 
-    def make(network: Any, tokenizer: Any, states: Path) -> Any:
-        is_full = config.lora_rank is None
-        held_to = load_model(locate(model), str(model), dtype=torch.float32) if is_full else None
-        longest = context_length(network.config, config.max_length)
-        learned, measured = (_rows(tokenizer, each, longest) for each in (preferences, validation))
-        options = common_options(
-            config,
-            states,
-            rows=len(learned),
-            longest=longest,
-            saves=checkpoints is not None,
-            validates=bool(measured),
-        )
-        return _trainer(network, held_to, tokenizer, (learned, measured), {"beta": beta, **options}, config)
+    def write(tokenizer: Any, longest: int) -> tuple[Rows, Rows]:
+        return _rows(tokenizer, preferences, longest), _rows(tokenizer, validation, longest)
 
-    noted = None if on_step is None else progress(on_step, accuracy="rewards/accuracies")
-    return train_and_save(model, output_dir, make, config=config, checkpoints=checkpoints, noted=noted)
+    is_full = config.lora_rank is None
+    held_to = load_model(locate(model), str(model), dtype=torch.float32) if is_full else None
+    return train_and_save(
+        model,
+        output_dir,
+        write=write,
+        make=partial(_trainer, config, held_to, beta),
+        config=config,
+        checkpoints=checkpoints,
+        noted=None if on_step is None else progress(on_step, accuracy="rewards/accuracies"),
+    )
 
 
 def _trainer(
-    network: Any,
+    config: FinetuneConfig,
     held_to: Any,
+    beta: float,
+    network: Any,
     tokenizer: Any,
     rows: tuple[Rows, Rows],
     options: Mapping[str, Any],
-    config: FinetuneConfig,
 ) -> Any:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -120,7 +118,7 @@ def _trainer(
             return dataset
 
     return make_trainer(
-        TokenTrainer, DPOConfig(**options), network, tokenizer, rows, config, ref_model=held_to
+        TokenTrainer, DPOConfig(beta=beta, **options), network, tokenizer, rows, config, ref_model=held_to
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel
 
+from deltaguard.chat.tokens import context_length
 from deltaguard.device import find_device, served_dtype
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
@@ -99,8 +100,9 @@ class Measured:
 def train_and_save(
     model: str | Path,
     output_dir: str | Path,
-    make: Callable[[Any, Any, Path], Any],
     *,
+    write: Callable[[Any, int], tuple[Rows, Rows]],
+    make: Callable[[Any, Any, tuple[Rows, Rows], dict[str, Any]], Any],
     config: FinetuneConfig,
     checkpoints: Path | None,
     noted: Any,
@@ -110,7 +112,8 @@ def train_and_save(
     Args:
         model: folder or Hub id of the model to start from.
         output_dir: receives a safetensors model and tokenizer, or with `config.lora_rank` a PEFT adapter.
-        make: makes the trainer of the model, its tokenizer and the folder for checkpoints.
+        write: by a tokenizer, of so many tokens at most: what is learned from, and what is measured on.
+        make: makes the trainer of the model, its tokenizer, both rows and the options of any trainer of trl.
         config: how to train.
         checkpoints: as in `finetune`.
         noted: a callback, as `progress` makes it, or None.
@@ -132,7 +135,10 @@ def train_and_save(
         _freeze(network, config.frozen_layers)
     with TemporaryDirectory() as scratch:
         states = checkpoints or Path(scratch)
-        trainer = make(network, tokenizer, states)
+        longest = context_length(network.config, config.max_length)
+        rows = write(tokenizer, longest)
+        options = _options(config, states, rows, longest=longest, saves=checkpoints is not None)
+        trainer = make(network, tokenizer, rows, options)
         if noted is not None:
             trainer.add_callback(noted)
         loss = float(trainer.train(resume_from_checkpoint=_last_checkpoint(states)).training_loss)
@@ -261,30 +267,18 @@ def on_one_gpu(arguments: Any) -> Any:
     return arguments
 
 
-def common_options(
-    config: FinetuneConfig, scratch: Path, *, rows: int, longest: int, saves: bool, validates: bool
+def _options(
+    config: FinetuneConfig, states: Path, rows: tuple[Rows, Rows], *, longest: int, saves: bool
 ) -> dict[str, Any]:
-    """Say to any trainer of trl how to train.
-
-    Args:
-        config: how to train.
-        scratch: folder for checkpoints.
-        rows: how many conversations are learned from.
-        longest: tokens of a conversation at most.
-        saves: whether there are any.
-        validates: whether there is validation data.
-
-    Raises:
-        DeltaguardError: the device cannot be used, or is not the first GPU.
-    """
+    """Say to any trainer of trl how to train; checkpoints go to `states`."""
     from transformers import TrainingArguments
 
     device = trained_on(config.device)
-    steps = config.max_steps or ceil(config.epochs * ceil(rows / config.batch_size))
+    steps = config.max_steps or ceil(config.epochs * ceil(len(rows[0]) / config.batch_size))
     # Its name before transformers 5.23.
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     return {
-        "output_dir": str(scratch),
+        "output_dir": str(states),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "linear",
         # The rate rises from 0: the only step there is would change nothing.
@@ -306,7 +300,7 @@ def common_options(
         "save_strategy": "steps" if saves else "no",
         "save_steps": _CHECKPOINT_SHARE,
         "save_total_limit": 2,
-        "eval_strategy": "epoch" if validates else "no",
+        "eval_strategy": "epoch" if rows[1] else "no",
         "per_device_eval_batch_size": config.batch_size,
         "report_to": "none",
         "trust_remote_code": False,
