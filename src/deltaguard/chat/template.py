@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache
 from types import MappingProxyType
@@ -111,11 +112,9 @@ def messages(tokenizer: Any, conversation: Conversation, earlier: Turn | None = 
     """
     said = [] if earlier is None else [*_user(earlier.prompt), _assistant(earlier.answer)]
     turns, system = [*said, *_user(conversation.prompt)], conversation.system
-    return (
-        turns
-        if system is None
-        else readable_turns(tokenizer, [{"role": "system", "content": system}, *turns])
-    )
+    if system is None:
+        return turns
+    return readable_turns(tokenizer, [{"role": "system", "content": system}, *turns])
 
 
 def readable_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -178,13 +177,28 @@ def takes_system_role(tokenizer: Any) -> bool:
     Raises:
         DeltaguardError: the tokenizer has no chat template.
     """
+    return _takes_system_role(_Template(str(tokenizer.chat_template), tokenizer))
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A chat template, known by its text, and a tokenizer that has it."""
+
+    text: str
+    tokenizer: Any = field(compare=False)
+
+
+# Conversations by the hundred thousand ask the same of the same template.
+@lru_cache(maxsize=8)
+def _takes_system_role(template: _Template) -> bool:
+    tokenizer = template.tokenizer
     asked = [{"role": "system", "content": _MARKER}, *_user("?")]
+    answered = [*asked, _assistant("!")]
     try:
-        return _MARKER in apply_template(tokenizer, asked) and _MARKER in apply_template(
-            tokenizer, [*asked, _assistant("!")], answer_follows=False
-        )
+        texts = apply_template(tokenizer, asked), apply_template(tokenizer, answered, answer_follows=False)
     except TemplateFailedError:
         return False
+    return all(_MARKER in text for text in texts)
 
 
 def require_turns(tokenizer: Any) -> None:
