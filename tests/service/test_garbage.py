@@ -13,7 +13,7 @@ from deltaguard.service import garbage
 from deltaguard.service.garbage import find_leftovers, remove_leftover
 from deltaguard.service.server import open_service
 from deltaguard.service.settings import Settings
-from deltaguard.service.tables import Job, now
+from deltaguard.service.tables import Job, Owner, now
 
 LONG_AGO = 1_000_000_000
 
@@ -139,6 +139,21 @@ def test_beside_another_database_than_the_folders_nothing_is_garbage(opened, job
     assert run(["gc", "--data", str(data)]) == 1
     assert "is of another folder's service" in capsys.readouterr().err
     assert kept.exists()
+
+
+def test_a_database_that_is_nobodys_is_claimed_by_a_service_alone(opened, settings):
+    def owners():
+        with opened.service.sessions.reading() as session:
+            return [owner.id for owner in session.query(Owner)]
+
+    assert owners() == [opened.service.id]
+    with opened.service.sessions.begin() as session:
+        session.query(Owner).delete()
+    assert run(["keys", "list", "--data", str(opened.service.data)]) == 0
+    assert run(["gc", "--data", str(opened.service.data)]) == 0
+    assert not owners()
+    open_service(opened.service.data, settings).service.sessions.kw["bind"].dispose()
+    assert owners() == [opened.service.id]
 
 
 def test_a_folder_that_nothing_was_uploaded_to_holds_no_garbage(tmp_path, capsys):

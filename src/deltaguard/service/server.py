@@ -112,7 +112,7 @@ def open_service(data: Path, settings: Settings) -> Opened:
     url = database_url(data, settings.database_url)
     contents = open_contents(data, settings.files_url)
     service, first = Service(data, settings, open_database(url, may_migrate=True), contents), None
-    _require_database(service)
+    _require_database(service, claims=True)
     try:
         contents.require_owner(service.id, claims=True)
     except UnavailableError as error:
@@ -135,17 +135,21 @@ def existing_service(data: Path) -> Service:
     settings = chosen_settings(data, {})
     sessions = open_database(database_url(data, settings.database_url), may_migrate=False)
     service = Service(data, settings, sessions, open_contents(data, settings.files_url))
-    _require_database(service)
+    _require_database(service, claims=False)
     return service
 
 
-def _require_database(service: Service) -> None:
+def _require_database(service: Service, *, claims: bool) -> None:
     """Refuse a database that is not this folder's: to it, all that jobs left in the folder would be garbage.
+
+    Args:
+        service: with both.
+        claims: whether a database that is nobody's becomes this folder's.
 
     Raises:
         DeltaguardError: it is another folder's, or an empty one beside a folder that jobs have worked in.
     """
-    with service.sessions.begin() as session:
+    with service.sessions.begin() if claims else service.sessions.reading() as session:
         owner = session.scalar(select(Owner.id).limit(1))
         if owner is None:
             is_used = session.scalar(select(Key.number).limit(1)) is not None
@@ -155,7 +159,7 @@ def _require_database(service: Service) -> None:
                     f"The database of {service.data} is empty, and jobs have worked in this folder: it is "
                     "another one than it had. Name in its service.yaml the database that it had."
                 )
-            if service.id:
+            if claims:
                 session.add(Owner(id=service.id))
         elif owner != service.id:
             raise DeltaguardError(
