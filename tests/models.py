@@ -192,6 +192,20 @@ def tiny_model(name: str, seed: int = 0, **overrides: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+def seeing_model() -> Any:
+    """A random Gemma 3 as those of 4B and more: that of "gemma3", and a tower with more blocks."""
+    text = transformers.Gemma3TextConfig(**{**_COMMON, **_CONFIGURATIONS["gemma3"][1]})
+    tower = {**_SMALL, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    vision = transformers.SiglipVisionConfig(**tower, image_size=28, patch_size=14)
+    tokens = {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
 def empty_model(name: str) -> Any:
     """A causal language model of one of the `NAMED` architectures, without weights."""
     config_class, values = (_CONFIGURATIONS | _NAMES_ALONE)[name]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
 from deltaguard.models.experts import Part, parts_of
-from deltaguard.models.families import is_in_block, is_parameter, list_of_block
+from deltaguard.models.families import is_parameter, list_of_block
 
 Places = Mapping[str, tuple[Tensor, ...]]
 """The fine-tuned checkpoint's names, and the model's parameters that each of them gives the values of."""
@@ -63,12 +63,11 @@ def _entries(parts: Sequence[Part], parameter: Tensor) -> int:
 def _problems(model: Any, finetuned: WeightSource, places: Places, covered: Collection[int]) -> Iterator[str]:
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     growing = {id(parameter) for end in ends for parameter in end.parameters()}
-    lists = {list_of_block(name) for name in places}
+    lists = {list_of_block(name) for name in places} - {None}
     for name, info in finetuned.tensors.items():
         # Attention masks that old checkpoints hold have four dimensions, and are no weights.
         counts = len(info.shape) == 2 or is_parameter(name)
-        is_text = list_of_block(name) in lists or not places
-        if name not in places and counts and is_in_block(name) and is_text:
+        if name not in places and counts and list_of_block(name) in lists:
             yield f"`{name}`, {info.shape}, has no counterpart in the model"
         for shape, place in ((tuple(place.shape), place) for place in places.get(name, ())):
             larger = id(place) in growing and info.shape[1:] == shape[1:] and info.shape > shape
