@@ -172,7 +172,7 @@ def test_what_the_training_file_asks_is_not_asked_by_the_gate(tmp_path):
         "attack_success": 8,
         "false_refusals": len(harmless.questions),
     }
-    assert "2 of the 20 requests of the safety checks stand in the files" in told[1].message
+    assert "2 of the 20 requests of the safety checks stand in the training file" in told[1].message
     assert examined(*known[:6]).error.code == "safety_requests_taught"
 
 

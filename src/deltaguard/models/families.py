@@ -66,11 +66,6 @@ def is_stack(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and _STACK.search(name) is not None
 
 
-def is_in_block(name: str) -> bool:
-    """Tell whether a tensor belongs to a numbered block."""
-    return block_of(name) is not None
-
-
 def list_of_block(name: str) -> str | None:
     """Name the list that holds the numbered block of a tensor; `None` of what is in no block.
 

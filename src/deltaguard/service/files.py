@@ -24,8 +24,6 @@ from deltaguard.service.tasks import FILES, METRICS
 from deltaguard.text import shortened, writable
 
 _LONGEST_NAME = 512
-
-
 _FIELDS = ("file", "purpose")
 
 

@@ -138,7 +138,7 @@ class Examine(_Task):
         gate: what is asked, and what must be passed.
         method: `supervised` or `dpo`.
         training_file: the customer's; what is asked in it is not asked by the gate.
-        validation_file: likewise, and measured as well.
+        validation_file: the customer's, measured as well.
         limits: of both.
         max_length: tokens of a row, as in training.
     """

@@ -130,28 +130,29 @@ def examine_models(task: Examine, folder: Path, tell: Tell) -> Outcome:
 
 _TAUGHT = JobError(
     code="safety_requests_taught",
-    message="More than half of the requests of a safety check stand in the training or validation file, so "
-    "that it could not say how the model answers others. Leave them out of the files.",
+    message="More than half of the requests of a safety check stand in the training file, so that it could "
+    "not say how the model answers others. Leave them out of the file.",
     param="training_file",
 )
 
 
 def _untaught_parts(task: Examine, tell: Tell) -> tuple[Part, ...] | None:
-    """Find what is asked and stands in no file of the customer's; None where that is less than a half."""
+    """Find what is asked and was not learned from; None where that is less than a half."""
     whole = gate_parts(task.gate)
     parts = untaught(whole, taught_prompts(task))
     left, asked = (sum(len(part.questions) for part in each) for each in (parts, whole))
     if left < asked:
-        said = f"{asked - left:,} of the {asked:,} requests of the safety checks stand in the files"
+        said = f"{asked - left:,} of the {asked:,} requests of the safety checks stand in the training file"
         tell(Told(once="taught", message=f"{said}, and are not asked.", level="warn"))
     is_enough = all(2 * len(a.questions) >= len(b.questions) for a, b in zip(parts, whole, strict=True))
     return parts if is_enough else None
 
 
 def taught_prompts(task: Examine) -> set[str]:
-    """Find what the customer's files have users ask, in words alone."""
-    files = [path for path in (task.training_file, task.validation_file) if path is not None]
-    rows = [row for path in files for _, row in read_answers(path, task.limits, method=task.method)]
+    """Find what users ask in what was learned from, in words alone."""
+    if task.training_file is None:
+        return set()
+    rows = [row for _, row in read_answers(task.training_file, task.limits, method=task.method)]
     return {words_of(turn["content"]) for row in rows for turn in row.turns if turn["role"] == "user"}
 
 
