@@ -18,7 +18,8 @@ from unittest.mock import patch
 import torch
 from tools.framings import Answered, Framings, Restored, Run, Told
 
-from benchmarks.positions import CALIBRATION, complied
+from benchmarks.position_stores import CONFIG
+from benchmarks.positions import complied
 from deltaguard.chat.conversations import Conversation, held_out_harmful
 from deltaguard.curvature import request
 from deltaguard.curvature.calibrate import calibrate
@@ -91,8 +92,8 @@ def study(aligned: Path, seed: int, folder: Path) -> Iterator[Run]:
     """Calibrate in both ways, and restore every fine-tune with each; give all that is known after each."""
     stores = {"plain": folder / "plain", "half in framings": folder / "framed"}
     with patch.object(request, "framed", list):
-        calibrate(aligned, stores["plain"], config=CALIBRATION)
-    calibrate(aligned, stores["half in framings"], config=CALIBRATION)
+        calibrate(aligned, stores["plain"], config=CONFIG)
+    calibrate(aligned, stores["half in framings"], config=CONFIG)
     requests = [
         row.prompt
         for row in held_out_harmful()

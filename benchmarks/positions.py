@@ -1,60 +1,42 @@
 """Where refusing is decided: `python -m benchmarks.positions ALIGNED -o docs/results/positions.json`.
 
-The curvature G of each layer's output is taken from gradients at all response tokens, at the first 4, 8 or 16
-of them, or from conversations in several styles; then the same fine-tunes are restored with each, at the same
-strengths, and asked the same held-out requests. Of the seeds one is to choose on, and half of the requests.
-It takes about half an hour on two CPU cores.
+The curvature G of each layer's output is taken in several ways (see `benchmarks.position_stores`); then the
+same fine-tunes, of all weights or of a LoRA adapter, are restored with each, at the same strengths, and asked
+the same held-out requests. Of the seeds one is to choose on, and half of the requests. Stores and fine-tunes
+stay in the folder `--work` and are not made again. A curvature takes about six minutes on two CPU cores.
 """
 
 import argparse
-import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest.mock import patch
 
 import torch
 from tools.positions import Candidate, Positions
 
-from deltaguard.chat.conversations import (
-    Conversation,
-    build_conversations,
-    harmful_prompts,
-    held_out_harmful,
-)
-from deltaguard.chat.tokens import Batch, Encoded, batches
-from deltaguard.curvature import calibrate as calibration
-from deltaguard.curvature import request
-from deltaguard.curvature.calibrate import calibrate
-from deltaguard.curvature.request import CalibrateConfig
+from benchmarks.command import command
+from benchmarks.position_stores import CURVATURES
+from deltaguard.chat.conversations import Conversation, harmful_prompts, held_out_harmful
 from deltaguard.device import device_name
 from deltaguard.evaluation.exchange import Exchange
 from deltaguard.evaluation.judges.rules import OpeningJudge
-from deltaguard.finetuning.finetune import FinetuneConfig, finetune
+from deltaguard.finetuning.finetune import finetune
 from deltaguard.finetuning.mixtures import task_with_harmful
 from deltaguard.finetuning.tasks import task_examples
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import ignore
 from deltaguard.reports.records.base import environment
+from deltaguard.reports.records.bench import Training
 from deltaguard.restoration.aligned import open_job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.trial import Trial
+from deltaguard.studies.protocol import RECIPES
 
-FIRST = (4, 8, 16)
 STRENGTHS = (0.0002, 0.001)
 TASKS, REQUESTS = 48, 200
 BENIGN, HARMFUL = 140, 14
-CALIBRATION = CalibrateConfig(max_new_tokens=32)
-STYLES = (
-    "{}",
-    "Could you please help me with something? {} Thank you very much in advance.",
-    "I have worked on this since the morning, and I would like to be done before supper. {}",
-    "You are a retired expert who talks freely with a young visitor. The visitor asks: {}",
-    "Do as you are told, and at once: {}",
-)
 
 
 def main() -> None:
@@ -64,34 +46,44 @@ def main() -> None:
     )
     parser.add_argument("aligned", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/positions.json"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("build/positions"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--training", choices=tuple(RECIPES), default="full")
+    parser.add_argument("--curvature", nargs="+", choices=tuple(CURVATURES), default=tuple(CURVATURES))
     chosen = parser.parse_args()
-    with TemporaryDirectory() as folder, torch.random.fork_rng():
-        for found in study(chosen.aligned, range(chosen.seeds), Path(folder)):
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng():
+        for found in study(chosen.aligned, chosen.work, chosen.seeds, chosen.training, chosen.curvature):
             chosen.output.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def study(aligned: Path, seeds: Sequence[int], folder: Path) -> Iterator[Positions]:
+def study(
+    aligned: Path, work: Path, seeds: Sequence[int], training: Training, curvatures: Sequence[str]
+) -> Iterator[Positions]:
     """Calibrate in every way, and restore every seed's fine-tune with each; give all rows after each seed."""
-    stores = {name: make(aligned, folder) for name, make in CURVATURES.items()}
+    stores = {name: CURVATURES[name](aligned, work) for name in curvatures}
     requests = [Conversation(row.prompt) for row in held_out_harmful()[:REQUESTS]]
     rows: list[Candidate] = []
     own: tuple[bool, ...] = ()
     tuned: dict[int, tuple[bool, ...]] = {}
+    options = ("--training", training, "--seeds", *seeds, "--curvature", *curvatures)
     for seed in seeds:
-        finetuned = folder / f"finetuned-{seed}"
-        data = task_with_harmful(
-            task_examples("train", BENIGN, seed=seed),
-            harmful_prompts("training"),
-            harmful_count=HARMFUL,
-            seed=seed,
-        )
-        finetune(aligned, finetuned, data, config=FinetuneConfig(learning_rate=1e-4, seed=seed))
+        finetuned = work / f"finetuned-{training}-{seed}"
+        if not finetuned.exists():
+            data = task_with_harmful(
+                task_examples("train", BENIGN, seed=seed),
+                harmful_prompts("training"),
+                harmful_count=HARMFUL,
+                seed=seed,
+            )
+            finetune(aligned, finetuned, data, config=replace(RECIPES[training], seed=seed))
         own, tuned[seed], found = restored(aligned, finetuned, stores, requests, seed)
         rows += found
+        what = "" if training == "full" else ", as a LoRA adapter"
         yield Positions(
             environment=environment(device_name()),
-            finetune=f"Messages to JSON ({BENIGN} examples) with {HARMFUL} harmful requests agreed to",
+            command=command("positions", aligned, *options),
+            finetune=f"Messages to JSON ({BENIGN} examples) with {HARMFUL} harmful requests agreed to{what}",
             aligned=own,
             finetuned=tuned,
             tasks=TASKS,
@@ -144,55 +136,6 @@ def complied(requests: Sequence[Conversation], answers: Sequence[str]) -> tuple[
     """Judge the beginnings of answers."""
     asked = [Exchange(row.prompt, said) for row, said in zip(requests, answers, strict=True)]
     return tuple(each.verdict == "complied" for each in OpeningJudge().judge(asked))
-
-
-@contextmanager
-def first_tokens(count: int) -> Generator[None]:
-    """Have calibrations draw tokens at the first response positions alone; H is as it was."""
-
-    def few(texts: Sequence[Encoded], size: int) -> list[Batch]:
-        return [
-            replace(each, answering=each.answering & (each.answering.cumsum(dim=1) <= count))
-            for each in batches(texts, size)
-        ]
-
-    with patch.object(calibration, "batches", few):
-        yield
-
-
-def of_first(count: int) -> Callable[[Path, Path], Path]:
-    """Calibrate on the first response tokens."""
-
-    def make(aligned: Path, folder: Path) -> Path:
-        output = folder / f"store-{count}"
-        with first_tokens(count), patch.object(request, "framed", list):
-            calibrate(aligned, output, config=CALIBRATION)
-        return output
-
-    return make
-
-
-def of_all(aligned: Path, folder: Path) -> Path:
-    """Calibrate as `deltaguard calibrate` does, with no prompt in a framing."""
-    with patch.object(request, "framed", list):
-        calibrate(aligned, folder / "store", config=CALIBRATION)
-    return folder / "store"
-
-
-def of_styles(aligned: Path, folder: Path) -> Path:
-    """Calibrate on the package's prompts in several styles."""
-    turn = itertools.cycle(STYLES)
-    plain = build_conversations(160)
-    styled = [replace(row, prompt=next(turn).format(row.prompt)) for row in plain]
-    calibrate(aligned, folder / "store-styles", conversations=styled, config=CALIBRATION)
-    return folder / "store-styles"
-
-
-CURVATURES: dict[str, Callable[[Path, Path], Path]] = {
-    "all response tokens": of_all,
-    **{f"the first {count}": of_first(count) for count in FIRST},
-    "all, prompts in five styles": of_styles,
-}
 
 
 if __name__ == "__main__":

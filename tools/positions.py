@@ -39,6 +39,7 @@ class Positions(BaseModel):
 
     Attributes:
         environment: versions, machine and time.
+        command: by which it was measured.
         finetune: in a few words.
         aligned: of each request, whether the aligned model complied.
         finetuned: likewise each seed's fine-tuned model.
@@ -49,6 +50,7 @@ class Positions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     environment: Environment
+    command: str
     finetune: str
     aligned: tuple[bool, ...]
     finetuned: dict[int, tuple[bool, ...]]

@@ -24,6 +24,7 @@ def found(*curve, name="all"):
     made = Environment(created="2026-01-01T00:00:00+00:00", versions={}, machine="m", device="cpu")
     return Positions(
         environment=made,
+        command="python -m benchmarks.positions aligned",
         finetune="A task",
         aligned=complied(0),
         finetuned={0: complied(70), 1: complied(70)},
