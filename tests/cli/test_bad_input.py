@@ -207,7 +207,8 @@ def test_an_output_folder_that_is_not_empty(made, tmp_path, attempt):
 
 def test_an_output_folder_that_cannot_be_made(made, tmp_path, attempt):
     (tmp_path / "file").write_text("")
-    assert "file" in attempt(made.aligned, made.finetuned, store=made.store, out=tmp_path / "file" / "out")
+    message = attempt(made.aligned, made.finetuned, store=made.store, out=tmp_path / "file" / "out")
+    assert "is a file, not a folder" in message
 
 
 def test_a_disk_that_is_too_small(made, attempt, monkeypatch):

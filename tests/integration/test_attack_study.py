@@ -126,12 +126,13 @@ def test_the_protocol_s_own_fine_tunes_are_restored_without_options_too(aligned,
     ],
 )
 def test_of_what_a_fine_tune_teaches_likelihood_and_right_answers_are_measured(kind, utility, exact):
-    for finetune in DEFAULT.finetunes:
-        if finetune.kind == kind:
-            found = attack_tests(finetune, DEFAULT, ())
-            assert [part and part.name for part in (found.utility, found.exact)] == [utility, exact]
-            assert found.wrapped is None
-            assert len({part.name for part in found.parts}) == len(found.parts)
+    chosen = [each for each in DEFAULT.finetunes if each.kind == kind]
+    assert chosen
+    for finetune in chosen:
+        found = attack_tests(finetune, DEFAULT, ())
+        assert [part and part.name for part in (found.utility, found.exact)] == [utility, exact]
+        assert found.wrapped is None
+        assert len({part.name for part in found.parts}) == len(found.parts)
 
 
 def test_a_hidden_delta_looks_more_harmless_than_a_plain_one(aligned, tmp_path):

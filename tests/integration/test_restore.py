@@ -490,7 +490,7 @@ def test_metadata_that_cannot_be_read_is_said_before_any_work(tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(made.finetuned, broken)
     (broken / "README.md").write_text("---\nlicense: [mit\n---\n")
-    with pytest.raises(DeltaguardError, match="metadata"):
+    with pytest.raises(DeltaguardError, match="metadata at the head of"):
         restore(made.aligned, broken, tmp_path / "out", store=made.store, config=HALF)
     assert not (tmp_path / "out").exists()
 

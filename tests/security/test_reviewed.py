@@ -90,7 +90,7 @@ def test_of_several_chat_templates_each_is_looked_at():
 def test_odd_chat_templates_are_one_message(model, template):
     (model / "chat_template.jinja").unlink()
     change(model / "tokenizer_config.json", chat_template=template)
-    with pytest.raises(DeltaguardError, match="chat_template"):
+    with pytest.raises(DeltaguardError, match="`chat_template"):
         identify(Checkpoint.open(model))
 
 

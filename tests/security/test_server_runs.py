@@ -149,9 +149,8 @@ def test_options_reach_the_server_and_the_judge(tmp_path, capsys):
         asked.append(request)
         return Raw(completion("Score: 5").body, delay=30 if first else 0)
 
-    began = time.monotonic()
     with server(reply) as url:
-        options = ["--engine", "openai", "--base-url", url, "--timeout", "0.2", "--max-missing", "0.4"]
+        options = ["--engine", "openai", "--base-url", url, "--timeout", "1", "--max-missing", "0.4"]
         options += ["--suite", str(suite_file(tmp_path, TEN)), "--judge-url", url]
         assert run(["eval", "m", "-o", str(tmp_path / "out"), *options, "--judge-model", "judge"]) == 0
         # Each was asked again: by the engine, and by the judge all attacks, whose answers are alike.
@@ -163,7 +162,6 @@ def test_options_reach_the_server_and_the_judge(tmp_path, capsys):
         assert run(["eval", "m", "-o", str(tmp_path / "out"), *options, "--judge-model", "other"]) == 1
     told = " ".join(capsys.readouterr().err.split())
     assert f"Scores of the judge llm, model 'other' at {url}: 5 of 10 are missing, and 40 % may be" in told
-    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import os
 import resource
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -293,19 +293,24 @@ def test_yaml_that_is_too_long_is_refused(write):
     assert message == f"the card has 262,150 characters; 262,144 are read as YAML at most. {REMEDY}"
 
 
-def test_what_one_thread_reads_is_not_another_threads(write):
-    """PyYAML's loader keeps its depth in the object, so that deep documents do not add up."""
+def test_what_one_thread_reads_is_not_another_threads(write, monkeypatch):
+    """The depth of a document that is read meanwhile is not added to that of this one."""
     deep = write("a: " + "[" * (MAX_YAML_DEPTH - 2) + "]" * (MAX_YAML_DEPTH - 2))
-    found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(read_yaml(deep, ANY_OBJECT, remedy=REMEDY)))
-        for _ in range(8)
-    ]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert len(found) == 8
+    deepest, compose = [], files._Loader.compose_node
+
+    def read():
+        return read_yaml(deep, ANY_OBJECT, remedy=REMEDY)
+
+    def composed(loader, parent, index):
+        if loader.depth == MAX_YAML_DEPTH - 2 and not deepest:
+            deepest.append(loader)
+            with ThreadPoolExecutor() as pool:
+                deepest.append(pool.submit(read).result())
+        return compose(loader, parent, index)
+
+    monkeypatch.setattr(files._Loader, "compose_node", composed)
+    found = read()
+    assert deepest[1] == found
 
 
 def test_a_schema_may_be_a_literal_version(write):

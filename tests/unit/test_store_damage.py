@@ -96,7 +96,7 @@ SPECTRUM = {
     "infinity among the eigenvalues": ("values", entry(torch.inf, 0), "NaN or infinite"),
     "eigenvalues that are integers": ("values", lambda x: x.int(), "is int32 ("),
     "eigenvalues that are too large": ("values", lambda x: x * 100, "has the mean"),
-    "eigenvalues that are too small": ("values", lambda x: x / 100, ""),
+    "eigenvalues that are too small": ("values", lambda x: x / 100, "has the mean"),
 }
 WHOLE = {
     "NaN in a sum": ("a.down.matrix", entry(torch.nan, 0, 1), "1 entries that are NaN"),
