@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 import models
 from deltaguard import DeltaguardError, RestoreConfig, check, restore, verify
+from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.refusals import is_refusal
 from deltaguard.cli.app import run
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import find_device, served_dtype
+from deltaguard.evaluation.exchange import Judgement
 from deltaguard.evaluation.judges import rules
 from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.check import check_table, verdict
@@ -27,7 +29,7 @@ from deltaguard.reports.text import DASH
 from deltaguard.restoration import footprint
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.dry_run import plan_restore
-from deltaguard.restoration.looks import FIRST, Requests, how_asked, keep_answers, kept_answers
+from deltaguard.restoration.looks import FIRST, Examiner, Requests, how_asked, keep_answers, kept_answers
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
 from deltaguard.restoration.safety_kl import SafetyMeter
 from pairs import pair
@@ -212,6 +214,7 @@ def test_a_store_of_a_model_that_does_not_refuse_makes_nothing_safe(tmp_path):
     assert check(made.aligned, made.aligned, store=made.store).verdict == "safe"
     report = check(made.aligned, made.aligned, store=store)
     assert report.verdict == "not told apart"
+    assert verdict(report).endswith("in doubt itself: a restore would keep it whole.")
     assert "10% of the" in report.warnings[0]
 
 
@@ -325,6 +328,35 @@ def test_requests_that_were_calibrated_with_are_told(few, tmp_path):
     )
     report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
     assert told in report.warnings
+
+
+def test_requests_of_the_package_that_were_calibrated_with_are_told(few, tmp_path):
+    made, store = refusing_pair(), tmp_path / "store"
+    CurvatureStore.from_pretrained(made.store).save_pretrained(store)
+    manifest = store / "curvature.json"
+    content = json.loads(manifest.read_text())
+    for row, asked in zip(content["held_out"], Requests.of().harmful[:2], strict=False):
+        row["prompt"] = asked.prompt
+    manifest.write_text(json.dumps(content))
+    report = restore(made.aligned, made.finetuned, tmp_path / "out", store=store, config=TRUSTED)
+    assert any(told.startswith("At least 2 of the requests that decide") for told in report.warnings)
+
+
+class Lenient:
+    """Takes every answer for safe."""
+
+    name, scale, reads_opening = "lenient", None, False
+
+    def judge(self, exchanges):
+        return [Judgement("refused") for _ in exchanges]
+
+
+def test_broken_text_is_complied_whoever_judges():
+    asked = Requests((Conversation("How?"), Conversation("Why?")), (Conversation("Who?"),))
+    answers = ["I cannot help.", "", "Nobody."]
+    examiner = Examiner.of(Rule(0.02, 0.95, 6), asked, Lenient(), answers, tells_refusals=False)
+    assert list(examiner.complied) == [False, True]
+    assert examiner.complies(["no no no no " * 20, "Sure."], start=0)[0] == [True, False]
 
 
 def test_where_no_restored_layer_differs_nothing_is_said_to_be_kept(few, tmp_path):

@@ -226,6 +226,26 @@ def test_a_merged_store_knows_it_where_all_parts_do(tmp_path):
     assert not CurvatureStore.merge(parts, tmp_path / "both").knows_leaning
 
 
+def test_requests_in_framings_count_for_nothing_in_a_merged_store(tmp_path):
+    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+    now = [replace(row, prompt=row.prompt + " Now.") for row in ANSWERED]
+    parts = [
+        calibrate(folder, tmp_path / name, conversations=rows, config=CONFIG, is_refusal=refuses)
+        for name, rows in (("one", ANSWERED), ("two", now))
+    ]
+    manifest = tmp_path / "one" / "curvature.json"
+    content = json.loads(manifest.read_text())
+    harmful = parts[0].provenance.harmful
+    content["provenance"]["framed"] = harmful - 1
+    manifest.write_text(json.dumps(content))
+    parts[0] = CurvatureStore.from_pretrained(tmp_path / "one")
+    key = parts[0].groups[0].layers[0].key
+    dense = [(found.up @ found.down) for store in parts if (found := store.leaning(key))]
+    both = CurvatureStore.merge(parts, tmp_path / "both").leaning(key)
+    mean = (dense[0] + harmful * dense[1]) / (1 + harmful)
+    assert float((both.up @ both.down - mean).norm()) < 0.2 * float(mean.norm())
+
+
 def test_merged_gradients_are_weighted_by_harmful_requests():
     one, two = (LowRank(torch.tensor([[value]]), torch.ones(1, 1), 0.0) for value in (1.0, 4.0))
     both = merged([(one, 30), (two, 10)])

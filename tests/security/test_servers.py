@@ -132,12 +132,14 @@ def test_a_server_is_asked_again_as_often_as_it_was_said_and_only_then_is_it_tol
         assert left == 0
 
 
-def test_waits_grow_and_a_server_may_shorten_them(monkeypatch):
-    asked, waits, sleep = [], [], asyncio.sleep
+def test_waits_grow_unless_a_server_says_up_to_a_minute(monkeypatch):
+    waits, sleep = [], asyncio.sleep
+    said = [{}, {}, {"Retry-After-Ms": "1"}]
+    said += [{"Retry-After": seconds} for seconds in ("7", "60", "61", "86400", "-1", "soon", None)]
+    replies = iter(said)
 
-    def reply(request):
-        asked.append(request)
-        return Raw(b"", 503, {"Retry-After": None, "Retry-After-Ms": "1" if len(asked) == 3 else None})
+    def reply(_):
+        return Raw(b"", 503, {"Retry-After": None, **next(replies)})
 
     async def noted(seconds):
         waits.append(seconds)
@@ -147,8 +149,8 @@ def test_waits_grow_and_a_server_may_shorten_them(monkeypatch):
         "deltaguard.evaluation.server.asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": noted})
     )
     with server(reply) as url:
-        OpenAIEngine(Server(url, "m", retries=3, wait=0.1)).answer(QUESTIONS[:1], SHORT)
-    assert waits == [0.1, 0.2, 0.001]
+        OpenAIEngine(Server(url, "m", retries=9, wait=0.5)).answer(QUESTIONS[:1], SHORT)
+    assert waits == [0.5, 1, 0.001, 7, 60, 16, 32, 64, 128]
 
 
 @pytest.mark.parametrize(
@@ -178,11 +180,18 @@ def test_a_server_that_is_not_there(monkeypatch):
 
 @pytest.mark.parametrize(
     ("status", "is_away"),
-    [(400, False), (401, False), (404, False), (408, True), (429, True), (500, True), (503, True)],
+    [(status, status not in (400, 401, 404)) for status in (400, 401, 404, 408, 409, 425, 429, 500, 503)],
 )
 def test_a_status_says_whether_a_server_is_away_or_does_not_take_the_request(status, is_away):
-    with server(lambda _: (status, "")) as url:
-        assert ask(url, retries=0).is_away is is_away
+    asked = []
+
+    def reply(request):
+        asked.append(request)
+        return status, ""
+
+    with server(reply) as url:
+        assert ask(url, retries=1).is_away is is_away
+    assert len(asked) == (2 if is_away else 1)
 
 
 def test_a_server_that_says_what_is_no_answer_is_not_away():

@@ -2,7 +2,6 @@
 
 import io
 import json
-from dataclasses import replace
 
 import openai
 import pytest
@@ -11,15 +10,12 @@ from openai.types import FileObject, Model
 from openai.types.chat import ChatCompletionMessage
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from sqlalchemy import text
-from starlette.testclient import TestClient
 
 from deltaguard.cli.app import run
-from deltaguard.service.app import make_app
 from deltaguard.service.events import tell
 from deltaguard.service.keys import list_keys, revoke_key
 from deltaguard.service.server import open_service
-from deltaguard.service.tables import File, Job
-from service_pages import Begun
+from deltaguard.service.tables import Job
 
 
 def test_files_come_back_as_they_were_whatever_their_name(client, opened):
@@ -76,24 +72,27 @@ def test_uploads_that_are_too_large_or_none_are_refused(client, http, opened):
 
 
 def test_a_job_is_made_with_numbers_in_the_place_of_auto(client, begun):
-    file = uploaded(client)
+    file, validation = uploaded(client), uploaded(client)
     job = client.fine_tuning.jobs.create(
         model="tiny",
         training_file=file.id,
+        validation_file=validation.id,
         suffix="mine",
         metadata={"team": "a"},
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
     )
     FineTuningJob.model_validate(job.model_dump(), strict=True)
     assert job.status == "validating_files"
+    assert (job.training_file, job.validation_file) == (file.id, validation.id)
     assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (2, 4)
     assert begun == [job.id]
     assert client.fine_tuning.jobs.retrieve(job.id) == job
     event = client.fine_tuning.jobs.list_events(job.id).data[0]
     FineTuningJobEvent.model_validate(event.model_dump(), strict=True)
     assert event.message == "Created fine-tuning job."
-    with pytest.raises(openai.BadRequestError, match="still needs this file"):
-        client.files.delete(file.id)
+    for needed in (file, validation):
+        with pytest.raises(openai.BadRequestError, match="still needs this file"):
+            client.files.delete(needed.id)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +100,7 @@ def test_a_job_is_made_with_numbers_in_the_place_of_auto(client, begun):
     [
         ({"model": "gpt-5"}, 400, "model"),
         ({"training_file": "file-none"}, 404, "file"),
+        ({"validation_file": "file-none"}, 404, "file"),
         ({"method": {"type": "reinforcement"}}, 400, "method.type"),
         ({"method": {"type": "dpo", "supervised": {"hyperparameters": {}}}}, 400, "method"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, 400, None),
@@ -207,38 +207,6 @@ def test_jobs_are_cancelled_paused_and_resumed(client, opened, begun):
         client.fine_tuning.jobs.cancel(job.id)
 
 
-def test_an_upload_without_a_known_key_is_refused_before_its_body_is_read(http, opened):
-    def body():
-        raise AssertionError("the body was read")
-        yield b""
-
-    for headers in (
-        {},
-        {"Authorization": "Bearer dg-unknown"},
-        {"Authorization": f"Basic {opened.first_key}"},
-    ):
-        answer = http.post("/v1/files", content=body(), headers=headers)
-        assert (answer.status_code, answer.headers["connection"]) == (401, "close")
-        assert answer.json()["error"]["code"] in ("missing_api_key", "invalid_api_key")
-
-
-def test_an_upload_that_has_no_room_is_refused_before_its_body_is_read(http, client, opened):
-    def body():
-        raise AssertionError("the body was read")
-        yield b""
-
-    with opened.service.sessions.begin() as session:
-        own = {"organisation": "default", "name": "large", "purpose": "fine-tune"}
-        session.add(File(id="file-large", bytes=LIMITS.all_bytes, **own))
-    headers = {
-        "Authorization": f"Bearer {opened.first_key}",
-        "Content-Length": str(LIMITS.file_bytes + (64 << 10)),
-    }
-    answer = http.post("/v1/files", content=body(), headers=headers)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "storage_full")
-    assert answer.headers["connection"] == "close"
-
-
 def test_an_upload_is_one_request(client, opened):
     uploaded(client)
     assert [len(asked) for asked in opened.service.asked.values()] == [1]
@@ -275,6 +243,12 @@ def test_models_are_listed_and_deleted(client, stranger, opened):
     assert [model.id for model in stranger.models.list()] == ["tiny", "org/other"]
     checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
     assert (checkpoint.fine_tuned_model_checkpoint, checkpoint.step_number) == (name, 3)
+    assert checkpoint.metrics.full_valid_loss is None
+    losses = {"aligned": 3.0, "finetuned": 1.0, "restored": 2.0}
+    with opened.service.sessions.begin() as session:
+        tell(session, job.id, "check validation_loss", "told", data={"losses": losses})
+    checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
+    assert (checkpoint.metrics.step, checkpoint.metrics.full_valid_loss) == (3, 2.0)
     with pytest.raises(openai.PermissionDeniedError):
         client.models.delete("tiny")
     assert client.models.delete(name).deleted
@@ -365,18 +339,6 @@ def test_no_form_is_decoded_by_a_codec_of_the_senders_choice(http, opened, path,
     assert answer.status_code == 400
 
 
-def test_an_upload_has_one_file_and_few_short_fields(http, opened):
-    headers = {"Authorization": f"Bearer {opened.first_key}"}
-    file = ("rows.jsonl", b"{}")
-    for files, data in (
-        ([("file", file)] * 2, {}),
-        ([("file", file)], {"purpose": "x" * 5000}),
-        ([("file", file)], {f"field{i}": "x" for i in range(9)}),
-    ):
-        answer = http.post("/v1/files", headers=headers, files=files, data=data)
-        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
-
-
 def test_what_the_service_answered_may_be_said_again(client):
     said = ChatCompletionMessage(role="assistant", content="Hi.", refusal=None)
     messages = [{"role": "user", "content": "Hello?"}, said, {"role": "user", "content": "And?"}]
@@ -397,23 +359,6 @@ def test_many_problems_of_a_request_are_told_in_part(http, opened):
     answer = http.post("/v1/fine_tuning/jobs", headers=headers, json={f"x{i}": 1 for i in range(5000)})
     assert answer.status_code == 400
     assert len(answer.content) < 5000
-
-
-def test_an_upload_without_a_length_may_be_as_long_as_any(opened):
-    limits = LIMITS.model_copy(update={"all_bytes": LIMITS.file_bytes + 10})
-    settings = opened.service.settings.model_copy(update={"limits": limits})
-    app = make_app(replace(opened.service, settings=settings), Begun(), None)
-    client, headers = TestClient(app), {"Authorization": f"Bearer {opened.first_key}"}
-    file, purpose = ("rows.jsonl", b"x" * 100), {"purpose": "fine-tune"}
-    assert client.post("/v1/files", headers=headers, files={"file": file}, data=purpose).status_code == 200
-    sent = client.build_request("POST", "/v1/files", headers=headers, files={"file": file}, data=purpose)
-    body = sent.read()
-    kind = {"Content-Type": sent.headers["Content-Type"]}
-    answers = [
-        client.post("/v1/files", headers=headers | kind, content=each) for each in (body, iter([body]))
-    ]
-    assert [answer.status_code for answer in answers] == [200, 413]
-    assert answers[1].json()["error"]["code"] == "storage_full"
 
 
 def test_a_name_is_cut_after_what_stands_for_zero_bytes(http, opened):

@@ -1,18 +1,21 @@
-"""Uploads as a network makes them: cut off, announced too large, and too large without saying so."""
+"""Uploads that are refused unread, and as a network makes them: cut off, too large, or without saying so."""
 
 import socket
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from urllib.request import urlopen
 
 import pytest
 import uvicorn
 from clients import LIMITS
+from starlette.testclient import TestClient
 
 from deltaguard.service.app import make_app
 from deltaguard.service.inference import Inference
 from deltaguard.service.tables import File
+from service_pages import Begun
 
 HEAD = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
 FORM_BYTES = 64 << 10
@@ -167,3 +170,64 @@ def test_uploads_that_are_being_kept_leave_threads_to_other_requests(port, opene
         assert answer.status == 200
         assert len(begun) == 8
         may_end.set()
+
+
+def test_an_upload_without_a_known_key_is_refused_before_its_body_is_read(http, opened):
+    def body():
+        raise AssertionError("the body was read")
+        yield b""
+
+    for headers in (
+        {},
+        {"Authorization": "Bearer dg-unknown"},
+        {"Authorization": f"Basic {opened.first_key}"},
+    ):
+        answer = http.post("/v1/files", content=body(), headers=headers)
+        assert (answer.status_code, answer.headers["connection"]) == (401, "close")
+        assert answer.json()["error"]["code"] in ("missing_api_key", "invalid_api_key")
+
+
+def test_an_upload_that_has_no_room_is_refused_before_its_body_is_read(http, client, opened):
+    def body():
+        raise AssertionError("the body was read")
+        yield b""
+
+    with opened.service.sessions.begin() as session:
+        own = {"organisation": "default", "name": "large", "purpose": "fine-tune"}
+        session.add(File(id="file-large", bytes=LIMITS.all_bytes, **own))
+    headers = {
+        "Authorization": f"Bearer {opened.first_key}",
+        "Content-Length": str(LIMITS.file_bytes + (64 << 10)),
+    }
+    answer = http.post("/v1/files", content=body(), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "storage_full")
+    assert answer.headers["connection"] == "close"
+
+
+def test_an_upload_has_one_file_and_few_short_fields(http, opened):
+    headers = {"Authorization": f"Bearer {opened.first_key}"}
+    file = ("rows.jsonl", b"{}")
+    for files, data in (
+        ([("file", file)] * 2, {}),
+        ([("file", file)], {"purpose": "x" * 5000}),
+        ([("file", file)], {f"field{i}": "x" for i in range(9)}),
+    ):
+        answer = http.post("/v1/files", headers=headers, files=files, data=data)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_an_upload_without_a_length_may_be_as_long_as_any(opened):
+    limits = LIMITS.model_copy(update={"all_bytes": LIMITS.file_bytes + 10})
+    settings = opened.service.settings.model_copy(update={"limits": limits})
+    app = make_app(replace(opened.service, settings=settings), Begun(), None)
+    client, headers = TestClient(app), {"Authorization": f"Bearer {opened.first_key}"}
+    file, purpose = ("rows.jsonl", b"x" * 100), {"purpose": "fine-tune"}
+    assert client.post("/v1/files", headers=headers, files={"file": file}, data=purpose).status_code == 200
+    sent = client.build_request("POST", "/v1/files", headers=headers, files={"file": file}, data=purpose)
+    body = sent.read()
+    kind = {"Content-Type": sent.headers["Content-Type"]}
+    answers = [
+        client.post("/v1/files", headers=headers | kind, content=each) for each in (body, iter([body]))
+    ]
+    assert [answer.status_code for answer in answers] == [200, 413]
+    assert answers[1].json()["error"]["code"] == "storage_full"

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from pathlib import Path
 from uuid import uuid4
 
 import openai
@@ -49,6 +51,32 @@ def test_what_is_kept_comes_back(contents, tmp_path):
     assert not list(contents.all())
     with pytest.raises(FileNotFoundError):
         contents.fetch("file-1", tmp_path / "another")
+
+
+@pytest.mark.parametrize("url", ["folder"], indirect=True)
+def test_a_content_is_on_disk_before_it_has_its_name_and_both_before_it_counts_as_kept(
+    contents, tmp_path, monkeypatch
+):
+    steps, rename = [], Path.replace
+
+    def flushed(descriptor):
+        found = os.fstat(descriptor)
+        steps.append(("flush", found.st_ino, found.st_size))
+
+    def renamed(path, target):
+        steps.append(("rename", path.stat().st_ino, target))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    contents.put("file-1", io.BytesIO(b"content"))
+    kept = tmp_path / "files" / "file-1"
+    file, folder = (path.stat() for path in (kept, kept.parent))
+    assert steps == [
+        ("flush", file.st_ino, len(b"content")),
+        ("rename", file.st_ino, kept),
+        ("flush", folder.st_ino, folder.st_size),
+    ]
 
 
 class Cut(io.RawIOBase):

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
@@ -12,9 +13,12 @@ from starlette.testclient import TestClient
 
 from deltaguard.reports.records.restore import REPORT_NAME
 from deltaguard.service.app import make_app
+from deltaguard.service.context import Caller
 from deltaguard.service.errors import ApiError
 from deltaguard.service.inference import Ask
 from deltaguard.service.inference_server import InferenceServer
+from deltaguard.service.models import Folders, find_folders
+from deltaguard.service.settings import Limits
 
 HELLO = [{"role": "user", "content": "Hello?"}]
 
@@ -79,10 +83,21 @@ def vllm():
 
 
 @pytest.fixture
-def client(vllm, opened, begun):
-    inference = InferenceServer(f"http://127.0.0.1:{vllm.server_address[1]}/v1/", most_waiting=2)
-    app = make_app(opened.service, begun, inference)
-    return client_of(TestClient(app, raise_server_exceptions=False), opened.first_key)
+def client_where(vllm, opened, begun):
+    """Makes a client of the service where settings are others."""
+
+    def made(**changed):
+        settings = opened.service.settings.model_copy(update=changed)
+        inference = InferenceServer(f"http://127.0.0.1:{vllm.server_address[1]}/v1/", most_waiting=2)
+        app = make_app(replace(opened.service, settings=settings), begun, inference)
+        return client_of(TestClient(app, raise_server_exceptions=False), opened.first_key)
+
+    return made
+
+
+@pytest.fixture
+def client(client_where):
+    return client_where()
 
 
 @pytest.fixture
@@ -96,11 +111,39 @@ def tuned(client, opened):
     return folder, "ft:tiny:default::1"
 
 
-def test_an_adapter_is_not_asked_over_other_weights_than_it_was_made_for(client, opened, vllm, tuned):
-    opened.service.identities["nowhere"] = "others"
-    with pytest.raises(openai.InternalServerError, match="made over another tiny than this service has now"):
-        client.chat.completions.create(model=tuned[1], messages=HELLO)
+@pytest.mark.parametrize(
+    ("models", "why"),
+    [
+        ({"tiny": "others"}, "was made over another tiny than this service has now"),
+        ({"large": "nowhere"}, "is over tiny, which this service has no more"),
+    ],
+)
+def test_an_adapter_is_not_asked_over_other_weights_than_it_was_made_for(
+    client_where, opened, vllm, tuned, models, why
+):
+    opened.service.identities["others"] = "of others"
+    client = client_where(models=models)
+    for ask in (
+        lambda: client.chat.completions.create(model=tuned[1], messages=HELLO),
+        lambda: client.completions.create(model=tuned[1], prompt="Who are you?"),
+    ):
+        with pytest.raises(openai.InternalServerError, match=f"{tuned[1]} {why}") as error:
+            ask()
+        assert (error.value.status_code, error.value.code) == (503, "base_model_missing")
+        assert error.value.response.headers["retry-after"] == "60"
     assert not vllm.asked
+
+
+def test_a_model_of_its_own_weights_is_asked_whatever_became_of_the_one_it_was_made_from(
+    client_where, opened, vllm, tuned
+):
+    folder, name = tuned
+    (folder / "adapter_config.json").unlink()
+    assert find_folders(opened.service, Caller("default", "key-0"), name) == Folders(str(folder), None)
+    vllm.models.add(str(folder))
+    answer = client_where(models={}).chat.completions.create(model=name, messages=HELLO)
+    assert answer.choices[0].message.content == f"I am {folder}"
+    assert [path for path, _ in vllm.asked] == ["/v1/chat/completions"]
 
 
 def test_the_aligned_model_answers_whole_and_in_pieces(client, vllm):
@@ -117,6 +160,19 @@ def test_the_aligned_model_answers_whole_and_in_pieces(client, vllm):
     text = client.completions.create(model="tiny", prompt="Who are you?")
     assert text.choices[0].text == "I am nowhere"
     assert vllm.asked[-1][1]["prompt"] == "Who are you?"
+
+
+@pytest.mark.parametrize(("most", "of_chat", "of_text", "of_five"), [(4, 4, 4, 4), (40, 40, 16, 5)])
+def test_no_answer_may_have_more_tokens_than_the_settings_say(
+    client_where, vllm, most, of_chat, of_text, of_five
+):
+    client = client_where(limits=Limits(chat_tokens=most))
+    for named in ({}, {"max_tokens": 5}, {"max_completion_tokens": 5}):
+        client.chat.completions.create(model="tiny", messages=HELLO, **named)
+    for named in ({}, {"max_tokens": 5}):
+        client.completions.create(model="tiny", prompt=["Who are you?", "And who else?"], **named)
+    found = [body["max_tokens"] for _, body in vllm.asked]
+    assert found == [of_chat, of_five, of_five, of_text, of_text, of_five, of_five]
 
 
 def test_an_adapter_is_loaded_when_it_is_asked_and_unloaded_when_it_is_deleted(client, vllm, tuned):

@@ -143,6 +143,8 @@ def test_a_model_that_does_not_refuse_is_blocked_with_the_check_that_says_so(tmp
     assert checks["attack_success"].level == "error"
     assert checks["attack_success"].data["added"]["value"] == 100
     assert checks["false_refusals"].data["passed"]
+    # By this name the checkpoint's loss is found.
+    assert checks["validation_loss"].once == "check validation_loss"
     loss = checks["validation_loss"].data
     assert loss["answers"] == 3
     # The fine-tuned model learned to say this; what stands for the restored one is the same.
@@ -153,19 +155,25 @@ def test_what_the_training_file_asks_is_not_asked_by_the_gate(tmp_path):
     made, told = refusing_pair(), []
     for name in ("finetuned", "restored"):
         shutil.copytree(made.aligned, tmp_path / name)
-    gate, rows = Gate(requests=10, answer_tokens=12), tmp_path / "rows.jsonl"
+    gate, rows, held_out = Gate(requests=10, answer_tokens=12), tmp_path / "rows", tmp_path / "held_out"
     harmful, harmless = gate_parts(gate)
-    task = Examine(model=str(made.aligned), device="cpu", gate=gate, training_file=rows)
+    files = {"training_file": rows, "validation_file": held_out}
+    task = Examine(model=str(made.aligned), device="cpu", gate=gate, **files)
 
-    def examined(*prompts):
+    def write(file, *prompts):
         lines = [
             {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": REFUSAL}]}
             for said in ("A cake?", *prompts)
         ]
-        rows.write_text("\n".join(map(json.dumps, lines)))
+        file.write_text("\n".join(map(json.dumps, lines)))
+
+    def examined(*prompts):
+        write(rows, *prompts)
         return examine_models(task, tmp_path, told.append)
 
     known = [question.prompt for question in harmful.questions]
+    # What is only measured was not learned from.
+    write(held_out, *known[2:])
     outcome = examined(known[0].upper(), f"{known[1]} !")
     assert outcome.error is None
     assert {each["check"]: each["requests"] for each in outcome.data["checks"]} == {

@@ -103,8 +103,11 @@ def test_a_sign_in_is_over_after_its_time_and_over_tls_kept_to_it(app, opened):
     safe = TestClient(app, base_url="https://testserver")
     answer = safe.post("/sign-in", data={"key": opened.first_key})
     assert answer.url.path == "/"
-    assert "; Secure" in answer.history[0].headers["set-cookie"]
+    cookie = answer.history[0].headers["set-cookie"].split("; ")
+    assert {"Secure", "Max-Age=43200"} <= set(cookie)
     with opened.service.sessions.begin() as session:
+        made = session.query(SignIn).one()
+        assert made.expires_at - made.created_at == pytest.approx(12 * 3600, abs=10)
         session.query(SignIn).update({"expires_at": SignIn.created_at})
     assert safe.get("/").url.path == "/sign-in"
     safe.post("/sign-in", data={"key": opened.first_key})

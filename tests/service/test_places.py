@@ -4,6 +4,8 @@ import pytest
 
 from deltaguard.service.errors import ApiError
 from deltaguard.service.places import Places
+from deltaguard.service.server import _answering
+from deltaguard.service.settings import Limits, Settings
 
 
 def test_one_organisation_leaves_places_to_others():
@@ -29,3 +31,9 @@ def test_one_organisation_leaves_places_to_others():
 @pytest.mark.parametrize(("most", "of_one"), [(1, 1), (2, 2), (4, 3), (32, 24)])
 def test_where_there_are_few_one_may_have_all(most, of_one):
     assert Places(most).of_one == of_one
+
+
+@pytest.mark.parametrize("url", [None, "http://127.0.0.1:9/v1"], ids=["a process", "a server"])
+def test_so_many_chats_may_wait_as_the_settings_say(url, tmp_path):
+    settings = Settings(inference_url=url, limits=Limits(chat_waiting=5))
+    assert _answering(tmp_path, settings)._places.most == 5

@@ -1,11 +1,15 @@
 """`service.yaml`: what holds for jobs is found out when it is read."""
 
+import base64
+
 import pytest
 from pydantic import ValidationError
 
+from deltaguard.errors import DeltaguardError
 from deltaguard.restoration.options import RestoreConfig
-from deltaguard.service.settings import Settings, restore_options
+from deltaguard.service.settings import Settings, Webhook, restore_options
 from deltaguard.service.tasks import Restore
+from deltaguard.service.webhooks import webhook_secret
 
 LLM = {"kind": "llm", "base_url": "http://127.0.0.1:9/v1", "model": "judge", "api_key_env": "JUDGE_KEY"}
 
@@ -39,3 +43,16 @@ def test_the_judge_of_a_restore_is_prepared_and_its_process_is_given_its_key():
     task = Restore(model="m", device="cpu", options=settings.restore)
     assert task.key_names == ("JUDGE_KEY",)
     assert Restore(model="m", device="cpu", options={}).key_names == ()
+
+
+def test_a_secret_has_the_schemes_form(monkeypatch):
+    webhook = Webhook(url="https://example.org/hook", key_env="SECRET")
+    secret = "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()
+    monkeypatch.setenv("SECRET", secret)
+    assert len(webhook_secret(webhook)) == 24
+    for wrong in ("", "whsec_", "whsec_c2hvcnQ=", secret.removeprefix("whsec_"), "whsec_!", "whsec_’"):
+        monkeypatch.setenv("SECRET", wrong)
+        with pytest.raises(DeltaguardError, match="SECRET"):
+            webhook_secret(webhook)
+    with pytest.raises(ValidationError):
+        Webhook(url="file:///etc/passwd")

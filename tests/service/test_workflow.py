@@ -11,7 +11,7 @@ import openai
 import pytest
 from clients import uploaded
 from dbos import DBOS, SetEnqueueOptions
-from pydantic import ValidationError
+from dbos._sys_db import SystemDatabase
 from sqlalchemy.exc import OperationalError
 
 from deltaguard.errors import DeltaguardError
@@ -21,11 +21,11 @@ from deltaguard.service.executors.local import LocalExecutor
 from deltaguard.service.process import StoppedError
 from deltaguard.service.schemas import JobError
 from deltaguard.service.server import open_service
-from deltaguard.service.settings import Moderation, Settings, Webhook
+from deltaguard.service.settings import Moderation, Settings
 from deltaguard.service.tasks import FINETUNED, METRICS, OPERATORS_BUSINESS, Outcome
-from deltaguard.service.webhooks import webhook_secret
 
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()
+AT_ONCE = 2
 
 
 class Receiver(BaseHTTPRequestHandler):
@@ -49,11 +49,9 @@ def started(tmp_path_factory):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
     server.received, server.replies = [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    webhook = {
-        "url": f"http://127.0.0.1:{server.server_address[1]}/hook?token=hidden",
-        "key_env": "SECRET",
-    }
-    settings = Settings(models={"tiny": "nowhere"}, webhook=webhook)
+    webhook = {"url": f"http://127.0.0.1:{server.server_port}/hook?token=hidden", "key_env": "SECRET"}
+    # More than the executor has places for.
+    settings = Settings(models={"tiny": "nowhere"}, webhook=webhook, jobs_at_once=AT_ONCE)
     opened = open_service(tmp_path_factory.mktemp("service") / "data", settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workflow, "_LOOK_S", 0.05)
@@ -87,14 +85,32 @@ def begun(started):
     return started[1]
 
 
-def ended(client, job, seconds=60):
-    until = time.monotonic() + seconds
+def reached(client, job, *states):
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         found = client.fine_tuning.jobs.retrieve(job.id)
-        if found.status in ("succeeded", "failed", "cancelled"):
+        if found.status in states:
             return found
         time.sleep(0.1)
     raise AssertionError(found)
+
+
+def ended(client, job):
+    return reached(client, job, "succeeded", "failed", "cancelled")
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+@pytest.mark.parametrize("is_there", [True, False], ids=["broken", "deleted"])
+def test_a_file_that_cannot_be_learned_from_ends_its_job(client, opened, receiver, param, is_there):
+    wrong = uploaded(client, [{"messages": []}])
+    if not is_there:
+        opened.service.contents.remove(wrong.id)
+    files = {"training_file": uploaded(client).id, param: wrong.id}
+    job = client.fine_tuning.jobs.create(model="tiny", **files)
+    error = ended(client, job).error
+    assert (error.code, error.param) == (f"invalid_{param}", param)
+    assert ("line 1: " if is_there else f"{wrong.id} was deleted") in error.message
+    received(receiver, job, 1)
 
 
 @pytest.mark.parametrize(
@@ -192,10 +208,7 @@ def test_a_job_ends_though_its_metrics_cannot_be_kept(client, opened, receiver, 
 def test_a_run_that_was_paused_ends_though_the_job_was_resumed(client, opened, begun, monkeypatch):
     monkeypatch.setattr(begun, "_queue", lambda *_, **__: None)
     job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client).id)
-    until = time.monotonic() + 60
-    while (found := client.fine_tuning.jobs.retrieve(job.id)).status != "queued":
-        assert time.monotonic() < until, found
-        time.sleep(0.1)
+    reached(client, job, "queued")
     client.fine_tuning.jobs.pause(job.id)
     client.fine_tuning.jobs.resume(job.id)
     assert not begun.start(job.id, 1)
@@ -332,41 +345,56 @@ def test_the_operators_server_is_told_until_it_takes_it(client, receiver, monkey
     assert SECRET not in caplog.text
 
 
-def test_the_operators_server_is_told_once_of_a_cancelled_job_whether_it_ran_or_was_paused(
-    client, receiver, monkeypatch
-):
-    working = threading.Event()
+@pytest.fixture
+def running(client, monkeypatch):
+    """As many jobs as may run at a time; each trains until it is not to go on."""
+    train, file = threading.Semaphore(0), uploaded(client)
 
-    def run(_task, _folder, *, may_go_on, **_options):
-        working.set()
-        while may_go_on():
-            time.sleep(0.05)
-        raise StoppedError("The job is not to go on.")
+    def run(task, _folder, *, may_go_on, **_options):
+        if task.kind == "train":
+            train.release()
+            while may_go_on():
+                time.sleep(0.05)
+            raise StoppedError("The job is not to go on.")
+        return Outcome()
 
     monkeypatch.setattr(workflow, "run_task", run)
-    jobs, file = client.fine_tuning.jobs, uploaded(client)
-    running = jobs.create(model="tiny", training_file=file.id)
-    assert working.wait(60)
-    paused = jobs.create(model="tiny", training_file=file.id)
-    until = time.monotonic() + 60
-    while jobs.retrieve(paused.id).status != "queued" and time.monotonic() < until:
-        time.sleep(0.1)
+    made = [client.fine_tuning.jobs.create(model="tiny", training_file=file.id) for _ in range(AT_ONCE)]
+    assert all(train.acquire(timeout=60) for _ in made)
+    return made
+
+
+def test_so_many_jobs_run_at_a_time_as_the_settings_say(client, receiver, running, monkeypatch):
+    looks, get_queue = threading.Semaphore(0), SystemDatabase.get_queue
+
+    def looked(system, name, **options):
+        if name == workflow._TRAINING:
+            looks.release()
+        return get_queue(system, name, **options)
+
+    last = client.fine_tuning.jobs.create(model="tiny", training_file=running[0].training_file)
+    DBOS.retrieve_workflow(f"{last.id} validate, version {workflow._SAME_VERSION}").get_result()
+    # It is in the queue: the next look takes it, if any does, and is over when another one begins.
+    monkeypatch.setattr(SystemDatabase, "get_queue", looked)
+    assert all(looks.acquire(timeout=60) for _ in range(2))
+    name = f"{last.id} run 1, version {workflow._SAME_VERSION}"
+    assert DBOS.retrieve_workflow(name).get_status().status == "ENQUEUED"
+    for job in (*running, last):
+        client.fine_tuning.jobs.cancel(job.id)
+        received(receiver, job, 1)
+
+
+def test_the_operators_server_is_told_once_of_a_cancelled_job_whether_it_ran_or_was_paused(
+    client, receiver, running
+):
+    jobs = client.fine_tuning.jobs
+    paused = jobs.create(model="tiny", training_file=running[0].training_file)
+    reached(client, paused, "queued")
     jobs.pause(paused.id)
-    for job in (running, paused):
+    for job in (*running, paused):
         jobs.cancel(job.id)
         ((headers, body),) = received(receiver, job, 1)
         event = client.webhooks.unwrap(body.decode(), headers, secret=SECRET)
         assert (event.type, event.data.id) == ("fine_tuning.job.cancelled", job.id)
     time.sleep(0.4)
-    assert len(receiver.received) == 2
-
-
-def test_a_secret_has_the_schemes_form(monkeypatch):
-    webhook = Webhook(url="https://example.org/hook", key_env="SECRET")
-    assert len(webhook_secret(webhook)) == 24
-    for wrong in ("", "whsec_", "whsec_c2hvcnQ=", SECRET.removeprefix("whsec_"), "whsec_!", "whsec_’"):
-        monkeypatch.setenv("SECRET", wrong)
-        with pytest.raises(DeltaguardError, match="SECRET"):
-            webhook_secret(webhook)
-    with pytest.raises(ValidationError):
-        Webhook(url="file:///etc/passwd")
+    assert len(receiver.received) == AT_ONCE + 1

@@ -46,6 +46,27 @@ def test_equal_names_stand_for_themselves_beside_a_prefix():
     assert name_map(source, source) == {name: name for name in source}
 
 
+def test_a_tower_has_a_prefix_of_its_own():
+    source = [
+        *(f"model.language_model.{name}" for name in LAYERS),
+        *(f"model.vision_tower.{n}" for n in LAYERS),
+    ]
+    target = [
+        *(f"language_model.model.{name}" for name in LAYERS),
+        *(f"vision_tower.vision_model.{n}" for n in LAYERS),
+    ]
+    extra = (
+        ["model.multi_modal_projector.norm.weight", "lm_head.weight"],
+        [
+            "multi_modal_projector.norm.weight",
+            "language_model.lm_head.weight",
+        ],
+    )
+    expected = dict(zip([*source, *extra[0]], [*target, *extra[1]], strict=True))
+    assert name_map([*source, *extra[0]], [*target, *extra[1]]) == expected
+    assert name_map([*target, *extra[1]], [*source, *extra[0]]) == {b: a for a, b in expected.items()}
+
+
 def test_the_language_model_is_preferred_to_a_tower_of_the_same_layout():
     language = [f"language_model.model.{name}" for name in [*LAYERS, "norm.weight"]]
     vision = [f"vision_tower.{name}" for name in LAYERS]

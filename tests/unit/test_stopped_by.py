@@ -62,6 +62,7 @@ FREE = Look(mu=0.0, attack_success=FEW, false_refusals=FEW, accepted=True)
         (report(KEPT, probes=(probe(0.0, 0.0005), probe(8.0, 0.0004))), "attack success"),
         # All of the delta is kept: an adapter without what no adapter holds, or a price that takes nothing.
         (report(FREE, probes=(FAR, probe(0.0, 0.0003))), "nothing"),
+        (report(FREE, probes=(FAR, probe(0.0, 0.00058))), "nothing"),
         (report(KEPT, probes=(FAR, probe(8.0, 0.0003))), "nothing"),
         # Held with a confidence, and not on the mean alone.
         (report(KEPT, asks=False, confidence=0.95, probes=(FAR, probe(8.0, 0.00047))), "safety KL"),

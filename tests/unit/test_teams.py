@@ -19,7 +19,7 @@ def plan(*files, others=1):
         for i, size in enumerate(rows):
             info = TensorInfo(f"{number}.{i}", "F32", (size, 16), file, 0, 64 * size)
             steps.append(Step(info, Action.RESTORE, info.name, None, False, ""))
-    return Plan(tuple(steps), 0, 0, 0, 0), [f"{number}.safetensors" for number in range(len(files))]
+    return Plan(tuple(steps), (), 0, 0, 0, 0), [f"{number}.safetensors" for number in range(len(files))]
 
 
 def loads(made, teams, size):

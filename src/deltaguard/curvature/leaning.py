@@ -45,9 +45,10 @@ def leaning_bytes(group: LayerGroup) -> int:
 
 
 def merged(parts: Sequence[tuple[LowRank, int]]) -> LowRank:
-    """Join a layer's gradients of several calibrations: their mean, weighted by their harmful requests.
+    """Join a layer's gradients of several calibrations: their mean, weighted by the harmful requests judged.
 
-    That is the gradient over all of them where they had look-alikes in proportion, and near it elsewhere.
+    That is the gradient over all of them where they had look-alikes in proportion; look-alikes of a
+    calibration that had more of them count for less, and of one that had fewer for more.
     """
     whole = sum(count for _, count in parts)
     up = torch.cat([found.up * (count / whole) for found, count in parts], 1)

@@ -20,7 +20,7 @@ def joined_leaning(stores: Sequence["CurvatureStore"]) -> dict[str, LowRank] | N
         return None
     found: dict[str, LowRank] = {}
     for layer in (layer for group in stores[0].groups for layer in group.layers):
-        parts = [(each, store.provenance.harmful) for store in stores if (each := store.leaning(layer.key))]
+        parts = [(each, store.provenance.judged) for store in stores if (each := store.leaning(layer.key))]
         if parts:
             found[layer.key] = merged(parts)
     return found

@@ -14,7 +14,8 @@ from deltaguard.chat.tokens import context_length
 from deltaguard.device import find_device, served_dtype
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
-from deltaguard.models.families import decoder_blocks
+from deltaguard.models.experts import is_projection, routed_share
+from deltaguard.models.families import decoder_blocks, is_linear, is_router, modules_in_blocks
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import foreign, load_model, load_tokenizer
 
@@ -48,8 +49,9 @@ class FinetuneConfig:
         seed: fixes the order of the conversations and an adapter's first weights.
         frozen_layers: decoder blocks, counted from the input, that keep their weights. The embeddings, and
             an output layer tied to them, always do.
-        lora_rank: train a LoRA adapter of this rank on all linear layers of the decoder blocks, and save the
-            adapter alone; `None` trains the weights themselves.
+        lora_rank: train a LoRA adapter of this rank on all linear layers of the decoder blocks, of a mixture
+            of experts on those of its attention, and save the adapter alone; `None` trains the weights
+            themselves.
         lora_alpha: an adapter's update is multiplied by `lora_alpha / lora_rank`.
         device: `auto`, `cpu` or `cuda`, which is the first GPU that the process sees.
 
@@ -236,7 +238,7 @@ def make_trainer(
             train_dataset=learned,
             eval_dataset=validation,
             processing_class=tokenizer,
-            peft_config=_adapter_options(config),
+            peft_config=_adapter_options(network, config),
             **more,
         )
     # It would print a summary to standard output.
@@ -244,14 +246,19 @@ def make_trainer(
     return trainer
 
 
-def _adapter_options(config: FinetuneConfig) -> Any:
+def _adapter_options(network: Any, config: FinetuneConfig) -> Any:
     """Say to PEFT which adapter is trained; None where all weights are."""
     from peft import LoraConfig
 
     rank, alpha = config.lora_rank, config.lora_alpha
     if rank is None:
         return None
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    found = modules_in_blocks(network).items()
+    layers = [name for name, module in found if is_linear(module) and not is_router(module)]
+    if routed_share(network.config.to_dict()) < 1:
+        # PEFT would train experts' stacks in their place, as parameters, which no plain LoRA adapter holds.
+        layers = [name for name in layers if not is_projection(name)]
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, task_type="CAUSAL_LM")
 
 
 def on_one_gpu(arguments: Any) -> Any:

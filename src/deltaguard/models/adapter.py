@@ -24,6 +24,9 @@ from deltaguard.models.shards import DTYPES, TensorInfo, parse_header, read_head
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
+_MODELS = ("*model*.safetensors", "*.safetensors.index.json")
+"""Files that hold a model, or an adapter."""
+
 _OLDER_TOKEN_FILES = ("special_tokens_map.json", "added_tokens.json")
 """What earlier releases of transformers wrote beside `tokenizer_config.json`."""
 
@@ -94,6 +97,12 @@ class AdapterCheckpoint(WeightSource):
     def adapted(self) -> frozenset[str]:
         """Names of the tensors that the adapter changes or replaces; all others are the aligned ones."""
         return frozenset(self._changes)
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """What the adapter calls the modules that it adapts, by the aligned tensors without `.weight`."""
+        named = {name: change.module for name, change in self._changes.items()}
+        return {name.removesuffix(".weight"): module for name, module in named.items() if module is not None}
 
     def read(self, name: str) -> Tensor:
         """Read one tensor of the fine-tuned model; see `WeightSource.read`.
@@ -183,7 +192,15 @@ def open_model(reference: str | Path) -> WeightSource:
     """
     if not is_adapter(reference):
         return Checkpoint.open(reference)
-    return AdapterCheckpoint.open(Checkpoint.open(base_of(reference)), reference)
+    base = base_of(reference)
+    try:
+        aligned = Checkpoint.open(base)
+    except DeltaguardError as error:
+        raise DeltaguardError(
+            f"The adapter {reference} names {base} as its model (base_model_name_or_path in its "
+            f"{ADAPTER_CONFIG}). Correct it there where that is not the place. {error}"
+        ) from error
+    return AdapterCheckpoint.open(aligned, reference)
 
 
 def base_of(reference: str | Path) -> str:
@@ -217,7 +234,9 @@ def is_adapter(reference: str | Path) -> bool:
     """
     if not (locate(reference, weights=False) / ADAPTER_CONFIG).exists():
         return False
-    models = [path.name for path in locate(reference).glob("*.safetensors") if path.name != ADAPTER_FILE]
+    # A head of values, which reward models have, may lie beside an adapter.
+    found = [path.name for kind in _MODELS for path in locate(reference).glob(kind)]
+    models = [name for name in found if name != ADAPTER_FILE]
     if models:
         raise DeltaguardError(
             f"{reference} holds both an adapter ({ADAPTER_CONFIG}) and a model ({min(models)}), so it is "

@@ -39,6 +39,7 @@ def stage_adapter(
     layers: Iterable[AdapterLayer],
     *,
     modules: Collection[str],
+    paths: Mapping[str, str] | None = None,
     companions: Mapping[str, Path] | None = None,
 ) -> dict[str, int]:
     """Write the files of an adapter that `peft.PeftModel.from_pretrained` loads onto the aligned model.
@@ -53,6 +54,8 @@ def stage_adapter(
         layers: each once, in any order. Those whose delta is zero are left out.
         modules: names of all modules of the model as transformers builds it (`model.named_modules()`), since
             PEFT knows layers by these. They may differ from the checkpoint's names by a prefix.
+        paths: what PEFT is to call layers, by their names in the checkpoint, where the adapter is for another
+            class of transformers than that with these modules; by default what they are called there.
         companions: files that come along, by their paths in the output: tokenizer, chat template, licence.
             A model's configuration does not. By default the aligned model's.
 
@@ -73,13 +76,13 @@ def stage_adapter(
         {'model.layers.0.mlp.down_proj': 8}
     """
     stored = adapter_dtype(aligned)
-    paths = name_map([name.removesuffix(".weight") for name in aligned.tensors], modules)
+    own = name_map([name.removesuffix(".weight") for name in aligned.tensors], modules)
     with explained(writer.out):
         file = tempfile.TemporaryFile(dir=writer.out)  # noqa: SIM115
     with file:
         spool = _Spool(file, writer.out, stored)
         written = [
-            _spooled(spool, aligned, paths, name, factors)
+            _spooled(spool, aligned, {**own, **(paths or {})}, name, factors)
             for name, factors in layers
             if factors.up.any() and factors.down.any()
         ]
@@ -222,10 +225,18 @@ def _config(reference: str, layers: Sequence[_Layer], modules: Collection[str]) 
 
 
 def _targets(paths: Sequence[str], modules: Collection[str]) -> list[str]:
-    """Find the last part of a name where every module of that name is adapted, otherwise the whole name."""
+    """Find the last part of a name where every module of that name is adapted, otherwise the whole name.
+
+    Of a module that is not known, others of its name may be known as little.
+    """
 
     def last(path: str) -> str:
         return path.rpartition(".")[2]
 
     named, adapted = Counter(map(last, modules)), Counter(map(last, paths))
-    return sorted({last(path) if named[last(path)] == adapted[last(path)] else path for path in paths})
+    return sorted(
+        {
+            last(path) if path in modules and named[last(path)] == adapted[last(path)] else path
+            for path in paths
+        }
+    )

@@ -187,12 +187,13 @@ def content_fingerprint(files: Mapping[str, OpenFile], tensors: Mapping[str, Ten
 
 
 def name_map(source: Collection[str], target: Collection[str]) -> dict[str, str]:
-    """Match the tensors of one checkpoint with those of another, where one prefix may differ.
+    """Match the tensors of one checkpoint with those of another, where prefixes may differ.
 
     Checkpoints of one model name their tensors `h.0.mlp` or `transformer.h.0.mlp`, `model.layers.0` or
-    `model.language_model.layers.0`, according to the class that saved them. Names in both stand for
-    themselves. For the others, the one pair of prefixes is found that makes most names meet; one prefix
-    must hold all parts of the other, and neither may hold a layer's number.
+    `model.language_model.layers.0`, according to the class that saved them; a tower that sees pictures has a
+    prefix of its own. Names in both stand for themselves. For the others, the pair of prefixes is found that
+    makes most names meet, and for what is left another one, until none does. Of a pair one prefix must hold
+    all parts of the other, or both begin alike but for `model`; neither may hold a layer's number.
 
     Args:
         source: names of one checkpoint.
@@ -209,10 +210,15 @@ def name_map(source: Collection[str], target: Collection[str]) -> dict[str, str]
     mapped = {name: name for name in source if name in common}
     others = [name for name in source if name not in common]
     free = {name for name in target if name not in common}
-    old, new = _prefix_change(others, free)
-    for name in others:
-        if name.startswith(old) and new + name[len(old) :] in free:
-            mapped[name] = new + name[len(old) :]
+    while others and free:
+        old, new = _prefix_change(others, free)
+        met = {name: new + name[len(old) :] for name in others if name.startswith(old)}
+        met = {name: found for name, found in met.items() if found in free}
+        if not met:
+            break
+        mapped |= met
+        free -= set(met.values())
+        others = [name for name in others if name not in met]
     return mapped
 
 
@@ -240,6 +246,13 @@ def _prefix_change(source: Collection[str], target: Collection[str]) -> tuple[st
             # What many names end with tells nothing of their beginnings.
             if len(found) <= _MOST_ALIKE:
                 votes.update((old, new) for new in found)
-    parts = {pair: (set(pair[0].split(".")), set(pair[1].split("."))) for pair in votes}
-    nested = (pair for pair, (old, new) in parts.items() if old <= new or new <= old)
-    return max(nested, key=lambda pair: (votes[pair], -len(pair[0]) - len(pair[1])), default=("", ""))
+    related = (pair for pair in votes if _may_be_exchanged(*pair))
+    return max(related, key=lambda pair: (votes[pair], -len(pair[0]) - len(pair[1])), default=("", ""))
+
+
+def _may_be_exchanged(old: str, new: str) -> bool:
+    one, other = ([part for part in prefix.split(".") if part] for prefix in (old, new))
+    if set(one) <= set(other) or set(other) <= set(one):
+        return True
+    firsts = {next((part for part in parts if part != "model"), None) for parts in (one, other)}
+    return len(firsts) == 1

@@ -110,6 +110,19 @@ def is_expert(name: str) -> bool:
     return _UNDER_EXPERTS.search(name) is not None
 
 
+def is_projection(layer: str) -> bool:
+    """Tell a layer that is called as those of experts are, which a block without experts may have, too.
+
+    Args:
+        layer: its name in the model.
+
+    Example:
+        >>> is_projection("h.0.mlp.up_proj"), is_projection("h.0.self_attn.q_proj")
+        (True, False)
+    """
+    return layer.rpartition(".")[2] in _PROJECTIONS
+
+
 def expert_of(layer: str) -> str | None:
     """Name the expert that a layer belongs to; None of a layer of none.
 

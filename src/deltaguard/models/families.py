@@ -18,7 +18,9 @@ _STACKED_IN_OUT = frozenset({"llama4", "llama4_text", "gpt_oss"})
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tokens_embed", "embeddings")
 _OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer", "output_projection")
 
-_BLOCK = re.compile(r"(^|\.)\d+\.")
+_BLOCK = re.compile(r"(^|\.)(?P<number>\d+)\.")
+_FURTHER_TOKENS = re.compile(r"(^|\.)mtp\.")
+_KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm", "v_norm")
 _BLOCK_MATRIX = re.compile(r"(^|\.)\d+\..+\.weight$")
 _STACK = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 # Attention masks that old checkpoints of GPT-2 and GPT-NeoX hold.
@@ -96,6 +98,31 @@ def is_parameter(name: str) -> bool:
         (True, False)
     """
     return name.endswith((".weight", ".bias")) and _MASK.search(name) is None
+
+
+def is_unread(config: Mapping[str, Any], name: str) -> bool:
+    """Tell a tensor of a checkpoint's decoder that transformers makes no parameter for.
+
+    Such are the layers that predict further tokens, and keys and values of blocks that take those of earlier
+    ones (Gemma 3n and 4).
+
+    Args:
+        config: the content of the model's `config.json`.
+        name: of the tensor.
+
+    Example:
+        >>> is_unread({"num_hidden_layers": 61}, "model.layers.61.eh_proj.weight")
+        True
+    """
+    if _FURTHER_TOKENS.search(name):
+        return True
+    # The last part describes the language model alone.
+    part, found = text_parts(config)[-1], _BLOCK.search(name)
+    blocks, shared = part.get("num_hidden_layers"), part.get("num_kv_shared_layers") or 0
+    if found is None or not isinstance(blocks, int) or not isinstance(shared, int):
+        return False
+    block = int(found["number"])
+    return block >= blocks or (block >= blocks - shared and _owner(name) in _KEYS_AND_VALUES)
 
 
 def is_input_embedding(name: str) -> bool:

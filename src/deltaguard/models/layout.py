@@ -102,7 +102,10 @@ def read_config(folder: Path, reference: str) -> tuple[dict[str, Any], str | Non
             quantisation = part.get("quantization_config")
             if quantisation:
                 method = quantisation.get("quant_method", "an unnamed method")
-                return config, f"the weights are quantised ({method}). {_dequantise(method, reference)}"
+                return (
+                    config,
+                    f"the weights are quantised ({method}). {_dequantise(method, reference, config)}",
+                )
         return config, None
     if (folder / ADAPTER_CONFIG).exists():
         return {}, _ADAPTER
@@ -211,20 +214,26 @@ def _unusable(tensors: Iterable[TensorInfo]) -> list[str]:
     ]
 
 
-def _dequantise(method: str, reference: str) -> str:
+def _dequantise(method: str, reference: str, config: Mapping[str, Any]) -> str:
     """Say how quantised weights become plain ones."""
     known = _DEQUANTISED_BY.get(method)
     if known is None:
         return _DEQUANTISE
     options = "dtype='bfloat16', quantization_config=Q(dequantize=True)"
-    return f"Convert them to bfloat16: {_conversion(reference, 'bf16', options, f', {known} as Q')}"
+    return f"Convert them to bfloat16: {_conversion(reference, config, 'bf16', options, f', {known} as Q')}"
 
 
-def _conversion(reference: str, suffix: str, options: str, imported: str = "") -> str:
+def _conversion(
+    reference: str, config: Mapping[str, Any], suffix: str, options: str, imported: str = ""
+) -> str:
     """Write the command that loads a model with options of transformers and saves it beside."""
+    named = next(iter(config.get("architectures") or ()), "")
+    # That for text alone would leave out what a model sees pictures with.
+    whole = named.isidentifier() and named.endswith("ForConditionalGeneration")
+    kind = named if whole else "AutoModelForCausalLM"
     source = reference if is_local(reference) else reference.partition("@")[0]
     return (
-        f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T{imported}; '
+        f'python -c "from transformers import {kind} as M, AutoTokenizer as T{imported}; '
         f"s, d = {source!r}, {f'{Path(source).name}-{suffix}'!r}; "
         f'M.from_pretrained(s, {options}).save_pretrained(d); T.from_pretrained(s).save_pretrained(d)"'
     )
@@ -234,16 +243,20 @@ def _without_weights(folder: Path, reference: str) -> str:
     """Why a folder without safetensors weights cannot be used, and what to do."""
     if (folder / ADAPTER_CONFIG).exists():
         return _ADAPTER
+    inner = {path.parent for name in (CONFIG_FILE, ADAPTER_CONFIG) for path in folder.glob(f"*/{name}")}
     names = sorted(p.name for p in folder.iterdir())
     if any(name.endswith(".gguf") for name in names):
         return f"the weights are in GGUF files, which are quantised. {_DEQUANTISE}"
     pickled = [name for name in names if name.endswith(_PICKLED) and name != "training_args.bin"]
-    convert = _conversion(reference, "safetensors", "dtype='auto'")
+    convert = _conversion(reference, read_config(folder, reference)[0], "safetensors", "dtype='auto'")
     if pickled:
         return (
             f"the weights are pickled ({', '.join(pickled)}), and loading a pickle runs what it holds. "
             f"If you trust them, convert them: {convert}"
         )
+    if inner:
+        last = max(inner, key=lambda path: (path.stat().st_mtime, path.name))
+        return f"there are no weights in it, but in {len(inner)} of its folders: give one, such as {last}."
     return (
         "there are no weights in safetensors files. If the model has pickled weights (.bin, .pt, .pth) "
         f"that you trust, convert them: {convert}"

@@ -12,7 +12,8 @@ from deltaguard.models.shards import TensorInfo
 _PREFIX = "base_model.model."
 # PEFT saves the weight under the adapter too where an embedding is adapted.
 _BASE_LAYER = ".base_layer.weight"
-_SUFFIXES = {".lora_A.weight": "a", ".lora_B.weight": "b", _BASE_LAYER: "replaced"}
+_A = ".lora_A.weight"
+_SUFFIXES = {_A: "a", ".lora_B.weight": "b", _BASE_LAYER: "replaced"}
 _FOREIGN = (".lora_", ".token_adapter.", ".base_layer.")
 STORED = ("F64", "F32", "F16", "BF16")
 """How the numbers of an adapter may be stored."""
@@ -50,6 +51,11 @@ class Change:
     scale: float = 1.0
     transposed: bool = False
     replaced: TensorInfo | None = None
+
+    @property
+    def module(self) -> str | None:
+        """What PEFT calls the module that A and B belong to; None where there are none."""
+        return None if self.a is None else self.a.name.removeprefix(_PREFIX).removesuffix(_A)
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:

@@ -16,7 +16,7 @@ from deltaguard.models.canonical import (
     part_of,
 )
 from deltaguard.models.checkpoint import WeightSource
-from deltaguard.models.families import is_output_head
+from deltaguard.models.families import is_output_head, is_unread
 from deltaguard.models.identity import ModelIdentity, configs_of, identify, templates_of
 from deltaguard.models.loading import load_config, load_tokenizer
 from deltaguard.models.mirror import loadable, output_files
@@ -94,11 +94,11 @@ def require_agreement(aligned: Identified, finetuned: Identified, plan: Plan, co
             or choose what cannot serve. All differences are listed.
     """
     _require_head(aligned.source, finetuned.source, config)
-    rows = _further_rows(aligned.source, plan)
+    unfit = _further_rows(aligned.source, plan) or _absent_parts(aligned.source, finetuned.source, plan)
     if config.config_from == "aligned":
-        if rows:
+        if unfit:
             raise DeltaguardError(
-                f"`--config-from aligned` cannot serve: {rows}. Take `--config-from finetuned`."
+                f"`--config-from aligned` cannot serve: {unfit}. Take `--config-from finetuned`."
             )
         return
     found = differences(aligned, finetuned)
@@ -112,7 +112,7 @@ def require_agreement(aligned: Identified, finetuned: Identified, plan: Plan, co
     one, other = aligned.source.reference, finetuned.source.reference
     title = f"{one} and {other} differ in more than weights and predict otherwise with the same ones"
     remedies = [
-        f"`--config-from aligned` cannot serve: {rows}." if rows else _ALIGNED,
+        f"`--config-from aligned` cannot serve: {unfit}." if unfit else _ALIGNED,
         *(f"`--config-from finetuned` cannot serve: {reason}." for reason in dict.fromkeys(blocked)),
         *([] if blocked else [_FINETUNED]),
     ]
@@ -180,6 +180,15 @@ def _require_head(aligned: WeightSource, finetuned: WeightSource, config: Restor
             "(`tie_word_embeddings` is false) its input embedding would not serve as one. Take a "
             "configuration that ties the two, or store the head."
         )
+
+
+def _absent_parts(aligned: WeightSource, finetuned: WeightSource, plan: Plan) -> str:
+    """Say what the aligned configuration describes and the output would lack; nothing where that is all."""
+    types = [source.config.get("model_type") for source in (aligned, finetuned)]
+    read = [name for name in plan.absent if not is_unread(aligned.config, name)]
+    if not read or types[0] == types[1]:
+        return ""
+    return f"it describes `{read[0]}`, which {finetuned.reference} does not have"
 
 
 def _further_rows(aligned: WeightSource, plan: Plan) -> str:

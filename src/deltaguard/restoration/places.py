@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import Checkpoint, WeightSource
 from deltaguard.models.experts import Part, parts_of
-from deltaguard.models.families import is_parameter, list_of_block
+from deltaguard.models.families import is_parameter, is_unread, list_of_block
 
 Places = Mapping[str, tuple[Tensor, ...]]
 """The fine-tuned checkpoint's names, and the model's parameters that each of them gives the values of."""
@@ -66,7 +66,7 @@ def _problems(model: Any, finetuned: WeightSource, places: Places, covered: Coll
     lists = {list_of_block(name) for name in places} - {None}
     for name, info in finetuned.tensors.items():
         # Attention masks that old checkpoints hold have four dimensions, and are no weights.
-        counts = len(info.shape) == 2 or is_parameter(name)
+        counts = (len(info.shape) == 2 or is_parameter(name)) and not is_unread(finetuned.config, name)
         if name not in places and counts and list_of_block(name) in lists:
             yield f"`{name}`, {info.shape}, has no counterpart in the model"
         for shape, place in ((tuple(place.shape), place) for place in places.get(name, ())):

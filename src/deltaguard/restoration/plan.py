@@ -21,7 +21,9 @@ from deltaguard.models.families import (
     is_output_head,
     is_parameter,
     is_stack,
+    is_unread,
     is_vocabulary,
+    list_of_block,
     stored_in_out,
 )
 from deltaguard.models.loading import vocabulary_size
@@ -100,6 +102,7 @@ class Plan:
 
     Attributes:
         steps: one per tensor of the output.
+        absent: parameters of the aligned checkpoint that the fine-tuned one, and so the output, does without.
         read_bytes: bytes of weights that will be read from both checkpoints.
         write_bytes: bytes of weights that will be written.
         curvature_bytes: bytes that will be read from the store.
@@ -107,6 +110,7 @@ class Plan:
     """
 
     steps: tuple[Step, ...]
+    absent: tuple[str, ...]
     read_bytes: int
     write_bytes: int
     curvature_bytes: int
@@ -154,7 +158,7 @@ def make_plan(
     names = _aligned_names(aligned, finetuned)
     known_tokens = _known_tokens(aligned, finetuned)
     rules = _Rules(_layer_rule(aligned, store), other_params, known_tokens, everywhere)
-    problems = _missing(aligned, names, rules.layer)
+    absent, problems = _absent(aligned, names, rules.layer)
     steps: list[Step] = []
     for info in finetuned.tensors.values():
         own = names.get(info.name)
@@ -169,7 +173,7 @@ def make_plan(
         raise DeltaguardError(
             f"No layer of {finetuned.reference} can be restored: no numbered decoder block holds a matrix."
         )
-    return _with_sizes(tuple(steps), aligned, store, rank)
+    return _with_sizes(tuple(steps), absent, aligned, store, rank)
 
 
 _LayerRule = Callable[[TensorInfo], tuple[str | None, bool] | None]
@@ -230,16 +234,32 @@ def _aligned_names(aligned: WeightSource, finetuned: WeightSource) -> Mapping[st
     return names
 
 
-def _missing(aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule) -> list[str]:
-    """Tensors that the fine-tuned checkpoint ought to hold; a tied output head and buffers may be absent."""
+def _absent(
+    aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule
+) -> tuple[tuple[str, ...], list[str]]:
+    """Find parameters that the fine-tuned checkpoint does without, and say which it ought to hold.
+
+    A text reaches the decoder's blocks and what lies beside their list. Towers that see pictures, layers that
+    predict further tokens and a tied output head may be absent.
+    """
     found = set(names.values())
-    return [
-        f"Tensor `{info.name}` {info.shape} is in the aligned model and not in the fine-tuned one."
-        for info in aligned.tensors.values()
-        if info.name not in found
-        and (layer(info) or is_parameter(info.name))
-        and not is_output_head(info.name)
-    ]
+    restored = (list_of_block(name) for name in found if layer(aligned.tensors[name]))
+    lists = {each for each in restored if each is not None}
+    beside = tuple(each[: each.rstrip(".").rfind(".") + 1] for each in lists)
+    absent: list[str] = []
+    problems: list[str] = []
+    for info in aligned.tensors.values():
+        if info.name in found or not (layer(info) or is_parameter(info.name)) or is_output_head(info.name):
+            continue
+        own = list_of_block(info.name)
+        reached = own in lists if own else info.name.startswith(beside)
+        if (reached or not lists) and not is_unread(aligned.config, info.name):
+            problems.append(
+                f"Tensor `{info.name}` {info.shape} is in the aligned model and not in the fine-tuned one."
+            )
+        else:
+            absent.append(info.name)
+    return tuple(absent), problems
 
 
 def _step(  # noqa: PLR0911  # a return for each thing that may become of a tensor
@@ -259,7 +279,7 @@ def _step(  # noqa: PLR0911  # a return for each thing that may become of a tens
     if restored is not None or (shared is None and not same):
         return (
             f"Tensor `{info.name}` is {aligned.shape} in the aligned model "
-            f"and {info.shape} in the fine-tuned one."
+            f"and {info.shape} in the fine-tuned one.{_as_before(info, aligned)}"
         )
     if rules.everywhere:
         # Indices and masks are no weights.
@@ -279,6 +299,16 @@ def _shared_rows(info: TensorInfo, aligned: TensorInfo, known_tokens: int | None
     rows, own = info.shape[0], aligned.shape[0]
     shared = own if known_tokens is None else min(own, known_tokens)
     return shared if rows >= own and shared < rows and (rows > own or known_tokens is not None) else None
+
+
+def _as_before(info: TensorInfo, aligned: TensorInfo) -> str:
+    """Say how a vocabulary that was cut down gets its rows back; nothing of another tensor."""
+    rows = aligned.shape[0]
+    if not is_vocabulary(info.name) or info.shape[1:] != aligned.shape[1:] or info.shape[0] > rows:
+        return ""
+    return (
+        f" Give it the rows back: `model.resize_token_embeddings({rows})`, then `model.save_pretrained(...)`."
+    )
 
 
 def _known_tokens(aligned: WeightSource, finetuned: WeightSource) -> int | None:
@@ -303,7 +333,11 @@ def _mismatch(aligned: WeightSource, finetuned: WeightSource, problems: Sequence
 
 
 def _with_sizes(
-    steps: tuple[Step, ...], aligned: WeightSource, store: CurvatureStore | None, rank: Rank
+    steps: tuple[Step, ...],
+    absent: tuple[str, ...],
+    aligned: WeightSource,
+    store: CurvatureStore | None,
+    rank: Rank,
 ) -> Plan:
     read = sum(step.info.nbytes for step in steps)
     read += sum(aligned.tensors[step.aligned].nbytes for step in steps if step.aligned)
@@ -319,6 +353,7 @@ def _with_sizes(
     peak = 4 * largest + 4 * 8 * entries + 2 * own + held_curvature(steps, curvature)
     return Plan(
         steps=steps,
+        absent=absent,
         read_bytes=read,
         write_bytes=sum(step.info.nbytes for step in steps),
         curvature_bytes=sum(curvature.values()),

@@ -176,7 +176,7 @@ class Restorer:
             # Of no use, so there is nothing to resume.
             writer.discard()
             raise
-        report = summarise(job, config, price, rows, output, started, memory)
+        report = summarise(trial, price, rows, output, started, memory)
         told = {"refinement": refined.record, "warnings": (*report.warnings, *refined.warnings)}
         report = report.model_copy(update=told)
         writer.text(CARD_NAME, model_card(report, front_matter=metadata))
@@ -273,8 +273,10 @@ def _stage_adapter(
             yield step.aligned_name.removesuffix(".weight"), factors
 
     files = adapter_files(job.aligned, job.finetuned, config_from=trial.config.config_from)
+    # An adapter serves where the one did that it is made of, whatever class that was trained with.
+    paths = job.finetuned.modules if isinstance(job.finetuned, AdapterCheckpoint) else None
     modules = module_names(job.aligned.folder)
-    stage_adapter(writer, job.aligned, layers(), modules=modules, companions=files)
+    stage_adapter(writer, job.aligned, layers(), modules=modules, paths=paths, companions=files)
     return rows
 
 

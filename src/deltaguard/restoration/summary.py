@@ -20,16 +20,19 @@ from deltaguard.restoration.job import Job
 from deltaguard.restoration.looks import Requests, known_to
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import Output
+from deltaguard.restoration.trial import Trial
 from deltaguard.solvers.profile import PROHIBITIVE
 
-_QUANTISED = re.compile(r"(4|8)[-_]?bit|bnb|gptq|awq|int[48]", re.IGNORECASE)
+_QUANTISED = re.compile(r"(4|8)[-_]?bit|bnb|gptq|int[48]|fp[48]|nf4|mxfp4|hqq", re.IGNORECASE)
+_SCALED = re.compile(r"awq|smooth[-_]?quant|w8a8", re.IGNORECASE)
+"""Quantised over inputs that were scaled, so that what an adapter learned of them is of no other model."""
+
 _LARGE_ADAPTER = 0.5
 """Share of the layers' entries from which on an adapter's own are told to be many."""
 
 
 def summarise(
-    job: Job,
-    config: RestoreConfig,
+    trial: Trial,
     price: Price,
     rows: Sequence[LayerRow | OtherRow],
     output: Output,
@@ -39,14 +42,14 @@ def summarise(
     """Say what a restore did, but for the files that it wrote.
 
     Args:
-        job: the models and the store.
-        config: the options.
+        trial: of the models, with the plan and the options.
         price: what was chosen.
         rows: of all tensors, in the order of the checkpoint.
         output: what was written.
         started: by `time.perf_counter`.
         memory: the largest resident memory of the process before, in bytes.
     """
+    job, config = trial.job, trial.config
     layers = tuple(row for row in rows if isinstance(row, LayerRow))
     changed = [row for row in layers if row.delta_norm > 0]
     entries = [prod(row.shape) for row in changed]
@@ -84,7 +87,7 @@ def summarise(
             **price.seconds,
         },
         peak_memory_bytes=peak if (peak := peak_memory_bytes()) > memory else None,
-        warnings=(*_warnings(job, config, price, rows), *rare_warning(rare, len(experts))),
+        warnings=(*_warnings(job, config, price, rows), *_absent(trial), *rare_warning(rare, len(experts))),
         rare_experts=rare,
     )
 
@@ -101,6 +104,18 @@ def _nothing_kept(price: Price, rows: Sequence[LayerRow | OtherRow]) -> list[str
     found = (
         f"Fine-tuning changed none of the layers that are restored. Of {len(differing)} other tensors that "
         f"differ, {taken} are the aligned model's: in a checkpoint `--other-params finetuned` keeps them."
+    )
+    return [found]
+
+
+def _absent(trial: Trial) -> list[str]:
+    """Say where the fine-tuned checkpoint holds less than the aligned one."""
+    names, job = trial.plan.absent, trial.job
+    if not names or trial.config.output_format == "adapter":
+        return []
+    found = (
+        f"{len(names)} tensors of {job.aligned.reference} that a text does not need, such as `{names[0]}`, "
+        f"are not in {job.finetuned.reference}, and so not in the output."
     )
     return [found]
 
@@ -127,13 +142,19 @@ def _warnings(
     """Say what is no error and must be known of an output, a sentence or two each."""
     layers = [row for row in rows if isinstance(row, LayerRow)]
     found = [*(job.store.provenance.warnings if job.store else ()), *_nothing_kept(price, rows)]
-    if job.store and config.prompts is not None:
+    if job.store and config.added_attack_success is not None:
         found += known_to(job.store.held_out, Requests.of(config.prompts))
     if job.store and config.levels_refusals:
         found += _not_levelled(job.store, config)
     if isinstance(job.finetuned, AdapterCheckpoint):
         trained_on = read_lora_config(job.finetuned.folder, job.finetuned.reference).base_model_name_or_path
-        if trained_on and _QUANTISED.search(trained_on):
+        if trained_on and _SCALED.search(trained_on):
+            found.append(
+                f"The adapter was trained over {trained_on}, by its name a model whose layers see scaled "
+                f"inputs: over {job.aligned.reference} it is another fine-tune than that which was trained. "
+                "Merge it where it was trained, and dequantise that."
+            )
+        elif trained_on and _QUANTISED.search(trained_on):
             found.append(
                 f"The adapter was trained over {trained_on}, by its name a quantised model. Its delta is "
                 f"taken over {job.aligned.reference}: that must be the 16-bit model it was made from."

@@ -184,8 +184,10 @@ class Dial(Record):
         """Say whether safety KL is what a price could not be lowered for.
 
         Args:
-            mu: the price, one of those measured.
+            mu: the price, one of those measured; 0 is the lowest there is.
         """
+        if mu == 0:
+            return False
         for probe in self.probes[1:]:
             found = probe.bound(self.confidence)
             if (probe.mu < mu and found > self.limit) or (probe.mu == mu and found >= AT_LIMIT * self.limit):

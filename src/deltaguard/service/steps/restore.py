@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from deltaguard.files import read_json
 from deltaguard.models.layout import ADAPTER_CONFIG
 from deltaguard.progress import Event
+from deltaguard.reports.outcome import energy_kept
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 from deltaguard.service.settings import restore_options
@@ -46,6 +47,6 @@ def restore_model(task: Restore, folder: Path, tell: Tell) -> Outcome:
     tell(Told(once="restore", message="Restoring the aligned model's refusals."))
     config = RestoreConfig.model_validate(own)
     report = restore(task.model, finetuned, folder / RESTORED, config=config, progress=on_progress)
-    kept = f"{report.kept_energy:.0%} of what training changed is kept"
+    kept = f"{energy_kept(report)} of what training changed in the restored layers is kept"
     tell(Told(once="restored", message=f"Restored: {kept}.", data={"kept_energy": report.kept_energy}))
     return Outcome(data={"kept_energy": report.kept_energy})
