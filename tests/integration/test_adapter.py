@@ -16,7 +16,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.folders import find_folders, load_tokenizer
 from deltaguard.evaluation.engines.transformers import merge_adapter
 from deltaguard.models import hub
-from deltaguard.models.adapter import AdapterCheckpoint, is_adapter
+from deltaguard.models.adapter import AdapterCheckpoint, is_adapter, open_model
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.loading import load_model
 from models import perturbed, save, tiny_model
@@ -334,6 +334,14 @@ def test_an_evaluated_adapter_takes_its_model_at_the_revision_that_it_names(tmp_
     assert asked == [("somebody/elses", "v1")]
 
 
+def test_a_model_that_an_adapter_names_and_nobody_finds_is_told_as_such(tmp_path):
+    aligned = save(tiny_model("llama"), tmp_path / "aligned")
+    trained(aligned, tmp_path / "adapter", target_modules=["q_proj"])
+    edit_config(tmp_path / "adapter", base_model_name_or_path="/content/model")
+    with pytest.raises(DeltaguardError, match=r"names /content/model as its model .*Correct it there"):
+        open_model(tmp_path / "adapter")
+
+
 def test_a_configuration_that_a_trainer_wrote_beside_it_is_no_part_of_an_adapter(tmp_path):
     aligned = save(tiny_model("llama"), tmp_path / "aligned")
     trained(aligned, tmp_path / "adapter", target_modules=["q_proj"])
@@ -407,6 +415,9 @@ def test_adapters_are_told_from_models(tmp_path):
     assert not is_adapter(aligned)
     with pytest.raises(DeltaguardError, match="FINETUNED only"):
         Checkpoint.open(tmp_path / "adapter")
+    # As trainers of rewards write it.
+    save_file({"v_head.weight": torch.ones(1, 2)}, tmp_path / "adapter" / "value_head.safetensors")
+    assert is_adapter(tmp_path / "adapter")
     save(tiny_model("llama"), tmp_path / "adapter")
     with pytest.raises(DeltaguardError, match="both an adapter"):
         is_adapter(tmp_path / "adapter")

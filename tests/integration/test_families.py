@@ -19,6 +19,7 @@ from deltaguard.models.families import (
     is_linear,
     is_output_head,
     is_parameter,
+    is_unread,
     modules_in_blocks,
     stored_in_out,
     ties_embeddings,
@@ -48,6 +49,25 @@ def test_names_say_what_the_modules_are(name):
     assert all(is_parameter(path) for path in tensors if path.endswith((".weight", ".bias")))
     assert len(decoder_blocks(model)) == 2
     refuse_unknown_experts(name, config, tensors)
+    assert not any(is_unread(config, path) for path in tensors)
+
+
+@pytest.mark.parametrize("family", ["Gemma3n", "Gemma4"])
+def test_keys_and_values_that_are_taken_from_earlier_blocks_are_known_by_name(family):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes |= {"intermediate_size": 48, "vocab_size": 64, "vocab_size_per_layer_input": 64}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = getattr(transformers, f"{family}TextConfig")(
+        **sizes, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=kinds, hidden_size_per_layer_input=8
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    names = [name for name in model.state_dict() if name.startswith("model.layers.")]
+    assert not any(is_unread(config.to_dict(), name) for name in names)
+    # What the blocks before have and these have not.
+    first = {name.replace("layers.1.", "layers.3.") for name in names if "layers.1." in name}
+    assert {name for name in first if is_unread(config.to_dict(), name)} == first - set(names)
+    assert first - set(names)
 
 
 @pytest.mark.parametrize("name", models.DENSE)

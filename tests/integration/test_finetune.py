@@ -24,6 +24,8 @@ from deltaguard.evaluation.suites.parts import Part
 from deltaguard.finetuning import training
 from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, finetune
 from deltaguard.finetuning.preferences import Preference, learn_preferences
+from deltaguard.models.adapter import AdapterCheckpoint
+from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.loading import load_config, load_tokenizer
 from deltaguard.progress import Event
 
@@ -100,6 +102,25 @@ def test_frozen_blocks_stay(base, tmp_path):
     before, after = weights(base), weights(finetune(base, tmp_path / "tuned", PAIRS, config=config))
     for name, weight in before.items():
         assert torch.equal(weight, after[name]) == name.startswith(("model.layers.0.", "model.embed"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("model", "where"),
+    [
+        (lambda: models.tiny_model("qwen3_moe"), ".self_attn."),
+        (lambda: models.tiny_model("mixtral"), ".self_attn."),
+        (models.seeing_model, "language_model.model.layers."),
+    ],
+    ids=["qwen3_moe", "mixtral", "seeing"],
+)
+def test_a_lora_fine_tune_can_be_restored_whatever_the_model_has_besides(model, where, tmp_path):
+    base = models.save(model(), tmp_path / "base")
+    config = FinetuneConfig(learning_rate=1e-2, max_steps=1, batch_size=2, lora_rank=2)
+    folder = finetune(base, tmp_path / "adapter", PAIRS, config=config)
+    adapted = AdapterCheckpoint.open(Checkpoint.open(base), folder).adapted
+    assert adapted
+    assert all(where in name for name in adapted)
 
 
 # trl asks the model whether it checkpoints gradients under the name that transformers is giving up.

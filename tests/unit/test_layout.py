@@ -1,5 +1,6 @@
 """Which files of a folder hold the weights, and which folders are refused."""
 
+import json
 import os
 
 import pytest
@@ -126,6 +127,26 @@ def test_gguf_and_empty_folders_are_refused(tmp_path):
     assert "no config.json" in refusal(tmp_path) or "no weights" in refusal(tmp_path)
     (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
     assert "GGUF" in refusal(tmp_path)
+
+
+def test_of_a_model_that_sees_pictures_the_command_converts_the_whole(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"pickle")
+    for named, expected in (
+        ("Gemma3ForConditionalGeneration", "import Gemma3ForConditionalGeneration as M"),
+        ("M; print(1)#ForConditionalGeneration", "import AutoModelForCausalLM as M"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [named]}))
+        assert expected in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_folder_of_checkpoints_names_one_of_them(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500" / name).write_text("{}")
+    assert refusal(tmp_path).endswith(
+        f"in 1 of its folders: give one, such as {tmp_path / 'checkpoint-500'}."
+    )
 
 
 @pytest.mark.parametrize("nested", [False, True])

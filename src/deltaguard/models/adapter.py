@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -192,15 +193,29 @@ def open_model(reference: str | Path) -> WeightSource:
     """
     if not is_adapter(reference):
         return Checkpoint.open(reference)
+    with model_of(reference) as base:
+        aligned = Checkpoint.open(base)
+    return AdapterCheckpoint.open(aligned, reference)
+
+
+@contextmanager
+def model_of(reference: str | Path) -> Generator[str]:
+    """Name the model that an adapter belongs to, and say who named it where it does not serve.
+
+    Args:
+        reference: of a PEFT adapter.
+
+    Raises:
+        DeltaguardError: the adapter names none, or what is done with the name fails.
+    """
     base = base_of(reference)
     try:
-        aligned = Checkpoint.open(base)
+        yield base
     except DeltaguardError as error:
         raise DeltaguardError(
             f"The adapter {reference} names {base} as its model (base_model_name_or_path in its "
             f"{ADAPTER_CONFIG}). Correct it there where that is not the place. {error}"
         ) from error
-    return AdapterCheckpoint.open(aligned, reference)
 
 
 def base_of(reference: str | Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.models import loading
-from deltaguard.models.adapter import base_of, is_adapter, open_model
+from deltaguard.models.adapter import is_adapter, model_of, open_model
 from deltaguard.models.hub import locate
 from deltaguard.models.mirror import loadable
 
@@ -36,7 +36,8 @@ def find_folders(reference: str) -> Folders:
     folder = locate(reference)
     if not is_adapter(reference):
         return Folders(folder, None)
-    return Folders(locate(base_of(reference)), folder)
+    with model_of(reference) as base:
+        return Folders(locate(base), folder)
 
 
 def whole_model(reference: str) -> Path:
