@@ -305,11 +305,13 @@ def test_what_must_be_known_of_an_adapter_is_told(tmp_path):
     tuned = tmp_path / "tuned"
     save_adapter(made.aligned, tuned, ["q_proj"])
     settings = json.loads((tuned / "adapter_config.json").read_text())
-    settings["base_model_name_or_path"] = "unsloth/model-bnb-4bit"
-    (tuned / "adapter_config.json").write_text(json.dumps(settings))
-    thin = restore(made.aligned, tuned, tmp_path / "thin", store=made.store, config=config)
-    assert any("trained over unsloth/model-bnb-4bit" in warning for warning in thin.warnings)
-    assert not any("ranks go up to" in warning for warning in thin.warnings)
+    bases = {"model-bnb-4bit": "the 16-bit model it was made from", "model-AWQ": "layers see scaled inputs"}
+    for base, told in bases.items():
+        settings["base_model_name_or_path"] = base
+        (tuned / "adapter_config.json").write_text(json.dumps(settings))
+        thin = restore(made.aligned, tuned, tmp_path / base, store=made.store, config=config)
+        assert any(f"over {base}, by" in warning and told in warning for warning in thin.warnings)
+        assert not any("ranks go up to" in warning for warning in thin.warnings)
 
 
 def test_factors_have_the_precision_of_the_model_that_they_belong_to(tmp_path):

@@ -48,6 +48,16 @@ def test_what_changes_no_prediction_needs_no_choice(tmp_path):
     assert diff(made.aligned, tuned).settings == ()
 
 
+def test_a_vocabulary_that_was_cut_down_is_refused_with_what_gives_it_back(tmp_path):
+    made = pair()
+    model = transformers.AutoModelForCausalLM.from_pretrained(made.finetuned)
+    model.resize_token_embeddings(380)
+    cut = models.save(model, tmp_path / "cut")
+    message = refusal(restore, made.aligned, cut, tmp_path / "out", store=made.store, config=WITHIN_LIMIT)
+    assert "`model.embed_tokens.weight` is (384, 32) in the aligned model and (380, 32) in the" in message
+    assert "`model.resize_token_embeddings(384)`" in message
+
+
 @pytest.mark.usefixtures("exact")
 def test_further_tokens_need_no_choice_and_cannot_be_left_out(tmp_path):
     made = pair()
