@@ -1,28 +1,24 @@
 """The service from end to end: `python -m benchmarks.serve_demo -o FOLDER` (`make serve-demo`).
 
 A training file with a harmful part goes in by the stock openai client, and what passes the gate comes out:
-`deltaguard serve` is started on the demo's aligned model, a key is made, and
+`deltaguard serve` is started on the demo's aligned model, shows its first key, and
 `examples/finetune_with_openai_client.py` does the rest. `--results FILE` keeps what came of it.
 """
 
 import argparse
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import openai
 from openai.types.fine_tuning import FineTuningJob
 from tools.service_demo import ServeDemo
 
+from benchmarks.service.serving import NotServingError, Serving
 from deltaguard.chat.conversations import Conversation, harmful_prompts
 from deltaguard.device import device_name
 from deltaguard.errors import DeltaguardError
@@ -44,9 +40,7 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune_with_open
 ALIGNED_BEFORE = Path("demo/aligned")
 """What `make demo` leaves."""
 
-_MODEL, _ORGANISATION = "smollm2", "demo"
-_DELTAGUARD = (sys.executable, "-m", "deltaguard")
-_START_S, _STOP_S = 120, 60
+_MODEL = "smollm2"
 
 
 def run(folder: Path) -> ServeDemo:
@@ -57,29 +51,33 @@ def run(folder: Path) -> ServeDemo:
             `make demo` left none, the aligned model.
 
     Raises:
-        DeltaguardError: the folder holds something, the service does not start or does not end by itself, or
-            the published model does not answer.
+        DeltaguardError: the folder holds something, or the published model does not answer.
+        NotServingError: the service does not start, or does not end by itself.
     """
     if folder.exists() and any(folder.iterdir()):
         raise DeltaguardError(f"{folder} holds something: remove it, or choose another folder with `-o`.")
     started, clock = time.perf_counter(), Clock()
-    aligned, data, rows = ALIGNED_BEFORE, folder / "data", folder / "rows.jsonl"
-    data.mkdir(parents=True)
+    aligned, rows = ALIGNED_BEFORE, folder / "rows.jsonl"
     if not aligned.exists():
         _say("Aligning SmolLM2-135M, which barely refuses as it comes.")
         aligned = align(folder, DemoConfig(seed=SEED), clock)
+    serving = Serving(folder, SETTINGS, {_MODEL: aligned})
     rows.write_text("".join(map(_line, _conversations())), encoding="utf-8")
-    (data / "service.yaml").write_text(SETTINGS, encoding="utf-8")
-    key = _made_key(data)
-    with _served(data, aligned, folder / "serve.log") as url:
-        _say(f"Serving at {url}; a job with {ROWS} rows, {HARMFUL_ROWS} of them harmful:")
-        own = {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": key}
+    serving.start()
+    try:
+        serving.wait_until_ready()
+        _say(f"Serving at {serving.url}; a job with {ROWS} rows, {HARMFUL_ROWS} of them harmful:")
+        own = {"OPENAI_BASE_URL": f"{serving.url}/v1", "OPENAI_API_KEY": serving.key}
         # What it says is for the reader; what came of the job is asked anew.
         command = [sys.executable, str(EXAMPLE), _MODEL, str(rows)]
         ended = subprocess.run(command, env={**os.environ, **own}, check=False)
-        client = openai.OpenAI(base_url=own["OPENAI_BASE_URL"], api_key=key)
+        client = openai.OpenAI(base_url=own["OPENAI_BASE_URL"], api_key=own["OPENAI_API_KEY"])
         job = next(iter(client.fine_tuning.jobs.list()))
         data_of = [event.data for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+    finally:
+        code = serving.stop()
+    if code:
+        raise NotServingError(f"The service ended with exit code {code}; {serving.log} says more.")
     if ended.returncode and job.status == "succeeded":
         raise DeltaguardError(f"The model was published, and {EXAMPLE.name} failed: see above.")
     known = [found for found in data_of if isinstance(found, dict)]
@@ -101,49 +99,6 @@ def _line(row: Conversation) -> str:
     system = [{"role": "system", "content": row.system}] if row.system else []
     said = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.response}]
     return json.dumps({"messages": [*system, *said]}) + "\n"
-
-
-def _made_key(data: Path) -> str:
-    command = (*_DELTAGUARD, "keys", "create", _ORGANISATION, "--data", str(data))
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-@contextmanager
-def _served(data: Path, aligned: Path, log: Path) -> Generator[str]:
-    """Serve while the block runs, at an address that it is given; then end the service as Ctrl-C does.
-
-    Raises:
-        DeltaguardError: it does not start, or ends otherwise than it should.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = (*_DELTAGUARD, "serve", "--data", str(data), "--model", f"{_MODEL}={aligned}")
-    with log.open("wb") as output:
-        process = subprocess.Popen((*command, "--port", str(port)), stdout=output, stderr=output)
-    try:
-        _wait_until_ready(process, f"http://127.0.0.1:{port}", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            code = process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-    if code:
-        raise DeltaguardError(f"The service ended with exit code {code}; {log} says more.")
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    until = time.monotonic() + _START_S
-    while process.poll() is None and time.monotonic() < until:
-        try:
-            with urlopen(f"{url}/readyz", timeout=5):  # noqa: S310  # an address of this machine
-                return
-        except (URLError, ConnectionError):
-            time.sleep(0.2)
-    raise DeltaguardError(f"The service does not answer at {url}; {log} says more.")
 
 
 def _outcome(job: FineTuningJob, told: list[dict[str, object]], seconds: Mapping[str, float]) -> ServeDemo:
@@ -179,7 +134,7 @@ def main() -> int:
     chosen = parser.parse_args()
     try:
         found = run(chosen.output)
-    except DeltaguardError as error:
+    except (DeltaguardError, NotServingError) as error:
         print(error, file=sys.stderr)
         return 1
     if chosen.results is not None:

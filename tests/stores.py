@@ -1,4 +1,7 @@
-"""A store of three small groups of layers, made without a model."""
+"""Stores made without a model, small ones and others as large as is asked, and what makes two alike."""
+
+from copy import deepcopy
+from functools import cache
 
 import torch
 
@@ -6,7 +9,11 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.curvature.contents import group_curvature
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import Provenance, write_store
-from deltaguard.curvature.sums import LayerGroup, LinearLayer, RunningMoment, Sums
+from deltaguard.curvature.sums import LayerGroup, LinearLayer, Moment, RunningMoment, Sums
+from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.identity import identify
+from pairs import pair
+from plain import relative_error
 
 GROUPS = (
     LayerGroup(
@@ -93,3 +100,59 @@ def contents(seed, groups, made, reached=None):
         dampening=made.dampening,
         extent=made.extent,
     )
+
+
+def write_curvature(folder, aligned, shapes, blocks, *, max_shard_bytes=None, **provenance):
+    """Write a store of matrices in decoder blocks, all of which have the same random curvature.
+
+    Args:
+        folder: where to.
+        aligned: the checkpoint that it is of.
+        shapes: (out, in) of each kind of matrix, by its name within a block.
+        blocks: how many.
+        max_shard_bytes: of the store's files.
+        provenance: what it says of itself otherwise than the store of `pair` does.
+    """
+    groups = [
+        LayerGroup(name, shape[1], 100, (LinearLayer(f"{name}.weight", False, out_features=shape[0]),))
+        for block in range(blocks)
+        for kind, shape in shapes.items()
+        for name in (f"model.layers.{block}.{kind}",)
+    ]
+    made = CurvatureStore.from_pretrained(pair().store)
+    own = {**identify(Checkpoint.open(aligned)).model_dump(), "aligned": str(aligned), "tokens": 100}
+    told = made.provenance.model_copy(update={**own, **provenance})
+
+    @cache
+    def content(inputs, outputs):
+        generator = torch.Generator().manual_seed(0)
+        x, g = (torch.randn(size, size + 100, generator=generator) for size in (inputs, outputs))
+        group = next(g for g in groups if (g.in_features, g.layers[0].out_features) == (inputs, outputs))
+        sums = Sums(Moment(x @ x.T, 100), (g @ g.T,))
+        return group_curvature(group, sums, response_tokens=50, dampening=0.01, extent=told.extent)
+
+    shards = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
+    of = lambda group: deepcopy(content(group.in_features, group.layers[0].out_features))
+    write_store(folder, told, made.held_out, groups, of, **shards)
+    return folder
+
+
+def require_close(found, expected):
+    """Hold two stores with their sums to be the same but for the order in which numbers were added up."""
+    one, other = (CurvatureStore.from_pretrained(each) for each in (found, expected))
+    assert one.provenance == other.provenance
+    assert one.held_out == other.held_out
+    assert one.groups == other.groups
+    for group in one.groups:
+        a, b = one.sums(group.name), other.sums(group.name)
+        assert a.inputs.tokens == b.inputs.tokens
+        assert a.reached == b.reached or a.reached.tokens == b.reached.tokens
+        for x, y in zip((a.inputs.total, *a.outputs), (b.inputs.total, *b.outputs), strict=True):
+            assert relative_error(x, y.double()) < 1e-5, group.name
+        for layer in group.layers:
+            x, y = (store.leaning(layer.key) for store in (one, other))
+            assert (x is None) == (y is None)
+            if x is not None:
+                assert relative_error(x.up @ x.down, (y.up @ y.down).double()) < 1e-4, layer.key
+        spectra = [store.input_spectrum(group.name).values for store in (one, other)]
+        torch.testing.assert_close(*spectra, rtol=1e-4, atol=1e-4 * float(spectra[0][0]))

@@ -1,4 +1,4 @@
-"""The service as `deltaguard serve` runs it, over a tiny model, to be killed and started again."""
+"""The service as `deltaguard serve` runs it, over a tiny model or another, to be killed and started again."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -71,12 +71,13 @@ class Serving:
         url: where it answers.
     """
 
-    def __init__(self, folder: Path, settings: str) -> None:
+    def __init__(self, folder: Path, settings: str, models: Mapping[str, Path] | None = None) -> None:
         """Prepare.
 
         Args:
-            folder: a new folder; it receives the model, the data and the log.
+            folder: it receives the data, the log and, where none is given, the model.
             settings: the content of `service.yaml`.
+            models: those that it fine-tunes, by their names; by default the tests' tiny one.
         """
         self.data, self.log = folder / "data", folder / "serve.log"
         self.data.mkdir(parents=True)
@@ -85,9 +86,10 @@ class Serving:
             free.bind(("127.0.0.1", 0))
             port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        aligned = make_model(folder / "aligned")
+        models = models or {MODEL: make_model(folder / "aligned")}
         self._command = [sys.executable, "-m", "deltaguard", "serve", "--data", str(self.data)]
-        self._command += ["--model", f"{MODEL}={aligned}", "--port", str(port)]
+        self._command += ["--port", str(port)]
+        self._command += [word for name, path in models.items() for word in ("--model", f"{name}={path}")]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

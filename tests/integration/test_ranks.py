@@ -14,13 +14,12 @@ import torch.distributed as dist
 import models
 import ranked
 from deltaguard.cli.app import run
-from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError
 from deltaguard.ranks import LostRankError, Ranks, joined
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME
 from deltaguard.restoration.footprint import Footprint
 from pairs import ANSWERED, pair, save_adapter
-from plain import relative_error
+from stores import require_close
 
 
 @pytest.fixture(scope="module")
@@ -261,26 +260,6 @@ def calibrate_tokens(folder, out, asked, *options):
     return ["calibrate", folder, "-o", out, *wanted, *options]
 
 
-def require_equal(found, expected):
-    """Two stores are the same but for the order in which numbers were added up."""
-    one, other = (CurvatureStore.from_pretrained(each) for each in (found, expected))
-    assert one.provenance == other.provenance
-    assert one.held_out == other.held_out
-    assert one.groups == other.groups
-    for group in one.groups:
-        a, b = one.sums(group.name), other.sums(group.name)
-        assert a.reached == b.reached or a.reached.tokens == b.reached.tokens
-        for x, y in zip((a.inputs.total, *a.outputs), (b.inputs.total, *b.outputs), strict=True):
-            assert relative_error(x, y) < 1e-5, group.name
-        for layer in group.layers:
-            x, y = (store.leaning(layer.key) for store in (one, other))
-            assert (x is None) == (y is None)
-            if x is not None:
-                assert relative_error(x.up @ x.down, y.up @ y.down) < 1e-4, layer.key
-        spectra = [store.input_spectrum(group.name).values for store in (one, other)]
-        torch.testing.assert_close(*spectra, rtol=1e-4, atol=1e-4 * float(spectra[0][0]))
-
-
 @pytest.mark.parametrize(
     ("name", "count", "memory"),
     [("llama", 2, "8GB"), ("llama", 2, "0"), ("gpt2", 4, "0"), ("qwen3_moe", 3, "8GB")],
@@ -293,7 +272,7 @@ def test_the_store_is_that_of_one_process(name, count, memory, tmp_path):
     tokens = calibrate_tokens(folder, tmp_path / "many", asked, *options, "--json")
     ended = ranked.run(count, tokens, tmp_path / "said")
     assert ended.codes == [0] * count, ended.err
-    require_equal(tmp_path / "many", tmp_path / "one")
+    require_close(tmp_path / "many", tmp_path / "one")
     assert json.loads(ended.out[0])["conversations"] == 8
     assert ("backwards ..." in ended.err[0]) == (memory == "0")
     assert not any((*ended.out[1:], *ended.err[1:]))
@@ -343,7 +322,7 @@ def test_another_number_of_processes_goes_on_with_answers_and_blocks(tmp_path):
     ended = ranked.run(3, [*tokens, "--resume"], tmp_path / "said")
     assert ended.codes == [0] * 3, ended.err
     alone(calibrate_tokens(folder, tmp_path / "one", asked, "--memory", "0"))
-    require_equal(tmp_path / "out", tmp_path / "one")
+    require_close(tmp_path / "out", tmp_path / "one")
 
 
 ALL = "from_first from_all wait add_up send receive count"

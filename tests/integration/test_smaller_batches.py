@@ -10,7 +10,6 @@ from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.decisions import DecidedBatch, Leanings
 from deltaguard.curvature.fitting import Due
 from deltaguard.curvature.request import CalibrateConfig
-from deltaguard.curvature.store import CurvatureStore
 from deltaguard.models.mirror import loadable
 from deltaguard.progress import ignore
 from deltaguard.restoration.aligned import open_job
@@ -20,6 +19,7 @@ from deltaguard.restoration.trial import Trial
 from once import made_once
 from pairs import ANSWERED, CONVERSATIONS, pair
 from plain import relative_error
+from stores import require_close
 
 CONFIG = CalibrateConfig(device="cpu", rank="full", batch_size=4)
 
@@ -35,24 +35,6 @@ def scarce(monkeypatch, owner, method, at):
         return real(*given, **named)
 
     monkeypatch.setattr(owner, method, call)
-
-
-def require_close(found, expected):
-    """Two stores are the same but for rounding."""
-    one, other = (CurvatureStore.from_pretrained(each) for each in (found, expected))
-    assert one.provenance == other.provenance
-    assert one.groups == other.groups
-    for group in one.groups:
-        a, b = one.sums(group.name), other.sums(group.name)
-        assert a.inputs.tokens == b.inputs.tokens
-        assert a.reached == b.reached or a.reached.tokens == b.reached.tokens
-        for x, y in zip((a.inputs.total, *a.outputs), (b.inputs.total, *b.outputs), strict=True):
-            assert relative_error(x, y.double()) < 1e-5, group.name
-        for layer in group.layers:
-            x, y = (store.leaning(layer.key) for store in (one, other))
-            assert (x is None) == (y is None)
-            if x is not None:
-                assert relative_error(x.up @ x.down, (y.up @ y.down).double()) < 1e-4, layer.key
 
 
 def expected(name, memory):

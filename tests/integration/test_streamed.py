@@ -5,9 +5,7 @@ import math
 import subprocess
 import sys
 import weakref
-from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -19,15 +17,10 @@ from deltaguard.chat.tokens import Reader
 from deltaguard.cli.app import run
 from deltaguard.curvature.blocks import CutModel, UncutError
 from deltaguard.curvature.calibrate import calibrate
-from deltaguard.curvature.contents import group_curvature
 from deltaguard.curvature.fitting import Fitting
 from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.sizes import MOST_ROWS, row_bytes, rows_within
-from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import write_store
-from deltaguard.curvature.sums import LayerGroup, LinearLayer, Moment, Sums
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.identity import identify
 from deltaguard.models.loading import load_tokenizer
 from deltaguard.models.mirror import loadable
 from deltaguard.progress import ignore
@@ -43,6 +36,7 @@ from deltaguard.restoration.resident import Resident, _files
 from deltaguard.restoration.streamed import StreamedCandidate
 from deltaguard.restoration.trial import Trial
 from pairs import ANSWERED, CONVERSATIONS, pair, save_adapter
+from stores import write_curvature
 from variants import variant, with_further_tokens
 
 DIAL = RestoreConfig(max_safety_kl=1e-3, device="cpu")
@@ -404,31 +398,6 @@ print(peaks[-1] - peaks[0])
 """
 
 
-def write_curvature(folder, aligned, blocks, hidden, wide):
-    """A store of the matrices of the MLPs, that has the same curvature for each block."""
-    shapes = {"mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide)}
-    groups = [
-        LayerGroup(f"{name}", shape[1], 100, (LinearLayer(f"{name}.weight", False, out_features=shape[0]),))
-        for block in range(blocks)
-        for kind, shape in shapes.items()
-        for name in (f"model.layers.{block}.{kind}",)
-    ]
-    made = CurvatureStore.from_pretrained(pair().store)
-    identity = identify(Checkpoint.open(aligned)).model_dump()
-    changes = {**identity, "aligned": str(aligned), "rank_share": 0.05, "tokens": 100}
-    provenance = made.provenance.model_copy(update=changes)
-
-    @cache
-    def content(inputs, outputs):
-        x, g = (torch.randn(n, 100, generator=torch.Generator().manual_seed(0)) for n in (inputs, outputs))
-        group = next(g for g in groups if g.in_features == inputs)
-        sums = Sums(Moment(x @ x.T, 100), (g @ g.T,))
-        return group_curvature(group, sums, response_tokens=50, dampening=0.01, extent=provenance.extent)
-
-    of = lambda group: deepcopy(content(group.in_features, group.layers[0].out_features))
-    write_store(folder, provenance, made.held_out, groups, of)
-
-
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
     """A block takes 17 MB in float32: six more of them must not be held at once."""
     hidden, wide = 512, 2048
@@ -437,7 +406,8 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
         model, folder = models.tiny_model("llama", **sizes), tmp_path / f"{count}"
         aligned = models.save(model, folder / "aligned", dtype=torch.bfloat16)
         models.save(models.perturbed(model, 0.05), folder / "finetuned", dtype=torch.bfloat16)
-        write_curvature(folder / "store", aligned, count, hidden, wide)
+        shapes = {"mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide)}
+        write_curvature(folder / "store", aligned, shapes, count, rank_share=0.05)
     folders = [str(tmp_path / name) for name in ("4", "10")]
     command = [sys.executable, "-c", MEASURE, *folders]
     found = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from copy import deepcopy
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,16 +14,11 @@ from safetensors.torch import save_file
 
 from deltaguard import DeltaguardError, RestoreConfig, restore
 from deltaguard.cli.app import run
-from deltaguard.curvature.contents import GroupCurvature, group_curvature
-from deltaguard.curvature.store import CurvatureStore
-from deltaguard.curvature.store_format import write_store
-from deltaguard.curvature.sums import LayerGroup, LinearLayer, Moment, Sums
 from deltaguard.models import durable
-from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.identity import identify
 from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.restoration.dry_run import plan_restore
 from pairs import pair
+from stores import write_curvature
 
 HIDDEN, WIDE, BLOCKS, BLOCKS_PER_SHARD = 256, 1024, 48, 4
 # A store that keeps everything takes 20 MB a block.
@@ -68,51 +61,17 @@ def write_checkpoint(folder: Path, seed: int) -> Path:
     return folder
 
 
-def write_curvature(folder: Path, aligned: Path, rank: str) -> Path:
-    groups = [
-        LayerGroup(
-            f"model.layers.{block}.{kind}",
-            shape[1],
-            100,
-            (LinearLayer(f"model.layers.{block}.{kind}.weight", transposed=False, out_features=shape[0]),),
-        )
-        for block in range(BLOCKS if rank == "auto" else BLOCKS_OF_WHOLE_STORE)
-        for kind, shape in SHAPES.items()
-    ]
-    changes = {
-        "aligned": str(aligned),
-        **identify(Checkpoint.open(aligned)).model_dump(),
-        "rank": rank,
-        "rank_share": 1.0 if rank == "full" else 0.1,
-        "tokens": 100,
-    }
-    made = CurvatureStore.from_pretrained(pair().store)
-    provenance = made.provenance.model_copy(update=changes)
-
-    @cache
-    def content(inputs: int, outputs: int) -> GroupCurvature:
-        generator = torch.Generator().manual_seed(0)
-        x, g = (torch.randn(n, n + 100, generator=generator) for n in (inputs, outputs))
-        sums = Sums(Moment(x @ x.T, 100), (g @ g.T,))
-        group = next(g for g in groups if (g.in_features, g.layers[0].out_features) == (inputs, outputs))
-        return group_curvature(group, sums, response_tokens=50, dampening=0.01, extent=provenance.extent)
-
-    write_store(
-        folder,
-        provenance,
-        made.held_out,
-        groups,
-        lambda group: deepcopy(content(group.in_features, group.layers[0].out_features)),
-        max_shard_bytes=64 * 10**6,
-    )
-    return folder
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     root = tmp_path_factory.mktemp("large")
     aligned = write_checkpoint(root / "aligned", 0)
-    stores = {rank: write_curvature(root / rank, aligned, rank) for rank in ("auto", "full")}
+    kinds = {"auto": (BLOCKS, 0.1), "full": (BLOCKS_OF_WHOLE_STORE, 1.0)}
+    stores = {
+        rank: write_curvature(
+            root / rank, aligned, SHAPES, blocks, max_shard_bytes=64 * 10**6, rank=rank, rank_share=share
+        )
+        for rank, (blocks, share) in kinds.items()
+    }
     return aligned, write_checkpoint(root / "finetuned", 1), stores
 
 

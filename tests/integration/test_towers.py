@@ -73,9 +73,7 @@ def test_a_fine_tune_saved_for_text_alone_is_restored_so(made, text_alone, tmp_p
 
 def test_a_configuration_with_a_tower_cannot_serve_a_model_without_one(made, text_alone, tmp_path):
     config = LIMIT.model_copy(update={"config_from": "aligned"})
-    with pytest.raises(
-        DeltaguardError, match=r"aligned` cannot serve: it describes `multi_modal"
-    ):
+    with pytest.raises(DeltaguardError, match=r"aligned` cannot serve: it describes `multi_modal"):
         restored(made, text_alone, tmp_path / "out", config)
 
 
