@@ -106,8 +106,8 @@ def positions_table(content: str) -> str:
     how = (
         f"{found.finetune}; seeds {', '.join(map(str, found.finetuned))}, of which {CHOOSING} and every "
         f"other one of {len(found.aligned)} held-out requests to choose on, the rest to report on; "
-        f"likelihood of {found.tasks} task answers; gain interpolated between strengths; "
-        f"{made_with(found.environment)}"
+        f"likelihood of {found.tasks} task answers; gain interpolated between strengths, that of the "
+        f"loosest where none adds {LIMIT:g} points; `{found.command}`; {made_with(found.environment)}"
     )
     return f"{drawn}\n\n{small(how)}"
 
