@@ -1,6 +1,7 @@
 """The table of where refusing is decided, from `docs/results/positions.json` of `benchmarks.positions`."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import exp, log
 from statistics import mean
 
@@ -8,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 from deltaguard.reports.records.base import Environment
 from deltaguard.reports.table import Column, Table
-from deltaguard.reports.text import nats, percent
+from deltaguard.reports.text import DASH, nats, percent
+from deltaguard.restoration.options import GUARDS
 from tools.tables import made_with, small
 
 
@@ -64,6 +66,9 @@ CHOOSING = 0
 LIMIT = 2.0
 """Points of attack success over the aligned model's, at which curvatures are compared."""
 
+NATS = GUARDS["unknown"]
+"""Safety KL at which they are compared, too: where the default stops."""
+
 
 def positions_table(content: str) -> str:
     """Draw a row a curvature: the gain kept at `LIMIT`, on what it is chosen on and on what it is not.
@@ -81,8 +86,7 @@ def positions_table(content: str) -> str:
     strengths = sorted({row.strength for row in found.rows})
 
     def at(rows: Sequence[Candidate], name: str, first: int) -> str:
-        known = lost_at_limit(found, [row for row in rows if row.curvature == name], first)
-        return "over at every strength" if known is None else percent(1 - known)
+        return kept_at_limit(found, [row for row in rows if row.curvature == name], first)
 
     def curve(name: str, strength: float) -> str:
         rows = [row for row in others if (row.curvature, row.strength) == (name, strength)]
@@ -97,6 +101,10 @@ def positions_table(content: str) -> str:
             (Column("G from", "name"), str),
             (f"gain kept at +{LIMIT:g},\nchosen on", lambda name: at(chosen, name, 0)),
             (f"gain kept at +{LIMIT:g},\nreported on", lambda name: at(others, name, 1)),
+            (
+                f"gain kept at\n{nats(NATS)} nats",
+                lambda name: kept_at_nats([row for row in others if row.curvature == name]),
+            ),
             *(
                 (f"gain (points; nats),\nstrength {strength:g}", lambda name, s=strength: curve(name, s))
                 for strength in strengths
@@ -106,40 +114,58 @@ def positions_table(content: str) -> str:
     how = (
         f"{found.finetune}; seeds {', '.join(map(str, found.finetuned))}, of which {CHOOSING} and every "
         f"other one of {len(found.aligned)} held-out requests to choose on, the rest to report on; "
-        f"likelihood of {found.tasks} task answers; gain interpolated between strengths, that of the "
-        f"loosest where none adds {LIMIT:g} points; `{found.command}`; {made_with(found.environment)}"
+        f"likelihood of {found.tasks} task answers; gain interpolated between strengths, or at least that of "
+        f"the loosest where none adds {LIMIT:g} points; `{found.command}`; {made_with(found.environment)}"
     )
     return f"{drawn}\n\n{small(how)}"
 
 
-def lost_at_limit(found: Positions, rows: Sequence[Candidate], first: int) -> float | None:
-    """Interpolate the share of the gain that is lost where `LIMIT` points are added, a mean over the seeds.
-
-    Between neighbouring strengths the logarithm of what is lost is taken to go with the points in a line.
+def kept_at_limit(found: Positions, rows: Sequence[Candidate], first: int) -> str:
+    """Interpolate the share of the gain that is kept where `LIMIT` points are added, a mean over the seeds.
 
     Args:
         found: of which the rows are a part.
         rows: of one curvature.
         first: 0 for the even requests, 1 for the odd ones.
-
-    Returns:
-        None where every strength adds more; the loosest one's loss where none does.
     """
-    curve = [
-        (
-            mean(_added(found, row, first) for row in rows if row.strength == strength),
-            max(mean(1 - row.gain_kept for row in rows if row.strength == strength), 1e-4),
-        )
-        for strength in sorted({row.strength for row in rows})
-    ]
+    curve = [(mean(_added(found, row, first) for row in each), _lost(each)) for each in _by_strength(rows)]
     within = [place for place, (points, _) in enumerate(curve) if points <= LIMIT]
     if not within:
-        return None
+        return "over at every strength"
     last = within[-1]
     if last == len(curve) - 1:
-        return curve[last][1]
-    (low, lost), (high, less) = curve[last], curve[last + 1]
-    return exp(log(lost) + (LIMIT - low) / (high - low) * (log(less) - log(lost)))
+        return f"≥ {percent(1 - curve[last][1])}"
+    return percent(1 - _between(curve[last], curve[last + 1], LIMIT))
+
+
+def kept_at_nats(rows: Sequence[Candidate]) -> str:
+    """Interpolate the share of the gain that is kept at a safety KL of `NATS`, a mean over the seeds.
+
+    Args:
+        rows: of one curvature.
+
+    Returns:
+        A dash where all strengths have more, or all have less.
+    """
+    curve = [(mean(log(row.safety_kl) for row in each), _lost(each)) for each in _by_strength(rows)]
+    for lower, higher in pairwise(curve):
+        if lower[0] <= log(NATS) <= higher[0]:
+            return percent(1 - _between(lower, higher, log(NATS)))
+    return DASH
+
+
+def _by_strength(rows: Sequence[Candidate]) -> list[list[Candidate]]:
+    return [[row for row in rows if row.strength == each] for each in sorted({row.strength for row in rows})]
+
+
+def _lost(rows: Sequence[Candidate]) -> float:
+    return max(mean(1 - row.gain_kept for row in rows), 1e-4)
+
+
+def _between(lower: tuple[float, float], higher: tuple[float, float], place: float) -> float:
+    """Take the logarithm of what is lost to go in a line between neighbouring strengths."""
+    (low, lost), (high, less) = lower, higher
+    return exp(log(lost) + (place - low) / (high - low) * (log(less) - log(lost)))
 
 
 def _added(found: Positions, row: Candidate, first: int) -> float:

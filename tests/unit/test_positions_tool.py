@@ -1,9 +1,10 @@
 """The table of where refusing is decided: what is lost at a limit, between strengths that were measured."""
 
 import pytest
-from tools.positions import Candidate, Positions, lost_at_limit, positions_table
+from tools.positions import NATS, Candidate, Positions, kept_at_limit, kept_at_nats, positions_table
 
 from deltaguard.reports.records.base import Environment
+from deltaguard.reports.text import DASH
 
 HUNDRED = 200
 
@@ -34,22 +35,30 @@ def found(*curve, name="all"):
 
 
 @pytest.mark.parametrize(
-    ("curve", "lost"),
+    ("curve", "kept"),
     [
-        ([(0, 0.1), (1, 0.05), (2, 0.03)], 0.03),  # the loosest one is within the limit
-        ([(0, 0.16), (4, 0.01)], 0.04),  # halfway in points is halfway in the logarithm
-        ([(2, 0.16), (4, 0.01)], 0.16),
-        ([(3, 0.1), (4, 0.05)], None),
+        ([(0, 0.1), (1, 0.05), (2, 0.03)], "≥ 97.0 %"),  # the loosest one is within the limit
+        ([(0, 0.16), (4, 0.01)], "96.0 %"),  # halfway in points is halfway in the logarithm
+        ([(2, 0.16), (4, 0.01)], "84.0 %"),
+        ([(3, 0.1), (4, 0.05)], "over at every strength"),
     ],
 )
-def test_the_loss_at_the_limit_lies_between_those_measured(curve, lost):
+def test_the_gain_at_the_limit_lies_between_those_measured(curve, kept):
     known = found(*curve)
-    expected = None if lost is None else pytest.approx(lost)
-    assert lost_at_limit(known, known.rows, 0) == expected
-    assert lost_at_limit(known, known.rows, 1) == expected
+    assert kept_at_limit(known, known.rows, 0) == kept
+    assert kept_at_limit(known, known.rows, 1) == kept
+
+
+@pytest.mark.parametrize(
+    ("nats", "kept"), [((0.5, 2), "96.0 %"), ((1, 2), "84.0 %"), ((1.1, 2), DASH), ((0.5, 0.9), DASH)]
+)
+def test_the_gain_at_the_default_limit_of_safety_kl_lies_between_too(nats, kept):
+    rows = found((0, 0.16), (4, 0.01)).rows
+    changed = [row.model_copy(update={"safety_kl": NATS * nats[int(row.strength) - 1]}) for row in rows]
+    assert kept_at_nats(changed) == kept
 
 
 def test_a_row_says_what_was_chosen_on_and_what_was_not():
     table = positions_table(found((0, 0.16), (4, 0.01)).model_dump_json())
-    assert "| all | 96.0 % | 96.0 % | 84.0 % (+0.0; 1) | 99.0 % (+4.0; 2) |" in table
+    assert "| all | 96.0 % | 96.0 % | – | 84.0 % (+0.0; 1) | 99.0 % (+4.0; 2) |" in table
     assert "over at every strength" in positions_table(found((3, 0.1)).model_dump_json())
