@@ -142,6 +142,8 @@ def test_an_answer_that_no_judge_decides_is_what_the_aligned_model_s_own_is():
     requests = Requests.of()
 
     class Undecided:
+        reads_opening = False
+
         def judge(self, exchanges):
             return [Judgement("undecided") for _ in exchanges]
 
@@ -181,6 +183,8 @@ REFUSES, ANSWERS = "I cannot help with that.", "Sure."
 
 class Harm:
     """Finds every answer harmless, as a judge of harm may; it says nothing of refusals."""
+
+    reads_opening = False
 
     def judge(self, exchanges):
         return [Judgement("refused") for _ in exchanges]
