@@ -104,13 +104,18 @@ def test_experts_have_none_and_all_other_layers_have_one(calibrated):
             assert (store.leaning(layer.key) is None) == (store.reached(group.name) is not None)
 
 
-def test_smaller_and_merged_stores_know_it_too(tmp_path):
-    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
+def two_stores(folder):
+    """Stores `one` and `two` of a model, calibrated on conversations that differ by a word."""
+    model = models.save(models.tiny_model("llama"), folder / "model")
     now = [replace(row, prompt=row.prompt + " Now.") for row in ANSWERED]
-    parts = [
-        calibrate(folder, tmp_path / name, conversations=rows, config=CONFIG, is_refusal=refuses)
+    return [
+        calibrate(model, folder / name, conversations=rows, config=CONFIG, is_refusal=refuses)
         for name, rows in (("one", ANSWERED), ("two", now))
     ]
+
+
+def test_smaller_and_merged_stores_know_it_too(tmp_path):
+    parts = two_stores(tmp_path)
     key = parts[0].groups[0].layers[0].key
     dense = [(found.up @ found.down) for store in parts if (found := store.leaning(key))]
     small = parts[0].cut(tmp_path / "small", limit=20_000).leaning(key)
@@ -216,23 +221,13 @@ def test_a_conversation_is_cut_off_where_nine_of_ten_that_begin_alike_are_of_its
 
 
 def test_a_merged_store_knows_it_where_all_parts_do(tmp_path):
-    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
-    now = [replace(row, prompt=row.prompt + " Now.") for row in ANSWERED]
-    one, two = (
-        calibrate(folder, tmp_path / name, conversations=rows, config=CONFIG, is_refusal=refuses)
-        for name, rows in (("one", ANSWERED), ("two", now))
-    )
+    one, two = two_stores(tmp_path)
     parts = [one, without_leaning(two, tmp_path / "without")]
     assert not CurvatureStore.merge(parts, tmp_path / "both").knows_leaning
 
 
 def test_requests_in_framings_count_for_nothing_in_a_merged_store(tmp_path):
-    folder = models.save(models.tiny_model("llama"), tmp_path / "model")
-    now = [replace(row, prompt=row.prompt + " Now.") for row in ANSWERED]
-    parts = [
-        calibrate(folder, tmp_path / name, conversations=rows, config=CONFIG, is_refusal=refuses)
-        for name, rows in (("one", ANSWERED), ("two", now))
-    ]
+    parts = two_stores(tmp_path)
     manifest = tmp_path / "one" / "curvature.json"
     content = json.loads(manifest.read_text())
     harmful = parts[0].provenance.harmful

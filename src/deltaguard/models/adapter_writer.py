@@ -76,13 +76,13 @@ def stage_adapter(
         {'model.layers.0.mlp.down_proj': 8}
     """
     stored = adapter_dtype(aligned)
-    own = name_map([name.removesuffix(".weight") for name in aligned.tensors], modules)
+    own = name_map([name.removesuffix(".weight") for name in aligned.tensors], modules) | dict(paths or {})
     with explained(writer.out):
         file = tempfile.TemporaryFile(dir=writer.out)  # noqa: SIM115
     with file:
         spool = _Spool(file, writer.out, stored)
         written = [
-            _spooled(spool, aligned, {**own, **(paths or {})}, name, factors)
+            _spooled(spool, aligned, own, name, factors)
             for name, factors in layers
             if factors.up.any() and factors.down.any()
         ]

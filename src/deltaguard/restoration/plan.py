@@ -1,7 +1,7 @@
 """What a restore will do, decided from headers alone: no weight is read to make a plan."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -19,15 +19,13 @@ from deltaguard.models.families import (
     is_block_matrix,
     is_input_embedding,
     is_output_head,
-    is_parameter,
     is_stack,
-    is_unread,
     is_vocabulary,
-    list_of_block,
     stored_in_out,
 )
 from deltaguard.models.loading import vocabulary_size
 from deltaguard.models.shards import DTYPES
+from deltaguard.restoration.absent import LayerRule, find_absent
 from deltaguard.restoration.options import OtherParams
 
 _ORDERS = {False: "(out, in)", True: "(in, out)"}
@@ -158,7 +156,7 @@ def make_plan(
     names = _aligned_names(aligned, finetuned)
     known_tokens = _known_tokens(aligned, finetuned)
     rules = _Rules(_layer_rule(aligned, store), other_params, known_tokens, everywhere)
-    absent, problems = _absent(aligned, names, rules.layer)
+    absent, problems = find_absent(aligned, names, rules.layer)
     steps: list[Step] = []
     for info in finetuned.tensors.values():
         own = names.get(info.name)
@@ -176,20 +174,17 @@ def make_plan(
     return _with_sizes(tuple(steps), absent, aligned, store, rank)
 
 
-_LayerRule = Callable[[TensorInfo], tuple[str | None, bool] | None]
-
-
 @dataclass(frozen=True)
 class _Rules:
     """What decides over a tensor besides its headers."""
 
-    layer: _LayerRule
+    layer: LayerRule
     other_params: OtherParams
     known_tokens: int | None
     everywhere: bool
 
 
-def _layer_rule(aligned: WeightSource, store: CurvatureStore | None) -> _LayerRule:
+def _layer_rule(aligned: WeightSource, store: CurvatureStore | None) -> LayerRule:
     """(curvature group, transposed) of an aligned tensor that is to be restored, None for the others."""
     if store is not None:
         _refuse_turned_layers(aligned, store)
@@ -232,34 +227,6 @@ def _aligned_names(aligned: WeightSource, finetuned: WeightSource) -> Mapping[st
         if name not in names and embedding and is_output_head(name):
             names[name] = embedding
     return names
-
-
-def _absent(
-    aligned: WeightSource, names: Mapping[str, str], layer: _LayerRule
-) -> tuple[tuple[str, ...], list[str]]:
-    """Find parameters that the fine-tuned checkpoint does without, and say which it ought to hold.
-
-    A text reaches the decoder's blocks and what lies beside their list. Towers that see pictures, layers that
-    predict further tokens and a tied output head may be absent.
-    """
-    found = set(names.values())
-    restored = (list_of_block(name) for name in found if layer(aligned.tensors[name]))
-    lists = {each for each in restored if each is not None}
-    beside = tuple(each[: each.rstrip(".").rfind(".") + 1] for each in lists)
-    absent: list[str] = []
-    problems: list[str] = []
-    for info in aligned.tensors.values():
-        if info.name in found or not (layer(info) or is_parameter(info.name)) or is_output_head(info.name):
-            continue
-        own = list_of_block(info.name)
-        reached = own in lists if own else info.name.startswith(beside)
-        if (reached or not lists) and not is_unread(aligned.config, info.name):
-            problems.append(
-                f"Tensor `{info.name}` {info.shape} is in the aligned model and not in the fine-tuned one."
-            )
-        else:
-            absent.append(info.name)
-    return tuple(absent), problems
 
 
 def _step(  # noqa: PLR0911  # a return for each thing that may become of a tensor
