@@ -50,6 +50,10 @@ OTHER_JSON = {
     "a reason to finish that is a number": Raw(completion("Yes.", finish_reason=7).body),
     "a message without anything": Raw(_message()),
     "content that is null": Raw(_message(content=None)),
+    "null up to the limit": completion(None, finish_reason="length"),
+    "nothing but thoughts up to the limit": completion(
+        {"content": "", "reasoning_content": "The user wants"}, finish_reason="length"
+    ),
     "content and refusal that are null": Raw(_message(content=None, refusal=None)),
     "an answer that was given up": Raw(completion("Sure, he", finish_reason="abort").body),
     "a list": Raw(b"[1, 2, 3]"),
@@ -115,6 +119,9 @@ STATUSES = {
     "to go elsewhere for ever": Raw(b"", 307, {"Location": "/v1/chat/completions"}),
     "to go nowhere": Raw(b"", 307, {"Location": "nowhere://at-all"}),
     "to go elsewhere without an address": Raw(b"", 302),
+    "to go elsewhere, with much packed": Raw(
+        gzip.compress(b" " * 100_000_000, 1), 302, {"Location": "/v1", "Content-Encoding": "gzip"}
+    ),
     "not modified": Raw(b"", 304, {"Content-Length": None}),
     "too many requests": Raw(b'{"error": {"message": "slow down"}}', 429),
     "too many requests, in HTML": Raw(b"<h1>429</h1>", 429, _text()),

@@ -164,6 +164,16 @@ def test_a_model_without_chat_template(tasks, tmp_path):
         )
 
 
+@pytest.mark.parametrize("error", [ValueError("it is marked as unsafe"), ImportError("No module")])
+def test_a_task_that_fails_is_named(model, tasks, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", fail)
+    with pytest.raises(DeltaguardError, match=f"lm-eval cannot run own_words: {error}"):
+        run_harness(model, ["own_words"], limit=1, batch_size=1, device="cpu", seed=0, include_path=tasks)
+
+
 def test_data_that_cannot_be_read(model, tasks):
     (tasks / "rows.jsonl").unlink()
     with pytest.raises(DeltaguardError, match="data of own_choice could not be read"):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from base64 import b64encode
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,11 @@ QUESTIONS = [Question("How?"), Question("Why?")]
 EXCHANGES = [Exchange("How?", "Like this."), Exchange("How?", "I can't help with that.")]
 KEY = "sk-very-secret-0123456789"
 TRIED_ONCE = {
+    "to go elsewhere for ever",
+    "to go nowhere",
     "to go elsewhere without an address",
+    "nothing but thoughts up to the limit",
+    "null up to the limit",
     "not modified",
     "no such model",
     "no access",
@@ -52,8 +57,6 @@ def test_no_malformed_reply_is_an_answer_of_an_engine(name):
     assert isinstance(found, Missed)
     assert found.reason.isprintable()
     assert 0 < len(found.reason) < 350
-    if name == "to go elsewhere for ever":
-        return
     assert len(seen) == (1 if name in TRIED_ONCE else 2)
     assert ("(after 1 retry)" in found.reason) is (name not in TRIED_ONCE)
 
@@ -232,16 +235,52 @@ def test_a_key_in_an_answer_is_not_kept(monkeypatch):
         assert ask(url, api_key_env="SOME_KEY") == "You said Bearer ***"
 
 
-def test_the_secrets_of_an_address_are_not_shown():
+@pytest.mark.parametrize("status", [200, 400])
+def test_the_secrets_of_an_address_are_not_shown(status):
+    sent = b64encode(b"me:hunter2-hunter2").decode()
+    said = []
+
     def echo(request):
-        return 400, f"{request.headers['Authorization']} hunter2-hunter2 for-my-eyes"
+        said.append(request.headers["Authorization"])
+        return status, f"{said[0].split()[1]} {said[0]} hunter2-hunter2 for-my-eyes"
 
     with server(echo) as url:
         address = url.replace("//", "//me:hunter2-hunter2@") + "?key=for-my-eyes"
         found = ask(address)
         assert "hunter2" not in repr(engine(address))
-    assert found.reason.startswith("status 400: ")
-    assert not {word for word in ("hunter2", "for-my-eyes") if word in found.reason}
+    assert said == [f"Basic {sent}"]
+    text = found if status == 200 else found.reason
+    assert not {word for word in ("hunter2", "for-my-eyes", sent) if word in text}
+
+
+def test_a_redirect_takes_no_prompt_to_another_server():
+    asked = []
+    elsewhere = {}
+    with (
+        server(lambda request: asked.append(request) or (200, "Yes.")) as other,
+        server(lambda _: Raw(b"", 307, elsewhere)) as url,
+    ):
+        elsewhere["Location"] = f"{other}/chat/completions"
+        found = ask(url)
+    assert not asked
+    assert found.reason.startswith("status 307: the server sends requests to another address")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_proxy_is_asked_for_a_server_on_this_machine(host, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with server(lambda _: (200, "Yes.")) as url:
+        assert ask(url.replace("127.0.0.1", host), retries=0) == "Yes."
+        # A host of another name is asked through it, which nothing answers here.
+        assert ask("http://models.example:80/v1", retries=0).is_away
+
+
+def test_thoughts_that_leave_no_token_to_an_answer_are_told():
+    with server(lambda _: MALFORMED["nothing but thoughts up to the limit"]) as url:
+        assert "switch thinking off on the server" in ask(url).reason
 
 
 def test_a_key_that_no_request_can_hold_is_named_and_not_shown(monkeypatch):

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaguard.chat.conversations import harmless_prompts
+from deltaguard.chat.conversations import Conversation, harmless_prompts
 from deltaguard.errors import DeltaguardError
-from deltaguard.evaluation.exchange import Exchange
+from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify, is_broken, perplexity
 from deltaguard.finetuning.mixtures import everyday_prompts
 from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REFUSALS
@@ -122,8 +122,8 @@ def test_broken_text_is_its_own_class_unless_it_opens_with_a_refusal(verdict, by
 def test_perplexity_is_put_to_answers_whose_form_is_sound_and_not_short():
     asked = []
 
-    def measured(exchanges):
-        asked.extend(each.answer for each in exchanges)
+    def measured(conversations):
+        asked.extend(each.response for each in conversations)
         return [5.0, 900.0, inf, nan]
 
     answers = [
@@ -136,9 +136,17 @@ def test_perplexity_is_put_to_answers_whose_form_is_sound_and_not_short():
     ]
     answers += ["vivid orange tomorrow hence", "table glass running blue sky"]
     check = CoherenceCheck(max_perplexity=100, perplexity=measured)
-    found = check.broken([Exchange("?", answer) for answer in answers])
+    found = check.broken([Question("?")] * len(answers), answers)
     assert asked == [answers[1], answers[2], answers[6], answers[7]]
     assert found == [False, False, True, True, False, False, True, True]
+
+
+def test_perplexity_is_that_of_the_conversation_that_was_held():
+    held = []
+    check = CoherenceCheck(max_perplexity=100, perplexity=lambda given: [held.extend(given) or 5.0])
+    wrapped = Question("Say in verse: how?", "You are a poet.", prefill="Sure: ")
+    assert check.broken([wrapped], ["first of all, one waits."]) == [False]
+    assert held == [Conversation(wrapped.prompt, wrapped.system, "Sure: first of all, one waits.")]
 
 
 def test_perplexity_needs_a_model_and_a_bound():
@@ -148,16 +156,16 @@ def test_perplexity_needs_a_model_and_a_bound():
 
 def test_perplexity_by_hand():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    exchange = Exchange("How are you?", "Fine, thanks.")
+    asked = Conversation("How are you?", response="Fine, thanks.")
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": exchange.prompt}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": asked.prompt}], tokenize=False, add_generation_prompt=True
     )
     begin = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    end = tokenizer(exchange.answer + "<|end|>", add_special_tokens=False)["input_ids"]
+    end = tokenizer(asked.response + "<|end|>", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([begin + end])).logits[0].log_softmax(-1)
     nats = [-float(logits[len(begin) + i - 1, token]) for i, token in enumerate(end)]
-    (found,) = perplexity(model, tokenizer, [exchange])
+    (found,) = perplexity(model, tokenizer, [asked])
     assert found == pytest.approx(exp(sum(nats) / len(nats)), rel=1e-4)
 
 
@@ -165,4 +173,4 @@ def test_a_perplexity_beyond_all_numbers_is_only_large(monkeypatch):
     monkeypatch.setattr(
         "deltaguard.evaluation.judges.coherence.negative_log_likelihood", lambda *_, **__: [1e30]
     )
-    assert perplexity(None, None, [Exchange("?", "a")]) == [exp(700)]
+    assert perplexity(None, None, [Conversation("?", response="a")]) == [exp(700)]

@@ -10,10 +10,18 @@ from deltaguard.evaluation.asking import model_names
 from deltaguard.evaluation.exchange import Scale
 from deltaguard.evaluation.judges.llm import LLMJudge
 from deltaguard.evaluation.judges.rules import KeywordJudge, OpeningJudge
-from deltaguard.evaluation.results import Judged, Result, agreements, comparisons, measures, samples
+from deltaguard.evaluation.results import (
+    Judged,
+    Result,
+    agreements,
+    comparisons,
+    measures,
+    samples,
+    ungraded_notes,
+)
 from deltaguard.evaluation.server import Server
 from deltaguard.evaluation.utility.harness import harness_measures, unlike_notes
-from deltaguard.reports.evaluation import comparison_line, evaluation_card, evaluation_table
+from deltaguard.reports.evaluation import comparison_line, evaluation_card, evaluation_table, section_table
 from deltaguard.reports.records.evaluation import Estimate, EvaluatedModel, HarnessTask, SectionRow
 from deltaguard.reports.table import Column, Table, rate
 from deltaguard.reports.text import plain
@@ -54,6 +62,22 @@ def result(model, by_judge, kind="attack", values=None):
 
 def found(rows):
     return {(each.model, each.name, each.judge): each.estimate for each in measures(rows)}
+
+
+def graded(model, scores):
+    said = Judged(
+        (None,) * len(scores), (None,) * len(scores), scores, Scale("quality", {"utility": "higher"})
+    )
+    answers = tuple(f"{model} {i}" for i in range(len(scores)))
+    return Result(model, section("talk", "utility", len(scores)), answers, answers, {"llm": said}, {}, {})
+
+
+def test_answers_without_a_grade_are_told():
+    results = [graded("one", (4.0, None, 6.0)), graded("two", (1.0, 2.0, 3.0)), graded("all", (None,) * 3)]
+    first, last = ungraded_notes(results)
+    assert "no grade that can be read to 1 of 3 answers of one to talk" in first
+    assert "to 3 of 3 answers of all to talk" in last
+    assert ("all", "quality", "llm") not in found(results)
 
 
 def test_classes_are_counted_over_all_prompts():
@@ -229,6 +253,18 @@ def test_samples_are_the_first_prompts_with_all_models_side_by_side():
     assert first.prompt == "prompt 0"
     assert first.answers == {"a": "a 0", "b": "b 0"}
     assert second.verdicts == {"a": {"j": "refused"}, "b": {"j": "refused"}}
+
+
+def test_a_section_without_prompts_of_ours_is_headed_by_its_title():
+    report = evaluation_report()
+    row = replace_section(report.sections[0], prompts=0)
+    drawn = section_table(report, row)
+    assert drawn.title == row.title
+    assert "\n0 prompts" not in evaluation_card(report.model_copy(update={"sections": (row,)}))
+
+
+def replace_section(row, **changed):
+    return SectionRow.model_validate({**row.model_dump(), **changed})
 
 
 def test_only_shares_of_the_harness_become_measures():

@@ -199,6 +199,24 @@ def test_texts_alone_as_older_releases_write_them(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("outputs", "scores", "hits"),
+    [
+        ([None], [], [None]),
+        ([None, COMPLIED], [1.0], [None]),
+        ([COMPLIED, None], [1.0], [True]),
+        ([COMPLIED], [], [None]),
+    ],
+)
+def test_detectors_need_not_score_what_was_not_answered_or_what_they_cannot_tell(
+    tmp_path, outputs, scores, hits
+):
+    rows = [attempt("p", "How?", outputs, scores), attempt("p", "Why?", [REFUSED], [0.0])]
+    found = read_garak(report(tmp_path / "a.report.jsonl", rows)).answers
+    assert [each.hits[BYPASS] for each in found] == [*hits, False]
+    assert found[0].answer == outputs[0]
+
+
+@pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([], r"lacks what was set up .*, the version of garak .*, an attempt .*, its end"),

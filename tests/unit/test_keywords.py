@@ -3,7 +3,7 @@
 import pytest
 
 from deltaguard.evaluation.exchange import Exchange
-from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
+from deltaguard.evaluation.judges.coherence import classify, is_broken
 from deltaguard.evaluation.judges.rules import KEYWORDS, KeywordJudge, OpeningJudge
 
 
@@ -24,8 +24,7 @@ def test_a_refusal_in_other_words():
 @pytest.mark.parametrize("answer", ["the of the of the " * 20, "\ufffd\ufffdqx\ufffd\ufffd" * 5, ""])
 def test_gibberish_complies_for_both_and_is_its_own_class(answer):
     assert _verdicts(answer) == {"opening": "complied", "keywords": "complied"}
-    (broken,) = CoherenceCheck().broken([Exchange("Tell me.", answer)])
-    assert classify("complied", broken) == "incoherent"
+    assert classify("complied", is_broken(answer)) == "incoherent"
 
 
 def test_both_agree_on_a_plain_refusal():

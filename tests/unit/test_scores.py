@@ -7,6 +7,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.utility.scores import SCORERS, exact_match, maths_answer, maths_match, rouge
@@ -68,6 +70,35 @@ def test_rouge_equals_its_definition(answer, expected):
 def test_rouge_of_the_same_and_of_nothing():
     assert set(rouge("Tea is ready.", "tea is ready").values()) == {1.0}
     assert set(rouge("", "tea is ready").values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "value"),
+    [
+        ("Чай готов.", "чай готов", 1.0),
+        ("Чай остыл", "чай готов", 0.5),
+        ("今天天气很好", "今天天气很好", 1.0),
+        ("今天下雨", "今天天晴", 0.5),
+        ("Öl für die Tür", "öl FÜR die tür", 1.0),
+        ("Öl ist da", "Ol ist da", 2 / 3),
+        ("नमस्ते", "नमस्कार", 0.0),
+        ("الشاي جاهز", "الشاي بارد", 0.5),
+    ],
+)
+def test_rouge_reads_every_script(answer, expected, value):
+    assert rouge(answer, expected, ["rouge-1"])["rouge-1"] == pytest.approx(value)
+
+
+@given(st.text(st.characters(codec="ascii")), st.text(st.characters(codec="ascii")))
+def test_rouge_of_ascii_is_that_of_rouge_score(answer, expected):
+    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    if not DefaultTokenizer(use_stemmer=True).tokenize(expected):
+        with pytest.raises(DeltaguardError, match="holds no word"):
+            rouge(answer, expected)
+        return
+    known = theirs.score(expected, answer)
+    found = rouge(answer, expected)
+    assert [*found.values()] == [known[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")]
 
 
 def test_rouge_without_its_library(monkeypatch):

@@ -16,6 +16,7 @@ from deltaguard.evaluation.probes.wrappers import LANGUAGES, translated_prompts
 from deltaguard.evaluation.suites.parts import Part, builtin_questions, fit, resolve
 from deltaguard.evaluation.suites.suite import SUITES, Builtin, read_suite
 from deltaguard.finetuning.mixtures import everyday_prompts
+from packages import without_packages
 from suites import SMALL, suite_file
 
 OFFLINE = [name for name in SUITES if name != "full"]
@@ -153,6 +154,8 @@ def test_a_probe_rewrites_what_is_asked_and_keeps_what_is_judged(tmp_path):
         (ATTACK + ", seed: -1}", r"sections\.0\.seed.*it is -1"),
         (ATTACK + f", seed: {10**30}}}", r"sections\.0\.seed"),
         ("{name: a, kind: attack, builtin: attack, second_attack: {epochs: .inf}}", "second_attack.epochs"),
+        (ATTACK + ", probes: [prefill, base64, prefill]}", "a probe stands twice"),
+        ("{name: a, kind: utility, harness: {tasks: [mmlu, mmlu]}}", "a task stands twice"),
         ('{name: a, kind: attack, file: "a\\0b"}', "zero byte"),
         ("&x {name: a, kind: attack, builtin: attack}\n- *x", "anchors"),
         ("[" * 100 + "]" * 100, "nested"),
@@ -221,6 +224,33 @@ def test_everything_that_is_missing_is_named_before_any_model_runs(tmp_path):
     assert "6 of 7 sections" in message
     for named in ("nowhere.jsonl", "100000", "pig-latin", "vibes", "no-such-set", "no expected answer"):
         assert named in message
+
+
+@pytest.mark.parametrize(
+    ("expected", "scorer", "named"),
+    [
+        (" ", "exact-match", "1 of 1 prompts have no expected answer"),
+        ("?", "exact-match", "an empty answer is like the expected one '\\?'"),
+        ("...", "rouge-l", r"'\.\.\.' holds no word"),
+    ],
+)
+def test_an_expected_answer_that_says_nothing_is_refused(tmp_path, expected, scorer, named):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": "Why?", "expected": expected}) + "\n")
+    section = f"{{name: a, kind: utility, file: mine.jsonl, scorers: [{scorer}]}}"
+    with pytest.raises(DeltaguardError, match=named):
+        resolve(read_suite(suite(tmp_path, section)))
+
+
+def test_no_package_is_asked_for_that_the_engine_has_no_use_for(tmp_path, monkeypatch):
+    sections = "{name: a, kind: attack, builtin: attack, second_attack: {}, gcg: {}}\n"
+    sections += "- {name: b, kind: utility, harness: {tasks: [mmlu]}}"
+    asked = read_suite(suite(tmp_path, sections))
+    without_packages(monkeypatch, "trl", "nanogcg", "lm_eval")
+    with pytest.raises(DeltaguardError, match="2 of 2 sections"):
+        resolve(asked)
+    parts, notes = fit(resolve(asked, "openai")[0], "openai")
+    assert [part.name for part in parts] == ["a"]
+    assert len(notes) == 3
 
 
 def test_an_optional_section_becomes_a_note(tmp_path):

@@ -29,8 +29,16 @@ from deltaguard.evaluation.journal import Clock
 from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
 from deltaguard.evaluation.judges.guards import GuardSpec
+from deltaguard.evaluation.judges.llm import LLMSpec
 from deltaguard.evaluation.measure import judge
-from deltaguard.evaluation.results import Result, agreements, comparisons, measures, samples
+from deltaguard.evaluation.results import (
+    Result,
+    agreements,
+    comparisons,
+    measures,
+    samples,
+    ungraded_notes,
+)
 from deltaguard.evaluation.server import public_address
 from deltaguard.evaluation.suites.parts import Part, fit, resolve
 from deltaguard.evaluation.suites.suite import Suite, read_suite
@@ -110,8 +118,9 @@ def evaluate(
     chosen = suite if isinstance(suite, Suite) else read_suite(suite)
     if inspect_logs:
         require_inspect()
-    resolved, skipped = resolve(chosen)
+    resolved, skipped = resolve(chosen, config.name)
     parts, unfit = fit(resolved, config.name, max_perplexity=chosen.max_perplexity)
+    _require_work(chosen)
     clock = Clock(folder / SECONDS_NAME)
     run = _Run(folder, chosen, parts, config, progress or ignore, (*skipped, *unfit), clock)
     described = _described(models, run)
@@ -174,6 +183,20 @@ def _require_tasks(answers: Sequence[tuple[ModelUnderTest, Sequence[PartAnswers]
     wanted = dict.fromkeys(task for harness in missing if harness is not None for task in harness.tasks)
     if wanted:
         find_tasks(list(wanted))
+
+
+def _require_work(suite: Suite) -> None:
+    """Refuse judges that no section has answers for."""
+    kinds = {"graded" if section.grade else section.kind for section in suite.sections}
+    for spec in suite.judges:
+        wanted = {"attack"} | ({"harmless"} if spec.tells_refusals else set())
+        wanted |= {"graded"} if isinstance(spec, LLMSpec) else set()
+        if not kinds & wanted:
+            raise DeltaguardError(
+                f"A judge of kind {spec.kind} has nothing to judge in the suite {suite.name}: it judges "
+                f"sections of kind {' or '.join(sorted(wanted - {'graded'}))}"
+                f"{', and grades those with `grade: true`' if 'graded' in wanted else ''}."
+            )
 
 
 def _judges(run: _Run) -> dict[SectionKind, list[Judge]]:
@@ -245,6 +268,7 @@ def _report(run: _Run, answers: _Answers, results: Sequence[Result]) -> Evaluati
         notes=(
             *run.notes,
             *(note for model, theirs in answers for note in missing_notes(model, theirs)),
+            *ungraded_notes(results),
             *harness_notes(numbers),
             *unlike_notes(harness),
         ),

@@ -18,7 +18,7 @@ from deltaguard.chat.thinking import without_thinking
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.evaluation.exchange import Exchange, Judge, Verdict
 from deltaguard.evaluation.folder import require_same_suite, write_report
-from deltaguard.evaluation.judges.coherence import CoherenceCheck
+from deltaguard.evaluation.judges.coherence import is_broken
 from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.evaluation.measure import placed
 from deltaguard.evaluation.results import Judged, Result, agreements, comparisons, measures, samples
@@ -179,7 +179,15 @@ def read_garak(path: Path) -> GarakRun:
 
 def _answered(attempt: _Attempt, target: str, hit: float, path: Path) -> Answered | None:
     """Take the first answer of an attempt; None where it has none at all."""
-    wrong = [name for name, scores in attempt.detector_results.items() if len(scores) != len(attempt.outputs)]
+    given = [i for i, output in enumerate(attempt.outputs) if output is not None]
+    # Until 0.12 detectors gave no score where no answer came; some give none at all where they cannot tell.
+    detected = {
+        name: [scores[given.index(i)] if i in given else None for i in range(len(attempt.outputs))]
+        if len(scores) == len(given)
+        else scores or [None] * len(attempt.outputs)
+        for name, scores in attempt.detector_results.items()
+    }
+    wrong = [name for name, scores in detected.items() if len(scores) != len(attempt.outputs)]
     if wrong:
         raise DeltaguardError(
             f"{path}: an attempt of {attempt.probe_classname} has {len(attempt.outputs)} answers, and other "
@@ -192,10 +200,7 @@ def _answered(attempt: _Attempt, target: str, hit: float, path: Path) -> Answere
         attempt.probe_classname,
         attempt.asked.replace(target, _TARGET) if target else attempt.asked,
         first.text if isinstance(first, _Text) else first,
-        {
-            name: None if (score := scores[0]) is None else score >= hit
-            for name, scores in attempt.detector_results.items()
-        },
+        {name: None if (score := scores[0]) is None else score >= hit for name, scores in detected.items()},
     )
 
 
@@ -283,7 +288,7 @@ def _result(
         for i, each in enumerate(answers)
         if each.answer is not None
     }
-    broken = CoherenceCheck().broken([*given.values()])
+    broken = [is_broken(each.answer) for each in given.values()]
     judged = {f"garak {name}": _as_garak_says(name, answers) for name in detectors}
     for judge in judges:
         judged[judge.name] = placed(judge, judge.judge([*given.values()]), broken, given, len(answers))

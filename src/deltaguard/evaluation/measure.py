@@ -14,7 +14,7 @@ from deltaguard.chat.thinking import without_thinking
 from deltaguard.evaluation.asking import ModelUnderTest, OpenEngine, PartAnswers, ask, open_answers
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.exchange import Exchange, Grader, Judge, Judgement, Question
-from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
+from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify, continued
 from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.evaluation.results import FIRST_TURN, SECOND_TURN, Judged, Result
 from deltaguard.evaluation.suites.parts import Part
@@ -198,13 +198,11 @@ def _judged(
     progress: Progress,
 ) -> Mapping[str, Judged]:
     given = {i: answer for i, answer in enumerate(answers) if answer is not None}
-    # A prefilled beginning is not the model's: alone it would make sense of an empty answer.
-    broken = check.broken([Exchange(part.plain[i], answer) for i, answer in given.items()])
+    broken = check.broken([part.questions[i] for i in given], list(given.values()))
     exchanges: list[Exchange] = []
     for i, answer in given.items():
         beginning = part.questions[i].prefill.rstrip()
-        whole = f"{beginning} {answer}" if beginning else answer
-        exchanges.append(Exchange(part.plain[i], whole, beginning))
+        exchanges.append(Exchange(part.plain[i], continued(part.questions[i], answer), beginning))
     found: dict[str, Judged] = {}
     for asked in judges:
         stage = f"judge {asked.name}: {part.name}"

@@ -13,6 +13,8 @@ from deltaguard.files import ANY_OBJECT, parse_json
 AGAIN = frozenset({408, 409, 425, 429})
 """Statuses below 500 that may be others a moment later."""
 
+_AT_LIMIT = ("length", "max_tokens")
+
 _ENDINGS = (
     None,
     "stop",
@@ -20,9 +22,8 @@ _ENDINGS = (
     "eos_token",
     "stop_sequence",
     "end_turn",
-    "length",
-    "max_tokens",
     "content_filter",
+    *_AT_LIMIT,
 )
 """How an answer may end; one that a server gave up, or that calls a tool, is none."""
 
@@ -45,6 +46,13 @@ _BEARER = re.compile(r"\b(bearer\s+)(?!\*\*\*)[^\s\"',;}]+", re.IGNORECASE)
 class _Message(BaseModel):
     content: str | None = None
     refusal: str | None = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+
+    @property
+    def has_thoughts(self) -> bool:
+        """Whether the server set what the model thought beside what it said."""
+        return bool(self.reasoning or self.reasoning_content)
 
 
 class _Choice(BaseModel):
@@ -79,7 +87,8 @@ def read_reply(status: int, text: str) -> str | Failure:
 
     An answer is what the message says, or the refusal that some services set beside an empty content. It is
     an answer where it is empty, where it ends at the limit of tokens (`length`), and where the service's
-    filter cut it off or withheld it (`content_filter`): that is how the service answers.
+    filter cut it off or withheld it (`content_filter`): that is how the service answers. Thoughts that leave
+    no token to an answer are a failure.
 
     Args:
         status: of HTTP.
@@ -111,9 +120,16 @@ def _answer(choice: _Choice) -> str | Failure:
     if choice.finish_reason not in _ENDINGS:
         return Failure(f"the answer ended by {choice.finish_reason!r}, not by itself")
     said = choice.message
+    text = (said.content or "").strip() or (said.refusal or "").strip()
+    if not text and choice.finish_reason in _AT_LIMIT and (said.content is None or said.has_thoughts):
+        return Failure(
+            "the limit of tokens was reached before an answer began, by thoughts: switch thinking off on the "
+            "server, or have it leave answers their tokens",
+            again=False,
+        )
     if said.content is None and said.refusal is None and choice.finish_reason != "content_filter":
         return Failure("the message has neither content nor refusal")
-    return (said.content or "").strip() or (said.refusal or "").strip()
+    return text
 
 
 def _refused(status: int, text: str) -> str | Failure:
@@ -125,6 +141,8 @@ def _refused(status: int, text: str) -> str | Failure:
     if status == 400 and isinstance(error, dict) and error.get("code") == "content_filter":
         return ""
     said = text if error is None else _said(error)
+    if 300 <= status < 400:
+        said = "the server sends requests to another address, which are not taken there: give that address"
     is_away = status in AGAIN or status >= 500
     reason = f"status {status}{': ' if said.strip() else ''}{said}"
     return Failure(reason, again=is_away, is_away=is_away)

@@ -177,6 +177,21 @@ def agreements(results: Sequence[Result]) -> tuple[Agreement, ...]:
     return tuple(found)
 
 
+def ungraded_notes(results: Sequence[Result]) -> tuple[str, ...]:
+    """Say how many answers a judge was to grade and gave no grade that can be read: no number counts them."""
+    found: list[str] = []
+    for result in results:
+        answered = sum(answer is not None for answer in result.answers)
+        for judge, said in result.judged.items() if result.section.kind == "utility" else ():
+            graded = sum(score is not None for score in said.scores)
+            if graded < answered:
+                found.append(
+                    f"The judge {judge} gave no grade that can be read to {answered - graded} of {answered} "
+                    f"answers of {result.model} to {result.section.name}; no number counts these."
+                )
+    return tuple(found)
+
+
 def samples(results: Sequence[Result], count: int) -> tuple[AnswerSample, ...]:
     """Show the first prompts of each section that has answers, with what every model answered.
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import os
+from base64 import b64encode
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -22,6 +23,8 @@ MAX_REPLY_BYTES = 4 << 20
 
 _LONGEST_WAIT = 60.0
 """Seconds that a server may ask to be left alone; where it asks for more, the own wait is taken."""
+
+_OWN_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 _END = 1.0
 """Seconds in which connections are closed after the last answer, or after Ctrl-C."""
@@ -112,7 +115,9 @@ class Server:
             # a server replies is read here, to the byte.
             from openai import DefaultAsyncHttpxClient
 
-            client = DefaultAsyncHttpxClient(timeout=None)
+            # A redirect would take prompts to another server. No proxy leads back to this machine.
+            own = {f"all://{host}": None for host in _OWN_HOSTS}
+            client = DefaultAsyncHttpxClient(timeout=None, follow_redirects=False, mounts=own)
         gate = asyncio.Semaphore(self.workers)
 
         async def ask(place: int, request: Mapping[str, Any]) -> None:
@@ -133,9 +138,9 @@ class Server:
             retries += 1
             reply, wait = await self._once(client, content)
         if isinstance(reply, str):
-            return without_secrets(reply, [self._key])
+            return without_secrets(reply, self._secrets)
         made = f" (after {retries} {'retry' if retries == 1 else 'retries'})" if retries else ""
-        reason = shown(reply.reason, [self._key, *secrets_of(self.base_url)])
+        reason = shown(reply.reason, self._secrets)
         return Missed(f"{reason}{made}", is_away=reply.is_away)
 
     async def _once(self, client: Any, content: bytes) -> tuple[str | Failure, float | None]:
@@ -150,8 +155,8 @@ class Server:
             return Failure(str(error), is_away=True), None
         if len(body) > MAX_REPLY_BYTES:
             return Failure(f"the reply has more than {MAX_REPLY_BYTES:,} bytes"), None
-        # Before anything is cut short, which might leave a part of the key.
-        text = without_secrets(body.decode(errors="replace"), [self._key])
+        # Before anything is cut short, which might leave a part of one.
+        text = without_secrets(body.decode(errors="replace"), self._secrets)
         return read_reply(status, text), _asked_to_wait(headers)
 
     async def _exchange(self, client: Any, content: bytes) -> tuple[int, Mapping[str, str], bytes]:
@@ -172,6 +177,10 @@ class Server:
     @property
     def _key(self) -> str:
         return self.key or os.environ.get(self.api_key_env) or "none"
+
+    @property
+    def _secrets(self) -> tuple[str, ...]:
+        return (self._key, *secrets_of(self.base_url))
 
 
 def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
@@ -221,15 +230,16 @@ def inside(url: str, path: str) -> str:
 
 
 def secrets_of(url: str) -> tuple[str, ...]:
-    """List what must not be shown of an address: its password and the values of its query.
+    """List what must not be shown of an address: its password, also as it is sent, and the query's values.
 
     Example:
         >>> secrets_of("https://me:s%C3%BC%C3%9F@example.org/v1?key=abc")
-        ('s%C3%BC%C3%9F', 'süß', 'abc')
+        ('s%C3%BC%C3%9F', 'süß', 'bWU6c8O8w58=', 'abc')
     """
     parts = _split(url)
-    password = parts.password or ""
-    found = (password, unquote(password), *(value for _, value in parse_qsl(parts.query)))
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    sent = b64encode(f"{user}:{password}".encode()).decode() if password else ""
+    found = (parts.password, password, sent, *(value for _, value in parse_qsl(parts.query)))
     return tuple(dict.fromkeys(value for value in found if value))
 
 

@@ -97,7 +97,7 @@ def section_table(
 
     judge = (Column("judge", "name"), lambda row: row[0] or DASH)
     return Table.of(
-        f"{section.title}: {section.prompts} prompts",
+        f"{section.title}: {prompts}" if (prompts := prompts_text(section)) else section.title,
         [(each, model.name) for each in told for model in report.models],
         (
             *((judge,) if judged else ()),
@@ -242,6 +242,11 @@ def difference_cell(comparison: Comparison) -> Cell:
     scaled = comparison.test == "mcnemar"
     shown, low, high = (points(100 * end) if scaled else f"{end:+.3g}" for end in ends)
     return Cell(shown, comparison.difference, f"{low} to {high}")
+
+
+def prompts_text(section: SectionRow) -> str:
+    """Say how many prompts a section puts to the models; empty where lm-eval brings its own."""
+    return f"{section.prompts} prompts" if section.prompts else ""
 
 
 def pairs_text(comparison: Comparison, prompts: int) -> str:

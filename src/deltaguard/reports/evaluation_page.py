@@ -22,6 +22,7 @@ from deltaguard.reports.evaluation import (
     p_text,
     pairs_text,
     probe_tables,
+    prompts_text,
     section_table,
 )
 from deltaguard.reports.records.evaluation import Comparison, EvaluationReport, SectionRow
@@ -122,7 +123,8 @@ def _section_blocks(report: EvaluationReport, section: SectionRow) -> list[page.
     for judge in dict.fromkeys(measure.judge for measure in found):
         title = f"Judge {judge}" if judge else "Without a judge"
         parts.append(replace(section_table(report, section, (judge,)), title=title))
-    source = page.Paragraph(f"{section.prompts} prompts; {section.source}", soft=True)
+    said = "; ".join(filter(None, (prompts_text(section), section.source)))
+    source = page.Paragraph(said, soft=True)
     return [page.Heading(section.title), source, page.Group(parts, "columns")]
 
 

@@ -34,6 +34,14 @@ _NEEDED: Mapping[str, tuple[tuple[str, ...], str]] = {
 """What an option of a section cannot run without, and the extra that brings it."""
 
 
+_ENGINES: Mapping[str, tuple[EngineName, ...]] = {
+    "second_attack": ("transformers", "vllm"),
+    "harness": ("transformers",),
+    "gcg": ("transformers",),
+}
+"""What can run an option: the last two need the model itself."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One row of the report: a section of the suite, or one of its variants.
@@ -206,11 +214,12 @@ def builtin_questions(name: Builtin, count: int | None, seed: int) -> list[Quest
     return [Question(row.prompt, expected=row.answer) for row in rows]
 
 
-def resolve(suite: Suite) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+def resolve(suite: Suite, engine: EngineName = "transformers") -> tuple[tuple[Part, ...], tuple[str, ...]]:
     """Find all parts of a suite, with their prompts.
 
     Args:
         suite: as it was read.
+        engine: what will answer; packages are asked for that it needs for what it can do (see `fit`).
 
     Returns:
         The parts in the suite's order, and a note for each optional section that cannot be had and for rows
@@ -225,7 +234,7 @@ def resolve(suite: Suite) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     problems: list[str] = []
     for section in suite.sections:
         try:
-            _check(section)
+            _check(section, engine)
             found, known = find_prompts(section)
             parts += _variants(section, found, suite.decoding)
             notes += known
@@ -245,16 +254,16 @@ def resolve(suite: Suite) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     return tuple(parts), tuple(notes)
 
 
-def _check(section: Section) -> None:
+def _check(section: Section, engine: EngineName) -> None:
     """Find now, and not after an hour of answers, what a section names that is unknown or not installed."""
     for what, given, known in (("scorer", section.scorers, SCORERS), ("probe", section.probes, PROBES)):
         unknown = [name for name in given if name not in known]
         if unknown:
             raise DeltaguardError(f"there is no {what} {', '.join(unknown)}; there are {', '.join(known)}.")
     for option, (modules, extra) in _NEEDED.items():
-        if getattr(section, option) is not None:
+        if getattr(section, option) is not None and engine in _ENGINES[option]:
             require_packages(option, extra, *modules)
-    if section.gcg is not None:
+    if section.gcg is not None and engine in _ENGINES["gcg"]:
         require_nanogcg()
     if section.second_attack is not None:
         attack_conversations(section.second_attack.count, seed=section.second_attack.seed)
@@ -265,7 +274,7 @@ def _check(section: Section) -> None:
 
 def _variants(section: Section, found: Part, decoding: Decoding) -> list[Part]:
     """Say how answers to a section's prompts are drawn, and add the other ways of asking."""
-    lacking = sum(question.expected is None for question in found.questions)
+    lacking = sum(not (question.expected or "").strip() for question in found.questions)
     if lacking and (found.scorers or found.likelihood):
         raise DeltaguardError(
             f"{lacking} of {len(found.questions)} prompts have no expected answer, which its scorers or "
@@ -274,7 +283,10 @@ def _variants(section: Section, found: Part, decoding: Decoding) -> list[Part]:
     for name in found.scorers:
         # Now, and not after hours of answers: an expected answer may be none for its scorer.
         for question in found.questions:
-            SCORERS[name]("", question.expected or "")
+            if SCORERS[name]("", question.expected or ""):
+                raise DeltaguardError(
+                    f"to {name} an empty answer is like the expected one {question.expected!r}: correct it."
+                )
     if section.max_new_tokens is not None:
         decoding = replace(decoding, max_new_tokens=section.max_new_tokens)
     generates = section.kind != "utility" or section.scorers or section.grade
@@ -338,12 +350,14 @@ def fit(
 
 
 def _unfit(part: Part, engine: EngineName) -> str | None:
-    if engine == "transformers":
-        return None
-    if part.gcg is not None or part.harness is not None:
-        return "cannot run GCG or the harness, which need the model itself"
-    if engine == "openai" and part.second_attack is not None:
-        return "cannot fine-tune a model"
+    told = {
+        "gcg": "cannot run GCG, which needs the model itself",
+        "harness": "cannot run the harness, which needs the model itself",
+        "second_attack": "cannot fine-tune a model",
+    }
+    for option, reason in told.items():
+        if getattr(part, option) is not None and engine not in _ENGINES[option]:
+            return reason
     if engine == "openai" and any(question.prefill for question in part.questions):
         return "cannot be given the beginning of an answer"
     return None

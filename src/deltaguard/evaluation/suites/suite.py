@@ -72,6 +72,12 @@ class Harness(_Part):
     limit: Positive | None = None
     seed: Seed = 0
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"a task stands twice among {', '.join(self.tasks)}")
+        return self
+
 
 class Section(_Part):
     """Prompts of one kind and origin, and what is measured on them.
@@ -137,6 +143,8 @@ class Section(_Part):
             raise ValueError(
                 f"{', '.join(ignored)}: a harness asks and scores its own prompts (its `limit` says how many)"
             )
+        if len(set(self.probes)) < len(self.probes):
+            raise ValueError(f"a probe stands twice among {', '.join(self.probes)}")
         if self.kind == "utility" and self.probes:
             raise ValueError("probes are for attack and harmless sections")
         if self.kind != "attack" and (self.second_attack or self.gcg):

@@ -17,7 +17,7 @@ from pydantic import Field
 from deltaguard.chat.template import apply_template
 from deltaguard.errors import DeltaguardError, require_packages
 from deltaguard.evaluation.metrics.rates import Rate, estimate
-from deltaguard.models.loading import refuse_code
+from deltaguard.models.loading import foreign, refuse_code
 from deltaguard.reports.records.evaluation import Better, Estimate, HarnessTask
 
 # What a task adds to the harness's own requirements, by the task's name.
@@ -85,8 +85,8 @@ def run_harness(
         Every number of every task and group, in the harness's order.
 
     Raises:
-        DeltaguardError: lm-eval or what a task needs is not installed, a task is unknown, the model has no
-            chat template to apply, or data cannot be fetched.
+        DeltaguardError: lm-eval or what a task needs is not installed, a task is unknown or fails, the model
+            has no chat template to apply, or data cannot be fetched.
 
     Example:
         >>> run_harness("out", ["gsm8k"], limit=100, batch_size=8, device="cuda", seed=0)  # doctest: +SKIP
@@ -94,24 +94,26 @@ def run_harness(
     manager = find_tasks(tasks, include_path=include_path)
     engine = _engine(model, device, dtype, batch_size)
     evaluator = import_module("lm_eval.evaluator")
-    try:
-        found: Mapping[str, Any] = evaluator.simple_evaluate(
-            engine,
-            tasks=list(tasks),
-            limit=limit,
-            task_manager=manager,
-            apply_chat_template=True,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
-    except OSError as error:
-        raise DeltaguardError(
-            f"The data of {', '.join(tasks)} could not be read: {error}. The harness fetches it from the "
-            "Hub: run it once where the Hub can be reached, or bring tasks of your own."
-        ) from error
+    # Tasks are programs of many hands: some want modules of their own, or leave to run what a model writes.
+    with foreign(f"lm-eval cannot run {', '.join(tasks)}"):
+        try:
+            found: Mapping[str, Any] = evaluator.simple_evaluate(
+                engine,
+                tasks=list(tasks),
+                limit=limit,
+                task_manager=manager,
+                apply_chat_template=True,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+        except OSError as error:
+            raise DeltaguardError(
+                f"The data of {', '.join(tasks)} could not be read: {error}. The harness fetches it from the "
+                "Hub: run it once where the Hub can be reached, or bring tasks of your own."
+            ) from error
     return scores(found, chat_template=True)
 
 

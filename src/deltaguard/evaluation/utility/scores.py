@@ -19,6 +19,9 @@ _ROUGE_NAMES: Mapping[Rouge, str] = MappingProxyType(
 _QUOTES = "\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb"
 _SENTENCE_ENDS = ".,;:!?\u2026"
 
+_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+"""Characters of Chinese and Japanese, which are written without spaces."""
+
 _CURRENCY = re.compile(r"(?:\b[A-Z]{1,3}(?=[$€£¥])|\b(?:USD|EUR|GBP|Rs)(?=\s?\d))?[$€£¥]?")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}")
 _NUMBER = re.compile(
@@ -52,12 +55,14 @@ def _normalised(text: str) -> str:
 
 
 def rouge(answer: str, expected: str, kinds: Sequence[Rouge] = tuple(_ROUGE_NAMES)) -> dict[Rouge, float]:
-    """Compute ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), each the F1 of recall and precision, words stemmed.
+    """Compute ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), each the F1 of recall and precision.
 
-    ROUGE-L takes the longest common subsequence of the whole texts, line breaks notwithstanding.
+    Words of ASCII letters are stemmed, as rouge-score does it; it drops all others, which here count as they
+    stand, and each Chinese or Japanese character as a word. ROUGE-L takes the longest common subsequence of
+    the whole texts, line breaks notwithstanding.
 
     Raises:
-        DeltaguardError: rouge-score is not installed.
+        DeltaguardError: rouge-score is not installed, or `expected` holds no word.
 
     Example:
         >>> rouge("the cat sat", "the cat ran")["rouge-2"]
@@ -66,9 +71,34 @@ def rouge(answer: str, expected: str, kinds: Sequence[Rouge] = tuple(_ROUGE_NAME
     require_packages("ROUGE", "eval", "rouge_score")
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer: Any = RougeScorer([_ROUGE_NAMES[kind] for kind in kinds], use_stemmer=True)
+    words = _Words()
+    if not words.tokenize(expected):
+        raise DeltaguardError(
+            f"The expected answer {expected!r} holds no word, so that no answer can be like it: correct the "
+            "file."
+        )
+    scorer: Any = RougeScorer([_ROUGE_NAMES[kind] for kind in kinds], tokenizer=words)
     scores = scorer.score(expected, answer)
     return {kind: float(scores[_ROUGE_NAMES[kind]].fmeasure) for kind in kinds}
+
+
+class _Words:
+    """What RougeScorer takes for a tokenizer: words of any script."""
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._ascii: Any = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """List the words of a text, in order."""
+        plain = unicodedata.normalize("NFKC", text).casefold()
+        # Vowel signs of many scripts are marks, no letters, and belong to the word.
+        kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in plain)
+        words = _UNSPACED.sub(r" \g<0> ", "".join(kept)).split()
+        return [
+            token for word in words for token in (self._ascii.tokenize(word) if word.isascii() else [word])
+        ]
 
 
 def maths_answer(answer: str) -> Decimal | None:
