@@ -1,6 +1,7 @@
 """The verbs, as programs and people call them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,7 +12,7 @@ import torch
 from deltaguard.cli.app import run
 from deltaguard.reports.records.restore import REPORT_NAME
 from folders import write
-from pairs import pair
+from pairs import changed, pair
 from variants import variant
 
 
@@ -36,6 +37,21 @@ def test_restore_verify_and_diff_speak_json(tmp_path, capsys):
     deep = json_of(capsys, "diff", made.aligned, made.finetuned, "--deep")
     assert len(deep["tensors"]) == len(report["layers"]) + len(report["others"])
     assert all(row["relative_norm"] > 0 for row in deep["tensors"])
+
+
+def test_a_pair_that_cannot_be_restored_is_told_with_the_reason(tmp_path, capsys):
+    made = pair()
+    lacking = changed(made.finetuned, tmp_path / "lacking", lambda all_: all_.popitem())
+    unread = tmp_path / "unread"
+    shutil.copytree(made.finetuned, unread)
+    (unread / "tokenizer.json").write_text("{")
+    assert run(["diff", str(made.aligned), str(lacking)]) == 0
+    assert "The pair cannot be restored: " in capsys.readouterr().out
+    assert "not in the fine-tuned one" in json_of(capsys, "diff", made.aligned, lacking)["obstacle"]
+    assert run(["diff", str(made.aligned), str(unread)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "not compared: " in told
+    assert "--config-from" not in told
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):

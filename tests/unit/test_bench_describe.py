@@ -11,14 +11,14 @@ from deltaguard.studies.describe import notes
 from deltaguard.studies.protocol import FULL, QUICK
 
 
-def told(preset, attacks=Attacks(), left_out=()):  # noqa: B008  # frozen
+def told(preset, attacks=Attacks(), left_out=(), beside=()):  # noqa: B008  # frozen
     setting = SimpleNamespace(
         preset=preset, attacks=attacks, left_out=left_out, methods=tuple(defences().values())
     )
     asked = SimpleNamespace(
         attack="c" * preset.attack, harmless="c" * preset.harmless, general=(0.0,) * preset.general
     )
-    return notes(setting, [asked])
+    return notes(setting, [asked], beside)
 
 
 def test_attacks_that_were_left_out_are_counted():
@@ -33,6 +33,13 @@ def test_attacks_that_the_preset_has_no_room_for_are_counted():
     (note,) = [note for note in told(QUICK, Attacks(given, len(given))) if "attack prompts" in note]
     assert note == "Of 153 usable attack prompts 150 are asked, as many as the preset asks for."
     assert not [note for note in told(QUICK, Attacks(given[3:], 150)) if "attack prompts" in note]
+
+
+def test_defaults_beside_a_search_are_named_with_the_fine_tunes_where_they_were():
+    found = told(QUICK, beside=[("a", "kfac", 6e-4), ("b", "kfac", 6e-4), ("b", "ridge", 6e-4)])
+    (note,) = [each for each in found if "beside these" in each]
+    assert note.endswith("no score there: 0.0006 of kfac on a, b; 0.0006 of ridge on b.")
+    assert not [each for each in told(QUICK) if "beside these" in each]
 
 
 def test_methods_that_were_not_run_everywhere_are_named():

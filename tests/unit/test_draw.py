@@ -18,7 +18,7 @@ from deltaguard.reports.layers import block_and_kind, kinds
 from deltaguard.reports.page import page as page_of
 from deltaguard.reports.records.base import ModelReference
 from deltaguard.reports.records.dial import Dial
-from deltaguard.reports.records.restore import RestoreReport
+from deltaguard.reports.records.restore import RareExpert, Refinement, RestoreReport
 from deltaguard.reports.restore import others_table, restore_page, restore_table
 from deltaguard.reports.table import Cell, Column, Table
 from deltaguard.reports.text import duration, hub_id, percent, short_reference
@@ -147,6 +147,36 @@ def test_pages_show_folders_by_their_last_name():
     assert "my-finetune" in restore_page(restore_report())
 
 
+def test_folders_among_the_options_are_shown_by_their_last_name():
+    options = {"method": "safe-lora", "pretrained": "/home/someone/models/base", "strength": 0.5}
+    report = restore_report(options=options)
+    page = restore_page(report)
+    assert "/home/someone" not in page
+    assert "<dd>base</dd>" in page
+
+
+def test_what_must_be_known_of_a_restore_is_on_its_page_and_in_its_card():
+    told = "Of the 64 responses in /home/someone/store 0% refuse: <b>nothing was learned."
+    for drawn in (restore_page, lambda report: model_card(report, front_matter=None)):
+        text = unescape(drawn(restore_report(warnings=(told,))))
+        assert "Of the 64 responses in store 0% refuse" in text
+        assert "/home/someone" not in text
+        assert "What must be known" not in drawn(restore_report())
+        assert "<b>" not in drawn(restore_report(warnings=(told,)))
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(1, "Of one expert less is known"), (20, "Of 20 experts less"), (21, "These are the 20 of whose")],
+)
+def test_a_card_says_how_many_experts_are_rare(count, told):
+    experts = [RareExpert(name=f"experts.{i}", tokens=i, pooled=0.9) for i in range(count)]
+    card = model_card(restore_report(rare_experts=experts), front_matter=None)
+    assert told in " ".join(card.split())
+    assert ("These are the" in card) is (count > 20)
+    assert card.count("`experts.") == min(count, 20)
+
+
 def test_without_curvature_there_is_no_safety_chart_but_a_dash():
     layers = tuple(layer(LLAMA[0].format(block), cost=None) for block in range(2))
     assert layers_chart(layers, "safety_cost") is None
@@ -200,6 +230,24 @@ def test_numbers_that_were_measured_are_not_said_to_come_from_the_weights():
         page = " ".join(unescape(restore_page(report)).split())
         assert (by_running in card) == (by_running in page) == expected
         assert ("These numbers are computed from the weights" in page) != expected
+    steps = Refinement(
+        steps=4,
+        taken=3,
+        kept=False,
+        reason="no gain",
+        seed=0,
+        conversations=16,
+        safety_before=0.1,
+        safety_after=0.05,
+        task_before=0.1,
+        task_after=0.1,
+        safety_kl_before=0.1,
+        safety_kl_after=None,
+        weights_sha256=None,
+        seconds=1.0,
+    )
+    page = " ".join(unescape(restore_page(restore_report(refinement=steps))).split())
+    assert "the steps' own prompts were measured by running the model. The other numbers are" in page
 
 
 def test_a_table_is_one_thing_in_three_forms():

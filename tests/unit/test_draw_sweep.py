@@ -128,6 +128,10 @@ def test_a_limit_that_no_point_is_within_is_said():
     (note,) = sweep_notes(report)
     assert note.startswith("No point is within 1e-06 or 2e-05: the safest has a safety KL of 2.9e-05.")
     assert " ".join(note.split()) in " ".join(" ".join(lines(report)).split())
+    assert "--config-from" not in note
+    (note,) = sweep_notes(report.model_copy(update={"config_from": "finetuned", "confidence": 0.95}))
+    assert "2e-05 with a confidence of 95.0 %: the safest has a safety KL of 2.9e-05 in the mean." in note
+    assert "(--config-from aligned), norms" in note
     nothing = sweep_report(limits={1e-6: None})
     assert sweep_line(nothing) == "No point is within any of the limits asked for."
 
@@ -221,6 +225,10 @@ def test_the_page_has_a_row_a_limit_and_every_point():
     assert page.count('<td data-value="1.633">1.633</td>') == 2
     bare = cells(sweep_page(without_utility()), "What each limit of safety KL allows")
     assert bare[2] == ["0.0001", "9.3e-05", "14.3 %", "1.4e+07"]
+
+
+def test_the_page_tells_what_must_be_known():
+    assert "Beware of store." in sweep_page(sweep_report(warnings=("Beware of /home/someone/store.",)))
 
 
 def test_the_page_tells_the_run_and_escapes_names():

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from pydantic import ValidationError
 from tools.asking import AskingRuns, asking_table, main
 from tools.guard import Guards, guard_table, trust_table
 from tools.look_alikes import Variant, Variants, look_alikes_table
@@ -154,6 +155,12 @@ def test_methods_stand_beside_each_other_where_there_are_several():
     # As programs and people see it.
     assert "What the methods cost" in attacks_page(AttacksReport.model_validate_json(found))
     assert "What the methods cost" not in attacks_page(report)
+    assert "restored with default options." in attacks_page(report)
+    assert "with default options" not in attacks_page(AttacksReport.model_validate_json(found))
+    untimed = json.loads(found)
+    untimed["cells"] = [{**cell, "seconds": {}} for cell in untimed["cells"]]
+    with pytest.raises(ValidationError, match="says how long it took"):
+        AttacksReport.model_validate(untimed)
 
 
 def test_both_calibrations_of_a_fine_tune_and_seed_stand_beside_each_other():

@@ -34,7 +34,7 @@ class Greedy(Method):
     """The changes that buy most utility for their safety cost, up to a budget."""
 
     name = "greedy"
-    title = "Safe Delta: the changes that buy most utility for their cost, with exact joint compensation"
+    title = "Safe Delta: the changes that buy most utility for their cost"
     reference = "Lu et al., ICML 2025, arXiv:2505.12038"
     needs = frozenset({"factor"})
     options = GreedyOptions

@@ -61,9 +61,10 @@ def attacks_markdown(report: AttacksReport) -> str:
 
 def attacks_page(report: AttacksReport) -> str:
     """Draw what came of all fine-tunes as a page, with every seed and every model."""
+    given = any("=" in method for method in methods_of(report))
     return page.page(
         f"bench · preset {report.preset}",
-        "deltaguard bench: restored without options",
+        f"deltaguard bench: restored{'' if given else ' without options'}",
         [
             page.Notes(report.notes),
             page.Heading("Fine-tunes"),
@@ -79,9 +80,10 @@ def attacks_page(report: AttacksReport) -> str:
         created=report.environment.created,
         heading="Fine-tunes against a restore",
         lead=page.sentence(
-            "{} fine-tunes of {}, each checked, and restored with default options.",
+            "{} fine-tunes of {}, each checked, and restored{}.",
             str(len(report.attackers)),
             page.strong(short_reference(report.aligned)),
+            "" if given else " with default options",
         ),
     )
 

@@ -3,7 +3,7 @@
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from deltaguard.reports.records.diff import DiffReport
+from deltaguard.reports.records.diff import NOT_COMPARED, DiffReport
 from deltaguard.reports.table import Column, Table
 from deltaguard.reports.text import DASH
 
@@ -45,6 +45,14 @@ def diff_table(report: DiffReport) -> RenderableType:
         lines.append(
             "Headers only, so a dash stands for weights that were not compared; --deep compares them."
         )
-    needed = ", with --config-from" if report.settings else ""
-    lines.append(f"The pair can be restored{needed}." if report.compatible else "Not the same architecture.")
+    known = [each for each in report.settings if not each.startswith(NOT_COMPARED)]
+    needed = ", with --config-from" if known else ""
+    lines.append(f"The pair can be restored{needed}." if report.compatible else _obstacle(report))
     return Group(table.terminal(), *map(Text, lines))
+
+
+def _obstacle(report: DiffReport) -> str:
+    """Say why a pair cannot be restored; the lines above list what the others of its lines would."""
+    return (
+        f"The pair cannot be restored: {(report.obstacle or 'they are of two architectures').splitlines()[0]}"
+    )

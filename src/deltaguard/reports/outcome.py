@@ -24,6 +24,9 @@ def origin(report: RestoreReport) -> str:
             told = f"{part}its answers to {asked}"
         by = ", by the judge that the options name" if "judge" in report.options else ""
         refusals = f"How often it refuses was told from {told}{by}."
+    if report.refinement:
+        measured += "Divergences on the steps' own prompts were measured by running the model. "
+        rest = "The other"
     return f"{measured}{rest} numbers are computed from the weights{curvature}. {refusals}"
 
 

@@ -19,8 +19,10 @@ from deltaguard.reports.text import (
     model_label,
     option_facts,
     percent,
+    public_option,
     short_reference,
     size,
+    without_folders,
 )
 
 MEASURES: tuple[tuple[LayerMeasure, str, str], ...] = (
@@ -30,7 +32,8 @@ MEASURES: tuple[tuple[LayerMeasure, str, str], ...] = (
 )
 """What is drawn of every layer: field, title, and of what it is the share."""
 
-_MOST_EXPERTS = 20
+MOST_EXPERTS = 20
+"""That tables list, the rarest."""
 
 
 def restore_table(report: RestoreReport) -> RenderableType:
@@ -103,12 +106,14 @@ def restore_blocks(report: RestoreReport) -> tuple[page.Block, ...]:
         spoken = f"{title} by block. Median and range by kind: {'; '.join(medians)}."
         charts.append(page.Chart(title, note, svg, spoken))
         grids.append(_grid(groups, blocks, measure, title))
+    public = {name: public_option(value) for name, value in report.options.items()}
     sides = (
-        page.Section("Options", (page.Pairs(option_facts(report.options)),)),
+        page.Section("Options", (page.Pairs(option_facts(public)),)),
         page.Section("Outcome", (page.Pairs(outcome_facts(report)),)),
     )
     return (
         page.Heading("What the restore did"),
+        page.Notes([without_folders(warning) for warning in report.warnings]),
         page.Group(sides),
         page.Paragraph(origin(report), soft=True),
         page.Heading("Layers"),
@@ -136,7 +141,8 @@ def kinds_table(layers: Sequence[LayerRow]) -> Table:
             ("safety\ncost", lambda kind: share(kind.spread("safety_cost").median)),
             ("utility\nloss", lambda kind: share(kind.spread("utility_loss").median)),
         ),
-        note="energy kept: of the delta's; the last columns are medians; a dash: no curvature is known",
+        note="energy kept: of the delta's; the last columns are medians; a dash: no curvature is known, or "
+        "an adapter's rank cut the layer",
     )
 
 
@@ -161,7 +167,7 @@ def experts_table(experts: Sequence[RareExpert]) -> Table:
     """Tabulate the experts that safety conversations rarely reach, rarest first."""
     return Table.of(
         "Experts that safety conversations rarely reach",
-        sorted(experts, key=lambda row: -row.pooled)[:_MOST_EXPERTS],
+        sorted(experts, key=lambda row: -row.pooled)[:MOST_EXPERTS],
         (
             (Column("expert", "name", code=True), lambda row: row.name),
             ("tokens", lambda row: row.tokens),

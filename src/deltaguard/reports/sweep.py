@@ -20,6 +20,7 @@ from deltaguard.reports.text import (
     nats,
     percent,
     short_reference,
+    without_folders,
 )
 
 
@@ -66,7 +67,7 @@ def sweep_page(report: SweepReport) -> str:
         "sweep",
         f"{finetuned}: safety against what is kept",
         [
-            page.Notes(sweep_notes(report)),
+            page.Notes((*sweep_notes(report), *map(without_folders, report.warnings))),
             page.Heading("The curve"),
             page.Group((_chart(report), _explained(report))),
             page.Heading("Limits"),
@@ -116,10 +117,14 @@ def sweep_notes(report: SweepReport) -> tuple[str, ...]:
     notes: list[str] = []
     if none:
         safest = min(point.safety_kl for point in report.points)
+        surely = f" with a confidence of {percent(report.confidence)}" if report.confidence else ""
+        others = "norms, biases and embeddings from the aligned model (--other-params aligned)"
+        if report.config_from == "finetuned":
+            others = f"configuration, tokenizer and template (--config-from aligned), {others}"
         notes.append(
-            f"No point is within {_listed(none, 'or')}: the safest has a safety KL of {nats(safest)}. What "
-            "differs even there is no delta of a layer: take norms, biases and embeddings from the aligned "
-            "model (--other-params aligned), if they do not come from there already, or allow more."
+            f"No point is within {_listed(none, 'or')}{surely}: the safest has a safety KL of {nats(safest)}"
+            f"{' in the mean' if surely else ''}. What differs even there is no delta of a layer: take "
+            f"{others}, if they do not come from there already, or allow more."
         )
     if whole:
         notes.append(

@@ -49,14 +49,15 @@ def percent(value: float | None) -> str:
         value: a share, 1 being the whole.
 
     Example:
-        >>> percent(0.1671), percent(0.0002), percent(3e-7), percent(None)
-        ('16.7 %', '0.020 %', '< 0.001 %', '–')
+        >>> percent(0.1671), percent(0.0002), percent(3e-7), percent(-0.0), percent(None)
+        ('16.7 %', '0.020 %', '< 0.001 %', '0.0 %', '–')
     """
     if value is None or not math.isfinite(value):
         return DASH
     size = abs(value)
     if size == 0 or size >= 0.0005:
-        return f"{100 * value:.1f} %"
+        # Adding 0 makes 0 of -0, which a difference turned round leaves.
+        return f"{100 * value + 0.0:.1f} %"
     # Below, one decimal would round a value that is there to 0.0 %.
     return f"{100 * value:.3f} %" if size >= 0.000005 else f"{'< ' if value > 0 else '> -'}0.001 %"
 
@@ -131,12 +132,12 @@ def number(value: float | None) -> str:
     """Write a number that is no share with three significant digits.
 
     Example:
-        >>> number(2.0417), number(2), number(0.00012), number(1234.5), number(None)
-        ('2.04', '2.00', '0.000120', '1234', '–')
+        >>> number(2.0417), number(2), number(0.00012), number(99.97), number(1234.5), number(None)
+        ('2.04', '2.00', '0.000120', '100', '1234', '–')
     """
     if value is None or not math.isfinite(value):
         return DASH
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def capital(text: str) -> str:

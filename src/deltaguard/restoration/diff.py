@@ -10,7 +10,7 @@ from torch import Tensor
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import TensorInfo, WeightSource, name_map
 from deltaguard.models.families import kind_of
-from deltaguard.reports.records.diff import DiffReport, KindRow, TensorDiff
+from deltaguard.reports.records.diff import NOT_COMPARED, DiffReport, KindRow, TensorDiff
 from deltaguard.restoration.agreement import Identified, differences
 from deltaguard.restoration.job import open_models
 from deltaguard.restoration.plan import make_plan
@@ -53,7 +53,8 @@ def diff(aligned: str | Path, finetuned: str | Path, *, deep: bool = False) -> D
         settings=_settings(one, other),
         tensors=tuple(rows),
         kinds=_by_kind(list(other.tensors), rows, deep=deep),
-        compatible=_can_be_restored(one, other),
+        compatible=(obstacle := _obstacle(one, other)) is None,
+        obstacle=obstacle,
     )
 
 
@@ -62,16 +63,17 @@ def _settings(one: WeightSource, other: WeightSource) -> tuple[str, ...]:
     try:
         found = differences(Identified.of(one), Identified.of(other))
     except DeltaguardError as error:
-        return (f"not compared: {error}",)
+        return (f"{NOT_COMPARED}: {error}",)
     return tuple(each.text for each in found)
 
 
-def _can_be_restored(one: WeightSource, other: WeightSource) -> bool:
+def _obstacle(one: WeightSource, other: WeightSource) -> str | None:
+    """Say why a pair cannot be restored; `None` where it can."""
     try:
         make_plan(one, other, store=None)
-    except DeltaguardError:
-        return False
-    return True
+    except DeltaguardError as error:
+        return str(error)
+    return None
 
 
 def _compare(

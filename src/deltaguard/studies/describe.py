@@ -102,7 +102,9 @@ def attack_notes(setting: Bench, chosen: Sequence[Repair], cells: Sequence[Attac
     return tuple(told)
 
 
-def notes(setting: Bench, cells: Sequence[Cell], beside: Sequence[tuple[str, float]] = ()) -> tuple[str, ...]:
+def notes(
+    setting: Bench, cells: Sequence[Cell], beside: Sequence[tuple[str, str, float]] = ()
+) -> tuple[str, ...]:
     """Say what a reader of the tables must know.
 
     Args:
@@ -134,8 +136,7 @@ def notes(setting: Bench, cells: Sequence[Cell], beside: Sequence[tuple[str, flo
             "better."
         )
         if beside:
-            passed = ", ".join(f"{strength:g} of {method}" for method, strength in beside)
-            told.append(f"Measured beside these, being defaults, and never a method's score: {passed}.")
+            told.append(f"Measured beside these, being defaults, and no score there: {_beside(beside)}.")
     retraining = [method.name for method in setting.methods if method.retrains]
     there = [row.name for row in preset.finetunes if row.kind in preset.retrained]
     if retraining and len(there) < len(preset.finetunes):
@@ -143,6 +144,14 @@ def notes(setting: Bench, cells: Sequence[Cell], beside: Sequence[tuple[str, flo
         told.append(f"Methods that train anew at every strength ({', '.join(retraining)}) {where}.")
     told += _without_pretrained(setting)
     return tuple(told)
+
+
+def _beside(found: Sequence[tuple[str, str, float]]) -> str:
+    """List strengths with the fine-tunes on which they were measured beside the others."""
+    places: dict[str, list[str]] = {}
+    for finetune, method, strength in found:
+        places.setdefault(f"{strength:g} of {method}", []).append(finetune)
+    return "; ".join(f"{what} on {', '.join(finetunes)}" for what, finetunes in places.items())
 
 
 def _fewer(asked_for: Sequence[tuple[str, int, Sequence[object]]]) -> list[str]:

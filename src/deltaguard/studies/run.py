@@ -217,7 +217,7 @@ def _report(
     found = cells_by_finetune(finetunes, cells)
     points = curves(found, bound=BOUND, beside=beside)
     judged = scores(found, points)
-    passed = tuple(dict.fromkeys((point.method, point.strength) for point in points if point.beside))
+    passed = tuple((point.finetune, point.method, point.strength) for point in points if point.beside)
     return BenchReport(
         environment=environment(device_name(), libraries=LIBRARIES),
         preset=setting.preset.name,

@@ -2,6 +2,9 @@
 
 from deltaguard.reports.records.base import Record
 
+NOT_COMPARED = "not compared"
+"""How a setting is told that could not be read."""
+
 
 class TensorDiff(Record):
     """One tensor that differs, or of which only one model knows.
@@ -52,6 +55,7 @@ class DiffReport(Record):
         tensors: every tensor that differs.
         kinds: a summary by kind.
         compatible: whether the pair could be restored.
+        obstacle: why it could not.
     """
 
     aligned: str
@@ -61,3 +65,4 @@ class DiffReport(Record):
     tensors: tuple[TensorDiff, ...]
     kinds: tuple[KindRow, ...]
     compatible: bool
+    obstacle: str | None = None
