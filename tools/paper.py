@@ -52,7 +52,8 @@ def paper_table(content: str) -> str:
 
     def calibrating(row: PaperRow) -> int:
         plan = row.calibration
-        return plan.weights_bytes + plan.sums_bytes + plan.pass_bytes + plan.hidden_bytes
+        beside = max(plan.sums_bytes + plan.pass_bytes, plan.predicted_bytes)
+        return plan.weights_bytes + beside + plan.hidden_bytes
 
     drawn = Table.of(
         "",

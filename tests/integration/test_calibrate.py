@@ -84,6 +84,47 @@ def test_a_model_with_few_positions_takes_no_more_tokens(tmp_path):
     assert store.provenance.truncated > 0
 
 
+def test_a_prompt_without_room_for_an_answer_is_not_asked(tmp_path, monkeypatch):
+    """A model of learned positions has none for the tokens of a longer one."""
+    folder = models.save(models.tiny_model("gpt2", n_positions=48), tmp_path / "model")
+    asked, answer = [], calibrate_module.respond
+
+    def respond(model, tokenizer, rows, **named):
+        asked.extend(row.prompt for row in rows if row.response is None)
+        return answer(model, tokenizer, rows, **named)
+
+    monkeypatch.setattr(calibrate_module, "respond", respond)
+    path, long = tmp_path / "prompts.jsonl", "why " * 100
+    rows = [long, *(f"Why {i}?" for i in range(9))]
+    path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows), encoding="utf-8")
+    config = SHORT.model_copy(update={"prompts": path, "num_samples": 10, "num_look_alikes": 0})
+    store = calibrate(folder, tmp_path / "store", config=config)
+    assert sorted(asked) == sorted(rows[1:])
+    # Whether it was to be calibrated on or held out: of the two, what is held out has an answer.
+    left_out = 10 - store.provenance.conversations - len(store.held_out)
+    assert store.provenance.truncated + left_out >= 1
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_answers_that_are_there_load_no_model_to_give_them(llama, tmp_path, memory, monkeypatch):
+    config = SHORT.model_copy(update={"memory": memory})
+
+    def interrupt(event):
+        if event.stage in ("accumulate", "backwards"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(llama, tmp_path / "store", config=config, progress=interrupt)
+    monkeypatch.setattr(calibrate_module, "as_served", None)
+    if memory == 0:
+        monkeypatch.setattr(calibrate_module, "load_model", None)
+    resumed = config.model_copy(update={"resume": True})
+    calibrate(llama, tmp_path / "store", config=resumed)
+    monkeypatch.undo()
+    calibrate(llama, tmp_path / "other", config=config)
+    assert contents(tmp_path / "store") == contents(tmp_path / "other")
+
+
 def test_the_share_of_refusals_and_a_template_without_system_role_are_recorded(tmp_path):
     folder = models.save(models.tiny_model("llama"), tmp_path / "model")
     path = folder / "chat_template.jinja"
@@ -232,7 +273,8 @@ def calibrated_on(monkeypatch):
     seen = []
 
     def spied(tokenizer, conversation, **options):
-        seen.append(conversation)
+        # Prompts alone are encoded first, to see whether an answer has room.
+        seen.extend([conversation] if conversation.response is not None else [])
         return encode(tokenizer, conversation, **options)
 
     monkeypatch.setattr(calibrate_module, "encode", spied)

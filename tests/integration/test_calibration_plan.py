@@ -1,13 +1,16 @@
 """What a calibration would take: told from headers and prompts, and not far from what it does take."""
 
 import json
+import shutil
 from math import prod
 
 import pytest
 import torch
 
+from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.tokens import encode
 from deltaguard.cli.app import run
+from deltaguard.curvature import calibrate as calibrate_module
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.dry_run import plan_calibration
 from deltaguard.curvature.request import CalibrateConfig, asked_for
@@ -42,7 +45,7 @@ def test_the_plan_bounds_the_tokens_and_chooses_as_the_calibration_does(aligned,
     made = calibrate(aligned, tmp_path / "store", config=SMALL)
     tokenizer = load_tokenizer(aligned, "aligned")
     held_out = sum(len(encode(tokenizer, row, max_length=512).ids) for row in made.held_out)
-    answers = 12 * plan.conversations
+    answers = (12 + 1) * plan.conversations
     used = made.provenance.tokens + held_out
     assert used <= plan.tokens <= used + answers
     assert plan.conversations == len(asked_for(None, SMALL).all) == 30
@@ -65,7 +68,56 @@ def test_block_by_block_it_holds_one_block_and_spills_what_goes_into_each(aligne
     assert held < plan.answering_bytes <= held + row_bytes(shape, tokens=512, dtype=served)
     assert plan.sums_bytes * len(blocks) == whole.sums_bytes
     assert plan.pass_bytes * len(blocks) == whole.pass_bytes
-    assert plan.disk_bytes == (len(blocks) + 5) * plan.hidden_bytes // 2 > 0
+    assert plan.disk_bytes == (len(blocks) + 5) * plan.hidden_bytes // 2 + plan.store_bytes
+    assert plan.hidden_bytes > 0
+
+
+@pytest.mark.parametrize("rank", ["auto", "full"])
+def test_the_disk_that_it_tells_is_enough(aligned, tmp_path, rank, monkeypatch):
+    config = SMALL.model_copy(update={"memory": 0, "rank": rank})
+    folder, found = tmp_path / "store.partial", []
+    write = calibrate_module.write_store
+
+    def measured(*given, **named):
+        found.append(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+        return write(*given, **named)
+
+    def listen(event):
+        if event.stage == "backwards":
+            found.append(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+
+    monkeypatch.setattr(calibrate_module, "write_store", measured)
+    calibrate(aligned, tmp_path / "store", config=config, progress=listen)
+    plan = plan_calibration(aligned, config=config)
+    # Headers of files, names and settings are not counted, and weigh little beside those of real models.
+    assert 0.4 * plan.disk_bytes < max(found) < 1.1 * plan.disk_bytes
+
+
+def test_predictions_grow_with_answers_and_vocabulary(aligned):
+    def rows(words):
+        return [Conversation(f"Why {i}?", None, "no " * words) for i in range(12)]
+
+    few, many = (plan_calibration(aligned, conversations=rows(words), config=SMALL) for words in (5, 50))
+    vocabulary = load_config(aligned, "aligned").vocab_size
+    tokenizer = load_tokenizer(aligned, "aligned")
+    for plan, words in ((few, 5), (many, 50)):
+        known = encode(tokenizer, rows(words)[0], max_length=512)
+        response = len(known.ids) - known.prompt_length
+        assert plan.predicted_bytes == 2 * 10 * response * vocabulary * 4
+
+
+def test_thoughts_and_ends_of_turns_are_counted(aligned, tmp_path):
+    thinking = tmp_path / "thinking"
+    shutil.copytree(aligned, thinking)
+    template = thinking / "chat_template.jinja"
+    begin = "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    template.write_text(template.read_text() + begin)
+    plan = plan_calibration(thinking, config=SMALL)
+    made = calibrate(thinking, tmp_path / "store", config=SMALL)
+    tokenizer = load_tokenizer(thinking, "thinking")
+    held_out = sum(len(encode(tokenizer, row, max_length=512).ids) for row in made.held_out)
+    assert made.provenance.tokens + held_out <= plan.tokens
+    assert plan.tokens > 2 * plan_calibration(aligned, config=SMALL).tokens
 
 
 def test_processes_of_one_machine_share_its_memory(aligned):

@@ -1,5 +1,6 @@
 """What goes wrong outside during a calibration block by block: one message, and a run that can be resumed."""
 
+import errno
 import os
 import shutil
 
@@ -66,6 +67,22 @@ def test_a_full_disk_loses_nothing(writes, aligned, tmp_path, monkeypatch):
     assert run(aligned, tmp_path / "store", resume=True) == run(aligned, tmp_path / "undisturbed")
 
 
+def test_a_disk_that_tells_late_that_it_is_full(aligned, tmp_path, monkeypatch):
+    """As file systems over a network do, when a file is to be on the disk."""
+    left = [2]
+
+    def full(path):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(staged, "sync", full)
+        with pytest.raises(DeltaguardError, match=rf"{os.strerror(errno.EDQUOT)}|no space left"):
+            run(aligned, tmp_path / "store")
+    assert run(aligned, tmp_path / "store", resume=True) == run(aligned, tmp_path / "undisturbed")
+
+
 def test_too_little_memory_of_a_device_is_told_with_numbers_and_can_be_resumed(
     aligned, tmp_path, monkeypatch
 ):
@@ -79,7 +96,7 @@ def test_too_little_memory_of_a_device_is_told_with_numbers_and_can_be_resumed(
 
     with monkeypatch.context() as patched:
         patched.setattr(CutModel, "run", scarce)
-        said = r"cpu has too little memory .* a single conversation: Tried to allocate 2\.00 GiB\. Calibrate"
+        said = r"cpu has too little memory .* a single conversation: Tried to allocate 2\.00 GiB\. Take "
         with pytest.raises(DeltaguardError, match=said):
             run(aligned, tmp_path / "store")
     assert run(aligned, tmp_path / "store", resume=True) == run(aligned, tmp_path / "undisturbed")

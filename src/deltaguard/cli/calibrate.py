@@ -122,6 +122,7 @@ def _draw_plan(plan: "CalibrationPlan") -> Table:
         (f"memory for {kept}", size(plan.weights_bytes)),
         ("memory for sums", size(plan.sums_bytes)),
         ("memory for one batch, about", size(plan.pass_bytes)),
+        ("memory for its predictions, about", size(plan.predicted_bytes)),
         *(in_blocks if plan.by_blocks else ()),
         ("store", "everything" if plan.store_bytes is None else f"at most about {size(plan.store_bytes)}"),
     )

@@ -7,7 +7,7 @@ finished one leaves the store alone.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from deltaguard.curvature.request import (
     asked_for,
     requested,
 )
-from deltaguard.curvature.responses import respond, shared_workspace
+from deltaguard.curvature.responses import is_answer_missing, respond, shared_workspace
 from deltaguard.curvature.shared import decomposed
 from deltaguard.curvature.sizes import blocks_of, held_bytes, rows_within, store_limit, whole_bytes
 from deltaguard.curvature.store import CurvatureStore
@@ -107,20 +107,23 @@ def calibrate(
             half = memory_bytes(device) // 2 // ranks.sharing(device)
             memory = half if config.memory is None else int(config.memory)
             report = progress or ignore
-            run = _Run(source, asked, request, device, memory, journal, report, ranks)
+            config_of = load_config(source.folder, source.reference)
+            limit = context_length(config_of, request.max_length)
+            run = _Run(source, asked, request, device, memory, limit, journal, report, ranks)
             _calibrate(run, Path(output_dir), is_refusal or opens_with_refusal)
     return CurvatureStore.from_pretrained(output_dir)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run works with from beginning to end."""
+    """What a run works with from beginning to end; `limit` is of a conversation's tokens."""
 
     source: Checkpoint
     asked: Asked
     request: CalibrationRequest
     device: torch.device
     memory: int
+    limit: int
     journal: Path
     report: Progress
     ranks: Ranks
@@ -175,10 +178,16 @@ def _calibrate(run: _Run, output: Path, is_refusal: Callable[[str], bool]) -> No
     except torch.OutOfMemoryError as error:
         raise DeltaguardError(
             f"{run.device} has too little memory for what is calibrated at once, the sums over its layers' "
-            f"inputs and output gradients, and a single conversation: {error} Calibrate block by block "
-            "(`--memory 0`), take shorter conversations (`--max-length`), or a device with more memory, such "
-            "as `cpu`; `--dry-run` says what each takes."
+            f"inputs and output gradients, and a single conversation: {error} {_advice(run)} shorter "
+            "conversations (`--max-length`), or a device with more memory, such as `cpu`; `--dry-run` says "
+            "what each takes."
         ) from error
+
+
+def _advice(run: _Run) -> str:
+    """Say what takes less memory, block by block where that was not tried."""
+    by_blocks = whole_bytes(run.source, getattr(torch, run.request.dtype)) > run.memory
+    return "Take" if by_blocks else "Calibrate block by block (`--memory 0`), take"
 
 
 def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
@@ -186,14 +195,15 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     request, count = run.request, len(run.asked.calibration)
     in_blocks = run.ranks.from_first(whole_bytes(run.source, getattr(torch, request.dtype)) > run.memory)
     tokenizer = load_tokenizer(run.source.folder, run.source.reference)
-    answered = _answered_by_blocks(run, tokenizer) if in_blocks else None
-    model = None
+    run = replace(run, asked=_fitting(run, tokenizer))
+    answered, model = _known_answers(run, tokenizer), None
+    if answered is None and in_blocks:
+        answered = _answered_by_blocks(run, tokenizer)
     if answered is None:
         model = _load(run, (request.answer_dtype or request.dtype) if in_blocks else request.dtype)
         with as_served(model) if request.answer_dtype not in (None, request.dtype) else nullcontext():
             answered = _answered(run, model, tokenizer, request.batch_size)
-    config = load_config(run.source.folder, run.source.reference)
-    limit = context_length(config, request.max_length)
+    limit = run.limit
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
     # A framing says how an answer opens, such as with a number: whether it refuses is not judged there.
     judged = [
@@ -216,7 +226,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         del model
         layers = _by_blocks(run, texts, decided) or _whole(run, _load(run, request.dtype), texts, decided)
     else:
-        layers = _whole(run, model, texts, decided)
+        layers = _whole(run, model or _load(run, request.dtype), texts, decided)
     provenance = Provenance(
         **request.model_dump(),
         aligned=run.source.reference,
@@ -236,6 +246,37 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     return _Measured(layers, tuple(held_out), provenance)
 
 
+def _known_answers(run: _Run, tokenizer: Any) -> list[Conversation] | None:
+    """Take the answers that were given or that an earlier run left; None where one is missing."""
+    asked, found = run.asked, None
+    if run.ranks.leads:
+        parts = (
+            ([*asked.harmful, *asked.held_out], run.journal),
+            (asked.harmless, _beside(run.journal)),
+        )
+        found = any(is_answer_missing(rows, journal) for rows, journal in parts)
+    return None if run.ranks.from_first(found) else _answered(run, None, tokenizer, 1)
+
+
+def _fitting(run: _Run, tokenizer: Any) -> Asked:
+    """Take prompts that leave an answer no token, which a model may have no positions for, as unanswered."""
+
+    def fitting(rows: Sequence[Conversation]) -> list[Conversation]:
+        return [
+            replace(row, response="")
+            if row.response is None and len(encode(tokenizer, row, max_length=run.limit).ids) >= run.limit
+            else row
+            for row in rows
+        ]
+
+    return Asked(**{part.name: fitting(getattr(run.asked, part.name)) for part in fields(Asked)})
+
+
+def _beside(journal: Path) -> Path:
+    """Name the file of look-alikes' answers."""
+    return journal.with_name("look-alikes.jsonl")
+
+
 def _answered(run: _Run, model: Any, tokenizer: Any, batch_size: int) -> list[Conversation]:
     """Let a model answer the conversations that have no response, together with the other processes."""
     asked, tokens = run.asked, run.request.max_new_tokens
@@ -253,8 +294,8 @@ def _answered(run: _Run, model: Any, tokenizer: Any, batch_size: int) -> list[Co
         )
 
     harmful = answer([*asked.harmful, *asked.held_out], tokens, run.journal, 0)
-    opening, beside = min(LOOK_ALIKE_TOKENS, tokens), run.journal.with_name("look-alikes.jsonl")
-    look_alikes = answer(asked.harmless, opening, beside, len(harmful))
+    opening = min(LOOK_ALIKE_TOKENS, tokens)
+    look_alikes = answer(asked.harmless, opening, _beside(run.journal), len(harmful))
     count = len(asked.harmful)
     return [*harmful[:count], *look_alikes, *harmful[count:]]
 
@@ -263,8 +304,6 @@ def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:
     """Let the model answer in a pass over its blocks for each token; None where it fits or cannot be cut."""
     dtype = getattr(torch, run.request.answer_dtype or run.request.dtype)
     whole = sum(prod(info.shape) for info in run.source.tensors.values()) * dtype.itemsize
-    if all(row.response is not None for row in run.asked.all):
-        return run.asked.all
     if run.ranks.from_first(whole <= run.memory):
         return None
     try:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from deltaguard.chat.conversations import Conversation
-from deltaguard.chat.tokens import context_length, encode
+from deltaguard.chat.template import end_of_turn, render
+from deltaguard.chat.thinking import THOUGHT_TOKENS, begins_thoughts, closed
+from deltaguard.chat.tokens import context_length, encode, token_ids
 from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, Asked, CalibrateConfig, asked_for, requested
 from deltaguard.curvature.sizes import Sizes, blocks_of, held_bytes, row_bytes, rows_within, store_limit
 from deltaguard.curvature.store_format import CalibrationRequest
@@ -44,8 +46,10 @@ def plan_calibration(
     device = find_device(config.device)
     request = requested(source, asked.all, config, device)
     shape = load_config(source.folder, source.reference)
-    lengths = _lengths(asked, source, request, context_length(shape, request.max_length))
+    counted = _lengths(asked, source, request, context_length(shape, request.max_length))
+    lengths = [tokens for tokens, _ in counted]
     calibrated = lengths[: len(asked.calibration)]
+    answered = sorted(tokens for _, tokens in counted[: len(asked.calibration)])[-request.batch_size :]
     dtype = getattr(torch, request.dtype)
     answering = getattr(torch, request.answer_dtype or request.dtype)
     whole = Sizes.of(source.tensors.values(), routed_share(source.config))
@@ -63,6 +67,10 @@ def plan_calibration(
     elif by_blocks and answers > memory:
         answers = held_bytes(outside, blocks, answering)
         answers += _rows_bytes(shape, memory - answers, lengths, request, answering)
+    kept_of_all = request.rank == "full"
+    # Raw sums, in whose other half the factors lie, and all eigenvectors; or what of these a store may hold.
+    stored = 2 * whole.sums * torch.float32.itemsize if kept_of_all else store_limit(source)
+    stored += whole.leaning_bytes
     return CalibrationPlan(
         conversations=len(lengths),
         tokens=sum(lengths),
@@ -75,9 +83,11 @@ def plan_calibration(
         pass_bytes=sum(sorted(calibrated)[-request.batch_size :]) * held.passed * dtype.itemsize,
         # What goes into a block, and what comes out of it.
         hidden_bytes=2 * hidden,
-        # What goes into each block, what comes out of the last, and two gradients twice.
-        disk_bytes=hidden * (len(blocks) + 5) if by_blocks else 0,
-        store_bytes=None if request.rank == "full" else store_limit(source) + whole.leaning_bytes,
+        # In float32: what they are, and their gradients.
+        predicted_bytes=2 * sum(answered) * shape.get_text_config().vocab_size * torch.float32.itemsize,
+        # What goes into each block, what comes out of the last, two gradients twice, and the blocks' stores.
+        disk_bytes=hidden * (len(blocks) + 5) + stored if by_blocks else 0,
+        store_bytes=None if kept_of_all else stored,
     )
 
 
@@ -89,18 +99,30 @@ def _rows_bytes(
     return min(rows, len(lengths)) * row_bytes(shape, tokens=max(lengths), dtype=dtype)
 
 
-def _lengths(asked: Asked, source: Checkpoint, request: CalibrationRequest, limit: int) -> list[int]:
-    """Count the tokens of each conversation; an answer that is missing may be as long as it is let."""
+def _lengths(
+    asked: Asked, source: Checkpoint, request: CalibrationRequest, limit: int
+) -> list[tuple[int, int]]:
+    """Count the tokens of each conversation, and those of its answer.
+
+    An answer that is missing may be as long as it is let, with thoughts before it where the template begins
+    them, and what ends a turn after it.
+    """
     tokenizer = load_tokenizer(source.folder, source.reference)
+    end = len(token_ids(tokenizer, end_of_turn(tokenizer)))
+    thoughts = THOUGHT_TOKENS + len(token_ids(tokenizer, closed("")))
     brief = min(LOOK_ALIKE_TOKENS, request.max_new_tokens)
     parts = (
         (asked.harmful, request.max_new_tokens),
         (asked.harmless, brief),
         (asked.held_out, request.max_new_tokens),
     )
-    lengths: list[int] = []
+    lengths: list[tuple[int, int]] = []
     for rows, answer in parts:
         for row in rows:
-            more = 0 if row.response is not None else answer
-            lengths.append(min(len(encode(tokenizer, row, max_length=limit).ids) + more, limit))
+            known = encode(tokenizer, row, max_length=limit)
+            prompt, response = known.prompt_length, len(known.ids) - known.prompt_length
+            if row.response is None:
+                response = answer + end
+                prompt += thoughts if begins_thoughts(render(tokenizer, row)) else 0
+            lengths.append((min(prompt + response, limit), min(response, limit)))
     return lengths

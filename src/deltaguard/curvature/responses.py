@@ -96,6 +96,20 @@ def respond(
     ]
 
 
+def is_answer_missing(conversations: Sequence[Conversation], journal: Path) -> bool:
+    """Tell whether a conversation has neither a response nor one in the journals of a run.
+
+    Args:
+        conversations: as in `respond`.
+        journal: as in `respond`.
+
+    Raises:
+        DeltaguardError: a journal holds something else than responses to these conversations.
+    """
+    given = {i for i, each in enumerate(conversations) if each.response is not None}
+    return len(given | _read_journals(journal, conversations, given).keys()) < len(conversations)
+
+
 def _journal_of(rank: int, first: Path) -> Path:
     return first if rank == 0 else first.with_name(f"{first.stem}-{rank}{first.suffix}")
 

@@ -67,15 +67,16 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         DeltaguardError: the operating system refuses, as it does on a full disk.
     """
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        if refused := re.search(r"os error (\d+)", str(error)):
-            number = int(refused[1])
-            with explained(path, sum(tensor.nbytes for tensor in tensors.values())):
+    with explained(path, sum(tensor.nbytes for tensor in tensors.values())):
+        try:
+            save_file(dict(tensors), path)
+        except SafetensorError as error:
+            if refused := re.search(r"os error (\d+)", str(error)):
+                number = int(refused[1])
                 raise OSError(number, os.strerror(number)) from error
-        raise DeltaguardError(f"{path} cannot be written: {error}.") from error
-    sync(path)
+            raise DeltaguardError(f"{path} cannot be written: {error}.") from error
+        # A file system over a network may tell only here that it is full.
+        sync(path)
 
 
 def sync(path: Path) -> None:

@@ -42,7 +42,8 @@ MANIFEST = "curvature.json"
 LEANING = "leaning.safetensors"
 """The file of the gradients of refusing."""
 
-MAX_SHARD_BYTES = 4 * 10**9
+MAX_SHARD_BYTES = 10**9
+"""A file is put together in memory."""
 SCHEMA_VERSION = 3
 
 ENOUGH_REFUSALS = 0.5

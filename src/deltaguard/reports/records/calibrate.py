@@ -18,8 +18,11 @@ class CalibrationPlan(Record):
             the largest block.
         sums_bytes: of the sums over its layers, or over those of the largest block.
         pass_bytes: of what one batch leaves for its pass backwards.
+        predicted_bytes: of the predictions for one batch's answers and their gradients; block by block they
+            are taken before there are sums.
         hidden_bytes: block by block, of the hidden states of all conversations; else 0.
-        disk_bytes: block by block, of what waits on the disk until the run ends; else 0.
+        disk_bytes: block by block, of what waits on the disk until the run ends, the store of each block
+            among it; else 0.
         store_bytes: of the store, at most; null where it keeps everything.
     """
 
@@ -32,6 +35,7 @@ class CalibrationPlan(Record):
     weights_bytes: int
     sums_bytes: int
     pass_bytes: int
+    predicted_bytes: int = 0
     hidden_bytes: int
     disk_bytes: int
     store_bytes: int | None

@@ -43,7 +43,7 @@ def calibrate_model(task: Calibrate, tell: Tell) -> Outcome:
             time.sleep(1)
         except OtherCalibrationError as error:
             # Begun under other settings; a store that is finished meanwhile is found.
-            if error.where != folder:
+            if error.where != folder.resolve():
                 with explained(error.where):
                     shutil.rmtree(error.where)
     return Outcome()
