@@ -322,6 +322,22 @@ def test_prompts_of_a_user_are_calibrated_on_or_measured_on(
     assert len({(row.prompt, row.system) for row in calibration}) == len(calibration)
 
 
+def test_another_division_of_the_same_conversations_is_another_calibration(llama, tmp_path):
+    rows = [Conversation(f"Why {i}?", None, "No.") for i in range(10)]
+
+    def all_of(seed, held_out):
+        config = CalibrateConfig(seed=seed, num_held_out=held_out)
+        return asked_for(rows, config).all
+
+    # Holding out one or two may leave all conversations in one order.
+    seed = next(seed for seed in range(500) if all_of(seed, 1) == all_of(seed, 2))
+    config = SHORT.model_copy(update={"seed": seed, "num_held_out": 1})
+    calibrate(llama, tmp_path / "store", conversations=rows, config=config)
+    other = config.model_copy(update={"num_held_out": 2, "resume": True})
+    with pytest.raises(DeltaguardError, match="prompts_sha256 is"):
+        calibrate(llama, tmp_path / "store", conversations=rows, config=other)
+
+
 def test_the_seed_decides_what_is_held_out(llama, tmp_path):
     held_out = {
         calibrate(llama, tmp_path / f"{seed}", conversations=ROWS, config=CalibrateConfig(seed=seed)).held_out
@@ -580,5 +596,5 @@ def test_what_a_model_thinks_is_no_refusal_of_it(llama, tmp_path):
 def test_who_names_a_dtype_has_the_answers_in_it(llama, monkeypatch, dtype, expected):
     monkeypatch.setattr("deltaguard.curvature.request.served_dtype", lambda _: torch.bfloat16)
     config = SHORT.model_copy(update={"dtype": dtype})
-    made = requested(Checkpoint.open(llama), asked_for(None, config).all, config, torch.device("cpu"))
+    made = requested(Checkpoint.open(llama), asked_for(None, config), config, torch.device("cpu"))
     assert (made.dtype, made.answer_dtype) == ("float32", expected)

@@ -101,7 +101,7 @@ def calibrate(
     asked = asked_for(conversations, config)
     device = find_device(config.device)
     ranks = (ranks or Ranks()).on(device)
-    request = requested(source, asked.all, config, device)
+    request = requested(source, asked, config, device)
     with shared_workspace(Path(output_dir), request, ranks, resume=config.resume) as journal:
         if journal is not None:
             half = memory_bytes(device) // 2 // ranks.sharing(device)

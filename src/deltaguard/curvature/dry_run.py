@@ -44,7 +44,7 @@ def plan_calibration(
     refuse_unknown_experts(source.reference, source.config, source.tensors)
     asked = asked_for(conversations, config)
     device = find_device(config.device)
-    request = requested(source, asked.all, config, device)
+    request = requested(source, asked, config, device)
     shape = load_config(source.folder, source.reference)
     counted = _lengths(asked, source, request, context_length(shape, request.max_length))
     lengths = [tokens for tokens, _ in counted]

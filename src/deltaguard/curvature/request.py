@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -126,6 +127,12 @@ class Asked:
         """List all conversations: those calibrated on, and after them those held out."""
         return [*self.calibration, *self.held_out]
 
+    @property
+    def sha256(self) -> str:
+        """Hash all conversations, and which of them are held out."""
+        parts = fingerprint(self.calibration) + fingerprint(self.held_out)
+        return sha256(parts.encode()).hexdigest()
+
 
 def asked_for(given: Sequence[Conversation] | None, config: CalibrateConfig) -> Asked:
     """Find conversations to calibrate on, and others to measure on.
@@ -166,7 +173,7 @@ def asked_for(given: Sequence[Conversation] | None, config: CalibrateConfig) -> 
 
 def prompts_key() -> str:
     """Name what a calibration asks that is given nothing else, in eight hexadecimal digits."""
-    return fingerprint(asked_for(None, CalibrateConfig()).all)[:8]
+    return asked_for(None, CalibrateConfig()).sha256[:8]
 
 
 def _divided(
@@ -187,13 +194,13 @@ def _divided(
 
 
 def requested(
-    source: Checkpoint, asked: Sequence[Conversation], config: CalibrateConfig, device: torch.device
+    source: Checkpoint, asked: Asked, config: CalibrateConfig, device: torch.device
 ) -> CalibrationRequest:
     """Write down everything that decides a store.
 
     Args:
         source: the aligned model.
-        asked: all conversations, those held out among them.
+        asked: the conversations.
         config: the options.
         device: where the model runs.
     """
@@ -205,7 +212,7 @@ def requested(
     served = str(served_dtype(device)).removeprefix("torch.")
     return CalibrationRequest(
         **identify(source).model_dump(),
-        prompts_sha256=fingerprint(asked),
+        prompts_sha256=asked.sha256,
         dtype=dtype,
         answer_dtype=served if config.dtype == "auto" and dtype == "float32" else dtype,
         **config.model_dump(

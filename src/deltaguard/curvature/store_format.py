@@ -64,8 +64,8 @@ class CalibrationRequest(ModelIdentity):
     """What a calibration was asked for, of which model. The same request gives the same curvature.
 
     Attributes:
-        prompts_sha256: hash of the conversations as they were given, most without responses; of those that
-            are held out, too.
+        prompts_sha256: hash of the conversations as they were given, most without responses, and of which
+            are held out.
         max_length: tokens of a conversation at most.
         max_new_tokens: tokens of a self-generated response at most.
         batch_size: conversations per batch.
