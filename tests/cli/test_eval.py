@@ -73,7 +73,7 @@ def test_a_judge_on_a_server_joins_those_of_the_suite(models, tmp_path, capsys):
 def test_a_judge_of_nothing_is_refused_before_anything_is_asked(models, tmp_path, capsys, judge):
     out = tmp_path / "out"
     assert run(["eval", models[0], "--suite", "utility", "-o", str(out), *judge]) == 1
-    assert "has nothing to judge in the suite utility" in capsys.readouterr().err
+    assert "Nothing in the suite utility is to be judged by these" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -105,6 +105,43 @@ def test_a_prompt_without_room_for_an_answer_is_not_asked(tmp_path, monkeypatch)
     assert store.provenance.truncated + left_out >= 1
 
 
+def test_what_is_not_asked_counts_neither_as_refused_nor_as_answered(llama, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = ["why " * 100 + str(i) for i in range(6)] + [f"Why {i}?" for i in range(6)]
+    path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows), encoding="utf-8")
+    config = SHORT.model_copy(update={"prompts": path, "num_samples": 12, "max_length": 60})
+    judged = []
+    store = calibrate(
+        llama, tmp_path / "store", config=config, is_refusal=lambda said: bool(judged.append(said) or said)
+    )
+    assert all(judged)
+    assert store.provenance.unanswered > 0
+    assert store.provenance.refusal_share == 1
+    assert store.provenance.judged == store.provenance.harmful - store.provenance.unanswered
+
+
+def test_the_answers_of_an_earlier_release_to_long_prompts_are_passed_over(llama, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = ["why " * 100, *(f"Why {i}?" for i in range(9))]
+    path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows), encoding="utf-8")
+    config = SHORT.model_copy(update={"prompts": path, "num_samples": 12, "max_length": 60})
+
+    def interrupt(event):
+        if event.stage == "accumulate":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(llama, tmp_path / "store", config=config, progress=interrupt)
+    journal = tmp_path / "store.partial" / "responses.jsonl"
+    asked = {int(i) for line in journal.read_text().splitlines() for i in json.loads(line)}
+    (passed,) = set(range(10)) - asked
+    answer = next(iter(json.loads(journal.read_text().splitlines()[0]).values()))
+    journal.write_text(journal.read_text() + json.dumps({passed: answer}) + "\n")
+    calibrate(llama, tmp_path / "store", config=config.model_copy(update={"resume": True}))
+    calibrate(llama, tmp_path / "other", config=config)
+    assert contents(tmp_path / "store") == contents(tmp_path / "other")
+
+
 @pytest.mark.parametrize("memory", [None, 0])
 def test_answers_that_are_there_load_no_model_to_give_them(llama, tmp_path, memory, monkeypatch):
     config = SHORT.model_copy(update={"memory": memory})
@@ -115,11 +152,13 @@ def test_answers_that_are_there_load_no_model_to_give_them(llama, tmp_path, memo
 
     with pytest.raises(KeyboardInterrupt):
         calibrate(llama, tmp_path / "store", config=config, progress=interrupt)
+    loaded, load = [], calibrate_module.load_model
     monkeypatch.setattr(calibrate_module, "as_served", None)
-    if memory == 0:
-        monkeypatch.setattr(calibrate_module, "load_model", None)
+    monkeypatch.setattr(calibrate_module, "load_model", lambda *a, **b: loaded.append(b) or load(*a, **b))
     resumed = config.model_copy(update={"resume": True})
     calibrate(llama, tmp_path / "store", config=resumed)
+    # To be differentiated, as a whole: block by block not even that.
+    assert len(loaded) == (memory is None)
     monkeypatch.undo()
     calibrate(llama, tmp_path / "other", config=config)
     assert contents(tmp_path / "store") == contents(tmp_path / "other")

@@ -127,8 +127,14 @@ def test_processes_of_one_machine_share_its_memory(aligned):
 
 
 def test_with_all_answers_given_no_model_is_loaded_to_answer_block_by_block(aligned):
-    config = SMALL.model_copy(update={"memory": 0})
-    assert plan_calibration(aligned, config=config, conversations=CONVERSATIONS).answering_bytes == 0
+    for memory in (0, None):
+        config = SMALL.model_copy(update={"memory": memory})
+        assert plan_calibration(aligned, config=config, conversations=CONVERSATIONS).answering_bytes == 0
+
+
+def test_an_answer_has_no_more_tokens_than_its_prompt_leaves_it(aligned):
+    rows = [Conversation("why " * 200 + str(i)) for i in range(12)]
+    assert plan_calibration(aligned, conversations=rows, config=SMALL).predicted_bytes == 0
 
 
 def test_of_experts_a_batch_leaves_what_its_tokens_are_routed_to():

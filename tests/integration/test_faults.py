@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 import models
+from deltaguard.curvature import calibrate as calibrate_module
 from deltaguard.curvature import staged
 from deltaguard.curvature.blocks import CutModel
 from deltaguard.curvature.calibrate import calibrate
@@ -100,6 +101,15 @@ def test_too_little_memory_of_a_device_is_told_with_numbers_and_can_be_resumed(
         with pytest.raises(DeltaguardError, match=said):
             run(aligned, tmp_path / "store")
     assert run(aligned, tmp_path / "store", resume=True) == run(aligned, tmp_path / "undisturbed")
+
+
+def test_a_model_that_does_not_fit_as_a_whole_is_advised_to_go_by_blocks(aligned, tmp_path, monkeypatch):
+    def scarce(*_, **__):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(calibrate_module, "observe", scarce)
+    with pytest.raises(DeltaguardError, match=r"GiB\. Calibrate block by block \(`--memory 0`\), take "):
+        calibrate(aligned, tmp_path / "store", conversations=ANSWERED, config=CalibrateConfig(device="cpu"))
 
 
 @pytest.mark.parametrize("at", [("forwards", 2), ("backwards", 2)])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaguard.chat.conversations import Conversation, harmless_prompts
+from deltaguard.chat.conversations import harmless_prompts
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Question
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify, is_broken, perplexity
@@ -122,8 +122,8 @@ def test_broken_text_is_its_own_class_unless_it_opens_with_a_refusal(verdict, by
 def test_perplexity_is_put_to_answers_whose_form_is_sound_and_not_short():
     asked = []
 
-    def measured(conversations):
-        asked.extend(each.response for each in conversations)
+    def measured(_, said):
+        asked.extend(said)
         return [5.0, 900.0, inf, nan]
 
     answers = [
@@ -141,12 +141,20 @@ def test_perplexity_is_put_to_answers_whose_form_is_sound_and_not_short():
     assert found == [False, False, True, True, False, False, True, True]
 
 
-def test_perplexity_is_that_of_the_conversation_that_was_held():
-    held = []
-    check = CoherenceCheck(max_perplexity=100, perplexity=lambda given: [held.extend(given) or 5.0])
+def test_perplexity_is_that_of_the_answer_in_the_conversation_that_was_held():
+    """The model reads what it was given, and only what it said counts."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     wrapped = Question("Say in verse: how?", "You are a poet.", prefill="Sure: ")
-    assert check.broken([wrapped], ["first of all, one waits."]) == [False]
-    assert held == [Conversation(wrapped.prompt, wrapped.system, "Sure: first of all, one waits.")]
+    said = " first of all, one waits."
+    turns = [{"role": "system", "content": wrapped.system}, {"role": "user", "content": wrapped.prompt}]
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    begin = tokenizer(f"{prompt}Sure:", add_special_tokens=False)["input_ids"]
+    end = tokenizer(f"{said}<|end|>", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([begin + end])).logits[0].log_softmax(-1)
+    nats = [-float(logits[len(begin) + i - 1, token]) for i, token in enumerate(end)]
+    (found,) = perplexity(model, tokenizer, [wrapped], [said.strip()])
+    assert found == pytest.approx(exp(sum(nats) / len(nats)), rel=1e-4)
 
 
 def test_perplexity_needs_a_model_and_a_bound():
@@ -156,16 +164,16 @@ def test_perplexity_needs_a_model_and_a_bound():
 
 def test_perplexity_by_hand():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    asked = Conversation("How are you?", response="Fine, thanks.")
+    asked, said = Question("How are you?"), "Fine, thanks."
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": asked.prompt}], tokenize=False, add_generation_prompt=True
     )
     begin = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    end = tokenizer(asked.response + "<|end|>", add_special_tokens=False)["input_ids"]
+    end = tokenizer(said + "<|end|>", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([begin + end])).logits[0].log_softmax(-1)
     nats = [-float(logits[len(begin) + i - 1, token]) for i, token in enumerate(end)]
-    (found,) = perplexity(model, tokenizer, [asked])
+    (found,) = perplexity(model, tokenizer, [asked], [said])
     assert found == pytest.approx(exp(sum(nats) / len(nats)), rel=1e-4)
 
 
@@ -173,4 +181,4 @@ def test_a_perplexity_beyond_all_numbers_is_only_large(monkeypatch):
     monkeypatch.setattr(
         "deltaguard.evaluation.judges.coherence.negative_log_likelihood", lambda *_, **__: [1e30]
     )
-    assert perplexity(None, None, [Conversation("?", response="a")]) == [exp(700)]
+    assert perplexity(None, None, [Question("?")], ["a"]) == [exp(700)]

@@ -80,6 +80,14 @@ def test_answers_without_a_grade_are_told():
     assert ("all", "quality", "llm") not in found(results)
 
 
+def test_of_conversations_of_two_turns_grades_are_counted_by_turn():
+    both = graded("both", (None, 5.0))
+    turns = {"first turn": (4.0, 6.0), "second turn": (None, 4.0)}
+    said = replace(both.judged["llm"], turns=turns)
+    (note,) = ungraded_notes([replace(both, judged={"llm": said})])
+    assert "to 1 of 2 answers of both to talk, second turn; its mean" in note
+
+
 def test_classes_are_counted_over_all_prompts():
     numbers = found([result("m", {"j": judged("ccriu")})])
     assert numbers["m", "attack success", "j"].value == pytest.approx(0.4)
@@ -257,14 +265,10 @@ def test_samples_are_the_first_prompts_with_all_models_side_by_side():
 
 def test_a_section_without_prompts_of_ours_is_headed_by_its_title():
     report = evaluation_report()
-    row = replace_section(report.sections[0], prompts=0)
+    row = report.sections[0].model_copy(update={"prompts": 0})
     drawn = section_table(report, row)
     assert drawn.title == row.title
     assert "\n0 prompts" not in evaluation_card(report.model_copy(update={"sections": (row,)}))
-
-
-def replace_section(row, **changed):
-    return SectionRow.model_validate({**row.model_dump(), **changed})
 
 
 def test_only_shares_of_the_harness_become_measures():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltaguard.chat.conversations import Conversation, require_responses
 from deltaguard.chat.prefix import cache_parameter, for_rows, shared_prefix
-from deltaguard.chat.tokens import Batch, Encoded, batches, context_length, encode
+from deltaguard.chat.tokens import Batch, Encoded, batches, context_length, encode, token_ids
 from deltaguard.errors import DeltaguardError
 
 
@@ -140,7 +140,12 @@ def losses_of(logits: Tensor, batch: Batch) -> list[list[float]]:
 
 
 def negative_log_likelihood(
-    model: Any, tokenizer: Any, conversations: Sequence[Conversation], *, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    *,
+    batch_size: int,
+    given: Sequence[str] | None = None,
 ) -> list[float]:
     """Compute the mean loss of each conversation's response, its closing token included.
 
@@ -152,6 +157,7 @@ def negative_log_likelihood(
         tokenizer: its tokenizer, with a chat template.
         conversations: all with responses.
         batch_size: conversations per forward pass.
+        given: beginnings of the responses that carry no loss, about to the token; empty where there is none.
 
     Returns:
         Nats per token, one number a conversation, in the order given; NaN where a response has no token.
@@ -167,6 +173,9 @@ def negative_log_likelihood(
     """
     require_responses(conversations, "whose likelihood could be measured")
     encoded = [encode(tokenizer, c, max_length=sys.maxsize) for c in conversations]
+    if given is not None:
+        pairs = zip(encoded, given, strict=True)
+        encoded = [row.read_on(len(token_ids(tokenizer, text))) if text else row for row, text in pairs]
     _require_short(model, conversations, encoded)
     # The order in which `batches` puts them.
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids), reverse=True)

@@ -37,6 +37,10 @@ class Encoded:
         """Whether at least one token belongs to the response."""
         return len(self.ids) > self.prompt_length
 
+    def read_on(self, count: int) -> "Encoded":
+        """Count as many of the response's tokens to the prompt."""
+        return replace(self, prompt_length=min(self.prompt_length + count, len(self.ids)))
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -107,16 +107,22 @@ def calibrate(
             half = memory_bytes(device) // 2 // ranks.sharing(device)
             memory = half if config.memory is None else int(config.memory)
             report = progress or ignore
-            config_of = load_config(source.folder, source.reference)
-            limit = context_length(config_of, request.max_length)
-            run = _Run(source, asked, request, device, memory, limit, journal, report, ranks)
+            shape = load_config(source.folder, source.reference)
+            limit = context_length(shape, request.max_length)
+            room = min(limit - 1, context_length(shape) - request.max_new_tokens)
+            run = _Run(source, asked, request, device, memory, limit, room, journal, report, ranks)
             _calibrate(run, Path(output_dir), is_refusal or opens_with_refusal)
     return CurvatureStore.from_pretrained(output_dir)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run works with from beginning to end; `limit` is of a conversation's tokens."""
+    """What a run works with from beginning to end.
+
+    Attributes:
+        limit: tokens of a conversation at most.
+        room: tokens of a prompt at most that is asked: of a longer one no answer fits.
+    """
 
     source: Checkpoint
     asked: Asked
@@ -124,6 +130,7 @@ class _Run:
     device: torch.device
     memory: int
     limit: int
+    room: int
     journal: Path
     report: Progress
     ranks: Ranks
@@ -207,12 +214,13 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
     # A framing says how an answer opens, such as with a number: whether it refuses is not judged there.
     judged = [
-        None if is_framed else is_refusal(without_thinking(row.response or ""))
+        None if is_framed or not row.response else is_refusal(without_thinking(row.response))
         for row, is_framed in zip(answered[:count], run.asked.is_framed, strict=True)
     ]
     # The processes cut conversations off by it, and have to cut them off alike.
     refuses: list[bool | None] = run.ranks.from_first(judged)
-    harmful, judgeable = len(run.asked.harmful), len(run.asked.safety)
+    harmful, plain = len(run.asked.harmful), refuses[: len(run.asked.safety)]
+    told = [each for each in plain if each is not None]
     held_out = [c for c in answered[count:] if encode(tokenizer, c, max_length=limit).has_response]
     for what, found in (("", any(text.has_response for text in texts)), ("held-out ", bool(held_out))):
         if not found:
@@ -238,7 +246,8 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         response_tokens=sum(len(text.ids) - text.prompt_length for text in texts),
         truncated=sum(text.truncated for text in texts),
         system_role="template" if takes_system_role(tokenizer) else "user turn",
-        refusal_share=refuses[:judgeable].count(True) / judgeable,
+        unanswered=len(plain) - len(told),
+        refusal_share=told.count(True) / len(told) if told else None,
         uncovered=layers.uncovered,
         rank_share=1.0 if request.rank == "full" else share_within(layers.groups, store_limit(run.source)),
         versions=versions(),
@@ -248,23 +257,21 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
 
 def _known_answers(run: _Run, tokenizer: Any) -> list[Conversation] | None:
     """Take the answers that were given or that an earlier run left; None where one is missing."""
-    asked, found = run.asked, None
+    asked, is_missing = run.asked, None
     if run.ranks.leads:
-        parts = (
-            ([*asked.harmful, *asked.held_out], run.journal),
-            (asked.harmless, _beside(run.journal)),
-        )
-        found = any(is_answer_missing(rows, journal) for rows, journal in parts)
-    return None if run.ranks.from_first(found) else _answered(run, None, tokenizer, 1)
+        harmful = [*asked.harmful, *asked.held_out]
+        is_missing = is_answer_missing(harmful, run.journal)
+        is_missing = is_missing or is_answer_missing(asked.harmless, _beside(run.journal))
+    return None if run.ranks.from_first(is_missing) else _answered(run, None, tokenizer, 1)
 
 
 def _fitting(run: _Run, tokenizer: Any) -> Asked:
-    """Take prompts that leave an answer no token, which a model may have no positions for, as unanswered."""
+    """Take prompts as unanswered for whose answers there is no room, or the model has no positions."""
 
     def fitting(rows: Sequence[Conversation]) -> list[Conversation]:
         return [
             replace(row, response="")
-            if row.response is None and len(encode(tokenizer, row, max_length=run.limit).ids) >= run.limit
+            if row.response is None and len(encode(tokenizer, row, max_length=run.room + 1).ids) > run.room
             else row
             for row in rows
         ]

@@ -62,7 +62,7 @@ def plan_calibration(
     # As a whole the model keeps its own weights while it answers in another dtype.
     kept = dtype.itemsize if answering != dtype and not by_blocks else 0
     answers = whole.weights * (answering.itemsize + kept)
-    if by_blocks and all(row.response is not None for row in asked.all):
+    if all(row.response is not None for row in asked.all):
         answers = 0
     elif by_blocks and answers > memory:
         answers = held_bytes(outside, blocks, answering)
@@ -124,5 +124,6 @@ def _lengths(
             if row.response is None:
                 response = answer + end
                 prompt += thoughts if begins_thoughts(render(tokenizer, row)) else 0
-            lengths.append((min(prompt + response, limit), min(response, limit)))
+            whole = min(prompt + response, limit)
+            lengths.append((whole, max(whole - prompt, 0)))
     return lengths

@@ -61,7 +61,7 @@ def respond(
     answers: dict[int, Answer] = {}
     if journal is not None:
         # Before any of them writes to its own.
-        answers |= ranks.from_first(_read_journals(journal, conversations, given) if ranks.leads else None)
+        answers |= ranks.from_first(_read_journals(journal, conversations) if ranks.leads else None)
         journal = _journal_of(ranks.rank, journal)
     missing, known = [i for i in range(len(conversations)) if i not in given | answers.keys()], len(answers)
 
@@ -107,7 +107,7 @@ def is_answer_missing(conversations: Sequence[Conversation], journal: Path) -> b
         DeltaguardError: a journal holds something else than responses to these conversations.
     """
     given = {i for i, each in enumerate(conversations) if each.response is not None}
-    return len(given | _read_journals(journal, conversations, given).keys()) < len(conversations)
+    return len(given | _read_journals(journal, conversations).keys()) < len(conversations)
 
 
 def _journal_of(rank: int, first: Path) -> Path:
@@ -120,10 +120,10 @@ def _journals(first: Path) -> list[Path]:
     return [first, *others] if first.exists() else others
 
 
-def _read_journals(
-    first: Path, conversations: Sequence[Conversation], given: Collection[int]
-) -> dict[int, Answer]:
+def _read_journals(first: Path, conversations: Sequence[Conversation]) -> dict[int, Answer]:
     asked, found = range(len(conversations)), dict[int, Answer]()
+    # An empty response stands for a prompt that is not asked, and an earlier release may have asked it.
+    given = {i for i, each in enumerate(conversations) if each.response}
     for journal in _journals(first):
         found |= _read_journal(journal, asked=asked, given=given)
     return found

@@ -98,6 +98,7 @@ class Provenance(CalibrationRequest):
         look_alikes: how many of them are harmless requests that look dangerous; 0 in stores of before they
             were calibrated on.
         framed: how many of the harmful requests stand in framings; 0 in stores of before they did.
+        unanswered: how many of those in none have no answer, such as those whose prompts leave it no room.
         tokens: over how many tokens H was summed.
         tokens_used: which tokens of a conversation those are.
         response_tokens: how many tokens of a response were drawn for G.
@@ -116,6 +117,7 @@ class Provenance(CalibrationRequest):
     conversations: PositiveInt
     look_alikes: NonNegativeInt = 0
     framed: NonNegativeInt = 0
+    unanswered: NonNegativeInt = 0
     tokens: PositiveInt
     tokens_used: Literal["prompt and response"] = "prompt and response"
     response_tokens: PositiveInt
@@ -141,6 +143,7 @@ class Provenance(CalibrationRequest):
                 "conversations": sum(part.conversations for part in parts),
                 "look_alikes": sum(part.look_alikes for part in parts),
                 "framed": sum(part.framed for part in parts),
+                "unanswered": sum(part.unanswered for part in parts),
                 "systems": tuple(dict.fromkeys(system for part in parts for system in part.systems)),
                 "tokens": sum(part.tokens for part in parts),
                 "response_tokens": sum(part.response_tokens for part in parts),
@@ -165,8 +168,8 @@ class Provenance(CalibrationRequest):
 
     @property
     def judged(self) -> int:
-        """How many of the harmful requests stand in no framing: refusals are counted of those."""
-        return self.harmful - self.framed
+        """How many of the harmful requests stand in no framing and have answers: refusals are of those."""
+        return self.harmful - self.framed - self.unanswered
 
     @property
     def extent(self) -> Extent:

@@ -89,6 +89,14 @@ class PartAnswers:
         return not any(file.missing for file in self.files.values())
 
     @property
+    def questions(self) -> tuple[Question, ...]:
+        """The part's questions as this model is asked them, with the suffixes found for it."""
+        if "suffixes" not in self.files:
+            return self.part.questions
+        pairs = zip(self.part.questions, self.files["suffixes"].in_order(), strict=True)
+        return tuple(with_suffix(question, suffix) if suffix else question for question, suffix in pairs)
+
+    @property
     def harness_rows(self) -> Rows:
         """All numbers of the harness, by the task asked for; none where the part has none."""
         if self.part.harness is None:
@@ -318,13 +326,8 @@ class _Asking:
         self._keep(each, "likelihood", missing, found)
 
     def answers(self, engine: Engine, each: PartAnswers) -> None:
-        suffixes = each.files["suffixes"].in_order() if "suffixes" in each.files else None
-
-        def question(i: int) -> Question:
-            plain = each.part.questions[i]
-            return with_suffix(plain, suffixes[i]) if suffixes and suffixes[i] else plain
-
-        self._generate(engine, each, "answers", {i: question(i) for i in each.files["answers"].missing})
+        asked = each.questions
+        self._generate(engine, each, "answers", {i: asked[i] for i in each.files["answers"].missing})
 
     def follow_ups(self, engine: Engine, each: PartAnswers) -> None:
         """Ask what follows the answers; without an answer, a conversation does not go on."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaguard.device import find_device
-from deltaguard.errors import DeltaguardError, require_packages
+from deltaguard.errors import DeltaguardError, listed, require_packages
 from deltaguard.evaluation.asking import (
     ModelUnderTest,
     PartAnswers,
@@ -188,15 +188,19 @@ def _require_tasks(answers: Sequence[tuple[ModelUnderTest, Sequence[PartAnswers]
 def _require_work(suite: Suite) -> None:
     """Refuse judges that no section has answers for."""
     kinds = {"graded" if section.grade else section.kind for section in suite.sections}
+    idle: list[str] = []
     for spec in suite.judges:
         wanted = {"attack"} | ({"harmless"} if spec.tells_refusals else set())
         wanted |= {"graded"} if isinstance(spec, LLMSpec) else set()
         if not kinds & wanted:
-            raise DeltaguardError(
-                f"A judge of kind {spec.kind} has nothing to judge in the suite {suite.name}: it judges "
-                f"sections of kind {' or '.join(sorted(wanted - {'graded'}))}"
-                f"{', and grades those with `grade: true`' if 'graded' in wanted else ''}."
+            idle.append(
+                f"a judge of kind {spec.kind}, which judges sections of kind "
+                f"{' or '.join(sorted(wanted - {'graded'}))}"
+                f"{', and grades those with `grade: true`' if 'graded' in wanted else ''}"
             )
+    if idle:
+        title = f"Nothing in the suite {suite.name} is to be judged by these; leave them out, or add sections"
+        raise DeltaguardError(listed(title, idle))
 
 
 def _judges(run: _Run) -> dict[SectionKind, list[Judge]]:

@@ -179,15 +179,10 @@ def read_garak(path: Path) -> GarakRun:
 
 def _answered(attempt: _Attempt, target: str, hit: float, path: Path) -> Answered | None:
     """Take the first answer of an attempt; None where it has none at all."""
-    given = [i for i, output in enumerate(attempt.outputs) if output is not None]
     # Until 0.12 detectors gave no score where no answer came; some give none at all where they cannot tell.
-    detected = {
-        name: [scores[given.index(i)] if i in given else None for i in range(len(attempt.outputs))]
-        if len(scores) == len(given)
-        else scores or [None] * len(attempt.outputs)
-        for name, scores in attempt.detector_results.items()
-    }
-    wrong = [name for name, scores in detected.items() if len(scores) != len(attempt.outputs)]
+    whole, given = len(attempt.outputs), sum(output is not None for output in attempt.outputs)
+    detected = attempt.detector_results.items()
+    wrong = [name for name, scores in detected if len(scores) not in (0, given, whole)]
     if wrong:
         raise DeltaguardError(
             f"{path}: an attempt of {attempt.probe_classname} has {len(attempt.outputs)} answers, and other "
@@ -196,11 +191,16 @@ def _answered(attempt: _Attempt, target: str, hit: float, path: Path) -> Answere
     if not attempt.outputs:
         return None
     first = attempt.outputs[0]
+
+    def is_hit(scores: Sequence[float | None]) -> bool | None:
+        is_first = first is not None or len(scores) == whole
+        return scores[0] >= hit if scores and is_first and scores[0] is not None else None
+
     return Answered(
         attempt.probe_classname,
         attempt.asked.replace(target, _TARGET) if target else attempt.asked,
         first.text if isinstance(first, _Text) else first,
-        {name: None if (score := scores[0]) is None else score >= hit for name, scores in detected.items()},
+        {name: is_hit(scores) for name, scores in detected},
     )
 
 

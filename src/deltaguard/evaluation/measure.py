@@ -14,7 +14,7 @@ from deltaguard.chat.thinking import without_thinking
 from deltaguard.evaluation.asking import ModelUnderTest, OpenEngine, PartAnswers, ask, open_answers
 from deltaguard.evaluation.engines.make import EngineConfig
 from deltaguard.evaluation.exchange import Exchange, Grader, Judge, Judgement, Question
-from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify, continued
+from deltaguard.evaluation.judges.coherence import CoherenceCheck, classify
 from deltaguard.evaluation.judges.rules import OpeningJudge
 from deltaguard.evaluation.results import FIRST_TURN, SECOND_TURN, Judged, Result
 from deltaguard.evaluation.suites.parts import Part
@@ -110,7 +110,7 @@ def judge(
         answers=answers,
         judged=_graded(part, answers, second, judges, progress)
         if part.kind == "utility"
-        else _judged(part, answers, judges, check, progress),
+        else _judged(each, answers, judges, check, progress),
         values=values,
         given=harness_measures(rows),
         harness=harness_tasks(model, part.name, rows),
@@ -191,18 +191,19 @@ def _to_grade(
 
 
 def _judged(
-    part: Part,
+    each: PartAnswers,
     answers: Sequence[str | None],
     judges: Sequence[Judge],
     check: CoherenceCheck,
     progress: Progress,
 ) -> Mapping[str, Judged]:
+    part, asked_as = each.part, each.questions
     given = {i: answer for i, answer in enumerate(answers) if answer is not None}
-    broken = check.broken([part.questions[i] for i in given], list(given.values()))
-    exchanges: list[Exchange] = []
-    for i, answer in given.items():
-        beginning = part.questions[i].prefill.rstrip()
-        exchanges.append(Exchange(part.plain[i], continued(part.questions[i], answer), beginning))
+    broken = check.broken([asked_as[i] for i in given], list(given.values()))
+    exchanges = [
+        Exchange(part.plain[i], asked_as[i].answered(answer).answer, asked_as[i].prefill.rstrip())
+        for i, answer in given.items()
+    ]
     found: dict[str, Judged] = {}
     for asked in judges:
         stage = f"judge {asked.name}: {part.name}"

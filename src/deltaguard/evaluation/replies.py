@@ -82,7 +82,7 @@ class Failure:
     is_away: bool = False
 
 
-def read_reply(status: int, text: str) -> str | Failure:
+def read_reply(status: int, text: str, *, elsewhere: str | None = None) -> str | Failure:
     """Tell an answer from everything else that a server may send.
 
     An answer is what the message says, or the refusal that some services set beside an empty content. It is
@@ -93,6 +93,7 @@ def read_reply(status: int, text: str) -> str | Failure:
     Args:
         status: of HTTP.
         text: of the body. Lone halves of surrogate pairs in it, which no file can hold, become U+FFFD.
+        elsewhere: where the server sends its visitors.
 
     Example:
         >>> read_reply(200, '{"choices": [{"message": {"content": " Yes. "}}]}')
@@ -101,7 +102,7 @@ def read_reply(status: int, text: str) -> str | Failure:
         Failure(reason='the reply is an error: out of memory', again=True, is_away=False)
     """
     if not 200 <= status < 300:
-        return _refused(status, text)
+        return _refused(status, text, elsewhere)
     whole = _ESCAPE.sub(lambda found: r"\ufffd" if found[1] else found[0], text)
     try:
         reply = parse_json(whole.encode(), _Completion, source="the reply", remedy="")
@@ -132,7 +133,7 @@ def _answer(choice: _Choice) -> str | Failure:
     return text
 
 
-def _refused(status: int, text: str) -> str | Failure:
+def _refused(status: int, text: str, elsewhere: str | None) -> str | Failure:
     try:
         body = parse_json(text.encode(), ANY_OBJECT, source="", remedy="")
     except DeltaguardError:
@@ -141,8 +142,8 @@ def _refused(status: int, text: str) -> str | Failure:
     if status == 400 and isinstance(error, dict) and error.get("code") == "content_filter":
         return ""
     said = text if error is None else _said(error)
-    if 300 <= status < 400:
-        said = "the server sends requests to another address, which are not taken there: give that address"
+    if elsewhere and 300 <= status < 400:
+        said = f"the server sends requests to {elsewhere}, where they are not taken: give that address"
     is_away = status in AGAIN or status >= 500
     reason = f"status {status}{': ' if said.strip() else ''}{said}"
     return Failure(reason, again=is_away, is_away=is_away)

@@ -178,17 +178,19 @@ def agreements(results: Sequence[Result]) -> tuple[Agreement, ...]:
 
 
 def ungraded_notes(results: Sequence[Result]) -> tuple[str, ...]:
-    """Say how many answers a judge was to grade and gave no grade that can be read: no number counts them."""
+    """Say how many answers a judge was to grade and gave no grade that can be read: means leave them out."""
     found: list[str] = []
     for result in results:
         answered = sum(answer is not None for answer in result.answers)
         for judge, said in result.judged.items() if result.section.kind == "utility" else ():
-            graded = sum(score is not None for score in said.scores)
-            if graded < answered:
-                found.append(
-                    f"The judge {judge} gave no grade that can be read to {answered - graded} of {answered} "
-                    f"answers of {result.model} to {result.section.name}; no number counts these."
-                )
+            for turn, scores in (said.turns or {"": said.scores}).items():
+                graded = sum(score is not None for score in scores)
+                if graded < answered:
+                    found.append(
+                        f"The judge {judge} gave no grade that can be read to {answered - graded} of "
+                        f"{answered} answers of {result.model} to {result.section.name}"
+                        f"{turn and f', {turn}'}; its mean leaves these out."
+                    )
     return tuple(found)
 
 

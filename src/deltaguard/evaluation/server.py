@@ -6,6 +6,7 @@ import math
 import os
 from base64 import b64encode
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Thread
@@ -138,9 +139,9 @@ class Server:
             retries += 1
             reply, wait = await self._once(client, content)
         if isinstance(reply, str):
-            return without_secrets(reply, self._secrets)
+            return without_secrets(reply, self._credentials)
         made = f" (after {retries} {'retry' if retries == 1 else 'retries'})" if retries else ""
-        reason = shown(reply.reason, self._secrets)
+        reason = shown(reply.reason, [*self._credentials, *secrets_of(self.base_url)])
         return Missed(f"{reason}{made}", is_away=reply.is_away)
 
     async def _once(self, client: Any, content: bytes) -> tuple[str | Failure, float | None]:
@@ -156,8 +157,8 @@ class Server:
         if len(body) > MAX_REPLY_BYTES:
             return Failure(f"the reply has more than {MAX_REPLY_BYTES:,} bytes"), None
         # Before anything is cut short, which might leave a part of one.
-        text = without_secrets(body.decode(errors="replace"), self._secrets)
-        return read_reply(status, text), _asked_to_wait(headers)
+        text = without_secrets(body.decode(errors="replace"), self._credentials)
+        return read_reply(status, text, elsewhere=_elsewhere(headers)), _asked_to_wait(headers)
 
     async def _exchange(self, client: Any, content: bytes) -> tuple[int, Mapping[str, str], bytes]:
         headers = {
@@ -179,8 +180,9 @@ class Server:
         return self.key or os.environ.get(self.api_key_env) or "none"
 
     @property
-    def _secrets(self) -> tuple[str, ...]:
-        return (self._key, *secrets_of(self.base_url))
+    def _credentials(self) -> tuple[str, ...]:
+        """What no answer holds but by an echo; a value of the address's query may be any word."""
+        return (self._key, *_password_of(self.base_url))
 
 
 def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
@@ -191,6 +193,14 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
             continue
         if 0 <= seconds <= _LONGEST_WAIT:
             return seconds
+    return None
+
+
+def _elsewhere(headers: Mapping[str, str]) -> str | None:
+    """Find where a server sends its visitors, as messages may hold it."""
+    location = headers.get("location")
+    with suppress(DeltaguardError):
+        return location and public_address(location)
     return None
 
 
@@ -236,11 +246,17 @@ def secrets_of(url: str) -> tuple[str, ...]:
         >>> secrets_of("https://me:s%C3%BC%C3%9F@example.org/v1?key=abc")
         ('s%C3%BC%C3%9F', 'süß', 'bWU6c8O8w58=', 'abc')
     """
+    values = (value for _, value in parse_qsl(_split(url).query))
+    return tuple(dict.fromkeys(value for value in (*_password_of(url), *values) if value))
+
+
+def _password_of(url: str) -> tuple[str, ...]:
+    """List the password of an address as it stands there, as it is, and as it is sent."""
     parts = _split(url)
-    user, password = unquote(parts.username or ""), unquote(parts.password or "")
-    sent = b64encode(f"{user}:{password}".encode()).decode() if password else ""
-    found = (parts.password, password, sent, *(value for _, value in parse_qsl(parts.query)))
-    return tuple(dict.fromkeys(value for value in found if value))
+    if not parts.password:
+        return ()
+    user, password = unquote(parts.username or ""), unquote(parts.password)
+    return parts.password, password, b64encode(f"{user}:{password}".encode()).decode()
 
 
 def _split(url: str) -> SplitResult:

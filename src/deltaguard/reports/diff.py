@@ -45,14 +45,9 @@ def diff_table(report: DiffReport) -> RenderableType:
         lines.append(
             "Headers only, so a dash stands for weights that were not compared; --deep compares them."
         )
-    known = [each for each in report.settings if not each.startswith(NOT_COMPARED)]
-    needed = ", with --config-from" if known else ""
-    lines.append(f"The pair can be restored{needed}." if report.compatible else _obstacle(report))
+    if report.obstacle is not None:
+        lines.append(f"The pair cannot be restored: {report.obstacle}")
+    else:
+        known = [each for each in report.settings if not each.startswith(NOT_COMPARED)]
+        lines.append(f"The pair can be restored{', with --config-from' if known else ''}.")
     return Group(table.terminal(), *map(Text, lines))
-
-
-def _obstacle(report: DiffReport) -> str:
-    """Say why a pair cannot be restored; the lines above list what the others of its lines would."""
-    return (
-        f"The pair cannot be restored: {(report.obstacle or 'they are of two architectures').splitlines()[0]}"
-    )

@@ -72,7 +72,9 @@ def _obstacle(one: WeightSource, other: WeightSource) -> str | None:
     try:
         make_plan(one, other, store=None)
     except DeltaguardError as error:
-        return str(error)
+        # The last line of a list advises what is being done.
+        lines = str(error).splitlines()
+        return "\n".join(lines[:-1] if len(lines) > 1 else lines)
     return None
 
 

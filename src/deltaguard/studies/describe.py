@@ -110,7 +110,7 @@ def notes(
     Args:
         setting: of the bench.
         cells: all of them.
-        beside: methods and strengths of defaults that no search measured.
+        beside: fine-tunes, methods and strengths of defaults that no search measured.
     """
     preset, asked = setting.preset, cells[0]
     seeds = ", ".join(map(str, preset.seeds))

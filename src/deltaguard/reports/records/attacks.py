@@ -181,9 +181,10 @@ class AttacksReport(Record):
         names = {row.name for row in self.attackers}
         for what in ("cells", "outcomes"):
             require_known(what, (row.attacker for row in getattr(self, what)), names)
-        timed = {(cell.attacker, cell.method) for cell in self.cells if "request" in cell.seconds}
-        lacking = {(row.attacker, row.method) for row in self.outcomes} - timed
+        cells = {(cell.attacker, cell.method) for cell in self.cells}
+        untimed = {(cell.attacker, cell.method) for cell in self.cells if "request" not in cell.seconds}
+        lacking = {(row.attacker, row.method) for row in self.outcomes} - (cells - untimed)
         if lacking:
             attacker, method = min(lacking)
-            raise ValueError(f"no cell of {attacker} by {method} says how long it took (`seconds.request`)")
+            raise ValueError(f"a cell of {attacker} by {method} lacks how long it took (`seconds.request`)")
         return self
