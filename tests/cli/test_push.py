@@ -70,6 +70,31 @@ def test_a_report_for_others_names_no_folder_in_its_warnings_either(tmp_path):
     assert str(pair().aligned.parent) not in report.model_dump_json()
 
 
+def test_nor_folders_that_were_named_from_where_it_ran(tmp_path, monkeypatch):
+    monkeypatch.chdir(pair().aligned.parents[1])
+    near = pair().aligned.parent.name
+    call = ["restore", f"{near}/aligned", f"{near}/finetuned", "-o", str(tmp_path / "out")]
+    call += ["--store", str(pair().store), "--strength", "0.5"]
+    assert run(call) == 0
+    report = read_report(tmp_path / "out")
+    told = report.model_copy(update={"warnings": (f"Of {near}/aligned and {near}/finetuned.",)})
+    assert without_the_users_folders(told).warnings == ("Of aligned and finetuned.",)
+    assert near not in model_card(told, front_matter=None)
+
+
+@pytest.mark.parametrize("verb", ["restore", "push"])
+def test_a_name_without_its_owner_is_refused_before_the_work(hub, tmp_path, capsys, verb):
+    out = tmp_path / "out"
+    if verb == "push":
+        assert restored(out) == 0
+        assert run(["push", str(out), "model"]) == 1
+    else:
+        assert restored(out, "--push", "model") == 1
+        assert not out.exists()
+    assert "model names no owner: give OWNER/model." in " ".join(capsys.readouterr().err.split())
+    assert hub.made == []
+
+
 def test_an_adapter_over_a_folder_is_not_pushed(hub, tmp_path, capsys):
     out = tmp_path / "out"
     assert restored(out, "--output-format", "adapter", "--push", "me/model") == 1

@@ -16,7 +16,7 @@ from deltaguard.evaluation.suites.parts import find_prompts
 from deltaguard.evaluation.suites.suite import read_suite
 from deltaguard.evaluation.utility.scores import SCORERS
 from deltaguard.reports.card import model_card
-from deltaguard.restoration.restore import front_matter
+from deltaguard.restoration.beforehand import front_matter
 from deltaguard.restoration.sweep import sweep
 from restores import restore_report
 from suites import SMALL

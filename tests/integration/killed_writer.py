@@ -22,6 +22,14 @@ OLD = {
     "chat_templates/tool.jinja": b"old",
 }
 OLD[REPORT] = json.dumps({"files": [{"name": name} for name in OLD]}).encode()
+WHOLE = {
+    "chat_template.jinja": b"old",
+    "config.json": b"old",
+    "model.safetensors": b"old",
+    "tokenizer.json": b"old",
+}
+"""A checkpoint of one file of weights."""
+WHOLE[REPORT] = json.dumps({"files": [{"name": name} for name in WHOLE]}).encode()
 FOREIGN = {"thesis-weights.safetensors": b"mine", "chat_templates/mine.jinja": b"mine"}
 
 
@@ -80,7 +88,9 @@ def killed(step, source, out, **options):
 
 
 def check_never_half(source, out, old):
-    """An index is there only with all the weights that it names."""
+    """An index, or one file of weights, is there only with all that it is loaded with."""
+    if (out / "model.safetensors").exists():
+        assert {name: (out / name).read_bytes() for name in old} == old
     if (out / INDEX).exists():
         new = {name: (source.folder / name).read_bytes() for name in (*source.shards, INDEX)}
         expected = old if (out / INDEX).read_bytes() == old.get(INDEX) else new
@@ -128,4 +138,5 @@ if __name__ == "__main__":
     fresh = check_all_steps(checkpoint, Path(sys.argv[2]), {})
     replacing = check_all_steps(checkpoint, Path(sys.argv[2]), OLD, overwrite=True)
     anew = check_all_steps(checkpoint, Path(sys.argv[2]), OLD, resume=False, overwrite=True)
-    sys.stdout.write(f"{fresh} {replacing} {anew}")
+    whole = check_all_steps(checkpoint, Path(sys.argv[2]), WHOLE, overwrite=True)
+    sys.stdout.write(f"{fresh} {replacing} {anew} {whole}")

@@ -19,8 +19,9 @@ def test_killed_at_every_step_and_resumed(tmp_path):
         [sys.executable, program, source, tmp_path], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    fresh, replacing, anew = map(int, done.stdout.split())
+    fresh, replacing, anew, whole = map(int, done.stdout.split())
     # Two shards, an index and a report: each is flushed, renamed, recorded, and moved into place.
     assert fresh > 4 * 4
     assert replacing > fresh
     assert anew == replacing
+    assert whole > fresh

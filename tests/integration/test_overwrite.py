@@ -127,6 +127,41 @@ def test_a_file_in_the_way_that_is_not_listed_is_named_before_any_work(tmp_path)
     assert state_of(out) == before
 
 
+def test_what_headers_refuse_is_refused_before_anything_is_calibrated(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("deltaguard.curvature.calibrate.calibrate", None)
+    made, out = pair(), tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(DeltaguardError, match=r"is not empty|mine\.txt"):
+        restore(made.aligned, made.finetuned, out)
+    with pytest.raises(DeltaguardError, match="lies in the input"):
+        restore(made.aligned, made.finetuned, made.aligned / "restored")
+
+
+def test_a_shard_that_the_report_does_not_list_is_a_problem(tmp_path):
+    made = pair("llama", max_shard_size="40KB")
+    config = RestoreConfig(**HALF)
+    restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    path = tmp_path / "out" / REPORT_NAME
+    report = json.loads(path.read_text())
+    left_out = next(row["name"] for row in report["files"] if row["name"].startswith("model-00002"))
+    report["files"] = [row for row in report["files"] if row["name"] != left_out]
+    path.write_text(json.dumps(report))
+    assert [each for each in verify(tmp_path / "out").problems if left_out in each]
+
+
+def test_a_dry_run_says_what_an_adapter_takes(tmp_path):
+    made = pair()
+    config = RestoreConfig(strength=0.5, output_format="adapter", adapter_rank=2)
+    plan = plan_restore(made.aligned, made.finetuned, store=made.store, config=config)
+    restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    written = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+    whole = plan_restore(made.aligned, made.finetuned, store=made.store).write_bytes
+    # Names and shapes stand at the head of the file.
+    assert 0.5 * written < plan.write_bytes < written < whole
+
+
 def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "holds no deltaguard_report.json" in refused(tmp_path, overwrite=True)

@@ -19,9 +19,9 @@ from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.models.identity import identify
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
+from deltaguard.restoration.beforehand import front_matter
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.job import cache_folder, default_store_folder
-from deltaguard.restoration.restore import front_matter
 from deltaguard.solvers import greedy, kfac, published, spectrum
 from pairs import CONVERSATIONS, pair, save_adapter, weights
 

@@ -1,5 +1,7 @@
 """When layers are kept and read again: no more of them is in memory than the budget and the one at work."""
 
+from collections import Counter
+
 import pytest
 
 from deltaguard import RestoreConfig, restore
@@ -8,7 +10,7 @@ from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME
 from deltaguard.restoration import trial
 from deltaguard.restoration.kept import Kept
 from deltaguard.restoration.trial import Trial
-from pairs import pair
+from pairs import pair, save_adapter
 
 
 @pytest.fixture
@@ -79,6 +81,15 @@ def test_tensors_are_read_in_the_order_of_their_shard(tmp_path, monkeypatch):
     restore(made.aligned, made.finetuned, tmp_path / "out", config=config)
     finetuned = Checkpoint.open(made.finetuned)
     assert [name for reference, name in seen if reference == str(made.finetuned)] == list(finetuned.tensors)
+
+
+def test_of_an_adapted_layer_the_aligned_weights_are_read_once(tmp_path, monkeypatch):
+    made, seen, read = pair(), [], Checkpoint.read
+    adapter = tmp_path / "adapter"
+    save_adapter(made.aligned, adapter, ["q_proj", "down_proj"])
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: seen.append(name) or read(self, name))
+    restore(made.aligned, adapter, tmp_path / "out", store=made.store, config=RestoreConfig(strength=0.5))
+    assert max(Counter(seen).values()) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"output_format": "adapter"}])

@@ -1,8 +1,10 @@
 """`deltaguard gc`: what nothing refers to goes, whatever else is going on; all else stays."""
 
+import errno
 import fcntl
 import json
 import os
+from pathlib import Path
 
 import pytest
 from clients import publish, uploaded
@@ -112,6 +114,22 @@ def test_the_command_lists_and_removes(opened, jobs, capsys):
     assert run(["gc", "--data", data]) == 0
     assert "nothing to remove" in capsys.readouterr().out
     assert run(["gc", "--data", f"{data}-none"]) == 1
+
+
+def test_what_another_user_owns_stays_and_the_rest_goes(opened, jobs, monkeypatch):
+    folder, rename = opened.service.job(jobs["failed"].id), Path.rename
+
+    def denied(path, target):
+        if path == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", denied)
+    found = find_leftovers(opened.service, days=7)
+    removed = {each.place: remove_leftover(opened.service, each) for each in found}
+    assert [place for place, is_gone in removed.items() if not is_gone] == [f"jobs/{folder.name}"]
+    assert len(removed) > 1
+    assert folder.exists()
 
 
 def test_what_cannot_be_removed_is_not_said_to_be(opened, jobs, monkeypatch):

@@ -50,7 +50,7 @@ from deltaguard.curvature.sums import (
     output_name,
 )
 from deltaguard.errors import DeltaguardError
-from deltaguard.models.hub import locate
+from deltaguard.models.hub import locate, require_owner
 from deltaguard.models.opened import OpenFile, refuse_changes
 from deltaguard.models.shards import TensorInfo, read_tensor
 from deltaguard.solvers.factor import Factor
@@ -289,8 +289,9 @@ class CurvatureStore:
             The address of the commit.
 
         Raises:
-            DeltaguardError: the store was changed since it was opened.
+            DeltaguardError: the store was changed since it was opened, or the name has no owner.
         """
+        require_owner(repo_id)
         refuse_changes(self.changes())
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)

@@ -114,13 +114,20 @@ class AdapterCheckpoint(WeightSource):
             (`modules_to_save`), that one; otherwise the aligned tensor, in its stored dtype.
         """
         change = self._changes.get(name)
+        if change is not None and change.replaced is not None:
+            # Of use for nothing else.
+            return self.applied(name, torch.empty(0))
+        return self.applied(name, self.aligned.read(name))
+
+    def applied(self, name: str, aligned: Tensor) -> Tensor:
+        """Apply what the adapter holds of a tensor to the aligned one, which stays as it is; as `read`."""
+        change = self._changes.get(name)
         if change is None:
-            return self.aligned.read(name)
-        whole = change.replaced
-        weight = self.aligned.read(name) if whole is None else read_tensor(self._file, whole)
+            return aligned
+        weight = aligned if change.replaced is None else read_tensor(self._file, change.replaced)
         if change.a is None or change.b is None:
             return weight
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         a = read_tensor(self._file, change.a).to(weight.dtype)
         b = read_tensor(self._file, change.b).to(weight.dtype)
         left, right = (a.T, b.T) if change.transposed else (b, a)

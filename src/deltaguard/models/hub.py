@@ -30,6 +30,19 @@ def is_local(reference: str | Path) -> bool:
     return os.path.isdir(expanded(reference))  # noqa: PTH112
 
 
+def require_owner(repo_id: str) -> None:
+    """Refuse a name without its owner, under which nothing is found again.
+
+    Raises:
+        DeltaguardError: it has none.
+
+    Example:
+        >>> require_owner("me/restored")
+    """
+    if "/" not in repo_id:
+        raise DeltaguardError(f"{repo_id} names no owner: give OWNER/{repo_id}.")
+
+
 def is_hub_id(reference: str | Path) -> bool:
     """Tell whether a reference has the form of a Hub id, with or without a revision.
 

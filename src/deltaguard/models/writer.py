@@ -158,10 +158,11 @@ class CheckpointWriter(StagedFiles):
             own = (self._journal.replaces or frozenset()) | self._journal.moved
             refuse_foreign(self.out, (name for name in self.records if self._is_staged(name)), own)
             self._journal.commit()
-            # The index goes first: what is left of a checkpoint without it is visibly unfinished.
+            # First goes the index, or else the weights: what is left without them is visibly unfinished.
             needed = {
                 name for name in own if name.endswith(".safetensors.index.json") or name == ADAPTER_CONFIG
             }
+            needed = needed or {name for name in own if "/" not in name and name.endswith(".safetensors")}
             for name in (*sorted(needed), *sorted(own - needed)):
                 self._remove(name)
             for name in sorted(self.records.keys() - {last}):
@@ -200,7 +201,8 @@ class CheckpointWriter(StagedFiles):
                         shutil.rmtree(self._files)
                     path = self._staging / JOURNAL_NAME
                     journal = Journal.create(path, plan_hash=plan_hash, replaces=admission.replaces)
-                    self._files.mkdir()
+                # A kill may have come before it was made, or after it was removed.
+                self._files.mkdir(exist_ok=True)
                 journal.settle()
                 self._tidy(journal)
         except BaseException:

@@ -5,12 +5,12 @@ from typing import Any, cast
 
 import yaml
 
-from deltaguard.reports.outcome import origin, outcome_facts
+from deltaguard.reports.outcome import origin, outcome_facts, public_warnings
 from deltaguard.reports.page import rendered
 from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.reports.restore import MOST_EXPERTS, experts_table, kinds_table, others_table
 from deltaguard.reports.table import Column, Table, facts_table
-from deltaguard.reports.text import hub_id, plain, public_option, short_reference, without_folders
+from deltaguard.reports.text import hub_id, plain, public_option, short_reference
 
 TAGS = ("deltaguard", "safe-delta")
 
@@ -60,7 +60,7 @@ def model_card(report: RestoreReport, *, front_matter: Mapping[str, Any] | None)
         experts=experts_table(report.rare_experts).markdown() if report.rare_experts else "",
         most_experts=MOST_EXPERTS,
         others=others_table(report.others).markdown() if report.others else "",
-        warnings=[plain(without_folders(warning)) for warning in report.warnings],
+        warnings=[plain(warning) for warning in public_warnings(report)],
     )
 
 

@@ -1,8 +1,22 @@
 """What a restore did, in facts and sentences: how models answer, what is kept, and what was measured."""
 
+import re
+
 from deltaguard.reports.records.dial import AttackDial, Compared
 from deltaguard.reports.records.restore import Refinement, RestoreReport
-from deltaguard.reports.text import DASH, Facts, counted, duration, nats, percent, points, size, times
+from deltaguard.reports.text import (
+    DASH,
+    Facts,
+    counted,
+    duration,
+    nats,
+    percent,
+    points,
+    short_reference,
+    size,
+    times,
+    without_folders,
+)
 
 
 def origin(report: RestoreReport) -> str:
@@ -28,6 +42,16 @@ def origin(report: RestoreReport) -> str:
         measured += "Divergences on the steps' own prompts were measured by running the model. "
         rest = "The other"
     return f"{measured}{rest} numbers are computed from the weights{curvature}. {refusals}"
+
+
+def public_warnings(report: RestoreReport) -> tuple[str, ...]:
+    """List the warnings without the folders above the models and files that they name."""
+    named = {report.aligned.reference, report.finetuned.reference}
+    named |= {value for value in report.options.values() if isinstance(value, str) and "/" in value}
+    # The longest first: one may lie in another.
+    known = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))
+    shortened = (known.sub(lambda found: short_reference(found[0]), each) for each in report.warnings)
+    return tuple(map(without_folders, shortened))
 
 
 def outcome_facts(report: RestoreReport) -> Facts:

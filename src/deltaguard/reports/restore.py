@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 
 from deltaguard.reports import page
 from deltaguard.reports.layers import NO_BLOCK, Kind, LayerMeasure, kinds
-from deltaguard.reports.outcome import energy_kept, origin, outcome_facts
+from deltaguard.reports.outcome import energy_kept, origin, outcome_facts, public_warnings
 from deltaguard.reports.records.restore import LayerRow, OtherRow, RareExpert, RestoreReport
 from deltaguard.reports.table import Cell, Column, Table, facts_grid, share
 from deltaguard.reports.text import (
@@ -22,7 +22,6 @@ from deltaguard.reports.text import (
     public_option,
     short_reference,
     size,
-    without_folders,
 )
 
 MEASURES: tuple[tuple[LayerMeasure, str, str], ...] = (
@@ -113,7 +112,7 @@ def restore_blocks(report: RestoreReport) -> tuple[page.Block, ...]:
     )
     return (
         page.Heading("What the restore did"),
-        page.Notes([without_folders(warning) for warning in report.warnings]),
+        page.Notes(public_warnings(report)),
         page.Group(sides),
         page.Paragraph(origin(report), soft=True),
         page.Heading("Layers"),

@@ -9,20 +9,18 @@ import torch
 
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import exact_products, find_device
-from deltaguard.files import expanded
 from deltaguard.models.families import is_vocabulary
 from deltaguard.models.shards import DTYPES
 from deltaguard.reports.records.restore import DialPlan, PlanReport
 from deltaguard.restoration.aligned import AlignedInputs
-from deltaguard.restoration.experts import refuse_what_experts_cannot
+from deltaguard.restoration.beforehand import bytes_to_write, require_restorable
 from deltaguard.restoration.footprint import Footprint, held_out_tokens
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.looks import Requests
 from deltaguard.restoration.options import RestoreConfig
-from deltaguard.restoration.output import describe_output, finished_report, refuse_output
+from deltaguard.restoration.output import adapter_bytes
 from deltaguard.restoration.plan import Action, Plan
 from deltaguard.restoration.refine import refine_cost
-from deltaguard.restoration.restore import front_matter, refuse_what_no_adapter_holds
 from deltaguard.restoration.trial import kept_budget
 
 _USUAL_PROBES = 5
@@ -72,30 +70,27 @@ def plan_finetune(
     """
     job, config = inputs.look(finetuned), inputs.config
     plan = job.plan(config)
-    if config.output_format == "adapter":
-        refuse_what_no_adapter_holds(job, plan)
-    refuse_what_experts_cannot(job, plan, config)
-    front_matter(job.finetuned.folder)
+    require_restorable(job, plan, config)
     notes = ["the aligned model will be calibrated first"] if config.needs_curvature and not job.store else []
     disk = 0
     if output_dir is not None:
-        output = describe_output(job, plan, expanded(output_dir), config)
-        if finished_report(job, output, config) is None:
-            disk = refuse_output(job, output, config)
-        else:
+        found = bytes_to_write(job, plan, output_dir, config)
+        disk = found or 0
+        if found is None:
             notes.append("the output is there already, so there is nothing to do")
     further = [
         [other.source.tensors[other.names[step.aligned_name]].nbytes for other in job.others.values()]
         for step in plan.steps
         if step.action is Action.RESTORE
     ]
+    is_adapter = config.output_format == "adapter"
     return PlanReport(
         restored=plan.count(Action.RESTORE),
         from_aligned=plan.count(Action.ALIGNED),
         from_finetuned=plan.count(Action.FINETUNED),
         extended=plan.count(Action.EXTEND),
         read_bytes=plan.read_bytes + sum(map(sum, further)),
-        write_bytes=plan.write_bytes,
+        write_bytes=adapter_bytes(job, plan, config) if is_adapter else plan.write_bytes,
         disk_bytes=disk,
         curvature_bytes=plan.curvature_bytes,
         # Of the further models, too, a step's tensors are read ahead.

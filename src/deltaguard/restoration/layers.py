@@ -107,13 +107,13 @@ class _Reader:
                 curvature, *_ = self._curvatures(step, needed=differs)
                 layer = Layer(None, None, self._pair(product), curvature=curvature)
                 return Inputs(step, None, None, differs, (layer,) if differs else ())
-        finetuned = tuned.read(step.info.name)
-        if step.aligned and isinstance(tuned, AdapterCheckpoint) and step.info.name not in tuned.adapted:
-            # It was read from the aligned model.
-            aligned, differs = finetuned, False
+        aligned = self.job.aligned.read(step.aligned) if step.aligned else None
+        if aligned is not None and isinstance(tuned, AdapterCheckpoint):
+            # Of what it holds no change of, this is the aligned tensor.
+            finetuned = tuned.applied(step.info.name, aligned)
         else:
-            aligned = self.job.aligned.read(step.aligned) if step.aligned else None
-            differs = aligned is None or not _same(aligned, finetuned)
+            finetuned = tuned.read(step.info.name)
+        differs = aligned is None or (aligned is not finetuned and not _same(aligned, finetuned))
         decided = restored and (differs or self.method.without_delta)
         curvatures = self._curvatures(step, needed=decided)
         if not decided:

@@ -62,7 +62,10 @@ def describe_output(job: Job, plan: Plan, folder: Path, config: RestoreConfig) -
     if config.output_format == "adapter":
         weights = [ADAPTER_FILE, ADAPTER_CONFIG]
         copied = adapter_files(job.aligned, job.finetuned, config_from=config.config_from)
-        needed, what = _adapter_bytes(job, plan, config)
+        # Twice: its factors wait on disk until all are known.
+        needed, what = 2 * adapter_bytes(job, plan, config), f" at rank {config.adapter_rank}"
+        if config.adapter_rank is None:
+            what = " at most, as ranks are not known before the work (--adapter-rank bounds them)"
     else:
         weights = list(job.finetuned.shards)
         copied = checkpoint_files(job.aligned, job.finetuned, config_from=config.config_from)
@@ -176,8 +179,8 @@ def _plan_hash(job: Job, config: RestoreConfig) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _adapter_bytes(job: Job, plan: Plan, config: RestoreConfig) -> tuple[int, str]:
-    """At most what an adapter takes: twice, because its factors wait on disk until all are known."""
+def adapter_bytes(job: Job, plan: Plan, config: RestoreConfig) -> int:
+    """Say what an adapter takes at most."""
     tuned, rank, total = job.finetuned, config.adapter_rank, 0
     itemsize = adapter_dtype(job.aligned).itemsize
     for step in plan.steps:
@@ -187,9 +190,7 @@ def _adapter_bytes(job: Job, plan: Plan, config: RestoreConfig) -> tuple[int, st
             rows, columns = step.matrix_shape
             full = min(rows, columns)
             total += min(rank or full, full) * (rows + columns) * itemsize
-    if rank is None:
-        return 2 * total, " at most, as ranks are not known before the work (--adapter-rank bounds them)"
-    return 2 * total, f" at rank {rank}"
+    return total
 
 
 def _changes(folder: Path, report: RestoreReport) -> list[str]:

@@ -16,11 +16,12 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.errors import CheckFailedError, DeltaguardError, listed
 from deltaguard.files import expanded, read_json
-from deltaguard.models.hub import is_hub_id, is_local
+from deltaguard.models.hub import is_hub_id, is_local, require_owner
 from deltaguard.models.layout import ADAPTER_CONFIG
+from deltaguard.reports.outcome import public_warnings
 from deltaguard.reports.records.push import PushReport
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
-from deltaguard.reports.text import public_option, short_reference, without_folders
+from deltaguard.reports.text import public_option, short_reference
 from deltaguard.restoration.verify import loaded_besides, read_report, verify
 
 
@@ -62,6 +63,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
     adapter = place / ADAPTER_CONFIG
     if any(row.name == ADAPTER_CONFIG for row in report.files):
         refuse_local_base(read_json(adapter, _Base, remedy="Restore again.").base_model_name_or_path)
+    require_owner(repo_id)
     content = without_the_users_folders(report).model_dump_json(indent=2) + "\n"
     files = [CommitOperationAdd(row.name, place / row.name) for row in report.files]
     files.append(CommitOperationAdd(REPORT_NAME, content.encode()))
@@ -107,6 +109,7 @@ def require_login(repo_id: str) -> None:
     Raises:
         DeltaguardError: one of them, or the Hub cannot be reached.
     """
+    require_owner(repo_id)
     with explained(f"Nothing can be pushed to {repo_id}"):
         validate_repo_id(repo_id)
         HfApi().whoami()
@@ -139,5 +142,4 @@ def without_the_users_folders(report: RestoreReport) -> RestoreReport:
         name: public_option(value) if isinstance(value, str) else value
         for name, value in report.options.items()
     }
-    warnings = tuple(map(without_folders, report.warnings))
-    return report.model_copy(update={**named, "options": options, "warnings": warnings})
+    return report.model_copy(update={**named, "options": options, "warnings": public_warnings(report)})

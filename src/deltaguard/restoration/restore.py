@@ -1,6 +1,5 @@
 """Restore a fine-tuned checkpoint: plan from headers, solve layer by layer, write shard by shard."""
 
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,13 +9,12 @@ from pydantic import TypeAdapter
 
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import enough_memory, exact_products, find_device
-from deltaguard.errors import DeltaguardError, listed
-from deltaguard.files import expanded, parse_yaml, read_text
+from deltaguard.errors import DeltaguardError
+from deltaguard.files import expanded
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.adapter_writer import AdapterLayer, commit_adapter, stage_adapter
-from deltaguard.models.families import is_parameter
-from deltaguard.models.mirror import adapter_files, checkpoint_files, refuse_links_out
+from deltaguard.models.mirror import adapter_files, checkpoint_files
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.ranks import Ranks
@@ -30,8 +28,8 @@ from deltaguard.reports.records.restore import (
     RestoreReport,
 )
 from deltaguard.restoration.aligned import AlignedInputs
+from deltaguard.restoration.beforehand import bytes_to_write, require_restorable
 from deltaguard.restoration.dial import Price, find_price
-from deltaguard.restoration.experts import refuse_what_experts_cannot
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import (
@@ -40,7 +38,6 @@ from deltaguard.restoration.output import (
     finished_report,
     open_writer,
 )
-from deltaguard.restoration.plan import Action, Plan
 from deltaguard.restoration.refine import Refined, refined_layers
 from deltaguard.restoration.resident import Resident
 from deltaguard.restoration.shared import open_trial, own_trial, serve
@@ -49,7 +46,6 @@ from deltaguard.restoration.trial import Trial
 from deltaguard.restoration.writing import write_files
 
 T = TypeVar("T")
-_METADATA: TypeAdapter[dict[Any, Any] | None] = TypeAdapter(dict[Any, Any] | None)
 _PRICE = TypeAdapter(Price)
 
 
@@ -129,12 +125,15 @@ class Restorer:
         """
         started, memory, config = time.perf_counter(), peak_memory_bytes(), self._config
         ranks = self._ranks
-        job = self._inputs.job(finetuned, progress, ranks)
+        job = self._inputs.look(finetuned)
+        if job.store is None and config.needs_curvature:
+            # Before hours of calibrating, not after.
+            plan = job.plan(config)
+            require_restorable(job, plan, config)
+            bytes_to_write(job, plan, output_dir, config)
+            job = self._inputs.job(finetuned, progress, ranks)
         plan = job.plan(config)
-        metadata = front_matter(job.finetuned.folder)
-        if config.output_format == "adapter":
-            refuse_what_no_adapter_holds(job, plan)
-        refuse_what_experts_cannot(job, plan, config)
+        metadata = require_restorable(job, plan, config)
         output = describe_output(job, plan, expanded(output_dir), config)
         finished = finished_report(job, output, config) if ranks.leads else None
         if (finished := ranks.from_first(finished)) is not None:
@@ -280,27 +279,6 @@ def _stage_adapter(
     return rows
 
 
-def refuse_what_no_adapter_holds(job: Job, plan: Plan) -> None:
-    """Refuse a plan that takes more than linear layers from the fine-tuned model; all such are listed."""
-    # What an adapter does not change, and what a model computes for itself, need not be held.
-    changed = job.finetuned.adapted if isinstance(job.finetuned, AdapterCheckpoint) else None
-    beyond = [
-        step.info.name
-        for step in plan.steps
-        if step.action in (Action.FINETUNED, Action.EXTEND)
-        and is_parameter(step.info.name)
-        and (changed is None or step.info.name in changed)
-    ]
-    if beyond:
-        raise DeltaguardError(
-            listed(
-                f"An adapter over {job.aligned.reference} cannot hold what comes from "
-                f"{job.finetuned.reference} besides linear layers; write a checkpoint",
-                [f"`{name}`" for name in beyond],
-            )
-        )
-
-
 def _price(trial: Trial, resident: Resident, writer: CheckpointWriter, progress: Progress) -> Price:
     """Find the price of safety, kept because all shards of a resumed run must have the same."""
     price = writer.remembered("price", _PRICE)
@@ -329,21 +307,6 @@ def _check_result(job: Job, rows: Sequence[LayerRow | OtherRow], price: Price) -
             "This run changes no tensor: with these options the output is the fine-tuned model itself. "
             "Lower --strength, or take the other parameters from the aligned model."
         )
-
-
-def front_matter(folder: Path) -> Mapping[str, Any] | None:
-    """Read the metadata of the fine-tuned model's own card: its licence and languages go on holding."""
-    card = folder / CARD_NAME
-    refuse_links_out(folder, [card])
-    if not card.is_file():
-        return None
-    # What the Hub reads: the YAML between the first line of dashes and the second.
-    first, *lines = re.split("\r\n?|\n", read_text(card).lstrip())
-    end = next((number for number, line in enumerate(lines) if line.rstrip() == "---"), None)
-    if first.rstrip() != "---" or end is None:
-        return None
-    source, remedy = f"The metadata at the head of {card}", "Correct it, or remove that file."
-    return parse_yaml("\n".join(lines[:end]), _METADATA, source=source, remedy=remedy)
 
 
 def _files(writer: CheckpointWriter) -> tuple[FileRow, ...]:

@@ -125,7 +125,7 @@ def _not_levelled(store: CurvatureStore, config: RestoreConfig) -> list[str]:
     if not store.knows_leaning:
         why = "It was calibrated by an earlier release, or made of such stores."
         do = "Calibrate anew, or say `--level-refusals false`."
-        known = f"the store {store.folder} does not know its gradient"
+        known = f"the store {store.folder.name} does not know its gradient"
         return [f"The share of refusals was not levelled: {known}. {why} {do}"]
     if any(store.reached(group.name) for group in store.groups):
         return ["Of experts the share of refusals was not levelled: their gradients are not known."]

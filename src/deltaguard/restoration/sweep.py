@@ -86,7 +86,7 @@ def sweep(
     with results_folder(output_dir, SWEEP, inputs=inputs):
         job = open_job(aligned, finetuned, store=store, config=config, progress=progress)
         plan = job.plan(config)
-        trial = Trial(job, plan, config, output_dir, reserve=plan.write_bytes)
+        trial = Trial(job, plan, config, output_dir, reserve=0)
         report = _sweep(trial, sorted(set(limits)), tasks, started, progress or ignore)
         job.check_unchanged()
         write_atomically(output_dir / SWEEP_NAME, report.model_dump_json(indent=1) + "\n")

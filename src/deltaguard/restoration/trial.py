@@ -104,7 +104,12 @@ class Trial:
         self._folder, self._reserve = folder, reserve + _SPARE_DISK
         self._kept = self.scratch(memory) if config.is_priced else None
         self._of_factors = adapter_dtype(job.aligned)
-        self._unchanged: set[str] = set()
+        # What an adapter leaves alone is known without reading it.
+        tuned, self._unchanged = job.finetuned, set[str]()
+        if isinstance(tuned, AdapterCheckpoint) and not config.chosen_method.without_delta:
+            self._unchanged.update(
+                step.info.name for step in self.steps if step.info.name not in tuned.adapted
+            )
         self._joint: Profile | None = None
 
     @property
@@ -138,11 +143,12 @@ class Trial:
     def profiles(self, report: Progress, *, with_weights: bool = True) -> dict[str, Profile]:
         """Say so of each layer that has a delta, by its tensor's name, as `profile` does of all."""
         parts: dict[str, Profile] = {}
-        for number, ready in enumerate(self._ready(self.steps, with_weights=with_weights), start=1):
+        steps = [step for step in self.steps if step.info.name not in self._unchanged]
+        for number, ready in enumerate(self._ready(steps, with_weights=with_weights), start=1):
             if ready.prepared is not None:
                 assert isinstance(ready.prepared, PricedLayer), "only methods with a price search"  # noqa: S101
                 parts[ready.step.info.name] = ready.prepared.profile()
-            report(Event("project", number, len(self.steps)))
+            report(Event("project", number, len(steps)))
         return parts
 
     def weights(self, price: float) -> Iterator[tuple[str, Tensor]]:

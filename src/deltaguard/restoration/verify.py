@@ -52,8 +52,10 @@ def verify(output_dir: str | Path) -> Verification:
             tensors, unchecked = adapter.tensors, adapter.unchecked
             problems += adapter.problems
         else:
-            tensors = Checkpoint.open(folder).tensors
+            checkpoint = Checkpoint.open(folder)
+            tensors = checkpoint.tensors
             problems += _name_problems(tensors.keys(), report)
+            problems += _unlisted_shards(checkpoint.shards, report)
         problems += _not_finite(folder, tensors)
         problems += _unlisted(folder, report)
     except DeltaguardError as error:
@@ -103,6 +105,12 @@ def loaded_besides(names: Iterable[str], report: RestoreReport) -> Iterator[str]
         is_weight = name in (SINGLE_FILE, INDEX_FILE, TEMPLATE, *others)
         if (is_weight or part_of(name) is not None) and name not in written:
             yield name
+
+
+def _unlisted_shards(shards: Iterable[str], report: RestoreReport) -> Iterator[str]:
+    """Say of which files of weights the report knows nothing, so that nothing was checked of them."""
+    for name in sorted(set(shards) - {row.name for row in report.files}):
+        yield f"File {name} holds weights of the checkpoint, and is not in the report."
 
 
 def _not_finite(folder: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:

@@ -125,10 +125,12 @@ def remove_leftover(service: Service, leftover: Leftover) -> bool:
     if kind != REMOVING:
         try:
             lock = lock_folder(path)
-        except (InUseError, FileNotFoundError):
+        except (InUseError, FileNotFoundError, PermissionError):
             return False
         try:
             path = _set_aside(service, path)
+        except PermissionError:
+            return False
         finally:
             os.close(lock)
     shutil.rmtree(path, ignore_errors=True)
