@@ -92,6 +92,30 @@ def test_a_calibration_that_was_begun_otherwise_begins_anew(tmp_path, monkeypatc
     assert CurvatureStore.from_pretrained(folder).provenance.conversations == 10 + 8
 
 
+def test_a_store_that_is_finished_meanwhile_stays_though_the_cache_is_a_link(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
+    aligned, make = pair().aligned, calibrate
+    few = {"num_samples": 8, "num_look_alikes": 8, "num_held_out": 4, "max_new_tokens": 2}
+
+    calls = []
+
+    def slower(model, folder, *, config):
+        """Another process, which asks for something else, is the first to finish."""
+        calls.append(folder)
+        assert len(calls) == 1, "the other's store was removed"
+        make(model, folder, config=CalibrateConfig(device="cpu", **few))
+        return make(model, folder, config=config)
+
+    monkeypatch.setattr("deltaguard.service.steps.calibrate.calibrate", slower)
+    options = few | {"num_samples": 10}
+    task = Calibrate(model=str(aligned), device="cpu", options=options, restore={"memory": "8GB"})
+    assert calibrate_model(task, lambda _: None) == Outcome()
+    folder = default_store_folder(identify(Checkpoint.open(aligned)), "auto")
+    assert CurvatureStore.from_pretrained(folder).provenance.conversations == 8 + 8
+
+
 def test_an_adapter_is_restored_to_the_rank_it_was_trained_with_whatever_the_setting_is_now(
     tmp_path, monkeypatch
 ):
