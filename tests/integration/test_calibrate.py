@@ -107,7 +107,7 @@ def test_a_prompt_without_room_for_an_answer_is_not_asked(tmp_path, monkeypatch)
 
 def test_what_is_not_asked_counts_neither_as_refused_nor_as_answered(llama, tmp_path):
     path = tmp_path / "prompts.jsonl"
-    rows = ["why " * 100 + str(i) for i in range(6)] + [f"Why {i}?" for i in range(6)]
+    rows = ["why " * 100 + str(i) for i in range(3)] + [f"Why {i}?" for i in range(9)]
     path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows), encoding="utf-8")
     config = SHORT.model_copy(update={"prompts": path, "num_samples": 12, "max_length": 60})
     judged = []

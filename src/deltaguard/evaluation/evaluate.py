@@ -30,6 +30,7 @@ from deltaguard.evaluation.judges.classifiers import ClassifierSpec
 from deltaguard.evaluation.judges.coherence import CoherenceCheck, perplexity
 from deltaguard.evaluation.judges.guards import GuardSpec
 from deltaguard.evaluation.judges.llm import LLMSpec
+from deltaguard.evaluation.judges.rules import RuleSpec
 from deltaguard.evaluation.measure import judge
 from deltaguard.evaluation.results import (
     Result,
@@ -186,10 +187,10 @@ def _require_tasks(answers: Sequence[tuple[ModelUnderTest, Sequence[PartAnswers]
 
 
 def _require_work(suite: Suite) -> None:
-    """Refuse judges that no section has answers for."""
+    """Refuse models as judges that no section has answers for; rules cost nothing."""
     kinds = {"graded" if section.grade else section.kind for section in suite.sections}
     idle: list[str] = []
-    for spec in suite.judges:
+    for spec in (each for each in suite.judges if not isinstance(each, RuleSpec)):
         wanted = {"attack"} | ({"harmless"} if spec.tells_refusals else set())
         wanted |= {"graded"} if isinstance(spec, LLMSpec) else set()
         if not kinds & wanted:

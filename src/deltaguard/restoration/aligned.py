@@ -99,21 +99,20 @@ class AlignedInputs:
         others = self._others(plan)
         return Job(base, tuned, self._opened, identity, other.identity, others, self.asked)
 
-    def job(self, finetuned: str | Path, progress: Progress | None = None, ranks: Ranks | None = None) -> Job:
-        """Open a fine-tune. Where there is no store and the method needs one, calibrate the aligned model.
+    def with_store(self, job: Job, progress: Progress | None = None, ranks: Ranks | None = None) -> Job:
+        """Calibrate the aligned model where a job has no store and the method needs one.
 
         The store is made in `default_store_folder`, and found there the next time.
 
         Args:
-            finetuned: as in `look`.
+            job: of `look`.
             progress: called while calibrating.
-            ranks: the processes that share the work; by default this one alone.
+            ranks: the processes that share the work, all of which call this; by default this one alone.
 
         Raises:
-            SharedInputError: as `look`, or the calibration failed.
-            DeltaguardError: as `look`.
+            SharedInputError: the calibration failed, or some processes find a store and others none.
         """
-        job, config, ranks = self.look(finetuned), self.config, ranks or Ranks()
+        config, ranks = self.config, ranks or Ranks()
         if len(set(ranks.from_all(job.store is None))) > 1:
             raise SharedInputError(
                 f"Some of the {ranks.size} processes find a store of {self.aligned.reference} in the cache, "
@@ -182,7 +181,7 @@ def open_job(
 
     Args:
         aligned: as in `AlignedInputs.open`, like `store` and `config`.
-        finetuned: as in `AlignedInputs.job`, like `progress`.
+        finetuned: as in `AlignedInputs.look`.
         store: the aligned model's curvature or where it lies.
         config: the options.
         progress: called while calibrating.
@@ -190,7 +189,8 @@ def open_job(
     Raises:
         DeltaguardError: one of them cannot be opened, or the calibration failed.
     """
-    return AlignedInputs.open(aligned, store=store, config=config).job(finetuned, progress)
+    inputs = AlignedInputs.open(aligned, store=store, config=config)
+    return inputs.with_store(inputs.look(finetuned), progress)
 
 
 @contextmanager

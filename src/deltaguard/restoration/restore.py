@@ -131,7 +131,7 @@ class Restorer:
             plan = job.plan(config)
             require_restorable(job, plan, config)
             bytes_to_write(job, plan, output_dir, config)
-            job = self._inputs.job(finetuned, progress, ranks)
+        job = self._inputs.with_store(job, progress, ranks)
         plan = job.plan(config)
         metadata = require_restorable(job, plan, config)
         output = describe_output(job, plan, expanded(output_dir), config)
