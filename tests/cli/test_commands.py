@@ -58,6 +58,16 @@ def test_a_pair_that_cannot_be_restored_is_told_with_the_reason(tmp_path, capsys
     assert "--config-from" not in told
 
 
+def test_experts_of_an_unknown_form_are_what_a_diff_names(tmp_path, capsys):
+    strange = {"model.layers.0.mlp.experts.0.strange.weight": torch.ones(2, 2)}
+    model = changed(pair().aligned, tmp_path / "model", lambda tensors: tensors.update(strange))
+    assert run(["diff", str(model), str(model)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "The pair cannot be restored: " in told
+    assert "experts.0.strange.weight" in told
+    assert "Known are `experts.N.gate_proj.weight`" in told
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     made, out = pair(), tmp_path / "out"
     plan = json_of(

@@ -167,7 +167,11 @@ def test_what_must_be_known_of_a_restore_is_on_its_page_and_in_its_card():
 
 @pytest.mark.parametrize(
     ("count", "told"),
-    [(1, "Of one expert less is known"), (20, "Of 20 experts less"), (21, "These are the 20 of whose")],
+    [
+        (1, "Of one expert less is known"),
+        (20, "Of 20 experts less"),
+        (21, "These are the 20 of which least is known."),
+    ],
 )
 def test_a_card_says_how_many_experts_are_rare(count, told):
     experts = [RareExpert(name=f"experts.{i}", tokens=i, pooled=0.9) for i in range(count)]

@@ -1,6 +1,7 @@
 """What a calibration would take, from the headers of the model and the tokens of the prompts."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +47,22 @@ def plan_calibration(
     device = find_device(config.device)
     request = requested(source, asked, config, device)
     shape = load_config(source.folder, source.reference)
-    counted = _lengths(asked, source, request, context_length(shape, request.max_length))
-    lengths = [tokens for tokens, _ in counted]
-    calibrated = lengths[: len(asked.calibration)]
-    answered = sorted(tokens for _, tokens in counted[: len(asked.calibration)])[-request.batch_size :]
+    lengths, answered = _lengths(asked, source, request, context_length(shape, request.max_length))
+    count, largest = len(asked.calibration), partial(_largest, size=request.batch_size)
     dtype = getattr(torch, request.dtype)
-    answering = getattr(torch, request.answer_dtype or request.dtype)
     whole = Sizes.of(source.tensors.values(), routed_share(source.config))
     half = memory_bytes(device) // 2 // (ranks or Ranks()).sharing(device)
     memory = half if config.memory is None else int(config.memory)
     outside, blocks = blocks_of(source)
     by_blocks = whole.bytes(dtype) > memory and bool(blocks)
     held = max(blocks, key=lambda block: block.bytes(dtype)) if by_blocks else whole
-    hidden = sum(calibrated) * shape.get_text_config().hidden_size * dtype.itemsize if by_blocks else 0
-    # As a whole the model keeps its own weights while it answers in another dtype.
-    kept = dtype.itemsize if answering != dtype and not by_blocks else 0
-    answers = whole.weights * (answering.itemsize + kept)
-    if all(row.response is not None for row in asked.all):
-        answers = 0
-    elif by_blocks and answers > memory:
-        answers = held_bytes(outside, blocks, answering)
-        answers += _rows_bytes(shape, memory - answers, lengths, request, answering)
-    kept_of_all = request.rank == "full"
-    # Raw sums, in whose other half the factors lie, and all eigenvectors; or what of these a store may hold.
-    stored = 2 * whole.sums * torch.float32.itemsize if kept_of_all else store_limit(source)
-    stored += whole.leaning_bytes
+    hidden = sum(lengths[:count]) * shape.get_text_config().hidden_size * dtype.itemsize if by_blocks else 0
+    answers = 0
+    if any(row.response is None for row in asked.all):
+        room = memory if by_blocks else None
+        answers = _answering_bytes(outside, blocks, request, shape, lengths, room=room)
+    is_full = request.rank == "full"
+    stored = (whole.full_bytes if is_full else store_limit(source)) + whole.leaning_bytes
     return CalibrationPlan(
         conversations=len(lengths),
         tokens=sum(lengths),
@@ -80,29 +72,54 @@ def plan_calibration(
         answering_bytes=answers,
         weights_bytes=(held.weights + (outside.weights if by_blocks else 0)) * dtype.itemsize,
         sums_bytes=held.sums_bytes(dtype),
-        pass_bytes=sum(sorted(calibrated)[-request.batch_size :]) * held.passed * dtype.itemsize,
+        pass_bytes=largest(lengths[:count]) * held.passed * dtype.itemsize,
         # What goes into a block, and what comes out of it.
         hidden_bytes=2 * hidden,
         # In float32: what they are, and their gradients.
-        predicted_bytes=2 * sum(answered) * shape.get_text_config().vocab_size * torch.float32.itemsize,
+        predicted_bytes=2 * largest(answered[:count]) * shape.get_text_config().vocab_size * 4,
         # What goes into each block, what comes out of the last, two gradients twice, and the blocks' stores.
         disk_bytes=hidden * (len(blocks) + 5) + stored if by_blocks else 0,
-        store_bytes=None if kept_of_all else stored,
+        store_bytes=None if is_full else stored,
     )
 
 
-def _rows_bytes(
-    shape: Any, room: int, lengths: Sequence[int], request: CalibrationRequest, dtype: torch.dtype
+def _largest(tokens: Sequence[int], size: int) -> int:
+    """Count the tokens of the longest conversations that may be in a batch."""
+    return sum(sorted(tokens)[-size:])
+
+
+def _answering_bytes(
+    outside: Sizes,
+    blocks: Sequence[Sizes],
+    request: CalibrationRequest,
+    shape: Any,
+    lengths: Sequence[int],
+    *,
+    room: int | None,
 ) -> int:
-    """Say what the rows take that are answered at once, block by block."""
-    rows = rows_within(shape, room, tokens=request.max_length + request.max_new_tokens, dtype=dtype)
-    return min(rows, len(lengths)) * row_bytes(shape, tokens=max(lengths), dtype=dtype)
+    """Say what a model takes while it answers, which may be of other weights than are differentiated.
+
+    Where these go block by block, `room` says what may be held at once: it answers so, too, where its own
+    weights are more.
+    """
+    dtype = getattr(torch, request.dtype)
+    answering: torch.dtype = getattr(torch, request.answer_dtype or request.dtype)
+    whole = sum(part.weights for part in (outside, *blocks))
+    if room is None:
+        # It keeps its own weights while it answers in another dtype.
+        return whole * (answering.itemsize + (dtype.itemsize if answering != dtype else 0))
+    if whole * answering.itemsize <= room:
+        return whole * answering.itemsize
+    held = held_bytes(outside, blocks, answering)
+    tokens = request.max_length + request.max_new_tokens
+    rows = rows_within(shape, room - held, tokens=tokens, dtype=answering)
+    return held + min(rows, len(lengths)) * row_bytes(shape, tokens=max(lengths), dtype=answering)
 
 
 def _lengths(
     asked: Asked, source: Checkpoint, request: CalibrationRequest, limit: int
-) -> list[tuple[int, int]]:
-    """Count the tokens of each conversation, and those of its answer.
+) -> tuple[list[int], list[int]]:
+    """Count the tokens of each conversation, and those of each answer.
 
     An answer that is missing may be as long as it is let, with thoughts before it where the template begins
     them, and what ends a turn after it.
@@ -116,7 +133,7 @@ def _lengths(
         (asked.harmless, brief),
         (asked.held_out, request.max_new_tokens),
     )
-    lengths: list[tuple[int, int]] = []
+    lengths, answers = list[int](), list[int]()
     for rows, answer in parts:
         for row in rows:
             known = encode(tokenizer, row, max_length=limit)
@@ -124,6 +141,6 @@ def _lengths(
             if row.response is None:
                 response = answer + end
                 prompt += thoughts if begins_thoughts(render(tokenizer, row)) else 0
-            whole = min(prompt + response, limit)
-            lengths.append((whole, max(whole - prompt, 0)))
-    return lengths
+            lengths.append(min(prompt + response, limit))
+            answers.append(max(lengths[-1] - prompt, 0))
+    return lengths, answers

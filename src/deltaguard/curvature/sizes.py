@@ -74,6 +74,11 @@ class Sizes:
         return max(self.sums * torch.float32.itemsize, gradients)
 
     @property
+    def full_bytes(self) -> int:
+        """Say what a store keeps of all: raw sums, in whose other half factors lie, and all eigenvectors."""
+        return 2 * self.sums * torch.float32.itemsize
+
+    @property
     def leaning_bytes(self) -> int:
         """Say what the gradients of refusing take in a store, at most."""
         return RANK * self.sides * torch.float32.itemsize

@@ -105,8 +105,12 @@ class AdapterCheckpoint(WeightSource):
         named = {name: change.module for name, change in self._changes.items()}
         return {name.removesuffix(".weight"): module for name, module in named.items() if module is not None}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, aligned: Tensor | None = None) -> Tensor:
         """Read one tensor of the fine-tuned model; see `WeightSource.read`.
+
+        Args:
+            name: of the tensor.
+            aligned: the aligned tensor, which stays as it is; it is read where it is needed and absent.
 
         Returns:
             Where the adapter has low-rank matrices for it, aligned + scale · B A in float32 (float64 over a
@@ -115,17 +119,10 @@ class AdapterCheckpoint(WeightSource):
         """
         change = self._changes.get(name)
         if change is not None and change.replaced is not None:
-            # Of use for nothing else.
-            return self.applied(name, torch.empty(0))
-        return self.applied(name, self.aligned.read(name))
-
-    def applied(self, name: str, aligned: Tensor) -> Tensor:
-        """Apply what the adapter holds of a tensor to the aligned one, which stays as it is; as `read`."""
-        change = self._changes.get(name)
-        if change is None:
-            return aligned
-        weight = aligned if change.replaced is None else read_tensor(self._file, change.replaced)
-        if change.a is None or change.b is None:
+            weight = read_tensor(self._file, change.replaced)
+        else:
+            weight = self.aligned.read(name) if aligned is None else aligned
+        if change is None or change.a is None or change.b is None:
             return weight
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         a = read_tensor(self._file, change.a).to(weight.dtype)

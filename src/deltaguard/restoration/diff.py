@@ -72,9 +72,8 @@ def _obstacle(one: WeightSource, other: WeightSource) -> str | None:
     try:
         make_plan(one, other, store=None)
     except DeltaguardError as error:
-        # The last line of a list advises what is being done.
-        lines = str(error).splitlines()
-        return "\n".join(lines[:-1] if len(lines) > 1 else lines)
+        # What is being done is no advice.
+        return "\n".join(line for line in str(error).splitlines() if "`deltaguard diff " not in line)
     return None
 
 

@@ -110,7 +110,7 @@ class _Reader:
         aligned = self.job.aligned.read(step.aligned) if step.aligned else None
         if aligned is not None and isinstance(tuned, AdapterCheckpoint):
             # Of what it holds no change of, this is the aligned tensor.
-            finetuned = tuned.applied(step.info.name, aligned)
+            finetuned = tuned.read(step.info.name, aligned)
         else:
             finetuned = tuned.read(step.info.name)
         differs = aligned is None or (aligned is not finetuned and not _same(aligned, finetuned))
