@@ -161,7 +161,8 @@ def test_what_must_be_known_of_a_restore_is_on_its_page_and_in_its_card():
         text = unescape(drawn(restore_report(warnings=(told,))))
         assert "Of the 64 responses in store 0% refuse" in text
         assert "/home/someone" not in text
-        assert "What must be known" not in drawn(restore_report())
+        assert "What a reader must know" in text
+        assert "What a reader must know" not in drawn(restore_report())
         assert "<b>" not in drawn(restore_report(warnings=(told,)))
 
 
