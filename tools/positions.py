@@ -1,6 +1,7 @@
 """The table of where refusing is decided, from `docs/results/positions.json` of `benchmarks.positions`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, log
 from statistics import mean
@@ -22,7 +23,7 @@ class Candidate(BaseModel):
         curvature: by what it was taken from.
         strength: share of the predicted safety cost that is kept.
         safety_kl: nats per response token.
-        gain_kept: share of the fine-tune's gain in likelihood.
+        gain_kept: share of the fine-tune's gain in likelihood; `None` where nothing is taught.
         complied: of each harmful request, in order, whether it was complied with.
     """
 
@@ -32,12 +33,12 @@ class Candidate(BaseModel):
     curvature: str
     strength: float
     safety_kl: float
-    gain_kept: float
+    gain_kept: float | None
     complied: tuple[bool, ...]
 
 
 class Positions(BaseModel):
-    """`docs/results/positions.json`.
+    """One fine-tune, restored with several curvatures.
 
     Attributes:
         environment: versions, machine and time.
@@ -60,6 +61,14 @@ class Positions(BaseModel):
     rows: tuple[Candidate, ...]
 
 
+class PositionsRuns(BaseModel):
+    """`docs/results/positions.json`; all fine-tunes with the same seeds, and as many requests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runs: tuple[Positions, ...]
+
+
 CHOOSING = 0
 """The seed, whose rows, and the half of the requests, the even ones, on which a curvature is chosen."""
 
@@ -71,53 +80,71 @@ NATS = GUARDS["unknown"]
 
 
 def positions_table(content: str) -> str:
-    """Draw a row a curvature: the gain kept at `LIMIT`, on what it is chosen on and on what it is not.
+    """Draw a row a fine-tune and curvature: the gain kept at `LIMIT`, on what is chosen on and on the rest.
 
     Args:
-        content: a `Positions` as JSON.
+        content: a `PositionsRuns` as JSON.
 
     Returns:
         Markdown.
     """
-    found = Positions.model_validate_json(content)
-    chosen = [row for row in found.rows if row.seed == CHOOSING]
-    others = [row for row in found.rows if row.seed != CHOOSING]
-    names = list(dict.fromkeys(row.curvature for row in found.rows))
-    strengths = sorted({row.strength for row in found.rows})
-
-    def at(rows: Sequence[Candidate], name: str, first: int) -> str:
-        return kept_at_limit(found, [row for row in rows if row.curvature == name], first)
-
-    def curve(name: str, strength: float) -> str:
-        rows = [row for row in others if (row.curvature, row.strength) == (name, strength)]
-        points = mean(_added(found, row, 1) for row in rows)
-        kl = nats(mean(row.safety_kl for row in rows))
-        return f"{percent(mean(row.gain_kept for row in rows))} ({points:+.1f}; {kl})"
-
+    runs = list(PositionsRuns.model_validate_json(content).runs)
+    rows = [_Row(found, name) for found in runs for name in dict.fromkeys(r.curvature for r in found.rows)]
+    strengths = sorted({row.strength for found in runs for row in found.rows})
     drawn = Table.of(
         "",
-        names,
+        rows,
         (
-            (Column("G from", "name"), str),
-            (f"gain kept at +{LIMIT:g},\nchosen on", lambda name: at(chosen, name, 0)),
-            (f"gain kept at +{LIMIT:g},\nreported on", lambda name: at(others, name, 1)),
-            (
-                f"gain kept at\n{nats(NATS)} nats",
-                lambda name: kept_at_nats([row for row in others if row.curvature == name]),
-            ),
+            *([(Column("fine-tune", "words"), lambda row: row.found.finetune)] if len(runs) > 1 else []),
+            (Column("G from", "name"), lambda row: row.curvature),
+            (f"gain kept at +{LIMIT:g},\nchosen on", lambda row: row.kept(chosen=True)),
+            (f"gain kept at +{LIMIT:g},\nreported on", lambda row: row.kept(chosen=False)),
+            (f"gain kept at\n{nats(NATS)} nats", lambda row: kept_at_nats(row.rows(chosen=False))),
             *(
-                (f"gain (points; nats),\nstrength {strength:g}", lambda name, s=strength: curve(name, s))
-                for strength in strengths
+                (f"gain (points; nats),\nstrength {each:g}", lambda row, each=each: row.at(each))
+                for each in strengths
             ),
         ),
     ).markdown()
+    first = runs[0]
+    what = f"{first.finetune}; " if len(runs) == 1 else ""
+    tasks = " or ".join(str(count) for count in sorted({found.tasks for found in runs} - {0}))
+    commands = "; ".join(f"`{told}`" for told in dict.fromkeys(found.command for found in runs))
     how = (
-        f"{found.finetune}; seeds {', '.join(map(str, found.finetuned))}, of which {CHOOSING} and every "
-        f"other one of {len(found.aligned)} held-out requests to choose on, the rest to report on; "
-        f"likelihood of {found.tasks} task answers; gain interpolated between strengths, or at least that of "
-        f"the loosest where none adds {LIMIT:g} points; `{found.command}`; {made_with(found.environment)}"
+        f"{what}seeds {', '.join(map(str, first.finetuned))}, of which {CHOOSING} and every "
+        f"other one of {len(first.aligned)} held-out requests to choose on, the rest to report on; "
+        f"likelihood of {tasks} answers; gain interpolated between strengths, or at least that of "
+        f"the loosest where none adds {LIMIT:g} points; {commands}; "
+        f"{made_with(*(found.environment for found in runs))}"
     )
     return f"{drawn}\n\n{small(how)}"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A fine-tune, restored with one curvature."""
+
+    found: Positions
+    curvature: str
+
+    def rows(self, *, chosen: bool) -> list[Candidate]:
+        """List those that a curvature is chosen on, or those that are reported."""
+        return [
+            row
+            for row in self.found.rows
+            if row.curvature == self.curvature and (row.seed == CHOOSING) == chosen
+        ]
+
+    def kept(self, *, chosen: bool) -> str:
+        return kept_at_limit(self.found, self.rows(chosen=chosen), 0 if chosen else 1)
+
+    def at(self, strength: float) -> str:
+        """Say what is kept at a strength, what is added, and how far it is."""
+        rows = [row for row in self.rows(chosen=False) if row.strength == strength]
+        points = mean(_added(self.found, row, 1) for row in rows)
+        kl = nats(mean(row.safety_kl for row in rows))
+        gain = percent(mean(row.gain_kept or 0 for row in rows)) if _taught(rows) else DASH
+        return f"{gain} ({points:+.1f}; {kl})"
 
 
 def kept_at_limit(found: Positions, rows: Sequence[Candidate], first: int) -> str:
@@ -127,7 +154,12 @@ def kept_at_limit(found: Positions, rows: Sequence[Candidate], first: int) -> st
         found: of which the rows are a part.
         rows: of one curvature.
         first: 0 for the even requests, 1 for the odd ones.
+
+    Returns:
+        A dash where nothing is taught.
     """
+    if not _taught(rows):
+        return DASH
     curve = [(mean(_added(found, row, first) for row in each), _lost(each)) for each in _by_strength(rows)]
     within = [place for place, (points, _) in enumerate(curve) if points <= LIMIT]
     if not within:
@@ -145,8 +177,10 @@ def kept_at_nats(rows: Sequence[Candidate]) -> str:
         rows: of one curvature.
 
     Returns:
-        A dash where all strengths have more, or all have less.
+        A dash where all strengths have more, or all have less, or nothing is taught.
     """
+    if not _taught(rows):
+        return DASH
     curve = [(mean(log(row.safety_kl) for row in each), _lost(each)) for each in _by_strength(rows)]
     for lower, higher in pairwise(curve):
         if lower[0] <= log(NATS) <= higher[0]:
@@ -158,8 +192,12 @@ def _by_strength(rows: Sequence[Candidate]) -> list[list[Candidate]]:
     return [[row for row in rows if row.strength == each] for each in sorted({row.strength for row in rows})]
 
 
+def _taught(rows: Sequence[Candidate]) -> bool:
+    return all(row.gain_kept is not None for row in rows)
+
+
 def _lost(rows: Sequence[Candidate]) -> float:
-    return max(mean(1 - row.gain_kept for row in rows), 1e-4)
+    return max(mean(1 - (row.gain_kept or 0) for row in rows), 1e-4)
 
 
 def _between(lower: tuple[float, float], higher: tuple[float, float], place: float) -> float:

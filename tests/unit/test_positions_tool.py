@@ -1,7 +1,15 @@
 """The table of where refusing is decided: what is lost at a limit, between strengths that were measured."""
 
 import pytest
-from tools.positions import NATS, Candidate, Positions, kept_at_limit, kept_at_nats, positions_table
+from tools.positions import (
+    NATS,
+    Candidate,
+    Positions,
+    PositionsRuns,
+    kept_at_limit,
+    kept_at_nats,
+    positions_table,
+)
 
 from deltaguard.reports.records.base import Environment
 from deltaguard.reports.text import DASH
@@ -58,7 +66,20 @@ def test_the_gain_at_the_default_limit_of_safety_kl_lies_between_too(nats, kept)
     assert kept_at_nats(changed) == kept
 
 
+def drawn(*runs):
+    return positions_table(PositionsRuns(runs=runs).model_dump_json())
+
+
 def test_a_row_says_what_was_chosen_on_and_what_was_not():
-    table = positions_table(found((0, 0.16), (4, 0.01)).model_dump_json())
+    table = drawn(found((0, 0.16), (4, 0.01)))
     assert "| all | 96.0 % | 96.0 % | – | 84.0 % (+0.0; 1) | 99.0 % (+4.0; 2) |" in table
-    assert "over at every strength" in positions_table(found((3, 0.1)).model_dump_json())
+    assert "over at every strength" in drawn(found((3, 0.1)))
+
+
+def test_several_fine_tunes_stand_in_one_table_and_what_teaches_nothing_has_points_alone():
+    task = found((0, 0.16), (4, 0.01))
+    nothing = [row.model_copy(update={"gain_kept": None}) for row in task.rows]
+    table = drawn(task, task.model_copy(update={"finetune": "Harm", "rows": tuple(nothing), "tasks": 0}))
+    assert "| A task | all | 96.0 % | 96.0 % | – | 84.0 % (+0.0; 1) | 99.0 % (+4.0; 2) |" in table
+    assert "| Harm | all | – | – | – | – (+0.0; 1) | – (+4.0; 2) |" in table
+    assert table.count("python -m benchmarks.positions aligned") == 1
