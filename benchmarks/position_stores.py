@@ -22,7 +22,7 @@ from deltaguard.curvature import calibrate as calibration
 from deltaguard.curvature import request
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, CalibrateConfig
-from deltaguard.curvature.responses import respond
+from deltaguard.curvature.responses import is_answer_missing, respond
 from deltaguard.evaluation.probes.wrappers import LANGUAGES, translated_prompts
 
 CONFIG = CalibrateConfig(max_new_tokens=32, resume=True)
@@ -110,10 +110,15 @@ def calibrated(
     def those(texts: Sequence[Encoded], size: int) -> list[Batch]:
         return [positions(batch) for batch in batches(texts, size)]
 
+    def is_missing(conversations: Sequence[Conversation], journal: Path) -> bool:
+        # The model may write on what an earlier run answered.
+        return answer is not respond or is_answer_missing(conversations, journal)
+
     def make(aligned: Path, folder: Path) -> Path:
         with (
             patch.object(calibration, "batches", those),
             patch.object(calibration, "respond", answer),
+            patch.object(calibration, "is_answer_missing", is_missing),
             patch.object(request, "framed", framing),
         ):
             calibrate(aligned, folder / name, config=CONFIG)

@@ -53,10 +53,9 @@ def guard_table(content: str) -> str:
             ("gain kept,\nlikelihood", _kept),
         ),
     ).markdown()
-    seeds = ", ".join(map(str, found.seeds))
     fine_tunes = "; ".join(f"`{name}`: {title}" for name, title in found.titles.items())
     how = (
-        f"Points of attack success over the aligned model, seeds {seeds}; of several a mean, and each; "
+        f"Points of attack success over the aligned model, {_seeds(found)}; "
         f"{found.outcomes[0].plain.aligned.total} harmful requests, asked plainly and in the attacker's way; "
         f"restored to a limit on safety KL alone. {fine_tunes}. `{found.command}`; "
         f"{made_with(found.environment)}"
@@ -87,14 +86,19 @@ def trust_table(content: str) -> str:
             (Column("not more, because of", "name"), _stopped_by),
         ),
     ).markdown()
-    seeds = ", ".join(map(str, found.seeds))
     fine_tunes = "; ".join(f"`{name}`: {title}" for name, title in found.titles.items())
     how = (
-        f"Points of attack success, and of false refusals, over the aligned model, seeds {seeds}; of several "
-        f"a mean, and each; {found.outcomes[0].plain.aligned.total} harmful requests, asked plainly and in "
+        f"Points of attack success, and of false refusals, over the aligned model, {_seeds(found)}; "
+        f"{found.outcomes[0].plain.aligned.total} harmful requests, asked plainly and in "
         f"the attacker's way. {fine_tunes}. `{found.command}`; {made_with(found.environment)}"
     )
     return f"{drawn}\n\n{small(how)}"
+
+
+def _seeds(found: Guards) -> str:
+    if len(found.seeds) == 1:
+        return f"seed {found.seeds[0]} alone"
+    return f"a mean over the seeds {', '.join(map(str, found.seeds))}, and each"
 
 
 def _by_setting(found: Guards) -> list[list[AttackOutcome]]:

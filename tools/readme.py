@@ -95,9 +95,23 @@ def demo_table(content: str) -> str:
     made = (
         f"Method {options['method']}, {_dial(options)}, seed {report.seed}; "
         f"{duration(_total(report.seconds))} and at most {size(report.peak_memory_bytes)} of memory for the "
-        f"whole run. {made_with(report.environment)}"
+        f"whole run. {_asking(report)}{made_with(report.environment)}"
     )
     return "\n\n".join((drawn, counted, small(made)))
+
+
+def _asking(report: DemoReport) -> str:
+    """Say how long the restore asked and measured; nothing where it asked nobody."""
+    dial, seconds = report.restore.dial, report.restore.seconds
+    if dial is None or dial.attack is None:
+        return ""
+    found = [
+        each for look in dial.attack.looks for each in (look.attack_success, look.false_refusals) if each
+    ]
+    return (
+        f"Its restore took {duration(seconds['ask'])} for {sum(each.prompts for each in found):,} answers, "
+        f"and {duration(seconds['measure'])} for {len(dial.probes)} measurements of safety KL. "
+    )
 
 
 _LIMITS = {

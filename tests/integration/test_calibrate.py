@@ -16,12 +16,15 @@ from deltaguard.chat.conversations import (
     harmless_prompts,
 )
 from deltaguard.chat.framings import FRAMINGS
+from deltaguard.chat.thinking import THOUGHT_TOKENS
 from deltaguard.chat.tokens import encode
 from deltaguard.curvature import calibrate as calibrate_module
 from deltaguard.curvature.calibrate import calibrate
-from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, CalibrateConfig, asked_for, requested
+from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, Asked, CalibrateConfig, asked_for, requested
+from deltaguard.curvature.room import answer_what_has_no_room
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.loading import load_tokenizer
 from pairs import ANSWERED
 
 SHORT = CalibrateConfig(
@@ -84,7 +87,8 @@ def test_a_model_with_few_positions_takes_no_more_tokens(tmp_path):
     assert store.provenance.truncated > 0
 
 
-def test_a_prompt_without_room_for_an_answer_is_not_asked(tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", [100, 14])
+def test_a_prompt_without_room_for_an_answer_is_not_asked(tmp_path, monkeypatch, words):
     """A model of learned positions has none for the tokens of a longer one."""
     folder = models.save(models.tiny_model("gpt2", n_positions=48), tmp_path / "model")
     asked, answer = [], calibrate_module.respond
@@ -94,15 +98,16 @@ def test_a_prompt_without_room_for_an_answer_is_not_asked(tmp_path, monkeypatch)
         return answer(model, tokenizer, rows, **named)
 
     monkeypatch.setattr(calibrate_module, "respond", respond)
-    path, long = tmp_path / "prompts.jsonl", "why " * 100
+    path, long = tmp_path / "prompts.jsonl", "why " * words
     rows = [long, *(f"Why {i}?" for i in range(9))]
     path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows), encoding="utf-8")
     config = SHORT.model_copy(update={"prompts": path, "num_samples": 10, "num_look_alikes": 0})
     store = calibrate(folder, tmp_path / "store", config=config)
     assert sorted(asked) == sorted(rows[1:])
-    # Whether it was to be calibrated on or held out: of the two, what is held out has an answer.
+    # It was to be calibrated on or held out, and the end of a turn is no answer of it.
     left_out = 10 - store.provenance.conversations - len(store.held_out)
-    assert store.provenance.truncated + left_out >= 1
+    assert store.provenance.unanswered + left_out == 1
+    assert long not in {row.prompt for row in store.held_out}
 
 
 def test_what_is_not_asked_counts_neither_as_refused_nor_as_answered(llama, tmp_path):
@@ -120,26 +125,42 @@ def test_what_is_not_asked_counts_neither_as_refused_nor_as_answered(llama, tmp_
     assert store.provenance.judged == store.provenance.harmful - store.provenance.unanswered
 
 
-def test_the_answers_of_an_earlier_release_to_long_prompts_are_passed_over(llama, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    rows = ["why " * 100, *(f"Why {i}?" for i in range(9))]
-    path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows), encoding="utf-8")
-    config = SHORT.model_copy(update={"prompts": path, "num_samples": 12, "max_length": 60})
+def test_an_empty_answer_counts_as_one_that_does_not_refuse(llama, tmp_path, monkeypatch):
+    answer = calibrate_module.respond
 
-    def interrupt(event):
-        if event.stage == "accumulate":
-            raise KeyboardInterrupt
+    def respond(model, tokenizer, rows, **named):
+        answered = answer(model, tokenizer, rows, **named)
+        return [replace(answered[0], response="", response_ids=()), *answered[1:]]
 
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(llama, tmp_path / "store", config=config, progress=interrupt)
-    journal = tmp_path / "store.partial" / "responses.jsonl"
-    asked = {int(i) for line in journal.read_text().splitlines() for i in json.loads(line)}
-    (passed,) = set(range(10)) - asked
-    answer = next(iter(json.loads(journal.read_text().splitlines()[0]).values()))
-    journal.write_text(journal.read_text() + json.dumps({passed: answer}) + "\n")
-    calibrate(llama, tmp_path / "store", config=config.model_copy(update={"resume": True}))
-    calibrate(llama, tmp_path / "other", config=config)
-    assert contents(tmp_path / "store") == contents(tmp_path / "other")
+    monkeypatch.setattr(calibrate_module, "respond", respond)
+    judged = []
+    store = calibrate(
+        llama, tmp_path / "store", config=SHORT, is_refusal=lambda said: bool(judged.append(said) or said)
+    )
+    made = store.provenance
+    assert "" in judged
+    assert (made.unanswered, made.judged) == (0, made.harmful - made.framed)
+    assert made.refusal_share == (made.judged - 1) / made.judged
+
+
+@pytest.mark.parametrize("thoughts", ["", "<think>\n"])
+def test_an_answer_has_room_up_to_the_last_position(llama, thoughts):
+    tokenizer = load_tokenizer(llama, "model")
+    tokenizer.chat_template += thoughts
+    row = Conversation("Why is it so?")
+    asked = Asked([row], [row], [row, replace(row, response="No.")])
+    request = requested(Checkpoint.open(llama), asked, SHORT, torch.device("cpu"))
+    request = request.model_copy(update={"max_new_tokens": 40, "max_length": 1000})
+    read = len(encode(tokenizer, row, max_length=1000).ids) + (THOUGHT_TOKENS if thoughts else 0)
+
+    def is_asked(positions):
+        found = answer_what_has_no_room(asked, tokenizer, request, positions)
+        assert found.held_out[1].response == "No."
+        return [part[0].response is None for part in (found.safety, found.held_out, found.look_alikes)]
+
+    assert is_asked(read + 40) == [True, True, True]
+    assert is_asked(read + 39) == is_asked(read + LOOK_ALIKE_TOKENS) == [False, False, True]
+    assert is_asked(read + LOOK_ALIKE_TOKENS - 1) == is_asked(1) == [False, False, False]
 
 
 @pytest.mark.parametrize("memory", [None, 0])

@@ -20,7 +20,7 @@ from deltaguard.cli.sink import (
 )
 
 _DURATIONS = {
-    "quick": "The quick preset takes about 40 minutes on two CPU cores; it can be interrupted at any time.",
+    "quick": "The quick preset takes up to 80 minutes on a CPU core; it can be interrupted at any time.",
     "full": "The full preset is for a GPU, and takes long on one, too; it can be interrupted at any time.",
     "attacks": "The preset of attackers takes hours on two CPU cores; it can be interrupted at any time.",
     "default": "This preset takes hours on two CPU cores; it can be interrupted at any time.",

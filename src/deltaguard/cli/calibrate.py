@@ -141,6 +141,8 @@ def _draw(store: "CurvatureStore", aligned: Reference, output: Path) -> Table:
     table.add_column(justify="right")
     framed = f", {made.framed} in framings" if made.framed else ""
     table.add_row("harmful requests", f"{made.harmful}{framed}")
+    if made.unanswered:
+        table.add_row("of them without room for an answer", str(made.unanswered))
     table.add_row("harmless look-alikes", str(made.look_alikes))
     table.add_row("harmful requests held out", str(len(store.held_out)))
     table.add_row("tokens", f"{made.tokens}, {made.response_tokens} of responses")

@@ -7,7 +7,7 @@ finished one leaves the store alone.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from deltaguard.curvature.request import (
     requested,
 )
 from deltaguard.curvature.responses import is_answer_missing, respond, shared_workspace
+from deltaguard.curvature.room import answer_what_has_no_room
 from deltaguard.curvature.shared import decomposed
 from deltaguard.curvature.sizes import blocks_of, held_bytes, rows_within, store_limit, whole_bytes
 from deltaguard.curvature.store import CurvatureStore
@@ -108,9 +109,7 @@ def calibrate(
             memory = half if config.memory is None else int(config.memory)
             report = progress or ignore
             shape = load_config(source.folder, source.reference)
-            limit = context_length(shape, request.max_length)
-            room = min(limit - 1, context_length(shape) - request.max_new_tokens)
-            run = _Run(source, asked, request, device, memory, limit, room, journal, report, ranks)
+            run = _Run(source, asked, request, device, memory, context_length(shape), journal, report, ranks)
             _calibrate(run, Path(output_dir), is_refusal or opens_with_refusal)
     return CurvatureStore.from_pretrained(output_dir)
 
@@ -120,8 +119,7 @@ class _Run:
     """What a run works with from beginning to end.
 
     Attributes:
-        limit: tokens of a conversation at most.
-        room: tokens of a prompt at most that is asked: of a longer one no answer fits.
+        positions: that the model has.
     """
 
     source: Checkpoint
@@ -129,11 +127,15 @@ class _Run:
     request: CalibrationRequest
     device: torch.device
     memory: int
-    limit: int
-    room: int
+    positions: int
     journal: Path
     report: Progress
     ranks: Ranks
+
+    @property
+    def limit(self) -> int:
+        """Bound the tokens of a conversation."""
+        return min(self.positions, self.request.max_length)
 
 
 @dataclass(frozen=True)
@@ -202,19 +204,12 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     request, count = run.request, len(run.asked.calibration)
     in_blocks = run.ranks.from_first(whole_bytes(run.source, getattr(torch, request.dtype)) > run.memory)
     tokenizer = load_tokenizer(run.source.folder, run.source.reference)
-    run = replace(run, asked=_fitting(run, tokenizer))
-    answered, model = _known_answers(run, tokenizer), None
-    if answered is None and in_blocks:
-        answered = _answered_by_blocks(run, tokenizer)
-    if answered is None:
-        model = _load(run, (request.answer_dtype or request.dtype) if in_blocks else request.dtype)
-        with as_served(model) if request.answer_dtype not in (None, request.dtype) else nullcontext():
-            answered = _answered(run, model, tokenizer, request.batch_size)
+    answered, model = _all_answered(run, tokenizer, in_blocks=in_blocks)
     limit = run.limit
     texts = [encode(tokenizer, conversation, max_length=limit) for conversation in answered[:count]]
     # A framing says how an answer opens, such as with a number: whether it refuses is not judged there.
     judged = [
-        None if is_framed or not row.response else is_refusal(without_thinking(row.response))
+        None if is_framed or row.response is None else is_refusal(without_thinking(row.response))
         for row, is_framed in zip(answered[:count], run.asked.is_framed, strict=True)
     ]
     # The processes cut conversations off by it, and have to cut them off alike.
@@ -226,7 +221,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         if not found:
             raise DeltaguardError(
                 f"No {what}conversation has a response within {limit} tokens: nothing can be learned about "
-                "responses. Allow longer conversations."
+                "responses. Allow longer conversations (`--max-length`) or shorter answers (`max_new_tokens`)."
             )
     decided = decided_batches(texts, decisions(texts, refuses, harmful), request.batch_size)
     if in_blocks:
@@ -255,6 +250,24 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
     return _Measured(layers, tuple(held_out), provenance)
 
 
+def _all_answered(run: _Run, tokenizer: Any, *, in_blocks: bool) -> tuple[list[Conversation], Any]:
+    """Give the conversations as they were answered, and the model if it was loaded for it.
+
+    Those that are not asked have no response.
+    """
+    request, model = run.request, None
+    fitting = replace(run, asked=answer_what_has_no_room(run.asked, tokenizer, request, run.positions))
+    answered = _known_answers(fitting, tokenizer)
+    if answered is None and in_blocks:
+        answered = _answered_by_blocks(fitting, tokenizer)
+    if answered is None:
+        model = _load(run, (request.answer_dtype or request.dtype) if in_blocks else request.dtype)
+        with as_served(model) if request.answer_dtype not in (None, request.dtype) else nullcontext():
+            answered = _answered(fitting, model, tokenizer, request.batch_size)
+    rows = zip(run.asked.all, fitting.asked.all, answered, strict=True)
+    return [found if fits is given else given for given, fits, found in rows], model
+
+
 def _known_answers(run: _Run, tokenizer: Any) -> list[Conversation] | None:
     """Take the answers that were given or that an earlier run left; None where one is missing."""
     asked, is_missing = run.asked, None
@@ -263,20 +276,6 @@ def _known_answers(run: _Run, tokenizer: Any) -> list[Conversation] | None:
         is_missing = is_answer_missing(harmful, run.journal)
         is_missing = is_missing or is_answer_missing(asked.harmless, _beside(run.journal))
     return None if run.ranks.from_first(is_missing) else _answered(run, None, tokenizer, 1)
-
-
-def _fitting(run: _Run, tokenizer: Any) -> Asked:
-    """Take prompts as unanswered for whose answers there is no room, or the model has no positions."""
-
-    def fitting(rows: Sequence[Conversation]) -> list[Conversation]:
-        return [
-            replace(row, response="")
-            if row.response is None and len(encode(tokenizer, row, max_length=run.room + 1).ids) > run.room
-            else row
-            for row in rows
-        ]
-
-    return Asked(**{part.name: fitting(getattr(run.asked, part.name)) for part in fields(Asked)})
 
 
 def _beside(journal: Path) -> Path:

@@ -122,8 +122,7 @@ def _journals(first: Path) -> list[Path]:
 
 def _read_journals(first: Path, conversations: Sequence[Conversation]) -> dict[int, Answer]:
     asked, found = range(len(conversations)), dict[int, Answer]()
-    # An empty response stands for a prompt that is not asked, and an earlier release may have asked it.
-    given = {i for i, each in enumerate(conversations) if each.response}
+    given = {i for i, each in enumerate(conversations) if each.response is not None}
     for journal in _journals(first):
         found |= _read_journal(journal, asked=asked, given=given)
     return found

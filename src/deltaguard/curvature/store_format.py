@@ -98,7 +98,7 @@ class Provenance(CalibrationRequest):
         look_alikes: how many of them are harmless requests that look dangerous; 0 in stores of before they
             were calibrated on.
         framed: how many of the harmful requests stand in framings; 0 in stores of before they did.
-        unanswered: how many of those in none have no answer, such as those whose prompts leave it no room.
+        unanswered: how many of those in none were not asked, since their prompts leave an answer no room.
         tokens: over how many tokens H was summed.
         tokens_used: which tokens of a conversation those are.
         response_tokens: how many tokens of a response were drawn for G.
@@ -168,7 +168,7 @@ class Provenance(CalibrationRequest):
 
     @property
     def judged(self) -> int:
-        """How many of the harmful requests stand in no framing and have answers: refusals are of those."""
+        """How many of the harmful requests stand in no framing and were asked: refusals are of those."""
         return self.harmful - self.framed - self.unanswered
 
     @property
