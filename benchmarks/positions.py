@@ -73,8 +73,8 @@ def main() -> None:
         for done, study in enumerate(studies, start=1):
             for seed in chosen.seeds:
                 study.add(seed)
-                runs = PositionsRuns(runs=tuple(each.found(told) for each in studies[:done]))
-                chosen.output.write_text(runs.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            runs = PositionsRuns(runs=tuple(each.found(told) for each in studies[:done]))
+            chosen.output.write_text(runs.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 class Study:

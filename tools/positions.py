@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, log
 from statistics import mean
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from deltaguard.reports.records.base import Environment
 from deltaguard.reports.table import Column, Table
@@ -67,6 +68,12 @@ class PositionsRuns(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     runs: tuple[Positions, ...]
+
+    @model_validator(mode="after")
+    def _are_alike(self) -> Self:
+        if len({(tuple(found.finetuned), len(found.aligned)) for found in self.runs}) != 1:
+            raise ValueError("the fine-tunes have not all the same seeds and as many requests")
+        return self
 
 
 CHOOSING = 0
@@ -139,8 +146,10 @@ class _Row:
         return kept_at_limit(self.found, self.rows(chosen=chosen), 0 if chosen else 1)
 
     def at(self, strength: float) -> str:
-        """Say what is kept at a strength, what is added, and how far it is."""
+        """Say what is kept at a strength, what is added, and how far it is; a dash without such a seed."""
         rows = [row for row in self.rows(chosen=False) if row.strength == strength]
+        if not rows:
+            return DASH
         points = mean(_added(self.found, row, 1) for row in rows)
         kl = nats(mean(row.safety_kl for row in rows))
         gain = percent(mean(row.gain_kept or 0 for row in rows)) if _taught(rows) else DASH
@@ -156,7 +165,7 @@ def kept_at_limit(found: Positions, rows: Sequence[Candidate], first: int) -> st
         first: 0 for the even requests, 1 for the odd ones.
 
     Returns:
-        A dash where nothing is taught.
+        A dash where nothing is taught, or there are no rows.
     """
     if not _taught(rows):
         return DASH
@@ -177,7 +186,7 @@ def kept_at_nats(rows: Sequence[Candidate]) -> str:
         rows: of one curvature.
 
     Returns:
-        A dash where all strengths have more, or all have less, or nothing is taught.
+        A dash where all strengths have more, or all have less, or nothing is taught, or there are no rows.
     """
     if not _taught(rows):
         return DASH
@@ -193,7 +202,7 @@ def _by_strength(rows: Sequence[Candidate]) -> list[list[Candidate]]:
 
 
 def _taught(rows: Sequence[Candidate]) -> bool:
-    return all(row.gain_kept is not None for row in rows)
+    return bool(rows) and all(row.gain_kept is not None for row in rows)
 
 
 def _lost(rows: Sequence[Candidate]) -> float:

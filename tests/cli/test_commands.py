@@ -43,19 +43,31 @@ def test_restore_verify_and_diff_speak_json(tmp_path, capsys):
 def test_a_pair_that_cannot_be_restored_is_told_with_the_reason(tmp_path, capsys):
     made = pair()
     lacking = changed(made.finetuned, tmp_path / "lacking", lambda all_: all_.popitem())
-    unread = tmp_path / "unread"
-    shutil.copytree(made.finetuned, unread)
-    (unread / "tokenizer.json").write_text("{")
     assert run(["diff", str(made.aligned), str(lacking)]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert re.search(r"The pair cannot be restored: .* not in the fine-tuned one\.", told)
     obstacle = json_of(capsys, "diff", made.aligned, lacking)["obstacle"]
     assert "not in the fine-tuned one" in obstacle
     assert "deltaguard diff" not in obstacle
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "told", "code"),
+    [
+        ("{", "The pair cannot be restored: ", 1),
+        ("{}", "The pair can be restored, with --config-from aligned.", 0),
+    ],
+)
+def test_a_pair_with_a_tokenizer_that_cannot_be_read_is_told_as_a_restore_takes_it(
+    tmp_path, capsys, tokenizer, told, code
+):
+    made, unread = pair(), tmp_path / "unread"
+    shutil.copytree(made.finetuned, unread)
+    (unread / "tokenizer.json").write_text(tokenizer)
     assert run(["diff", str(made.aligned), str(unread)]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "not compared: " in told
-    assert "--config-from" not in told
+    assert told in " ".join(capsys.readouterr().out.split())
+    by = ["--store", str(made.store), "--config-from", "aligned", "--strength", "0.5"]
+    assert run(["restore", str(made.aligned), str(unread), "-o", str(tmp_path / "out"), *by]) == code
 
 
 def test_experts_of_an_unknown_form_are_what_a_diff_names(tmp_path, capsys):

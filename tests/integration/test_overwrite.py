@@ -1,6 +1,7 @@
 """What `restore` puts into a folder, what it replaces there, and what it leaves alone."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -11,8 +12,12 @@ import transformers
 from deltaguard import DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.cli.app import run
 from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.durable import InUseError, lock_folder
+from deltaguard.ranks import Ranks
 from deltaguard.reports.records.restore import REPORT_NAME
+from deltaguard.restoration.aligned import AlignedInputs
 from deltaguard.restoration.dry_run import plan_restore
+from deltaguard.restoration.restore import Restorer
 from pairs import pair, save_adapter, weights
 
 # PEFT asks transformers by the older name.
@@ -137,6 +142,42 @@ def test_what_headers_refuse_is_refused_before_anything_is_calibrated(tmp_path, 
         restore(made.aligned, made.finetuned, out)
     with pytest.raises(DeltaguardError, match="lies in the input"):
         restore(made.aligned, made.finetuned, made.aligned / "restored")
+    shutil.copytree(made.finetuned, tmp_path / "tuned")
+    (tmp_path / "tuned" / "README.md").write_text("---\nlicence: [\n---\n")
+    with pytest.raises(DeltaguardError, match="The metadata at the head of"):
+        restore(made.aligned, tmp_path / "tuned", tmp_path / "other")
+
+
+class BegunError(Exception):
+    """The work would begin."""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_looks_into_the_output_before_a_calibration(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
+    made, out = pair(), tmp_path / "out"
+    out.mkdir()
+
+    def begin(*_):
+        raise BegunError
+
+    monkeypatch.setattr("deltaguard.restoration.aligned.AlignedInputs.with_store", begin)
+    restorer = Restorer(made.aligned, ranks=Ranks(rank, 2))
+    # As another process has it for the moment that a look takes.
+    lock = lock_folder(out)
+    with pytest.raises(BegunError if rank else InUseError):
+        restorer.restore(made.finetuned, out)
+    os.close(lock)
+
+
+def test_processes_that_find_different_stores_calibrate_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAGUARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("deltaguard.curvature.calibrate.calibrate", None)
+    monkeypatch.setattr(Ranks, "from_all", lambda _, missing: [missing, not missing])
+    made = pair()
+    inputs = AlignedInputs.open(made.aligned, store=None, config=RestoreConfig())
+    with pytest.raises(DeltaguardError, match="Some of the 2 processes find a store"):
+        inputs.with_store(inputs.look(made.finetuned), ranks=Ranks(0, 2))
 
 
 def test_a_shard_that_the_report_does_not_list_is_a_problem(tmp_path):

@@ -268,20 +268,26 @@ def test_a_redirect_takes_no_prompt_to_another_server():
     ):
         elsewhere["Location"] = f"{other}/chat/completions"
         found = ask(url)
-    assert not asked
-    assert found.reason.startswith(f"status 307: the server sends requests to {other}/chat/completions, ")
+        assert not asked
+        told = (
+            f"status 307: the server sends requests to {other}, where they are not taken: give that address"
+        )
+        assert found.reason == told
+        assert ask(other) == "Yes."
+        elsewhere["Location"] = "/v2/chat/completions?key=secret"
+        assert f"sends requests to {url.removesuffix('/v1')}/v2, where" in ask(url).reason
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_no_proxy_is_asked_for_a_server_on_this_machine(host, monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with server(lambda _: (200, "Yes.")) as url:
+    with server(lambda _: (200, "Yes.")) as url, server(lambda _: (200, "By proxy.")) as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.removesuffix("/v1"))
         assert ask(url.replace("127.0.0.1", host), retries=0) == "Yes."
-        # A host of another name is asked through it, which nothing answers here.
-        assert ask("http://models.example:80/v1", retries=0).is_away
+        # A host of another name is asked through it.
+        assert ask("http://models.example:80/v1", retries=0) == "By proxy."
 
 
 def test_thoughts_that_leave_no_token_to_an_answer_are_told():

@@ -76,6 +76,15 @@ def test_a_row_says_what_was_chosen_on_and_what_was_not():
     assert "over at every strength" in drawn(found((3, 0.1)))
 
 
+def test_with_the_choosing_seed_alone_nothing_is_reported():
+    both = found((0, 0.16), (4, 0.01))
+    first = tuple(row for row in both.rows if row.seed == 0)
+    one = both.model_copy(update={"finetuned": {0: both.finetuned[0]}, "rows": first})
+    assert "| all | 96.0 % | – | – | – | – |" in drawn(one)
+    with pytest.raises(ValueError, match="not all the same seeds"):
+        PositionsRuns(runs=(one, both))
+
+
 def test_several_fine_tunes_stand_in_one_table_and_what_teaches_nothing_has_points_alone():
     task = found((0, 0.16), (4, 0.01))
     nothing = [row.model_copy(update={"gain_kept": None}) for row in task.rows]

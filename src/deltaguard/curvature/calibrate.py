@@ -221,7 +221,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
         if not found:
             raise DeltaguardError(
                 f"No {what}conversation has a response within {limit} tokens: nothing can be learned about "
-                "responses. Allow longer conversations (`--max-length`) or shorter answers (`max_new_tokens`)."
+                "responses. Allow longer conversations (`--max-length`), shorter answers (`max_new_tokens`)."
             )
     decided = decided_batches(texts, decisions(texts, refuses, harmful), request.batch_size)
     if in_blocks:

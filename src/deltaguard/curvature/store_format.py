@@ -32,6 +32,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import read_json
 from deltaguard.models.durable import write_atomically
 from deltaguard.models.identity import ModelIdentity
+from deltaguard.reports.text import short_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,7 +191,7 @@ class Provenance(CalibrationRequest):
         """What to know before a model is restored to this one's behaviour; nothing where it refuses."""
         if self.refusal_share is None or self.refusal_share >= ENOUGH_REFUSALS:
             return ()
-        found = f"{self.refusal_share:.0%} of the {self.judged} responses of {self.aligned}"
+        found = f"{self.refusal_share:.0%} of the {self.judged} responses of {short_reference(self.aligned)}"
         why = "A restored model does what this one does: where it does not refuse, neither will that."
         return (f"{found} to harmful requests refuse. {why} Calibrate a model that refuses.",)
 

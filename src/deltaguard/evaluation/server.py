@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urljoin, urlsplit, urlunsplit
 
 from deltaguard import __version__
 from deltaguard.errors import DeltaguardError, require_packages
@@ -25,6 +25,7 @@ MAX_REPLY_BYTES = 4 << 20
 _LONGEST_WAIT = 60.0
 """Seconds that a server may ask to be left alone; where it asks for more, the own wait is taken."""
 
+_COMPLETIONS = "chat/completions"
 _OWN_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 _END = 1.0
@@ -158,7 +159,16 @@ class Server:
             return Failure(f"the reply has more than {MAX_REPLY_BYTES:,} bytes"), None
         # Before anything is cut short, which might leave a part of one.
         text = without_secrets(body.decode(errors="replace"), self._credentials)
-        return read_reply(status, text, elsewhere=_elsewhere(headers)), _asked_to_wait(headers)
+        return read_reply(status, text, elsewhere=self._elsewhere(headers)), _asked_to_wait(headers)
+
+    def _elsewhere(self, headers: Mapping[str, str]) -> str | None:
+        """Find the address that a server sends its visitors to, as messages may hold it."""
+        location = headers.get("location")
+        with suppress(DeltaguardError):
+            if location is not None:
+                asked = urljoin(inside(self.base_url, _COMPLETIONS), location)
+                return public_address(asked).removesuffix(f"/{_COMPLETIONS}")
+        return None
 
     async def _exchange(self, client: Any, content: bytes) -> tuple[int, Mapping[str, str], bytes]:
         headers = {
@@ -167,7 +177,7 @@ class Server:
             "User-Agent": f"deltaguard/{__version__}",
         }
         body = bytearray()
-        url = inside(self.base_url, "chat/completions")
+        url = inside(self.base_url, _COMPLETIONS)
         async with client.stream("POST", url, content=content, headers=headers) as response:
             async for piece in response.aiter_bytes():
                 body += piece
@@ -193,14 +203,6 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
             continue
         if 0 <= seconds <= _LONGEST_WAIT:
             return seconds
-    return None
-
-
-def _elsewhere(headers: Mapping[str, str]) -> str | None:
-    """Find where a server sends its visitors, as messages may hold it."""
-    location = headers.get("location")
-    with suppress(DeltaguardError):
-        return location and public_address(location)
     return None
 
 

@@ -48,6 +48,7 @@ def diff_table(report: DiffReport) -> RenderableType:
     if report.obstacle is not None:
         lines.append(f"The pair cannot be restored: {report.obstacle}")
     else:
-        known = [each for each in report.settings if not each.startswith(NOT_COMPARED)]
-        lines.append(f"The pair can be restored{', with --config-from' if known else ''}.")
+        unknown = any(each.startswith(NOT_COMPARED) for each in report.settings)
+        how = ", with --config-from aligned" if unknown else ", with --config-from" if report.settings else ""
+        lines.append(f"The pair can be restored{how}.")
     return Group(table.terminal(), *map(Text, lines))

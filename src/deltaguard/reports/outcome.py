@@ -4,6 +4,7 @@ import re
 
 from deltaguard.reports.records.dial import AttackDial, Compared
 from deltaguard.reports.records.restore import Refinement, RestoreReport
+from deltaguard.reports.records.sweep import SweepReport
 from deltaguard.reports.text import (
     DASH,
     Facts,
@@ -44,10 +45,11 @@ def origin(report: RestoreReport) -> str:
     return f"{measured}{rest} numbers are computed from the weights{curvature}. {refusals}"
 
 
-def public_warnings(report: RestoreReport) -> tuple[str, ...]:
+def public_warnings(report: RestoreReport | SweepReport) -> tuple[str, ...]:
     """List the warnings without the folders above the models and files that they name."""
     named = {report.aligned.reference, report.finetuned.reference}
-    named |= {value for value in report.options.values() if isinstance(value, str) and "/" in value}
+    if isinstance(report, RestoreReport):
+        named |= {value for value in report.options.values() if isinstance(value, str) and "/" in value}
     # The longest first: one may lie in another.
     known = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))
     shortened = (known.sub(lambda found: short_reference(found[0]), each) for each in report.warnings)

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from deltaguard.reports import page
+from deltaguard.reports.outcome import public_warnings
 from deltaguard.reports.records.sweep import SweepPoint, SweepReport
 from deltaguard.reports.table import Cell, Column, Table, facts_grid, indented, share
 from deltaguard.reports.text import (
@@ -20,7 +21,6 @@ from deltaguard.reports.text import (
     nats,
     percent,
     short_reference,
-    without_folders,
 )
 
 
@@ -67,7 +67,7 @@ def sweep_page(report: SweepReport) -> str:
         "sweep",
         f"{finetuned}: safety against what is kept",
         [
-            page.Notes((*sweep_notes(report), *map(without_folders, report.warnings))),
+            page.Notes((*sweep_notes(report), *public_warnings(report))),
             page.Heading("The curve"),
             page.Group((_chart(report), _explained(report))),
             page.Heading("Limits"),

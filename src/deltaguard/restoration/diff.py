@@ -46,29 +46,34 @@ def diff(aligned: str | Path, finetuned: str | Path, *, deep: bool = False) -> D
         row = _compare(one, other, own, info, deep=deep)
         if row is not None:
             rows.append(row)
+    settings, obstacle = _settings(one, other)
     return DiffReport(
         aligned=one.reference,
         finetuned=other.reference,
         deep=deep,
-        settings=_settings(one, other),
+        settings=settings,
         tensors=tuple(rows),
         kinds=_by_kind(list(other.tensors), rows, deep=deep),
-        compatible=(obstacle := _obstacle(one, other)) is None,
+        compatible=(obstacle := _obstacle(one, other) or obstacle) is None,
         obstacle=obstacle,
     )
 
 
-def _settings(one: WeightSource, other: WeightSource) -> tuple[str, ...]:
-    """Say what differs besides weights, or why that cannot be told."""
+def _settings(one: WeightSource, other: WeightSource) -> tuple[tuple[str, ...], str | None]:
+    """Say what differs besides weights, and why a pair cannot be restored of which a file cannot be read."""
     try:
-        found = differences(Identified.of(one), Identified.of(other))
+        pair = Identified.of(one), Identified.of(other)
     except DeltaguardError as error:
-        return (f"{NOT_COMPARED}: {error}",)
-    return tuple(each.text for each in found)
+        return (), str(error)
+    try:
+        found = differences(*pair)
+    except DeltaguardError as error:
+        return (f"{NOT_COMPARED}: {error}",), None
+    return tuple(each.text for each in found), None
 
 
 def _obstacle(one: WeightSource, other: WeightSource) -> str | None:
-    """Say why a pair cannot be restored; `None` where it can."""
+    """Say why the weights of a pair cannot be restored; `None` where they can."""
     try:
         make_plan(one, other, store=None)
     except DeltaguardError as error:

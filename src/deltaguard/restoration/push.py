@@ -51,6 +51,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
         deltaguard.push("restored", "me/my-model-restored", private=True).commit
         ```
     """
+    require_owner(repo_id)
     place = expanded(folder)
     if (place / MANIFEST).is_file():
         store = CurvatureStore.from_pretrained(place)
@@ -63,7 +64,6 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
     adapter = place / ADAPTER_CONFIG
     if any(row.name == ADAPTER_CONFIG for row in report.files):
         refuse_local_base(read_json(adapter, _Base, remedy="Restore again.").base_model_name_or_path)
-    require_owner(repo_id)
     content = without_the_users_folders(report).model_dump_json(indent=2) + "\n"
     files = [CommitOperationAdd(row.name, place / row.name) for row in report.files]
     files.append(CommitOperationAdd(REPORT_NAME, content.encode()))

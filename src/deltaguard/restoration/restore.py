@@ -130,7 +130,9 @@ class Restorer:
             # Before hours of calibrating, not after.
             plan = job.plan(config)
             require_restorable(job, plan, config)
-            bytes_to_write(job, plan, output_dir, config)
+            # It locks the folder for a moment, and so would shut the other processes out.
+            if ranks.leads:
+                bytes_to_write(job, plan, output_dir, config)
         job = self._inputs.with_store(job, progress, ranks)
         plan = job.plan(config)
         metadata = require_restorable(job, plan, config)

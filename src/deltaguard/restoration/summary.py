@@ -14,6 +14,7 @@ from deltaguard.models.hub import is_local
 from deltaguard.models.lora_config import read_lora_config
 from deltaguard.reports.records.base import environment
 from deltaguard.reports.records.restore import LayerRow, OtherRow, RestoreReport
+from deltaguard.reports.text import short_reference
 from deltaguard.restoration.dial import Price
 from deltaguard.restoration.experts import known_experts, rare_experts, rare_warning
 from deltaguard.restoration.job import Job
@@ -125,8 +126,7 @@ def _not_levelled(store: CurvatureStore, config: RestoreConfig) -> list[str]:
     if not store.knows_leaning:
         why = "It was calibrated by an earlier release, or made of such stores."
         do = "Calibrate anew, or say `--level-refusals false`."
-        known = f"the store {store.folder.name} does not know its gradient"
-        return [f"The share of refusals was not levelled: {known}. {why} {do}"]
+        return [f"The share of refusals was not levelled: the store does not know its gradient. {why} {do}"]
     if any(store.reached(group.name) for group in store.groups):
         return ["Of experts the share of refusals was not levelled: their gradients are not known."]
     if config.adapter_rank == 1:
@@ -147,16 +147,18 @@ def _warnings(
     if job.store and config.levels_refusals:
         found += _not_levelled(job.store, config)
     if isinstance(job.finetuned, AdapterCheckpoint):
-        trained_on = read_lora_config(job.finetuned.folder, job.finetuned.reference).base_model_name_or_path
-        if trained_on and _SCALED.search(trained_on):
+        adapter = read_lora_config(job.finetuned.folder, job.finetuned.reference)
+        trained_on = adapter.base_model_name_or_path or ""
+        name = short_reference(trained_on)
+        if _SCALED.search(trained_on):
             found.append(
-                f"The adapter was trained over {trained_on}, by its name a model whose layers see scaled "
+                f"The adapter was trained over {name}, by its name a model whose layers see scaled "
                 f"inputs: over {job.aligned.reference} it is another fine-tune than that which was trained. "
                 "Merge it where it was trained, and dequantise that."
             )
-        elif trained_on and _QUANTISED.search(trained_on):
+        elif _QUANTISED.search(trained_on):
             found.append(
-                f"The adapter was trained over {trained_on}, by its name a quantised model. Its delta is "
+                f"The adapter was trained over {name}, by its name a quantised model. Its delta is "
                 f"taken over {job.aligned.reference}: that must be the 16-bit model it was made from."
             )
     if config.output_format == "adapter":
