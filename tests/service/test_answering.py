@@ -1,13 +1,39 @@
 """Pieces of an answer, as they are told while it is written."""
 
+import json
 import subprocess
 import sys
 import threading
 
+import pytest
 import torch
 
 from deltaguard.service.answering import _Writer
+from deltaguard.service.answers import as_events
+from deltaguard.service.errors import ApiError
 from deltaguard.service.inference import Ask, Ended, Inference
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (ApiError(503, "Wait.", code="busy"), "busy"),
+        (OSError("full"), "unavailable"),
+        (RuntimeError("hidden"), "bug"),
+    ],
+)
+def test_a_stream_that_fails_ends_with_an_error(failure, code):
+    def parts():
+        yield {"text": "Yes"}
+        raise failure
+
+    first, failed, last = as_events(parts())
+    assert json.loads(first.removeprefix("data: ")) == {"text": "Yes"}
+    error = json.loads(failed.removeprefix("data: "))["error"]
+    assert error["code"] == code
+    assert "hidden" not in failed
+    assert last == "data: [DONE]\n\n"
+
 
 COUNTING = """
 import sys

@@ -200,6 +200,11 @@ def test_jobs_are_cancelled_paused_and_resumed(client, opened, begun):
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     assert begun == [job.id, job.id]
+    # A client whose first try failed after the row was written sends it again.
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    assert begun == [job.id] * 3
+    resumed = [e for e in client.fine_tuning.jobs.list_events(job.id) if e.message == "The job was resumed."]
+    assert len(resumed) == 1
     cancelled = client.fine_tuning.jobs.cancel(job.id)
     assert cancelled.status == "cancelled"
     assert cancelled.finished_at

@@ -79,6 +79,21 @@ def test_a_content_is_on_disk_before_it_has_its_name_and_both_before_it_counts_a
     ]
 
 
+@pytest.mark.parametrize("url", ["bucket"], indirect=True)
+def test_a_content_that_was_fetched_is_durable(contents, tmp_path, monkeypatch):
+    contents.put("file-1", io.BytesIO(b"content"))
+    durable = {}
+
+    def flushed(descriptor):
+        found = os.fstat(descriptor)
+        durable[found.st_ino] = found.st_size
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    file = contents.fetch("file-1", tmp_path / "job")
+    assert durable[file.stat().st_ino] == len(b"content")
+    assert file.parent.stat().st_ino in durable
+
+
 class Cut(io.RawIOBase):
     """An upload that is cut off."""
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from clients import client_of
+from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
 from deltaguard.service.app import make_app
@@ -283,6 +284,23 @@ def test_requests_of_pages_count_as_others_do(opened, operator):
     assert answers[-1].status_code == 429
     assert int(answers[-1].headers["retry-after"]) > 0
     assert "may ask 60 times a minute" in answers[-1].text
+
+
+@pytest.mark.parametrize(
+    ("failure", "seconds"), [(OperationalError("x", {}, Exception("locked")), "2"), (OSError("full"), "30")]
+)
+def test_what_the_machine_cannot_do_now_is_a_page(operator, opened, monkeypatch, failure, seconds):
+    job = add_job(opened)
+
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr("deltaguard.service.jobs.find_job", fail)
+    answer = operator.get(f"/jobs/{job.id}")
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"] == seconds
+    assert "text/html" in answer.headers["Content-Type"]
+    assert "right now" in answer.text
 
 
 def test_pages_are_no_part_of_the_api(http, opened):

@@ -8,15 +8,20 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
+import psycopg
 import pytest
 from clients import uploaded
 from postgres import PG_CTL, Postgres
-from sqlalchemy import delete
+from sqlalchemy import delete, text
 from sqlalchemy.exc import InternalError, OperationalError
 from stub_service import LINES
 
+from deltaguard.errors import DeltaguardError
+from deltaguard.service import database
+from deltaguard.service.database import hold_database
 from deltaguard.service.server import existing_service
 from deltaguard.service.tables import Model
 
@@ -155,6 +160,49 @@ def test_jobs_end_once_and_requests_are_told_when_to_come_back(served, outage):
     assert "A bug" not in log.read_text()
     if outage.password is not None:
         assert outage.password not in log.read_text()
+
+
+def test_a_database_that_only_reads_is_an_outage(served, outage):
+    if outage.url is None:
+        pytest.skip("SQLite has no such state")
+    sessions = existing_service(served[2]).sessions
+    process = text("SELECT pg_backend_pid()")
+    with sessions() as session:
+        before = session.scalar(process)
+        session.execute(text("SET TRANSACTION READ ONLY"))
+        with pytest.raises(OperationalError, match="read-only transaction"):
+            session.execute(delete(Model))
+    # The next connection is another one, which may lead to a server that writes.
+    with sessions() as session:
+        assert session.scalar(process) != before
+    with sessions.reading() as session, pytest.raises(InternalError, match="read-only transaction"):
+        session.execute(delete(Model))
+    sessions.kw["bind"].dispose()
+
+
+def test_a_standby_is_an_outage():
+    """It has no transactions that write, and says so with another code."""
+    told = psycopg.errors.FeatureNotSupported("cannot set transaction read-write mode during recovery")
+    context = SimpleNamespace(connection=None, original_exception=told, statement="SELECT 1")
+    with pytest.raises(OperationalError, match="during recovery"):
+        database._tell_outage(context)
+    assert context.is_disconnect
+
+
+def test_one_service_at_a_time_holds_a_database(served, outage, monkeypatch):
+    monkeypatch.setattr(database, "_HOLD_AGAIN_S", 0.01)
+    sessions = existing_service(served[2]).sessions
+    held = hold_database(sessions, "one")
+    if outage.url is None:
+        # It lies in the folder, which is locked.
+        assert held is None
+    else:
+        with pytest.raises(DeltaguardError, match="Another service works with this database"):
+            hold_database(sessions, "one")
+        hold_database(sessions, "another").close()
+        held.invalidate()
+        hold_database(sessions, "one").close()
+    sessions.kw["bind"].dispose()
 
 
 def told(client, job):

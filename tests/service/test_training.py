@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 
@@ -48,7 +49,7 @@ def train_task(file, method, *, validation_file=None, epochs, max_length):
     ("method", "killed_before"),
     [("supervised", "train 4"), ("dpo", "train 4"), ("supervised", "full_valid 6")],
 )
-def test_an_interrupted_training_has_all_its_steps_in_one_file(method, killed_before, tmp_path):
+def test_an_interrupted_training_has_all_its_steps_in_one_file(method, killed_before, tmp_path, monkeypatch):
     file, folder = tmp_path / "rows.jsonl", tmp_path / "job"
     folder.mkdir()
     file.write_text("\n".join([json.dumps(ROWS[method])] * 12))
@@ -66,8 +67,11 @@ def test_an_interrupted_training_has_all_its_steps_in_one_file(method, killed_be
 
     with pytest.raises(KilledError):
         train_model(task, folder, killed)
-    before = len(told)
+    before, durable = len(told), set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: durable.add(os.fstat(descriptor).st_ino))
     outcome = train_model(task, folder, tell)
+    written = [folder / "finetuned", *(folder / "finetuned").rglob("*")]
+    assert {path.stat().st_ino for path in written} <= durable
     assert outcome.data["steps"] == 6
     assert outcome.data["trained_tokens"] > 100
     assert "train 1" not in [line.once for line in told[before:]]

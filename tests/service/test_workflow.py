@@ -22,7 +22,7 @@ from deltaguard.service.process import StoppedError
 from deltaguard.service.schemas import JobError
 from deltaguard.service.server import open_service
 from deltaguard.service.settings import Moderation, Settings
-from deltaguard.service.tasks import FINETUNED, METRICS, OPERATORS_BUSINESS, Outcome
+from deltaguard.service.tasks import FINETUNED, METRICS, OPERATORS_BUSINESS, RESTORED, Outcome
 
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()
 AT_ONCE = 2
@@ -188,11 +188,12 @@ def test_a_full_disk_ends_its_job_and_is_no_bug(client, receiver, monkeypatch, c
     received(receiver, job, 1)
 
 
-def test_a_job_ends_though_its_metrics_cannot_be_kept(client, opened, receiver, monkeypatch):
+def test_a_job_ends_though_its_metrics_cannot_be_kept(client, opened, receiver, monkeypatch, caplog):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def run(_task, folder, **_options):
+        folder.mkdir(parents=True)
         (folder / METRICS).write_text("step\n")
         raise RuntimeError("a bug")
 
@@ -200,7 +201,53 @@ def test_a_job_ends_though_its_metrics_cannot_be_kept(client, opened, receiver, 
     monkeypatch.setattr(workflow, "run_task", run)
     monkeypatch.setattr(type(opened.service.contents), "put", full)
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
-    assert ended(client, job).error.code == "server_error"
+    found = ended(client, job)
+    assert (found.error.code, found.result_files) == ("server_error", [])
+    assert "are not kept" in caplog.text
+    received(receiver, job, 1)
+
+
+def test_a_model_is_published_though_its_metrics_cannot_be_kept(client, opened, receiver, monkeypatch):
+    def full(*_):
+        raise DeltaguardError("There is no space left.")
+
+    def run(task, folder, **_options):
+        outcome = Outcome(data={"steps": 1, "trained_tokens": 1})
+        if task.kind == "train":
+            (folder / RESTORED).mkdir(parents=True)
+            (folder / METRICS).write_text("step\n")
+            (folder / "train.outcome.json").write_text(outcome.model_dump_json())
+        return outcome
+
+    file = uploaded(client)
+    monkeypatch.setattr(workflow, "run_task", run)
+    monkeypatch.setattr(type(opened.service.contents), "put", full)
+    job = ended(client, client.fine_tuning.jobs.create(model="tiny", training_file=file.id))
+    assert job.status == "succeeded"
+    assert job.result_files == []
+    received(receiver, job, 1)
+
+
+def test_metrics_wait_for_an_object_store_that_is_away(client, opened, receiver, monkeypatch):
+    put, tried = type(opened.service.contents).put, []
+
+    def away(contents, name, source):
+        tried.append(name)
+        if len(tried) < 3:
+            raise UnavailableError("gone")
+        return put(contents, name, source)
+
+    def run(_task, folder, **_options):
+        folder.mkdir(parents=True)
+        (folder / METRICS).write_text("step\n")
+        return Outcome(error=JobError(code="enough", message="Enough."))
+
+    file = uploaded(client)
+    monkeypatch.setattr(workflow, "run_task", run)
+    monkeypatch.setattr(type(opened.service.contents), "put", away)
+    monkeypatch.setattr("deltaguard.service.patience._AGAIN_S", 0.01)
+    job = ended(client, client.fine_tuning.jobs.create(model="tiny", training_file=file.id))
+    assert len(job.result_files) == 1
     received(receiver, job, 1)
 
 

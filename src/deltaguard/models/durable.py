@@ -107,6 +107,18 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def flush_files(folder: Path) -> None:
+    """Make all files of a folder durable, those of folders in it and their names too."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(Path(place) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        flush_folder(Path(place))
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a small text file so that it is either there in full or not at all, whatever happens.
 

@@ -1,5 +1,6 @@
 """What chats and completions have in common: how an answer is drawn, and how it is sent."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -9,10 +10,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from deltaguard.service.database import new_id
-from deltaguard.service.errors import ApiError, envelope
+from deltaguard.service.errors import ApiError, envelope, known_failure
 from deltaguard.service.inference import Answering, Ask, Ended, Piece
 from deltaguard.service.models import Folders
 from deltaguard.service.schemas import Given, Text
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class StreamOptions(Given):
@@ -120,8 +123,14 @@ def as_events(parts: Iterator[dict[str, Any]]) -> Iterator[str]:
     try:
         for part in parts:
             yield _event(part)
-    except ApiError as error:
-        yield _event(envelope(error.status, error.message, code=error.code))
+    except Exception as error:
+        found = known_failure(error)
+        if found is None:
+            _LOGGER.exception("A bug, while an answer was written")
+            found = ApiError(
+                500, "This is a bug of the service. Its operator finds it in the log.", code="bug"
+            )
+        yield _event(envelope(found.status, found.message, code=found.code))
     yield "data: [DONE]\n\n"
 
 

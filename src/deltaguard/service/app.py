@@ -87,7 +87,10 @@ async def _alive() -> dict[str, str]:
 def _ready(request: Request) -> JSONResponse:
     """Say that the database answers as well."""
     with service_of(request).sessions() as session:
-        session.execute(text("SELECT 1"))
+        is_postgres = session.get_bind().dialect.name == "postgresql"
+        found = session.scalar(text("SHOW transaction_read_only" if is_postgres else "SELECT 1"))
+    if found == "on":
+        raise ApiError(503, "The database only reads right now.", code="database_unavailable", retry_after=2)
     return JSONResponse({"status": "ready"})
 
 

@@ -203,7 +203,10 @@ class RemoteContents:
                 with partial.open("wb") as file:
                     for part in self.parts(name):
                         file.write(part)
+                    file.flush()
+                    os.fsync(file.fileno())
                 partial.replace(target)
+                flush_folder(folder)
             finally:
                 partial.unlink(missing_ok=True)
         return target

@@ -47,6 +47,10 @@ class ApiError(Exception):
         self.retry_after, self.is_final = retry_after, is_final
 
 
+KNOWN = (ApiError, *OUTAGES, exc.DataError, DeltaguardError, OSError)
+"""Failures that are no bugs."""
+
+
 def not_found(kind: str, name: str) -> ApiError:
     """Say that there is nothing of that name, or that it is another organisation's: both are the same."""
     code = "model_not_found" if kind == "model" else "not_found"
@@ -66,29 +70,37 @@ def cause_of(error: Exception) -> object:
     return error.orig if isinstance(error, exc.DBAPIError) else error
 
 
-def known_answer(error: Exception) -> JSONResponse | None:
-    """Write the answer to a failure that is no bug; None where it may be one."""
+def known_failure(error: Exception) -> ApiError | None:
+    """Say what a failure that is no bug is to who asked, and to the log; None where it may be one."""
     if isinstance(error, ApiError):
-        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-        headers |= {"x-should-retry": "false"} if error.is_final else {}
-        # Of what is too large the rest is not read.
-        headers |= {"Connection": "close"} if error.status == 413 else {}
-        return _response(error.status, error.message, error.code, error.param, headers)
+        return error
     if isinstance(error, OUTAGES):
         _LOGGER.error("The database does not answer: %s", cause_of(error))
         message = "The database does not answer right now. Try again."
-        return _response(503, message, "database_unavailable", None, {"Retry-After": "2"})
+        return ApiError(503, message, code="database_unavailable", retry_after=2)
     if isinstance(error, exc.DataError):
         # Such as a zero byte in an id, which Postgres takes for no text.
         _LOGGER.warning("The database does not take a value: %s", error.orig)
         message = "Something in this request cannot be kept or looked up, such as a zero byte."
-        return _response(400, message, "invalid_request", None)
+        return ApiError(400, message, code="invalid_request")
     if isinstance(error, DeltaguardError | OSError):
         # Such as a disk that is full; its message names places on this machine.
         _LOGGER.error("A request cannot be met: %s", error)
         message = "The service cannot do this right now; its operator finds out why in the log."
-        return _response(503, message, "unavailable", None, {"Retry-After": "30"})
+        return ApiError(503, message, code="unavailable", retry_after=30)
     return None
+
+
+def known_answer(error: Exception) -> JSONResponse | None:
+    """Write the answer to a failure that is no bug; None where it may be one."""
+    found = known_failure(error)
+    if found is None:
+        return None
+    headers = {} if found.retry_after is None else {"Retry-After": str(found.retry_after)}
+    headers |= {"x-should-retry": "false"} if found.is_final else {}
+    # Of what is too large the rest is not read.
+    headers |= {"Connection": "close"} if found.status == 413 else {}
+    return _response(found.status, found.message, found.code, found.param, headers)
 
 
 def answer_errors(app: FastAPI) -> None:
@@ -99,7 +111,7 @@ def answer_errors(app: FastAPI) -> None:
         assert found is not None  # noqa: S101  # registered for such errors alone
         return found
 
-    for kind in (ApiError, *OUTAGES, exc.DataError, DeltaguardError, OSError):
+    for kind in KNOWN:
         app.add_exception_handler(kind, _known)
 
     @app.exception_handler(RequestValidationError)

@@ -1,5 +1,6 @@
 """Files: uploads, and what jobs write."""
 
+import logging
 from collections.abc import Callable, Coroutine
 from itertools import chain
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from deltaguard.service.database import new_id
 from deltaguard.service.errors import ApiError, not_found
 from deltaguard.service.keys import wait_for_others
 from deltaguard.service.paging import After, page
+from deltaguard.service.patience import AWAY
 from deltaguard.service.schemas import Deleted, FileObject, Page
 from deltaguard.service.tables import UNFINISHED, File, Job
 from deltaguard.service.tasks import FILES, METRICS
@@ -25,6 +27,7 @@ from deltaguard.text import shortened, writable
 
 _LONGEST_NAME = 512
 _FIELDS = ("file", "purpose")
+_LOGGER = logging.getLogger(__name__)
 
 
 class _FormRoute(APIRoute):
@@ -210,15 +213,23 @@ def keep_result(service: Service, job_id: str) -> int | None:
         job_id: of the job, whose folder has the file.
 
     Returns:
-        Its bytes, for `add_result`; None where there is no such file, or the job has it or has ended.
+        Its bytes, for `add_result`; None where there is no such file, or the job has it or has ended, or it
+        cannot be kept: a job goes on, or ends, without.
     """
     source = service.job(job_id) / METRICS
     with service.sessions.reading() as session:
         known, status = session.execute(select(Job.result_file, Job.status).where(Job.id == job_id)).one()
     if known is not None or status not in UNFINISHED or not source.is_file():
         return None
-    with source.open("rb") as content:
-        return service.contents.put(_result_id(job_id), content)
+    try:
+        with source.open("rb") as content:
+            return service.contents.put(_result_id(job_id), content)
+    except AWAY:
+        raise
+    except Exception:
+        # Of a full disk, or of any store of objects.
+        _LOGGER.exception("The metrics of %s are not kept", job_id)
+        return None
 
 
 def add_result(session: Session, job: Job, size: int) -> None:

@@ -296,10 +296,13 @@ def resume_job(service: Open, caller: Asking, request: Request, job_id: str) -> 
     """Go on with a paused job where it stopped."""
     with service.sessions.begin() as session:
         job = find_job(session, caller, job_id, to_change=True)
-        if job.status != "paused":
+        # What failed after the row was written may have been this.
+        is_retry = job.status == "queued" and job.runs > 1
+        if job.status != "paused" and not is_retry:
             message = f"The job is not paused but {job.status}."
             raise ApiError(400, message, code="job_not_paused", param="job_id")
-        job.status, job.runs = "queued", job.runs + 1
-        tell(session, job.id, f"resumed {job.runs}", "The job was resumed.")
+        if not is_retry:
+            job.status, job.runs = "queued", job.runs + 1
+            tell(session, job.id, f"resumed {job.runs}", "The job was resumed.")
     request.app.state.workflows.begin(job.id)
     return show_job(job)

@@ -26,7 +26,7 @@ from deltaguard.models.loading import load_tokenizer
 from deltaguard.service.app import make_app
 from deltaguard.service.contents import UnavailableError, open_contents
 from deltaguard.service.context import SERVICE_ID, Service
-from deltaguard.service.database import database_url, new_id, open_database
+from deltaguard.service.database import database_url, hold_database, new_id, open_database
 from deltaguard.service.executors.executor import Executor
 from deltaguard.service.executors.local import LocalExecutor, visible_gpus
 from deltaguard.service.executors.reach import check_reach
@@ -202,6 +202,7 @@ def serve(
     # Before the database is touched: another service may be working with it.
     lock = lock_folder(data)
     opened = open_service(data.absolute(), settings)
+    held = hold_database(opened.service.sessions, opened.service.id)
     # At once: it is not shown again.
     on_open(opened.first_key)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -216,6 +217,8 @@ def serve(
         # The port is taken, say; it has been told.
         code = end.code if isinstance(end.code, int) else 1
     os.close(lock)
+    if held is not None:
+        held.close()
     # Whatever is under way goes on after the next start, exactly as after a kill; the processes that carry it
     # out end by themselves.
     os._exit(code)

@@ -155,7 +155,7 @@ class Workflows(DBOSConfiguredInstance):
     def validate(self, job_id: str) -> None:
         """Look at a job's files, and queue it."""
         if self._carried_out(self.check_files, job_id, _FIRST):
-            self._queue(job_id, run=_FIRST)
+            patient(self._queue)(job_id, run=_FIRST)
         else:
             self.notify(job_id, self.status(job_id))
 
@@ -368,12 +368,7 @@ class Workflows(DBOSConfiguredInstance):
 
     def _failed(self, job_id: str, run: int, error: JobError) -> bool:
         """End a job with an error, unless it or this run of it has ended."""
-        try:
-            result = keep_result(self.service, job_id)
-        except Exception:
-            # Of a full disk, or of any store of objects: the job has to end all the same.
-            _LOGGER.exception("The metrics of %s are not kept", job_id)
-            result = None
+        result = keep_result(self.service, job_id)
         told = error.model_copy(update={"message": shortened(error.message, _LONGEST_ERROR)})
         with self.service.sessions.begin() as session:
             job = _job(session, job_id, to_change=True)

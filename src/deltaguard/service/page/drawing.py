@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from deltaguard.reports.page import templates
 from deltaguard.reports.palette import palette_css
 from deltaguard.reports.text import size
-from deltaguard.service.errors import ApiError
+from deltaguard.service.errors import KNOWN, known_failure
 from deltaguard.service.page.signing_in import THEN, SignInNeededError, Visitor
 
 _PACKAGE = "deltaguard.service.page"
@@ -89,9 +89,11 @@ class PageRoute(APIRoute):
                 is_page = request.method == "GET" and re.search(THEN, request.url.path)
                 then = request.url.path if is_page else "/"
                 return RedirectResponse(f"/sign-in?then={quote(then)}", 303, headers=HEADERS)
-            except ApiError as error:
-                after = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-                return _problem(request, error.status, error.message, after)
+            except KNOWN as error:
+                found = known_failure(error)
+                assert found is not None  # noqa: S101  # it is of such a kind
+                after = {} if found.retry_after is None else {"Retry-After": str(found.retry_after)}
+                return _problem(request, found.status, found.message, after)
             except RequestValidationError as error:
                 told = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())
                 return _problem(request, 400, f"{told}.")

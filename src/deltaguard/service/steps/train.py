@@ -11,7 +11,7 @@ from deltaguard.chat.tokens import context_length, encode_answer
 from deltaguard.errors import DeltaguardError
 from deltaguard.finetuning.finetune import Dialogue, FinetuneConfig, Measured, finetune
 from deltaguard.finetuning.preferences import Preference, learn_preferences
-from deltaguard.models.durable import explained
+from deltaguard.models.durable import explained, flush_files
 from deltaguard.models.hub import locate
 from deltaguard.models.loading import load_config, load_tokenizer
 from deltaguard.service.tasks import CHECKPOINTS, FINETUNED, METRICS, Outcome, Told, Train, events_file
@@ -57,6 +57,8 @@ def train_model(task: Train, folder: Path, tell: Tell) -> Outcome:
 
     train = _preferring if task.method == "dpo" else _supervised
     texts = train(task, folder, config, tell, note)
+    # The outcome, which says that it is there, is durable.
+    flush_files(folder / FINETUNED)
     steps = _write_metrics(folder)
     lengths = _lengths(task.model, texts, task.max_length)
     if lost := len(texts) - len(lengths):
