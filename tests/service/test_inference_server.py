@@ -1,6 +1,7 @@
 """Answers from vLLM, by the interface that it documents: a stub of it has models, and loads adapters."""
 
 import json
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from clients import client_of, publish, uploaded
 from starlette.testclient import TestClient
 
+from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.reports.records.restore import REPORT_NAME
 from deltaguard.service.app import make_app
 from deltaguard.service.context import Caller
@@ -19,6 +21,7 @@ from deltaguard.service.inference import Ask
 from deltaguard.service.inference_server import InferenceServer
 from deltaguard.service.models import Folders, find_folders
 from deltaguard.service.settings import Limits
+from models import save, tiny_model
 
 HELLO = [{"role": "user", "content": "Hello?"}]
 
@@ -132,6 +135,24 @@ def test_an_adapter_is_not_asked_over_other_weights_than_it_was_made_for(
         assert (error.value.status_code, error.value.code) == (503, "base_model_missing")
         assert error.value.response.headers["retry-after"] == "60"
     assert not vllm.asked
+
+
+def test_weights_that_are_replaced_while_the_service_runs_are_other_weights(
+    client_where, opened, tuned, tmp_path, monkeypatch
+):
+    place = save(tiny_model("llama"), tmp_path / "aligned")
+    client, asked = client_where(models={"tiny": str(place)}), []
+    fingerprint = Checkpoint.fingerprint
+    monkeypatch.setattr(Checkpoint, "fingerprint", lambda model: asked.append(model) or fingerprint(model))
+    made_over = json.dumps({"aligned": {"fingerprint": Checkpoint.open(place).fingerprint()}})
+    (tuned[0] / REPORT_NAME).write_text(made_over)
+    for _ in range(2):
+        client.chat.completions.create(model=tuned[1], messages=HELLO)
+    assert len(asked) == 2
+    shutil.rmtree(place)
+    save(tiny_model("llama", seed=1), place)
+    with pytest.raises(openai.InternalServerError, match="over another tiny than this service has now"):
+        client.chat.completions.create(model=tuned[1], messages=HELLO)
 
 
 def test_a_model_of_its_own_weights_is_asked_whatever_became_of_the_one_it_was_made_from(

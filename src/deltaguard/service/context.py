@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from deltaguard.models.checkpoint import Checkpoint
 from deltaguard.service.contents import Contents
 from deltaguard.service.database import Sessions
 from deltaguard.service.errors import ApiError
@@ -36,7 +37,8 @@ class Service:
         opened_at: seconds since 1970.
         asked: when each organisation asked in the last minute; by `time.monotonic`.
         arriving: bytes of the uploads of each organisation that are being read.
-        identities: fingerprints of weights, by what was looked at; a service looks once.
+        identities: fingerprints of weights, by what was looked at.
+        aligned: the aligned models among these, to see whether their files have changed since.
     """
 
     data: Path
@@ -47,6 +49,7 @@ class Service:
     asked: dict[str, deque[float]] = field(default_factory=dict[str, deque[float]])
     arriving: Counter[str] = field(default_factory=Counter[str])
     identities: dict[str, str] = field(default_factory=dict[str, str])
+    aligned: dict[str, Checkpoint] = field(default_factory=dict[str, Checkpoint])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property

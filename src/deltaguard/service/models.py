@@ -94,8 +94,11 @@ def _restored_over(service: Service, folder: Path) -> str:
 
 
 def _identity(service: Service, reference: str) -> str:
-    if reference not in service.identities:
-        service.identities[reference] = Checkpoint.open(reference).fingerprint()
+    opened = service.aligned.get(reference)
+    # Weights may be replaced while the service runs: models are loaded when they are asked.
+    if reference not in service.identities or (opened is not None and opened.changes()):
+        opened = service.aligned[reference] = Checkpoint.open(reference)
+        service.identities[reference] = opened.fingerprint()
     return service.identities[reference]
 
 
