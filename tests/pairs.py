@@ -99,9 +99,9 @@ def save_adapter(
     return tuned
 
 
-def load_over(aligned: Path, adapter: Path) -> Any:
+def load_over(aligned: Path, adapter: Path, **options: Any) -> Any:
     """The model that PEFT makes of an adapter over a checkpoint."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(aligned)
+    base = transformers.AutoModelForCausalLM.from_pretrained(aligned, **options)
     with warnings.catch_warnings():
         # PEFT speaks of Conv1D where it sets fan_in_fan_out itself.
         warnings.simplefilter("ignore")

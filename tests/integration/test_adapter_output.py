@@ -135,7 +135,37 @@ def test_the_dial_holds_for_what_is_loaded(tmp_path, stored, memory):
     assert found == pytest.approx(report.dial.restored_kl, rel=1e-2)
 
 
-def adapter_over(aligned, folder, *, rank, whole=None):
+@pytest.mark.parametrize("memory", [None, 1])
+def test_over_weights_of_half_precision_the_dial_holds_for_what_layers_compute(tmp_path, memory):
+    """Beside a weight in bfloat16 PEFT adds the whole delta; merged, most of a small one is rounded away."""
+    made = pair(dtype=torch.bfloat16)
+    tuned = adapter_over(made.aligned, tmp_path / "tuned", rank=2, std=0.003)
+    config = RestoreConfig(max_safety_kl=1e-6, memory=memory, **ADAPTER)
+    report = restore(made.aligned, tuned, tmp_path / "adapter", store=made.store, config=config)
+    held_out = CurvatureStore.from_pretrained(made.store).held_out
+    for folder, measured in (
+        (tuned, report.dial.finetuned_kl),
+        (tmp_path / "adapter", report.dial.restored_kl),
+    ):
+        loaded = load_over(made.aligned, folder, dtype=torch.float32).merge_and_unload()
+        whole = models.save(loaded, tmp_path / f"{folder.name}-whole")
+        rounded = models.save(loaded, tmp_path / f"{folder.name}-rounded", dtype=torch.bfloat16)
+        found, merged = (safety_kl(made.aligned, each, held_out) for each in (whole, rounded))
+        assert measured == pytest.approx(found, rel=2e-2)
+        assert measured != pytest.approx(merged, rel=2e-2)
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+def test_an_adapter_of_which_nothing_is_allowed_is_not_to_be_resumed(tmp_path, memory, monkeypatch):
+    monkeypatch.setattr(solvers.Profile, "predicted_kl", lambda _, __: 0.0)
+    made = pair()
+    config = RestoreConfig(max_safety_kl=1e-3, memory=memory, **ADAPTER)
+    with pytest.raises(DeltaguardError, match="Within the limits nothing is left of the delta"):
+        restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=config)
+    assert not list(tmp_path.iterdir())
+
+
+def adapter_over(aligned, folder, *, rank, whole=None, std=0.1):
     """A random adapter on two kinds of layers; `whole` is a layer that it replaces instead."""
     base = transformers.AutoModelForCausalLM.from_pretrained(aligned)
     names = ["q_proj", "down_proj"]
@@ -147,7 +177,7 @@ def adapter_over(aligned, folder, *, rank, whole=None):
         tuned = peft.get_peft_model(base, config)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=std)
     tuned.save_pretrained(folder)
     return folder
 

@@ -447,6 +447,11 @@ def test_any_judge_of_an_evaluation_can_decide(capsys, monkeypatch, tmp_path):
     assert json.loads(capsys.readouterr().out)["look"] == found.look.model_dump()
     # A word of refusal decides for that judge, whatever follows.
     assert "refuse and then comply" in shown(check_table(found))
+    # What is not there is told from headers alone.
+    path.write_text("kind: guard\ntemplate: wildguard\nmodel: ./nowhere\n")
+    restoring = ["restore", *tokens[1:], "-o", str(tmp_path / "out"), "--dry-run"]
+    assert run([*restoring, "--judge", str(path)]) == 1
+    assert "nowhere" in capsys.readouterr().err
     path.write_text("kind: oracle\n")
     assert run([*tokens, "--judge", str(path)]) == 2
     assert "must describe a judge" in capsys.readouterr().err

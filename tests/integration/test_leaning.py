@@ -193,6 +193,10 @@ def test_a_store_that_does_not_know_it_is_said(tmp_path):
         pair.aligned, pair.finetuned, tmp_path / "out", store=store, config=RestoreConfig(strength=0.3)
     )
     assert any("was not levelled" in each for each in report.warnings)
+    whole = RestoreConfig(max_safety_kl=50)
+    report = restore(pair.aligned, pair.finetuned, tmp_path / "whole", store=store, config=whole)
+    assert report.dial.whole
+    assert not any("was not levelled" in each for each in report.warnings)
     config = RestoreConfig(strength=0.3, level_refusals=False)
     assert not restore(pair.aligned, pair.finetuned, tmp_path / "told", store=store, config=config).warnings
 

@@ -6,6 +6,7 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
 from deltaguard.chat.openings import OPENING_TOKENS, answer_openings, is_decided
 from deltaguard.chat.template import render
+from deltaguard.chat.tokens import encode
 from deltaguard.errors import DeltaguardError
 from models import DENSE, tiny_model, tiny_tokenizer
 
@@ -88,6 +89,18 @@ def test_unknown_tokens_are_told_before_the_model_sees_them():
     model.resize_token_embeddings(260)
     with pytest.raises(DeltaguardError, match="do not belong together"):
         answer_openings(model, tokenizer, ROWS)
+
+
+@pytest.mark.parametrize("whole_tokens", [None, 9])
+def test_a_request_that_leaves_an_answer_no_room_is_named(whole_tokens):
+    tokenizer, tokens = tiny_tokenizer(), whole_tokens or OPENING_TOKENS
+    long = Conversation("why " * 20)
+    length = len(encode(tokenizer, long, max_length=1000).ids)
+    fits, lacks = (tiny_model("gpt2", n_positions=length + tokens - n) for n in (0, 1))
+    rows = [*ROWS[:1], long]
+    assert len(answer_openings(fits, tokenizer, rows, whole_tokens=whole_tokens)) == 2
+    with pytest.raises(DeltaguardError, match=f"1 of 2 requests .* {length} tokens being '.*why why"):
+        answer_openings(lacks, tokenizer, rows, whole_tokens=whole_tokens)
 
 
 def test_thoughts_that_can_be_switched_off_are():

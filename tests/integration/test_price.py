@@ -12,6 +12,7 @@ from crossed import in_turn
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore, verify
 from deltaguard.curvature.calibrate import calibrate
 from deltaguard.curvature.request import CalibrateConfig
+from deltaguard.models.loading import load_model
 from deltaguard.reports.outcome import dial_facts
 from deltaguard.reports.records.dial import Probe
 from deltaguard.reports.records.restore import CARD_NAME, REPORT_NAME, RestoreReport
@@ -227,6 +228,15 @@ def test_a_finetune_of_embeddings_alone_is_put_back(tmp_path):
     config = RestoreConfig(max_safety_kl=LIMIT, other_params="finetuned")
     with pytest.raises(DeltaguardError, match="With no delta left in any layer the safety KL is still"):
         restore(made.aligned, tuned, tmp_path / "none", store=made.store, config=config)
+
+
+def test_rounding_is_named_where_nothing_else_differs(tmp_path):
+    made = pair("llama")
+    tuned = load_model(made.finetuned, "tuned", dtype=torch.float32)
+    stored = models.save(tuned, tmp_path / "tuned", dtype=torch.bfloat16)
+    config = RestoreConfig(max_safety_kl=1e-9)
+    with pytest.raises(DeltaguardError, match=r"is stored in bfloat16, and the aligned one more finely\."):
+        restore(made.aligned, stored, tmp_path / "none", store=made.store, config=config)
 
 
 def test_layers_whose_whole_delta_is_affordable_are_kept(tmp_path):

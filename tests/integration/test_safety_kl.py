@@ -365,7 +365,7 @@ def test_a_candidate_with_less_room_is_read_as_far_as_both_have_it(tmp_path):
     (conversation,) = [Conversation("How?", None, "I cannot help with that, or with anything else. " * 4)]
     whole = encode(tokenizer, conversation, max_length=100)
     room = whole.prompt_length + 2
-    ((own, other),) = read_by_both(Reader(tokenizer, 100), Reader(tokenizer, room), [conversation])
+    ((own, other),) = read_by_both(Reader(tokenizer, 100, 100), Reader(tokenizer, room, room), [conversation])
     assert (len(own.ids), len(other.ids)) == (room, room)
     assert own.truncated
     assert other.truncated

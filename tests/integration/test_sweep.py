@@ -1,6 +1,7 @@
 """A sweep on tiny models: what it measures is what a restore would write."""
 
 import json
+import operator
 import os
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,10 @@ from pydantic import ByteSize
 
 from deltaguard import CurvatureStore, DeltaguardError, RestoreConfig, restore
 from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.predictions import negative_log_likelihood
+from deltaguard.chat.tokens import encode
 from deltaguard.models.checkpoint import Checkpoint
+from deltaguard.models.loading import load_model, load_tokenizer
 from deltaguard.reports.records.sweep import SWEEP_NAME, SweepReport
 from deltaguard.restoration.safety_kl import SafetyMeter
 from deltaguard.restoration.search import AT_LIMIT
@@ -166,6 +170,28 @@ def test_a_limit_that_the_whole_model_is_within_needs_no_search(tmp_path):
     assert all(budget.whole for budget in report.budgets)
     assert not any(budget.whole for budget in usual()[0].budgets)
     assert restored(tmp_path / "out", max_safety_kl=1.0).dial.whole
+
+
+def test_of_a_long_task_the_whole_answer_counts(tmp_path, monkeypatch):
+    path, rows = (
+        tmp_path / "task.jsonl",
+        [{"prompt": "Why?", "response": "It is good. " * n} for n in (2, 40)],
+    )
+    path.write_text("\n".join(map(json.dumps, rows)))
+    made = pair()
+    store = CurvatureStore.from_pretrained(made.store)
+    cut = store.provenance.model_copy(update={"max_length": 40})
+    monkeypatch.setattr(CurvatureStore, "provenance", property(lambda _: cut))
+    report = swept(tmp_path / "sweep", (1e-3,), utility=path)
+    model = load_model(made.aligned, "aligned", dtype=torch.float32)
+    tokenizer = load_tokenizer(made.aligned, "aligned")
+    told = [Conversation(row["prompt"], response=row["response"]) for row in rows]
+    each = negative_log_likelihood(model, tokenizer, told, batch_size=1)
+    counts = [
+        len(text.ids) - text.prompt_length for text in (encode(tokenizer, c, max_length=999) for c in told)
+    ]
+    expected = sum(map(operator.mul, each, counts)) / sum(counts)
+    assert report.aligned_nll == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_limit_within_which_no_layer_can_be_has_no_point(tmp_path):

@@ -143,7 +143,7 @@ def test_thoughts_belong_to_the_prompt(tokenizer):
 
 
 def test_both_models_read_the_same_thoughts(tokenizer):
-    reader = Reader(tokenizer, 512)
+    reader = Reader(tokenizer, 512, 512)
     (own, other), *_ = read_by_both(reader, reader, [Conversation("Cake?", response=f"Flour.{END}Bake it.")])
     assert own == other
 

@@ -23,9 +23,9 @@ RULE = Rule(limit=0.02, looks=MOST_LOOKS)
 class Candidate:
     """Adds attack success as its predicted safety KL, 1 / μ, says."""
 
-    def __init__(self, added, safety_kl, config):
+    def __init__(self, added, safety_kl, config, prompts=600):
         self.added, self.safety_kl, self.mu, self.seen = added, safety_kl, None, []
-        self.trial = SimpleNamespace(profile=lambda _: self, config=config)
+        self.trial, self.prompts = SimpleNamespace(profile=lambda _: self, config=config, steps=()), prompts
 
     def predicted_kl(self, mu):
         return 1 / max(mu, 1.0)
@@ -42,17 +42,19 @@ class Candidate:
 
     def look(self, mu, examiner, _report, *, most):
         assert (mu, most) == (self.mu, MOST_LOOKS)
-        more = round(600 * self.added(0.0 if mu == PROHIBITIVE else 1 / mu))
-        attack = Compared(prompts=600, aligned=60, candidate=60 + more, only_candidate=more)
+        more = round(self.prompts * self.added(0.0 if mu == PROHIBITIVE else 1 / mu))
+        attack = Compared(prompts=self.prompts, aligned=60, candidate=60 + more, only_candidate=more)
         accepted = examiner.rule.accepts(attack)
         self.seen.append(Look(mu=mu, attack_success=attack, false_refusals=None, accepted=accepted))
         return self.seen[-1]
 
 
-def found(added, safety_kl=lambda mu: 0.2 / mu, **options):
-    candidate = Candidate(added, safety_kl, RestoreConfig(**options))
+def found(added, safety_kl=lambda mu: 0.2 / mu, *, prompts=600, **options):
+    candidate = Candidate(added, safety_kl, RestoreConfig(**options), prompts)
     loosest = Probe(mu=10.0, safety_kl=0.02, margin=None)
-    seen, chosen = find_accepted(candidate, SimpleNamespace(rule=RULE), loosest, 0.02, lambda _: None)
+    asked = SimpleNamespace(harmful=range(prompts), harmless=range(600))
+    examiner = SimpleNamespace(rule=RULE, requests=asked)
+    seen, chosen = find_accepted(candidate, examiner, loosest, 0.02, lambda _: None)
     assert [look for _, look in seen] == candidate.seen
     assert all(probe.mu == look.mu for probe, look in seen)
     assert len(seen) < MOST_LOOKS
@@ -104,6 +106,14 @@ def test_nothing_of_the_delta_is_kept_where_any_of_it_adds_too_much(options, spe
 def test_what_differs_besides_layers_is_told():
     with pytest.raises(DeltaguardError, match=r"\+30\.0% attack success.*the fine-tuned model alone has"):
         found(lambda _: 0.3)
+
+
+def test_so_few_requests_that_one_other_answer_decides_are_told():
+    count = RULE.least_prompts
+    with pytest.raises(
+        DeltaguardError, match=rf"of {count} requests few may be answered otherwise\. Bring more"
+    ):
+        found(lambda _: 1 / count, prompts=count)
 
 
 def test_own_requests_are_mixed_and_each_is_asked_once(tmp_path):

@@ -336,7 +336,7 @@ def test_an_answer_is_the_tokens_that_the_model_wrote():
     assert found.ids[found.prompt_length :] == tuple(script)
     assert fingerprint([answered]) == fingerprint([Conversation("Hi", None, "I cannot.")])
     # The other model reads the very tokens, too, and must have a tokenizer that cuts texts alike.
-    ((_, read),) = read_by_both(Reader(chosen, 100), Reader(chosen, 100), [answered])
+    ((_, read),) = read_by_both(Reader(chosen, 100, 100), Reader(chosen, 100, 100), [answered])
     assert read.ids[read.prompt_length :] == tuple(script)
     with pytest.raises(DeltaguardError, match="other ids"):
         read_by_both(Reader(chosen, 100), Reader(tokenizer(), 100), [answered])

@@ -20,8 +20,12 @@ from deltaguard.chat.prefix import Prefix, for_rows, keeps_all, shared_prefix
 from deltaguard.chat.refusals import OPENING_TOKENS, opening
 from deltaguard.chat.template import render
 from deltaguard.chat.thinking import without_thinking
-from deltaguard.chat.tokens import pad, token_ids
+from deltaguard.chat.tokens import context_length, pad, token_ids
+from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
+from deltaguard.text import shortened
+
+_SHOWN = 80
 
 
 def answer_openings(
@@ -51,15 +55,17 @@ def answer_openings(
         with `whole_tokens`, thoughts stand before it.
 
     Raises:
-        DeltaguardError: the chat template fails, or the model has no embedding for a token.
+        DeltaguardError: the chat template fails, the model has no embedding for a token, or too few positions
+            for a request and its answer.
     """
     prompts = [render(tokenizer, conversation) for conversation in conversations]
+    encoded = [token_ids(tokenizer, prompt) for prompt in prompts]
+    _require_room(model, prompts, encoded, whole_tokens or OPENING_TOKENS)
     if whole_tokens is not None:
         return generate(model, tokenizer, prompts, max_new_tokens=whole_tokens, batch_size=batch_size)
     if not keeps_all(model):
         written = generate(model, tokenizer, prompts, max_new_tokens=OPENING_TOKENS, batch_size=batch_size)
         return [until_decided(without_thinking(answer).strip()) for answer in written]
-    encoded = [token_ids(tokenizer, prompt) for prompt in prompts]
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     prefix = shared_prefix(model, encoded)
     order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [""] * len(encoded)
@@ -73,6 +79,18 @@ def answer_openings(
         for i, answer in zip(chosen, begun, strict=True):
             answers[i] = without_thinking(answer.text).strip()
     return answers
+
+
+def _require_room(model: Any, prompts: Sequence[str], encoded: Sequence[list[int]], tokens: int) -> None:
+    """Refuse prompts behind which the model has no positions, where some models fail and others rave."""
+    positions = context_length(model.config)
+    long = [i for i, ids in enumerate(encoded) if len(ids) > positions - tokens]
+    if long:
+        raise DeltaguardError(
+            f"{len(long)} of {len(prompts)} requests leave an answer of {tokens} tokens no room in the "
+            f"model's {positions} positions, the first with {len(encoded[long[0]])} tokens being "
+            f"{shortened(prompts[long[0]], _SHOWN)!r}. Shorten them, or leave them out."
+        )
 
 
 def is_decided(answer: str) -> bool:

@@ -204,10 +204,12 @@ class Reader:
     Attributes:
         tokenizer: with its chat template.
         max_length: tokens of a conversation at most.
+        positions: that the model has.
     """
 
     tokenizer: Any = field(repr=False)
     max_length: int
+    positions: int
 
     @classmethod
     def of(cls, tokenizer: Any, config: Any, max_length: int) -> "Reader":
@@ -218,7 +220,7 @@ class Reader:
             config: the model's configuration, of transformers.
             max_length: tokens of a conversation at most.
         """
-        return cls(tokenizer, context_length(config, max_length))
+        return cls(tokenizer, context_length(config, max_length), context_length(config))
 
     def read(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """Tokenise conversations, cut off where they are too long.

@@ -11,6 +11,8 @@ from pydantic import TypeAdapter
 
 from deltaguard.errors import DeltaguardError
 from deltaguard.files import expanded, read_yaml
+from deltaguard.methods import METHODS
+from deltaguard.methods.method import PricedMethod
 
 Preset = Literal["careful", "balanced"]
 """A set of options with a name, the closest to the aligned model first. A file called so is `./careful`."""
@@ -66,8 +68,13 @@ def over(options: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]
     Example:
         >>> over({"method": "kfac", "max_safety_kl": 0.0003}, {"strength": 0.5})
         {'method': 'kfac'}
+        >>> over({"method": "kfac", "max_safety_kl": 0.0003}, {"method": "wise-ft"})
+        {'method': 'kfac'}
     """
     gone = {name for given, names in _DECIDED.items() if given in named for name in names}
+    method = METHODS.get(named.get("method", ""))
+    if method is not None and not isinstance(method, PricedMethod):
+        gone.update(_DECIDED["strength"])
     # Where nothing else says that answers decide, they would no more.
     if "max_safety_kl" in named and "max_added_attack_success" in {*options, *named}:
         gone.add("training_data")

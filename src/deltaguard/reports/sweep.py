@@ -124,7 +124,8 @@ def sweep_notes(report: SweepReport) -> tuple[str, ...]:
         notes.append(
             f"No point is within {_listed(none, 'or')}{surely}: the safest has a safety KL of {nats(safest)}"
             f"{' in the mean' if surely else ''}. What differs even there is no delta of a layer: take "
-            f"{others}, if they do not come from there already, or allow more."
+            f"{others}, if they do not come from there already, save the fine-tuned model as finely as the "
+            "aligned one, or allow more."
         )
     if whole:
         notes.append(

@@ -11,7 +11,6 @@ from typing import Literal
 from deltaguard.chat.conversations import Conversation
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.models.checkpoint import WeightSource
-from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.dial import Compared, Look, Probe
 from deltaguard.restoration.divergence import SafetyKL
@@ -195,10 +194,8 @@ class CandidateModel(Candidate):
         return self.meter.openings(requests)
 
     def _measure_whole(self, report: Progress, enough: float) -> SafetyKL:  # noqa: ARG002
-        finetuned = self.trial.job.finetuned
-        self.meter.put(
-            (name, finetuned.read(name).to(DTYPES[info.dtype])) for name, info in finetuned.tensors.items()
-        )
+        trial = self.trial
+        self.meter.put((name, trial.finetuned_tensor(name)) for name in trial.job.finetuned.tensors)
         return self.meter.measure(enough=enough)
 
     def _measure(self, prices: Sequence[float], report: Progress, enough: float) -> list[SafetyKL]:  # noqa: ARG002

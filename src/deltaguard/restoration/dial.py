@@ -10,6 +10,7 @@ from pydantic import Field
 
 from deltaguard.device import find_device, served_dtype
 from deltaguard.errors import DeltaguardError
+from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.check import verdict_sentence
 from deltaguard.reports.records.dial import AttackDial, Dial, Look, Probe
@@ -167,10 +168,14 @@ def find_accepted(
         else:
             share = 0.0
     if chosen is None:
-        worst, excluded = seen[-1][1].added, examiner.rule.excluded
+        worst, rule, asked = seen[-1][1].added, examiner.rule, examiner.requests
+        why = _what_else_differs(candidate.trial)
+        if worst <= rule.limit:
+            least = min(len(asked.harmful), len(asked.harmless))
+            why = f"of {least} requests few may be answered otherwise. Bring more, or allow more."
         raise DeltaguardError(
             f"With no delta left in any layer {worst:+.1%} attack success or false refusals are seen, and "
-            f"{excluded:+.0%} cannot be ruled out: {_what_else_differs(candidate.trial.config)}"
+            f"{rule.excluded:+.0%} cannot be ruled out: {why}"
         )
     return seen, chosen
 
@@ -239,20 +244,36 @@ def _aligned_layers(candidate: Candidate, limit: float, judge: Judge, report: Pr
         return aligned
     raise DeltaguardError(
         f"With no delta left in any layer the safety KL is still {judge(aligned):.2g}, above {limit:.2g}: "
-        f"{_what_else_differs(candidate.trial.config)}"
+        f"{_what_else_differs(candidate.trial)}"
     )
 
 
-def _what_else_differs(config: RestoreConfig) -> str:
+def _what_else_differs(trial: Trial) -> str:
     """Say what makes a model differ whose layers are the aligned ones, and what to do."""
-    causes: dict[str, str] = {}
+    causes, config = dict[str, str](), trial.config
     if config.config_from == "finetuned":
         causes["configuration, tokenizer or chat template"] = "--config-from aligned"
     if config.other_params == "finetuned":
         causes["norms, biases or embeddings"] = "--other-params aligned"
+    if not causes and (rounded := _rounded_to(trial)):
+        return (
+            f"what differs is that the fine-tuned model, and so the output, is stored in {rounded}, and the "
+            "aligned one more finely. Save it as finely, or allow more."
+        )
     what = ", or ".join(causes) or "tensors, or rows of the vocabulary, that the fine-tuned model alone has"
     done = f"Take them from the aligned model ({', '.join(causes.values())})" if causes else "Remove them"
     return f"what differs are {what}. {done}, or allow more."
+
+
+def _rounded_to(trial: Trial) -> str | None:
+    """Name the precision that restored layers are rounded to where the aligned ones have a finer one."""
+    if trial.config.output_format == "adapter":
+        return None
+    for step in trial.steps:
+        stored, aligned = DTYPES[step.info.dtype], trial.job.aligned.tensors[step.aligned_name]
+        if stored.itemsize < DTYPES[aligned.dtype].itemsize:
+            return str(stored).removeprefix("torch.")
+    return None
 
 
 def _price(

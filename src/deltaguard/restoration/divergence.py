@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -83,6 +83,13 @@ class Asked:
     def batches(self, conversations: Sequence[Conversation]) -> Iterator[Batch]:
         """On the device, all with a response."""
         return (b.to(self.device) for b in batches(self.reader.read(conversations), self.batch_size))
+
+    def whole_batches(self, conversations: Sequence[Conversation]) -> Iterator[Batch]:
+        """On the device, as far as the model has positions; of longer ones fewer at once."""
+        texts = replace(self.reader, max_length=self.reader.positions).read(conversations)
+        usual, longest = self.reader.max_length, max(len(text.ids) for text in texts)
+        size = max(1, self.batch_size * usual // max(usual, longest))
+        return (b.to(self.device) for b in batches(texts, size))
 
     def beside(self, other: "Asked", conversations: Sequence[Conversation]) -> Iterator[tuple[Batch, Batch]]:
         """Read conversations for this model and another, longest first.

@@ -44,6 +44,7 @@ from deltaguard.restoration.shared import open_trial, own_trial, serve
 from deltaguard.restoration.summary import summarise
 from deltaguard.restoration.trial import Trial
 from deltaguard.restoration.writing import write_files
+from deltaguard.solvers.profile import PROHIBITIVE
 
 T = TypeVar("T")
 _PRICE = TypeAdapter(Price)
@@ -167,6 +168,12 @@ class Restorer:
         """Find the price and write the output."""
         job, config = trial.job, trial.config
         price = _price(trial, self._resident, writer, progress)
+        if config.output_format == "adapter" and config.is_priced and price.mu >= PROHIBITIVE:
+            writer.discard()
+            raise DeltaguardError(
+                f"Within the limits nothing is left of the delta, so the adapter would be empty: serve "
+                f"{job.aligned.reference} as it is, or allow more."
+            )
         refined = refined_layers(trial, price, writer, self._resident, progress)
         price = refined.price
         rows = _stage(trial, refined, writer, self._ranks, progress)

@@ -99,7 +99,7 @@ class SafetyMeter:
             other = replace(own, reader=Reader.of(tokenizer, config, max_length))
         pairs = own.beside(other, conversations)
         kept = [(batch.to(device), _log_probs(model, known.to(device))) for known, batch in pairs]
-        likelihood = _likelihood(model, own.batches(tasks)) if tasks else None
+        likelihood = _likelihood(model, own.whole_batches(tasks)) if tasks else None
         openings = _openings(model, own.reader.tokenizer, requests, whole_tokens) if requests else []
         if config is not None and not _runs_alike(config, load_config(*source)):
             _make_loadable(config, model.config)
@@ -204,12 +204,12 @@ class SafetyMeter:
         """Measure the mean negative log-likelihood of a task's conversations, nats per response token.
 
         Args:
-            conversations: all with responses; cut off as the safety conversations are.
+            conversations: all with responses; cut off where the model has no more positions.
 
         Raises:
             DeltaguardError: as `measure`, or a conversation has no response.
         """
-        return _likelihood(self._model, self._asked.batches(conversations))
+        return _likelihood(self._model, self._asked.whole_batches(conversations))
 
     @enough_memory(_ADVICE)
     def openings(self, conversations: Sequence[Conversation]) -> list[str]:

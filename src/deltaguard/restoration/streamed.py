@@ -22,10 +22,8 @@ from deltaguard.curvature.blocks import CutModel, Read, UncutError
 from deltaguard.curvature.fitting import Fitting
 from deltaguard.curvature.sizes import rows_within
 from deltaguard.device import as_served, enough_memory, find_device, served_dtype
-from deltaguard.models.checkpoint import WeightSource
 from deltaguard.models.families import is_input_embedding, is_output_head
 from deltaguard.models.loading import load_config, load_tokenizer, skeleton
-from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.restoration.block_passes import (
     AlignedPredictions,
@@ -109,7 +107,7 @@ class StreamedCandidate(Candidate):
         known = AlignedPredictions.of(aligned, pairs, fitting)
         nll = None
         if tasks:
-            batches, blocks = own.batches(tasks), partial(own_blocks, aligned)
+            batches, blocks = own.whole_batches(tasks), partial(own_blocks, aligned)
             nll = likelihood(aligned, batches, blocks, fitting, most=known.places)
         begun = _openings(aligned, own.reader.tokenizer, requests, trial) if requests else []
         return cls(
@@ -142,7 +140,7 @@ class StreamedCandidate(Candidate):
     @enough_memory(_ADVICE)
     def likelihood(self, tasks: Sequence[Conversation]) -> float:
         """Measure the likelihood of tasks, see `SafetyMeter.likelihood`, in passes as large as the others."""
-        batches = self.asked.batches(tasks)
+        batches = self.asked.whole_batches(tasks)
         return likelihood(self.cut, batches, self._put, self.fitting, most=self.known.places)
 
     @enough_memory(_ADVICE)
@@ -151,7 +149,7 @@ class StreamedCandidate(Candidate):
         return _openings(self.cut, self.asked.reader.tokenizer, requests, self.trial, self._read_of)
 
     def _measure_whole(self, report: Progress, enough: float) -> SafetyKL:
-        read, cut = _as_stored(self.trial.job.finetuned), self.cut
+        read, cut = self.trial.finetuned_tensor, self.cut
         cut.take_ends(read)
         self._put = lambda: ([read] for _ in cut.blocks)
         self._read_of = lambda _: read
@@ -262,10 +260,6 @@ def _taker(block: dict[str, list[Any]], number: int) -> Read:
         return found
 
     return read
-
-
-def _as_stored(source: WeightSource) -> Read:
-    return lambda name: source.read(name).to(DTYPES[source.tensors[name].dtype])
 
 
 def _cut_candidate(trial: Trial, output: Path, config: Any, dtype: torch.dtype) -> CutModel:

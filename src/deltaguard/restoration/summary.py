@@ -144,7 +144,8 @@ def _warnings(
     found = [*(job.store.provenance.warnings if job.store else ()), *_nothing_kept(price, rows)]
     if job.store and config.added_attack_success is not None:
         found += known_to(job.store.held_out, Requests.of(config.prompts))
-    if job.store and config.levels_refusals:
+    # As it is, or without any delta, there is nothing to level.
+    if job.store and config.levels_refusals and 0 < price.mu < PROHIBITIVE:
         found += _not_levelled(job.store, config)
     if isinstance(job.finetuned, AdapterCheckpoint):
         adapter = read_lora_config(job.finetuned.folder, job.finetuned.reference)

@@ -180,6 +180,13 @@ class Trial:
                 prepared = ready.prepared
                 yield step.info.name, [self._solved(ready, prepared, price)[0] for price in prices]
 
+    def finetuned_tensor(self, name: str) -> Tensor:
+        """Read a tensor of the fine-tuned model as it is stored; for an adapter, as its layers compute it."""
+        tuned = self.job.finetuned
+        found = tuned.read(name)
+        is_served_so = self.config.output_format == "adapter" and isinstance(tuned, AdapterCheckpoint)
+        return found if is_served_so else found.to(DTYPES[tuned.tensors[name].dtype])
+
     def others(self) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor that no method decides, as it would be written."""
         others = [step for step in self.plan.steps if step.action is not Action.RESTORE]
@@ -300,6 +307,8 @@ class Trial:
         """Put a price on a layer: the tensor as it is written, and what it keeps."""
         step, dtype = ready.step, self._stored(ready.step)
         if self.config.output_format == "adapter":
+            # Beside the aligned weight nothing rounds what an adapter adds.
+            dtype = torch.promote_types(dtype, torch.float32)
             factors, outcome = self._factors(step, prepared, price)
             weight = torch.addmm(self._aligned(step).float(), factors.up.float(), factors.down.float())
         else:
@@ -368,7 +377,7 @@ def _taken(inputs: Inputs, dtype: torch.dtype) -> "_Taken":
     source: Literal["aligned", "finetuned", "both"] = "finetuned"
     tensor, differs = finetuned.to(dtype), inputs.differs
     if inputs.aligned is not None and step.action is Action.EXTEND:
-        source, differs = "both", True
+        source = "both"
         tensor = finetuned.to(dtype, copy=True)
         tensor[: step.shared_rows] = inputs.aligned[: step.shared_rows].to(dtype)
     elif inputs.aligned is not None and step.action is Action.ALIGNED:
