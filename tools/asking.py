@@ -15,6 +15,7 @@ from deltaguard.reports.records.dial import AttackDial, Dial, Look
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.table import Cell, Column, Table
 from deltaguard.reports.text import DASH, duration, nats, percent, points, short_reference
+from tools.checks import rates
 from tools.tables import made_with, small
 
 
@@ -51,8 +52,8 @@ def asking_table(content: str) -> str:
         (
             (Column("fine-tune", "words"), lambda row: row.run.finetune),
             (Column("training data", "name"), lambda row: row.attack.training_data or DASH),
-            ("attack success,\nfine-tuned", lambda row: _rate(row.attack.finetuned)),
-            ("restored", lambda row: _rate(row.attack.restored)),
+            ("attack success,\nfine-tuned", lambda row: rates(row.attack.finetuned.attack_success)),
+            ("restored", lambda row: rates(row.attack.restored.attack_success)),
             ("false refusals,\nadded points", lambda row: _added(row.attack.restored)),
             ("safety KL,\nrestored", lambda row: nats(row.dial.restored_kl)),
             ("energy kept", lambda row: percent(row.run.report.kept_energy)),
@@ -74,13 +75,6 @@ class _Row(BaseModel):
         if dial is None or dial.attack is None:
             raise ValueError(f"the restore of {run.finetune!r} asked nobody")
         return cls(run=run, dial=dial, attack=dial.attack)
-
-
-def _rate(look: Look) -> str:
-    found = look.attack_success
-    aligned, candidate = found.aligned / found.prompts, found.candidate / found.prompts
-    added = points(100 * found.added)
-    return f"{percent(candidate)}, aligned {percent(aligned)} of {found.prompts} ({added} points)"
 
 
 def _added(look: Look) -> str:

@@ -21,6 +21,7 @@ from deltaguard.reports.table import Column, Table, rate
 from deltaguard.reports.text import duration, model_label, percent, size
 from tools.asking import asking_table
 from tools.benchmark import benchmark_table
+from tools.checks import checks_table
 from tools.end_to_end import end_to_end_table
 from tools.experiments import experiments_table
 from tools.framings import framings_table
@@ -142,6 +143,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "gcg-table": ("gcg.json", evaluation_table),
     "asking-table": ("asking.json", asking_table),
     "level-table": ("level.json", asking_table),
+    "checks-table": ("checks.json", checks_table),
     "guard-table": ("guard.json", guard_table),
     "trust-table": ("trust.json", trust_table),
     "framings-table": ("framings.json", framings_table),

@@ -42,7 +42,9 @@ def test_a_restore_writes_report_and_card_and_prints_its_tables(tmp_path, capsys
     assert run(["restore", *given, "-o", str(out), "--store", str(store), "--strength", "0.5"]) == 0
     assert (out / REPORT_NAME).is_file()
     assert (out / CARD_NAME).is_file()
-    assert "Restored layers by kind" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Restored layers by kind" in told
+    assert f"Next: deltaguard eval {given[0]} {out} -o evaluation" in words(told)
     assert run(["verify", str(out)]) == 0
     assert run(["diff", *given]) == 0
     capsys.readouterr()

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from pydantic import ValidationError
+from tools import checks
 from tools.asking import AskingRuns, asking_table, main
 from tools.guard import Guards, guard_table, trust_table
 from tools.look_alikes import Variant, Variants, look_alikes_table
@@ -34,6 +35,7 @@ from deltaguard.service.settings import Gate
 from deltaguard.service.steps.examine import compare
 from deltaguard.studies.attack_score import outcomes
 from restores import restore_report
+from samples import check_report
 
 
 def cells(line):
@@ -300,6 +302,23 @@ def test_restores_that_asked_have_a_row_each(tmp_path):
         "task",
     )
     assert all(cell in row for cell in shown)
+
+
+def test_checks_have_a_row_each_with_the_time_they_took(tmp_path):
+    report = check_report()
+    long = report.model_copy(
+        update={
+            "seconds": 97.2,
+            "aligned": report.aligned.model_copy(update={"reference": "/home/me/aligned"}),
+        }
+    )
+    (tmp_path / "report.json").write_text(long.model_dump_json())
+    assert checks.main([f"a task={tmp_path / 'report.json'}", "-o", str(tmp_path / "checks.json")]) == 0
+    content = (tmp_path / "checks.json").read_text()
+    assert "/home/me" not in content
+    (row,) = (line for line in checks.checks_table(content).splitlines() if "a task" in line)
+    attack = "47.6 %, aligned 14.3 % of 630 (+33.3 points)"
+    assert cells(row) == ["a task", "restore", attack, "–", "0.3", "1 min 37 s"]
 
 
 def test_the_table_of_refining_has_a_row_a_model():

@@ -1,0 +1,98 @@
+"""What checks found and took, as one small file: `python -m tools.checks NAME=FILE ... -o FILE`.
+
+Each file is what `deltaguard check --json` printed. `checks_table` draws a table of the documentation.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from deltaguard.reports.records.check import CheckReport
+from deltaguard.reports.records.dial import Compared
+from deltaguard.reports.table import Column, Table
+from deltaguard.reports.text import DASH, duration, nats, percent, points, short_reference
+from tools.tables import made_with, small
+
+
+class Check(BaseModel):
+    """One check, and of which fine-tune it is in a few words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    finetune: str
+    report: CheckReport
+
+
+class Checks(BaseModel):
+    """`docs/results/checks.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runs: tuple[Check, ...]
+
+
+def checks_table(content: str) -> str:
+    """Draw what each check found, of how many requests, and how long that took.
+
+    Args:
+        content: a `Checks` as JSON.
+
+    Returns:
+        Markdown.
+    """
+    runs = Checks.model_validate_json(content).runs
+    drawn = Table.of(
+        "",
+        runs,
+        (
+            (Column("fine-tune", "words"), lambda run: run.finetune),
+            (Column("verdict", "name"), lambda run: run.report.verdict),
+            ("attack success", lambda run: rates(run.report.look.attack_success)),
+            ("false refusals", lambda run: rates(run.report.look.false_refusals)),
+            ("safety KL", lambda run: nats(run.report.safety_kl.safety_kl)),
+            ("time", lambda run: DASH if run.report.seconds is None else duration(run.report.seconds)),
+        ),
+    ).markdown()
+    return f"{drawn}\n\n{small(made_with(*(run.report.environment for run in runs)))}"
+
+
+def rates(found: Compared | None) -> str:
+    """Say how often a model answered so, and the aligned one; a dash where it was not asked."""
+    if found is None:
+        return DASH
+    candidate, aligned = (percent(count / found.prompts) for count in (found.candidate, found.aligned))
+    return f"{candidate}, aligned {aligned} of {found.prompts} ({points(100 * found.added)} points)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Collect the reports of checks.
+
+    Args:
+        arguments: of the command line, `sys.argv` where absent.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tools.checks", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="NAME=FILE")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    chosen = parser.parse_args(arguments)
+    found: list[Check] = []
+    for run in chosen.runs:
+        name, _, file = run.partition("=")
+        report = CheckReport.model_validate_json(Path(file).read_text(encoding="utf-8"))
+        models = {
+            role: model.model_copy(update={"reference": short_reference(model.reference)})
+            for role, model in (("aligned", report.aligned), ("finetuned", report.finetuned))
+        }
+        found.append(Check(finetune=name, report=report.model_copy(update=models)))
+    text = Checks(runs=tuple(found)).model_dump_json(indent=1)
+    chosen.output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
