@@ -11,10 +11,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from deltaguard.reports.outcome import without_the_users_folders
 from deltaguard.reports.records.dial import AttackDial, Dial, Look
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.table import Cell, Column, Table
-from deltaguard.reports.text import DASH, duration, nats, percent, points, short_reference
+from deltaguard.reports.text import DASH, duration, nats, percent, points
 from tools.checks import rates
 from tools.tables import made_with, small
 
@@ -98,11 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in chosen.runs:
         name, _, folder = run.partition("=")
         report = RestoreReport.model_validate_json((Path(folder) / REPORT_NAME).read_text(encoding="utf-8"))
-        models = {
-            role: model.model_copy(update={"reference": short_reference(model.reference)})
-            for role, model in (("aligned", report.aligned), ("finetuned", report.finetuned))
-        }
-        whole = report.model_copy(update={"layers": (), "others": (), "files": (), **models})
+        short = without_the_users_folders(report)
+        whole = short.model_copy(update={"layers": (), "others": (), "files": ()})
         found.append(AskingRun(finetune=name, report=whole))
     text = AskingRuns(runs=tuple(found)).model_dump_json(indent=1)
     chosen.output.write_text(text + "\n", encoding="utf-8")

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from deltaguard.reports.outcome import without_the_users_folders
 from deltaguard.reports.records.check import CheckReport
 from deltaguard.reports.records.dial import Compared
 from deltaguard.reports.table import Column, Table
-from deltaguard.reports.text import DASH, duration, nats, percent, points, short_reference
+from deltaguard.reports.text import DASH, duration, nats, percent, points
 from tools.tables import made_with, small
 
 
@@ -84,11 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in chosen.runs:
         name, _, file = run.partition("=")
         report = CheckReport.model_validate_json(Path(file).read_text(encoding="utf-8"))
-        models = {
-            role: model.model_copy(update={"reference": short_reference(model.reference)})
-            for role, model in (("aligned", report.aligned), ("finetuned", report.finetuned))
-        }
-        found.append(Check(finetune=name, report=report.model_copy(update=models)))
+        found.append(Check(finetune=name, report=without_the_users_folders(report)))
     text = Checks(runs=tuple(found)).model_dump_json(indent=1)
     chosen.output.write_text(text + "\n", encoding="utf-8")
     return 0

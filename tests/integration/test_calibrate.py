@@ -151,7 +151,8 @@ def test_an_answer_has_room_up_to_the_last_position(llama, thoughts):
     asked = Asked([row], [row], [row, replace(row, response="No.")])
     request = requested(Checkpoint.open(llama), asked, SHORT, torch.device("cpu"))
     request = request.model_copy(update={"max_new_tokens": 40, "max_length": 1000})
-    read = len(encode(tokenizer, row, max_length=1000).ids) + (THOUGHT_TOKENS if thoughts else 0)
+    thought = THOUGHT_TOKENS + len(tokenizer.encode("\n</think>\n\n")) if thoughts else 0
+    read = len(encode(tokenizer, row, max_length=1000).ids) + thought
 
     def is_asked(positions):
         found = answer_what_has_no_room(asked, tokenizer, request, positions)

@@ -6,6 +6,7 @@ from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.generation import generate
 from deltaguard.chat.openings import OPENING_TOKENS, answer_openings, is_decided
 from deltaguard.chat.template import render
+from deltaguard.chat.thinking import THOUGHT_TOKENS
 from deltaguard.chat.tokens import encode
 from deltaguard.errors import DeltaguardError
 from models import DENSE, tiny_model, tiny_tokenizer
@@ -92,15 +93,22 @@ def test_unknown_tokens_are_told_before_the_model_sees_them():
 
 
 @pytest.mark.parametrize("whole_tokens", [None, 9])
-def test_a_request_that_leaves_an_answer_no_room_is_named(whole_tokens):
+@pytest.mark.parametrize("thoughts", ["", "<think>\n"])
+def test_a_request_that_leaves_an_answer_no_room_is_named(whole_tokens, thoughts):
     tokenizer, tokens = tiny_tokenizer(), whole_tokens or OPENING_TOKENS
+    tokenizer.chat_template += thoughts
     long = Conversation("why " * 20)
     length = len(encode(tokenizer, long, max_length=1000).ids)
-    fits, lacks = (tiny_model("gpt2", n_positions=length + tokens - n) for n in (0, 1))
+    thought = THOUGHT_TOKENS + len(tokenizer.encode("\n</think>\n\n")) if thoughts else 0
+    fits, lacks = (tiny_model("gpt2", n_positions=length + thought + tokens - n) for n in (0, 1))
     rows = [*ROWS[:1], long]
-    assert len(answer_openings(fits, tokenizer, rows, whole_tokens=whole_tokens)) == 2
+    # Of thoughts read again as text there may be a token more.
+    if not thoughts:
+        assert len(answer_openings(fits, tokenizer, rows, whole_tokens=whole_tokens)) == 2
     with pytest.raises(DeltaguardError, match=f"1 of 2 requests .* {length} tokens being '.*why why"):
         answer_openings(lacks, tokenizer, rows, whole_tokens=whole_tokens)
+    with pytest.raises(DeltaguardError, match="--answer-tokens"):
+        answer_openings(lacks, tokenizer, rows, whole_tokens=1000)
 
 
 def test_thoughts_that_can_be_switched_off_are():

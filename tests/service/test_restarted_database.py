@@ -20,10 +20,13 @@ from sqlalchemy.exc import InternalError, OperationalError
 from stub_service import LINES
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.service import database
-from deltaguard.service.database import hold_database
-from deltaguard.service.server import existing_service
+from deltaguard.service import database, holding, server
+from deltaguard.service.database import database_url
+from deltaguard.service.holding import Hold
+from deltaguard.service.server import existing_service, serve
+from deltaguard.service.settings import Settings
 from deltaguard.service.tables import Model
+from models import save, tiny_model
 
 JOBS, OUTAGE_S = 3, 1.0
 STEPS = ("calibrate", "train", "restore", "examine")
@@ -189,20 +192,45 @@ def test_a_standby_is_an_outage():
     assert context.is_disconnect
 
 
-def test_one_service_at_a_time_holds_a_database(served, outage, monkeypatch):
-    monkeypatch.setattr(database, "_HOLD_AGAIN_S", 0.01)
-    sessions = existing_service(served[2]).sessions
-    held = hold_database(sessions, "one")
+def test_one_service_at_a_time_holds_a_postgres_also_after_it_was_away(outage, monkeypatch):
     if outage.url is None:
-        # It lies in the folder, which is locked.
-        assert held is None
-    else:
-        with pytest.raises(DeltaguardError, match="Another service works with this database"):
-            hold_database(sessions, "one")
-        hold_database(sessions, "another").close()
-        held.invalidate()
-        hold_database(sessions, "one").close()
-    sessions.kw["bind"].dispose()
+        pytest.skip("SQLite lies in the folder, which is locked")
+    monkeypatch.setattr(holding, "_AGAIN_S", 0.05)
+    url = database_url(Path(), outage.url)
+    hold = Hold(url)
+    hold.renew()
+    with pytest.raises(DeltaguardError, match="Another service works with this database"):
+        Hold(url)
+    outage.stop()
+    # It waits for the database to come back.
+    hold.renew()
+    outage.start()
+    hold.renew()
+    with pytest.raises(DeltaguardError, match="Another service works with this database"):
+        Hold(url)
+    outage.stop()
+    outage.start()
+    other = Hold(url)
+    with pytest.raises(DeltaguardError, match="Another service works with this database"):
+        hold.renew()
+    other.release()
+    hold.renew()
+    hold.release()
+
+
+@pytest.mark.skipif(PG_CTL is None, reason="needs Postgres")
+def test_a_second_service_on_a_postgres_ends_before_it_touches_it(outage, tmp_path, monkeypatch):
+    if outage.url is None:
+        pytest.skip("SQLite lies in the folder, which is locked")
+    monkeypatch.setattr(holding, "_AGAIN_S", 0.01)
+    hold = Hold(database_url(tmp_path, outage.url))
+    aligned, opened = save(tiny_model("llama"), tmp_path / "aligned"), []
+    settings = Settings(models={"tiny": str(aligned)}, database_url=outage.url)
+    monkeypatch.setattr(server, "open_service", None)
+    with pytest.raises(DeltaguardError, match="Another service works with this database"):
+        serve(tmp_path / "data", settings, host="127.0.0.1", port=1, on_open=opened.append)
+    assert not opened
+    hold.release()
 
 
 def told(client, job):

@@ -339,7 +339,7 @@ def test_an_answer_is_the_tokens_that_the_model_wrote():
     ((_, read),) = read_by_both(Reader(chosen, 100, 100), Reader(chosen, 100, 100), [answered])
     assert read.ids[read.prompt_length :] == tuple(script)
     with pytest.raises(DeltaguardError, match="other ids"):
-        read_by_both(Reader(chosen, 100), Reader(tokenizer(), 100), [answered])
+        read_by_both(Reader(chosen, 100, 100), Reader(tokenizer(), 100, 100), [answered])
 
 
 def test_a_journal_with_a_torn_line_is_continued(tmp_path):

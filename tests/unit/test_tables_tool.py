@@ -309,13 +309,16 @@ def test_checks_have_a_row_each_with_the_time_they_took(tmp_path):
     long = report.model_copy(
         update={
             "seconds": 97.2,
-            "aligned": report.aligned.model_copy(update={"reference": "/home/me/aligned"}),
+            "aligned": report.aligned.model_copy(update={"reference": "clients/home/me/aligned"}),
+            "warnings": ("clients/home/me/aligned is given as the aligned model.",),
+            "options": {"judge": "kind guard, model /home/me/guard"},
         }
     )
     (tmp_path / "report.json").write_text(long.model_dump_json())
     assert checks.main([f"a task={tmp_path / 'report.json'}", "-o", str(tmp_path / "checks.json")]) == 0
     content = (tmp_path / "checks.json").read_text()
-    assert "/home/me" not in content
+    assert "home/me" not in content
+    assert "aligned is given" in content
     (row,) = (line for line in checks.checks_table(content).splitlines() if "a task" in line)
     attack = "47.6 %, aligned 14.3 % of 630 (+33.3 points)"
     assert cells(row) == ["a task", "restore", attack, "–", "0.3", "1 min 37 s"]

@@ -20,7 +20,7 @@ from deltaguard.chat.prefix import Prefix, for_rows, keeps_all, shared_prefix
 from deltaguard.chat.refusals import OPENING_TOKENS, opening
 from deltaguard.chat.template import render
 from deltaguard.chat.thinking import without_thinking
-from deltaguard.chat.tokens import context_length, pad, token_ids
+from deltaguard.chat.tokens import context_length, pad, thought_tokens, token_ids
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 from deltaguard.text import shortened
@@ -60,7 +60,7 @@ def answer_openings(
     """
     prompts = [render(tokenizer, conversation) for conversation in conversations]
     encoded = [token_ids(tokenizer, prompt) for prompt in prompts]
-    _require_room(model, prompts, encoded, whole_tokens or OPENING_TOKENS)
+    _require_room(model, tokenizer, prompts, encoded, whole_tokens or OPENING_TOKENS)
     if whole_tokens is not None:
         return generate(model, tokenizer, prompts, max_new_tokens=whole_tokens, batch_size=batch_size)
     if not keeps_all(model):
@@ -81,10 +81,20 @@ def answer_openings(
     return answers
 
 
-def _require_room(model: Any, prompts: Sequence[str], encoded: Sequence[list[int]], tokens: int) -> None:
+def _require_room(
+    model: Any, tokenizer: Any, prompts: Sequence[str], encoded: Sequence[list[int]], tokens: int
+) -> None:
     """Refuse prompts behind which the model has no positions, where some models fail and others rave."""
     positions = context_length(model.config)
-    long = [i for i, ids in enumerate(encoded) if len(ids) > positions - tokens]
+    rows = enumerate(zip(prompts, encoded, strict=True))
+    long = [
+        i for i, (prompt, ids) in rows if len(ids) + thought_tokens(tokenizer, prompt) + tokens > positions
+    ]
+    if long and tokens >= positions:
+        raise DeltaguardError(
+            f"Answers of {tokens} tokens have no room in the model's {positions} positions: ask for fewer "
+            "(`--answer-tokens`)."
+        )
     if long:
         raise DeltaguardError(
             f"{len(long)} of {len(prompts)} requests leave an answer of {tokens} tokens no room in the "

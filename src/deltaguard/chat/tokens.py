@@ -10,7 +10,14 @@ from torch import Tensor
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.template import apply_template, end_of_turn, render
-from deltaguard.chat.thinking import END, begins_thoughts, closed, opens_thoughts, split_thoughts
+from deltaguard.chat.thinking import (
+    END,
+    THOUGHT_TOKENS,
+    begins_thoughts,
+    closed,
+    opens_thoughts,
+    split_thoughts,
+)
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
 
@@ -109,6 +116,11 @@ def _read_and_written(tokenizer: Any, conversation: Conversation) -> tuple[str, 
         return rendered, response
     thoughts, answer = split_thoughts(response)
     return rendered + thoughts, answer
+
+
+def thought_tokens(tokenizer: Any, prompt: str) -> int:
+    """Count the tokens that thoughts take at most, and their end, where a rendered prompt begins them."""
+    return THOUGHT_TOKENS + len(token_ids(tokenizer, closed(""))) if begins_thoughts(prompt) else 0
 
 
 def encode_answer(

@@ -9,8 +9,7 @@ import torch
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.template import end_of_turn, render
-from deltaguard.chat.thinking import THOUGHT_TOKENS, begins_thoughts, closed
-from deltaguard.chat.tokens import context_length, encode, token_ids
+from deltaguard.chat.tokens import context_length, encode, thought_tokens, token_ids
 from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, Asked, CalibrateConfig, asked_for, requested
 from deltaguard.curvature.sizes import Sizes, blocks_of, held_bytes, row_bytes, rows_within, store_limit
 from deltaguard.curvature.store_format import CalibrationRequest
@@ -126,7 +125,6 @@ def _lengths(
     """
     tokenizer = load_tokenizer(source.folder, source.reference)
     end = len(token_ids(tokenizer, end_of_turn(tokenizer)))
-    thoughts = THOUGHT_TOKENS + len(token_ids(tokenizer, closed("")))
     brief = min(LOOK_ALIKE_TOKENS, request.max_new_tokens)
     parts = (
         (asked.harmful, request.max_new_tokens),
@@ -140,7 +138,7 @@ def _lengths(
             prompt, response = known.prompt_length, len(known.ids) - known.prompt_length
             if row.response is None:
                 response = answer + end
-                prompt += thoughts if begins_thoughts(render(tokenizer, row)) else 0
+                prompt += thought_tokens(tokenizer, render(tokenizer, row))
             lengths.append(min(prompt + response, limit))
             answers.append(max(lengths[-1] - prompt, 0))
     return lengths, answers

@@ -6,8 +6,7 @@ from typing import Any
 
 from deltaguard.chat.conversations import Conversation
 from deltaguard.chat.template import render
-from deltaguard.chat.thinking import THOUGHT_TOKENS, begins_thoughts
-from deltaguard.chat.tokens import encode
+from deltaguard.chat.tokens import encode, thought_tokens
 from deltaguard.curvature.request import LOOK_ALIKE_TOKENS, Asked
 from deltaguard.curvature.store_format import CalibrationRequest
 
@@ -26,7 +25,7 @@ def answer_what_has_no_room(
     opening = min(LOOK_ALIKE_TOKENS, request.max_new_tokens)
 
     def fits(row: Conversation, tokens: int) -> bool:
-        thoughts = THOUGHT_TOKENS if begins_thoughts(render(tokenizer, row)) else 0
+        thoughts = thought_tokens(tokenizer, render(tokenizer, row))
         # Of a conversation, a token of the answer must be left.
         room = max(0, min(request.max_length - 1, positions - 1, positions - tokens - thoughts))
         return len(encode(tokenizer, row, max_length=room + 1).ids) <= room

@@ -1,7 +1,9 @@
 """What a restore did, in facts and sentences: how models answer, what is kept, and what was measured."""
 
 import re
+from typing import TypeVar
 
+from deltaguard.reports.records.check import CheckReport
 from deltaguard.reports.records.dial import AttackDial, Compared
 from deltaguard.reports.records.restore import Refinement, RestoreReport
 from deltaguard.reports.records.sweep import SweepReport
@@ -13,6 +15,7 @@ from deltaguard.reports.text import (
     nats,
     percent,
     points,
+    public_option,
     short_reference,
     size,
     times,
@@ -45,10 +48,26 @@ def origin(report: RestoreReport) -> str:
     return f"{measured}{rest} numbers are computed from the weights{curvature}. {refusals}"
 
 
-def public_warnings(report: RestoreReport | SweepReport) -> tuple[str, ...]:
+_Told = TypeVar("_Told", RestoreReport, CheckReport)
+
+
+def without_the_users_folders(report: _Told) -> _Told:
+    """Name the models and files of a report without the folders above them, the user's own affair."""
+    named = {
+        role: model.model_copy(update={"reference": short_reference(model.reference)})
+        for role, model in (("aligned", report.aligned), ("finetuned", report.finetuned))
+    }
+    options = {
+        name: public_option(value) if isinstance(value, str) else value
+        for name, value in report.options.items()
+    }
+    return report.model_copy(update={**named, "options": options, "warnings": public_warnings(report)})
+
+
+def public_warnings(report: RestoreReport | CheckReport | SweepReport) -> tuple[str, ...]:
     """List the warnings without the folders above the models and files that they name."""
     named = {report.aligned.reference, report.finetuned.reference}
-    if isinstance(report, RestoreReport):
+    if not isinstance(report, SweepReport):
         named |= {value for value in report.options.values() if isinstance(value, str) and "/" in value}
     # The longest first: one may lie in another.
     known = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 from deltaguard.curvature.store import CurvatureStore
-from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError, listed
 from deltaguard.files import expanded
 from deltaguard.methods.method import Role
@@ -21,7 +20,6 @@ from deltaguard.restoration.agreement import Identified, require_agreement
 from deltaguard.restoration.job import (
     Job,
     Other,
-    cache_folder,
     default_store_folder,
     find_store,
     open_finetuned,
@@ -101,9 +99,6 @@ class AlignedInputs:
         if config.added_attack_success is not None:
             asked = Requests.of(config.prompts)
             Rule(config.added_attack_success, MOST_LOOKS).require(len(asked.harmful), len(asked.harmless))
-            with _shared():
-                # A judge that cannot be used is told before hours of calibrating and answers.
-                config.judge.make(device=str(find_device(config.device)), folder=cache_folder())
         if config.needs_curvature and self._opened is None:
             with _shared():
                 self._opened = find_store(base, identity, self.store, rank=config.rank)

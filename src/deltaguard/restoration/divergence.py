@@ -85,11 +85,23 @@ class Asked:
         return (b.to(self.device) for b in batches(self.reader.read(conversations), self.batch_size))
 
     def whole_batches(self, conversations: Sequence[Conversation]) -> Iterator[Batch]:
-        """On the device, as far as the model has positions; of longer ones fewer at once."""
-        texts = replace(self.reader, max_length=self.reader.positions).read(conversations)
-        usual, longest = self.reader.max_length, max(len(text.ids) for text in texts)
-        size = max(1, self.batch_size * usual // max(usual, longest))
-        return (b.to(self.device) for b in batches(texts, size))
+        """On the device, each to its end, and as many tokens at once as others have.
+
+        Raises:
+            DeltaguardError: one is longer than that, or than the model has positions.
+        """
+        usual = self.reader.max_length
+        most = min(self.reader.positions, self.batch_size * usual)
+        texts = replace(self.reader, max_length=most).read(conversations)
+        if cut := sum(text.truncated for text in texts):
+            raise DeltaguardError(
+                f"{cut} of {len(texts)} conversations are longer than {most} tokens, and the likelihood of a "
+                "part of an answer is another quantity. Shorten them, or leave them out."
+            )
+        short = [text for text in texts if len(text.ids) <= usual]
+        long = [text for text in texts if len(text.ids) > usual]
+        fewer = max(1, self.batch_size * usual // max((len(text.ids) for text in long), default=usual))
+        return (b.to(self.device) for b in (*batches(long, fewer), *batches(short, self.batch_size)))
 
     def beside(self, other: "Asked", conversations: Sequence[Conversation]) -> Iterator[tuple[Batch, Batch]]:
         """Read conversations for this model and another, longest first.

@@ -16,7 +16,7 @@ from deltaguard.restoration.aligned import AlignedInputs
 from deltaguard.restoration.beforehand import bytes_to_write, require_restorable
 from deltaguard.restoration.footprint import Footprint, held_out_tokens
 from deltaguard.restoration.job import Job
-from deltaguard.restoration.looks import Requests
+from deltaguard.restoration.looks import Requests, make_judge
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import adapter_bytes
 from deltaguard.restoration.plan import Action, Plan
@@ -71,6 +71,8 @@ def plan_finetune(
     job, config = inputs.look(finetuned), inputs.config
     plan = job.plan(config)
     require_restorable(job, plan, config)
+    if config.added_attack_success is not None:
+        make_judge(config)
     notes = ["the aligned model will be calibrated first"] if config.needs_curvature and not job.store else []
     disk = 0
     if output_dir is not None:

@@ -72,7 +72,7 @@ class Footprint:
             block=_FLOAT * max(map(_entries, blocks), default=0),
             layers=plan.peak_bytes,
             reference=through,
-            candidate=through + max((sum(info.nbytes for info in block) for block in blocks), default=0),
+            candidate=through + max((_candidate_bytes(block, config) for block in blocks), default=0),
             by_blocks=whole > limit and not config.refine,
         )
 
@@ -121,6 +121,11 @@ def _by_block(infos: Iterable[TensorInfo]) -> tuple[list[TensorInfo], list[list[
         found.setdefault(block_of(info.name), []).append(info)
     ends = found.pop(None)
     return ends, list(found.values())
+
+
+def _candidate_bytes(infos: list[TensorInfo], config: RestoreConfig) -> int:
+    """Count a candidate's bytes: as it would be written, or as an adapter's layers compute it."""
+    return _FLOAT * _entries(infos) if config.output_format == "adapter" else sum(i.nbytes for i in infos)
 
 
 def _entries(infos: list[TensorInfo]) -> int:

@@ -32,6 +32,7 @@ from deltaguard.models.identity import ModelIdentity
 from deltaguard.reports.records.dial import Compared, Look
 from deltaguard.restoration.acceptance import Rule, compare
 from deltaguard.restoration.job import cache_folder
+from deltaguard.restoration.options import RestoreConfig
 
 FIRST = 64
 """Harmful requests that a candidate is asked first; then twice as many each time, while it may pass."""
@@ -112,6 +113,15 @@ class _KeptAnswers(BaseModel):
     requests_sha256: str
     made_with: dict[str, str]
     answers: tuple[str, ...]
+
+
+def make_judge(config: RestoreConfig) -> Judge:
+    """Make what decides whether answers comply.
+
+    Raises:
+        DeltaguardError: it cannot be found or asked.
+    """
+    return config.judge.make(device=str(find_device(config.device)), folder=cache_folder())
 
 
 def how_asked(device: str, whole_tokens: int | None) -> dict[str, str]:

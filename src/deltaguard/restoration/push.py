@@ -18,10 +18,9 @@ from deltaguard.errors import CheckFailedError, DeltaguardError, listed
 from deltaguard.files import expanded, read_json
 from deltaguard.models.hub import is_hub_id, is_local, require_owner
 from deltaguard.models.layout import ADAPTER_CONFIG
-from deltaguard.reports.outcome import public_warnings
+from deltaguard.reports.outcome import without_the_users_folders
 from deltaguard.reports.records.push import PushReport
-from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
-from deltaguard.reports.text import public_option, short_reference
+from deltaguard.reports.records.restore import REPORT_NAME
 from deltaguard.restoration.verify import loaded_besides, read_report, verify
 
 
@@ -130,16 +129,3 @@ def explained(what: str) -> Generator[None, None, None]:
         raise DeltaguardError(
             f"{what}: {error}\nIs there a network, and a token that may write (`hf auth login`)?"
         ) from error
-
-
-def without_the_users_folders(report: RestoreReport) -> RestoreReport:
-    """Name the models and files of a report without the folders above them, the user's own affair."""
-    named = {
-        role: model.model_copy(update={"reference": short_reference(model.reference)})
-        for role, model in (("aligned", report.aligned), ("finetuned", report.finetuned))
-    }
-    options = {
-        name: public_option(value) if isinstance(value, str) else value
-        for name, value in report.options.items()
-    }
-    return report.model_copy(update={**named, "options": options, "warnings": public_warnings(report)})

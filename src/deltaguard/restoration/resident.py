@@ -18,9 +18,16 @@ from deltaguard.progress import Event, Progress, ignore
 from deltaguard.reports.text import size
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.candidate import Candidate, CandidateModel
-from deltaguard.restoration.job import Job, cache_folder
+from deltaguard.restoration.job import Job
 from deltaguard.restoration.layers import known_store
-from deltaguard.restoration.looks import Examiner, Requests, how_asked, keep_answers, kept_answers
+from deltaguard.restoration.looks import (
+    Examiner,
+    Requests,
+    how_asked,
+    keep_answers,
+    kept_answers,
+    make_judge,
+)
 from deltaguard.restoration.safety_kl import SafetyMeter
 from deltaguard.restoration.streamed import StreamedCandidate
 from deltaguard.restoration.trial import Trial
@@ -144,6 +151,8 @@ class Resident:
         if known is not None and (known.rule, known.requests) == (rule, requests):
             return self.candidate(trial, report=report), known
         identity, config = trial.job.aligned_identity, trial.config
+        # Before anybody is asked: it may not be there.
+        judge = make_judge(config)
         made_with = how_asked(config.device, config.whole_tokens)
         answers = kept_answers(identity, requests, made_with)
         candidate = self.candidate(trial, (), requests.all if answers is None else (), report=report)
@@ -153,7 +162,6 @@ class Resident:
                 keep_answers(identity, requests, made_with, answers)
             except DeltaguardError as error:
                 report(Event("look", 0, 1, f"the aligned model's answers are not kept: {error}"))
-        judge = config.judge.make(device=str(find_device(config.device)), folder=cache_folder())
         tells_refusals = config.judge.tells_refusals
         self._examiner = Examiner.of(rule, requests, judge, answers, tells_refusals=tells_refusals)
         return candidate, self._examiner

@@ -181,7 +181,7 @@ class Trial:
                 yield step.info.name, [self._solved(ready, prepared, price)[0] for price in prices]
 
     def finetuned_tensor(self, name: str) -> Tensor:
-        """Read a tensor of the fine-tuned model as it is stored; for an adapter, as its layers compute it."""
+        """Read a tensor of the fine-tuned model as it is stored, or as an adapter's layers compute it."""
         tuned = self.job.finetuned
         found = tuned.read(name)
         is_served_so = self.config.output_format == "adapter" and isinstance(tuned, AdapterCheckpoint)

@@ -2,10 +2,8 @@
 
 import json
 import re
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -14,7 +12,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, func, select, text
+from sqlalchemy import Engine, ExceptionContext, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
@@ -22,15 +20,12 @@ from sqlalchemy.orm import Session, sessionmaker
 from deltaguard.errors import DeltaguardError
 
 _WAIT_MS = 30_000
-_KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-_REACH = {"connect_timeout": 10, "tcp_user_timeout": _WAIT_MS, **_KEEPALIVES}
+KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+_REACH = {"connect_timeout": 10, "tcp_user_timeout": _WAIT_MS, **KEEPALIVES}
 """Seconds, but for milliseconds and a count, after which a Postgres that is gone without a word counts so."""
 
 _READ_ONLY = ("25006", "0A000")
 """SQLSTATEs of what a Postgres refuses that only reads, the second of a standby."""
-
-_HOLD_TRIES, _HOLD_AGAIN_S = 10, 0.5
-"""A service that was killed has its connection ended at once, and this one looks so often."""
 
 _READING = {"postgresql_readonly": True}
 """Postgres' name for it; `_begin` reads it for SQLite."""
@@ -74,6 +69,23 @@ def database_url(data: Path, given: str | None) -> str:
     )
 
 
+def make_engine(url: str) -> Engine:
+    """Make what connects to a database, and raises its outages as such.
+
+    Args:
+        url: as `database_url` gives it.
+    """
+    is_sqlite = make_url(url).get_backend_name() == "sqlite"
+    reach = {} if is_sqlite else _REACH
+    engine = create_engine(url, pool_pre_ping=True, json_serializer=_as_json, connect_args=reach)
+    if is_sqlite:
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin)
+    else:
+        event.listen(engine, "handle_error", _tell_outage)
+    return engine
+
+
 def open_database(url: str, *, may_migrate: bool) -> Sessions:
     """Connect, and make the tables where there are none.
 
@@ -86,14 +98,7 @@ def open_database(url: str, *, may_migrate: bool) -> Sessions:
         DeltaguardError: the tables are of a later release, or of an earlier one and may not be changed;
             or the database does not answer.
     """
-    is_sqlite = make_url(url).get_backend_name() == "sqlite"
-    reach = {} if is_sqlite else _REACH
-    engine = create_engine(url, pool_pre_ping=True, json_serializer=_as_json, connect_args=reach)
-    if is_sqlite:
-        event.listen(engine, "connect", _set_up_sqlite)
-        event.listen(engine, "begin", _begin)
-    else:
-        event.listen(engine, "handle_error", _tell_outage)
+    engine = make_engine(url)
     try:
         _migrate(engine, may_migrate=may_migrate)
     except OperationalError as error:
@@ -104,41 +109,6 @@ def open_database(url: str, *, may_migrate: bool) -> Sessions:
     return Sessions(engine, expire_on_commit=False)
 
 
-def hold_database(sessions: Sessions, service: str) -> Connection | None:
-    """Keep other services from a Postgres for as long as a connection to it lives.
-
-    A folder that was copied has the same database and the same id; a SQLite database is in it, and so copied
-    too.
-
-    Args:
-        sessions: of the database.
-        service: the id of the folder's service.
-
-    Returns:
-        The connection; None of a SQLite database.
-
-    Raises:
-        DeltaguardError: another service works with the database.
-    """
-    engine: Engine = sessions.kw["bind"]
-    if engine.dialect.name == "sqlite":
-        return None
-    number = int.from_bytes(sha256(service.encode()).digest()[:8], "big", signed=True)
-    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-    for name, seconds in _KEEPALIVES.items():
-        # What was held by a machine that is gone is free again within a minute.
-        connection.execute(text(f"SET tcp_{name} = {seconds}"))
-    for _ in range(_HOLD_TRIES):
-        if connection.scalar(select(func.pg_try_advisory_lock(number))):
-            return connection
-        time.sleep(_HOLD_AGAIN_S)
-    connection.close()
-    raise DeltaguardError(
-        "Another service works with this database: it is the same folder's, on another machine, or that of a "
-        "copy of it. End that one; where its machine is gone, try again in a minute."
-    )
-
-
 def _tell_outage(context: ExceptionContext) -> None:
     """Raise an outage where Postgres only reads, as after a failover: SQLAlchemy takes it for a bug."""
     found = context.connection
@@ -146,7 +116,10 @@ def _tell_outage(context: ExceptionContext) -> None:
     if getattr(context.original_exception, "sqlstate", None) in _READ_ONLY and not only_reads:
         # The next connection may lead to another server.
         context.is_disconnect = True
-        raise OperationalError(context.statement, None, context.original_exception)
+        # DBOS, too, tries again where it is told so.
+        raise OperationalError(
+            context.statement, None, context.original_exception, connection_invalidated=True
+        )
 
 
 def _as_json(value: Any) -> str:

@@ -97,8 +97,10 @@ def _identity(service: Service, reference: str) -> str:
     opened = service.aligned.get(reference)
     # Weights may be replaced while the service runs: models are loaded when they are asked.
     if reference not in service.identities or (opened is not None and opened.changes()):
-        opened = service.aligned[reference] = Checkpoint.open(reference)
+        opened = Checkpoint.open(reference)
         service.identities[reference] = opened.fingerprint()
+        # Last: until then others look for themselves.
+        service.aligned[reference] = opened
     return service.identities[reference]
 
 

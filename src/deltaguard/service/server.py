@@ -12,6 +12,7 @@ import uvicorn
 import uvicorn.config
 from pydantic import ValidationError
 from sqlalchemy import select
+from sqlalchemy.engine import make_url
 
 from deltaguard.device import find_device
 from deltaguard.errors import DeltaguardError, listed
@@ -26,10 +27,11 @@ from deltaguard.models.loading import load_tokenizer
 from deltaguard.service.app import make_app
 from deltaguard.service.contents import UnavailableError, open_contents
 from deltaguard.service.context import SERVICE_ID, Service
-from deltaguard.service.database import database_url, hold_database, new_id, open_database
+from deltaguard.service.database import database_url, new_id, open_database
 from deltaguard.service.executors.executor import Executor
 from deltaguard.service.executors.local import LocalExecutor, visible_gpus
 from deltaguard.service.executors.reach import check_reach
+from deltaguard.service.holding import Hold
 from deltaguard.service.inference import Answering, Inference
 from deltaguard.service.inference_server import InferenceServer
 from deltaguard.service.keys import create_key
@@ -201,8 +203,11 @@ def serve(
         data.mkdir(parents=True, exist_ok=True)
     # Before the database is touched: another service may be working with it.
     lock = lock_folder(data)
+    url = database_url(data.absolute(), settings.database_url)
+    hold = Hold(url) if make_url(url).get_backend_name() == "postgresql" else None
     opened = open_service(data.absolute(), settings)
-    held = hold_database(opened.service.sessions, opened.service.id)
+    if hold is not None:
+        hold.keep()
     # At once: it is not shown again.
     on_open(opened.first_key)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -217,8 +222,6 @@ def serve(
         # The port is taken, say; it has been told.
         code = end.code if isinstance(end.code, int) else 1
     os.close(lock)
-    if held is not None:
-        held.close()
     # Whatever is under way goes on after the next start, exactly as after a kill; the processes that carry it
     # out end by themselves.
     os._exit(code)

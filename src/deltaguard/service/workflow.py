@@ -26,6 +26,7 @@ from deltaguard.service.assignments import (
     train_task,
 )
 from deltaguard.service.context import Service
+from deltaguard.service.database import make_engine
 from deltaguard.service.errors import OUTAGES, cause_of
 from deltaguard.service.events import tell
 from deltaguard.service.executors.executor import Executor, Step
@@ -81,6 +82,8 @@ def launch(service: Service, database_url: str, executor: Executor) -> "Workflow
         system_database_url=f"sqlite:///{(service.data / 'workflows.sqlite').absolute()}"
         if is_sqlite
         else database_url,
+        # Its own would take a Postgres that only reads for a bug.
+        system_database_engine=None if is_sqlite else make_engine(database_url),
         application_version=_SAME_VERSION,
         executor_id="deltaguard-serve",
         log_level="WARNING",
