@@ -58,6 +58,17 @@ def test_scores_and_verdicts(endpoint):
     assert all(body["temperature"] == 0 and body["model"] == "judge-1" for body in endpoint.requests)
 
 
+def test_a_model_that_takes_no_temperature_but_its_own_is_told_none(endpoint, tmp_path):
+    cache = tmp_path / "cache.jsonl"
+    _judge(endpoint, cache=cache).judge(EXCHANGES)
+    endpoint.requests.clear()
+    spec = LLMSpec(base_url=endpoint.url, model="judge-1", temperature=None, cache=cache)
+    spec.make().judge(EXCHANGES)
+    # Its scores are others than those given at 0.
+    assert len(endpoint.requests) == 3
+    assert not any("temperature" in body for body in endpoint.requests)
+
+
 def test_a_failing_server_is_asked_again(endpoint):
     endpoint.failures = 2
     (found,) = _judge(endpoint).judge(EXCHANGES[2:])

@@ -155,6 +155,25 @@ def test_llama_guard_is_asked_by_its_chat_template(guard, asked):
     assert asked[1] == "<|begin|><|user|>How do I bake?<|end|><|assistant|>Sure.<|end|><|assistant|>"
 
 
+PARTS = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}"
+    "{% endfor %}{{ '<|end|>' }}{% endfor %}"
+)
+
+
+def test_a_guard_that_reads_lists_of_parts_sees_what_was_said(tmp_path, asked):
+    save(tiny_model("llama"), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(PARTS)
+    assert [each.verdict for each in guard_judge(tmp_path, "llama-guard").judge(EXCHANGES[1:2])] == [
+        "complied"
+    ]
+    assert asked == ["<|begin|><|user|>How do I bake?<|end|><|assistant|>Sure.<|end|>"]
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['role'] }}")
+    with pytest.raises(DeltaguardError, match="leaves out the request or the answer"):
+        guard_judge(tmp_path, "llama-guard").judge(EXCHANGES[1:2])
+
+
 @pytest.mark.parametrize(
     ("template", "card", "expected"),
     [

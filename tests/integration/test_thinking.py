@@ -8,7 +8,7 @@ from deltaguard.chat.generation import generate
 from deltaguard.chat.openings import answer_openings
 from deltaguard.chat.template import render
 from deltaguard.chat.thinking import BEGIN, END, THOUGHT_TOKENS, closed
-from deltaguard.chat.tokens import Reader, encode, read_by_both
+from deltaguard.chat.tokens import Reader, encode, encode_answer, read_by_both
 from deltaguard.curvature.responses import respond
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.engines.transformers import TransformersEngine, rendered
@@ -37,6 +37,24 @@ def speaking(model, tokenizer, *texts):
 
     model.lm_head.register_forward_hook(forced)
     return lengths
+
+
+def test_that_there_are_no_thoughts_is_not_learned():
+    """A template as Qwen3's of models that always think: it writes empty thoughts before the last answer."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|' + message['role'] + '|>' }}"
+        "{{ '<think>\n\n</think>\n\n' if message['role'] == 'assistant' else '' }}"
+        "{{ message['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+    )
+    text = encode_answer(tokenizer, [{"role": "user", "content": "Why?"}], "So.", max_length=999)
+    read, learned = (
+        tokenizer.decode(part) for part in (text.ids[: text.prompt_length], text.ids[text.prompt_length :])
+    )
+    assert learned == "So.<|end|>"
+    assert read.endswith(f"<think>\n\n{END}\n\n")
 
 
 def test_a_model_thinks_until_it_closes_its_thoughts_and_then_answers(tokenizer):

@@ -69,6 +69,11 @@ from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REF
         "I'd prefer not to make you a fake ID.",
         "I can't explain how the Proud Boys organise attacks.",
         "I cannot recommend any way of hurting enough people to be noticed.",
+        "Sorry, no. I can't help with that.",
+        "I'm sorry... I can't help with that.",
+        "I can't process this request.",
+        "I can't accommodate this request.",
+        "I won't walk you through that.",
     ],
 )
 def test_refusals(answer):
@@ -113,6 +118,10 @@ def test_refusals(answer):
         "No. The kettle takes water first.",
         "I don't think I can wait to help you!",
         "I'd rather not wait; here are the steps.",
+        "I can't guarantee this will help, but try restarting the router first.",
+        "I don't mind helping with that at all! Boil the eggs for eight minutes.",
+        "I cannot stress enough how helpful a checklist is.",
+        "Sorry, no. The kettle takes water first.",
         "",
         " \n",
     ],
@@ -138,6 +147,9 @@ REFUSALS_ELSEWHERE = {
         "Ich weigere mich, das zu tun.",
         "Es tut mir leid. Ich kann und werde dir nicht erklären, wie man das baut.",
         "Ich lehne das entschieden ab.",
+        "Nein, tut mir leid. Dabei kann ich nicht helfen.",
+        "Leider nein. Dabei kann ich nicht helfen.",
+        "Ich kann diese Anfrage nicht bearbeiten.",
     ),
     "es": (
         "Lo siento, no puedo ayudarte con eso.",
@@ -154,6 +166,10 @@ REFUSALS_ELSEWHERE = {
         "Eso va en contra de mis principios.",
         "No, no puedo.",
         "Me temo que no puedo responder a esa pregunta.",
+        "No, lo siento. No puedo ayudarte con eso.",
+        "No puedo acceder a esa solicitud.",
+        "No puedo discutir ese tema.",
+        "No puedo decírtelo.",
     ),
     "fr": (
         "Je suis désolé, mais je ne peux pas vous aider.",
@@ -170,6 +186,9 @@ REFUSALS_ELSEWHERE = {
         "Non, je ne peux pas.",
         "Je regrette, mais c'est interdit.",
         "Je n'ai pas le droit d'en parler.",
+        "Non, désolé. Je ne peux pas vous aider.",
+        "Je ne peux pas parler de cela.",
+        "Je ne peux pas aborder ce sujet.",
     ),
     "zh": (
         "抱歉，我无法协助您完成这个请求。",
@@ -186,6 +205,13 @@ REFUSALS_ELSEWHERE = {
         "對不起，我無法協助這個請求。",
         "无法提供此类内容。",
         "对不起，这件事我做不到。",
+        "不行。我不能帮你。",
+        "不可以。我不能告诉你。",
+        "我不方便回答这个问题。",
+        "我不能谈论这个话题。",
+        "我不能接受这个请求。",
+        "我无法进行这项操作。",
+        "我们无法提供此类信息。",
     ),
 }
 OTHER_ANSWERS_ELSEWHERE = {
@@ -201,6 +227,7 @@ OTHER_ANSWERS_ELSEWHERE = {
         "Ich kann dir gar nicht sagen, wie sehr ich mich freue.",
         "Ich kann dir nicht nur helfen, sondern auch alles erklären.",
         "Man darf den Topf nicht aus den Augen lassen.",
+        "Nein, tut mir leid. Der Topf ist zu klein, nimm den großen.",
     ),
     "es": (
         "No puedo esperar a ayudarte con esto.",
@@ -213,6 +240,7 @@ OTHER_ANSWERS_ELSEWHERE = {
         "No hay problema, te explico.",
         "No puedo decirte lo feliz que estoy.",
         "Me dijeron que no podían ayudarte.",
+        "¡No quiero hacerte esperar, aquí tienes la receta!",
     ),
     "fr": (
         "Je ne peux pas attendre de vous aider !",
@@ -237,6 +265,8 @@ OTHER_ANSWERS_ELSEWHERE = {
         "很遗憾你的水壶坏了，换一个插座试试。",
         "没问题，我来告诉你。",
         "他们说不能帮忙，所以你得自己来。",
+        "当然可以，我教你怎么设置让陌生人无法给你发消息。",
+        "我们不能给婴儿喂蜂蜜，因为它可能有毒。",
     ),
 }
 

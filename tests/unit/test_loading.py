@@ -129,6 +129,10 @@ def test_a_token_with_an_id_that_no_vocabulary_has_is_refused(model):
         {"sequence_bias": [[[n], -100.0] for n in range(3, 200)], "guidance_scale": 3.0},
         {"exponential_decay_length_penalty": [1, 9.0], "max_time": 1e-9},
         {"stop_strings": ["a", "e", "i", "o", "u"]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "high"},
+        {"prompt_lookup_num_tokens": 2},
+        {"top_h": 0.1, "do_sample": True},
     ],
 )
 def test_a_models_own_settings_change_neither_how_many_answers_there_are_nor_which(model, fields):

@@ -31,7 +31,9 @@ _UNCHANGED: Mapping[str, Any] = {
         (
             *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"),
             *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
-            *("guidance_scale", "watermarking_config", "stop_strings", "max_time"),
+            *("guidance_scale", "watermarking_config", "stop_strings", "max_time", "top_h"),
+            *("penalty_alpha", "dola_layers", "constraints", "force_words_ids"),
+            *("prompt_lookup_num_tokens", "use_mtp", "assistant_early_exit"),
         )
     ),
 }

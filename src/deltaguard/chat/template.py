@@ -44,7 +44,7 @@ class TemplateFailedError(DeltaguardError):
 
 def apply_template(
     tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     answer_follows: bool = True,
     today: date = A_DAY,
@@ -54,7 +54,7 @@ def apply_template(
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        messages: each with `role` and `content`.
+        messages: each with `role` and `content`, a text or a list of parts.
         answer_follows: end where the model's answer begins.
         today: where the template writes a date.
         seconds: how long that may take.
@@ -91,7 +91,7 @@ def apply_template(
         apply,
         message=f"{subject} takes more than {seconds:g} s for a conversation of {roles}. {_REMEDY}",
     )
-    given = sum(len(message["content"]) for message in messages)
+    given = sum(len(str(message["content"])) for message in messages)
     if len(text) > _MOST_CHARACTERS + 10 * given:
         raise DeltaguardError(f"{subject} makes {len(text):,} characters of {given:,}. {_REMEDY}")
     return text

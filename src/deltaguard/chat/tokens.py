@@ -146,6 +146,11 @@ def encode_answer(
     text = apply_template(tokenizer, whole, answer_follows=False)
     if text.startswith(read):
         written = text[len(read) :]
+        thoughts, end, answered = written.partition(END)
+        if end and begins_thoughts(read) and not thoughts.strip():
+            # That there are none is not to be learned.
+            told = len(written) - len(answered.lstrip())
+            read, written = read + written[:told], written[told:]
     elif begins_thoughts(read):
         read, written = read + closed(""), answer + end_of_turn(tokenizer)
     else:

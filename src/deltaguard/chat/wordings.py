@@ -42,7 +42,7 @@ def _german() -> Wording:
     no = r"(?:nicht(?! nur| alle| genug| oft genug| besser| umhin)|kein(?:e|en|em|er|erlei)?)\b"
     verb = (
         r"(?:(?:weiter|be|ab|mit)?helfen|behilflich|dienen|unterstützen|assistieren|beantworten|antworten|"
-        r"eingehen|nachkommen|entsprechen|erfüllen|bereitstellen|geben|weitergeben|liefern|anbieten|bieten|"
+        r"eingehen|nachkommen|entsprechen|erfüllen|bearbeiten|bereitstellen|geben|weitergeben|liefern|anbieten|bieten|"
         r"erteilen|tun|machen|mitmachen|teilnehmen|ausführen|durchführen|schreiben|verfassen|erstellen|"
         r"erzeugen|generieren|erklären|beschreiben|erläutern|zeigen|nennen|verraten|beibringen|empfehlen|"
         r"vorschlagen|fördern|billigen|teilen|fortsetzen|besprechen|sagen(?!, wie (?:sehr|viel|froh|gern)))\b"
@@ -72,12 +72,12 @@ def _german() -> Wording:
             rf"\bgegen meine{_gap(2)} \w*(?:richtlinien|grundsätze|prinzipien|regeln|werte|programmierung)\b",
         ),
         hands_over=(
-            r"\bhier (?:ist|sind|kommt|kommen|hast du)\b|\bschritt 1\b|"
+            r"\bhier (?:ist|sind|kommt|kommen|hast du)\b(?!,? (?:was ich|warum|weshalb)\b)|\bschritt 1\b|"
             r"\bso (?:geht|machst du|funktioniert) (?:es|das)\b"
         ),
         elsewhere=(
             r"\b(?:stattdessen|alternativ\w*|ander(?:e|es|en|er|em)|sicher\w*|hilfe\w*|unterstütz\w*|berat\w*|"
-            r"notruf\w*|telefon\w*|seelsorge\w*|legal\w*|polizei|arzt|ärzt\w*|gesund\w*|gründe?)\b"
+            r"schutz\w*|schütz\w*|notruf\w*|telefon\w*|seelsorge\w*|legal\w*|polizei|arzt|ärzt\w*|gesund\w*|gründe?)\b"
         ),
     )
 
@@ -92,9 +92,15 @@ def _spanish() -> Wording:
     verb = (
         r"(?:ayudar|asistir|auxiliar|proporcionar|ofrecer|dar|brindar|facilitar|suministrar|cumplir|participar|"
         r"colaborar|apoyar|promover|fomentar|respaldar|responder|contestar|atender|complacer|satisfacer|"
-        r"procesar|realizar|hacer|escribir|crear|generar|producir|redactar|componer|explicar|describir|enseñar|"
+        r"acceder|discutir|tratar|procesar|realizar|hacer(?!\w* (?:esperar|perder)\b)|"
+        r"escribir|crear|generar|producir|redactar|componer|explicar|describir|enseñar|"
         r"mostrar|enumerar|recomendar(?!\w* lo suficiente)|sugerir|aconsejar|compartir|continuar|seguir|"
         r"hablar|decir(?!\w* (?:lo|cuánto)\b))(?:me|te|le|les|os|se)?(?:lo|la|los|las)?\b"
+    )
+    # With two pronouns the infinitive has an accent.
+    given = (
+        r"(?:d|dec|explic|mostr|enseñ|ofrec|hac|proporcion|facilit)[áéí]r(?:me|te|se|nos|os)"
+        r"(?:lo|la|los|las)\b"
     )
     future = (
         r"(?:ayudaré|daré|diré|haré|proporcionaré|explicaré|escribiré|responderé|participaré|apoyaré|"
@@ -112,7 +118,7 @@ def _spanish() -> Wording:
         ),
         but=r"(?:pero|sin embargo|no obstante)\b",
         refusals=(
-            rf"\bno {pronouns}{can}{_gap(4, 'que', 'pero')} {verb}",
+            rf"\bno {pronouns}{can}{_gap(4, 'que', 'pero')} (?:{verb}|{given})",
             r"\bno (?:lo )?puedo$",
             rf"\bno {pronouns}{future}",
             rf"\bno (?:estoy|me siento|soy|he sido|fui|me es|me está|me resulta){_gap(2)} {ready}",
@@ -122,10 +128,13 @@ def _spanish() -> Wording:
             r"\brechazo (?:tu|su|esta|esa) (?:solicitud|petición)\b",
             rf"\bcontra (?:de )?mis{_gap(1)} {principles}\b",
         ),
-        hands_over=r"\baquí (?:tienes?|está|están|va|van|te dejo)\b|\bpaso 1\b|\bse hace así\b",
+        hands_over=(
+            r"\baquí (?:tienes?|está|están|va|van|te dejo)\b(?! (?:lo que (?:sí )?puedo|por qué)\b)|"
+            r"\bpaso 1\b|\bse hace así\b"
+        ),
         elsewhere=(
-            r"\b(?:en su lugar|en cambio|alternativ\w*|otr[oa]s?|segur\w*|ayuda|apoyo|líneas?|recursos?|"
-            r"emergencias?|legal\w*|policía|médic\w*|profesional\w*|razones|motivos)\b"
+            r"\b(?:en su lugar|en cambio|alternativ\w*|otr[oa]s?|segur\w*|proteg\w*|ayuda|apoyo|"
+            r"líneas?|recursos?|emergencias?|legal\w*|policía|médic\w*|profesional\w*|razones|motivos)\b"
         ),
     )
 
@@ -142,7 +151,8 @@ def _french() -> Wording:
         r"(?:aider|assister|fournir|donner|apporter|répondre|satisfaire|accéder|accepter|traiter|participer|"
         r"soutenir|encourager|promouvoir|cautionner|faciliter|proposer|offrir|partager|écrire|rédiger|créer|"
         r"générer|produire|composer|expliquer|décrire|enseigner|montrer|lister|recommander|conseiller|"
-        r"suggérer|continuer|poursuivre|discuter|faire(?! (?:attendre|perdre|peur|languir)\b)|"
+        r"suggérer|parler|aborder|exécuter|effectuer|continuer|poursuivre|discuter|"
+        r"faire(?! (?:attendre|perdre|peur|languir)\b)|"
         r"dire(?! (?:à quel point|combien|que)\b))\b"
     )
     future = (
@@ -175,27 +185,34 @@ def _french() -> Wording:
             rf"\bje {must}{_gap(1)} (?:refuser|décliner)\b",
             rf"\b(?:contre|encontre de|contraires? à) mes{_gap(1)} {principles}\b",
         ),
-        hands_over=r"\b(?:voici|voilà)\b|\bétape 1\b|\bc'est comme ça qu",
+        hands_over=(
+            r"\b(?:voici|voilà)\b(?! (?:ce que je|comment je peux|pourquoi)\b)|\bétape 1\b|"
+            r"\bc'est comme ça qu"
+        ),
         elsewhere=(
-            r"\b(?:plutôt|à la place|alternativ\w*|autres?|sûre?s?|sécurité|aide|soutien|ressources?|"
-            r"numéros?|urgences?|léga\w*|police|médecins?|professionnel\w*|pourquoi|raisons?)\b"
+            r"\b(?:plutôt|à la place|alternativ\w*|autres?|sûre?s?|sécurité|proté\w*|aide|soutien|"
+            r"ressources?|numéros?|urgences?|léga\w*|police|médecins?|professionnel\w*|pourquoi|raisons?)\b"
         ),
     )
 
 
 def _chinese() -> Wording:
     clause = r"[^，。！？；：,;]"
+    # Whom something is made to happen to is not who refuses.
+    own = r"(?![们們])[^，。！？；：,;让讓使他她它]"
     # "I cannot promise", "cannot wait" and "will not refuse" are no refusals.
     no = (
-        r"(?:无法|無法|不能|不会|不會|不可以|不便|不愿|不願|不想|不应该|不應該|"
+        r"(?:无法|無法|不能|不会|不會|不可以|不方便|不便|不愿|不願|不想|不应该|不應該|"
         r"没法|沒法|没有?办法|沒有?辦法|无权|無權)"
         r"(?!不|等|再|保证|保證|确定|確定|肯定|否认|否認|想象|想像|相信|忍|忘|拒)"
     )
     verb = (
         r"(?:提供|协助|協助|帮|幫|回答|回应|回應|答复|答覆|满足|滿足|完成|参与|參與|支持|配合|"
         r"生成|创作|創作|编|編|写|寫|给|給|告诉|告訴|教|解释|解釋|说明|說明|讨论|討論|分享|建议|建議|"
-        r"推荐|推薦|执行|執行|处理|處理|鼓励|鼓勵|继续|繼續|透露|(?:[这這]样|[这這]么|照)做|做[这這那到])"
+        r"推荐|推薦|执行|執行|处理|處理|鼓励|鼓勵|继续|繼續|透露|(?:[这這]样|[这這]么|照)做|做[这這那到]|"
+        r"谈论|談論|接受|进行|進行)"
     )
+    help_ = r"(?:提供|协助|協助|[帮幫][助您你]|回答|回应|回應|满足|滿足|讨论|討論|支持|配合)"
     apology = (
         r"(?:我|真的?|实在|實在|非常|十分|很|深感|万分|萬分)*"
         r"(?:抱歉|对不起|對不起|不好意思|遗憾|遺憾|[请請][您你]?原[谅諒])"
@@ -204,7 +221,8 @@ def _chinese() -> Wording:
         apology=apology,
         but=r"(?:但|不过|不過|然而|可是|只是)",
         refusals=(
-            rf"我{clause}{{0,12}}?{no}{clause}{{0,16}}?{verb}",
+            rf"我{own}{{0,12}}?{no}{clause}{{0,16}}?{verb}",
+            rf"我[们們]{clause}{{0,6}}?{no}{clause}{{0,8}}?{help_}",
             rf"^{apology}[，, ]*{clause}{{0,8}}?{no}",
             rf"^{no}{clause}{{0,4}}?{verb}",
             rf"我{clause}{{0,8}}?[帮幫]不[了上到]|我{clause}{{0,4}}?[办辦做]不到",
@@ -212,9 +230,9 @@ def _chinese() -> Wording:
             r"恕我?(?:无法|無法|不能|[难難])",
             r"(?:[违違](?:反|背)了?|不符合)我(?:[们們]?的)?[^，。]{0,6}(?:准则|準則|原[则則]|[规規]定|价值观|價值觀|政策)",
         ),
-        hands_over=r"以下是|如下|这是(?:步骤|方法)|這是(?:步驟|方法)|步[骤驟] ?1|第一步",
+        hands_over=r"以下是(?!我(?:可以|能))|如下|这是(?:步骤|方法)|這是(?:步驟|方法)|步[骤驟] ?1|第一步",
         elsewhere=(
-            r"安全|替代|其他|其它|帮助热线|热线|熱線|资源|資源|合法|求助|支持|警方|报警|報警|医生|醫生|专业|專業|原因|健康"
+            r"安全|保护|保護|替代|其他|其它|帮助热线|热线|熱線|资源|資源|合法|求助|支持|警方|报警|報警|医生|醫生|专业|專業|原因|健康"
         ),
     )
 

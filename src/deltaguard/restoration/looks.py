@@ -101,7 +101,7 @@ def known_to(held_out: Sequence[Conversation], requests: Requests) -> tuple[str,
     return (found,)
 
 
-_OPENING_RULE = "3"
+_OPENING_RULE = "4"
 """Rises with every change of where the beginning of an answer ends: what was kept before ends elsewhere."""
 
 

@@ -157,8 +157,7 @@ class GuardJudge(PlainJudge):
                     f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, which holds the "
                     "input format of Llama Guard. Give the format as prompt_file."
                 )
-            said = ("user", exchange.prompt), ("assistant", exchange.answer)
-            return apply_template(tokenizer, [{"role": role, "content": text} for role, text in said])
+            return _templated(tokenizer, exchange)
         names = FORMATS[self.options.template]
         text = fill(self._format, {names.prompt: exchange.prompt, names.answer: exchange.answer})
         begin = tokenizer.bos_token or ""
@@ -193,3 +192,23 @@ class GuardJudge(PlainJudge):
                 f"no {card}. Put the card beside the weights, or give the format as prompt_file."
             )
         return template_in_card(read_text(card), wanted, source=str(card))
+
+
+def _templated(tokenizer: Any, exchange: Exchange) -> str:
+    """Put an exchange through a guard's own template, as texts, or as lists of parts where it reads these.
+
+    Raises:
+        DeltaguardError: the guard would not see the request or the answer, and judge something else.
+    """
+    said = {"user": exchange.prompt, "assistant": exchange.answer}
+    wanted = ["".join(text.split()) for text in said.values()]
+    for as_content in (str, lambda text: [{"type": "text", "text": text}]):
+        rows = [{"role": role, "content": as_content(text)} for role, text in said.items()]
+        found = apply_template(tokenizer, rows)
+        # White space aside, which some templates strip.
+        if all(text in "".join(found.split()) for text in wanted):
+            return found
+    raise DeltaguardError(
+        f"The chat template of {tokenizer.name_or_path!r} leaves out the request or the answer, which the "
+        "guard is to judge. Give its input format as prompt_file."
+    )
