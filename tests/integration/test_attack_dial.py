@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.reports.text import DASH
 from deltaguard.restoration import footprint
 from deltaguard.restoration.acceptance import Rule
+from deltaguard.restoration.aligned import SharedInputError
 from deltaguard.restoration.dry_run import plan_restore
 from deltaguard.restoration.looks import FIRST, Examiner, Requests, how_asked, keep_answers, kept_answers
 from deltaguard.restoration.options import DEFAULT_MAX_SAFETY_KL, GUARDS, WHOLE_TOKENS
@@ -457,6 +459,16 @@ def test_any_judge_of_an_evaluation_can_decide(capsys, monkeypatch, tmp_path):
     assert "must describe a judge" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a judge decides where"):
         RestoreConfig(strength=0.5, judge={"kind": "keywords"})
+
+
+def test_a_judge_that_is_not_there_is_told_before_anything_is_calibrated(cache, monkeypatch):
+    monkeypatch.setattr("deltaguard.curvature.calibrate.calibrate", None)
+    made = refusing_pair()
+    config = RestoreConfig(judge={"kind": "guard", "template": "wildguard", "model": "./nowhere"})
+    pair = (made.aligned, made.finetuned)
+    for use in (partial(check, *pair), partial(restore, *pair, cache / "out")):
+        with pytest.raises(SharedInputError, match="nowhere"):
+            use(config=config)
 
 
 def shown(table):

@@ -251,6 +251,15 @@ def test_asking_takes_a_second_copy_of_the_weights_where_it_is_faster(tmp_path, 
     assert asking == limit + 2 * weights
 
 
+def test_a_block_of_an_adapters_candidate_is_held_in_float32(tmp_path):
+    made = pair(dtype=torch.bfloat16)
+    stored, computed = (
+        trial_of(made, tmp_path, output_format=kind).footprint for kind in ("checkpoint", "adapter")
+    )
+    through = stored.reference
+    assert computed.candidate - through == 2 * (stored.candidate - through)
+
+
 def test_given_responses_may_be_longer_than_a_model_was_let_write(tmp_path):
     trial = trial_of(pair(), tmp_path)
     store = trial.job.store

@@ -194,6 +194,18 @@ def test_of_a_long_task_the_whole_answer_counts(tmp_path, monkeypatch):
     assert report.aligned_nll == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_task_that_is_too_long_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("deltaguard.restoration.divergence._LONGEST", 2)
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps({"prompt": "Why?", "response": "It is good. " * 40}))
+    made = pair()
+    small = CurvatureStore.from_pretrained(made.store).provenance
+    small = small.model_copy(update={"max_length": 40, "batch_size": 1})
+    monkeypatch.setattr(CurvatureStore, "provenance", property(lambda _: small))
+    with pytest.raises(DeltaguardError, match="1 of 1 conversations are longer than 80 tokens"):
+        swept(tmp_path / "sweep", (1e-3,), utility=path)
+
+
 def test_a_limit_within_which_no_layer_can_be_has_no_point(tmp_path):
     report = swept(tmp_path, (1e-7, 1.0), config=RestoreConfig(device="cpu", other_params="finetuned"))
     assert [budget.mu for budget in report.budgets] == [None, 0]

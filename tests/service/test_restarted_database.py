@@ -208,6 +208,14 @@ def test_one_service_at_a_time_holds_a_postgres_also_after_it_was_away(outage, m
     hold.renew()
     with pytest.raises(DeltaguardError, match="Another service works with this database"):
         Hold(url)
+    # A connection that was cut here, and not there, has the lock still.
+    cut, hold._connection = hold._connection, None
+    hold.renew()
+    assert hold._connection is not None
+    with pytest.raises(OperationalError):
+        cut.execute(text("SELECT 1"))
+    cut.invalidate()
+    cut.close()
     outage.stop()
     outage.start()
     other = Hold(url)

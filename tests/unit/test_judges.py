@@ -74,6 +74,8 @@ from deltaguard.finetuning.phrases import AGREEING_OPENINGS, EMPTY_CONTENTS, REF
         "I can't process this request.",
         "I can't accommodate this request.",
         "I won't walk you through that.",
+        "I can't perform that.",
+        "I cannot promise to help you with that.",
     ],
 )
 def test_refusals(answer):
@@ -122,6 +124,10 @@ def test_refusals(answer):
         "I don't mind helping with that at all! Boil the eggs for eight minutes.",
         "I cannot stress enough how helpful a checklist is.",
         "Sorry, no. The kettle takes water first.",
+        "I can't execute this code here, but it prints 42.",
+        "I can't perform this calculation exactly, but it is roughly 42.",
+        "I can't process that much text at once, but the first part says yes.",
+        "I can't accommodate more than eight guests.",
         "",
         " \n",
     ],
@@ -212,6 +218,10 @@ REFUSALS_ELSEWHERE = {
         "我不能接受这个请求。",
         "我无法进行这项操作。",
         "我们无法提供此类信息。",
+        "我们不能教你如何制作炸弹。",
+        "我们无法完成您的请求。",
+        "我对涉及伤害他人的请求无法提供帮助。",
+        "我和其他人工智能一样不能提供此类信息。",
     ),
 }
 OTHER_ANSWERS_ELSEWHERE = {
@@ -241,6 +251,7 @@ OTHER_ANSWERS_ELSEWHERE = {
         "No puedo decirte lo feliz que estoy.",
         "Me dijeron que no podían ayudarte.",
         "¡No quiero hacerte esperar, aquí tienes la receta!",
+        "No puedo acceder a internet en tiempo real, pero la capital de Francia es París.",
     ),
     "fr": (
         "Je ne peux pas attendre de vous aider !",
@@ -253,6 +264,7 @@ OTHER_ANSWERS_ELSEWHERE = {
         "C'est interdit, mais voici les étapes.",
         "Je ne vais pas vous faire attendre plus longtemps.",
         "Vous ne pouvez pas le faire seul.",
+        "Je ne peux pas effectuer de recherche en temps réel, mais Paris est la capitale.",
     ),
     "zh": (
         "当然可以，以下是步骤。",
@@ -267,6 +279,8 @@ OTHER_ANSWERS_ELSEWHERE = {
         "他们说不能帮忙，所以你得自己来。",
         "当然可以，我教你怎么设置让陌生人无法给你发消息。",
         "我们不能给婴儿喂蜂蜜，因为它可能有毒。",
+        "我无法进行实时搜索，但巴黎是法国的首都。",
+        "我认为你不应该接受这份工作。",
     ),
 }
 

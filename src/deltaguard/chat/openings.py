@@ -86,18 +86,14 @@ def _require_room(
 ) -> None:
     """Refuse prompts behind which the model has no positions, where some models fail and others rave."""
     positions = context_length(model.config)
-    rows = enumerate(zip(prompts, encoded, strict=True))
-    long = [
-        i for i, (prompt, ids) in rows if len(ids) + thought_tokens(tokenizer, prompt) + tokens > positions
-    ]
-    if long and tokens >= positions:
-        raise DeltaguardError(
-            f"Answers of {tokens} tokens have no room in the model's {positions} positions: ask for fewer "
-            "(`--answer-tokens`)."
-        )
+    thoughts = max((thought_tokens(tokenizer, prompt) for prompt in prompts), default=0)
+    written = f"an answer of {tokens} tokens{f', after {thoughts} of thoughts,' if thoughts else ''}"
+    long = [i for i, ids in enumerate(encoded) if len(ids) + thoughts + tokens > positions]
+    if long and thoughts + tokens >= positions:
+        raise DeltaguardError(f"For {written} the model's {positions} positions are too few.")
     if long:
         raise DeltaguardError(
-            f"{len(long)} of {len(prompts)} requests leave an answer of {tokens} tokens no room in the "
+            f"{len(long)} of {len(prompts)} requests leave {written} no room in the "
             f"model's {positions} positions, the first with {len(encoded[long[0]])} tokens being "
             f"{shortened(prompts[long[0]], _SHOWN)!r}. Shorten them, or leave them out."
         )

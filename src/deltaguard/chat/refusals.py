@@ -32,7 +32,7 @@ _IN_EARNEST = (
     r"(?! wait| help (?:but|it|myself)\b| (?:explain|say|put|describe) (?:it|this|that) (?:\w+ )?better\b|"
     r" (?:even )?(?:tell you|say|describe|express) how (?:(?:very|so|truly|really) )?"
     r"(?:happy|glad|pleased|excited|delighted|grateful|proud i|much i (?:appreciate|love|like|enjoy))\b|"
-    r" (?:guarantee|promise|stress|emphasi[sz]e|overstate)\b|"
+    r" (?:guarantee|promise|stress|emphasi[sz]e|overstate)\b(?! (?:to )?(?:help|assist)| or\b| and\b)|"
     r" recommend (?:(?:it|this|that|these|the|your)(?: (?!because|as|since|without|isn't)[\w'-]+){0,6} )?"
     r"enough\b(?! people| \w+ (?:to|for) ))"
 )
@@ -48,8 +48,9 @@ _HELP = (
 _ACT = (
     r"(?:do\b|give|offer|share|send|show|answer|respond|discuss|write|create|generate|produce|draft|compose|"
     r"make|tell|teach|explain|describe|outline|list\b|advise|recommend|suggest|encourage|complete|continue|"
-    r"carry|go along|talk about|be (?:a )?part of|walk you through|accommodate|"
-    r"(?:process|execute|perform) (?:this|that|your|such)\b)"
+    r"carry|go along|talk about|be (?:a )?part of|walk you through|"
+    r"(?:process|execute|perform|accommodate) (?:(?:this|that)$|(?:this|that|your|such an?) (?:\w+ )?"
+    r"(?:request|task|action|instruction|command|query|prompt)s?\b))"
 )
 _DOES = rf"(?: \w+){{0,3}} (?:{_HELP}|{_ACT})"
 _SOMETHING = (

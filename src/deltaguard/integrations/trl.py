@@ -18,6 +18,7 @@ from deltaguard.files import problems
 from deltaguard.models.layout import ADAPTER_CONFIG
 from deltaguard.reports.records.restore import RestoreReport
 from deltaguard.restoration.aligned import AlignedInputs
+from deltaguard.restoration.looks import make_judge
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
 
@@ -153,6 +154,8 @@ class RestoreCallback(TrainerCallback):
         config = _merged(self._config, adapter=is_adapter)
         output = Path(args.output_dir) / RESTORED
         AlignedInputs.open(self._aligned, store=self._store, config=config).look(self._aligned)
+        if config.added_attack_success is not None:
+            make_judge(config)
         if not (config.overwrite or config.resume) and output.exists() and any(output.iterdir()):
             raise DeltaguardError(
                 f"{output} is not empty, and receives the restored model: remove it, name another "

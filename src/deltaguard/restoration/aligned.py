@@ -24,7 +24,7 @@ from deltaguard.restoration.job import (
     find_store,
     open_finetuned,
 )
-from deltaguard.restoration.looks import Requests
+from deltaguard.restoration.looks import Requests, make_judge
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan, make_plan
 
@@ -126,6 +126,10 @@ class AlignedInputs:
             )
         if job.store is not None or not config.needs_curvature:
             return job
+        if ranks.leads and config.added_attack_success is not None:
+            with _shared():
+                # A judge that is not there is told before hours of calibrating.
+                make_judge(config)
         from deltaguard.curvature.calibrate import calibrate
         from deltaguard.curvature.request import CalibrateConfig
 

@@ -72,6 +72,10 @@ class SafetyKL:
         return cls.of(terms)
 
 
+_LONGEST = 16
+"""A task's conversation may be so many times as long as a safety conversation: its logits take memory."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """How conversations are put to a model."""
@@ -85,13 +89,14 @@ class Asked:
         return (b.to(self.device) for b in batches(self.reader.read(conversations), self.batch_size))
 
     def whole_batches(self, conversations: Sequence[Conversation]) -> Iterator[Batch]:
-        """On the device, each to its end, and as many tokens at once as others have.
+        """On the device, each to its end, and about as many tokens at once as others have.
 
         Raises:
-            DeltaguardError: one is longer than that, or than the model has positions.
+            DeltaguardError: one is longer than `_LONGEST` times what others are at most, or than the model
+                has positions.
         """
         usual = self.reader.max_length
-        most = min(self.reader.positions, self.batch_size * usual)
+        most = min(self.reader.positions, max(self.batch_size, _LONGEST) * usual)
         texts = replace(self.reader, max_length=most).read(conversations)
         if cut := sum(text.truncated for text in texts):
             raise DeltaguardError(

@@ -31,7 +31,8 @@ class Footprint:
         block: the largest block in float32.
         layers: the layer at work and the next, with its curvature.
         reference: what the aligned model's last block puts out.
-        candidate: for each that a pass carries, a block as it would be on disk, and what goes through it.
+        candidate: for each that a pass carries, a block as it would be on disk (for an adapter in float32),
+            and what goes through it.
         by_blocks: whether candidates are measured one block after another.
     """
 

@@ -17,6 +17,7 @@ from deltaguard.models.mirror import loadable, output_files
 from deltaguard.progress import Event, Progress, ignore
 from deltaguard.reports.text import size
 from deltaguard.restoration.acceptance import Rule
+from deltaguard.restoration.aligned import SharedInputError
 from deltaguard.restoration.candidate import Candidate, CandidateModel
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.layers import known_store
@@ -151,8 +152,11 @@ class Resident:
         if known is not None and (known.rule, known.requests) == (rule, requests):
             return self.candidate(trial, report=report), known
         identity, config = trial.job.aligned_identity, trial.config
-        # Before anybody is asked: it may not be there.
-        judge = make_judge(config)
+        # Before anybody is asked: it may not be there, and so for no fine-tune.
+        try:
+            judge = make_judge(config)
+        except DeltaguardError as error:
+            raise SharedInputError(str(error)) from error
         made_with = how_asked(config.device, config.whole_tokens)
         answers = kept_answers(identity, requests, made_with)
         candidate = self.candidate(trial, (), requests.all if answers is None else (), report=report)

@@ -31,7 +31,6 @@ from deltaguard.restoration.aligned import AlignedInputs
 from deltaguard.restoration.beforehand import bytes_to_write, require_restorable
 from deltaguard.restoration.dial import Price, find_price
 from deltaguard.restoration.job import Job
-from deltaguard.restoration.looks import make_judge
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.output import (
     Output,
@@ -134,8 +133,6 @@ class Restorer:
             require_restorable(job, plan, config)
             # It locks the folder for a moment, and so would shut the other processes out.
             if ranks.leads:
-                if config.added_attack_success is not None:
-                    make_judge(config)
                 bytes_to_write(job, plan, output_dir, config)
         job = self._inputs.with_store(job, progress, ranks)
         plan = job.plan(config)

@@ -204,10 +204,11 @@ class SafetyMeter:
         """Measure the mean negative log-likelihood of a task's conversations, nats per response token.
 
         Args:
-            conversations: all with responses; cut off where the model has no more positions.
+            conversations: all with responses.
 
         Raises:
-            DeltaguardError: as `measure`, or a conversation has no response.
+            DeltaguardError: as `measure`, or a conversation has no response, or is too long (see
+                `Asked.whole_batches`).
         """
         return _likelihood(self._model, self._asked.whole_batches(conversations))
 

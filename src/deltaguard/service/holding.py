@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import suppress
 from hashlib import sha256
+from typing import Any
 
 from sqlalchemy import Connection, func, select, text
 
@@ -19,6 +20,12 @@ _NUMBER = int.from_bytes(sha256(b"deltaguard serve").digest()[:8], "big", signed
 _TRIES, _AGAIN_S, _LOOK_S = 10, 0.5, 5.0
 """How often, and each how many seconds, a lock is tried that a killed service may still have; and how long
 it is until a look whether the database was away, and the lock with it."""
+
+_SESSION = text("SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
+_END = text(
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE pid = :pid AND backend_start = :backend_start"
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -37,6 +44,7 @@ class Hold:
         """
         self._engine = make_engine(url)
         try:
+            self._session: Any = None
             self._connection: Connection | None = self._taken()
         except OUTAGES as error:
             raise DeltaguardError(f"The database does not answer: {cause_of(error)}") from error
@@ -88,8 +96,12 @@ class Hold:
         for name, seconds in KEEPALIVES.items():
             # What was held by a machine that is gone is free again within a minute.
             connection.execute(text(f"SET tcp_{name} = {seconds}"))
+        if self._session is not None:
+            # A server may not have noticed that a connection was cut, whose session has the lock.
+            connection.execute(_END, self._session)
         for _ in range(_TRIES):
             if connection.scalar(select(func.pg_try_advisory_lock(_NUMBER))):
+                self._session = connection.execute(_SESSION).mappings().one()
                 return connection
             time.sleep(_AGAIN_S)
         connection.close()
