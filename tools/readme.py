@@ -150,6 +150,7 @@ TABLES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "positions-table": ("positions.json", positions_table),
     "positions-further-table": ("positions-further.json", positions_table),
     "positions-lora-table": ("positions-lora.json", positions_table),
+    "positions-finetunes-table": ("positions-finetunes.json", positions_table),
     "attacks-table": ("attacks.json", attacks_table),
     "attacks-hidden-table": ("attacks-hidden.json", attacks_table),
     "attack-methods-table": ("attack-methods.json", beside_table),

@@ -36,7 +36,7 @@ def test_calibrating_a_model_that_does_not_refuse_warns(tmp_path, capsys):
     assert 0 <= share < 0.5
     assert captured.err.count("Warning:") == 1
     told = " ".join(captured.err.split())
-    assert f"{share:.0%} of the 8 responses of {pair().aligned} to harmful requests refuse" in told
+    assert f"{share:.0%} of the 8 responses of {pair().aligned.name} to harmful requests refuse" in told
     assert json.loads(captured.out)["refusal_share"] == share
 
 

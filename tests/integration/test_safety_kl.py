@@ -293,17 +293,18 @@ def test_conversations_are_cut_off(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("conversations", "message"),
+    ("conversations", "cut", "whole"),
     [
-        ([], "0 of 0 conversations have no response within 250 tokens: give"),
-        ([*SAFETY, UNANSWERED], "1 of 6 conversations have no response within 250 tokens, such as 'Who"),
-        ([*SAFETY, LONG, UNANSWERED], "2 of 7 .* such as 'Why[?] Why"),
+        ([], "0 of 0 .* within 250 tokens: give", "0 of 0 .* within 512 tokens: give"),
+        ([*SAFETY, UNANSWERED], "1 of 6 .* within 250 tokens, such as 'Who", "1 of 6 .* such as 'Who"),
+        ([*SAFETY, LONG, UNANSWERED], "2 of 7 .* such as 'Why[?] Why", "1 of 7 .* such as 'Who"),
     ],
 )
-def test_conversations_without_a_response_are_counted(conversations, message):
-    with pytest.raises(DeltaguardError, match=message):
+def test_conversations_without_a_response_are_counted(conversations, cut, whole):
+    with pytest.raises(DeltaguardError, match=cut):
         meter(*folders(), conversations, max_length=250)
-    with pytest.raises(DeltaguardError, match=message):
+    # Of a task the whole is read, up to the model's last position.
+    with pytest.raises(DeltaguardError, match=whole):
         meter(*folders(), max_length=250).likelihood(conversations)
 
 
