@@ -110,8 +110,8 @@ def _asking(report: DemoReport) -> str:
         each for look in dial.attack.looks for each in (look.attack_success, look.false_refusals) if each
     ]
     return (
-        f"Its restore took {duration(seconds['ask'])} for {sum(each.prompts for each in found):,} answers, "
-        f"and {duration(seconds['measure'])} for {len(dial.probes)} measurements of safety KL. "
+        f"Its restore took {duration(seconds['ask'])} for {sum(each.prompts for each in found):,} answers of "
+        f"candidates, and {duration(seconds['measure'])} for {len(dial.probes)} measurements of safety KL. "
     )
 
 
