@@ -4,37 +4,22 @@ Each folder is one that `deltaguard restore --max-added-attack-success` wrote. W
 tensors and files, and where the models lay, is left out. `asking_table` draws a table of the documentation.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
-from deltaguard.reports.outcome import without_the_users_folders
 from deltaguard.reports.records.dial import AttackDial, Dial, Look
 from deltaguard.reports.records.restore import REPORT_NAME, RestoreReport
 from deltaguard.reports.table import Cell, Column, Table
 from deltaguard.reports.text import DASH, duration, nats, percent, points
 from tools.checks import rates
+from tools.runs import Run, Runs, collect
 from tools.tables import made_with, small
 
-
-class AskingRun(BaseModel):
-    """One restore, and of which fine-tune it is in a few words."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    finetune: str
-    report: RestoreReport
-
-
-class AskingRuns(BaseModel):
-    """`docs/results/asking.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    runs: tuple[AskingRun, ...]
+AskingRuns = Runs[RestoreReport]
+"""`docs/results/asking.json`."""
 
 
 def asking_table(content: str) -> str:
@@ -66,12 +51,12 @@ def asking_table(content: str) -> str:
 
 
 class _Row(BaseModel):
-    run: AskingRun
+    run: Run[RestoreReport]
     dial: Dial
     attack: AttackDial
 
     @classmethod
-    def of(cls, run: AskingRun) -> "_Row":
+    def of(cls, run: Run[RestoreReport]) -> "_Row":
         dial = run.report.dial
         if dial is None or dial.attack is None:
             raise ValueError(f"the restore of {run.finetune!r} asked nobody")
@@ -83,28 +68,13 @@ def _added(look: Look) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Collect the reports of restores.
+    """Collect the reports of restores, see `collect`."""
+    return collect(AskingRuns, _read, arguments, program="python -m tools.asking", about=__doc__)
 
-    Args:
-        arguments: of the command line, `sys.argv` where absent.
 
-    Returns:
-        The exit code.
-    """
-    parser = argparse.ArgumentParser(prog="python -m tools.asking", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    chosen = parser.parse_args(arguments)
-    found: list[AskingRun] = []
-    for run in chosen.runs:
-        name, _, folder = run.partition("=")
-        report = RestoreReport.model_validate_json((Path(folder) / REPORT_NAME).read_text(encoding="utf-8"))
-        short = without_the_users_folders(report)
-        whole = short.model_copy(update={"layers": (), "others": (), "files": ()})
-        found.append(AskingRun(finetune=name, report=whole))
-    text = AskingRuns(runs=tuple(found)).model_dump_json(indent=1)
-    chosen.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+def _read(folder: Path) -> RestoreReport:
+    report = RestoreReport.model_validate_json((folder / REPORT_NAME).read_text(encoding="utf-8"))
+    return report.model_copy(update={"layers": (), "others": (), "files": ()})
 
 
 if __name__ == "__main__":

@@ -3,36 +3,19 @@
 Each file is what `deltaguard check --json` printed. `checks_table` draws a table of the documentation.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
-from deltaguard.reports.outcome import without_the_users_folders
 from deltaguard.reports.records.check import CheckReport
 from deltaguard.reports.records.dial import Compared
 from deltaguard.reports.table import Column, Table
 from deltaguard.reports.text import DASH, duration, nats, percent, points
+from tools.runs import Runs, collect
 from tools.tables import made_with, small
 
-
-class Check(BaseModel):
-    """One check, and of which fine-tune it is in a few words."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    finetune: str
-    report: CheckReport
-
-
-class Checks(BaseModel):
-    """`docs/results/checks.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    runs: tuple[Check, ...]
+Checks = Runs[CheckReport]
+"""`docs/results/checks.json`."""
 
 
 def checks_table(content: str) -> str:
@@ -69,26 +52,12 @@ def rates(found: Compared | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Collect the reports of checks.
+    """Collect the reports of checks, see `collect`."""
+    return collect(Checks, _read, arguments, program="python -m tools.checks", about=__doc__)
 
-    Args:
-        arguments: of the command line, `sys.argv` where absent.
 
-    Returns:
-        The exit code.
-    """
-    parser = argparse.ArgumentParser(prog="python -m tools.checks", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="NAME=FILE")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    chosen = parser.parse_args(arguments)
-    found: list[Check] = []
-    for run in chosen.runs:
-        name, _, file = run.partition("=")
-        report = CheckReport.model_validate_json(Path(file).read_text(encoding="utf-8"))
-        found.append(Check(finetune=name, report=without_the_users_folders(report)))
-    text = Checks(runs=tuple(found)).model_dump_json(indent=1)
-    chosen.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+def _read(file: Path) -> CheckReport:
+    return CheckReport.model_validate_json(file.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

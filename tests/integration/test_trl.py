@@ -127,6 +127,9 @@ def test_what_could_not_be_restored_is_refused_before_there_is_a_training_to_los
         begin(aligned="nowhere/at-all/here")
     with pytest.raises(DeltaguardError, match="curvature"):
         begin(store=made.aligned)
+    guard = {"kind": "guard", "template": "wildguard", "model": "./no-guard"}
+    with pytest.raises(DeltaguardError, match="no-guard"):
+        begin(config=RestoreConfig(judge=guard))
     (tmp_path / "restored").mkdir()
     begin()
     (tmp_path / "finetuned").mkdir()

@@ -183,6 +183,29 @@ def test_a_database_that_only_reads_is_an_outage(served, outage):
     sessions.kw["bind"].dispose()
 
 
+def test_a_service_ends_where_another_has_taken_its_database(monkeypatch):
+    class LostError(Exception):
+        """The process would have ended."""
+
+    looks = iter((None, None, DeltaguardError("Another service works with this database.")))
+
+    def renew():
+        if (found := next(looks)) is not None:
+            raise found
+
+    def end(code):
+        assert code == 1
+        raise LostError
+
+    hold = Hold.__new__(Hold)
+    monkeypatch.setattr(hold, "renew", renew)
+    monkeypatch.setattr(holding, "_LOOK_S", 0)
+    monkeypatch.setattr(holding.os, "_exit", end)
+    with pytest.raises(LostError):
+        hold._look_after()
+    assert next(looks, "all") == "all"
+
+
 def test_a_standby_is_an_outage():
     """It has no transactions that write, and says so with another code."""
     told = psycopg.errors.FeatureNotSupported("cannot set transaction read-write mode during recovery")

@@ -169,10 +169,9 @@ def find_accepted(
             share = 0.0
     if chosen is None:
         worst, rule, asked = seen[-1][1].added, examiner.rule, examiner.requests
-        why = _what_else_differs(candidate.trial)
-        if worst <= rule.limit:
-            least = min(len(asked.harmful), len(asked.harmless))
-            why = f"of {least} requests few may be answered otherwise. Bring more, or allow more."
+        least = min(len(asked.harmful), len(asked.harmless))
+        few = f"of {least} requests few may be answered otherwise. Bring more, or allow more."
+        why = few if worst <= rule.limit else _what_else_differs(candidate.trial)
         raise DeltaguardError(
             f"With no delta left in any layer {worst:+.1%} attack success or false refusals are seen, and "
             f"{rule.excluded:+.0%} cannot be ruled out: {why}"

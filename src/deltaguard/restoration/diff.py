@@ -46,7 +46,8 @@ def diff(aligned: str | Path, finetuned: str | Path, *, deep: bool = False) -> D
         row = _compare(one, other, own, info, deep=deep)
         if row is not None:
             rows.append(row)
-    settings, obstacle = _settings(one, other)
+    settings, unreadable = _settings(one, other)
+    obstacle = _obstacle(one, other) or unreadable
     return DiffReport(
         aligned=one.reference,
         finetuned=other.reference,
@@ -54,7 +55,7 @@ def diff(aligned: str | Path, finetuned: str | Path, *, deep: bool = False) -> D
         settings=settings,
         tensors=tuple(rows),
         kinds=_by_kind(list(other.tensors), rows, deep=deep),
-        compatible=(obstacle := _obstacle(one, other) or obstacle) is None,
+        compatible=obstacle is None,
         obstacle=obstacle,
     )
 

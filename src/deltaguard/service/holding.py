@@ -43,8 +43,8 @@ class Hold:
             DeltaguardError: another service works with the database, or it does not answer.
         """
         self._engine = make_engine(url)
+        self._session: Any = None
         try:
-            self._session: Any = None
             self._connection: Connection | None = self._taken()
         except OUTAGES as error:
             raise DeltaguardError(f"The database does not answer: {cause_of(error)}") from error
