@@ -1,4 +1,4 @@
-"""Ctrl-C at the very beginning, while libraries are still being imported."""
+"""Ctrl-C at the very beginning, while libraries are still being imported, and at the very end."""
 
 import signal
 import subprocess
@@ -38,3 +38,19 @@ def test_an_import_that_would_survive_an_interrupt_ends_with_it(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+
+
+def test_a_command_that_is_over_ends_with_its_code():
+    program = (
+        "import os, signal, sys\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, process=os.getpid(), interrupt=signal.SIGINT):\n"
+        "        kill(process, interrupt)\n"
+        "last = Last()\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from deltaguard.cli import main\n"
+        "sys.argv = ['deltaguard', '--version']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -53,7 +53,7 @@ def stopped(template, seconds=0.2):
     "template",
     [
         ENDLESS,
-        "{% macro f(n) %}{% for i in range(9999) %}{{ i }}{% endfor %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{% macro f(n) %}{% for i in range(99999) %}{{ i }}{% endfor %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
         "{% for i in range(99999) %}{{ range(99999) | map('string') | join | length }}{% endfor %}",
     ],
 )

@@ -1,5 +1,6 @@
 """The command line: one file per verb, and the only part of deltaguard that prints."""
 
+import atexit
 import logging
 import os
 import signal
@@ -44,6 +45,9 @@ def main(*, shared: bool = False) -> None:
     # A shell has background processes ignore it.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+        # Python takes the handler away at its end, and a late interrupt would replace the exit code.
+        # What is registered first runs last: what libraries do at exit can still be interrupted.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
         from deltaguard.cli.app import run
 
