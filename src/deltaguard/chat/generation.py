@@ -98,7 +98,8 @@ def generate(  # noqa: PLR0913  # what is asked, how, and which part of it
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     order = [i for place, i in enumerate(order) if place // batch_size % part[1] == part[0]]
     texts = [""] * len(prompts)
-    prefix = shared_prefix(model, encoded)
+    with torch.inference_mode():
+        prefix = shared_prefix(model, encoded)
 
     def answer(chosen: Sequence[int]) -> list[Answer]:
         with _drawing(model, seed, [prompts[i] for i in chosen]):

@@ -67,7 +67,8 @@ def answer_openings(
         written = generate(model, tokenizer, prompts, max_new_tokens=OPENING_TOKENS, batch_size=batch_size)
         return [until_decided(without_thinking(answer).strip()) for answer in written]
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
-    prefix = shared_prefix(model, encoded)
+    with torch.inference_mode():
+        prefix = shared_prefix(model, encoded)
     order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [""] * len(encoded)
 
     def begin(chosen: Sequence[int]) -> list[Answer]:

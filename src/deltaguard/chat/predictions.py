@@ -83,7 +83,6 @@ def require_known_tokens(model: Any, largest: int) -> None:
         )
 
 
-@torch.inference_mode()
 def response_logits(model: Any, batch: Batch) -> Tensor:
     """Compute the logits for every response token; what all prompts begin with is computed once.
 
@@ -94,7 +93,7 @@ def response_logits(model: Any, batch: Batch) -> Tensor:
         batch: on the model's device.
 
     Returns:
-        (response tokens, vocabulary), conversation by conversation.
+        (response tokens, vocabulary), conversation by conversation, with a gradient where one is recorded.
 
     Raises:
         DeltaguardError: the model has no embedding for one of the tokens.

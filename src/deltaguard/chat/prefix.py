@@ -35,7 +35,8 @@ def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
 
     A batch that continues from them gives the same answers up to rounding, since in a causal model nothing
     that follows changes them. The padding of shorter prompts then lies between the prefix and the rest: the
-    attention mask hides it, and positions are counted without it.
+    attention mask hides it, and positions are counted without it. Gradients flow through it where they are
+    recorded: those of all rows add up before they are taken further back, once.
 
     Nothing is shared where that would not hold or not be worth it: fewer than two prompts or than 8 tokens in
     common; a layer that does not attend to all earlier tokens (sliding windows, recurrent states) and so
@@ -51,9 +52,8 @@ def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        ids = torch.tensor([encoded[0][:length]], device=model.device)
-        model(input_ids=ids, use_cache=True, **{cache_parameter(model): cache})
+    ids = torch.tensor([encoded[0][:length]], device=model.device)
+    model(input_ids=ids, use_cache=True, **{cache_parameter(model): cache})
     return Prefix(length, cache)
 
 
@@ -74,8 +74,9 @@ def cache_parameter(model: Any) -> str:
 
 
 def for_rows(cache: Any, rows: int) -> Any:
-    """Copy a cache of one row, since a model writes into it, with as many rows as a batch has."""
-    copied = copy.deepcopy(cache)
+    """Copy a cache of one row, since a model adds to it, with as many rows as a batch has."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
     copied.batch_repeat_interleave(rows)
     return copied
 

@@ -21,7 +21,7 @@ from deltaguard.chat.thinking import without_thinking
 from deltaguard.chat.tokens import Encoded, batches, context_length, encode
 from deltaguard.curvature.blocks import CutModel, UncutError
 from deltaguard.curvature.contents import GroupCurvature, share_within
-from deltaguard.curvature.decisions import DecidedBatch, decided_batches, decisions, leanings
+from deltaguard.curvature.decisions import Decision, decided_batches, decisions, leanings
 from deltaguard.curvature.groups import observe
 from deltaguard.curvature.observe import Accumulator
 from deltaguard.curvature.passes import Passes
@@ -223,7 +223,7 @@ def _measure(run: _Run, is_refusal: Callable[[str], bool]) -> _Measured:
                 f"No {what}conversation has a response within {limit} tokens: nothing can be learned about "
                 "responses. Allow longer conversations (`--max-length`), shorter answers (`max_new_tokens`)."
             )
-    decided = decided_batches(texts, decisions(texts, refuses, harmful), request.batch_size)
+    decided = decisions(texts, refuses, harmful)
     if in_blocks:
         # Both would not fit.
         del model
@@ -326,12 +326,12 @@ def _answered_by_blocks(run: _Run, tokenizer: Any) -> list[Conversation] | None:
         return _answered(run, model, tokenizer, rows)
 
 
-def _whole(run: _Run, model: Any, texts: Sequence[Encoded], decided: Sequence[DecidedBatch]) -> _Layers:
+def _whole(run: _Run, model: Any, texts: Sequence[Encoded], decided: Sequence[Decision]) -> _Layers:
     """Take the sums of all layers at once; the model is not needed any more then."""
     observed, uncovered = observe(model, run.source, min((text.ids for text in texts), key=len))
     size = run.request.batch_size
     # Before the sums, which take more memory than the gradients.
-    leaning = leanings(model, observed, decided, report=run.report, ranks=run.ranks)
+    leaning = leanings(model, observed, decided, batch_size=size, report=run.report, ranks=run.ranks)
     accumulator, ordered = Accumulator(model, observed, run.report), batches(texts, size)
     for number in range(run.ranks.rank, len(ordered), run.ranks.size):
         accumulator.add(number * size, ordered[number].to(run.device))
@@ -346,7 +346,7 @@ def _whole(run: _Run, model: Any, texts: Sequence[Encoded], decided: Sequence[De
     return _Layers(groups, uncovered, contents, lambda: leaning)
 
 
-def _by_blocks(run: _Run, texts: Sequence[Encoded], decided: Sequence[DecidedBatch]) -> _Layers | None:
+def _by_blocks(run: _Run, texts: Sequence[Encoded], decided: Sequence[Decision]) -> _Layers | None:
     """Take the sums of one decoder block after the other; None of a model that cannot be cut into blocks."""
     try:
         cut = CutModel(run.source, dtype=getattr(torch, run.request.dtype), device=run.device)
@@ -354,7 +354,7 @@ def _by_blocks(run: _Run, texts: Sequence[Encoded], decided: Sequence[DecidedBat
         run.report(Event("load", 0, 1, f"the model cannot be taken block by block: {error}"))
         return None
     ordered = [batch.to(run.device) for batch in batches(texts, run.request.batch_size)]
-    placed = [each.to(run.device) for each in decided]
+    placed = [each.to(run.device) for each in decided_batches(texts, decided, run.request.batch_size)]
     passes = Passes(cut, ordered, placed, run.journal.parent / "blocks", run.report, run.ranks)
     found = passes.forwards()
 

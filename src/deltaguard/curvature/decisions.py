@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from deltaguard.chat.predictions import logits_at
+from deltaguard.chat.predictions import response_logits
 from deltaguard.chat.tokens import Batch, Encoded
 from deltaguard.curvature.fitting import Fitting
 from deltaguard.curvature.groups import Observed
@@ -229,17 +229,21 @@ class Leanings:
 def leanings(
     model: Any,
     observed: Sequence[Observed],
-    decided: Sequence[DecidedBatch],
+    decided: Sequence[Decision],
     *,
+    batch_size: int,
     report: Progress,
     ranks: Ranks,
 ) -> dict[str, LowRank]:
     """Differentiate S with the weight of every layer that sees each token.
 
+    Conversations without a weight in S, such as those in framings, are not run.
+
     Args:
         model: a transformers causal language model, of which no parameter takes a gradient.
         observed: its layers; experts are left out.
-        decided: the conversations.
+        decided: the conversations, up to where they are decided.
+        batch_size: how many are run at once.
         report: told of batches as the stage `lean`.
         ranks: the processes that share them.
 
@@ -251,17 +255,18 @@ def leanings(
         torch.OutOfMemoryError: memory does not suffice for a single conversation.
     """
     found, fitting = Leanings(observed), Fitting(report)
+    counting = [each for each in decided if each.weight]
+    ordered = decided_batches([each.text for each in counting], counting, batch_size)
     with found.with_gradients():
-        for number in range(ranks.rank, len(decided), ranks.size):
-            whole = decided[number].to(model.device)
+        for number in range(ranks.rank, len(ordered), ranks.size):
+            whole = ordered[number].to(model.device)
 
             def add(rows: slice, whole: DecidedBatch = whole) -> None:
                 part = whole.part(rows)
-                batch = part.batch
-                found.add(part.score(logits_at(model, batch.ids, batch.mask, batch.answering)))
+                found.add(part.score(response_logits(model, part.batch)))
 
             fitting.run(len(whole.weights), add)
-            report(Event("lean", number + 1, len(decided)))
+            report(Event("lean", number + 1, len(ordered)))
     return found.cut(ranks)
 
 

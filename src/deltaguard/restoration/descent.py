@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaguard.chat.predictions import logits_at
+from deltaguard.chat.predictions import response_logits
 from deltaguard.chat.tokens import Batch
 from deltaguard.progress import Event, Progress
 from deltaguard.solvers import Spectrum, shrink
@@ -182,8 +182,7 @@ def _advance(
 
 def _divergence(model: Any, batch: Batch, known: Tensor) -> Tensor:
     """Sum KL over response tokens; as `SafetyMeter.measure`, over the vocabulary of what is known."""
-    logits = logits_at(model, batch.ids, batch.mask, batch.answering)
-    found = logits.to(known.dtype).log_softmax(dim=-1)[:, : known.shape[1]]
+    found = response_logits(model, batch).to(known.dtype).log_softmax(dim=-1)[:, : known.shape[1]]
     return (known.exp() * (known - found)).sum()
 
 
