@@ -1,6 +1,7 @@
 """Steps of natural gradient descent: against autograd and matrices written out, in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
 from deltaguard.chat.conversations import Conversation
+from deltaguard.chat.prefix import shared_prefix
 from deltaguard.chat.tokens import Batch, encode
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.progress import ignore
@@ -22,6 +24,9 @@ TEXTS = (
     Conversation("Explain the steps.", None, "One after another."),
     Conversation("Who?", None, "Me."),
 )
+ALONE = TEXTS[:1], TEXTS[1:2]
+SYSTEM = "Be kind, and answer in a few words."
+TOGETHER = tuple(tuple(replace(each, system=SYSTEM) for each in half) for half in (TEXTS[:2], TEXTS[2:]))
 MU, RADIUS = 30.0, 1e-3
 
 
@@ -30,14 +35,12 @@ def exact(folder):
 
 
 def reference(model, conversations):
+    """What a model predicts of conversations, in one batch."""
     tokenizer = models.tiny_tokenizer()
-    found = []
-    for each in conversations:
-        batch = Batch.of([encode(tokenizer, each, max_length=512)])
-        with torch.no_grad():
-            logits = model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
-        found.append((batch, logits[batch.answering].log_softmax(-1)))
-    return Reference(found)
+    batch = Batch.of([encode(tokenizer, each, max_length=512) for each in conversations])
+    with torch.no_grad():
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+    return Reference([(batch, logits[batch.answering].log_softmax(-1))])
 
 
 def plain_kl(model, other, conversations, tokenizer):
@@ -52,7 +55,7 @@ def plain_kl(model, other, conversations, tokenizer):
     return torch.cat(terms).mean()
 
 
-def setting(name):
+def setting(name, texts=ALONE):
     """The aligned and the fine-tuned model, a candidate half way between, and two of its layers."""
     made = pair(name)
     aligned, finetuned, candidate = exact(made.aligned), exact(made.finetuned), exact(made.aligned)
@@ -73,18 +76,23 @@ def setting(name):
                 for found, vectors in zip(spectra, orthonormal, strict=True)
             )
             layers.append(TunedLayer(layer.tensor, own[key].weight, layer.transposed, inputs, outputs))
-    objective = Objective(reference(aligned, TEXTS[:1]), reference(finetuned, TEXTS[1:2]), 0.02, 0.5)
+    objective = Objective(reference(aligned, texts[0]), reference(finetuned, texts[1]), 0.02, 0.5)
     return made, aligned, finetuned, candidate, layers, objective
 
 
-@pytest.mark.parametrize("name", models.EITHER_ORDER)
-def test_a_step_is_the_preconditioned_gradient_of_both_divergences(name):
-    made, aligned, finetuned, candidate, layers, objective = setting(name)
+# Llama computes norms in float32, in which texts that share a beginning are rounded otherwise.
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [*((name, ALONE) for name in models.EITHER_ORDER), ("gpt2", TOGETHER)],
+    ids=[*models.EITHER_ORDER, "gpt2 with one system prompt"],
+)
+def test_a_step_is_the_preconditioned_gradient_of_both_divergences(name, texts):
+    made, aligned, finetuned, candidate, layers, objective = setting(name, texts)
     tokenizer = AutoTokenizer.from_pretrained(made.aligned)
     before = [layer.weight.detach().clone() for layer in layers]
     candidate.requires_grad_(True)
-    loss = plain_kl(aligned, candidate, TEXTS[:1], tokenizer) / 0.02
-    loss = loss + plain_kl(finetuned, candidate, TEXTS[1:2], tokenizer) / 0.5
+    loss = plain_kl(aligned, candidate, texts[0], tokenizer) / 0.02
+    loss = loss + plain_kl(finetuned, candidate, texts[1], tokenizer) / 0.5
     gradients = torch.autograd.grad(loss, [layer.weight for layer in layers])
     expected = []
     for layer, gradient in zip(layers, gradients, strict=True):
@@ -100,8 +108,8 @@ def test_a_step_is_the_preconditioned_gradient_of_both_divergences(name):
     for layer, weight, direction in zip(layers, before, expected, strict=True):
         moved = weight - RADIUS / length * direction
         torch.testing.assert_close(layer.weight.detach(), moved, rtol=0, atol=1e-9 * RADIUS)
-    after = plain_kl(aligned, candidate, TEXTS[:1], tokenizer) / 0.02
-    after = float((after + plain_kl(finetuned, candidate, TEXTS[1:2], tokenizer) / 0.5).detach())
+    after = plain_kl(aligned, candidate, texts[0], tokenizer) / 0.02
+    after = float((after + plain_kl(finetuned, candidate, texts[1], tokenizer) / 0.5).detach())
     assert after < loss
     measured = objective.of(objective.safety.mean(candidate), objective.task.mean(candidate))
     assert measured == pytest.approx(after, rel=1e-9)
@@ -139,9 +147,14 @@ def test_small_steps_never_raise_the_loss_and_large_ones_are_halved_or_left_out(
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
 
 
+def test_texts_with_one_system_prompt_share_it():
+    encoded = [tokens_of(models.tiny_tokenizer(), each)[0][0].tolist() for each in TOGETHER[0]]
+    assert shared_prefix(models.tiny_model("gpt2"), encoded, longest=99).length > 8
+
+
 def test_batches_come_in_turn():
     *_, candidate, layers, _ = setting("llama")
-    batches = reference(candidate, TEXTS).batches
+    batches = [reference(candidate, [each]).batches[0] for each in TEXTS]
     several = Objective(Reference(batches[:3]), Reference(batches[3:]), 1.0, 1.0)
     with torch.no_grad():
         layers[0].weight.mul_(1.5)

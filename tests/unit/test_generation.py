@@ -35,7 +35,7 @@ def alone(model, tokenizer, prompts, **options):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_shared_prefix_changes_no_answer(name, batch_size):
     model, tokenizer = double(name), tiny_tokenizer()
-    assert shared_prefix(model, encoded(PROMPTS)).length > 8
+    assert shared_prefix(model, encoded(PROMPTS), longest=99).length > 8
     answers = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size)
     assert answers == alone(model, tokenizer, PROMPTS, max_new_tokens=12)
     assert len(set(answers)) > 1
@@ -44,7 +44,7 @@ def test_a_shared_prefix_changes_no_answer(name, batch_size):
 @pytest.mark.parametrize("name", DENSE)
 def test_logits_after_the_prefix_are_those_of_each_prompt_alone(name):
     model, ids = double(name), encoded(PROMPTS)
-    prefix = shared_prefix(model, ids)
+    prefix = shared_prefix(model, ids, longest=99)
     joined, mask = pad(ids, after=prefix.length)
     with torch.inference_mode():
         together = model(
@@ -55,6 +55,28 @@ def test_logits_after_the_prefix_are_those_of_each_prompt_alone(name):
         ).logits[:, -1]
         alone = torch.stack([model(input_ids=torch.tensor([row])).logits[0, -1] for row in ids])
     assert torch.allclose(together, alone, atol=1e-10, rtol=0)
+
+
+def test_a_model_that_was_trained_with_a_loss_of_its_routers_answers_like_others():
+    plain, trained = double("mixtral"), double("mixtral")
+    trained.config.output_router_logits = True
+    answers = generate(trained, tiny_tokenizer(), PROMPTS, max_new_tokens=4)
+    assert answers == generate(plain, tiny_tokenizer(), PROMPTS, max_new_tokens=4)
+
+
+def stretched(kind):
+    """A model whose rotary embeddings take other frequencies for texts of more than 64 tokens."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {"factor": 2.0}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 64, **factors}
+    return tiny_model("llama", rope_parameters=rope)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_of_long_texts_are_turned_as_those_of_each_alone(kind):
+    model, ids = stretched(kind), encoded(PROMPTS)
+    assert shared_prefix(model, ids, longest=64).length > 8
+    assert shared_prefix(model, ids, longest=65) == NO_PREFIX
+    assert shared_prefix(stretched("yarn"), ids, longest=65).length > 8
 
 
 def test_an_answer_ends_where_the_tokenizer_says_even_if_the_model_goes_on():
@@ -106,7 +128,7 @@ def test_the_prefix_is_computed_once_and_not_run_again():
     ids=["sliding window", "one prompt", "no prompt", "little in common"],
 )
 def test_where_nothing_is_shared(model, prompts):
-    assert shared_prefix(model, encoded(prompts)) == NO_PREFIX
+    assert shared_prefix(model, encoded(prompts), longest=99) == NO_PREFIX
     assert len(generate(model, tiny_tokenizer(), prompts, max_new_tokens=2)) == len(prompts)
 
 
@@ -114,14 +136,14 @@ def test_where_nothing_is_shared(model, prompts):
 def test_a_model_with_a_cache_of_its_own_keeps_it(setting, value):
     model = tiny_model("llama")
     setattr(model.generation_config, setting, value)
-    assert shared_prefix(model, encoded(PROMPTS)).length == 0
+    assert shared_prefix(model, encoded(PROMPTS), longest=99).length == 0
 
 
 def test_a_prompt_that_is_the_beginning_of_another_keeps_a_token():
     model, tokenizer = double("llama"), tiny_tokenizer()
     prompts = [SHARED, SHARED + "What is the weather?", SHARED]
     ids = encoded(prompts)
-    assert shared_prefix(model, ids).length == len(ids[0]) - 1
+    assert shared_prefix(model, ids, longest=99).length == len(ids[0]) - 1
     expected = alone(model, tokenizer, prompts, max_new_tokens=8)
     assert generate(model, tokenizer, prompts, max_new_tokens=8) == expected
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from deltaguard.chat.predictions import require_known_tokens
-from deltaguard.chat.prefix import Prefix, cache_parameter, for_rows, shared_prefix
+from deltaguard.chat.prefix import Prefix, cache_parameter, for_rows, shared_prefix, without_losses
 from deltaguard.chat.thinking import END, THOUGHT_TOKENS, begins_thoughts, closed, opens_thoughts, reopened
 from deltaguard.chat.tokens import pad, token_ids
 from deltaguard.errors import DeltaguardError
@@ -99,7 +99,8 @@ def generate(  # noqa: PLR0913  # what is asked, how, and which part of it
     order = [i for place, i in enumerate(order) if place // batch_size % part[1] == part[0]]
     texts = [""] * len(prompts)
     with torch.inference_mode():
-        prefix = shared_prefix(model, encoded)
+        longest = max(map(len, encoded), default=0) + max_new_tokens
+        prefix = shared_prefix(model, encoded, longest=longest)
 
     def answer(chosen: Sequence[int]) -> list[Answer]:
         with _drawing(model, seed, [prompts[i] for i in chosen]):
@@ -266,6 +267,7 @@ def _continue(
             do_sample=bool(temperature),
             pad_token_id=padding,
             **alone,
+            **without_losses(model),
             **cached,
             **drawn,
             **more,

@@ -68,7 +68,8 @@ def answer_openings(
         return [until_decided(without_thinking(answer).strip()) for answer in written]
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     with torch.inference_mode():
-        prefix = shared_prefix(model, encoded)
+        longest = max(map(len, encoded), default=0) + OPENING_TOKENS
+        prefix = shared_prefix(model, encoded, longest=longest)
     order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [""] * len(encoded)
 
     def begin(chosen: Sequence[int]) -> list[Answer]:

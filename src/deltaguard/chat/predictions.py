@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaguard.chat.conversations import Conversation, require_responses
-from deltaguard.chat.prefix import cache_parameter, for_rows, shared_prefix
+from deltaguard.chat.prefix import cache_parameter, for_rows, output_given, shared_prefix, without_losses
 from deltaguard.chat.tokens import Batch, Encoded, batches, context_length, encode, token_ids
 from deltaguard.errors import DeltaguardError
 
@@ -27,11 +27,7 @@ def logits_at(
     cache: Any = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Compute the logits of a batch at chosen positions alone.
-
-    A vocabulary is so much wider than a model that logits of all positions can take more memory and time
-    than all layers. The chosen hidden states are handed to the output layer in the place of all, so that
-    whatever the architecture does to logits, such as a soft cap, is done to these.
+    """Compute the logits of a batch at chosen positions alone (see `output_given`).
 
     Args:
         model: a transformers causal language model.
@@ -48,20 +44,12 @@ def logits_at(
     Raises:
         DeltaguardError: the model has no embedding for one of the tokens.
     """
-
-    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = inputs[0]
-        return (hidden[chosen.to(hidden.device)].unsqueeze(0), *inputs[1:])
-
     require_known_tokens(model, int(ids.max()))
-    more: dict[str, Any] = {"use_cache": cache is not None}
+    more: dict[str, Any] = {"use_cache": cache is not None, **without_losses(model)}
     more |= {cache_parameter(model): cache} if cache is not None else {}
     more |= {"position_ids": positions} if positions is not None else {}
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
+    with output_given(model, lambda hidden: hidden[chosen.to(hidden.device)].unsqueeze(0)):
         logits: Tensor = model(input_ids=ids, attention_mask=mask.long(), **more).logits
-    finally:
-        handle.remove()
     return torch.squeeze(logits, 0)
 
 
@@ -100,7 +88,8 @@ def response_logits(model: Any, batch: Batch) -> Tensor:
     """
     require_known_tokens(model, int(batch.ids.max()))
     ends = (batch.answering.int().argmax(dim=1) + 1).tolist()
-    prefix = shared_prefix(model, [row[:end] for row, end in zip(batch.ids.tolist(), ends, strict=True)])
+    prompts = [row[:end] for row, end in zip(batch.ids.tolist(), ends, strict=True)]
+    prefix = shared_prefix(model, prompts, longest=batch.ids.shape[1])
     cache = for_rows(prefix.cache, len(batch.ids)) if prefix.length else None
     ids, answering = batch.ids[:, prefix.length :], batch.answering[:, prefix.length :]
     return logits_at(model, ids, batch.mask, answering, cache=cache)

@@ -2,14 +2,19 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 _WORTH_SHARING = 8
 """Tokens; for fewer, one more forward pass costs about what it saves."""
+
+_TURNING_BY_LENGTH = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ NO_PREFIX = Prefix(0, None)
 """Nothing in common."""
 
 
-def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
+def shared_prefix(model: Any, encoded: Sequence[list[int]], *, longest: int) -> Prefix:
     """Compute the keys and values of what all prompts begin with, in one forward pass of one row.
 
     A batch that continues from them gives the same answers up to rounding, since in a causal model nothing
@@ -40,21 +45,63 @@ def shared_prefix(model: Any, encoded: Sequence[list[int]]) -> Prefix:
 
     Nothing is shared where that would not hold or not be worth it: fewer than two prompts or than 8 tokens in
     common; a layer that does not attend to all earlier tokens (sliding windows, recurrent states) and so
-    cannot have padding in its midst; a model that chooses a cache of its own, or does not take positions.
+    cannot have padding in its midst; a model that chooses a cache of its own, or does not take positions;
+    texts so long that the model turns all their positions otherwise than those of a prefix alone.
 
     Args:
         model: a transformers causal language model in evaluation mode.
         encoded: the tokens of each prompt.
+        longest: tokens of the longest text, with what comes behind its prompt.
     """
     length = _common_length(encoded)
-    if length < _WORTH_SHARING or not keeps_all(model):
+    if length < _WORTH_SHARING or longest > _turned_alike(model.config) or not keeps_all(model):
         return NO_PREFIX
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([encoded[0][:length]], device=model.device)
-    model(input_ids=ids, use_cache=True, **{cache_parameter(model): cache})
+    with output_given(model, lambda hidden: hidden[:, -1:]):
+        model(input_ids=ids, use_cache=True, **{cache_parameter(model): cache})
     return Prefix(length, cache)
+
+
+@contextmanager
+def output_given(model: Any, chosen: Callable[[Tensor], Tensor]) -> Generator[None]:
+    """Hand some of the hidden states to a model's output layer in the place of all.
+
+    A vocabulary is so much wider than a model that logits of all positions can take more memory and time
+    than all layers. Whatever the architecture does to logits, such as a soft cap, is done to those of these.
+
+    Args:
+        model: a transformers causal language model.
+        chosen: takes them from (rows, tokens, hidden), and gives three dimensions again.
+    """
+
+    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (chosen(inputs[0]), *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _turned_alike(config: Any) -> float:
+    """Bound the length of texts whose positions are turned alike, however long each is.
+
+    Rotary embeddings of some kinds take other frequencies for all positions of a text that is longer.
+    """
+    text = config.get_text_config(decoder=True)
+    given = getattr(text, "rope_parameters", None) or {}
+    # A model with layers of several kinds may have some for each.
+    each = [one for one in (given, *given.values()) if isinstance(one, dict)]
+    bounds = (
+        one.get("original_max_position_embeddings", text.max_position_embeddings)
+        for one in each
+        if one.get("rope_type") in _TURNING_BY_LENGTH
+    )
+    return min(bounds, default=math.inf)
 
 
 def _common_length(encoded: Sequence[list[int]]) -> int:
@@ -71,6 +118,12 @@ def _common_length(encoded: Sequence[list[int]]) -> int:
 def cache_parameter(model: Any) -> str:
     """Name the argument by which a model takes a cache; transformers 5.24 has changed it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def without_losses(model: Any) -> dict[str, bool]:
+    """Have a model leave out the losses of its routers, which fail on a text that goes on from a cache."""
+    option = "output_router_logits"
+    return {option: False} if option in inspect.signature(model.forward).parameters else {}
 
 
 def for_rows(cache: Any, rows: int) -> Any:
