@@ -24,6 +24,8 @@ def pytest_configure(config):
     # The processes of a run inherit the variable.
     if not hasattr(config, "workerinput"):
         os.environ[RUN] = mkdtemp(prefix="deltaguard-tests-")
+        # Nothing that an earlier run, or a user, has there is to be found.
+        os.environ["DELTAGUARD_CACHE"] = f"{os.environ[RUN]}/cache"
 
 
 def pytest_collection_finish():

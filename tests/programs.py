@@ -5,21 +5,17 @@ import sys
 
 # A process that is started in the background ignores it, and so would what that starts.
 _START = """
-import signal, sys
-from pathlib import Path
+import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from deltaguard.cli import main
-begun = sys.argv.pop(1)
-if begun:
-    Path(begun).touch()
 main()
 """
 
 
-def start(*arguments, begun="") -> subprocess.Popen:
-    """`deltaguard` with these arguments; the file `begun` is there once Python has come to its own code."""
+def start(*arguments) -> subprocess.Popen:
+    """`deltaguard` with these arguments."""
     return subprocess.Popen(
-        [sys.executable, "-c", _START, *map(str, (begun, *arguments))],
+        [sys.executable, "-c", _START, *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -27,7 +27,7 @@ from deltaguard.reports.outcome import origin, outcome_facts, requests_asked
 from deltaguard.reports.records.check import CheckReport
 from deltaguard.reports.records.restore import CARD_NAME
 from deltaguard.reports.text import DASH
-from deltaguard.restoration import footprint
+from deltaguard.restoration import dry_run, footprint
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.aligned import SharedInputError
 from deltaguard.restoration.dry_run import plan_restore
@@ -402,6 +402,7 @@ def test_the_command_says_whether_a_restore_is_needed(capsys):
 def test_a_dry_run_counts_the_asking(monkeypatch):
     made = refusing_pair()
     monkeypatch.setattr(footprint, "served_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(dry_run, "_products_a_second", lambda _: 1e9)
     plain, asking = (
         plan_restore(made.aligned, made.finetuned, store=made.store, config=config)
         for config in (WITHIN_LIMIT, TRUSTED)

@@ -1,5 +1,6 @@
 """Evaluations whose servers leave something out, hang, or are interrupted: what is told, and what is kept."""
 
+import itertools
 import json
 import signal
 import time
@@ -189,12 +190,11 @@ def test_an_address_that_is_none_is_refused_without_its_password(tmp_path, capsy
 def test_no_key_is_printed_or_stored(tmp_path, capsys, monkeypatch):
     key = "sk-very-secret-0123456789"
     monkeypatch.setenv("SOME_KEY", key)
-    lost = []
+    number = itertools.count()
 
     def reply(request):
         authorization = request.headers["Authorization"]
-        lost.append(request)
-        return (400, f"Got {authorization}") if len(lost) == 1 else (200, f"Sure: {authorization}")
+        return (400, f"Got {authorization}") if next(number) == 0 else (200, f"Sure: {authorization}")
 
     with server(reply) as url:
         options = [
@@ -218,14 +218,13 @@ def test_no_key_is_printed_or_stored(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("judge_hangs", [False, True])
 def test_ctrl_c_ends_a_run_whose_requests_hang_and_keeps_what_was_said(tmp_path, judge_hangs):
-    answered = 0
+    number = itertools.count()
 
     def reply(request):
-        nonlocal answered
         if (request["model"] == "judge") is judge_hangs:
-            answered += 1
             # Three answers, then nothing any more.
-            return Raw(completion("Sure.\nScore: 4").body, delay=0 if answered <= 3 else 600)
+            delay = 0 if next(number) < 3 else 600
+            return Raw(completion("Sure.\nScore: 4").body, delay=delay)
         return 200, "Sure.\nScore: 4"
 
     out = tmp_path / "out"

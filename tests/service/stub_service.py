@@ -15,7 +15,7 @@ from deltaguard.service.executors.local import LocalExecutor
 from deltaguard.service.inference import Inference
 from deltaguard.service.process import StoppedError
 from deltaguard.service.server import open_service
-from deltaguard.service.settings import Settings
+from deltaguard.service.settings import Limits, Settings
 from deltaguard.service.tasks import RESTORED, Outcome, Told
 
 LINES, LINE_S = 5, 0.1
@@ -40,7 +40,10 @@ def main(data, port, url=None):
     """Serve until the process is killed."""
     # Shorter than an outage, and longer than a slow disk's turn.
     database._WAIT_MS, workflow.run_task = 300, run_task
-    opened = open_service(Path(data), Settings(models={"tiny": "nowhere"}, database_url=url))
+    # Tests ask often, and how often is not what they test.
+    limits = Limits(requests_per_minute=10**6)
+    settings = Settings(models={"tiny": "nowhere"}, database_url=url, limits=limits)
+    opened = open_service(Path(data), settings)
     sys.stdout.write(f"{opened.first_key}\n")
     sys.stdout.flush()
     workflows = workflow.launch(opened.service, opened.database_url, LocalExecutor())
