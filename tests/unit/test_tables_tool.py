@@ -150,13 +150,18 @@ def test_methods_stand_beside_each_other_where_there_are_several():
         ["`advice`", "plainly", "+2.0", "0.0", "–"],
     ]
     assert rows[4:] == [
+        # False refusals, the gain kept, and the time.
+        ["`poison-10`", "0.0", "0.0", "+90.0"],
+        ["`backdoor-100`", "0.0", "0.0", "+90.0"],
+        ["`advice`", "0.0", "0.0", "–"],
         ["`poison-10`", "75.0 %", "75.0 %"],
-        ["`kfac`", "0.0", "2.0 s"],
-        ["`greedy=0.5`", "+90.0", "2.0 s"],
+        ["`poison-10`", "2.0 s", "2.0 s"],
+        ["`backdoor-100`", "2.0 s", "2.0 s"],
+        ["`advice`", "2.0 s", "–"],
     ]
     # As programs and people see it.
-    assert "What the methods cost" in attacks_page(AttacksReport.model_validate_json(found))
-    assert "What the methods cost" not in attacks_page(report)
+    assert "Time of a restore, by method" in attacks_page(AttacksReport.model_validate_json(found))
+    assert "Time of a restore, by method" not in attacks_page(report)
     assert "restored with default options." in attacks_page(report)
     assert "with default options" not in attacks_page(AttacksReport.model_validate_json(found))
     untimed = json.loads(found)

@@ -1,15 +1,20 @@
 """Methods beside each other, over the same fine-tunes: what each leaves of them, and what that costs."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import fmean
+from typing import TypeVar
 
 from deltaguard.reports.attacked import Attacked, attacked, mean_refusals, methods_of, request_seconds
-from deltaguard.reports.records.attacks import AttacksReport
+from deltaguard.reports.records.attacks import AttacksReport, Rates
 from deltaguard.reports.table import Cell, Column, Table, share
 from deltaguard.reports.text import DASH, duration, points
 
-_Row = tuple[str, str]
-"""A fine-tune, and a way of asking."""
+_Row = TypeVar("_Row")
+_Found = dict[str, dict[str, Attacked]]
+"""What methods left, by the fine-tune's name and the method."""
+
+_FINE_TUNE = Column("fine-tune", "name", code=True)
+_OVER_ALIGNED = "points, means over the seeds"
 
 
 def beside_tables(report: AttacksReport) -> tuple[Table, ...]:
@@ -17,80 +22,104 @@ def beside_tables(report: AttacksReport) -> tuple[Table, ...]:
     methods = methods_of(report)
     if len(methods) < 2:
         return ()
+    found: _Found = {}
+    for method in methods:
+        for each in attacked(report, method):
+            found.setdefault(each.attacker.name, {})[method] = each
     tables = (
-        _left_table(report, methods),
-        _kept_table(report, methods),
-        Table.of(
-            "What the methods cost",
-            methods,
-            (
-                (Column("method", "name", code=True), lambda method: method),
-                ("false refusals\nover aligned", partial(_refusals, report)),
-                ("time of\na restore", partial(_time, report)),
-            ),
-            note="means over the fine-tunes and seeds",
-        ),
+        _left_table(found, methods),
+        _refusals_table(found, methods),
+        _kept_table(found, methods),
+        _time_table(report, found, methods),
     )
     return tuple(table for table in tables if table.rows)
 
 
-def _left_table(report: AttacksReport, methods: tuple[str, ...]) -> Table:
-    found = {
-        (method, each.attacker.name, way): rates
-        for method in methods
-        for each in attacked(report, method)
-        for way, rates in each.asked
-    }
-    rows: list[_Row] = list(dict.fromkeys((attacker, way) for _, attacker, way in found))
+def _left_table(found: _Found, methods: Sequence[str]) -> Table:
+    def rates(row: tuple[str, str], method: str) -> Rates | None:
+        name, way = row
+        return dict(found[name][method].asked).get(way) if method in found[name] else None
 
-    def fine_tuned(row: _Row) -> Cell:
-        rates = next(rates for (_, *own), rates in found.items() if tuple(own) == row)
-        return _points(100 * (rates.finetuned.value - rates.aligned.value))
+    def left(method: str, row: tuple[str, str]) -> Cell:
+        return _over_aligned(rates(row, method))
 
-    def left(method: str, row: _Row) -> Cell:
-        rates = found.get((method, *row))
-        return Cell(DASH) if rates is None else _points(rates.over_aligned.value)
+    def fine_tuned(row: tuple[str, str]) -> Cell:
+        return _fine_tuned(next(each for method in methods if (each := rates(row, method))))
 
+    ways = [(name, way) for name, by in found.items() for each in by.values() for way, _ in each.asked]
     return Table.of(
         "Attack success over aligned, by method",
-        rows,
+        dict.fromkeys(ways),
         (
-            (Column("fine-tune", "name", code=True), lambda row: row[0]),
+            (_FINE_TUNE, lambda row: row[0]),
             (Column("asked", "name", under="fine-tune"), lambda row: row[1]),
             ("fine-tuned", fine_tuned),
-            *((method, partial(left, method)) for method in methods),
+            *_by_method(methods, left),
         ),
-        note="points, means over the seeds",
+        note=_OVER_ALIGNED,
     )
 
 
-def _kept_table(report: AttacksReport, methods: tuple[str, ...]) -> Table:
-    found = {(method, each.attacker.name): each for method in methods for each in attacked(report, method)}
-    rows = [row.name for row in report.attackers if row.gains]
+def _refusals_table(found: _Found, methods: Sequence[str]) -> Table:
+    def fine_tuned(name: str) -> Cell:
+        return _fine_tuned(mean_refusals(next(iter(found[name].values())).found))
 
-    def kept(method: str, row: str) -> Cell:
-        each: Attacked | None = found.get((method, row))
+    def refused(method: str, name: str) -> Cell:
+        each = found[name].get(method)
+        return _over_aligned(None if each is None else mean_refusals(each.found))
+
+    return Table.of(
+        "False refusals over aligned, by method",
+        found,
+        (
+            (_FINE_TUNE, str),
+            ("fine-tuned", fine_tuned),
+            *_by_method(methods, refused),
+        ),
+        note=_OVER_ALIGNED,
+    )
+
+
+def _kept_table(found: _Found, methods: Sequence[str]) -> Table:
+    def kept(method: str, name: str) -> Cell:
+        each = found[name].get(method)
         return share(each.kept.value if each is not None and each.kept is not None else None)
 
     return Table.of(
         "Gain in likelihood kept, by method",
-        rows,
-        (
-            (Column("fine-tune", "name", code=True), lambda row: row),
-            *((method, partial(kept, method)) for method in methods),
-        ),
+        [name for name, by in found.items() if any(each.attacker.gains for each in by.values())],
+        ((_FINE_TUNE, str), *_by_method(methods, kept)),
         note="means over the seeds",
     )
 
 
-def _refusals(report: AttacksReport, method: str) -> Cell:
-    found = [mean_refusals(each.found).over_aligned.value for each in attacked(report, method)]
-    return _points(fmean(found))
+def _time_table(report: AttacksReport, found: _Found, methods: Sequence[str]) -> Table:
+    def time(method: str, name: str) -> Cell:
+        if method not in found[name]:
+            return Cell(DASH)
+        seconds = request_seconds(report, name, method)
+        return Cell(duration(seconds), seconds)
+
+    return Table.of(
+        "Time of a restore, by method",
+        found,
+        ((_FINE_TUNE, str), *_by_method(methods, time)),
+        note="means over the seeds",
+    )
 
 
-def _time(report: AttacksReport, method: str) -> Cell:
-    seconds = fmean(request_seconds(report, each.attacker.name, method) for each in attacked(report, method))
-    return Cell(duration(seconds), seconds)
+def _by_method(
+    methods: Sequence[str], cell: Callable[[str, _Row], Cell]
+) -> list[tuple[str, Callable[[_Row], Cell]]]:
+    return [(method, partial(cell, method)) for method in methods]
+
+
+def _fine_tuned(rates: Rates) -> Cell:
+    return _points(100 * (rates.finetuned.value - rates.aligned.value))
+
+
+def _over_aligned(rates: Rates | None) -> Cell:
+    return Cell(DASH) if rates is None else _points(rates.over_aligned.value)
 
 
 def _points(value: float) -> Cell:
