@@ -23,7 +23,7 @@ def demo(
     from deltaguard.studies.demo import DemoConfig
     from deltaguard.studies.demo import demo as run
 
-    tell("The demo takes seven to fifteen minutes on two CPU cores; nothing is downloaded.")
+    tell("The demo takes six to fifteen minutes on two CPU cores; nothing is downloaded.")
     hide_bars_of_transformers()
     with progress_bar() as progress:
         report = run(output, config=DemoConfig(seed=seed), progress=progress)
