@@ -99,7 +99,7 @@ def generate(  # noqa: PLR0913  # what is asked, how, and which part of it
     order = [i for place, i in enumerate(order) if place // batch_size % part[1] == part[0]]
     texts = [""] * len(prompts)
     with torch.inference_mode():
-        longest = max(map(len, encoded), default=0) + max_new_tokens
+        longest = max(map(len, encoded), default=0) + THOUGHT_TOKENS + max_new_tokens
         prefix = shared_prefix(model, encoded, longest=longest)
 
     def answer(chosen: Sequence[int]) -> list[Answer]:

@@ -19,7 +19,7 @@ from deltaguard.chat.predictions import logits_at, require_known_tokens
 from deltaguard.chat.prefix import Prefix, for_rows, keeps_all, shared_prefix
 from deltaguard.chat.refusals import OPENING_TOKENS, opening
 from deltaguard.chat.template import render
-from deltaguard.chat.thinking import without_thinking
+from deltaguard.chat.thinking import THOUGHT_TOKENS, without_thinking
 from deltaguard.chat.tokens import context_length, pad, thought_tokens, token_ids
 from deltaguard.errors import DeltaguardError
 from deltaguard.models.loading import foreign
@@ -68,7 +68,7 @@ def answer_openings(
         return [until_decided(without_thinking(answer).strip()) for answer in written]
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     with torch.inference_mode():
-        longest = max(map(len, encoded), default=0) + OPENING_TOKENS
+        longest = max(map(len, encoded), default=0) + THOUGHT_TOKENS + OPENING_TOKENS
         prefix = shared_prefix(model, encoded, longest=longest)
     order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [""] * len(encoded)
 

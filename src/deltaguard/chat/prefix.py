@@ -51,7 +51,7 @@ def shared_prefix(model: Any, encoded: Sequence[list[int]], *, longest: int) -> 
     Args:
         model: a transformers causal language model in evaluation mode.
         encoded: the tokens of each prompt.
-        longest: tokens of the longest text, with what comes behind its prompt.
+        longest: tokens of the longest text, with what may come behind its prompt.
     """
     length = _common_length(encoded)
     if length < _WORTH_SHARING or longest > _turned_alike(model.config) or not keeps_all(model):

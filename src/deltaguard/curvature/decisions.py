@@ -144,10 +144,10 @@ class DecidedBatch:
 
 
 def decided_batches(texts: Sequence[Encoded], decided: Sequence[Decision], size: int) -> list[DecidedBatch]:
-    """Put decisions in batches of the same conversations as `chat.tokens.batches` does their texts.
+    """Put decisions in batches of the same conversations as `chat.tokens.batches` does texts of theirs.
 
     Args:
-        texts: the whole conversations.
+        texts: by whose length they are ordered, such as the whole conversations.
         decided: of each, from `decisions`.
         size: conversations in a batch.
     """
