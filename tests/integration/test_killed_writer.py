@@ -16,7 +16,7 @@ def test_killed_at_every_step_and_resumed(tmp_path):
     source = save(tiny_model("llama"), tmp_path / "source", dtype=torch.bfloat16, max_shard_size="60KB")
     program = Path(__file__).with_name("killed_writer.py")
     done = subprocess.run(
-        [sys.executable, program, source, tmp_path], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, program, source, tmp_path], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
     fresh, replacing, anew, whole = map(int, done.stdout.split())

@@ -79,6 +79,13 @@ def test_positions_of_long_texts_are_turned_as_those_of_each_alone(kind):
     assert shared_prefix(stretched("yarn"), ids, longest=65).length > 8
 
 
+def test_where_a_model_does_not_say_from_which_length_it_turns_otherwise_it_is_from_all_its_positions():
+    model = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    most = model.config.max_position_embeddings
+    assert shared_prefix(model, encoded(PROMPTS), longest=most).length > 8
+    assert shared_prefix(model, encoded(PROMPTS), longest=most + 1) == NO_PREFIX
+
+
 def test_an_answer_ends_where_the_tokenizer_says_even_if_the_model_goes_on():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model.generation_config.eos_token_id = None

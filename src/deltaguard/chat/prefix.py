@@ -97,7 +97,7 @@ def _turned_alike(config: Any) -> float:
     # A model with layers of several kinds may have some for each.
     each = [one for one in (given, *given.values()) if isinstance(one, dict)]
     bounds = (
-        one.get("original_max_position_embeddings", text.max_position_embeddings)
+        one.get("original_max_position_embeddings") or text.max_position_embeddings
         for one in each
         if one.get("rope_type") in _TURNING_BY_LENGTH
     )
