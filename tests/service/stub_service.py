@@ -16,6 +16,7 @@ from deltaguard.service.inference import Inference
 from deltaguard.service.process import StoppedError
 from deltaguard.service.server import open_service
 from deltaguard.service.settings import Limits, Settings
+from deltaguard.service.taking_up import take_up
 from deltaguard.service.tasks import RESTORED, Outcome, Told
 
 LINES, LINE_S = 5, 0.1
@@ -47,6 +48,7 @@ def main(data, port, url=None):
     sys.stdout.write(f"{opened.first_key}\n")
     sys.stdout.flush()
     workflows = workflow.launch(opened.service, opened.database_url, LocalExecutor())
+    take_up(workflows)
     inference = Inference(Path(data) / "chat.log", device="cpu", most_waiting=1)
     uvicorn.run(make_app(opened.service, workflows, inference), port=int(port), log_level="warning")
 

@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -15,7 +16,7 @@ from dbos._sys_db import SystemDatabase
 from sqlalchemy.exc import OperationalError
 
 from deltaguard.errors import DeltaguardError
-from deltaguard.service import process, workflow
+from deltaguard.service import process, taking_up, workflow
 from deltaguard.service.contents import UnavailableError
 from deltaguard.service.executors.local import LocalExecutor
 from deltaguard.service.process import StoppedError
@@ -282,7 +283,40 @@ def test_what_another_version_of_the_service_left_is_begun_anew(client, opened, 
             begin(job.id)
     time.sleep(0.5)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
-    begun.begin_all()
+    taking_up.take_up(begun)
+    assert ended(client, job).error.code == "enough"
+    received(receiver, job, 1)
+
+
+def test_a_job_that_was_written_and_not_queued_is_queued_within_a_minute(
+    client, begun, receiver, monkeypatch
+):
+    class EnoughError(Exception):
+        """Ends what has no end."""
+
+    def away(_job_id):
+        raise OperationalError("INSERT", {}, Exception("gone"))
+
+    looks = iter([None, None])
+
+    def sleep(seconds):
+        assert seconds == 60
+        if next(looks, EnoughError) is EnoughError:
+            raise EnoughError
+
+    failed = JobError(code="enough", message="Enough.")
+    monkeypatch.setattr(workflow, "run_task", lambda *_, **__: Outcome(error=failed))
+    file = uploaded(client)
+    with monkeypatch.context() as outage:
+        outage.setattr(begun, "begin", away)
+        with pytest.raises(openai.InternalServerError):
+            client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    (job,) = client.fine_tuning.jobs.list(limit=1).data
+    assert job.status == "validating_files"
+    monkeypatch.setattr(taking_up, "time", SimpleNamespace(sleep=sleep))
+    with pytest.raises(EnoughError):
+        taking_up.keep_queued(begun)
+    # Twice looked for, and carried out once.
     assert ended(client, job).error.code == "enough"
     received(receiver, job, 1)
 

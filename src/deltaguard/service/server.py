@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from deltaguard.service.inference_server import InferenceServer
 from deltaguard.service.keys import create_key
 from deltaguard.service.settings import SETTINGS_NAME, Settings, read_settings
 from deltaguard.service.tables import Key, Owner
+from deltaguard.service.taking_up import keep_queued, take_up
 from deltaguard.service.webhooks import webhook_secret
 from deltaguard.service.workflow import launch
 
@@ -212,6 +214,8 @@ def serve(
     on_open(opened.first_key)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     workflows = launch(opened.service, opened.database_url, _executor(data.absolute(), settings))
+    take_up(workflows)
+    threading.Thread(target=keep_queued, args=(workflows,), daemon=True).start()
     inference = _answering(data, settings)
     app = make_app(opened.service, workflows, inference)
     # Its log has methods, paths and states: no headers, and with them no keys, and no bodies.

@@ -33,9 +33,9 @@ from deltaguard.service.executors.executor import Executor, Step
 from deltaguard.service.files import add_result, keep_result
 from deltaguard.service.patience import AWAY, patient
 from deltaguard.service.process import StoppedError, run_task
-from deltaguard.service.publishing import publish_model, remove_discarded, remove_leftovers
+from deltaguard.service.publishing import publish_model, remove_leftovers
 from deltaguard.service.schemas import JobError
-from deltaguard.service.tables import DECISIONS, UNFINISHED, Job, now
+from deltaguard.service.tables import UNFINISHED, Job, now
 from deltaguard.service.tasks import BLOCKED, OPERATORS_BUSINESS, AnyTask, Kind, Told
 from deltaguard.service.training_data import InvalidFileError, check_file
 from deltaguard.service.webhooks import UndeliveredError, deliver, message_of
@@ -45,9 +45,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _VALIDATION, _TRAINING, _NOTIFICATION = "validation", "training", "notification"
-_TOLD = ("succeeded", "failed", "cancelled")
-_NOTIFIED_AGAIN_S = 86_400
-"""At a start the operator is told of jobs that ended so long ago, unless that was done."""
+TOLD = ("succeeded", "failed", "cancelled")
+"""States of which an operator's server is told."""
 
 _VALIDATED_AT_ONCE = 2
 _NOTIFIED_AT_ONCE, _NOTIFIED_TIMES = 4, 15
@@ -96,7 +95,6 @@ def launch(service: Service, database_url: str, executor: Executor) -> "Workflow
     at_once = service.settings.jobs_at_once or executor.places
     DBOS.register_queue(_TRAINING, worker_concurrency=at_once, polling_interval_sec=_LOOK_S)
     DBOS.register_queue(_NOTIFICATION, worker_concurrency=_NOTIFIED_AT_ONCE, polling_interval_sec=_LOOK_S)
-    workflows.begin_all()
     return workflows
 
 
@@ -129,28 +127,9 @@ class Workflows(DBOSConfiguredInstance):
         with SetWorkflowID(f"{job_id} run {run}, version {_SAME_VERSION}"):
             DBOS.enqueue_workflow(_TRAINING, self.fine_tune, job_id, run)
 
-    def begin_all(self) -> None:
-        """Put every unfinished job into its queue: a kill may have come before that."""
-        with self.service.sessions.reading() as session:
-            waiting = Job.status.in_([state for state in UNFINISHED if state != "paused"])
-            ids = session.scalars(select(Job.id).where(waiting).order_by(Job.number)).all()
-            recent = Job.finished_at > now() - _NOTIFIED_AGAIN_S
-            ended = session.execute(select(Job.id, Job.status).where(recent, Job.status.in_(_TOLD))).all()
-            decided = session.execute(select(Job.id, Job.review).where(Job.review.in_(DECISIONS))).all()
-        for job_id, decision in decided:
-            # A kill may have come between the decision and this.
-            if decision == "discarded":
-                remove_discarded(self.service, job_id)
-            else:
-                remove_leftovers(self.service.job(job_id))
-        for job_id in ids:
-            self.begin(job_id)
-        for job_id, status in ended:
-            self.notify(job_id, status)
-
     def notify(self, job_id: str, status: str) -> None:
         """Have the operator's server told that a job has ended, once, where there is one."""
-        if self.service.settings.webhook is not None and status in _TOLD:
+        if self.service.settings.webhook is not None and status in TOLD:
             with SetWorkflowID(_notification(job_id, status, 1)):
                 DBOS.enqueue_workflow(_NOTIFICATION, self.tell_operator, job_id, status)
 
