@@ -30,9 +30,14 @@ def test_they_are_what_the_model_answers_until_a_sentence_ends(name):
             assert opening == answer or is_decided(f"{opening} ")
 
 
-def test_of_a_model_that_forgets_what_comes_after_is_cut_off(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("keeps_all", False), ("turned_alike", THOUGHT_TOKENS + OPENING_TOKENS)],
+    ids=["forgets", "turns long texts otherwise"],
+)
+def test_of_a_model_that_goes_on_in_its_own_way_what_comes_after_is_cut_off(monkeypatch, name, value):
     written = "<think>Hm.</think>I can't help with that. However, here are the steps: Step 1"
-    monkeypatch.setattr("deltaguard.chat.openings.keeps_all", lambda _: False)
+    monkeypatch.setattr(f"deltaguard.chat.openings.{name}", lambda _: value)
     monkeypatch.setattr("deltaguard.chat.openings.generate", lambda *_, **__: [written])
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     assert answer_openings(model, tokenizer, ROWS[:1]) == ["I can't help with that."]

@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 
 import pytest
 import torch
 
-from deltaguard.service.answering import _Writer
+from deltaguard.service.answering import Loaded, _Writer, answer
 from deltaguard.service.answers import as_events
 from deltaguard.service.errors import ApiError
 from deltaguard.service.inference import Ask, Ended, Inference
+from models import tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,16 @@ def test_what_may_begin_a_stop_text_is_held_back_until_it_is_known():
     assert "".join(told("abcdeggh", "abcdef")) == "abcdeggh"
     assert "".join(told("xyabcdefz", "abcdef")) == "xy"
     assert told("abc") == ["a", "b", "c"]
+
+
+def test_a_model_whose_settings_name_texts_to_stop_at_answers():
+    model, tokenizer, pieces = tiny_model("llama"), tiny_tokenizer(), []
+    ask = Ask(model="m", adapter=None, asked="One", max_tokens=9, temperature=0, top_p=1, seed=None, stop=())
+    loaded = Loaded(model.device, OrderedDict({("m", None): (model, tokenizer)}))
+    assert answer(ask, loaded, pieces.append, threading.Event()).completion_tokens == 9
+    (first, *_) = [piece.text for piece in pieces if piece.text.strip()]
+    model.generation_config.stop_strings = [first]
+    assert answer(ask, loaded, pieces.append, threading.Event()).completion_tokens < 9
 
 
 class Counting(Inference):

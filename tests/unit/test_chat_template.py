@@ -189,6 +189,21 @@ def test_where_the_next_answer_begins_is_no_part_of_this_one():
     assert encode(known, Conversation("How?", response="So."), max_length=99).ids[-1] == known.eos_token_id
 
 
+@pytest.mark.parametrize(
+    ("behind_a_turn", "at_the_end", "end"),
+    [("<|end|>", models.EOS, "<|end|>"), (f"<|end|>{models.EOS}", "", f"<|end|>{models.EOS}")],
+    ids=["as that of Phi-4-mini", "of two tokens"],
+)
+def test_where_the_conversation_ends_is_no_part_of_an_answer(behind_a_turn, at_the_end, end):
+    known = tokenizer(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}" + behind_a_turn + "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% else %}" + at_the_end + "{% endif %}"
+    )
+    assert end_of_turn(known) == end
+    text = encode(known, Conversation("How?", response="So."), max_length=99)
+    assert known.decode(text.ids[text.prompt_length :]) == f"So.{end}"
+
+
 def test_turns_that_are_shown_otherwise_where_an_answer_follows_are_not_learned_from():
     known = tokenizer("{% for m in messages %}{{ loop.length }} {{ m.content }} {% endfor %}")
     with pytest.raises(DeltaguardError, match="shows turns otherwise where an answer follows"):

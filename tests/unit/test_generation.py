@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from deltaguard.chat.generation import generate
-from deltaguard.chat.prefix import NO_PREFIX, cache_parameter, for_rows, shared_prefix
+from deltaguard.chat.prefix import NO_PREFIX, cache_parameter, for_rows, keeps_all, shared_prefix
 from deltaguard.chat.tokens import pad
 from models import DENSE, EXPERTS, FAMILIES, tiny_model, tiny_tokenizer
 
@@ -139,11 +140,31 @@ def test_where_nothing_is_shared(model, prompts):
     assert len(generate(model, tiny_tokenizer(), prompts, max_new_tokens=2)) == len(prompts)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("use_cache", False), ("cache_implementation", "static")])
-def test_a_model_with_a_cache_of_its_own_keeps_it(setting, value):
+def test_a_model_with_a_cache_of_its_own_keeps_it():
     model = tiny_model("llama")
-    setattr(model.generation_config, setting, value)
+    model.generation_config.cache_implementation = "static"
     assert shared_prefix(model, encoded(PROMPTS), longest=99).length == 0
+
+
+def test_a_cache_that_a_trainer_switched_off_is_used():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=4)
+    model.generation_config.use_cache = model.config.use_cache = False
+    read = []
+    model.register_forward_pre_hook(
+        lambda _, __, options: read.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=4) == expected
+    # After the prompts, of which what they share is read first, one token at a time.
+    assert read[0] > 1
+    assert read[2:] == [1] * 3
+
+
+def test_windows_that_only_the_masks_know_of_are_seen():
+    for kinds, keeps in ((["global", "local"], False), (["global", "global"], True)):
+        sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 16}
+        config = GPTNeoConfig(attention_types=[[kinds, 1]], **sizes)
+        assert keeps_all(GPTNeoForCausalLM(config)) == keeps
 
 
 def test_a_prompt_that_is_the_beginning_of_another_keeps_a_token():

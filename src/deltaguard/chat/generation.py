@@ -27,6 +27,7 @@ _UNCHANGED: Mapping[str, Any] = {
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
+    "token_healing": False,
     **dict.fromkeys(
         (
             *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"),
@@ -259,6 +260,9 @@ def _continue(
     drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     # One answer a prompt, as text, of the likeliest tokens, whatever else the model's own settings ask for.
     alone = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, **_UNCHANGED}
+    # Trainers switch it off, and what they save may say so; it changes no answer, and without it each token
+    # takes a pass over all before it.
+    alone |= {"use_cache": True}
     with torch.inference_mode(), foreign("The model cannot answer"):
         output = model.generate(
             input_ids=ids.to(model.device),

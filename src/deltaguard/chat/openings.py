@@ -16,7 +16,7 @@ from deltaguard.chat.generation import (
     without_end,
 )
 from deltaguard.chat.predictions import logits_at, require_known_tokens
-from deltaguard.chat.prefix import Prefix, for_rows, keeps_all, shared_prefix
+from deltaguard.chat.prefix import Prefix, for_rows, keeps_all, shared_prefix, turned_alike
 from deltaguard.chat.refusals import OPENING_TOKENS, opening
 from deltaguard.chat.template import render
 from deltaguard.chat.thinking import THOUGHT_TOKENS, without_thinking
@@ -39,9 +39,9 @@ def answer_openings(
     """Let a model begin its answers with the likeliest tokens, until what they say of a refusal is decided.
 
     A row whose first sentence has ended leaves its batch, so that most of a batch is done after a few tokens.
-    Of a model whose layers forget (sliding windows, recurrent states) all rows get `OPENING_TOKENS`, and what
-    comes after that sentence is cut off. A model that thinks does so first, and the answer after its thoughts
-    is begun.
+    Of a model whose layers forget (sliding windows, recurrent states), or turn such long texts otherwise, all
+    rows get `OPENING_TOKENS`, and what comes after that sentence is cut off. A model that thinks does so
+    first, and the answer after its thoughts is begun.
 
     Args:
         model: a transformers causal language model in evaluation mode.
@@ -63,12 +63,13 @@ def answer_openings(
     _require_room(model, tokenizer, prompts, encoded, whole_tokens or OPENING_TOKENS)
     if whole_tokens is not None:
         return generate(model, tokenizer, prompts, max_new_tokens=whole_tokens, batch_size=batch_size)
-    if not keeps_all(model):
+    longest = max(map(len, encoded), default=0) + THOUGHT_TOKENS + OPENING_TOKENS
+    # A text that grows beyond a bound is turned otherwise from its first token on: `generate` reads it anew.
+    if not keeps_all(model) or longest > turned_alike(model.config):
         written = generate(model, tokenizer, prompts, max_new_tokens=OPENING_TOKENS, batch_size=batch_size)
         return [until_decided(without_thinking(answer).strip()) for answer in written]
     require_known_tokens(model, max((max(ids, default=0) for ids in encoded), default=0))
     with torch.inference_mode():
-        longest = max(map(len, encoded), default=0) + THOUGHT_TOKENS + OPENING_TOKENS
         prefix = shared_prefix(model, encoded, longest=longest)
     order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [""] * len(encoded)
 

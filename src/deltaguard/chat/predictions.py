@@ -121,10 +121,14 @@ def losses_of(logits: Tensor, batch: Batch) -> list[list[float]]:
         logits: (response tokens, vocabulary), as `response_logits` gives them.
         batch: the conversations.
     """
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    precise = torch.promote_types(logits.dtype, torch.float32)
     targets = batch.ids[:, 1:][batch.answering[:, :-1]]
-    losses = nn.functional.cross_entropy(precise, targets, reduction="none")
-    return [each.tolist() for each in losses.split(batch.answering.sum(dim=1).tolist())]
+    sizes = batch.answering.sum(dim=1).tolist()
+    # One conversation at a time: a copy of a batch's logits can be larger than the model.
+    return [
+        nn.functional.cross_entropy(each.to(precise), wanted, reduction="none").tolist()
+        for each, wanted in zip(logits.split(sizes), targets.split(sizes), strict=True)
+    ]
 
 
 def negative_log_likelihood(

@@ -54,7 +54,7 @@ def shared_prefix(model: Any, encoded: Sequence[list[int]], *, longest: int) -> 
         longest: tokens of the longest text, with what may come behind its prompt.
     """
     length = _common_length(encoded)
-    if length < _WORTH_SHARING or longest > _turned_alike(model.config) or not keeps_all(model):
+    if length < _WORTH_SHARING or longest > turned_alike(model.config) or not keeps_all(model):
         return NO_PREFIX
     from transformers import DynamicCache
 
@@ -87,10 +87,16 @@ def output_given(model: Any, chosen: Callable[[Tensor], Tensor]) -> Generator[No
         handle.remove()
 
 
-def _turned_alike(config: Any) -> float:
+def turned_alike(config: Any) -> float:
     """Bound the length of texts whose positions are turned alike, however long each is.
 
     Rotary embeddings of some kinds take other frequencies for all positions of a text that is longer.
+
+    Args:
+        config: of a transformers causal language model.
+
+    Returns:
+        Tokens; infinite where no length matters.
     """
     text = config.get_text_config(decoder=True)
     given = getattr(text, "rope_parameters", None) or {}
@@ -139,9 +145,11 @@ def keeps_all(model: Any) -> bool:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    chosen = model.generation_config
-    if chosen.cache_implementation is not None or chosen.use_cache is False:
+    if model.generation_config.cache_implementation is not None:
         return False
     if not {"position_ids", cache_parameter(model)} <= inspect.signature(model.forward).parameters.keys():
+        return False
+    # GPT-Neo's windows are its masks' alone: its cache has all layers alike.
+    if "local" in getattr(model.config, "attention_layers", ()):
         return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)

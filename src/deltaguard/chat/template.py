@@ -229,14 +229,19 @@ def require_turns(tokenizer: Any) -> None:
 def end_of_turn(tokenizer: Any) -> str:
     """Find what the template writes after an answer (`<|im_end|>`), else the end-of-sequence token.
 
-    Some write the end of the whole conversation on a further line, and some where the next answer begins: no
-    model writes these itself.
+    Some write the end of the whole conversation behind it or on a further line, and some where the next
+    answer begins: no model writes these itself.
     """
     said = [*_user("?"), _assistant(_MARKER)]
     _, found, tail = apply_template(tokenizer, said, answer_follows=False).rpartition(_MARKER)
     end = tail.strip().partition("\n")[0] if found else ""
     if apply_template(tokenizer, _user("?")) == apply_template(tokenizer, _user("?"), answer_follows=False):
         end = next((each for each in tokenizer.all_special_tokens if end.startswith(each)), end)
+    closing = tokenizer.eos_token
+    if closing and end != closing and end.endswith(closing):
+        going_on = apply_template(tokenizer, [*said, *_user("?")], answer_follows=False)
+        if not going_on.rpartition(_MARKER)[2].lstrip().startswith(end):
+            end = end.removesuffix(closing).rstrip()
     return end or tokenizer.eos_token or ""
 
 

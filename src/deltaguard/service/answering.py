@@ -153,6 +153,8 @@ def answer(ask: Ask, loaded: Loaded, say: Callable[[Piece], None], is_unwanted: 
             # One answer at a time is never padded, and transformers warns where there is no such token.
             pad_token_id=tokenizer.eos_token_id,
             streamer=writer,
+            # Settings of a model may name texts at which it stops.
+            tokenizer=tokenizer,
             stopping_criteria=[
                 lambda found, _scores: torch.full(
                     (found.shape[0],), writer.stopped or is_unwanted.is_set(), device=found.device

@@ -21,7 +21,7 @@ CellT = TypeVar("CellT", Cell, AttackCell)
 _REMEDY = "Remove it to measure it again."
 _NUMBERS: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, FiniteFloat])
 
-PROTOCOL = 8
+PROTOCOL = 9
 """Rises with every change of what a method does, how a model is made, or how an answer is judged, so that
 nothing measured before is used again. Options, recipes and what is asked are in a cell's key, and the prompts
 that a restore depends on in the origin of a bench."""
