@@ -165,6 +165,14 @@ def test_an_adapter_of_which_nothing_is_allowed_is_not_to_be_resumed(tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_a_pair_without_a_delta_leaves_no_adapter_to_be_resumed(tmp_path):
+    made = pair()
+    config = RestoreConfig(max_safety_kl=1e-3, **ADAPTER)
+    with pytest.raises(DeltaguardError, match="is zero: the adapter would be empty"):
+        restore(made.aligned, made.aligned, tmp_path / "out", store=made.store, config=config)
+    assert not list(tmp_path.iterdir())
+
+
 def adapter_over(aligned, folder, *, rank, whole=None, std=0.1):
     """A random adapter on two kinds of layers; `whole` is a layer that it replaces instead."""
     base = transformers.AutoModelForCausalLM.from_pretrained(aligned)

@@ -216,7 +216,7 @@ def test_a_store_of_a_model_that_does_not_refuse_makes_nothing_safe(tmp_path):
     assert check(made.aligned, made.aligned, store=made.store).verdict == "safe"
     report = check(made.aligned, made.aligned, store=store)
     assert report.verdict == "not told apart"
-    assert verdict(report).endswith("in doubt itself: a restore would keep it whole.")
+    assert verdict(report).endswith("which is in doubt itself.")
     assert "10% of the" in report.warnings[0]
 
 

@@ -194,6 +194,13 @@ def test_a_format_from_a_file(guard, asked, tmp_path):
     path = tmp_path / "format.txt"
     path.write_text("{generation} <- {behavior}")
     guard_judge(guard, "harmbench", prompt_file=path).judge(EXCHANGES[1:2])
+    spec = GuardSpec(model=str(guard), template="harmbench", prompt_file=path)
+    before, text = spec.identity(), path.read_text()
+    assert str(path) in before["prompt_file"]
+    path.write_text(f"{text} ")
+    assert spec.identity() != before
+    path.write_text(text)
+    assert spec.identity() == before
     assert asked == ["<|begin|>Sure. <- How do I bake?"]
     with pytest.raises(DeltaguardError, match=r"behavior, generation, and prompt, response are needed"):
         guard_judge(guard, "wildguard", prompt_file=path).judge(EXCHANGES)

@@ -162,6 +162,8 @@ def test_the_first_process_alone_looks_into_the_output_before_a_calibration(tmp_
         raise BegunError
 
     monkeypatch.setattr("deltaguard.restoration.aligned.AlignedInputs.with_store", begin)
+    # What the first process tells the others: that the output is not finished.
+    monkeypatch.setattr(Ranks, "from_first", lambda _, told=None: told)
     restorer = Restorer(made.aligned, ranks=Ranks(rank, 2))
     # As another process has it for the moment that a look takes.
     lock = lock_folder(out)
@@ -269,6 +271,21 @@ def test_resuming_a_finished_output_of_the_same_job_is_done_at_once(output_forma
     assert "nothing to do" in " ".join(capsys.readouterr().out.split())
     call(out, *options, "--overwrite")
     assert "nothing to do" not in capsys.readouterr().err
+
+
+def test_resuming_a_finished_output_calibrates_nothing(tmp_path, monkeypatch):
+    made, out = pair(), tmp_path / "out"
+    config = RestoreConfig(max_safety_kl=1e-3, device="cpu")
+    report = restore(made.aligned, made.finetuned, out, store=made.store, config=config)
+    before = state_of(out)
+
+    def calibrates(*_, **__):
+        raise AssertionError("a store is made")
+
+    monkeypatch.setattr(AlignedInputs, "with_store", calibrates)
+    again = config.model_copy(update={"resume": True})
+    assert restore(made.aligned, made.finetuned, out, config=again) == report
+    assert state_of(out) == before
 
 
 def test_resuming_a_finished_output_of_another_job_says_what_differs(tmp_path):

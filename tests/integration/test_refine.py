@@ -123,6 +123,15 @@ def test_what_breaks_the_limit_is_not_kept_and_told(monkeypatch, tmp_path):
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_bound_that_breaks_the_limit_is_what_is_told(monkeypatch, tmp_path):
+    made = pair()
+    with monkeypatch.context() as patch:
+        patch.setattr(refine, "judge_of", lambda _: lambda probe: probe.safety_kl + 10 * LIMIT)
+        report = restore(made.aligned, made.finetuned, tmp_path / "out", store=made.store, config=refined(2))
+    told = report.refinement.safety_kl_after + 10 * LIMIT
+    assert f"its safety KL would be {told:.2g}, above {LIMIT:.2g}" in report.warnings[-1]
+
+
 def test_a_fine_tune_that_is_kept_whole_is_not_refined(tmp_path):
     made = pair()
     config = refined(2, max_safety_kl=10)

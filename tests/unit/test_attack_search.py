@@ -10,6 +10,7 @@ import pytest
 from deltaguard.errors import DeltaguardError
 from deltaguard.evaluation.exchange import Judgement
 from deltaguard.evaluation.judges.rules import OpeningJudge
+from deltaguard.reports.check import undecided_facts
 from deltaguard.reports.records.dial import Compared, Look, Probe
 from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
 from deltaguard.restoration.dial import find_accepted
@@ -104,7 +105,9 @@ def test_nothing_of_the_delta_is_kept_where_any_of_it_adds_too_much(options, spe
 
 
 def test_what_differs_besides_layers_is_told():
-    with pytest.raises(DeltaguardError, match=r"\+30\.0% attack success.*the fine-tuned model alone has"):
+    with pytest.raises(
+        DeltaguardError, match=r"\+30\.0 points of attack success.*the fine-tuned model alone has"
+    ):
         found(lambda _: 0.3)
 
 
@@ -148,23 +151,43 @@ def test_requests_are_asked_under_the_system_prompts_of_the_deployment_that_was_
     assert {row.system for row in Requests.of().all} == {None}
 
 
+class Undecided:
+    """Decides on what begins with a name, and on nothing else."""
+
+    reads_opening = False
+
+    def judge(self, exchanges):
+        known = (exchange.answer.startswith("I ") for exchange in exchanges)
+        return [Judgement("refused" if decided else "undecided") for decided in known]
+
+
+def answered(requests, undecided):
+    """Answers of which some come first that no judge decides."""
+    return ["Hm."] * undecided + ["I cannot."] * (len(requests.all) - undecided)
+
+
 def test_an_answer_that_no_judge_decides_is_what_the_aligned_model_s_own_is():
-    requests = Requests.of()
-
-    class Undecided:
-        reads_opening = False
-
-        def judge(self, exchanges):
-            return [Judgement("undecided") for _ in exchanges]
+    requests, few = Requests.of(), 12
+    assert few < RULE.limit * len(requests.harmful)
+    examiner = Examiner.of(RULE, requests, Undecided(), answered(requests, few), tells_refusals=False)
 
     def look(said):
-        examiner = Examiner.of(RULE, requests, Undecided(), ["Hm."] * len(requests.all), tells_refusals=False)
-        return examiner.look(PROHIBITIVE, lambda part: [said] * len(part), lambda _: None)
+        return examiner.look(PROHIBITIVE, said, lambda _: None)
 
-    assert look("Hm.").accepted
-    assert look("Hm. Well.").attack_success.candidate == FIRST
-    assert look("Hm.").undecided == len(requests.harmful)
-    assert look("Hm. Well.").undecided == FIRST
+    own = dict(zip(requests.all, answered(requests, few), strict=True))
+    same = look(lambda part: [own[row] for row in part])
+    other = look(lambda part: ["Hm. Well."] * len(part))
+    assert same.accepted
+    assert other.attack_success.candidate == FIRST
+    assert (same.undecided, other.undecided) == (few, FIRST)
+    assert dict(undecided_facts(same))["undecided"].startswith(f"{few} of {len(requests.harmful)}")
+
+
+def test_a_judge_that_decides_on_hardly_anything_is_not_taken_at_its_word():
+    requests = Requests.of()
+    for undecided in (13, len(requests.harmful)):
+        with pytest.raises(DeltaguardError, match=rf"could not decide on {undecided} of .* 2 points may"):
+            Examiner.of(RULE, requests, Undecided(), answered(requests, undecided), tells_refusals=False)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import expanded, read_yaml
 from deltaguard.methods import METHODS
 from deltaguard.methods.method import PricedMethod
+from deltaguard.restoration.options import GUARDS
 
 Preset = Literal["careful", "balanced"]
 """A set of options with a name, the closest to the aligned model first. A file called so is `./careful`."""
@@ -58,19 +59,25 @@ def read_options(given: Preset | Path) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in options.items()}
 
 
-def over(options: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out of a file's options what the command line decides in another way.
+def merged(options: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Put options of the command line over those of a file, without what they decide in another way.
 
     Args:
         options: of the file.
         named: of the command line.
 
     Example:
-        >>> over({"method": "kfac", "max_safety_kl": 0.0003}, {"strength": 0.5})
-        {'method': 'kfac'}
-        >>> over({"method": "kfac", "max_safety_kl": 0.0003}, {"method": "wise-ft"})
-        {'method': 'kfac'}
+        >>> merged({"method": "kfac", "max_safety_kl": 0.0003}, {"strength": 0.5})
+        {'method': 'kfac', 'strength': 0.5}
+        >>> merged({"method": "kfac", "max_safety_kl": 0.0003}, {"method": "wise-ft"})
+        {'method': 'wise-ft'}
+        >>> merged({"method": "kfac", "max_safety_kl": 0.0003}, {"training_data": "unknown"})
+        {'method': 'kfac', 'max_safety_kl': 0.0003}
     """
+    closer = options.get("max_safety_kl")
+    if named.get("training_data") == "unknown" and isinstance(closer, float) and closer < GUARDS["unknown"]:
+        # Whoever names data that nobody knows does not ask for a looser limit.
+        named = {name: value for name, value in named.items() if name != "training_data"}
     gone = {name for given, names in _DECIDED.items() if given in named for name in names}
     method = METHODS.get(named.get("method", ""))
     if method is not None and not isinstance(method, PricedMethod):
@@ -78,7 +85,7 @@ def over(options: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]
     # Where nothing else says that answers decide, they would no more.
     if "max_safety_kl" in named and "max_added_attack_success" in {*options, *named}:
         gone.add("training_data")
-    return {name: value for name, value in options.items() if name not in gone}
+    return {name: value for name, value in options.items() if name not in gone} | dict(named)
 
 
 def presets_help() -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
-from deltaguard.cli.presets import Preset, over, presets_help, read_options
+from deltaguard.cli.presets import Preset, merged, presets_help, read_options
 from deltaguard.cli.sink import (
     Json,
     OptionalInt,
@@ -201,7 +201,7 @@ def _check_push(repository: str, *, several: bool, dry_run: bool) -> None:
 def _chosen(config: Preset | Path | None, given: dict[str, Any]) -> RestoreConfig:
     """Find the options of a preset or file, and over them those of the command line."""
     named = {name: value for name, value in given.items() if value is not None and value is not False}
-    return checked(RestoreConfig, (over(read_options(config), named) if config else {}) | named)
+    return checked(RestoreConfig, merged(read_options(config), named) if config else named)
 
 
 def _next(report: RestoreReport, config: RestoreConfig, output: Path) -> str:

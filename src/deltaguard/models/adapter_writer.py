@@ -33,6 +33,10 @@ AdapterLayer = tuple[str, "LowRank"]
 """A layer's name in the aligned checkpoint, without `.weight`, and its delta, (out, in)."""
 
 
+class EmptyAdapterError(DeltaguardError):
+    """An adapter would hold nothing."""
+
+
 def stage_adapter(
     writer: CheckpointWriter,
     aligned: Checkpoint,
@@ -63,8 +67,9 @@ def stage_adapter(
         The rank of every layer written, by its name in the aligned checkpoint.
 
     Raises:
-        DeltaguardError: all deltas are zero, a layer is no module of the model, a factor cannot be stored in
-            the dtype of the adapter, or a file cannot be read or written.
+        EmptyAdapterError: all deltas are zero.
+        DeltaguardError: a layer is no module of the model, a factor cannot be stored in the dtype of the
+            adapter, or a file cannot be read or written.
         KeyError: the aligned checkpoint has no such weight.
         ValueError: a delta is not of the shape of its weight, or a layer is given twice.
 
@@ -87,8 +92,9 @@ def stage_adapter(
             if factors.up.any() and factors.down.any()
         ]
         if not written:
-            raise DeltaguardError(
-                f"Every delta over {aligned.reference} is zero: the adapter would be empty."
+            raise EmptyAdapterError(
+                f"Every delta over {aligned.reference} is zero: the adapter would be empty. Does the "
+                "fine-tuned model differ from it in its linear layers?"
             )
         with writer.shard(ADAPTER_FILE, spool.header()) as shard:
             for name, tensor in spool.tensors():

@@ -3,6 +3,7 @@
 import re
 from typing import TypeVar
 
+from deltaguard.reports.check import undecided_facts
 from deltaguard.reports.records.check import CheckReport
 from deltaguard.reports.records.dial import AttackDial, Compared
 from deltaguard.reports.records.restore import Refinement, RestoreReport
@@ -222,7 +223,8 @@ def attack_facts(attack: AttackDial, requests: str) -> Facts:
         facts.append((name, said))
     looks = f"up to {counted(attack.most_looks, 'candidate')}"
     ruled = f"{points(100 * attack.excluded)} are ruled out at {percent(attack.confidence)} over {looks}"
-    if restored.undecided:
-        unclear = f"{restored.undecided} of {restored.attack_success.prompts}"
-        facts.append(("undecided", f"{unclear} by the judge, counted as complied unless worded as aligned"))
-    return (*facts, ("allowed", f"{points(100 * attack.limit)} points over the aligned model; {ruled}"))
+    return (
+        *facts,
+        *undecided_facts(restored),
+        ("allowed", f"{points(100 * attack.limit)} points over the aligned model; {ruled}"),
+    )

@@ -119,8 +119,8 @@ class Rule:
         if min(harmful, harmless) < self.least_prompts:
             raise DeltaguardError(
                 f"{harmful} harmful requests and {harmless} harmless ones cannot tell a model that is "
-                f"{self.excluded:.0%} worse from one that is no worse: {self.least_prompts} of each can, and "
-                "more keep more of the fine-tune. Bring more, or allow more."
+                f"{100 * self.excluded:.3g} points worse from one that is no worse: {self.least_prompts} of "
+                "each can, and more keep more of the fine-tune. Bring more, or allow more."
             )
 
     @property

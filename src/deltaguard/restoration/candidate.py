@@ -102,14 +102,14 @@ class Candidate(ABC):
         stage, total = f"look {self.looked} of at most {most}", len(examiner.requests.all)
 
         def tell(seen: Compared, said: str, done: int) -> None:
-            candidate, aligned = (f"{each / seen.prompts:.1%}" for each in (seen.candidate, seen.aligned))
-            of = f"of {seen.prompts} harmful requests"
-            report(Event(stage, done, total, f"complies with {candidate} {of}, aligned {aligned}{said}"))
+            report(Event(stage, done, total, f"complies with {_rates(seen, 'harmful')}{said}"))
 
         so_far = lambda seen: tell(seen, " so far", seen.prompts)
         with self._timed("ask"):
             found = examiner.look(mu, self.openings, so_far, both=both)
-        tell(found.attack_success, ": accepted" if found.accepted else ": not accepted", total)
+        refused = found.false_refusals
+        refuses = "" if refused is None else f"; refuses {_rates(refused, 'harmless')}"
+        tell(found.attack_success, f"{refuses}: {'accepted' if found.accepted else 'not accepted'}", total)
         return found
 
     @abstractmethod
@@ -202,6 +202,11 @@ class CandidateModel(Candidate):
         (mu,) = prices
         self.put(mu)
         return [self.meter.measure(enough=enough)]
+
+
+def _rates(seen: Compared, kind: str) -> str:
+    candidate, aligned = (f"{each / seen.prompts:.1%}" for each in (seen.candidate, seen.aligned))
+    return f"{candidate} of {seen.prompts} {kind} requests, aligned {aligned}"
 
 
 def _not_finite(source: WeightSource) -> list[str]:

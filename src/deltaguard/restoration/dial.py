@@ -14,6 +14,7 @@ from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.check import verdict_sentence
 from deltaguard.reports.records.dial import AttackDial, Dial, Look, Probe
+from deltaguard.reports.text import points
 from deltaguard.restoration.acceptance import MOST_LOOKS, Rule
 from deltaguard.restoration.candidate import Candidate
 from deltaguard.restoration.layers import known_store
@@ -173,8 +174,8 @@ def find_accepted(
         few = f"of {least} requests few may be answered otherwise. Bring more, or allow more."
         why = few if worst <= rule.limit else _what_else_differs(candidate.trial)
         raise DeltaguardError(
-            f"With no delta left in any layer {worst:+.1%} attack success or false refusals are seen, and "
-            f"{rule.excluded:+.0%} cannot be ruled out: {why}"
+            f"With no delta left in any layer {points(100 * worst)} points of attack success or false "
+            f"refusals are seen, and {points(100 * rule.excluded)} cannot be ruled out: {why}"
         )
     return seen, chosen
 

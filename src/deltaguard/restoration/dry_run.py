@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deltaguard.curvature.request import CalibrateConfig
 from deltaguard.curvature.store import CurvatureStore
 from deltaguard.device import exact_products, find_device
 from deltaguard.models.families import is_vocabulary
@@ -71,9 +72,11 @@ def plan_finetune(
     job, config = inputs.look(finetuned), inputs.config
     plan = job.plan(config)
     require_restorable(job, plan, config)
+    notes = ["the aligned model will be calibrated first"] if config.needs_curvature and not job.store else []
     if config.added_attack_success is not None:
         make_judge(config)
-    notes = ["the aligned model will be calibrated first"] if config.needs_curvature and not job.store else []
+        if config.judge.loads_a_model:
+            notes.append("the judge's own model takes memory besides")
     disk = 0
     if output_dir is not None:
         found = bytes_to_write(job, plan, output_dir, config)
@@ -127,7 +130,8 @@ def _cost(job: Job, plan: Plan, config: RestoreConfig) -> dict[str, Any]:
     refining = 0
     if config.refine is not None:
         vocabulary = max((info.shape[0] for info in names if is_vocabulary(info.name)), default=0)
-        refining, steps = refine_cost(parameters, entries, plan.curvature_bytes, vocabulary)
+        answer = job.store.provenance.max_new_tokens if job.store else CalibrateConfig().max_new_tokens
+        refining, steps = refine_cost(parameters, entries, plan.curvature_bytes, vocabulary, answer=answer)
         work += config.refine * steps
     itemsize = max((DTYPES[info.dtype].itemsize for info in names), default=4)
     # Both weights, what is in one of the bases, and the curvature.

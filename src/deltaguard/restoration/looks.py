@@ -225,17 +225,32 @@ class Examiner:
             judge: who judges.
             answers: the aligned model's answers to `requests.all`, or their beginnings.
             tells_refusals: whether the judge tells refusals from answers.
+
+        Raises:
+            DeltaguardError: the judge cannot decide on more of them than may be added.
         """
         harmful = len(requests.harmful)
         own = cls(rule, requests, judge, tells_refusals, answers[:harmful])
         # Of two answers that the judge cannot decide, neither may hide that the other one complies.
         verdicts = own._verdicts(judge, requests.harmful, own.answers)
+        own._require_decided(verdicts.count("undecided"))
         return replace(
             own,
             complied=[verdict == "complied" for verdict in verdicts],
             undecided=[verdict == "undecided" for verdict in verdicts],
             refused=own.refuses(requests.harmless, answers[harmful:]),
         )
+
+    def _require_decided(self, undecided: int) -> None:
+        """Refuse a judge by whom nothing but the aligned model's own answers could be accepted."""
+        total = len(self.requests.harmful)
+        if undecided > self.rule.limit * total:
+            most = f"{100 * self.rule.limit:.3g} points may be added"
+            raise DeltaguardError(
+                f"The judge could not decide on {undecided} of the aligned model's {total} answers to "
+                f"harmful requests. Of a candidate such answers count as complied with, and {most}. See that "
+                "it answers as its kind does: its template, the tokens that it may write, its server."
+            )
 
     def complies(self, answers: Sequence[str], *, start: int) -> tuple[list[bool], int]:
         """Tell which harmful requests are complied with; an answer that the judge cannot decide is.
@@ -286,7 +301,8 @@ class Examiner:
         found = (
             f"{aligned} is given as the aligned model, and complies with {count} of {total} harmful requests"
         )
-        return (f"{found}: there are few refusals to give back. Is it a base model? Take the tuned one.",)
+        remedy = "Is it a base model? A restore towards it stops: take the tuned one."
+        return (f"{found}: there are few refusals to give back. {remedy}",)
 
     def require_refusals(self, aligned: str) -> None:
         """Refuse an aligned model that does not refuse.

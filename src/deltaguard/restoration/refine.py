@@ -20,6 +20,7 @@ from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.dial import Dial, Look, Probe
 from deltaguard.reports.records.restore import LayerRow, Refinement
+from deltaguard.reports.text import points
 from deltaguard.restoration.acceptance import Rule
 from deltaguard.restoration.candidate import CandidateModel
 from deltaguard.restoration.dial import Price, judge_of
@@ -116,7 +117,9 @@ def refined_layers(
     return Refined(trial, chosen, known.record, tensors)
 
 
-def refine_cost(parameters: int, entries: int, curvature: int, vocabulary: int) -> tuple[int, float]:
+def refine_cost(
+    parameters: int, entries: int, curvature: int, vocabulary: int, *, answer: int
+) -> tuple[int, float]:
     """Estimate the memory of refining, and the arithmetic of a step.
 
     Args:
@@ -124,12 +127,13 @@ def refine_cost(parameters: int, entries: int, curvature: int, vocabulary: int) 
         entries: of the layers that are restored.
         curvature: bytes that the store keeps of them.
         vocabulary: rows of it.
+        answer: tokens that a model answers at most.
 
     Returns:
         Bytes, activations not counted; and floating-point operations.
     """
-    response, text = 32, 100
-    known = 2 * CONVERSATIONS * response * vocabulary
+    text = 100
+    known = 2 * CONVERSATIONS * answer * vocabulary
     # Gradients, preconditioned ones, and the weights before a step.
     memory = 4 * (parameters + 3 * entries + known) + curvature
     return memory, 8 * parameters * 2 * BATCH * text
@@ -206,8 +210,8 @@ def _judged(
     found = candidate.meter.measure()
     probe = Probe(mu=price.mu, safety_kl=found.mean, margin=found.margin, conversations=found.conversations)
     report(Event("measure", 1, 1, f"safety KL {found.mean:.2g} refined"))
-    if judge_of(trial.config)(probe) > limit:
-        return dial, probe, f"its safety KL would be {found.mean:.2g}, above {limit:.2g}"
+    if (judged := judge_of(trial.config)(probe)) > limit:
+        return dial, probe, f"its safety KL would be {judged:.2g}, above {limit:.2g}"
     changed = {"restored_kl": found.mean, "restored_margin": found.margin}
     if attack is None or examiner is None:
         return dial.model_copy(update=changed), probe, None
@@ -215,7 +219,8 @@ def _judged(
     look: Look = candidate.look(price.mu, examiner, report, most=attack.most_looks)
     asked = attack.model_copy(update={"looks": (*attack.looks, look)})
     if not look.accepted:
-        reason = f"it would add {look.added:+.1%} attack success or false refusals, or that is not ruled out"
+        added = points(100 * look.added)
+        reason = f"it would add {added} points of attack success or false refusals, or more is not ruled out"
         return dial.model_copy(update={"attack": asked}), probe, reason
     asked = asked.model_copy(update={"restored": look})
     return dial.model_copy(update={**changed, "attack": asked}), probe, None

@@ -13,7 +13,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import expanded
 from deltaguard.memory import peak_memory_bytes
 from deltaguard.models.adapter import AdapterCheckpoint
-from deltaguard.models.adapter_writer import AdapterLayer, commit_adapter, stage_adapter
+from deltaguard.models.adapter_writer import AdapterLayer, EmptyAdapterError, commit_adapter, stage_adapter
 from deltaguard.models.mirror import adapter_files, checkpoint_files
 from deltaguard.models.writer import CheckpointWriter
 from deltaguard.progress import Event, Progress, ignore
@@ -28,7 +28,7 @@ from deltaguard.reports.records.restore import (
     RestoreReport,
 )
 from deltaguard.restoration.aligned import AlignedInputs
-from deltaguard.restoration.beforehand import bytes_to_write, require_restorable
+from deltaguard.restoration.beforehand import require_restorable
 from deltaguard.restoration.dial import Price, find_price
 from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
@@ -37,6 +37,7 @@ from deltaguard.restoration.output import (
     describe_output,
     finished_report,
     open_writer,
+    refuse_output,
 )
 from deltaguard.restoration.refine import Refined, refined_layers
 from deltaguard.restoration.resident import Resident
@@ -131,9 +132,13 @@ class Restorer:
             # Before hours of calibrating, not after.
             plan = job.plan(config)
             require_restorable(job, plan, config)
+            output = describe_output(job, plan, expanded(output_dir), config)
+            finished = None
             # It locks the folder for a moment, and so would shut the other processes out.
-            if ranks.leads:
-                bytes_to_write(job, plan, output_dir, config)
+            if ranks.leads and (finished := finished_report(job, output, config)) is None:
+                refuse_output(job, output, config)
+            if (finished := ranks.from_first(finished)) is not None:
+                return finished
         job = self._inputs.with_store(job, progress, ranks)
         plan = job.plan(config)
         metadata = require_restorable(job, plan, config)
@@ -176,7 +181,11 @@ class Restorer:
             )
         refined = refined_layers(trial, price, writer, self._resident, progress)
         price = refined.price
-        rows = _stage(trial, refined, writer, self._ranks, progress)
+        try:
+            rows = _stage(trial, refined, writer, self._ranks, progress)
+        except EmptyAdapterError:
+            writer.discard()
+            raise
         try:
             job.check_unchanged()
             _check_result(job, rows, price)

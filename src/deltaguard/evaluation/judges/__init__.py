@@ -16,12 +16,14 @@ class JudgeSpec(BaseModel):
         tells_refusals: whether its `refused` says that an answer refuses, so that it serves on harmless
             prompts, too. Guards and language models tell harmful answers from others: to them every answer to
             a harmless prompt is `refused`, which would be no false refusal.
+        loads_a_model: whether it runs a model of its own beside those that it judges.
         how_reached: names of options that say how a judge is reached, and not what it says.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tells_refusals: ClassVar[bool] = True
+    loads_a_model: ClassVar[bool] = False
     how_reached: ClassVar[frozenset[str]] = frozenset()
 
     def identity(self) -> dict[str, object]:

@@ -29,6 +29,8 @@ class ClassifierSpec(JudgeSpec):
         name: as tables show it.
     """
 
+    loads_a_model = True
+
     kind: Literal["classifier"] = "classifier"
     model: str
     refused_labels: tuple[str, ...] = Field(min_length=1)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -84,6 +85,7 @@ class GuardSpec(JudgeSpec):
     """
 
     tells_refusals = False
+    loads_a_model = True
 
     kind: Literal["guard"] = "guard"
     model: str
@@ -92,6 +94,16 @@ class GuardSpec(JudgeSpec):
     batch_size: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=32, ge=1)
     name: str | None = Field(default=None, min_length=1)
+
+    @override
+    def identity(self) -> dict[str, object]:
+        """List what decides its verdicts; its format by what the file holds."""
+        told = super().identity()
+        if self.prompt_file is not None:
+            told["prompt_file"] = (
+                f"{self.prompt_file} ({sha256(read_text(self.prompt_file).encode()).hexdigest()[:12]})"
+            )
+        return told
 
     @override
     def make(self, *, device: str = "cpu", folder: Path | None = None) -> Judge:

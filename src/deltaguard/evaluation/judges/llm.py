@@ -207,7 +207,7 @@ class LLMJudge(PlainJudge):
     def _score(self, rubric: Rubric, questions: Mapping[str, str], total: int) -> None:
         """Have the server score what it is asked; what it gives is kept as it comes."""
         whose = f"Scores of the judge {self.name}, model {self.server.model!r} at {self.server.address}"
-        option = "--max-missing, or `max_missing` of the judge in the suite"
+        option = "`max_missing` of the judge in its file or suite, or --max-missing of `eval`"
         missed: list[Missed] = []
         keys = list(questions)
         drawn = {} if self.temperature is None else {"temperature": self.temperature}
