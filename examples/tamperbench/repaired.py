@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 import deltaguard
 
 
@@ -48,13 +50,35 @@ def repaired(attack: type[Any], *, store: Path, config: deltaguard.RestoreConfig
             for left in (attacked, partial):
                 shutil.rmtree(left, ignore_errors=True)
             output.rename(attacked)
-            deltaguard.restore(aligned, attacked, partial, store=store, config=config)
+            try:
+                as_many_rows(aligned, attacked)
+                deltaguard.restore(aligned, attacked, partial, store=store, config=config)
+            finally:
+                shutil.rmtree(attacked)
             shutil.copy(partial / "deltaguard_report.json", folder)
             partial.rename(output)
-            shutil.rmtree(attacked)
 
     Repaired.__name__ = Repaired.__qualname__ = f"Repaired{attack.__name__}"
     return Repaired
+
+
+def as_many_rows(aligned: str, attacked: Path) -> None:
+    """Give an attacked model the rows of the vocabulary back that its attack cut off.
+
+    Attacks of TamperBench leave one row for each token of the tokenizer, and models have more, which no text
+    reaches. A restore takes all of them from the aligned model.
+
+    Args:
+        aligned: the model that was attacked.
+        attacked: the folder of what came out; written anew where rows are missing.
+    """
+    rows = AutoConfig.from_pretrained(aligned).get_text_config().vocab_size
+    if AutoConfig.from_pretrained(attacked).get_text_config().vocab_size < rows:
+        model = AutoModelForCausalLM.from_pretrained(attacked, dtype="auto")
+        model.resize_token_embeddings(rows)
+        for part in attacked.glob("*.safetensors*"):
+            part.unlink()
+        model.save_pretrained(attacked)
 
 
 def register(names: Iterable[str], *, store: Path, config: deltaguard.RestoreConfig | None = None) -> None:

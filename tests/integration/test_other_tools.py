@@ -71,9 +71,15 @@ class LoraFinetune(TamperAttack):
     name = AttackName.LORA_FINETUNE
     runs = 0
 
+    cuts = False
+
     def run_attack(self):
         type(self).runs += 1
         shutil.copytree(pair().finetuned, self.output_checkpoint_path)
+        if self.cuts:
+            model = AutoModelForCausalLM.from_pretrained(pair().finetuned)
+            model.resize_token_embeddings(model.config.vocab_size - 3)
+            model.save_pretrained(self.output_checkpoint_path)
 
 
 class NoWeightModification(TamperAttack):
@@ -102,13 +108,18 @@ def attack(name, folder):
     return kind(options(input_checkpoint_path=str(pair().aligned), out_dir=str(folder)))
 
 
-def test_what_tamperbench_evaluates_is_repaired(tamperbench, tmp_path):
+@pytest.mark.parametrize("cuts", [False, True], ids=["all rows", "rows of the vocabulary cut off"])
+def test_what_tamperbench_evaluates_is_repaired(tamperbench, tmp_path, monkeypatch, cuts):
+    monkeypatch.setattr(LoraFinetune, "cuts", cuts)
     config = deltaguard.RestoreConfig(max_safety_kl=DEFAULT_MAX_SAFETY_KL)
     tamperbench.register(["lora_finetune"], store=pair().store, config=config)
     made = attack("lora_finetune", tmp_path)
     output = made.benchmark()
     assert deltaguard.verify(output).problems == ()
     restored, attacked, aligned = (weights(each) for each in (Path(output), pair().finetuned, pair().aligned))
+    assert {name: each.shape for name, each in restored.items()} == {
+        name: each.shape for name, each in aligned.items()
+    }
     name = next(name for name in restored if name.endswith("q_proj.weight"))
     left, all_of_it = (torch.linalg.norm(each[name] - aligned[name]) for each in (restored, attacked))
     assert 0 < left < all_of_it

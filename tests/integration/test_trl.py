@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from deltaguard import RestoreConfig, verify
+from deltaguard.curvature.store import CurvatureStore
 from deltaguard.errors import DeltaguardError
 from deltaguard.integrations.trl import RestoreCallback, restore_after
 from deltaguard.models.adapter import is_adapter
@@ -114,11 +115,21 @@ def test_what_could_not_be_restored_is_refused_before_there_is_a_training_to_los
         given = {"aligned": made.aligned, "store": made.store, "config": config(lora=True)} | options
         RestoreCallback(**given).on_train_begin(args, None, None, model=model)
 
-    model = SimpleNamespace(peft_config={})
+    model = SimpleNamespace(peft_config={"default": LORA, "ref": LORA})
     for odd in ({"other_params": "finetuned"}, {"refine": 5}):
         with pytest.raises(DeltaguardError, match="An adapter becomes an adapter here"):
             begin(config=RestoreConfig(**odd))
     begin(config=RestoreConfig(other_params="finetuned", output_format="checkpoint"))
+    dora, pissa = (LoraConfig(**odd) for odd in ({"use_dora": True}, {"init_lora_weights": "pissa"}))
+    for adapters, why in (
+        ({"mine": LORA}, "called mine, and PEFT saves"),
+        ({"default": dora}, "use_dora"),
+        ({"default": pissa}, "pissa.*merge_and_unload"),
+        ({"default": IA3Config()}, "peft_type"),
+    ):
+        model = SimpleNamespace(peft_config=adapters)
+        with pytest.raises(DeltaguardError, match=rf"(?s)in training.*{why}|{why}"):
+            begin()
     model = SimpleNamespace()
     begin()
     with pytest.raises(DeltaguardError, match="restore_after"):
@@ -150,25 +161,29 @@ class Saved:
     def __init__(self, folder, state_dict_type=None):
         self.args, self.saved = SimpleNamespace(output_dir=str(folder)), []
         self.is_fsdp_enabled = state_dict_type is not None
-        plugin = SimpleNamespace(state_dict_type=state_dict_type)
-        self.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+        self.plugin = SimpleNamespace(state_dict_type=state_dict_type, set_state_dict_type=self.choose)
+        self.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=self.plugin))
 
-    def save_model(self, folder):
+    def choose(self, kind):
+        self.plugin.state_dict_type = StateDictType[kind] if isinstance(kind, str) else kind
+
+    def save_model(self, folder, *, _internal_call):
+        assert _internal_call, "else a trainer pushes to the Hub what was not restored"
+        if self.is_fsdp_enabled:
+            assert self.plugin.state_dict_type == StateDictType.FULL_STATE_DICT
         self.saved.append(folder)
 
     def is_world_process_zero(self):
         return True
 
 
-def test_a_model_that_would_be_saved_in_parts_is_not_taken_for_an_earlier_one(tmp_path):
-    parts = Saved(tmp_path, StateDictType.SHARDED_STATE_DICT)
-    with pytest.raises(DeltaguardError, match="FULL_STATE_DICT"):
-        restore_after(parts, aligned="nowhere")
-    assert parts.saved == []
-    whole = Saved(tmp_path, StateDictType.FULL_STATE_DICT)
+@pytest.mark.parametrize("kind", [StateDictType.SHARDED_STATE_DICT, StateDictType.FULL_STATE_DICT])
+def test_a_model_that_would_be_saved_in_parts_is_saved_as_a_whole(kind, tmp_path):
+    trained = Saved(tmp_path, kind)
     with pytest.raises(DeltaguardError, match="nowhere"):
-        restore_after(whole, aligned="nowhere/at-all/here")
-    assert whole.saved == [str(tmp_path / "finetuned")]
+        restore_after(trained, aligned="nowhere/at-all/here")
+    assert trained.saved == [str(tmp_path / "finetuned")]
+    assert trained.plugin.state_dict_type == kind
 
 
 def test_under_zero_3_what_was_trained_is_saved_and_the_command_told(tmp_path, monkeypatch):
@@ -176,7 +191,7 @@ def test_under_zero_3_what_was_trained_is_saved_and_the_command_told(tmp_path, m
     trained = Saved(tmp_path)
     told = (
         r"zero_to_fp32.py.* Run `deltaguard restore aligned .*finetuned -o .*restored --store 'my store' "
-        "--output-format checkpoint --config-from aligned`"
+        "--config-from aligned --output-format checkpoint`"
     )
     with pytest.raises(DeltaguardError, match=told):
         restore_after(trained, aligned="aligned", store="my store")
@@ -186,8 +201,17 @@ def test_under_zero_3_what_was_trained_is_saved_and_the_command_told(tmp_path, m
     told = r"What was trained is in \S+finetuned\. Run .* --output-format adapter"
     with pytest.raises(DeltaguardError, match=told):
         restore_after(trained, aligned="aligned")
-    trained.saved.pop()
-    assert trained.saved == [str(tmp_path / "finetuned")]
+    config = RestoreConfig(
+        max_safety_kl=0.001, confidence=0.9, overwrite=True, method_options={"level_refusals": False}
+    )
+    store = CurvatureStore.from_pretrained(pair().store)
+    told = (
+        rf"--store {pair().store} --max-safety-kl 0\.001 --confidence 0\.9 --config-from aligned "
+        r"--output-format adapter --overwrite --level-refusals false"
+    )
+    with pytest.raises(DeltaguardError, match=told):
+        restore_after(trained, aligned="aligned", store=store, config=config)
+    assert set(trained.saved) == {str(tmp_path / "finetuned")}
     args = SimpleNamespace(world_size=1, output_dir=str(tmp_path))
     with pytest.raises(DeltaguardError, match="restore_after"):
         RestoreCallback(aligned="aligned").on_train_begin(args, None, None)

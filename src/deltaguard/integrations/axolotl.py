@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from axolotl.integrations.base import BasePlugin  # pyright: ignore[reportMissingImports]  # not of any extra
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from deltaguard.integrations.trl import default_options, refuse_zero3
+from deltaguard.integrations.trl import default_options, refuse_beforehand, refuse_zero3
 from deltaguard.models.adapter import is_adapter
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.restore import restore
@@ -86,6 +86,21 @@ class RestorePlugin(BasePlugin):  # pyright: ignore[reportUntypedBaseClass]
         """Name the class of the configuration's further field."""
         return f"{__name__}.{RestoreArgs.__name__}"
 
+    def pre_model_load(self, cfg: Mapping[str, Any]) -> None:
+        """Refuse what could not be restored, before there is a training to lose.
+
+        Args:
+            cfg: Axolotl's configuration.
+
+        Raises:
+            DeltaguardError: as `deltaguard.integrations.trl.refuse_beforehand`.
+        """
+        if os.environ.get("RANK", "0") != "0":
+            return
+        settings, aligned, output = _asked(cfg)
+        config = _options(settings, adapter=bool(cfg.get("adapter")))
+        refuse_beforehand(aligned, output, store=settings.store, config=config)
+
     def post_train_unload(self, cfg: Mapping[str, Any]) -> None:
         """Restore what lies in `output_dir`.
 
@@ -97,12 +112,10 @@ class RestorePlugin(BasePlugin):  # pyright: ignore[reportUntypedBaseClass]
         """
         if os.environ.get("RANK", "0") != "0":
             return
-        settings = RestoreSettings.model_validate(cfg.get("deltaguard") or {})
+        settings, aligned, output = _asked(cfg)
         finetuned = Path(cfg["output_dir"])
-        output = Path(settings.output or f"{finetuned}-restored")
-        aligned = settings.aligned or _base_model(cfg)
-        refuse_zero3(aligned, finetuned, output, store=settings.store)
         config = _options(settings, adapter=is_adapter(str(finetuned)))
+        refuse_zero3(aligned, finetuned, output, store=settings.store, config=config)
         self.report = restore(aligned, finetuned, output, store=settings.store, config=config)
         for warning in self.report.warnings:
             _LOG.warning("%s", warning)
@@ -111,6 +124,13 @@ class RestorePlugin(BasePlugin):  # pyright: ignore[reportUntypedBaseClass]
 
 def _options(settings: RestoreSettings, *, adapter: bool) -> RestoreConfig:
     return RestoreConfig.model_validate(default_options(adapter=adapter) | settings.options)
+
+
+def _asked(cfg: Mapping[str, Any]) -> tuple[RestoreSettings, str, Path]:
+    """Find the settings in Axolotl's configuration, the aligned model, and the folder of the output."""
+    settings = RestoreSettings.model_validate(cfg.get("deltaguard") or {})
+    output = Path(settings.output or f"{Path(cfg['output_dir'])}-restored")
+    return settings, settings.aligned or _base_model(cfg), output
 
 
 def _base_model(cfg: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltaguard.errors import DeltaguardError, listed
-from deltaguard.files import read_json
+from deltaguard.files import parse_json, read_json
 from deltaguard.models.layout import ADAPTER_CONFIG
 from deltaguard.text import shortened
 
@@ -118,10 +118,27 @@ def read_lora_config(folder: Path, reference: str) -> LoraConfig:
     if not path.exists():
         raise DeltaguardError(f"{reference} is not a PEFT adapter: there is no {ADAPTER_CONFIG}.")
     lora = read_json(path, LoraConfig, remedy=f"If the file is damaged, copy it again. If not: {MERGE}")
-    problems = _more_than_plain(lora)
-    if problems:
-        raise DeltaguardError(listed(f"The adapter {reference} cannot be expanded", [*problems, MERGE]))
+    _require_plain(lora, reference)
     return lora
+
+
+def refuse_more_than_plain(written: bytes, reference: str) -> None:
+    """Refuse an adapter that could not be expanded, by what its `adapter_config.json` will hold.
+
+    Args:
+        written: the content of that file.
+        reference: what to call the adapter in messages.
+
+    Raises:
+        DeltaguardError: it is no plain LoRA. All reasons are listed.
+    """
+    source = f"The configuration of the adapter {reference}"
+    _require_plain(parse_json(written, LoraConfig, source=source, remedy=MERGE), reference)
+
+
+def _require_plain(lora: LoraConfig, reference: str) -> None:
+    if problems := _more_than_plain(lora):
+        raise DeltaguardError(listed(f"The adapter {reference} cannot be expanded", [*problems, MERGE]))
 
 
 def find_scalings(

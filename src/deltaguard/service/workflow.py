@@ -110,7 +110,7 @@ class Workflows(DBOSConfiguredInstance):
     def __init__(self, service: Service, executor: Executor) -> None:
         super().__init__(config_name="service")
         self.service, self.executor = service, executor
-        self._calibrating = threading.Lock()
+        self._calibrating = dict[str | None, threading.Lock]()
 
     def begin(self, job_id: str) -> None:
         """Put a job into its queue, unless it is there or was: an id is taken once."""
@@ -255,9 +255,17 @@ class Workflows(DBOSConfiguredInstance):
     @_step
     def calibrate(self, job_id: str, run: int) -> bool:
         """Make sure that the aligned model's store is there."""
+        job = self._open_job(job_id, run)
+        model = None if job is None else self.service.settings.models.get(job.model)
         # One at a time: locks of storage that machines share may not keep two from making the same store.
-        with self._calibrating:
+        lock = self._calibrating.setdefault(model, threading.Lock())
+        while not lock.acquire(timeout=_LOOK_S):
+            if self._open_job(job_id, run) is None:
+                return False
+        try:
             return self._done(job_id, run, "calibrate", calibrate_task)
+        finally:
+            lock.release()
 
     @_step
     def train(self, job_id: str, run: int) -> bool:
