@@ -12,7 +12,7 @@ class Hub:
     """What `HfApi` would be asked."""
 
     def __init__(self):
-        self.made, self.files, self.logged_in = [], {}, True
+        self.made, self.files, self.logged_in, self.is_private = [], {}, True, True
 
     def __call__(self, token=None):
         return self
@@ -25,6 +25,9 @@ class Hub:
         self.whoami()
         assert exist_ok
         self.made.append((repo_id, private))
+
+    def repo_info(self, repo_id):
+        return type("Info", (), {"private": self.is_private})
 
     def list_repo_files(self, repo_id):
         self.whoami()

@@ -51,7 +51,8 @@ def test_a_restore_is_pushed_with_card_and_report_and_without_the_users_folders(
     assert restored(out, "--push", "me/model") == 0
     (out / "notes.txt").write_text("mine")
     assert f"Pushed: {COMMIT}" in " ".join(capsys.readouterr().err.split())
-    assert hub.made == [("me/model", False)]
+    # What its owner's repositories are by default: an organisation's may be private.
+    assert hub.made == [("me/model", None)]
     assert {CARD_NAME, REPORT_NAME, "model.safetensors"} <= hub.files.keys()
     report = RestoreReport.model_validate_json(hub.files[REPORT_NAME])
     assert (report.aligned.reference, report.finetuned.reference) == ("aligned", "finetuned")
@@ -61,6 +62,10 @@ def test_a_restore_is_pushed_with_card_and_report_and_without_the_users_folders(
     assert json.loads(capsys.readouterr().out)["commit"] == COMMIT
     assert hub.made[1:] == [("me/other", True)]
     assert "notes.txt" not in hub.files
+    hub.is_private, hub.files = False, {}
+    assert run(["push", str(out), "me/open", "--private"]) == 1
+    assert "me/open is there already, and public" in " ".join(capsys.readouterr().err.split())
+    assert hub.files == {}
 
 
 def test_a_report_for_others_names_no_folder_in_its_warnings_either(tmp_path):

@@ -187,7 +187,10 @@ def test_the_dtype_is_that_of_the_aligned_model(tmp_path):
 
 def test_the_tokenizer_comes_along_and_the_model_does_not(llama, tmp_path):
     (llama.folder / "LICENSE").write_text("yours")
-    write(tmp_path / "out", llama, layers_of(llama))
+    # With the files that were there when it was opened.
+    write(tmp_path / "early", llama, layers_of(llama))
+    assert not (tmp_path / "early" / "LICENSE").exists()
+    write(tmp_path / "out", Checkpoint.open(llama.folder), layers_of(llama))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {WEIGHTS, CONFIG, "LICENSE", *TOKENIZER}
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)

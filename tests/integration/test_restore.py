@@ -501,3 +501,16 @@ def test_a_release_that_asks_other_prompts_does_not_take_an_earlier_ones_store(m
     assert before == default_store_folder(identity, "auto")
     monkeypatch.setattr("deltaguard.chat.framings.FRAMINGS", FRAMINGS[1:])
     assert default_store_folder(identity, "auto") != before
+
+
+def test_old_masks_may_hold_the_least_number_there_is(tmp_path):
+    """As GPT-NeoX once stored -1e9, which is -inf in float16; no code of transformers reads it."""
+    made = pair("gpt_neox")
+    mask = {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(float("-inf"), dtype=torch.float16)}
+    folders = tmp_path / "aligned", tmp_path / "finetuned"
+    for source, folder in zip((made.aligned, made.finetuned), folders, strict=True):
+        shutil.copytree(source, folder)
+        path = folder / "model.safetensors"
+        save_file(load_file(path) | mask, path, metadata={"format": "pt"})
+    restore(*folders, tmp_path / "out", config=RestoreConfig(method="interpolate", strength=0.5))
+    assert verify(tmp_path / "out").passed

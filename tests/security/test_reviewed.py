@@ -65,7 +65,11 @@ def test_a_link_in_the_place_of_a_runs_progress_is_refused(tmp_path, capsys, opt
 
 @pytest.mark.parametrize(
     ("name", "field"),
-    [("config.json", "configuration_files"), ("tokenizer_config.json", "fast_tokenizer_files")],
+    [
+        ("config.json", "configuration_files"),
+        ("config.json", "transformers_weights"),
+        ("tokenizer_config.json", "fast_tokenizer_files"),
+    ],
 )
 def test_no_file_stands_in_for_the_one_that_is_compared(model, name, field):
     change(model / name, **{field: ["other.4.0.0.json"]})

@@ -128,11 +128,43 @@ def test_every_kind_of_change_is_told(tmp_path, name, change, said):
     assert [said in told and name in told for told in checkpoint.changes()] == [True]
 
 
+def test_a_small_file_that_is_numbered_anew_is_the_same_file(tmp_path):
+    """As file systems of programs do that forget which number a path had."""
+    folder = two_shards(tmp_path)
+    checkpoint = Checkpoint.open(folder)
+    path, before = folder / "config.json", (folder / "config.json").stat()
+    copy = folder / "copy"
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, ns=(before.st_atime_ns, before.st_mtime_ns))
+    copy.replace(path)
+    assert path.stat().st_ino != before.st_ino
+    assert checkpoint.changes() == []
+    path.unlink()
+    path.write_text("{}")
+    assert len(checkpoint.changes()) == 1
+
+
+def test_weights_that_transformers_takes_before_others_are_refused(tmp_path):
+    folder = two_shards(tmp_path)
+    (folder / "shard-00000-model-00001-of-00001.safetensors").write_bytes(b"x")
+    with pytest.raises(DeltaguardError, match="consolidate_distributed_checkpoint"):
+        Checkpoint.open(folder)
+
+
+def test_what_copying_from_macos_leaves_is_no_weight(tmp_path):
+    folder = two_shards(tmp_path)
+    (folder / "._model-00001-of-00002.safetensors").write_bytes(b"x")
+    (folder / "._model.safetensors.index.json").write_bytes(b"x")
+    assert Checkpoint.open(folder).read("a.weight") is not None
+
+
 def test_a_file_that_comes_later_is_told_unless_it_is_no_part_of_the_model(tmp_path):
     folder = two_shards(tmp_path)
     checkpoint = Checkpoint.open(folder)
-    (folder / "optimizer.pt").write_text("")
+    for name in ("optimizer.pt", "notes.txt"):
+        (folder / name).write_text("")
     assert checkpoint.changes() == []
+    assert "notes.txt" not in checkpoint.files()
     (folder / "chat_template.jinja").write_text("x")
     assert checkpoint.changes() == [f"{folder / 'chat_template.jinja'} was added"]
 

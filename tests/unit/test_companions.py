@@ -77,7 +77,40 @@ def test_a_snapshot_in_a_hub_cache_consists_of_links(folder, secret, tmp_path):
     (snapshot / "NOTICE").symlink_to(secret)
     with pytest.raises(DeltaguardError, match=f"NOTICE is a link to {secret}"):
         companions(snapshot)
+    # Of a folder in a snapshot, the repository's files are no strangers either.
+    assert named(companions(snapshot / "chat_templates")) == ["tool.jinja"]
     # What is called like a cache and is none has no blobs.
     cache.rename(tmp_path / "hub" / "mine")
     with pytest.raises(DeltaguardError, match=r"config\.json is a link"):
         companions(tmp_path / "hub" / "mine" / "snapshots" / "abc")
+
+
+def test_a_snapshot_of_blobs_that_repositories_share(folder, tmp_path):
+    """As huggingface_hub lays them out from 2.4 on."""
+    hub = tmp_path / "hub"
+    repository, shared = hub / "models--me--mine", hub / "blobs" / "ab"
+    snapshot = repository / "snapshots" / "abc"
+    for made in (snapshot, repository / "blobs", shared):
+        made.mkdir(parents=True)
+    for path in folder.iterdir():
+        kept = path.rename(shared / f"hash-of-{path.name}")
+        (repository / "blobs" / path.name).symlink_to(f"../../blobs/ab/{kept.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    # Only where the library says that these blobs are its own.
+    with pytest.raises(DeltaguardError, match=r"config\.json is a link"):
+        companions(snapshot)
+    (hub / "blobs" / ".huggingface-shared-blobs").write_text("1\n")
+    assert named(companions(snapshot)) == ["LICENSE", "config.json"]
+    assert Checkpoint.open(snapshot).read("a.weight").sum() == 4
+    # A link that does not go by the repository's own blobs is none of the library's.
+    (snapshot / "NOTICE").symlink_to("../../../blobs/ab/hash-of-LICENSE")
+    with pytest.raises(DeltaguardError, match="NOTICE is a link"):
+        companions(snapshot)
+
+
+def test_weights_of_other_formats_and_logs_of_training_stay_behind(folder):
+    (folder / "wandb" / "run-1").mkdir(parents=True)
+    (folder / "text.mlpackage" / "Data").mkdir(parents=True)
+    for name in ("rust_model.ot", "model.nemo", "wandb/run-1/log.txt", "text.mlpackage/Data/weight"):
+        (folder / name).write_text("x")
+    assert named(companions(folder)) == ["LICENSE", "config.json"]

@@ -79,7 +79,7 @@ def test_refusals_of_the_hub_say_what_to_do(monkeypatch, kind, word):
     assert "hf auth login" in message
 
 
-@pytest.mark.parametrize("kind", [LocalEntryNotFoundError, HTTPError, ConnectionResetError])
+@pytest.mark.parametrize("kind", [LocalEntryNotFoundError, HTTPError, ConnectionResetError, RuntimeError])
 def test_no_connection_is_a_known_failure(monkeypatch, kind):
     def fetch(*args, **options):
         raise kind("offline")

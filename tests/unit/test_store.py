@@ -353,6 +353,9 @@ def test_pushing_uploads_the_stores_own_files(tmp_path, monkeypatch):
         def create_repo(self, *args, **options):
             calls.append((args, options))
 
+        def repo_info(self, repo_id):
+            return SimpleNamespace(private=True)
+
         def upload_folder(self, **options):
             calls.append(options)
             return type("Commit", (), {"commit_url": "https://hub/commit"})

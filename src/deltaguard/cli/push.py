@@ -22,7 +22,8 @@ def push(
     Args:
         folder: What `restore` or `calibrate` wrote.
         repository: `owner/name` on the Hub; made if absent.
-        private: A repository that is made now is private.
+        private: The repository is private: one that is there and public is refused. Without it a new one is
+            what its owner's are by default.
         json: Print one JSON document and nothing else on stdout.
     """
     from deltaguard.restoration.push import push as run

@@ -50,7 +50,7 @@ from deltaguard.curvature.sums import (
     output_name,
 )
 from deltaguard.errors import DeltaguardError
-from deltaguard.models.hub import locate, require_owner
+from deltaguard.models.hub import locate, make_repository, require_owner
 from deltaguard.models.opened import OpenFile, refuse_changes
 from deltaguard.models.shards import TensorInfo, read_tensor
 from deltaguard.solvers.factor import Factor
@@ -282,19 +282,20 @@ class CurvatureStore:
 
         Args:
             repo_id: `owner/name`.
-            private: whether a repository made here is private.
+            private: whether the repository must be private; a new one is otherwise what its owner's are.
             token: a token with write access; the one logged in with where absent.
 
         Returns:
             The address of the commit.
 
         Raises:
-            DeltaguardError: the store was changed since it was opened, or the name has no owner.
+            DeltaguardError: the store was changed since it was opened, the name has no owner, or the
+                repository is there and public, and was to be private.
         """
         require_owner(repo_id)
         refuse_changes(self.changes())
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        make_repository(api, repo_id, private=private)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=self.folder,

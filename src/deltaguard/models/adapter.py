@@ -78,7 +78,8 @@ class AdapterCheckpoint(WeightSource):
         folder = locate(reference)
         refuse_code(folder, str(reference))
         others = Snapshot.of(
-            lambda: [folder / ADAPTER_CONFIG, *(folder / path for path in adapter_companions(folder))]
+            lambda: [folder / ADAPTER_CONFIG, *(folder / path for path in adapter_companions(folder))],
+            decides=lambda path: part_of(str(path.relative_to(folder))) is not None,
         )
         lora = read_lora_config(folder, str(reference))
         file, tensors = open_adapter_weights(folder)
@@ -171,8 +172,10 @@ class AdapterCheckpoint(WeightSource):
         transformers lets a chat template in a file of its own win over one in `tokenizer_config.json`, and
         adds tokens of older files to it: where the adapter brings these, the aligned model's are left out.
         """
-        companions = map(str, adapter_companions(self.folder))
-        own = {path: self.folder / path for path in companions if part_of(path) != "config"}
+        named = {str(path.relative_to(self.folder)): path for path in self._others.paths}
+        own = {
+            name: path for name, path in named.items() if part_of(name) != "config" and name != ADAPTER_CONFIG
+        }
         brings_template = bool(templates_of(own).keys() - {"processor"})
         return {
             path: file
@@ -255,7 +258,7 @@ def is_adapter(reference: str | Path) -> bool:
         return False
     # A head of values, which reward models have, may lie beside an adapter.
     found = [path.name for kind in _MODELS for path in locate(reference).glob(kind)]
-    models = [name for name in found if name != ADAPTER_FILE]
+    models = [name for name in found if name != ADAPTER_FILE and not name.startswith(".")]
     if models:
         raise DeltaguardError(
             f"{reference} holds both an adapter ({ADAPTER_CONFIG}) and a model ({min(models)}), so it is "
@@ -281,7 +284,10 @@ def open_adapter_weights(folder: Path) -> tuple[OpenFile, dict[str, TensorInfo]]
             'If you trust them, convert them: python -c "import torch, safetensors.torch as s; '
             f's.save_file(torch.load({str(pickled)!r}, weights_only=True), {str(path)!r})"'
         )
-    problem = shard_problem(path) if path.exists() else f"there is no {ADAPTER_FILE} in it."
+    absent = (
+        f"there is no {ADAPTER_FILE} in it. Pickled weights, {pickled.name}, are not fetched from the Hub."
+    )
+    problem = shard_problem(path) if path.exists() else absent
     if problem:
         raise DeltaguardError(f"The adapter {folder} cannot be used: {problem}")
     file = OpenFile(path)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from deltaguard.errors import DeltaguardError, listed
+from deltaguard.models.canonical import part_of
 from deltaguard.models.hub import is_local, locate
 from deltaguard.models.layout import ADAPTER_CONFIG, find_layout, read_config, read_layout
 from deltaguard.models.loading import refuse_code
@@ -121,7 +122,10 @@ class Checkpoint(WeightSource):
                 "on it unasked: move one of them to another folder."
             )
         index = [folder / layout.index_name] if layout.index_name else []
-        others = Snapshot.of(lambda: [*index, *(folder / path for path in companions(folder))])
+        others = Snapshot.of(
+            lambda: [*index, *(folder / path for path in companions(folder))],
+            decides=lambda path: part_of(str(path.relative_to(folder))) is not None,
+        )
         tensors, files, problems = read_layout(folder, layout)
         if problem:
             problems.insert(0, problem)
@@ -145,7 +149,8 @@ class Checkpoint(WeightSource):
 
     def files(self) -> dict[str, Path]:
         """Find every file of the model that is no weight, by its path in the model's folder."""
-        return {str(path): self.folder / path for path in companions(self.folder)}
+        found = (path for path in self._others.paths if path.name != self.index_name)
+        return {str(path.relative_to(self.folder)): path for path in found}
 
     def index_file(self) -> Path | None:
         """Find the index of a sharded checkpoint; None for a single file."""

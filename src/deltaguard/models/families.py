@@ -97,7 +97,17 @@ def is_parameter(name: str) -> bool:
         >>> is_parameter("h.0.ln_1.bias"), is_parameter("h.0.attn.masked_bias")
         (True, False)
     """
-    return name.endswith((".weight", ".bias")) and _MASK.search(name) is None
+    return name.endswith((".weight", ".bias")) and not is_mask(name)
+
+
+def is_mask(name: str) -> bool:
+    """Tell a buffer of older models that hides later tokens, whatever number it holds: nothing reads it.
+
+    Example:
+        >>> is_mask("gpt_neox.layers.0.attention.masked_bias")
+        True
+    """
+    return _MASK.search(name) is not None
 
 
 def is_unread(config: Mapping[str, Any], name: str) -> bool:

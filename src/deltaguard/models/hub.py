@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -41,6 +41,24 @@ def require_owner(repo_id: str) -> None:
     """
     if "/" not in repo_id:
         raise DeltaguardError(f"{repo_id} names no owner: give OWNER/{repo_id}.")
+
+
+def make_repository(api: HfApi, repo_id: str, *, private: bool) -> None:
+    """Make a repository to upload to, unless it is there.
+
+    Args:
+        api: of the Hub.
+        repo_id: `owner/name`.
+        private: whether what is uploaded must not be public; otherwise a new one is what its owner's are.
+
+    Raises:
+        DeltaguardError: it is there and public, and was to be private.
+    """
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and api.repo_info(repo_id).private is False:
+        raise DeltaguardError(
+            f"{repo_id} is there already, and public: make it private in its settings, or push to another."
+        )
 
 
 def is_hub_id(reference: str | Path) -> bool:
@@ -101,8 +119,10 @@ def _fetch(repository: str, revision: str | None, *, weights: bool) -> Path:
             f"There is neither a local folder nor a Hub repository named {repository}. "
             "If the repository is private, run `hf auth login`."
         ) from error
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:
+        # What fetches large files raises errors that are of no kind of their own.
         raise DeltaguardError(
-            f"{at} is not a local folder and could not be fetched from the Hub: {error}"
+            f"{at} is not a local folder and could not be fetched from the Hub: {error} What was fetched is "
+            "kept: run again to go on."
         ) from error
     return Path(folder)

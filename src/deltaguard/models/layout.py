@@ -25,6 +25,7 @@ STAGING_FOLDER = ".deltaguard-partial"
 
 _LONGEST_NAME = 255
 _PART = re.compile(r"-\d+-of-\d+\.safetensors$")
+_OF_A_PROCESS = re.compile(r"shard-\d+-model-.*\.safetensors$")
 _PICKLED = (".bin", ".pt", ".pth")
 _PACKED_NAMES = (".qweight", ".qzeros", ".weight_packed", ".SCB")
 _DEQUANTISE = (
@@ -109,7 +110,22 @@ def read_config(folder: Path, reference: str) -> tuple[dict[str, Any], str | Non
         return config, None
     if (folder / ADAPTER_CONFIG).exists():
         return {}, _ADAPTER
+    if not is_local(reference):
+        return {}, (
+            f"there is no {CONFIG_FILE} at the top of the repository. Of a folder within it, fetch all "
+            "(`hf download REPOSITORY --include 'FOLDER/*' --local-dir here`) and give here/FOLDER."
+        )
     return {}, f"there is no {CONFIG_FILE}: copy it from the model that was fine-tuned."
+
+
+def is_distributed(name: str) -> bool:
+    """Tell a file of weights that one of several processes saved, which transformers takes before others.
+
+    Example:
+        >>> is_distributed("shard-00000-model-00001-of-00002.safetensors")
+        True
+    """
+    return _OF_A_PROCESS.match(name) is not None
 
 
 def find_layout(folder: Path, reference: str) -> Layout:
@@ -124,8 +140,15 @@ def find_layout(folder: Path, reference: str) -> Layout:
     Raises:
         DeltaguardError: there are no weights in safetensors files, or it is unclear which they are.
     """
-    found = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
-    indices = sorted(p.name for p in folder.glob("*.safetensors.index.json"))
+    # What copying from macOS leaves beside a file begins with a dot.
+    found = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith(("adapter_", ".")))
+    indices = sorted(p.name for p in folder.glob("*.safetensors.index.json") if not p.name.startswith("."))
+    if parts := [name for name in found if is_distributed(name)]:
+        raise DeltaguardError(
+            f"{reference} holds weights as processes saved their parts ({parts[0]}, ...), which transformers "
+            "takes before any others. Put them together first (`transformers.distributed."
+            "consolidate_distributed_checkpoint`), or remove them."
+        )
     if SINGLE_FILE in found:
         return Layout((SINGLE_FILE,))
     if INDEX_FILE in indices or len(indices) == 1:

@@ -24,7 +24,7 @@ _ASKING = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
 # Fields that send transformers to other files than those that are looked at here.
-_REDIRECTING = ("configuration_files", "fast_tokenizer_files")
+_REDIRECTING = ("configuration_files", "fast_tokenizer_files", "transformers_weights")
 # What transformers runs without being asked by a configuration.
 _RUN_BY_NAME = ("custom_generate/generate.py",)
 

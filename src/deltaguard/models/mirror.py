@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 _WEIGHTS = (
     *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"),
-    *(".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".tflite"),
+    *(".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".tflite", ".ot", ".nemo", ".pdparams"),
+    *(".engine", ".mlmodel", ".mlpackage", ".llamafile"),
     # Shards of torch's distributed checkpoints; and pickles, which loading would run.
     *(".distcp", ".pkl", ".pickle"),
 )
 _TRAINING_STATE = ("trainer_state.json", "training_args.json", "scheduler.json")
 _REPLACED = (REPORT_NAME, CARD_NAME)
-_TRAINING_FOLDERS = ("checkpoint-", "global_step", "optimizer_", "pytorch_model_fsdp", "runs", ".")
+_TRAINING_FOLDERS = ("checkpoint-", "global_step", "optimizer_", "pytorch_model_fsdp", "runs", "wandb", ".")
 
 
 def companions(folder: Path) -> list[Path]:
@@ -140,4 +141,6 @@ def adapter_files(
 def _belongs(path: Path) -> bool:
     if any(part.startswith(_TRAINING_FOLDERS) for part in path.parts):
         return False
-    return not path.name.endswith(_WEIGHTS) and path.name not in (*_TRAINING_STATE, *_REPLACED)
+    if any(part.endswith(_WEIGHTS) for part in path.parts):
+        return False
+    return path.name not in (*_TRAINING_STATE, *_REPLACED)

@@ -10,6 +10,9 @@ _LONGEST = 1024
 _LONGEST_PART = 200
 _SHOWN = 80
 
+_SHARED_BLOBS = ".huggingface-shared-blobs"
+"""The file by which huggingface_hub, from 2.4 on, knows the blobs that repositories share."""
+
 
 def name_problem(name: str) -> str | None:
     """Say why a text is no name for a file in an output folder, None where it is one.
@@ -60,7 +63,8 @@ def inside(folder: Path, name: str) -> Path:
 def link_target(folder: Path, path: Path) -> Path | None:
     """Find where a link in a model's folder leads to, None where that is in the folder.
 
-    The files of a snapshot in a Hub cache are links to `blobs` beside it, which counts as the folder.
+    The files of a snapshot in a Hub cache are links to the repository's `blobs`, and these may be links to
+    those that all repositories of the cache share: both count as the folder.
 
     Args:
         folder: the model's folder.
@@ -69,6 +73,18 @@ def link_target(folder: Path, path: Path) -> Path | None:
     root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     if target.is_relative_to(root):
         return None
-    cache = root.parent.parent
-    in_cache = root.parent.name == "snapshots" and cache.name.startswith("models--")
-    return None if in_cache and target.is_relative_to(cache / "blobs") else target
+    snapshot = next(filter(_is_snapshot, (root, *root.parents)), None)
+    if snapshot is None:
+        return target
+    repository = snapshot.parent.parent
+    own, shared = repository / "blobs", repository.parent / "blobs"
+    if target.is_relative_to(own):
+        return None
+    is_shared = (shared / _SHARED_BLOBS).is_file() and target.is_relative_to(shared)
+    first = os.path.realpath((path.parent / path.readlink()).parent) if path.is_symlink() else ""
+    return None if is_shared and first == str(own) else target
+
+
+def _is_snapshot(folder: Path) -> bool:
+    """Whether a folder is a snapshot of a repository in a Hub cache."""
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")

@@ -88,21 +88,30 @@ class Snapshot:
 
     _listed: Callable[[], Iterable[Path]]
     _seen: dict[Path, _Signature]
+    _decides: Callable[[Path], bool]
 
     @classmethod
-    def of(cls, listed: Callable[[], Iterable[Path]]) -> Self:
+    def of(
+        cls, listed: Callable[[], Iterable[Path]], *, decides: Callable[[Path], bool] = lambda _: True
+    ) -> Self:
         """Note what files are now.
 
         Args:
             listed: lists them, now and later; those that are absent are left out.
+            decides: whether one that comes later makes a difference.
         """
-        return cls(listed, {path: _Signature.of(path.stat()) for path in listed() if path.is_file()})
+        return cls(listed, {path: _Signature.of(path.stat()) for path in listed() if path.is_file()}, decides)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that were there, as they were listed."""
+        return list(self._seen)
 
     def changes(self) -> list[str]:
         """Say what happened to each file since then, and which have come."""
         changed = [change for path, seen in self._seen.items() if (change := _change(path, seen))]
         come = [path for path in self._listed() if path not in self._seen and path.is_file()]
-        return changed + [f"{path} was added" for path in come]
+        return changed + [f"{path} was added" for path in come if self._decides(path)]
 
 
 def refuse_changes(changes: Iterable[str | None]) -> None:
@@ -127,6 +136,10 @@ def _change(path: Path, before: _Signature, held: _Signature | None = None) -> s
         now = _Signature.of(path.stat())
     except OSError as error:
         return f"{path}: {error.strerror}"
+    # Of a file that is not held open, file systems of other machines and of programs may number it anew.
+    is_copy = held is None and (now.size, now.modified) == (before.size, before.modified)
+    if is_copy:
+        return None
     if (now.device, now.inode) != (before.device, before.inode):
         return f"{path} was replaced by another file"
     if now.size != before.size:

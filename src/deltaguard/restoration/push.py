@@ -16,7 +16,7 @@ from deltaguard.curvature.store import CurvatureStore
 from deltaguard.curvature.store_format import MANIFEST
 from deltaguard.errors import CheckFailedError, DeltaguardError, listed
 from deltaguard.files import expanded, read_json
-from deltaguard.models.hub import is_hub_id, is_local, require_owner
+from deltaguard.models.hub import is_hub_id, is_local, make_repository, require_owner
 from deltaguard.models.layout import ADAPTER_CONFIG
 from deltaguard.reports.outcome import without_the_users_folders
 from deltaguard.reports.records.push import PushReport
@@ -33,7 +33,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
     Args:
         folder: what `restore` or `calibrate` wrote.
         repo_id: `owner/name`; made if absent.
-        private: whether a repository made here is private.
+        private: whether the repository must be private; a new one is otherwise what its owner's are.
         token: a token with write access; the one logged in with where absent.
 
     Returns:
@@ -68,7 +68,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
     files.append(CommitOperationAdd(REPORT_NAME, content.encode()))
     with explained(f"{place} was not pushed to {repo_id}, and can be again"):
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        make_repository(api, repo_id, private=private)
         besides = list(loaded_besides(api.list_repo_files(repo_id), report))
         if besides:
             title = f"{repo_id} holds files that would be loaded with {place}, or in its place"

@@ -15,6 +15,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.methods.method import PreparedLayer, PricedLayer
 from deltaguard.models.adapter import AdapterCheckpoint
 from deltaguard.models.adapter_writer import adapter_dtype
+from deltaguard.models.families import is_mask
 from deltaguard.models.shards import DTYPES
 from deltaguard.progress import Event, Progress
 from deltaguard.reports.records.restore import LayerRow, OtherRow
@@ -212,19 +213,18 @@ class Trial:
             DeltaguardError: weights are not finite, or the method failed; the message names the tensor.
         """
         known = self._known(steps, with_weights=True)
-        missing = [step for step in steps if step.info.name not in known]
         # One reader for all: with one for layers and one for others, twice as much would be read ahead.
-        inputs = self._read(missing)
+        inputs = self._read([step for step in steps if step.info.name not in known])
         for step in steps:
             if step.action is Action.RESTORE:
                 edited = self._restored(self._next(step, known, inputs, keep=False), price)
             else:
                 edited = self._taken(next(inputs))
-            if edited.tensor.is_floating_point() and not is_finite(edited.tensor):
+            is_read = edited.tensor.is_floating_point() and not is_mask(step.info.name)
+            if is_read and not is_finite(edited.tensor):
                 raise DeltaguardError(
                     f"Tensor `{step.info.name}` would hold NaN or infinite values in {edited.tensor.dtype}. "
-                    "If they are not in the fine-tuned model already, save that in bfloat16 or float32 and "
-                    "restore again."
+                    "If the fine-tuned model holds none, save that in bfloat16 or float32 and restore again."
                 )
             yield edited
 

@@ -10,7 +10,8 @@ from deltaguard.files import expanded, read_json
 from deltaguard.models.adapter import ADAPTER_FILE
 from deltaguard.models.canonical import TEMPLATE, TEMPLATE_FOLDER, part_of
 from deltaguard.models.checkpoint import Checkpoint
-from deltaguard.models.layout import ADAPTER_CONFIG, INDEX_FILE, SINGLE_FILE
+from deltaguard.models.families import is_mask
+from deltaguard.models.layout import ADAPTER_CONFIG, INDEX_FILE, SINGLE_FILE, is_distributed
 from deltaguard.models.names import link_target, place_problem
 from deltaguard.models.opened import OpenFile
 from deltaguard.models.shards import TensorInfo, read_tensor
@@ -102,7 +103,7 @@ def loaded_besides(names: Iterable[str], report: RestoreReport) -> Iterator[str]
     adapter = report.options.get("output_format") == "adapter"
     others = (ADAPTER_CONFIG, ADAPTER_FILE) if not adapter else ()
     for name in names:
-        is_weight = name in (SINGLE_FILE, INDEX_FILE, TEMPLATE, *others)
+        is_weight = name in (SINGLE_FILE, INDEX_FILE, TEMPLATE, *others) or is_distributed(name)
         if (is_weight or part_of(name) is not None) and name not in written:
             yield name
 
@@ -115,6 +116,8 @@ def _unlisted_shards(shards: Iterable[str], report: RestoreReport) -> Iterator[s
 
 def _not_finite(folder: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     for name, info in tensors.items():
+        if is_mask(name):
+            continue
         tensor = read_tensor(OpenFile(folder / info.shard), info)
         if tensor.is_floating_point() and tensor.itemsize == 1:
             # Torch does not tell of numbers of 8 bits whether they are finite.

@@ -33,7 +33,7 @@ class Given(BaseModel):
 
 
 class Hyperparameters(Given):
-    """What a job may choose; `trained_weights` is this service's own: `"full"` trains all but the embeddings."""
+    """What a job may choose; `trained_weights` is this service's: `"full"` trains all but the embeddings."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = "auto"
     batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
