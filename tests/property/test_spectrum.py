@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltaguard.curvature.sums import RunningMoment, normalise
 from deltaguard.solvers import (
     closed_form,
     joint_profile,
@@ -158,10 +159,42 @@ def test_a_prohibitive_price_leaves_nothing_even_of_what_costs_nothing():
     assert found.directions.safety_cost(PROHIBITIVE) == 0
 
 
-def test_the_floor_rises_where_rounding_makes_a_matrix_indefinite():
+def test_where_rounding_makes_a_matrix_indefinite_the_tail_is_that_of_all_eigenvalues():
     matrix = moment(1, 80, decay=4.0).float()
-    matrix.diagonal().sub_(1e-5 * float(matrix.diagonal().max()))
-    assert _tail_from_determinant(matrix, torch.linalg.eigvalsh(matrix).flip(0)[:5]) > 0
+    # By more than a hundredth of the mean, by which eigenvalues are raised.
+    matrix.diagonal().sub_(0.05 * float(torch.linalg.eigvalsh(matrix)[:75].mean()))
+    values = torch.linalg.eigvalsh(matrix.double())
+    assert values[0] < 0
+    found = _tail_from_determinant(matrix, torch.linalg.eigvalsh(matrix).flip(0)[:5])
+    assert found == pytest.approx(_exact(matrix.double(), 5).tail)
+    assert found < float(values[:75].clamp_min(0).mean())
+
+
+def massive(seed, size=256):
+    """Sums over tokens of which some hundred are thousands of times as long as others, in two coordinates."""
+    scale = torch.logspace(0, -1.5, size) / 5
+    scale[:2] = 0.02
+    tokens = torch.randn(4096, size, generator=torch.Generator().manual_seed(seed)) * scale
+    tokens[:128] = 0
+    tokens[:128, :2] = torch.linspace(0.9, 1.1, 128)[:, None] * torch.tensor([3400.0, 1240.0])
+    running = RunningMoment(size)
+    for part in tokens.split(256):
+        running.add(part)
+    precise = tokens.double()
+    return normalise(running.taken()), precise.T @ precise / len(precise)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_massive_activation_makes_no_other_direction_dear(seed):
+    rounded, precise = massive(seed)
+    expected = _exact(precise, 16)
+    mean = float(precise.trace() - expected.values.sum()) / 240
+    for found in (_randomised(rounded, 16), _exact(rounded, 16)):
+        assert float(found.values[-1]) < torch.finfo(torch.float32).eps * float(found.values[0])
+        assert found.tail < 1.05 * mean
+        priced = found.floored()
+        assert 0.5 * expected.tail < priced.tail < 1.5 * mean
+        assert priced.values[-1] < 1.5 * expected.values[-1]
 
 
 def test_the_randomised_spectrum_is_the_exact_one_and_repeats():
