@@ -120,17 +120,12 @@ def plain_sums(name, folder, conversations):
     return sums, tokens, responses
 
 
-def effective_rank(matrix):
-    values = torch.linalg.eigvalsh(matrix)
-    return float(values.sum() ** 2 / values.square().sum())
-
-
 def shrunk(sums, tensor):
     """H and the sum for G of an expert's layer, by the rule as docs/how-it-works.md states it."""
     alike = [sums[re.sub(r"\.\d+(?=\.\w+\.weight$|$)", f".{expert}", tensor)] for expert in range(4)]
     pooled_h, pooled_g, pairs = (sum(each[i] for each in alike) for i in range(3))
     own_h, own_g, n = sums[tensor]
-    a, b = ((r + 1) / (n + r + 1) for r in map(effective_rank, (pooled_h, pooled_g)))
+    a, b = ((d + 1) / (n + d + 1) for d in map(len, (pooled_h, pooled_g)))
     mean = own_h / n if n else 0 * pooled_h
     return (1 - a) * mean + a * pooled_h / pairs, (1 - b) * own_g + b * pooled_g / 4
 

@@ -49,15 +49,9 @@ class Pool:
         """The sum; nothing may be added to it then."""
         return self._running.taken()
 
-    @cached_property
-    def effective_rank(self) -> float:
-        """(tr P)² / ‖P‖², the number of directions that the vectors P is summed over fill; 0 of none."""
-        norm = float(torch.linalg.vector_norm(self.moment.total))
-        return (float(self.moment.total.diagonal().sum()) / norm) ** 2 if norm else 0.0
-
     def share(self, tokens: int) -> float:
-        """Say which share of an expert's curvature is the pool's, see `expert_sums`."""
-        return (self.effective_rank + 1) / (tokens + self.effective_rank + 1)
+        """Say which share of an expert's curvature is the pool's, see `shrunk_sums`."""
+        return (self.size + 1) / (tokens + self.size + 1)
 
 
 class RoutedMoment:
@@ -150,7 +144,7 @@ def shrunk_sums(group: LayerGroup, inputs: RoutedMoment, outputs: Sequence[Route
     """Shrink the sums of one expert towards those of all experts of its block.
 
     With n tokens of its own, S their sum, P and m the sum and the tokens of the pool, E experts, and the
-    share of the pool a = (r + 1) / (n + r + 1), r being the pool's effective rank,
+    share of the pool a = (d + 1) / (n + d + 1), d being the number of rows of S,
 
         H = (1 - a) S / n + a P / m,        G = (1 - a) S + a P / E,
 

@@ -11,8 +11,9 @@ from deltaguard.restoration.job import Job
 from deltaguard.restoration.options import RestoreConfig
 from deltaguard.restoration.plan import Action, Plan
 
-_RARE = 0.5
-"""Share of a curvature that is the block's from which on an expert is told to be rarely reached."""
+_RARE = 0.9
+"""Share of a curvature that is the block's from which on an expert is told to be rarely reached: by fewer
+tokens than a ninth of its directions."""
 
 
 def refuse_what_experts_cannot(job: Job, plan: Plan, config: RestoreConfig) -> None:
@@ -51,7 +52,7 @@ def known_experts(store: CurvatureStore) -> tuple[RareExpert, ...]:
 
 
 def rare_experts(experts: Sequence[RareExpert]) -> tuple[RareExpert, ...]:
-    """Select the experts of which most of a curvature is that of all experts of their block."""
+    """Select the experts of which nearly all of a curvature is that of all experts of their block."""
     return tuple(row for row in experts if row.pooled > _RARE)
 
 
@@ -66,6 +67,6 @@ def rare_warning(rare: Sequence[RareExpert], count: int) -> Iterator[str]:
         unreached = sum(not row.tokens for row in rare)
         yield (
             f"Safety conversations rarely reach {len(rare)} of {count} experts, {unreached} of them never. "
-            "These are restored more by the curvature of all experts of their block than by their own; the "
+            "These are restored by the curvature of all experts of their block, hardly by their own; the "
             "report lists them. More conversations tell more of them (`deltaguard calibrate --num-samples`)."
         )

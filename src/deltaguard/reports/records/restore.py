@@ -44,7 +44,7 @@ class LayerRow(Record):
 
 
 class RareExpert(Record):
-    """An expert that safety conversations rarely reach: most of its curvature is of its block's experts.
+    """An expert that safety conversations rarely reach: its curvature is nearly that of its block's experts.
 
     Attributes:
         name: in the aligned checkpoint.
