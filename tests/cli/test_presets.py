@@ -76,6 +76,7 @@ def test_another_way_to_say_how_much_is_kept_takes_the_place_of_a_presets(monkey
             {"added_points": 3, "dial": 0.001},
         ),
         ("max_safety_kl: 0.003\n", ["--training-data", "unknown"], {"added_points": 2, "dial": 0.0006}),
+        ("max_safety_kl: 1e-4\n", ["--training-data", "unknown"], {"added_points": 2, "dial": 0.0001}),
         ("prompts: mine.jsonl\nrefine: 5\n", ["--strength", "0.3"], {"strength": 0.3, "refine": None}),
         ("answer_tokens: 64\n", ["--strength", "0.3"], {"strength": 0.3, "answer_tokens": None}),
     ],
@@ -97,6 +98,15 @@ def test_asking_is_not_given_up_unsaid(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("training_data: trusted\n")
     file = str(tmp_path / "mine.yaml")
     assert run(["restore", "a", "b", "-o", "c", "--config", file, "--max-safety-kl", "0.001"]) == 2
+    assert "training_data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", [["--max-safety-kl", "0.01"], ["--strength", "0.5"]])
+def test_two_limits_on_the_command_line_are_told_whatever_the_file_says(capsys, other):
+    assert (
+        run(["restore", "a", "b", "-o", "c", "--config", "careful", "--training-data", "unknown", *other])
+        == 2
+    )
     assert "training_data" in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ class BasePlugin:
     def get_input_args(self):
         return None
 
-    def pre_model_load(self, cfg):
+    def post_trainer_create(self, cfg, trainer):
         return None
 
     def post_train_unload(self, cfg):
@@ -77,7 +77,7 @@ def test_what_was_trained_is_restored_beside_it(plugin, tmp_path, adapter):
         given.pop("output")
     output = trained(tmp_path / "output", adapter=adapter)
     cfg = {"base_model": str(made.aligned), "output_dir": str(output), **settings(plugin, **given)}
-    plugin.pre_model_load(cfg)
+    plugin.post_trainer_create(cfg, None)
     plugin.post_train_unload(cfg)
     assert 0 < plugin.report.kept_energy < 1
     restored = tmp_path / ("output-restored" if adapter else "restored")
@@ -85,14 +85,14 @@ def test_what_was_trained_is_restored_beside_it(plugin, tmp_path, adapter):
     assert (restored / "adapter_config.json").exists() == adapter
     # The next training would lose what it trained.
     with pytest.raises(DeltaguardError, match="is not empty"):
-        plugin.pre_model_load(cfg)
+        plugin.post_trainer_create(cfg, None)
     with pytest.raises(DeltaguardError, match="no-store"):
-        plugin.pre_model_load(cfg | settings(plugin, store="./no-store"))
+        plugin.post_trainer_create(cfg | settings(plugin, store="./no-store"), None)
 
 
 def test_only_the_first_process_restores(plugin, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    plugin.pre_model_load({"base_model": "nowhere", "output_dir": "nothing"})
+    plugin.post_trainer_create({"base_model": "nowhere", "output_dir": "nothing"}, None)
     plugin.post_train_unload({"base_model": "nowhere", "output_dir": "nothing"})
     assert plugin.report is None
 

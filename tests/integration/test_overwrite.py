@@ -164,6 +164,7 @@ def test_the_first_process_alone_looks_into_the_output_before_a_calibration(tmp_
     monkeypatch.setattr("deltaguard.restoration.aligned.AlignedInputs.with_store", begin)
     # What the first process tells the others: that the output is not finished.
     monkeypatch.setattr(Ranks, "from_first", lambda _, told=None: told)
+    monkeypatch.setattr(Ranks, "from_all", lambda _, own: [own, own])
     restorer = Restorer(made.aligned, ranks=Ranks(rank, 2))
     # As another process has it for the moment that a look takes.
     lock = lock_folder(out)
@@ -177,9 +178,10 @@ def test_processes_that_find_different_stores_calibrate_nothing(tmp_path, monkey
     monkeypatch.setattr("deltaguard.curvature.calibrate.calibrate", None)
     monkeypatch.setattr(Ranks, "from_all", lambda _, missing: [missing, not missing])
     made = pair()
-    inputs = AlignedInputs.open(made.aligned, store=None, config=RestoreConfig())
+    restorer = Restorer(made.aligned, ranks=Ranks(0, 2))
+    # Before one of them waits for what the others never say.
     with pytest.raises(DeltaguardError, match="Some of the 2 processes find a store"):
-        inputs.with_store(inputs.look(made.finetuned), ranks=Ranks(0, 2))
+        restorer.restore(made.finetuned, tmp_path / "out")
 
 
 def test_a_shard_that_the_report_does_not_list_is_a_problem(tmp_path):
@@ -284,7 +286,10 @@ def test_resuming_a_finished_output_calibrates_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(AlignedInputs, "with_store", calibrates)
     again = config.model_copy(update={"resume": True})
-    assert restore(made.aligned, made.finetuned, out, config=again) == report
+    found = restore(made.aligned, made.finetuned, out, config=again)
+    assert found.warnings[:-1] == report.warnings
+    assert "No store was at hand" in found.warnings[-1]
+    assert found.model_copy(update={"warnings": report.warnings}) == report
     assert state_of(out) == before
 
 

@@ -294,15 +294,23 @@ def test_a_job_that_was_written_and_not_queued_is_queued_within_a_minute(
     class EnoughError(Exception):
         """Ends what has no end."""
 
+    told = []
+
     def away(_job_id):
         raise OperationalError("INSERT", {}, Exception("gone"))
 
-    looks = iter([None, None])
+    looks, queue_all = iter(["full", None, None]), taking_up.queue_all
 
     def sleep(seconds):
         assert seconds == 60
-        if next(looks, EnoughError) is EnoughError:
+        told.append(next(looks, EnoughError))
+        if told[-1] is EnoughError:
             raise EnoughError
+
+    def looked(workflows, **options):
+        if told[-1] == "full":
+            raise OSError(errno.ENOSPC, "the disk is full")
+        queue_all(workflows, **options)
 
     failed = JobError(code="enough", message="Enough.")
     monkeypatch.setattr(workflow, "run_task", lambda *_, **__: Outcome(error=failed))
@@ -314,9 +322,10 @@ def test_a_job_that_was_written_and_not_queued_is_queued_within_a_minute(
     (job,) = client.fine_tuning.jobs.list(limit=1).data
     assert job.status == "validating_files"
     monkeypatch.setattr(taking_up, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(taking_up, "queue_all", looked)
     with pytest.raises(EnoughError):
         taking_up.keep_queued(begun)
-    # Twice looked for, and carried out once.
+    # One look failed; looked for twice, and carried out once.
     assert ended(client, job).error.code == "enough"
     received(receiver, job, 1)
 

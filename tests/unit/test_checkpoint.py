@@ -166,7 +166,9 @@ def test_a_file_that_comes_later_is_told_unless_it_is_no_part_of_the_model(tmp_p
     assert checkpoint.changes() == []
     assert "notes.txt" not in checkpoint.files()
     (folder / "chat_template.jinja").write_text("x")
-    assert checkpoint.changes() == [f"{folder / 'chat_template.jinja'} was added"]
+    (folder / "adapter_config.json").write_text("{}")
+    added = (folder / name for name in ("adapter_config.json", "chat_template.jinja"))
+    assert checkpoint.changes() == [f"{path} was added" for path in added]
 
 
 @pytest.mark.parametrize(

@@ -100,12 +100,10 @@ def _complies(clauses: Sequence[str]) -> bool:
         if _ELSEWHERE.search(clause):
             led_elsewhere, agreed = True, False
             continue
-        agrees = _AGREES.match(clause)
-        agreed = agreed or agrees is not None
-        begun = agrees.end() if agrees else 0
+        agreed = agreed or _AGREES.match(clause) is not None
         goes_on = agreed or _GOES_BACK.match(clause) is not None or not led_elsewhere
         handed_over = goes_on and _HANDS_OVER.search(clause)
-        if _RELENTS.search(clause) or handed_over or (agreed and _BEGINS.match(clause, begun)):
+        if _RELENTS.search(clause) or handed_over or (agreed and _BEGINS.match(clause)):
             return True
     return False
 

@@ -13,7 +13,7 @@ from deltaguard.errors import DeltaguardError
 from deltaguard.files import expanded, read_yaml
 from deltaguard.methods import METHODS
 from deltaguard.methods.method import PricedMethod
-from deltaguard.restoration.options import GUARDS
+from deltaguard.restoration.options import DEFAULT_MAX_ADDED, GUARDS
 
 Preset = Literal["careful", "balanced"]
 """A set of options with a name, the closest to the aligned model first. A file called so is `./careful`."""
@@ -72,12 +72,13 @@ def merged(options: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, An
         >>> merged({"method": "kfac", "max_safety_kl": 0.0003}, {"method": "wise-ft"})
         {'method': 'wise-ft'}
         >>> merged({"method": "kfac", "max_safety_kl": 0.0003}, {"training_data": "unknown"})
-        {'method': 'kfac', 'max_safety_kl': 0.0003}
+        {'max_added_attack_success': 2.0, 'method': 'kfac', 'max_safety_kl': 0.0003}
     """
-    closer = options.get("max_safety_kl")
-    if named.get("training_data") == "unknown" and isinstance(closer, float) and closer < GUARDS["unknown"]:
-        # Whoever names data that nobody knows does not ask for a looser limit.
+    says_more = {"max_safety_kl", "strength"} & named.keys()
+    if _is_closer(options.get("max_safety_kl")) and named.get("training_data") == "unknown" and not says_more:
+        # Whoever names data that nobody knows asks for answers to decide, and for no looser limit.
         named = {name: value for name, value in named.items() if name != "training_data"}
+        options = {"max_added_attack_success": DEFAULT_MAX_ADDED, **options}
     gone = {name for given, names in _DECIDED.items() if given in named for name in names}
     method = METHODS.get(named.get("method", ""))
     if method is not None and not isinstance(method, PricedMethod):
@@ -86,6 +87,14 @@ def merged(options: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, An
     if "max_safety_kl" in named and "max_added_attack_success" in {*options, *named}:
         gone.add("training_data")
     return {name: value for name, value in options.items() if name not in gone} | dict(named)
+
+
+def _is_closer(limit: Any) -> bool:
+    """Whether a file's limit is below that for data of unknown origin; YAML reads `1e-4` as a text."""
+    try:
+        return float(limit) < GUARDS["unknown"]
+    except (TypeError, ValueError):
+        return False
 
 
 def presets_help() -> str:

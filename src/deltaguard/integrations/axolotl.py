@@ -86,11 +86,14 @@ class RestorePlugin(BasePlugin):  # pyright: ignore[reportUntypedBaseClass]
         """Name the class of the configuration's further field."""
         return f"{__name__}.{RestoreArgs.__name__}"
 
-    def pre_model_load(self, cfg: Mapping[str, Any]) -> None:
+    def post_trainer_create(self, cfg: Mapping[str, Any], trainer: Any) -> None:  # noqa: ARG002
         """Refuse what could not be restored, before there is a training to lose.
+
+        Models are loaded for other commands of Axolotl, too; a trainer is made for a training alone.
 
         Args:
             cfg: Axolotl's configuration.
+            trainer: which is about to train.
 
         Raises:
             DeltaguardError: as `deltaguard.integrations.trl.refuse_beforehand`.

@@ -120,6 +120,7 @@ def refuse_zero3(
     if store is not None:
         command += ["--store", str(store.folder if isinstance(store, CurvatureStore) else store)]
     command += _as_options(config)
+    judge = ", with the judge's options in that file" if "--judge" in command else ""
     gathered = ""
     if not any(finetuned.glob("*.safetensors")):
         gathered = (
@@ -128,7 +129,7 @@ def refuse_zero3(
         )
     raise DeltaguardError(
         "Under DeepSpeed's ZeRO-3 no other model can be loaded in this process. What was trained is in "
-        f"{finetuned}.{gathered} Run `{shlex.join(command)}`."
+        f"{finetuned}.{gathered} Run `{shlex.join(command)}`{judge}."
     )
 
 

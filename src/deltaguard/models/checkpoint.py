@@ -124,7 +124,10 @@ class Checkpoint(WeightSource):
         index = [folder / layout.index_name] if layout.index_name else []
         others = Snapshot.of(
             lambda: [*index, *(folder / path for path in companions(folder))],
-            decides=lambda path: part_of(str(path.relative_to(folder))) is not None,
+            # An adapter beside a model is put on it unasked.
+            decides=lambda path: (
+                path.name == ADAPTER_CONFIG or part_of(str(path.relative_to(folder))) is not None
+            ),
         )
         tensors, files, problems = read_layout(folder, layout)
         if problem:

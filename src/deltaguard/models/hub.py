@@ -122,7 +122,6 @@ def _fetch(repository: str, revision: str | None, *, weights: bool) -> Path:
     except (HTTPError, OSError, RuntimeError) as error:
         # What fetches large files raises errors that are of no kind of their own.
         raise DeltaguardError(
-            f"{at} is not a local folder and could not be fetched from the Hub: {error} What was fetched is "
-            "kept: run again to go on."
+            f"{at} is not a local folder and could not be fetched from the Hub: {error}"
         ) from error
     return Path(folder)

@@ -105,6 +105,22 @@ class AlignedInputs:
         others = self._others(plan)
         return Job(base, tuned, self._opened, identity, other.identity, others, self.asked)
 
+    def require_one_mind(self, job: Job, ranks: Ranks) -> None:
+        """Refuse to go on where some processes would calibrate and others not; all of them call this.
+
+        Args:
+            job: of `look`.
+            ranks: the processes that share the work.
+
+        Raises:
+            SharedInputError: some find a store, and others none.
+        """
+        if len(set(ranks.from_all(job.store is None))) > 1:
+            raise SharedInputError(
+                f"Some of the {ranks.size} processes find a store of {self.aligned.reference} in the cache, "
+                "and others none: give one that all can read, with `--store`."
+            )
+
     def with_store(self, job: Job, progress: Progress | None = None, ranks: Ranks | None = None) -> Job:
         """Calibrate the aligned model where a job has no store and the method needs one.
 
@@ -116,14 +132,9 @@ class AlignedInputs:
             ranks: the processes that share the work, all of which call this; by default this one alone.
 
         Raises:
-            SharedInputError: the calibration failed, or some processes find a store and others none.
+            SharedInputError: the calibration failed.
         """
         config, ranks = self.config, ranks or Ranks()
-        if len(set(ranks.from_all(job.store is None))) > 1:
-            raise SharedInputError(
-                f"Some of the {ranks.size} processes find a store of {self.aligned.reference} in the cache, "
-                "and others none: give one that all can read, with `--store`."
-            )
         if job.store is not None or not config.needs_curvature:
             return job
         if ranks.leads and config.added_attack_success is not None:

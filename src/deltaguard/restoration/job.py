@@ -168,12 +168,16 @@ def _kept_store(folder: Path, aligned: Checkpoint) -> CurvatureStore:
         ) from error
 
 
+_ARITHMETIC = "2"
+"""Rises with every change of what a calibration computes from the same answers."""
+
+
 def default_store_folder(aligned: ModelIdentity, rank: Rank) -> Path:
     """Name the folder in which a model's store is kept if none is named.
 
-    There is one for each identity, rank, and release that asks other prompts.
+    There is one for each identity, rank, and release that asks other prompts or computes otherwise.
     """
-    return cache_folder() / f"{aligned.key[:32]}-{prompts_key()}-{rank}"
+    return cache_folder() / f"{aligned.key[:32]}-{prompts_key()}-{_ARITHMETIC}-{rank}"
 
 
 def cache_folder() -> Path:

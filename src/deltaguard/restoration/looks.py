@@ -249,7 +249,8 @@ class Examiner:
             raise DeltaguardError(
                 f"The judge could not decide on {undecided} of the aligned model's {total} answers to "
                 f"harmful requests. Of a candidate such answers count as complied with, and {most}. See that "
-                "it answers as its kind does: its template, the tokens that it may write, its server."
+                "it answers as its kind does (its template, the tokens that it may write), and that its "
+                "server answers: run again to ask for what is missing."
             )
 
     def complies(self, answers: Sequence[str], *, start: int) -> tuple[list[bool], int]:

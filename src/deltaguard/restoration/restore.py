@@ -49,6 +49,10 @@ from deltaguard.solvers.profile import PROHIBITIVE
 
 T = TypeVar("T")
 _PRICE = TypeAdapter(Price)
+_UNCOMPARED = (
+    "No store was at hand, and a finished output needs none: whether it is by another calibration than the "
+    "default one was not looked at."
+)
 
 
 class UnchangedError(DeltaguardError):
@@ -128,6 +132,8 @@ class Restorer:
         started, memory, config = time.perf_counter(), peak_memory_bytes(), self._config
         ranks = self._ranks
         job = self._inputs.look(finetuned)
+        # Before anything that all of them do only where there is none.
+        self._inputs.require_one_mind(job, ranks)
         if job.store is None and config.needs_curvature:
             # Before hours of calibrating, not after.
             plan = job.plan(config)
@@ -138,7 +144,7 @@ class Restorer:
             if ranks.leads and (finished := finished_report(job, output, config)) is None:
                 refuse_output(job, output, config)
             if (finished := ranks.from_first(finished)) is not None:
-                return finished
+                return finished.model_copy(update={"warnings": (*finished.warnings, _UNCOMPARED)})
         job = self._inputs.with_store(job, progress, ranks)
         plan = job.plan(config)
         metadata = require_restorable(job, plan, config)

@@ -1,5 +1,6 @@
 """What was written and did not come to queue, taken up at a start and while the service runs."""
 
+import logging
 import time
 
 from sqlalchemy import select
@@ -13,6 +14,8 @@ _DAY_S, _HOUR_S = 86_400, 3600
 
 _AGAIN_S = 60.0
 """Seconds between two looks for what was not queued."""
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def take_up(workflows: Workflows) -> None:
@@ -41,7 +44,11 @@ def keep_queued(workflows: Workflows) -> None:
     """
     while True:
         time.sleep(_AGAIN_S)
-        patient(queue_all)(workflows, ended_within_s=_HOUR_S)
+        try:
+            patient(queue_all)(workflows, ended_within_s=_HOUR_S)
+        except Exception:
+            # The last stop: such as a disk that is full, where DBOS notes what is queued.
+            _LOGGER.exception("What was not queued could not be looked for")
 
 
 def queue_all(workflows: Workflows, *, ended_within_s: float) -> None:

@@ -261,7 +261,8 @@ class Workflows(DBOSConfiguredInstance):
         lock = self._calibrating.setdefault(model, threading.Lock())
         while not lock.acquire(timeout=_LOOK_S):
             if self._open_job(job_id, run) is None:
-                return False
+                # Which stops what an earlier service left of it.
+                return self._done(job_id, run, "calibrate", calibrate_task)
         try:
             return self._done(job_id, run, "calibrate", calibrate_task)
         finally:

@@ -58,18 +58,16 @@ class Spectrum:
         it costs nothing. The floor is a hundredth of the mean of the smaller three quarters of all n
         eigenvalues, the tail counted for each that is not kept. So a spectrum of which a quarter or less is
         kept stays as it is, its tail being that mean; one that keeps more comes ever closer to one that keeps
-        everything. Where kept eigenvalues are lost in the rounding of the largest, that is the floor, but at
-        most the mean itself, if the sum is not lost in it, too: what is left of a trace is known where no
-        single direction is. (A few inputs of a layer can be a thousand times as large as all others.)
+        everything. Where kept eigenvalues are lost in the rounding of the largest, that is the floor.
         """
         size, rank, first = self.size, len(self.values), self.size // 4
         if not rank:
             return self
         smaller = float(self.values[first:].double().sum()) + (size - max(rank, first)) * self.tail
-        mean = smaller / (size - first)
-        floor, rounding = _FLOOR * mean, torch.finfo(self.values.dtype).eps * float(self.values[0])
+        floor = _FLOOR * smaller / (size - first)
+        rounding = torch.finfo(self.values.dtype).eps * float(self.values[0])
         if floor == 0 or float(self.values[-1]) < rounding:
-            floor = max(floor, rounding if smaller < rounding else min(rounding, mean))
+            floor = max(floor, rounding)
         tail = max(self.tail, floor) if rank < size else self.tail
         return Spectrum(self.values.clamp_min(floor), self.vectors, tail)
 
@@ -128,11 +126,14 @@ def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _eigenvalues(matrix: Tensor) -> Tensor:
-    """Find all eigenvalues of a symmetric matrix in float64, rising."""
+    """Find all eigenvalues of a symmetric matrix in float64, rising; what a GPU cannot is done on the CPU."""
     try:
         return torch.linalg.eigvalsh(matrix.double())
-    except LinAlgError as error:
-        raise ValueError("The curvature's eigenvalues cannot be found.") from error
+    except LinAlgError:
+        try:
+            return torch.linalg.eigvalsh(matrix.cpu().double())
+        except LinAlgError as error:
+            raise ValueError("The curvature's eigenvalues cannot be found.") from error
 
 
 def _exact(matrix: Tensor, rank: int) -> Spectrum:
@@ -194,6 +195,7 @@ def _tail_from_determinant(matrix: Tensor, values: Tensor) -> float:
         damped, out=(damped, torch.empty((), dtype=torch.int32, device=damped.device))
     )
     if int(info) != 0:
+        del lower, damped
         every = _eigenvalues(matrix)
         _refuse_negative(every)
         return _geometric_mean(every[:others].clamp_min(0))
