@@ -160,8 +160,11 @@ def test_uploads_that_are_being_kept_leave_threads_to_other_requests(port, opene
     body = HEAD + b'x\r\n--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--b--\r\n'
     with ExitStack() as open_ones:
         length = f"Content-Length: {len(body)}"
-        for _ in range(45):
-            one = open_ones.enter_context(connected(port, opened.first_key, "/v1/files", FORM, length))
+        asking = [
+            open_ones.enter_context(connected(port, opened.first_key, "/v1/files", FORM, length))
+            for _ in range(45)
+        ]
+        for one in asking:
             one.sendall(body)
         until = time.monotonic() + 60
         while len(begun) < 8 and time.monotonic() < until:
@@ -170,6 +173,9 @@ def test_uploads_that_are_being_kept_leave_threads_to_other_requests(port, opene
         assert answer.status == 200
         assert len(begun) == 8
         may_end.set()
+        # None is kept any more when what keeps them is put back.
+        assert all(one.recv(1 << 16).startswith(b"HTTP/1.1 ") for one in asking)
+        assert len(begun) == len(asking)
 
 
 def test_an_upload_without_a_known_key_is_refused_before_its_body_is_read(http, opened):
