@@ -101,7 +101,10 @@ def test_asking_is_not_given_up_unsaid(tmp_path, capsys):
     assert "training_data" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("other", [["--max-safety-kl", "0.01"], ["--strength", "0.5"]])
+@pytest.mark.parametrize(
+    "other",
+    [["--max-safety-kl", "0.01"], ["--strength", "0.5"], ["--method", "wise-ft", "--strength", "0.5"]],
+)
 def test_two_limits_on_the_command_line_are_told_whatever_the_file_says(capsys, other):
     assert (
         run(["restore", "a", "b", "-o", "c", "--config", "careful", "--training-data", "unknown", *other])

@@ -74,14 +74,15 @@ def merged(options: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, An
         >>> merged({"method": "kfac", "max_safety_kl": 0.0003}, {"training_data": "unknown"})
         {'max_added_attack_success': 2.0, 'method': 'kfac', 'max_safety_kl': 0.0003}
     """
-    says_more = {"max_safety_kl", "strength"} & named.keys()
+    method = METHODS.get(named.get("method", ""))
+    without_price = method is not None and not isinstance(method, PricedMethod)
+    says_more = without_price or {"max_safety_kl", "strength"} & named.keys()
     if _is_closer(options.get("max_safety_kl")) and named.get("training_data") == "unknown" and not says_more:
         # Whoever names data that nobody knows asks for answers to decide, and for no looser limit.
         named = {name: value for name, value in named.items() if name != "training_data"}
         options = {"max_added_attack_success": DEFAULT_MAX_ADDED, **options}
     gone = {name for given, names in _DECIDED.items() if given in named for name in names}
-    method = METHODS.get(named.get("method", ""))
-    if method is not None and not isinstance(method, PricedMethod):
+    if without_price:
         gone.update(_DECIDED["strength"])
     # Where nothing else says that answers decide, they would no more.
     if "max_safety_kl" in named and "max_added_attack_success" in {*options, *named}:
